@@ -1,0 +1,1 @@
+"""Writes a checkpoint that loads with transformers alone, and proves that it does."""

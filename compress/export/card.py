@@ -1,0 +1,67 @@
+"""The model card of a checkpoint, built from its plan and from measured numbers; nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from compress.export.verify import Checks
+from compress.plan import Plan
+from compress.targets.cost import dense_kv_bytes, kv_bytes
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
+
+
+def render_card(
+    plan: Plan,
+    *,
+    base_model: str,
+    dtype: str,
+    itemsize: int,
+    context: int,
+    checks: Checks,
+    versions: dict[str, str],
+    recipe: str | None = None,
+    table: str | None = None,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        context: the model's longest input in tokens; lengths beyond it are left out.
+        table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
+    """
+    spans = plan.spans()
+    groups = plan.model.layers * plan.model.kv_heads
+    costs = [
+        {
+            "length": length,
+            "bytes": kv_bytes(spans, length, plan.model.head_dim, itemsize),
+            "dense": dense_kv_bytes(groups, length, plan.model.head_dim, itemsize),
+        }
+        for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
+    ]
+    predicted = plan.predicted
+    longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
+    if longest is not None:
+        share = predicted.kv_bytes[longest] / predicted.dense_kv_bytes[longest]
+    else:
+        share = costs[-1]["bytes"] / costs[-1]["dense"]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    facts: dict[str, Any] = {
+        "plan": plan,
+        "base_model": base_model,
+        "dtype": dtype,
+        "share": share,
+        "groups": groups,
+        "full": sum(span.is_full for row in spans for span in row),
+        "costs": costs,
+        "checks": checks,
+        "versions": versions,
+        "provenance": plan.provenance,
+        "recipe": recipe,
+        "table": table,
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)

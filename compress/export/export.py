@@ -1,0 +1,129 @@
+"""`compress export`: plan and dense model in, a verified Hugging Face checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from compress.errors import UserError
+from compress.export.card import render_card
+from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
+from compress.export.staging import staged
+from compress.export.verify import Checks, verify_checkpoint
+from compress.models.families import family_of
+from compress.models.load import DTYPES, LoadedModel
+from compress.models.shape import shape_of
+from compress.plan import Plan, read_plan
+from compress.targets.apply import planned_model
+
+CHECKS_FILE = "compress_checks.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Where the checkpoint is, its size in bytes, and what its verification found."""
+
+    path: Path
+    bytes: int
+    checks: Checks
+
+
+def export_checkpoint(
+    loaded: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    recipe_text: str | None = None,
+    table: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Write the patched checkpoint, verify it in a fresh process, and only then move it into place.
+
+    Args:
+        loaded: the dense model that the plan was made for.
+        recipe_text: goes into the checkpoint as recipe.yaml and into the card.
+        table: measured numbers for the card, as Markdown.
+        dtype: dtype of the weights on disk; None keeps the model's.
+        overwrite: replace a folder that holds something.
+        progress: called with a line for each step.
+
+    Raises:
+        UserError: the plan is for another model, the folder holds something, the disk is full, or the
+            verification found a difference. Nothing is left behind, and an older checkpoint is untouched.
+    """
+    say = progress or (lambda line: None)
+    shape = shape_of(loaded.model)
+    if plan.model.fingerprint != shape.fingerprint:
+        raise UserError(
+            "the plan is for another model",
+            where=loaded.name,
+            expected=plan.model.fingerprint,
+            found=shape.fingerprint,
+            fix="search again with this model",
+        )
+    planned = planned_model(loaded.model, plan)
+    if dtype is not None:
+        # Parameters only: the RoPE frequencies stay float32, as they are after `from_pretrained`.
+        for weight in planned.parameters():
+            weight.data = weight.data.to(DTYPES[dtype])
+    weights = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
+    with staged(folder, overwrite=overwrite, need_bytes=weights + (64 << 20)) as partial:
+        say("writing weights")
+        planned.save_pretrained(partial, max_shard_size=max_shard_size)
+        loaded.tokenizer.save_pretrained(partial)
+        copy_runtime(partial)
+        open_permissions(partial)
+        point_to_runtime(partial, family_of(loaded.model.config))
+        (partial / "compress_plan.json").write_text(plan.to_json(), encoding="utf-8")
+        if recipe_text is not None:
+            (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        say("verifying in a fresh process")
+        checks = verify_checkpoint(partial, planned, loaded.tokenizer, plan)
+        (partial / CHECKS_FILE).write_text(json.dumps(checks.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _write_card(partial, plan, planned, loaded.name, checks, recipe_text, table)
+        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        say("moving into place")
+    return ExportReport(folder, size, checks)
+
+
+def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
+    """Put measured numbers into the card of a checkpoint that `export_checkpoint` wrote.
+
+    Raises:
+        UserError: the folder is no such checkpoint.
+    """
+    plan = read_plan(folder / "compress_plan.json")
+    checks = Checks(**json.loads((folder / CHECKS_FILE).read_text(encoding="utf-8")))
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    _write_card(folder, plan, loaded.model, loaded.name, checks, text, table)
+
+
+def _write_card(
+    folder: Path, plan: Plan, model: Any, name: str, checks: Checks, recipe: str | None, table: str | None
+) -> None:
+    """Write README.md beside its place and rename it."""
+    weight = next(model.parameters())
+    card = render_card(
+        plan,
+        base_model=name,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        itemsize=weight.itemsize,
+        context=int(model.config.max_position_embeddings),
+        checks=checks,
+        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        recipe=recipe,
+        table=table,
+    )
+    beside = folder / ".README.md.partial"
+    beside.write_text(card, encoding="utf-8")
+    beside.replace(folder / "README.md")

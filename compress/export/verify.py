@@ -1,0 +1,161 @@
+"""Proves a checkpoint: reloads it in a fresh process without `compress` and compares it with the model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from compress.errors import UserError
+from compress.plan import Plan
+from compress.targets.cost import kv_bytes, page_bytes
+
+CHILD = Path(__file__).with_name("verify_child.py")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the fresh process reproduced.
+
+    Attributes:
+        probe_tokens: length of the probe.
+        logit_difference: largest difference of a logit, alone and in a left-padded batch.
+        tolerance: what was allowed.
+        text: the greedy continuation, equal in both processes.
+        cache_bytes: bytes allocated by the reloaded model's cache after the probe.
+        predicted_bytes: what the plan says for that length.
+        dense_bytes: what transformers' own cache would hold.
+        loaded_as: class that AutoModelForCausalLM returned.
+    """
+
+    probe_tokens: int
+    logit_difference: float
+    tolerance: float
+    text: str
+    cache_bytes: int
+    predicted_bytes: int
+    dense_bytes: int
+    loaded_as: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+
+def make_probe(model: Any, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+    """Two rows of the same tokens, the second left-padded over its first quarter; `[2, length]` ids and mask.
+
+    The ids are spread over the vocabulary by a fixed rule, so that the probe is the same on every machine.
+    """
+    vocabulary = int(model.config.vocab_size)
+    ids = ((torch.arange(length) * 7919 + 104729) % vocabulary).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    pad = tokenizer.pad_token_id if tokenizer is not None and tokenizer.pad_token_id is not None else 0
+    ids[1, : length // 4] = pad
+    mask[1, : length // 4] = 0
+    return {"ids": ids, "mask": mask, "pad": torch.tensor(pad)}
+
+
+def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *, length: int = 1061) -> Checks:
+    """Reload `folder` in a fresh process and compare with `planned`, the model in memory.
+
+    Args:
+        length: tokens of the probe, cut to the model's context less 16; odd, and longer than a few pages.
+
+    Raises:
+        UserError: the checkpoint does not load, or logits, text or cache bytes differ.
+    """
+    length = min(length, int(planned.config.max_position_embeddings) - 16)
+    probe = make_probe(planned, tokenizer, length)
+    device = next(planned.parameters()).device
+    ids, mask = probe["ids"].to(device), probe["mask"].to(device)
+    with torch.inference_mode():
+        padded = planned(ids, attention_mask=mask, logits_to_keep=4).logits.float().cpu()
+        alone = planned(ids[:1], logits_to_keep=4)
+        hidden = planned.model(ids[:1, :16]).last_hidden_state.float().cpu()
+        tokens = planned.generate(
+            ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
+        ).cpu()
+    result, facts = _run_child(folder, probe)
+    expected = alone.logits.float().cpu()
+    difference = max(
+        float((result["logits"] - expected).abs().max()), float((result["padded_logits"] - padded).abs().max())
+    )
+    relative = TOLERANCE[next(planned.parameters()).dtype]
+    tolerance = relative * float(expected.abs().max())
+    if not difference <= tolerance:
+        raise UserError(
+            "the reloaded checkpoint computes other logits than the model in memory",
+            where=str(folder),
+            expected=f"at most {tolerance:.2e} apart",
+            found=f"{difference:.2e}",
+        )
+    if not torch.allclose(result["hidden"], hidden, rtol=0, atol=relative * float(hidden.abs().max())):
+        raise UserError("AutoModel loads other weights than AutoModelForCausalLM", where=str(folder))
+    if not torch.equal(result["tokens"], tokens):
+        raise UserError(
+            "the reloaded checkpoint generates another text than the model in memory",
+            where=str(folder),
+            expected=str(tokens[0, length:].tolist()),
+            found=str(result["tokens"][0, length:].tolist()),
+        )
+    spans, head_dim, itemsize = plan.spans(), plan.model.head_dim, next(planned.parameters()).itemsize
+    predicted = kv_bytes(spans, length, head_dim, itemsize)
+    groups = plan.model.layers * plan.model.kv_heads
+    allocated = int(result["cache_bytes"][0])
+    if abs(allocated - predicted) > 2 * groups * page_bytes(head_dim, itemsize):
+        raise UserError(
+            f"the reloaded checkpoint's cache holds other bytes than the plan predicts at {length} tokens",
+            where=str(folder),
+            expected=f"{predicted:,} bytes, to within two pages a head group",
+            found=f"{allocated:,} bytes",
+        )
+    return Checks(
+        probe_tokens=length,
+        logit_difference=difference,
+        tolerance=tolerance,
+        text=facts["text"],
+        cache_bytes=allocated,
+        predicted_bytes=predicted,
+        dense_bytes=groups * length * 2 * head_dim * itemsize,
+        loaded_as=facts["class"],
+    )
+
+
+def _run_child(folder: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Run `verify_child.py` on the checkpoint with a code cache of its own; return its tensors and facts."""
+    with tempfile.TemporaryDirectory(prefix="compress-verify-") as scratch:
+        probe_file, result_file = Path(scratch, "probe.safetensors"), Path(scratch, "result.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in probe.items()}, probe_file)
+        environment = {
+            **os.environ,
+            "HF_MODULES_CACHE": str(Path(scratch, "modules")),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        environment.pop("PYTHONPATH", None)
+        arguments = [str(CHILD), str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads())]
+        done = subprocess.run(
+            [sys.executable, "-P", *arguments], capture_output=True, text=True, env=environment, cwd=scratch
+        )
+        if done.returncode != 0 or not result_file.exists():
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise UserError(
+                "the checkpoint does not load in a fresh process",
+                where=str(folder),
+                expected="AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) works without compress",
+                found=lines[-1] if lines else f"exit status {done.returncode}",
+            )
+        with safe_open(result_file, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+        return load_file(result_file), facts

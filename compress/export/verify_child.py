@@ -1,0 +1,51 @@
+"""Runs in a fresh process where `compress` cannot be imported: loads a checkpoint and records what it computes.
+
+Usage: python verify_child.py CHECKPOINT PROBE.safetensors RESULT.safetensors THREADS
+"""
+
+import importlib.abc
+import json
+import sys
+
+
+class Refuse(importlib.abc.MetaPathFinder):
+    """Makes `import compress` fail as it would on a machine without the toolkit."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "compress":
+            raise ModuleNotFoundError(f"No module named {name!r} (refused: the checkpoint has to load without it)")
+        return None
+
+
+def main(checkpoint: str, probe_file: str, result_file: str, threads: str) -> None:
+    """Load, run the probe, write logits, tokens and cache bytes."""
+    sys.meta_path.insert(0, Refuse())
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(int(threads))
+    probe = load_file(probe_file)
+    ids, mask = probe["ids"], probe["mask"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    result = {}
+    with torch.inference_mode():
+        result["padded_logits"] = model(ids, attention_mask=mask, logits_to_keep=4).logits.float().contiguous()
+        alone = model(ids[:1], use_cache=True, logits_to_keep=4)
+        result["logits"] = alone.logits.float().contiguous()
+        cache = alone.past_key_values
+        result["cache_bytes"] = torch.tensor([cache.allocated_bytes(), cache.held_bytes()])
+        result["tokens"] = model.generate(
+            ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
+        ).contiguous()
+        body = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto").eval()
+        hidden = body(ids[:1, :16]).last_hidden_state
+        result["hidden"] = hidden.float().contiguous()
+    text = tokenizer.decode(result["tokens"][0, ids.shape[1] :])
+    facts = {"text": text, "class": type(model).__name__, "compress": str("compress" in sys.modules)}
+    save_file(result, result_file, metadata={"facts": json.dumps(facts)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

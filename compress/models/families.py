@@ -1,0 +1,63 @@
+"""The supported architecture families: one entry each, and the only place that names them.
+
+A family is supported when its attention calls transformers' AttentionInterface on keys and values after RoPE.
+A new one is an entry here, three lines in `runtime/modeling_compress.py` and a configuration in the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from compress.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one architecture family.
+
+    Attributes:
+        model_type: transformers' name of the stock configuration.
+        architecture: the stock causal language model class.
+        planned: prefix of the classes in `runtime/modeling_compress.py` that carry a plan.
+    """
+
+    model_type: str
+    architecture: str
+    planned: str
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", "CompressLlama"),
+        Family("mistral", "MistralForCausalLM", "CompressMistral"),
+        Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2"),
+        Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3"),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers configuration; a planned configuration belongs to its stock family.
+
+    Raises:
+        UserError: the architecture is not supported; says which are.
+    """
+    model_type = str(config.model_type).removeprefix("compress_")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"architecture `{config.model_type}` is not supported",
+            expected=f"one of {', '.join(sorted(FAMILIES))}",
+            found=", ".join(getattr(config, "architectures", None) or []) or model_type,
+            fix=nearest(model_type, FAMILIES),
+        )
+    return FAMILIES[model_type]
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every decoder layer, in order; each has an integer `layer_idx`."""
+    body: Any = getattr(model, "model", model)
+    return [layer.self_attn for layer in body.layers]

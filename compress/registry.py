@@ -1,0 +1,59 @@
+"""Registries of methods. A method is one pydantic class: its fields are recipe keys, help text and documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.errors import UserError, nearest
+
+
+class Method(BaseModel):
+    """Base of every registered method: frozen, and unknown parameters are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+T = TypeVar("T", bound=Method)
+
+
+class Registry(Generic[T]):
+    """Name -> class, filled by a decorator on the class."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._methods: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator. Raises ValueError when the name is taken by another class."""
+
+        def add(method: type[T]) -> type[T]:
+            if name in self._methods and self._methods[name].__qualname__ != method.__qualname__:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._methods[name] = method
+            return method
+
+        return add
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._methods:
+            raise UserError(
+                f"unknown {self.kind} `{name}`",
+                expected=f"one of {', '.join(self)}",
+                fix=nearest(name, self),
+            )
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._methods))
+
+    def items(self) -> list[tuple[str, type[T]]]:
+        return [(name, self._methods[name]) for name in self]
+
+
+statistics: Registry[Any] = Registry("statistic")
+solvers: Registry[Any] = Registry("solver")
+targets: Registry[Any] = Registry("target")
+tasks: Registry[Any] = Registry("task")

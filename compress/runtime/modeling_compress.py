@@ -1,0 +1,253 @@
+"""Configurations and models that carry a plan: thin subclasses of transformers' own, one trio per architecture.
+
+Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file and the files it
+imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.utils import logging
+
+from .attention import NAME, Step
+from .paged_cache import PagedCache
+from .span import native_windows, spans_of_plan
+
+logger = logging.get_logger(__name__)
+
+
+class PlanConfig:
+    """Adds `compress_plan` (the plan's `layers`) and `compress_impl`, and selects the plan's attention by default."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.compress_plan = kwargs.pop("compress_plan", None)
+        self.compress_impl = kwargs.pop("compress_impl", "auto")
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = NAME
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+
+class PlanModel:
+    """The decoder without head: gives every attention layer its spans, and every forward pass its cache and padding."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        if config.compress_plan is None:
+            raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
+        self.set_plan(config.compress_plan)
+
+    def set_plan(self, plan: dict[str, Any]) -> None:
+        """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before."""
+        self.config.compress_plan = plan
+        layers: Any = self.layers
+        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(layers)))
+        for layer, spans in zip(layers, self.compress_spans, strict=True):
+            layer.self_attn.compress_spans = spans
+
+    def new_cache(self) -> PagedCache:
+        """An empty cache for this plan."""
+        return PagedCache(self.compress_spans)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock model's; `past_key_values` has to be a `PagedCache` (or None).
+
+        Raises:
+            ValueError: another kind of cache, a mask that is not `[B, columns]`, packed sequences, or a request
+                for attention weights, which this attention never has.
+        """
+        if self.config._attn_implementation != NAME:
+            logger.warning_once(
+                f"attn_implementation={self.config._attn_implementation!r} was asked for: the plan is NOT in effect, "
+                "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+            )
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("a planned model has no attention weights to return; use the dense model for that")
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache:
+            past_key_values = self.new_cache()
+        if past_key_values is not None and not hasattr(past_key_values, "seen"):
+            if past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    f"past_key_values: expected the model's PagedCache, got a {type(past_key_values).__name__} "
+                    "that holds tokens already; start with past_key_values=None or model.new_cache()"
+                )
+            past_key_values = self.new_cache()
+        step = Step(past_key_values, _valid_columns(attention_mask, past_key_values, tokens))
+        if position_ids is None:
+            position_ids = _positions(step, tokens)
+        elif attention_mask is None and past_key_values is None and bool((position_ids.diff(dim=-1) != 1).any()):
+            raise ValueError("position_ids: packed sequences are not supported; pass one sequence per row")
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=None,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            compress_step=step,
+            **kwargs,
+        )
+
+
+def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are tokens, `[B, T]`; None when all are. Records them in the cache and checks the past."""
+    batch, count = tokens.shape[:2]
+    past = 0 if cache is None else cache.get_seq_length()
+    seen = None if cache is None else cache.seen
+    if mask is None:
+        if seen is not None:
+            raise ValueError("attention_mask: the cached columns hold padding, so a mask over all columns is needed")
+        return None
+    if mask.dim() != 2 or mask.shape != (batch, past + count):
+        raise ValueError(
+            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    mask = mask.bool()
+    before = mask.new_ones(batch, past) if seen is None else seen
+    if not torch.equal(mask[:, :past], before):
+        raise ValueError("attention_mask: the cached columns were masked differently when they were cached")
+    if bool(mask.all()):
+        return None
+    if cache is not None:
+        cache.seen = mask
+    valid = mask[:, past:]
+    return None if bool(valid.all()) else valid
+
+
+def _positions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
+    """Position of each new column among its sequence's tokens, `[B, T]` or `[1, T]`; 0 for leading padding."""
+    lengths = step.cache.layers[0].lengths if step.cache is not None else []
+    past = torch.tensor(lengths or [0], device=tokens.device)[:, None]
+    if step.valid is None:
+        return past + torch.arange(tokens.shape[1], device=tokens.device)
+    return (past + step.valid.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+class PlanForCausalLM:
+    """The language model around a `PlanModel`; `generate` uses the paged cache."""
+
+    planned_model: type
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.planned_model(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def set_plan(self, plan: dict[str, Any]) -> None:
+        """Put another plan into effect; see `PlanModel.set_plan`."""
+        self.model.set_plan(plan)
+
+    def new_cache(self) -> PagedCache:
+        """An empty cache for this plan."""
+        return self.model.new_cache()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.config._attn_implementation != NAME:
+            return super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+        if generation_mode.value == "assisted_generation" or generation_config.is_assistant:
+            raise ValueError(
+                "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
+                "generate without assistant_model and prompt_lookup_num_tokens"
+            )
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a planned model brings its own "
+                "paged cache; leave cache_implementation out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+        return None
+
+
+class CompressLlamaConfig(PlanConfig, LlamaConfig):
+    model_type = "compress_llama"
+
+
+class CompressLlamaModel(PlanModel, LlamaModel):
+    config_class = CompressLlamaConfig
+
+
+class CompressLlamaForCausalLM(PlanForCausalLM, LlamaForCausalLM):
+    config_class = CompressLlamaConfig
+    planned_model = CompressLlamaModel
+
+
+class CompressMistralConfig(PlanConfig, MistralConfig):
+    model_type = "compress_mistral"
+
+
+class CompressMistralModel(PlanModel, MistralModel):
+    config_class = CompressMistralConfig
+
+
+class CompressMistralForCausalLM(PlanForCausalLM, MistralForCausalLM):
+    config_class = CompressMistralConfig
+    planned_model = CompressMistralModel
+
+
+class CompressQwen2Config(PlanConfig, Qwen2Config):
+    model_type = "compress_qwen2"
+
+
+class CompressQwen2Model(PlanModel, Qwen2Model):
+    config_class = CompressQwen2Config
+
+
+class CompressQwen2ForCausalLM(PlanForCausalLM, Qwen2ForCausalLM):
+    config_class = CompressQwen2Config
+    planned_model = CompressQwen2Model
+
+
+class CompressQwen3Config(PlanConfig, Qwen3Config):
+    model_type = "compress_qwen3"
+
+
+class CompressQwen3Model(PlanModel, Qwen3Model):
+    config_class = CompressQwen3Config
+
+
+class CompressQwen3ForCausalLM(PlanForCausalLM, Qwen3ForCausalLM):
+    config_class = CompressQwen3Config
+    planned_model = CompressQwen3Model

@@ -1,0 +1,146 @@
+"""The span rule: which keys a head group sees, keeps and pays for. Masks, cache and cost all read this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PAGE = 64  # tokens in one cache page
+BETA_UNIT = 1024  # beta is a multiple of 1/1024, so that S(t) is the same integer in Python, torch and a kernel
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the query at position t (from 0) sees: key j <= t when
+
+        j < sink   or   t - j < S(t),     S(t) = max(1, floor(alpha + beta * (t + 1))).
+
+    S grows with the query's position and never by more than one token a step, so the first visible key
+    never moves back: what is evicted is never needed again, and one-shot prefill, chunked prefill, many
+    turns and decoding compute the same function.
+
+    Args:
+        sink: tokens at the start of the sequence that stay visible, >= 0.
+        alpha: fixed part of the span in tokens; may be negative.
+        beta: share of the position added to the span, 0 <= beta <= 1, a multiple of 1/1024.
+
+    Raises:
+        ValueError: a parameter is outside its range.
+    """
+
+    sink: int = 0
+    alpha: int = 0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sink != int(self.sink) or self.sink < 0:
+            raise ValueError(f"sink: expected a whole number of tokens >= 0, got {self.sink}")
+        if self.alpha != int(self.alpha):
+            raise ValueError(f"alpha: expected a whole number of tokens, got {self.alpha}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: expected 0 <= beta <= 1, got {self.beta}")
+        if self.beta * BETA_UNIT != int(self.beta * BETA_UNIT):
+            nearest = round(self.beta * BETA_UNIT) / BETA_UNIT
+            raise ValueError(f"beta: expected a multiple of 1/{BETA_UNIT}, got {self.beta}; the nearest is {nearest}")
+
+    @property
+    def beta_units(self) -> int:
+        """beta as a whole number of 1/1024."""
+        return int(self.beta * BETA_UNIT)
+
+    @property
+    def is_full(self) -> bool:
+        """True when every query sees every earlier key."""
+        return self.beta == 1 and self.alpha >= 0
+
+    def length(self, t: int | torch.Tensor) -> Any:
+        """S(t) in tokens, for one position or an integer tensor of positions."""
+        return span_length(t, self.alpha, self.beta_units)
+
+    def first(self, t: int | torch.Tensor) -> Any:
+        """The first key of the window of the query at position t (keys before `sink` are visible besides)."""
+        return first_key(t, self.alpha, self.beta_units)
+
+    def visible(self, t: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """Boolean mask of the rule; t and j are integer positions that broadcast against each other."""
+        return visible(t, j, self.sink, self.alpha, self.beta_units)
+
+    def pages(self, length: int) -> list[int]:
+        """Numbers of the pages that a cache of `length` tokens holds, ascending.
+
+        A page is held while the last query (t = length - 1) or a later one can see a token of it. The count
+        times the bytes of a page is what the cache allocates, whatever the chunks it was filled with.
+        """
+        sink_end, start, end = self.page_bounds(length)
+        return [*range(sink_end), *range(start, end)]
+
+    def page_count(self, length: int) -> int:
+        """How many pages `pages(length)` lists."""
+        sink_end, start, end = self.page_bounds(length)
+        return sink_end + end - start
+
+    def page_bounds(self, length: int) -> tuple[int, int, int]:
+        """End of the sink's page numbers, then start and end of the window's; what `pages(length)` lists."""
+        end = -(-length // PAGE)
+        sink_end = -(-min(self.sink, length) // PAGE)
+        return sink_end, max(min(self.first(length - 1) // PAGE, end), sink_end), end
+
+
+FULL = Span(0, 0, 1.0)
+
+
+def span_length(t: Any, alpha: Any, beta_units: Any) -> Any:
+    """S(t) from integers or integer tensors that broadcast."""
+    span = alpha + ((t + 1) * beta_units) // BETA_UNIT
+    return span.clamp(min=1) if isinstance(span, torch.Tensor) else max(1, span)
+
+
+def first_key(t: Any, alpha: Any, beta_units: Any) -> Any:
+    """First key of the window, t + 1 - S(t) but not below 0, from integers or integer tensors that broadcast."""
+    first = t + 1 - span_length(t, alpha, beta_units)
+    return first.clamp(min=0) if isinstance(first, torch.Tensor) else max(0, first)
+
+
+def visible(t: torch.Tensor, j: torch.Tensor, sink: Any, alpha: Any, beta_units: Any) -> torch.Tensor:
+    """Boolean mask of the rule; positions and parameters are integers or integer tensors that broadcast."""
+    return (j <= t) & ((j < sink) | (j >= first_key(t, alpha, beta_units)))
+
+
+def native_windows(config: Any, layers: int) -> list[int | None]:
+    """Per layer, the sliding window of the architecture itself in tokens; None where a layer sees everything.
+
+    transformers keeps it in two forms: `layer_types` with one `sliding_window` (Qwen2, Qwen3), or a
+    `sliding_window` alone that holds for every layer (Mistral).
+    """
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [window] * layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> list[list[Span]]:
+    """The span of every head group of a plan, `[layers][groups]`.
+
+    Args:
+        plan: `plan.json` as a dictionary, already checked by whoever wrote it.
+        native_windows: per layer, the sliding window that the architecture itself has (None without one). A
+            `full` group of such a layer sees that window and no more, exactly as in the original model.
+
+    Raises:
+        ValueError: a target that has no span.
+    """
+    spans = []
+    for index, (layer, native) in enumerate(zip(plan["layers"], native_windows, strict=True)):
+        row = []
+        for number, group in enumerate(layer["groups"]):
+            if group["target"] == "full":
+                row.append(FULL if native is None else Span(0, native, 0.0))
+            elif group["target"] == "window":
+                row.append(Span(group["sink"], group["alpha"], group["beta"]))
+            else:
+                raise ValueError(f"layer {index} group {number}: this runtime has no target {group['target']!r}")
+        spans.append(row)
+    return spans

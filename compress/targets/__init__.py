@@ -1,0 +1,1 @@
+"""What a head group can become. Importing this package registers every target."""

@@ -1,0 +1,115 @@
+"""The window target's search space: which (sink, alpha, beta) a head group may get. Profile and search share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.registry import Method
+from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a grid.
+
+    Attributes:
+        span: what the rule lets a query see.
+        index: position in the axes [sinks, betas, alphas] of an influence table; None for full attention, which
+            loses nothing and needs no table.
+    """
+
+    span: Span
+    index: tuple[int, int, int] | None
+
+
+def _sorted_unique(values: tuple[float, ...]) -> bool:
+    return all(low < high for low, high in pairwise(values))
+
+
+class SpanGrid(Method):
+    """The rules that a profile prices and a search chooses from: full attention, and every sink x beta x alpha.
+
+    Alphas are whole cache pages because a finer step changes no allocated byte at lengths of whole pages.
+    The default covers fixed windows (beta 0) and windows that grow with the position.
+    """
+
+    sinks: Annotated[
+        tuple[int, ...], Field(min_length=1, description="tokens at the start that stay visible, ascending")
+    ] = (64,)
+    betas: Annotated[
+        tuple[float, ...],
+        Field(
+            min_length=1,
+            description="shares of the position that the window grows by, ascending, multiples of 1/1024; 1 is full",
+        ),
+    ] = tuple(eighth / 8 for eighth in range(9))
+    alpha_min: Annotated[
+        int, Field(multiple_of=PAGE, description="smallest fixed part of the window in tokens, a multiple of 64")
+    ] = 64
+    alpha_max: Annotated[
+        int | None,
+        Field(
+            description="largest fixed part of the window in tokens, a multiple of 64; null is the length it is used at"
+        ),
+    ] = None
+    alpha_step: Annotated[
+        int, Field(ge=PAGE, multiple_of=PAGE, description="tokens between two alphas, a multiple of 64")
+    ] = 64
+
+    @field_validator("sinks")
+    @classmethod
+    def _check_sinks(cls, sinks: tuple[int, ...]) -> tuple[int, ...]:
+        if any(sink < 0 for sink in sinks) or not _sorted_unique(sinks):
+            raise ValueError("expected ascending numbers of tokens >= 0, each once")
+        return sinks
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, ...]) -> tuple[float, ...]:
+        if not _sorted_unique(betas):
+            raise ValueError("expected ascending values, each once")
+        for beta in betas:
+            if not 0 <= beta <= 1:
+                raise ValueError(f"expected 0 <= beta <= 1, got {beta}")
+            if beta * BETA_UNIT != int(beta * BETA_UNIT):
+                nearest = round(beta * BETA_UNIT) / BETA_UNIT
+                raise ValueError(f"expected multiples of 1/{BETA_UNIT}, got {beta}; the nearest is {nearest}")
+        return betas
+
+    @model_validator(mode="after")
+    def _check_alphas(self) -> SpanGrid:
+        if self.alpha_max is not None and self.alpha_max % PAGE:
+            raise ValueError(f"alpha_max: expected a multiple of {PAGE}, got {self.alpha_max}")
+        if self.alpha_max is not None and self.alpha_max < self.alpha_min:
+            raise ValueError(f"alpha_max: expected at least alpha_min ({self.alpha_min}), got {self.alpha_max}")
+        return self
+
+    def alphas(self, length: int) -> list[int]:
+        """Alphas of the table at one length in tokens: alpha_min and steps up to the first one >= `length`.
+
+        That last alpha hides nothing at this length, so a larger alpha of a longer table costs nothing here.
+        `alpha_max` cuts the list; the list of a shorter length is always a prefix of that of a longer one.
+        """
+        last = self.alpha_min + max(0, -(-(length - self.alpha_min) // self.alpha_step)) * self.alpha_step
+        if self.alpha_max is not None:
+            last = min(last, self.alpha_max)
+        return list(range(self.alpha_min, last + 1, self.alpha_step))
+
+    def rules(self, length: int) -> list[Rule]:
+        """Every rule for inputs up to `length` tokens: full attention first, then sink by sink, beta by beta.
+
+        Within one beta alphas ascend. beta = 1 is left out beside full attention: with alpha >= 0 it is the same,
+        and with alpha < 0 it only hides the tokens that follow the sinks.
+        """
+        rules = [Rule(FULL, None)]
+        for sink_index, sink in enumerate(self.sinks):
+            for beta_index, beta in enumerate(self.betas):
+                if beta == 1:
+                    continue
+                for alpha_index, alpha in enumerate(self.alphas(length)):
+                    rules.append(Rule(Span(sink, alpha, beta), (sink_index, beta_index, alpha_index)))
+        return rules

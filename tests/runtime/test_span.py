@@ -1,0 +1,94 @@
+"""The span rule: what it sees, that its edge never moves back, and which pages it holds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, native_windows, spans_of_plan
+
+spans = st.builds(
+    Span,
+    sink=st.integers(0, 200),
+    alpha=st.integers(-300, 500),
+    beta=st.integers(0, BETA_UNIT).map(lambda units: units / BETA_UNIT),
+)
+
+
+def sees(span: Span, t: int, j: int) -> bool:
+    """The rule as DESIGN states it, in Python's exact rational arithmetic."""
+    from fractions import Fraction
+    from math import floor
+
+    length = max(1, floor(span.alpha + Fraction(span.beta) * (t + 1)))
+    return j <= t and (j < span.sink or t - j < length)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(spans, st.integers(1, 300))
+def test_mask_is_the_stated_rule(span: Span, length: int) -> None:
+    positions = torch.arange(length)
+    mask = span.visible(positions[:, None], positions[None, :])
+    expected = torch.tensor([[sees(span, t, j) for j in range(length)] for t in range(length)])
+    assert torch.equal(mask, expected)
+    assert mask.diagonal().all()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(spans, st.integers(0, 100_000))
+def test_first_visible_key_never_moves_back(span: Span, t: int) -> None:
+    assert span.first(t) <= span.first(t + 1) <= span.first(t) + 1
+    assert span.length(t + 1) <= span.length(t) + 1
+    assert int(span.first(torch.tensor(t))) == span.first(t)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(spans, st.integers(1, 3000))
+def test_pages_are_those_with_a_token_in_sight(span: Span, length: int) -> None:
+    tokens = torch.arange(length)
+    in_sight = span.visible(torch.tensor(length - 1), tokens)
+    expected = sorted({int(j) // PAGE for j in tokens[in_sight]})
+    assert span.pages(length) == expected
+    assert span.page_count(length) == len(expected)
+
+
+def test_full_and_streaming_are_special_cases() -> None:
+    assert FULL.is_full and FULL.page_count(130) == 3
+    assert Span(4, 256, 0.0).pages(2048) == [0, 28, 29, 30, 31]
+    assert Span(0, 10, 1.0).is_full and not Span(0, -10, 1.0).is_full
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ((-1, 0, 0.0), "sink: expected a whole number of tokens >= 0, got -1"),
+        ((0, 0, 1.5), "beta: expected 0 <= beta <= 1, got 1.5"),
+        ((0, 0, 0.1), "the nearest is 0.099609375"),
+        ((0, 0.5, 0.0), "alpha: expected a whole number"),
+    ],
+)
+def test_impossible_parameters_are_refused(parameters: tuple[int, int, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Span(*parameters)
+
+
+def test_plan_to_spans_keeps_the_architectures_own_window() -> None:
+    plan = {
+        "layers": [
+            {"groups": [{"target": "full"}]},
+            {"groups": [{"target": "full"}]},
+            {"groups": [{"target": "window", "sink": 4, "alpha": 8, "beta": 0.5}]},
+        ]
+    }
+    assert spans_of_plan(plan, [None, 50, None]) == [[FULL], [Span(0, 50, 0.0)], [Span(4, 8, 0.5)]]
+    with pytest.raises(ValueError, match="layer 0 group 0: this runtime has no target 'pruned'"):
+        spans_of_plan({"layers": [{"groups": [{"target": "pruned"}]}]}, [None])
+
+
+def test_native_windows_reads_both_forms() -> None:
+    class Config:
+        sliding_window = 50
+
+    assert native_windows(Config(), 2) == [50, 50]
+    Config.layer_types = ["full_attention", "sliding_attention"]
+    assert native_windows(Config(), 2) == [None, 50]

@@ -1,0 +1,203 @@
+"""The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.export.export import export_checkpoint
+from compress.plan import FullGroup, uniform_plan
+from compress.runtime.span import PAGE
+from compress.targets.apply import planned_model
+from compress.targets.cost import kv_bytes
+from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
+
+LENGTH = 301
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@functools.cache
+def planned(family: str) -> tuple[Any, Any, Any]:
+    """Dense model, its shape and the planned model on the same weights."""
+    dense = tiny_model(family)
+    shape = shape_of(dense)
+    return dense, shape, planned_model(dense, mixed_plan(shape))
+
+
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, **kwargs).logits
+
+
+def spans_differ(family: str) -> bool:
+    """Whether the mixed plan changes anything: not where every layer slides already."""
+    return any(native is None for native in planned(family)[1].native_windows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_plan_is_the_dense_model(family: str) -> None:
+    dense, shape, _ = planned(family)
+    ids = random_ids(2, LENGTH)
+    same = planned_model(dense, uniform_plan(shape, FullGroup()))
+    torch.testing.assert_close(logits(same, ids), logits(dense, ids), **CLOSE)
+    generated = [
+        model.generate(ids[:, :100], max_new_tokens=20, do_sample=False, attention_mask=torch.ones(2, 100))
+        for model in (dense, same)
+    ]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_is_in_effect(family: str) -> None:
+    dense, _, model = planned(family)
+    ids = random_ids(1, LENGTH)
+    difference = (logits(model, ids) - logits(dense, ids)).abs().max()
+    assert (difference > 0.1) == spans_differ(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_cache_is_generation_without(family: str) -> None:
+    model = planned(family)[2]
+    ids = random_ids(2, 150)
+    arguments = {"max_new_tokens": 40, "do_sample": False, "attention_mask": torch.ones(2, 150)}
+    cached = model.generate(ids, **arguments)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **arguments))
+    assert len(set(cached[0, 150:].tolist())) > 3  # a model that repeats one token would prove nothing
+    beams = model.generate(ids, num_beams=3, **arguments)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **arguments))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_with_cache_is_sampling_without(family: str) -> None:
+    model = planned(family)[2]
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        arguments = {"max_new_tokens": 20, "do_sample": True, "top_k": 0, "num_return_sequences": 2}
+        drawn.append(model.generate(random_ids(1, 90), use_cache=use_cache, **arguments))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_and_turns_are_one_prefill(family: str) -> None:
+    model = planned(family)[2]
+    ids = random_ids(2, LENGTH)
+    whole = logits(model, ids)
+    cache = model.new_cache()
+    parts = [
+        logits(model, ids[:, start:stop], past_key_values=cache)
+        for start, stop in ((0, 90), (90, 91), (91, 92), (92, 240), (240, 256), (256, LENGTH))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+    # A second turn through generate: first answer, then more prompt, on one cache.
+    cache = model.new_cache()
+    first = model.generate(ids[:1, :80], past_key_values=cache, max_new_tokens=10, do_sample=False)
+    prompt = torch.cat([first, ids[:1, 80:200]], dim=1)
+    second = model.generate(prompt, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert torch.equal(second, model.generate(prompt, max_new_tokens=10, do_sample=False))
+    chunked = model.generate(ids[:1], prefill_chunk_size=64, max_new_tokens=10, do_sample=False)
+    assert torch.equal(chunked, model.generate(ids[:1], max_new_tokens=10, do_sample=False))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
+    model = planned(family)[2]
+    lengths, width = (201, 77, 140), 201
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        where = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, where], mask[row, where] = random_ids(3, width)[row, :length], 1
+    cache = model.new_cache()
+    batched = logits(model, ids, attention_mask=mask, past_key_values=cache)
+    for row, length in enumerate(lengths):
+        alone = logits(model, random_ids(3, width)[row : row + 1, :length])
+        torch.testing.assert_close(batched[row : row + 1, mask[row].bool()], alone, **CLOSE)
+    # The next tokens, one by one, on the cache of the padded batch.
+    more = random_ids(3, 70, seed=2)
+    for step in range(70):
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+        last = logits(model, more[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+    for row, length in enumerate(lengths):
+        alone = torch.cat([random_ids(3, width)[row : row + 1, :length], more[row : row + 1]], dim=1)
+        torch.testing.assert_close(last[row : row + 1], logits(model, alone)[:, -1:], **CLOSE)
+    if side == "left":
+        arguments = {"max_new_tokens": 12, "do_sample": False}
+        together = model.generate(ids, attention_mask=mask[:, :width], **arguments)[:, width:]
+        for row, length in enumerate(lengths):
+            alone_ids = random_ids(3, width)[row : row + 1, :length]
+            single = model.generate(alone_ids, attention_mask=torch.ones(1, length), **arguments)[0, length:]
+            kept = single.tolist().index(2) + 1 if 2 in single.tolist() else len(single)  # 2 ends a sequence
+            assert together[row, :kept].tolist() == single[:kept].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
+    _, shape, model = planned(family)
+    spans = model.model.compress_spans
+    page = PAGE * 2 * shape.head_dim * 4
+    groups = shape.layers * shape.kv_heads
+    for length in (1, 63, 64, 65, 200, 700):
+        cache = model.new_cache()
+        logits(model, random_ids(1, 760)[:, :length], past_key_values=cache)
+        predicted = kv_bytes(spans, length, shape.head_dim, 4)
+        assert cache.allocated_bytes() == cache.held_bytes() == predicted
+    for length in range(700, 760):  # growing token by token, a window can be astride one page more
+        logits(model, random_ids(1, 760)[:, length : length + 1], past_key_values=cache)
+        predicted = kv_bytes(spans, length + 1, shape.head_dim, 4)
+        assert cache.held_bytes() == predicted
+        assert predicted <= cache.allocated_bytes() <= predicted + 2 * groups * page
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family exported; each export verifies itself in a fresh process of its own."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = {}
+    for family in FAMILIES:
+        loaded = tiny_loaded(family)
+        folders[family] = root / family
+        report = export_checkpoint(loaded, mixed_plan(shape_of(loaded.model)), folders[family], recipe_text="schema: 1\n")
+        assert report.checks.logit_difference <= report.checks.tolerance
+        assert report.checks.cache_bytes == report.checks.predicted_bytes
+    return folders
+
+
+@pytest.fixture(scope="module")
+def reloaded(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one fresh process without `compress` found in all checkpoints and in their re-saved copies."""
+    scratch = tmp_path_factory.mktemp("reloaded")
+    child = Path(__file__).with_name("reload_child.py")
+    folders = [str(checkpoints[family]) for family in FAMILIES]
+    done = subprocess.run([sys.executable, "-P", str(child), str(scratch), *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        family: (load_file(scratch / f"{family}.safetensors"), json.loads((scratch / f"{family}.json").read_text()))
+        for family in FAMILIES
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_process_without_compress_gets_the_same_logits(family: str, reloaded: dict[str, Any]) -> None:
+    tensors, facts = reloaded[family]
+    model = planned(family)[2]
+    torch.testing.assert_close(tensors["logits"], logits(model, random_ids(1, LENGTH)), **CLOSE)
+    assert not facts["compress_importable"]
+    assert facts["class"].startswith("Compress") and facts["config_is_models"]
+    assert "trust_remote_code" in facts["without_flag"]
+    assert facts["body_class"] == facts["class"].replace("ForCausalLM", "Model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_again_it_loads_again(family: str, reloaded: dict[str, Any]) -> None:
+    tensors, facts = reloaded[family]
+    assert torch.equal(tensors["logits"], tensors["saved_again"])
+    assert set(facts["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}

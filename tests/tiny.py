@@ -1,0 +1,93 @@
+"""Tiny random models of every supported family, a tokenizer made on the spot, and a plan that mixes targets."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from compress.models.load import LoadedModel
+from compress.models.shape import ModelShape, shape_of
+from compress.plan import FullGroup, Plan, WindowGroup, make_plan
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    # Large weights make attention sharp, so that a key too many or too few shows in the logits.
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "sdpa",
+}
+
+CONFIGS = {
+    "llama-gqa": lambda: LlamaConfig(**SIZES),
+    "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**SIZES, sliding_window=50),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2-part-sliding": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=50, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+}
+FAMILIES = sorted(CONFIGS)
+
+MIXED = (
+    FullGroup(),
+    WindowGroup(sink=4, alpha=30, beta=0.0),
+    WindowGroup(sink=64, alpha=70, beta=0.25),
+    WindowGroup(sink=0, alpha=5, beta=0.5),
+    WindowGroup(sink=130, alpha=64, beta=0.125),
+)
+
+
+def tiny_model(family: str, seed: int = 0) -> Any:
+    """A random model in eval mode, float32; the same for the same seed."""
+    config = CONFIGS[family]()
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word: w0 ... w96, with w0 as padding, w1 begin, w2 end."""
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
+    )
+
+
+def tiny_loaded(family: str) -> LoadedModel:
+    """Model and tokenizer as `load_model` returns them."""
+    return LoadedModel(tiny_model(family), tiny_tokenizer(), f"tiny/{family}")
+
+
+def mixed_plan(shape: ModelShape) -> Plan:
+    """A different target in every group, as far as there are; layers that slide by themselves stay full."""
+    cycle = iter(range(10_000))
+    groups = [
+        [MIXED[next(cycle) % len(MIXED)] if native is None else FullGroup() for _ in range(shape.kv_heads)]
+        for native in shape.native_windows
+    ]
+    return make_plan(shape, groups, provenance={"made by": "tests"})
+
+
+@functools.cache
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids that avoid padding, begin and end, `[batch, length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
+
+
+__all__ = ["CONFIGS", "FAMILIES", "mixed_plan", "random_ids", "shape_of", "tiny_loaded", "tiny_model", "tiny_tokenizer"]
