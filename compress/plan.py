@@ -15,8 +15,6 @@ from compress.runtime.span import Span, spans_of_plan
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
 
-SCHEMA = 1
-
 
 class Strict(BaseModel):
     """Frozen, and unknown keys are refused."""
@@ -84,7 +82,7 @@ class Predicted(Strict):
 class Plan(Strict):
     """One target with parameters per head group, and where the decision comes from."""
 
-    schema_: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(default=1, alias="schema")
     model: PlanModel
     layers: tuple[LayerPlan, ...]
     predicted: Predicted = Predicted()

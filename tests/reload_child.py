@@ -12,7 +12,7 @@ from pathlib import Path
 def main(scratch: Path, folders: list[Path]) -> None:
     os.environ["HF_MODULES_CACHE"] = str(scratch / "modules")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.modules["compress"] = None  # an import of it raises ModuleNotFoundError
+    sys.modules["compress"] = None  # type: ignore[assignment] # an import of it raises ModuleNotFoundError
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel, AutoModelForCausalLM

@@ -21,7 +21,7 @@ from compress.targets.cost import kv_bytes
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
 
 LENGTH = 301
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @functools.cache
@@ -165,7 +165,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in FAMILIES:
         loaded = tiny_loaded(family)
         folders[family] = root / family
-        report = export_checkpoint(loaded, mixed_plan(shape_of(loaded.model)), folders[family], recipe_text="schema: 1\n")
+        report = export_checkpoint(
+            loaded, mixed_plan(shape_of(loaded.model)), folders[family], recipe_text="schema: 1\n"
+        )
         assert report.checks.logit_difference <= report.checks.tolerance
         assert report.checks.cache_bytes == report.checks.predicted_bytes
     return folders

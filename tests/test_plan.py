@@ -48,7 +48,7 @@ def test_another_models_plan_says_every_difference(tmp_path, shape):
 
 def test_same_sizes_other_weights_are_another_model(tmp_path, shape):
     other = shape_of(tiny_model("llama-gqa", seed=5))
-    with pytest.raises(UserError, match="model.fingerprint"):
+    with pytest.raises(UserError, match=r"model\.fingerprint"):
         read_plan(write(tmp_path / "plan.json", mixed_plan(shape)), other)
 
 

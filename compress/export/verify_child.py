@@ -6,15 +6,15 @@ Usage: python verify_child.py CHECKPOINT PROBE.safetensors RESULT.safetensors TH
 import importlib.abc
 import json
 import sys
+from typing import Any
 
 
 class Refuse(importlib.abc.MetaPathFinder):
     """Makes `import compress` fail as it would on a machine without the toolkit."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "compress":
             raise ModuleNotFoundError(f"No module named {name!r} (refused: the checkpoint has to load without it)")
-        return None
 
 
 def main(checkpoint: str, probe_file: str, result_file: str, threads: str) -> None:

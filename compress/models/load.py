@@ -49,8 +49,8 @@ def _locate(spec: str) -> tuple[str, dict[str, Any]]:
     if spec.endswith(".gguf"):
         if not path.is_file():
             raise UserError("no such GGUF file", where=spec, fix="check `model:` in the recipe")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
+        with path.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
                 raise UserError("not a GGUF file", where=spec, expected="a file that starts with the bytes GGUF")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():

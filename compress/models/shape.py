@@ -36,7 +36,8 @@ def fingerprint_of(model: torch.nn.Module, sizes: dict[str, Any]) -> str:
     """`sha256:...` of the sizes and of up to 256 evenly spaced values of every parameter.
 
     A sample keeps this below a second on a 70B model; another checkpoint of the same sizes differs in it.
-    Values are rounded to bfloat16 first, so that a model has one fingerprint in float32 and in bfloat16. Names are sorted, so the order of registration does not matter.
+    Values are rounded to bfloat16 first, so that a model has one fingerprint in float32 and in bfloat16.
+    Names are sorted, so the order of registration does not matter.
     """
     digest = hashlib.sha256(repr(sorted(sizes.items())).encode())
     for name, weight in sorted(model.named_parameters()):

@@ -80,7 +80,7 @@ def plan_attention(
     """
     if compress_step is None:
         raise RuntimeError(f"attention {NAME} works only inside a model that carries a plan")
-    layer = None if compress_step.cache is None else compress_step.cache.layers[module.layer_idx]
+    layer = None if compress_step.cache is None else compress_step.cache.paged[module.layer_idx]
     impl = choose_impl(getattr(module.config, "compress_impl", "auto"))
     attend = _Attend(module.compress_spans, impl, layer, scaling, dropout)
     valid = compress_step.valid
@@ -95,9 +95,7 @@ def plan_attention(
         for row in rows:
             kept = slice(None) if valid is None else valid[row].nonzero().flatten()
             part = slice(row, row + 1)
-            out[part, :, kept] = attend.together(
-                query[part, :, kept], key[part, :, kept], value[part, :, kept], [row]
-            )
+            out[part, :, kept] = attend.together(query[part, :, kept], key[part, :, kept], value[part, :, kept], [row])
     return out.transpose(1, 2), None
 
 

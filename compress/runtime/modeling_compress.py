@@ -46,6 +46,9 @@ class PlanConfig:
 class PlanModel:
     """The decoder without head: gives every attention layer its spans, and every forward pass its cache and padding."""
 
+    config: Any
+    layers: Any
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
@@ -55,9 +58,8 @@ class PlanModel:
     def set_plan(self, plan: dict[str, Any]) -> None:
         """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before."""
         self.config.compress_plan = plan
-        layers: Any = self.layers
-        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(layers)))
-        for layer, spans in zip(layers, self.compress_spans, strict=True):
+        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(self.layers)))
+        for layer, spans in zip(self.layers, self.compress_spans, strict=True):
             layer.self_attn.compress_spans = spans
 
     def new_cache(self) -> PagedCache:
@@ -154,7 +156,7 @@ def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: 
 
 def _positions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
     """Position of each new column among its sequence's tokens, `[B, T]` or `[1, T]`; 0 for leading padding."""
-    lengths = step.cache.layers[0].lengths if step.cache is not None else []
+    lengths = step.cache.paged[0].lengths if step.cache is not None else []
     past = torch.tensor(lengths or [0], device=tokens.device)[:, None]
     if step.valid is None:
         return past + torch.arange(tokens.shape[1], device=tokens.device)
@@ -164,7 +166,8 @@ def _positions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
 class PlanForCausalLM:
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
-    planned_model: type
+    config: Any
+    planned_model: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -235,23 +236,24 @@ class PagedCache(Cache):
     """
 
     def __init__(self, spans: Sequence[Sequence[Span]]) -> None:
-        super().__init__(layers=[PagedLayer(row) for row in spans])
+        self.paged = [PagedLayer(row) for row in spans]
+        super().__init__(layers=list(self.paged))
         self.seen: torch.Tensor | None = None  # [B, columns] bool, which columns were tokens; None while all were
 
     def allocated_bytes(self) -> int:
         """Bytes of all pools as allocated."""
-        return sum(layer.allocated_bytes() for layer in self.layers)
+        return sum(layer.allocated_bytes() for layer in self.paged)
 
     def held_bytes(self) -> int:
         """Bytes of all pages in use: `kv_bytes` of the plan, summed over the sequences."""
-        return sum(layer.held_bytes() for layer in self.layers)
+        return sum(layer.held_bytes() for layer in self.paged)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.seen = None
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Reorder the sequences for beam search."""
         super().reorder_cache(beam_idx)
         if self.seen is not None:

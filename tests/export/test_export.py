@@ -109,7 +109,12 @@ def test_dtype_shards_card_and_permissions(tmp_path):
     loaded = tiny_loaded("qwen3")
     folder = tmp_path / "new"
     report = export_checkpoint(
-        loaded, mixed_plan(shape_of(loaded.model)), folder, dtype="bfloat16", max_shard_size="20KB", recipe_text="a: 1\n"
+        loaded,
+        mixed_plan(shape_of(loaded.model)),
+        folder,
+        dtype="bfloat16",
+        max_shard_size="20KB",
+        recipe_text="a: 1\n",
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert loaded.model.dtype == torch.float32  # the dense model keeps its own

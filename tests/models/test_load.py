@@ -1,8 +1,7 @@
 """Loading by name: what is read, what is refused, and that nothing is unpickled."""
 
-import torch
-
 import pytest
+import torch
 
 from compress.errors import UserError
 from compress.models.families import FAMILIES, family_of

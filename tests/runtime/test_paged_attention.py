@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,8 +25,9 @@ spans = st.builds(
 )
 
 
-def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: list[Span]) -> torch.Tensor:
+def naive(qkv: Any, rule: list[Span]) -> torch.Tensor:
     """Softmax over an explicit N x N mask, `[B, H, N, D]`."""
+    query, key, value = qkv
     share = query.shape[1] // key.shape[1]
     positions = torch.arange(query.shape[2])
     out = []
@@ -48,7 +52,7 @@ class Module:
 
 def run(
     rule: list[Span],
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    qkv: Any,
     cuts: list[int],
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, PagedCache]:
@@ -56,18 +60,23 @@ def run(
     cache = PagedCache([rule])
     out = []
     edges = [0, *cuts, qkv[0].shape[2]]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         query, key, value = (tensor[:, :, start:stop] for tensor in qkv)
-        valid = None if mask is None else mask[:, start:stop]
+        valid = None if mask is None or mask[:, start:stop].all() else mask[:, start:stop]
         key, value = cache.update(key, value, 0)
         part, _ = plan_attention(
-            Module(rule), query, key, value, None, compress_step=Step(cache, None if valid is None or valid.all() else valid)
+            Module(rule),
+            query,
+            key,
+            value,
+            None,
+            compress_step=Step(cache, None if valid is None or valid.all() else valid),
         )
         out.append(part.transpose(1, 2))
     return torch.cat(out, dim=2), cache
 
 
-def random_qkv(batch: int, groups: int, share: int, length: int, seed: int) -> tuple[torch.Tensor, ...]:
+def random_qkv(batch: int, groups: int, share: int, length: int, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     make = lambda heads: torch.randn(batch, heads, length, HEAD_DIM, generator=generator) * 1.5  # noqa: E731
     return make(groups * share), make(groups), make(groups)
@@ -81,13 +90,13 @@ def test_one_shot_chunked_and_decoded_are_one_function(data: st.DataObject) -> N
     length = data.draw(st.integers(1, 330))
     batch = data.draw(st.integers(1, 2))
     qkv = random_qkv(batch, groups, share, length, data.draw(st.integers(0, 99)))
-    expected = naive(*qkv, rule)
+    expected = naive(qkv, rule)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=4)) - {length})
     tail = list(range(max(1, length - 5), length))  # the last tokens one by one, as in decoding
     for chunks in ([], cuts, sorted({*cuts, *tail})):
         out, cache = run(rule, qkv, chunks)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-        layer = cache.layers[0]
+        layer = cache.paged[0]
         held = sum(span.page_count(length) for span in rule) * batch
         page = PAGE * 2 * HEAD_DIM * 4
         assert layer.held_bytes() == held * page
@@ -106,12 +115,12 @@ def test_padding_on_either_side_changes_nothing(data: st.DataObject) -> None:
     mask[0, :left] = False
     mask[1, length - right :] = False
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
-    poisoned = tuple(tensor.masked_fill(~mask[:, None, :, None], float("nan")) for tensor in qkv)
+    poisoned: Any = tuple(tensor.masked_fill(~mask[:, None, :, None], float("nan")) for tensor in qkv)
     out, cache = run(rule, poisoned, cuts, mask)
     for row in range(3):
-        alone = tuple(tensor[row : row + 1, :, mask[row]] for tensor in qkv)
-        torch.testing.assert_close(out[row : row + 1, :, mask[row]], naive(*alone, rule), rtol=1e-4, atol=1e-5)
-    assert cache.layers[0].lengths == mask.sum(1).tolist()
+        alone: Any = tuple(tensor[row : row + 1, :, mask[row]] for tensor in qkv)
+        torch.testing.assert_close(out[row : row + 1, :, mask[row]], naive(alone, rule), rtol=1e-4, atol=1e-5)
+    assert cache.paged[0].lengths == mask.sum(1).tolist()
 
 
 def test_decode_ignores_what_lies_in_unused_slots() -> None:
@@ -120,10 +129,11 @@ def test_decode_ignores_what_lies_in_unused_slots() -> None:
     layer = PagedLayer(rule)
     layer.update(qkv[1], qkv[2])
     layer.append(qkv[1], qkv[2], [0])
+    assert layer.keys is not None and layer.values is not None
     places, numbers = layer.table()
     arguments = (torch.tensor([150]), rule)
     clean = decode(qkv[0][:, :, -1], layer.keys, layer.values, places, numbers, *arguments)
-    torch.testing.assert_close(clean, naive(*qkv, rule)[:, :, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(clean, naive(qkv, rule)[:, :, -1], rtol=1e-4, atol=1e-5)
     keys, values = layer.keys.clone(), layer.values.clone()
     slots = (numbers[..., None] * PAGE + torch.arange(PAGE)).flatten(2)[0]
     for group, span in enumerate(rule):
@@ -137,10 +147,10 @@ def test_decode_ignores_what_lies_in_unused_slots() -> None:
 
 def test_gradients_are_those_of_the_masked_softmax() -> None:
     rule = [Span(4, 20, 0.25), Span()]
-    qkv = [tensor.double().requires_grad_() for tensor in random_qkv(2, 2, 2, 77, seed=5)]
+    qkv: Any = [tensor.double().requires_grad_() for tensor in random_qkv(2, 2, 2, 77, seed=5)]
     weight = torch.randn(2, 4, 77, HEAD_DIM, dtype=torch.double)
-    expected = torch.autograd.grad((naive(*qkv, rule) * weight).sum(), qkv)
-    found = torch.autograd.grad((prefill(*qkv, rule) * weight).sum(), qkv)
+    expected = torch.autograd.grad((naive(qkv, rule) * weight).sum(), qkv)
+    found = torch.autograd.grad((prefill(qkv[0], qkv[1], qkv[2], rule) * weight).sum(), qkv)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -167,23 +177,24 @@ def test_sequences_can_be_selected_repeated_and_reordered() -> None:
     more = random_qkv(3, 2, 1, 1, seed=8)
     key, value = cache.update(more[1], more[2], 0)
     out, _ = plan_attention(Module(rule), more[0], key, value, None, compress_step=Step(cache))
-    whole = [torch.cat([old[order], new], dim=2) for old, new in zip(qkv, more, strict=True)]
-    torch.testing.assert_close(out.transpose(1, 2), naive(*whole, rule)[:, :, -1:], rtol=1e-4, atol=1e-5)
+    whole: Any = [torch.cat([old[order], new], dim=2) for old, new in zip(qkv, more, strict=True)]
+    torch.testing.assert_close(out.transpose(1, 2), naive(whole, rule)[:, :, -1:], rtol=1e-4, atol=1e-5)
     cache.batch_select_indices(torch.tensor([True, False, True]))
-    assert cache.layers[0].lengths == [201, 201]
+    assert cache.paged[0].lengths == [201, 201]
     cache.batch_repeat_interleave(2)
-    assert cache.layers[0].lengths == [201] * 4
+    assert cache.paged[0].lengths == [201] * 4
     assert cache.held_bytes() == cache.allocated_bytes()
 
 
 def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
     cache = PagedCache([[Span()]])
     with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.layers[0].crop(-1)
+        cache.paged[0].crop(-1)
     with pytest.raises(ValueError, match="cannot be offloaded"):
-        cache.layers[0].offload()
+        cache.paged[0].offload()
     with pytest.raises(RuntimeError, match="only inside a model"):
-        plan_attention(Module([Span()]), *random_qkv(1, 1, 1, 2, 0), None)
+        query, key, value = random_qkv(1, 1, 1, 2, 0)
+        plan_attention(Module([Span()]), query, key, value, None)
     token = torch.randn(2, 1, 1, HEAD_DIM)
     cache.update(token, token, 0)
     with pytest.raises(ValueError, match="batch size: expected 2 as cached, got 1"):

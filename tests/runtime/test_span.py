@@ -88,6 +88,7 @@ def test_plan_to_spans_keeps_the_architectures_own_window() -> None:
 def test_native_windows_reads_both_forms() -> None:
     class Config:
         sliding_window = 50
+        layer_types: list[str] | None = None
 
     assert native_windows(Config(), 2) == [50, 50]
     Config.layer_types = ["full_attention", "sliding_attention"]

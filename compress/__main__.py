@@ -1,0 +1,6 @@
+"""`python -m compress`."""
+
+from compress.cli.app import main
+
+if __name__ == "__main__":
+    main()

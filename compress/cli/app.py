@@ -1,0 +1,53 @@
+"""The `compress` command: gathers the commands of this folder."""
+
+from __future__ import annotations
+
+import typer
+
+from compress import __version__
+from compress.cli import doctor, evaluate, export, inspect, profile, recipes, run, search, validate
+from compress.cli.output import guarded
+
+EPILOG = "Start with: compress run recipes/smollm2-quickstart.yaml"
+
+app = typer.Typer(
+    name="compress",
+    help="Makes Hugging Face transformers cheaper head by head, and writes a checkpoint that loads anywhere.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+STAGES, FILES = "The whole run, and its stages", "Files and machine"
+for name, panel, command in (
+    ("run", STAGES, run.run),
+    ("profile", STAGES, profile.profile),
+    ("search", STAGES, search.search),
+    ("export", STAGES, export.export),
+    ("eval", STAGES, evaluate.evaluate),
+    ("validate", FILES, validate.validate),
+    ("inspect", FILES, inspect.inspect),
+    ("recipes", FILES, recipes.recipes),
+    ("doctor", FILES, doctor.doctor),
+):
+    app.command(name, rich_help_panel=panel)(guarded(command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Makes Hugging Face transformers cheaper head by head, and writes a checkpoint that loads anywhere."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,143 @@
+"""`compress inspect`: what a plan, a profile or a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli.output import AsJson, Verbose, duration, size
+
+if TYPE_CHECKING:
+    from compress.plan import Plan
+
+LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
+Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a profile, a checkpoint or a run folder.")]
+
+
+def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Print a plan's head map, a profile's statistics, or a checkpoint's plan, with bytes and provenance."""
+    from rich.console import Console
+
+    console = Console()
+    kind, place = identify(Path(path))
+    if kind == "profile":
+        from compress.profile.store import read_profile
+
+        profile = read_profile(place)
+        if as_json:
+            typer.echo(profile.header.to_json(), nl=False)
+            return
+        _print_profile(profile, console)
+        return
+    from compress.plan import read_plan
+
+    plan = read_plan(place)
+    if as_json:
+        typer.echo(plan.to_json(), nl=False)
+        return
+    if kind == "checkpoint":
+        _print_checkpoint(place.parent)
+    _print_plan(plan, console)
+
+
+def identify(path: Path) -> tuple[str, Path]:
+    """(`plan`, its file), (`profile`, its folder) or (`checkpoint`, the plan in it); a run folder counts as its plan.
+
+    Raises:
+        UserError: there is no such path, or it is none of these.
+    """
+    from compress.errors import UserError
+
+    if not path.exists():
+        raise UserError("no such file or folder", where=str(path))
+    if path.is_file():
+        if path.name in ("profile.json", "statistics.safetensors"):
+            return "profile", path.parent
+        return "plan", path
+    for name, kind, place in (
+        ("compress_plan.json", "checkpoint", path / "compress_plan.json"),
+        ("profile.json", "profile", path),
+        ("plan.json", "plan", path / "plan.json"),
+    ):
+        if (path / name).is_file():
+            return kind, place
+    raise UserError(
+        "this folder is no profile, no checkpoint with a plan, and no run with a plan",
+        where=str(path),
+        expected="profile.json, compress_plan.json or plan.json in it",
+        found=", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder",
+    )
+
+
+def span_text(span: Any) -> str:
+    """A span in a few characters: `full`, or sink + fixed window + share of the position."""
+    if span.is_full:
+        return "full"
+    share = f"+{span.beta:g}t" if span.beta else ""
+    return f"{span.sink}|{span.alpha}{share}"
+
+
+def _print_plan(plan: Plan, console: Any) -> None:
+    from rich.table import Table
+
+    from compress.targets.cost import dense_kv_bytes, kv_bytes
+
+    model, spans = plan.model, plan.spans()
+    typer.echo(
+        f"{model.architecture}: {model.layers} layers, {model.kv_heads} head groups of "
+        f"{model.query_heads // model.kv_heads} query heads, head size {model.head_dim}"
+    )
+    typer.echo(f"model {model.fingerprint}")
+    table = Table(
+        title="spans", caption="sink|window; +0.25t: the window grows by a quarter of the position t", box=None
+    )
+    table.add_column("layer", justify="right")
+    for group in range(model.kv_heads):
+        table.add_column(f"group {group}", no_wrap=True)
+    for number, row in enumerate(spans):
+        table.add_row(str(number), *(span_text(span) for span in row))
+    console.print(table)
+    groups = model.layers * model.kv_heads
+    costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
+    for column in ("tokens", "plan", "dense", "share"):
+        costs.add_column(column, justify="right")
+    for length in sorted({*LENGTHS, *plan.predicted.kv_bytes}):
+        used, dense = kv_bytes(spans, length, model.head_dim, 2), dense_kv_bytes(groups, length, model.head_dim, 2)
+        costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
+    console.print(costs)
+    full = sum(span.is_full for row in spans for span in row)
+    typer.echo(f"{full} of {groups} head groups see everything")
+    if plan.provenance:
+        typer.echo("provenance " + json.dumps(plan.provenance))
+
+
+def _print_profile(profile: Any, console: Any) -> None:
+    from rich.table import Table
+
+    header = profile.header
+    typer.echo(f"{header.model.architecture}: {header.model.layers} layers, {header.model.kv_heads} head groups")
+    typer.echo(f"model {header.fingerprint}")
+    counts = ", ".join(f"{count} of {length:,} tokens" for length, count in sorted(header.documents.items()))
+    typer.echo(f"documents {counts}; seed {header.seed}")
+    typer.echo(f"took {duration(header.seconds)}, peak memory {size(header.peak_memory_bytes)}")
+    if header.loss:
+        typer.echo("loss " + ", ".join(f"{loss:.4f} at {length:,}" for length, loss in sorted(header.loss.items())))
+    table = Table(title="tensors", box=None)
+    for column in ("statistic", "tensor", "shape", "axes", "unit"):
+        table.add_column(column, no_wrap=column == "tensor", overflow="fold")
+    for name, statistic in header.statistics.items():
+        for key, entry in statistic.tensors.items():
+            table.add_row(name, key, " x ".join(map(str, entry.shape)), ", ".join(entry.axes), entry.unit)
+    console.print(table)
+
+
+def _print_checkpoint(folder: Path) -> None:
+    """What is in a checkpoint besides its plan."""
+    weights = sorted(folder.glob("*.safetensors"))
+    typer.echo(f"{folder}: {len(weights)} weight file(s), {size(sum(path.stat().st_size for path in weights))}")
+    checks = folder / "compress_checks.json"
+    if checks.is_file():
+        typer.echo("verified " + checks.read_text(encoding="utf-8").replace("\n", "").replace("  ", " "))

@@ -1,0 +1,49 @@
+"""`compress run`."""
+
+from __future__ import annotations
+
+import time
+
+import typer
+
+from compress.cli.output import AsJson, Fresh, Overwrite, RecipeFile, Verbose, duration, say, size
+
+
+def run(
+    recipe: RecipeFile,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Profile, search, export and evaluate, and print what was kept and lost.
+
+    What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
+    depend on it run again.
+    """
+    from rich.console import Console
+
+    from compress.cli.environment import peak_memory
+    from compress.cli.session import open_session
+    from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
+
+    started = time.monotonic()
+    with open_session(recipe, overwrite=overwrite, fresh=fresh) as session:
+        profile_stage(session)
+        search_stage(session)
+        checkpoint = export_stage(session, overwrite=overwrite)
+        comparison = evaluate_stage(session)
+        stages = {name: entry["seconds"] for name, entry in session.run.stages().items()}
+        seconds, peak = round(time.monotonic() - started, 1), peak_memory()
+        session.run.log("summary", seconds=seconds, peak_memory_bytes=peak, stages=stages)
+    if as_json:
+        typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
+    else:
+        comparison.print(Console())
+        typer.echo(f"\ncheckpoint   {checkpoint}")
+        typer.echo(f"run folder   {session.run.path}")
+        typer.echo("stages       " + ", ".join(f"{name} {duration(taken)}" for name, taken in stages.items()))
+        typer.echo(f"this command {duration(seconds)}, peak memory {size(peak)}")
+    say("")
+    say("Load it anywhere that has torch and transformers:")
+    say(f'  AutoModelForCausalLM.from_pretrained("{checkpoint}", trust_remote_code=True)')

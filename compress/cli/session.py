@@ -1,0 +1,147 @@
+"""One command's work on a recipe: the run folder it holds, and the model, loaded when first needed."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.cli import methods
+from compress.cli.output import say
+from compress.recipe import Recipe, load_recipe
+from compress.runfolder import RunFolder, open_run, stage_key, write_json
+
+if TYPE_CHECKING:
+    from compress.models.load import LoadedModel
+    from compress.models.shape import ModelShape
+
+
+@dataclass
+class Session:
+    """A recipe with its run folder."""
+
+    recipe: Recipe
+    run: RunFolder
+    resolved: dict[str, Any]
+
+    @functools.cached_property
+    def loaded(self) -> LoadedModel:
+        """The dense model."""
+        import transformers
+
+        from compress.models.load import load_model
+
+        transformers.utils.logging.disable_progress_bar()
+        device = resolve_device(self.recipe.device)
+        started = time.monotonic()
+        loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        say(
+            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
+            f"loaded in {time.monotonic() - started:.1f} s"
+        )
+        return loaded
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint of the model."""
+        from compress.models.shape import shape_of
+
+        return shape_of(self.loaded.model)
+
+    @staticmethod
+    def shape_line(model: Any) -> str:
+        """Sizes in words."""
+        config = model.config
+        parameters = sum(weight.numel() for weight in model.parameters())
+        return (
+            f"{config.num_hidden_layers} layers, {config.num_attention_heads} query and "
+            f"{config.num_key_value_heads} key/value heads, {parameters / 1e6:.3g}M parameters"
+        )
+
+    def profile_key(self) -> str:
+        """All that a profile depends on."""
+        calibration = self.resolved["calibration"]
+        return stage_key(
+            "profile",
+            self.shape.fingerprint,
+            self.recipe.dtype,
+            self.recipe.seed,
+            calibration["text"],
+            calibration["documents"],
+            self.resolved["profile"],
+        )
+
+    def search_key(self) -> str:
+        """All that a plan depends on."""
+        held_out = self.resolved["calibration"]["held_out"]
+        return stage_key("search", self.profile_key(), held_out, self.resolved["search"])
+
+    def export_key(self) -> str:
+        """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
+        return stage_key("export", self._content(self.run.plan), self.recipe.dtype, self.resolved["export"])
+
+    def evaluate_key(self) -> str:
+        """All that the numbers depend on."""
+        baselines = [self._content(path) for path in sorted((self.run.path / "search").glob("*.json"))]
+        return stage_key(
+            "evaluate",
+            self._content(self.run.plan),
+            baselines,
+            self.recipe.dtype,
+            self.loaded.model.device.type,
+            self.recipe.seed,
+            self.resolved["evaluate"],
+        )
+
+    @staticmethod
+    def _content(path: Path) -> str:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@contextmanager
+def open_session(recipe_file: str, *, overwrite: bool = False, fresh: bool = False) -> Iterator[Session]:
+    """Load a recipe and hold its run folder.
+
+    Raises:
+        UserError: a wrong recipe, or a folder that cannot be used (see `open_run`).
+    """
+    import yaml
+
+    from compress.cli.environment import environment
+
+    recipe = load_recipe(recipe_file, methods.load())
+    resolved = recipe.resolved()
+    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    output = Path(recipe.output).expanduser()
+    with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
+        write_json(run.path / "environment.json", environment())
+        run.log("start", recipe=str(recipe.source))
+        yield Session(recipe, run, resolved)
+        run.log("end")
+
+
+def resolve_device(name: str) -> str:
+    """The device of `auto`, or the one that is named.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    import torch
+
+    from compress.errors import UserError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind, _, number = name.partition(":")
+    if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
+        raise UserError(
+            f"device `{name}` is not there",
+            expected="auto, or one of " + ", ".join(kind for kind, found in there.items() if found),
+            fix="`compress doctor` lists the devices",
+        )
+    return name

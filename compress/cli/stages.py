@@ -1,0 +1,258 @@
+"""The four stages of a run, as one function each: skip what is done, say what is missing, do it, note it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from compress.cli.output import duration, progress, say, size
+from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.cli.session import Session
+    from compress.data.document import Document
+    from compress.evaluate.comparison import Comparison
+    from compress.plan import Plan
+    from compress.profile.store import Profile
+    from compress.registry import Method
+
+Result = TypeVar("Result")
+
+
+def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
+    """Calibration documents and the statistics taken on them.
+
+    Args:
+        must_be_done: only read what is there.
+
+    Raises:
+        UserError: not done although it must be, or it failed (see `run_profile`).
+    """
+    from compress.profile.runner import run_profile
+    from compress.profile.store import read_profile
+
+    key, run, recipe = session.profile_key(), session.run, session.recipe
+    if run.stage_done("profile", key):
+        if not must_be_done:
+            say(f"profile: done before, {run.profile}")
+        return read_profile(run.profile, session.shape)
+    if must_be_done:
+        raise _missing(session, "profile", run.profile)
+
+    def work() -> Profile:
+        documents = _documents(session, recipe.calibration.documents, "calibration")
+        statistics: Any = recipe.profile.statistics
+        with progress("profile") as report:
+            return run_profile(session.loaded, documents, statistics, run.profile, seed=recipe.seed, progress=report)
+
+    profile = _timed(session, "profile", key, ["profile/profile.json", "profile/statistics.safetensors"], work)
+    header = profile.header
+    counts = ", ".join(f"{count} x {length:,} tokens" for length, count in sorted(header.documents.items()))
+    say(
+        f"profile: {counts}; {', '.join(header.statistics)}; {duration(header.seconds)}, "
+        f"peak memory {size(header.peak_memory_bytes)}"
+    )
+    return profile
+
+
+def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
+    """The plan, chosen by measured loss on the held-out documents. Arguments and errors as in `profile_stage`."""
+    from compress.plan import read_plan
+    from compress.search.search import run_search
+
+    key, run, recipe = session.search_key(), session.run, session.recipe
+    if run.stage_done("search", key):
+        if not must_be_done:
+            say(f"search: done before, {run.plan}")
+        return read_plan(run.plan, session.shape)
+    if must_be_done:
+        raise _missing(session, "search", run.plan)
+    profile = profile_stage(session, must_be_done=True)
+
+    def work() -> Any:
+        held_out = _documents(session, recipe.calibration.held_out, "held_out")
+        section: Any = recipe.search
+        with progress("search") as report:
+            return run_search(session.loaded, profile, held_out, section, run.path, progress=report)
+
+    result = _timed(session, "search", key, ["plan.json", "search"], work)
+    plan: Plan = result.plan
+    say(f"search: {result.report['why']}")
+    for length, used in sorted(plan.predicted.kv_bytes.items()):
+        dense = plan.predicted.dense_kv_bytes[length]
+        say(f"search: KV cache at {length:,} tokens {size(used)}, {used / dense:.1%} of the dense model's")
+    return plan
+
+
+def export_stage(session: Session, *, overwrite: bool = False) -> Path:
+    """The verified checkpoint. A checkpoint that an earlier export of this run wrote is replaced.
+
+    Raises:
+        UserError: there is no plan, or `checkpoint/` holds something that no export of this run wrote and `overwrite`
+            is not given, or the export failed (see `export_checkpoint`).
+    """
+    from compress.export.export import export_checkpoint
+
+    run, recipe = session.run, session.recipe
+    plan = search_stage(session, must_be_done=True)
+    key = session.export_key()
+    if run.stage_done("export", key):
+        say(f"export: done before, {run.checkpoint}")
+        return run.checkpoint
+    ours = "export" in run.stages()
+
+    def work() -> Any:
+        return export_checkpoint(
+            session.loaded,
+            plan,
+            run.checkpoint,
+            recipe_text=recipe.text,
+            dtype=recipe.export.dtype,
+            max_shard_size=recipe.export.max_shard_size,
+            overwrite=overwrite or ours,
+            progress=lambda line: say(f"  export: {line}"),
+        )
+
+    report = _timed(session, "export", key, ["checkpoint/config.json"], work)
+    checks = report.checks
+    say(f"export: {report.path}, {size(report.bytes)}")
+    say(
+        f"export: a fresh process without `compress` loads it as {checks.loaded_as}; largest logit difference "
+        f"{checks.logit_difference:.1e} (allowed {checks.tolerance:.0e}); cache at {checks.probe_tokens:,} tokens "
+        f"{size(checks.cache_bytes)} as predicted, dense {size(checks.dense_bytes)}"
+    )
+    return run.checkpoint
+
+
+def evaluate_stage(session: Session) -> Comparison:
+    """Perplexity and recall of the dense model, the plan and the baselines; also into the checkpoint's card.
+
+    Raises:
+        UserError: there is no plan, a baseline is not there, or the evaluation failed (see `compare`).
+    """
+    from compress.evaluate.compare import compare
+    from compress.evaluate.comparison import read_comparison
+
+    run, recipe = session.run, session.recipe
+    plan = search_stage(session, must_be_done=True)
+    variants = _variants(session, plan)
+    key, path = session.evaluate_key(), run.path / "evaluation.json"
+    request: Any = recipe.evaluate.perplexity
+    tasks: Any = recipe.evaluate.recall
+
+    def work() -> Comparison:
+        with progress("evaluate") as report:
+            comparison = compare(
+                session.loaded,
+                variants,
+                perplexity_request=request,
+                recall_requests=tasks,
+                recall_text=None if request is not None else _text(session),
+                seed=recipe.seed,
+                cache_dir=run.path / "evaluation",
+                progress=report,
+            )
+        comparison.write(path)
+        return comparison
+
+    if run.stage_done("evaluate", key):
+        say(f"evaluate: done before, {path}")
+        comparison = read_comparison(path)
+    else:
+        comparison = _timed(session, "evaluate", key, ["evaluation.json"], work)
+    if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
+        from compress.export.export import update_card
+
+        update_card(run.checkpoint, session.loaded, markdown(comparison))
+    return comparison
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table of a comparison in Markdown, with its conditions above and below."""
+    table = comparison.table()
+    heads = [str(column.header).replace("\n", " ") for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    lines = [str(table.title), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines += [f"| {' | '.join(row)} |" for row in zip(*cells, strict=True)]
+    return "\n".join([*lines, *(["", str(table.caption)] if table.caption else [])])
+
+
+def _variants(session: Session, plan: Plan) -> list[Any]:
+    """The dense model, then what the recipe compares with it."""
+    from compress.evaluate.compare import Variant
+    from compress.plan import read_plan
+    from compress.search.select import plan_key
+    from compress.targets.apply import planned_model
+    from compress.targets.cost import dense_kv_bytes, kv_bytes
+
+    shape, model = session.shape, session.loaded.model
+    itemsize = model.dtype.itemsize
+    evaluate: Any = session.recipe.evaluate
+    asked = [*evaluate.recall, *([evaluate.perplexity] if evaluate.perplexity is not None else [])]
+    lengths = sorted({int(request.length) for request in asked})
+    groups = shape.layers * shape.kv_heads
+    plans = {"plan": plan}
+    for name in evaluate.compare:
+        if name != "plan":
+            path = session.run.path / "search" / f"{name}.json"
+            if not path.is_file():
+                say(f"evaluate: no {name} window fits the budget, so there is no such row")
+                continue
+            plans[name] = read_plan(path, shape)
+    if "plan" not in evaluate.compare:
+        del plans["plan"]
+    dense = {length: dense_kv_bytes(groups, length, shape.head_dim, itemsize) for length in lengths}
+    variants = [Variant("dense", lambda: model, "dense", dense)]
+    for name, entry in plans.items():
+        spans = entry.spans()
+        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
+
+        def build(entry: Plan = entry) -> Any:
+            return planned_model(model, entry)
+
+        variants.append(Variant(name, build, plan_key(entry), held))
+    return variants
+
+
+def _documents(session: Session, requests: Sequence[Method], part: str) -> dict[int, list[Document]]:
+    """The documents of a part of the text, with the dense model's answers."""
+    from compress.data.calibration import calibration_documents
+
+    if not requests:
+        return {}
+    given: Any = {"requests": requests, "text": _text(session), "split": part}
+    with progress(f"documents ({part.replace('_', ' ')})") as report:
+        return calibration_documents(
+            session.loaded,
+            seed=session.recipe.seed,
+            cache_dir=session.run.path / "calibration",
+            progress=report,
+            **given,
+        )
+
+
+def _text(session: Session) -> Any:
+    return session.recipe.calibration.text
+
+
+def _timed(session: Session, stage: str, key: str, made: list[str], work: Callable[[], Result]) -> Result:
+    """Run a stage, note its time, and mark it as done. Until then it counts as not done, whatever lies there."""
+    run = session.run
+    say(f"{stage}: starting")
+    run.log("begin", stage=stage)
+    started = time.monotonic()
+    result = work()
+    run.finish(stage, key, seconds=time.monotonic() - started, made=made)
+    return result
+
+
+def _missing(session: Session, stage: str, where: Path) -> UserError:
+    """What to say when a command needs a stage that was not run, or was run for another recipe."""
+    older = stage in session.run.stages()
+    return UserError(
+        f"the {stage} stage was run for an earlier form of this recipe" if older else f"the {stage} stage is missing",
+        where=str(where),
+        fix=f"compress {stage} {session.recipe.source}, or all at once: compress run {session.recipe.source}",
+    )

@@ -1,0 +1,220 @@
+"""Measures several variants of one model on the same items, one in memory at a time, and keeps what is done."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from pydantic import BaseModel, ValidationError
+
+from compress.data.calibration import Loaded, Progress
+from compress.data.files import key_of, text_key, write_atomic
+from compress.data.prompt import Prompt, RecallTask, Task
+from compress.data.text import EmbeddedText, TextSource, split_text, tokenise
+from compress.errors import UserError
+from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
+from compress.evaluate.recall import RecallResult, recall
+from compress.models.shape import shape_of
+
+SCHEMA = 1  # of the kept measurements
+Result = TypeVar("Result", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to measure.
+
+    Attributes:
+        name: its row in the table: `dense`, `plan`, `uniform`, ...
+        build: makes the model; called only when something is not measured yet, and the model is let go afterwards.
+        key: what the variant depends on besides the dense model's weights (a hash of its plan), for resuming.
+        kv_bytes: bytes of KV cache of one sequence by length.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    key: str = ""
+    kv_bytes: dict[int, int] = field(default_factory=dict)
+
+
+def compare(
+    loaded: Loaded,
+    variants: Sequence[Variant],
+    *,
+    perplexity_request: PerplexityRequest | None,
+    recall_requests: Sequence[Task],
+    recall_text: TextSource | None = None,
+    seed: int,
+    cache_dir: Path,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Perplexity and recall of every variant on the same windows and prompts, all of the evaluation part of the text.
+
+    Each measurement of each variant is a file in `cache_dir`, named after all that it depends on; what is there is
+    not measured again.
+
+    Args:
+        loaded: the dense model, whose tokenizer, context, precision and device hold for all variants.
+        variants: the dense one first, named `dense`.
+        recall_text: where the haystacks come from; by default the perplexity's text, or else the embedded one.
+        progress: called with (steps done, steps in all, what), a step being a window or a prompt of one variant.
+
+    Raises:
+        UserError: a request fits neither the model's context nor the text; nothing has been measured then.
+        ValueError: the first variant is not `dense`, or two have one name.
+    """
+    names = [variant.name for variant in variants]
+    if not names or names[0] != "dense" or len(set(names)) != len(names):
+        raise ValueError(f"expected different variants with `dense` first, got {names}")
+    if recall_text is None:
+        recall_text = EmbeddedText() if perplexity_request is None else perplexity_request.text
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    windows: list[int] = []
+    if perplexity_request is not None:
+        windows = tokenise(loaded.tokenizer, split_text(perplexity_request.text.load(), "evaluation"))
+        check_request(perplexity_request, len(windows), context)
+    asked = _prompts(loaded, recall_requests, recall_text, seed, context)
+
+    parameter = next(loaded.model.parameters())
+    dtype, device = str(parameter.dtype).removeprefix("torch."), _device(parameter.device)
+    fingerprint = shape_of(loaded.model).fingerprint
+    steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked))
+    meter = _Meter(steps * len(variants), progress)
+    rows = []
+    for variant in variants:
+        facts = [SCHEMA, fingerprint, dtype, parameter.device.type, variant.name, variant.key]
+        bench = _Bench(variant, loaded.tokenizer, cache_dir, facts, meter)
+        measured = bench.perplexity(perplexity_request, windows) if perplexity_request is not None else None
+        recalled = [
+            bench.recall(task, prompts, batch_size) for task, prompts in zip(recall_requests, asked, strict=True)
+        ]
+        rows.append(
+            VariantResult(
+                name=variant.name,
+                kv_bytes=variant.kv_bytes,
+                perplexity=measured,
+                recall=recalled,
+                seconds=round(bench.seconds, 2),
+            )
+        )
+    return Comparison(
+        model=loaded.name,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        perplexity=perplexity_request.model_dump(mode="json") if perplexity_request else None,
+        recall=[task.model_dump(mode="json") for task in recall_requests],
+        text=recall_text.model_dump(mode="json") if recall_requests else None,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        variants=rows,
+    )
+
+
+class _Meter:
+    """Counts steps over all variants."""
+
+    def __init__(self, total: int, report: Progress | None) -> None:
+        self.total, self.report, self.done = total, report, 0
+
+    def within(self, what: str) -> Callable[[int, int], None]:
+        """A callback for one measurement that starts at what is done so far."""
+        start = self.done
+
+        def step(done: int, _: int) -> None:
+            self.done = start + done
+            if self.report is not None:
+                self.report(self.done, self.total, what)
+
+        return step
+
+
+class _Bench:
+    """One variant: builds its model when first needed, and reads or writes its measurements."""
+
+    def __init__(self, variant: Variant, tokenizer: Any, folder: Path, facts: list[Any], meter: _Meter) -> None:
+        self.variant, self.tokenizer, self.folder, self.facts, self.meter = variant, tokenizer, folder, facts, meter
+        self.seconds = 0.0
+        self._model: Any = None
+
+    def perplexity(self, request: PerplexityRequest, text: list[int]) -> PerplexityResult:
+        """Perplexity, measured or read."""
+        step = self.meter.within(f"{self.variant.name}: perplexity")
+        facts = ["perplexity", request.model_dump(mode="json"), text_key(str(text))]
+        return self._kept(
+            facts, PerplexityResult, lambda: perplexity(self.model, text, request, progress=step), step, request.windows
+        )
+
+    def recall(self, task: Task, prompts: list[Prompt], batch_size: int) -> RecallResult:
+        """One recall task, measured or read."""
+        step = self.meter.within(f"{self.variant.name}: {task.name}")
+        tokens = text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
+        facts = ["recall", task.model_dump(mode="json"), tokens, batch_size]
+        return self._kept(
+            facts,
+            RecallResult,
+            lambda: recall(self.model, self.tokenizer, task, prompts, batch_size=batch_size, progress=step),
+            step,
+            len(prompts),
+        )
+
+    @property
+    def model(self) -> Any:
+        """The variant's model."""
+        if self._model is None:
+            self._model = self.variant.build()
+        return self._model
+
+    def _kept(
+        self,
+        facts: list[Any],
+        kind: type[Result],
+        measure: Callable[[], Result],
+        step: Callable[[int, int], None],
+        steps: int,
+    ) -> Result:
+        path = self.folder / f"{self.variant.name}-{facts[0]}-{key_of(self.facts, facts)}.json"
+        try:
+            result = kind.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError, UnicodeDecodeError):
+            started = time.perf_counter()
+            result = measure()
+            self.seconds += time.perf_counter() - started
+            write_atomic(path, result.model_dump_json(indent=1) + "\n")
+        step(steps, steps)
+        return result
+
+
+def _prompts(
+    loaded: Loaded, requests: Sequence[Task], text: TextSource, seed: int, context: int | None
+) -> list[list[Prompt]]:
+    """The prompts of every request."""
+    if not requests:
+        return []
+    for task in requests:
+        if not isinstance(task, RecallTask):
+            raise UserError(
+                f"`{task.task}` has no right answer to compare with",
+                where=task.name,
+                expected="a task with a right answer: passkey, key_value",
+            )
+    tokens = tokenise(loaded.tokenizer, split_text(text.load(), "evaluation"))
+    return [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]
+
+
+def _device(device: torch.device) -> str:
+    """A device's name for tables: the GPU's own, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,142 @@
+"""The side-by-side result of several models on the same items: its file form and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from compress.data.files import write_atomic
+from compress.errors import Problem, UserError
+from compress.evaluate.perplexity import PerplexityResult
+from compress.evaluate.recall import RecallResult
+
+
+class VariantResult(BaseModel):
+    """One row: a model variant and all that was measured on it.
+
+    Attributes:
+        kv_bytes: bytes of KV cache of one sequence by length, as the plan predicts them.
+        recall: one result for each recall task, in the order of the columns.
+        seconds: wall clock of the measurements, from the run that made them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kv_bytes: dict[int, int] = {}
+    perplexity: PerplexityResult | None = None
+    recall: list[RecallResult] = []
+    seconds: float = 0.0
+
+
+class Comparison(BaseModel):
+    """Variants beside each other, the dense model first.
+
+    Attributes:
+        perplexity, recall: the requests, as in the recipe.
+        text: what the recall haystacks were cut from, as in the recipe.
+        versions: Python, torch and transformers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    model: str
+    fingerprint: str
+    dtype: str
+    device: str
+    seed: int
+    batch_size: int
+    perplexity: dict[str, Any] | None
+    recall: list[dict[str, Any]]
+    text: dict[str, Any] | None
+    versions: dict[str, str]
+    variants: list[VariantResult] = Field(min_length=1)
+
+    @property
+    def dense(self) -> VariantResult:
+        """The row that the others are measured against."""
+        return self.variants[0]
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file, atomically."""
+        write_atomic(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+
+    def table(self) -> Table:
+        """The table: a row a variant, columns for KV bytes, perplexity and each recall task."""
+        table = Table(title=f"{self.model}, {self.dtype} on {self.device}, seed {self.seed}", caption=self._caption())
+        table.add_column("variant", no_wrap=True)
+        lengths = sorted({length for variant in self.variants for length in variant.kv_bytes})
+        for length in lengths:
+            table.add_column(f"KV bytes\nat {length:,}", justify="right")
+        if self.perplexity is not None:
+            table.add_column(f"perplexity\nat {self.perplexity['length']:,}", justify="right")
+            table.add_column("over\ndense", justify="right")
+        for request in self.recall:
+            table.add_column(f"{request['task']}\nat {request['length']:,}", justify="right")
+        for variant in self.variants:
+            table.add_row(variant.name, *self._cells(variant, lengths))
+        return table
+
+    def print(self, console: Console) -> None:
+        """Print the table."""
+        console.print(self.table())
+
+    def _cells(self, variant: VariantResult, lengths: list[int]) -> list[str]:
+        cells = []
+        for length in lengths:
+            size, dense = variant.kv_bytes.get(length), self.dense.kv_bytes.get(length)
+            share = f" ({size / dense:.0%})" if size is not None and dense else ""
+            cells.append("" if size is None else f"{size / 2**20:,.2f} MiB{share}")
+        if self.perplexity is not None:
+            own, base = variant.perplexity, self.dense.perplexity
+            cells.append("" if own is None else f"{own.perplexity:.3f}")
+            if own is None or base is None or variant is self.dense:
+                cells.append("")
+            else:
+                cells.append(f"{own.perplexity / base.perplexity - 1:+.1%}")
+        for result in variant.recall:
+            low, high = result.interval
+            cells.append(f"{result.accuracy:.2f} ({low:.2f} to {high:.2f})")
+        return cells
+
+    def _caption(self) -> str:
+        parts = []
+        if self.perplexity is not None:
+            parts.append(f"perplexity: {self.perplexity['windows']} windows of {self.perplexity['length']:,} tokens")
+        for request in self.recall:
+            parts.append(
+                f"{request['task']} at {request['length']:,}: {request['count']} prompts in {request['haystack']} text"
+            )
+        if self.recall:
+            parts.append(f"in parentheses Wilson's 95% interval; batch {self.batch_size}")
+        return "; ".join(parts)
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read what `Comparison.write` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or of another version; all problems at once.
+    """
+    try:
+        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("the comparison cannot be read", where=str(path), found=error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise UserError("the comparison is not UTF-8", where=str(path)) from error
+    except ValidationError as error:
+        raise UserError(
+            [
+                Problem(
+                    f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}",
+                    where=str(path),
+                    found=str(item["input"])[:80],
+                )
+                for item in error.errors()
+            ]
+        ) from error

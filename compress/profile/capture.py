@@ -1,0 +1,266 @@
+"""Runs a document through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
+
+The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same with
+SDPA and keeps what the tiles need. With gradients the layers arrive in backward order, inside the backward pass: a
+node of the autograd graph right behind each attention output saves Q, K and V, receives dLoss/dO, and is freed with
+what it saved as soon as it has handed the layer on. Under gradient checkpointing autograd recomputes the saved
+tensors of a layer just before its node runs, and nothing here has to know. Without gradients the layers arrive in
+forward order.
+
+The mask function that is registered beside it makes no mask at all: causality, the architecture's sliding window and
+padding are handled here, so that no N x N mask exists either.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from compress.errors import UserError
+from compress.profile.memory import needs_checkpointing
+from compress.profile.tiles import LayerTensors
+
+if TYPE_CHECKING:
+    from compress.models.shape import ModelShape
+
+NAME = "compress_profile"
+HALF_SCALE = 2.0**12  # loss scale of float16 models, whose smallest gradients would be flushed to zero
+
+Consume = Callable[[LayerTensors], None]
+
+
+class Capture:
+    """Context manager in which `run` passes documents through a model.
+
+    While it is open the model is in eval mode, its weights need no gradient and its attention is the one described
+    above; on leaving, also by an exception, all of that is as it was. One capture can be open at a time.
+
+    Args:
+        model: a causal language model of a supported family.
+        shape: its shape.
+        consume: called once per layer and document.
+        gradient: run a backward pass and give `output_gradient`.
+        checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations; None
+            decides per document from an estimate and the free memory. The numbers are the same.
+    """
+
+    def __init__(
+        self, model: Any, shape: ModelShape, consume: Consume, *, gradient: bool, checkpointing: bool | None = None
+    ) -> None:
+        self.model = model
+        self.shape = shape
+        self.consume = consume
+        self.gradient = gradient
+        self.checkpointing = checkpointing
+        self._undo = ExitStack()
+        self._start = 0
+        self._end = 0
+        self._scale = 1.0
+
+    def __enter__(self) -> Capture:
+        with ExitStack() as undo:
+            for module in self.model.modules():
+                undo.callback(setattr, module, "training", module.training)
+            for weight in self.model.parameters():
+                undo.callback(weight.requires_grad_, weight.requires_grad)
+            undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
+            self.model.eval()
+            self.model.requires_grad_(False)
+            AttentionInterface.register(NAME, self._attention)
+            AttentionMaskInterface.register(NAME, _no_mask)
+            self.model.set_attn_implementation(NAME)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        # The registered function would keep this capture, and with it the model, alive.
+        AttentionInterface.register(NAME, _closed)
+
+    def run(self, tokens: torch.Tensor, answer: tuple[int, int], valid: torch.Tensor | None = None) -> float | None:
+        """Pass one row of tokens through the model.
+
+        Args:
+            tokens: `[1, T]` token ids on the model's device.
+            answer: half-open range of the answer's tokens; the loss is the mean cross-entropy over them.
+            valid: `[T]` booleans, False at padding on the left or the right; default none. Layers are handed out
+                without the padding, so the row gives what it gives alone.
+
+        Returns:
+            The loss in nats per answer token, None without a backward pass.
+
+        Raises:
+            UserError: attention outputs or gradients that are not finite; names the layer.
+            ValueError: padding inside the sequence, or an answer outside it.
+        """
+        length = tokens.shape[1]
+        self._start, self._end = _valid_range(valid, length)
+        first, end = answer
+        if not self._start < first < end <= self._end:
+            raise ValueError(f"answer {answer} is not inside the tokens {(self._start, self._end)} behind the first")
+        positions = torch.arange(length, device=tokens.device).sub(self._start).clamp(min=0)[None]
+        arguments = {"position_ids": positions, "use_cache": False}
+        if not self.gradient:
+            with torch.no_grad():
+                last = torch.tensor([end - 1], device=tokens.device)
+                self.model(input_ids=tokens, logits_to_keep=last, **arguments)
+            return None
+        dtype = self.model.get_input_embeddings().weight.dtype
+        self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
+        with torch.enable_grad(), ExitStack() as layers:
+            if self._checkpoints(self._end - self._start, dtype.itemsize, tokens.device):
+                _checkpoint_layers(self.model, layers)
+            embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
+            rows = torch.arange(first - 1, end - 1, device=tokens.device)
+            logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, **arguments).logits[0]
+            loss = functional.cross_entropy(logits.float(), tokens[0, first:end])
+            (loss * self._scale).backward()
+        return float(loss.detach())
+
+    def _checkpoints(self, length: int, itemsize: int, device: torch.device) -> bool:
+        if self.checkpointing is not None:
+            return self.checkpointing
+        return needs_checkpointing(self.model.config, self.shape, length, itemsize, device)
+
+    def _attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention function of transformers' interface: `[B, H, T, D]` in, `[B, T, H, D]` out, batch 1."""
+        for name in ("softcap", "s_aux", "position_bias"):
+            if others.get(name) is not None:
+                raise UserError(f"the profile does not support attention with `{name}`", where=type(module).__name__)
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        window = self.shape.native_windows[layer]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        total = query.shape[2]
+        inside = slice(self._start, self._end)
+        query, key, value = query[:, :, inside], key[:, :, inside], value[:, :, inside]
+        output = causal_attention(query, key, value, scaling, window)
+        self._check(output, layer, "the attention output")
+        if self.gradient:
+
+            def hand_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> None:
+                self._check(slope, layer, "the gradient of the attention output")
+                self.consume(LayerTensors(layer, q[0], k[0], v[0], scaling, window, slope[0].float() / self._scale))
+
+            output = _Tap.apply(output, query, key, value, hand_on)
+        else:
+            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window))
+        if total != self._end - self._start:
+            output = functional.pad(output, (0, 0, self._start, total - self._end))
+        return output.transpose(1, 2).contiguous(), None
+
+    def _check(self, values: torch.Tensor, layer: int, what: str) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"{what} of layer {layer} is not finite",
+                where=f"model, layer {layer}",
+                expected="finite numbers",
+                found="NaN or infinity",
+                fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
+            )
+
+
+class _Tap(torch.autograd.Function):
+    """Passes the attention output through; in the backward pass hands (Q, K, V, dLoss/dO) on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hand_on: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.hand_on = hand_on
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        ctx.hand_on(*ctx.saved_tensors, gradients[0])
+        return gradients[0], None, None, None, None
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention `[B, H, T, D]` without an N x N mask.
+
+    With a sliding window shorter than the sequence, blocks of rows see a strip of at most twice the window.
+    """
+    length = query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if window is None or window >= length:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    blocks = []
+    rows = max(window, 128)
+    for start in range(0, length, rows):
+        end, low = min(start + rows, length), max(0, start - window + 1)
+        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(low, end, device=query.device)
+        blocks.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, low:end],
+                value[:, :, low:end],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(blocks, 2)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Mask function of transformers' interface: the attention function above needs none."""
+
+
+def _closed(*_: Any, **__: Any) -> None:
+    raise RuntimeError("this attention function belongs to a profile that has ended")
+
+
+def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
+    """[start, end) of the one run of valid tokens. Raises ValueError when there is none or more than one."""
+    if valid is None:
+        return 0, length
+    inside = valid.nonzero().flatten()
+    if valid.shape != (length,) or not len(inside) or int(inside[-1] - inside[0]) + 1 != len(inside):
+        raise ValueError("valid: expected one run of True per row, padding only on the left and the right")
+    return int(inside[0]), int(inside[-1]) + 1
+
+
+def _checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Recompute decoder layers in the backward pass until `undo` closes.
+
+    transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside
+    stay in eval mode, so dropout is off whatever the configuration says.
+    """
+    function = functools.partial(checkpoint, use_reentrant=False)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            for name, value in (
+                ("training", True),
+                ("gradient_checkpointing", True),
+                ("_gradient_checkpointing_func", function),
+            ):
+                if name in vars(module):
+                    undo.callback(setattr, module, name, vars(module)[name])
+                else:
+                    undo.callback(delattr, module, name)
+                setattr(module, name, value)

@@ -1,0 +1,298 @@
+"""One pass over the documents that feeds all statistics; continues after an interruption, never repeats itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from compress.data.document import Document
+from compress.errors import Problem, UserError
+from compress.models.load import LoadedModel
+from compress.models.shape import ModelShape, shape_of
+from compress.profile.capture import Capture
+from compress.profile.memory import peak_bytes
+from compress.profile.statistic import Accumulator, Statistic, check_finite
+from compress.profile.store import (
+    HEADER,
+    Profile,
+    ProfileHeader,
+    StatisticEntry,
+    TensorEntry,
+    read_profile,
+    write_atomic,
+    write_profile,
+)
+from compress.profile.tiles import LayerTensors, Workspace, tiles
+from compress.targets.window import SpanGrid
+
+PARTIAL = "profile.partial"
+
+Progress = Callable[[int, int, str], None]
+
+
+def run_profile(
+    loaded: LoadedModel,
+    documents: Mapping[int, Sequence[Document]],
+    statistics: Sequence[Statistic],
+    folder: str | Path,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    checkpointing: bool | None = None,
+    strip_bytes: int | None = None,
+) -> Profile:
+    """Profile a model and write `profile.json` and `statistics.safetensors`.
+
+    After each document the sums so far are written to `profile.partial`; a later call with the same model,
+    statistics and documents continues there and gives the same bits. A finished profile of the same run is read
+    and returned.
+
+    Args:
+        loaded: the model.
+        documents: length in tokens -> documents of that length or shorter, each with an answer.
+        statistics: at least one, no two of one name.
+        folder: where the profile lies; made if need be.
+        seed: noted in the profile; nothing here is random.
+        progress: called with (documents done, documents in all, message), first before any document.
+        checkpointing: recompute layers in the backward pass; None decides from the free memory.
+        strip_bytes: see `tiles`.
+
+    Raises:
+        UserError: unsuitable documents or statistics, numbers that are not finite, or a disk that is full.
+    """
+    folder = Path(folder)
+    check_inputs(documents, statistics)
+    grid = _grid(statistics)
+    model: Any = loaded.model
+    shape = shape_of(model)
+    dtype = model.get_input_embeddings().weight.dtype
+    device = model.get_input_embeddings().weight.device
+    key = run_key(shape, dtype, documents, statistics)
+    finished = _finished(folder, key, shape)
+    if finished is not None:
+        return finished
+
+    lengths = sorted(length for length in documents if documents[length])
+    accumulators = [(statistic.name, statistic.begin(shape, lengths, device)) for statistic in statistics]
+    queue = [(length, number) for length in lengths for number in range(len(documents[length]))]
+    notes = _restore(folder / PARTIAL, key, accumulators)
+    report = progress or (lambda *_: None)
+    report(notes.done, len(queue), "continuing" if notes.done else "starting")
+    workspace = Workspace(device)
+
+    def consume(layer: LayerTensors) -> None:
+        for tile in tiles(layer, workspace, strip_bytes):
+            for _, accumulator in accumulators:
+                accumulator.add(tile)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    gradient = any(statistic.needs_gradient for statistic in statistics)
+    with Capture(model, shape, consume, gradient=gradient, checkpointing=checkpointing) as capture:
+        for length, number in queue[notes.done :]:
+            started = time.perf_counter()
+            document = documents[length][number]
+            for _, accumulator in accumulators:
+                accumulator.open(length, document)
+            loss = capture.run(torch.tensor([document.tokens], device=device), document.answer)
+            where = f"document {number + 1} of {length} tokens"
+            for name, accumulator in accumulators:
+                accumulator.close()
+                check_finite(name, accumulator, where)
+            notes.done += 1
+            notes.seconds += time.perf_counter() - started
+            notes.peak = max(notes.peak, peak_bytes(device))
+            if loss is not None:
+                notes.losses.append(loss)
+            _save(folder / PARTIAL, key, accumulators, notes)
+            report(notes.done, len(queue), where if loss is None else f"{where}, loss {loss:.3f}")
+
+    entries, tensors = _entries(statistics, accumulators)
+    header = ProfileHeader(
+        schema_version=1,
+        key=key,
+        model=shape,
+        fingerprint=shape.fingerprint,
+        lengths=tuple(lengths),
+        documents={length: len(documents[length]) for length in lengths},
+        statistics=entries,
+        grid=grid,
+        loss=_mean_losses(queue, notes.losses),
+        peak_memory_bytes=notes.peak,
+        seconds=notes.seconds,
+        seed=seed,
+        versions=_versions(),
+        sha256="",
+    )
+    write_profile(folder, header, tensors)
+    (folder / PARTIAL).unlink(missing_ok=True)
+    return read_profile(folder, shape)
+
+
+def check_inputs(documents: Mapping[int, Sequence[Document]], statistics: Sequence[Statistic]) -> None:
+    """Refuse what cannot be profiled, all problems at once.
+
+    Raises:
+        UserError: no statistic or one twice; no document, one too long, or one without an answer behind a prompt.
+    """
+    problems = []
+    names = [statistic.name for statistic in statistics]
+    if not names or len(set(names)) != len(names):
+        problems.append(Problem("statistics: expected at least one, each once", found=", ".join(names) or "none"))
+    if not any(documents.values()):
+        problems.append(Problem("there are no documents to profile", fix="add `documents:` to the recipe"))
+    for length, group in sorted(documents.items()):
+        for number, document in enumerate(group):
+            where = f"document {number + 1} of {length} tokens"
+            start, end = document.answer
+            if document.length > length:
+                problems.append(
+                    Problem("longer than its length", where, f"at most {length} tokens", f"{document.length} tokens")
+                )
+            if not 0 < start < end <= document.length:
+                problems.append(
+                    Problem(
+                        "no answer behind a prompt",
+                        where,
+                        f"a range in 1 to {document.length}",
+                        f"[{start}, {end})",
+                    )
+                )
+            if any(not 0 <= low < high <= document.length for low, high in document.evidence):
+                problems.append(Problem("evidence outside the document", where, found=str(document.evidence)))
+    if problems:
+        raise UserError(problems)
+
+
+def run_key(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    documents: Mapping[int, Sequence[Document]],
+    statistics: Sequence[Statistic],
+) -> str:
+    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents."""
+    facts = {
+        "schema": 1,
+        "fingerprint": shape.fingerprint,
+        "dtype": str(dtype),
+        "statistics": [[statistic.name, statistic.parameters()] for statistic in statistics],
+        "documents": [
+            [length, [[document.tokens, document.answer, document.evidence] for document in documents[length]]]
+            for length in sorted(documents)
+        ],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(folder: Path, key: str, shape: ModelShape) -> Profile | None:
+    """The finished profile of this very run. Another run's profile is replaced; a damaged one is refused."""
+    if not (folder / HEADER).exists():
+        return None
+    profile = read_profile(folder)
+    return profile if profile.header.key == key and profile.header.model == shape else None
+
+
+@dataclass
+class _Notes:
+    """What is kept beside the sums while a run is under way."""
+
+    done: int = 0
+    seconds: float = 0.0
+    peak: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+def _save(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]], notes: _Notes) -> None:
+    """Write the sums so far: the sha256 of what follows, then safetensors."""
+    state = {
+        f"{name}/{part}": tensor for name, accumulator in accumulators for part, tensor in accumulator.state().items()
+    }
+    text = json.dumps({"key": key, **asdict(notes)}).encode()
+    state["notes"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    data = save_tensors(state)
+    write_atomic(path, hashlib.sha256(data).digest() + data)
+
+
+def _restore(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]]) -> _Notes:
+    """Continue from a partial file; with one that is damaged or of another run everything starts anew."""
+    if not path.is_file():
+        return _Notes()
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        return _Notes()
+    state = load_tensors(data[32:])
+    notes = json.loads(state.pop("notes").numpy().tobytes())
+    if notes.pop("key") != key:
+        return _Notes()
+    for name, accumulator in accumulators:
+        start = f"{name}/"
+        accumulator.restore(
+            {part.removeprefix(start): value for part, value in state.items() if part.startswith(start)}
+        )
+    return _Notes(**notes)
+
+
+def _mean_losses(queue: Sequence[tuple[int, int]], losses: Sequence[float]) -> dict[int, float]:
+    """Mean loss of each length, nats per answer token; empty when no backward pass ran."""
+    by_length: dict[int, list[float]] = {}
+    for (length, _), loss in zip(queue, losses, strict=False):
+        by_length.setdefault(length, []).append(loss)
+    return {length: sum(values) / len(values) for length, values in by_length.items()}
+
+
+def _entries(
+    statistics: Sequence[Statistic], accumulators: Sequence[tuple[str, Accumulator]]
+) -> tuple[dict[str, StatisticEntry], dict[str, torch.Tensor]]:
+    """Declarations of all results, and the results."""
+    entries, tensors = {}, {}
+    for statistic, (name, accumulator) in zip(statistics, accumulators, strict=True):
+        results = accumulator.result()
+        declared = {key: accumulator.measures[key] for key in results}
+        entries[name] = StatisticEntry(
+            parameters=statistic.parameters(),
+            unit=statistic.unit,
+            tensors={
+                key: TensorEntry(shape=measure.shape, axes=measure.axes, unit=measure.unit)
+                for key, measure in declared.items()
+            },
+        )
+        tensors.update(results)
+    return entries, tensors
+
+
+def _grid(statistics: Sequence[Statistic]) -> SpanGrid | None:
+    """The span grid of the statistics that have one.
+
+    Raises:
+        UserError: two statistics price different grids, so that no search could use both.
+    """
+    grids = {statistic.name: statistic.grid for statistic in statistics if hasattr(statistic, "grid")}
+    if len(set(grids.values())) > 1:
+        raise UserError(
+            "the statistics price different span grids",
+            where="profile.statistics",
+            expected="one grid",
+            found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
+            fix="give every statistic the same `grid`, or leave it out everywhere",
+        )
+    return next(iter(grids.values()), None)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    try:
+        versions["compress"] = version("compress")
+    except PackageNotFoundError:
+        versions["compress"] = "not installed"
+    return versions

@@ -1,0 +1,285 @@
+"""A profile on disk: `statistics.safetensors` and `profile.json`, written atomically and read with every check."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from compress.errors import Problem, UserError, nearest
+from compress.models.shape import ModelShape
+from compress.targets.window import SpanGrid
+
+HEADER = "profile.json"
+TENSORS = "statistics.safetensors"
+AGAIN = "profile again (delete the folder, or choose another one)"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorEntry(_Strict):
+    """Declaration of one stored tensor: sizes, one name per axis, and what one number counts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    unit: str
+
+
+class StatisticEntry(_Strict):
+    """One statistic of the profile with its parameters."""
+
+    parameters: dict[str, Any]
+    unit: str
+    tensors: dict[str, TensorEntry]
+
+
+class ProfileHeader(_Strict):
+    """`profile.json`.
+
+    Attributes:
+        key: hash of everything the numbers depend on (see `runner.run_key`); an equal run is not repeated.
+        model: shape of the profiled model; `fingerprint` repeats its fingerprint.
+        documents: number of documents per length.
+        grid: span grid of the influence tables, None without them.
+        loss: mean loss per length in nats per answer token; empty without a backward pass.
+        peak_memory_bytes: see `memory.peak_bytes`.
+        seconds: time spent on documents, over all parts of a resumed run.
+        sha256: of `statistics.safetensors`.
+        checksum: of this file's other fields, so that a flipped byte is noticed.
+    """
+
+    schema_version: int
+    key: str
+    model: ModelShape
+    fingerprint: str
+    lengths: tuple[int, ...]
+    documents: dict[int, int]
+    statistics: dict[str, StatisticEntry]
+    grid: SpanGrid | None
+    loss: dict[int, float]
+    peak_memory_bytes: int
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+    sha256: str
+
+    def to_json(self) -> str:
+        """The file's text, with `schema` and `checksum`."""
+        fields = self.model_dump(mode="json")
+        fields = {"schema": fields.pop("schema_version"), **fields}
+        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile that passed all checks."""
+
+    folder: Path
+    header: ProfileHeader
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Profiled lengths in tokens, ascending."""
+        return self.header.lengths
+
+    @property
+    def grid(self) -> SpanGrid | None:
+        """Span grid of the influence tables."""
+        return self.header.grid
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One statistic's tensor, float32, `[layers, groups, ...]`.
+
+        Raises:
+            UserError: the profile has no such tensor; says which it has.
+        """
+        if key not in self.tensors:
+            raise UserError(
+                f"the profile has no `{key}`",
+                where=str(self.folder),
+                expected=f"one of {', '.join(sorted(self.tensors))}",
+                fix=nearest(key, self.tensors) or "add the statistic to the recipe and profile again",
+            )
+        return self.tensors[key]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, flush to the disk, rename: after a crash the path holds the old bytes or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            "the file could not be written",
+            where=str(path),
+            found=str(error),
+            fix="free some space or check the rights",
+        ) from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_profile(folder: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:
+    """Write both files; `header.sha256` is filled in here. The header comes last, so it vouches for the tensors."""
+    data = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
+    header = header.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+    write_atomic(folder / TENSORS, data)
+    write_atomic(folder / HEADER, header.to_json().encode())
+
+
+def read_profile(folder: str | Path, shape: ModelShape | None = None) -> Profile:
+    """Read a finished profile.
+
+    Args:
+        folder: where `profile.json` and `statistics.safetensors` lie.
+        shape: shape of the model it has to belong to; None accepts any.
+
+    Raises:
+        UserError: a missing, truncated or changed file, another schema, or another model's profile.
+    """
+    folder = Path(folder)
+    header = _read_header(folder / HEADER)
+    if shape is not None and header.model != shape:
+        raise UserError(_other_model(folder / HEADER, header.model, shape))
+    return Profile(folder, header, _read_tensors(folder / TENSORS, header))
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            "no such file" if path.parent.is_dir() else "no such folder",
+            where=str(path),
+            expected=f"a profile: {HEADER} and {TENSORS}",
+            fix="run `compress profile` first, or check the path",
+        ) from error
+    except OSError as error:
+        raise UserError("the file could not be read", where=str(path), found=str(error)) from error
+
+
+def _read_header(path: Path) -> ProfileHeader:
+    try:
+        fields = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise UserError(
+            "damaged profile: not valid JSON", where=str(path), expected="JSON", found=str(error), fix=AGAIN
+        ) from error
+    if not isinstance(fields, dict) or fields.get("schema") != 1:
+        found = fields.get("schema", "no `schema`") if isinstance(fields, dict) else f"a {type(fields).__name__}"
+        raise UserError(
+            "not a profile of this version", where=str(path), expected="schema 1", found=str(found), fix=AGAIN
+        )
+    checksum = fields.pop("checksum", None)
+    if checksum != _checksum(fields):
+        raise UserError(
+            "damaged profile: the file was changed after it was written",
+            where=str(path),
+            expected=f"checksum {_checksum(fields)}",
+            found=str(checksum),
+            fix=AGAIN,
+        )
+    fields["schema_version"] = fields.pop("schema")
+    try:
+        header = ProfileHeader.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(
+            [
+                Problem(
+                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}",
+                    str(path),
+                    found=repr(item["input"])[:80],
+                    fix=AGAIN,
+                )
+                for item in error.errors()
+            ]
+        ) from error
+    problems = []
+    for name, statistic in header.statistics.items():
+        for key, entry in statistic.tensors.items():
+            start = (header.model.layers, header.model.kv_heads)
+            if entry.shape[:2] != start or len(entry.axes) != len(entry.shape):
+                problems.append(
+                    Problem(
+                        f"statistic `{name}`: shape of `{key}` does not fit the model",
+                        str(path),
+                        f"axes (layer, group, ...) of sizes {start}",
+                        f"axes {entry.axes} of sizes {entry.shape}",
+                        AGAIN,
+                    )
+                )
+    if problems:
+        raise UserError(problems)
+    return header
+
+
+def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Problem]:
+    """One problem per field that differs; of equal shapes with other weights only the fingerprint is named."""
+    return [
+        Problem(
+            f"profile of another model: `{field}` differs",
+            str(path),
+            str(getattr(expected, field)),
+            str(getattr(found, field)),
+            "profile this model, or choose the model that the profile was made with",
+        )
+        for field in ModelShape.model_fields
+        if getattr(found, field) != getattr(expected, field)
+    ]
+
+
+def _read_tensors(path: Path, header: ProfileHeader) -> dict[str, torch.Tensor]:
+    data = _read_bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != header.sha256:
+        raise UserError(
+            "damaged profile: truncated, or changed after it was written",
+            where=str(path),
+            expected=f"sha256 {header.sha256}",
+            found=f"sha256 {digest} ({len(data):,} bytes)",
+            fix=AGAIN,
+        )
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise UserError("damaged profile: not safetensors", where=str(path), found=str(error), fix=AGAIN) from error
+    declared = {key: entry for statistic in header.statistics.values() for key, entry in statistic.tensors.items()}
+    problems = [
+        Problem(f"tensor `{key}` is only in one of the two files", str(path), fix=AGAIN)
+        for key in sorted(declared.keys() ^ tensors.keys())
+    ]
+    for key in sorted(declared.keys() & tensors.keys()):
+        shape, tensor = declared[key].shape, tensors[key]
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            problems.append(Problem(f"wrong shape of `{key}`", str(path), f"torch.float32 {shape}", found, AGAIN))
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(Problem(f"`{key}` holds NaN or infinity", str(path), "finite numbers", fix=AGAIN))
+    if problems:
+        raise UserError(problems)
+    return tensors

@@ -1,0 +1,179 @@
+"""Attention of one layer as strips of rows, recomputed from Q and K, so that no N x N matrix ever exists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+# Bytes of one float32 strip. About ten strips live at a time; a CPU strip should stay in its cache, a GPU strip
+# should be large enough to hide the launches.
+STRIP_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+MAX_ROWS = 128  # taller strips waste work above the diagonal
+MIN_ROWS = 4
+
+# Least weight of the diagonal, which no rule masks. Where everything that stays visible underflows in float32,
+# the renormalised attention is then that of the diagonal instead of 0/0; elsewhere 1e-30 is below rounding.
+DIAGONAL_FLOOR = 1e-30
+
+
+class Workspace:
+    """Named scratch buffers that are allocated once and handed out as views of the wanted shape."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A contiguous tensor with undefined contents; the next call with this name and dtype reuses its memory."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=dtype, device=self.device)
+            self._buffers[name, dtype] = buffer
+        return buffer[:size].view(shape)
+
+
+@dataclass
+class LayerTensors:
+    """What one layer's attention read and wrote for one sequence without padding.
+
+    Attributes:
+        layer: index of the layer.
+        query: `[H, T, D]` after rotary embedding (and QK-norm where the model has one).
+        key: `[G, T, D]`, likewise; query head h reads key/value head h // (H // G).
+        value: `[G, T, D]`.
+        scaling: factor on the logits.
+        window: sliding window of the architecture (query t sees key j when t - j < window), None without one.
+        output_gradient: `[H, T, D]` dLoss/dO, before the output projection; None without a backward pass.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    window: int | None = None
+    output_gradient: torch.Tensor | None = None
+
+
+@dataclass
+class Tile:
+    """A strip of consecutive query rows of one layer with all keys up to its last row.
+
+    Attributes:
+        layer: index of the layer.
+        row_start: position of the first row.
+        key_start: position of the first key column (above 0 only where the architecture has a sliding window).
+        attention: `[G, Q, R, K]` float32 probabilities, G groups of Q query heads, 0 where a key is not visible.
+        gradient: `[G, Q, R, K]` float32 g = dO V^T = dLoss/dA, None without a backward pass. Where a key is not
+            visible its value means nothing (and the attention there is 0).
+        workspace: scratch for statistics; names starting with `tile.` are taken.
+    """
+
+    layer: int
+    row_start: int
+    key_start: int
+    attention: torch.Tensor
+    gradient: torch.Tensor | None
+    workspace: Workspace
+    _prefix: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """R, the number of rows."""
+        return self.attention.shape[2]
+
+    @property
+    def row_end(self) -> int:
+        """Position after the last row; also the position after the last key."""
+        return self.row_start + self.rows
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[R]` int64 positions of the rows."""
+        return torch.arange(self.row_start, self.row_end, device=self.attention.device)
+
+    def column(self, key: int | torch.Tensor) -> torch.Tensor:
+        """Index into prefix sums `[..., K + 1]` at which exactly the keys before position `key` are summed."""
+        keys = torch.as_tensor(key, device=self.attention.device)
+        return (keys - self.key_start).clamp(0, self.attention.shape[3])
+
+    def prefix(self) -> torch.Tensor:
+        """`[G, Q, R, K + 1]` float64 attention mass before each key column; shared by the statistics of a tile."""
+        if self._prefix is None:
+            self._prefix = prefix_sums(self.attention, self.workspace, "tile.prefix")
+        return self._prefix
+
+
+def prefix_sums(values: torch.Tensor, workspace: Workspace, name: str) -> torch.Tensor:
+    """Exclusive prefix sums along the last axis, `[..., K]` -> float64 `[..., K + 1]`, in the named buffer.
+
+    float64 because differences of two sums over tens of thousands of keys price windows that lose almost nothing.
+    """
+    sums = workspace.take(name, (*values.shape[:-1], values.shape[-1] + 1), torch.float64)
+    sums[..., 0] = 0
+    torch.cumsum(values, -1, dtype=torch.float64, out=sums[..., 1:])
+    return sums
+
+
+def strips(length: int, heads: int, window: int | None, budget: int) -> Iterator[tuple[int, int, int]]:
+    """(row_start, row_end, key_start) of strips that cover all rows, each at most about `budget` bytes.
+
+    A strip never has fewer than 4 rows (fewer only at the end), so at extreme lengths it may exceed the budget.
+    """
+    start = 0
+    while start < length:
+        key_start = 0 if window is None else max(0, start - window + 1)
+        rows = MAX_ROWS
+        while rows > MIN_ROWS and 4 * heads * rows * (start + rows - key_start) > budget:
+            rows -= 1
+        end = min(length, start + rows)
+        yield start, end, key_start
+        start = end
+
+
+def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = None) -> Iterator[Tile]:
+    """The tiles of one layer in row order. A tile's tensors live until the next one is asked for.
+
+    A strip holds all keys of its rows, so its softmax is complete: subtracting the row's maximum and dividing by
+    the row's sum is exp(logit - log-sum-exp). All arithmetic is float32, whatever the dtype of the model.
+
+    Args:
+        layer: tensors of one sequence without padding.
+        workspace: scratch buffers, reused from tile to tile and layer to layer.
+        strip_bytes: bytes of one float32 strip; default by device (`STRIP_BYTES`).
+    """
+    heads, length, size = layer.query.shape
+    groups = layer.key.shape[0]
+    device = layer.query.device
+    budget = strip_bytes or STRIP_BYTES.get(device.type, STRIP_BYTES["cuda"])
+    query = layer.query.float().mul(layer.scaling).view(groups, heads // groups, length, size)
+    keys = layer.key.float().transpose(1, 2).contiguous()
+    slope = values = None
+    if layer.output_gradient is not None:
+        slope = layer.output_gradient.float().reshape(groups, heads // groups, length, size)
+        values = layer.value.float().transpose(1, 2).contiguous()
+    for start, end, key_start in strips(length, heads, layer.window, budget):
+        rows, columns = end - start, end - key_start
+        flat = (groups, heads // groups * rows, columns)
+        shape = (groups, heads // groups, rows, columns)
+        logits = workspace.take("tile.logits", flat)
+        torch.bmm(query[:, :, start:end].reshape(groups, -1, size), keys[:, :, key_start:end], out=logits)
+        logits = logits.view(shape)
+        above = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)
+        logits[..., columns - rows :].masked_fill_(above, -math.inf)
+        if layer.window is not None:
+            distance = torch.arange(start, end, device=device)[:, None] - torch.arange(key_start, end, device=device)
+            logits.masked_fill_(distance >= layer.window, -math.inf)
+        attention = workspace.take("tile.attention", shape)
+        torch.softmax(logits, -1, out=attention)
+        attention.diagonal(start - key_start, -2, -1).clamp_(min=DIAGONAL_FLOOR)
+        gradient = None
+        if slope is not None and values is not None:
+            gradient = workspace.take("tile.logits", flat)
+            torch.bmm(slope[:, :, start:end].reshape(groups, -1, size), values[:, :, key_start:end], out=gradient)
+            gradient = gradient.view(shape)
+        yield Tile(layer.layer, start, key_start, attention, gradient, workspace)

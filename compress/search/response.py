@@ -1,0 +1,53 @@
+"""The response loss: how well a model predicts the answers of documents, the measure that a search ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from compress.data.document import Document
+from compress.errors import UserError
+
+
+@torch.inference_mode()
+def response_loss(model: Any, documents: Sequence[Document]) -> float:
+    """Mean over documents of the mean cross-entropy (nats) on a document's answer tokens.
+
+    Answers are the dense model's own where calibration made them, so this asks whether a model still says what
+    the dense one says (MoA, arXiv 2406.14909, Section 5). Logits exist for the answer rows only.
+
+    Args:
+        model: a causal language model of transformers, dense or planned.
+        documents: each is one forward pass without a cache.
+
+    Raises:
+        UserError: no documents, a document without an answer to predict, or a loss that is not finite.
+    """
+    if not documents:
+        raise UserError("no held-out documents to measure the response loss on", where="calibration.held_out")
+    device = next(model.parameters()).device
+    losses = []
+    for document in documents:
+        start, end = document.answer
+        if not 1 <= start < end <= document.length:
+            raise UserError(
+                "a document has no answer that can be predicted",
+                where="calibration.held_out",
+                expected=f"an answer within tokens 1 to {document.length}",
+                found=f"tokens {start} to {end}",
+            )
+        tokens = torch.tensor(document.tokens[:end], device=device)[None]
+        rows = torch.arange(start - 1, end - 1, device=device)
+        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows).logits[0]
+        loss = float(torch.nn.functional.cross_entropy(logits.float(), tokens[0, start:end]))
+        if not loss < float("inf"):
+            raise UserError(
+                "the response loss is not finite",
+                where="calibration.held_out",
+                found=str(loss),
+                fix="run in float32 or bfloat16 instead of float16, and check the model's weights",
+            )
+        losses.append(loss)
+    return sum(losses) / len(losses)

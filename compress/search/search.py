@@ -1,0 +1,290 @@
+"""Runs a search: solver, baselines at the same bytes, choice by measured loss, and the files of the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress.data.document import Document
+from compress.errors import UserError
+from compress.models.load import LoadedModel
+from compress.models.shape import shape_of
+from compress.plan import Plan
+from compress.runfolder import write_json, write_text
+from compress.search.budget import Budget, check_feasible, dense_bytes, smallest_bytes
+from compress.search.methods import parse_solver
+from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name
+from compress.search.response import response_loss
+from compress.search.select import LossLog, Progress, best_plan, measure
+from compress.search.streaming import Streaming
+from compress.search.uniform import Uniform
+from compress.targets.apply import planned_model, set_plan
+from compress.targets.window import SpanGrid
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.models.shape import ModelShape
+
+
+class ProfileLike(Protocol):
+    """What a search reads of a profile."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Profiled lengths in tokens."""
+
+    @property
+    def grid(self) -> SpanGrid | None:
+        """The span grid of the influence tables, None when none were profiled."""
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor of the profile."""
+
+
+class SearchSection(Protocol):
+    """The recipe's search section."""
+
+    @property
+    def solver(self) -> Any:
+        """A solver, or its recipe form."""
+
+    @property
+    def budget(self) -> Any:
+        """The `Budget`."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves behind.
+
+    Attributes:
+        plan: the chosen plan (`plan.json`).
+        baselines: uniform plans of the same bytes by name (`search/<name>.json`).
+        report: the content of `search/pareto.json`.
+    """
+
+    plan: Plan
+    baselines: dict[str, Plan]
+    report: dict[str, Any]
+
+
+def make_problem(shape: ModelShape, profile: ProfileLike, budget: Budget, itemsize: int) -> SearchProblem:
+    """The search problem of a profile and a budget.
+
+    Raises:
+        UserError: the profile has no influence, or no plan of its grid meets the budget.
+    """
+    grid = profile.grid
+    if grid is None:
+        raise UserError(
+            "the profile has no attention influence, so it prices no rule",
+            where="profile.statistics",
+            expected="the statistic `influence`",
+            fix="add `{name: influence}` to the recipe and profile again",
+        )
+    lengths = tuple(sorted(profile.lengths))
+    limits = budget.limits(shape, itemsize, lengths)
+    check_feasible(limits, shape, grid, itemsize)
+    return SearchProblem(shape, grid, lengths, profile.tensor, limits, itemsize)
+
+
+def solve_baselines(problem: SearchProblem) -> dict[str, CandidatePlan]:
+    """Uniform plans within the budget, by name.
+
+    `uniform` and `streaming` meet it at every length. `uniform-at-longest` is the fixed window that has the budget's
+    bytes at the longest length alone: the strongest uniform plan there, which may exceed the budget at shorter
+    lengths (with one length it is `uniform`). A baseline that no window fits is left out.
+    """
+    wanted: dict[str, tuple[Solver, SearchProblem]] = {
+        "uniform": (Uniform(), problem),
+        "uniform-at-longest": (Uniform(), problem.only([max(problem.limits)])),
+        "streaming": (Streaming(), problem),
+    }
+    found = {}
+    for name, (solver, task) in wanted.items():
+        try:
+            (found[name],) = solver.solve(task)
+        except UserError:
+            continue
+    return found
+
+
+def describe_budget(problem: SearchProblem) -> dict[str, dict[str, float]]:
+    """The budget in bytes and shares by length, with the smallest share that the grid could reach (the ceiling of
+    what there is to save: layers that slide by themselves have nothing to give)."""
+    rows = {}
+    for length, limit in problem.limits.items():
+        dense = dense_bytes(problem.shape, length, problem.itemsize)
+        smallest = smallest_bytes(problem.shape, problem.grid, length, problem.itemsize)
+        rows[str(length)] = {
+            "dense_bytes": dense,
+            "limit_bytes": limit,
+            "limit_share": limit / dense,
+            "smallest_share": smallest / dense,
+        }
+    return rows
+
+
+def explain(chosen: str, plans: Sequence[str], losses: Mapping[str, float], baselines: Sequence[str]) -> str:
+    """In words, why a plan won, and whether a baseline did better."""
+    if not losses:
+        return (
+            f"{chosen} has the lowest predicted loss at the longest profiled length, of {len(plans)} plan(s); there "
+            "are no held-out documents to measure a response loss on"
+        )
+    others = [losses[name] for name in plans if name != chosen]
+    why = f"{chosen} has the lowest measured response loss, {losses[chosen]:.4f} nats"
+    why += f", the next of {len(plans)} has {min(others):.4f}" if others else ", as the only plan"
+    why += f"; the dense model has {losses['dense']:.4f}"
+    better = [name for name in baselines if losses[name] < losses[chosen]]
+    if better:
+        named = ", ".join(f"{name} ({losses[name]:.4f})" for name in better)
+        why += f". Measured better than every searched plan: {named}"
+    return why
+
+
+def run_search(
+    loaded: LoadedModel,
+    profile: ProfileLike,
+    held_out_documents: Mapping[int, Sequence[Document]] | Sequence[Document],
+    section: SearchSection,
+    folder: Path,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search, choose by measured response loss, and write `plan.json` and `search/` under the run folder.
+
+    Losses are kept in `search/response.jsonl`, so that an interrupted choice continues where it was. `plan.json` is
+    written last, and every file whole or not at all.
+
+    Args:
+        held_out_documents: documents to choose by, best longer than the profiled ones; a list, or lists by length.
+        folder: the run folder.
+        progress: called with (done, in all, what).
+
+    Raises:
+        UserError: the budget cannot be met, or the profile does not fit.
+    """
+    solver = parse_solver(section.solver)
+    shape = shape_of(loaded.model)
+    problem = make_problem(shape, profile, section.budget, loaded.model.dtype.itemsize)
+    documents = list(_flat(held_out_documents))
+
+    candidates = {f"pareto-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
+    baselines = solve_baselines(problem)
+    asked = {
+        "solver": {"name": solver_name(solver), **solver.model_dump(mode="json")},
+        "budget": section.budget.model_dump(mode="json"),
+    }
+    plans = {
+        name: candidate.to_plan(problem, {**asked, "name": name, "question": candidate.note, "gap": candidate.gap})
+        for name, candidate in candidates.items()
+    }
+    uniform = {
+        name: candidate.to_plan(problem, {"name": name, "budget": asked["budget"]})
+        for name, candidate in baselines.items()
+    }
+
+    losses: dict[str, float] = {}
+    if documents:
+        log = LossLog(folder / "search" / "response.jsonl", f"{shape.fingerprint} {loaded.model.dtype}")
+        every: dict[str, Plan | None] = {"dense": None, **plans, **uniform}
+        losses = measure(every, documents, _measurer(loaded.model, next(iter(plans.values()))), log, progress)
+    chosen = choose(plans, losses)
+    plan = plans[chosen].model_copy(
+        update={
+            "provenance": plans[chosen].provenance
+            | {
+                "held_out_documents": len(documents),
+                "response_loss": losses.get(chosen),
+                "dense_response_loss": losses.get("dense"),
+            }
+        }
+    )
+    report = {
+        "schema": 1,
+        "model": {"architecture": shape.architecture, "fingerprint": shape.fingerprint},
+        **asked,
+        "limits": describe_budget(problem),
+        "held_out": {
+            "documents": len(documents),
+            "lengths": sorted({document.length for document in documents}),
+            "longer_than_profiled": bool(documents)
+            and min(document.length for document in documents) > max(problem.lengths),
+            "dense_response_loss": losses.get("dense"),
+        },
+        "plans": [_row(name, candidates[name], plans[name], losses) for name in plans],
+        "baselines": [_row(name, baselines[name], uniform[name], losses) for name in uniform],
+        "chosen": chosen,
+        "why": explain(chosen, list(plans), losses, list(uniform)),
+    }
+    write_result(folder, report, plan, plans, uniform)
+    return SearchResult(plan, uniform, report)
+
+
+def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:
+    """Name of the plan to use: the lowest measured loss, or without measurements the lowest predicted one."""
+    by = {name: losses[name] if losses else plan.predicted.loss or 0.0 for name, plan in plans.items()}
+    return best_plan(by, {name: plan.predicted.kv_bytes[max(plan.predicted.kv_bytes)] for name, plan in plans.items()})
+
+
+def write_result(
+    folder: Path, report: Mapping[str, Any], plan: Plan, plans: Mapping[str, Plan], baselines: Mapping[str, Plan]
+) -> None:
+    """Write `search/plans/<name>.json`, `search/<baseline>.json`, `search/pareto.json` and, last, `plan.json`.
+
+    Files of an earlier search that this one does not write are removed.
+    """
+    wanted = {folder / "search" / "plans" / f"{name}.json": each.to_json() for name, each in plans.items()}
+    wanted |= {folder / "search" / f"{name}.json": each.to_json() for name, each in baselines.items()}
+    for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
+        if old not in wanted and old.name != "pareto.json":
+            old.unlink()
+    for path, text in wanted.items():
+        write_text(path, text)
+    write_json(folder / "search" / "pareto.json", dict(report))
+    write_text(folder / "plan.json", plan.to_json())
+
+
+def _flat(documents: Mapping[int, Sequence[Document]] | Sequence[Document]) -> Iterator[Document]:
+    if isinstance(documents, Mapping):
+        for _, group in sorted(documents.items()):
+            yield from group
+    else:
+        yield from documents
+
+
+def _measurer(model: Any, first: Plan) -> Callable[[Plan | None, Document], float]:
+    """Measures plans on one planned model that is switched in place, and None on the dense model itself."""
+    planned: list[Any] = []
+    current: list[Plan] = []
+
+    def loss(plan: Plan | None, document: Document) -> float:
+        if plan is None:
+            return response_loss(model, [document])
+        if not planned:
+            planned.append(planned_model(model, first))
+        if current != [plan]:
+            set_plan(planned[0], plan)
+            current[:] = [plan]
+        return response_loss(planned[0], [document])
+
+    return loss
+
+
+def _row(name: str, candidate: CandidatePlan, plan: Plan, losses: Mapping[str, float]) -> dict[str, Any]:
+    """One plan in `pareto.json`."""
+    predicted = plan.predicted
+    return {
+        "name": name,
+        "question": candidate.note,
+        "predicted_losses": candidate.losses,
+        "gap": candidate.gap,
+        "kv_bytes": {str(length): size for length, size in predicted.kv_bytes.items()},
+        "kv_share": {
+            str(length): size / predicted.dense_kv_bytes[length] for length, size in predicted.kv_bytes.items()
+        },
+        "response_loss": losses.get(name),
+    }

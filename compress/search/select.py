@@ -1,0 +1,109 @@
+"""Chooses among plans by measured loss, with every measurement on disk at once so that an interrupt loses none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.data.document import Document
+from compress.plan import Plan
+
+Progress = Callable[[int, int, str], None]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def plan_key(plan: Plan | None) -> str:
+    """Identity of what a plan does, without its provenance and predictions; None is the dense model."""
+    return "dense" if plan is None else _digest(plan.model_dump(mode="json", by_alias=True)["layers"])
+
+
+def document_key(document: Document) -> str:
+    """Identity of a document: its tokens and where the answer is."""
+    return _digest([document.tokens, document.answer])
+
+
+class LossLog:
+    """Append-only JSONL file of losses, one line for each plan and document.
+
+    A line is a whole measurement: a torn last line (an interrupt while writing) is skipped and measured again.
+
+    Args:
+        context: what else the losses depend on, for instance fingerprint and dtype; lines of another are ignored.
+    """
+
+    def __init__(self, path: Path, context: str) -> None:
+        self.path = path
+        self.context = context
+        self._losses: dict[tuple[str, str], float] = {}
+        self._torn = False
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self._torn = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+            if entry["context"] == self.context:
+                self._losses[entry["plan"], entry["document"]] = float(entry["loss"])
+        except (ValueError, KeyError, TypeError):
+            return
+
+    def get(self, plan: str, document: str) -> float | None:
+        """The loss of a plan on a document, None when it was not measured yet."""
+        return self._losses.get((plan, document))
+
+    def put(self, plan: str, document: str, loss: float) -> None:
+        """Add a measurement; it is in the file when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if self._torn else "") + json.dumps(entry) + "\n")
+        self._torn = False
+        self._losses[plan, document] = loss
+
+
+def measure(
+    plans: Mapping[str, Plan | None],
+    documents: Sequence[Document],
+    loss: Callable[[Plan | None, Document], float],
+    log: LossLog,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Mean loss of every plan over the documents, by the plan's name; known losses are taken from the log.
+
+    Args:
+        plans: plans by name; None is the dense model.
+        loss: measures one plan on one document.
+        progress: called with (measured, in all, name of the plan).
+    """
+    keys = [document_key(document) for document in documents]
+    total = len(plans) * len(documents)
+    done = 0
+    means = {}
+    for name, plan in plans.items():
+        identity = plan_key(plan)
+        values = []
+        for key, document in zip(keys, documents, strict=True):
+            value = log.get(identity, key)
+            if value is None:
+                value = loss(plan, document)
+                log.put(identity, key, value)
+            values.append(value)
+            done += 1
+            if progress is not None:
+                progress(done, total, name)
+        means[name] = sum(values) / len(values)
+    return means
+
+
+def best_plan(losses: Mapping[str, float], sizes: Mapping[str, int]) -> str:
+    """The name with the lowest loss; of equal losses the one with fewer bytes, then the first name."""
+    return min(losses, key=lambda name: (losses[name], sizes[name], name))

@@ -1,0 +1,26 @@
+"""The StreamingLLM baseline: a few sink tokens and the largest fixed window, in every head group (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compress.registry import solvers
+from compress.search.problem import CandidatePlan, SearchProblem, Solver
+from compress.search.uniform import Uniform
+
+
+@solvers.register("streaming")
+class Streaming(Solver):
+    """StreamingLLM: the first tokens and one fixed window for all head groups.
+
+    The window is fixed, as in the paper, so a budget at several lengths is bound by the length where it is tightest.
+    """
+
+    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 4
+
+    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+        """One plan; see `Solver.solve`."""
+        (plan,) = Uniform(sink=self.sink, elastic=False).solve(problem)
+        return [plan]

@@ -1,0 +1,116 @@
+"""The pipeline on a tiny model: stages in order, nothing done twice, nothing foreign touched."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from compress.cli.app import app
+from compress.runfolder import RunFolder
+from tests.cli.recipes import make_recipe
+
+
+def call(*words: Any) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
+    run = finished.parent / "run"
+    assert (run / "recipe.yaml").read_text() == finished.read_text()
+    assert list(RunFolder(run).stages()) == ["profile", "search", "export", "evaluate"]
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"]
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["predicted"]["kv_bytes"]["320"] <= 0.8 * plan["predicted"]["dense_kv_bytes"]["320"]
+    numbers = json.loads((run / "evaluation.json").read_text())
+    assert [row["name"] for row in numbers["variants"]] == ["dense", "plan", "uniform"]
+    card = (run / "checkpoint" / "README.md").read_text()
+    assert "| dense |" in card and "2 windows of 256 tokens" in card
+
+
+def test_a_finished_run_is_not_repeated(copied: Path) -> None:
+    run = copied.parent / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.json")}
+    result = call("run", copied, "--json")
+    assert result.exit_code == 0, result.output
+    for stage in ("profile", "search", "export", "evaluate"):
+        assert f"{stage}: done before" in result.stderr
+    assert json.loads(result.stdout)["variants"][0]["name"] == "dense"
+    same = {path for path in before if path.stat().st_mtime_ns == before[path]}
+    assert {run / "plan.json", run / "evaluation.json", run / "profile" / "profile.json"} <= same
+
+
+def test_a_changed_recipe_reruns_only_what_depends_on_it(copied: Path) -> None:
+    copied.write_text(copied.read_text().replace("windows: 2", "windows: 3"))
+    result = call("run", copied)
+    assert result.exit_code == 0, result.output
+    assert "export: done before" in result.stderr and "evaluate: starting" in result.stderr
+
+
+def test_stages_one_by_one_and_what_is_missing(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    for command, missing in (("search", "profile"), ("export", "search"), ("eval", "search")):
+        result = call(command, recipe)
+        assert result.exit_code == 2
+        assert f"the {missing} stage is missing" in result.stderr
+        assert f"compress {missing} {recipe}" in result.stderr
+    assert call("profile", recipe).exit_code == 0
+    found = call("search", recipe, "--json")
+    assert found.exit_code == 0
+    assert json.loads(found.stdout)["layers"]
+    recipe.write_text(recipe.read_text().replace("kv: 0.8", "kv: 0.9"))
+    result = call("export", recipe)
+    assert result.exit_code == 2 and "an earlier form of this recipe" in result.stderr
+
+
+def test_an_output_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years")
+    result = call("profile", recipe)
+    assert result.exit_code == 2
+    assert "already holds something" in result.stderr and "--overwrite" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+    assert call("profile", recipe, "--overwrite").exit_code == 0
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years"
+
+
+def test_a_foreign_checkpoint_folder_is_refused(copied: Path) -> None:
+    run = RunFolder(copied.parent / "run")
+    run.forget("export")
+    (run.checkpoint / "config.json").write_text("mine")
+    result = call("export", copied)
+    assert result.exit_code == 2 and "already holds something" in result.stderr
+    assert (run.checkpoint / "config.json").read_text() == "mine"
+
+
+def test_a_damaged_profile_is_reported(copied: Path) -> None:
+    tensors = copied.parent / "run" / "profile" / "statistics.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    result = call("profile", copied)
+    assert result.exit_code == 2
+    assert "damaged profile" in result.stderr and "Traceback" not in result.output
+
+
+def test_an_interrupt_says_how_to_go_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.search.search.run_search", interrupt)
+    (copied.parent / "run" / "plan.json").unlink()
+    result = call("run", copied)
+    assert result.exit_code == 130
+    assert "The same command goes on from there." in result.stderr and "Traceback" not in result.output
+
+
+def test_a_full_disk_is_no_traceback(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "plan.json")
+
+    monkeypatch.setattr("compress.search.search.run_search", full)
+    (copied.parent / "run" / "plan.json").unlink()
+    result = call("search", copied)
+    assert result.exit_code == 2
+    assert "plan.json: the disk is full" in result.stderr and "Traceback" not in result.output
+    assert "Traceback" in call("search", copied, "-v").stderr

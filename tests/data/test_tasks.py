@@ -1,0 +1,166 @@
+"""Prompts: exact lengths, evidence where it is said to be, seeds, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import compress.data.tasks  # noqa: F401  (registers the tasks)
+from compress.data.continuation import Continuation
+from compress.data.key_value import KeyValue
+from compress.data.passkey import PassKey
+from compress.data.text import tokenise
+from compress.errors import UserError
+from compress.registry import tasks
+from tests.data.language import byte_tokenizer, story
+
+TEXT = tokenise(byte_tokenizer(), story())
+MADE: list[Any] = [
+    PassKey(length=300, count=5),
+    PassKey(length=301, count=3, haystack="filler", digits=7, answer_tokens=20),
+    PassKey(length=257, count=2, answer="text"),
+    KeyValue(length=500, count=4),
+    KeyValue(length=500, count=2, lines=1),
+    KeyValue(length=400, count=2, lines=2, form="register", haystack="filler"),
+    KeyValue(length=600, count=3, lines=None, form="register"),
+    Continuation(length=200, count=4),
+    Continuation(length=129, count=1, answer_tokens=100),
+]
+
+
+def test_every_task_is_registered_under_its_name() -> None:
+    assert list(tasks) == ["continuation", "key_value", "passkey"]
+    for name, task in tasks.items():
+        assert task.model_fields["task"].default == name
+        assert all(field.description for field in task.model_fields.values())
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("task", MADE, ids=lambda task: task.model_dump_json(exclude_defaults=True))
+def test_length_is_exact_and_evidence_is_the_needle(task: Any, begin: bool) -> None:
+    tokenizer = byte_tokenizer(begin)
+    prompts = task.make(tokenizer, TEXT, 0, context=2048)
+    assert len(prompts) == task.count
+    for prompt in prompts:
+        assert prompt.length == task.length
+        assert prompt.task == task.task
+        assert (prompt.tokens[0] == 1) == begin
+        document = prompt.answered(range(prompt.budget))
+        assert document.length == task.length
+        assert document.answer == (task.length - prompt.budget, task.length)
+        if prompt.expected is None:
+            assert not prompt.evidence
+            continue
+        ((start, end),) = prompt.evidence
+        needle = tokenizer.decode(prompt.tokens[start:end])
+        assert needle.startswith(("The pass key is", "The number of the", "line "))
+        assert prompt.expected in needle
+        assert "\n" not in needle
+        text = tokenizer.decode(prompt.tokens)
+        assert text.count(needle) == 1
+        assert text.rsplit("\n", 1)[1].endswith(" is")
+        assert tokenizer.decode(prompt.reference).strip() == prompt.expected
+        assert task.budget(prompt.reference) == prompt.budget
+
+
+def test_same_seed_same_prompts_other_seed_other_prompts() -> None:
+    for task in MADE:
+        first = task.make(byte_tokenizer(), TEXT, 0)
+        assert task.make(byte_tokenizer(), TEXT, 0) == first
+        assert task.make(byte_tokenizer(), TEXT, "0/held_out") != first
+        assert task.make(byte_tokenizer(), TEXT, 1) != first
+
+
+def test_depths_are_spread_evenly_and_the_needle_lies_there() -> None:
+    task = PassKey(length=1000, count=8, depth=(0.2, 0.6))
+    prompts = task.make(byte_tokenizer(), TEXT, 3)
+    depths = [prompt.depth or 0.0 for prompt in prompts]
+    assert sorted(depths) == pytest.approx([0.2 + 0.4 * (i + 0.5) / 8 for i in range(8)])
+    assert depths != sorted(depths)
+    for prompt in prompts:
+        room = 1000 - prompt.budget - (prompt.evidence[0][1] - prompt.evidence[0][0])
+        assert prompt.evidence[0][0] / room == pytest.approx(prompt.depth, abs=0.04)
+
+
+def test_depth_zero_and_one_are_the_ends() -> None:
+    for depth in (0.0, 1.0):
+        (prompt,) = PassKey(length=400, count=1, depth=(depth, depth)).make(byte_tokenizer(True), TEXT, 0)
+        text = byte_tokenizer().decode(prompt.tokens)
+        place = text.index("The pass key is")
+        assert place < 10 if depth == 0 else "pass key.\n\n\n\nRemember" in text[place:]
+
+
+def test_numbers_of_lines_differ_and_each_name_is_there_once() -> None:
+    (prompt,) = KeyValue(length=900, count=1, lines=6).make(byte_tokenizer(), TEXT, 0)
+    text = byte_tokenizer().decode(prompt.tokens)
+    lines = [line for line in text.split("\n") if line.startswith("The number of the") and line.endswith(".")]
+    assert len(lines) == 6
+    assert len({line.split()[4] for line in lines}) == 6
+    assert len({line.split()[6] for line in lines}) == 6
+
+
+def test_lines_alone_fill_the_length() -> None:
+    (prompt,) = KeyValue(length=1000, count=1, lines=None, form="register").make(byte_tokenizer(), TEXT, 0)
+    text = byte_tokenizer().decode(prompt.tokens)
+    registers = "".join(line for line in text.split("\n") if line.startswith("line "))
+    assert len(registers) > 0.8 * len(text)
+
+
+def test_continuation_is_a_window_of_the_text() -> None:
+    for prompt in Continuation(length=150, count=3, answer_tokens=30).make(byte_tokenizer(), TEXT, 5):
+        window = [*prompt.tokens, *prompt.reference]
+        assert any(TEXT[i : i + 150] == window for i in range(len(TEXT) - 149))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(150, 700), st.integers(1, 4), st.integers(0, 5), st.sampled_from(["natural", "filler"]))
+def test_any_length_is_exact(length: int, count: int, seed: int, haystack: Any) -> None:
+    for task in (
+        PassKey(length=length, count=count, haystack=haystack),
+        KeyValue(length=length, count=count, lines=1, haystack=haystack),
+    ):
+        for prompt in task.make(byte_tokenizer(), TEXT, seed):
+            assert prompt.length == length
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "message"),
+    [
+        (PassKey(length=4096, count=1), TEXT, "longer than the model's context"),
+        (PassKey(length=40, count=1), TEXT, "no room for a haystack"),
+        (PassKey(length=1500, count=1), TEXT[:100], "the text is too short"),
+        (PassKey(length=500, count=1, answer_tokens=1), TEXT, "`answer_tokens` is too small"),
+        (KeyValue(length=300, count=1, lines=50), TEXT, "no room for a haystack"),
+        (KeyValue(length=40, count=1, lines=None), TEXT, "no room for a line"),
+        (Continuation(length=64, count=1), TEXT, "no room for a prompt"),
+        (Continuation(length=300, count=1), TEXT[:299], "at least 300 tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_refused(task: Any, text: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        task.make(byte_tokenizer(), text, 0, context=2048)
+
+
+def test_a_short_text_says_how_many_tokens_there_are_and_are_needed() -> None:
+    with pytest.raises(UserError) as error:
+        Continuation(length=300, count=1).make(byte_tokenizer(), TEXT[:120], 0)
+    assert "300 tokens" in str(error.value)
+    assert "120 tokens" in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"depth": (0.9, 0.1)}, {"depth": (0, 2)}, {"digit": 3}, {"digits": 0}])
+def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as error:
+        PassKey(**{"length": 300, "count": 1} | wrong)
+    assert error.value.errors()[0]["loc"] == (next(iter(wrong)),)
+
+
+def test_an_answer_of_another_length_is_refused() -> None:
+    (prompt,) = PassKey(length=300, count=1).make(byte_tokenizer(), TEXT, 0)
+    with pytest.raises(ValueError, match="an answer of"):
+        prompt.answered([1])

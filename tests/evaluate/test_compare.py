@@ -1,0 +1,173 @@
+"""Variants side by side: one at a time, on the same items, kept on disk, in a file and in a table."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from compress.data.continuation import Continuation
+from compress.data.key_value import KeyValue
+from compress.data.passkey import PassKey
+from compress.data.prompt import Task
+from compress.data.text import FileText, split_text, tokenise
+from compress.errors import UserError
+from compress.evaluate.compare import Variant, compare
+from compress.evaluate.comparison import Comparison, read_comparison
+from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
+
+RECALL: list[Task] = [PassKey(length=200, count=3), KeyValue(length=240, count=2, lines=1)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FileText:
+    path = tmp_path / "story.txt"
+    path.write_text(story(), encoding="utf-8")
+    return FileText(path=str(path))
+
+
+class Builder:
+    """Counts how often each variant's model is made."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+
+    def variants(self, names: tuple[str, ...] = ("dense", "plan")) -> list[Variant]:
+        return [
+            Variant(
+                name,
+                lambda name=name: self.build(name),  # type: ignore[misc]
+                key=name,
+                kv_bytes={200: 2**20 if name == "dense" else 2**19},
+            )
+            for name in names
+        ]
+
+    def build(self, name: str) -> Any:
+        self.built.append(name)
+        return byte_model(0 if name == "dense" else 1)
+
+
+def run(source: FileText, folder: Path, builder: Builder, **changes: Any) -> Comparison:
+    options: dict[str, Any] = {
+        "perplexity_request": PerplexityRequest(text=source, length=200, windows=2),
+        "recall_requests": RECALL,
+        "recall_text": source,
+        "seed": 0,
+        "cache_dir": folder,
+    }
+    names = changes.pop("names", ("dense", "plan"))
+    return compare(byte_loaded(), builder.variants(names), **options | changes)
+
+
+def test_rows_are_what_each_model_does_on_the_evaluation_part(tmp_path: Path, source: FileText) -> None:
+    builder, reports = Builder(), []
+    result = run(source, tmp_path / "kept", builder, progress=lambda *report: reports.append(report))
+    assert builder.built == ["dense", "plan"]
+    assert [variant.name for variant in result.variants] == ["dense", "plan"]
+    text = tokenise(byte_tokenizer(), split_text(source.load(), "evaluation"))
+    for seed, variant in enumerate(result.variants):
+        own = perplexity(byte_model(seed), text, PerplexityRequest(text=source, length=200, windows=2))
+        assert variant.perplexity is not None
+        assert variant.perplexity.nll == pytest.approx(own.nll)
+        assert [(r.task, r.length, len(r.items)) for r in variant.recall] == [
+            ("passkey", 200, 3),
+            ("key_value", 240, 2),
+        ]
+    expected = [[item.expected for item in result.variants[i].recall[0].items] for i in (0, 1)]
+    assert expected[0] == expected[1]
+    assert (result.model, result.dtype, result.device, result.seed) == ("tiny/bytes", "float32", "cpu", 0)
+    assert reports[-1][:2] == (14, 14)
+    assert [report[0] for report in reports] == sorted(report[0] for report in reports)
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path, source: FileText) -> None:
+    builder, kept = Builder(), tmp_path / "kept"
+    first = run(source, kept, builder)
+    second = run(source, kept, builder)
+    assert builder.built == ["dense", "plan"]
+    assert [v.model_dump(exclude={"seconds"}) for v in second.variants] == [
+        v.model_dump(exclude={"seconds"}) for v in first.variants
+    ]
+    run(source, kept, builder, names=("dense", "plan", "uniform"))
+    assert builder.built == ["dense", "plan", "uniform"]
+    run(source, kept, builder, recall_requests=[*RECALL, PassKey(length=220, count=1)])
+    assert builder.built == ["dense", "plan", "uniform", "dense", "plan"]
+    run(source, kept, builder, seed=1)
+    assert len(builder.built) == 7
+    for path in kept.glob("plan-perplexity-*.json"):
+        path.write_text(path.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    run(source, kept, builder)
+    assert builder.built[7:] == ["plan"]
+
+
+def test_file_form_comes_back_the_same(tmp_path: Path, source: FileText) -> None:
+    result = run(source, tmp_path / "kept", Builder())
+    path = tmp_path / "evaluation.json"
+    result.write(path)
+    assert read_comparison(path) == result
+    assert '"schema": 1' in path.read_text(encoding="utf-8")
+
+
+def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
+    path = tmp_path / "evaluation.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        read_comparison(path)
+    run(source, tmp_path / "kept", Builder()).write(path)
+    text = path.read_text(encoding="utf-8")
+    for damaged in (text[:-40], text.replace('"schema": 1', '"schema": 2'), text.replace('"seed"', '"sede"')):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match=r"evaluation\.json"):
+            read_comparison(path)
+
+
+def printed(result: Comparison) -> str:
+    stream = io.StringIO()
+    result.print(Console(file=stream, width=200, color_system=None))
+    return " ".join(stream.getvalue().split())
+
+
+def test_table_names_everything_a_reader_needs(tmp_path: Path, source: FileText) -> None:
+    result = run(source, tmp_path / "kept", Builder())
+    text = printed(result)
+    for part in (
+        "tiny/bytes, float32 on cpu, seed 0",
+        "1.00 MiB (100%)",
+        "0.50 MiB (50%)",
+        "2 windows of 200 tokens",
+        "passkey at 200: 3 prompts in natural text",
+        "key_value at 240: 2 prompts",
+        "batch 1",
+        "0.00 (0.00 to 0.56)",
+    ):
+        assert part in text
+    plan, dense = result.variants[1].perplexity, result.dense.perplexity
+    assert plan is not None
+    assert dense is not None
+    assert f"{dense.perplexity:.3f}" in text
+    assert f"{plan.perplexity / dense.perplexity - 1:+.1%}" in text
+
+
+def test_either_half_may_be_left_out(tmp_path: Path, source: FileText) -> None:
+    alone = run(source, tmp_path / "a", Builder(), recall_requests=[])
+    assert alone.text is None
+    assert "passkey" not in printed(alone)
+    recall_only = run(source, tmp_path / "b", Builder(), perplexity_request=None)
+    assert "perplexity" not in printed(recall_only)
+
+
+def test_requests_that_do_not_fit_are_refused_before_a_model_is_built(tmp_path: Path, source: FileText) -> None:
+    builder = Builder()
+    with pytest.raises(UserError, match="context"):
+        run(source, tmp_path, builder, recall_requests=[PassKey(length=5000, count=1)])
+    with pytest.raises(UserError, match="no right answer"):
+        run(source, tmp_path, builder, recall_requests=[Continuation(length=200, count=1)])
+    with pytest.raises(UserError, match="too short"):
+        run(source, tmp_path, builder, perplexity_request=PerplexityRequest(text=source, length=2000, windows=500))
+    with pytest.raises(ValueError, match="`dense` first"):
+        run(source, tmp_path, builder, names=("plan", "dense"))
+    assert builder.built == []

@@ -1,0 +1,144 @@
+"""A capture computes what the model computes, hands layers out in order, and leaves no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import UserError
+from compress.models.shape import shape_of
+from compress.profile import memory
+from compress.profile.capture import Capture
+from compress.profile.tiles import LayerTensors, strips
+from tests.profile.common import document
+from tests.profile.naive import model_layers
+from tests.tiny import FAMILIES, tiny_model
+
+DOC = document(143)
+
+
+def state_of(model: Any) -> list[Any]:
+    return [
+        model.config._attn_implementation,
+        [module.training for module in model.modules()],
+        [weight.requires_grad for weight in model.parameters()],
+        [weight.grad for weight in model.parameters()],
+        [sorted(vars(module)) for module in model.modules()],
+        [getattr(module, "gradient_checkpointing", None) for module in model.modules()],
+    ]
+
+
+def capture_of(model: Any, consume: Any, **options: Any) -> Capture:
+    return Capture(model, shape_of(model), consume, **{"gradient": True, "checkpointing": False} | options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_that_of_the_model_and_layers_come_backwards(family: str, checkpointing: bool) -> None:
+    model = tiny_model(family)
+    seen: list[LayerTensors] = []
+    with capture_of(model, seen.append, checkpointing=checkpointing) as capture:
+        loss = capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+    assert [layer.layer for layer in seen] == [2, 1, 0]
+    with torch.no_grad():
+        logits = model(torch.tensor([DOC.tokens])).logits[0, DOC.answer[0] - 1 : DOC.answer[1] - 1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(DOC.tokens[DOC.answer[0] :]))
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+    _, naive_loss = model_layers(model.double(), shape_of(model), DOC)
+    assert loss == pytest.approx(naive_loss, rel=1e-4)
+
+
+def test_without_gradient_layers_come_forwards() -> None:
+    seen: list[LayerTensors] = []
+    with capture_of(tiny_model("qwen3"), seen.append, gradient=False) as capture:
+        assert capture.run(torch.tensor([DOC.tokens]), DOC.answer) is None
+    assert [layer.layer for layer in seen] == [0, 1, 2]
+    assert all(layer.output_gradient is None for layer in seen)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    model = tiny_model("llama-gqa").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = state_of(model)
+
+    def consume(layer: LayerTensors) -> None:
+        if fails:
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        with capture_of(model, consume, checkpointing=True) as capture:
+            assert not any(module.training for module in model.modules())
+            capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        run()
+    assert state_of(model) == before
+
+
+def test_dropout_is_off_under_checkpointing() -> None:
+    model = tiny_model("llama-gqa")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    losses = []
+    for checkpointing in (False, True):
+        with capture_of(model, lambda _: None, checkpointing=checkpointing) as capture:
+            losses.append(capture.run(torch.tensor([DOC.tokens]), DOC.answer))
+    assert losses[0] == losses[1]
+
+
+def test_nan_names_the_layer() -> None:
+    model = tiny_model("llama-gqa")
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(UserError, match="attention output of layer 1"), capture_of(model, lambda _: None) as capture:
+        capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+
+
+@pytest.mark.parametrize("valid", [[True, False, True], [False] * 3])
+def test_padding_inside_a_row_is_refused(valid: list[bool]) -> None:
+    with pytest.raises(ValueError, match="one run"), capture_of(tiny_model("llama-gqa"), lambda _: None) as capture:
+        capture.run(torch.tensor([[5, 6, 7]]), (1, 3), torch.tensor(valid))
+
+
+def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama-gqa")
+    shape = shape_of(model)
+    estimate = memory.activation_bytes(model.config, shape, 1000, 4)
+    for free, expected in ((estimate * 5, False), (estimate * 3, True), (None, False)):
+        monkeypatch.setattr(memory, "available_bytes", lambda _, free=free: free)
+        assert memory.needs_checkpointing(model.config, shape, 1000, 4, torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3"])
+def test_the_activation_estimate_is_no_less_than_what_autograd_keeps(family: str) -> None:
+    model = tiny_model(family)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with keep, capture_of(model, lambda _: None) as capture:
+        capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+    estimate = memory.activation_bytes(model.config, shape_of(model), DOC.length, 4)
+    # Besides the layers autograd keeps one copy of the embeddings, cosines, final norm and answer logits.
+    outside = 4 * DOC.length * 48 * 6
+    assert sum(kept.values()) - outside <= estimate <= 2 * sum(kept.values())
+
+
+def test_strips_cover_all_rows_within_the_budget() -> None:
+    for window in (None, 1, 300):
+        end = 0
+        for start, stop, first in strips(1000, 6, window, 200_000):
+            assert start == end and first == (0 if window is None else max(0, start - window + 1))
+            assert stop - start <= 4 or 4 * 6 * (stop - start) * (stop - first) <= 200_000
+            end = stop
+        assert end == 1000

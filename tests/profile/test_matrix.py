@@ -1,0 +1,100 @@
+"""What every registered statistic must do. A new statistic is one more entry in STATISTICS."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress.profile  # noqa: F401  (registers every statistic)
+from compress.models.shape import shape_of
+from compress.profile.runner import run_profile
+from compress.profile.statistic import Statistic
+from compress.registry import statistics
+from tests.profile.common import GRID, documents, tensor_bytes
+from tests.tiny import tiny_loaded
+
+STATISTICS: dict[str, dict[str, Any]] = {
+    "attention": {"sink": 8},
+    "influence": {"grid": GRID},
+    "retrieval": {"grid": GRID},
+}
+
+every = pytest.mark.parametrize("name", sorted(STATISTICS))
+
+
+def make(name: str) -> Statistic:
+    statistic = statistics[name](**STATISTICS[name])
+    assert isinstance(statistic, Statistic)
+    return statistic
+
+
+def test_every_registered_statistic_is_tested() -> None:
+    assert list(statistics) == sorted(STATISTICS)
+
+
+@every
+def test_parameters_and_class_are_documented(name: str) -> None:
+    method = statistics[name]
+    assert method.__doc__ and isinstance(method.needs_gradient, bool) and method.unit
+    assert all(field.description for field in method.model_fields.values())
+    statistic = make(name)
+    assert statistic.name == name
+    assert type(statistic).model_validate(statistic.parameters()) == statistic
+
+
+@every
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "mistral-sliding", "qwen2", "qwen3"])
+def test_results_are_finite_and_as_declared(name: str, family: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded(family)
+    shape = shape_of(loaded.model)
+    statistic = make(name)
+    profile = run_profile(loaded, documents(), [statistic], tmp_path, seed=0)
+    declared = statistic.begin(shape, [70, 133]).measures
+    assert set(profile.tensors) == set(declared)
+    for key, measure in declared.items():
+        entry = profile.header.statistics[name].tensors[key]
+        assert tuple(profile.tensor(key).shape) == measure.shape == entry.shape
+        assert entry.axes == measure.axes and entry.axes[:2] == ("layer", "group") and entry.unit == measure.unit
+        assert key.endswith(f".{measure.length}")
+        assert bool(torch.isfinite(profile.tensor(key)).all()) and bool(profile.tensor(key).any())
+
+
+@every
+def test_interrupted_run_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    run_profile(loaded, documents(), [make(name)], tmp_path / "whole", seed=0)
+
+    def stop(done: int, total: int, message: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(loaded, documents(), [make(name)], tmp_path / "parts", seed=0, progress=stop)
+    seen: list[int] = []
+    run_profile(
+        loaded, documents(), [make(name)], tmp_path / "parts", seed=0, progress=lambda done, *_: seen.append(done)
+    )
+    assert seen == [2, 3]
+    assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
+
+
+@every
+def test_a_joint_pass_gives_what_a_pass_alone_gives(name: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded("qwen2")
+    alone = run_profile(loaded, documents(), [make(name)], tmp_path / "alone", seed=0)
+    joint = run_profile(loaded, documents(), [make(other) for other in STATISTICS], tmp_path / "joint", seed=0)
+    for key, values in alone.tensors.items():
+        torch.testing.assert_close(joint.tensor(key), values, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_state_moves_everything(name: str) -> None:
+    shape = shape_of(tiny_loaded("llama-gqa").model)
+    first, second = make(name).begin(shape, [70, 133]), make(name).begin(shape, [70, 133])
+    for number, key in enumerate(first.sums, 1):
+        first.sums[key] += torch.rand_like(first.sums[key])
+        first.counts[key] = number
+    second.restore(first.state())
+    assert second.counts == first.counts
+    assert all(torch.equal(second.sums[key], total) for key, total in first.sums.items())

@@ -1,0 +1,90 @@
+"""Search problems without a model: influence tables of random attention, behind the face of a profile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compress.models.shape import ModelShape
+from compress.search.budget import Budget
+from compress.search.problem import SearchProblem
+from compress.search.search import make_problem
+from compress.targets.window import SpanGrid
+
+ITEMSIZE = 2
+SMALL = SpanGrid(betas=(0.0, 0.25, 0.5, 1.0))
+
+
+@dataclass(frozen=True)
+class FakeProfile:
+    """What a search reads of a profile."""
+
+    lengths: tuple[int, ...]
+    grid: SpanGrid | None
+    tensors: dict[str, torch.Tensor]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+
+def make_shape(
+    layers: int = 3, kv_heads: int = 2, native_windows: Sequence[int | None] | None = None, head_dim: int = 16
+) -> ModelShape:
+    """A shape of a model that does not exist."""
+    return ModelShape(
+        architecture="LlamaForCausalLM",
+        layers=layers,
+        query_heads=2 * kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        native_windows=tuple(native_windows or (None,) * layers),
+        fingerprint="sha256:" + "0" * 64,
+    )
+
+
+def influence_table(influence: np.ndarray, grid: SpanGrid, length: int) -> torch.Tensor:
+    """The table `[layers, groups, sinks, betas, alphas]` of influence `[layers, groups, t, j]` by plain masking."""
+    t, j = np.arange(length)[:, None], np.arange(length)[None]
+    alphas = grid.alphas(length)
+    table = np.zeros((*influence.shape[:2], len(grid.sinks), len(grid.betas), len(alphas)))
+    for sink_index, sink in enumerate(grid.sinks):
+        for beta_index, beta in enumerate(grid.betas):
+            for alpha_index, alpha in enumerate(alphas):
+                span = np.maximum(1, alpha + np.floor(beta * (t + 1)))
+                hidden = (j <= t) & (j >= sink) & (t - j >= span)
+                table[:, :, sink_index, beta_index, alpha_index] = influence[:, :, hidden].sum(-1)
+    return torch.from_numpy(table).float()
+
+
+@functools.cache
+def random_profile(shape: ModelShape, lengths: tuple[int, ...], grid: SpanGrid = SMALL, seed: int = 0) -> FakeProfile:
+    """Heads from local to global: influence that decays with the distance at a random rate, and random signs."""
+    rng = np.random.default_rng(seed)
+    size = (shape.layers, shape.kv_heads, 1, 1)
+    tensors = {}
+    for length in lengths:
+        reach = np.exp(rng.random(size) * 5 + 2)
+        distance = np.maximum(np.arange(length)[:, None] - np.arange(length)[None], 0)
+        influence = np.exp(-distance / reach) * rng.random(size)
+        sign = rng.random((*size[:2], length, length)) - 0.3
+        tensors[f"influence.absolute.{length}"] = influence_table(influence, grid, length)
+        tensors[f"influence.signed.{length}"] = influence_table(influence * sign, grid, length)
+    return FakeProfile(lengths, grid, tensors)
+
+
+def random_problem(
+    kv: float | dict[int, float] = 0.5,
+    *,
+    shape: ModelShape | None = None,
+    profiled: tuple[int, ...] = (320, 512),
+    lengths: tuple[int, ...] | None = None,
+    grid: SpanGrid = SMALL,
+    seed: int = 0,
+) -> SearchProblem:
+    """A problem over `random_profile`."""
+    shape = shape or make_shape()
+    return make_problem(shape, random_profile(shape, profiled, grid, seed), Budget(kv=kv, lengths=lengths), ITEMSIZE)

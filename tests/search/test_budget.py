@@ -1,0 +1,82 @@
+"""The budget: its forms, the bytes it allows, and what it says when nothing fits."""
+
+import pytest
+from pydantic import ValidationError
+
+from compress.errors import UserError
+from compress.runtime.span import FULL, Span
+from compress.search.budget import Budget, check_feasible, dense_bytes, rule_bytes, smallest_bytes
+from compress.targets.window import SpanGrid
+from tests.search.synthetic import ITEMSIZE, SMALL, make_shape, random_problem
+
+SHAPE = make_shape()  # 3 layers x 2 groups of head size 16: a token costs 6 * 2 * 16 * 2 = 384 bytes
+
+
+def test_limits_are_shares_of_the_dense_bytes() -> None:
+    assert Budget(kv=0.5, lengths=(1024, 512)).limits(SHAPE, ITEMSIZE, (1,)) == {512: 98_304, 1024: 196_608}
+    assert Budget(kv=0.25).limits(SHAPE, ITEMSIZE, (100,)) == {100: 9_600}
+    assert Budget(kv={1024: 0.5, 2048: 500_000}).limits(SHAPE, ITEMSIZE, ()) == {1024: 196_608, 2048: 500_000}
+
+
+def test_a_share_of_one_covers_whole_pages() -> None:
+    limits = Budget(kv=1.0, lengths=(65,)).limits(SHAPE, ITEMSIZE, ())
+    assert limits == {65: 128 * 384}
+    assert limits[65] > dense_bytes(SHAPE, 65, ITEMSIZE) == 65 * 384
+
+
+def test_layers_that_slide_cost_their_window() -> None:
+    shape = make_shape(3, 2, (100, None, None))
+    assert dense_bytes(shape, 1000, ITEMSIZE) == (100 + 2 * 1000) * 128
+    assert rule_bytes(shape, FULL, 1024, ITEMSIZE) == (Span(0, 100, 0.0).page_count(1024) * 64 + 2 * 1024) * 128
+
+
+def test_budget_reads_strict_json() -> None:
+    assert Budget.model_validate_json('{"kv": 0.5, "lengths": [1024, 2048]}', strict=True).lengths == (1024, 2048)
+    assert Budget.model_validate_json('{"kv": {"1024": 0.5, "2048": 4096}}', strict=True).kv == {1024: 0.5, 2048: 4096}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"kv": 0}, "in \\(0, 1\\]"),
+        ({"kv": 50}, "half of them is 0.5"),
+        ({"kv": {}}, "at least one length"),
+        ({"kv": {512: 1.5}}, "whole bytes"),
+        ({"kv": {0: 0.5}}, "at least 1 token"),
+        ({"lengths": []}, "one or more lengths"),
+        ({"lengths": [512, 512]}, "each once"),
+        ({"kv": {512: 0.5}, "lengths": [1024]}, "leave it out"),
+        ({"parameters": 1}, "Extra inputs"),
+    ],
+)
+def test_budget_refuses(parameters: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Budget(**parameters)
+
+
+def test_an_infeasible_budget_names_the_smallest_share_and_that_share_works() -> None:
+    with pytest.raises(UserError) as error:
+        random_problem(0.1, lengths=(512, 1000, 4096))
+    assert len(error.value.problems) == 2
+    text = str(error.value)
+    assert "no plan meets the budget at length 512" in text
+    assert "at least 0.25 of the dense KV bytes" in text
+    assert "no plan meets the budget at length 1000" in text
+    share = float(text.split("length 1000")[1].split("at least ")[1].split(" ")[0])
+    random_problem(share, lengths=(1000,))
+    with pytest.raises(UserError):
+        random_problem(share - 0.0002, lengths=(1000,))
+
+
+def test_the_smallest_rule_of_a_grid_without_windows_is_full() -> None:
+    only_full = SpanGrid(betas=(1.0,))
+    assert smallest_bytes(SHAPE, only_full, 512, ITEMSIZE) == dense_bytes(SHAPE, 512, ITEMSIZE)
+    check_feasible({512: dense_bytes(SHAPE, 512, ITEMSIZE)}, SHAPE, only_full, ITEMSIZE)
+
+
+@pytest.mark.parametrize("length", [64, 100, 512, 1000])
+def test_no_rule_of_the_grid_is_cheaper_than_the_smallest(length: int) -> None:
+    grid = SpanGrid(sinks=(4, 128), betas=(0.125, 0.5), alpha_min=-64)
+    cheapest = min(rule_bytes(SHAPE, rule.span, length, ITEMSIZE) for rule in grid.rules(2000))
+    assert smallest_bytes(SHAPE, grid, length, ITEMSIZE) == cheapest
+    assert smallest_bytes(SHAPE, SMALL, length, ITEMSIZE) <= dense_bytes(SHAPE, -(-length // 64) * 64, ITEMSIZE)
