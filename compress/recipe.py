@@ -69,6 +69,7 @@ class EvaluateSection(Section):
     )
     perplexity: AnyMethod | None = Field(None, description="leave it out to skip perplexity")
     recall: tuple[AnyMethod, ...] = Field((), description="recall tasks, one entry per task and length")
+    batch_size: int = Field(1, ge=1, description="recall prompts answered at once; more is faster on a GPU")
 
     @field_validator("compare")
     @classmethod

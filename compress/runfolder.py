@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+from compress.files import key_of, write_json, write_text
 
 STAGES = "stages.json"
 LOCK = ".lock"
@@ -31,45 +31,9 @@ SCHEMA = 1
 ARTIFACTS = ("calibration", "profile", "search", "plan.json", "evaluation", "evaluation.json")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: after a crash the path holds the old bytes or the new, never a part.
-
-    Raises:
-        UserError: the disk is full.
-        OSError: the folder cannot be written. Nothing is left behind in either case.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            "the disk is full; the file is as it was before", where=str(path), fix="free some space, then run again"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """`write_bytes` for indented JSON."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
-
-
 def stage_key(*facts: Any) -> str:
-    """16 hexadecimal digits of the facts (JSON values) that a stage depends on."""
-    canonical = json.dumps([SCHEMA, *facts], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    """Key of the facts (JSON values) that a stage depends on, in this form of the run folder."""
+    return key_of(SCHEMA, *facts)
 
 
 class RunFolder:

@@ -1,6 +1,5 @@
 """The run folder: whole files or none, stages that are not repeated, and nothing foreign touched."""
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -9,40 +8,10 @@ from typing import Any
 import pytest
 
 from compress.errors import UserError
-from compress.runfolder import RunFolder, open_run, stage_key, write_bytes, write_json, write_text
+from compress.files import write_json, write_text
+from compress.runfolder import RunFolder, open_run, stage_key
 
 RUN: dict[str, Any] = {"model": "m", "text": "a: 1\n", "resolved": "a: 1\nb: 2\n"}
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "plan.json"
-    write_text(path, "old")
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="disk is full"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["plan.json"]
-
-
-@pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_an_interrupt_while_writing_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    path = tmp_path / "data"
-    write_bytes(path, b"old")
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, moment, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["data"]
 
 
 def test_a_new_folder_holds_the_recipe_verbatim(tmp_path: Path) -> None:

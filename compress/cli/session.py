@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.cli import methods
 from compress.cli.output import say
+from compress.files import write_json
 from compress.recipe import Recipe, load_recipe
-from compress.runfolder import RunFolder, open_run, stage_key, write_json
+from compress.runfolder import RunFolder, open_run, stage_key
 
 if TYPE_CHECKING:
     from compress.models.load import LoadedModel

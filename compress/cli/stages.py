@@ -151,6 +151,7 @@ def evaluate_stage(session: Session) -> Comparison:
                 recall_requests=tasks,
                 recall_text=None if request is not None else _text(session),
                 seed=recipe.seed,
+                batch_size=recipe.evaluate.batch_size,
                 cache_dir=run.path / "evaluation",
                 progress=report,
             )

@@ -111,11 +111,11 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
     from compress.data.text import split_text, tokenise
     from compress.errors import Problem, UserError
     from compress.evaluate.perplexity import check_request
-    from compress.models.load import load_tokenizer
+    from compress.models.load import load_config, load_tokenizer
 
     resolve_device(recipe.device)
     tokenizer = load_tokenizer(recipe.model)
-    context = getattr(_config(recipe.model), "max_position_embeddings", None)
+    context = getattr(load_config(recipe.model), "max_position_embeddings", None)
     request: Any = recipe.evaluate.perplexity
     calibration: Any = recipe.calibration.text
     evaluation: Any = request.text if request is not None else calibration
@@ -152,16 +152,3 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
 def _placed(problem: Any, where: str) -> Any:
     problem.where = f"{where}: {problem.where}" if problem.where else where
     return problem
-
-
-def _config(model: str) -> Any:
-    """The model's configuration, without its weights; it also has to be of a supported architecture."""
-    from transformers import AutoConfig
-
-    from compress.models.families import family_of
-    from compress.models.load import _locate
-
-    where, extra = _locate(model)
-    config = AutoConfig.from_pretrained(where, **extra)
-    family_of(config)
-    return config

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from compress.data.answers import answer
 from compress.data.continuation import Continuation
 from compress.data.document import Document
-from compress.data.files import key_of, text_key, write_atomic
 from compress.data.prompt import Prompt, Task
 from compress.data.text import Part, TextSource, split_text, tokenise
+from compress.files import key_of, text_key, write_text
 from compress.models.shape import shape_of
 
 SCHEMA = 1
@@ -80,7 +80,7 @@ def calibration_documents(
                 made.append(prompt.answered(_answer(model, request, prompt, seed + number)))
                 if progress is not None:
                     progress(done + len(made), total, request.name)
-            write_atomic(path, "".join(json.dumps(asdict(document)) + "\n" for document in made))
+            write_text(path, "".join(json.dumps(asdict(document)) + "\n" for document in made))
         done += len(made)
         if progress is not None:
             progress(done, total, request.name)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-# The sentences that pass-key tests repeat since Landmark Attention (arXiv 2305.16300, section 4.2).
+# The sentences that pass-key tests repeat since Landmark Attention (arXiv 2305.16300).
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 GAP = "\n\n"
 

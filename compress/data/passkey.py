@@ -1,4 +1,4 @@
-"""Pass key: a number said once in a long text, asked for at the end (Landmark Attention, arXiv 2305.16300, 4.2)."""
+"""Pass key: a number said once in a long text, asked for at the end (Landmark Attention, arXiv 2305.16300)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-# Said twice, as the paper does. The question says "Remember" because a small model else takes "The pass key is" for
-# the start of a definition: SmolLM2-135M then loses 1 prompt in 6 to fluent prose instead of a number.
+# Said twice, as the paper does. The question says "Remember" because a small model sometimes takes "The pass key is"
+# for the start of a definition and goes on in prose.
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "Remember the pass key. The pass key is"
 

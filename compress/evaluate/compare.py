@@ -14,13 +14,13 @@ import transformers
 from pydantic import BaseModel, ValidationError
 
 from compress.data.calibration import Loaded, Progress
-from compress.data.files import key_of, text_key, write_atomic
 from compress.data.prompt import Prompt, RecallTask, Task
 from compress.data.text import EmbeddedText, TextSource, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
+from compress.files import key_of, text_key, write_text
 from compress.models.shape import shape_of
 
 SCHEMA = 1  # of the kept measurements
@@ -193,7 +193,7 @@ class _Bench:
             started = time.perf_counter()
             result = measure()
             self.seconds += time.perf_counter() - started
-            write_atomic(path, result.model_dump_json(indent=1) + "\n")
+            write_text(path, result.model_dump_json(indent=1) + "\n")
         step(steps, steps)
         return result
 

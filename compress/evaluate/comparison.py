@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from compress.data.files import write_atomic
 from compress.errors import Problem, UserError
 from compress.evaluate.perplexity import PerplexityResult
 from compress.evaluate.recall import RecallResult
+from compress.files import write_text
 
 
 class VariantResult(BaseModel):
@@ -64,7 +64,7 @@ class Comparison(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the JSON file, atomically."""
-        write_atomic(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        write_text(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
 
     def table(self) -> Table:
         """The table: a row a variant, columns for KV bytes, perplexity and each recall task."""

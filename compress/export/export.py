@@ -16,6 +16,7 @@ from compress.export.card import render_card
 from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
 from compress.export.staging import staged
 from compress.export.verify import Checks, verify_checkpoint
+from compress.files import write_text
 from compress.models.families import family_of
 from compress.models.load import DTYPES, LoadedModel
 from compress.models.shape import shape_of
@@ -70,7 +71,8 @@ def export_checkpoint(
             found=shape.fingerprint,
             fix="search again with this model",
         )
-    planned = planned_model(loaded.model, plan)
+    # On the CPU, as the fresh process of the verification: other devices round differently.
+    planned = planned_model(loaded.model, plan).to("cpu")
     if dtype is not None:
         # Parameters only: the RoPE frequencies stay float32, as they are after `from_pretrained`.
         for weight in planned.parameters():
@@ -111,7 +113,7 @@ def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
 def _write_card(
     folder: Path, plan: Plan, model: Any, name: str, checks: Checks, recipe: str | None, table: str | None
 ) -> None:
-    """Write README.md beside its place and rename it."""
+    """Write README.md."""
     weight = next(model.parameters())
     card = render_card(
         plan,
@@ -124,6 +126,4 @@ def _write_card(
         recipe=recipe,
         table=table,
     )
-    beside = folder / ".README.md.partial"
-    beside.write_text(card, encoding="utf-8")
-    beside.replace(folder / "README.md")
+    write_text(folder / "README.md", card)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import UserError
+from compress.files import sync_folder
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -71,7 +71,7 @@ def staged(folder: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Ite
             if old.exists():
                 old.rename(folder)
             raise
-        _sync(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -83,12 +83,3 @@ def staged(folder: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Ite
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

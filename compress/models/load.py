@@ -84,6 +84,20 @@ def _read(what: str, spec: str, action: Any) -> Any:
         ) from error
 
 
+def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model name, without its weights.
+
+    Raises:
+        UserError: nothing of that name, it cannot be read, or an architecture that is not supported.
+    """
+    where, extra = _locate(spec)
+    config = _read(
+        "configuration", spec, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    )
+    family_of(config)
+    return config
+
+
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model name; a pad token is set where the model has none.
 
@@ -122,10 +136,7 @@ def load_model(
         if importlib.util.find_spec("gguf") is None:
             raise UserError("GGUF files need the package gguf", where=spec, fix="pip install gguf")
     else:
-        config = _read(
-            "configuration", spec, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        )
-        family_of(config)
+        load_config(spec, trust_remote_code=trust_remote_code)
     transformers.utils.logging.set_verbosity_error()
     try:
         model = _read(

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 
 from compress.data.document import Document
 from compress.errors import Problem, UserError
+from compress.files import write_bytes
 from compress.models.load import LoadedModel
 from compress.models.shape import ModelShape, shape_of
 from compress.profile.capture import Capture
@@ -30,7 +31,6 @@ from compress.profile.store import (
     StatisticEntry,
     TensorEntry,
     read_profile,
-    write_atomic,
     write_profile,
 )
 from compress.profile.tiles import LayerTensors, Workspace, tiles
@@ -221,7 +221,7 @@ def _save(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]],
     text = json.dumps({"key": key, **asdict(notes)}).encode()
     state["notes"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     data = save_tensors(state)
-    write_atomic(path, hashlib.sha256(data).digest() + data)
+    write_bytes(path, hashlib.sha256(data).digest() + data)
 
 
 def _restore(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]]) -> _Notes:

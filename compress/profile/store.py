@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from compress.errors import Problem, UserError, nearest
+from compress.files import write_bytes
 from compress.models.shape import ModelShape
 from compress.targets.window import SpanGrid
 
@@ -115,37 +115,12 @@ class Profile:
         return self.tensors[key]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: after a crash the path holds the old bytes or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(
-            "the file could not be written",
-            where=str(path),
-            found=str(error),
-            fix="free some space or check the rights",
-        ) from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_profile(folder: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:
     """Write both files; `header.sha256` is filled in here. The header comes last, so it vouches for the tensors."""
     data = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
     header = header.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
-    write_atomic(folder / TENSORS, data)
-    write_atomic(folder / HEADER, header.to_json().encode())
+    write_bytes(folder / TENSORS, data)
+    write_bytes(folder / HEADER, header.to_json().encode())
 
 
 def read_profile(folder: str | Path, shape: ModelShape | None = None) -> Profile:

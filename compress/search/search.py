@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.models.shape import shape_of
 from compress.plan import Plan
-from compress.runfolder import write_json, write_text
 from compress.search.budget import Budget, check_feasible, dense_bytes, smallest_bytes
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name

@@ -12,7 +12,6 @@ import compress.data.calibration as calibration
 from compress.data.answers import answer
 from compress.data.calibration import calibration_documents
 from compress.data.continuation import Continuation
-from compress.data.files import write_atomic
 from compress.data.key_value import KeyValue
 from compress.data.passkey import PassKey
 from compress.data.text import FileText, split_text, tokenise
@@ -146,17 +145,3 @@ def test_too_long_for_the_model_is_known_before_any_answer(tmp_path: Path, sourc
     with pytest.raises(UserError, match="longer than the model's context"):
         calibration_documents(byte_loaded(context=256), requests, source, "calibration", 0, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, "old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert path.read_text() == "old"

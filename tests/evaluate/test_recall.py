@@ -132,7 +132,6 @@ def test_nan_is_an_error() -> None:
 
 
 def test_wilson_interval() -> None:
-    # Values of the closed form, as in L. D. Brown, T. Cai, A. DasGupta, Statistical Science 16 (2001), section 3.1.1.
     assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert wilson(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
     assert wilson(45, 50) == pytest.approx((0.78640, 0.95652), abs=1e-5)

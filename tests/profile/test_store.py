@@ -14,7 +14,7 @@ from compress.profile.influence import Influence
 from compress.profile.retrieval import Retrieval
 from compress.profile.runner import PARTIAL, run_profile
 from compress.profile.statistic import Accumulator, Measure, check_finite
-from compress.profile.store import HEADER, TENSORS, Profile, read_profile, write_atomic, write_profile
+from compress.profile.store import HEADER, TENSORS, Profile, read_profile, write_profile
 from compress.targets.window import SpanGrid
 from tests.profile.common import GRID, document, documents, tensor_bytes
 from tests.tiny import tiny_loaded, tiny_model
@@ -187,19 +187,6 @@ def test_unknown_key_in_the_header(profile: Profile) -> None:
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError, match="extra"):
         read_profile(profile.folder)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("compress.profile.store.os.fsync", full)
-    with pytest.raises(UserError, match="No space left"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 class _Broken(Accumulator):
