@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from compress.errors import Problem, UserError
 from compress.runtime.span import Span, spans_of_plan
+from compress.targets.full import FullGroup
+from compress.targets.target import Target, parse_target
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
@@ -22,28 +24,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FullGroup(Strict):
-    """A head group as the model has it."""
-
-    target: Literal["full"] = "full"
-
-
-class WindowGroup(Strict):
-    """A head group that sees `sink` tokens and a window of alpha + beta * position (runtime/span.py)."""
-
-    target: Literal["window"] = "window"
-    sink: int = Field(ge=0, description="tokens at the start that stay visible")
-    alpha: int = Field(description="fixed part of the window, tokens")
-    beta: float = Field(ge=0, le=1, description="share of the position added to the window")
-
-    @field_validator("beta")
-    @classmethod
-    def _representable(cls, beta: float) -> float:
-        Span(0, 0, beta)
-        return beta
-
-
-Group = Annotated[FullGroup | WindowGroup, Field(discriminator="target")]
+Group = Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)]
 
 
 class Mlp(Strict):

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from compress.export.export import export_checkpoint
-from compress.plan import FullGroup, uniform_plan
+from compress.plan import uniform_plan
 from compress.runtime.span import PAGE
 from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
+from compress.targets.full import FullGroup
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
 
 LENGTH = 301

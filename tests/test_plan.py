@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UserError
-from compress.plan import FullGroup, Plan, WindowGroup, make_plan, read_plan, uniform_plan
+from compress.plan import Plan, make_plan, read_plan, uniform_plan
 from compress.runtime.span import FULL, Span
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, shape_of, tiny_model
 
 

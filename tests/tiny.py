@@ -12,7 +12,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qw
 
 from compress.models.load import LoadedModel
 from compress.models.shape import ModelShape, shape_of
-from compress.plan import FullGroup, Plan, WindowGroup, make_plan
+from compress.plan import Plan, make_plan
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {

@@ -171,8 +171,12 @@ def evaluate_stage(session: Session) -> Comparison:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table of a comparison in Markdown, with its conditions above and below."""
-    table = comparison.table()
+    """The tables of a comparison in Markdown, with their conditions above and below."""
+    return "\n\n".join(_markdown_table(table) for table in comparison.tables())
+
+
+def _markdown_table(table: Any) -> str:
+    """One rich table in Markdown."""
     heads = [str(column.header).replace("\n", " ") for column in table.columns]
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
     lines = [str(table.title), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]

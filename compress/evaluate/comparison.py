@@ -82,9 +82,42 @@ class Comparison(BaseModel):
             table.add_row(variant.name, *self._cells(variant, lengths))
         return table
 
+    def tables(self) -> list[Table]:
+        """The main table, then perplexity by position and recall by depth where they were measured."""
+        found = [self.table()]
+        if all(variant.perplexity is not None for variant in self.variants) and self.perplexity is not None:
+            found.append(self._by_position())
+        return found + [self._by_depth(number) for number in range(len(self.recall))]
+
     def print(self, console: Console) -> None:
-        """Print the table."""
-        console.print(self.table())
+        """Print all tables."""
+        for table in self.tables():
+            console.print(table)
+
+    def _by_position(self) -> Table:
+        """Perplexity in ranges of the position within a window, a row a variant."""
+        table = Table(title="perplexity by position of the token in its window")
+        table.add_column("variant", no_wrap=True)
+        for number, variant in enumerate(self.variants):
+            assert variant.perplexity is not None
+            buckets = variant.perplexity.buckets
+            if number == 0:
+                for bucket in buckets:
+                    table.add_column(f"{bucket.start:,} to {bucket.end:,}", justify="right")
+            table.add_row(variant.name, *(f"{bucket.perplexity:.3f}" for bucket in buckets))
+        return table
+
+    def _by_depth(self, number: int) -> Table:
+        """Recall of one task in ranges of the evidence's depth, a row a variant."""
+        request = self.recall[number]
+        table = Table(title=f"{request['task']} at {request['length']:,} by depth, 0 is the start (prompts)")
+        table.add_column("variant", no_wrap=True)
+        for low, high, count, _ in self.dense.recall[number].by_depth():
+            table.add_column(f"{low:.1f} to {high:.1f} ({count})", justify="right")
+        for variant in self.variants:
+            shares = [share for *_, share in variant.recall[number].by_depth()]
+            table.add_row(variant.name, *("" if share is None else f"{share:.2f}" for share in shares))
+        return table
 
     def _cells(self, variant: VariantResult, lengths: list[int]) -> list[str]:
         cells = []

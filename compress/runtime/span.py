@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,13 @@ def native_windows(config: Any, layers: int) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
+# Target name -> span, from the group's entry in the plan and the layer's own window.
+SPAN_OF: dict[str, Callable[[dict[str, Any], int | None], Span]] = {
+    "full": lambda group, native: FULL if native is None else Span(0, native, 0.0),
+    "window": lambda group, native: Span(group["sink"], group["alpha"], group["beta"]),
+}
+
+
 def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> list[list[Span]]:
     """The span of every head group of a plan, `[layers][groups]`.
 
@@ -136,11 +144,8 @@ def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> lis
     for index, (layer, native) in enumerate(zip(plan["layers"], native_windows, strict=True)):
         row = []
         for number, group in enumerate(layer["groups"]):
-            if group["target"] == "full":
-                row.append(FULL if native is None else Span(0, native, 0.0))
-            elif group["target"] == "window":
-                row.append(Span(group["sink"], group["alpha"], group["beta"]))
-            else:
+            if group["target"] not in SPAN_OF:
                 raise ValueError(f"layer {index} group {number}: this runtime has no target {group['target']!r}")
+            row.append(SPAN_OF[group["target"]](group, native))
         spans.append(row)
     return spans

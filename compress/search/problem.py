@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from compress.plan import FullGroup, Group, Plan, Predicted, WindowGroup, make_plan
+from compress.plan import Group, Plan, Predicted, make_plan
 from compress.registry import Method, solvers
 from compress.runtime.span import FULL, Span
 from compress.search.budget import dense_bytes, effective_spans
 from compress.targets.cost import kv_bytes, page_bytes
-from compress.targets.window import SpanGrid
+from compress.targets.full import FullGroup
+from compress.targets.window import SpanGrid, WindowGroup
 
 if TYPE_CHECKING:
     import torch

@@ -1,15 +1,32 @@
-"""The window target's search space: which (sink, alpha, beta) a head group may get. Profile and search share it."""
+"""The window target, and its search space: which (sink, alpha, beta) a head group may get."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.registry import Method
+from compress.registry import Method, targets
 from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span
+from compress.targets.target import Target
+
+
+@targets.register("window")
+class WindowGroup(Target):
+    """Sees `sink` tokens and a window of alpha + beta * position (runtime/span.py)."""
+
+    target: Literal["window"] = "window"
+    sink: int = Field(ge=0, description="tokens at the start that stay visible")
+    alpha: int = Field(description="fixed part of the window, tokens")
+    beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
+
+    @field_validator("beta")
+    @classmethod
+    def _representable(cls, beta: float) -> float:
+        Span(0, 0, beta)
+        return beta
 
 
 @dataclass(frozen=True)

@@ -171,3 +171,19 @@ def test_requests_that_do_not_fit_are_refused_before_a_model_is_built(tmp_path: 
     with pytest.raises(ValueError, match="`dense` first"):
         run(source, tmp_path, builder, names=("plan", "dense"))
     assert builder.built == []
+
+
+def test_positions_and_depths_are_printed_for_every_variant(tmp_path: Path, source: FileText) -> None:
+    result = run(source, tmp_path / "kept", Builder())
+    main, positions, *depths = result.tables()
+    assert [str(table.title).split(",")[0] for table in depths] == [
+        "passkey at 200 by depth",
+        "key_value at 240 by depth",
+    ]
+    dense = result.dense.perplexity
+    assert dense is not None
+    cells = [list(column.cells) for column in positions.columns]
+    assert cells[0] == ["dense", "plan"] == list(main.columns[0].cells)
+    assert [column[0] for column in cells[1:]] == [f"{bucket.perplexity:.3f}" for bucket in dense.buckets]
+    prompts = [int(str(column.header).split("(")[1].rstrip(")")) for column in depths[0].columns[1:]]
+    assert sum(prompts) == 3

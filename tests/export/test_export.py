@@ -15,8 +15,9 @@ from compress.export.staging import staged
 from compress.export.verify import verify_checkpoint
 from compress.models.load import load_model
 from compress.models.shape import shape_of
-from compress.plan import WindowGroup, uniform_plan
+from compress.plan import uniform_plan
 from compress.targets.apply import planned_model
+from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, tiny_loaded
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from compress.data.document import Document
-from compress.plan import FullGroup, Plan, WindowGroup, uniform_plan
+from compress.plan import Plan, uniform_plan
 from compress.search.select import LossLog, best_plan, document_key, measure, plan_key
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.search.synthetic import make_shape
 
 DOCUMENTS = [Document(tuple(range(10 + extra)), (8, 10)) for extra in range(3)]

@@ -5,11 +5,12 @@ import pytest
 import compress.search.methods
 from compress.errors import UserError
 from compress.models.shape import ModelShape
-from compress.plan import FullGroup, WindowGroup
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span, spans_of_plan
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.search.synthetic import ITEMSIZE, make_shape, random_problem
 
 assert compress.search.methods

@@ -1,0 +1,33 @@
+"""What every target has in common: a name in the plan, and parameters that are checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.errors import nearest
+from compress.registry import Method, targets
+
+
+class Target(Method):
+    """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.
+
+    Its fields are what the plan file holds. What a checkpoint does with them is in `runtime/`.
+    """
+
+    target: str
+
+
+def parse_target(value: Any) -> Any:
+    """A target from its plan form, `{"target": name, ...}`; anything that is none is left to pydantic.
+
+    Raises:
+        ValueError: no target of that name.
+    """
+    if not isinstance(value, dict) or "target" not in value:
+        return value
+    known = dict(targets.items())
+    name = value["target"]
+    if name not in known:
+        hint = nearest(name, known)
+        raise ValueError(f"unknown target {name!r}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else ""))
+    return known[name].model_validate(value)
