@@ -2,7 +2,11 @@
 
 Attention influence prices a masked key by the gradient of the loss. A model that is sure of a looked-up answer has
 almost no gradient there, and the sum of |E| over thousands of rows buries what is left. So recall documents are
-priced directly: the attention mass that the answer's rows put on the evidence, and how much of it a rule masks.
+priced directly, by the attention mass that the answer's rows put on the evidence.
+
+What a rule loses of it is taken as if the evidence could lie anywhere before the row: the mass times the share of the
+row's keys that the rule masks. Pricing the few places where the evidence of a few documents happens to lie instead
+makes a search cut its windows right behind them, and the rest of the input is lost (profiles/README.md, "Objectives").
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pydantic import Field
 
 from compress.profile.rule_table import RuleBoundaries, table_measure
 from compress.profile.statistic import Accumulator, Measure, Statistic, per_length
-from compress.profile.tiles import Tile, prefix_sums
+from compress.profile.tiles import Tile
 from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
@@ -27,7 +31,7 @@ UNIT = "share of a row's attention"
 
 @statistics.register("retrieval")
 class Retrieval(Statistic):
-    """Attention mass from the answer's rows onto its evidence, and what each span rule hides (no gradient needed)."""
+    """Attention mass from the answer's rows onto its evidence, and what span rules cost of it (no gradient needed)."""
 
     grid: SpanGrid = Field(
         default_factory=SpanGrid, description="span rules that `retrieval.lost` prices; the same grid as influence's"
@@ -39,7 +43,7 @@ class Retrieval(Statistic):
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"
     ) -> RetrievalAccumulator:
-        """`retrieval.<length>` (layer, group) and the part of it that each rule masks, `retrieval.lost.<length>`
+        """`retrieval.<length>` (layer, group) and what each rule is expected to hide of it, `retrieval.lost.<length>`
         (layer, group, sink, beta, alpha): means over answer rows, query heads and documents with evidence.
 
         The rows are answer_start - 1 to answer_end - 2, those whose logits predict the answer tokens. A length
@@ -74,12 +78,13 @@ class RetrievalAccumulator(Accumulator):
             return
         rows = slice(first - tile.row_start, end - tile.row_start)
         share = 1 / ((answer_end - answer_start) * tile.attention.shape[1])
-        onto = torch.zeros_like(tile.attention[:, 0, rows])
+        mass = torch.zeros(tile.attention.shape[0], end - first, dtype=torch.float64, device=tile.attention.device)
         for start, stop in document.evidence:
             columns = slice(int(tile.column(start)), int(tile.column(stop)))
-            onto[..., columns] = tile.attention[:, :, rows, columns].sum(1)
-        mass = prefix_sums(onto, tile.workspace, "retrieval.mass")
-        self.sums[f"retrieval.{self.length}"][tile.layer] += mass[..., -1].sum(-1) * share
+            mass += tile.attention[:, :, rows, columns].sum((1, 3), dtype=torch.float64) * share
+        self.sums[f"retrieval.{self.length}"][tile.layer] += mass.sum(-1)
         lost = self.sums[f"retrieval.lost.{self.length}"][tile.layer]
-        for keys in self.boundaries.masked(tile, tile.positions[rows], self.length):
-            keys.add_to(lost, keys.sums(mass).sum(1) * share)
+        positions = tile.positions[rows]
+        for keys in self.boundaries.masked(tile, positions, self.length):
+            hidden = (keys.high - keys.low).clamp(min=0) / (positions[:, None] + 1).double()
+            keys.add_to(lost, mass @ hidden)

@@ -1,8 +1,7 @@
 """The MoA solver: least attention influence lost under the budget, at every profiled length (arXiv 2406.14909).
 
-With `retrieval` above 0 the loss counts the looked-up evidence that a rule hides, too. Influence alone misses it:
-on SmolLM2-135M at half of the bytes of 2k inputs it recalls 0.65 to 0.73 of pass keys where dense recalls 0.89, and
-with `retrieval: 1` 0.84 to 0.85 at the same perplexity (profiles/README.md has the table).
+With `retrieval` above 0 the loss counts the evidence that a rule is expected to hide, too. Influence alone misses it
+on models that are sure of what they look up: profiles/README.md, "Objectives", has the figures.
 """
 
 from __future__ import annotations
