@@ -27,8 +27,8 @@ class Objective:
     Attributes:
         kind: which influence: absolute, signed or joint.
         length: the profiled length in tokens.
-        retrieval: weight of the evidence that rules are expected to hide. Both tables are scaled to what the smallest rule in every
-            group loses, so 1 weighs them alike; the sum keeps influence's unit.
+        retrieval: weight of the evidence that rules are expected to hide. Both tables are scaled to what the smallest
+            rule in every group loses, so 1 weighs them alike; the sum keeps influence's unit.
     """
 
     kind: str
