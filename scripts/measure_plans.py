@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["passkey", "key_value"])
     parser.add_argument("--text", help="a second text for perplexity")
     parser.add_argument("--seed", type=int, default=1, help="another seed than the recipes', which is 0")
+    parser.add_argument("--keep", type=Path, help="folder of finished measurements; what is there is not repeated")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -92,7 +93,7 @@ def main() -> None:
                 recall_text=None,
                 seed=options.seed,
                 batch_size=options.batch,
-                cache_dir=Path(scratch),
+                cache_dir=options.keep or Path(scratch),
             )
             comparison.print(Console(width=160))
             record["comparisons"].append(json.loads(comparison.model_dump_json(by_alias=True)))
