@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -89,7 +90,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def make_plan(
     shape: ModelShape,
-    groups: list[list[Group]],
+    groups: Sequence[Sequence[Target]],
     *,
     predicted: Predicted | None = None,
     provenance: dict[str, Any] | None = None,

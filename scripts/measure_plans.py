@@ -80,7 +80,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "plans": [str(path) for path in options.plans],
+        "plans": [path.name for path in options.plans],
         "comparisons": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
