@@ -73,7 +73,7 @@ def test_readme_commands_parse(command: str) -> None:
     "code", [block for language, block in BLOCKS if language == "python"], ids=lambda code: code.split("\n")[0][:40]
 )
 def test_readme_python_compiles(code: str) -> None:
-    compile(code, "README.md", "exec")
+    assert compile(code, "README.md", "exec").co_code
 
 
 @pytest.mark.parametrize("script", ["scripts/setup", "scripts/quickstart", "scripts/test", ".ci/run"])

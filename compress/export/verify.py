@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
 from compress.plan import Plan
-from compress.targets.cost import kv_bytes, page_bytes
+from compress.targets.cost import dense_kv_bytes, kv_bytes, page_bytes
 
 CHILD = Path(__file__).with_name("verify_child.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest logit
@@ -127,7 +127,7 @@ def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *,
         text=facts["text"],
         cache_bytes=allocated,
         predicted_bytes=predicted,
-        dense_bytes=groups * length * 2 * head_dim * itemsize,
+        dense_bytes=dense_kv_bytes(groups, length, head_dim, itemsize),
         loaded_as=facts["class"],
     )
 

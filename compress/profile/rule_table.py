@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.profile.statistic import Measure
-from compress.runtime.span import BETA_UNIT, first_key
+from compress.runtime.span import Span, first_key
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class RuleBoundaries:
         self.rules: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for length in set(lengths):
             alphas = torch.tensor(grid.alphas(length), dtype=torch.int64)
-            units = torch.tensor([int(beta * BETA_UNIT) for beta in grid.betas], dtype=torch.int64)
+            units = torch.tensor([Span(beta=beta).beta_units for beta in grid.betas], dtype=torch.int64)
             self.rules[length] = (alphas.repeat(len(units)).to(device), units.repeat_interleave(len(alphas)).to(device))
 
     def masked(self, tile: Tile, positions: torch.Tensor, length: int) -> Iterator[MaskedKeys]:

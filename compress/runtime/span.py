@@ -92,6 +92,11 @@ class Span:
 FULL = Span(0, 0, 1.0)
 
 
+def own_span(native: int | None) -> Span:
+    """What a group of a layer sees as the model has it: everything, or the architecture's own window in tokens."""
+    return FULL if native is None else Span(0, native, 0.0)
+
+
 def span_length(t: Any, alpha: Any, beta_units: Any) -> Any:
     """S(t) from integers or integer tensors that broadcast."""
     span = alpha + ((t + 1) * beta_units) // BETA_UNIT
@@ -124,7 +129,7 @@ def native_windows(config: Any, layers: int) -> list[int | None]:
 
 # Target name -> span, from the group's entry in the plan and the layer's own window.
 SPAN_OF: dict[str, Callable[[dict[str, Any], int | None], Span]] = {
-    "full": lambda group, native: FULL if native is None else Span(0, native, 0.0),
+    "full": lambda group, native: own_span(native),
     "window": lambda group, native: Span(group["sink"], group["alpha"], group["beta"]),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UserError
-from compress.runtime.span import FULL, Span
+from compress.runtime.span import FULL, Span, own_span
 from compress.search.problem import SearchProblem
 from compress.targets.window import Rule
 
@@ -121,7 +121,7 @@ def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) ->
         for group in range(shape.kv_heads):
             if native is not None:
                 zero = np.zeros((1, len(objectives)))
-                candidates.append(GroupCandidates(layer, group, (FULL,), zero, _pages([Span(0, native, 0.0)], problem)))
+                candidates.append(GroupCandidates(layer, group, (FULL,), zero, _pages([own_span(native)], problem)))
                 continue
             own = losses[layer, group]
             kept = nondominated(np.concatenate([own, pages], axis=1))

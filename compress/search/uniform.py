@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.registry import solvers
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span
+from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, own_span
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, uniform_decision
 
 
@@ -69,7 +69,7 @@ def largest_windows(problem: SearchProblem, sink: int, betas: range) -> Iterator
     # Pages for one head group at every length, after the layers that slide by themselves.
     room = {}
     for length, pages in problem.page_limits.items():
-        taken = problem.shape.kv_heads * sum(Span(0, native, 0.0).page_count(length) for native in natives)
+        taken = problem.shape.kv_heads * sum(own_span(native).page_count(length) for native in natives)
         room[length] = (pages - taken) // free
 
     def fits(span: Span) -> bool:

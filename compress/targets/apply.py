@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers import GenerationConfig
 from compress.models.families import family_of
 from compress.plan import Plan
 from compress.runtime import modeling_compress
-from compress.runtime.span import Span
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -53,19 +51,3 @@ def planned_model(model: Any, plan: Plan) -> Any:
 def set_plan(planned: Any, plan: Plan) -> None:
     """Switch a planned model to another plan of the same model, in place."""
     planned.set_plan(runtime_plan(plan))
-
-
-def set_spans(planned: Any, spans: Sequence[Sequence[Span]]) -> None:
-    """Switch a planned model to the given spans, `[layers][groups]`, in place."""
-    layers = [
-        {
-            "groups": [
-                {"target": "full"}
-                if span.is_full
-                else {"target": "window", "sink": span.sink, "alpha": span.alpha, "beta": span.beta}
-                for span in row
-            ]
-        }
-        for row in spans
-    ]
-    planned.set_plan({"schema": 1, "layers": layers})
