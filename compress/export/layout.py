@@ -12,7 +12,20 @@ from compress.models.families import Family
 
 # Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
 # the files that it imports.
-RUNTIME_FILES = ("modeling_compress.py", "attention.py", "reference.py", "paged_cache.py", "span.py")
+RUNTIME_FILES = (
+    "modeling_compress.py",
+    "attention.py",
+    "reference.py",
+    "paged_cache.py",
+    "span.py",
+    "triton_attention.py",
+    "triton_prefill.py",
+    "triton_backward.py",
+    "triton_decode.py",
+    "triton_store.py",
+    "triton_span.py",
+    "tuned.py",
+)
 MODELING = "modeling_compress"
 
 

@@ -5,44 +5,88 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import logging
 
-from .paged_cache import PagedCache, PagedLayer
-from .reference import decode as reference_decode
-from .reference import prefill as reference_prefill
+from .paged_cache import PagedCache
+from .reference import Rows, decode, prefill, store, store_one
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of the two operations; `reference.py` documents their arguments and is their specification."""
+    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification."""
 
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
+    store: Callable[..., None]
+    store_one: Callable[..., None]
 
 
-IMPLS = {"reference": Impl(reference_prefill, reference_decode)}
+IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
 
 
-def choose_impl(name: str) -> Impl:
-    """The implementation of that name; `auto` is the fastest that runs here.
+try:
+    from .triton_attention import TRITON, refusal
+except ImportError as error:  # no Triton here
+    _NO_TRITON = f"Triton cannot be imported ({error})"
+
+    def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why the kernels do not run for this device, dtype and head size; None when they do."""
+        return _NO_TRITON
+
+else:
+    IMPLS["triton"] = Impl(*TRITON)
+
+
+def choose_impl(name: str, query: torch.Tensor) -> Impl:
+    """The implementation of that name; `auto` is the fastest that runs for tensors like `query`, and says so once.
 
     Raises:
-        ValueError: no such implementation.
+        ValueError: no such implementation, or one that cannot run here.
     """
-    if name == "auto":
-        return IMPLS["reference"]
-    if name not in IMPLS:
-        raise ValueError(f"compress_impl: expected auto or one of {', '.join(IMPLS)}, got {name!r}")
-    return IMPLS[name]
+    if name not in ("auto", "reference", "triton"):
+        raise ValueError(f"compress_impl: expected auto, reference or triton, got {name!r}")
+    return _chosen(name, query.device, query.dtype, query.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Impl:
+    reason = refusal(device, dtype, head_dim)
+    if name == "auto" and device.type == "cpu":
+        reason = "the model is on a CPU"  # Triton's interpreter is for tests
+    if name == "triton" and reason is not None:
+        raise ValueError(f"compress_impl: triton was asked for, but {reason}; use auto or reference")
+    taken = "reference" if name == "reference" or reason is not None else "triton"
+    why = "as asked for" if name == taken else reason or f"auto, on {device.type} in {str(dtype).split('.')[-1]}"
+    logger.info(f"attention runs in {IMPL_WORDS[taken]}: {why}")
+    return IMPLS[taken]
+
+
+IMPL_WORDS = {"reference": "plain PyTorch", "triton": "Triton kernels"}
 
 
 # The registry is global to the process and the last registration wins, so the name carries the code's hash:
 # two checkpoints with different runtimes can live in one process.
-_SOURCES = ("span.py", "paged_cache.py", "reference.py", "attention.py")
+_SOURCES = (
+    "span.py",
+    "paged_cache.py",
+    "reference.py",
+    "tuned.py",
+    "triton_span.py",
+    "triton_prefill.py",
+    "triton_backward.py",
+    "triton_decode.py",
+    "triton_store.py",
+    "triton_attention.py",
+    "attention.py",
+)
 _HASH = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES)).hexdigest()
 NAME = f"compress_{_HASH[:12]}"
 
@@ -53,11 +97,69 @@ class Step:
 
     Attributes:
         cache: the paged cache, None when nothing is cached.
-        valid: `[B, T]` bool, which of the new columns are tokens; None when all are.
+        rows: which columns are tokens; None in a step of one token a sequence through a cache.
+        pick: `[B, T]` columns that bring every sequence's tokens together at the front, where they are no run
+            already; None where they are.
+        lengths: `[B]` int32, in a step of one token: tokens of each sequence with it, 0 where it is padding.
+        gains: tokens that each sequence gains, None where only the device knows.
+        columns: T.
     """
 
-    cache: PagedCache | None = None
-    valid: torch.Tensor | None = None
+    cache: PagedCache | None
+    rows: Rows | None
+    pick: torch.Tensor | None
+    lengths: torch.Tensor | None
+    gains: list[int] | None
+    columns: int
+
+    @staticmethod
+    def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
+        """The step of `count` new columns `[B, T]`; `valid` says which are tokens, None when all are."""
+        if cache is None:
+            runs = Rows.whole(batch, count) if valid is None else None
+            return _step_of_runs(None, runs, valid, [0] * batch)
+        before = cache.begin(batch, device)
+        if count == 1:
+            gains = None
+            if valid is None:
+                gains = [1] * batch
+                lengths = before + 1
+            else:
+                lengths = torch.where(valid[:, 0], before + 1, 0)
+                if cache.max_length is None:  # pages are taken on the host
+                    gains = valid[:, 0].long().tolist()
+            return Step(cache, None, None, lengths, gains, 1)
+        if cache.max_length is not None:
+            cache.synchronize()
+        past = cache.paged[0].lengths or [0] * batch
+        runs = Rows(tuple(past), (0,) * batch, (count,) * batch) if valid is None else None
+        return _step_of_runs(cache, runs, valid, past)
+
+    def end(self) -> None:
+        """Count the new tokens on the device, in place."""
+        if self.cache is None or self.cache.lengths is None or self.cache.width is None:
+            return
+        self.cache.width += self.columns
+        if self.lengths is not None:
+            torch.maximum(self.cache.lengths, self.lengths, out=self.cache.lengths)
+        elif self.gains is not None:
+            self.cache.lengths += torch.tensor(self.gains, dtype=torch.int32, device=self.cache.lengths.device)
+
+
+def _step_of_runs(cache: PagedCache | None, runs: Rows | None, valid: torch.Tensor | None, past: list[int]) -> Step:
+    """A step of several columns; tokens that are no run of columns are picked together."""
+    if runs is not None or valid is None:
+        assert runs is not None
+        return Step(cache, runs, None, None, list(runs.count), max(runs.count))
+    count = valid.sum(dim=1).tolist()
+    start = valid.long().argmax(dim=1)
+    last = valid.shape[1] - valid.flip(1).long().argmax(dim=1)
+    pick = None
+    if bool(((last - start != valid.sum(dim=1)) & valid.any(dim=1)).any()):
+        pick = (~valid).long().argsort(dim=1, stable=True)
+        start = torch.zeros_like(start)
+    rows = Rows(tuple(past), tuple(start.tolist()), tuple(count))
+    return Step(cache, rows, pick, None, count, valid.shape[1])
 
 
 def plan_attention(
@@ -80,63 +182,28 @@ def plan_attention(
     """
     if compress_step is None:
         raise RuntimeError(f"attention {NAME} works only inside a model that carries a plan")
-    layer = None if compress_step.cache is None else compress_step.cache.paged[module.layer_idx]
-    impl = choose_impl(getattr(module.config, "compress_impl", "auto"))
-    attend = _Attend(module.compress_spans, impl, layer, scaling, dropout)
-    valid = compress_step.valid
-    batch, _, count, _ = query.shape
-    if valid is None and (layer is None or len(set(layer.lengths)) <= 1):
-        return attend.together(query, key, value, list(range(batch))).transpose(1, 2), None
-    out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-    rows = list(range(batch)) if valid is None else valid.any(dim=1).nonzero().flatten().tolist()
-    if count == 1 and layer is not None:
-        out[rows] = attend.one_each(query[rows], key[rows], value[rows], rows)
-    else:
-        for row in rows:
-            kept = slice(None) if valid is None else valid[row].nonzero().flatten()
-            part = slice(row, row + 1)
-            out[part, :, kept] = attend.together(query[part, :, kept], key[part, :, kept], value[part, :, kept], [row])
+    step, spans = compress_step, module.compress_spans
+    layer = None if step.cache is None else step.cache.paged[module.layer_idx]
+    impl = choose_impl(getattr(module.config, "compress_impl", "auto"), query)
+    if layer is not None and step.lengths is not None:
+        if step.gains is not None:
+            layer.advance(step.gains)
+        pages = layer.pages()
+        impl.store_one(key[:, :, 0], value[:, :, 0], pages, step.lengths, spans)
+        out = impl.decode(query[:, :, 0], pages, step.lengths, spans, scale=scaling)
+        return out[:, None], None
+    assert step.rows is not None and step.gains is not None
+    pick = None if step.pick is None else step.pick[:, None, :, None]
+    if pick is not None:
+        query, key, value = (x.gather(2, pick.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))
+    pages = layer.pages() if layer is not None and any(layer.lengths) else None
+    out = impl.prefill(query, key, value, spans, rows=step.rows, pages=pages, scale=scaling, dropout=dropout)
+    if layer is not None:
+        layer.advance(step.gains)
+        impl.store(key, value, layer.pages(), step.rows, spans)
+    if pick is not None:
+        out = torch.zeros_like(out).scatter(2, pick.expand_as(out), out)
     return out.transpose(1, 2), None
-
-
-@dataclass
-class _Attend:
-    """The two ways through a layer: sequences that advance together, or one token each at different lengths."""
-
-    spans: list[Any]
-    impl: Impl
-    layer: PagedLayer | None
-    scale: float | None
-    dropout: float
-
-    def together(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """T new tokens of sequences of equal length; attends first, then stores, because storing evicts."""
-        past = self.layer.lengths[rows[0]] if self.layer is not None else 0
-        if self.layer is not None and query.shape[2] == 1 and past > 0:
-            return self.one_each(query, key, value, rows)
-        history = None
-        if self.layer is not None and past > 0:
-            history = [self.layer.history(rows, group) for group in range(len(self.spans))]
-        out = self.impl.prefill(
-            query, key, value, self.spans, past=past, history=history, scale=self.scale, dropout=self.dropout
-        )
-        if self.layer is not None:
-            self.layer.append(key, value, rows)
-        return out
-
-    def one_each(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """One new token each; stored first, since what its page turn frees is out of this query's sight already."""
-        layer = self.layer
-        assert layer is not None
-        layer.append_one(key, value, rows)
-        places, numbers = layer.table()
-        lengths = torch.tensor([layer.lengths[row] for row in rows], device=query.device)
-        if len(rows) < places.shape[0]:
-            places, numbers = places[rows], numbers[rows]
-        out = self.impl.decode(
-            query[:, :, 0], layer.keys, layer.values, places, numbers, lengths, self.spans, scale=self.scale
-        )
-        return out[:, :, None]
 
 
 def plan_mask(*args: Any, **kwargs: Any) -> None:

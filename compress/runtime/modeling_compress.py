@@ -62,9 +62,9 @@ class PlanModel:
         for layer, spans in zip(self.layers, self.compress_spans, strict=True):
             layer.self_attn.compress_spans = spans
 
-    def new_cache(self) -> PagedCache:
-        """An empty cache for this plan."""
-        return PagedCache(self.compress_spans)
+    def new_cache(self, max_length: int | None = None) -> PagedCache:
+        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
+        return PagedCache(self.compress_spans, max_length)
 
     def forward(
         self,
@@ -111,12 +111,13 @@ class PlanModel:
                     "that holds tokens already; start with past_key_values=None or model.new_cache()"
                 )
             past_key_values = self.new_cache()
-        step = Step(past_key_values, _valid_columns(attention_mask, past_key_values, tokens))
+        valid = _valid_columns(attention_mask, past_key_values, tokens)
+        step = Step.begin(past_key_values, valid, *tokens.shape[:2], tokens.device)
         if position_ids is None:
-            position_ids = _positions(step, tokens)
+            position_ids = _positions(past_key_values, valid, tokens)
         elif attention_mask is None and past_key_values is None and bool((position_ids.diff(dim=-1) != 1).any()):
             raise ValueError("position_ids: packed sequences are not supported; pass one sequence per row")
-        return super().forward(  # type: ignore[misc]
+        out = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=None,
             position_ids=position_ids,
@@ -126,6 +127,8 @@ class PlanModel:
             compress_step=step,
             **kwargs,
         )
+        step.end()
+        return out
 
 
 def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -134,7 +137,7 @@ def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: 
     past = 0 if cache is None else cache.get_seq_length()
     seen = None if cache is None else cache.seen
     if mask is None:
-        if seen is not None:
+        if seen is not None and not bool(seen.all()):
             raise ValueError("attention_mask: the cached columns hold padding, so a mask over all columns is needed")
         return None
     if mask.dim() != 2 or mask.shape != (batch, past + count):
@@ -143,6 +146,11 @@ def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: 
             f"got {tuple(mask.shape)}"
         )
     mask = mask.bool()
+    if cache is not None and cache.max_length is not None and count == 1 and past > 0:
+        # A step that the host need not follow: what the mask says of the past is not compared, since that would
+        # wait for the device.
+        cache.seen = mask
+        return mask[:, -1:]
     before = mask.new_ones(batch, past) if seen is None else seen
     if not torch.equal(mask[:, :past], before):
         raise ValueError("attention_mask: the cached columns were masked differently when they were cached")
@@ -154,13 +162,12 @@ def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: 
     return None if bool(valid.all()) else valid
 
 
-def _positions(step: Step, tokens: torch.Tensor) -> torch.Tensor:
+def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
     """Position of each new column among its sequence's tokens, `[B, T]` or `[1, T]`; 0 for leading padding."""
-    lengths = step.cache.paged[0].lengths if step.cache is not None else []
-    past = torch.tensor(lengths or [0], device=tokens.device)[:, None]
-    if step.valid is None:
-        return past + torch.arange(tokens.shape[1], device=tokens.device)
-    return (past + step.valid.long().cumsum(dim=1) - 1).clamp(min=0)
+    new = torch.arange(tokens.shape[1], device=tokens.device)[None] if valid is None else valid.long().cumsum(1) - 1
+    if cache is None or cache.lengths is None:
+        return new.clamp(min=0)
+    return (cache.lengths[:, None] + new).clamp(min=0)
 
 
 class PlanForCausalLM:
@@ -178,9 +185,9 @@ class PlanForCausalLM:
         """Put another plan into effect; see `PlanModel.set_plan`."""
         self.model.set_plan(plan)
 
-    def new_cache(self) -> PagedCache:
-        """An empty cache for this plan."""
-        return self.model.new_cache()
+    def new_cache(self, max_length: int | None = None) -> PagedCache:
+        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
+        return self.model.new_cache(max_length)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -194,13 +201,14 @@ class PlanForCausalLM:
                 "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
                 "generate without assistant_model and prompt_lookup_num_tokens"
             )
-        if generation_config.cache_implementation is not None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a planned model brings its own "
-                "paged cache; leave cache_implementation out"
+                f"cache_implementation={kind!r}: a planned model brings its own paged cache; leave "
+                "cache_implementation out, or say 'static' to reserve it for the whole generation at once"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs["past_key_values"] = self.new_cache(generation_config.max_length if kind else None)
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +12,49 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .span import PAGE, Span
 
 
+@dataclass(frozen=True)
+class Pages:
+    """What an implementation reads of a layer: the pools `[places, 64, D]` and where each page lies.
+
+    Attributes:
+        keys, values: the pools.
+        table: `[B, G, numbers]` int32, the place of page number n (tokens 64 n to 64 n + 63); what it says of a
+            page that is not held means nothing.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+
+
 class PagedLayer(CacheLayerMixin):
     """Pages of one layer.
 
-    One pool `[pages, 64, head_dim]` for keys and one for values serves all sequences and head groups; `tables`
-    maps (sequence, group) to pool pages, in the order of `Span.pages`. Padding is never stored: every sequence
-    has a length of its own. transformers' `update` only passes the new tokens through, because it does not know
-    which of them are padding; the attention function calls `append`.
+    One pool `[pages, 64, head_dim]` for keys and one for values serves all sequences and head groups. Padding is
+    never stored: every sequence has a length of its own. transformers' `update` only passes the new tokens
+    through, because it does not know which of them are padding; the attention function stores them.
 
     What is stored is detached: gradients flow through the new tokens of a forward pass, not through the cache.
 
-    The pool is never larger than the most pages that were held at once, so its size is what the plan predicts
-    (`Span.page_count`) up to the one page a group that a window needs when its start is not on a page boundary.
+    A growing layer takes pages as they are needed: its pool is never larger than the most pages that were held at
+    once, so its size is what the plan predicts (`Span.page_count`) up to the one page a group that a window needs
+    when its start is not on a page boundary. A reserved one takes at its first use all that `max_length` tokens
+    will need (`Span.reserved_pages`); its table is then constant, the pages of a window following each other
+    in a ring, so that a decode step changes nothing but what lies on the device.
+
+    Args:
+        spans: one per head group.
+        max_length: tokens to reserve for; None grows.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], max_length: int | None = None) -> None:
         super().__init__()
         self.spans = tuple(spans)
+        self.max_length = max_length
         self.reset()
 
     def reset(self) -> None:
@@ -41,9 +64,10 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.lengths: list[int] = []  # tokens stored or evicted per sequence, without padding
-        self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages
+        self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages in the order of Span.pages
         self._free: list[int] = []
-        self._index: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._turns: list[int] = []  # per sequence, the length up to which its pages stay the same
+        self._table: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch size, head size, dtype and device from the first tokens, `[B, G, T, D]`."""
@@ -51,11 +75,26 @@ class PagedLayer(CacheLayerMixin):
         if groups != len(self.spans):
             raise ValueError(f"key/value heads: expected {len(self.spans)} as in the plan, got {groups}")
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(0, PAGE, head_dim)
-        self.values = value_states.new_empty(0, PAGE, value_states.shape[-1])
+        pages = 0
+        if self.max_length is not None:
+            self._table, pages = self._ring_table(batch, self.max_length)
+        self.keys = key_states.new_zeros(pages, PAGE, head_dim)
+        self.values = value_states.new_zeros(pages, PAGE, value_states.shape[-1])
         self.lengths = [0] * batch
         self.tables = [[[] for _ in self.spans] for _ in range(batch)]
+        self._turns = [0] * batch
         self.is_initialized = True
+
+    def _ring_table(self, batch: int, max_length: int) -> tuple[torch.Tensor, int]:
+        """The constant table of a reserved layer, and the pages of its pool, sequence by sequence."""
+        numbers = torch.arange(-(-max_length // PAGE))
+        rows, taken = [], 0
+        for span in self.spans:
+            sinks, ring = span.reserved_pages(max_length)
+            rows.append(taken + torch.where(numbers < sinks, numbers, sinks + (numbers - sinks) % max(ring, 1)))
+            taken += sinks + ring
+        first = torch.arange(batch)[:, None, None] * taken
+        return (first + torch.stack(rows)).to(torch.int32).to(self.device), taken * batch
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -68,58 +107,41 @@ class PagedLayer(CacheLayerMixin):
         self.columns += key_states.shape[-2]
         return key_states, value_states
 
-    def pages(self, row: int, group: int) -> list[int]:
+    def held_pages(self, row: int, group: int) -> list[int]:
         """Numbers (not pool places) of the pages that are held for one sequence and group."""
         return self.spans[group].pages(self.lengths[row])
 
-    def history(self, rows: Sequence[int], group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is stored of one group for sequences of equal length: keys and values `[B, M, D]`, positions `[M]`."""
+    def advance(self, gains: Sequence[int]) -> None:
+        """Bring the sequences to their new lengths: free the pages that leave a span, take those that enter.
+
+        Raises:
+            ValueError: more tokens than were reserved.
+        """
+        for row, gain in enumerate(gains):
+            new = self.lengths[row] + gain
+            if self.max_length is not None:
+                if new > self.max_length:
+                    raise ValueError(
+                        f"the cache was reserved for {self.max_length} tokens, and sequence {row} comes to {new}; "
+                        "make it with a larger max_length"
+                    )
+                self.lengths[row] = new
+            elif new > self._turns[row]:
+                self._turn(row, new)
+            else:
+                self.lengths[row] = new
+
+    def pages(self) -> Pages:
+        """Pools and table as an implementation reads them."""
         assert self.keys is not None and self.values is not None
-        length = self.lengths[rows[0]]
-        numbers = torch.tensor(self.pages(rows[0], group), dtype=torch.long, device=self.device)
-        positions = self._slots(numbers)
-        stored = positions < length
-        places = torch.tensor([self.tables[row][group] for row in rows], dtype=torch.long, device=self.device)
-        keys = self.keys[places].flatten(1, 2)[:, stored]
-        values = self.values[places].flatten(1, 2)[:, stored]
-        return keys, values, positions[stored]
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor, rows: Sequence[int]) -> None:
-        """Store the next T tokens `[len(rows), G, T, D]` of sequences of equal length, and free what they outdate."""
-        old = self.lengths[rows[0]]
-        new = old + keys.shape[-2]
-        self._advance(rows, new)
-        for group in range(len(self.spans)):
-            numbers = torch.tensor(self.pages(rows[0], group), dtype=torch.long, device=self.device)
-            positions = self._slots(numbers)
-            fresh = (positions >= old) & (positions < new)
-            places = torch.tensor([self.tables[row][group] for row in rows], dtype=torch.long, device=self.device)
-            slots = self._slots(places)[:, fresh]
-            source = positions[fresh] - old
-            self._write(slots, keys[:, group, source], values[:, group, source])
-
-    def append_one(self, keys: torch.Tensor, values: torch.Tensor, rows: Sequence[int]) -> None:
-        """Store one token `[len(rows), G, 1, D]` of sequences whose lengths may differ."""
-        for row in rows:
-            self._advance([row], self.lengths[row] + 1)
-        last = [[table[-1] * PAGE + (self.lengths[row] - 1) % PAGE for table in self.tables[row]] for row in rows]
-        self._write(torch.tensor(last, dtype=torch.long, device=self.device), keys[:, :, 0], values[:, :, 0])
-
-    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page table for a decode kernel: pool places and page numbers, `[B, G, most pages]`, -1 where unused."""
-        if self._index is None:
-            most = max((len(table) for row in self.tables for table in row), default=0)
-            places = [[table + [-1] * (most - len(table)) for table in row] for row in self.tables]
-            numbers = [
-                [held + [-1] * (most - len(held)) for held in (self.pages(b, g) for g in range(len(self.spans)))]
-                for b in range(len(self.tables))
-            ]
-            shape = (len(self.tables), len(self.spans), most)
-            self._index = (
-                torch.tensor(places, dtype=torch.long, device=self.device).view(shape),
-                torch.tensor(numbers, dtype=torch.long, device=self.device).view(shape),
-            )
-        return self._index
+        if self._table is None:
+            most = max((self.spans[0].page_bounds(length)[2] for length in self.lengths), default=0)
+            table = torch.full((len(self.lengths), len(self.spans), most), -1, dtype=torch.int32)
+            for row, groups in enumerate(self.tables):
+                for group, places in enumerate(groups):
+                    table[row, group, self.held_pages(row, group)] = torch.tensor(places, dtype=torch.int32)
+            self._table = table.to(self.device)
+        return Pages(self.keys, self.values, self._table)
 
     def allocated_bytes(self) -> int:
         """Bytes of the pool as allocated, keys and values."""
@@ -129,40 +151,26 @@ class PagedLayer(CacheLayerMixin):
         """Bytes of the pages in use; `allocated_bytes` less the free list."""
         if self.keys is None or self.values is None:
             return 0
-        used = sum(len(table) for row in self.tables for table in row)
+        used = sum(span.page_count(length) for span in self.spans for length in self.lengths)
         return used * PAGE * (self.keys.shape[-1] * self.keys.itemsize + self.values.shape[-1] * self.values.itemsize)
 
-    def _slots(self, pages: torch.Tensor) -> torch.Tensor:
-        """Token numbers of whole pages, `[..., P]` to `[..., P * 64]`."""
-        return (pages[..., None] * PAGE + torch.arange(PAGE, device=self.device)).flatten(-2)
-
-    def _write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put tokens `[..., D]` into the pool's slots `[...]`."""
-        assert self.keys is not None and self.values is not None
-        self.keys.view(-1, self.keys.shape[-1])[slots] = keys.detach().to(self.dtype)
-        self.values.view(-1, self.values.shape[-1])[slots] = values.detach().to(self.dtype)
-
-    def _advance(self, rows: Sequence[int], new: int) -> None:
-        """Bring sequences of equal length to `new` tokens: free the pages that leave a span, take those that enter."""
-        old = self.lengths[rows[0]]
-        for row in rows:
-            self.lengths[row] = new
-        turning = [g for g, span in enumerate(self.spans) if span.page_bounds(old) != span.page_bounds(new)]
-        if not turning:
-            return
-        self._index = None
-        entering: list[tuple[int, int, list[int], dict[int, int]]] = []
+    def _turn(self, row: int, new: int) -> None:
+        """Bring one sequence to a length at which it holds other pages than before."""
+        old = self.lengths[row]
+        self.lengths[row] = new
+        self._turns[row] = min(span.same_pages_until(new) for span in self.spans)
+        self._table = None
+        entering: list[tuple[int, list[int], dict[int, int]]] = []
         missing = 0
-        for group in turning:
-            before, after = self.spans[group].pages(old), self.spans[group].pages(new)
+        for group, span in enumerate(self.spans):
+            after = span.pages(new)
             staying = set(after)
-            for row in rows:
-                held = dict(zip(before, self.tables[row][group], strict=True))
-                self._free += [place for number, place in held.items() if number not in staying]
-                missing += sum(number not in held for number in after)
-                entering.append((row, group, after, held))
+            held = dict(zip(span.pages(old), self.tables[row][group], strict=True))
+            self._free += [place for number, place in held.items() if number not in staying]
+            missing += sum(number not in held for number in after)
+            entering.append((group, after, held))
         self._grow(missing - len(self._free))
-        for row, group, after, held in entering:
+        for group, after, held in entering:
             self.tables[row][group] = [held[number] if number in held else self._free.pop() for number in after]
 
     def _grow(self, count: int) -> None:
@@ -180,14 +188,20 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         assert self.keys is not None and self.values is not None
-        places = [place for row in indices for table in self.tables[row] for place in table]
+        if self.max_length is not None:
+            each = self.keys.shape[0] // len(self.lengths)
+            places = [place for row in indices for place in range(row * each, (row + 1) * each)]
+            self._table = self._ring_table(len(indices), self.max_length)[0]
+        else:
+            places = [place for row in indices for table in self.tables[row] for place in table]
+            self._table = None
         order = torch.tensor(places, dtype=torch.long, device=self.device)
         self.keys, self.values = self.keys[order], self.values[order]
         fresh = iter(range(len(places)))
         self.tables = [[[next(fresh) for _ in table] for table in self.tables[row]] for row in indices]
         self.lengths = [self.lengths[row] for row in indices]
+        self._turns = [self._turns[row] for row in indices]
         self._free = []
-        self._index = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the sequences for beam search."""
@@ -229,16 +243,50 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """One `PagedLayer` per layer, with the padding seen so far.
+    """One `PagedLayer` per layer, the padding seen so far, and the lengths on the device.
 
     Args:
         spans: the plan's spans, `[layers][groups]`.
+        max_length: reserve all pages for that many tokens a sequence at the first use. A decode step then needs
+            nothing from the host, so a CUDA graph can hold it; `synchronize` tells the host what replays did.
+            None takes pages as they are needed.
     """
 
-    def __init__(self, spans: Sequence[Sequence[Span]]) -> None:
-        self.paged = [PagedLayer(row) for row in spans]
+    def __init__(self, spans: Sequence[Sequence[Span]], max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length: expected at least one token, got {max_length}")
+        self.paged = [PagedLayer(row, max_length) for row in spans]
         super().__init__(layers=list(self.paged))
+        self.max_length = max_length
+        self.lengths: torch.Tensor | None = None  # [B] int32 on the device, tokens of each sequence
+        self.width: torch.Tensor | None = None  # [1] int32 on the device, columns so far
         self.seen: torch.Tensor | None = None  # [B, columns] bool, which columns were tokens; None while all were
+
+    def begin(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The sequences' lengths before this forward pass, `[B]` int32 on the device."""
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.width = torch.zeros(1, dtype=torch.int32, device=device)
+        return self.lengths
+
+    def synchronize(self) -> None:
+        """Read the lengths back from the device, where replays of a CUDA graph have advanced them."""
+        if self.lengths is None or self.width is None or not self.paged[0].is_initialized:
+            return
+        *lengths, width = torch.cat([self.lengths, self.width]).tolist()
+        for layer in self.paged:
+            layer.lengths = list(lengths)
+            layer.columns = width
+
+    def assume(self, length: int) -> None:
+        """Say that every sequence holds `length` tokens, whatever the reserved pages contain: for measurements."""
+        if self.max_length is None or self.lengths is None or self.width is None or length > self.max_length:
+            raise ValueError(f"assume({length}): needs a cache that was reserved for as many tokens, and used once")
+        self.lengths.fill_(length)
+        self.width.fill_(length)
+        for layer in self.paged:
+            layer.lengths = [length] * len(layer.lengths)
+            layer.columns = length
 
     def allocated_bytes(self) -> int:
         """Bytes of all pools as allocated."""
@@ -251,22 +299,28 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.lengths = None
+        self.width = None
         self.seen = None
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if self.lengths is not None:
+            self.lengths = self.lengths[indices.to(self.lengths.device)]
+        if self.seen is not None:
+            self.seen = self.seen[indices.to(self.seen.device)]
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Reorder the sequences for beam search."""
         super().reorder_cache(beam_idx)
-        if self.seen is not None:
-            self.seen = self.seen.index_select(0, beam_idx.to(self.seen.device))
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the given sequences."""
         super().batch_select_indices(indices)
-        if self.seen is not None:
-            self.seen = self.seen[indices]
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        if self.seen is not None:
-            self.seen = self.seen.repeat_interleave(repeats, dim=0)
+        if self.lengths is not None:
+            self._select(torch.arange(len(self.lengths)).repeat_interleave(repeats))

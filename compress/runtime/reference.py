@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .paged_cache import Pages
 from .span import PAGE, Span, visible
 
 # Query rows a block. A window head computes at most this many keys more than it sees; a GPU wants larger blocks.
 ROWS = {"cpu": 256, "cuda": 1024}
 
-History = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True)
+class Rows:
+    """Which columns of a batch are tokens: of each sequence a run of them.
+
+    Args:
+        past: position of each sequence's first new token.
+        start: its first column that is a token.
+        count: how many columns from there are tokens.
+    """
+
+    past: tuple[int, ...]
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+
+    @staticmethod
+    def whole(batch: int, columns: int, past: int = 0) -> Rows:
+        """Every column of every sequence is a token."""
+        return Rows((past,) * batch, (0,) * batch, (columns,) * batch)
+
+    def is_whole(self, columns: int) -> bool:
+        """True when there is no padding."""
+        return all(count == columns for count in self.count)
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """`[B, 3]` int32: past, start, count."""
+        return torch.tensor([self.past, self.start, self.count], dtype=torch.int32).T.contiguous().to(device)
 
 
 def prefill(
@@ -21,24 +49,83 @@ def prefill(
     value: torch.Tensor,
     spans: Sequence[Span],
     *,
-    past: int = 0,
-    history: History | None = None,
+    rows: Rows | None = None,
+    pages: Pages | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of T new tokens over what is cached and themselves, differentiable.
+    """Attention of T new columns over what is cached and themselves, differentiable.
 
     Args:
         query: `[B, H, T, D]` after RoPE; query head h belongs to group h // (H / G).
-        key, value: `[B, G, T, D]`, the new tokens alone.
+        key, value: `[B, G, T, D]`, the new columns alone.
         spans: one per head group.
-        past: position of the first new token.
-        history: per group, cached keys and values `[B, M, D]` and their positions `[M]`, ascending.
+        rows: which columns are tokens, and their positions; None when all are, from position 0. The others take
+            part in nothing and may hold anything.
+        pages: what is cached of the positions before `past`; None when nothing is.
         scale: factor on the scores, 1 / sqrt(D) when None.
 
     Returns:
-        `[B, H, T, D]` in query's dtype.
+        `[B, H, T, D]` in query's dtype; zero where a column is no token.
     """
+    batch, _, columns, _ = query.shape
+    rows = rows or Rows.whole(batch, columns)
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for row, run in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
+        alike.setdefault(run, []).append(row)
+    if len(alike) == 1 and rows.is_whole(columns):
+        history = _history(pages, list(range(batch)), spans, rows.past[0])
+        return _alike(query, key, value, spans, rows.past[0], history, scale, dropout)
+    out = torch.zeros_like(query[..., : value.shape[-1]])
+    for (past, start, count), members in alike.items():
+        if count == 0:
+            continue
+        kept = slice(start, start + count)
+        history = _history(pages, members, spans, past)
+        part = [tensor[members][:, :, kept] for tensor in (query, key, value)]
+        out[members, :, kept] = _alike(part[0], part[1], part[2], spans, past, history, scale, dropout)
+    return out
+
+
+History = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _history(pages: Pages | None, rows: list[int], spans: Sequence[Span], past: int) -> History | None:
+    """Per group, cached keys and values `[B, M, D]` of sequences of one length and their positions `[M]`."""
+    if pages is None or past == 0:
+        return None
+    history = []
+    for group, span in enumerate(spans):
+        numbers = torch.tensor(span.pages(past), dtype=torch.long, device=pages.table.device)
+        positions = slots_of(numbers)
+        stored = positions < past
+        places = pages.table[rows, group][:, numbers].long()
+        history.append(
+            (
+                pages.keys[places].flatten(1, 2)[:, stored],
+                pages.values[places].flatten(1, 2)[:, stored],
+                positions[stored],
+            )
+        )
+    return history
+
+
+def slots_of(pages: torch.Tensor) -> torch.Tensor:
+    """Token numbers of whole pages, `[..., P]` to `[..., P * 64]`."""
+    return (pages[..., None] * PAGE + torch.arange(PAGE, device=pages.device)).flatten(-2)
+
+
+def _alike(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    past: int,
+    history: History | None,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """`prefill` of sequences that are all at the same position and without padding."""
     count, groups = query.shape[2], key.shape[1]
     share = query.shape[1] // groups
     last = past + count - 1
@@ -98,10 +185,7 @@ def _keys_in_sight(
 
 def decode(
     query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    places: torch.Tensor,
-    numbers: torch.Tensor,
+    pages: Pages,
     lengths: torch.Tensor,
     spans: Sequence[Span],
     *,
@@ -111,9 +195,9 @@ def decode(
 
     Args:
         query: `[B, H, D]`.
-        key_pages, value_pages: the pool, `[pages, 64, D]`.
-        places, numbers: `[B, G, P]` pool place and page number (position // 64), -1 where unused.
-        lengths: `[B]` tokens of each sequence, this one included; its position is length - 1.
+        pages: what is cached.
+        lengths: `[B]` tokens of each sequence, this one included; its position is length - 1. A sequence of
+            length 0 takes no part, and its output is zero.
         spans: one per head group.
 
     Returns:
@@ -121,15 +205,44 @@ def decode(
     """
     batch, heads, _ = query.shape
     groups = len(spans)
-    positions = (numbers[..., None] * PAGE + torch.arange(PAGE, device=query.device)).flatten(2)  # [B, G, P*64]
+    positions = torch.arange(pages.table.shape[-1] * PAGE, device=query.device)
     rules = [(span.sink, span.alpha, span.beta_units) for span in spans]
     sink, alpha, beta_units = torch.tensor(rules, device=query.device).T[:, :, None]  # each [G, 1]
-    # Unused places have negative positions, which a sink would let through.
-    seen = visible(lengths[:, None, None] - 1, positions, sink, alpha, beta_units) & (positions >= 0)
+    seen = visible(lengths[:, None, None].long() - 1, positions, sink, alpha, beta_units)  # [B, G, numbers * 64]
     # Slots that hold no visible token may hold anything, NaN included, and 0 * NaN is NaN.
     hidden = ~seen[..., None]
-    key = key_pages[places.clamp(min=0)].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P*64, D]
-    value = value_pages[places.clamp(min=0)].flatten(2, 3).masked_fill(hidden, 0)
+    places = pages.table.clamp(min=0).long()
+    key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, numbers * 64, D]
+    value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
     q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
     out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
-    return out.reshape(batch, heads, -1)
+    return out.reshape(batch, heads, -1).masked_fill((lengths == 0)[:, None, None], 0)
+
+
+def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:
+    """Write new tokens `[B, G, T, D]` into the pages that are held once they are there, detached."""
+    for row, (past, start, count) in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
+        for group, span in enumerate(spans):
+            numbers = torch.tensor(span.pages(past + count), dtype=torch.long, device=pages.table.device)
+            positions = slots_of(numbers)
+            fresh = (positions >= past) & (positions < past + count)
+            slots = slots_of(pages.table[row, group][numbers].long())[fresh]
+            source = positions[fresh] - past + start
+            for pool, new in ((pages.keys, key), (pages.values, value)):
+                pool.view(-1, pool.shape[-1])[slots] = new[row, group, source].detach().to(pool.dtype)
+
+
+def store_one(
+    key: torch.Tensor, value: torch.Tensor, pages: Pages, lengths: torch.Tensor, spans: Sequence[Span]
+) -> None:
+    """Write one token a sequence, `[B, G, D]`, as its last; sequences of length 0 take no part.
+
+    Args:
+        lengths: `[B]` tokens of each sequence, this one included.
+    """
+    rows = (lengths > 0).nonzero().flatten()
+    last = lengths[rows].long() - 1
+    groups = torch.arange(key.shape[1], device=key.device)
+    slots = pages.table[rows[:, None], groups, (last // PAGE)[:, None]].long() * PAGE + (last % PAGE)[:, None]
+    for pool, new in ((pages.keys, key), (pages.values, value)):
+        pool.view(-1, pool.shape[-1])[slots] = new[rows].detach().to(pool.dtype)

@@ -64,6 +64,10 @@ class Span:
         """The first key of the window of the query at position t (keys before `sink` are visible besides)."""
         return first_key(t, self.alpha, self.beta_units)
 
+    def last_query(self, j: int | torch.Tensor) -> Any:
+        """The last query whose window holds key j, at least j itself; `NO_END` where all later ones do."""
+        return last_query(j, self.alpha, self.beta_units)
+
     def visible(self, t: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """Boolean mask of the rule; t and j are integer positions that broadcast against each other."""
         return visible(t, j, self.sink, self.alpha, self.beta_units)
@@ -88,8 +92,23 @@ class Span:
         sink_end = -(-min(self.sink, length) // PAGE)
         return sink_end, max(min(self.first(length - 1) // PAGE, end), sink_end), end
 
+    def same_pages_until(self, length: int) -> int:
+        """The greatest length at which `pages` is what it is at `length`."""
+        _, start, end = self.page_bounds(length)
+        return max(length, min(end * PAGE, self.last_query((start + 1) * PAGE - 1) + 1))
+
+    def reserved_pages(self, max_length: int) -> tuple[int, int]:
+        """Pages that hold any cache of up to `max_length` tokens: those of the sink, and a ring for the window.
+
+        A window of S tokens lies on at most (S + 62) // 64 + 1 pages, and S never shrinks.
+        """
+        total = -(-max_length // PAGE)
+        sinks = -(-min(self.sink, max_length) // PAGE)
+        return sinks, min(total - sinks, (min(self.length(max_length - 1), max_length) + PAGE - 2) // PAGE + 1)
+
 
 FULL = Span(0, 0, 1.0)
+NO_END = 2**31 - 1
 
 
 def own_span(native: int | None) -> Span:
@@ -107,6 +126,19 @@ def first_key(t: Any, alpha: Any, beta_units: Any) -> Any:
     """First key of the window, t + 1 - S(t) but not below 0, from integers or integer tensors that broadcast."""
     first = t + 1 - span_length(t, alpha, beta_units)
     return first.clamp(min=0) if isinstance(first, torch.Tensor) else max(0, first)
+
+
+def last_query(j: Any, alpha: Any, beta_units: Any) -> Any:
+    """The inverse of `first_key`: the greatest t with first_key(t) <= j, for a key j (int or tensor) of one rule.
+
+    u = t + 1 has first <= j while u - floor(beta u) - alpha <= j, that is while
+    u <= floor(1024 (j + alpha) / (1024 - beta units)). Every query sees at least itself, so t >= j always does.
+    """
+    if beta_units == BETA_UNIT:
+        never = j + alpha < 0
+        return torch.where(never, j, NO_END) if isinstance(j, torch.Tensor) else j if never else NO_END
+    last = (BETA_UNIT * (j + alpha)) // (BETA_UNIT - beta_units) - 1
+    return torch.maximum(last, j) if isinstance(j, torch.Tensor) else max(last, j)
 
 
 def visible(t: torch.Tensor, j: torch.Tensor, sink: Any, alpha: Any, beta_units: Any) -> torch.Tensor:

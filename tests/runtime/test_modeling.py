@@ -63,7 +63,7 @@ def test_generation_modes_that_take_tokens_back_are_refused(model):
     with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
         model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
     with pytest.raises(ValueError, match="brings its own"):
-        model.generate(ids, cache_implementation="static", max_new_tokens=4)
+        model.generate(ids, cache_implementation="quantized", max_new_tokens=4)
     with pytest.raises(ValueError, match="no attention weights"):
         model(ids, output_attentions=True)
 
@@ -93,5 +93,5 @@ def test_training_passes_gradients_to_every_weight(dense):
 
 def test_unknown_implementations_are_named(model):
     model.config.compress_impl = "fast"
-    with pytest.raises(ValueError, match="expected auto or one of reference, got 'fast'"):
+    with pytest.raises(ValueError, match="expected auto, reference or triton, got 'fast'"):
         model(random_ids(1, 5))

@@ -1,8 +1,9 @@
-"""Reference attention over the paged cache against a naive masked softmax, for random spans, chunks and padding."""
+"""Every implementation over the paged cache against a naive masked softmax, for random spans, chunks and padding."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.runtime.attention import IMPLS, Step, plan_attention
-from compress.runtime.paged_cache import PagedCache, PagedLayer
-from compress.runtime.reference import decode, prefill
+from compress.runtime.attention import IMPLS, Step, choose_impl, plan_attention
+from compress.runtime.paged_cache import PagedCache, Pages
+from compress.runtime.reference import Rows, prefill
 from compress.runtime.span import BETA_UNIT, PAGE, Span
 
 HEAD_DIM = 8
@@ -43,11 +44,19 @@ class Module:
 
     layer_idx = 0
 
-    class config:
-        compress_impl = "reference"
-
-    def __init__(self, rule: list[Span]) -> None:
+    def __init__(self, rule: list[Span], impl: str = "reference") -> None:
         self.compress_spans = rule
+        self.config = SimpleNamespace(compress_impl=impl)
+
+
+def attend(rule: list[Span], qkv: Any, cache: PagedCache, valid: torch.Tensor | None = None, impl: str = "reference"):
+    """One forward pass of a single layer over new columns; `[B, H, T, D]`."""
+    query, key, value = qkv
+    step = Step.begin(cache, valid, query.shape[0], query.shape[2], query.device)
+    key, value = cache.update(key, value, 0)
+    out, _ = plan_attention(Module(rule, impl), query, key, value, None, compress_step=step)
+    step.end()
+    return out.transpose(1, 2)
 
 
 def run(
@@ -55,24 +64,15 @@ def run(
     qkv: Any,
     cuts: list[int],
     mask: torch.Tensor | None = None,
+    impl: str = "reference",
+    max_length: int | None = None,
 ) -> tuple[torch.Tensor, PagedCache]:
     """Feed the columns in the given chunks through the attention function and its cache; `[B, H, N, D]`."""
-    cache = PagedCache([rule])
+    cache = PagedCache([rule], max_length)
     out = []
-    edges = [0, *cuts, qkv[0].shape[2]]
-    for start, stop in pairwise(edges):
-        query, key, value = (tensor[:, :, start:stop] for tensor in qkv)
+    for start, stop in pairwise([0, *cuts, qkv[0].shape[2]]):
         valid = None if mask is None or mask[:, start:stop].all() else mask[:, start:stop]
-        key, value = cache.update(key, value, 0)
-        part, _ = plan_attention(
-            Module(rule),
-            query,
-            key,
-            value,
-            None,
-            compress_step=Step(cache, None if valid is None or valid.all() else valid),
-        )
-        out.append(part.transpose(1, 2))
+        out.append(attend(rule, [tensor[:, :, start:stop] for tensor in qkv], cache, valid, impl))
     return torch.cat(out, dim=2), cache
 
 
@@ -82,67 +82,109 @@ def random_qkv(batch: int, groups: int, share: int, length: int, seed: int) -> A
     return make(groups * share), make(groups), make(groups)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.data())
-def test_one_shot_chunked_and_decoded_are_one_function(data: st.DataObject) -> None:
+IMPL_NAMES = sorted(IMPLS)
+EXAMPLES = {"reference": 60, "triton": 10}  # the interpreter is slow
+
+
+def each_impl(test: Any) -> None:
+    """Run a property once for every implementation, with as many examples as it can afford."""
+    for impl in IMPL_NAMES:
+        settings(max_examples=EXAMPLES[impl], deadline=None, derandomize=True)(given(st.data(), st.just(impl))(test))()
+
+
+def test_one_shot_chunked_and_decoded_are_one_function() -> None:
+    each_impl(one_shot_chunked_and_decoded)
+
+
+def one_shot_chunked_and_decoded(data: st.DataObject, impl: str) -> None:
     groups, share = data.draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (2, 3)]))
     rule = data.draw(st.lists(spans, min_size=groups, max_size=groups))
     length = data.draw(st.integers(1, 330))
     batch = data.draw(st.integers(1, 2))
+    reserve = data.draw(st.sampled_from([None, length, length + 70]))
     qkv = random_qkv(batch, groups, share, length, data.draw(st.integers(0, 99)))
     expected = naive(qkv, rule)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=4)) - {length})
     tail = list(range(max(1, length - 5), length))  # the last tokens one by one, as in decoding
     for chunks in ([], cuts, sorted({*cuts, *tail})):
-        out, cache = run(rule, qkv, chunks)
+        out, cache = run(rule, qkv, chunks, impl=impl, max_length=reserve)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         layer = cache.paged[0]
-        held = sum(span.page_count(length) for span in rule) * batch
         page = PAGE * 2 * HEAD_DIM * 4
+        held = sum(span.page_count(length) for span in rule) * batch
         assert layer.held_bytes() == held * page
-        assert held * page <= layer.allocated_bytes() <= (held + 2 * groups * batch) * page
+        if reserve is None:
+            assert held * page <= layer.allocated_bytes() <= (held + 2 * groups * batch) * page
+        else:
+            reserved = sum(sum(span.reserved_pages(reserve)) for span in rule) * batch
+            assert layer.allocated_bytes() == reserved * page
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data())
-def test_padding_on_either_side_changes_nothing(data: st.DataObject) -> None:
+def test_padding_on_either_side_changes_nothing() -> None:
+    each_impl(padding_on_either_side)
+
+
+def padding_on_either_side(data: st.DataObject, impl: str) -> None:
     groups, share = 2, 2
     rule = data.draw(st.lists(spans, min_size=groups, max_size=groups))
     length = data.draw(st.integers(2, 260))
-    qkv = random_qkv(3, groups, share, length, data.draw(st.integers(0, 99)))
-    mask = torch.ones(3, length, dtype=torch.bool)
+    reserve = data.draw(st.sampled_from([None, length]))
+    qkv = random_qkv(4, groups, share, length, data.draw(st.integers(0, 99)))
+    mask = torch.ones(4, length, dtype=torch.bool)
     left, right = data.draw(st.integers(0, length - 1)), data.draw(st.integers(0, length - 1))
     mask[0, :left] = False
     mask[1, length - right :] = False
+    mask[3, 1::3] = False  # padding between tokens
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
     poisoned: Any = tuple(tensor.masked_fill(~mask[:, None, :, None], float("nan")) for tensor in qkv)
-    out, cache = run(rule, poisoned, cuts, mask)
-    for row in range(3):
+    out, cache = run(rule, poisoned, cuts, mask, impl, reserve)
+    for row in range(4):
         alone: Any = tuple(tensor[row : row + 1, :, mask[row]] for tensor in qkv)
         torch.testing.assert_close(out[row : row + 1, :, mask[row]], naive(alone, rule), rtol=1e-4, atol=1e-5)
-    assert cache.paged[0].lengths == mask.sum(1).tolist()
+    cache.synchronize()
+    assert cache.paged[0].lengths == mask.sum(1).tolist() and cache.get_seq_length() == length
+    assert cache.lengths is not None and cache.lengths.tolist() == mask.sum(1).tolist()
 
 
-def test_decode_ignores_what_lies_in_unused_slots() -> None:
+@pytest.mark.parametrize("impl", IMPL_NAMES)
+def test_decode_ignores_what_lies_in_unused_slots(impl: str) -> None:
     rule = [Span(4, 100, 0.0), Span()]
     qkv = random_qkv(1, 2, 2, 150, seed=3)
-    layer = PagedLayer(rule)
-    layer.update(qkv[1], qkv[2])
-    layer.append(qkv[1], qkv[2], [0])
-    assert layer.keys is not None and layer.values is not None
-    places, numbers = layer.table()
-    arguments = (torch.tensor([150]), rule)
-    clean = decode(qkv[0][:, :, -1], layer.keys, layer.values, places, numbers, *arguments)
+    _, cache = run(rule, qkv, [])
+    pages, lengths = cache.paged[0].pages(), torch.tensor([150], dtype=torch.int32)
+    clean = IMPLS[impl].decode(qkv[0][:, :, -1], pages, lengths, rule)
     torch.testing.assert_close(clean, naive(qkv, rule)[:, :, -1], rtol=1e-4, atol=1e-5)
-    keys, values = layer.keys.clone(), layer.values.clone()
-    slots = (numbers[..., None] * PAGE + torch.arange(PAGE)).flatten(2)[0]
+    keys, values = pages.keys.clone(), pages.values.clone()
     for group, span in enumerate(rule):
-        hidden = ~span.visible(torch.tensor(149), slots[group])
-        where = (places[0, group][:, None] * PAGE + torch.arange(PAGE)).flatten()[hidden & (slots[group] >= 0)]
-        keys.view(-1, HEAD_DIM)[where] = float("nan")
-        values.view(-1, HEAD_DIM)[where] = float("nan")
-    poisoned = decode(qkv[0][:, :, -1], keys, values, places, numbers, *arguments)
+        for number in span.pages(150):
+            slots = number * PAGE + torch.arange(PAGE)
+            hidden = ~span.visible(torch.tensor(149), slots)
+            keys[pages.table[0, group, number], hidden] = float("nan")
+            values[pages.table[0, group, number], hidden] = float("nan")
+    poisoned = IMPLS[impl].decode(qkv[0][:, :, -1], Pages(keys, values, pages.table), lengths, rule)
     assert torch.equal(poisoned, clean)
+
+
+@pytest.mark.parametrize(("share", "length", "dim"), [(1, 77, 8), (2, 130, 24), (7, 33, 16)])
+def test_kernel_gradients_are_those_of_the_reference(share: int, length: int, dim: int) -> None:
+    rule = [Span(4, 20, 0.25), Span(), Span(70, -5, 0.5), Span(0, 9, 0.0)]
+    rows = Rows((0, 0), (0, 5), (length, length - 12))  # the second sequence is padded on both sides
+    generator = torch.Generator().manual_seed(length)
+    make = lambda heads: torch.randn(2, heads, length, dim, generator=generator)  # noqa: E731
+    qkv = [make(len(rule) * share), make(len(rule)), make(len(rule))]
+    weight = torch.randn(2, len(rule) * share, length, dim, generator=generator)
+    found = []
+    for impl in ("reference", "triton"):
+        leaves = [tensor.clone() for tensor in qkv]
+        if impl == "triton":
+            for tensor in leaves:
+                tensor[1, :, :5] = tensor[1, :, length - 7 :] = float("nan")
+        for tensor in leaves:
+            tensor.requires_grad_()
+        out = IMPLS[impl].prefill(*leaves, rule, rows=rows)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for expected, tensor in zip(*found, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_masked_softmax() -> None:
@@ -156,34 +198,35 @@ def test_gradients_are_those_of_the_masked_softmax() -> None:
 
 
 def test_a_window_frees_its_pages_and_the_pool_does_not_grow() -> None:
-    layer = PagedLayer([Span(4, 256, 0.0)])
+    rule = [Span(4, 256, 0.0)]
+    cache = PagedCache([rule])
+    layer = cache.paged[0]
     token = torch.randn(1, 1, 1, HEAD_DIM)
     sizes = []
     for _ in range(1500):
-        layer.update(token, token)
-        layer.append_one(token, token, [0])
+        attend(rule, [token] * 3, cache)
         sizes.append(layer.allocated_bytes())
     page = PAGE * 2 * HEAD_DIM * 4
     assert max(sizes) <= 6 * page  # one sink page, 256 tokens over at most five pages
     assert len(layer.tables[0][0]) == layer.spans[0].page_count(1500)
 
 
-def test_sequences_can_be_selected_repeated_and_reordered() -> None:
+@pytest.mark.parametrize("max_length", [None, 256])
+def test_sequences_can_be_selected_repeated_and_reordered(max_length: int | None) -> None:
     rule = [Span(4, 40, 0.0), Span()]
     qkv = random_qkv(3, 2, 1, 200, seed=7)
-    _, cache = run(rule, qkv, [])
+    _, cache = run(rule, qkv, [], max_length=max_length)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     order = [2, 0, 0]
     more = random_qkv(3, 2, 1, 1, seed=8)
-    key, value = cache.update(more[1], more[2], 0)
-    out, _ = plan_attention(Module(rule), more[0], key, value, None, compress_step=Step(cache))
+    out = attend(rule, more, cache)
     whole: Any = [torch.cat([old[order], new], dim=2) for old, new in zip(qkv, more, strict=True)]
-    torch.testing.assert_close(out.transpose(1, 2), naive(whole, rule)[:, :, -1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, naive(whole, rule)[:, :, -1:], rtol=1e-4, atol=1e-5)
     cache.batch_select_indices(torch.tensor([True, False, True]))
     assert cache.paged[0].lengths == [201, 201]
     cache.batch_repeat_interleave(2)
     assert cache.paged[0].lengths == [201] * 4
-    assert cache.held_bytes() == cache.allocated_bytes()
+    assert max_length is not None or cache.held_bytes() == cache.allocated_bytes()
 
 
 def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
@@ -199,4 +242,18 @@ def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
     cache.update(token, token, 0)
     with pytest.raises(ValueError, match="batch size: expected 2 as cached, got 1"):
         cache.update(token[:1], token[:1], 0)
-    assert set(IMPLS) == {"reference"}
+    assert set(IMPLS) == {"reference", "triton"}
+
+
+def test_a_reserved_cache_says_when_it_is_full() -> None:
+    qkv = random_qkv(1, 1, 1, 20, seed=0)
+    with pytest.raises(ValueError, match="reserved for 10 tokens, and sequence 0 comes to 20"):
+        run([Span()], qkv, [], max_length=10)
+
+
+def test_the_interpreter_is_not_taken_by_itself() -> None:
+    query = torch.zeros(1, 1, 1, 8)
+    assert choose_impl("auto", query) is IMPLS["reference"]
+    assert choose_impl("triton", query) is IMPLS["triton"]
+    with pytest.raises(ValueError, match="head size 256, and this one is 512"):
+        choose_impl("triton", torch.zeros(1, 1, 1, 512))

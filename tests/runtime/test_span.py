@@ -93,3 +93,29 @@ def test_native_windows_reads_both_forms() -> None:
     assert native_windows(Config(), 2) == [50, 50]
     Config.layer_types = ["full_attention", "sliding_attention"]
     assert native_windows(Config(), 2) == [None, 50]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(-300, 300), st.integers(0, BETA_UNIT), st.integers(0, 400))
+def test_last_query_is_the_inverse_of_first(alpha: int, units: int, j: int) -> None:
+    span = Span(0, alpha, units / BETA_UNIT)
+    last = span.last_query(j)
+    assert last >= j
+    end = min(last, j + 5000)
+    assert all(span.first(t) <= j for t in (j, (j + end) // 2, end))
+    if last == end:
+        assert span.first(last + 1) > j
+    assert int(span.last_query(torch.tensor(j))) == last
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, 200), st.integers(-300, 300), st.integers(0, BETA_UNIT), st.integers(1, 700))
+def test_pages_stay_until_the_length_that_is_said(sink: int, alpha: int, units: int, length: int) -> None:
+    span = Span(sink, alpha, units / BETA_UNIT)
+    until = span.same_pages_until(length)
+    assert until >= length
+    assert all(span.pages(other) == span.pages(length) for other in range(length, until + 1))
+    sinks, ring = span.reserved_pages(length)
+    for other in range(1, length + 1):
+        sink_end, start, end = span.page_bounds(other)
+        assert sink_end <= sinks and max(0, end - max(start, sinks)) <= ring

@@ -1,0 +1,91 @@
+"""The Triton implementation as a whole: what it can run, its autograd, and where it leaves a case to PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .paged_cache import Pages
+from .reference import Rows
+from .reference import prefill as reference_prefill
+from .span import Span
+from .triton_backward import backward
+from .triton_decode import decode
+from .triton_prefill import forward
+from .triton_store import store, store_one
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_DIM = 256
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels do not run for this device, dtype and head size; None when they do."""
+    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        return f"Triton compiles for GPUs and the model is on {device.type}"
+    if dtype not in DTYPES:
+        return f"the kernels have no {dtype}"
+    if head_dim > MOST_DIM:
+        return f"the kernels go to head size {MOST_DIM}, and this one is {head_dim}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) and dtype == torch.bfloat16:
+        return "this GPU has no bfloat16"
+    return None
+
+
+class _Prefill(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: tuple[Span, ...],
+        rows: torch.Tensor,
+        ragged: bool,
+        scale: float,
+    ) -> torch.Tensor:
+        out, lse = forward(query, key, value, spans, rows, ragged=ragged, pages=None, scale=scale, keep_lse=True)
+        ctx.save_for_backward(query, key, value, rows, out, lse)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value, rows, out, lse = ctx.saved_tensors
+        return (*backward(grads[0], query, key, value, out, lse, ctx.spans, rows, ctx.scale), None, None, None, None)
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    *,
+    rows: Rows | None = None,
+    pages: Pages | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """As `reference.prefill`, which it calls for dropout, and for gradients over a cache."""
+    batch, _, columns, dim = query.shape
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if dropout > 0 or (trained and pages is not None):
+        return reference_prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+    rows = rows or Rows.whole(batch, columns)
+    scale = dim**-0.5 if scale is None else scale
+    ragged = not rows.is_whole(columns)
+    where = rows.tensor(query.device)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    if trained:
+        return _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale)
+    cached = None if pages is None else (pages.keys, pages.values, pages.table)
+    return forward(query, key, value, spans, where, ragged=ragged, pages=cached, scale=scale, keep_lse=False)[0]
+
+
+TRITON = (prefill, decode, store, store_one)

@@ -1,0 +1,306 @@
+"""Decode attention of a planned layer in Triton: one token per sequence over pages, the work split evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .paged_cache import Pages
+from .span import PAGE, Span
+from .triton_span import first_key, span_rules
+from .tuned import decode_config
+
+LOG2E = 1.4426950408889634
+NEVER = tl.constexpr(-1.0e30)  # running maximum before any key; finite, so that no NaN arises
+
+
+@triton.jit
+def _bounds(length, sink, alpha, beta, PAGE: tl.constexpr):
+    """`span.page_bounds`: end of the sink's pages, start and end of the window's."""
+    end = (length + PAGE - 1) // PAGE
+    sinks = (tl.minimum(sink, length) + PAGE - 1) // PAGE
+    start = tl.maximum(tl.minimum(first_key(length - 1, alpha, beta) // PAGE, end), sinks)
+    return sinks, start, end
+
+
+@triton.jit
+def _decode(
+    query_ptr,  # [B, H, D]
+    key_pages_ptr,  # [places, PAGE, D]
+    value_pages_ptr,
+    table_ptr,  # [B, G, numbers] int32
+    lengths_ptr,  # [B] int32, 0 where a sequence takes no part
+    rules_ptr,  # [G, 3] int32: sink, alpha, beta units
+    out_ptr,  # [B, H, D]
+    parts_ptr,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
+    stats_ptr,  # [programs, 2, 2, SHARE] float32: its running maximum and total
+    shared_ptr,  # [B * G, 4] int32: first and last program of each segment, the slot of the first, pieces
+    segments,
+    numbers,
+    scale,
+    query_b,
+    query_h,
+    out_b,
+    out_h,
+    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE: tl.constexpr,
+    FEWEST: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program walks an equal share of all pages; what it sees of a (sequence, group) is a piece.
+
+    A piece that is a whole segment is written at once; `_join` puts together those that programs share.
+    """
+    program = tl.program_id(0)
+    every = tl.arange(0, BLOCK_S)
+    known = every < segments
+    group = every % GROUPS
+    length = tl.load(lengths_ptr + every // GROUPS, mask=known, other=0)
+    sink = tl.load(rules_ptr + group * 3)
+    alpha = tl.load(rules_ptr + group * 3 + 1)
+    beta = tl.load(rules_ptr + group * 3 + 2)
+    sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
+    counts = tl.where(known & (length > 0), sinks + end - start, 0)
+    ends = tl.cumsum(counts, 0)
+    pages = tl.sum(counts, 0).to(tl.int64)
+    programs = tl.minimum((pages + FEWEST - 1) // FEWEST, tl.num_programs(0))  # each has a page, so each arrives
+    if program >= programs:
+        return
+    if program == 0:
+        # Program p walks pages [pages * p // programs, pages * (p + 1) // programs).
+        starts = (ends - counts).to(tl.int64)
+        one = ((starts + 1) * programs - 1) // pages
+        last = (ends.to(tl.int64) * programs - 1) // pages
+        held = known & (counts > 0)
+        tl.store(shared_ptr + every * 4, one.to(tl.int32), mask=held)
+        tl.store(shared_ptr + every * 4 + 1, last.to(tl.int32), mask=held)
+        tl.store(shared_ptr + every * 4 + 2, (pages * one // programs < starts).to(tl.int32), mask=held)
+        tl.store(shared_ptr + every * 4 + 3, tl.where(counts > 0, last - one + 1, 0).to(tl.int32), mask=known)
+    at = (pages * program // programs).to(tl.int32)
+    stop = (pages * (program + 1) // programs).to(tl.int32)
+    mine = at
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_V)
+    slots = tl.arange(0, PAGE)
+    real = (rows < SHARE)[:, None]
+    while at < stop:
+        s = tl.sum((ends <= at).to(tl.int32), 0)
+        this = every == s
+        seg_end = tl.sum(tl.where(this, ends, 0), 0)
+        seg_start = seg_end - tl.sum(tl.where(this, counts, 0), 0)
+        b = s // GROUPS
+        g = s % GROUPS
+        n_tokens = tl.load(lengths_ptr + b)
+        sink_g = tl.load(rules_ptr + g * 3)
+        first = first_key(n_tokens - 1, tl.load(rules_ptr + g * 3 + 1), tl.load(rules_ptr + g * 3 + 2))
+        sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
+        skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
+        piece_end = tl.minimum(stop, seg_end)
+        head = g * SHARE + rows
+        query = tl.load(
+            query_ptr + b.to(tl.int64) * query_b + head[:, None] * query_h + dims[None, :],
+            mask=real & (dims < DIM)[None, :],
+            other=0.0,
+        )
+        held = table_ptr + s.to(tl.int64) * numbers
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        top = tl.full([BLOCK_M], NEVER, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
+            number = tl.where(i < sinks_g, i, i + skip)
+            place = tl.load(held + number).to(tl.int64)
+            j = number * PAGE + slots
+            seen = (j < n_tokens) & ((j < sink_g) | (j >= first))
+            # Slots that hold no visible token may hold anything, NaN included.
+            key = tl.load(
+                key_pages_ptr + place * PAGE * DIM + slots[:, None] * DIM + dims[None, :],
+                mask=seen[:, None] & (dims < DIM)[None, :],
+                other=0.0,
+            )
+            value = tl.load(
+                value_pages_ptr + place * PAGE * VALUE_DIM + slots[:, None] * VALUE_DIM + value_dims[None, :],
+                mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+            score = tl.dot(query, key.T, input_precision=PRECISION)
+            score = tl.where(seen[None, :], score, float("-inf"))
+            best = tl.maximum(top, tl.max(score, 1) * scale)
+            weight = tl.exp2(score * scale - best[:, None])
+            shrink = tl.exp2(top - best)
+            acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+            total = total * shrink + tl.sum(weight, 1)
+            top = best
+        out_at = out_ptr + b.to(tl.int64) * out_b + head[:, None] * out_h + value_dims[None, :]
+        keep = real & (value_dims < VALUE_DIM)[None, :]
+        if (at == seg_start) & (piece_end == seg_end):
+            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
+        else:
+            # Slot 0: the segment went on from the program before, or starts where this program starts.
+            part = program * 2 + (at != mine).to(tl.int32)
+            spot = part * SHARE + rows
+            tl.store(parts_ptr + spot[:, None] * BLOCK_V + value_dims[None, :], acc, mask=real)
+            tl.store(stats_ptr + part * 2 * SHARE + rows, top, mask=rows < SHARE)
+            tl.store(stats_ptr + (part * 2 + 1) * SHARE + rows, total, mask=rows < SHARE)
+        at = piece_end
+
+
+@triton.jit
+def _join(
+    out_ptr,
+    parts_ptr,
+    stats_ptr,
+    shared_ptr,
+    out_b,
+    out_h,
+    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One head of one (sequence, group): the pieces that several programs left, joined in the order of the pages."""
+    s = tl.program_id(0)
+    h = tl.program_id(1)
+    pieces = tl.load(shared_ptr + s * 4 + 3)
+    if pieces < 2:
+        return
+    one = tl.load(shared_ptr + s * 4)
+    last = tl.load(shared_ptr + s * 4 + 1)
+    first_slot = tl.load(shared_ptr + s * 4 + 2)
+    dims = tl.arange(0, BLOCK_V)
+    acc = tl.zeros([BLOCK_V], tl.float32)
+    top = tl.full([1], NEVER, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for base in range(one, last + 1, BLOCK_R):
+        p = base + tl.arange(0, BLOCK_R)
+        ok = p <= last
+        # Slot 0 holds the piece that starts where its program starts; only the first can start later.
+        part = p * 2 + tl.where(p == one, first_slot, 0)
+        tops = tl.load(stats_ptr + part * 2 * SHARE + h, mask=ok, other=NEVER)
+        totals = tl.load(stats_ptr + (part * 2 + 1) * SHARE + h, mask=ok, other=0.0)
+        at = (part * SHARE + h)[:, None] * BLOCK_V + dims[None, :]
+        piece = tl.load(parts_ptr + at, mask=ok[:, None], other=0.0)
+        best = tl.maximum(top, tl.max(tops, 0))
+        shrink = tl.exp2(top - best)
+        weight = tl.exp2(tops - best)
+        acc = acc * shrink + tl.sum(piece * weight[:, None], 0)
+        total = total * shrink + tl.sum(totals * weight, 0)
+        top = best
+    out = out_ptr + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
+    tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
+
+
+def decode(
+    query: torch.Tensor,
+    pages: Pages,
+    lengths: torch.Tensor,
+    spans: Sequence[Span],
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it."""
+    batch, heads, dim = query.shape
+    groups = len(spans)
+    value_dim = pages.values.shape[-1]
+    share = heads // groups
+    config = decode_config(dim, query.device)
+    programs = config["programs"]
+    block_v = max(16, triton.next_power_of_2(value_dim))
+    space = workspace(query.device, programs * 2 * share, block_v, batch * groups)
+    out = query.new_zeros(batch, heads, value_dim)
+    _decode[(programs,)](
+        query,
+        pages.keys,
+        pages.values,
+        pages.table,
+        lengths,
+        span_rules(tuple(spans), query.device),
+        out,
+        space.parts,
+        space.stats,
+        space.shared,
+        batch * groups,
+        pages.table.shape[-1],
+        (dim**-0.5 if scale is None else scale) * LOG2E,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        SHARE=share,
+        GROUPS=groups,
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_V=block_v,
+        BLOCK_M=max(16, triton.next_power_of_2(share)),
+        BLOCK_S=max(16, triton.next_power_of_2(batch * groups)),
+        PAGE=PAGE,
+        FEWEST=config["fewest"],
+        STAGES=config["stages"],
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=config["warps"],
+    )
+    _join[(batch * groups, share)](
+        out,
+        space.parts,
+        space.stats,
+        space.shared,
+        out.stride(0),
+        out.stride(1),
+        SHARE=share,
+        GROUPS=groups,
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        BLOCK_R=config["join"],
+        num_warps=4,
+    )
+    return out
+
+
+@dataclass
+class Workspace:
+    """What the programs of a launch hand to the join behind it; one per device and stream, where launches queue."""
+
+    parts: torch.Tensor
+    stats: torch.Tensor
+    shared: torch.Tensor
+
+
+_WORKSPACES: dict[tuple[torch.device, int], list[Workspace]] = {}
+
+
+def workspace(device: torch.device, rows: int, width: int, segments: int) -> Workspace:
+    """Scratch for `rows` pieces of `width` and for `segments` (sequence, group) pairs.
+
+    A larger one is added when one is too small. The smaller stays, because a captured CUDA graph may point to it.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    spaces = _WORKSPACES.setdefault((device, stream), [])
+    for space in spaces:
+        if space.parts.numel() >= rows * width and space.stats.numel() >= rows * 2 and len(space.shared) >= segments:
+            return space
+    space = Workspace(
+        torch.empty(rows * width, dtype=torch.float32, device=device),
+        torch.empty(rows * 2, dtype=torch.float32, device=device),
+        torch.zeros(segments, 4, dtype=torch.int32, device=device),
+    )
+    spaces.append(space)
+    return space

@@ -1,0 +1,259 @@
+"""Prefill attention of a planned layer as Triton kernels: forward over new and paged keys, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .span import PAGE, Span
+from .triton_span import first_key, span_rules
+from .tuned import prefill_config
+
+LOG2E = 1.4426950408889634
+NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; finite, so that no NaN arises
+
+
+@triton.jit
+def _accumulate(acc, top, total, query, key, value, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2: keys and values `[N, D]`; `seen` `[M, N]` where MASKED."""
+    score = tl.dot(query, key.T, input_precision=PRECISION)
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    best = tl.maximum(top, tl.max(score, 1) * scale)
+    weight = tl.exp2(score * scale - best[:, None])
+    shrink = tl.exp2(top - best)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, best, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def _forward(
+    query_ptr,
+    key_desc,
+    value_desc,
+    out_ptr,
+    lse_ptr,
+    rules_ptr,  # [G, 4] int32: group, sink, alpha, beta units; the groups in the order of their launch
+    rows_ptr,  # [B, 3] int32: position of the first new token, first valid column, valid columns
+    key_pages_ptr,
+    value_pages_ptr,
+    table_ptr,  # [B, G, numbers] int32
+    numbers,
+    tiles,
+    batch,
+    columns,
+    scale,
+    query_b,
+    query_h,
+    query_t,
+    out_b,
+    out_h,
+    out_t,
+    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PAGED: tl.constexpr,
+    KEEP_LSE: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile: BLOCK_M rows of (position, head of the group), the heads of a group next to each other."""
+    item = tl.program_id(0)
+    # Long tiles first, one group after the other: what runs together shares its keys through the cache.
+    tile = tiles - 1 - item % tiles
+    b = (item // tiles) % batch
+    order = item // (tiles * batch)
+    g = tl.load(rules_ptr + order * 4)
+    sink = tl.load(rules_ptr + order * 4 + 1)
+    alpha = tl.load(rules_ptr + order * 4 + 2)
+    beta = tl.load(rules_ptr + order * 4 + 3)
+    past = tl.load(rows_ptr + b * 3)
+    start = tl.load(rows_ptr + b * 3 + 1)
+    count = tl.load(rows_ptr + b * 3 + 2)
+    low = tile * BLOCK_M // SHARE
+    if low >= count:
+        return
+    high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
+
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    local = packed // SHARE
+    head = g * SHARE + packed % SHARE
+    live = local < count
+    position = past + local
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_V)
+    place = (start + local).to(tl.int64)
+    query = tl.load(
+        query_ptr + b.to(tl.int64) * query_b + place[:, None] * query_t + head[:, None] * query_h + dims[None, :],
+        mask=live[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    first = first_key(position, alpha, beta)
+    earliest = first_key(past + low, alpha, beta)
+    latest = first_key(past + high, alpha, beta)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    top = tl.full([BLOCK_M], NEVER, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
+    begin = tl.maximum(earliest - past, 0) // BLOCK_N
+    end = (high + BLOCK_N) // BLOCK_N
+    inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) + BLOCK_N - 1) // BLOCK_N, begin), end)
+    outer = tl.maximum((low + 1) // BLOCK_N, inner)
+    for i in tl.range(inner, outer, num_stages=STAGES, warp_specialize=SPECIALIZE):
+        key = key_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        value = value_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        acc, top, total = _accumulate(acc, top, total, query, key, value, None, scale, False, PRECISION)
+
+    sinks = tl.minimum((tl.minimum(tl.maximum(sink - past, 0), high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
+    left = inner - begin
+    for i in tl.range(0, sinks + left + end - outer, num_stages=STAGES):
+        number = tl.where(i < sinks, i, tl.where(i < sinks + left, begin + i - sinks, outer + i - sinks - left))
+        column = number * BLOCK_N + tl.arange(0, BLOCK_N)
+        key = key_desc.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        value = value_desc.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        if RAGGED:  # columns behind the sequence's end may hold anything, NaN included
+            value = tl.where((column < count)[:, None], value, 0.0)
+        j = past + column
+        seen = (j[None, :] <= position[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+        acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, True, PRECISION)
+
+    if PAGED:
+        slots = tl.arange(0, BLOCK_P)
+        pages_end = (past + BLOCK_P - 1) // BLOCK_P
+        sinks = tl.minimum((tl.minimum(sink, past) + BLOCK_P - 1) // BLOCK_P, pages_end)
+        begin = tl.minimum(tl.maximum(earliest // BLOCK_P, sinks), pages_end)
+        held = table_ptr + (b * GROUPS + g).to(tl.int64) * numbers
+        for i in tl.range(0, sinks + pages_end - begin, num_stages=STAGES):
+            number = tl.where(i < sinks, i, begin + i - sinks)
+            page = tl.load(held + number).to(tl.int64)
+            j = number * BLOCK_P + slots
+            stored = (j < past)[:, None]
+            key = tl.load(
+                key_pages_ptr + page * BLOCK_P * DIM + slots[:, None] * DIM + dims[None, :],
+                mask=stored & (dims < DIM)[None, :],
+                other=0.0,
+            )
+            value = tl.load(
+                value_pages_ptr + page * BLOCK_P * VALUE_DIM + slots[:, None] * VALUE_DIM + value_dims[None, :],
+                mask=stored & (value_dims < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+            seen = (j[None, :] < past) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+            acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, True, PRECISION)
+
+    total = tl.where(live, total, 1.0)
+    out = acc / total[:, None]
+    tl.store(
+        out_ptr + b.to(tl.int64) * out_b + place[:, None] * out_t + head[:, None] * out_h + value_dims[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & (value_dims < VALUE_DIM)[None, :],
+    )
+    if KEEP_LSE:
+        at = (b * GROUPS * SHARE + head).to(tl.int64) * columns + place
+        tl.store(lse_ptr + at, top + tl.log2(total), mask=live)
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    rows: torch.Tensor,
+    *,
+    ragged: bool,
+    pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    scale: float,
+    keep_lse: bool,
+    config: dict | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch; output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`."""
+    batch, heads, columns, dim = query.shape
+    groups, value_dim = key.shape[1], value.shape[-1]
+    share = heads // groups
+    config = config or prefill_config(max(dim, value_dim), query.device)
+    block_m, block_n = config["block_m"], config["block_n"]
+    block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    tiles = triton.cdiv(columns * share, block_m)
+    make = query.new_zeros if ragged else query.new_empty
+    out = make(batch, columns, heads, value_dim).transpose(1, 2)
+    lse = query.new_empty((batch, heads, columns) if keep_lse else (1,), dtype=torch.float32)
+    key_pages, value_pages, table = pages if pages is not None else (key, value, rows)
+    _forward[(tiles * batch * groups,)](
+        query,
+        _descriptor(key, block_n, block_d),
+        _descriptor(value, block_n, block_v),
+        out,
+        lse,
+        launch_order(tuple(spans), columns, query.device),
+        rows,
+        key_pages,
+        value_pages,
+        table,
+        table.shape[-1],
+        tiles,
+        batch,
+        columns,
+        scale * LOG2E,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        SHARE=share,
+        GROUPS=groups,
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_P=PAGE,
+        RAGGED=ragged,
+        PAGED=pages is not None,
+        KEEP_LSE=keep_lse,
+        SPECIALIZE=config["specialize"],
+        STAGES=config["stages"],
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=config["warps"],
+    )
+    return out, lse
+
+
+def _descriptor(tensor: torch.Tensor, block: int, width: int) -> TensorDescriptor:
+    """Tiles `[block, width]` of `[B, G, T, D]`; what lies outside reads as zero."""
+    aligned = all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
+    if tensor.stride(-1) != 1 or not aligned or tensor.data_ptr() % 16:
+        tensor = tensor.contiguous()
+        pad = -tensor.shape[-1] * tensor.itemsize % 16 // tensor.itemsize
+        tensor = torch.nn.functional.pad(tensor, (0, pad)) if pad else tensor
+    return TensorDescriptor.from_tensor(tensor, [1, 1, block, width])
+
+
+@lru_cache(maxsize=4096)
+def launch_order(spans: tuple[Span, ...], length: int, device: torch.device) -> torch.Tensor:
+    """Groups and their rules `[G, 4]` int32, the group with the most work first, so that short tiles fill the end."""
+    rules = span_rules(spans, torch.device("cpu"))
+    work = [span.sink + length - span.first(length - 1) for span in spans]
+    order = sorted(range(len(spans)), key=lambda group: -work[group])
+    return torch.tensor([[group, *rules[group].tolist()] for group in order], dtype=torch.int32, device=device)

@@ -1,0 +1,47 @@
+"""The span rule inside a Triton kernel: the same integers as `span.py`, which a test compares it with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .span import BETA_UNIT, NO_END, Span
+
+_UNIT = tl.constexpr(BETA_UNIT)
+_NO_END = tl.constexpr(NO_END)
+
+
+@triton.jit
+def first_key(position, alpha, beta_units):
+    """`span.first_key`: the first key of the window; positions below 2^31 / 1024 tokens."""
+    length = tl.maximum(alpha + ((position + 1) * beta_units) // _UNIT, 1)
+    return tl.maximum(position + 1 - length, 0)
+
+
+@triton.jit
+def last_query(key, alpha, beta_units):
+    """`span.last_query`; a rule with beta = 1 never ends, or sees itself alone."""
+    # 64 bits: 1024 times a position.
+    rest = tl.maximum(_UNIT - beta_units, 1)
+    last = (_UNIT * (key + alpha).to(tl.int64)) // rest - 1
+    last = tl.where(beta_units == _UNIT, tl.where(key + alpha < 0, -1, _NO_END), last)
+    # Division in a kernel rounds towards zero; only a negative quotient, which the maximum drops, differs.
+    return tl.minimum(tl.maximum(last, key), _NO_END).to(tl.int32)
+
+
+@lru_cache(maxsize=4096)
+def span_rules(spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+    """The rules of a layer's groups as a kernel reads them, `[G, 3]` int32: sink, alpha, beta in units.
+
+    sink and alpha are held below 2^30, which no position reaches.
+    """
+    most = 1 << 30
+    rules = [(min(s.sink, most), max(-most, min(s.alpha, most)), s.beta_units) for s in spans]
+    return torch.tensor(rules, dtype=torch.int32, device=device)

@@ -1,0 +1,118 @@
+"""Writing new tokens into the pages of a planned layer, as one Triton kernel a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .paged_cache import Pages
+from .reference import Rows
+from .span import PAGE, Span
+from .triton_span import first_key, span_rules
+
+
+@triton.jit
+def _store(
+    key_ptr,  # [B, G, T, D]
+    value_ptr,
+    key_pages_ptr,
+    value_pages_ptr,
+    table_ptr,  # [B, G, numbers] int32
+    rows_ptr,  # [B, 3] int32: past, start, count; with ONE [B] lengths, the new token included
+    rules_ptr,  # [G, 3] int32
+    numbers,
+    key_b,
+    key_g,
+    key_t,
+    value_b,
+    value_g,
+    value_t,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    """BLOCK_T tokens of one (sequence, group); those of pages that are not held any more are left out."""
+    b = tl.program_id(1) // GROUPS
+    g = tl.program_id(1) % GROUPS
+    if ONE:
+        total = tl.load(rows_ptr + b)
+        past = total - 1
+        start = 0
+        count = tl.minimum(total, 1)
+    else:
+        past = tl.load(rows_ptr + b * 3)
+        start = tl.load(rows_ptr + b * 3 + 1)
+        count = tl.load(rows_ptr + b * 3 + 2)
+        total = past + count
+    local = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    number = (past + local) // PAGE
+    sinks = (tl.minimum(tl.load(rules_ptr + g * 3), total) + PAGE - 1) // PAGE
+    window = first_key(total - 1, tl.load(rules_ptr + g * 3 + 1), tl.load(rules_ptr + g * 3 + 2)) // PAGE
+    held = (local < count) & ((number < sinks) | (number >= window)) & (number < numbers)
+    place = tl.load(table_ptr + tl.program_id(1).to(tl.int64) * numbers + number, mask=held, other=0).to(tl.int64)
+    slot = place * PAGE + (past + local) % PAGE
+    dims = tl.arange(0, BLOCK_D)
+    column = (start + local).to(tl.int64)[:, None]
+    key_mask = held[:, None] & (dims < DIM)[None, :]
+    at = b.to(tl.int64) * key_b + g * key_g + column * key_t + dims[None, :]
+    key = tl.load(key_ptr + at, mask=key_mask)
+    tl.store(key_pages_ptr + slot[:, None] * DIM + dims[None, :], key, mask=key_mask)
+    value_mask = held[:, None] & (dims < VALUE_DIM)[None, :]
+    at = b.to(tl.int64) * value_b + g * value_g + column * value_t + dims[None, :]
+    value = tl.load(value_ptr + at, mask=value_mask)
+    tl.store(value_pages_ptr + slot[:, None] * VALUE_DIM + dims[None, :], value, mask=value_mask)
+
+
+def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:
+    """As `reference.store`."""
+    _launch(key.detach(), value.detach(), pages, rows.tensor(key.device), spans, one=False)
+
+
+def store_one(
+    key: torch.Tensor, value: torch.Tensor, pages: Pages, lengths: torch.Tensor, spans: Sequence[Span]
+) -> None:
+    """As `reference.store_one`; nothing is written past the end of the table."""
+    _launch(key.detach()[:, :, None], value.detach()[:, :, None], pages, lengths, spans, one=True)
+
+
+def _launch(
+    key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: torch.Tensor, spans: Sequence[Span], one: bool
+) -> None:
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, groups, count, dim = key.shape
+    block = 1 if one else PAGE
+    _store[(triton.cdiv(count, block), batch * groups)](
+        key,
+        value,
+        pages.keys,
+        pages.values,
+        pages.table,
+        rows,
+        span_rules(tuple(spans), key.device),
+        pages.table.shape[-1],
+        key.stride(0),
+        key.stride(1),
+        key.stride(2),
+        value.stride(0),
+        value.stride(1),
+        value.stride(2),
+        GROUPS=groups,
+        DIM=dim,
+        VALUE_DIM=value.shape[-1],
+        BLOCK_T=block,
+        BLOCK_D=triton.next_power_of_2(max(dim, value.shape[-1])),
+        PAGE=PAGE,
+        ONE=one,
+        num_warps=1 if one else 4,
+    )

@@ -1,0 +1,54 @@
+"""Launch parameters of the Triton kernels, measured on the GPUs named here; others take what surely fits."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@lru_cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+
+
+def prefill_config(head_dim: int, device: torch.device) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline depth of the prefill kernel for a head size."""
+    if device.type == "cpu":  # the interpreter: small tiles, so that small inputs have several
+        return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1, "specialize": False}
+    if not _hopper(device):
+        return {"block_m": 64, "block_n": 32 if head_dim > 128 else 64, "warps": 4, "stages": 2, "specialize": False}
+    if head_dim > 128:
+        return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2, "specialize": False}
+    return {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3, "specialize": False}
+
+
+def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
+    """Programs of the launch, fewest pages a program, warps, pipeline depth, pieces joined at once."""
+    small = head_dim > 128 and not _hopper(device)
+    return {
+        "programs": _multiprocessors(device) * 3,
+        "fewest": 2,
+        "warps": 4,
+        "stages": 1 if device.type == "cpu" else 2 if small else 3,
+        "join": 64,
+    }
+
+
+def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline depth of the gradient kernels."""
+    if device.type == "cpu":
+        return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+    large = head_dim > 128
+    return {
+        "block_m": 32 if large else 64,
+        "block_n": 32 if large else 64,
+        "warps": 4,
+        "stages": 1 if large or not _hopper(device) else 2,
+    }
