@@ -24,6 +24,7 @@ RUNTIME_FILES = (
     "triton_decode.py",
     "triton_store.py",
     "triton_span.py",
+    "flash.py",
     "tuned.py",
 )
 MODELING = "modeling_compress"

@@ -13,6 +13,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
+from .flash import refusal as flash_refusal
 from .paged_cache import PagedCache
 from .reference import Rows, decode, prefill, store, store_one
 
@@ -33,7 +34,7 @@ IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
 
 
 try:
-    from .triton_attention import TRITON, refusal
+    from .triton_attention import FLASH, TRITON, refusal
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -43,6 +44,7 @@ except ImportError as error:  # no Triton here
 
 else:
     IMPLS["triton"] = Impl(*TRITON)
+    IMPLS["flash"] = Impl(*FLASH)
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:
@@ -51,25 +53,41 @@ def choose_impl(name: str, query: torch.Tensor) -> Impl:
     Raises:
         ValueError: no such implementation, or one that cannot run here.
     """
-    if name not in ("auto", "reference", "triton"):
-        raise ValueError(f"compress_impl: expected auto, reference or triton, got {name!r}")
-    return _chosen(name, query.device, query.dtype, query.shape[-1])
+    return IMPLS[explain_impl(name, query.device, query.dtype, query.shape[-1])[0]]
 
 
 @lru_cache(maxsize=256)
-def _chosen(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Impl:
-    reason = refusal(device, dtype, head_dim)
-    if name == "auto" and device.type == "cpu":
-        reason = "the model is on a CPU"  # Triton's interpreter is for tests
-    if name == "triton" and reason is not None:
-        raise ValueError(f"compress_impl: triton was asked for, but {reason}; use auto or reference")
-    taken = "reference" if name == "reference" or reason is not None else "triton"
-    why = "as asked for" if name == taken else reason or f"auto, on {device.type} in {str(dtype).split('.')[-1]}"
-    logger.info(f"attention runs in {IMPL_WORDS[taken]}: {why}")
-    return IMPLS[taken]
+def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What `choose_impl` takes, and why in one line.
+
+    Raises:
+        ValueError: as `choose_impl`.
+    """
+    if name != "auto" and name not in WORDS:
+        raise ValueError(f"compress_impl: expected auto, {', '.join(WORDS)}, got {name!r}")
+    kernels = refusal(device, dtype, head_dim)
+    four = kernels or flash_refusal(device, dtype, head_dim)
+    if name == "auto":
+        if device.type == "cpu":  # Triton's interpreter is for tests
+            taken, why = "reference", "the model is on a CPU"
+        elif kernels is not None:
+            taken, why = "reference", kernels
+        else:
+            taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
+    else:
+        reason = {"reference": None, "triton": kernels, "flash": four}[name]
+        if reason is not None:
+            raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
+        taken, why = name, "as asked for"
+    logger.info(f"attention runs in {WORDS[taken]}: {why}")
+    return taken, why
 
 
-IMPL_WORDS = {"reference": "plain PyTorch", "triton": "Triton kernels"}
+WORDS = {
+    "reference": "plain PyTorch",
+    "triton": "Triton kernels",
+    "flash": "Triton kernels, and FlashAttention-4 for long prompts",
+}
 
 
 # The registry is global to the process and the last registration wins, so the name carries the code's hash:
@@ -79,6 +97,7 @@ _SOURCES = (
     "paged_cache.py",
     "reference.py",
     "tuned.py",
+    "flash.py",
     "triton_span.py",
     "triton_prefill.py",
     "triton_backward.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,8 +40,13 @@ class Rows:
         return all(count == columns for count in self.count)
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """`[B, 3]` int32: past, start, count."""
-        return torch.tensor([self.past, self.start, self.count], dtype=torch.int32).T.contiguous().to(device)
+        """`[B, 3]` int32: past, start, count; sent to the device once for all layers."""
+        return _on_device(self, device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(rows: Rows, device: torch.device) -> torch.Tensor:
+    return torch.tensor([rows.past, rows.start, rows.count], dtype=torch.int32, device="cpu").T.contiguous().to(device)
 
 
 def prefill(

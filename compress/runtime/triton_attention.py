@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
+from .flash import applies, attend
 from .paged_cache import Pages
 from .reference import Rows
 from .reference import prefill as reference_prefill
@@ -88,4 +89,24 @@ def prefill(
     return forward(query, key, value, spans, where, ragged=ragged, pages=cached, scale=scale, keep_lse=False)[0]
 
 
+def prefill_or_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    *,
+    rows: Rows | None = None,
+    pages: Pages | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """As `prefill`; long prompts without history and padding go through FlashAttention-4, which is faster there."""
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    whole = rows is None or rows.is_whole(query.shape[2])
+    if applies(query, key, value, plain=whole and pages is None and dropout == 0 and not trained):
+        return attend(query, key, value, spans, query.shape[-1] ** -0.5 if scale is None else scale)
+    return prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+
+
 TRITON = (prefill, decode, store, store_one)
+FLASH = (prefill_or_flash, decode, store, store_one)

@@ -175,7 +175,7 @@ def _queries(
     end = (high + BLOCK_N) // BLOCK_N
     sinks = tl.minimum((tl.minimum(sink, high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(0, sinks + end - begin):
+    for i in range(sinks + end - begin):
         j = tl.where(i < sinks, i, begin + i - sinks) * BLOCK_N + tl.arange(0, BLOCK_N)
         live = j < count
         key = _tile(key_ptr, b, g, start + j, live, key_b, key_g, key_t, DIM, BLOCK_D)

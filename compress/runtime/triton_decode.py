@@ -61,12 +61,15 @@ def _decode(
     PAGE: tl.constexpr,
     FEWEST: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program walks an equal share of all pages; what it sees of a (sequence, group) is a piece.
 
     A piece that is a whole segment is written at once; `_join` puts together those that programs share.
     """
+    if OVERLAP:  # lets the join take its place while this launch runs; it waits for all of it
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
     known = every < segments
@@ -80,20 +83,22 @@ def _decode(
     ends = tl.cumsum(counts, 0)
     pages = tl.sum(counts, 0).to(tl.int64)
     programs = tl.minimum((pages + FEWEST - 1) // FEWEST, tl.num_programs(0))  # each has a page, so each arrives
-    if program >= programs:
+    if program >= tl.maximum(programs, 1):
         return
     if program == 0:
         # Program p walks pages [pages * p // programs, pages * (p + 1) // programs).
         starts = (ends - counts).to(tl.int64)
-        one = ((starts + 1) * programs - 1) // pages
-        last = (ends.to(tl.int64) * programs - 1) // pages
+        most = tl.maximum(pages, 1)
+        one = ((starts + 1) * programs - 1) // most
+        last = (ends.to(tl.int64) * programs - 1) // most
         held = known & (counts > 0)
         tl.store(shared_ptr + every * 4, one.to(tl.int32), mask=held)
         tl.store(shared_ptr + every * 4 + 1, last.to(tl.int32), mask=held)
-        tl.store(shared_ptr + every * 4 + 2, (pages * one // programs < starts).to(tl.int32), mask=held)
+        tl.store(shared_ptr + every * 4 + 2, (pages * one // tl.maximum(programs, 1) < starts).to(tl.int32), mask=held)
         tl.store(shared_ptr + every * 4 + 3, tl.where(counts > 0, last - one + 1, 0).to(tl.int32), mask=known)
-    at = (pages * program // programs).to(tl.int32)
-    stop = (pages * (program + 1) // programs).to(tl.int32)
+    share = tl.maximum(programs, 1)
+    at = (pages * program // share).to(tl.int32)
+    stop = (pages * (program + 1) // share).to(tl.int32)
     mine = at
 
     rows = tl.arange(0, BLOCK_M)
@@ -175,17 +180,23 @@ def _join(
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of one (sequence, group): the pieces that several programs left, joined in the order of the pages."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     s = tl.program_id(0)
     h = tl.program_id(1)
     pieces = tl.load(shared_ptr + s * 4 + 3)
+    dims = tl.arange(0, BLOCK_V)
+    out = out_ptr + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
+    if pieces == 0:  # a sequence that takes no part
+        tl.store(out + dims, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
     if pieces < 2:
         return
     one = tl.load(shared_ptr + s * 4)
     last = tl.load(shared_ptr + s * 4 + 1)
     first_slot = tl.load(shared_ptr + s * 4 + 2)
-    dims = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     top = tl.full([1], NEVER, tl.float32)
     total = tl.zeros([1], tl.float32)
@@ -204,7 +215,6 @@ def _join(
         acc = acc * shrink + tl.sum(piece * weight[:, None], 0)
         total = total * shrink + tl.sum(totals * weight, 0)
         top = best
-    out = out_ptr + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
     tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
@@ -222,10 +232,10 @@ def decode(
     value_dim = pages.values.shape[-1]
     share = heads // groups
     config = decode_config(dim, query.device)
-    programs = config["programs"]
+    programs, overlap = config["programs"], config["overlap"]
     block_v = max(16, triton.next_power_of_2(value_dim))
     space = workspace(query.device, programs * 2 * share, block_v, batch * groups)
-    out = query.new_zeros(batch, heads, value_dim)
+    out = query.new_empty(batch, heads, value_dim)
     _decode[(programs,)](
         query,
         pages.keys,
@@ -255,6 +265,7 @@ def decode(
         PAGE=PAGE,
         FEWEST=config["fewest"],
         STAGES=config["stages"],
+        OVERLAP=overlap,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
     )
@@ -270,7 +281,9 @@ def decode(
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
         BLOCK_R=config["join"],
+        OVERLAP=overlap,
         num_warps=4,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out
 

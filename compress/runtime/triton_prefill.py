@@ -71,7 +71,6 @@ def _forward(
     RAGGED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -119,7 +118,7 @@ def _forward(
     end = (high + BLOCK_N) // BLOCK_N
     inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) + BLOCK_N - 1) // BLOCK_N, begin), end)
     outer = tl.maximum((low + 1) // BLOCK_N, inner)
-    for i in tl.range(inner, outer, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    for i in tl.range(inner, outer, num_stages=STAGES):
         key = key_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
         value = value_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
         acc, top, total = _accumulate(acc, top, total, query, key, value, None, scale, False, PRECISION)
@@ -184,13 +183,12 @@ def forward(
     pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scale: float,
     keep_lse: bool,
-    config: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch; output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`."""
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     share = heads // groups
-    config = config or prefill_config(max(dim, value_dim), query.device)
+    config = prefill_config(max(dim, value_dim), query.itemsize, query.device)
     block_m, block_n = config["block_m"], config["block_n"]
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     tiles = triton.cdiv(columns * share, block_m)
@@ -232,7 +230,6 @@ def forward(
         RAGGED=ragged,
         PAGED=pages is not None,
         KEEP_LSE=keep_lse,
-        SPECIALIZE=config["specialize"],
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

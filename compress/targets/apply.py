@@ -25,13 +25,18 @@ def planned_model(model: Any, plan: Plan) -> Any:
         UserError: the architecture is not supported.
         ValueError: the plan's layers or groups are not this model's.
     """
+    return with_runtime_plan(model, runtime_plan(plan))
+
+
+def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
+    """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights."""
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
     known = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version", "compress_plan", "compress_impl"):
         known.pop(key, None)
-    config = config_class(**known, compress_plan=runtime_plan(plan))
+    config = config_class(**known, compress_plan=plan)
     with torch.device("meta"):
         planned = model_class(config)
     tensors = dict(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,15 @@ from compress.runtime.reference import Rows, prefill
 from compress.runtime.span import BETA_UNIT, PAGE, Span
 
 HEAD_DIM = 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_where_there_is_one() -> Iterator[None]:
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
 
 spans = st.builds(
     Span,
@@ -77,12 +87,12 @@ def run(
 
 
 def random_qkv(batch: int, groups: int, share: int, length: int, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     make = lambda heads: torch.randn(batch, heads, length, HEAD_DIM, generator=generator) * 1.5  # noqa: E731
     return make(groups * share), make(groups), make(groups)
 
 
-IMPL_NAMES = sorted(IMPLS)
+IMPL_NAMES = ["reference", "triton"]  # `flash` is `triton` but for long prompts on Hopper
 EXAMPLES = {"reference": 60, "triton": 10}  # the interpreter is slow
 
 
@@ -169,7 +179,7 @@ def test_decode_ignores_what_lies_in_unused_slots(impl: str) -> None:
 def test_kernel_gradients_are_those_of_the_reference(share: int, length: int, dim: int) -> None:
     rule = [Span(4, 20, 0.25), Span(), Span(70, -5, 0.5), Span(0, 9, 0.0)]
     rows = Rows((0, 0), (0, 5), (length, length - 12))  # the second sequence is padded on both sides
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator(DEVICE).manual_seed(length)
     make = lambda heads: torch.randn(2, heads, length, dim, generator=generator)  # noqa: E731
     qkv = [make(len(rule) * share), make(len(rule)), make(len(rule))]
     weight = torch.randn(2, len(rule) * share, length, dim, generator=generator)
@@ -242,7 +252,7 @@ def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
     cache.update(token, token, 0)
     with pytest.raises(ValueError, match="batch size: expected 2 as cached, got 1"):
         cache.update(token[:1], token[:1], 0)
-    assert set(IMPLS) == {"reference", "triton"}
+    assert set(IMPLS) == {"reference", "triton", "flash"}
 
 
 def test_a_reserved_cache_says_when_it_is_full() -> None:
@@ -252,8 +262,10 @@ def test_a_reserved_cache_says_when_it_is_full() -> None:
 
 
 def test_the_interpreter_is_not_taken_by_itself() -> None:
-    query = torch.zeros(1, 1, 1, 8)
+    query = torch.zeros(1, 1, 1, 8, device="cpu")
     assert choose_impl("auto", query) is IMPLS["reference"]
-    assert choose_impl("triton", query) is IMPLS["triton"]
+    assert choose_impl("triton", query.to(DEVICE)) is IMPLS["triton"]
     with pytest.raises(ValueError, match="head size 256, and this one is 512"):
         choose_impl("triton", torch.zeros(1, 1, 1, 512))
+    with pytest.raises(ValueError, match="flash was asked for, but FlashAttention-4 is used on Hopper"):
+        choose_impl("flash", torch.zeros(1, 1, 1, 64) if DEVICE == "cpu" else query)

@@ -1,0 +1,103 @@
+"""Timing: medians with quartiles from device events, CUDA-graph replays, and the device's own copy bandwidth."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one call: median and quartiles over `repeats` calls."""
+
+    median: float
+    lower: float
+    upper: float
+    repeats: int
+
+
+def times(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.3, most: int = 200) -> Time:
+    """Time a call that is warm already: as many repeats as fit in `seconds`, between 5 and `most`.
+
+    On a GPU every call lies between two events, and the caches keep what one call leaves for the next, as they do
+    when a model runs.
+    """
+    call()
+    if device.type != "cuda":
+        found = []
+        end = time.perf_counter() + seconds
+        while len(found) < 5 or (time.perf_counter() < end and len(found) < most):
+            start = time.perf_counter()
+            call()
+            found.append((time.perf_counter() - start) * 1e3)
+        return _summary(found)
+    torch.cuda.synchronize(device)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    repeats = int(min(most, max(5, seconds * 1e3 / max(start.elapsed_time(stop), 1e-3))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return _summary([first.elapsed_time(second) for first, second in pairwise(events)])
+
+
+def graphed_times(call: Callable[[], Any], device: torch.device, *, calls: int = 20, seconds: float = 0.3) -> Time:
+    """Time a call inside a CUDA graph of `calls` of them, so that launch gaps of the host take no part."""
+    if device.type != "cuda":
+        return times(call, device, seconds=seconds)
+    replay = graph_of(call, calls)
+    found = times(replay, device, seconds=seconds)
+    return Time(found.median / calls, found.lower / calls, found.upper / calls, found.repeats)
+
+
+def graph_of(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
+    """Capture `calls` calls in one CUDA graph, after three to warm up; the replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**31) -> float:
+    """Bytes read plus bytes written per second of a large copy on the device."""
+    source = torch.empty(size if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / times(lambda: target.copy_(source), device).median * 1e3
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory back and start the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most bytes that were allocated at once since `release`; None on a CPU, which has no such account."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _summary(found: list[float]) -> Time:
+    values = torch.tensor(found, dtype=torch.float64)
+    lower, median, upper = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return Time(median, lower, upper, len(found))

@@ -1,0 +1,267 @@
+"""A whole model: prefill, decode step and peak memory of a plan beside the dense model, on the same weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
+from compress.bench.measure import Time, graph_of, peak_bytes, release, times
+
+DENSE, NONE = "compress_bench_dense", "compress_bench_none"
+
+
+def random_model(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of random weights for a configuration given as a dictionary, made on the device itself."""
+    known = dict(values)
+    config = AutoConfig.for_model(known.pop("model_type"), **known)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class DenseLayer(CacheLayerMixin):
+    """Keys and values of one layer in one block that was allocated once: a dense cache without copies or growth."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take the shapes from the first tokens, `[B, G, T, D]`."""
+        batch, groups, _, dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, groups, self.capacity, dim)
+        self.values = torch.zeros_like(self.keys)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Write the new tokens behind the others; everything so far, `[B, G, N, D]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens that fit."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all columns."""
+        return self.length + query_length, 0
+
+
+def _dense(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+    with sdpa_kernel(module.config.bench_backend):
+        causal = query.shape[2] > 1
+        out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _none(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    return query.transpose(1, 2), None
+
+
+for _name, _function in ((DENSE, _dense), (NONE, _none)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's figures; bytes are the allocator's, None on a CPU."""
+
+    prefill_ms: list[float]
+    decode: Time
+    peak_bytes: int | None
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """End to end: `batch` prompts prefilled one after the other, then decode steps of the whole batch.
+
+    Args:
+        without_attention: a decode step of the same model whose attention and cache do nothing.
+    """
+
+    shape: str
+    mix: str
+    batch: int
+    length: int
+    dense: Side
+    plan: Side
+    without_attention: Time
+    dense_backend: dict[str, str]
+    decode_graph: bool
+
+    def values(self) -> dict[str, Any]:
+        """For JSON, with the ratios that follow."""
+        return {**asdict(self), **self.ratios()}
+
+    def ratios(self) -> dict[str, float | None]:
+        """What the figures say of each other."""
+        dense, plan = self.dense, self.plan
+        saved = dense.cache_bytes - plan.cache_bytes
+        peaks = (dense.peak_bytes, plan.peak_bytes)
+        return {
+            "prefill_speedup": _middle(dense.prefill_ms) / _middle(plan.prefill_ms),
+            "decode_share_of_dense": plan.decode.median / dense.decode.median,
+            "decode_tokens_per_s": self.batch / plan.decode.median * 1e3,
+            "decode_tokens_per_s_dense": self.batch / dense.decode.median * 1e3,
+            "attention_share_of_dense_step": 1 - self.without_attention.median / dense.decode.median,
+            "most_any_plan_gains": dense.decode.median / self.without_attention.median,
+            "peak_saved_over_cache_saved": (peaks[0] - peaks[1]) / saved if peaks[0] and peaks[1] and saved else None,
+        }
+
+
+def model_row(dense: Any, planned: Any, shape: str, mix: str, batch: int, length: int, steps: int = 64) -> ModelRow:
+    """Measure both models, which share their weights, one after the other.
+
+    Args:
+        dense: the model as it is; planned: the same with a plan (`targets.planned_model`).
+        length: tokens of each prompt; `steps` more are reserved for decoding.
+    """
+    device = next(dense.parameters()).device
+    ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
+    backends = _backends(dense, batch, length, device)
+    with torch.inference_mode():
+        plan = _planned_side(planned, ids, steps)
+        release(device)
+        found = _dense_side(dense, ids, backends, steps)
+        release(device)
+        dense.set_attn_implementation(NONE)
+        token = ids[:, :1].contiguous()
+        bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
+    names = {what: name for what, (name, _) in backends.items()}
+    return ModelRow(shape, mix, batch, length, found, plan, bare, names, device.type == "cuda")
+
+
+def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
+    batch, length = ids.shape
+    device = ids.device
+    release(device)
+    cache = model.new_cache(max_length=length + steps)
+    spent = []
+    for row in range(batch):
+        # Reserved pools hold one sequence after the other, so a prompt prefilled alone is copied to its place.
+        alone = model.new_cache(max_length=length + steps)
+        spent.append(_spent(lambda a=alone, r=row: _last(model, ids[r : r + 1], a), device))
+        for whole, part in zip(cache.paged, alone.paged, strict=True):
+            assert part.keys is not None and part.values is not None
+            if row == 0:
+                shape = (batch, part.keys.shape[0] and len(part.spans), 1, part.keys.shape[-1])
+                whole.lazy_initialization(part.keys.new_empty(shape), part.values.new_empty(shape))
+            each = part.keys.shape[0]
+            whole.keys[row * each : (row + 1) * each] = part.keys
+            whole.values[row * each : (row + 1) * each] = part.values
+        del alone, whole, part
+    cache.begin(batch, device)
+    cache.assume(length)
+    token = ids[:, -1:].contiguous()
+    decode = _step_times(
+        lambda: model(input_ids=token, past_key_values=cache), device, steps, lambda: cache.assume(length)
+    )
+    return Side(spent, decode, peak_bytes(device), cache.allocated_bytes())
+
+
+def _dense_side(model: Any, ids: torch.Tensor, backends: dict[str, Any], steps: int) -> Side:
+    batch, length = ids.shape
+    device = ids.device
+    model.set_attn_implementation(DENSE)
+    layers = model.config.num_hidden_layers
+    model.config.bench_backend = backends["prefill"][1]
+    blocks: list[DenseLayer] = [DenseLayer(length + 1) for _ in range(layers)]
+    spent = []
+    for row in range(batch):
+        alone = [DenseLayer(length + 1) for _ in range(layers)]
+        prompt = ids[row : row + 1]
+        spent.append(_spent(lambda a=alone, p=prompt: _last(model, p, Cache(layers=list(a))), device))
+        for whole, part in zip(blocks, alone, strict=True):
+            if row == 0:
+                whole.lazy_initialization(part.keys.new_empty(batch, *part.keys.shape[1:]), part.values)
+            whole.keys[row], whole.values[row] = part.keys[0], part.values[0]
+        del alone, whole, part
+    model.config.bench_backend = backends["decode"][1]
+    cache = Cache(layers=list(blocks))
+    token = ids[:, -1:].contiguous()
+    position = torch.full((batch, 1), length, device=device)
+
+    def step() -> None:
+        for block in blocks:  # every step is the same: one token behind the prompt
+            block.length = length
+        model(input_ids=token, past_key_values=cache, position_ids=position)
+
+    decode = _step_times(step, device, steps)
+    held = sum(2 * block.keys.numel() * block.keys.itemsize for block in blocks)
+    return Side(spent, decode, peak_bytes(device), held)
+
+
+def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:
+    """The fastest dense back end of PyTorch for the prefill of one prompt and for a decode step, by measurement."""
+    config = model.config
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = next(model.parameters()).dtype
+    known = BACKENDS if device.type == "cuda" else ON_CPU
+    chosen = {}
+    for what, rows, queries in (("prefill", 1, length), ("decode", batch, 1)):
+        make = lambda h, t, b=rows: torch.randn(b, t, h, dim, device=device, dtype=dtype).transpose(1, 2)  # noqa: E731
+        calls = dense_attention(make(heads, queries), make(groups, length), make(groups, length))
+        spent = {name: times(call, device, seconds=0.1).median for name, call in calls.items() if name in known}
+        name = min(spent, key=lambda name: spent[name])
+        chosen[what] = (name, known[name])
+        del calls
+        release(device)
+    return chosen
+
+
+def _last(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+
+def _spent(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call, from an idle device to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _step_times(
+    step: Callable[[], Any], device: torch.device, steps: int, again: Callable[[], None] = lambda: None
+) -> Time:
+    """Decode steps, replayed from a CUDA graph on a GPU; at most as many as were reserved for."""
+    if device.type != "cuda":
+        step()
+        again()
+        return times(lambda: (again(), step()), device, seconds=0.1, most=max(5, steps // 2))
+    replay = graph_of(step)
+    again()
+    return times(replay, device, seconds=2.0, most=steps - 8)
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,102 @@
+"""What `compress bench` writes: one JSON file with the machine, a table for the terminal, and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress.bench.kernel import Row
+from compress.bench.model import ModelRow
+
+GIB = 2**30
+
+
+def break_even(rows: list[Row], what: str) -> int | None:
+    """The least measured length from which on the plan is never slower than the fastest dense attention."""
+    found = None
+    for row in sorted((row for row in rows if row.what == what), key=lambda row: -row.length):
+        if row.speedup < 1:
+            break
+        found = row.length
+    return found
+
+
+def kernel_lines(row: Row, copy: float) -> list[str]:
+    """One row of the kernel table."""
+    if row.kept_bytes is not None:
+        rate = row.kept_bytes / row.plan.median * 1e3
+        share = f"{rate / 1e9:.0f} GB/s, {rate / copy:.2f} of a copy"
+    else:
+        share = f"{row.speedup * row.fraction:.2f} of 1 / density"
+    dense = row.dense[row.fastest]
+    return [
+        row.what,
+        row.mix,
+        str(row.batch),
+        f"{row.length:,}",
+        f"{row.plan.median:.4g} ({row.plan.lower:.4g} to {row.plan.upper:.4g})",
+        f"{dense.median:.4g} {row.fastest}",
+        f"{row.fraction:.4f}",
+        f"{row.speedup:.2f}",
+        share,
+    ]
+
+
+KERNEL_HEAD = ("", "plan", "batch", "length", "ms", "dense ms", "fraction", "speed-up", "against the bound")
+
+
+def model_lines(row: ModelRow) -> list[str]:
+    """The figures of one model, one a line."""
+    ratios = row.ratios()
+    graph = "CUDA graph" if row.decode_graph else "no graph"
+    lines = [
+        f"{row.shape}, plan {row.mix}, batch {row.batch}, {row.length:,} tokens",
+        f"  prefill of one prompt: {_middle(row.plan.prefill_ms):.1f} ms, dense {_middle(row.dense.prefill_ms):.1f} "
+        f"({row.dense_backend['prefill']}), speed-up {ratios['prefill_speedup']:.2f}",
+        f"  decode step: {row.plan.decode.median:.3f} ms ({row.plan.decode.lower:.3f} to {row.plan.decode.upper:.3f}), "
+        f"dense {row.dense.decode.median:.3f} ({row.dense_backend['decode']}), share "
+        f"{ratios['decode_share_of_dense']:.3f} ({graph} on both sides)",
+        f"  tokens a second: {ratios['decode_tokens_per_s']:.0f}, dense {ratios['decode_tokens_per_s_dense']:.0f}",
+        f"  attention and cache are {ratios['attention_share_of_dense_step']:.2f} of a dense step; no plan can gain "
+        f"more than {ratios['most_any_plan_gains']:.2f} times",
+        f"  cache as allocated: {row.plan.cache_bytes / GIB:.3f} GiB, dense {row.dense.cache_bytes / GIB:.3f}",
+    ]
+    if row.plan.peak_bytes is not None and row.dense.peak_bytes is not None:
+        lines.append(
+            f"  peak memory: {row.plan.peak_bytes / GIB:.2f} GiB, dense {row.dense.peak_bytes / GIB:.2f}; saved over "
+            f"the cache bytes saved {ratios['peak_saved_over_cache_saved']:.3f}"
+        )
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Speed-up over the fastest dense attention against the length, one line a plan and batch; PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    whats = sorted({row.what for row in rows})
+    figure, axes = pyplot.subplots(1, len(whats), figsize=(6 * len(whats), 4), squeeze=False)
+    for axis, what in zip(axes[0], whats, strict=True):
+        series: dict[str, list[Any]] = {}
+        for row in rows:
+            if row.what == what:
+                series.setdefault(f"{row.shape}, {row.mix}, batch {row.batch}", []).append((row.length, row.speedup))
+        for label, points in series.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel="tokens", ylabel="speed-up over the fastest dense", title=what)
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,165 @@
+"""`compress bench`: time and memory of a plan beside the dense model, in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.cli.output import AsJson, Verbose, say
+
+KINDS = ("kernel", "model")
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A shape (llama-3-8b, qwen2.5-7b, tiny), a config.json, or a model.")],
+    plan: Annotated[str | None, typer.Option(help="A plan.json, for a model that carries none.")] = None,
+    mix: Annotated[str | None, typer.Option(help="Named plans instead, by commas: A, B, full.")] = None,
+    what: Annotated[str, typer.Option(help="By commas: kernel, model.")] = "kernel,model",
+    lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 1,
+    impl: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    out: Annotated[str | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure attention alone and the whole model, always beside the fastest dense attention of PyTorch."""
+    from compress.errors import UserError
+
+    kinds = _names(what, KINDS, "--what")
+    mixes = _names(mix, ("A", "B", "full"), "--mix") if mix else []
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError("no such device", where="--device", expected="auto, cpu or cuda", found=device)
+    try:
+        sizes = [int(text) for text in lengths.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 2:
+        raise UserError("lengths are whole numbers of tokens, at least 2", where="--lengths", found=lengths)
+    if not mixes and "kernel" in kinds:
+        if what != "kernel,model":
+            raise UserError("kernels are measured with a named plan", where="--mix", expected="A, B or full")
+        kinds = ["model"]
+    report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed)
+    if out is not None:
+        _write(report, Path(out))
+    if as_json:
+        typer.echo(json.dumps(report["values"], indent=1))
+    else:
+        _show(report)
+
+
+def measure(
+    model: str,
+    plan: str | None,
+    mixes: list[str],
+    kinds: list[str],
+    lengths: list[int],
+    batch: int,
+    impl: str,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """All measurements; `values` is what goes into JSON."""
+    import torch
+
+    from compress.bench import kernel, measure, model as whole, report
+    from compress.bench.source import Source
+    from compress.cli.environment import environment
+    from compress.models.load import DTYPES
+
+    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    torch.manual_seed(seed)
+    source = Source(model, plan)
+    copy = measure.copy_bandwidth(where)
+    rows: list[kernel.Row] = []
+    if "kernel" in kinds:
+        shape = source.shape()
+        for name in mixes:
+            for length in lengths:
+                for count, take in ((1, kernel.prefill_row), (batch, kernel.decode_row)):
+                    say(f"  {take.__name__.split('_')[0]} {name} batch {count}, {length} tokens")
+                    rows.append(take(shape, name, count, length, impl, where, DTYPES[dtype]))
+                    measure.release(where)
+    models: list[whole.ModelRow] = []
+    if "model" in kinds:
+        dense = source.dense(where, DTYPES[dtype])
+        for name in mixes or [None]:
+            for length in lengths:
+                say(f"  model {name or 'with its plan'}, batch {batch}, {length} tokens")
+                planned, label = source.planned(dense, name, length)
+                planned.config.compress_impl = impl
+                models.append(whole.model_row(dense, planned, source.name, label, batch, length))
+                del planned
+                measure.release(where)
+    values = {
+        "model": model,
+        "random_weights": source.random,
+        "dtype": dtype,
+        "seed": seed,
+        "impl": impl,
+        "copy_bytes_per_s": copy,
+        "kernel": [row.values() for row in rows],
+        "model_rows": [row.values() for row in models],
+        "break_even": {
+            f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)
+            for name in mixes
+            for what in ("prefill", "decode")
+            if rows
+        },
+        "environment": environment(),
+    }
+    return {"values": values, "rows": rows, "models": models, "copy": copy}
+
+
+def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
+    from compress.errors import UserError
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError("unknown name", where=option, expected=f"of {', '.join(known)}", found=name)
+    return names
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    from compress.bench.report import plot
+    from compress.files import write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", report["values"])
+    if report["rows"]:
+        try:
+            plot(report["rows"], folder / "bench.png")
+        except ImportError:
+            say("no plot: matplotlib is not installed (pip install 'compress[bench]')")
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from compress.bench.report import KERNEL_HEAD, kernel_lines, model_lines
+
+    values = report["values"]
+    gpus = values["environment"]["gpus"]
+    name = gpus[0]["name"] if gpus else "CPU"
+    copied = f"{report['copy'] / 1e9:.0f} GB/s"
+    typer.echo(f"{values['model']} on {name}, {values['dtype']}, impl {values['impl']}; a device copy moves {copied}")
+    if report["rows"]:
+        table = Table(box=None)
+        for column in KERNEL_HEAD:
+            table.add_column(column)
+        for row in report["rows"]:
+            table.add_row(*kernel_lines(row, report["copy"]))
+        Console(width=160).print(table)
+        for what, length in values["break_even"].items():
+            typer.echo(f"break-even, {what}: {'not reached' if length is None else f'{length:,} tokens'}")
+    for row in report["models"]:
+        typer.echo("\n".join(model_lines(row)))

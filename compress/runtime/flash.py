@@ -1,0 +1,152 @@
+"""Prefill through FlashAttention-4, where the package flash-attn-4 is installed: block lists in closed form."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .span import Span, first_key
+
+BLOCK = 128  # tokens of a tile on both sides, what FlashAttention-4 takes on Hopper for head sizes up to 128
+DIMS = (64, 96, 128)
+KEPT_BYTES = 256 * 2**20  # of block lists, each (tokens / 128)^2 times heads numbers: those of the last layers
+LEAST = 16384  # tokens from which on making the lists costs less than the faster kernel saves
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which key tiles each query tile visits, `[G, query tiles]` counts and `[G, query tiles, most]` numbers, int32.
+
+    Of a `full` tile every pair is visible; of a `part` tile the rule decides.
+    """
+
+    part_count: torch.Tensor
+    part: torch.Tensor
+    full_count: torch.Tensor
+    full: torch.Tensor
+
+
+def blocks_of(spans: Sequence[Span], length: int, device: torch.device, block: int = BLOCK) -> Blocks:
+    """The tiles of a causal prefill of `length` tokens, from the bounds of the span rule; no mask is made."""
+    tiles = -(-length // block)
+    low = torch.arange(tiles, device=device) * block  # [tiles]
+    high = (low + block).clamp(max=length) - 1
+    parts, fulls = [], []
+    for span in spans:
+        begin = span.first(low) // block
+        end = high // block + 1
+        inner = torch.minimum(torch.maximum((span.first(high) + block - 1) // block, begin), end)
+        outer = torch.maximum((low + 1) // block, inner)
+        sinks = torch.minimum((high + 1).clamp(max=span.sink).add(block - 1) // block, begin)
+        parts.append((sinks, begin, inner, outer, end))
+        fulls.append((inner, outer))
+    sinks, begin, inner, outer, end = (torch.stack(column) for column in zip(*parts, strict=True))  # each [G, tiles]
+    part_count = sinks + inner - begin + end - outer
+    at = torch.arange(int(part_count.max()), device=device)
+    left = (sinks + inner - begin)[..., None]
+    jump = torch.where(at < left, begin[..., None] + at - sinks[..., None], outer[..., None] + at - left)
+    part = torch.where(at < sinks[..., None], at, jump)
+    full_count = outer - inner
+    full = inner[..., None] + torch.arange(max(1, int(full_count.max())), device=device)
+    return Blocks(*(tensor.to(torch.int32) for tensor in (part_count, part, full_count, full.clamp(max=tiles - 1))))
+
+
+@lru_cache
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlashAttention-4 does not run for this device, dtype and head size; None when it does."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "FlashAttention-4 is used on Hopper GPUs only"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention-4 has no {dtype}"
+    if head_dim not in DIMS:
+        return f"FlashAttention-4 is used for head sizes {', '.join(map(str, DIMS))}, not {head_dim}"
+    try:
+        _interface()
+    except Exception as error:  # a compiler that is half installed fails in ways of its own
+        return f"flash-attn-4 is not installed or does not import ({type(error).__name__}: {error})"
+    return None
+
+
+@lru_cache
+def _interface() -> tuple[Any, Any, Any]:
+    """flash-attn-4's forward function, its block lists and the span rule as a mask of its compiler."""
+    import cutlass
+    from cutlass import cute
+    from flash_attn.cute import utils
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    @cute.jit
+    def rule(batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        first = utils.scalar_to_ssa(aux_tensors[0][head[0], query[0]], cutlass.Int32)
+        sink = utils.scalar_to_ssa(aux_tensors[1][head[0]], cutlass.Int32)
+        return (key <= query) & ((key < sink) | (key >= first))
+
+    return _flash_attn_fwd, BlockSparseTensorsTorch, rule
+
+
+Arguments = tuple[Any, list[torch.Tensor]]
+_KEPT: OrderedDict[Any, Arguments] = OrderedDict()
+
+
+def _arguments(spans: tuple[Span, ...], share: int, length: int, device: torch.device) -> Arguments:
+    """What `_make_arguments` returns, kept for the layers used last."""
+    key = (spans, share, length, device)
+    found = _KEPT.pop(key, None) or _make_arguments(spans, share, length, device)
+    _KEPT[key] = found
+    while len(_KEPT) > 1 and sum(map(_bytes, _KEPT.values())) > KEPT_BYTES:
+        _KEPT.popitem(last=False)
+    return found
+
+
+def _bytes(arguments: Arguments) -> int:
+    lists, aux = arguments
+    return sum(t.numel() * t.itemsize for t in (lists.mask_block_idx, lists.full_block_idx, *aux))
+
+
+def _make_arguments(spans: tuple[Span, ...], share: int, length: int, device: torch.device) -> Arguments:
+    """Block lists `[1, H, ...]` and, per head, the first key of every query's window and the sink."""
+    blocks = blocks_of(spans, length, device)
+    each = lambda tensor: tensor.repeat_interleave(share, dim=0)[None].contiguous()  # noqa: E731
+    lists = _interface()[1](
+        each(blocks.part_count),
+        each(blocks.part),
+        each(blocks.full_count),
+        each(blocks.full),
+        block_size=(BLOCK, BLOCK),
+    )
+    t = torch.arange(-(-length // BLOCK) * BLOCK, device=device)  # a tile's last rows may lie behind the end
+    first = torch.stack([first_key(t, span.alpha, span.beta_units) for span in spans]).to(torch.int32)
+    sink = torch.tensor([min(span.sink, length) for span in spans], dtype=torch.int32, device=device)
+    return lists, [first.repeat_interleave(share, dim=0).contiguous(), sink.repeat_interleave(share).contiguous()]
+
+
+def applies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, plain: bool) -> bool:
+    """Whether a prefill can go this way: `plain` (nothing cached, no padding, no gradients), and long enough."""
+    dims = query.shape[-1] == value.shape[-1]
+    return plain and dims and query.shape[2] >= LEAST and refusal(query.device, query.dtype, query.shape[-1]) is None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span], scale: float
+) -> torch.Tensor:
+    """Causal attention of whole sequences from position 0; `[B, H, T, D]`, no gradients."""
+    forward, _, rule = _interface()
+    share = query.shape[1] // key.shape[1]
+    lists, aux = _arguments(tuple(spans), share, query.shape[2], query.device)
+    out = forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        softmax_scale=scale,
+        mask_mod=rule,
+        block_sparse_tensors=lists,
+        aux_tensors=aux,
+        tile_mn=(BLOCK, BLOCK),
+    )
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)

@@ -1,0 +1,267 @@
+"""The whole GPU check: numerics of every kernel, then time and memory beside dense attention; writes JSON and a table.
+
+python scripts/gpu_kernels.py [FOLDER]     one GPU, under 8 minutes
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from compress.bench import kernel, measure
+from compress.bench.dense import dense_attention
+from compress.bench.flex import flex_prefill
+from compress.bench.kernel import Shape, density, mix, random_pages, random_qkv
+from compress.bench.model import model_row
+from compress.bench.report import break_even, model_lines
+from compress.bench.source import Source
+from compress.cli.environment import environment
+from compress.files import write_json
+from compress.runtime import flash
+from compress.runtime.attention import IMPLS
+from compress.runtime.span import Span
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
+RULES = [Span(70, 33, 0.25), Span(0, 130, 0.0), Span(), Span(4, -20, 0.5)]
+LINES: list[str] = []
+
+
+def say(line: str) -> None:
+    """A line of the table, printed at once and kept."""
+    print(line, flush=True)
+    LINES.append(line)
+
+
+def exact_rows(query: Any, key: Any, value: Any, rules: list[Span], at: torch.Tensor) -> torch.Tensor:
+    """Attention of the queries at positions `at` in float64, `[B, H, len(at), D]`."""
+    share = query.shape[1] // key.shape[1]
+    keys = torch.arange(key.shape[2], device=DEVICE)
+    out = []
+    for head in range(query.shape[1]):
+        seen = rules[head // share].visible(at[:, None], keys[None, :])
+        scores = query[:, head, at].double() @ key[:, head // share].double().transpose(-1, -2)
+        weights = (scores * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(weights @ value[:, head // share].double())
+    return torch.stack(out, dim=1)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm; NaN stays NaN."""
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def poison() -> None:
+    """Fill the memory that the next outputs are given with NaN."""
+    blocks = [torch.full((2**20 * size,), torch.nan, device=DEVICE) for size in (1, 4, 16, 64, 256)]
+    del blocks
+
+
+def numerics() -> list[dict[str, Any]]:
+    """Errors against float64 beside those of dense flash attention on the same inputs, random in every run."""
+    torch.seed()
+    rows = []
+    cases = [(dim, 4, length) for dim in (64, 96, 128, 256) for length in (1, 63, 777)]
+    cases += [(128, 7, 4097), (128, 1, 1025), (128, 4, 16385), (128, 4, 131072 - 1)]
+    for dim, share, length in cases:
+        shape = Shape("check", share * len(RULES), len(RULES), dim)
+        query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
+        at = torch.unique(torch.cat([torch.randint(length, (64,)), torch.tensor([0, length - 1])])).to(DEVICE)
+        exact = exact_rows(query, key, value, RULES, at)
+        full = exact_rows(query, key, value, [Span()] * len(RULES), at)
+        flashed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        bound = error(flashed[:, :, at], full)
+        for impl in ("triton", "flash"):
+            if impl == "flash" and flash.refusal(DEVICE, DTYPE, dim) is not None:
+                continue
+            poison()
+            if impl == "flash":
+                found = flash.attend(query, key, value, RULES, dim**-0.5)
+            else:
+                found = IMPLS[impl].prefill(query, key, value, RULES)
+            rows.append(_check("prefill", impl, dim, share, length, error(found[:, :, at], exact), bound, found))
+        lengths = torch.tensor([length, max(1, length // 2)], dtype=torch.int32, device=DEVICE)
+        pages = random_pages([Span()] * len(RULES), 2, length, dim, DEVICE, DTYPE)
+        one = torch.randn(2, share * len(RULES), dim, device=DEVICE, dtype=DTYPE)
+        poison()
+        found = IMPLS["triton"].decode(one, pages, lengths, RULES)
+        whole = [pool[pages.table.long()].flatten(2, 3) for pool in (pages.keys, pages.values)]
+        errors, bounds = [], []
+        for row in range(2):
+            n = int(lengths[row])
+            k, v = (pool[row : row + 1, :, :n] for pool in whole)
+            spread = one[row][None, :, None].expand(1, -1, n, -1)
+            last = torch.tensor([n - 1], device=DEVICE)
+            errors.append(error(found[row][None, :, None], exact_rows(spread, k, v, RULES, last)))
+            dense = scaled_dot_product_attention(one[row][None, :, None], k, v, enable_gqa=True)
+            bounds.append(error(dense, exact_rows(spread, k, v, [Span()] * len(RULES), last)))
+        rows.append(_check("decode", "triton", dim, share, length, max(errors), max(bounds), found))
+        del whole, pages, query, key, value, flashed, found
+        measure.release(DEVICE)
+    rows += gradients()
+    worst = max(row["ratio"] for row in rows)
+    bad = [row for row in rows if not row["ok"]]
+    say(f"numerics: {len(rows)} checks, worst error {worst:.3f} times dense flash's; over 1.1: {len(bad)}")
+    for row in bad:
+        say(f"  {row}")
+    return rows
+
+
+def _check(
+    what: str, impl: str, dim: int, share: int, length: int, found: float, bound: float, out: torch.Tensor
+) -> dict[str, Any]:
+    written = bool(out.isfinite().all())
+    # One visible key: attention is a copy and flash's error is zero, so ours has to be as good as zero.
+    ok = written and found <= max(1.1 * bound, 1e-6)
+    ratio = found / bound if bound > 0 else float(found > 1e-6)
+    return {
+        "what": what,
+        "impl": impl,
+        "head_dim": dim,
+        "share": share,
+        "length": length,
+        "error": found,
+        "flash_error": bound,
+        "ratio": ratio,
+        "all_written": written,
+        "ok": ok,
+    }
+
+
+def gradients() -> list[dict[str, Any]]:
+    """Gradients of the prefill kernel against autograd of a float64 softmax, beside those of dense flash attention."""
+    rows = []
+    for dim, share, length in ((64, 1, 129), (128, 4, 515), (96, 2, 300), (256, 2, 257)):
+        query, key, value = random_qkv(Shape("check", share * len(RULES), len(RULES), dim), 1, length, DEVICE, DTYPE)
+        weight = torch.randn(1, share * len(RULES), length, dim, device=DEVICE, dtype=DTYPE)
+        at = torch.arange(length, device=DEVICE)
+
+        def grads(call: Callable[..., torch.Tensor], dtype: torch.dtype, q=query, k=key, v=value, w=weight):  # type: ignore[no-untyped-def]
+            leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
+            return torch.autograd.grad((call(*leaves) * w.to(dtype)).sum(), leaves)
+
+        plain = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+        full = grads(lambda q, k, v, at=at: exact_rows(q, k, v, [Span()] * len(RULES), at), torch.float64)
+        exact = grads(lambda q, k, v, at=at: exact_rows(q, k, v, RULES, at), torch.float64)
+        dense = grads(plain, DTYPE)
+        ours = grads(lambda q, k, v: IMPLS["triton"].prefill(q, k, v, RULES), DTYPE)
+        for name, a, b, c, d in zip(("dQ", "dK", "dV"), ours, exact, dense, full, strict=True):
+            rows.append(_check(name, "triton", dim, share, length, error(a, b), error(c, d), a))
+    return rows
+
+
+def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
+    """Prefill of both plans at three lengths: both kernels, every dense back end, FlexAttention's Triton back end."""
+    rows = []
+    for length in (16384, 65536, 131072):
+        query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
+        dense = {name: measure.times(call, DEVICE) for name, call in dense_attention(query, key, value).items()}
+        say(f"{shape.name} {length} dense ms: " + ", ".join(f"{n} {t.median:.3f}" for n, t in dense.items()))
+        fastest = min(time.median for time in dense.values())
+        for name in ("A", "B"):
+            spans = mix(name, shape.groups, length)
+            share = density(spans, length)
+            calls: dict[str, Callable[[], Any]] = {
+                "triton": lambda s=spans: IMPLS["triton"].prefill(query, key, value, s)
+            }
+            if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
+                calls["flash-4"] = lambda s=spans: flash.attend(query, key, value, s, shape.head_dim**-0.5)
+            calls["flex-triton"] = flex_prefill(query, key, value, spans)
+            found = {}
+            for impl, call in calls.items():
+                try:
+                    found[impl] = measure.times(call, DEVICE)
+                except Exception as failure:  # a compiler's own failure is a result too
+                    say(f"  {name} {impl}: {type(failure).__name__} {str(failure)[:150]}")
+            for impl, took in found.items():
+                own, cudnn = fastest / took.median * share, dense["cudnn"].median / took.median * share
+                say(
+                    f"  {name} density {share:.4f} {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})"
+                    f"  {own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
+                )
+                rows.append(
+                    {
+                        "shape": shape.name,
+                        "plan": name,
+                        "length": length,
+                        "impl": impl,
+                        "ms": vars(took),
+                        "density": share,
+                    }
+                    | {"dense_ms": {n: vars(t) for n, t in dense.items()}, "of_bound": own, "of_bound_cudnn": cudnn}
+                )
+        del query, key, value, calls
+        measure.release(DEVICE)
+    return rows
+
+
+def decode_rows(shape: Shape, copy: float) -> list[kernel.Row]:
+    """Decode under plan A from 1k up, and at the sizes that the issue names."""
+    rows = []
+    sizes = [(1, 2**power) for power in range(10, 18)] + [(4, 16384), (4, 32768), (16, 32768), (16, 2048)]
+    for batch, length in sizes:
+        row = kernel.decode_row(shape, "A", batch, length, "triton", DEVICE, DTYPE)
+        rate = (row.kept_bytes or 0) / row.plan.median * 1e3
+        say(
+            f"{shape.name} decode A batch {batch} {length}: {row.plan.median * 1e3:.2f} us, dense "
+            f"{row.dense[row.fastest].median * 1e3:.2f} ({row.fastest}), share {1 / row.speedup:.3f} of dense, bytes "
+            f"{row.fraction:.3f}; {(row.kept_bytes or 0) / 1e6:.0f} MB at {rate / copy:.3f} of a copy"
+        )
+        rows.append(row)
+        measure.release(DEVICE)
+    return rows
+
+
+def main() -> None:
+    """Everything, in an order that keeps what matters if time runs out."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_kernels")
+    start = time.time()
+    facts: dict[str, Any] = {"environment": environment()}
+
+    def keep(name: str, value: Any) -> None:
+        facts[name] = value
+        facts["seconds"] = time.time() - start
+        facts["table"] = LINES
+        write_json(folder / "gpu_kernels.json", facts)
+        (folder / "gpu_kernels.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = measure.copy_bandwidth(DEVICE)
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a device copy moves {copy / 1e9:.0f} GB/s")
+    keep("copy_bytes_per_s", copy)
+    keep("numerics", numerics())
+    say(f"-- {time.time() - start:.0f} s")
+    for shape in (LLAMA, QWEN):
+        rows = decode_rows(shape, copy)
+        keep(f"decode {shape.name}", [row.values() for row in rows])
+        least = break_even([row for row in rows if row.batch == 1], "decode")
+        say(f"{shape.name} decode break-even, batch 1: {least} tokens")
+    say(f"-- {time.time() - start:.0f} s")
+    source = Source("llama-3-8b")
+    dense = source.dense(DEVICE, DTYPE)
+    for batch in (16, 1):
+        planned, label = source.planned(dense, "A", 32768)
+        row = model_row(dense, planned, "llama-3-8b", label, batch, 32768)
+        for line in model_lines(row):
+            say(line)
+        keep(f"model batch {batch}", row.values())
+        del planned
+    del dense
+    measure.release(DEVICE)
+    say(f"-- {time.time() - start:.0f} s")
+    for shape in (LLAMA, QWEN):
+        keep(f"prefill {shape.name}", prefill_rows(shape))
+    say(f"-- {time.time() - start:.0f} s")
+    keep("done", True)
+    print(json.dumps({"seconds": facts["seconds"]}))
+
+
+if __name__ == "__main__":
+    main()
