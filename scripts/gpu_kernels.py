@@ -9,24 +9,30 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
-from compress.bench.kernel import Shape, density, mix, random_pages, random_qkv
+from compress.bench.kernel import Shape, density, mix, random_qkv
 from compress.bench.model import model_row
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
 from compress.cli.environment import environment
 from compress.files import write_json
+from compress.models.shape import ModelShape
+from compress.profile.influence import Influence
+from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime import flash
 from compress.runtime.attention import IMPLS
-from compress.runtime.span import Span
+from compress.runtime.paged_cache import Pages
+from compress.runtime.span import PAGE, Span
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
@@ -64,8 +70,24 @@ def poison() -> None:
     del blocks
 
 
+def flash_rows(query: Any, key: Any, value: Any, rules: list[Span], at: torch.Tensor) -> torch.Tensor:
+    """Dense flash attention of the queries at `at`, each over exactly the keys that it sees, `[B, H, len(at), D]`."""
+    share = query.shape[1] // key.shape[1]
+    keys = torch.arange(key.shape[2], device=DEVICE)
+    out = torch.empty(*query.shape[:2], len(at), query.shape[-1], device=DEVICE, dtype=query.dtype)
+    for group, rule in enumerate(rules):
+        heads, own = slice(group * share, (group + 1) * share), slice(group, group + 1)
+        for number, t in enumerate(at.tolist()):
+            seen = rule.visible(torch.tensor(t, device=DEVICE), keys)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                out[:, heads, number : number + 1] = scaled_dot_product_attention(
+                    query[:, heads, t : t + 1], key[:, own, seen], value[:, own, seen], enable_gqa=True
+                )
+    return out
+
+
 def numerics() -> list[dict[str, Any]]:
-    """Errors against float64 beside those of dense flash attention on the same inputs, random in every run."""
+    """Errors against float64 beside those of dense flash attention over the same keys, random in every run."""
     torch.seed()
     rows = []
     cases = [(dim, 4, length) for dim in (64, 96, 128, 256) for length in (1, 63, 777)]
@@ -73,11 +95,9 @@ def numerics() -> list[dict[str, Any]]:
     for dim, share, length in cases:
         shape = Shape("check", share * len(RULES), len(RULES), dim)
         query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
-        at = torch.unique(torch.cat([torch.randint(length, (64,)), torch.tensor([0, length - 1])])).to(DEVICE)
+        at = torch.unique(torch.cat([torch.randint(length, (30,)), torch.tensor([0, length - 1])])).to(DEVICE)
         exact = exact_rows(query, key, value, RULES, at)
-        full = exact_rows(query, key, value, [Span()] * len(RULES), at)
-        flashed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        bound = error(flashed[:, :, at], full)
+        bound = error(flash_rows(query, key, value, RULES, at), exact)
         for impl in ("triton", "flash"):
             if impl == "flash" and flash.refusal(DEVICE, DTYPE, dim) is not None:
                 continue
@@ -87,23 +107,19 @@ def numerics() -> list[dict[str, Any]]:
             else:
                 found = IMPLS[impl].prefill(query, key, value, RULES)
             rows.append(_check("prefill", impl, dim, share, length, error(found[:, :, at], exact), bound, found))
-        lengths = torch.tensor([length, max(1, length // 2)], dtype=torch.int32, device=DEVICE)
-        pages = random_pages([Span()] * len(RULES), 2, length, dim, DEVICE, DTYPE)
-        one = torch.randn(2, share * len(RULES), dim, device=DEVICE, dtype=DTYPE)
+        # The last query of the same tokens through pages, beside a sequence that is half as long.
+        half = max(1, length // 2)
+        pages = paged(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
+        lengths = torch.tensor([length, half], dtype=torch.int32, device=DEVICE)
+        last = lengths.long() - 1
         poison()
-        found = IMPLS["triton"].decode(one, pages, lengths, RULES)
-        whole = [pool[pages.table.long()].flatten(2, 3) for pool in (pages.keys, pages.values)]
-        errors, bounds = [], []
-        for row in range(2):
-            n = int(lengths[row])
-            k, v = (pool[row : row + 1, :, :n] for pool in whole)
-            spread = one[row][None, :, None].expand(1, -1, n, -1)
-            last = torch.tensor([n - 1], device=DEVICE)
-            errors.append(error(found[row][None, :, None], exact_rows(spread, k, v, RULES, last)))
-            dense = scaled_dot_product_attention(one[row][None, :, None], k, v, enable_gqa=True)
-            bounds.append(error(dense, exact_rows(spread, k, v, [Span()] * len(RULES), last)))
-        rows.append(_check("decode", "triton", dim, share, length, max(errors), max(bounds), found))
-        del whole, pages, query, key, value, flashed, found
+        found = IMPLS["triton"].decode(query[0][:, last].transpose(0, 1).contiguous(), pages, lengths, RULES)
+        exact = exact_rows(query, key, value, RULES, last)
+        bound = error(flash_rows(query, key, value, RULES, last), exact)
+        rows.append(
+            _check("decode", "triton", dim, share, length, error(found.transpose(0, 1)[None], exact), bound, found)
+        )
+        del pages, query, key, value, found
         measure.release(DEVICE)
     rows += gradients()
     worst = max(row["ratio"] for row in rows)
@@ -112,6 +128,20 @@ def numerics() -> list[dict[str, Any]]:
     for row in bad:
         say(f"  {row}")
     return rows
+
+
+def paged(key: torch.Tensor, value: torch.Tensor) -> Pages:
+    """Tokens `[B, G, T, D]` in pages of random places; what lies behind the last token is NaN."""
+    batch, groups, length, _ = key.shape
+    numbers = -(-length // PAGE)
+    order = torch.randperm(batch * groups * numbers, device=DEVICE)
+    pools = []
+    for tokens in (key, value):
+        whole = torch.nn.functional.pad(tokens, (0, 0, 0, numbers * PAGE - length), value=torch.nan)
+        pool = torch.empty(len(order), PAGE, tokens.shape[-1], device=DEVICE, dtype=tokens.dtype)
+        pool[order] = whole.reshape(-1, PAGE, tokens.shape[-1])
+        pools.append(pool)
+    return Pages(pools[0], pools[1], order.view(batch, groups, numbers).to(torch.int32))
 
 
 def _check(
@@ -139,21 +169,58 @@ def gradients() -> list[dict[str, Any]]:
     """Gradients of the prefill kernel against autograd of a float64 softmax, beside those of dense flash attention."""
     rows = []
     for dim, share, length in ((64, 1, 129), (128, 4, 515), (96, 2, 300), (256, 2, 257)):
-        query, key, value = random_qkv(Shape("check", share * len(RULES), len(RULES), dim), 1, length, DEVICE, DTYPE)
+        leaves = random_qkv(Shape("check", share * len(RULES), len(RULES), dim), 1, length, DEVICE, DTYPE)
         weight = torch.randn(1, share * len(RULES), length, dim, device=DEVICE, dtype=DTYPE)
         at = torch.arange(length, device=DEVICE)
-
-        def grads(call: Callable[..., torch.Tensor], dtype: torch.dtype, q=query, k=key, v=value, w=weight):  # type: ignore[no-untyped-def]
-            leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
-            return torch.autograd.grad((call(*leaves) * w.to(dtype)).sum(), leaves)
-
-        plain = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-        full = grads(lambda q, k, v, at=at: exact_rows(q, k, v, [Span()] * len(RULES), at), torch.float64)
-        exact = grads(lambda q, k, v, at=at: exact_rows(q, k, v, RULES, at), torch.float64)
-        dense = grads(plain, DTYPE)
-        ours = grads(lambda q, k, v: IMPLS["triton"].prefill(q, k, v, RULES), DTYPE)
-        for name, a, b, c, d in zip(("dQ", "dK", "dV"), ours, exact, dense, full, strict=True):
+        full = [Span()] * len(RULES)
+        exact = grads(partial(exact_rows, rules=RULES, at=at), leaves, weight, torch.float64)
+        ours = grads(partial(IMPLS["triton"].prefill, spans=RULES), leaves, weight, DTYPE)
+        exact_full = grads(partial(exact_rows, rules=full, at=at), leaves, weight, torch.float64)
+        dense = grads(partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True), leaves, weight, DTYPE)
+        for name, a, b, c, d in zip(("dQ", "dK", "dV"), ours, exact, dense, exact_full, strict=True):
             rows.append(_check(name, "triton", dim, share, length, error(a, b), error(c, d), a))
+    return rows
+
+
+def grads(
+    call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], weight: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of the weighted sum of an attention for query, key and value."""
+    own = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
+    return torch.autograd.grad((call(*own) * weight.to(dtype)).sum(), own)
+
+
+def influence_rows() -> list[dict[str, Any]]:
+    """Influence tables of one Llama-3-8B-shaped layer: seconds and the most memory beyond its inputs."""
+    rows = []
+    shape = ModelShape(
+        architecture="LlamaForCausalLM",
+        layers=1,
+        query_heads=32,
+        kv_heads=8,
+        head_dim=128,
+        native_windows=(None,),
+        fingerprint="sha256:" + "0" * 64,
+    )
+    for length in (8192, 32768):
+        query, key, value = (tensor[0].contiguous() for tensor in random_qkv(LLAMA, 1, length, DEVICE, DTYPE))
+        layer = LayerTensors(0, query, key, value, 128**-0.5, None, torch.randn_like(query, dtype=torch.float32))
+        for strip in (64 << 20, 256 << 20, 1 << 30):
+            measure.release(DEVICE)
+            before = torch.cuda.memory_allocated()
+            accumulator = Influence().begin(shape, [length], DEVICE)
+            accumulator.length = length
+            start = time.time()
+            for tile in tiles(layer, Workspace(DEVICE), strip):
+                accumulator.add(tile)
+            torch.cuda.synchronize()
+            took = time.time() - start
+            most = torch.cuda.max_memory_allocated() - before
+            say(
+                f"influence, one layer, {length} tokens, strips of {strip >> 20} MiB: {took:.2f} s, {most / 2**30:.2f} GiB"
+            )
+            rows.append({"length": length, "strip_bytes": strip, "seconds": took, "peak_bytes": most})
+            del accumulator, tile
     return rows
 
 
@@ -168,11 +235,9 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
         for name in ("A", "B"):
             spans = mix(name, shape.groups, length)
             share = density(spans, length)
-            calls: dict[str, Callable[[], Any]] = {
-                "triton": lambda s=spans: IMPLS["triton"].prefill(query, key, value, s)
-            }
+            calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
             if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
-                calls["flash-4"] = lambda s=spans: flash.attend(query, key, value, s, shape.head_dim**-0.5)
+                calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)
             calls["flex-triton"] = flex_prefill(query, key, value, spans)
             found = {}
             for impl, call in calls.items():
@@ -197,7 +262,6 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
                     }
                     | {"dense_ms": {n: vars(t) for n, t in dense.items()}, "of_bound": own, "of_bound_cudnn": cudnn}
                 )
-        del query, key, value, calls
         measure.release(DEVICE)
     return rows
 
@@ -237,6 +301,8 @@ def main() -> None:
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a device copy moves {copy / 1e9:.0f} GB/s")
     keep("copy_bytes_per_s", copy)
     keep("numerics", numerics())
+    say(f"-- {time.time() - start:.0f} s")
+    keep("influence", influence_rows())
     say(f"-- {time.time() - start:.0f} s")
     for shape in (LLAMA, QWEN):
         rows = decode_rows(shape, copy)

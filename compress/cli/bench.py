@@ -69,7 +69,8 @@ def measure(
     """All measurements; `values` is what goes into JSON."""
     import torch
 
-    from compress.bench import kernel, measure, model as whole, report
+    from compress.bench import kernel, measure, report
+    from compress.bench import model as whole
     from compress.bench.source import Source
     from compress.cli.environment import environment
     from compress.models.load import DTYPES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +42,7 @@ def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
         "warps": 4,
         "stages": 1 if device.type == "cpu" else 2 if small else 3,
         "join": 64,
-        "overlap": _hopper(device) and not int(os.environ.get("COMPRESS_NO_OVERLAP", "0")),
+        "overlap": _hopper(device),
     }
 
 
