@@ -216,9 +216,8 @@ def influence_rows() -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             took = time.time() - start
             most = torch.cuda.max_memory_allocated() - before
-            say(
-                f"influence, one layer, {length} tokens, strips of {strip >> 20} MiB: {took:.2f} s, {most / 2**30:.2f} GiB"
-            )
+            size = f"strips of {strip >> 20} MiB"
+            say(f"influence, one layer, {length} tokens, {size}: {took:.2f} s, {most / 2**30:.2f} GiB")
             rows.append({"length": length, "strip_bytes": strip, "seconds": took, "peak_bytes": most})
             del accumulator, tile
     return rows
@@ -235,7 +234,8 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
         for name in ("A", "B"):
             spans = mix(name, shape.groups, length)
             share = density(spans, length)
-            calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
+            calls: dict[str, Callable[[], Any]] = {}
+            calls["triton"] = partial(IMPLS["triton"].prefill, query, key, value, spans)
             if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
                 calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)
             calls["flex-triton"] = flex_prefill(query, key, value, spans)
@@ -248,8 +248,8 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
             for impl, took in found.items():
                 own, cudnn = fastest / took.median * share, dense["cudnn"].median / took.median * share
                 say(
-                    f"  {name} density {share:.4f} {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})"
-                    f"  {own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
+                    f"  {name} density {share:.4f} {impl:11} {took.median:8.3f} ms "
+                    f"({took.lower:.3f} to {took.upper:.3f})  {own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
                 )
                 rows.append(
                     {

@@ -204,3 +204,63 @@ def test_saved_again_it_loads_again(family: str, reloaded: dict[str, Any]) -> No
     tensors, facts = reloaded[family]
     assert torch.equal(tensors["logits"], tensors["saved_again"])
     assert set(facts["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernels_are_the_reference(family: str) -> None:
+    dense, shape, _ = planned(family)
+    model = planned_model(dense, mixed_plan(shape))
+    ids, mask = random_ids(3, 141), torch.ones(3, 141, dtype=torch.long)
+    mask[0, :50] = mask[1, 120:] = 0
+    expected = logits(model, ids, attention_mask=mask)
+    expected_tokens = model.generate(ids[2:], max_new_tokens=6, do_sample=False)
+    gradients = []
+    for impl in ("reference", "triton"):
+        model.config.compress_impl = impl
+        model.zero_grad()
+        model(ids[:, :70], attention_mask=mask[:, :70], use_cache=False).logits[2].square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
+    found = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+    assert torch.equal(model.generate(ids[2:], max_new_tokens=6, do_sample=False), expected_tokens)
+    static = model.generate(ids[2:], max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, expected_tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
+    model = planned(family)[2]
+    ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.long)
+    mask[0, :40] = 0
+    outs = []
+    for cache in (model.new_cache(), model.new_cache(max_length=160)):
+        parts = [logits(model, ids[:, :130], attention_mask=mask[:, :130], past_key_values=cache)]
+        parts += [
+            logits(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
+            for t in range(130, 150)
+        ]
+        outs.append(torch.cat(parts, dim=1)[mask.bool()])
+    torch.testing.assert_close(outs[1], outs[0], **CLOSE)
+    assert cache.lengths.tolist() == [110, 150]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_decode_step_lives_in_a_cuda_graph() -> None:
+    from compress.bench.measure import graph_of
+
+    model = planned_model(tiny_model("llama-gqa").cuda(), mixed_plan(shape_of(tiny_model("llama-gqa"))))
+    ids = random_ids(2, 60).cuda()
+    with torch.inference_mode():
+        cache = model.new_cache(max_length=100)
+        model(ids[:, :40], past_key_values=cache)
+        token = ids[:, 40:41].clone()
+        held: dict[str, torch.Tensor] = {}
+        replay = graph_of(lambda: held.update(out=model(token, past_key_values=cache).logits))
+        cache.assume(40)  # what the warm-up and the capture stored is written again
+        for t in range(40, 60):
+            token.copy_(ids[:, t : t + 1])
+            replay()
+            torch.testing.assert_close(held["out"][:, 0], model(ids[:, : t + 1]).logits[:, -1], rtol=1e-3, atol=1e-3)
+        cache.synchronize()
+        assert cache.get_seq_length() == 60

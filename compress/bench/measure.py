@@ -30,12 +30,12 @@ def times(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.3
     """
     call()
     if device.type != "cuda":
-        found = []
+        found: list[float] = []
         end = time.perf_counter() + seconds
         while len(found) < 5 or (time.perf_counter() < end and len(found) < most):
-            start = time.perf_counter()
+            began = time.perf_counter()
             call()
-            found.append((time.perf_counter() - start) * 1e3)
+            found.append((time.perf_counter() - began) * 1e3)
         return _summary(found)
     torch.cuda.synchronize(device)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class DenseLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -165,7 +168,7 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     for row in range(batch):
         # Reserved pools hold one sequence after the other, so a prompt prefilled alone is copied to its place.
         alone = model.new_cache(max_length=length + steps)
-        spent.append(_spent(lambda a=alone, r=row: _last(model, ids[r : r + 1], a), device))
+        spent.append(_spent(partial(_last, model, ids[row : row + 1], alone), device))
         for whole, part in zip(cache.paged, alone.paged, strict=True):
             assert part.keys is not None and part.values is not None
             if row == 0:
@@ -194,8 +197,7 @@ def _dense_side(model: Any, ids: torch.Tensor, backends: dict[str, Any], steps: 
     spent = []
     for row in range(batch):
         alone = [DenseLayer(length + 1) for _ in range(layers)]
-        prompt = ids[row : row + 1]
-        spent.append(_spent(lambda a=alone, p=prompt: _last(model, p, Cache(layers=list(a))), device))
+        spent.append(_spent(partial(_last, model, ids[row : row + 1], Cache(layers=list(alone))), device))
         for whole, part in zip(blocks, alone, strict=True):
             if row == 0:
                 whole.lazy_initialization(part.keys.new_empty(batch, *part.keys.shape[1:]), part.values)
@@ -212,7 +214,7 @@ def _dense_side(model: Any, ids: torch.Tensor, backends: dict[str, Any], steps: 
         model(input_ids=token, past_key_values=cache, position_ids=position)
 
     decode = _step_times(step, device, steps)
-    held = sum(2 * block.keys.numel() * block.keys.itemsize for block in blocks)
+    held = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in blocks)
     return Side(spent, decode, peak_bytes(device), held)
 
 
@@ -257,7 +259,12 @@ def _step_times(
     if device.type != "cuda":
         step()
         again()
-        return times(lambda: (again(), step()), device, seconds=0.1, most=max(5, steps // 2))
+
+        def one() -> None:
+            again()
+            step()
+
+        return times(one, device, seconds=0.1, most=max(5, steps // 2))
     replay = graph_of(step)
     again()
     return times(replay, device, seconds=2.0, most=steps - 8)

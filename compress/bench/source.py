@@ -66,7 +66,8 @@ class Source:
             stock = {key: value for key, value in self.checkpoint.items() if key not in CARRIED}
             model_type = stock.pop("model_type").removeprefix("compress_")
             config = AutoConfig.for_model(model_type, **stock)
-            return AutoModelForCausalLM.from_pretrained(self.spec, config=config, dtype=dtype).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(self.spec, config=config, dtype=dtype)
+            return model.to(device).eval()
         return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
 
     def planned(self, dense: Any, name: str | None, length: int) -> tuple[Any, str]:

@@ -91,10 +91,11 @@ def measure(
     models: list[whole.ModelRow] = []
     if "model" in kinds:
         dense = source.dense(where, DTYPES[dtype])
-        for name in mixes or [None]:
+        wanted: list[str | None] = [*mixes] or [None]
+        for own in wanted:
             for length in lengths:
-                say(f"  model {name or 'with its plan'}, batch {batch}, {length} tokens")
-                planned, label = source.planned(dense, name, length)
+                say(f"  model {own or 'with its plan'}, batch {batch}, {length} tokens")
+                planned, label = source.planned(dense, own, length)
                 planned.config.compress_impl = impl
                 models.append(whole.model_row(dense, planned, source.name, label, batch, length))
                 del planned

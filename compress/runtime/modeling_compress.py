@@ -112,7 +112,7 @@ class PlanModel:
                 )
             past_key_values = self.new_cache()
         valid = _valid_columns(attention_mask, past_key_values, tokens)
-        step = Step.begin(past_key_values, valid, *tokens.shape[:2], tokens.device)
+        step = Step.begin(past_key_values, valid, tokens.shape[0], tokens.shape[1], tokens.device)
         if position_ids is None:
             position_ids = _positions(past_key_values, valid, tokens)
         elif attention_mask is None and past_key_values is None and bool((position_ids.diff(dim=-1) != 1).any()):

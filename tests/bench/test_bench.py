@@ -1,0 +1,101 @@
+"""The bench on a CPU: what it measures is what it says, and the figures follow from each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compress.bench.check import check_kernels
+from compress.bench.kernel import Row, Shape, decode_row, density, mix, prefill_row
+from compress.bench.measure import Time, times
+from compress.bench.model import model_row
+from compress.bench.report import break_even
+from compress.bench.source import Source, group_of
+from compress.cli.app import app
+from compress.runtime.span import Span
+
+CPU = torch.device("cpu")
+SHAPE = Shape("tiny", 4, 2, 16)
+
+
+def test_density_is_the_share_of_visible_pairs() -> None:
+    rules = [Span(4, 20, 0.25), Span(), Span(70, -3, 0.5)]
+    t = torch.arange(130)
+    pairs = sum(int(rule.visible(t[:, None], t[None, :]).sum()) for rule in rules)
+    assert density(rules, 130) == pytest.approx(pairs / (3 * 130 * 131 / 2))
+
+
+def test_mixes_are_those_that_are_said() -> None:
+    assert mix("A", 4, 4096) == [Span(64, 256, 0.0)] * 2 + [Span()] * 2
+    assert [span.alpha for span in mix("B", 8, 4096)] == [512, 512, 2048, 2048, 1024, 1024, 2048, 2048]
+    with pytest.raises(ValueError, match="expected A, B or full, got 'C'"):
+        mix("C", 4, 4096)
+
+
+def test_kernel_rows_name_their_baseline_and_count_the_pages() -> None:
+    row = prefill_row(SHAPE, "A", 1, 200, "reference", CPU, torch.float32)
+    assert row.fastest in row.dense and row.speedup == row.dense[row.fastest].median / row.plan.median
+    row = decode_row(SHAPE, "A", 2, 1000, "reference", CPU, torch.float32)
+    pages = 16 + Span(64, 256, 0.0).page_count(1000)
+    assert row.kept_bytes == 2 * pages * 64 * 2 * 16 * 4
+    assert row.fraction == pytest.approx(pages * 64 / 2000)
+
+
+def test_break_even_is_the_length_from_which_on_it_never_loses() -> None:
+    def row(length: int, plan: float) -> Row:
+        spent = {"flash": Time(1.0, 1.0, 1.0, 5), "cudnn": Time(2.0, 2.0, 2.0, 5)}
+        return Row("decode", "s", "A", 1, length, "triton", Time(plan, plan, plan, 5), spent, 0.5)
+
+    assert break_even([row(1024, 0.9), row(2048, 1.1), row(4096, 0.8), row(8192, 0.5)], "decode") == 4096
+    assert break_even([row(1024, 1.2)], "decode") is None
+
+
+def test_times_are_medians_between_their_quartiles() -> None:
+    found = times(lambda: None, CPU, seconds=0.01)
+    assert found.lower <= found.median <= found.upper and found.repeats >= 5
+
+
+def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
+    torch.manual_seed(0)
+    source = Source("tiny")
+    dense = source.dense(CPU, torch.float32)
+    planned, label = source.planned(dense, "A", 700)
+    row = model_row(dense, planned, source.name, label, 2, 700, steps=16)
+    spans = mix("A", 4, 700)
+    pages = sum(sum(span.reserved_pages(716)) for span in spans)
+    assert row.plan.cache_bytes == 2 * 2 * pages * 64 * 2 * 8 * 4  # layers, sequences, keys and values, D, float32
+    assert row.dense.cache_bytes == 2 * 2 * 4 * 701 * 2 * 8 * 4
+    assert row.ratios()["most_any_plan_gains"] == row.dense.decode.median / row.without_attention.median
+
+
+def test_a_plan_of_full_groups_is_the_dense_model() -> None:
+    torch.manual_seed(0)
+    source = Source("tiny")
+    dense = source.dense(CPU, torch.float32)
+    planned, _ = source.planned(dense, "full", 100)
+    ids = torch.randint(256, (1, 100))
+    with torch.inference_mode():
+        torch.testing.assert_close(planned(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert group_of(Span()) == {"target": "full"}
+
+
+def test_the_command_writes_json_and_refuses_what_it_does_not_know(tmp_path) -> None:
+    run = CliRunner()
+    arguments = ["bench", "tiny", "--mix", "A", "--lengths", "64,128", "--dtype", "float32", "--device", "cpu"]
+    result = run.invoke(app, [*arguments, "--what", "kernel", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["what"] for row in values["kernel"]} == {"prefill", "decode"} and values["random_weights"]
+    assert "break-even, prefill, plan A" in result.output
+    for wrong in (["--mix", "C"], ["--lengths", "x"], ["--device", "tpu"], ["--what", "all"]):
+        assert run.invoke(app, [*arguments, *wrong]).exit_code == 2
+
+
+def test_every_kernel_is_right_in_the_interpreter() -> None:
+    found = {check.name: check for check in check_kernels(CPU, torch.float32)}
+    for name in ("prefill", "gradients of prefill", "decode", "store"):
+        assert found[name].ok, found[name]
+    assert "Hopper" in str(found["FlashAttention-4 for prefill"].refused)
