@@ -249,7 +249,8 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
                 own, cudnn = fastest / took.median * share, dense["cudnn"].median / took.median * share
                 say(
                     f"  {name} density {share:.4f} {impl:11} {took.median:8.3f} ms "
-                    f"({took.lower:.3f} to {took.upper:.3f})  {own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
+                    f"({took.lower:.3f} to {took.upper:.3f})  "
+                    f"{own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
                 )
                 rows.append(
                     {
