@@ -70,6 +70,13 @@ class Source:
             return model.to(device).eval()
         return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
 
+    def layer(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """One decoder layer of this shape with random weights, behind a vocabulary that costs nothing."""
+        values = self.values or self.checkpoint or load_model(self.spec).model.config.to_dict()
+        known = {key: value for key, value in values.items() if key not in (*CARRIED, "layer_types")}
+        known["model_type"] = known["model_type"].removeprefix("compress_")
+        return random_model(known | {"num_hidden_layers": 1, "vocab_size": 256}, device, dtype)
+
     def planned(self, dense: Any, name: str | None, length: int) -> tuple[Any, str]:
         """The dense model's twin with its own plan, or with a named mix at a length; and what the tables call it."""
         if name is not None:

@@ -10,14 +10,14 @@ import typer
 
 from compress.cli.output import AsJson, Verbose, say
 
-KINDS = ("kernel", "model")
+KINDS = ("kernel", "layer", "model")
 
 
 def bench(
     model: Annotated[str, typer.Argument(help="A shape (llama-3-8b, qwen2.5-7b, tiny), a config.json, or a model.")],
     plan: Annotated[str | None, typer.Option(help="A plan.json, for a model that carries none.")] = None,
     mix: Annotated[str | None, typer.Option(help="Named plans instead, by commas: A, B, full.")] = None,
-    what: Annotated[str, typer.Option(help="By commas: kernel, model.")] = "kernel,model",
+    what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 1,
     impl: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
@@ -41,10 +41,10 @@ def bench(
         sizes = [0]
     if min(sizes) < 2:
         raise UserError("lengths are whole numbers of tokens, at least 2", where="--lengths", found=lengths)
-    if not mixes and "kernel" in kinds:
-        if what != "kernel,model":
-            raise UserError("kernels are measured with a named plan", where="--mix", expected="A, B or full")
-        kinds = ["model"]
+    if not mixes:  # kernels and single layers are measured with a named plan
+        kinds = [kind for kind in kinds if kind == "model"]
+        if not kinds:
+            raise UserError("kernels and layers are measured with a named plan", where="--mix", expected="A, B or full")
     report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed)
     if out is not None:
         _write(report, Path(out))
@@ -89,17 +89,22 @@ def measure(
                     rows.append(take(shape, name, count, length, impl, where, DTYPES[dtype]))
                     measure.release(where)
     models: list[whole.ModelRow] = []
-    if "model" in kinds:
-        dense = source.dense(where, DTYPES[dtype])
+    for kind in ("layer", "model"):
+        if kind not in kinds:
+            continue
+        dense = (source.layer if kind == "layer" else source.dense)(where, DTYPES[dtype])
+        label = f"{source.name}, one layer" if kind == "layer" else source.name
         wanted: list[str | None] = [*mixes] or [None]
         for own in wanted:
             for length in lengths:
-                say(f"  model {own or 'with its plan'}, batch {batch}, {length} tokens")
-                planned, label = source.planned(dense, own, length)
+                say(f"  {kind} {own or 'with its plan'}, batch {batch}, {length} tokens")
+                planned, plan_name = source.planned(dense, own, length)
                 planned.config.compress_impl = impl
-                models.append(whole.model_row(dense, planned, source.name, label, batch, length))
+                models.append(whole.model_row(dense, planned, label, plan_name, batch, length))
                 del planned
                 measure.release(where)
+        del dense
+        measure.release(where)
     values = {
         "model": model,
         "random_weights": source.random,

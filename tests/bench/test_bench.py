@@ -85,10 +85,11 @@ def test_a_plan_of_full_groups_is_the_dense_model() -> None:
 def test_the_command_writes_json_and_refuses_what_it_does_not_know(tmp_path) -> None:
     run = CliRunner()
     arguments = ["bench", "tiny", "--mix", "A", "--lengths", "64,128", "--dtype", "float32", "--device", "cpu"]
-    result = run.invoke(app, [*arguments, "--what", "kernel", "--out", str(tmp_path)])
+    result = run.invoke(app, [*arguments, "--what", "kernel,layer", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     values = json.loads((tmp_path / "bench.json").read_text())
     assert {row["what"] for row in values["kernel"]} == {"prefill", "decode"} and values["random_weights"]
+    assert [row["shape"] for row in values["model_rows"]] == ["tiny, one layer"] * 2
     assert "break-even, prefill, plan A" in result.output
     for wrong in (["--mix", "C"], ["--lengths", "x"], ["--device", "tpu"], ["--what", "all"]):
         assert run.invoke(app, [*arguments, *wrong]).exit_code == 2
