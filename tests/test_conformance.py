@@ -245,6 +245,17 @@ def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
     assert cache.lengths.tolist() == [110, 150]
 
 
+def test_a_compiled_model_is_the_model() -> None:
+    model = planned("llama-gqa")[2]
+    ids = random_ids(2, 140)
+    expected = logits(model, ids)[:, 120:]
+    compiled = torch.compile(model, backend="eager")  # what is traced and guarded, without a compiler's minutes
+    for cache in (model.new_cache(), model.new_cache(max_length=140)):
+        logits(compiled, ids[:, :120], past_key_values=cache)
+        steps = [logits(compiled, ids[:, t : t + 1], past_key_values=cache) for t in range(120, 140)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_decode_step_lives_in_a_cuda_graph() -> None:
     from compress.bench.measure import graph_of

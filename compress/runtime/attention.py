@@ -181,6 +181,7 @@ def _step_of_runs(cache: PagedCache | None, runs: Rows | None, valid: torch.Tens
     return Step(cache, rows, pick, None, count, valid.shape[1])
 
 
+@torch.compiler.disable  # the compiler takes what lies between attention layers; kernels and pages are left alone
 def plan_attention(
     module: Any,
     query: torch.Tensor,
