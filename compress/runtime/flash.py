@@ -75,11 +75,14 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 @lru_cache
 def _interface() -> tuple[Any, Any, Any]:
     """flash-attn-4's forward function, its block lists and the span rule as a mask of its compiler."""
-    import cutlass
-    from cutlass import cute
-    from flash_attn.cute import utils
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-    from flash_attn.cute.interface import _flash_attn_fwd
+    try:
+        import cutlass
+        from cutlass import cute
+        from flash_attn.cute import utils
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_fwd
+    except ImportError as error:  # transformers takes an import outside `try` for one that the checkpoint needs
+        raise ImportError(f"flash-attn-4 cannot be imported: {error}") from error
 
     @cute.jit
     def rule(batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]

@@ -215,10 +215,16 @@ def decode(
     rules = [(span.sink, span.alpha, span.beta_units) for span in spans]
     sink, alpha, beta_units = torch.tensor(rules, device=query.device).T[:, :, None]  # each [G, 1]
     seen = visible(lengths[:, None, None].long() - 1, positions, sink, alpha, beta_units)  # [B, G, numbers * 64]
+    # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs.
+    by_page = seen.unflatten(-1, (-1, PAGE))
+    in_sight = by_page.any(-1)
+    most = max(1, int(in_sight.sum(-1).max()))
+    order = (~in_sight).long().argsort(dim=-1, stable=True)[..., :most]  # [B, G, P]
+    seen = by_page.gather(2, order[..., None].expand(-1, -1, -1, PAGE)).flatten(2)
+    places = pages.table.clamp(min=0).long().gather(-1, order)
     # Slots that hold no visible token may hold anything, NaN included, and 0 * NaN is NaN.
     hidden = ~seen[..., None]
-    places = pages.table.clamp(min=0).long()
-    key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, numbers * 64, D]
+    key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P * 64, D]
     value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
     q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
     out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)

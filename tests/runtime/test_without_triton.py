@@ -1,0 +1,43 @@
+"""A checkpoint loads where Triton is not installed, and says what it runs in instead."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_imports
+
+from compress import runtime
+from compress.export.layout import RUNTIME_FILES
+
+CHILD = """
+import sys, torch, transformers
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError(f"{name} is blocked")
+for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Blocked())
+from compress.runtime.attention import IMPLS, explain_impl
+assert set(IMPLS) == {"reference"}, IMPLS
+print(explain_impl("auto", torch.device("cuda"), torch.bfloat16, 128))
+try:
+    explain_impl("triton", torch.device("cuda"), torch.bfloat16, 128)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_it_falls_back_and_says_why() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert "reference" in first and "Triton cannot be imported" in first
+    assert "triton was asked for, but Triton cannot be imported" in second
+
+
+def test_transformers_asks_for_no_package_but_torch() -> None:
+    folder = Path(str(runtime.__file__)).parent
+    assert {path.name for path in folder.glob("*.py")} - {"__init__.py"} == set(RUNTIME_FILES)
+    asked = {package for name in RUNTIME_FILES for package in get_imports(folder / name)}
+    assert asked - set(sys.stdlib_module_names) == {"torch", "transformers"}
