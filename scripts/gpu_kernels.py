@@ -224,46 +224,55 @@ def influence_rows() -> list[dict[str, Any]]:
 
 
 def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
-    """Prefill of both plans at three lengths: both kernels, every dense back end, FlexAttention's Triton back end."""
+    """Prefill of both plans at three lengths, every implementation in turn with every dense back end.
+
+    Plan A* is plan A with its full groups apart from each other, as a searched plan has them.
+    """
     rows = []
     for length in (16384, 65536, 131072):
         query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
-        dense = {name: measure.times(call, DEVICE) for name, call in dense_attention(query, key, value).items()}
-        say(f"{shape.name} {length} dense ms: " + ", ".join(f"{n} {t.median:.3f}" for n, t in dense.items()))
-        fastest = min(time.median for time in dense.values())
-        for name in ("A", "B"):
-            spans = mix(name, shape.groups, length)
+        for name in ("A", "A*", "B"):
+            spans = mix(name[0], shape.groups, length)
+            if name == "A*":
+                spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
             share = density(spans, length)
-            calls: dict[str, Callable[[], Any]] = {}
-            calls["triton"] = partial(IMPLS["triton"].prefill, query, key, value, spans)
+            calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
             if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
                 calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)
             calls["flex-triton"] = flex_prefill(query, key, value, spans)
-            found = {}
-            for impl, call in calls.items():
+            for impl, call in list(calls.items()):
                 try:
-                    found[impl] = measure.times(call, DEVICE)
+                    call()
                 except Exception as failure:  # a compiler's own failure is a result too
                     say(f"  {name} {impl}: {type(failure).__name__} {str(failure)[:150]}")
+                    del calls[impl]
+            dense = {f"dense {n}": call for n, call in dense_attention(query, key, value).items()}
+            found = measure.times_in_turn({**dense, **calls}, DEVICE)
+            base = {n.removeprefix("dense "): found.pop(n) for n in dense}
+            fastest = min(time.median for time in base.values())
+            listed = ", ".join(f"{n} {t.median:.3f}" for n, t in base.items())
+            say(f"{shape.name} {length} {name}, density {share:.4f}; dense ms: {listed}")
             for impl, took in found.items():
-                own, cudnn = fastest / took.median * share, dense["cudnn"].median / took.median * share
+                own, cudnn = fastest / took.median * share, base["cudnn"].median / took.median * share
                 say(
-                    f"  {name} density {share:.4f} {impl:11} {took.median:8.3f} ms "
-                    f"({took.lower:.3f} to {took.upper:.3f})  "
+                    f"  {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})  "
                     f"{own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
                 )
-                rows.append(
-                    {
-                        "shape": shape.name,
-                        "plan": name,
-                        "length": length,
-                        "impl": impl,
-                        "ms": vars(took),
-                        "density": share,
-                    }
-                    | {"dense_ms": {n: vars(t) for n, t in dense.items()}, "of_bound": own, "of_bound_cudnn": cudnn}
-                )
+                facts = {"shape": shape.name, "plan": name, "length": length, "impl": impl, "ms": vars(took)}
+                facts |= {"density": share, "dense_ms": {n: vars(t) for n, t in base.items()}}
+                rows.append(facts | {"of_bound": own, "of_bound_cudnn": cudnn})
         measure.release(DEVICE)
+    return rows
+
+
+def short_rows(shape: Shape) -> list[kernel.Row]:
+    """Prefill under plan A at lengths where launches take longer than the arithmetic, as `auto` runs it."""
+    rows = []
+    for length in (256, 512, 1024, 2048, 4096, 8192):
+        row = kernel.prefill_row(shape, "A", 1, length, "auto", DEVICE, DTYPE)
+        dense = ", ".join(f"{n} {t.median * 1e3:.0f}" for n, t in row.dense.items())
+        say(f"{shape.name} prefill A {length}: {row.plan.median * 1e3:.0f} us, dense {dense}")
+        rows.append(row)
     return rows
 
 
@@ -324,6 +333,9 @@ def main() -> None:
     measure.release(DEVICE)
     say(f"-- {time.time() - start:.0f} s")
     for shape in (LLAMA, QWEN):
+        short = short_rows(shape)
+        keep(f"short prefill {shape.name}", [row.values() for row in short])
+        say(f"{shape.name} prefill break-even: {break_even(short, 'prefill')} tokens")
         keep(f"prefill {shape.name}", prefill_rows(shape))
     say(f"-- {time.time() - start:.0f} s")
     keep("done", True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compress.bench.dense import dense_attention
-from compress.bench.measure import Time, graphed_times, times
+from compress.bench.measure import Time, graphed_times, times_in_turn
 from compress.runtime.attention import choose_impl
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
@@ -80,9 +80,10 @@ def prefill_row(shape: Shape, name: str, batch: int, length: int, impl: str, dev
     """Causal prefill of random tokens, `[B, T, H, D]` in memory as a model has them."""
     query, key, value = random_qkv(shape, batch, length, device, dtype)
     spans = mix(name, shape.groups, length)
-    dense = {other: times(call, device) for other, call in dense_attention(query, key, value).items()}
     attend = choose_impl(impl, query).prefill
-    plan = times(lambda: attend(query, key, value, spans), device)
+    calls = {"": lambda: attend(query, key, value, spans), **dense_attention(query, key, value)}
+    dense = times_in_turn(calls, device)
+    plan = dense.pop("")
     return Row("prefill", shape.name, name, batch, length, impl, plan, dense, density(spans, length))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,29 +28,42 @@ def times(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.3
     On a GPU every call lies between two events, and the caches keep what one call leaves for the next, as they do
     when a model runs.
     """
+    return _summary(_durations(call, device, seconds, 5, most))
+
+
+def times_in_turn(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, turns: int = 3) -> dict[str, Time]:
+    """Time several calls against each other, each for .1 s a turn: a GPU that grows hot slows all of them alike."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            found[name] += _durations(call, device, 0.1, 2, 100)
+    return {name: _summary(values) for name, values in found.items()}
+
+
+def _durations(call: Callable[[], Any], device: torch.device, seconds: float, least: int, most: int) -> list[float]:
     call()
     if device.type != "cuda":
         found: list[float] = []
         end = time.perf_counter() + seconds
-        while len(found) < 5 or (time.perf_counter() < end and len(found) < most):
+        while len(found) < least or (time.perf_counter() < end and len(found) < most):
             began = time.perf_counter()
             call()
             found.append((time.perf_counter() - began) * 1e3)
-        return _summary(found)
+        return found
     torch.cuda.synchronize(device)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
     stop.record()
     stop.synchronize()
-    repeats = int(min(most, max(5, seconds * 1e3 / max(start.elapsed_time(stop), 1e-3))))
+    repeats = int(min(most, max(least, seconds * 1e3 / max(start.elapsed_time(stop), 1e-3))))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
     torch.cuda.synchronize(device)
-    return _summary([first.elapsed_time(second) for first, second in pairwise(events)])
+    return [first.elapsed_time(second) for first, second in pairwise(events)]
 
 
 def graphed_times(call: Callable[[], Any], device: torch.device, *, calls: int = 20, seconds: float = 0.3) -> Time:

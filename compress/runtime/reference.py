@@ -134,12 +134,11 @@ def _alike(
     """`prefill` of sequences that are all at the same position and without padding."""
     count, groups = query.shape[2], key.shape[1]
     share = query.shape[1] // groups
-    last = past + count - 1
     out = torch.empty_like(query[..., : value.shape[-1]])
     # Groups that see the same keys of these queries are computed together.
     together: dict[Span, list[int]] = {}
     for group, span in enumerate(spans):
-        together.setdefault(Span() if span.first(last) <= span.sink else span, []).append(group)
+        together.setdefault(Span() if span.sees_all(past + count) else span, []).append(group)
     for span, members in together.items():
         heads = [head for group in members for head in range(group * share, (group + 1) * share)]
         q = query[:, heads]

@@ -56,6 +56,10 @@ class Span:
         """True when every query sees every earlier key."""
         return self.beta == 1 and self.alpha >= 0
 
+    def sees_all(self, length: int) -> bool:
+        """True when nothing is hidden from any query of a sequence of `length` tokens."""
+        return self.is_full or bool(self.first(length - 1) <= self.sink)
+
     def length(self, t: int | torch.Tensor) -> Any:
         """S(t) in tokens, for one position or an integer tensor of positions."""
         return span_length(t, self.alpha, self.beta_units)

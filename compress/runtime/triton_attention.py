@@ -84,7 +84,7 @@ def prefill(
     scale = dim**-0.5 if scale is None else scale
     ragged = not rows.is_whole(columns)
     short = query.is_cuda and columns <= DENSE_UP_TO and not ragged and pages is None
-    if short and all(span.first(columns - 1) <= span.sink for span in spans):
+    if short and all(span.sees_all(columns) for span in spans):
         # Nothing is hidden from anyone yet: the same function, and for short inputs PyTorch's launch is cheaper.
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     where = rows.tensor(query.device)
@@ -106,7 +106,7 @@ def prefill_or_flash(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """As `prefill`; long prompts without history and padding go through FlashAttention-4, which is faster there."""
+    """As `prefill`; long prompts without history and padding go through FlashAttention-4."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     whole = rows is None or rows.is_whole(query.shape[2])
     if applies(query, key, value, plain=whole and pages is None and dropout == 0 and not trained):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +31,35 @@ def _bounds(length, sink, alpha, beta, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _work(
+    lengths_ptr,
+    rules_ptr,
+    segments,
+    most,
+    GROUPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE: tl.constexpr,
+    FEWEST: tl.constexpr,
+):
+    """Pages of every segment, a (sequence, group), and how many of `most` programs share them.
+
+    Program p walks pages [pages * p // programs, pages * (p + 1) // programs) of all segments in a row.
+    """
+    every = tl.arange(0, BLOCK_S)
+    known = every < segments
+    group = every % GROUPS
+    length = tl.load(lengths_ptr + every // GROUPS, mask=known, other=0)
+    sink = tl.load(rules_ptr + group * 3)
+    alpha = tl.load(rules_ptr + group * 3 + 1)
+    beta = tl.load(rules_ptr + group * 3 + 2)
+    sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
+    counts = tl.where(known & (length > 0), sinks + end - start, 0)
+    pages = tl.sum(counts, 0).to(tl.int64)
+    programs = tl.minimum((pages + FEWEST - 1) // FEWEST, most)  # each has a page, so each arrives
+    return sinks, start, counts, pages, programs
+
+
+@triton.jit
 def _decode(
     query_ptr,  # [B, H, D]
     key_pages_ptr,  # [places, PAGE, D]
@@ -42,7 +70,6 @@ def _decode(
     out_ptr,  # [B, H, D]
     parts_ptr,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     stats_ptr,  # [programs, 2, 2, SHARE] float32: its running maximum and total
-    shared_ptr,  # [B * G, 4] int32: first and last program of each segment, the slot of the first, pieces
     segments,
     numbers,
     scale,
@@ -72,33 +99,14 @@ def _decode(
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
-    known = every < segments
-    group = every % GROUPS
-    length = tl.load(lengths_ptr + every // GROUPS, mask=known, other=0)
-    sink = tl.load(rules_ptr + group * 3)
-    alpha = tl.load(rules_ptr + group * 3 + 1)
-    beta = tl.load(rules_ptr + group * 3 + 2)
-    sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
-    counts = tl.where(known & (length > 0), sinks + end - start, 0)
-    ends = tl.cumsum(counts, 0)
-    pages = tl.sum(counts, 0).to(tl.int64)
-    programs = tl.minimum((pages + FEWEST - 1) // FEWEST, tl.num_programs(0))  # each has a page, so each arrives
-    if program >= tl.maximum(programs, 1):
+    sinks, start, counts, pages, programs = _work(
+        lengths_ptr, rules_ptr, segments, tl.num_programs(0), GROUPS, BLOCK_S, PAGE, FEWEST
+    )
+    if program >= programs:
         return
-    if program == 0:
-        # Program p walks pages [pages * p // programs, pages * (p + 1) // programs).
-        starts = (ends - counts).to(tl.int64)
-        most = tl.maximum(pages, 1)
-        one = ((starts + 1) * programs - 1) // most
-        last = (ends.to(tl.int64) * programs - 1) // most
-        held = known & (counts > 0)
-        tl.store(shared_ptr + every * 4, one.to(tl.int32), mask=held)
-        tl.store(shared_ptr + every * 4 + 1, last.to(tl.int32), mask=held)
-        tl.store(shared_ptr + every * 4 + 2, (pages * one // tl.maximum(programs, 1) < starts).to(tl.int32), mask=held)
-        tl.store(shared_ptr + every * 4 + 3, tl.where(counts > 0, last - one + 1, 0).to(tl.int32), mask=known)
-    share = tl.maximum(programs, 1)
-    at = (pages * program // share).to(tl.int32)
-    stop = (pages * (program + 1) // share).to(tl.int32)
+    ends = tl.cumsum(counts, 0)
+    at = (pages * program // programs).to(tl.int32)
+    stop = (pages * (program + 1) // programs).to(tl.int32)
     mine = at
 
     rows = tl.arange(0, BLOCK_M)
@@ -172,38 +180,50 @@ def _join(
     out_ptr,
     parts_ptr,
     stats_ptr,
-    shared_ptr,
+    lengths_ptr,
+    rules_ptr,
+    segments,
+    most,
     out_b,
     out_h,
     SHARE: tl.constexpr,
     GROUPS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PAGE: tl.constexpr,
+    FEWEST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One head of one (sequence, group): the pieces that several programs left, joined in the order of the pages."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+    """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
     s = tl.program_id(0)
     h = tl.program_id(1)
-    pieces = tl.load(shared_ptr + s * 4 + 3)
-    dims = tl.arange(0, BLOCK_V)
+    every = tl.arange(0, BLOCK_S)
+    # None of this is a result of `_decode`, so it is known before that has ended.
+    _, _, counts, pages, programs = _work(lengths_ptr, rules_ptr, segments, most, GROUPS, BLOCK_S, PAGE, FEWEST)
+    start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
+    count = tl.sum(tl.where(every == s, counts, 0), 0)
+    dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     out = out_ptr + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
-    if pieces == 0:  # a sequence that takes no part
-        tl.store(out + dims, tl.zeros([BLOCK_V], out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
-    if pieces < 2:
+    if count == 0:  # a sequence that takes no part
+        tl.store(out + dims, tl.zeros([BLOCK_C], out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
         return
-    one = tl.load(shared_ptr + s * 4)
-    last = tl.load(shared_ptr + s * 4 + 1)
-    first_slot = tl.load(shared_ptr + s * 4 + 2)
-    acc = tl.zeros([BLOCK_V], tl.float32)
+    one = (((start + 1) * programs - 1) // pages).to(tl.int32)  # the programs that walk the first and the last page
+    last = (((start + count) * programs - 1) // pages).to(tl.int32)
+    if one == last:
+        return
+    # Slot 0 holds the piece that starts where its program starts; only the first can start later.
+    first_slot = (pages * one // programs < start).to(tl.int32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([BLOCK_C], tl.float32)
     top = tl.full([1], NEVER, tl.float32)
     total = tl.zeros([1], tl.float32)
     for base in range(one, last + 1, BLOCK_R):
         p = base + tl.arange(0, BLOCK_R)
         ok = p <= last
-        # Slot 0 holds the piece that starts where its program starts; only the first can start later.
         part = p * 2 + tl.where(p == one, first_slot, 0)
         tops = tl.load(stats_ptr + part * 2 * SHARE + h, mask=ok, other=NEVER)
         totals = tl.load(stats_ptr + (part * 2 + 1) * SHARE + h, mask=ok, other=0.0)
@@ -234,7 +254,9 @@ def decode(
     config = decode_config(dim, query.device)
     programs, overlap = config["programs"], config["overlap"]
     block_v = max(16, triton.next_power_of_2(value_dim))
-    space = workspace(query.device, programs * 2 * share, block_v, batch * groups)
+    block_s = max(16, triton.next_power_of_2(batch * groups))
+    parts, stats = workspace(query.device, programs * 2 * share, block_v)
+    rules = span_rules(tuple(spans), query.device)
     out = query.new_empty(batch, heads, value_dim)
     _decode[(programs,)](
         query,
@@ -242,11 +264,10 @@ def decode(
         pages.values,
         pages.table,
         lengths,
-        span_rules(tuple(spans), query.device),
+        rules,
         out,
-        space.parts,
-        space.stats,
-        space.shared,
+        parts,
+        stats,
         batch * groups,
         pages.table.shape[-1],
         (dim**-0.5 if scale is None else scale) * LOG2E,
@@ -261,7 +282,7 @@ def decode(
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_V=block_v,
         BLOCK_M=max(16, triton.next_power_of_2(share)),
-        BLOCK_S=max(16, triton.next_power_of_2(batch * groups)),
+        BLOCK_S=block_s,
         PAGE=PAGE,
         FEWEST=config["fewest"],
         STAGES=config["stages"],
@@ -269,18 +290,28 @@ def decode(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
     )
-    _join[(batch * groups, share)](
+    # As many pieces at once as a segment has when half of the segments hold nearly all pages.
+    pieces = max(16, min(256, triton.next_power_of_2(2 * programs // (batch * groups))))
+    columns = min(block_v, config["columns"])
+    _join[(batch * groups, share, triton.cdiv(value_dim, columns))](
         out,
-        space.parts,
-        space.stats,
-        space.shared,
+        parts,
+        stats,
+        lengths,
+        rules,
+        batch * groups,
+        programs,
         out.stride(0),
         out.stride(1),
         SHARE=share,
         GROUPS=groups,
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
-        BLOCK_R=config["join"],
+        BLOCK_S=block_s,
+        BLOCK_R=pieces,
+        BLOCK_C=columns,
+        PAGE=PAGE,
+        FEWEST=config["fewest"],
         OVERLAP=overlap,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),
@@ -288,32 +319,24 @@ def decode(
     return out
 
 
-@dataclass
-class Workspace:
-    """What the programs of a launch hand to the join behind it; one per device and stream, where launches queue."""
-
-    parts: torch.Tensor
-    stats: torch.Tensor
-    shared: torch.Tensor
+_WORKSPACES: dict[tuple[torch.device, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
 
-_WORKSPACES: dict[tuple[torch.device, int], list[Workspace]] = {}
+def workspace(device: torch.device, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What programs hand to the join behind them: `rows` pieces of `width`, and their maxima and totals, float32.
 
-
-def workspace(device: torch.device, rows: int, width: int, segments: int) -> Workspace:
-    """Scratch for `rows` pieces of `width` and for `segments` (sequence, group) pairs.
-
-    A larger one is added when one is too small. The smaller stays, because a captured CUDA graph may point to it.
+    One per device and stream, where launches queue. A larger one is added when one is too small; the smaller stays,
+    because a captured CUDA graph may point to it.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     spaces = _WORKSPACES.setdefault((device, stream), [])
-    for space in spaces:
-        if space.parts.numel() >= rows * width and space.stats.numel() >= rows * 2 and len(space.shared) >= segments:
-            return space
-    space = Workspace(
-        torch.empty(rows * width, dtype=torch.float32, device=device),
-        torch.empty(rows * 2, dtype=torch.float32, device=device),
-        torch.zeros(segments, 4, dtype=torch.int32, device=device),
+    for parts, stats in spaces:
+        if parts.numel() >= rows * width and stats.numel() >= rows * 2:
+            return parts, stats
+    spaces.append(
+        (
+            torch.empty(rows * width, dtype=torch.float32, device=device),
+            torch.empty(rows * 2, dtype=torch.float32, device=device),
+        )
     )
-    spaces.append(space)
-    return space
+    return spaces[-1]

@@ -34,14 +34,14 @@ def prefill_config(head_dim: int, itemsize: int, device: torch.device) -> dict[s
 
 
 def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
-    """Programs of the launch, fewest pages a program, warps, pipeline depth, pieces joined at once."""
+    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once."""
     small = head_dim > 128 and not _hopper(device)
     return {
         "programs": _multiprocessors(device) * 3,
         "fewest": 1,
         "warps": 4,
         "stages": 1 if device.type == "cpu" else 2 if small else 3,
-        "join": 64,
+        "columns": 32,
         "overlap": _hopper(device),
     }
 

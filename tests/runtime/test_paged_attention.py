@@ -266,6 +266,6 @@ def test_the_interpreter_is_not_taken_by_itself() -> None:
     assert choose_impl("auto", query) is IMPLS["reference"]
     assert choose_impl("triton", query.to(DEVICE)) is IMPLS["triton"]
     with pytest.raises(ValueError, match="head size 256, and this one is 512"):
-        choose_impl("triton", torch.zeros(1, 1, 1, 512))
-    with pytest.raises(ValueError, match="flash was asked for, but FlashAttention-4 is used on Hopper"):
-        choose_impl("flash", torch.zeros(1, 1, 1, 64) if DEVICE == "cpu" else query)
+        choose_impl("triton", torch.zeros(1, 1, 1, 512, device=DEVICE))
+    with pytest.raises(ValueError, match="flash was asked for, but"):
+        choose_impl("flash", query)

@@ -35,6 +35,13 @@ def test_mask_is_the_stated_rule(span: Span, length: int) -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
+@given(spans, st.integers(1, 300))
+def test_sees_all_is_the_causal_mask(span: Span, length: int) -> None:
+    t = torch.arange(length)
+    assert span.sees_all(length) == torch.equal(span.visible(t[:, None], t[None, :]), t[None, :] <= t[:, None])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(spans, st.integers(0, 100_000))
 def test_first_visible_key_never_moves_back(span: Span, t: int) -> None:
     assert span.first(t) <= span.first(t + 1) <= span.first(t) + 1
