@@ -258,7 +258,13 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
                     f"  {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})  "
                     f"{own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
                 )
-                facts = {"shape": shape.name, "plan": name, "length": length, "impl": impl, "ms": vars(took)}
+                facts: dict[str, Any] = {
+                    "shape": shape.name,
+                    "plan": name,
+                    "length": length,
+                    "impl": impl,
+                    "ms": vars(took),
+                }
                 facts |= {"density": share, "dense_ms": {n: vars(t) for n, t in base.items()}}
                 rows.append(facts | {"of_bound": own, "of_bound_cudnn": cudnn})
         measure.release(DEVICE)
