@@ -17,6 +17,7 @@ def load() -> Methods:
     import compress.search.methods  # noqa: F401  (importing a package registers its methods)
     from compress import registry
     from compress.data.text import DatasetText, EmbeddedText, FileText
+    from compress.evaluate.harness import HarnessRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
     from compress.search.budget import Budget
@@ -29,4 +30,5 @@ def load() -> Methods:
         sources={typing.cast(str, source.model_fields["source"].default): source for source in sources},
         budget=Budget,
         perplexity=PerplexityRequest,
+        lm_eval=HarnessRequest,
     )

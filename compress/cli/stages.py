@@ -141,6 +141,7 @@ def evaluate_stage(session: Session) -> Comparison:
     key, path = session.evaluate_key(), run.path / "evaluation.json"
     request: Any = recipe.evaluate.perplexity
     tasks: Any = recipe.evaluate.recall
+    harness: Any = recipe.evaluate.lm_eval
 
     def work() -> Comparison:
         with progress("evaluate") as report:
@@ -150,6 +151,7 @@ def evaluate_stage(session: Session) -> Comparison:
                 perplexity_request=request,
                 recall_requests=tasks,
                 recall_text=None if request is not None else _text(session),
+                harness_request=harness,
                 seed=recipe.seed,
                 batch_size=recipe.evaluate.batch_size,
                 cache_dir=run.path / "evaluation",
@@ -196,7 +198,8 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
     itemsize = model.dtype.itemsize
     evaluate: Any = session.recipe.evaluate
     asked = [*evaluate.recall, *([evaluate.perplexity] if evaluate.perplexity is not None else [])]
-    lengths = sorted({int(request.length) for request in asked})
+    suites: tuple[int, ...] = evaluate.lm_eval.lengths if evaluate.lm_eval and evaluate.lm_eval.suites else ()
+    lengths = sorted({int(request.length) for request in asked} | set(suites))
     groups = shape.layers * shape.kv_heads
     plans = {"plan": plan}
     for name in evaluate.compare:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from compress.data.prompt import Prompt, RecallTask, Task
 from compress.data.text import EmbeddedText, TextSource, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.harness import HarnessRequest, TaskResult, run_task, task_keys
+from compress.evaluate.harness import check_request as check_harness
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
 from compress.files import key_of, text_key, write_text
@@ -36,12 +39,14 @@ class Variant:
         build: makes the model; called only when something is not measured yet, and the model is let go afterwards.
         key: what the variant depends on besides the dense model's weights (a hash of its plan), for resuming.
         kv_bytes: bytes of KV cache of one sequence by length.
+        tokenizer: makes its tokenizer, where that is not the dense model's; then only lm-eval tasks can be compared.
     """
 
     name: str
     build: Callable[[], Any]
     key: str = ""
     kv_bytes: dict[int, int] = field(default_factory=dict)
+    tokenizer: Callable[[], Any] | None = None
 
 
 def compare(
@@ -51,6 +56,7 @@ def compare(
     perplexity_request: PerplexityRequest | None,
     recall_requests: Sequence[Task],
     recall_text: TextSource | None = None,
+    harness_request: HarnessRequest | None = None,
     seed: int,
     cache_dir: Path,
     batch_size: int = 1,
@@ -77,6 +83,13 @@ def compare(
     if recall_text is None:
         recall_text = EmbeddedText() if perplexity_request is None else perplexity_request.text
     context = getattr(loaded.model.config, "max_position_embeddings", None)
+    if harness_request is not None:
+        check_harness(harness_request, context)
+    if any(variant.tokenizer for variant in variants) and (perplexity_request is not None or recall_requests):
+        raise UserError(
+            "perplexity and recall compare models of one tokenizer",
+            fix="compare these models on lm-eval tasks and suites only",
+        )
     windows: list[int] = []
     if perplexity_request is not None:
         windows = tokenise(loaded.tokenizer, split_text(perplexity_request.text.load(), "evaluation"))
@@ -86,7 +99,8 @@ def compare(
     parameter = next(loaded.model.parameters())
     dtype, device = str(parameter.dtype).removeprefix("torch."), _device(parameter.device)
     fingerprint = shape_of(loaded.model).fingerprint
-    steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked))
+    tasks = task_keys(harness_request) if harness_request is not None else []
+    steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
     meter = _Meter(steps * len(variants), progress)
     rows = []
     for variant in variants:
@@ -96,12 +110,14 @@ def compare(
         recalled = [
             bench.recall(task, prompts, batch_size) for task, prompts in zip(recall_requests, asked, strict=True)
         ]
+        ran = [bench.task(harness_request, *task, seed, recall_text) for task in tasks if harness_request is not None]
         rows.append(
             VariantResult(
                 name=variant.name,
                 kv_bytes=variant.kv_bytes,
                 perplexity=measured,
                 recall=recalled,
+                tasks=ran,
                 seconds=round(bench.seconds, 2),
             )
         )
@@ -114,12 +130,14 @@ def compare(
         batch_size=batch_size,
         perplexity=perplexity_request.model_dump(mode="json") if perplexity_request else None,
         recall=[task.model_dump(mode="json") for task in recall_requests],
-        text=recall_text.model_dump(mode="json") if recall_requests else None,
+        lm_eval=harness_request.model_dump(mode="json") if harness_request else None,
+        text=recall_text.model_dump(mode="json") if recall_requests or harness_request else None,
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-        },
+        }
+        | ({"lm-eval": version("lm_eval")} if tasks else {}),
         variants=rows,
     )
 
@@ -170,6 +188,22 @@ class _Bench:
             step,
             len(prompts),
         )
+
+    def task(self, request: HarnessRequest, name: str, length: int | None, seed: int, source: TextSource) -> TaskResult:
+        """One lm-eval task or suite, measured or read."""
+        label = name if length is None else f"{name} at {length}"
+        step = self.meter.within(f"{self.variant.name}: {label}")
+        own: dict[str, Any] = {"include": request.include, "limit": request.limit, "batch_size": request.batch_size}
+        if length is not None:
+            own = {"count": request.count, "batch_size": request.batch_size, "text": source.model_dump(mode="json")}
+        facts = ["task", name, length, own, seed if length is not None else None, version("lm_eval")]
+
+        def measure() -> TaskResult:
+            tokenizer = self.tokenizer if self.variant.tokenizer is None else self.variant.tokenizer()
+            text = source.load() if length is not None else ""
+            return run_task(self.model, tokenizer, request, name, length, seed=seed, text=text)
+
+        return self._kept(facts, TaskResult, measure, step, 1)
 
     @property
     def model(self) -> Any:

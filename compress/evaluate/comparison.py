@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.errors import Problem, UserError
+from compress.evaluate.harness import Paired, TaskResult, paired
 from compress.evaluate.perplexity import PerplexityResult
 from compress.evaluate.recall import RecallResult
 from compress.files import write_text
@@ -21,6 +22,7 @@ class VariantResult(BaseModel):
     Attributes:
         kv_bytes: bytes of KV cache of one sequence by length, as the plan predicts them.
         recall: one result for each recall task, in the order of the columns.
+        tasks: lm-eval tasks and suites, in the order of the request.
         seconds: wall clock of the measurements, from the run that made them.
     """
 
@@ -30,6 +32,7 @@ class VariantResult(BaseModel):
     kv_bytes: dict[int, int] = {}
     perplexity: PerplexityResult | None = None
     recall: list[RecallResult] = []
+    tasks: list[TaskResult] = []
     seconds: float = 0.0
 
 
@@ -53,6 +56,7 @@ class Comparison(BaseModel):
     batch_size: int
     perplexity: dict[str, Any] | None
     recall: list[dict[str, Any]]
+    lm_eval: dict[str, Any] | None = None
     text: dict[str, Any] | None
     versions: dict[str, str]
     variants: list[VariantResult] = Field(min_length=1)
@@ -87,7 +91,54 @@ class Comparison(BaseModel):
         found = [self.table()]
         if all(variant.perplexity is not None for variant in self.variants) and self.perplexity is not None:
             found.append(self._by_position())
-        return found + [self._by_depth(number) for number in range(len(self.recall))]
+        found += [self._by_depth(number) for number in range(len(self.recall))]
+        return [*found, self._by_task()] if self.dense.tasks else found
+
+    def against_dense(self, variant: VariantResult, number: int) -> Paired | None:
+        """Paired difference of a task's main metric to the dense model's."""
+        task = variant.tasks[number]
+        return paired(task, self.dense.tasks[number], task.main())
+
+    def worst_drop(self, variant: VariantResult) -> tuple[str, Paired] | None:
+        """The task that lost most against the dense model; None where no task can be paired."""
+        found = []
+        for number, task in enumerate(variant.tasks):
+            gap = self.against_dense(variant, number)
+            if gap is not None:
+                found.append((gap.difference if task.higher[task.main()] else -gap.difference, task.task, gap))
+        return min(found)[1:] if found else None
+
+    def _by_task(self) -> Table:
+        """lm-eval tasks, a row a task: value and standard error, and in parentheses the paired difference to dense."""
+        table = Table(
+            title="lm-eval tasks and suites",
+            caption="standard errors behind the plus-minus signs; in parentheses the difference to dense over the same "
+            "items, * where it is more than 1.96 of its own standard errors",
+        )
+        for head in ("task", "metric", "items"):
+            table.add_column(head, no_wrap=True)
+        for variant in self.variants:
+            table.add_column(variant.name, justify="right")
+        for number, task in enumerate(self.dense.tasks):
+            cells = [self._task_cell(variant, number) for variant in self.variants]
+            kind = "" if task.generates else " (scored, no cache)"
+            table.add_row(task.task, f"{task.main()}{kind}", str(len(task.samples)), *cells)
+        worst = [self.worst_drop(variant) for variant in self.variants[1:]]
+        if any(worst):
+            cells = ["" if drop is None else f"{drop[1].difference:+.3f} {drop[0]}" for drop in worst]
+            table.add_row("worst", "", "", "", *cells)
+        return table
+
+    def _task_cell(self, variant: VariantResult, number: int) -> str:
+        task = variant.tasks[number]
+        metric = task.main()
+        value = f"{task.metrics[metric]:.4g}"
+        if metric in task.errors:
+            value += f" ± {task.errors[metric]:.3f}"
+        gap = None if variant is self.dense else self.against_dense(variant, number)
+        if gap is None:
+            return value
+        return f"{value} ({gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''})"
 
     def print(self, console: Console) -> None:
         """Print all tables."""

@@ -1,0 +1,335 @@
+"""lm-eval as a library: tasks from local files, from the hub, or our suites, on a model that is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.errors import UserError, nearest
+from compress.evaluate.suites import SUITES
+from compress.registry import Method
+
+EXTRA = "pip install 'compress[lm-eval]'"
+
+
+class HarnessRequest(Method):
+    """Which lm-eval tasks and which of our suites to run."""
+
+    tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
+    include: str | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
+    limit: int | None = Field(None, ge=1, description="only the first items of every task")
+    suites: tuple[str, ...] = Field((), strict=False, description=f"of {', '.join(SUITES)}")
+    lengths: tuple[int, ...] = Field((2048,), strict=False, description="tokens of the suites' items")
+    count: int = Field(20, ge=1, description="items of each suite and length")
+    batch_size: int = Field(1, ge=1, description="inputs at once")
+
+
+class Sample(BaseModel):
+    """One item's figures, by metric, and where its evidence lay if a suite said so."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metrics: dict[str, float]
+    depth: float | None = None
+    gap: int | None = None
+    written: str | None = None
+
+
+class TaskResult(BaseModel):
+    """One task on one model.
+
+    Attributes:
+        metrics: as lm-eval aggregates them, by name; errors: their standard errors where lm-eval has one.
+        higher: whether more is better, by metric.
+        length: tokens of the items, for a suite.
+        generates: False for tasks that only score given text: they never touch a KV cache.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    version: str
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    higher: dict[str, bool]
+    length: int | None = None
+    generates: bool
+    samples: list[Sample]
+
+    def main(self) -> str:
+        """The metric that stands for the task: the normalised accuracy, else the first."""
+        return next((name for name in ("score", "acc_norm", "acc") if name in self.metrics), next(iter(self.metrics)))
+
+
+class Paired(BaseModel):
+    """Mean difference to the dense model over the same items, and its standard error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    difference: float
+    error: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether zero lies outside 1.96 standard errors."""
+        return abs(self.difference) > 1.96 * self.error
+
+
+def paired(result: TaskResult, dense: TaskResult, metric: str) -> Paired | None:
+    """Difference of a metric that is a mean over items; None where it is no such mean, or where items differ."""
+    ours = [sample.metrics.get(metric) for sample in result.samples]
+    theirs = [sample.metrics.get(metric) for sample in dense.samples]
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return None
+    gaps = [own - other for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
+    if len(gaps) != len(ours):
+        return None
+    mean = math.fsum(gaps) / len(gaps)
+    spread = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
+    return Paired(difference=mean, error=math.sqrt(spread / len(gaps)))
+
+
+def check_request(request: HarnessRequest, context: int | None) -> None:
+    """Check names and lengths before anything runs.
+
+    Raises:
+        UserError: no such suite, a length beyond the model's context, or lm-eval is not installed.
+    """
+    for name in request.suites:
+        if name not in SUITES:
+            raise UserError(
+                f"unknown suite `{name}`", expected=f"one of {', '.join(SUITES)}", fix=nearest(name, SUITES)
+            )
+    if request.suites and context is not None and max(request.lengths) > context:
+        raise UserError(
+            "the suites are longer than the model's context",
+            expected=f"at most {context} tokens",
+            found=f"{max(request.lengths)} tokens",
+        )
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("tasks and suites need the package lm-eval", fix=EXTRA) from error
+
+
+def task_keys(request: HarnessRequest) -> list[tuple[str, int | None]]:
+    """Every task of a request, suites once for each length."""
+    return [(name, None) for name in request.tasks] + [
+        (name, length) for name in request.suites for length in request.lengths
+    ]
+
+
+def run_task(
+    model: Any, tokenizer: Any, request: HarnessRequest, name: str, length: int | None, *, seed: int, text: str
+) -> TaskResult:
+    """Run one task with lm-eval.
+
+    Args:
+        length: of a suite's items; None for a task of lm-eval or of `request.include`.
+        text: what the suites' haystacks are cut from.
+
+    Raises:
+        UserError: no such task, its data cannot be read, or an input is longer than the model's context: nothing is
+            ever cut to fit.
+    """
+    _quiet()
+    from lm_eval import simple_evaluate
+
+    lm = _strict(model, tokenizer, request.batch_size)
+    task, manager = _task(request, name, length, tokenizer, seed, text)
+    with contextlib.redirect_stderr(io.StringIO()):
+        found: Any = simple_evaluate(
+            model=lm, tasks=[task], task_manager=manager, limit=request.limit, bootstrap_iters=0, log_samples=True
+        )
+    (key, values), *more = found["results"].items()
+    if more:
+        raise UserError(f"`{name}` is a group of tasks", fix=f"name its tasks: {', '.join(found['results'])}")
+    return _result(key, length, values, found)
+
+
+def _result(key: str, length: int | None, values: dict[str, Any], found: dict[str, Any]) -> TaskResult:
+    metrics, errors = {}, {}
+    for name, value in values.items():
+        metric, _, kind = name.partition(",")
+        if not kind or isinstance(value, str):
+            continue
+        if metric.endswith("_stderr"):
+            errors[metric.removesuffix("_stderr")] = float(value)
+        else:
+            metrics[metric] = float(value)
+    config = found["configs"][key]
+    samples = []
+    for sample in sorted(found["samples"][key], key=lambda sample: int(sample["doc_id"])):
+        own = {name: float(sample[name]) for name in metrics if isinstance(sample.get(name), (int, float))}
+        doc, written = sample["doc"], sample["filtered_resps"][0]
+        samples.append(
+            Sample(
+                metrics=own,
+                depth=doc.get("depth") if length is not None else None,
+                gap=doc.get("gap") if length is not None else None,
+                written=written if length is not None else None,
+            )
+        )
+    return TaskResult(
+        task=key,
+        version=str(found["versions"].get(key, "")),
+        metrics=metrics,
+        errors=errors or _mean_errors(samples, metrics),
+        higher={name: bool(found["higher_is_better"][key].get(name, True)) for name in metrics},
+        length=length,
+        generates=config["output_type"] == "generate_until",
+        samples=samples,
+    )
+
+
+def _mean_errors(samples: Sequence[Sample], metrics: dict[str, float]) -> dict[str, float]:
+    """Standard errors of those metrics that are means over the items."""
+    found = {}
+    for name, value in metrics.items():
+        values = [sample.metrics[name] for sample in samples if name in sample.metrics]
+        if len(values) > 1 and math.isclose(math.fsum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12):
+            spread = math.fsum((each - value) ** 2 for each in values) / (len(values) - 1)
+            found[name] = math.sqrt(spread / len(values))
+    return found
+
+
+def _quiet() -> None:
+    """lm-eval writes a line for every step; errors still come through."""
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _strict(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's model class around ours, that refuses what it would cut."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Strict(HFLM):
+        """Inputs that are too long are an error: lm-eval cuts them on the left, which takes needles away."""
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for _, context, continuation in requests:
+                self._fits(len(context) + len(continuation) - 1)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+            found = super().tok_batch_encode(strings, *args, **kwargs)
+            self._fits(int(found[1].sum(dim=1).max()), left_truncate_len)
+            return found
+
+        def _fits(self, tokens: int, most: int | None = None) -> None:
+            most = self.max_length if most is None else most
+            if tokens > most:
+                raise UserError(
+                    "an input is longer than the model's context, and nothing is cut",
+                    expected=f"at most {most} tokens before the answer",
+                    found=f"{tokens} tokens",
+                    fix="take a shorter task, or a model with a longer context",
+                )
+
+    # The paged cache and the dense one are compared as they are; a cache of logits by shared prefix would hide them.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return Strict(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, logits_cache=False)
+
+
+def _task(
+    request: HarnessRequest, name: str, length: int | None, tokenizer: Any, seed: int, text: str
+) -> tuple[Any, Any]:
+    """A loaded task and the manager that knows it."""
+    from lm_eval.tasks import TaskManager
+
+    if length is not None:
+        return suite_config(name, length, request.count, tokenizer, seed, text), TaskManager(include_defaults=False)
+    # Absolute, because the task is loaded from within its own folder.
+    include = None if request.include is None else str(Path(request.include).expanduser().resolve())
+    if include is not None and not Path(include).is_dir():
+        raise UserError("no such folder of task files", where=request.include)
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if name not in manager.task_index:
+        manager = TaskManager(include_path=include)
+    entry = manager.task_index.get(name)
+    if entry is None:
+        known = list(manager.task_index)
+        raise UserError(
+            f"lm-eval has no task `{name}`",
+            where=request.include,
+            expected="a task of lm-eval, or of the folder `include`",
+            fix=nearest(name, known),
+        )
+    try:
+        with _inside(_root(entry, request.include)), contextlib.redirect_stderr(io.StringIO()):
+            (task,) = manager.load([name])["tasks"].values()
+    except ValueError as error:
+        raise UserError(f"`{name}` is a group of tasks", fix="name its tasks one by one") from error
+    except UserError:
+        raise
+    except Exception as error:  # datasets, the hub client and task code raise kinds of their own
+        raise UserError(
+            "the task could not be loaded",
+            where=name,
+            found=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="without a network only tasks with local data can run: give their folder as `include`",
+        ) from error
+    return task, manager
+
+
+def _root(entry: Any, include: str | None) -> Path:
+    """The folder that a task's data files are relative to: the current one, the task file's, or the one above it."""
+    config = entry.cfg or {}
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if not isinstance(files, dict) or entry.yaml_path is None:
+        return Path.cwd()
+    names = [name for each in files.values() for name in ([each] if isinstance(each, str) else each)]
+    folders = [Path.cwd(), Path(entry.yaml_path).resolve().parent, Path(entry.yaml_path).resolve().parent.parent]
+    for folder in folders:
+        if all((folder / name).is_file() or "://" in name for name in names):
+            return folder
+    raise UserError(
+        "the task's data files are not there",
+        where=entry.name,
+        expected=f"{', '.join(names)} in the current folder, in {include} or beside it",
+    )
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in a folder for a moment: `datasets` resolves data files against the current one."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def suite_config(name: str, length: int, count: int, tokenizer: Any, seed: int | str, text: str) -> dict[str, Any]:
+    """One of our suites as a task that lm-eval takes."""
+    from datasets import Dataset
+
+    suite = SUITES[name]
+
+    def documents(**_: Any) -> dict[str, Any]:
+        return {"test": Dataset.from_list([vars(item) for item in suite.items(tokenizer, length, count, seed, text)])}
+
+    return {
+        "task": f"{name}_{length}",
+        "custom_dataset": documents,
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": lambda doc: doc["prompt"],
+        "doc_to_target": lambda doc: " ".join(doc["answers"]),
+        "process_results": lambda doc, results: {"score": suite.score(results[0], doc["answers"])},
+        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"do_sample": False, "max_gen_toks": suite.answer_tokens, "until": []},
+        "metadata": {"version": 1.0},
+    }
