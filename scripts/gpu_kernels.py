@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
-from compress.bench.kernel import Shape, density, mix, random_qkv
+from compress.bench.kernel import Shape, mix, random_qkv
 from compress.bench.model import model_row
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
@@ -33,6 +33,7 @@ from compress.runtime import flash
 from compress.runtime.attention import IMPLS
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
+from compress.targets.cost import prefill_density
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
@@ -235,7 +236,7 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
             spans = mix(name[0], shape.groups, length)
             if name == "A*":
                 spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
-            share = density(spans, length)
+            share = prefill_density([spans], length)
             calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
             if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
                 calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)

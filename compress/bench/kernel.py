@@ -13,6 +13,7 @@ from compress.bench.measure import Time, graphed_times, times_in_turn
 from compress.runtime.attention import choose_impl
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
+from compress.targets.cost import prefill_density
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ def mix(name: str, groups: int, length: int) -> list[Span]:
     if name == "B":
         return [Span(0, (512, 2048, length // 4, length // 2)[group * 4 // groups], 0.0) for group in range(groups)]
     raise ValueError(f"mix: expected A, B or full, got {name!r}")
-
-
-def density(spans: Sequence[Span], length: int) -> float:
-    """Visible pairs of query and key over causal pairs, all groups together."""
-    t = torch.arange(length)
-    seen = 0
-    for span in spans:
-        first = span.first(t)
-        seen += int((t + 1 - first + first.clamp(max=span.sink)).sum())
-    return seen / (len(spans) * length * (length + 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ def prefill_row(shape: Shape, name: str, batch: int, length: int, impl: str, dev
     calls = {"": lambda: attend(query, key, value, spans), **dense_attention(query, key, value)}
     dense = times_in_turn(calls, device)
     plan = dense.pop("")
-    return Row("prefill", shape.name, name, batch, length, impl, plan, dense, density(spans, length))
+    return Row("prefill", shape.name, name, batch, length, impl, plan, dense, prefill_density([spans], length))
 
 
 def decode_row(shape: Shape, name: str, batch: int, length: int, impl: str, device: torch.device, dtype: Any) -> Row:

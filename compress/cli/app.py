@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from compress import __version__
-from compress.cli import bench, doctor, evaluate, export, inspect, profile, recipes, run, search, validate
+from compress.cli import bench, doctor, evaluate, export, inspect, profile, recipes, report, run, search, validate
 from compress.cli.output import guarded
 
 EPILOG = "Start with: compress run recipes/smollm2-quickstart.yaml"
@@ -28,6 +28,7 @@ for name, panel, command in (
     ("export", STAGES, export.export),
     ("eval", STAGES, evaluate.evaluate),
     ("bench", STAGES, bench.bench),
+    ("report", STAGES, report.report),
     ("validate", FILES, validate.validate),
     ("inspect", FILES, inspect.inspect),
     ("recipes", FILES, recipes.recipes),

@@ -86,12 +86,13 @@ class Comparison(BaseModel):
             table.add_row(variant.name, *self._cells(variant, lengths))
         return table
 
-    def tables(self) -> list[Table]:
-        """The main table, then perplexity by position and recall by depth where they were measured."""
+    def tables(self, depth: bool = True) -> list[Table]:
+        """The main table, then perplexity by position, recall by depth, and tasks, where they were measured."""
         found = [self.table()]
         if all(variant.perplexity is not None for variant in self.variants) and self.perplexity is not None:
             found.append(self._by_position())
-        found += [self._by_depth(number) for number in range(len(self.recall))]
+        if depth:
+            found += [self._by_depth(number) for number in range(len(self.recall))]
         return [*found, self._by_task()] if self.dense.tasks else found
 
     def against_dense(self, variant: VariantResult, number: int) -> Paired | None:

@@ -1,8 +1,11 @@
-"""What a plan costs: the bytes of KV cache that the runtime allocates for it."""
+"""What a plan costs: the bytes of KV cache that the runtime allocates for it, and the attention that it computes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+
+import torch
 
 from compress.runtime.span import PAGE, Span
 
@@ -21,3 +24,30 @@ def kv_bytes(spans: Iterable[Iterable[Span]], length: int, head_dim: int, itemsi
 def dense_kv_bytes(groups: int, length: int, head_dim: int, itemsize: int) -> int:
     """Bytes that transformers' own cache holds for one sequence: `length` tokens in each of all `groups`."""
     return groups * length * 2 * head_dim * itemsize
+
+
+def prefill_density(spans: Iterable[Iterable[Span]], length: int) -> float:
+    """Visible pairs of query and key over causal pairs in a prefill, all head groups together, token by token.
+
+    One minus this is the prefill sparsity of Sparse Frontier (arXiv 2504.17768), which counts whole blocks.
+    """
+    t = torch.arange(length)
+    counts = Counter(span for row in spans for span in row)
+    seen = 0
+    for span, number in counts.items():
+        first = span.first(t)
+        seen += number * int((t + 1 - first + first.clamp(max=span.sink)).sum())
+    return seen / (counts.total() * length * (length + 1) / 2)
+
+
+def decode_density(spans: Iterable[Iterable[Span]], length: int) -> float:
+    """Keys that the query at the end of `length` tokens sees over all keys, all head groups together.
+
+    One minus this is the decode sparsity of Sparse Frontier; the bytes held are whole pages, `kv_bytes`.
+    """
+    counts = Counter(span for row in spans for span in row)
+    seen = sum(
+        number * (length - span.first(length - 1) + min(span.sink, span.first(length - 1)))
+        for span, number in counts.items()
+    )
+    return seen / (counts.total() * length)

@@ -9,13 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from compress.bench.check import check_kernels
-from compress.bench.kernel import Row, Shape, decode_row, density, mix, prefill_row
+from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row
 from compress.bench.report import break_even
 from compress.bench.source import Source, group_of
 from compress.cli.app import app
 from compress.runtime.span import Span
+from compress.targets.cost import prefill_density
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 4, 2, 16)
@@ -25,7 +26,7 @@ def test_density_is_the_share_of_visible_pairs() -> None:
     rules = [Span(4, 20, 0.25), Span(), Span(70, -3, 0.5)]
     t = torch.arange(130)
     pairs = sum(int(rule.visible(t[:, None], t[None, :]).sum()) for rule in rules)
-    assert density(rules, 130) == pytest.approx(pairs / (3 * 130 * 131 / 2))
+    assert prefill_density([rules], 130) == pytest.approx(pairs / (3 * 130 * 131 / 2))
 
 
 def test_mixes_are_those_that_are_said() -> None:

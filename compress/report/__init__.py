@@ -1,0 +1,1 @@
+"""What was measured, as one page that can be mailed: tables, plots and conditions, without outside resources."""

@@ -1,0 +1,96 @@
+"""Everything a report shows of one folder, read from the files that the other commands left there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UserError
+from compress.evaluate.comparison import Comparison, VariantResult, read_comparison
+from compress.plan import Plan, read_plan
+
+WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One folder.
+
+    Attributes:
+        name: the folder's own name.
+        statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
+        bench: `bench.json`.
+        environment: versions and devices of the last command that wrote there.
+    """
+
+    name: str
+    path: Path
+    comparison: Comparison | None
+    plan: Plan | None
+    statistics: dict[str, list[list[float]]]
+    bench: dict[str, Any] | None
+    environment: dict[str, Any]
+    recipe: str | None
+    seconds: dict[str, float]
+
+    @property
+    def chosen(self) -> VariantResult | None:
+        """The row that the headline is about: `plan`, or else the second."""
+        rows = self.comparison.variants if self.comparison else []
+        return next((row for row in rows if row.name == "plan"), rows[1] if len(rows) > 1 else None)
+
+
+def read_facts(folder: Path) -> Facts:
+    """Read a folder.
+
+    Raises:
+        UserError: there is no such folder, nothing in it that could be shown, or a damaged file.
+    """
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder), expected=WANTED)
+    plan = next((folder / name for name in ("plan.json", "compress_plan.json") if (folder / name).is_file()), None)
+    files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
+    if plan is None and not files["evaluation"].is_file() and not files["bench"].is_file():
+        raise UserError(
+            "nothing in this folder can be shown",
+            where=str(folder),
+            expected=WANTED,
+            found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder",
+            fix="compress run RECIPE makes one; compress eval MODEL --tasks ... makes another",
+        )
+    stages = _json(files["stages"]).get("stages", {})
+    bench = _json(files["bench"]) or None
+    recipe = folder / "recipe.yaml"
+    return Facts(
+        name=folder.resolve().name,
+        path=folder,
+        comparison=read_comparison(files["evaluation"]) if files["evaluation"].is_file() else None,
+        plan=read_plan(plan) if plan is not None else None,
+        statistics=_statistics(folder / "profile"),
+        bench=bench,
+        environment=_json(files["environment"]) or (bench or {}).get("environment", {}),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        seconds={name: float(entry["seconds"]) for name, entry in stages.items() if "seconds" in entry},
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("the file is damaged", where=str(path), fix="run the command that wrote it again") from error
+    return found
+
+
+def _statistics(folder: Path) -> dict[str, list[list[float]]]:
+    if not (folder / "profile.json").is_file():
+        return {}
+    from compress.profile.store import read_profile
+
+    profile = read_profile(folder)
+    return {key: tensor.tolist() for key, tensor in sorted(profile.tensors.items()) if tensor.ndim == 2}

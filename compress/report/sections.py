@@ -1,0 +1,252 @@
+"""The parts of a report, each a function from facts to what the template shows; a part without figures is left out."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from compress.evaluate.comparison import Comparison, VariantResult
+from compress.report.facts import Facts
+from compress.report.svg import Series, plot
+from compress.targets.cost import decode_density, dense_kv_bytes, kv_bytes, prefill_density
+
+LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
+BINS = 5
+
+
+def headline(facts: Facts) -> dict[str, Any]:
+    """The ratio that the page opens with, and its conditions."""
+    found: dict[str, Any] = {"name": facts.name, "model": None, "lines": []}
+    comparison, chosen = facts.comparison, facts.chosen
+    if comparison is not None:
+        found["model"] = comparison.model
+        found["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
+    lengths = sorted(chosen.kv_bytes) if chosen is not None else []
+    if comparison is not None and chosen is not None and lengths and lengths[-1] in comparison.dense.kv_bytes:
+        length = lengths[-1]
+        found["share"] = chosen.kv_bytes[length] / comparison.dense.kv_bytes[length]
+        found["of"] = f"of the dense KV cache at {length:,} tokens, in allocated pages"
+    elif facts.plan is not None:
+        length = min(8192, 131072)
+        found["share"] = costs(facts)[LENGTHS.index(length)]["share"]
+        found["of"] = f"of the dense KV cache at {length:,} tokens, by the plan"
+    if comparison is not None and chosen is not None:
+        found["lines"] = [*_perplexity_line(comparison, chosen), *_recall_lines(comparison, chosen)]
+        drop = comparison.worst_drop(chosen)
+        if drop is not None:
+            name, gap = drop
+            found["lines"].append(f"worst of {len(chosen.tasks)} tasks: {name} {gap.difference:+.3f} ± {gap.error:.3f}")
+    return found
+
+
+def _perplexity_line(comparison: Comparison, chosen: VariantResult) -> list[str]:
+    dense = comparison.dense.perplexity
+    if dense is None or chosen.perplexity is None:
+        return []
+    ours = chosen.perplexity.perplexity
+    return [
+        f"perplexity {ours:.3f}, dense {dense.perplexity:.3f} ({ours / dense.perplexity - 1:+.1%}), windows of "
+        f"{dense.length:,} tokens"
+    ]
+
+
+def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
+    return [
+        f"{own.task} at {own.length:,}: {own.accuracy:.2f}, dense {dense.accuracy:.2f}, {len(own.items)} prompts"
+        for own, dense in zip(chosen.recall, comparison.dense.recall, strict=True)
+    ]
+
+
+def costs(facts: Facts) -> list[dict[str, Any]]:
+    """Bytes and sparsity of the plan by length, prefill and decode apart."""
+    if facts.plan is None:
+        return []
+    model, spans = facts.plan.model, facts.plan.spans()
+    groups = model.layers * model.kv_heads
+    rows = []
+    for length in LENGTHS:
+        used, dense = kv_bytes(spans, length, model.head_dim, 2), dense_kv_bytes(groups, length, model.head_dim, 2)
+        rows.append(
+            {
+                "length": length,
+                "used": used,
+                "dense": dense,
+                "share": used / dense,
+                "prefill_sparsity": 1 - prefill_density(spans, length),
+                "decode_sparsity": 1 - decode_density(spans, length),
+            }
+        )
+    return rows
+
+
+def head_map(facts: Facts) -> dict[str, Any] | None:
+    """Every head group with its target, what it keeps at 8k tokens, and the profile's figures for it."""
+    if facts.plan is None:
+        return None
+    rows: list[list[dict[str, Any]]] = []
+    length = 8192
+    for layer, spans in enumerate(facts.plan.spans()):
+        cells = []
+        for group, span in enumerate(spans):
+            kept = min(1.0, span.page_count(length) / span_pages(length))
+            target = facts.plan.layers[layer].groups[group].target
+            rule = (
+                "sees everything"
+                if span.is_full
+                else f"sink {span.sink}, window {span.alpha}"
+                + (f" + {span.beta:g} of the position" if span.beta else "")
+            )
+            told = [f"layer {layer}, group {group}: {target}, {rule}", f"keeps {kept:.0%} at {length:,} tokens"]
+            told += [f"{key} {values[layer][group]:.3g}" for key, values in facts.statistics.items()]
+            cells.append({"kept": kept, "target": target, "told": told, "level": round(kept * 10)})
+        rows.append(cells)
+    targets = sorted({str(cell["target"]) for row in rows for cell in row})
+    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": length}
+
+
+def span_pages(length: int) -> int:
+    """Pages of everything."""
+    from compress.runtime.span import FULL
+
+    return FULL.page_count(length)
+
+
+def quality_against_bytes(all_facts: Sequence[Facts]) -> list[str]:
+    """One plot for perplexity and one for each recall task and suite, over the share of the dense KV bytes."""
+    charts: dict[str, list[Series]] = defaultdict(list)
+    units: dict[str, str] = {}
+    for facts in all_facts:
+        if facts.comparison is None:
+            continue
+        prefix = f"{facts.name}: " if len(all_facts) > 1 else ""
+        for variant in facts.comparison.variants:
+            for name, unit, length, value, error in _qualities(variant):
+                dense = facts.comparison.dense.kv_bytes.get(length)
+                used = variant.kv_bytes.get(length)
+                if dense and used:
+                    units[name] = unit
+                    bars = None if error is None else [error]
+                    charts[name].append(Series(prefix + variant.name, [(used / dense, value)], bars, line=False))
+    return [
+        plot(series, title=name, x="share of the dense KV bytes", y=units[name])
+        for name, series in charts.items()
+        if len(series) > 1
+    ]
+
+
+def _qualities(variant: VariantResult) -> list[tuple[str, str, int, float, tuple[float, float] | None]]:
+    """(title, unit, tokens, value, interval) of everything that has a length."""
+    found: list[tuple[str, str, int, float, tuple[float, float] | None]] = []
+    if variant.perplexity is not None:
+        length = variant.perplexity.length
+        found.append((f"perplexity at {length:,} tokens", "perplexity", length, variant.perplexity.perplexity, None))
+    for recall in variant.recall:
+        name = f"{recall.task} at {recall.length:,} tokens, Wilson's 95% interval"
+        found.append((name, "right answers", recall.length, recall.accuracy, recall.interval))
+    for task in variant.tasks:
+        if task.length is not None:
+            value, error = task.metrics[task.main()], 1.96 * task.errors.get(task.main(), 0.0)
+            title = f"{task.task}, 1.96 standard errors"
+            found.append((title, "score", task.length, value, (value - error, value + error)))
+    return found
+
+
+def perplexity_by_position(facts: Facts) -> str:
+    """Perplexity in ranges of the position, a line a variant."""
+    rows = facts.comparison.variants if facts.comparison else []
+    series = [
+        Series(row.name, [(float(bucket.end), bucket.perplexity) for bucket in row.perplexity.buckets])
+        for row in rows
+        if row.perplexity is not None
+    ]
+    return plot(series, title="perplexity by position", x="position up to", y="perplexity", logarithmic=True)
+
+
+def recall_maps(facts: Facts) -> list[dict[str, Any]]:
+    """For every task with depths: a row for each variant and length, a column for each range of depth."""
+    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for variant in facts.comparison.variants if facts.comparison else []:
+        for recall in variant.recall:
+            cells = [_cell(count, share) for _, _, count, share in recall.by_depth(BINS)]
+            tasks[recall.task].append({"variant": variant.name, "length": recall.length, "cells": cells})
+        for task in variant.tasks:
+            metric = task.main()
+            placed = [(item.depth, item.metrics[metric]) for item in task.samples if item.depth is not None]
+            if task.length is None or not placed:
+                continue
+            cells = []
+            for number in range(BINS):
+                own = [score for depth, score in placed if min(BINS - 1, int(depth * BINS)) == number]
+                cells.append(_cell(len(own), math.fsum(own) / len(own) if own else None))
+            name = task.task.removesuffix(f"_{task.length}")
+            tasks[name].append({"variant": variant.name, "length": task.length, "cells": cells})
+    heads = [f"{number / BINS:.1f} to {(number + 1) / BINS:.1f}" for number in range(BINS)]
+    return [
+        {"task": name, "heads": heads, "rows": sorted(rows, key=lambda row: int(row["length"]))}
+        for name, rows in tasks.items()
+    ]
+
+
+def _cell(count: int, share: float | None) -> dict[str, Any]:
+    return {"count": count, "share": share, "level": None if share is None else round(share * 10)}
+
+
+def speed(facts: Facts) -> dict[str, Any] | None:
+    """Plots and tables of `bench.json`: speed-up against length, and whole models."""
+    if facts.bench is None:
+        return None
+    charts = []
+    for what in ("prefill", "decode"):
+        series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for row in facts.bench["kernel"]:
+            if row["what"] == what:
+                series[f"plan {row['mix']}, batch {row['batch']}"].append((row["length"], row["speedup"]))
+        lines = [Series(name, sorted(points)) for name, points in series.items()]
+        if lines:
+            title = f"{what}, attention alone: speed-up over the fastest dense"
+            charts.append(plot(lines, title=title, x="tokens", y="times", logarithmic=True, zero=True))
+    memory = [
+        Series(name, _bytes_by_length(facts.bench["model_rows"], side))
+        for name, side in (("plan", "plan"), ("dense", "dense"))
+    ]
+    if len(facts.bench["model_rows"]) > 1:
+        charts.append(plot(memory, title="KV cache as allocated", x="tokens", y="GiB", logarithmic=True, zero=True))
+    return {
+        "charts": charts,
+        "models": facts.bench["model_rows"],
+        "break_even": facts.bench["break_even"],
+        "copy": facts.bench["copy_bytes_per_s"],
+        "gpus": facts.bench["environment"].get("gpus", []),
+        "random": facts.bench["random_weights"],
+        "dtype": facts.bench["dtype"],
+    }
+
+
+def _bytes_by_length(rows: Sequence[dict[str, Any]], side: str) -> list[tuple[float, float]]:
+    return sorted((float(row["length"]), row[side]["cache_bytes"] / 2**30) for row in rows)
+
+
+def gaps(facts: Facts) -> list[dict[str, Any]]:
+    """Associative recall by the tokens between a pair and its question, in ranges that grow by four."""
+    found = []
+    for variant in facts.comparison.variants if facts.comparison else []:
+        for task in variant.tasks:
+            placed = [(sample.gap, sample.metrics[task.main()]) for sample in task.samples if sample.gap is not None]
+            ranges: dict[int, list[float]] = defaultdict(list)
+            for gap, score in placed:
+                ranges[4 ** math.ceil(math.log(max(gap, 1), 4))].append(score)
+            if placed:
+                cells = [(high, len(own), math.fsum(own) / len(own)) for high, own in sorted(ranges.items())]
+                found.append({"variant": variant.name, "task": task.task, "cells": cells})
+    return found
+
+
+ENGINES = (
+    ("transformers, trust_remote_code=True", "runs the plan: prefill, decode, padding, several turns, generate"),
+    ("transformers, attn_implementation='sdpa' or another", "runs the dense model: right answers, nothing saved"),
+    ("vLLM, SGLang, TensorRT-LLM", "put their own attention in its place: the dense model, nothing saved"),
+    ("llama.cpp and other GGUF engines", "know nothing of the plan: the dense model"),
+    ("assisted (speculative) decoding", "refused with a message: a freed page cannot come back"),
+)
