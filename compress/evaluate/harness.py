@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
+from compress.evaluate.suites.documents import documents, score
 from compress.registry import Method
 
+BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
 EXTRA = "pip install 'compress[lm-eval]'"
 
 
@@ -146,7 +148,12 @@ def run_task(
     task, manager = _task(request, name, length, tokenizer, seed, text)
     with contextlib.redirect_stderr(io.StringIO()):
         found: Any = simple_evaluate(
-            model=lm, tasks=[task], task_manager=manager, limit=request.limit, bootstrap_iters=0, log_samples=True
+            model=lm,
+            tasks=[task],
+            task_manager=manager,
+            limit=request.limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=True,
         )
     (key, values), *more = found["results"].items()
     if more:
@@ -181,7 +188,7 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
         task=key,
         version=str(found["versions"].get(key, "")),
         metrics=metrics,
-        errors=errors or _mean_errors(samples, metrics),
+        errors=errors,
         higher={name: bool(found["higher_is_better"][key].get(name, True)) for name in metrics},
         length=length,
         generates=config["output_type"] == "generate_until",
@@ -189,21 +196,11 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
     )
 
 
-def _mean_errors(samples: Sequence[Sample], metrics: dict[str, float]) -> dict[str, float]:
-    """Standard errors of those metrics that are means over the items."""
-    found = {}
-    for name, value in metrics.items():
-        values = [sample.metrics[name] for sample in samples if name in sample.metrics]
-        if len(values) > 1 and math.isclose(math.fsum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12):
-            spread = math.fsum((each - value) ** 2 for each in values) / (len(values) - 1)
-            found[name] = math.sqrt(spread / len(values))
-    return found
-
-
 def _quiet() -> None:
-    """lm-eval writes a line for every step; errors still come through."""
+    """lm-eval writes a line for every step and forks for its bootstrap."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap forks otherwise, with the model in memory
     import logging
 
     for name in ("lm_eval", "lm-eval"):
@@ -314,22 +311,15 @@ def _inside(folder: Path) -> Iterator[None]:
 
 def suite_config(name: str, length: int, count: int, tokenizer: Any, seed: int | str, text: str) -> dict[str, Any]:
     """One of our suites as a task that lm-eval takes."""
-    from datasets import Dataset
-
-    suite = SUITES[name]
-
-    def documents(**_: Any) -> dict[str, Any]:
-        return {"test": Dataset.from_list([vars(item) for item in suite.items(tokenizer, length, count, seed, text)])}
-
     return {
         "task": f"{name}_{length}",
-        "custom_dataset": documents,
+        "custom_dataset": lambda **_: documents(name, tokenizer, length, count, seed, text),
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": lambda doc: doc["prompt"],
         "doc_to_target": lambda doc: " ".join(doc["answers"]),
-        "process_results": lambda doc, results: {"score": suite.score(results[0], doc["answers"])},
+        "process_results": score,
         "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-        "generation_kwargs": {"do_sample": False, "max_gen_toks": suite.answer_tokens, "until": []},
+        "generation_kwargs": {"do_sample": False, "max_gen_toks": SUITES[name].answer_tokens, "until": []},
         "metadata": {"version": 1.0},
     }

@@ -217,7 +217,7 @@ def speed(facts: Facts) -> dict[str, Any] | None:
         "charts": charts,
         "models": facts.bench["model_rows"],
         "break_even": facts.bench["break_even"],
-        "copy": facts.bench["copy_bytes_per_s"],
+        "copy_bytes_per_s": facts.bench["copy_bytes_per_s"],
         "gpus": facts.bench["environment"].get("gpus", []),
         "random": facts.bench["random_weights"],
         "dtype": facts.bench["dtype"],

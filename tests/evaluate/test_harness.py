@@ -1,0 +1,167 @@
+"""lm-eval as a library: its own figures to the last digit, nothing cut, kept results, and paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from compress.data.text import FileText
+from compress.errors import UserError
+from compress.evaluate.compare import Variant, compare
+from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task
+from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
+
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/items.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 3.0}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one task beside its data."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "local_choice.yaml").write_text(TASK, encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    rows = [
+        {
+            "question": f"The stone of the {noun} was",
+            "choices": [" near it.", " a quiet river.", " so."],
+            "label": i % 3,
+        }
+        for i, noun in enumerate(["river", "light", "winter", "morning", "garden", "window", "paper", "silver"])
+    ]
+    (tmp_path / "data" / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def ran(folder: Path, name: str = "local_choice", **changes: Any) -> TaskResult:
+    request = HarnessRequest(tasks=(name,), include=str(folder), **changes)
+    return run_task(byte_model(), byte_tokenizer(), request, name, None, seed=0, text="")
+
+
+def test_agrees_with_lm_evals_own_loading(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    byte_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    theirs: Any = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={tmp_path / 'model'},dtype=float32",
+        device="cpu",
+        tasks=["local_choice"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )
+    values = theirs["results"]["local_choice"]
+    ours = ran(tasks)
+    assert ours.metrics == {"acc": values["acc,none"], "acc_norm": values["acc_norm,none"]}
+    assert ours.errors == {"acc": values["acc_stderr,none"], "acc_norm": values["acc_norm_stderr,none"]}
+    assert len(ours.samples) == 8 and not ours.generates and ours.main() == "acc_norm"
+    assert math.fsum(sample.metrics["acc"] for sample in ours.samples) / 8 == ours.metrics["acc"]
+
+
+def test_what_is_too_long_is_refused(tasks: Path) -> None:
+    request = HarnessRequest(tasks=("local_choice",), include=str(tasks))
+    with pytest.raises(UserError, match="nothing is cut"):
+        run_task(byte_model(context=4), byte_tokenizer(), request, "local_choice", None, seed=0, text="")
+    with pytest.raises(UserError, match="nothing is cut"):
+        run_task(byte_model(context=1024), byte_tokenizer(), HarnessRequest(), "vt", 2000, seed=0, text=story())
+
+
+def test_unknown_names_are_told(tasks: Path) -> None:
+    with pytest.raises(UserError, match="local_choic"):
+        ran(tasks, "local_choic")
+    with pytest.raises(UserError, match="no such folder"):
+        ran(tasks / "none")
+    with pytest.raises(UserError, match="niah_single_1"):
+        check_request(HarnessRequest(suites=("niah_singel_1",)), None)
+    with pytest.raises(UserError, match="context"):
+        check_request(HarnessRequest(suites=("vt",), lengths=(4096,)), 2048)
+
+
+def test_missing_data_is_told(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "items.jsonl").unlink()
+    with pytest.raises(UserError, match="data files are not there"):
+        ran(tasks)
+
+
+def test_a_suite_runs_through_the_cache(tasks: Path) -> None:
+    found = run_task(byte_model(), byte_tokenizer(), HarnessRequest(count=2), "passkey", 600, seed=1, text=story())
+    assert found.generates and found.length == 600 and set(found.metrics) == {"score"}
+    assert len(found.samples) == 2 and all(sample.depth is not None for sample in found.samples)
+    assert found.errors["score"] == 0.0  # a random model finds nothing
+
+
+def test_variants_are_kept_and_paired(tasks: Path, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text(story(), encoding="utf-8")
+    built: list[str] = []
+
+    def variant(name: str, seed: int) -> Variant:
+        def build() -> Any:
+            built.append(name)
+            return byte_model(seed)
+
+        return Variant(name, build, key=name)
+
+    def both() -> Any:
+        request = HarnessRequest(
+            tasks=("local_choice",), include=str(tasks), suites=("passkey",), lengths=(600,), count=2
+        )
+        return compare(
+            byte_loaded(),
+            [variant("dense", 0), variant("plan", 1)],
+            perplexity_request=None,
+            recall_requests=[],
+            recall_text=FileText(path=str(text)),
+            harness_request=request,
+            seed=0,
+            cache_dir=tmp_path / "kept",
+        )
+
+    first = both()
+    assert built == ["dense", "plan"]
+    assert both() == first.model_copy(
+        update={"variants": [v.model_copy(update={"seconds": 0.0}) for v in first.variants]}
+    )
+    assert built == ["dense", "plan"]
+    gap = first.against_dense(first.variants[1], 0)
+    ours, dense = first.variants[1].tasks[0].metrics["acc_norm"], first.dense.tasks[0].metrics["acc_norm"]
+    assert gap is not None and gap.difference == pytest.approx(ours - dense)
+    assert first.worst_drop(first.variants[1]) is not None
+    assert any("lm-eval" in str(table.title) for table in first.tables())
+
+
+def test_paired_difference_by_hand() -> None:
+    def result(values: list[float]) -> TaskResult:
+        samples = [Sample(metrics={"acc": value}) for value in values]
+        facts: Any = {"task": "t", "version": "", "metrics": {"acc": 0.0}, "errors": {}, "higher": {"acc": True}}
+        return TaskResult(generates=False, samples=samples, **facts)
+
+    gap = paired(result([1, 0, 0, 1]), result([1, 1, 0, 1]), "acc")
+    assert gap is not None and gap.difference == -0.25
+    assert gap.error == pytest.approx(float(torch.tensor([0.0, -1.0, 0.0, 0.0]).std() / 2))
+    assert not gap.significant
+    assert paired(result([1, 0]), result([1]), "acc") is None
+    assert paired(result([1, 0]), result([1, 1]), "f1") is None

@@ -1,0 +1,174 @@
+"""The page: all parts from real artifacts, nothing from outside, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.bench.kernel import Row
+from compress.bench.measure import Time
+from compress.cli.app import app
+from compress.errors import UserError
+from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.harness import Sample, TaskResult
+from compress.evaluate.perplexity import Bucket, PerplexityResult
+from compress.evaluate.recall import RecallItem, RecallResult
+from compress.report.facts import read_facts
+from compress.report.page import render
+from compress.report.svg import Series, plot
+
+PLAN = Path(__file__).parents[2] / "profiles" / "smollm2-135m" / "quickstart.plan.json"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def variant(name: str, share: float, right: int, nll: float) -> VariantResult:
+    items = [RecallItem(depth=i / 10, expected="1", answer="1", correct=i < right) for i in range(10)]
+    samples = [Sample(metrics={"score": float(i < right)}, depth=i / 10, gap=4 + i * 30) for i in range(10)]
+    facts: dict[str, Any] = {"version": "1.0", "generates": True, "length": 2048, "samples": samples}
+    task = TaskResult(
+        task="mqar_2048",
+        metrics={"score": right / 10},
+        errors={"score": 0.1},
+        higher={"score": True},
+        **facts,
+    )
+    buckets = [Bucket(start=0, end=256, tokens=100, nll=nll), Bucket(start=256, end=2048, tokens=100, nll=nll - 5)]
+    perplexity = PerplexityResult(
+        length=2048, stride=2048, windows=1, tokens=200, nll=2 * nll - 5, window_nll=[2 * nll - 5], buckets=buckets
+    )
+    return VariantResult(
+        name=name,
+        kv_bytes={2048: int(share * 2**20)},
+        perplexity=perplexity,
+        recall=[RecallResult(task="passkey", length=2048, items=items)],
+        tasks=[task],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder with a plan, an evaluation and a bench."""
+    run = tmp_path / "a-run"
+    run.mkdir()
+    shutil.copy(PLAN, run / "plan.json")
+    comparison = Comparison(
+        model="demo/<b>model</b>",
+        fingerprint="sha256:0",
+        dtype="float32",
+        device="cpu",
+        seed=0,
+        batch_size=1,
+        perplexity={"length": 2048, "windows": 1},
+        recall=[{"task": "passkey", "length": 2048, "haystack": "natural", "count": 10}],
+        lm_eval={},
+        text={"source": "embedded"},
+        versions={"torch": "2"},
+        variants=[variant("dense", 1, 9, 250), variant("plan", 0.42, 8, 252), variant("uniform", 0.45, 3, 260)],
+    )
+    comparison.write(run / "evaluation.json")
+    rows = [
+        Row("decode", "llama", "A", 1, length, "triton", Time(1, 1, 1, 5), {"cudnn": Time(2, 2, 2, 5)}, 0.5, 10)
+        for length in (1024, 4096)
+    ]
+    bench = {
+        "kernel": [row.values() for row in rows],
+        "model_rows": [],
+        "break_even": {"decode, plan A": 1024},
+        "copy_bytes_per_s": 4e12,
+        "environment": {"gpus": [{"name": "a GPU"}]},
+        "random_weights": True,
+        "dtype": "bfloat16",
+    }
+    (run / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
+    (run / "recipe.yaml").write_text("model: x # <script>\n", encoding="utf-8")
+    return run
+
+
+def test_every_part_is_there_and_nothing_from_outside(folder: Path) -> None:
+    page = render([read_facts(folder)], "2026-01-02", "0")
+    for part in (
+        "42.0%",
+        "passkey by length and depth",
+        "Head map",
+        "prefill sparsity",
+        "Associative recall by distance",
+        "Speed and memory",
+        "1,024 tokens",
+        "Known limits",
+        "worst of 1 tasks",
+        "Recipe",
+    ):
+        assert part in page, part
+    assert "<script" not in page and "http" not in page and "url(" not in page and "<link" not in page
+    assert "&lt;b&gt;model&lt;/b&gt;" in page and "&lt;script&gt;" in page
+    assert page.count('tabindex="0"') == 90  # one for each head group
+    assert len(page.encode()) < 2**21
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_folders_side_by_side(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "b-run"
+    shutil.copytree(folder, other)
+    result = CliRunner().invoke(app, ["report", str(folder), str(other), "--out", str(tmp_path / "both.html")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "2 folders side by side" in page and "b-run: plan" in page
+    assert page.count("<h3>Head map</h3>") == 2
+
+
+def test_only_a_bench_or_only_a_plan(folder: Path) -> None:
+    (folder / "evaluation.json").unlink()
+    assert "Speed and memory" in render([read_facts(folder)], "2026-01-02", "0")
+    (folder / "bench.json").unlink()
+    assert "by the plan" in render([read_facts(folder)], "2026-01-02", "0")
+
+
+def test_wrong_folders_say_what_to_do(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_facts(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="compress run"):
+        read_facts(tmp_path / "empty")
+    (folder / "bench.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="damaged"):
+        read_facts(folder)
+
+
+def test_plot_has_its_points_in_place() -> None:
+    drawn = plot([Series("a", [(1024, 1), (4096, 3)])], title="t", x="x", y="y", logarithmic=True)
+    spots = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert spots[0][0] < spots[1][0] and spots[0][1] > spots[1][1]
+    assert ">1k<" in drawn and ">4k<" in drawn
+    assert plot([], title="t", x="x", y="y") == ""
+    assert "circle" in plot([Series("one", [(2.0, 5.0)])], title="t", x="x", y="y")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
+    """Light and dark differ, a narrow window does not overflow, and it prints."""
+    page = tmp_path / "report.html"
+    page.write_text(render([read_facts(folder)], "2026-01-02", "0"), encoding="utf-8")
+    assert "Head map" in browse(page, tmp_path, "--dump-dom")
+    light, dark, paper = tmp_path / "light.png", tmp_path / "dark.png", tmp_path / "page.pdf"
+    browse(page, tmp_path, f"--screenshot={light}", "--window-size=1200,2000")
+    browse(page, tmp_path, f"--screenshot={dark}", "--window-size=1200,2000", "--force-dark-mode")
+    browse(page, tmp_path, f"--print-to-pdf={paper}", "--no-pdf-header-footer")
+    assert light.stat().st_size > 20_000 and dark.read_bytes() != light.read_bytes()
+    assert paper.read_bytes().startswith(b"%PDF")
+
+
+def browse(page: Path, folder: Path, *options: str) -> str:
+    """One call of headless Chromium; what it prints."""
+    assert CHROMIUM is not None
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    own = ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'browser'}"]
+    call = [CHROMIUM, *quiet.split(), *own, *options, page.as_uri()]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
