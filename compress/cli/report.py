@@ -18,6 +18,13 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write what was measured as one page without outside resources, which can be mailed."""
+    path = Path(out).expanduser() if out else Path(folders[0]).expanduser() / "report.html"
+    write_report([Path(folder).expanduser() for folder in folders], path)
+    typer.echo(str(path))
+
+
+def write_report(folders: list[Path], path: Path) -> None:
+    """The page of these folders at `path`."""
     from datetime import date
 
     from compress import __version__
@@ -25,9 +32,7 @@ def report(
     from compress.report.facts import read_facts
     from compress.report.page import render
 
-    facts = [read_facts(Path(folder).expanduser()) for folder in folders]
-    path = Path(out).expanduser() if out else Path(folders[0]).expanduser() / "report.html"
+    facts = [read_facts(folder) for folder in folders]
     page = render(facts, date.today().isoformat(), __version__)
     write_text(path, page)
     say(f"report: {len(facts)} folder(s), {size(len(page.encode()))}")
-    typer.echo(str(path))

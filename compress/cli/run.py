@@ -16,7 +16,7 @@ def run(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Profile, search, export and evaluate, and print what was kept and lost.
+    """Profile, search, export, evaluate and report, and print what was kept and lost.
 
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
@@ -24,6 +24,7 @@ def run(
     from rich.console import Console
 
     from compress.cli.environment import peak_memory
+    from compress.cli.report import write_report
     from compress.cli.session import open_session
     from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
 
@@ -35,6 +36,7 @@ def run(
         comparison = evaluate_stage(session)
         stages = {name: entry["seconds"] for name, entry in session.run.stages().items()}
         seconds, peak = round(time.monotonic() - started, 1), peak_memory()
+        write_report([session.run.path], session.run.path / "report.html")
         session.run.log("summary", seconds=seconds, peak_memory_bytes=peak, stages=stages)
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
@@ -42,6 +44,7 @@ def run(
         comparison.print(Console())
         typer.echo(f"\ncheckpoint   {checkpoint}")
         typer.echo(f"run folder   {session.run.path}")
+        typer.echo(f"report       {session.run.path / 'report.html'}")
         typer.echo("stages       " + ", ".join(f"{name} {duration(taken)}" for name, taken in stages.items()))
         typer.echo(f"this command {duration(seconds)}, peak memory {size(peak)}")
     say("")
