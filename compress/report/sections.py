@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from compress.evaluate.comparison import Comparison, VariantResult
@@ -46,17 +46,23 @@ def _perplexity_line(comparison: Comparison, chosen: VariantResult) -> list[str]
     if dense is None or chosen.perplexity is None:
         return []
     ours = chosen.perplexity.perplexity
+    others = [
+        f"{row.name} {row.perplexity.perplexity:.3f}"
+        for row in comparison.variants
+        if row.name != chosen.name and row.perplexity is not None
+    ]
     return [
-        f"perplexity {ours:.3f}, dense {dense.perplexity:.3f} ({ours / dense.perplexity - 1:+.1%}), windows of "
+        f"perplexity {ours:.3f} ({ours / dense.perplexity - 1:+.1%}); {', '.join(others)}; windows of "
         f"{dense.length:,} tokens"
     ]
 
 
 def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
-    return [
-        f"{own.task} at {own.length:,}: {own.accuracy:.2f}, dense {dense.accuracy:.2f}, {len(own.items)} prompts"
-        for own, dense in zip(chosen.recall, comparison.dense.recall, strict=True)
-    ]
+    lines = []
+    for number, own in enumerate(chosen.recall):
+        others = [f"{row.name} {row.recall[number].accuracy:.2f}" for row in comparison.variants if row is not chosen]
+        lines.append(f"{own.task} at {own.length:,}: {own.accuracy:.2f}; {', '.join(others)}; {len(own.items)} prompts")
+    return lines
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
@@ -115,6 +121,30 @@ def span_pages(length: int) -> int:
 
 def quality_against_bytes(all_facts: Sequence[Facts]) -> list[str]:
     """One plot for perplexity and one for each recall task and suite, over the share of the dense KV bytes."""
+    return _quality_plots(all_facts, _share_of_bytes, "share of the dense KV bytes")
+
+
+def quality_against_work(all_facts: Sequence[Facts]) -> list[str]:
+    """The same over the pairs of query and key that a prefill computes."""
+    return _quality_plots(all_facts, _share_of_pairs, "share of the dense prefill's pairs of query and key")
+
+
+def _share_of_bytes(facts: Facts, variant: VariantResult, length: int) -> float | None:
+    assert facts.comparison is not None
+    dense, used = facts.comparison.dense.kv_bytes.get(length), variant.kv_bytes.get(length)
+    return used / dense if dense and used else None
+
+
+def _share_of_pairs(facts: Facts, variant: VariantResult, length: int) -> float | None:
+    if variant.name == "dense":
+        return 1.0
+    plan = facts.plans.get(variant.name)
+    return None if plan is None else prefill_density(plan.spans(), length)
+
+
+def _quality_plots(
+    all_facts: Sequence[Facts], share_of: Callable[[Facts, VariantResult, int], float | None], unit_of_x: str
+) -> list[str]:
     charts: dict[str, list[Series]] = defaultdict(list)
     units: dict[str, str] = {}
     for facts in all_facts:
@@ -123,17 +153,12 @@ def quality_against_bytes(all_facts: Sequence[Facts]) -> list[str]:
         prefix = f"{facts.name}: " if len(all_facts) > 1 else ""
         for variant in facts.comparison.variants:
             for name, unit, length, value, error in _qualities(variant):
-                dense = facts.comparison.dense.kv_bytes.get(length)
-                used = variant.kv_bytes.get(length)
-                if dense and used:
+                share = share_of(facts, variant, length)
+                if share is not None:
                     units[name] = unit
                     bars = None if error is None else [error]
-                    charts[name].append(Series(prefix + variant.name, [(used / dense, value)], bars, line=False))
-    return [
-        plot(series, title=name, x="share of the dense KV bytes", y=units[name])
-        for name, series in charts.items()
-        if len(series) > 1
-    ]
+                    charts[name].append(Series(prefix + variant.name, [(share, value)], bars, line=False))
+    return [plot(series, title=name, x=unit_of_x, y=units[name]) for name, series in charts.items() if len(series) > 1]
 
 
 def _qualities(variant: VariantResult) -> list[tuple[str, str, int, float, tuple[float, float] | None]]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from compress.errors import nearest
 from compress.registry import Method, targets
+
+# The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
+# whether keys come from its own sequence.
+PATTERNS = ("causal self", "bidirectional self", "causal cross", "bidirectional cross")
 
 
 class Target(Method):
     """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.
 
     Its fields are what the plan file holds. What a checkpoint does with them is in `runtime/`.
+
+    Attributes:
+        patterns: those of `PATTERNS` in which the target can stand; each is tested.
     """
+
+    patterns: ClassVar[tuple[str, ...]] = ("causal self",)
 
     target: str
 

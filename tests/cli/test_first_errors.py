@@ -1,0 +1,74 @@
+"""What a newcomer meets first: every message says what to do next, and none is a traceback."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compress.cli.app import app
+from tests.cli.recipes import make_recipe
+
+
+def told(*words: Any) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output and "\n  do " in result.stderr, result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "lm_eval":
+            raise ImportError("No module named 'lm_eval'")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+def test_no_recipe() -> None:
+    assert "did you mean `recipes/smollm2-quickstart.yaml`?" in told("run", "recipes/smollm2-quickstrt.yaml")
+
+
+def test_no_model(tmp_path: Path) -> None:
+    assert "demo/smollm2-135m" in told("eval", "demo/smolm2", "--perplexity", 64)
+    assert "check the path" in told("eval", tmp_path / "nowhere", "--perplexity", 64)
+
+
+def test_a_run_folder_in_place_of_a_model(finished: Path) -> None:
+    assert "checkpoint`?" in told("eval", finished.parent / "run", "--perplexity", 64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu() -> None:
+    assert "compress doctor" in told("bench", "tiny", "--mix", "A", "--device", "cuda")
+    assert "compress doctor" in told("eval", "demo/smollm2-135m", "--perplexity", 64, "--device", "cuda")
+
+
+def test_no_data(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    (tmp_path / "text.txt").unlink()
+    result = CliRunner().invoke(app, ["run", str(recipe)])
+    assert result.exit_code == 2 and "text.txt: the text file cannot be read" in result.stderr
+
+
+def test_no_extra(finished: Path, no_lm_eval: None) -> None:
+    words = told("eval", finished.parent / "model", "--suites", "vt", "--lengths", 512, "--device", "cpu")
+    assert "pip install 'compress[lm-eval]'" in words
+
+
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_wrong_folder(command: str, tmp_path: Path) -> None:
+    assert "compress run RECIPE" in told(command, tmp_path / "nowhere")
+
+
+def test_nothing_asked() -> None:
+    result = CliRunner().invoke(app, ["eval", "demo/smollm2-135m"])
+    assert result.exit_code == 2 and "--tasks, --suites or --perplexity" in result.stderr
