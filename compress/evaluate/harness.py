@@ -18,6 +18,7 @@ from compress.evaluate.suites.documents import documents, score
 from compress.registry import Method
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
+PREFILL = ":prefill"
 EXTRA = "pip install 'compress[lm-eval]'"
 
 
@@ -27,7 +28,9 @@ class HarnessRequest(Method):
     tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
     include: str | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
     limit: int | None = Field(None, ge=1, description="only the first items of every task")
-    suites: tuple[str, ...] = Field((), strict=False, description=f"of {', '.join(SUITES)}")
+    suites: tuple[str, ...] = Field(
+        (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
+    )
     lengths: tuple[int, ...] = Field((2048,), strict=False, description="tokens of the suites' items")
     count: int = Field(20, ge=1, description="items of each suite and length")
     batch_size: int = Field(1, ge=1, description="inputs at once")
@@ -104,7 +107,7 @@ def check_request(request: HarnessRequest, context: int | None) -> None:
     Raises:
         UserError: no such suite, a length beyond the model's context, or lm-eval is not installed.
     """
-    for name in request.suites:
+    for name in (name.removesuffix(PREFILL) for name in request.suites):
         if name not in SUITES:
             raise UserError(
                 f"unknown suite `{name}`", expected=f"one of {', '.join(SUITES)}", fix=nearest(name, SUITES)
@@ -176,6 +179,7 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
     for sample in sorted(found["samples"][key], key=lambda sample: int(sample["doc_id"])):
         own = {name: float(sample[name]) for name in metrics if isinstance(sample.get(name), (int, float))}
         doc, written = sample["doc"], sample["filtered_resps"][0]
+        written = written if isinstance(written, str) else None
         samples.append(
             Sample(
                 metrics=own,
@@ -310,16 +314,31 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def suite_config(name: str, length: int, count: int, tokenizer: Any, seed: int | str, text: str) -> dict[str, Any]:
-    """One of our suites as a task that lm-eval takes."""
-    return {
-        "task": f"{name}_{length}",
+    """One of our suites as a task that lm-eval takes: by generation, or as `NAME:prefill` by scoring the answer.
+
+    Scored, an item is right when its whole answer is the greedy continuation. That is one prefill without a cache, so
+    the two together tell what a smaller cache loses from what masking in the prefill loses.
+    """
+    kind, name = name.endswith(PREFILL), name.removesuffix(PREFILL)
+    shared = {
         "custom_dataset": lambda **_: documents(name, tokenizer, length, count, seed, text),
         "test_split": "test",
+        "doc_to_text": lambda doc: doc["prompt"].rstrip(),
+        "metadata": {"version": 1.0},
+    }
+    if kind:
+        return shared | {
+            "task": f"{name}_prefill_{length}",
+            "output_type": "loglikelihood",
+            "doc_to_target": lambda doc: " " + " ".join(doc["answers"]),
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+    return shared | {
+        "task": f"{name}_{length}",
         "output_type": "generate_until",
         "doc_to_text": lambda doc: doc["prompt"],
         "doc_to_target": lambda doc: " ".join(doc["answers"]),
         "process_results": score,
         "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
         "generation_kwargs": {"do_sample": False, "max_gen_toks": SUITES[name].answer_tokens, "until": []},
-        "metadata": {"version": 1.0},
     }

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 from compress.data.text import FileText
 from compress.errors import UserError
 from compress.evaluate.compare import Variant, compare
-from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task
+from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task, suite_config
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
 
 TASK = """
@@ -111,6 +111,18 @@ def test_a_suite_runs_through_the_cache(tasks: Path) -> None:
     assert found.generates and found.length == 600 and set(found.metrics) == {"score"}
     assert len(found.samples) == 2 and all(sample.depth is not None for sample in found.samples)
     assert found.errors["score"] == 0.0  # a random model finds nothing
+
+
+def test_a_suite_is_scored_without_the_cache(tasks: Path) -> None:
+    found = run_task(
+        byte_model(), byte_tokenizer(), HarnessRequest(count=3), "passkey:prefill", 600, seed=1, text=story()
+    )
+    assert found.task == "passkey_prefill_600" and not found.generates and found.main() == "acc"
+    assert found.metrics == {"acc": 0.0} and len(found.samples) == 3
+    config = suite_config("passkey:prefill", 600, 1, byte_tokenizer(), 1, story())
+    doc = config["custom_dataset"]()["test"][0]
+    scored = config["doc_to_text"](doc) + config["doc_to_target"](doc)
+    assert scored.endswith(f"The pass key is {doc['answers'][0]}")
 
 
 def test_variants_are_kept_and_paired(tasks: Path, tmp_path: Path) -> None:
