@@ -153,7 +153,7 @@ def test_plot_has_its_points_in_place() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
-    """Light and dark differ, a narrow window does not overflow, and it prints."""
+    """Light and dark differ, and it prints."""
     page = tmp_path / "report.html"
     page.write_text(render([read_facts(folder)], "2026-01-02", "0"), encoding="utf-8")
     assert "Head map" in browse(page, tmp_path, "--dump-dom")
@@ -163,6 +163,28 @@ def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
     browse(page, tmp_path, f"--print-to-pdf={paper}", "--no-pdf-header-footer")
     assert light.stat().st_size > 20_000 and dark.read_bytes() != light.read_bytes()
     assert paper.read_bytes().startswith(b"%PDF")
+
+
+PROBE = """<script>
+const cell = document.querySelector(".map td"), tip = cell.querySelector(".tip");
+const before = getComputedStyle(tip).display;
+cell.focus();
+const found = [before, getComputedStyle(tip).display, document.activeElement === cell,
+  [...document.querySelectorAll("a, summary")].every(one => one.tabIndex === 0),
+  document.documentElement.scrollWidth <= window.innerWidth];
+document.title = JSON.stringify(found);
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_keyboard_reaches_it_and_a_narrow_window_holds_it(folder: Path, tmp_path: Path) -> None:
+    """A focused cell shows its figures, links and summaries can be tabbed to, and only tables scroll sideways."""
+    page = tmp_path / "report.html"
+    text = render([read_facts(folder)], "2026-01-02", "0")
+    page.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    shown = browse(page, tmp_path, "--dump-dom", "--window-size=500,900")
+    title = re.search(r"<title>(\[.*?\])</title>", shown)
+    assert title is not None and json.loads(title.group(1)) == ["none", "block", True, True, True]
 
 
 def browse(page: Path, folder: Path, *options: str) -> str:
