@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import compress.search.heads
+import compress.search.layers
 import compress.search.moa
 import compress.search.streaming
 import compress.search.uniform  # noqa: F401  (importing a solver registers it)

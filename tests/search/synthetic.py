@@ -72,6 +72,7 @@ def random_profile(shape: ModelShape, lengths: tuple[int, ...], grid: SpanGrid =
         influence = np.exp(-distance / reach) * rng.random(size)
         sign = rng.random((*size[:2], length, length)) - 0.3
         tensors[f"influence.absolute.{length}"] = influence_table(influence, grid, length)
+        tensors[f"retrieval.{length}"] = torch.from_numpy(rng.random(size[:2]) * np.log(reach[..., 0, 0])).float()
         tensors[f"influence.signed.{length}"] = influence_table(influence * sign, grid, length)
     return FakeProfile(lengths, grid, tensors)
 

@@ -1,5 +1,7 @@
 """What every registered solver has to do. A new one is tested here without a line of its own."""
 
+import itertools
+
 import pytest
 
 import compress.search.methods
@@ -144,3 +146,39 @@ def test_parse_solver_says_what_is_wrong() -> None:
         parse_solver({"points": 3})
     solver = make("moa")
     assert parse_solver(solver) is solver
+
+
+def test_heads_of_the_highest_score_are_full() -> None:
+    problem = random_problem(0.75, shape=make_shape(6, 3), profiled=(512, 1024), lengths=(1024,))
+    (plan,) = parse_solver({"name": "heads", "window": 128}).solve(problem)
+    full = {(i, j) for i, row in enumerate(plan.decision) for j, span in enumerate(row) if span == FULL}
+    score = (problem.tensor("retrieval.512") + problem.tensor("retrieval.1024")).double()
+    ranked = sorted(((i, j) for i in range(6) for j in range(3)), key=lambda place: -float(score[place]))
+    assert 0 < len(full) < 18 and full == set(ranked[: len(full)])
+    assert f"{len(full)} of 18 groups full by retrieval" in plan.note
+    windows = {span for row in plan.decision for span in row if span != FULL}
+    (window,) = windows
+    wider = Span(window.sink, window.alpha + PAGE, 0.0)
+    assert not problem.fits(tuple(tuple(wider if span == window else span for span in row) for row in plan.decision))
+    (capped,) = parse_solver({"name": "heads", "window": 128, "most_per_layer": 1}).solve(problem)
+    assert max(sum(span == FULL for span in row) for row in capped.decision) == 1
+    with pytest.raises(UserError, match="no `peak`"):
+        parse_solver({"name": "heads", "score": "peak"}).solve(problem)
+
+
+@pytest.mark.parametrize("order", ["score", "first", "last", "spread"])
+def test_layers_are_wholly_full_or_one_window(order: str) -> None:
+    problem = random_problem(0.6, shape=make_shape(8, 2), profiled=(512, 1024), lengths=(1024,))
+    (plan,) = parse_solver({"name": "layers", "order": order, "window": 128}).solve(problem)
+    assert all(len(set(row)) == 1 for row in plan.decision)
+    full = [layer for layer, row in enumerate(plan.decision) if row[0] == FULL]
+    assert 0 < len(full) < 8 and len({row[0] for row in plan.decision}) == 2
+    if order == "first":
+        assert full == list(range(len(full)))
+    if order == "last":
+        assert full == list(range(8 - len(full), 8))
+    if order == "spread":
+        assert max(later - earlier for earlier, later in itertools.pairwise(full)) <= -(-8 // len(full)) + 1
+    if order == "score":
+        score = (problem.tensor("retrieval.512") + problem.tensor("retrieval.1024")).double().mean(1)
+        assert full == sorted(score.argsort(descending=True)[: len(full)].tolist())
