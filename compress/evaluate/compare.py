@@ -201,7 +201,7 @@ class _Bench:
         def measure() -> TaskResult:
             tokenizer = self.tokenizer if self.variant.tokenizer is None else self.variant.tokenizer()
             text = source.load() if length is not None else ""
-            return run_task(self.model, tokenizer, request, name, length, seed=seed, text=text)
+            return run_task(self.model, tokenizer, request, name, length, seed=seed, text=text, sizer=self.tokenizer)
 
         return self._kept(facts, TaskResult, measure, step, 1)
 

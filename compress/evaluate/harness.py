@@ -132,13 +132,23 @@ def task_keys(request: HarnessRequest) -> list[tuple[str, int | None]]:
 
 
 def run_task(
-    model: Any, tokenizer: Any, request: HarnessRequest, name: str, length: int | None, *, seed: int, text: str
+    model: Any,
+    tokenizer: Any,
+    request: HarnessRequest,
+    name: str,
+    length: int | None,
+    *,
+    seed: int,
+    text: str,
+    sizer: Any = None,
 ) -> TaskResult:
     """Run one task with lm-eval.
 
     Args:
         length: of a suite's items; None for a task of lm-eval or of `request.include`.
         text: what the suites' haystacks are cut from.
+        sizer: the tokenizer that suites are sized with, the model's own by default; models that are compared need
+            one for all, or they would not get the same items.
 
     Raises:
         UserError: no such task, its data cannot be read, or an input is longer than the model's context: nothing is
@@ -148,7 +158,7 @@ def run_task(
     from lm_eval import simple_evaluate
 
     lm = _strict(model, tokenizer, request.batch_size)
-    task, manager = _task(request, name, length, tokenizer, seed, text)
+    task, manager = _task(request, name, length, sizer or tokenizer, seed, text)
     with contextlib.redirect_stderr(io.StringIO()):
         found: Any = simple_evaluate(
             model=lm,
@@ -165,27 +175,39 @@ def run_task(
 
 
 def _result(key: str, length: int | None, values: dict[str, Any], found: dict[str, Any]) -> TaskResult:
-    metrics, errors = {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    higher: dict[str, bool] = {}
     for name, value in values.items():
         metric, _, kind = name.partition(",")
         if not kind or isinstance(value, str):
             continue
-        if metric.endswith("_stderr"):
-            errors[metric.removesuffix("_stderr")] = float(value)
+        plain = metric.removesuffix("_stderr")
+        label = _label(plain, kind)
+        if plain != metric:
+            errors[label] = float(value)
         else:
-            metrics[metric] = float(value)
-    config = found["configs"][key]
+            metrics[label] = float(value)
+            higher[label] = bool(found["higher_is_better"][key].get(metric, True))
+    suite = length is not None
+    own: dict[int, dict[str, float]] = {}
+    first: dict[int, Any] = {}
+    for sample in found["samples"][key]:  # once for every filter of the task
+        number = int(sample["doc_id"])
+        first.setdefault(number, sample)
+        named = {name: sample.get(name) for name in sample["metrics"]}
+        own.setdefault(number, {}).update(
+            {_label(name, sample["filter"]): float(x) for name, x in named.items() if isinstance(x, (int, float))}
+        )
     samples = []
-    for sample in sorted(found["samples"][key], key=lambda sample: int(sample["doc_id"])):
-        own = {name: float(sample[name]) for name in metrics if isinstance(sample.get(name), (int, float))}
-        doc, written = sample["doc"], sample["filtered_resps"][0]
-        written = written if isinstance(written, str) else None
+    for number in sorted(own):
+        doc, written = first[number]["doc"], first[number]["filtered_resps"][0]
         samples.append(
             Sample(
-                metrics=own,
-                depth=doc.get("depth") if length is not None else None,
-                gap=doc.get("gap") if length is not None else None,
-                written=written if length is not None else None,
+                metrics=own[number],
+                depth=doc.get("depth") if suite else None,
+                gap=doc.get("gap") if suite else None,
+                written=written if suite and isinstance(written, str) else None,
             )
         )
     return TaskResult(
@@ -193,11 +215,16 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
         version=str(found["versions"].get(key, "")),
         metrics=metrics,
         errors=errors,
-        higher={name: bool(found["higher_is_better"][key].get(name, True)) for name in metrics},
+        higher=higher,
         length=length,
-        generates=config["output_type"] == "generate_until",
+        generates=found["configs"][key]["output_type"] == "generate_until",
         samples=samples,
     )
+
+
+def _label(metric: str, kind: str) -> str:
+    """A metric's name, with the filter that the answers went through where the task names one."""
+    return metric if kind == "none" else f"{metric} ({kind})"
 
 
 def _quiet() -> None:

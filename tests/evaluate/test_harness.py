@@ -14,8 +14,10 @@ pytest.importorskip("lm_eval")
 
 from compress.data.text import FileText
 from compress.errors import UserError
+from compress.evaluate import harness
 from compress.evaluate.compare import Variant, compare
 from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task, suite_config
+from compress.evaluate.suites.documents import documents
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
 
 TASK = """
@@ -79,6 +81,31 @@ def test_agrees_with_lm_evals_own_loading(tasks: Path, tmp_path: Path, monkeypat
     assert ours.errors == {"acc": values["acc_stderr,none"], "acc_norm": values["acc_norm_stderr,none"]}
     assert len(ours.samples) == 8 and not ours.generates and ours.main() == "acc_norm"
     assert math.fsum(sample.metrics["acc"] for sample in ours.samples) / 8 == ours.metrics["acc"]
+
+
+FILTERED = """
+task: local_numbers
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/items.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{label}}"
+generation_kwargs: {max_gen_toks: 4, until: []}
+filter_list:
+  - {name: none-at-all, filter: [{function: regex, regex_pattern: "(qqq)"}, {function: take_first}]}
+  - {name: as-it-is, filter: [{function: take_first}]}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_filters_are_told_apart(tasks: Path) -> None:
+    (tasks / "local_numbers.yaml").write_text(FILTERED, encoding="utf-8")
+    found = ran(tasks, "local_numbers")
+    names = {"exact_match (none-at-all)", "exact_match (as-it-is)"}
+    assert set(found.metrics) == set(found.errors) == set(found.higher) == names
+    assert len(found.samples) == 8 and all(set(sample.metrics) == names for sample in found.samples)
 
 
 def test_what_is_too_long_is_refused(tasks: Path) -> None:
@@ -177,3 +204,17 @@ def test_paired_difference_by_hand() -> None:
     assert not gap.significant
     assert paired(result([1, 0]), result([1]), "acc") is None
     assert paired(result([1, 0]), result([1, 1]), "f1") is None
+
+
+def test_items_are_sized_with_one_tokenizer_for_all(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sized: list[Any] = []
+
+    def recorded(name: str, tokenizer: Any, *rest: Any) -> Any:
+        sized.append(tokenizer)
+        return documents(name, tokenizer, *rest)
+
+    monkeypatch.setattr(harness, "documents", recorded)
+    own, shared, request = byte_tokenizer(begin=True), byte_tokenizer(), HarnessRequest(count=1)
+    run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story())
+    run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story(), sizer=shared)
+    assert set(map(id, sized[:1])) == {id(own)} and sized[-1] is shared
