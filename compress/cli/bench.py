@@ -144,7 +144,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
         try:
             plot(report["rows"], folder / "bench.png")
         except ImportError:
-            say("no plot: matplotlib is not installed (pip install 'compress[bench]')")
+            say("no plot: matplotlib is not installed (in the clone: pip install -e '.[bench]')")
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ OPTIONAL = (
     ("triton", "triton", "GPU kernels; without it everything runs in plain PyTorch", "pip install triton"),
     ("flash-attn-4", "flash_attn.cute", "faster prefill of long prompts on Hopper", "pip install --pre flash-attn-4"),
     ("datasets", "datasets", "text from Hugging Face datasets", "pip install 'datasets>=4'"),
-    ("lm-eval", "lm_eval", "lm-eval tasks", "pip install 'compress[lm-eval]'"),
+    ("lm-eval", "lm_eval", "lm-eval tasks", "in the clone: pip install -e '.[lm-eval]'"),
 )
 
 

@@ -19,7 +19,7 @@ from compress.registry import Method
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
 PREFILL = ":prefill"
-EXTRA = "pip install 'compress[lm-eval]'"
+EXTRA = "in the clone: pip install -e '.[lm-eval]'"
 
 
 class HarnessRequest(Method):

@@ -61,7 +61,7 @@ def test_no_data(tmp_path: Path) -> None:
 
 def test_no_extra(finished: Path, no_lm_eval: None) -> None:
     words = told("eval", finished.parent / "model", "--suites", "vt", "--lengths", 512, "--device", "cpu")
-    assert "pip install 'compress[lm-eval]'" in words
+    assert "pip install -e '.[lm-eval]'" in words
 
 
 @pytest.mark.parametrize("command", ["report", "inspect"])
