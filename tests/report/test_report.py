@@ -167,10 +167,11 @@ def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
 
 PROBE = """<script>
 const cell = document.querySelector(".map td"), tip = cell.querySelector(".tip");
+const before = getComputedStyle(tip).display;
 cell.focus();
 // A headless page is not always the focused one, so the rule for focus is read instead of its effect.
 const rule = [...document.styleSheets[0].cssRules].find(one => (one.selectorText || "").includes("td:focus .tip"));
-const found = [getComputedStyle(tip).display, rule.style.display, document.activeElement === cell,
+const found = [before, rule.style.display, document.activeElement === cell,
   [...document.querySelectorAll("a, summary")].every(one => one.tabIndex === 0),
   document.documentElement.scrollWidth <= window.innerWidth];
 document.title = JSON.stringify(found);
