@@ -38,6 +38,9 @@ class CalibrationSection(Section):
     documents: tuple[AnyMethod, ...] = Field(
         min_length=1, description="what is profiled, one entry per task and length"
     )
+    training: tuple[AnyMethod, ...] = Field(
+        (), description="what statistics that train, and refinement, learn from; without it, `documents`"
+    )
     held_out: tuple[AnyMethod, ...] = Field((), description="what the final plan is chosen on; best at longer lengths")
 
 
@@ -167,6 +170,7 @@ _STATISTICS = [{"name": "influence"}, {"name": "attention"}, {"name": "retrieval
 _SLOTS = (
     _Slot(("calibration", "text"), "sources", "source", False, _TEXT),
     _Slot(("calibration", "documents"), "tasks", "task", True),
+    _Slot(("calibration", "training"), "tasks", "task", True, []),
     _Slot(("calibration", "held_out"), "tasks", "task", True, []),
     _Slot(("profile", "statistics"), "statistics", "name", True, _STATISTICS),
     _Slot(("search", "solver"), "solvers", "name", False, {"name": "moa"}),

@@ -73,6 +73,7 @@ class Session:
             self.recipe.seed,
             calibration["text"],
             calibration["documents"],
+            calibration["training"],
             self.resolved["profile"],
         )
 

@@ -43,9 +43,18 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
 
     def work() -> Profile:
         documents = _documents(session, recipe.calibration.documents, "calibration")
+        training = _documents(session, recipe.calibration.training, "calibration")
         statistics: Any = recipe.profile.statistics
         with progress("profile") as report:
-            return run_profile(session.loaded, documents, statistics, run.profile, seed=recipe.seed, progress=report)
+            return run_profile(
+                session.loaded,
+                documents,
+                statistics,
+                run.profile,
+                seed=recipe.seed,
+                training=training,
+                progress=report,
+            )
 
     profile = _timed(session, "profile", key, ["profile/profile.json", "profile/statistics.safetensors"], work)
     header = profile.header

@@ -2,4 +2,5 @@
 
 import compress.data.continuation
 import compress.data.key_value
-import compress.data.passkey  # noqa: F401
+import compress.data.passkey
+import compress.data.passkeys  # noqa: F401

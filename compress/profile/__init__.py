@@ -1,5 +1,5 @@
 """Measures what each head group does. Importing this package registers every statistic."""
 
-from compress.profile import attention, influence, retrieval
+from compress.profile import attention, gates, hidden_mass, influence, output_error, retrieval
 
-__all__ = ["attention", "influence", "retrieval"]
+__all__ = ["attention", "gates", "hidden_mass", "influence", "output_error", "retrieval"]

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.errors import UserError
 from compress.profile.memory import needs_checkpointing
+from compress.profile.replaced import answer_rows, replaced_attention
 from compress.profile.tiles import LayerTensors
 
 if TYPE_CHECKING:
@@ -67,26 +67,13 @@ class Capture:
         self._scale = 1.0
 
     def __enter__(self) -> Capture:
-        with ExitStack() as undo:
-            for module in self.model.modules():
-                undo.callback(setattr, module, "training", module.training)
-            for weight in self.model.parameters():
-                undo.callback(weight.requires_grad_, weight.requires_grad)
-            undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
-            self.model.eval()
-            self.model.requires_grad_(False)
-            AttentionInterface.register(NAME, self._attention)
-            AttentionMaskInterface.register(NAME, _no_mask)
-            self.model.set_attn_implementation(NAME)
-            self._undo = undo.pop_all()
+        self._undo.enter_context(replaced_attention(self.model, NAME, self._attention))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._undo.close()
-        # The registered function would keep this capture, and with it the model, alive.
-        AttentionInterface.register(NAME, _closed)
 
     def run(self, tokens: torch.Tensor, answer: tuple[int, int], valid: torch.Tensor | None = None) -> float | None:
         """Pass one row of tokens through the model.
@@ -120,9 +107,9 @@ class Capture:
         self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
         with torch.enable_grad(), ExitStack() as layers:
             if self._checkpoints(self._end - self._start, dtype.itemsize, tokens.device):
-                _checkpoint_layers(self.model, layers)
+                checkpoint_layers(self.model, layers)
             embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
-            rows = torch.arange(first - 1, end - 1, device=tokens.device)
+            rows = answer_rows(answer, tokens.device)
             logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, **arguments).logits[0]
             loss = functional.cross_entropy(logits.float(), tokens[0, first:end])
             (loss * self._scale).backward()
@@ -227,14 +214,6 @@ def causal_attention(
     return torch.cat(blocks, 2)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Mask function of transformers' interface: the attention function above needs none."""
-
-
-def _closed(*_: Any, **__: Any) -> None:
-    raise RuntimeError("this attention function belongs to a profile that has ended")
-
-
 def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
     """[start, end) of the one run of valid tokens. Raises ValueError when there is none or more than one."""
     if valid is None:
@@ -245,7 +224,7 @@ def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
     return int(inside[0]), int(inside[-1]) + 1
 
 
-def _checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
+def checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
     """Recompute decoder layers in the backward pass until `undo` closes.
 
     transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside

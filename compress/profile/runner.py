@@ -48,6 +48,7 @@ def run_profile(
     folder: str | Path,
     *,
     seed: int,
+    training: Mapping[int, Sequence[Document]] | None = None,
     progress: Progress | None = None,
     checkpointing: bool | None = None,
     strip_bytes: int | None = None,
@@ -63,7 +64,8 @@ def run_profile(
         documents: length in tokens -> documents of that length or shorter, each with an answer.
         statistics: at least one, no two of one name.
         folder: where the profile lies; made if need be.
-        seed: noted in the profile; nothing here is random.
+        seed: noted in the profile; only statistics that train have anything random.
+        training: documents of the statistics that train; none takes `documents`.
         progress: called with (documents done, documents in all, message), first before any document.
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles`.
@@ -72,20 +74,24 @@ def run_profile(
         UserError: unsuitable documents or statistics, numbers that are not finite, or a disk that is full.
     """
     folder = Path(folder)
+    training = training if training and any(training.values()) else documents
     check_inputs(documents, statistics)
+    check_inputs(training, statistics)
     grid = _grid(statistics)
     model: Any = loaded.model
     shape = shape_of(model)
     dtype = model.get_input_embeddings().weight.dtype
     device = model.get_input_embeddings().weight.device
-    key = run_key(shape, dtype, documents, statistics)
+    learning = [statistic for statistic in statistics if not statistic.reads_tiles]
+    key = run_key(shape, dtype, documents, statistics, training if learning else {}, seed if learning else None)
     finished = _finished(folder, key, shape)
     if finished is not None:
         return finished
 
     lengths = sorted(length for length in documents if documents[length])
     accumulators = [(statistic.name, statistic.begin(shape, lengths, device)) for statistic in statistics]
-    queue = [(length, number) for length in lengths for number in range(len(documents[length]))]
+    passing = len(learning) < len(statistics)
+    queue = [(length, number) for length in lengths for number in range(len(documents[length])) if passing]
     notes = _restore(folder / PARTIAL, key, accumulators)
     report = progress or (lambda *_: None)
     report(notes.done, len(queue), "continuing" if notes.done else "starting")
@@ -118,6 +124,11 @@ def run_profile(
             _save(folder / PARTIAL, key, accumulators, notes)
             report(notes.done, len(queue), where if loss is None else f"{where}, loss {loss:.3f}")
 
+    started = time.perf_counter()
+    for statistic, (_, accumulator) in zip(statistics, accumulators, strict=True):
+        statistic.learn(loaded, shape, training, accumulator, folder, key, seed, report)
+    notes.seconds += time.perf_counter() - started
+    notes.peak = max(notes.peak, peak_bytes(device))
     entries, tensors = _entries(statistics, accumulators)
     header = ProfileHeader(
         schema_version=1,
@@ -180,19 +191,28 @@ def run_key(
     dtype: torch.dtype,
     documents: Mapping[int, Sequence[Document]],
     statistics: Sequence[Statistic],
+    training: Mapping[int, Sequence[Document]] | None = None,
+    seed: int | None = None,
 ) -> str:
-    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents."""
+    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, and what
+    statistics that train learn from."""
     facts = {
         "schema": 1,
         "fingerprint": shape.fingerprint,
         "dtype": str(dtype),
         "statistics": [[statistic.name, statistic.parameters()] for statistic in statistics],
-        "documents": [
-            [length, [[document.tokens, document.answer, document.evidence] for document in documents[length]]]
-            for length in sorted(documents)
-        ],
+        "documents": _facts(documents),
     }
+    if training:
+        facts |= {"training": _facts(training), "seed": seed}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(documents: Mapping[int, Sequence[Document]]) -> list[Any]:
+    return [
+        [length, [[document.tokens, document.answer, document.evidence] for document in documents[length]]]
+        for length in sorted(documents)
+    ]
 
 
 def _finished(folder: Path, key: str, shape: ModelShape) -> Profile | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from compress.registry import Method, statistics
 
 if TYPE_CHECKING:
     from compress.data.document import Document
+    from compress.models.load import LoadedModel
     from compress.models.shape import ModelShape
     from compress.profile.tiles import Tile
 
@@ -108,6 +110,7 @@ class Statistic(Method):
     """
 
     needs_gradient: ClassVar[bool]
+    reads_tiles: ClassVar[bool] = True
     unit: ClassVar[str]
 
     @property
@@ -121,6 +124,27 @@ class Statistic(Method):
     @abstractmethod
     def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> Accumulator:
         """An empty accumulator for a model of this shape and for documents of these lengths in tokens."""
+
+    def learn(
+        self,
+        loaded: LoadedModel,
+        shape: ModelShape,
+        documents: Mapping[int, Sequence[Document]],
+        accumulator: Accumulator,
+        folder: Path,
+        key: str,
+        seed: int,
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        """What a statistic that runs the model itself does after the common pass; most have nothing to do.
+
+        Args:
+            documents: what to learn from, by length.
+            accumulator: what `begin` gave, to be filled.
+            folder: of the profile; an interrupted learning continues from a file here, which goes when it is done.
+            key: of the run, which such a file has to match.
+            progress: called with (done, in all, message).
+        """
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""

@@ -70,6 +70,7 @@ class Tile:
         attention: `[G, Q, R, K]` float32 probabilities, G groups of Q query heads, 0 where a key is not visible.
         gradient: `[G, Q, R, K]` float32 g = dO V^T = dLoss/dA, None without a backward pass. Where a key is not
             visible its value means nothing (and the attention there is 0).
+        value: `[G, K, D]` float32 values of the keys.
         workspace: scratch for statistics; names starting with `tile.` are taken.
     """
 
@@ -78,6 +79,7 @@ class Tile:
     key_start: int
     attention: torch.Tensor
     gradient: torch.Tensor | None
+    value: torch.Tensor
     workspace: Workspace
     _prefix: torch.Tensor | None = field(default=None, repr=False)
 
@@ -152,10 +154,11 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
     budget = strip_bytes or STRIP_BYTES.get(device.type, STRIP_BYTES["cuda"])
     query = layer.query.float().mul(layer.scaling).view(groups, heads // groups, length, size)
     keys = layer.key.float().transpose(1, 2).contiguous()
+    value = layer.value.float()
     slope = values = None
     if layer.output_gradient is not None:
         slope = layer.output_gradient.float().reshape(groups, heads // groups, length, size)
-        values = layer.value.float().transpose(1, 2).contiguous()
+        values = value.transpose(1, 2).contiguous()
     for start, end, key_start in strips(length, heads, layer.window, budget):
         rows, columns = end - start, end - key_start
         flat = (groups, heads // groups * rows, columns)
@@ -176,4 +179,4 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
             gradient = workspace.take("tile.logits", flat)
             torch.bmm(slope[:, :, start:end].reshape(groups, -1, size), values[:, :, key_start:end], out=gradient)
             gradient = gradient.view(shape)
-        yield Tile(layer.layer, start, key_start, attention, gradient, workspace)
+        yield Tile(layer.layer, start, key_start, attention, gradient, value[:, key_start:end], workspace)

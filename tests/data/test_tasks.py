@@ -33,7 +33,7 @@ MADE: list[Any] = [
 
 
 def test_every_task_is_registered_under_its_name() -> None:
-    assert list(tasks) == ["continuation", "key_value", "passkey"]
+    assert list(tasks) == ["continuation", "key_value", "passkey", "passkeys"]
     for name, task in tasks.items():
         assert task.model_fields["task"].default == name
         assert all(field.description for field in task.model_fields.values())

@@ -212,6 +212,6 @@ def test_joint_of_one_masked_key_is_the_absolute_influence() -> None:
 
 
 def test_a_tile_without_gradient_is_refused() -> None:
-    tile = Tile(0, 0, 0, torch.ones(1, 1, 1, 1), None, Workspace())
+    tile = Tile(0, 0, 0, torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1), Workspace())
     with pytest.raises(ValueError, match="gradient"):
         row_influence(tile)

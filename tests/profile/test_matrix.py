@@ -16,7 +16,10 @@ from tests.tiny import tiny_loaded
 
 STATISTICS: dict[str, dict[str, Any]] = {
     "attention": {"sink": 8},
+    "gates": {"sink": 4, "recent": 8, "task": None, "steps": 4, "rate": 0.1},
+    "hidden_mass": {"grid": GRID},
     "influence": {"grid": GRID},
+    "output_error": {"sink": 4, "window": 16},
     "retrieval": {"grid": GRID},
 }
 
@@ -75,7 +78,8 @@ def test_interrupted_run_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     run_profile(
         loaded, documents(), [make(name)], tmp_path / "parts", seed=0, progress=lambda done, *_: seen.append(done)
     )
-    assert seen == [2, 3]
+    if statistics[name].reads_tiles:
+        assert seen == [2, 3]
     assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
 
 

@@ -1,0 +1,247 @@
+"""DuoAttention's gates (arXiv 2410.10819): a trained number a head group, how much it needs full attention.
+
+Every group's output is alpha x full + (1 - alpha) x streaming attention, weights frozen. The gates minimise the mean
+squared difference of the last hidden states (behind the final norm) on the rows that predict the answers, plus
+`penalty` times the mean |alpha|. The published code takes the full part from the states of a dense pass; here it
+sees the mixed states, as the deployed model will. Gates saturate (of the published ones 81 to 95% of key/value heads
+are at 0.5 or more), so the `heads` solver reports how far apart the two sides of its cut are.
+
+Gradients are averaged over processes by accelerate, each of which trains on documents of its own choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from compress.data.document import Document
+from compress.errors import UserError
+from compress.files import write_bytes
+from compress.profile.capture import causal_attention, checkpoint_layers
+from compress.profile.memory import needs_checkpointing
+from compress.profile.replaced import answer_rows, replaced_attention
+from compress.profile.statistic import Accumulator, Statistic, per_length
+from compress.profile.tiles import Tile
+from compress.registry import statistics
+from compress.runtime.attention import choose_impl
+from compress.runtime.span import Span
+
+if TYPE_CHECKING:
+    from compress.models.load import LoadedModel
+    from compress.models.shape import ModelShape
+
+NAME = "compress_gates"
+SAVE_EVERY = 25  # steps
+UNIT = "gate, 0 streaming to 1 full"
+
+
+@statistics.register("gates")
+class Gates(Statistic):
+    """Trained gate of every head group between full and streaming attention (trains; needs a backward pass a step)."""
+
+    sink: int = Field(64, ge=0, description="tokens at the start that streaming attention sees")
+    recent: int = Field(256, ge=1, description="tokens of streaming attention's window")
+    task: str | None = Field("passkeys", description="task of the documents that are trained on; null takes all")
+    steps: int = Field(2000, ge=1, description="documents trained on, one a step")
+    rate: float = Field(0.02, gt=0, description="learning rate of AdamW; warm-up and decay take a fifth each")
+    penalty: float = Field(0.05, ge=0, description="weight of the mean gate beside the squared difference")
+
+    needs_gradient: ClassVar[bool] = False
+    reads_tiles: ClassVar[bool] = False
+    unit: ClassVar[str] = UNIT
+
+    def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> GatesAccumulator:
+        """`gates.<longest length>` (layer, group); 1 in layers that slide by themselves."""
+        return GatesAccumulator(per_length(shape, [max(lengths)], {"gates": UNIT}), device)
+
+    def learn(
+        self,
+        loaded: LoadedModel,
+        shape: ModelShape,
+        documents: Mapping[int, Sequence[Document]],
+        accumulator: Accumulator,
+        folder: Path,
+        key: str,
+        seed: int,
+        progress: Callable[[int, int, str], None],
+    ) -> None:
+        """Train on the task's documents, in random order; `gates.partial` in the folder continues an interrupted run.
+
+        Raises:
+            UserError: there are no documents of the task, or the loss is not finite.
+        """
+        queue = [document for _, group in sorted(documents.items()) for document in group]
+        chosen = [document for document in queue if self.task in (None, document.task)]
+        if not chosen:
+            raise UserError(
+                f"the gates have no documents of task `{self.task}` to train on",
+                where="calibration.training",
+                expected=f"`- {{task: {self.task}, ...}}`",
+                found=", ".join(sorted({document.task for document in queue})),
+                fix="add such documents, or set the statistic's `task` to null to train on all",
+            )
+        gates = train_gates(self, loaded.model, shape, chosen, folder / "gates.partial", key, seed, progress)
+        for name, total in accumulator.sums.items():
+            total.copy_(gates)
+            accumulator.counts[name] = 1
+
+
+class GatesAccumulator(Accumulator):
+    """Holds the trained gates; tiles and documents of the common pass say nothing about them."""
+
+    def add(self, tile: Tile) -> None:
+        """Nothing."""
+
+    def counted(self) -> list[str]:
+        """No document counts."""
+        return []
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: up over the first fifth, down over the last, never below a tenth."""
+    fifth = max(steps / 5, 1)
+    return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
+
+
+def train_gates(
+    settings: Gates,
+    model: Any,
+    shape: ModelShape,
+    queue: Sequence[Document],
+    partial: Path,
+    key: str,
+    seed: int,
+    progress: Callable[[int, int, str], None],
+) -> torch.Tensor:
+    """The gates `[layers, groups]` float64 on the CPU, 1 where the architecture slides by itself."""
+    if all(native is not None for native in shape.native_windows):
+        return torch.ones(shape.layers, shape.kv_heads, dtype=torch.float64)
+    from accelerate import Accelerator
+    from accelerate.utils import reduce
+
+    device = model.get_input_embeddings().weight.device
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    gates = torch.nn.Parameter(torch.ones(shape.layers, shape.kv_heads, device=device))
+    optimiser = torch.optim.AdamW([gates], lr=settings.rate, weight_decay=0.0)
+    free = torch.tensor([native is None for native in shape.native_windows], device=device)[:, None]
+    span = Span(settings.sink, settings.recent, 0.0)
+    mixture = Mixture(gates, span, shape)
+    first = _restore(partial, key, gates, optimiser)
+    dense: dict[int, torch.Tensor] = {}
+    with replaced_attention(model, NAME, mixture):
+        for step in range(first, settings.steps):
+            chosen = random.Random(f"{seed}/{step}/{accelerator.process_index}").randrange(len(queue))
+            document = queue[chosen]
+            with torch.no_grad():
+                gates.clamp_(0, 1)
+            if chosen not in dense:
+                mixture.mixing = False
+                with torch.no_grad():
+                    dense[chosen] = _last_states(model, document, device).cpu()
+                mixture.mixing = True
+            with ExitStack() as layers:
+                itemsize = model.get_input_embeddings().weight.dtype.itemsize
+                if needs_checkpointing(model.config, shape, document.length, itemsize, device):
+                    checkpoint_layers(model, layers)
+                states = _last_states(model, document, device)
+                difference = (states.float() - dense[chosen].to(device).float()).square().mean()
+                loss = difference + settings.penalty * gates[free.expand_as(gates)].abs().mean()
+                if not bool(torch.isfinite(loss)):
+                    raise UserError(
+                        "the loss of the gates is not finite",
+                        where=f"step {step + 1}, a document of {document.length} tokens",
+                        fix="train in float32 or bfloat16 instead of float16",
+                    )
+                optimiser.zero_grad()
+                accelerator.backward(loss)
+            if accelerator.num_processes > 1:
+                gates.grad = reduce(gates.grad, "mean")
+            for group in optimiser.param_groups:
+                group["lr"] = settings.rate * schedule(step, settings.steps)
+            optimiser.step()
+            progress(step + 1, settings.steps, f"gates, squared difference {float(difference.detach()):.4g}")
+            if (step + 1) % SAVE_EVERY == 0 and accelerator.is_main_process:
+                _save(partial, key, step + 1, gates, optimiser)
+    partial.unlink(missing_ok=True)
+    trained = gates.detach().clamp(0, 1)
+    return torch.where(free, trained, 1.0).double().cpu()
+
+
+class Mixture:
+    """Attention function of transformers' interface: full attention, or its mixture with streaming attention."""
+
+    def __init__(self, gates: torch.Tensor, span: Span, shape: ModelShape) -> None:
+        self.gates = gates
+        self.span = span
+        self.shape = shape
+        self.mixing = True
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """`[B, H, T, D]` in, `[B, T, H, D]` out."""
+        layer = int(module.layer_idx)
+        window = self.shape.native_windows[layer]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = causal_attention(query, key, value, scaling, window)
+        if self.mixing and window is None:
+            spans = (self.span,) * self.shape.kv_heads
+            streaming = choose_impl("auto", query).prefill(query, key, value, spans, scale=scaling)
+            gate = self.gates[layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
+            # In float32: a gate's gradient is the sum of a difference over all rows.
+            difference = output.float() - streaming.float()
+            output = (streaming.float() + gate[None, :, None, None] * difference).to(output.dtype)
+        return output.transpose(1, 2).contiguous(), None
+
+
+def _last_states(model: Any, document: Document, device: torch.device) -> torch.Tensor:
+    """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
+    tokens = torch.tensor([document.tokens[: document.answer[1]]], device=device)
+    states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    picked: torch.Tensor = states[0, answer_rows(document.answer, device)]
+    return picked
+
+
+def _save(path: Path, key: str, step: int, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> None:
+    """Gates and the optimiser's moments, with what they belong to."""
+    moments = optimiser.state[gates]
+    state = {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
+    notes = torch.frombuffer(bytearray(json.dumps({"key": key, "step": step}).encode()), dtype=torch.uint8)
+    data = save_tensors({**state, "gates": gates.detach().cpu().contiguous(), "notes": notes})
+    write_bytes(path, hashlib.sha256(data).digest() + data)
+
+
+def _restore(path: Path, key: str, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> int:
+    """Continue from a partial file: the number of steps done; with a damaged or foreign one, 0."""
+    if not path.is_file():
+        return 0
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        return 0
+    state = load_tensors(data[32:])
+    notes = json.loads(state.pop("notes").numpy().tobytes())
+    if notes["key"] != key:
+        return 0
+    with torch.no_grad():
+        gates.copy_(state.pop("gates"))
+    optimiser.state[gates] = {
+        name: value if name == "step" else value.to(gates.device) for name, value in state.items()
+    }
+    return int(notes["step"])
