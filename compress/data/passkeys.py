@@ -20,37 +20,10 @@ if TYPE_CHECKING:
 
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 # The radio alphabet, whose words no text predicts.
-WORDS = (
+ALPHABET = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
     "sierra tango uniform victor whiskey xray yankee zulu"
-).split(" ")
-    "alpha",
-    "bravo",
-    "charlie",
-    "delta",
-    "echo",
-    "foxtrot",
-    "golf",
-    "hotel",
-    "india",
-    "juliett",
-    "kilo",
-    "lima",
-    "mike",
-    "november",
-    "oscar",
-    "papa",
-    "quebec",
-    "romeo",
-    "sierra",
-    "tango",
-    "uniform",
-    "victor",
-    "whiskey",
-    "xray",
-    "yankee",
-    "zulu",
-]
+)
 NEEDLE = "Here is the {ordinal} pass key to the vault: {words}. Keep it."
 ASK = "\nThe {ordinal} pass key to the vault:"
 
@@ -107,7 +80,8 @@ class PassKeys(Task):
         self, frame: Frame, tokenizer: PreTrainedTokenizerBase, rng: random.Random
     ) -> tuple[list[list[int]], list[int], list[int]]:
         """Sentences of the keys, the first question, and the answer with all later questions."""
-        keys = [" ".join(rng.choice(WORDS) for _ in range(self.words)) for _ in range(self.keys)]
+        alphabet = ALPHABET.split()
+        keys = [" ".join(rng.choice(alphabet) for _ in range(self.words)) for _ in range(self.keys)]
         needles = [frame.needle(NEEDLE.format(ordinal=ORDINALS[i], words=key)) for i, key in enumerate(keys)]
         question = tokenise(tokenizer, ASK.format(ordinal=ORDINALS[0]).strip())
         rest = "".join((ASK.format(ordinal=ORDINALS[i]) if i else "") + f" {key}." for i, key in enumerate(keys))
