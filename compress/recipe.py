@@ -55,6 +55,7 @@ class SearchSection(Section):
 
     solver: AnyMethod = Field(description="the method that decides")
     budget: AnyMethod = Field(description="what the plan may cost")
+    refine: AnyMethod | None = Field(None, description="exchanges between head groups by measured loss, afterwards")
 
 
 class ExportSection(Section):
@@ -142,6 +143,7 @@ class Methods:
     tasks: Mapping[str, type[Method]]
     sources: Mapping[str, type[Method]]
     budget: type[Method]
+    refine: type[Method]
     perplexity: type[Method]
     lm_eval: type[Method]
 
@@ -175,6 +177,7 @@ _SLOTS = (
     _Slot(("profile", "statistics"), "statistics", "name", True, _STATISTICS),
     _Slot(("search", "solver"), "solvers", "name", False, {"name": "moa"}),
     _Slot(("search", "budget"), "budget", None, False),
+    _Slot(("search", "refine"), "refine", None, False, optional=True),
     _Slot(("evaluate", "perplexity"), "perplexity", None, False, optional=True),
     _Slot(("evaluate", "recall"), "tasks", "task", True, []),
     _Slot(("evaluate", "lm_eval"), "lm_eval", None, False, optional=True),

@@ -21,6 +21,7 @@ def load() -> Methods:
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
     from compress.search.budget import Budget
+    from compress.search.refine import Refine
 
     sources: tuple[type[registry.Method], ...] = (EmbeddedText, FileText, DatasetText)
     return Methods(
@@ -29,6 +30,7 @@ def load() -> Methods:
         tasks=dict(registry.tasks.items()),
         sources={typing.cast(str, source.model_fields["source"].default): source for source in sources},
         budget=Budget,
+        refine=Refine,
         perplexity=PerplexityRequest,
         lm_eval=HarnessRequest,
     )

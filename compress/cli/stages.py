@@ -83,11 +83,31 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     def work() -> Any:
         held_out = _documents(session, recipe.calibration.held_out, "held_out")
         section: Any = recipe.search
+        learnt: list[Document] = []
+        if section.refine is not None:
+            for requests in (recipe.calibration.documents, recipe.calibration.training):
+                for _, group in sorted(_documents(session, requests, "calibration").items()):
+                    learnt += group
         with progress("search") as report:
-            return run_search(session.loaded, profile, held_out, section, run.path, progress=report)
+            return run_search(
+                session.loaded,
+                profile,
+                held_out,
+                section,
+                run.path,
+                progress=report,
+                refine_documents=learnt,
+                seed=recipe.seed,
+            )
 
     result = _timed(session, "search", key, ["plan.json", "search"], work)
     plan: Plan = result.plan
+    if "refine" in result.report:
+        told = result.report["refine"]
+        say(
+            f"search: refined {told['start']} in {told['steps']} steps and {duration(told['seconds'])}: loss "
+            f"{told['start_loss']:.4f} to {told['loss']:.4f}, where the uniform plan's is 1"
+        )
     say(f"search: {result.report['why']}")
     for length, used in sorted(plan.predicted.kv_bytes.items()):
         dense = plan.predicted.dense_kv_bytes[length]

@@ -13,7 +13,6 @@ padding are handled here, so that no N x N mask exists either.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -21,12 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.errors import UserError
-from compress.profile.memory import needs_checkpointing
-from compress.profile.replaced import answer_rows, replaced_attention
+from compress.models.memory import needs_checkpointing
+from compress.models.replaced import (
+    answer_rows,
+    causal_attention,
+    checkpoint_layers,
+    replaced_attention,
+    tapped,
+)
 from compress.profile.tiles import LayerTensors
 
 if TYPE_CHECKING:
@@ -148,7 +151,7 @@ class Capture:
                 self._check(slope, layer, "the gradient of the attention output")
                 self.consume(LayerTensors(layer, q[0], k[0], v[0], scaling, window, slope[0].float() / self._scale))
 
-            output = _Tap.apply(output, query, key, value, hand_on)
+            output = tapped(output, hand_on, query, key, value)
         else:
             self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window))
         if total != self._end - self._start:
@@ -166,54 +169,6 @@ class Capture:
             )
 
 
-class _Tap(torch.autograd.Function):
-    """Passes the attention output through; in the backward pass hands (Q, K, V, dLoss/dO) on."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hand_on: Any
-    ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.hand_on = hand_on
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        ctx.hand_on(*ctx.saved_tensors, gradients[0])
-        return gradients[0], None, None, None, None
-
-
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
-    """Causal attention `[B, H, T, D]` without an N x N mask.
-
-    With a sliding window shorter than the sequence, blocks of rows see a strip of at most twice the window.
-    """
-    length = query.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if window is None or window >= length:
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-    blocks = []
-    rows = max(window, 128)
-    for start in range(0, length, rows):
-        end, low = min(start + rows, length), max(0, start - window + 1)
-        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(low, end, device=query.device)
-        blocks.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, low:end],
-                value[:, :, low:end],
-                attn_mask=(distance >= 0) & (distance < window),
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(blocks, 2)
-
-
 def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
     """[start, end) of the one run of valid tokens. Raises ValueError when there is none or more than one."""
     if valid is None:
@@ -222,24 +177,3 @@ def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
     if valid.shape != (length,) or not len(inside) or int(inside[-1] - inside[0]) + 1 != len(inside):
         raise ValueError("valid: expected one run of True per row, padding only on the left and the right")
     return int(inside[0]), int(inside[-1]) + 1
-
-
-def checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
-    """Recompute decoder layers in the backward pass until `undo` closes.
-
-    transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside
-    stay in eval mode, so dropout is off whatever the configuration says.
-    """
-    function = functools.partial(checkpoint, use_reentrant=False)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            for name, value in (
-                ("training", True),
-                ("gradient_checkpointing", True),
-                ("_gradient_checkpointing_func", function),
-            ):
-                if name in vars(module):
-                    undo.callback(setattr, module, name, vars(module)[name])
-                else:
-                    undo.callback(delattr, module, name)
-                setattr(module, name, value)

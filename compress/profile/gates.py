@@ -27,9 +27,8 @@ from safetensors.torch import save as save_tensors
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.files import write_bytes
-from compress.profile.capture import causal_attention, checkpoint_layers
-from compress.profile.memory import needs_checkpointing
-from compress.profile.replaced import answer_rows, replaced_attention
+from compress.models.memory import needs_checkpointing
+from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
 from compress.profile.statistic import Accumulator, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics

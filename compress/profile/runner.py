@@ -20,9 +20,9 @@ from compress.data.document import Document
 from compress.errors import Problem, UserError
 from compress.files import write_bytes
 from compress.models.load import LoadedModel
+from compress.models.memory import peak_bytes
 from compress.models.shape import ModelShape, shape_of
 from compress.profile.capture import Capture
-from compress.profile.memory import peak_bytes
 from compress.profile.statistic import Accumulator, Statistic, check_finite
 from compress.profile.store import (
     HEADER,

@@ -115,13 +115,15 @@ def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) ->
     # What sees most comes first, so that of two rules that are equal at all known lengths the more careful one stays.
     rules = rules[:1] + sorted(rules[1:], key=lambda rule: (-rule.span.beta, -rule.span.alpha, -rule.span.sink))
     losses = np.stack([rule_losses(_table(problem, objective), rules) for objective in objectives], axis=-1)
-    pages = _pages([rule.span for rule in rules], problem)
+    pages = page_counts([rule.span for rule in rules], problem)
     candidates = []
     for layer, native in enumerate(shape.native_windows):
         for group in range(shape.kv_heads):
             if native is not None:
                 zero = np.zeros((1, len(objectives)))
-                candidates.append(GroupCandidates(layer, group, (FULL,), zero, _pages([own_span(native)], problem)))
+                candidates.append(
+                    GroupCandidates(layer, group, (FULL,), zero, page_counts([own_span(native)], problem))
+                )
                 continue
             own = losses[layer, group]
             kept = nondominated(np.concatenate([own, pages], axis=1))
@@ -132,7 +134,8 @@ def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) ->
     return candidates
 
 
-def _pages(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int64]:
+def page_counts(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int64]:
+    """Cache pages of each rule at every budget length, `[rules, lengths]`."""
     return np.array([[span.page_count(length) for length in problem.limits] for span in spans], dtype=np.int64)
 
 

@@ -16,6 +16,7 @@ from compress.plan import Plan
 from compress.search.budget import Budget, check_feasible, dense_bytes, smallest_bytes
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name
+from compress.search.refine import State, refine
 from compress.search.response import response_loss
 from compress.search.select import LossLog, Progress, best_plan, measure
 from compress.search.streaming import Streaming
@@ -54,6 +55,10 @@ class SearchSection(Protocol):
     @property
     def budget(self) -> Any:
         """The `Budget`."""
+
+    @property
+    def refine(self) -> Any:
+        """The `Refine` that follows the choice, or None."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,19 @@ def describe_budget(problem: SearchProblem) -> dict[str, dict[str, float]]:
     return rows
 
 
-def explain(chosen: str, plans: Sequence[str], losses: Mapping[str, float], baselines: Sequence[str]) -> str:
+def explain(
+    chosen: str,
+    plans: Sequence[str],
+    losses: Mapping[str, float],
+    baselines: Sequence[str],
+    refined: State | None = None,
+) -> str:
     """In words, why a plan won, and whether a baseline did better."""
+    if refined is not None and not losses:
+        return (
+            f"refined: from {refined.start} the measured loss fell from {refined.first:.4f} to {refined.loss:.4f} of "
+            "the uniform plan's; there are no held-out documents to measure a response loss on"
+        )
     if not losses:
         return (
             f"{chosen} has the lowest predicted loss at the longest profiled length, of {len(plans)} plan(s); there "
@@ -153,15 +169,19 @@ def run_search(
     section: SearchSection,
     folder: Path,
     progress: Progress | None = None,
+    refine_documents: Sequence[Document] = (),
+    seed: int = 0,
 ) -> SearchResult:
-    """Search, choose by measured response loss, and write `plan.json` and `search/` under the run folder.
+    """Search, refine where asked, choose by measured response loss; write `plan.json` and `search/` of the run folder.
 
-    Losses are kept in `search/response.jsonl`, so that an interrupted choice continues where it was. `plan.json` is
-    written last, and every file whole or not at all.
+    Losses are kept in `search/response.jsonl` and a refinement's steps in `search/refine.json`, so that an interrupted
+    search continues where it was. `plan.json` is written last, and every file whole or not at all.
 
     Args:
         held_out_documents: documents to choose by, best longer than the profiled ones; a list, or lists by length.
         folder: the run folder.
+        refine_documents: what a refinement measures its loss on; the held-out ones stay unseen by it.
+        seed: of the refinement's choice of documents.
         progress: called with (done, in all, what).
 
     Raises:
@@ -174,6 +194,30 @@ def run_search(
 
     candidates = {f"pareto-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
     baselines = solve_baselines(problem)
+    refined = None
+    if section.refine is not None:
+        if "uniform" not in baselines:
+            raise UserError(
+                "no uniform window meets the budget, so refinement has nothing to measure its loss by",
+                where="search.refine",
+                fix="raise the budget, or leave `refine` out",
+            )
+        starts = {
+            name: each.decision for name, each in {**candidates, **baselines}.items() if problem.fits(each.decision)
+        }
+        refined = refine(
+            loaded.model,
+            problem,
+            section.refine,
+            starts,
+            baselines["uniform"].decision,
+            refine_documents,
+            folder / "search",
+            seed,
+            progress,
+        )
+        note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
+        candidates["refined"] = CandidatePlan(refined.spans(), note=f"{note}; 1 is the uniform plan's")
     asked = {
         "solver": {"name": solver_name(solver), **solver.model_dump(mode="json")},
         "budget": section.budget.model_dump(mode="json"),
@@ -190,9 +234,10 @@ def run_search(
     losses: dict[str, float] = {}
     if documents:
         log = LossLog(folder / "search" / "response.jsonl", f"{shape.fingerprint} {loaded.model.dtype}")
-        every: dict[str, Plan | None] = {"dense": None, **plans, **uniform}
-        losses = measure(every, documents, _measurer(loaded.model, next(iter(plans.values()))), log, progress)
-    chosen = choose(plans, losses)
+        measured: dict[str, Plan | None] = {"dense": None, **plans, **uniform}
+        losses = measure(measured, documents, _measurer(loaded.model, next(iter(plans.values()))), log, progress)
+    # Without held-out documents only the refinement has measured anything.
+    chosen = "refined" if refined is not None and not losses else choose(plans, losses)
     plan = plans[chosen].model_copy(
         update={
             "provenance": plans[chosen].provenance
@@ -218,8 +263,17 @@ def run_search(
         "plans": [_row(name, candidates[name], plans[name], losses) for name in plans],
         "baselines": [_row(name, baselines[name], uniform[name], losses) for name in uniform],
         "chosen": chosen,
-        "why": explain(chosen, list(plans), losses, list(uniform)),
+        "why": explain(chosen, list(plans), losses, list(uniform), refined),
     }
+    if refined is not None:
+        report["refine"] = {
+            "start": refined.start,
+            "loss": refined.loss,
+            "start_loss": refined.first,
+            "tasks": refined.tasks,
+            "steps": refined.step,
+            "seconds": refined.seconds,
+        }
     write_result(folder, report, plan, plans, uniform)
     return SearchResult(plan, uniform, report)
 
@@ -240,7 +294,7 @@ def write_result(
     wanted = {folder / "search" / "plans" / f"{name}.json": each.to_json() for name, each in plans.items()}
     wanted |= {folder / "search" / f"{name}.json": each.to_json() for name, each in baselines.items()}
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
-        if old not in wanted and old.name != "pareto.json":
+        if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()
     for path, text in wanted.items():
         write_text(path, text)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models import memory
 from compress.models.shape import shape_of
-from compress.profile import memory
 from compress.profile.capture import Capture
 from compress.profile.tiles import LayerTensors, strips
 from tests.profile.common import document

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.replaced import replaced_attention
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
 from compress.profile import gates as module
 from compress.profile.gates import Gates, Mixture, schedule
 from compress.profile.hidden_mass import HiddenMass
 from compress.profile.output_error import OutputError
-from compress.profile.replaced import replaced_attention
 from compress.profile.runner import run_profile
 from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime.span import Span

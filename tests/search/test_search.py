@@ -26,6 +26,7 @@ class Section:
 
     solver: Any
     budget: Budget
+    refine: Any = None
 
 
 SECTION = Section({"name": "moa", "points": 2}, Budget(kv=0.5))

@@ -1,0 +1,130 @@
+"""A model whose attention is, for a while, another function: weights frozen, eval mode, everything put back.
+
+Beside it what such functions need: plain causal attention, a tap on the gradient of an output, recomputation of layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@contextmanager
+def replaced_attention(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
+    """Run `model` on another attention function of transformers' interface, without any mask tensor.
+
+    The function gets queries, keys and values after RoPE; causality, sliding windows and padding are its own matter.
+
+    Args:
+        name: what the function is registered as; one user of a name at a time.
+    """
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        for weight in model.parameters():
+            undo.callback(weight.requires_grad_, weight.requires_grad)
+        undo.callback(model.set_attn_implementation, model.config._attn_implementation)
+        # The registered function would keep whatever it is bound to, and with it the model, alive.
+        undo.callback(AttentionInterface.register, name, _closed)
+        model.eval()
+        model.requires_grad_(False)
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, _no_mask)
+        model.set_attn_implementation(name)
+        yield
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Mask function of transformers' interface: the attention functions here need none."""
+
+
+def _closed(*_: Any, **__: Any) -> None:
+    raise RuntimeError("this attention function belongs to a measurement that has ended")
+
+
+def answer_rows(answer: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """The rows whose logits predict the answer's tokens [start, end): start - 1 to end - 2."""
+    return torch.arange(answer[0] - 1, answer[1] - 1, device=device)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention `[B, H, T, D]` without an N x N mask.
+
+    With a sliding window shorter than the sequence, blocks of rows see a strip of at most twice the window.
+    """
+    length = query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    if window is None or window >= length:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    blocks = []
+    rows = max(window, 128)
+    for start in range(0, length, rows):
+        end, low = min(start + rows, length), max(0, start - window + 1)
+        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(low, end, device=query.device)
+        blocks.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, low:end],
+                value[:, :, low:end],
+                attn_mask=(distance >= 0) & (distance < window),
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(blocks, 2)
+
+
+def tapped(output: torch.Tensor, hand_on: Callable[..., None], *saved: torch.Tensor) -> torch.Tensor:
+    """`output`, unchanged; in the backward pass `hand_on(*saved, slope)` gets dLoss/dOutput beside what was saved.
+
+    Under checkpointing autograd recomputes the saved tensors of a layer just before it hands them on.
+    """
+    result: torch.Tensor = _Tap.apply(output, hand_on, *saved)
+    return result
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, hand_on: Any, *saved: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*saved)
+        ctx.hand_on = hand_on
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under checkpointing a second reading is refused
+        ctx.hand_on(*saved, gradients[0])
+        return (gradients[0], None, *(None for _ in saved))
+
+
+def checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Recompute decoder layers in the backward pass until `undo` closes.
+
+    transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside
+    stay in eval mode, so dropout is off whatever the configuration says.
+    """
+    function = functools.partial(checkpoint, use_reentrant=False)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            for name, value in (
+                ("training", True),
+                ("gradient_checkpointing", True),
+                ("_gradient_checkpointing_func", function),
+            ):
+                if name in vars(module):
+                    undo.callback(setattr, module, name, vars(module)[name])
+                else:
+                    undo.callback(delattr, module, name)
+                setattr(module, name, value)
