@@ -106,7 +106,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
         told = result.report["refine"]
         say(
             f"search: refined {told['start']} in {told['steps']} steps and {duration(told['seconds'])}: loss "
-            f"{told['start_loss']:.4f} to {told['loss']:.4f}, where the uniform plan's is 1"
+            f"{told['start_loss']:.4f} to {told['loss']:.4f}, relative to the uniform plan's"
         )
     say(f"search: {result.report['why']}")
     for length, used in sorted(plan.predicted.kv_bytes.items()):

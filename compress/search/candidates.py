@@ -22,33 +22,24 @@ BLOCK = 128  # rows compared at once, so that memory stays at BLOCK x kept rows
 
 @dataclass(frozen=True)
 class Objective:
-    """One loss to minimise: the profile's table `influence.<kind>.<length>`, with `retrieval.lost.<length>` besides.
+    """One loss to minimise: a weighted sum of rule tables of the profile at one length.
+
+    Every table is divided by what the smallest rule loses in all groups together, so weights of 1 weigh alike; the sum
+    has the unit of the first table.
 
     Attributes:
-        kind: which influence: absolute, signed or joint.
+        tables: (name, weight) of rule tables, for instance `influence.absolute` or `retrieval.lost`; the tensor of the
+            profile is `<name>.<length>`.
         length: the profiled length in tokens.
-        retrieval: weight of the evidence that rules are expected to hide. Both tables are scaled to what the smallest
-            rule in every group loses, so 1 weighs them alike; the sum keeps influence's unit.
     """
 
-    kind: str
+    tables: tuple[tuple[str, float], ...]
     length: int
-    retrieval: float = 0.0
 
     @property
     def name(self) -> str:
-        """How the objective is called in files, for instance `absolute.2048`."""
-        return f"{self.kind}.{self.length}"
-
-    @property
-    def key(self) -> str:
-        """The influence tensor of the profile."""
-        return f"influence.{self.name}"
-
-    @property
-    def retrieval_key(self) -> str:
-        """The tensor of the evidence that rules hide."""
-        return f"retrieval.lost.{self.length}"
+        """How the objective is called in files, for instance `absolute+retrieval.lost.2048`."""
+        return f"{'+'.join(name.removeprefix('influence.') for name, _ in self.tables)}.{self.length}"
 
 
 @dataclass(frozen=True)
@@ -141,20 +132,23 @@ def page_counts(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int
 
 def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:
     """The loss of every rule, `[layers, kv_heads, sinks, betas, alphas]`."""
-    influence = _checked(problem, objective.key, objective.length)
-    if objective.retrieval == 0:
-        return influence
-    lost = _checked(problem, objective.retrieval_key, objective.length)
+    tables = [_checked(problem, f"{name}.{objective.length}", objective.length) for name, _ in objective.tables]
+    if len(tables) == 1:
+        return tables[0]
     # The first sink, beta and alpha are the smallest rule. Signed influence may be negative, so its size is taken.
-    most, most_lost = (table[:, :, 0, 0, 0].abs().sum() for table in (influence, lost))
-    if not most_lost > 0:
-        raise UserError(
-            "no rule hides any evidence, so retrieval has nothing to weigh",
-            where=f"profile: {objective.retrieval_key}",
-            expected="recall documents whose evidence lies beyond the smallest window",
-            fix="profile longer recall documents, or set the solver's `retrieval` to 0",
-        )
-    return influence + objective.retrieval * (most / most_lost) * lost
+    sizes = [table[:, :, 0, 0, 0].abs().sum() for table in tables]
+    total = tables[0] * 0
+    for table, size, (name, weight) in zip(tables, sizes, objective.tables, strict=True):
+        if not size > 0:
+            raise UserError(
+                f"no rule loses anything in `{name}`, so there is nothing to weigh",
+                where=f"profile: {name}.{objective.length}",
+                expected="documents on which the smallest rule of the grid loses something; for `retrieval.lost` "
+                "recall documents whose evidence lies beyond the smallest window",
+                fix="profile longer documents, or leave the table out of the solver",
+            )
+        total = total + weight * (sizes[0] / size) * table
+    return total
 
 
 def _checked(problem: SearchProblem, key: str, length: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Full or streaming for every head group by one score: the form of DuoAttention (arXiv 2410.10819), without training.
+"""Full or streaming for every head group by one score: the form of DuoAttention (arXiv 2410.10819).
 
-DuoAttention trains a gate for every key/value head and cuts at a share of them. Its own gates saturate, so the
-cut lies among equals; a score that is measured once on recall documents costs seconds and says how far apart the
-groups at the cut are.
+With `score: gates` this is DuoAttention itself, whose gates the statistic `gates` trains. They saturate, so the cut may
+lie among equals: the plan's note says how far apart the groups at the cut are. Other scores need no training; a
+retrieval score that is measured once on recall documents costs seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ class Heads(Solver):
     """
 
     score: Annotated[
-        str, Field(description="a statistic with one number a group: `retrieval`, or `entropy`, `sink_mass`")
+        str | dict[str, float],
+        Field(
+            description="a statistic with one number a group: `retrieval`, `gates`, `output_error`, `entropy`; or "
+            "several with weights, each divided by its mean over groups, for instance `{retrieval: 1, gates: 1}`"
+        ),
     ] = "retrieval"
     sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 64
     window: Annotated[int, Field(ge=PAGE, multiple_of=PAGE, description="tokens of the others' window, at least")] = 256
@@ -67,26 +71,43 @@ class Heads(Solver):
         return [CandidatePlan(decide(problem, set(chosen), window), note=self._note(score, ranked, chosen))]
 
     def scores(self, problem: SearchProblem) -> torch.Tensor:
-        """The mean over the profiled lengths that have it, `[layers, groups]`."""
-        found = []
-        for length in problem.lengths:
-            try:
-                found.append(problem.tensor(f"{self.score}.{length}").double())
-            except (UserError, KeyError):  # a length without recall documents has no such tensor
-                continue
-        if not found or found[0].ndim != 2:
-            raise UserError(
-                f"the profile has no `{self.score}` with one number for every head group",
-                where="search.solver.score",
-                expected="retrieval, entropy or sink_mass, and its statistic in `profile.statistics`",
-            )
-        return torch.stack(found).mean(0)
+        """`[layers, groups]`; of each statistic the mean over the profiled lengths that have it."""
+        if isinstance(self.score, str):
+            return score_of(problem, self.score)
+        parts = [weight * _relative(score_of(problem, name)) for name, weight in self.score.items()]
+        return torch.stack(parts).sum(0)
 
     def _note(self, score: torch.Tensor, ranked: list[tuple[int, int]], chosen: list[tuple[int, int]]) -> str:
         rest = [place for place in ranked if place not in chosen]
         last = min((float(score[place]) for place in chosen), default=float("nan"))
         first = max((float(score[place]) for place in rest), default=float("nan"))
-        return f"{len(chosen)} of {len(ranked)} groups full by {self.score}; at the cut {last:.3g} and {first:.3g}"
+        told = self.score if isinstance(self.score, str) else " + ".join(self.score)
+        return f"{len(chosen)} of {len(ranked)} groups full by {told}; at the cut {last:.3g} and {first:.3g}"
+
+
+def score_of(problem: SearchProblem, name: str) -> torch.Tensor:
+    """One statistic of the profile, `[layers, groups]` float64: the mean over the lengths that have it.
+
+    Raises:
+        UserError: no length has it, or it is not one number a group.
+    """
+    found = []
+    for length in problem.lengths:
+        try:
+            found.append(problem.tensor(f"{name}.{length}").double())
+        except (UserError, KeyError):  # a length without recall documents has no such tensor
+            continue
+    if not found or found[0].ndim != 2:
+        raise UserError(
+            f"the profile has no `{name}` with one number for every head group",
+            where="search.solver.score",
+            expected="retrieval, gates, output_error, entropy or sink_mass, and its statistic in `profile.statistics`",
+        )
+    return torch.stack(found).mean(0)
+
+
+def _relative(score: torch.Tensor) -> torch.Tensor:
+    return score / score.abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def decide(problem: SearchProblem, full: set[tuple[int, int]], window: Span) -> Decision:

@@ -21,7 +21,9 @@ class Layers(Solver):
         Literal["score", "first", "last", "spread"],
         Field(description="which layers are full: of the highest score, the first, the last, or spread evenly"),
     ] = "score"
-    score: Annotated[str, Field(description="as in `heads`; a layer's is the mean of its groups")] = "retrieval"
+    score: Annotated[
+        str | dict[str, float], Field(description="as in `heads`; a layer's is the mean of its groups")
+    ] = "retrieval"
     sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 0
     window: Annotated[int, Field(ge=PAGE, multiple_of=PAGE, description="tokens of the others' window, at least")] = 256
 

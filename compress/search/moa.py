@@ -1,14 +1,15 @@
 """The MoA solver: least attention influence lost under the budget, at every profiled length (arXiv 2406.14909).
 
-With `retrieval` above 0 the loss counts the evidence that a rule is expected to hide, too. Influence alone misses it
-on models that are sure of what they look up: profiles/README.md, "Objectives", has the figures.
+With `retrieval` above 0 the loss counts the evidence that a rule is expected to hide, too, and `tables` adds others.
+Influence alone misses it on models that are sure of what they look up: profiles/README.md, "Objectives", has the
+figures.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.registry import solvers
 from compress.search.budget import check_feasible
@@ -26,10 +27,10 @@ class Moa(Solver):
     """
 
     influence: Annotated[
-        Literal["absolute", "signed", "joint"],
+        Literal["absolute", "signed", "joint", "none"],
         Field(
             description="absolute sums |E| (the released MoA code), signed sums E (the paper's formula), joint is the "
-            "first-order effect of masking all of a rule's keys at once"
+            "first-order effect of masking all of a rule's keys at once; none leaves it to `retrieval` and `tables`"
         ),
     ] = "absolute"
     retrieval: Annotated[
@@ -40,16 +41,33 @@ class Moa(Solver):
             "influence; 0 is the published method, 1 weighs both alike",
         ),
     ] = 0.0
+    tables: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="further rule tables of the profile and their weights, for instance `{hidden_mass: 1}`",
+    )
     points: Annotated[
         int, Field(ge=0, description="epsilon-constraint problems solved besides the extreme plans of every length")
     ] = 4
     gap: Annotated[float, Field(ge=0, lt=1, description="relative optimality gap at which a solve may stop")] = 0.01
     time_limit: Annotated[float, Field(gt=0, description="seconds for the whole Pareto set")] = 120.0
 
+    @model_validator(mode="after")
+    def _something_to_weigh(self) -> Moa:
+        if not self.weighed():
+            raise ValueError("influence: none leaves nothing to minimise; set `retrieval` or `tables`")
+        return self
+
+    def weighed(self) -> tuple[tuple[str, float], ...]:
+        """The rule tables that are minimised, with their weights."""
+        every = {} if self.influence == "none" else {f"influence.{self.influence}": 1.0}
+        if self.retrieval > 0:
+            every["retrieval.lost"] = self.retrieval
+        return tuple({**every, **self.tables}.items())
+
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
         check_feasible(problem.limits, problem.shape, problem.grid, problem.itemsize)
-        objectives = [Objective(self.influence, length, self.retrieval) for length in problem.lengths]
+        objectives = [Objective(self.weighed(), length) for length in problem.lengths]
         candidates = build_candidates(problem, objectives)
         knapsack = Knapsack(candidates, list(problem.page_limits.values()))
         names = [objective.name for objective in objectives]

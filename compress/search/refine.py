@@ -2,7 +2,7 @@
 
 Scores of heads, and influence, are taken at the dense model, one group at a time; what groups do together they do not
 know. Here the loss is the plan's own: the divergence from the dense model on documents, every task relative to what
-the uniform plan of the same bytes loses on it, so that no task outweighs another by its unit.
+the uniform plan of the same bytes loses on it (at least a hundredth of a nat), so that no task outweighs another.
 
 Each step predicts, to first order at the current plan, what every other rule of every group would change
 (response_change.py), lets the knapsack choose the best exchange of at most `radius` groups within the budget, and
@@ -42,7 +42,7 @@ from compress.targets.apply import planned_model, set_plan
 if TYPE_CHECKING:
     from compress.plan import Plan
 
-FLOOR = 1e-4  # nats; a uniform plan that loses less on a task loses nothing
+FLOOR = 0.01  # nats, a perplexity 1% higher: where the uniform plan loses less on a task, this is the task's unit
 WIDEN, SHRINK = 1.5, 0.5
 SOLVE_SECONDS = 5.0
 
@@ -73,7 +73,7 @@ class State:
         key: of all that the refinement depends on.
         start: name of the plan that it started from.
         decision: `[layers][groups]` of (sink, alpha, beta).
-        loss: measured loss of the decision; 1 is the uniform plan's.
+        loss: measured loss of the decision, relative to the uniform plan's.
         first: that of the start.
         tasks: its parts, nats a row by task.
         step: predictions made.
@@ -108,7 +108,7 @@ class Loss:
     """The measured loss of decisions: divergence by task, relative to the uniform plan's, weighted mean.
 
     Args:
-        uniform: the plan whose loss is 1.
+        uniform: the plan whose losses are the tasks' units.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ def refine(
     Args:
         model: the dense model.
         starts: plans within the budget, by name.
-        uniform: the uniform plan of the budget, whose loss is 1.
+        uniform: the uniform plan of the budget, whose losses are the tasks' units.
         documents: what the loss is measured on.
         progress: called with (seconds spent, seconds in all, what).
 

@@ -143,8 +143,8 @@ def explain(
     """In words, why a plan won, and whether a baseline did better."""
     if refined is not None and not losses:
         return (
-            f"refined: from {refined.start} the measured loss fell from {refined.first:.4f} to {refined.loss:.4f} of "
-            "the uniform plan's; there are no held-out documents to measure a response loss on"
+            f"refined: from {refined.start} the measured loss fell from {refined.first:.4f} to {refined.loss:.4f}, "
+            "relative to the uniform plan's; there are no held-out documents to measure a response loss on"
         )
     if not losses:
         return (
@@ -217,7 +217,7 @@ def run_search(
             progress,
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
-        candidates["refined"] = CandidatePlan(refined.spans(), note=f"{note}; 1 is the uniform plan's")
+        candidates["refined"] = CandidatePlan(refined.spans(), note=note)
     asked = {
         "solver": {"name": solver_name(solver), **solver.model_dump(mode="json")},
         "budget": section.budget.model_dump(mode="json"),

@@ -39,7 +39,7 @@ def test_nondominated_equals_the_definition(count: int, columns: int, values: in
 
 def test_candidates_keep_full_and_leave_sliding_layers() -> None:
     problem = random_problem(0.8, shape=make_shape(3, 2, (None, 100, None)))
-    objectives = [Objective("absolute", length) for length in problem.lengths]
+    objectives = [Objective((("influence.absolute", 1.0),), length) for length in problem.lengths]
     candidates = build_candidates(problem, objectives)
     assert [(each.layer, each.group) for each in candidates] == [(layer, g) for layer in range(3) for g in range(2)]
     for each in candidates:
@@ -56,8 +56,8 @@ def test_candidates_keep_full_and_leave_sliding_layers() -> None:
 
 def test_full_stays_where_signed_influence_says_that_hiding_helps() -> None:
     problem = random_problem(0.8)
-    objective = Objective("signed", 512)
-    table = -problem.tensor(objective.key).abs()
+    objective = Objective((("influence.signed", 1.0),), 512)
+    table = -problem.tensor(f"influence.{objective.name}").abs()
     better = SearchProblem(problem.shape, problem.grid, (512,), lambda _: table, problem.limits, ITEMSIZE)
     assert all(FULL in each.spans for each in build_candidates(better, [objective]))
 
@@ -72,4 +72,4 @@ def test_a_table_that_does_not_fit_is_an_error() -> None:
             problem.shape, problem.grid, (512,), {"influence.absolute.512": table}.__getitem__, problem.limits, ITEMSIZE
         )
         with pytest.raises(UserError, match=says):
-            build_candidates(wrong, [Objective("absolute", 512)])
+            build_candidates(wrong, [Objective((("influence.absolute", 1.0),), 512)])
