@@ -60,6 +60,10 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "MoA, length rule": ({"name": "moa", "rule": "length", "points": 0}, True),
     "MoA": ({"name": "moa", "points": 0}, True),
     "MoA, signed": ({"name": "moa", "influence": "signed", "points": 0, "time_limit": 30}, True),
+    "windows, evidence x3": (
+        {"name": "moa", "influence": "none", "retrieval": 3, "tables": {"hidden_mass": 1}, "points": 0},
+        False,
+    ),
     "MoA + evidence": ({"name": "moa", "retrieval": 1, "points": 0}, False),
 }
 REFINED = "refined"
@@ -175,9 +179,11 @@ def measure(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
         for name in [*METHODS, REFINED]:
             if (options.out / budget / f"{name}.json").is_file() and (not options.rows or name in options.rows):
                 plans[budget, name] = read_plan(options.out / budget / f"{name}.json", shape)
+    sources: dict[str, Any] = {"embedded": EmbeddedText()}
+    if options.text:
+        sources[Path(options.text).stem] = FileText(path=options.text)
     texts = {
-        "embedded": EmbeddedText(),
-        **({Path(options.text).stem: FileText(path=options.text)} if options.text else {}),
+        label: tokenise(loaded.tokenizer, split_text(each.load(), "evaluation")) for label, each in sources.items()
     }
     made: dict[str, Any] = {}
     for (budget, name), entry in plans.items():

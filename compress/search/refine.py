@@ -1,22 +1,22 @@
-"""Refinement: a plan is changed a few groups at a time, and a change stays when the measured loss has fallen.
+"""Refinement: rules are exchanged between head groups, and an exchange stays when the measured loss has fallen.
 
-Scores of heads, and influence, are taken at the dense model, one group at a time; what groups do together they do not
-know. Here the loss is the plan's own: the divergence from the dense model on documents, every task relative to what
-the uniform plan of the same bytes loses on it (at least a hundredth of a nat), so that no task outweighs another.
+Scores of heads, and influence, look at one group at a time; what groups do together they do not know. Here the loss is
+the plan's own: the divergence from the dense model on documents, every task relative to what the uniform plan of the
+same bytes loses on it (at least a hundredth of a nat), so that no task outweighs another.
 
-Each step predicts, to first order at the current plan, what every other rule of every group would change
-(response_change.py), lets the knapsack choose the best exchange of at most `radius` groups within the budget, and
-measures it. A success widens the radius, a failure halves it; the budget holds at every step.
+What to try comes from a quadratic model of that loss (effects.py), made once: exchanges of at most `radius` groups
+that the model likes best within the budget. The model is made of samples, so the more of its interactions between
+groups one believes the more one fits their noise; every radius is tried with all, half and none of them. A success
+widens the radius, a failure of all three halves it; the budget holds at every step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,19 +24,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save as save_tensors
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.files import write_json
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import checkpoint_layers
+from compress.files import write_bytes, write_json
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
-from compress.search.candidates import GroupCandidates, page_counts
+from compress.search.candidates import page_counts
 from compress.search.divergence import Divergence
+from compress.search.effects import Rules, sampled_effects
 from compress.search.problem import CandidatePlan, Decision, SearchProblem
-from compress.search.response_change import predicted_changes
-from compress.search.solve import Knapsack
 from compress.targets.apply import planned_model, set_plan
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 FLOOR = 0.01  # nats, a perplexity 1% higher: where the uniform plan loses less on a task, this is the task's unit
 WIDEN, SHRINK = 1.5, 0.5
-SOLVE_SECONDS = 5.0
+BELIEVED = (1.0, 0.5, 0.0)  # shares of the interactions between groups
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,16 +52,12 @@ class Refine(Method):
     """Exchanges rules between head groups as long as the measured loss falls, within a time."""
 
     minutes: Annotated[float, Field(gt=0, description="time to spend, interruptions not counted")] = 10.0
-    documents_per_step: Annotated[
-        int, Field(ge=1, description="documents, a new random choice each step, that a step's prediction is made from")
-    ] = 32
+    samples: Annotated[
+        int, Field(ge=1, description="passes over the documents that the quadratic model is made from")
+    ] = 4
     weights: dict[str, float] = Field(
         default_factory=dict, description="weight of a task's loss, by the task's name; 1 where none is given"
     )
-    radius: Annotated[
-        float, Field(gt=0, le=1, description="share of the head groups that the first step may change")
-    ] = 0.25
-    patience: Annotated[int, Field(ge=1, description="predictions in a row without a success before it ends")] = 4
 
 
 @dataclass
@@ -76,11 +71,11 @@ class State:
         loss: measured loss of the decision, relative to the uniform plan's.
         first: that of the start.
         tasks: its parts, nats a row by task.
-        step: predictions made.
-        radius: groups that the next exchange may change.
-        failures: predictions in a row that brought nothing.
+        radius: groups that the next exchange may change; below 1 there is nothing left to try.
+        step: exchanges measured.
         seconds: time spent.
-        history: one row for each measurement: step, groups changed, predicted change, measured loss, whether kept.
+        history: first the starts; then of each exchange the groups changed, the share of interactions believed, the
+            model's loss before and after, the measured loss, and whether it was kept.
     """
 
     key: str
@@ -89,9 +84,8 @@ class State:
     loss: float
     first: float
     tasks: dict[str, float]
+    radius: float
     step: int = 0
-    radius: float = 0.0
-    failures: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -144,33 +138,13 @@ class Loss:
         """The loss from its parts."""
         return sum(self.scale[task] * value for task, value in tasks.items())
 
-    def changes(self, decision: Decision, rules: list[list[list[Span]]], numbers: Sequence[int]) -> torch.Tensor:
-        """Predicted changes of the loss from some of the documents, `[layers, groups, rules]`."""
+    def quadratic(self, rules: Rules, samples: int, seed: int) -> torch.Tensor:
+        """Effects `[samples x documents, layers, groups, rules]` whose summed squares over groups model the loss."""
         documents = self.divergence.documents
-        counts: dict[str, int] = {}
-        for number in numbers:
-            counts[documents[number].task] = counts.get(documents[number].task, 0) + 1
-
-        def backward(model: Any) -> None:
-            for members in self.divergence.batches(numbers):
-                self._backward(model, members, counts)
-
-        return predicted_changes(self.model, self.problem.shape, decision, rules, backward)
-
-    def _backward(self, model: Any, members: list[int], counts: Mapping[str, int]) -> None:
-        """Forwards and backwards over documents of one length, each with its part in the loss."""
-        tokens = self.divergence.tokens(members)
-        embedding = model.get_input_embeddings()
-        itemsize = embedding.weight.dtype.itemsize
-        with ExitStack() as layers:
-            if needs_checkpointing(model.config, self.problem.shape, tokens.numel(), itemsize, tokens.device):
-                checkpoint_layers(model, layers)
-            embedded = embedding(tokens).detach().requires_grad_()
-            parts = []
-            for number, rows in self.divergence.answer_logits(model, members, inputs_embeds=embedded):
-                task = self.divergence.documents[number].task
-                parts.append(self.divergence.of_rows(number, rows) * (self.scale[task] / counts[task]))
-            torch.stack(parts).sum().backward()
+        effects = sampled_effects(self.model, self.problem.shape, self.divergence, rules, samples, seed)
+        counts = Counter(document.task for document in documents)
+        weights = torch.tensor([self.scale[each.task] / counts[each.task] / (2 * samples) for each in documents])
+        return (effects * weights.sqrt()[:, None, None, None]).flatten(0, 1)
 
     def _plan(self, decision: Decision) -> Plan:
         return CandidatePlan(decision).to_plan(self.problem, {})
@@ -214,49 +188,55 @@ def refine(
         best = min(measured, key=lambda name: loss.total(measured[name]))
         value = loss.total(measured[best])
         groups = problem.shape.kv_heads * sum(native is None for native in problem.shape.native_windows)
-        state = State(key, best, [], value, value, measured[best], radius=max(1.0, settings.radius * groups))
+        state = State(key, best, [], value, value, measured[best], radius=float(groups))
         state.put(starts[best])
         state.history = [{"start": name, "loss": loss.total(tasks), **tasks} for name, tasks in measured.items()]
-    while (spent := time.monotonic() - clock) < budget and state.failures < settings.patience:
-        report(
-            int(spent), int(budget), f"refining, loss {state.loss:.4f} of the uniform plan's, start {state.first:.4f}"
-        )
-        _step(loss, problem, settings, state, seed, deadline=clock + budget)
+    rules = rules_of(problem, starts[state.start])
+    model_of_loss = _effects(folder / "refine.safetensors", key, loss, rules, settings, seed)
+    state.seconds = time.monotonic() - clock
+    write_json(path, vars(state))
+    while state.seconds < budget and state.radius >= 1:
+        report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
+        _try(loss, problem, rules, model_of_loss, state)
         state.seconds = time.monotonic() - clock
         write_json(path, vars(state))
     return state
 
 
-def _step(loss: Loss, problem: SearchProblem, settings: Refine, state: State, seed: int, deadline: float) -> None:
-    """One prediction, and exchanges from it with a shrinking radius until one is kept or none is left."""
+def _try(loss: Loss, problem: SearchProblem, rules: Rules, effects: torch.Tensor, state: State) -> None:
+    """Measure the next exchange; after the last of a radius, go on with another radius."""
     decision = state.spans()
-    ladder = rules_of(problem, decision)
-    every = range(len(loss.divergence.documents))
-    count = min(settings.documents_per_step, len(every))
-    numbers = sorted(random.Random(f"{seed}/{state.step}").sample(every, count))
-    changes = loss.changes(decision, ladder, numbers)
-    state.step += 1
-    radius, kept = int(state.radius), False
-    while radius >= 1 and time.monotonic() < deadline:
-        proposal, predicted = exchange(problem, decision, ladder, changes, radius)
-        moved = sum(old != new for row in zip(decision, proposal, strict=True) for old, new in zip(*row, strict=True))
-        if moved == 0:
-            break
+    tried = sum(row.get("radius") == state.radius and row["at"] == state.loss for row in state.history if "at" in row)
+    believed = BELIEVED[tried]
+    proposal, before, after = exchange(problem, decision, rules, effects, int(state.radius), believed)
+    moved = sum(old != new for row in zip(decision, proposal, strict=True) for old, new in zip(*row, strict=True))
+    row: dict[str, Any] = {"radius": state.radius, "believed": believed, "at": state.loss, "groups": moved}
+    kept = False
+    if moved:
         tasks = loss.by_task(proposal)
         value = loss.total(tasks)
         kept = value < state.loss
-        state.history.append(
-            {"step": state.step, "groups": moved, "predicted": predicted, "loss": value, "kept": kept, **tasks}
-        )
-        if kept:
-            state.put(proposal)
-            state.loss, state.tasks = value, tasks
-            state.radius = min(radius * WIDEN + 1, float(changes[..., 0].numel()))
-            break
-        # What was changed is an upper bound: a smaller radius has to change less than that.
-        radius = int(min(radius, moved) * SHRINK)
-        state.radius = max(1.0, radius * 2.0)
-    state.failures = 0 if kept else state.failures + 1
+        row |= {"model": [before, after], "loss": value, **tasks}
+        state.step += 1
+    state.history.append({**row, "kept": kept})
+    if kept:
+        state.put(proposal)
+        state.loss, state.tasks = value, tasks
+        state.radius = float(int(state.radius * WIDEN) + 1)
+    elif tried + 1 == len(BELIEVED):
+        state.radius = float(int(state.radius * SHRINK))
+
+
+def _effects(path: Path, key: str, loss: Loss, rules: Rules, settings: Refine, seed: int) -> torch.Tensor:
+    """The quadratic model; an interrupted refinement finds it again."""
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                found: torch.Tensor = file.get_tensor("effects")
+                return found
+    effects = loss.quadratic(rules, settings.samples, seed)
+    write_bytes(path, save_tensors({"effects": effects.contiguous()}, metadata={"key": key}))
+    return effects
 
 
 def rules_of(problem: SearchProblem, decision: Decision) -> list[list[list[Span]]]:
@@ -279,26 +259,90 @@ def rules_of(problem: SearchProblem, decision: Decision) -> list[list[list[Span]
 
 
 def exchange(
-    problem: SearchProblem, decision: Decision, rules: list[list[list[Span]]], changes: torch.Tensor, radius: int
-) -> tuple[Decision, float]:
-    """The best predicted change of at most `radius` groups within the budget, and its prediction (at most 0)."""
-    candidates = []
-    for layer, native in enumerate(problem.shape.native_windows):
-        for group in range(problem.shape.kv_heads):
-            own = decision[layer][group]
-            spans = [own] if native is not None else [row[group] for row in rules[layer]]
-            values = np.zeros((len(spans), 1)) if native is not None else changes[layer, group].numpy()[:, None].copy()
-            moved = np.array([span != own for span in spans], dtype=np.int64)
-            values[moved == 0] = 0.0
-            pages = page_counts([span if native is None else Span(0, native, 0.0) for span in spans], problem)
-            candidates.append(GroupCandidates(layer, group, tuple(spans), values, np.column_stack([pages, moved])))
-    knapsack = Knapsack(candidates, [*problem.page_limits.values(), radius])
-    solution = knapsack.solve(np.ones(1), gap=0.01, time_limit=SOLVE_SECONDS)
-    if solution is None or solution.losses[0] >= 0:
-        return decision, 0.0
-    chosen = [group.spans[index] for group, index in zip(candidates, solution.choice, strict=True)]
-    width = problem.shape.kv_heads
-    return tuple(tuple(chosen[at : at + width]) for at in range(0, len(chosen), width)), float(solution.losses[0])
+    problem: SearchProblem, decision: Decision, rules: Rules, effects: torch.Tensor, radius: int, believed: float
+) -> tuple[Decision, float, float]:
+    """The exchange of at most `radius` groups that lowers the model most, by single moves and pairs of them, greedily.
+
+    Args:
+        decision: within the budget, of `rules` in every group.
+        effects: `[samples, layers, groups, rules]`.
+        believed: share of the interactions between groups that counts, 0 to 1.
+
+    Returns:
+        The new decision, and the model's loss of the old and the new one.
+    """
+    shape = problem.shape
+    free = [
+        (layer, group)
+        for layer, native in enumerate(shape.native_windows)
+        if native is None
+        for group in range(shape.kv_heads)
+    ]
+    spans = [[row[group] for row in rules[layer]] for layer, group in free]
+    own = [choices.index(decision[layer][group]) for (layer, group), choices in zip(free, spans, strict=True)]
+    count = len(spans[0])
+    held = np.stack([page_counts(choices, problem) for choices in spans]).reshape(len(free) * count, -1)
+    vectors = np.stack([effects[:, layer, group].double().numpy() for layer, group in free], axis=1)
+    vectors = vectors.reshape(len(vectors), -1)  # [samples, groups x rules]
+    gram = vectors.T @ vectors
+    group_of = np.repeat(np.arange(len(free)), count)
+    gram *= np.where(group_of[:, None] == group_of[None, :], 1.0, believed)
+
+    start = np.arange(len(free)) * count
+    chosen = start + np.array(own)
+    first = chosen.copy()
+    native = sum(
+        shape.kv_heads * page_counts([Span(0, window, 0.0)], problem)[0]
+        for window in shape.native_windows
+        if window is not None
+    )
+    room = np.array(list(problem.page_limits.values())) - native
+    before = float(gram[np.ix_(chosen, chosen)].sum())
+    while True:
+        moved = chosen != first
+        at = chosen[group_of]
+        # A move of one group changes the model by `single`; two moves by the sum and twice their product.
+        pull = gram[:, chosen].sum(1)
+        single = gram.diagonal() + gram.diagonal()[at] - 2 * gram[np.arange(len(at)), at] + 2 * (pull - pull[at])
+        more = held - held[at]
+        used = held[chosen].sum(0)
+        # Groups that were moved before may move again; others only while the radius lasts.
+        left = radius - int(moved.sum())
+        fresh = ~moved[group_of]
+        usable = (group_of >= 0) & (fresh <= (left >= 1)) & (np.arange(len(at)) != at)
+        options = np.flatnonzero(usable & (single < np.inf))
+        # Pairs of a move that frees pages and one that uses them, among the most promising of each.
+        best: tuple[float, list[int]] = (-1e-12, [])
+        fits = (used + more[options] <= room).all(1)
+        if fits.any():
+            alone = options[fits]
+            pick = int(alone[single[alone].argmin()])
+            best = min(best, (float(single[pick]), [pick]))
+        frees = options[(more[options] <= 0).all(1)]
+        takes = options[(more[options] > 0).any(1)]
+        if len(frees) and len(takes):
+            product = (
+                gram[np.ix_(frees, takes)]
+                - gram[np.ix_(at[frees], takes)]
+                - gram[np.ix_(frees, at[takes])]
+                + gram[np.ix_(at[frees], at[takes])]
+            )
+            change = single[frees][:, None] + single[takes][None, :] + 2 * product
+            change[(used + more[frees][:, None] + more[takes][None, :] > room).any(-1)] = np.inf
+            change[group_of[frees][:, None] == group_of[takes][None, :]] = np.inf
+            if left < 2:
+                change[fresh[frees][:, None] & fresh[takes][None, :]] = np.inf
+            where = np.unravel_index(int(change.argmin()), change.shape)
+            best = min(best, (float(change[where]), [int(frees[where[0]]), int(takes[where[1]])]))
+        if not best[1]:
+            break
+        for pick in best[1]:
+            chosen[group_of[pick]] = pick
+    after = float(gram[np.ix_(chosen, chosen)].sum())
+    rows = [list(row) for row in decision]
+    for (layer, group), choices, pick, base in zip(free, spans, chosen, start, strict=True):
+        rows[layer][group] = choices[pick - base]
+    return tuple(tuple(row) for row in rows), before, after
 
 
 def _key(
