@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from compress.errors import Problem, UserError
-from compress.runtime.span import Span, spans_of_plan
+from compress.runtime.span import AnySpan, spans_of_plan
 from compress.targets.full import FullGroup
 from compress.targets.target import Target, parse_target
 
@@ -77,8 +77,8 @@ class Plan(Strict):
         content = self.model_dump(mode="json", by_alias=True)
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
-    def spans(self) -> list[list[Span]]:
-        """The span of every head group, `[layers][kv_heads]`."""
+    def spans(self) -> list[list[AnySpan]]:
+        """The span of every head group, `[layers][kv_heads]`; costs resolve those by length at the length asked for."""
         return spans_of_plan(self.model_dump(mode="json", by_alias=True), list(self.model.native_windows))
 
 

@@ -40,7 +40,7 @@ from compress.recipe import Recipe, load_recipe
 from compress.registry import tasks
 from compress.search.budget import Budget
 from compress.search.methods import parse_solver
-from compress.search.problem import CandidatePlan, SearchProblem
+from compress.search.problem import CandidatePlan, SearchProblem, positional
 from compress.search.refine import Refine, refine
 from compress.search.search import make_problem
 from compress.targets.apply import planned_model
@@ -143,13 +143,14 @@ def improve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
         plans = {
             name: read_plan(folder / f"{name}.json", shape) for name in METHODS if (folder / f"{name}.json").is_file()
         }
-        decisions = {name: tuple(tuple(row) for row in each.spans()) for name, each in plans.items()}
+        every = {name: positional(each.spans()) for name, each in plans.items()}
+        starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
         state = refine(
             loaded.model,
             problem,
             Refine(minutes=options.minutes, weights=options.weights),
-            {name: decision for name, decision in decisions.items() if problem.fits(decision)},
-            decisions["uniform window"],
+            starts,
+            starts["uniform window"],
             documents,
             folder,
             recipe.seed,

@@ -7,7 +7,7 @@ import pytest
 
 from compress.errors import UserError
 from compress.plan import Plan, make_plan, read_plan, uniform_plan
-from compress.runtime.span import FULL, Span
+from compress.runtime.span import FULL, LengthSpan, Span
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, shape_of, tiny_model
@@ -27,6 +27,24 @@ def test_a_plan_survives_its_file(tmp_path, shape):
     plan = mixed_plan(shape)
     assert read_plan(write(tmp_path / "plan.json", plan), shape) == plan
     assert plan.spans()[0] == [FULL, Span(4, 30, 0.0)]
+
+
+def test_a_window_has_the_rule_by_position_unless_it_says_so(tmp_path, shape):
+    raw = json.loads(mixed_plan(shape).to_json())
+    assert "rule" not in str(raw["layers"])  # so that plans are written, and known by, what they always were
+    del raw["checksum"]
+    path = tmp_path / "plan.json"
+    for rule, span in (("position", Span(4, 30, 0.0)), ("length", LengthSpan(4, 30, 0.0))):
+        raw["layers"][0]["groups"][1]["rule"] = rule
+        path.write_text(json.dumps(raw))
+        plan = read_plan(path, shape)
+        assert plan.spans()[0] == [FULL, span]
+        assert read_plan(write(path, plan), shape) == plan
+        assert (plan == mixed_plan(shape)) == (rule == "position")
+    raw["layers"][0]["groups"][1]["rule"] = "lenght"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="'position' or 'length'"):
+        read_plan(path)
 
 
 def test_a_uniform_plan_leaves_sliding_layers_alone():

@@ -166,6 +166,7 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     spent = _first_prefills(fresh, batch, device)
     release(device)
     cache = model.new_cache(max_length=length + steps)
+    cache.resolve(length)
     for row in range(batch):
         # Reserved pools hold one sequence after the other, so a prompt prefilled alone is copied to its place.
         alone = model.new_cache(max_length=length + steps)

@@ -76,7 +76,7 @@ def span_text(span: Any) -> str:
     """A span in a few characters: `full`, or sink + fixed window + share of the position."""
     if span.is_full:
         return "full"
-    share = f"+{span.beta:g}t" if span.beta else ""
+    share = f"+{span.beta:g}{'t' if span.rule == 'position' else 'N'}" if span.beta else ""
     return f"{span.sink}|{span.alpha}{share}"
 
 
@@ -92,7 +92,9 @@ def _print_plan(plan: Plan, console: Any) -> None:
     )
     typer.echo(f"model {model.fingerprint}")
     table = Table(
-        title="spans", caption="sink|window; +0.25t: the window grows by a quarter of the position t", box=None
+        title="spans",
+        caption="sink|window; +0.25t: the window grows by a quarter of the position t; N: of the input's length",
+        box=None,
     )
     table.add_column("layer", justify="right")
     for group in range(model.kv_heads):

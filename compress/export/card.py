@@ -9,6 +9,7 @@ import jinja2
 
 from compress.export.verify import Checks
 from compress.plan import Plan
+from compress.runtime.span import LengthSpan
 from compress.targets.cost import dense_kv_bytes, kv_bytes
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -57,6 +58,7 @@ def render_card(
         "share": share,
         "groups": groups,
         "full": sum(span.is_full for row in spans for span in row),
+        "by_length": sum(isinstance(span, LengthSpan) for row in spans for span in row),
         "costs": costs,
         "checks": checks,
         "versions": versions,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
 from compress.plan import Plan
+from compress.runtime.span import has_length_rule
 from compress.targets.cost import dense_kv_bytes, kv_bytes, page_bytes
 
 CHILD = Path(__file__).with_name("verify_child.py")
@@ -52,17 +53,19 @@ class Checks:
         return asdict(self)
 
 
-def make_probe(model: Any, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+def make_probe(model: Any, tokenizer: Any, length: int, *, alike: bool = False) -> dict[str, torch.Tensor]:
     """Two rows of the same tokens, the second left-padded over its first quarter; `[2, length]` ids and mask.
 
-    The ids are spread over the vocabulary by a fixed rule, so that the probe is the same on every machine.
+    With `alike` both rows are padded, for plans that refuse rows of different lengths. The ids are spread over the
+    vocabulary by a fixed rule, so that the probe is the same on every machine.
     """
     vocabulary = int(model.config.vocab_size)
     ids = ((torch.arange(length) * 7919 + 104729) % vocabulary).repeat(2, 1)
     mask = torch.ones_like(ids)
     pad = tokenizer.pad_token_id if tokenizer is not None and tokenizer.pad_token_id is not None else 0
-    ids[1, : length // 4] = pad
-    mask[1, : length // 4] = 0
+    padded = slice(0 if alike else 1, 2)
+    ids[padded, : length // 4] = pad
+    mask[padded, : length // 4] = 0
     return {"ids": ids, "mask": mask, "pad": torch.tensor(pad)}
 
 
@@ -76,7 +79,7 @@ def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *,
         UserError: the checkpoint does not load, or logits, text or cache bytes differ.
     """
     length = min(length, int(planned.config.max_position_embeddings) - 16)
-    probe = make_probe(planned, tokenizer, length)
+    probe = make_probe(planned, tokenizer, length, alike=has_length_rule(plan.spans()))
     device = next(planned.parameters()).device
     ids, mask = probe["ids"].to(device), probe["mask"].to(device)
     with torch.inference_mode():

@@ -96,13 +96,13 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
     for layer, spans in enumerate(facts.plan.spans()):
         cells = []
         for group, span in enumerate(spans):
-            kept = min(1.0, span.page_count(length) / span_pages(length))
+            kept = min(1.0, span.at_length(length).page_count(length) / span_pages(length))
             target = facts.plan.layers[layer].groups[group].target
             rule = (
                 "sees everything"
                 if span.is_full
                 else f"sink {span.sink}, window {span.alpha}"
-                + (f" + {span.beta:g} of the position" if span.beta else "")
+                + (f" + {span.beta:g} of the {span.rule}" if span.beta else "")
             )
             told = [f"layer {layer}, group {group}: {target}, {rule}", f"keeps {kept:.0%} at {length:,} tokens"]
             told += [f"{key} {values[layer][group]:.3g}" for key, values in facts.statistics.items()]

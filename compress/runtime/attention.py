@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .flash import refusal as flash_refusal
 from .paged_cache import PagedCache
 from .reference import Rows, decode, prefill, store, store_one
+from .span import Span
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +123,7 @@ class Step:
         lengths: `[B]` int32, in a step of one token: tokens of each sequence with it, 0 where it is padding.
         gains: tokens that each sequence gains, None where only the device knows.
         columns: T.
+        spans: `[layers][groups]` of this pass where the plan has spans by length; None where those of the model hold.
     """
 
     cache: PagedCache | None
@@ -130,6 +132,7 @@ class Step:
     lengths: torch.Tensor | None
     gains: list[int] | None
     columns: int
+    spans: Sequence[Sequence[Span]] | None = None
 
     @staticmethod
     def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
@@ -202,7 +205,8 @@ def plan_attention(
     """
     if compress_step is None:
         raise RuntimeError(f"attention {NAME} works only inside a model that carries a plan")
-    step, spans = compress_step, module.compress_spans
+    step = compress_step
+    spans = module.compress_spans if step.spans is None else step.spans[module.layer_idx]
     layer = None if step.cache is None else step.cache.paged[module.layer_idx]
     impl = choose_impl(getattr(module.config, "compress_impl", "auto"), query)
     if layer is not None and step.lengths is not None:

@@ -6,6 +6,7 @@ imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.utils import logging
 
 from .attention import NAME, Step
 from .paged_cache import PagedCache
-from .span import native_windows, spans_of_plan
+from .span import Span, has_length_rule, native_windows, spans_at, spans_of_plan
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +62,7 @@ class PlanModel:
         self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(self.layers)))
         for layer, spans in zip(self.layers, self.compress_spans, strict=True):
             layer.self_attn.compress_spans = spans
+        self.compress_by_length = has_length_rule(self.compress_spans)
 
     def new_cache(self, max_length: int | None = None) -> PagedCache:
         """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
@@ -78,9 +80,13 @@ class PlanModel:
     ) -> Any:
         """As the stock model's; `past_key_values` has to be a `PagedCache` (or None).
 
+        Spans by length take their windows from the tokens of the first pass into a cache, and of every pass without
+        one.
+
         Raises:
             ValueError: another kind of cache, a mask that is not `[B, columns]`, packed sequences, or a request
-                for attention weights, which this attention never has.
+                for attention weights, which this attention never has. With spans by length also several tokens
+                behind cached ones, and sequences of different lengths.
         """
         if self.config._attn_implementation != NAME:
             logger.warning_once(
@@ -111,8 +117,12 @@ class PlanModel:
                     "that holds tokens already; start with past_key_values=None or model.new_cache()"
                 )
             past_key_values = self.new_cache()
+        if self.compress_by_length:
+            _refuse_later_input(past_key_values, tokens.shape[1])
         valid = _valid_columns(attention_mask, past_key_values, tokens)
+        spans = self._spans_of_input(past_key_values, valid, tokens.shape[1]) if self.compress_by_length else None
         step = Step.begin(past_key_values, valid, tokens.shape[0], tokens.shape[1], tokens.device)
+        step.spans = spans
         if position_ids is None:
             position_ids = _positions(past_key_values, valid, tokens)
         elif attention_mask is None and past_key_values is None and bool((position_ids.diff(dim=-1) != 1).any()):
@@ -129,6 +139,36 @@ class PlanModel:
         )
         step.end()
         return out
+
+    def _spans_of_input(
+        self, cache: PagedCache | None, valid: torch.Tensor | None, count: int
+    ) -> Sequence[Sequence[Span]]:
+        """The spans of a pass of `count` columns, where some depend on the length; those that the cache has fixed."""
+        if cache is not None and cache.get_seq_length() > 0:
+            return [layer.spans for layer in cache.paged]
+        lengths = {count} if valid is None else set(valid.sum(dim=1).tolist())
+        if len(lengths) > 1 or 0 in lengths:
+            if cache is not None:
+                cache.seen = None
+            raise ValueError(
+                "the plan's windows come from the length of the input (`rule: length`), and the sequences of this "
+                f"batch have {sorted(lengths)} tokens; give inputs of one length, or take a plan with `rule: position`"
+            )
+        (length,) = lengths
+        if cache is None:
+            return spans_at(self.compress_spans, length)
+        cache.resolve(length)
+        return [layer.spans for layer in cache.paged]
+
+
+def _refuse_later_input(cache: PagedCache | None, count: int) -> None:
+    """Raise ValueError where an input goes on behind cached tokens, whose windows it would have changed."""
+    if cache is not None and count > 1 and cache.get_seq_length() > 0:
+        raise ValueError(
+            "the plan's windows come from the length of the input (`rule: length`), so it has to be one pass into an "
+            f"empty cache; got {count} tokens behind {cache.get_seq_length()} cached ones. Pass the whole input at "
+            "once with a new cache, or take a plan with `rule: position`"
+        )
 
 
 def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -174,6 +214,7 @@ class PlanForCausalLM:
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
     config: Any
+    model: Any
     planned_model: Any
 
     def __init__(self, config: Any) -> None:
@@ -200,6 +241,11 @@ class PlanForCausalLM:
             raise ValueError(
                 "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
                 "generate without assistant_model and prompt_lookup_num_tokens"
+            )
+        if self.model.compress_by_length and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size: the plan's windows come from the length of the input (`rule: length`), so it is "
+                "not taken in chunks; leave prefill_chunk_size out, or take a plan with `rule: position`"
             )
         kind = generation_config.cache_implementation
         if kind not in (None, "static"):

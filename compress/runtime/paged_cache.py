@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .span import PAGE, Span
+from .span import PAGE, AnySpan, Span, has_length_rule, spans_at
 
 
 @dataclass(frozen=True)
@@ -246,21 +246,31 @@ class PagedCache(Cache):
     """One `PagedLayer` per layer, the padding seen so far, and the lengths on the device.
 
     Args:
-        spans: the plan's spans, `[layers][groups]`.
+        spans: the plan's spans, `[layers][groups]`. Those by length are fixed by `resolve`, which the model calls
+            with the length of its first input.
         max_length: reserve all pages for that many tokens a sequence at the first use. A decode step then needs
             nothing from the host, so a CUDA graph can hold it; `synchronize` tells the host what replays did.
             None takes pages as they are needed.
     """
 
-    def __init__(self, spans: Sequence[Sequence[Span]], max_length: int | None = None) -> None:
+    def __init__(self, spans: Sequence[Sequence[AnySpan]], max_length: int | None = None) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: expected at least one token, got {max_length}")
-        self.paged = [PagedLayer(row, max_length) for row in spans]
+        self.rules = spans if has_length_rule(spans) else None
+        # A layer has no spans while they wait for a length; those by position are the same at any.
+        known: list[list[Span]] = [[] for _ in spans] if self.rules is not None else spans_at(spans, 1)
+        self.paged = [PagedLayer(row, max_length) for row in known]
         super().__init__(layers=list(self.paged))
         self.max_length = max_length
         self.lengths: torch.Tensor | None = None  # [B] int32 on the device, tokens of each sequence
         self.width: torch.Tensor | None = None  # [1] int32 on the device, columns so far
         self.seen: torch.Tensor | None = None  # [B, columns] bool, which columns were tokens; None while all were
+
+    def resolve(self, length: int) -> None:
+        """Fix the windows of spans by length for an input of `length` tokens, before the first of them is stored."""
+        if self.rules is not None:
+            for layer, row in zip(self.paged, spans_at(self.rules, length), strict=True):
+                layer.spans = tuple(row)
 
     def begin(self, batch: int, device: torch.device) -> torch.Tensor:
         """The sequences' lengths before this forward pass, `[B]` int32 on the device."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -31,6 +31,8 @@ class Span:
         ValueError: a parameter is outside its range.
     """
 
+    rule: ClassVar[Literal["position"]] = "position"
+
     sink: int = 0
     alpha: int = 0
     beta: float = 1.0
@@ -55,6 +57,10 @@ class Span:
     def is_full(self) -> bool:
         """True when every query sees every earlier key."""
         return self.beta == 1 and self.alpha >= 0
+
+    def at_length(self, length: int) -> Span:
+        """Itself: the rule by position does not ask how long the input is."""
+        return self
 
     def sees_all(self, length: int) -> bool:
         """True when nothing is hidden from any query of a sequence of `length` tokens."""
@@ -111,6 +117,37 @@ class Span:
         return sinks, min(total - sinks, (min(self.length(max_length - 1), max_length) + PAGE - 2) // PAGE + 1)
 
 
+@dataclass(frozen=True)
+class LengthSpan:
+    """The span of MoA (arXiv 2406.14909): an input of N tokens has one window for all of its rows,
+
+        S = max(1, floor(alpha + beta * N)),
+
+    which is what `Span` has at the input's last row. It is there to reproduce the paper. N has to be known before the
+    first token is seen, so there is no chunked prefill, no second turn, no cache shared between inputs that start
+    alike, and no batch of inputs of different lengths. The window stays what the input made it while tokens are
+    generated. The paper's code takes N as the input and 1024 tokens more, whatever is generated; that is left out.
+
+    Args:
+        sink, alpha, beta: as in `Span`, with the same limits.
+    """
+
+    rule: ClassVar[Literal["length"]] = "length"
+    is_full: ClassVar[bool] = False  # with beta = 1 the input sees everything, the tokens generated after it do not
+
+    sink: int = 0
+    alpha: int = 0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        Span(self.sink, self.alpha, self.beta)
+
+    def at_length(self, length: int) -> Span:
+        """The fixed window of an input of `length` tokens."""
+        return Span(self.sink, Span(self.sink, self.alpha, self.beta).length(length - 1), 0.0)
+
+
+AnySpan = Span | LengthSpan
 FULL = Span(0, 0, 1.0)
 NO_END = 2**31 - 1
 
@@ -163,14 +200,26 @@ def native_windows(config: Any, layers: int) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
+RULES: dict[str, type[Span] | type[LengthSpan]] = {kind.rule: kind for kind in (Span, LengthSpan)}
+
 # Target name -> span, from the group's entry in the plan and the layer's own window.
-SPAN_OF: dict[str, Callable[[dict[str, Any], int | None], Span]] = {
+SPAN_OF: dict[str, Callable[[dict[str, Any], int | None], AnySpan]] = {
     "full": lambda group, native: own_span(native),
-    "window": lambda group, native: Span(group["sink"], group["alpha"], group["beta"]),
+    "window": lambda group, native: RULES[group.get("rule", "position")](group["sink"], group["alpha"], group["beta"]),
 }
 
 
-def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> list[list[Span]]:
+def has_length_rule(spans: Iterable[Iterable[AnySpan]]) -> bool:
+    """Whether any span of `[layers][groups]` depends on the length of the input."""
+    return any(isinstance(span, LengthSpan) for row in spans for span in row)
+
+
+def spans_at(spans: Iterable[Iterable[AnySpan]], length: int) -> list[list[Span]]:
+    """The spans `[layers][groups]` as they are for an input of `length` tokens."""
+    return [[span.at_length(length) for span in row] for row in spans]
+
+
+def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> list[list[AnySpan]]:
     """The span of every head group of a plan, `[layers][groups]`.
 
     Args:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.errors import Problem, UserError
 from compress.registry import Method
-from compress.runtime.span import FULL, Span, own_span
+from compress.runtime.span import FULL, AnySpan, Span, own_span
 from compress.targets.cost import dense_kv_bytes, kv_bytes
 from compress.targets.window import SpanGrid
 
@@ -84,7 +84,7 @@ class Budget(Method):
         return limits
 
 
-def effective_spans(shape: ModelShape, decision: Sequence[Sequence[Span]]) -> list[list[Span]]:
+def effective_spans(shape: ModelShape, decision: Sequence[Sequence[AnySpan]]) -> list[list[AnySpan]]:
     """What the runtime runs: in a layer that slides by itself, the architecture's window replaces the decision."""
     return [
         list(row) if native is None else [own_span(native)] * len(row)

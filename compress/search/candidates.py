@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UserError
-from compress.runtime.span import FULL, Span, own_span
+from compress.runtime.span import FULL, AnySpan, own_span
 from compress.search.problem import SearchProblem
 from compress.targets.window import Rule
 
@@ -54,7 +54,7 @@ class GroupCandidates:
 
     layer: int
     group: int
-    spans: tuple[Span, ...]
+    spans: tuple[AnySpan, ...]
     losses: NDArray[np.float64]
     pages: NDArray[np.int64]
 
@@ -93,20 +93,27 @@ def rule_losses(table: torch.Tensor, rules: Sequence[Rule]) -> NDArray[np.float6
     return losses
 
 
-def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) -> list[GroupCandidates]:
+def build_candidates(
+    problem: SearchProblem, objectives: Sequence[Objective], rule: Literal["position", "length"] = "position"
+) -> list[GroupCandidates]:
     """Candidates of every head group, layer by layer.
 
     A layer with a sliding window of its own has only `full`, which there means the model's own window.
 
+    Args:
+        rule: what a beta is a share of. A rule by length is at every length a fixed window, and has the loss and the
+            pages of that; the loss is of the next smaller window where the grid has no such alpha.
+
     Raises:
-        UserError: a table is missing, does not have the shape that model and grid ask for, or is not finite.
+        UserError: a table is missing, does not have the shape that model and grid ask for, or is not finite, or
+            there are no fixed windows to price rules by length with.
     """
     shape = problem.shape
-    rules = problem.grid.rules(max(problem.lengths))
-    # What sees most comes first, so that of two rules that are equal at all known lengths the more careful one stays.
-    rules = rules[:1] + sorted(rules[1:], key=lambda rule: (-rule.span.beta, -rule.span.alpha, -rule.span.sink))
-    losses = np.stack([rule_losses(_table(problem, objective), rules) for objective in objectives], axis=-1)
-    pages = page_counts([rule.span for rule in rules], problem)
+    every, priced = _rules(problem, objectives, rule)
+    losses = np.stack(
+        [rule_losses(_table(problem, each), rules) for each, rules in zip(objectives, priced, strict=True)], axis=-1
+    )
+    pages = page_counts(every, problem)
     candidates = []
     for layer, native in enumerate(shape.native_windows):
         for group in range(shape.kv_heads):
@@ -120,14 +127,37 @@ def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) ->
             kept = nondominated(np.concatenate([own, pages], axis=1))
             if kept[0] != 0:
                 kept = np.concatenate([[0], kept])
-            spans = tuple(rules[index].span for index in kept)
+            spans = tuple(every[index] for index in kept)
             candidates.append(GroupCandidates(layer, group, spans, own[kept], pages[kept]))
     return candidates
 
 
-def page_counts(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int64]:
+def _rules(
+    problem: SearchProblem, objectives: Sequence[Objective], rule: Literal["position", "length"]
+) -> tuple[list[AnySpan], list[list[Rule]]]:
+    """The spans to choose from, full attention first, and for every objective the rules that price them there.
+
+    What sees most comes first, so that of two spans that are equal at all known lengths the more careful one stays.
+    """
+    grid, profiled = problem.grid, max(problem.lengths)
+    if rule == "position":
+        first, *rest = grid.rules(profiled)
+        rules = [first, *sorted(rest, key=lambda each: _careful(each.span))]
+        return [each.span for each in rules], [rules] * len(objectives)
+    full, *windows = grid.length_spans(profiled, {*problem.lengths, *problem.limits})
+    spans = [full, *sorted(windows, key=_careful)]
+    at = [objective.length for objective in objectives]
+    return spans, [[grid.fixed_rule(span.at_length(length), length) for span in spans] for length in at]
+
+
+def _careful(span: AnySpan) -> tuple[float, int, int]:
+    return -span.beta, -span.alpha, -span.sink
+
+
+def page_counts(spans: Sequence[AnySpan], problem: SearchProblem) -> NDArray[np.int64]:
     """Cache pages of each rule at every budget length, `[rules, lengths]`."""
-    return np.array([[span.page_count(length) for length in problem.limits] for span in spans], dtype=np.int64)
+    counts = [[span.at_length(length).page_count(length) for length in problem.limits] for span in spans]
+    return np.array(counts, dtype=np.int64)
 
 
 def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:

@@ -45,6 +45,13 @@ class Moa(Solver):
         default_factory=dict,
         description="further rule tables of the profile and their weights, for instance `{hidden_mass: 1}`",
     )
+    rule: Annotated[
+        Literal["position", "length"],
+        Field(
+            description="what a window's beta is a share of: the query's position, or the length of the input as in "
+            "the paper, which allows no chunks, no further turns and no batch of inputs of different lengths"
+        ),
+    ] = "position"
     points: Annotated[
         int, Field(ge=0, description="epsilon-constraint problems solved besides the extreme plans of every length")
     ] = 4
@@ -66,9 +73,10 @@ class Moa(Solver):
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
-        check_feasible(problem.limits, problem.shape, problem.grid, problem.itemsize)
+        grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
+        check_feasible(problem.limits, problem.shape, grid, problem.itemsize)
         objectives = [Objective(self.weighed(), length) for length in problem.lengths]
-        candidates = build_candidates(problem, objectives)
+        candidates = build_candidates(problem, objectives, self.rule)
         knapsack = Knapsack(candidates, list(problem.page_limits.values()))
         names = [objective.name for objective in objectives]
         front = pareto_front(knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit)

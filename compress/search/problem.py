@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.plan import Group, Plan, Predicted, make_plan
 from compress.registry import Method, solvers
-from compress.runtime.span import FULL, Span
+from compress.runtime.span import FULL, AnySpan, Span
 from compress.search.budget import dense_bytes, effective_spans
 from compress.targets.cost import kv_bytes, page_bytes
 from compress.targets.full import FullGroup
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from compress.models.shape import ModelShape
 
-Decision = tuple[tuple[Span, ...], ...]
+Decision = tuple[tuple[AnySpan, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,17 @@ class CandidatePlan:
         return make_plan(problem.shape, self.groups(), predicted=predicted, provenance=provenance)
 
 
-def group_of(span: Span) -> Group:
+def group_of(span: AnySpan) -> Group:
     """The plan's target for a span."""
     if span.is_full:
         return FullGroup()
-    return WindowGroup(sink=span.sink, alpha=span.alpha, beta=span.beta)
+    return WindowGroup(sink=span.sink, alpha=span.alpha, beta=span.beta, rule=span.rule)
+
+
+def positional(decision: Sequence[Sequence[AnySpan]]) -> tuple[tuple[Span, ...], ...] | None:
+    """The decision when all of its rules go by position; None when one goes by the length of the input."""
+    spans = tuple(tuple(span for span in row if span.rule == "position") for row in decision)
+    return spans if [len(row) for row in spans] == [len(row) for row in decision] else None
 
 
 def uniform_decision(shape: ModelShape, span: Span) -> Decision:

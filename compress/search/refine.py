@@ -35,7 +35,7 @@ from compress.runtime.span import FULL, PAGE, Span
 from compress.search.candidates import page_counts
 from compress.search.divergence import Divergence
 from compress.search.effects import Rules, sampled_effects
-from compress.search.problem import CandidatePlan, Decision, SearchProblem
+from compress.search.problem import CandidatePlan, SearchProblem
 from compress.targets.apply import planned_model, set_plan
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ WIDEN, SHRINK = 1.5, 0.5
 BELIEVED = (1.0, 0.5, 0.0)  # shares of the interactions between groups
 
 Progress = Callable[[int, int, str], None]
+Decision = tuple[tuple[Span, ...], ...]
 
 
 class Refine(Method):
@@ -165,7 +166,7 @@ def refine(
 
     Args:
         model: the dense model.
-        starts: plans within the budget, by name.
+        starts: plans within the budget, by name; rules by position alone.
         uniform: the uniform plan of the budget, whose losses are the tasks' units.
         documents: what the loss is measured on.
         progress: called with (seconds spent, seconds in all, what).

@@ -15,7 +15,7 @@ from compress.models.shape import shape_of
 from compress.plan import Plan
 from compress.search.budget import Budget, check_feasible, dense_bytes, smallest_bytes
 from compress.search.methods import parse_solver
-from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name
+from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
 from compress.search.refine import State, refine
 from compress.search.response import response_loss
 from compress.search.select import LossLog, Progress, best_plan, measure
@@ -202,15 +202,14 @@ def run_search(
                 where="search.refine",
                 fix="raise the budget, or leave `refine` out",
             )
-        starts = {
-            name: each.decision for name, each in {**candidates, **baselines}.items() if problem.fits(each.decision)
-        }
+        every = {name: positional(each.decision) for name, each in {**candidates, **baselines}.items()}
+        starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
         refined = refine(
             loaded.model,
             problem,
             section.refine,
             starts,
-            baselines["uniform"].decision,
+            starts["uniform"],
             refine_documents,
             folder / "search",
             seed,
@@ -234,8 +233,8 @@ def run_search(
     losses: dict[str, float] = {}
     if documents:
         log = LossLog(folder / "search" / "response.jsonl", f"{shape.fingerprint} {loaded.model.dtype}")
-        measured: dict[str, Plan | None] = {"dense": None, **plans, **uniform}
-        losses = measure(measured, documents, _measurer(loaded.model, next(iter(plans.values()))), log, progress)
+        wanted: dict[str, Plan | None] = {"dense": None, **plans, **uniform}
+        losses = measure(wanted, documents, _measurer(loaded.model, next(iter(plans.values()))), log, progress)
     # Without held-out documents only the refinement has measured anything.
     chosen = "refined" if refined is not None and not losses else choose(plans, losses)
     plan = plans[chosen].model_copy(

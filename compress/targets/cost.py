@@ -1,4 +1,4 @@
-"""What a plan costs: the bytes of KV cache that the runtime allocates for it, and the attention that it computes."""
+"""What a plan costs for an input: the bytes of KV cache that the runtime allocates, and the attention it computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from compress.runtime.span import PAGE, Span
+from compress.runtime.span import PAGE, AnySpan, spans_at
 
 
 def page_bytes(head_dim: int, itemsize: int) -> int:
@@ -15,9 +15,9 @@ def page_bytes(head_dim: int, itemsize: int) -> int:
     return PAGE * 2 * head_dim * itemsize
 
 
-def kv_bytes(spans: Iterable[Iterable[Span]], length: int, head_dim: int, itemsize: int) -> int:
+def kv_bytes(spans: Iterable[Iterable[AnySpan]], length: int, head_dim: int, itemsize: int) -> int:
     """Bytes that the paged cache holds for one sequence of `length` tokens under a plan's spans `[layers][groups]`."""
-    pages = sum(span.page_count(length) for row in spans for span in row)
+    pages = sum(span.page_count(length) for row in spans_at(spans, length) for span in row)
     return pages * page_bytes(head_dim, itemsize)
 
 
@@ -26,13 +26,13 @@ def dense_kv_bytes(groups: int, length: int, head_dim: int, itemsize: int) -> in
     return groups * length * 2 * head_dim * itemsize
 
 
-def prefill_density(spans: Iterable[Iterable[Span]], length: int) -> float:
+def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     """Visible pairs of query and key over causal pairs in a prefill, all head groups together, token by token.
 
     One minus this is the prefill sparsity of Sparse Frontier (arXiv 2504.17768), which counts whole blocks.
     """
     t = torch.arange(length)
-    counts = Counter(span for row in spans for span in row)
+    counts = Counter(span for row in spans_at(spans, length) for span in row)
     seen = 0
     for span, number in counts.items():
         first = span.first(t)
@@ -40,12 +40,12 @@ def prefill_density(spans: Iterable[Iterable[Span]], length: int) -> float:
     return seen / (counts.total() * length * (length + 1) / 2)
 
 
-def decode_density(spans: Iterable[Iterable[Span]], length: int) -> float:
+def decode_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     """Keys that the query at the end of `length` tokens sees over all keys, all head groups together.
 
     One minus this is the decode sparsity of Sparse Frontier; the bytes held are whole pages, `kv_bytes`.
     """
-    counts = Counter(span for row in spans for span in row)
+    counts = Counter(span for row in spans_at(spans, length) for span in row)
     seen = sum(
         number * (length - span.first(length - 1) + min(span.sink, span.first(length - 1)))
         for span, number in counts.items()

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from compress.errors import UserError
 from compress.registry import Method, targets
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span
+from compress.runtime.span import BETA_UNIT, FULL, PAGE, AnySpan, LengthSpan, Span
 from compress.targets.target import Target
 
 
 @targets.register("window")
 class WindowGroup(Target):
-    """Sees `sink` tokens and a window of alpha + beta * position (runtime/span.py)."""
+    """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
 
     target: Literal["window"] = "window"
     sink: int = Field(ge=0, description="tokens at the start that stay visible")
     alpha: int = Field(description="fixed part of the window, tokens")
     beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
+    rule: Literal["position", "length"] = Field(
+        "position",
+        description="what beta is a share of: the query's position, or the length of the input, the same window for "
+        "all of it, as MoA has it (no chunks, no further turns, no inputs of different lengths in a batch)",
+    )
 
     @field_validator("beta")
     @classmethod
     def _representable(cls, beta: float) -> float:
         Span(0, 0, beta)
         return beta
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default rule, so that plans by position are written as they were before it had a name."""
+        written: dict[str, Any] = write(self)
+        if self.rule == "position":
+            written.pop("rule", None)
+        return written
 
 
 @dataclass(frozen=True)
@@ -130,3 +146,51 @@ class SpanGrid(Method):
                 for alpha_index, alpha in enumerate(self.alphas(length)):
                     rules.append(Rule(Span(sink, alpha, beta), (sink_index, beta_index, alpha_index)))
         return rules
+
+    def fixed(self) -> SpanGrid:
+        """The fixed windows of this grid: beta 0 and alphas above 0.
+
+        Raises:
+            UserError: it has none.
+        """
+        least = next((alpha for alpha in self.alphas(PAGE) if alpha > 0), None)
+        if least is None or 0 not in self.betas:
+            raise UserError(
+                "the span grid has no fixed windows, and rules by length are priced by them",
+                where="profile.grid",
+                expected="0 among `betas`, and an `alpha_max` above 0",
+                found=f"betas {list(self.betas)}, alpha_max {self.alpha_max}",
+                fix="profile again with such a grid, or search with the rule `position`",
+            )
+        return self.model_copy(update={"betas": (0.0,), "alpha_min": least})
+
+    def length_spans(self, profiled: int, lengths: Collection[int]) -> list[AnySpan]:
+        """Full attention first, then every rule by length of this grid's sinks, betas and alphas that is of use.
+
+        A fixed window, beta 0, is the same by position, and is given as that: it refuses nothing then.
+        Left out is what sees less than the smallest fixed window at the shortest input, where the paper leaves out
+        windows <= 0, and what sees everything at all inputs. alpha < 0 with beta = 1 is kept: it hides the first
+        tokens of a long input from its end.
+
+        Args:
+            profiled: longest profiled length in tokens; alphas go up to it.
+            lengths: of all inputs to price or to budget, in tokens.
+        """
+        least, shortest, longest = self.fixed().alpha_min, min(lengths), max(lengths)
+        spans: list[AnySpan] = [FULL]
+        for sink in self.sinks:
+            for beta in self.betas:
+                for alpha in self.alphas(profiled):
+                    span = LengthSpan(sink, alpha, beta) if beta else Span(sink, alpha, beta)
+                    if span.at_length(shortest).alpha >= least and span.at_length(longest).alpha < longest:
+                        spans.append(span)
+        return spans
+
+    def fixed_rule(self, window: Span, length: int) -> Rule:
+        """The rule of the table at `length` that prices a fixed window: the same, or the next smaller alpha."""
+        if window.is_full or window.alpha >= length:
+            return Rule(FULL, None)
+        alphas = self.alphas(length)
+        place = bisect_right(alphas, window.alpha) - 1
+        index = (self.sinks.index(window.sink), self.betas.index(0.0), place)
+        return Rule(Span(window.sink, alphas[place], 0.0), index)

@@ -17,6 +17,7 @@ from compress.models.load import load_model
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
 from compress.targets.apply import planned_model
+from compress.targets.cost import kv_bytes
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, tiny_loaded
 
@@ -94,6 +95,23 @@ def test_verification_notices_other_weights_and_other_plans(tmp_path):
     smaller = uniform_plan(shape, WindowGroup(sink=0, alpha=64, beta=0))
     with pytest.raises(UserError, match="cache holds other bytes than the plan predicts"):
         verify_checkpoint(tmp_path / "new", planned_model(loaded.model, plan), loaded.tokenizer, smaller)
+
+
+def test_rules_by_length_are_exported_and_say_what_they_refuse(tmp_path):
+    loaded = tiny_loaded("llama-gqa")
+    shape = shape_of(loaded.model)
+    plan = uniform_plan(shape, WindowGroup(sink=4, alpha=-20, beta=0.5, rule="length"))
+    checks = export_checkpoint(loaded, plan, tmp_path / "new").checks  # text and bytes are those of a fresh process
+    fixed = uniform_plan(shape, WindowGroup(sink=4, alpha=checks.probe_tokens // 2 - 20, beta=0))
+    assert checks.cache_bytes == checks.predicted_bytes == kv_bytes(fixed.spans(), checks.probe_tokens, 12, 4)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "In 6 head groups" in card and "floor(alpha + beta * N)" in card
+    assert "Refused, with an error that says so: chunked prefill, a further turn on the same cache" in card
+    assert "batches of inputs\nof different lengths" in card and "cannot\nbe shared" in card
+    export_checkpoint(loaded, mixed_plan(shape), tmp_path / "other")
+    other = (tmp_path / "other" / "README.md").read_text()
+    assert "by length" not in other and "beta * N" not in other
+    assert "Batches with left or right padding, chunked prefill, several turns" in other
 
 
 def test_a_checkpoint_that_does_not_load_is_an_error(tmp_path):

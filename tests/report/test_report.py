@@ -22,6 +22,7 @@ from compress.evaluate.perplexity import Bucket, PerplexityResult
 from compress.evaluate.recall import RecallItem, RecallResult
 from compress.report.facts import read_facts
 from compress.report.page import render
+from compress.report.sections import costs, head_map
 from compress.report.svg import Series, plot
 
 PLAN = Path(__file__).parents[2] / "profiles" / "smollm2-135m" / "quickstart.plan.json"
@@ -129,6 +130,22 @@ def test_only_a_bench_or_only_a_plan(folder: Path) -> None:
     assert "Speed and memory" in render([read_facts(folder)], "2026-01-02", "0")
     (folder / "bench.json").unlink()
     assert "by the plan" in render([read_facts(folder)], "2026-01-02", "0")
+
+
+def test_a_rule_by_length_is_told_and_costs_its_window(tmp_path: Path) -> None:
+    raw = json.loads(PLAN.read_text())
+    del raw["checksum"]
+    for layer in raw["layers"]:
+        layer["groups"] = [{"target": "window", "sink": 0, "alpha": 0, "beta": 0.5, "rule": "length"}] * 3
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    facts = read_facts(tmp_path)
+    assert next(row for row in costs(facts) if row["length"] == 8192)["share"] == 0.5
+    found = head_map(facts)
+    assert found is not None
+    told = found["layers"][0][0]["told"]
+    assert told[0].endswith("sink 0, window 0 + 0.5 of the length") and told[1] == "keeps 50% at 8,192 tokens"
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "plan.json")])
+    assert "0|0+0.5N" in shown.stdout and "0|0+0.5t" not in shown.stdout
 
 
 def test_wrong_folders_say_what_to_do(tmp_path: Path, folder: Path) -> None:

@@ -15,8 +15,8 @@ from compress.runtime.span import FULL, Span
 from compress.search.budget import Budget
 from compress.search.divergence import Divergence
 from compress.search.effects import drawn, sampled_effects
-from compress.search.problem import CandidatePlan, Decision, SearchProblem, uniform_decision
-from compress.search.refine import Loss, Refine, exchange, refine, rules_of
+from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
+from compress.search.refine import Decision, Loss, Refine, exchange, refine, rules_of
 from compress.search.search import make_problem, run_search
 from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
@@ -179,7 +179,8 @@ def test_an_exchange_takes_from_one_group_to_give_to_another() -> None:
 
 
 def starts(problem: SearchProblem, uniform: Decision) -> dict[str, Decision]:
-    narrow = uniform_decision(problem.shape, Span(64, 64, 0.0))
+    narrow = positional(uniform_decision(problem.shape, Span(64, 64, 0.0)))
+    assert narrow is not None
     return {"narrow": narrow, "uniform": uniform}
 
 

@@ -38,7 +38,8 @@ def allocated(shape: ModelShape, plan: CandidatePlan, length: int) -> int:
     """Bytes of the cache by the runtime's own rule, from the plan as it would be written."""
     layers = [{"groups": [group.model_dump() for group in row]} for row in plan.groups()]
     spans = spans_of_plan({"layers": layers}, list(shape.native_windows))
-    return sum(span.page_count(length) for row in spans for span in row) * PAGE * 2 * shape.head_dim * ITEMSIZE
+    pages = sum(span.at_length(length).page_count(length) for row in spans for span in row)
+    return pages * PAGE * 2 * shape.head_dim * ITEMSIZE
 
 
 @every_solver
