@@ -2,9 +2,7 @@
 """Every method at several KV budgets, from one profile: plans first, then a table of quality against bytes.
 
     compress profile recipes/smollm2-8k.yaml
-    scripts/method_table.py solve recipes/smollm2-8k.yaml --budgets .5 .33 .25 .125 --out table
-    scripts/method_table.py refine recipes/smollm2-8k.yaml --budgets .5 .33 .25 .125 --minutes 1.2 --out table
-    scripts/method_table.py measure recipes/smollm2-8k.yaml --out table --seeds 1 2 --text wiki.txt
+    scripts/method_table.py recipes/smollm2-8k.yaml solve refine measure --out table --minutes 3 --text wiki.txt
 
 `solve` writes OUT/<budget>/<method>.json where it is not there, `refine` the refinement of the best of them with every
 step, and `measure` reads them and writes OUT/table.json and OUT/table.txt. Budgets are shares of the dense KV bytes at
@@ -83,16 +81,16 @@ EXTRA: list[tuple[str, dict[str, Any]]] = [
 
 
 def main() -> None:
-    """Parse, and do one of the three steps."""
+    """Parse, and do the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["solve", "refine", "measure"])
     parser.add_argument("recipe")
+    parser.add_argument("steps", nargs="+", choices=["solve", "refine", "measure"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", nargs="+", default=[".5", ".33", ".25", ".125"])
     parser.add_argument("--minutes", type=float, default=5.0, help="of each refinement")
     parser.add_argument("--weights", type=json.loads, default={}, help="of the refinement's tasks, as JSON")
     parser.add_argument("--learn", type=int, default=8, help="training documents of each length for refinement")
-    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--rows", nargs="+", help="only these rows, in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--count", type=int, default=25, help="prompts a cell and seed")
     parser.add_argument("--headline", type=int, default=100, help="prompts a cell and seed of the headline rows")
@@ -102,9 +100,9 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, methods.load())
     loaded = load_model(recipe.model, dtype=recipe.dtype, device=resolve_device(recipe.device))
-    {"solve": solve, "refine": improve, "measure": measure}[options.step](
-        options, recipe, loaded, shape_of(loaded.model)
-    )
+    shape = shape_of(loaded.model)
+    for step in options.steps:
+        {"solve": solve, "refine": improve, "measure": measure}[step](options, recipe, loaded, shape)
 
 
 def _problem(recipe: Recipe, loaded: LoadedModel, shape: ModelShape, budget: str, every: bool) -> SearchProblem:
@@ -176,9 +174,9 @@ def measure(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
     log = options.out / "cells.json"
     known: dict[str, Any] = json.loads(log.read_text()) if log.is_file() else {}
     plans: dict[tuple[str, str], Plan | None] = {("1", "dense"): None}
-    for budget in options.budgets:
-        for name in [*METHODS, REFINED]:
-            if (options.out / budget / f"{name}.json").is_file() and (not options.rows or name in options.rows):
+    for name in options.rows or [REFINED, *METHODS]:
+        for budget in options.budgets:
+            if (options.out / budget / f"{name}.json").is_file():
                 plans[budget, name] = read_plan(options.out / budget / f"{name}.json", shape)
     sources: dict[str, Any] = {"embedded": EmbeddedText()}
     if options.text:

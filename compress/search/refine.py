@@ -6,7 +6,7 @@ same bytes loses on it (at least a hundredth of a nat), so that no task outweigh
 
 What to try comes from a quadratic model of that loss (effects.py), made once: exchanges of at most `radius` groups
 that the model likes best within the budget. The model is made of samples, so the more of its interactions between
-groups one believes the more one fits their noise; every radius is tried with all, half and none of them. A success
+groups one believes the more one fits their noise; every radius is tried with half, a quarter and none of them. A success
 widens the radius, a failure of all three halves it; the budget holds at every step.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FLOOR = 0.01  # nats, a perplexity 1% higher: where the uniform plan loses less on a task, this is the task's unit
 WIDEN, SHRINK = 1.5, 0.5
-BELIEVED = (1.0, 0.5, 0.0)  # shares of the interactions between groups
+BELIEVED = (0.5, 0.25, 0.0)  # shares of the interactions between groups: with all of them an exchange fits noise
 
 Progress = Callable[[int, int, str], None]
 Decision = tuple[tuple[Span, ...], ...]
