@@ -6,8 +6,8 @@ same bytes loses on it (at least a hundredth of a nat), so that no task outweigh
 
 What to try comes from a quadratic model of that loss (effects.py), made once: exchanges of at most `radius` groups
 that the model likes best within the budget. The model is made of samples, so the more of its interactions between
-groups one believes the more one fits their noise; every radius is tried with half, a quarter and none of them. A success
-widens the radius, a failure of all three halves it; the budget holds at every step.
+groups one believes the more one fits their noise; every radius is tried with half, a quarter and none of them. A
+success widens the radius, a failure of all three halves it; the budget holds at every step.
 """
 
 from __future__ import annotations
