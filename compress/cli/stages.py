@@ -109,6 +109,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
             plan,
             run.checkpoint,
             recipe_text=recipe.text,
+            form=recipe.export.form,
             dtype=recipe.export.dtype,
             max_shard_size=recipe.export.max_shard_size,
             overwrite=overwrite or ours,

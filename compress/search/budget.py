@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from compress.errors import Problem, UserError
 from compress.registry import Method
 from compress.runtime.span import FULL, Span, own_span
-from compress.targets.cost import dense_kv_bytes, kv_bytes
+from compress.targets.cost import kv_bytes, stock_kv_bytes
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
@@ -94,10 +94,7 @@ def effective_spans(shape: ModelShape, decision: Sequence[Sequence[Span]]) -> li
 
 def dense_bytes(shape: ModelShape, length: int, itemsize: int) -> int:
     """KV bytes of the model as it is: `length` tokens a group, or the window in a layer that slides by itself."""
-    return sum(
-        dense_kv_bytes(shape.kv_heads, length if native is None else min(length, native), shape.head_dim, itemsize)
-        for native in shape.native_windows
-    )
+    return stock_kv_bytes(shape.native_windows, shape.kv_heads, length, shape.head_dim, itemsize)
 
 
 def rule_bytes(shape: ModelShape, span: Span, length: int, itemsize: int) -> int:

@@ -114,3 +114,14 @@ def test_a_full_disk_is_no_traceback(copied: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 2
     assert "plan.json: the disk is full" in result.stderr and "Traceback" not in result.output
     assert "Traceback" in call("search", copied, "-v").stderr
+
+
+def test_a_layerwise_plan_becomes_a_stock_checkpoint(copied: Path) -> None:
+    recipe = copied.read_text().replace("{name: moa, points: 1}", "{name: layers, order: first, sink: 0}")
+    copied.write_text(recipe + "export: {form: native}\n")
+    result = call("run", copied)
+    assert result.exit_code == 0, result.output
+    checkpoint = copied.parent / "run" / "checkpoint"
+    assert f'AutoModelForCausalLM.from_pretrained("{checkpoint}")' in result.stderr
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "ministral"
+    assert "| dense |" in (checkpoint / "README.md").read_text()
