@@ -35,6 +35,7 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family("gemma3_text", "Gemma3ForCausalLM", "CompressGemma3", "Gemma3ForCausalLM"),
         Family("llama", "LlamaForCausalLM", "CompressLlama", "MinistralForCausalLM"),
         Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
         Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2", "Qwen2ForCausalLM"),
@@ -47,7 +48,7 @@ def family_of(config: Any) -> Family:
     """The family of a transformers configuration; a planned configuration belongs to its stock family.
 
     Raises:
-        UserError: the architecture is not supported; says which are.
+        UserError: the architecture is not supported, and says which are; or its attention looks ahead.
     """
     model_type = str(config.model_type).removeprefix("compress_")
     if model_type not in FAMILIES:
@@ -56,6 +57,12 @@ def family_of(config: Any) -> Family:
             expected=f"one of {', '.join(sorted(FAMILIES))}",
             found=", ".join(getattr(config, "architectures", None) or []) or model_type,
             fix=nearest(model_type, FAMILIES),
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            "a model whose attention looks ahead is not supported",
+            where="config.json: use_bidirectional_attention",
+            expected="causal attention",
         )
     return FAMILIES[model_type]
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -210,6 +213,19 @@ class PlanForCausalLM:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache(generation_config.max_length if kind else None)
         return None
+
+
+class CompressGemma3Config(PlanConfig, Gemma3TextConfig):
+    model_type = "compress_gemma3_text"
+
+
+class CompressGemma3Model(PlanModel, Gemma3TextModel):
+    config_class = CompressGemma3Config
+
+
+class CompressGemma3ForCausalLM(PlanForCausalLM, Gemma3ForCausalLM):
+    config_class = CompressGemma3Config
+    planned_model = CompressGemma3Model
 
 
 class CompressLlamaConfig(PlanConfig, LlamaConfig):

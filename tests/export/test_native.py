@@ -105,7 +105,7 @@ def test_the_window_is_exact_to_the_token() -> None:
         assert first.flatten().tolist()[:1] == ([] if tokens == WINDOW else [min(tokens, WINDOW)])
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "mistral", "mistral-sliding", "qwen2", "qwen2-part-sliding"])
+@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "mistral", "mistral-sliding", "qwen2", "qwen2-part-sliding"])
 def test_a_plan_that_changes_nothing_is_the_model_itself(family: str) -> None:
     model, ids = tiny_model(family), random_ids(1, 150)
     plan = uniform_plan(shape_of(model), FullGroup())
@@ -166,6 +166,32 @@ def test_biases_that_the_architecture_lacks_are_refused(bias: str) -> None:
     with pytest.raises(UserError, match="MinistralForCausalLM does not hold its weights") as caught:
         native_model(planned_model(model, plan), plan)
     assert "bias" in str(caught.value.problems[0].found)
+
+
+@pytest.mark.parametrize("one_rope", [False, True])
+def test_a_layer_keeps_its_rope(one_rope: bool) -> None:
+    model = tiny_model("gemma3")
+    if one_rope:
+        rope = model.config.rope_parameters
+        model.config.rope_parameters = {kind: dict(rope["full_attention"]) for kind in rope}
+        model = type(model)._from_config(model.config).eval()
+    plan, ids = layered(shape_of(model), FullGroup(), window(), FullGroup()), random_ids(1, 150)
+    planned = planned_model(model, plan)
+    if one_rope:
+        torch.testing.assert_close(logits(native_model(planned, plan), ids), logits(planned, ids), **CLOSE)
+        return
+    with pytest.raises(UserError, match="a full layer cannot become a sliding one") as caught:
+        native_model(planned, plan)
+    assert "layers.1" in str(caught.value)
+
+
+def test_a_part_local_model_is_written_as_itself(tmp_path: Path) -> None:
+    loaded = tiny_loaded("gemma3")
+    shape = shape_of(loaded.model)
+    report = export_checkpoint(loaded, uniform_plan(shape, FullGroup()), tmp_path / "new", form="native")
+    checks = report.checks
+    assert checks.loaded_as == "Gemma3ForCausalLM" and checks.cache_bytes == checks.dense_bytes
+    assert checks.cache_bytes == (checks.probe_tokens + 2 * WINDOW) * shape.kv_heads * 2 * shape.head_dim * 4
 
 
 def test_auto_is_native_where_it_can_be_and_says_why_not(tmp_path: Path) -> None:
