@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -112,6 +112,25 @@ def smallest_bytes(shape: ModelShape, grid: SpanGrid, length: int, itemsize: int
     return rule_bytes(shape, windows[0] if windows else FULL, length, itemsize)
 
 
+def smallest_share(shape: ModelShape, grid: SpanGrid, length: int, itemsize: int) -> float:
+    """`smallest_bytes` over the dense model's, rounded up to four digits, so that a budget of this share is met."""
+    share = smallest_bytes(shape, grid, length, itemsize) / dense_bytes(shape, length, itemsize)
+    return math.ceil(share * 10_000) / 10_000
+
+
+def ceiling(shape: ModelShape, grid: SpanGrid, lengths: Iterable[int], itemsize: int) -> str | None:
+    """In words, how much a model that is part local has to give; None where no layer slides by itself."""
+    sliding = sum(native is not None for native in shape.native_windows)
+    if not sliding:
+        return None
+    shares = [f"{smallest_share(shape, grid, length, itemsize):g} at {length:,} tokens" for length in sorted(lengths)]
+    return (
+        f"{sliding} of {shape.layers} layers slide by themselves and stay as they are; only the full ones "
+        f"({shape.layers - sliding}) have anything to give. The smallest share of the dense KV bytes that any plan "
+        f"reaches is {', '.join(shares)}"
+    )
+
+
 def check_feasible(limits: Mapping[int, int], shape: ModelShape, grid: SpanGrid, itemsize: int) -> None:
     """Raise one UserError with a problem for every length whose limit no plan of the grid can meet."""
     problems = []
@@ -120,7 +139,7 @@ def check_feasible(limits: Mapping[int, int], shape: ModelShape, grid: SpanGrid,
         if smallest <= limit:
             continue
         dense = dense_bytes(shape, length, itemsize)
-        share = math.ceil(smallest / dense * 10_000) / 10_000
+        share = smallest_share(shape, grid, length, itemsize)
         problems.append(
             Problem(
                 f"no plan meets the budget at length {length}",
