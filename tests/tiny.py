@@ -12,6 +12,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -52,6 +53,9 @@ CONFIGS = {
     ),
     "llama-gqa": lambda: LlamaConfig(**SIZES),
     "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "ministral": lambda: MinistralConfig(
+        **SIZES, head_dim=16, sliding_window=50, layer_types=["full_attention", "sliding_attention", "full_attention"]
+    ),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**SIZES, sliding_window=50),
     "qwen2": lambda: Qwen2Config(**SIZES),

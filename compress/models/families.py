@@ -37,6 +37,7 @@ FAMILIES = {
     for family in (
         Family("gemma3_text", "Gemma3ForCausalLM", "CompressGemma3", "Gemma3ForCausalLM"),
         Family("llama", "LlamaForCausalLM", "CompressLlama", "MinistralForCausalLM"),
+        Family("ministral", "MinistralForCausalLM", "CompressMinistral", "MinistralForCausalLM"),
         Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
         Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3", "Qwen3ForCausalLM"),

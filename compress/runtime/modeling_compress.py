@@ -16,6 +16,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MinistralModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
@@ -239,6 +242,19 @@ class CompressLlamaModel(PlanModel, LlamaModel):
 class CompressLlamaForCausalLM(PlanForCausalLM, LlamaForCausalLM):
     config_class = CompressLlamaConfig
     planned_model = CompressLlamaModel
+
+
+class CompressMinistralConfig(PlanConfig, MinistralConfig):
+    model_type = "compress_ministral"
+
+
+class CompressMinistralModel(PlanModel, MinistralModel):
+    config_class = CompressMinistralConfig
+
+
+class CompressMinistralForCausalLM(PlanForCausalLM, MinistralForCausalLM):
+    config_class = CompressMinistralConfig
+    planned_model = CompressMinistralModel
 
 
 class CompressMistralConfig(PlanConfig, MistralConfig):

@@ -15,7 +15,7 @@ from compress.errors import UserError
 from compress.export.export import export_checkpoint
 from compress.export.native import layer_windows, native_model
 from compress.export.verify import verify_checkpoint
-from compress.models.load import LoadedModel
+from compress.models.load import LoadedModel, load_model
 from compress.models.shape import ModelShape, shape_of
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.targets.apply import planned_model
@@ -27,6 +27,7 @@ WINDOW = 50  # that of the tiny models which slide by themselves
 WRITTEN_AS = {
     "llama-gqa": "MinistralForCausalLM",
     "llama-mha": "MinistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
     "mistral": "MinistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2-part-sliding": "Qwen2ForCausalLM",
@@ -203,6 +204,13 @@ def test_auto_is_native_where_it_can_be_and_says_why_not(tmp_path: Path) -> None
     assert "form patched" in lines[0] and "layers.0.groups.1" in lines[0]
     report = export_checkpoint(loaded, windows_and_full(shape), tmp_path / "b", form="auto", progress=lines.append)
     assert report.checks.native and "form native, as Qwen3ForCausalLM" in lines
+
+
+def test_a_native_checkpoint_is_a_model_name_again(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    export_checkpoint(loaded, windows_and_full(shape_of(loaded.model)), tmp_path / "new", form="native")
+    again = shape_of(load_model(str(tmp_path / "new")).model)
+    assert again.architecture == "MinistralForCausalLM" and again.native_windows == (WINDOW, None, WINDOW)
 
 
 def test_a_missing_tensor_is_noticed(tmp_path: Path) -> None:
