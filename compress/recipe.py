@@ -61,6 +61,11 @@ class SearchSection(Section):
 class ExportSection(Section):
     """The form of the checkpoint."""
 
+    form: Literal["patched", "native", "auto"] = Field(
+        "patched",
+        description="patched carries its own attention code and holds every plan; native is a stock architecture, for "
+        "plans of full layers and one window without sinks; auto is native where the plan allows it",
+    )
     dtype: Dtype | None = Field(None, description="dtype of the weights on disk; null keeps the recipe's")
     max_shard_size: str = Field("5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="largest weight file, as 5GB")
 

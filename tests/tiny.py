@@ -8,7 +8,16 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from compress.models.load import LoadedModel
 from compress.models.shape import ModelShape, shape_of
@@ -34,8 +43,19 @@ SIZES: dict[str, Any] = {
 }
 
 CONFIGS = {
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        tie_word_embeddings=False,
+        sliding_window=50,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "llama-gqa": lambda: LlamaConfig(**SIZES),
     "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "ministral": lambda: MinistralConfig(
+        **SIZES, head_dim=16, sliding_window=50, layer_types=["full_attention", "sliding_attention", "full_attention"]
+    ),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**SIZES, sliding_window=50),
     "qwen2": lambda: Qwen2Config(**SIZES),
@@ -58,6 +78,13 @@ def tiny_model(family: str, seed: int = 0) -> Any:
     config = CONFIGS[family]()
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def part_local_model() -> Any:
+    """Five sliding layers to one full, the form of Gemma 3."""
+    sizes: dict[str, Any] = SIZES | {"num_hidden_layers": 6, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=16, sliding_window=64)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -126,7 +126,8 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
     from compress.models.shape import shape_of
     from compress.runtime.span import spans_of_plan
-    from compress.targets.cost import dense_kv_bytes, kv_bytes
+    from compress.search.budget import dense_bytes
+    from compress.targets.cost import kv_bytes
 
     first = Source(specs[0])
     carries = "compress_plan" in first.checkpoint
@@ -137,8 +138,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         loaded = load_model(specs[0], dtype=dtype, device=device)
     shape = shape_of(loaded.model)
     itemsize = DTYPES[dtype].itemsize
-    groups = shape.layers * shape.kv_heads
-    dense = {length: dense_kv_bytes(groups, length, shape.head_dim, itemsize) for length in lengths}
+    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: loaded.model, "dense", dense)]
     if carries:
         plan = first.checkpoint["compress_plan"]

@@ -83,7 +83,7 @@ def span_text(span: Any) -> str:
 def _print_plan(plan: Plan, console: Any) -> None:
     from rich.table import Table
 
-    from compress.targets.cost import dense_kv_bytes, kv_bytes
+    from compress.targets.cost import kv_bytes, stock_kv_bytes
 
     model, spans = plan.model, plan.spans()
     typer.echo(
@@ -107,11 +107,15 @@ def _print_plan(plan: Plan, console: Any) -> None:
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
     for length in sorted({*LENGTHS, *plan.predicted.kv_bytes}):
-        used, dense = kv_bytes(spans, length, model.head_dim, 2), dense_kv_bytes(groups, length, model.head_dim, 2)
+        used = kv_bytes(spans, length, model.head_dim, 2)
+        dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     console.print(costs)
     full = sum(span.is_full for row in spans for span in row)
     typer.echo(f"{full} of {groups} head groups see everything")
+    sliding = sum(native is not None for native in model.native_windows)
+    if sliding:
+        typer.echo(f"{sliding} of {model.layers} layers slide by themselves; only the others have anything to give")
     if plan.provenance:
         typer.echo("provenance " + json.dumps(plan.provenance))
 

@@ -27,6 +27,7 @@ def run(
     from compress.cli.report import write_report
     from compress.cli.session import open_session
     from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
+    from compress.export.layout import brings_code
 
     started = time.monotonic()
     with open_session(recipe, overwrite=overwrite, fresh=fresh) as session:
@@ -49,4 +50,5 @@ def run(
         typer.echo(f"this command {duration(seconds)}, peak memory {size(peak)}")
     say("")
     say("Load it anywhere that has torch and transformers:")
-    say(f'  AutoModelForCausalLM.from_pretrained("{checkpoint}", trust_remote_code=True)')
+    flag = ", trust_remote_code=True" if brings_code(checkpoint) else ""
+    say(f'  AutoModelForCausalLM.from_pretrained("{checkpoint}"{flag})')

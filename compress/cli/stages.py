@@ -69,6 +69,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
 def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     """The plan, chosen by measured loss on the held-out documents. Arguments and errors as in `profile_stage`."""
     from compress.plan import read_plan
+    from compress.search.budget import ceiling
     from compress.search.search import run_search
 
     key, run, recipe = session.search_key(), session.run, session.recipe
@@ -79,6 +80,13 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         raise _missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
+    if profile.grid is not None:
+        budget: Any = recipe.search.budget
+        itemsize = session.loaded.model.dtype.itemsize
+        lengths = budget.limits(session.shape, itemsize, profile.lengths)
+        line = ceiling(session.shape, profile.grid, lengths, itemsize)
+        if line is not None:
+            say(f"search: {line}")
 
     def work() -> Any:
         held_out = _documents(session, recipe.calibration.held_out, "held_out")
@@ -138,6 +146,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
             plan,
             run.checkpoint,
             recipe_text=recipe.text,
+            form=recipe.export.form,
             dtype=recipe.export.dtype,
             max_shard_size=recipe.export.max_shard_size,
             overwrite=overwrite or ours,
@@ -219,9 +228,10 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
     """The dense model, then what the recipe compares with it."""
     from compress.evaluate.compare import Variant
     from compress.plan import read_plan
+    from compress.search.budget import dense_bytes
     from compress.search.select import plan_key
     from compress.targets.apply import planned_model
-    from compress.targets.cost import dense_kv_bytes, kv_bytes
+    from compress.targets.cost import kv_bytes
 
     shape, model = session.shape, session.loaded.model
     itemsize = model.dtype.itemsize
@@ -229,7 +239,6 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
     asked = [*evaluate.recall, *([evaluate.perplexity] if evaluate.perplexity is not None else [])]
     suites: tuple[int, ...] = evaluate.lm_eval.lengths if evaluate.lm_eval and evaluate.lm_eval.suites else ()
     lengths = sorted({int(request.length) for request in asked} | set(suites))
-    groups = shape.layers * shape.kv_heads
     plans = {"plan": plan}
     for name in evaluate.compare:
         if name != "plan":
@@ -240,7 +249,7 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: dense_kv_bytes(groups, length, shape.head_dim, itemsize) for length in lengths}
+    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for name, entry in plans.items():
         spans = entry.spans()

@@ -83,7 +83,12 @@ def table(recipe: Recipe) -> Any:
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
     )
     export = recipe.export
-    result.add_row("export", f"{export.dtype or recipe.dtype}, shards of {export.max_shard_size}", "", "verification")
+    result.add_row(
+        "export",
+        f"{export.form}, {export.dtype or recipe.dtype}, shards of {export.max_shard_size}",
+        "",
+        "verification",
+    )
     request: Any = recipe.evaluate.perplexity
     windows = [f"{request.windows} windows of {request.length:,} tokens"] if request is not None else []
     prompts = sum(row["count"] for row in parts["evaluate"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from compress.export.native import layer_windows
 from compress.export.verify import Checks
 from compress.plan import Plan
 from compress.runtime.span import LengthSpan
-from compress.targets.cost import dense_kv_bytes, kv_bytes
+from compress.targets.cost import kv_bytes, stock_kv_bytes
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
@@ -34,20 +36,23 @@ def render_card(
         context: the model's longest input in tokens; lengths beyond it are left out.
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
     """
-    spans = plan.spans()
-    groups = plan.model.layers * plan.model.kv_heads
+    spans, model = plan.spans(), plan.model
+    windows = layer_windows(plan) if checks.native else None
+
+    def stock(windows: Sequence[int | None], length: int) -> int:
+        return stock_kv_bytes(windows, model.kv_heads, length, model.head_dim, itemsize)
+
+    def held(length: int) -> int:
+        return kv_bytes(spans, length, model.head_dim, itemsize) if windows is None else stock(windows, length)
+
     costs = [
-        {
-            "length": length,
-            "bytes": kv_bytes(spans, length, plan.model.head_dim, itemsize),
-            "dense": dense_kv_bytes(groups, length, plan.model.head_dim, itemsize),
-        }
+        {"length": length, "bytes": held(length), "dense": stock(model.native_windows, length)}
         for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
     ]
     predicted = plan.predicted
     longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
     if longest is not None:
-        share = predicted.kv_bytes[longest] / predicted.dense_kv_bytes[longest]
+        share = held(longest) / stock(model.native_windows, longest)
     else:
         share = costs[-1]["bytes"] / costs[-1]["dense"]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -56,7 +61,9 @@ def render_card(
         "base_model": base_model,
         "dtype": dtype,
         "share": share,
-        "groups": groups,
+        "groups": model.layers * model.kv_heads,
+        "windows": windows,
+        "window": next((window for window in windows or () if window is not None), None),
         "full": sum(span.is_full for row in spans for span in row),
         "by_length": sum(isinstance(span, LengthSpan) for row in spans for span in row),
         "costs": costs,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ import transformers
 from compress.errors import UserError
 from compress.export.card import render_card
 from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
+from compress.export.native import native_model
 from compress.export.staging import staged
 from compress.export.verify import Checks, verify_checkpoint
 from compress.files import write_text
@@ -42,24 +43,28 @@ def export_checkpoint(
     *,
     recipe_text: str | None = None,
     table: str | None = None,
+    form: Literal["patched", "native", "auto"] = "patched",
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
-    """Write the patched checkpoint, verify it in a fresh process, and only then move it into place.
+    """Write the checkpoint, verify it in a fresh process, and only then move it into place.
 
     Args:
         loaded: the dense model that the plan was made for.
         recipe_text: goes into the checkpoint as recipe.yaml and into the card.
         table: measured numbers for the card, as Markdown.
+        form: `patched` carries the runtime's files; `native` is a stock architecture; `auto` is native where one holds
+            the plan, else patched.
         dtype: dtype of the weights on disk; None keeps the model's.
         overwrite: replace a folder that holds something.
         progress: called with a line for each step.
 
     Raises:
-        UserError: the plan is for another model, the folder holds something, the disk is full, or the
-            verification found a difference. Nothing is left behind, and an older checkpoint is untouched.
+        UserError: the plan is for another model, no native checkpoint holds it, the folder holds something, the disk
+            is full, or the verification found a difference. Nothing is left behind, and an older checkpoint is
+            untouched.
     """
     say = progress or (lambda line: None)
     shape = shape_of(loaded.model)
@@ -78,23 +83,45 @@ def export_checkpoint(
         for weight in planned.parameters():
             weight.data = weight.data.to(DTYPES[dtype])
     weights = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
+    native = _native(planned, plan, form, say)
     with staged(folder, overwrite=overwrite, need_bytes=weights + (64 << 20)) as partial:
         say("writing weights")
-        planned.save_pretrained(partial, max_shard_size=max_shard_size)
+        (planned if native is None else native).save_pretrained(partial, max_shard_size=max_shard_size)
         loaded.tokenizer.save_pretrained(partial)
-        copy_runtime(partial)
+        if native is None:
+            copy_runtime(partial)
+            point_to_runtime(partial, family_of(loaded.model.config))
         open_permissions(partial)
-        point_to_runtime(partial, family_of(loaded.model.config))
         (partial / "compress_plan.json").write_text(plan.to_json(), encoding="utf-8")
         if recipe_text is not None:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         say("verifying in a fresh process")
-        checks = verify_checkpoint(partial, planned, loaded.tokenizer, plan)
+        checks = verify_checkpoint(partial, planned, loaded.tokenizer, plan, native=native is not None)
         (partial / CHECKS_FILE).write_text(json.dumps(checks.to_dict(), indent=1) + "\n", encoding="utf-8")
         _write_card(partial, plan, planned, loaded.name, checks, recipe_text, table)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         say("moving into place")
     return ExportReport(folder, size, checks)
+
+
+def _native(planned: Any, plan: Plan, form: str, say: Callable[[str], None]) -> Any:
+    """The stock model to write, or None where the checkpoint is a patched one.
+
+    Raises:
+        UserError: `native` was asked for, and no stock architecture holds the plan.
+    """
+    if form == "patched":
+        return None
+    try:
+        native = native_model(planned, plan)
+    except UserError as error:
+        if form == "native":
+            raise
+        problem = error.problems[0]
+        say(f"form patched, because {problem.where}: {problem.what} ({problem.found})")
+        return None
+    say(f"form native, as {type(native).__name__}")
+    return native
 
 
 def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:

@@ -1,4 +1,4 @@
-"""What is in a patched checkpoint besides weights and tokenizer."""
+"""What is in a patched checkpoint besides weights and tokenizer, and how to tell it from a native one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def copy_runtime(folder: Path) -> None:
     source = Path(str(runtime.__file__)).parent
     for name in RUNTIME_FILES:
         shutil.copyfile(source / name, folder / name)
+
+
+def brings_code(folder: Path) -> bool:
+    """Whether a checkpoint loads with `trust_remote_code=True` only."""
+    return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def open_permissions(folder: Path) -> None:

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
+from compress.export.native import layer_windows
 from compress.plan import Plan
 from compress.runtime.span import has_length_rule
-from compress.targets.cost import dense_kv_bytes, kv_bytes, page_bytes
+from compress.targets.cost import kv_bytes, page_bytes, stock_kv_bytes
 
 CHILD = Path(__file__).with_name("verify_child.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest logit
@@ -30,13 +31,14 @@ class Checks:
 
     Attributes:
         probe_tokens: length of the probe.
-        logit_difference: largest difference of a logit, alone and in a left-padded batch.
+        logit_difference: largest difference of a logit: alone, in a left-padded batch, and of a step on a cache.
         tolerance: what was allowed.
         text: the greedy continuation, equal in both processes.
         cache_bytes: bytes allocated by the reloaded model's cache after the probe.
         predicted_bytes: what the plan says for that length.
-        dense_bytes: what transformers' own cache would hold.
+        dense_bytes: what transformers' own cache holds for the original model.
         loaded_as: class that AutoModelForCausalLM returned.
+        native: whether it is a stock architecture, loaded without remote code.
     """
 
     probe_tokens: int
@@ -47,6 +49,7 @@ class Checks:
     predicted_bytes: int
     dense_bytes: int
     loaded_as: str
+    native: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
@@ -69,14 +72,17 @@ def make_probe(model: Any, tokenizer: Any, length: int, *, alike: bool = False) 
     return {"ids": ids, "mask": mask, "pad": torch.tensor(pad)}
 
 
-def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *, length: int = 1061) -> Checks:
+def verify_checkpoint(
+    folder: Path, planned: Any, tokenizer: Any, plan: Plan, *, native: bool = False, length: int = 1061
+) -> Checks:
     """Reload `folder` in a fresh process and compare with `planned`, the model in memory.
 
     Args:
+        native: a stock architecture: it has to load without remote code, and its cache is transformers' own.
         length: tokens of the probe, cut to the model's context less 16; odd, and longer than a few pages.
 
     Raises:
-        UserError: the checkpoint does not load, or logits, text or cache bytes differ.
+        UserError: the checkpoint does not load, or not every weight of it, or logits, text or cache bytes differ.
     """
     length = min(length, int(planned.config.max_position_embeddings) - 16)
     probe = make_probe(planned, tokenizer, length, alike=has_length_rule(plan.spans()))
@@ -86,14 +92,23 @@ def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *,
         padded = planned(ids, attention_mask=mask, logits_to_keep=4).logits.float().cpu()
         alone = planned(ids[:1], logits_to_keep=4)
         hidden = planned.model(ids[:1, :16]).last_hidden_state.float().cpu()
+        # Not the last row of `alone`: a rule by length takes its windows from the prompt, without the step.
+        before = planned(ids[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        step = planned(ids[:1, -1:], past_key_values=before).logits.float().cpu()
         tokens = planned.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).cpu()
-    result, facts = _run_child(folder, probe)
+    result, facts = _run_child(folder, probe, native)
+    if facts["not_loaded"]:
+        raise UserError(
+            "the weights of the checkpoint are not those of its architecture",
+            where=str(folder),
+            expected="no missing, unexpected or mismatched tensor",
+            found=facts["not_loaded"],
+        )
     expected = alone.logits.float().cpu()
-    difference = max(
-        float((result["logits"] - expected).abs().max()), float((result["padded_logits"] - padded).abs().max())
-    )
+    pairs = ((result["logits"], expected), (result["padded_logits"], padded), (result["step_logits"], step))
+    difference = max(float((found - wanted).abs().max()) for found, wanted in pairs)
     relative = TOLERANCE[next(planned.parameters()).dtype]
     tolerance = relative * float(expected.abs().max())
     if not difference <= tolerance:
@@ -113,14 +128,18 @@ def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *,
             found=str(result["tokens"][0, length:].tolist()),
         )
     spans, head_dim, itemsize = plan.spans(), plan.model.head_dim, next(planned.parameters()).itemsize
-    predicted = kv_bytes(spans, length, head_dim, itemsize)
-    groups = plan.model.layers * plan.model.kv_heads
-    allocated = int(result["cache_bytes"][0])
-    if abs(allocated - predicted) > 2 * groups * page_bytes(head_dim, itemsize):
+    kv_heads = plan.model.kv_heads
+    if native:
+        predicted, slack = stock_kv_bytes(layer_windows(plan), kv_heads, length, head_dim, itemsize), 0
+    else:
+        predicted = kv_bytes(spans, length, head_dim, itemsize)
+        slack = 2 * plan.model.layers * kv_heads * page_bytes(head_dim, itemsize)
+    allocated = int(result["cache_bytes"])
+    if abs(allocated - predicted) > slack:
         raise UserError(
             f"the reloaded checkpoint's cache holds other bytes than the plan predicts at {length} tokens",
             where=str(folder),
-            expected=f"{predicted:,} bytes, to within two pages a head group",
+            expected=f"{predicted:,} bytes" + (", to within two pages a head group" if slack else ""),
             found=f"{allocated:,} bytes",
         )
     return Checks(
@@ -130,13 +149,17 @@ def verify_checkpoint(folder: Path, planned: Any, tokenizer: Any, plan: Plan, *,
         text=facts["text"],
         cache_bytes=allocated,
         predicted_bytes=predicted,
-        dense_bytes=dense_kv_bytes(groups, length, head_dim, itemsize),
+        dense_bytes=stock_kv_bytes(plan.model.native_windows, kv_heads, length, head_dim, itemsize),
         loaded_as=facts["class"],
+        native=native,
     )
 
 
-def _run_child(folder: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _run_child(
+    folder: Path, probe: dict[str, torch.Tensor], native: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Run `verify_child.py` on the checkpoint with a code cache of its own; return its tensors and facts."""
+    code, flag = ("stock", "") if native else ("remote", ", trust_remote_code=True")
     with tempfile.TemporaryDirectory(prefix="compress-verify-") as scratch:
         probe_file, result_file = Path(scratch, "probe.safetensors"), Path(scratch, "result.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in probe.items()}, probe_file)
@@ -147,7 +170,14 @@ def _run_child(folder: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, 
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment.pop("PYTHONPATH", None)
-        arguments = [str(CHILD), str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads())]
+        arguments = [
+            str(CHILD),
+            str(folder.resolve()),
+            str(probe_file),
+            str(result_file),
+            str(torch.get_num_threads()),
+            code,
+        ]
         done = subprocess.run(
             [sys.executable, "-P", *arguments], capture_output=True, text=True, env=environment, cwd=scratch
         )
@@ -156,7 +186,7 @@ def _run_child(folder: Path, probe: dict[str, torch.Tensor]) -> tuple[dict[str, 
             raise UserError(
                 "the checkpoint does not load in a fresh process",
                 where=str(folder),
-                expected="AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) works without compress",
+                expected=f"AutoModelForCausalLM.from_pretrained(path{flag}) works without compress",
                 found=lines[-1] if lines else f"exit status {done.returncode}",
             )
         with safe_open(result_file, framework="pt") as file:

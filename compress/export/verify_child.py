@@ -1,6 +1,6 @@
 """Runs in a fresh process where `compress` cannot be imported: loads a checkpoint and records what it computes.
 
-Usage: python verify_child.py CHECKPOINT PROBE.safetensors RESULT.safetensors THREADS
+Usage: python verify_child.py CHECKPOINT PROBE.safetensors RESULT.safetensors THREADS remote|stock
 """
 
 import importlib.abc
@@ -17,7 +17,14 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r} (refused: the checkpoint has to load without it)")
 
 
-def main(checkpoint: str, probe_file: str, result_file: str, threads: str) -> None:
+def allocated(cache: Any) -> int:
+    """Bytes that a cache holds: what a paged one says, or the storages of the tensors in transformers' own."""
+    if hasattr(cache, "allocated_bytes"):
+        return cache.allocated_bytes()
+    return sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code: str) -> None:
     """Load, run the probe, write logits, tokens and cache bytes."""
     sys.meta_path.insert(0, Refuse())
     import torch
@@ -27,23 +34,28 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str) -> No
     torch.set_num_threads(int(threads))
     probe = load_file(probe_file)
     ids, mask = probe["ids"], probe["mask"]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto").eval()
+    options: dict[str, Any] = {"trust_remote_code": code == "remote", "dtype": "auto"}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+    model, loading = loaded[0].eval(), loaded[1]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     result = {}
     with torch.inference_mode():
         result["padded_logits"] = model(ids, attention_mask=mask, logits_to_keep=4).logits.float().contiguous()
         alone = model(ids[:1], use_cache=True, logits_to_keep=4)
         result["logits"] = alone.logits.float().contiguous()
-        cache = alone.past_key_values
-        result["cache_bytes"] = torch.tensor([cache.allocated_bytes(), cache.held_bytes()])
+        before = model(ids[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        result["step_logits"] = model(ids[:1, -1:], past_key_values=before).logits.float().contiguous()
+        # A sliding layer of transformers holds all of the prompt until a step has followed it.
+        result["cache_bytes"] = torch.tensor(allocated(alone.past_key_values if code == "remote" else before))
         result["tokens"] = model.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).contiguous()
-        body = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto").eval()
+        body = AutoModel.from_pretrained(checkpoint, **options).eval()
         hidden = body(ids[:1, :16]).last_hidden_state
         result["hidden"] = hidden.float().contiguous()
     text = tokenizer.decode(result["tokens"][0, ids.shape[1] :])
-    facts = {"text": text, "class": type(model).__name__, "compress": str("compress" in sys.modules)}
+    wrong = {name: sorted(map(str, loading[name])) for name in loading if loading[name]}
+    facts = {"text": text, "class": type(model).__name__, "not_loaded": json.dumps(wrong) if wrong else ""}
     save_file(result, result_file, metadata={"facts": json.dumps(facts)})
 
 

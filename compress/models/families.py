@@ -1,7 +1,7 @@
 """The supported architecture families: one entry each, and the only place that names them.
 
 A family is supported when its attention calls transformers' AttentionInterface on keys and values after RoPE.
-A new one is an entry here, three lines in `runtime/modeling_compress.py` and a configuration in the tests.
+A new one is an entry here, three classes in `runtime/modeling_compress.py` and a configuration in the tests.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ class Family:
         model_type: transformers' name of the stock configuration.
         architecture: the stock causal language model class.
         planned: prefix of the classes in `runtime/modeling_compress.py` that carry a plan.
+        native: the stock causal language model class with the same weights whose layers are full or slide one by
+            one (`layer_types` in its configuration).
     """
 
     model_type: str
     architecture: str
     planned: str
+    native: str
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "CompressLlama"),
-        Family("mistral", "MistralForCausalLM", "CompressMistral"),
-        Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2"),
-        Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3"),
+        Family("gemma3_text", "Gemma3ForCausalLM", "CompressGemma3", "Gemma3ForCausalLM"),
+        Family("llama", "LlamaForCausalLM", "CompressLlama", "MinistralForCausalLM"),
+        Family("ministral", "MinistralForCausalLM", "CompressMinistral", "MinistralForCausalLM"),
+        Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
+        Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2", "Qwen2ForCausalLM"),
+        Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3", "Qwen3ForCausalLM"),
     )
 }
 
@@ -44,7 +49,7 @@ def family_of(config: Any) -> Family:
     """The family of a transformers configuration; a planned configuration belongs to its stock family.
 
     Raises:
-        UserError: the architecture is not supported; says which are.
+        UserError: the architecture is not supported, and says which are; or its attention looks ahead.
     """
     model_type = str(config.model_type).removeprefix("compress_")
     if model_type not in FAMILIES:
@@ -53,6 +58,12 @@ def family_of(config: Any) -> Family:
             expected=f"one of {', '.join(sorted(FAMILIES))}",
             found=", ".join(getattr(config, "architectures", None) or []) or model_type,
             fix=nearest(model_type, FAMILIES),
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            "a model whose attention looks ahead is not supported",
+            where="config.json: use_bidirectional_attention",
+            expected="causal attention",
         )
     return FAMILIES[model_type]
 

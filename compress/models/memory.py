@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 CHECKPOINT_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
 
 
-def activation_bytes(config: Any, shape: ModelShape, length: int, itemsize: int) -> int:
+def activation_bytes(model: Any, shape: ModelShape, length: int, itemsize: int) -> int:
     """Estimated bytes that autograd keeps for one document when weights need no gradient.
 
-    Per token and layer: the two residual states that the norms read (with their float32 copies below float32),
-    Q, K, V and O with K and V repeated once per query head, and gate, activated gate and up projection.
+    Per token and layer: what the norms read (with float32 copies below float32), Q, K, V and O with K and V repeated
+    once per query head, and gate, activated gate and up projection.
     """
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     attention = (4 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
-    states = text.hidden_size * (2 * itemsize + (0 if itemsize == 4 else 16))
+    read = {"q_norm": shape.query_heads * shape.head_dim, "k_norm": shape.kv_heads * shape.head_dim}
+    norms = [name.rpartition(".")[2] for name, _ in model.model.layers[0].named_modules() if name.endswith("norm")]
+    states = sum(read.get(name, text.hidden_size) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
     return shape.layers * length * (states + itemsize * (attention + 3 * text.intermediate_size))
 
 
@@ -44,10 +46,10 @@ def available_bytes(device: torch.device) -> int | None:
     return free
 
 
-def needs_checkpointing(config: Any, shape: ModelShape, length: int, itemsize: int, device: torch.device) -> bool:
+def needs_checkpointing(model: Any, shape: ModelShape, length: int, itemsize: int, device: torch.device) -> bool:
     """True when keeping all activations of a document would take more than a quarter of the free memory."""
     free = available_bytes(device)
-    return free is not None and activation_bytes(config, shape, length, itemsize) > CHECKPOINT_SHARE * free
+    return free is not None and activation_bytes(model, shape, length, itemsize) > CHECKPOINT_SHARE * free
 
 
 def peak_bytes(device: torch.device) -> int:

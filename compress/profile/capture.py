@@ -121,7 +121,7 @@ class Capture:
     def _checkpoints(self, length: int, itemsize: int, device: torch.device) -> bool:
         if self.checkpointing is not None:
             return self.checkpointing
-        return needs_checkpointing(self.model.config, self.shape, length, itemsize, device)
+        return needs_checkpointing(self.model, self.shape, length, itemsize, device)
 
     def _attention(
         self,

@@ -150,7 +150,7 @@ def train_gates(
                 mixture.mixing = True
             with ExitStack() as layers:
                 itemsize = model.get_input_embeddings().weight.dtype.itemsize
-                if needs_checkpointing(model.config, shape, document.length, itemsize, device):
+                if needs_checkpointing(model, shape, document.length, itemsize, device):
                     checkpoint_layers(model, layers)
                 states = _last_states(model, document, device)
                 difference = (states.float() - dense[chosen].to(device).float()).square().mean()

@@ -10,7 +10,7 @@ from typing import Any
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.report.facts import Facts
 from compress.report.svg import Series, plot
-from compress.targets.cost import decode_density, dense_kv_bytes, kv_bytes, prefill_density
+from compress.targets.cost import decode_density, kv_bytes, prefill_density, stock_kv_bytes
 
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 BINS = 5
@@ -70,10 +70,10 @@ def costs(facts: Facts) -> list[dict[str, Any]]:
     if facts.plan is None:
         return []
     model, spans = facts.plan.model, facts.plan.spans()
-    groups = model.layers * model.kv_heads
     rows = []
     for length in LENGTHS:
-        used, dense = kv_bytes(spans, length, model.head_dim, 2), dense_kv_bytes(groups, length, model.head_dim, 2)
+        used = kv_bytes(spans, length, model.head_dim, 2)
+        dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
         rows.append(
             {
                 "length": length,

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MinistralModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
@@ -258,6 +264,19 @@ class PlanForCausalLM:
         return None
 
 
+class CompressGemma3Config(PlanConfig, Gemma3TextConfig):
+    model_type = "compress_gemma3_text"
+
+
+class CompressGemma3Model(PlanModel, Gemma3TextModel):
+    config_class = CompressGemma3Config
+
+
+class CompressGemma3ForCausalLM(PlanForCausalLM, Gemma3ForCausalLM):
+    config_class = CompressGemma3Config
+    planned_model = CompressGemma3Model
+
+
 class CompressLlamaConfig(PlanConfig, LlamaConfig):
     model_type = "compress_llama"
 
@@ -269,6 +288,19 @@ class CompressLlamaModel(PlanModel, LlamaModel):
 class CompressLlamaForCausalLM(PlanForCausalLM, LlamaForCausalLM):
     config_class = CompressLlamaConfig
     planned_model = CompressLlamaModel
+
+
+class CompressMinistralConfig(PlanConfig, MinistralConfig):
+    model_type = "compress_ministral"
+
+
+class CompressMinistralModel(PlanModel, MinistralModel):
+    config_class = CompressMinistralConfig
+
+
+class CompressMinistralForCausalLM(PlanForCausalLM, MinistralForCausalLM):
+    config_class = CompressMinistralConfig
+    planned_model = CompressMinistralModel
 
 
 class CompressMistralConfig(PlanConfig, MistralConfig):

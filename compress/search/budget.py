@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from compress.errors import Problem, UserError
 from compress.registry import Method
 from compress.runtime.span import FULL, AnySpan, Span, own_span
-from compress.targets.cost import dense_kv_bytes, kv_bytes
+from compress.targets.cost import kv_bytes, stock_kv_bytes
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
@@ -94,10 +94,7 @@ def effective_spans(shape: ModelShape, decision: Sequence[Sequence[AnySpan]]) ->
 
 def dense_bytes(shape: ModelShape, length: int, itemsize: int) -> int:
     """KV bytes of the model as it is: `length` tokens a group, or the window in a layer that slides by itself."""
-    return sum(
-        dense_kv_bytes(shape.kv_heads, length if native is None else min(length, native), shape.head_dim, itemsize)
-        for native in shape.native_windows
-    )
+    return stock_kv_bytes(shape.native_windows, shape.kv_heads, length, shape.head_dim, itemsize)
 
 
 def rule_bytes(shape: ModelShape, span: Span, length: int, itemsize: int) -> int:
@@ -115,6 +112,25 @@ def smallest_bytes(shape: ModelShape, grid: SpanGrid, length: int, itemsize: int
     return rule_bytes(shape, windows[0] if windows else FULL, length, itemsize)
 
 
+def smallest_share(shape: ModelShape, grid: SpanGrid, length: int, itemsize: int) -> float:
+    """`smallest_bytes` over the dense model's, rounded up to four digits, so that a budget of this share is met."""
+    share = smallest_bytes(shape, grid, length, itemsize) / dense_bytes(shape, length, itemsize)
+    return math.ceil(share * 10_000) / 10_000
+
+
+def ceiling(shape: ModelShape, grid: SpanGrid, lengths: Iterable[int], itemsize: int) -> str | None:
+    """In words, how much a model that is part local has to give; None where no layer slides by itself."""
+    sliding = sum(native is not None for native in shape.native_windows)
+    if not sliding:
+        return None
+    shares = [f"{smallest_share(shape, grid, length, itemsize):g} at {length:,} tokens" for length in sorted(lengths)]
+    return (
+        f"{sliding} of {shape.layers} layers slide by themselves and stay as they are; only the full ones "
+        f"({shape.layers - sliding}) have anything to give. The smallest share of the dense KV bytes that any plan "
+        f"reaches is {', '.join(shares)}"
+    )
+
+
 def check_feasible(limits: Mapping[int, int], shape: ModelShape, grid: SpanGrid, itemsize: int) -> None:
     """Raise one UserError with a problem for every length whose limit no plan of the grid can meet."""
     problems = []
@@ -123,7 +139,7 @@ def check_feasible(limits: Mapping[int, int], shape: ModelShape, grid: SpanGrid,
         if smallest <= limit:
             continue
         dense = dense_bytes(shape, length, itemsize)
-        share = math.ceil(smallest / dense * 10_000) / 10_000
+        share = smallest_share(shape, grid, length, itemsize)
         problems.append(
             Problem(
                 f"no plan meets the budget at length {length}",

@@ -85,7 +85,7 @@ def sampled_effects(
                 current[:] = [effects.new_zeros(len(members), *effects.shape[2:])]
                 with ExitStack() as layers:
                     itemsize = embedding.weight.dtype.itemsize
-                    if needs_checkpointing(model.config, shape, tokens.numel(), itemsize, device):
+                    if needs_checkpointing(model, shape, tokens.numel(), itemsize, device):
                         checkpoint_layers(model, layers)
                     embedded = embedding(tokens).detach().requires_grad_()
                     losses = [

@@ -33,24 +33,37 @@ def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
-    known = model.config.to_dict()
+    return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan))
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """A configuration's own fields, without what says which class it is or which plan it carries."""
+    known = config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version", "compress_plan", "compress_impl"):
         known.pop(key, None)
-    config = config_class(**known, compress_plan=plan)
+    return known
+
+
+def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
+    """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
+
+    Raises:
+        ValueError: a weight has no place in the class, or the class has one that `model` lacks.
+    """
     with torch.device("meta"):
-        planned = model_class(config)
+        made = model_class(config)
     tensors = dict(model.state_dict())
-    missing, unexpected = planned.load_state_dict(tensors, assign=True, strict=False)
-    tied = set(getattr(planned, "all_tied_weights_keys", {}) or {})
+    missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
+    tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     if set(missing) - tied or unexpected:
         raise ValueError(f"weights do not fit: missing {sorted(set(missing) - tied)[:4]}, unexpected {unexpected[:4]}")
-    planned.tie_weights()
-    # Buffers that are not saved (RoPE frequencies) were made on meta; the dense model has the real ones.
+    made.tie_weights()
+    # Buffers that are not saved (RoPE frequencies) were made on meta; the given model has the real ones.
     for name, buffer in model.named_buffers():
         owner, _, attribute = name.rpartition(".")
-        setattr(planned.get_submodule(owner), attribute, buffer)
-    planned.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    return planned.to(next(model.parameters()).device).train(model.training)
+        setattr(made.get_submodule(owner), attribute, buffer)
+    made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    return made.to(next(model.parameters()).device).train(model.training)
 
 
 def set_plan(planned: Any, plan: Plan) -> None:

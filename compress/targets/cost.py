@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,6 +24,19 @@ def kv_bytes(spans: Iterable[Iterable[AnySpan]], length: int, head_dim: int, ite
 def dense_kv_bytes(groups: int, length: int, head_dim: int, itemsize: int) -> int:
     """Bytes that transformers' own cache holds for one sequence: `length` tokens in each of all `groups`."""
     return groups * length * 2 * head_dim * itemsize
+
+
+def stock_kv_bytes(windows: Sequence[int | None], kv_heads: int, length: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that transformers' own cache holds for one sequence while it decodes token `length`.
+
+    Args:
+        windows: per layer, its sliding window in tokens; None where it sees everything. A sliding layer keeps
+            `window - 1` tokens between two steps, and the new one is beside them while a step runs.
+    """
+    return sum(
+        dense_kv_bytes(kv_heads, length if window is None else min(length, window), head_dim, itemsize)
+        for window in windows
+    )
 
 
 def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -31,10 +32,10 @@ evaluate:
 """
 
 
-def make_recipe(folder: Path) -> Path:
-    """Write model, text and recipe into a folder; the recipe's path."""
+def make_recipe(folder: Path, dense: Any = None) -> Path:
+    """Write a model (a Llama if none is given), text and recipe into a folder; the recipe's path."""
     model, text, recipe = folder / "model", folder / "text.txt", folder / "recipe.yaml"
-    tiny_model("llama-gqa").save_pretrained(model)
+    (dense or tiny_model("llama-gqa")).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     words = random.Random(0).choices(range(4, VOCABULARY), k=8000)
     text.write_text(" ".join(f"w{word}" for word in words))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from compress.cli.app import app
 from compress.runfolder import RunFolder
 from tests.cli.recipes import make_recipe
+from tests.tiny import part_local_model
 
 
 def call(*words: Any) -> Result:
@@ -114,3 +115,36 @@ def test_a_full_disk_is_no_traceback(copied: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 2
     assert "plan.json: the disk is full" in result.stderr and "Traceback" not in result.output
     assert "Traceback" in call("search", copied, "-v").stderr
+
+
+def test_a_layerwise_plan_becomes_a_stock_checkpoint(copied: Path) -> None:
+    recipe = copied.read_text().replace("{name: moa, points: 1}", "{name: layers, order: first, sink: 0}")
+    copied.write_text(recipe + "export: {form: native}\n")
+    result = call("run", copied)
+    assert result.exit_code == 0, result.output
+    checkpoint = copied.parent / "run" / "checkpoint"
+    assert f'AutoModelForCausalLM.from_pretrained("{checkpoint}")' in result.stderr
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "ministral"
+    assert "| dense |" in (checkpoint / "README.md").read_text()
+
+
+def test_a_part_local_model_is_told_what_it_has_to_give(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, part_local_model())
+    assert call("profile", recipe).exit_code == 0
+    # Tokens at 320: dense 5 x 64 + 320; at least a page in each window, and in the full layer one more for the sink.
+    told = (
+        "search: 5 of 6 layers slide by themselves and stay as they are; only the full ones (1) have anything to give. "
+        "The smallest share of the dense KV bytes that any plan reaches is 0.7 at 320 tokens"
+    )
+    result = call("search", recipe)
+    assert result.exit_code == 0, result.output
+    assert told in result.stderr and result.stderr.index(told) < result.stderr.index("search: starting")
+    layers = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
+    sliding = [group["target"] for layer in layers[:5] for group in layer["groups"]]
+    assert set(sliding) == {"full"} and {group["target"] for group in layers[5]["groups"]} != {"full"}
+    assert "5 of 6 layers slide by themselves" in call("inspect", tmp_path / "run").stdout
+
+    recipe.write_text(recipe.read_text().replace("kv: 0.8", "kv: 0.69"))
+    result = call("search", recipe)
+    assert result.exit_code == 2 and told in result.stderr
+    assert "no plan meets the budget at length 320" in result.stderr and "raise the budget to 0.7" in result.stderr

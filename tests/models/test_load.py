@@ -9,7 +9,7 @@ from compress.errors import UserError
 from compress.models.families import FAMILIES, family_of
 from compress.models.load import load_model, load_tokenizer
 from compress.models.shape import shape_of
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -98,3 +98,11 @@ def test_the_demo_model_is_the_real_one():
     with torch.inference_mode():
         token = loaded.model(ids).logits[0, -1].argmax()
     assert loaded.tokenizer.decode(token).strip() == "Paris"
+
+
+def test_attention_that_looks_ahead_is_refused():
+    config = CONFIGS["gemma3"]()
+    assert family_of(config).architecture == "Gemma3ForCausalLM"
+    config.use_bidirectional_attention = True
+    with pytest.raises(UserError, match="looks ahead"):
+        family_of(config)

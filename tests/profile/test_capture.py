@@ -107,13 +107,13 @@ def test_padding_inside_a_row_is_refused(valid: list[bool]) -> None:
 def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     shape = shape_of(model)
-    estimate = memory.activation_bytes(model.config, shape, 1000, 4)
+    estimate = memory.activation_bytes(model, shape, 1000, 4)
     for free, expected in ((estimate * 5, False), (estimate * 3, True), (None, False)):
         monkeypatch.setattr(memory, "available_bytes", lambda _, free=free: free)
-        assert memory.needs_checkpointing(model.config, shape, 1000, 4, torch.device("cpu")) is expected
+        assert memory.needs_checkpointing(model, shape, 1000, 4, torch.device("cpu")) is expected
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "llama-mha", "qwen3"])
 def test_the_activation_estimate_is_no_less_than_what_autograd_keeps(family: str) -> None:
     model = tiny_model(family)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -128,7 +128,7 @@ def test_the_activation_estimate_is_no_less_than_what_autograd_keeps(family: str
     keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with keep, capture_of(model, lambda _: None) as capture:
         capture.run(torch.tensor([DOC.tokens]), DOC.answer)
-    estimate = memory.activation_bytes(model.config, shape_of(model), DOC.length, 4)
+    estimate = memory.activation_bytes(model, shape_of(model), DOC.length, 4)
     # Besides the layers autograd keeps one copy of the embeddings, cosines, final norm and answer logits.
     outside = 4 * DOC.length * 48 * 6
     assert sum(kept.values()) - outside <= estimate <= 2 * sum(kept.values())

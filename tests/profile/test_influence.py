@@ -102,7 +102,9 @@ def test_strip_height_changes_nothing() -> None:
             assert_close(strips[kind], whole[kind].double(), 2e-6)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "mistral-sliding", "qwen2-part-sliding", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "llama-gqa", "llama-mha", "mistral-sliding", "qwen2-part-sliding", "qwen3"]
+)
 def test_model_equals_autograd_on_the_attention_matrix(family: str) -> None:
     doc = document(149)
     model = tiny_model(family)
@@ -116,7 +118,7 @@ def test_model_equals_autograd_on_the_attention_matrix(family: str) -> None:
 
 
 @pytest.mark.parametrize("padding", [(13, 0), (0, 9), (65, 3)])
-@pytest.mark.parametrize("family", ["llama-gqa", "mistral-sliding"])
+@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "mistral-sliding"])
 def test_padding_changes_nothing(family: str, padding: tuple[int, int]) -> None:
     model, doc = tiny_model(family), document(91)
     alone = measure(model, [Influence(grid=GRID)], doc)

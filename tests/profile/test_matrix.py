@@ -47,7 +47,7 @@ def test_parameters_and_class_are_documented(name: str) -> None:
 
 
 @every
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "mistral-sliding", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "llama-mha", "mistral-sliding", "qwen2", "qwen3"])
 def test_results_are_finite_and_as_declared(name: str, family: str, tmp_path: Path) -> None:
     loaded = tiny_loaded(family)
     shape = shape_of(loaded.model)

@@ -31,7 +31,9 @@ def eager(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "mistral-sliding", "qwen2-part-sliding", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "llama-gqa", "llama-mha", "mistral-sliding", "qwen2-part-sliding", "qwen3"]
+)
 def test_equal_reductions_of_eager_attention(family: str, with_gradient: bool) -> None:
     model = tiny_model(family)
     weights = eager(model, DOC.tokens)

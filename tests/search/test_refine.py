@@ -18,6 +18,7 @@ from compress.search.effects import drawn, sampled_effects
 from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
 from compress.search.refine import Decision, Loss, Refine, exchange, refine, rules_of
 from compress.search.search import make_problem, run_search
+from compress.search.uniform import Uniform
 from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
@@ -42,12 +43,10 @@ def setting(family: str = "llama-gqa", kv: float = 0.5) -> tuple[Any, SearchProb
     loaded = tiny_loaded(family)
     shape = shape_of(loaded.model)
     problem = make_problem(shape, random_profile(shape, (320, 448)), Budget(kv=kv, lengths=(448,)), 4)
-    window = next(
-        Span(64, alpha, 0.0)
-        for alpha in range(448, 0, -64)
-        if problem.fits(uniform_decision(shape, Span(64, alpha, 0)))
-    )
-    return loaded, problem, uniform_decision(shape, window)
+    (uniform,) = Uniform(elastic=False).solve(problem)
+    decision = positional(uniform.decision)
+    assert decision is not None
+    return loaded, problem, decision
 
 
 def test_divergence_is_zero_for_the_dense_model_and_below_that_of_the_whole_vocabulary(

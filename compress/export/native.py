@@ -1,0 +1,112 @@
+"""A plan as a stock architecture: layers that are wholly full or slide over one window, with no code of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from compress.errors import UserError
+from compress.models.families import family_of
+from compress.plan import Plan
+from compress.runtime.span import AnySpan
+from compress.targets.apply import config_fields, on_weights_of
+
+FIX = "search with `solver: {name: layers, sink: 0}`, or write `export: {form: patched}`, which holds every plan"
+
+
+def layer_windows(plan: Plan) -> list[int | None]:
+    """Per layer, the window in tokens that all its groups have; None where all see everything.
+
+    A stock layer that slides over W tokens sees key j when t - j < W, as a span of alpha W without sinks and growth.
+
+    Raises:
+        UserError: no stock architecture holds the plan; names the first layer and group in the way.
+    """
+    windows: list[int | None] = []
+    common: tuple[int, int] | None = None
+    for layer, row in enumerate(plan.spans()):
+        for group, span in enumerate(row):
+            if span.rule == "length" or (not span.is_full and (span.sink or span.beta or span.alpha < 2)):
+                raise _in_the_way(layer, group, span, "everything, or a fixed window of 2 tokens or more without sinks")
+            if _window(span) != _window(row[0]):
+                raise _in_the_way(layer, group, span, f"as group 0 of the layer, {_words(row[0])}")
+        window = _window(row[0])
+        if window is not None:
+            if common is not None and window != common[1]:
+                raise _in_the_way(
+                    layer, 0, row[0], f"the window of layer {common[0]}, {common[1]} tokens: there is one for all"
+                )
+            common = common or (layer, window)
+        windows.append(window)
+    return windows
+
+
+def native_model(planned: Any, plan: Plan) -> Any:
+    """The stock model that computes what `planned` does, on the very tensors of `planned`.
+
+    A plan that leaves every layer as it was gives the model's own architecture; another one the architecture that
+    its family is written as (`Family.native`).
+
+    Raises:
+        UserError: no stock architecture holds the plan (see `layer_windows`), or this model's weights or RoPE.
+    """
+    family = family_of(planned.config)
+    windows = layer_windows(plan)
+    unchanged = windows == list(plan.model.native_windows)
+    model_class = getattr(transformers, family.architecture if unchanged else family.native)
+    fields = config_fields(planned.config)
+    if not unchanged:
+        _check_rope(fields.get("rope_parameters"), windows, plan)
+        stock = set(getattr(transformers, family.architecture).config_class().to_dict())
+        there = set(model_class.config_class().to_dict())
+        fields = {key: value for key, value in fields.items() if key in there or key not in stock}
+        fields["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        fields["sliding_window"] = next(window for window in windows if window is not None)
+        if "use_sliding_window" in there:
+            # The older form, a number of full layers before the sliding ones, must not speak against `layer_types`.
+            fields |= {"use_sliding_window": True, "max_window_layers": len(windows)}
+    try:
+        return on_weights_of(planned, model_class, model_class.config_class(**fields))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no native checkpoint of this model: {model_class.__name__} does not hold its weights",
+            where="export.form",
+            expected="the same weights, without biases that the architecture does not have",
+            found=str(error).splitlines()[0],
+            fix="write `export: {form: patched}`",
+        ) from error
+
+
+def _check_rope(rope: Any, windows: list[int | None], plan: Plan) -> None:
+    """Refuse to change a layer's type where RoPE depends on the type: its keys would be turned by other angles."""
+    if not isinstance(rope, dict) or rope.get("full_attention") == rope.get("sliding_attention"):
+        return
+    for layer, (window, native) in enumerate(zip(windows, plan.model.native_windows, strict=True)):
+        if (window is None) != (native is None):
+            raise UserError(
+                "a native checkpoint cannot hold this plan: full and sliding layers of this model turn positions by "
+                "different angles (RoPE), so a full layer cannot become a sliding one",
+                where=f"plan: layers.{layer}",
+                expected="full",
+                found=f"a window of {window} tokens",
+                fix="write `export: {form: patched}`, which keeps every layer's own RoPE",
+            )
+
+
+def _window(span: AnySpan) -> int | None:
+    return None if span.is_full else span.alpha
+
+
+def _words(span: AnySpan) -> str:
+    return "full" if span.is_full else f"a window with sink {span.sink}, alpha {span.alpha}, beta {span.beta:g}"
+
+
+def _in_the_way(layer: int, group: int, span: AnySpan, expected: str) -> UserError:
+    return UserError(
+        "a native checkpoint cannot hold this plan",
+        where=f"plan: layers.{layer}.groups.{group}",
+        expected=expected,
+        found=_words(span),
+        fix=FIX,
+    )
