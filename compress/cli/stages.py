@@ -59,6 +59,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
 
 def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     """The plan, chosen by measured loss on the held-out documents. Arguments and errors as in `profile_stage`."""
+    from compress.bench.measure import copy_bandwidth
     from compress.plan import read_plan
     from compress.search.search import run_search
 
@@ -75,7 +76,15 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
         held_out = _documents(session, recipe.calibration.held_out, "held_out")
         section: Any = recipe.search
         with progress("search") as report:
-            return run_search(session.loaded, profile, held_out, section, run.path, progress=report)
+            return run_search(
+                session.loaded,
+                profile,
+                held_out,
+                section,
+                run.path,
+                progress=report,
+                bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
+            )
 
     result = _timed(session, "search", key, ["plan.json", "search"], work)
     plan: Plan = result.plan
@@ -83,6 +92,11 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     for length, used in sorted(plan.predicted.kv_bytes.items()):
         dense = plan.predicted.dense_kv_bytes[length]
         say(f"search: KV cache at {length:,} tokens {size(used)}, {used / dense:.1%} of the dense model's")
+    for row in plan.provenance.get("decode_time", {}).get("rows", []):
+        say(
+            f"search: decode step at {row['length']:,} tokens, batch {row['batch']}: {row['ms']:.3g} ms predicted, "
+            f"dense {row['dense_ms']:.3g} ms, {row['share']:.1%}"
+        )
     return plan
 
 

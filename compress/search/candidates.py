@@ -1,4 +1,4 @@
-"""The rules worth considering for each head group, with their losses and pages, dominated ones removed exactly."""
+"""The rules worth considering for each head group, with their losses and costs, dominated ones removed exactly."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class GroupCandidates:
     Attributes:
         spans: the rules; FULL is always among them.
         losses: `[rules, objectives]`, in the table's unit.
-        pages: `[rules, budget lengths]`, cache pages for one sequence.
+        costs: `[rules, rows]`, what the group costs in every row of the budget (`SearchProblem.rows`).
     """
 
     layer: int
     group: int
     spans: tuple[Span, ...]
     losses: NDArray[np.float64]
-    pages: NDArray[np.int64]
+    costs: NDArray[np.int64]
 
 
 def nondominated(rows: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -115,25 +115,26 @@ def build_candidates(problem: SearchProblem, objectives: Sequence[Objective]) ->
     # What sees most comes first, so that of two rules that are equal at all known lengths the more careful one stays.
     rules = rules[:1] + sorted(rules[1:], key=lambda rule: (-rule.span.beta, -rule.span.alpha, -rule.span.sink))
     losses = np.stack([rule_losses(_table(problem, objective), rules) for objective in objectives], axis=-1)
-    pages = _pages([rule.span for rule in rules], problem)
+    costs = _costs([rule.span for rule in rules], problem)
     candidates = []
     for layer, native in enumerate(shape.native_windows):
         for group in range(shape.kv_heads):
             if native is not None:
                 zero = np.zeros((1, len(objectives)))
-                candidates.append(GroupCandidates(layer, group, (FULL,), zero, _pages([own_span(native)], problem)))
+                candidates.append(GroupCandidates(layer, group, (FULL,), zero, _costs([own_span(native)], problem)))
                 continue
             own = losses[layer, group]
-            kept = nondominated(np.concatenate([own, pages], axis=1))
+            kept = nondominated(np.concatenate([own, costs], axis=1))
             if kept[0] != 0:
                 kept = np.concatenate([[0], kept])
             spans = tuple(rules[index].span for index in kept)
-            candidates.append(GroupCandidates(layer, group, spans, own[kept], pages[kept]))
+            candidates.append(GroupCandidates(layer, group, spans, own[kept], costs[kept]))
     return candidates
 
 
-def _pages(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int64]:
-    return np.array([[span.page_count(length) for length in problem.limits] for span in spans], dtype=np.int64)
+def _costs(spans: Sequence[Span], problem: SearchProblem) -> NDArray[np.int64]:
+    rows = problem.rows
+    return np.array([[row.cost(span) for row in rows] for span in spans], dtype=np.int64)
 
 
 def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:

@@ -48,10 +48,10 @@ class Moa(Solver):
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
-        check_feasible(problem.limits, problem.shape, problem.grid, problem.itemsize)
+        check_feasible(problem)
         objectives = [Objective(self.influence, length, self.retrieval) for length in problem.lengths]
         candidates = build_candidates(problem, objectives)
-        knapsack = Knapsack(candidates, list(problem.page_limits.values()))
+        knapsack = Knapsack(candidates, [row.most for row in problem.rows])
         names = [objective.name for objective in objectives]
         front = pareto_front(knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit)
         plans = []

@@ -40,14 +40,16 @@ def prefill_density(spans: Iterable[Iterable[Span]], length: int) -> float:
     return seen / (counts.total() * length * (length + 1) / 2)
 
 
+def visible_keys(span: Span, length: int) -> int:
+    """Keys that the query at the end of `length` tokens sees in one head group."""
+    first = int(span.first(length - 1))
+    return length - first + min(span.sink, first)
+
+
 def decode_density(spans: Iterable[Iterable[Span]], length: int) -> float:
     """Keys that the query at the end of `length` tokens sees over all keys, all head groups together.
 
     One minus this is the decode sparsity of Sparse Frontier; the bytes held are whole pages, `kv_bytes`.
     """
     counts = Counter(span for row in spans for span in row)
-    seen = sum(
-        number * (length - span.first(length - 1) + min(span.sink, span.first(length - 1)))
-        for span, number in counts.items()
-    )
-    return seen / (counts.total() * length)
+    return sum(number * visible_keys(span, length) for span, number in counts.items()) / (counts.total() * length)
