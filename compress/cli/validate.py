@@ -38,7 +38,7 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
-    typer.echo("         the weights), evaluation.json")
+    typer.echo("         the weights), evaluation.json, plots/")
     say("the recipe is valid")
 
 
