@@ -263,12 +263,12 @@ def check_feasible(problem: SearchProblem) -> None:
         smallest = smallest_bytes(shape, grid, length, problem.itemsize)
         if smallest > limit:
             dense = dense_bytes(shape, length, problem.itemsize)
-            problems.append(_too_tight(shape, length, "the dense KV bytes", "bytes", smallest, dense, limit))
+            problems.append(_too_tight("kv", shape, length, smallest, dense, limit))
     for length, limit in problem.key_limits.items():
         smallest = rule_keys(shape, smallest_rule(grid), length)
         if smallest > limit:
             dense = rule_keys(shape, FULL, length)
-            problems.append(_too_tight(shape, length, "the dense model's visible keys", "keys", smallest, dense, limit))
+            problems.append(_too_tight("density", shape, length, smallest, dense, limit))
     if problem.times is not None:
         for length, limit in problem.times.limits.items():
             smallest = smallest_bytes(shape, grid, length, problem.itemsize)
@@ -283,12 +283,13 @@ def _rounded_up(share: float) -> float:
     return math.ceil(share * 10_000) / 10_000
 
 
-def _too_tight(shape: ModelShape, length: int, of: str, unit: str, smallest: int, dense: int, limit: int) -> Problem:
-    """Bytes or keys that even the smallest rule exceeds."""
+def _too_tight(kind: str, shape: ModelShape, length: int, smallest: int, dense: int, limit: int) -> Problem:
+    """Bytes (`kv`) or keys (`density`) that even the smallest rule exceeds."""
+    unit, of = ("bytes", "the dense KV bytes") if kind == "kv" else ("keys", "the dense model's visible keys")
     share = _rounded_up(smallest / dense)
     return Problem(
         f"no plan meets the budget at length {length}",
-        "search.budget",
+        f"search.budget.{kind}",
         expected=f"at least {share:g} of {of} ({smallest:,} of {dense:,} {unit}), which the smallest rule of the "
         "profile's span grid takes in every head group"
         + (", beside the layers that slide by themselves" if any(shape.native_windows) else ""),
