@@ -70,6 +70,15 @@ def test_all_problems_at_once_with_line_and_nearest_name(known: Methods) -> None
     assert found[3].startswith("r.yaml:7:16: wrong value for `search.budget.kv`") and "1.5" in found[3]
 
 
+def test_a_budget_of_other_kinds_reads(known: Methods) -> None:
+    kinds = "{density: {128: 0.5}, decode_time: 0.8, batch_sizes: [1, 8], cost_table: [a.json, b.json], lengths: [128]}"
+    recipe = read(MINIMAL.replace("{kv: 0.5, lengths: [128]}", kinds), known)
+    budget = recipe.resolved()["search"]["budget"]
+    assert budget["kv"] is None and budget["density"] == {"128": 0.5} and budget["cost_table"] == ["a.json", "b.json"]
+    assert read(json.dumps(recipe.resolved()), known).resolved() == recipe.resolved()
+    assert read(MINIMAL.replace("kv: 0.5, ", ""), known).resolved()["search"]["budget"]["kv"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("old", "new", "place", "hint"),
     [

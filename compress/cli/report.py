@@ -15,12 +15,36 @@ def report(
         list[str], typer.Argument(metavar="FOLDER...", help="Run, eval or bench folders, side by side.")
     ],
     out: Annotated[str | None, typer.Option(help="The page; report.html in the first folder by default.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(help="A folder for spans and quality as SVG and PNG, all folders side by side.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Write what was measured as one page without outside resources, which can be mailed."""
     path = Path(out).expanduser() if out else Path(folders[0]).expanduser() / "report.html"
-    write_report([Path(folder).expanduser() for folder in folders], path)
+    given = [Path(folder).expanduser() for folder in folders]
+    write_report(given, path)
     typer.echo(str(path))
+    if plots is not None:
+        for file in draw_plots(given, Path(plots).expanduser()):
+            typer.echo(str(file))
+
+
+def draw_plots(folders: list[Path], out: Path) -> list[Path]:
+    """The plots of these folders in `out`; the files.
+
+    Raises:
+        UserError: nothing to draw, or matplotlib is not installed.
+    """
+    from compress.errors import UserError
+    from compress.plots.figure import EXTRA
+    from compress.plots.run import plots_side_by_side
+    from compress.report.facts import read_facts
+
+    try:
+        return plots_side_by_side([read_facts(folder) for folder in folders], out)
+    except ImportError as error:
+        raise UserError("plots need matplotlib", where="--plots", fix=EXTRA) from error
 
 
 def write_report(folders: list[Path], path: Path) -> None:

@@ -80,7 +80,9 @@ class Session:
     def search_key(self) -> str:
         """All that a plan depends on."""
         held_out = self.resolved["calibration"]["held_out"]
-        return stage_key("search", self.profile_key(), held_out, self.resolved["search"])
+        budget: Any = self.recipe.search.budget
+        tables = [self._content(Path(path).expanduser()) for path in budget.tables]
+        return stage_key("search", self.profile_key(), held_out, self.resolved["search"], tables)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""

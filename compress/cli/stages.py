@@ -68,7 +68,9 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
 
 def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     """The plan, chosen by measured loss on the held-out documents. Arguments and errors as in `profile_stage`."""
+    from compress.bench.measure import copy_bandwidth
     from compress.plan import read_plan
+    from compress.plots.run import search_plots
     from compress.search.budget import ceiling
     from compress.search.search import run_search
 
@@ -76,6 +78,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if run.stage_done("search", key):
         if not must_be_done:
             say(f"search: done before, {run.plan}")
+            if not (run.plots / "spans.svg").is_file():
+                _draw(search_plots, run.path)
         return read_plan(run.plan, session.shape)
     if must_be_done:
         raise _missing(session, "search", run.plan)
@@ -106,6 +110,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 progress=report,
                 refine_documents=learnt,
                 seed=recipe.seed,
+                bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
             )
 
     result = _timed(session, "search", key, ["plan.json", "search"], work)
@@ -120,6 +125,12 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     for length, used in sorted(plan.predicted.kv_bytes.items()):
         dense = plan.predicted.dense_kv_bytes[length]
         say(f"search: KV cache at {length:,} tokens {size(used)}, {used / dense:.1%} of the dense model's")
+    for row in plan.provenance.get("decode_time", {}).get("rows", []):
+        say(
+            f"search: decode step at {row['length']:,} tokens, batch {row['batch']}: {row['ms']:.3g} ms predicted, "
+            f"dense {row['dense_ms']:.3g} ms, {row['share']:.1%}"
+        )
+    _draw(search_plots, run.path)
     return plan
 
 
@@ -172,6 +183,7 @@ def evaluate_stage(session: Session) -> Comparison:
     """
     from compress.evaluate.compare import compare
     from compress.evaluate.comparison import read_comparison
+    from compress.plots.run import evaluation_plots
 
     run, recipe = session.run, session.recipe
     plan = search_stage(session, must_be_done=True)
@@ -203,6 +215,9 @@ def evaluate_stage(session: Session) -> Comparison:
         comparison = read_comparison(path)
     else:
         comparison = _timed(session, "evaluate", key, ["evaluation.json"], work)
+        (run.plots / "quality.svg").unlink(missing_ok=True)
+    if not (run.plots / "quality.svg").is_file():
+        _draw(evaluation_plots, run.path)
     if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
         from compress.export.export import update_card
 
@@ -281,6 +296,19 @@ def _documents(session: Session, requests: Sequence[Method], part: str) -> dict[
 
 def _text(session: Session) -> Any:
     return session.recipe.calibration.text
+
+
+def _draw(plots: Callable[[Path], list[Path]], folder: Path) -> None:
+    """Plots of a stage that is done; where matplotlib is missing, one line that says how to get it."""
+    from compress.plots.figure import EXTRA
+
+    try:
+        written = plots(folder)
+    except ImportError:
+        say(f"plots: skipped, matplotlib is not installed ({EXTRA})")
+        return
+    if written:
+        say("plots: " + ", ".join(str(path) for path in written))
 
 
 def _timed(session: Session, stage: str, key: str, made: list[str], work: Callable[[], Result]) -> Result:

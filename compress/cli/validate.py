@@ -38,7 +38,7 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
-    typer.echo("         the weights), evaluation.json")
+    typer.echo("         the weights), evaluation.json, plots/")
     say("the recipe is valid")
 
 
@@ -77,7 +77,7 @@ def table(recipe: Recipe) -> Any:
     budget: Any = recipe.search.budget
     result.add_row(
         "search",
-        f"{recipe.name_of(recipe.search.solver)}\nbudget {json.dumps(budget.model_dump(mode='json')['kv'])}"
+        f"{recipe.name_of(recipe.search.solver)}\nbudget {_kinds(budget)}"
         + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
@@ -100,6 +100,12 @@ def table(recipe: Recipe) -> Any:
         f"{prompts} generations and {request.windows if request is not None else 0} forward for each of these",
     )
     return result
+
+
+def _kinds(budget: Any) -> str:
+    """The limits that are given, in words."""
+    given = {name: budget.model_dump(mode="json")[name] for name in ("kv", "density", "decode_time")}
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if value is not None)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -28,8 +28,8 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
     parts = [_part(facts) for facts in folders]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         parts=parts,
-        charts=sections.quality_against_bytes(folders),
-        work=sections.quality_against_work(folders),
+        charts=sections.drawn(sections.quality_against_bytes(folders)),
+        work=sections.drawn(sections.quality_against_work(folders)),
         engines=sections.ENGINES,
         when=when,
         version=version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compress.evaluate.comparison import Comparison, VariantResult
@@ -119,14 +120,29 @@ def span_pages(length: int) -> int:
     return FULL.page_count(length)
 
 
-def quality_against_bytes(all_facts: Sequence[Facts]) -> list[str]:
-    """One plot for perplexity and one for each recall task and suite, over the share of the dense KV bytes."""
-    return _quality_plots(all_facts, _share_of_bytes, "share of the dense KV bytes")
+@dataclass(frozen=True)
+class Chart:
+    """One plot of quality: a point for every variant, over a share of what the dense model costs."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
 
 
-def quality_against_work(all_facts: Sequence[Facts]) -> list[str]:
+def quality_against_bytes(all_facts: Sequence[Facts]) -> list[Chart]:
+    """One chart for perplexity and one for each recall task and suite, over the share of the dense KV bytes."""
+    return _quality_charts(all_facts, _share_of_bytes, "share of the dense KV bytes")
+
+
+def quality_against_work(all_facts: Sequence[Facts]) -> list[Chart]:
     """The same over the pairs of query and key that a prefill computes."""
-    return _quality_plots(all_facts, _share_of_pairs, "share of the dense prefill's pairs of query and key")
+    return _quality_charts(all_facts, _share_of_pairs, "share of the dense prefill's pairs of query and key")
+
+
+def drawn(charts: Sequence[Chart]) -> list[str]:
+    """Charts as SVG text."""
+    return [plot(chart.series, title=chart.title, x=chart.x, y=chart.y) for chart in charts]
 
 
 def _share_of_bytes(facts: Facts, variant: VariantResult, length: int) -> float | None:
@@ -142,9 +158,9 @@ def _share_of_pairs(facts: Facts, variant: VariantResult, length: int) -> float 
     return None if plan is None else prefill_density(plan.spans(), length)
 
 
-def _quality_plots(
+def _quality_charts(
     all_facts: Sequence[Facts], share_of: Callable[[Facts, VariantResult, int], float | None], unit_of_x: str
-) -> list[str]:
+) -> list[Chart]:
     charts: dict[str, list[Series]] = defaultdict(list)
     units: dict[str, str] = {}
     for facts in all_facts:
@@ -158,7 +174,7 @@ def _quality_plots(
                     units[name] = unit
                     bars = None if error is None else [error]
                     charts[name].append(Series(prefix + variant.name, [(share, value)], bars, line=False))
-    return [plot(series, title=name, x=unit_of_x, y=units[name]) for name, series in charts.items() if len(series) > 1]
+    return [Chart(name, unit_of_x, units[name], series) for name, series in charts.items() if len(series) > 1]
 
 
 def _qualities(variant: VariantResult) -> list[tuple[str, str, int, float, tuple[float, float] | None]]:

@@ -1,4 +1,4 @@
-"""The rules worth considering for each head group, with their losses and pages, dominated ones removed exactly."""
+"""The rules worth considering for each head group, with their losses and costs, dominated ones removed exactly."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class GroupCandidates:
     Attributes:
         spans: the rules; FULL is always among them.
         losses: `[rules, objectives]`, in the table's unit.
-        pages: `[rules, budget lengths]`, cache pages for one sequence.
+        costs: `[rules, rows]`, what the group costs in every row of the budget (`SearchProblem.rows`).
     """
 
     layer: int
     group: int
     spans: tuple[AnySpan, ...]
     losses: NDArray[np.float64]
-    pages: NDArray[np.int64]
+    costs: NDArray[np.int64]
 
 
 def nondominated(rows: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -113,22 +113,20 @@ def build_candidates(
     losses = np.stack(
         [rule_losses(_table(problem, each), rules) for each, rules in zip(objectives, priced, strict=True)], axis=-1
     )
-    pages = page_counts(every, problem)
+    costs = costs_of(every, problem)
     candidates = []
     for layer, native in enumerate(shape.native_windows):
         for group in range(shape.kv_heads):
             if native is not None:
                 zero = np.zeros((1, len(objectives)))
-                candidates.append(
-                    GroupCandidates(layer, group, (FULL,), zero, page_counts([own_span(native)], problem))
-                )
+                candidates.append(GroupCandidates(layer, group, (FULL,), zero, costs_of([own_span(native)], problem)))
                 continue
             own = losses[layer, group]
-            kept = nondominated(np.concatenate([own, pages], axis=1))
+            kept = nondominated(np.concatenate([own, costs], axis=1))
             if kept[0] != 0:
                 kept = np.concatenate([[0], kept])
             spans = tuple(every[index] for index in kept)
-            candidates.append(GroupCandidates(layer, group, spans, own[kept], pages[kept]))
+            candidates.append(GroupCandidates(layer, group, spans, own[kept], costs[kept]))
     return candidates
 
 
@@ -144,7 +142,7 @@ def _rules(
         first, *rest = grid.rules(profiled)
         rules = [first, *sorted(rest, key=lambda each: _careful(each.span))]
         return [each.span for each in rules], [rules] * len(objectives)
-    full, *windows = grid.length_spans(profiled, {*problem.lengths, *problem.limits})
+    full, *windows = grid.length_spans(profiled, {*problem.lengths, *problem.budget_lengths})
     spans = [full, *sorted(windows, key=_careful)]
     at = [objective.length for objective in objectives]
     return spans, [[grid.fixed_rule(span.at_length(length), length) for span in spans] for length in at]
@@ -154,10 +152,9 @@ def _careful(span: AnySpan) -> tuple[float, int, int]:
     return -span.beta, -span.alpha, -span.sink
 
 
-def page_counts(spans: Sequence[AnySpan], problem: SearchProblem) -> NDArray[np.int64]:
-    """Cache pages of each rule at every budget length, `[rules, lengths]`."""
-    counts = [[span.at_length(length).page_count(length) for length in problem.limits] for span in spans]
-    return np.array(counts, dtype=np.int64)
+def costs_of(spans: Sequence[AnySpan], problem: SearchProblem) -> NDArray[np.int64]:
+    """What each span costs a head group in every row of the budget, `[spans, rows]`."""
+    return np.array([[row.cost(span) for row in problem.rows] for span in spans], dtype=np.int64)
 
 
 def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:

@@ -65,7 +65,7 @@ class Heads(Solver):
                 chosen.append(place)
         while len(chosen) < len(groups):
             wider = Span(self.sink, window.alpha + PAGE, 0.0)
-            if wider.alpha > max(problem.limits) or not problem.fits(decide(problem, set(chosen), wider)):
+            if wider.alpha > max(problem.budget_lengths) or not problem.fits(decide(problem, set(chosen), wider)):
                 break
             window = wider
         return [CandidatePlan(decide(problem, set(chosen), window), note=self._note(score, ranked, chosen))]

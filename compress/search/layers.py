@@ -48,7 +48,7 @@ class Layers(Solver):
         full = {(layer, group) for layer in chosen for group in every}
         while len(chosen) < len(own):
             wider = Span(self.sink, window.alpha + PAGE, 0.0)
-            if wider.alpha > max(problem.limits) or not problem.fits(decide(problem, full, wider)):
+            if wider.alpha > max(problem.budget_lengths) or not problem.fits(decide(problem, full, wider)):
                 break
             window = wider
         return [CandidatePlan(decide(problem, full, window), note=f"full layers {sorted(chosen)}")]

@@ -7,6 +7,7 @@ figures.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -74,10 +75,10 @@ class Moa(Solver):
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
-        check_feasible(problem.limits, problem.shape, grid, problem.itemsize)
+        check_feasible(replace(problem, grid=grid))
         objectives = [Objective(self.weighed(), length) for length in problem.lengths]
         candidates = build_candidates(problem, objectives, self.rule)
-        knapsack = Knapsack(candidates, list(problem.page_limits.values()))
+        knapsack = Knapsack(candidates, [row.most for row in problem.rows])
         names = [objective.name for objective in objectives]
         front = pareto_front(knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit)
         plans = []

@@ -32,7 +32,7 @@ from compress.errors import UserError
 from compress.files import write_bytes, write_json
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
-from compress.search.candidates import page_counts
+from compress.search.candidates import costs_of
 from compress.search.divergence import Divergence
 from compress.search.effects import Rules, sampled_effects
 from compress.search.problem import CandidatePlan, SearchProblem
@@ -245,7 +245,7 @@ def rules_of(problem: SearchProblem, decision: Decision) -> list[list[list[Span]
 
     Windows have the group's own sink and growth (the grid's first where the group is full).
     """
-    grid, longest = problem.grid, max(problem.limits)
+    grid, longest = problem.grid, max(problem.budget_lengths)
     alphas, alpha = [], max(grid.alpha_min, PAGE)
     while alpha < longest:
         alphas.append(alpha)
@@ -282,7 +282,7 @@ def exchange(
     spans = [[row[group] for row in rules[layer]] for layer, group in free]
     own = [choices.index(decision[layer][group]) for (layer, group), choices in zip(free, spans, strict=True)]
     count = len(spans[0])
-    held = np.stack([page_counts(choices, problem) for choices in spans]).reshape(len(free) * count, -1)
+    held = np.stack([costs_of(choices, problem) for choices in spans]).reshape(len(free) * count, -1)
     vectors = np.stack([effects[:, layer, group].double().numpy() for layer, group in free], axis=1)
     vectors = vectors.reshape(len(vectors), -1)  # [samples, groups x rules]
     gram = vectors.T @ vectors
@@ -293,11 +293,11 @@ def exchange(
     chosen = start + np.array(own)
     first = chosen.copy()
     native = sum(
-        shape.kv_heads * page_counts([Span(0, window, 0.0)], problem)[0]
+        shape.kv_heads * costs_of([Span(0, window, 0.0)], problem)[0]
         for window in shape.native_windows
         if window is not None
     )
-    room = np.array(list(problem.page_limits.values())) - native
+    room = np.array([row.most for row in problem.rows]) - native
     before = float(gram[np.ix_(chosen, chosen)].sum())
     while True:
         moved = chosen != first
@@ -356,7 +356,7 @@ def _key(
     """Hash of all that a refinement depends on, but for the time that it may take."""
     facts = [
         problem.shape.fingerprint,
-        {str(length): limit for length, limit in problem.limits.items()},
+        [repr(row) for row in problem.rows],
         settings.model_dump(mode="json", exclude={"minutes"}),
         {name: repr(decision) for name, decision in starts.items()},
         [[document.tokens, document.answer] for document in documents],

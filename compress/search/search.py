@@ -13,7 +13,9 @@ from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.models.shape import shape_of
 from compress.plan import Plan
-from compress.search.budget import Budget, check_feasible, dense_bytes, smallest_bytes
+from compress.runtime.span import FULL
+from compress.search.budget import Budget, check_feasible, dense_bytes, rule_keys, smallest_bytes, smallest_rule
+from compress.search.decode_time import StepTime, step_bytes
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
 from compress.search.refine import State, refine
@@ -76,8 +78,13 @@ class SearchResult:
     report: dict[str, Any]
 
 
-def make_problem(shape: ModelShape, profile: ProfileLike, budget: Budget, itemsize: int) -> SearchProblem:
+def make_problem(
+    shape: ModelShape, profile: ProfileLike, budget: Budget, itemsize: int, step: StepTime | None = None
+) -> SearchProblem:
     """The search problem of a profile and a budget.
+
+    Args:
+        step: time of a decode step; needed for a budget with `decode_time`.
 
     Raises:
         UserError: the profile has no influence, or no plan of its grid meets the budget.
@@ -91,9 +98,18 @@ def make_problem(shape: ModelShape, profile: ProfileLike, budget: Budget, itemsi
             fix="add `{name: influence}` to the recipe and profile again",
         )
     lengths = tuple(sorted(profile.lengths))
-    limits = budget.limits(shape, itemsize, lengths)
-    check_feasible(limits, shape, grid, itemsize)
-    return SearchProblem(shape, grid, lengths, profile.tensor, limits, itemsize)
+    problem = SearchProblem(
+        shape,
+        grid,
+        lengths,
+        profile.tensor,
+        budget.limits(shape, itemsize, lengths),
+        itemsize,
+        budget.key_limits(shape, lengths),
+        None if step is None else budget.time_limit(shape, itemsize, lengths, step),
+    )
+    check_feasible(problem)
+    return problem
 
 
 def solve_baselines(problem: SearchProblem) -> dict[str, CandidatePlan]:
@@ -105,7 +121,7 @@ def solve_baselines(problem: SearchProblem) -> dict[str, CandidatePlan]:
     """
     wanted: dict[str, tuple[Solver, SearchProblem]] = {
         "uniform": (Uniform(), problem),
-        "uniform-at-longest": (Uniform(), problem.only([max(problem.limits)])),
+        "uniform-at-longest": (Uniform(), problem.only([max(problem.budget_lengths)])),
         "streaming": (Streaming(), problem),
     }
     found = {}
@@ -118,17 +134,33 @@ def solve_baselines(problem: SearchProblem) -> dict[str, CandidatePlan]:
 
 
 def describe_budget(problem: SearchProblem) -> dict[str, dict[str, float]]:
-    """The budget in bytes and shares by length, with the smallest share that the grid could reach (the ceiling of
-    what there is to save: layers that slide by themselves have nothing to give)."""
-    rows = {}
-    for length, limit in problem.limits.items():
+    """The budget by length, in bytes, visible keys and their shares, with the smallest shares that the grid could reach
+    (the ceiling of what there is to save: layers that slide by themselves have nothing to give).
+
+    The bytes are those that `kv` and `decode_time` allow together; a kind that is not limited there is left out.
+    """
+    rows: dict[str, dict[str, float]] = {str(length): {} for length in problem.budget_lengths}
+    for length, limit in problem.byte_limits.items():
         dense = dense_bytes(problem.shape, length, problem.itemsize)
         smallest = smallest_bytes(problem.shape, problem.grid, length, problem.itemsize)
-        rows[str(length)] = {
+        rows[str(length)] |= {
             "dense_bytes": dense,
             "limit_bytes": limit,
             "limit_share": limit / dense,
             "smallest_share": smallest / dense,
+        }
+        if problem.times is not None and length in problem.times.limits:
+            rows[str(length)] |= {
+                "limit_time_share": problem.times.share,
+                "smallest_time_share": problem.times.share_of(smallest, length),
+            }
+    for length, limit in problem.key_limits.items():
+        dense = rule_keys(problem.shape, FULL, length)
+        rows[str(length)] |= {
+            "dense_keys": dense,
+            "limit_keys": limit,
+            "limit_density": limit / dense,
+            "smallest_density": rule_keys(problem.shape, smallest_rule(problem.grid), length) / dense,
         }
     return rows
 
@@ -171,6 +203,7 @@ def run_search(
     progress: Progress | None = None,
     refine_documents: Sequence[Document] = (),
     seed: int = 0,
+    bandwidth: Callable[[], float] | None = None,
 ) -> SearchResult:
     """Search, refine where asked, choose by measured response loss; write `plan.json` and `search/` of the run folder.
 
@@ -183,13 +216,21 @@ def run_search(
         refine_documents: what a refinement measures its loss on; the held-out ones stay unseen by it.
         seed: of the refinement's choice of documents.
         progress: called with (done, in all, what).
+        bandwidth: measures the device's bandwidth in bytes per second, for a `decode_time` that names neither a table
+            nor a bandwidth.
 
     Raises:
-        UserError: the budget cannot be met, or the profile does not fit.
+        UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
     """
     solver = parse_solver(section.solver)
     shape = shape_of(loaded.model)
-    problem = make_problem(shape, profile, section.budget, loaded.model.dtype.itemsize)
+    budget: Budget = section.budget
+    itemsize = loaded.model.dtype.itemsize
+    step = None
+    if budget.decode_time is not None:
+        copied = bandwidth() if bandwidth is not None and not budget.tables and budget.bandwidth is None else None
+        step = budget.step_time(shape, itemsize, profile.lengths, step_bytes(loaded.model), copied)
+    problem = make_problem(shape, profile, budget, itemsize, step)
     documents = list(_flat(held_out_documents))
 
     candidates = {f"pareto-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
@@ -219,7 +260,7 @@ def run_search(
         candidates["refined"] = CandidatePlan(refined.spans(), note=note)
     asked = {
         "solver": {"name": solver_name(solver), **solver.model_dump(mode="json")},
-        "budget": section.budget.model_dump(mode="json"),
+        "budget": budget.model_dump(mode="json"),
     }
     plans = {
         name: candidate.to_plan(problem, {**asked, "name": name, "question": candidate.note, "gap": candidate.gap})
@@ -340,4 +381,5 @@ def _row(name: str, candidate: CandidatePlan, plan: Plan, losses: Mapping[str, f
             str(length): size / predicted.dense_kv_bytes[length] for length, size in predicted.kv_bytes.items()
         },
         "response_loss": losses.get(name),
+        **{key: plan.provenance[key] for key in ("decode_time",) if key in plan.provenance},
     }

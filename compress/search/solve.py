@@ -39,12 +39,12 @@ class Solution:
 
 
 class Knapsack:
-    """min over choices x of sum_g c_g(x_g), with sum_g pages_g(x_g) <= limit at every length.
+    """min over choices x of sum_g c_g(x_g), with sum_g costs_g(x_g) <= limit in every row.
 
     Solved with HiGHS: the LP relaxation gives multipliers, whose Lagrangian bound holds whatever the solver's
     tolerances; a rounded and repaired choice gives a first solution; a MILP closes what is left of the gap over
     the columns whose reduced cost lets them be part of a better solution, which keeps 80 layers x 8 groups x
-    hundreds of rules small. A choice is checked in whole pages, never by the solver's own numbers.
+    hundreds of rules small. A choice is checked in whole pages and keys, never by the solver's own numbers.
     """
 
     def __init__(self, candidates: Sequence[GroupCandidates], limits: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class Knapsack:
         self.start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.group = np.repeat(np.arange(self.groups), sizes)
         self.losses: Vector = np.concatenate([group.losses for group in candidates])
-        self.pages = np.concatenate([group.pages for group in candidates])
+        self.costs = np.concatenate([group.costs for group in candidates])
         self.limits = np.array(limits, dtype=np.int64)
         ranges = np.maximum.reduceat(self.losses, self.start[:-1]) - np.minimum.reduceat(self.losses, self.start[:-1])
         self.scale: Vector = np.where(ranges.sum(0) > 0, ranges.sum(0), 1.0)
@@ -117,9 +117,9 @@ class Knapsack:
         return Solution(best - self.start[:-1], self.losses[best].sum(0), objective, bound, achieved)
 
     def _rows(self, upper: Mapping[int, float]) -> tuple[Vector, Vector]:
-        """Budget rows in pages, then loss bounds in units of the scale: `[columns, rows]` and their limits."""
+        """Rows of the budget, then loss bounds in units of the scale: `[columns, rows]` and their limits."""
         bounded = sorted(upper)
-        rows = np.concatenate([self.pages, self.losses[:, bounded] / self.scale[bounded]], axis=1)
+        rows = np.concatenate([self.costs, self.losses[:, bounded] / self.scale[bounded]], axis=1)
         bounds = np.array([upper[objective] for objective in bounded]) / self.scale[bounded]
         return rows, np.concatenate([self.limits, bounds])
 

@@ -31,24 +31,23 @@ class Uniform(Solver):
         """One plan; see `Solver.solve`."""
         if problem.fits(uniform_decision(problem.shape, FULL)):
             return [CandidatePlan(uniform_decision(problem.shape, FULL), note="full everywhere")]
-        betas = range(BETA_UNIT) if self.elastic and len(problem.limits) > 1 else range(1)
+        betas = range(BETA_UNIT) if self.elastic and len(problem.budget_lengths) > 1 else range(1)
         fitting = list(largest_windows(problem, self.sink, betas))
         if not fitting:
             raise UserError(
                 f"no uniform window with a sink of {self.sink} tokens meets the budget",
                 where="search.budget",
                 expected="room for the sink and one page of 64 tokens in every head group",
-                found=", ".join(f"{limit:,} bytes at length {length}" for length, limit in problem.limits.items()),
+                found=", ".join(f"{row.most:,} {row.kind} at length {row.length}" for row in problem.rows),
                 fix="raise the budget, or budget at longer inputs",
             )
-        lengths = list(problem.limits)
-        limits = problem.page_limits
+        lengths, rows = problem.budget_lengths, problem.rows
 
         def merit(span: Span) -> tuple[float, int, int, float]:
-            pages = [span.page_count(length) for length in lengths]
-            used = min(count / max(limits[length], 1) for count, length in zip(pages, lengths, strict=True))
+            used = min(row.cost(span) / max(row.most, 1) for row in rows)
+            pages = sum(span.page_count(length) for length in lengths)
             seen = sum(min(span.length(length), length) for length in lengths)
-            return used, sum(pages), seen, -span.beta
+            return used, pages, seen, -span.beta
 
         best = max(fitting, key=merit)
         return [CandidatePlan(uniform_decision(problem.shape, best), note="largest uniform window")]
@@ -57,27 +56,28 @@ class Uniform(Solver):
 def largest_windows(problem: SearchProblem, sink: int, betas: range) -> Iterator[Span]:
     """For every beta (in 1/1024), the window with the largest alpha in whole pages that meets the budget.
 
-    A page more of alpha is a page more of cache in every head group until everything is visible, so each result is
-    maximal on the page grid. A beta gives nothing when it cannot meet the budget, when it needs a negative alpha
-    (which would hide their neighbours from the first tokens), or when less than a page is seen at the shortest
+    A page more of alpha is a page more of cache, and 64 keys, in every head group until everything is visible, so each
+    result is maximal on the page grid. A beta gives nothing when it cannot meet the budget, when it needs a negative
+    alpha (which would hide their neighbours from the first tokens), or when less than a page is seen at the shortest
     length.
     """
     free = sum(native is None for native in problem.shape.native_windows) * problem.shape.kv_heads
     if free == 0:
         return
     natives = [native for native in problem.shape.native_windows if native is not None]
-    # Pages for one head group at every length, after the layers that slide by themselves.
-    room = {}
-    for length, pages in problem.page_limits.items():
-        taken = problem.shape.kv_heads * sum(own_span(native).page_count(length) for native in natives)
-        room[length] = (pages - taken) // free
+    # What one head group may cost in every row, after the layers that slide by themselves.
+    room = []
+    for row in problem.rows:
+        taken = problem.shape.kv_heads * sum(row.cost(own_span(native)) for native in natives)
+        room.append((row, (row.most - taken) // free))
 
     def fits(span: Span) -> bool:
-        return all(span.page_count(length) <= pages for length, pages in room.items())
+        return all(row.cost(span) <= most for row, most in room)
 
+    lengths = problem.budget_lengths
     for units in betas:
         beta = units / BETA_UNIT
-        low, high = -1, -(-max(room) // PAGE)
+        low, high = -1, -(-lengths[-1] // PAGE)
         while low < high:
             middle = (low + high + 1) // 2
             if fits(Span(sink, middle * PAGE, beta)):
@@ -85,5 +85,5 @@ def largest_windows(problem: SearchProblem, sink: int, betas: range) -> Iterator
             else:
                 high = middle - 1
         span = Span(sink, low * PAGE, beta)
-        if low >= 0 and span.length(min(room) - 1) >= PAGE:
+        if low >= 0 and span.length(lengths[0] - 1) >= PAGE:
             yield span

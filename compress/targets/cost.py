@@ -53,14 +53,17 @@ def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     return seen / (counts.total() * length * (length + 1) / 2)
 
 
+def visible_keys(span: AnySpan, length: int) -> int:
+    """Keys that the query at the end of `length` tokens sees in one head group."""
+    fixed = span.at_length(length)
+    first = int(fixed.first(length - 1))
+    return length - first + min(fixed.sink, first)
+
+
 def decode_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     """Keys that the query at the end of `length` tokens sees over all keys, all head groups together.
 
     One minus this is the decode sparsity of Sparse Frontier; the bytes held are whole pages, `kv_bytes`.
     """
-    counts = Counter(span for row in spans_at(spans, length) for span in row)
-    seen = sum(
-        number * (length - span.first(length - 1) + min(span.sink, span.first(length - 1)))
-        for span, number in counts.items()
-    )
-    return seen / (counts.total() * length)
+    counts = Counter(span for row in spans for span in row)
+    return sum(number * visible_keys(span, length) for span, number in counts.items()) / (counts.total() * length)

@@ -1,6 +1,8 @@
 """The pipeline on a tiny model: stages in order, nothing done twice, nothing foreign touched."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
+from compress.cli.session import open_session
 from compress.runfolder import RunFolder
 from tests.cli.recipes import make_recipe
 from tests.tiny import part_local_model
@@ -42,11 +45,41 @@ def test_a_finished_run_is_not_repeated(copied: Path) -> None:
     assert {run / "plan.json", run / "evaluation.json", run / "profile" / "profile.json"} <= same
 
 
+def test_a_run_draws_its_plots(finished: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = finished.parent / "run" / "plots"
+    names = {f"{name}.{kind}" for name in ("spans", "influence", "quality") for kind in ("svg", "png")}
+    assert {path.name for path in plots.iterdir() if path.stat().st_size > 1000} == names
+    assert "tokens seen at 320" in (plots / "spans.svg").read_text()
+
+
+def test_without_matplotlib_a_run_goes_on_and_says_so(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = copied.parent / "run" / "plots"
+    shutil.rmtree(plots, ignore_errors=True)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = call("run", copied)
+    assert result.exit_code == 0, result.output
+    skipped = "plots: skipped, matplotlib is not installed (in the clone: pip install -e '.[plots]')"
+    assert result.stderr.splitlines().count(skipped) == 2  # search and evaluate
+    assert not plots.exists()
+
+
 def test_a_changed_recipe_reruns_only_what_depends_on_it(copied: Path) -> None:
     copied.write_text(copied.read_text().replace("windows: 2", "windows: 3"))
     result = call("run", copied)
     assert result.exit_code == 0, result.output
     assert "export: done before" in result.stderr and "evaluate: starting" in result.stderr
+
+
+def test_another_content_of_the_cost_table_is_another_search(tmp_path: Path) -> None:
+    recipe, table = make_recipe(tmp_path), tmp_path / "bench.json"
+    recipe.write_text(recipe.read_text().replace("kv: 0.8", f"decode_time: 0.8, cost_table: {table}"))
+    table.write_text("{}")
+    with open_session(str(recipe)) as session:
+        before = session.search_key()
+        assert session.search_key() == before
+        table.write_text('{"dtype": "float32"}')
+        assert session.search_key() != before
 
 
 def test_stages_one_by_one_and_what_is_missing(tmp_path: Path) -> None:

@@ -88,4 +88,23 @@ def random_problem(
 ) -> SearchProblem:
     """A problem over `random_profile`."""
     shape = shape or make_shape()
-    return make_problem(shape, random_profile(shape, profiled, grid, seed), Budget(kv=kv, lengths=lengths), ITEMSIZE)
+    return budget_problem(Budget(kv=kv, lengths=lengths), shape=shape, profiled=profiled, grid=grid, seed=seed)
+
+
+def budget_problem(
+    budget: Budget,
+    *,
+    shape: ModelShape | None = None,
+    profiled: tuple[int, ...] = (320, 512),
+    grid: SpanGrid = SMALL,
+    seed: int = 0,
+    weights: int = 100_000,
+) -> SearchProblem:
+    """A problem over `random_profile` with any kinds of budget.
+
+    Args:
+        weights: bytes that a decode step reads besides the cache, for the roofline.
+    """
+    shape = shape or make_shape()
+    step = None if budget.decode_time is None else budget.step_time(shape, ITEMSIZE, profiled, weights, 1e9)
+    return make_problem(shape, random_profile(shape, profiled, grid, seed), budget, ITEMSIZE, step)

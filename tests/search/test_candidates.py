@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from compress.errors import UserError
 from compress.runtime.span import FULL, Span
+from compress.search.budget import Budget
 from compress.search.candidates import Objective, build_candidates, nondominated, rule_losses
 from compress.search.problem import SearchProblem
 from compress.targets.window import SpanGrid
-from tests.search.synthetic import ITEMSIZE, influence_table, make_shape, random_problem
+from tests.search.synthetic import ITEMSIZE, budget_problem, influence_table, make_shape, random_problem
 
 
 @pytest.mark.parametrize("length", [130, 192])
@@ -44,14 +45,32 @@ def test_candidates_keep_full_and_leave_sliding_layers() -> None:
     assert [(each.layer, each.group) for each in candidates] == [(layer, g) for layer in range(3) for g in range(2)]
     for each in candidates:
         assert each.losses.shape == (len(each.spans), 2)
-        assert each.pages.shape == (len(each.spans), 2)
+        assert each.costs.shape == (len(each.spans), 2)
         assert each.spans[0] == FULL and not each.losses[0].any()
         if each.layer == 1:
             assert each.spans == (FULL,)
-            assert each.pages[0].tolist() == [Span(0, 100, 0.0).page_count(length) for length in problem.limits]
+            assert each.costs[0].tolist() == [Span(0, 100, 0.0).page_count(length) for length in problem.limits]
         else:
             assert len(each.spans) > 3
-            assert len(nondominated(np.concatenate([each.losses, each.pages], axis=1))) == len(each.spans)
+            assert len(nondominated(np.concatenate([each.losses, each.costs], axis=1))) == len(each.spans)
+
+
+def test_rows_of_keys_stand_beside_those_of_pages() -> None:
+    problem = budget_problem(Budget(kv={500: 0.6}, density={400: 0.5, 512: 0.5}))
+    assert [(row.kind, row.length) for row in problem.rows] == [("pages", 500), ("keys", 400), ("keys", 512)]
+    spans = [rule.span for rule in problem.grid.rules(512)]
+    objectives = [Objective((("influence.absolute", 1.0),), 512)]
+    for each in build_candidates(problem, objectives):
+        for any_span, costs in zip(each.spans, each.costs, strict=True):
+            span = any_span.at_length(512)  # itself: these rules go by position
+            keys = [int(span.visible(torch.tensor(n - 1), torch.arange(n)).sum()) for n in (400, 512)]
+            assert costs.tolist() == [span.page_count(500), *keys]
+        # A rule that was left out is beaten in loss and in every cost by one that was kept.
+        table = rule_losses(problem.tensor("influence.absolute.512"), problem.grid.rules(512))[each.layer, each.group]
+        kept = np.concatenate([each.losses, each.costs], axis=1)
+        for span, loss in zip(spans, table, strict=True):
+            own = np.array([loss, *(row.cost(span) for row in problem.rows)])
+            assert span in each.spans or (kept <= own).all(1).any()
 
 
 def test_full_stays_where_signed_influence_says_that_hiding_helps() -> None:

@@ -44,7 +44,7 @@ def test_losses_are_the_influence_that_the_window_hides(lengths: tuple[int, ...]
     assert {type(span) for each in candidates for span in each.spans} == {Span, LengthSpan}
     for each in candidates:
         for number, span in enumerate(each.spans):
-            assert each.pages[number].tolist() == [span.at_length(length).page_count(length) for length in (300, 700)]
+            assert each.costs[number].tolist() == [span.at_length(length).page_count(length) for length in (300, 700)]
             for column, length in enumerate(lengths):
                 if span.is_full:
                     assert each.losses[number, column] == 0

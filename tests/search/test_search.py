@@ -12,6 +12,7 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.plan import Plan, read_plan
 from compress.search.budget import Budget
+from compress.search.decode_time import step_bytes
 from compress.search.search import explain, make_problem, run_search, solve_baselines
 from compress.targets.cost import kv_bytes
 from tests.search.synthetic import FakeProfile, make_shape, random_problem, random_profile
@@ -70,6 +71,25 @@ def test_a_search_writes_plan_baselines_and_reasons(family: str, tmp_path: Path)
             assert row["kv_share"][length] <= limits["limit_share"]
             assert limits["smallest_share"] <= row["kv_share"][length]
     assert seen[-1][0] == seen[-1][1] == 2 * (1 + len(rows) + 3)
+
+
+def test_predicted_times_stand_in_plan_and_report(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    section = Section({"name": "moa", "points": 0}, Budget(decode_time=0.95, density=0.6, lengths=(448,)))
+    result = run_search(loaded, profile_of(loaded), [], section, tmp_path, bandwidth=lambda: 5e9)
+    told = result.plan.provenance["decode_time"]
+    assert "at 5 GB/s (a copy on this device)" in told["source"]
+    (row,) = told["rows"]
+    size = result.plan.predicted.kv_bytes[448]
+    assert row["ms"] == pytest.approx((step_bytes(loaded.model) + size) / 5e9 * 1e3)
+    assert row["share"] == pytest.approx(row["ms"] / row["dense_ms"]) and row["share"] <= 0.95
+    assert all("decode_time" in each for each in [*result.report["plans"], *result.report["baselines"]])
+    limits = result.report["limits"]["448"]
+    assert limits["limit_time_share"] == 0.95 > limits["smallest_time_share"] > 0
+    assert limits["limit_density"] <= 0.6 and limits["smallest_density"] == pytest.approx(128 / 448)
+    named = Section(SECTION.solver, Budget(decode_time=0.95, bandwidth=7.0))
+    found = run_search(loaded, profile_of(loaded), [], named, tmp_path, bandwidth=lambda: pytest.fail("measured"))
+    assert "at 7 GB/s (as the recipe says)" in found.plan.provenance["decode_time"]["source"]
 
 
 def test_a_second_search_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

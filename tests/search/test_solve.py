@@ -32,7 +32,7 @@ def brute_force(
 ) -> float | None:
     best = None
     for choice in itertools.product(*(range(len(each.spans)) for each in candidates)):
-        pages = sum(each.pages[index] for each, index in zip(candidates, choice, strict=True))
+        pages = sum(each.costs[index] for each, index in zip(candidates, choice, strict=True))
         losses = sum(each.losses[index] for each, index in zip(candidates, choice, strict=True))
         if (pages <= limits).all() and all(losses[key] <= bound for key, bound in upper.items()):
             value = float(losses @ weights)
@@ -54,8 +54,8 @@ def test_equals_brute_force(
     seed: int, groups: int, rules: int, share: float, bounded: bool, signed: bool, gap: float
 ) -> None:
     candidates = random_candidates(seed, groups, rules, 2, signed)
-    most = sum(each.pages[0] for each in candidates)
-    least = sum(each.pages[-1] for each in candidates)
+    most = sum(each.costs[0] for each in candidates)
+    least = sum(each.costs[-1] for each in candidates)
     limits = [int(value) for value in least + share * (most - least)]
     knapsack = Knapsack(candidates, limits)
     upper = {1: 0.5 * float(knapsack.scale[1])} if bounded else {}
@@ -66,7 +66,7 @@ def test_equals_brute_force(
         assert solution is None
         return
     assert solution is not None
-    chosen = [each.pages[index] for each, index in zip(candidates, solution.choice, strict=True)]
+    chosen = [each.costs[index] for each, index in zip(candidates, solution.choice, strict=True)]
     assert (sum(chosen) <= limits).all()
     assert all(solution.losses[key] <= bound * (1 + 1e-6) for key, bound in upper.items())
     assert solution.objective == pytest.approx(float(solution.losses @ (weights / knapsack.scale)), abs=1e-9)
@@ -123,7 +123,7 @@ def test_the_front_is_not_dominated_and_has_the_extremes(objectives: int, seed: 
 
 def test_objectives_that_agree_cost_no_extra_solves() -> None:
     candidates = [
-        GroupCandidates(each.layer, each.group, each.spans, np.repeat(each.losses, 2, axis=1), each.pages)
+        GroupCandidates(each.layer, each.group, each.spans, np.repeat(each.losses, 2, axis=1), each.costs)
         for each in random_candidates(0, 10, 6, 1, False)
     ]
     asked: list[int] = []

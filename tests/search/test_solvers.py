@@ -1,6 +1,7 @@
 """What every registered solver has to do. A new one is tested here without a line of its own."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -9,11 +10,13 @@ from compress.errors import UserError
 from compress.models.shape import ModelShape
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span, spans_of_plan
+from compress.search.budget import Budget
 from compress.search.methods import parse_solver
-from compress.search.problem import CandidatePlan, SearchProblem, Solver, solver_name
+from compress.search.problem import CandidatePlan, Solver, solver_name
+from compress.targets.cost import decode_density
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.search.synthetic import ITEMSIZE, make_shape, random_problem
+from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape, random_problem
 
 assert compress.search.methods
 every_solver = pytest.mark.parametrize("name", list(solvers))
@@ -25,6 +28,13 @@ PROBLEMS = {
     "shares by length": lambda: random_problem({400: 0.9, 512: 0.45}),
     "bytes": lambda: random_problem({512: 3 * 2 * 4 * PAGE * 2 * 16 * ITEMSIZE + 5}),
     "one layer": lambda: random_problem(0.5, shape=make_shape(1, 1)),
+    "density": lambda: budget_problem(Budget(density=0.4)),
+    "density by length, beside bytes": lambda: budget_problem(Budget(density={512: 0.5, 1000: 0.4}, kv={700: 0.45})),
+    "density where some layers slide": lambda: budget_problem(
+        Budget(density=0.7), shape=make_shape(4, 2, (100, None, 100, None))
+    ),
+    "decode time": lambda: budget_problem(Budget(decode_time=0.75, batch_sizes=(1, 4))),
+    "all kinds": lambda: budget_problem(Budget(density=0.5, decode_time=0.8, kv=0.6), profiled=(333, 501)),
     "some layers slide": lambda: random_problem(0.7, shape=make_shape(4, 2, (100, None, 100, None))),
 }
 
@@ -55,11 +65,21 @@ def test_plans_are_whole_and_within_the_budget(name: str, case: str) -> None:
             assert all(isinstance(group, FullGroup | WindowGroup) for group in row)
             if native is not None:
                 assert all(group.target == "full" for group in row)
-        for length, limit in problem.limits.items():
+        for length, limit in problem.byte_limits.items():
             assert allocated(problem.shape, plan, length) <= limit
             assert problem.kv_bytes(plan.decision)[length] == allocated(problem.shape, plan, length)
         written = plan.to_plan(problem, {})
-        assert written.predicted.kv_bytes.keys() == {*problem.limits, *problem.lengths}
+        assert written.predicted.kv_bytes.keys() == {*problem.budget_lengths, *problem.lengths}
+        for length, limit in problem.key_limits.items():
+            seen = decode_density(written.spans(), length) * problem.shape.layers * problem.shape.kv_heads * length
+            assert round(seen) <= limit
+        times = written.provenance.get("decode_time", {"rows": []})["rows"]
+        assert [(row["length"], row["batch"]) for row in times] == [
+            (length, batch)
+            for length in (problem.times.limits if problem.times else ())
+            for batch in (problem.times.batch_sizes if problem.times else ())
+        ]
+        assert all(row["share"] <= problem.times.share + 1e-12 for row in times if problem.times)
         assert all(loss == loss for loss in plan.losses.values())
         assert plan.gap is None or plan.gap >= 0
 
@@ -80,6 +100,16 @@ def test_the_dense_budget_loses_nothing(name: str, lengths: tuple[int, ...]) -> 
 
 
 @every_solver
+@pytest.mark.parametrize("kind", ["density", "decode_time"])
+def test_a_share_of_one_of_another_kind_loses_nothing(name: str, kind: str) -> None:
+    problem = budget_problem(Budget(**{kind: 1.0}), profiled=(320, 450))
+    plans = make(name).solve(problem)
+    assert any(all(span == FULL for row in plan.decision for span in row) for plan in plans) or any(
+        plan.losses and max(plan.losses.values()) == pytest.approx(0, abs=1e-9) for plan in plans
+    )
+
+
+@every_solver
 def test_a_model_that_slides_everywhere_is_left_alone(name: str) -> None:
     problem = random_problem(1.0, shape=make_shape(2, 2, (100, 100)))
     assert [plan.decision for plan in make(name).solve(problem)] == [((FULL, FULL), (FULL, FULL))]
@@ -97,9 +127,11 @@ def test_no_plan_is_dominated(name: str) -> None:
 @every_solver
 def test_an_impossible_budget_is_an_error(name: str) -> None:
     problem = random_problem(0.5)
-    tight = SearchProblem(problem.shape, problem.grid, problem.lengths, problem.tensor, {512: 100}, ITEMSIZE)
+    tight = replace(problem, limits={512: 100})
     with pytest.raises(UserError, match=r"budget"):
         make(name).solve(tight)
+    with pytest.raises(UserError, match=r"budget"):
+        make(name).solve(replace(problem, key_limits={512: 100}))
 
 
 @every_solver

@@ -1,0 +1,1 @@
+"""Plots of a run as files, SVG and PNG, drawn with matplotlib where it is installed."""

@@ -1,0 +1,64 @@
+"""The plots of a run folder, drawn from the files that its stages left there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.errors import UserError
+from compress.plan import Plan, read_plan
+from compress.plots.influence import draw_influence, influence_curves
+from compress.plots.quality import draw_quality
+from compress.plots.spans import draw_spans
+from compress.profile.store import read_profile
+from compress.report.facts import Facts, read_facts
+from compress.runfolder import RunFolder
+
+
+def search_plots(folder: Path) -> list[Path]:
+    """`plots/spans` and, where the profile has fixed windows, `plots/influence`; the files."""
+    run = RunFolder(folder)
+    written = draw_spans({"plan": read_plan(run.plan)}, span_length(folder), run.plots / "spans")
+    curves = influence_curves(read_profile(run.profile))
+    if curves is not None:
+        written += draw_influence(curves, run.plots / "influence")
+    return written
+
+
+def evaluation_plots(folder: Path) -> list[Path]:
+    """`plots/quality`; the files."""
+    return draw_quality([read_facts(folder)], RunFolder(folder).plots / "quality")
+
+
+def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
+    """`spans` of all plans and `quality` of all evaluations of several folders, into one folder; the files.
+
+    Raises:
+        UserError: the folders hold neither plans nor evaluations.
+    """
+    names = [facts.name for facts in folders]
+    plans = {
+        facts.name if names.count(facts.name) == 1 else str(facts.path): facts.plan
+        for facts in folders
+        if facts.plan is not None
+    }
+    written = []
+    if plans:
+        written += draw_spans(plans, max(_longest(plan) for plan in plans.values()), out / "spans")
+    written += draw_quality(folders, out / "quality")
+    if not written:
+        where = ", ".join(str(facts.path) for facts in folders)
+        raise UserError("there is neither a plan nor an evaluation to draw", where=where)
+    return written
+
+
+def span_length(folder: Path) -> int:
+    """The longest length of the budget, in tokens."""
+    report = json.loads((folder / "search" / "pareto.json").read_text(encoding="utf-8"))
+    return max(int(length) for length in report["limits"])
+
+
+def _longest(plan: Plan) -> int:
+    """The longest length that the plan's predictions are for; 8192 for one written by hand."""
+    return max(plan.predicted.kv_bytes, default=8192)

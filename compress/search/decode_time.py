@@ -1,0 +1,253 @@
+"""The time of a decode step, predicted from the KV bytes it reads: by a table of `compress bench`, or by a roofline."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.errors import UserError
+
+if TYPE_CHECKING:
+    from compress.models.shape import ModelShape
+
+AGAIN = "compress bench MODEL --what model --mix A,B,full --batch B --lengths ... --out FOLDER"
+
+
+class Curve:
+    """Time of the attention of all layers against the KV bytes that they read: never falling, and no better than seen.
+
+    Between two measured points a straight line. Below the smallest, the smallest one's time: nothing is taken to be
+    faster than what was measured. Beyond the largest, in proportion to the bytes, which a fixed part makes too much
+    rather than too little. A point that is faster than one
+    of fewer bytes is raised to it.
+
+    Args:
+        points: (bytes, time), at least one, in any order.
+    """
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        ordered = sorted(points)
+        self.bytes = [size for size, _ in ordered]
+        self.times = list(accumulate((max(spent, 0.0) for _, spent in ordered), max))
+
+    def time(self, size: float) -> float:
+        """Time of `size` bytes."""
+        if size >= self.bytes[-1]:
+            return self.times[-1] * size / self.bytes[-1]
+        after = bisect_right(self.bytes, size)
+        if after == 0:
+            return self.times[0]
+        low, high = self.bytes[after - 1], self.bytes[after]
+        return self.times[after - 1] + (self.times[after] - self.times[after - 1]) * (size - low) / (high - low)
+
+    def most_bytes(self, time: float) -> float:
+        """The most bytes whose time is at most `time`; 0 where even the smallest measured point takes longer."""
+        if time < self.times[0]:
+            return 0.0
+        if time >= self.times[-1]:
+            return self.bytes[-1] * time / self.times[-1] if self.times[-1] > 0 else self.bytes[-1]
+        after = bisect_right(self.times, time)
+        low, high = self.bytes[after - 1], self.bytes[after]
+        share = (time - self.times[after - 1]) / (self.times[after] - self.times[after - 1])
+        return low + (high - low) * share
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of one decode step: the time of everything but attention, and attention's as a function of its KV bytes.
+
+    The first part (weights, and all else) is the same for the plan and the dense model. The second depends on a plan
+    only through the bytes of all its layers, times the batch. Two ways to come by both:
+
+    * a table (`measured`): times of the whole model as `compress bench` measured them, plan and dense apart;
+    * a roofline (`roofline`): the weights' bytes and the KV bytes over one bandwidth. Shares of the dense time then do
+      not depend on the bandwidth, which only turns them into milliseconds.
+
+    Attributes:
+        rest: time of everything but attention, by batch size.
+        plan, dense: time of the attention of all layers by batch size, against KV bytes of the whole batch in the
+            searched model's dtype.
+        unit_ms: milliseconds of one unit of these times.
+        source: where the figures are from, in words.
+    """
+
+    rest: Mapping[int, float]
+    plan: Mapping[int, Curve]
+    dense: Mapping[int, Curve]
+    unit_ms: float
+    source: str
+
+    def planned(self, size: int, batch: int) -> float:
+        """Time of a plan that holds `size` KV bytes for one sequence."""
+        return self.rest[batch] + self.plan[batch].time(size * batch)
+
+    def as_is(self, size: int, batch: int) -> float:
+        """Time of the dense model, which holds `size` KV bytes for one sequence."""
+        return self.rest[batch] + self.dense[batch].time(size * batch)
+
+    def most_bytes(self, share: float, dense: int, batch: int) -> int:
+        """The KV bytes of one sequence up to which a plan's step takes at most a share of the dense model's."""
+        left = share * self.as_is(dense, batch) - self.rest[batch]
+        # A time that is met exactly must not be missed by the last digit of a division.
+        return math.floor(self.plan[batch].most_bytes(left) / batch + 1e-6)
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The budget `decode_time` at its lengths.
+
+    Attributes:
+        share: of the dense model's step time, above 0 and up to 1.
+        dense: KV bytes of the dense model for one sequence, by length in tokens.
+        limits: KV bytes for one sequence up to which the share holds at every batch size, by length.
+    """
+
+    share: float
+    step: StepTime
+    batch_sizes: tuple[int, ...]
+    dense: Mapping[int, int]
+    limits: Mapping[int, int]
+
+    def only(self, lengths: Sequence[int]) -> TimeLimit:
+        """The same at some of the lengths."""
+        return replace(self, limits={length: size for length, size in self.limits.items() if length in lengths})
+
+    def share_of(self, size: int, length: int) -> float:
+        """Share of the dense time that a plan of `size` KV bytes takes, at the batch size where it is largest."""
+        return max(
+            self.step.planned(size, batch) / self.step.as_is(self.dense[length], batch) for batch in self.batch_sizes
+        )
+
+    def report(self, sizes: Mapping[int, int]) -> dict[str, Any]:
+        """Predicted times of a plan with these KV bytes by length, beside the dense model's."""
+        rows = []
+        for length in self.limits:
+            for batch in self.batch_sizes:
+                own, dense = self.step.planned(sizes[length], batch), self.step.as_is(self.dense[length], batch)
+                times = {"ms": own * self.step.unit_ms, "dense_ms": dense * self.step.unit_ms, "share": own / dense}
+                rows.append({"length": length, "batch": batch, **times})
+        return {"source": self.step.source, "rows": rows}
+
+
+def step_bytes(model: torch.nn.Module) -> int:
+    """Bytes of weights that a decode step reads: all parameters, but of an embedding that is only looked up nothing."""
+    every = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    found: Any = model
+    embedding, head = found.get_input_embeddings().weight, found.get_output_embeddings().weight
+    return every - (0 if head is embedding else embedding.numel() * embedding.element_size())
+
+
+def roofline(weights: int, bandwidth: float, batch_sizes: Sequence[int], how: str) -> StepTime:
+    """Bytes over bandwidth, for the weights (once a step) and for the KV cache (of every sequence).
+
+    Args:
+        weights: bytes that a step reads whatever the cache holds.
+        bandwidth: bytes per second.
+        how: where the bandwidth is from, in words.
+    """
+    line = dict.fromkeys(batch_sizes, Curve([(0.0, 0.0), (1.0, 1.0)]))
+    source = f"roofline: {weights:,} bytes of weights, and the KV bytes, at {bandwidth / 1e9:.4g} GB/s ({how})"
+    return StepTime(dict.fromkeys(batch_sizes, float(weights)), line, line, 1e3 / bandwidth, source)
+
+
+def measured(
+    paths: Sequence[str], shape: ModelShape, itemsize: int, batch_sizes: Sequence[int], sizes: Mapping[int, int]
+) -> StepTime:
+    """The step time by the whole-model rows of files that `compress bench --what model --out FOLDER` wrote.
+
+    A row has the time of a decode step of a plan, of the dense model, and of the model without attention, beside the
+    bytes that both caches held. The last is the time of everything but attention, and what a step takes longer is
+    attention's. Rows count whatever their length, those of another batch size do not. A row's cache was allocated
+    for the steps of the measurement, too, so that a plan may hold a page or two a head group less than its row.
+
+    Args:
+        itemsize: bytes of one cached number of the searched model; the table's are counted in this dtype.
+        sizes: KV bytes that the dense model holds for one sequence after a decode step, by the budget's lengths.
+
+    Raises:
+        UserError: a file cannot be read, they hold no rows of this model and these batch sizes, or the dense model was
+            not measured around the budget's lengths.
+    """
+    token = shape.layers * shape.kv_heads * 2 * shape.head_dim
+    rows: list[tuple[float, dict[str, Any]]] = []
+    machines = set()
+    for path in paths:
+        values = _read(path)
+        try:
+            cached = torch.empty(0, dtype=getattr(torch, values["dtype"])).element_size()
+            gpus = values["environment"]["gpus"]
+            machines.add(f"{values['dtype']} on {gpus[0]['name'] if gpus else 'a CPU'}")
+            for row in values["model_rows"]:
+                # The bench's dense cache holds one token more than the prompt, in every layer.
+                ours = row["dense"]["cache_bytes"] == row["batch"] * (row["length"] + 1) * token * cached
+                if ours and not row["shape"].endswith(", one layer"):
+                    rows.append((itemsize / cached, row))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _unusable(path, f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)) from error
+    where = ", ".join(paths)
+    missing = [str(batch) for batch in batch_sizes if all(row["batch"] != batch for _, row in rows)]
+    if missing:
+        raise UserError(
+            f"the cost table has no whole-model rows of this model at batch size {', '.join(missing)}",
+            where=where,
+            expected=f"rows of a model with {token:,} cached numbers a token",
+            found=f"{len(rows)} such rows" + (f", of batch size {_batches(rows)}" if rows else ""),
+            fix=f"measure this model at these batch sizes, and name every file in `cost_table`: {AGAIN}",
+        )
+    if len(machines) > 1:
+        raise UserError("the cost tables are of different dtypes or devices", where=where, found=", ".join(machines))
+    rest: dict[int, float] = {}
+    plan: dict[int, Curve] = {}
+    dense: dict[int, Curve] = {}
+    for batch in batch_sizes:
+        own = [(scale, row) for scale, row in rows if row["batch"] == batch]
+        spent = sorted(row["without_attention"]["median"] for _, row in own)
+        rest[batch] = spent[len(spent) // 2]
+        for side, curves in (("plan", plan), ("dense", dense)):
+            curves[batch] = Curve(
+                [(row[side]["cache_bytes"] * scale, row[side]["decode"]["median"] - rest[batch]) for scale, row in own]
+            )
+        low, high = dense[batch].bytes[0], dense[batch].bytes[-1]
+        outside = [f"{length:,}" for length, size in sizes.items() if not low <= size * batch <= high]
+        if outside:
+            measured_at = sorted({row["length"] for _, row in own})
+            raise UserError(
+                f"the dense model was not measured around the length {', '.join(outside)} at batch size {batch}",
+                where=where,
+                expected="rows at this length, or at a shorter and a longer one",
+                found=f"rows at {', '.join(f'{length:,}' for length in measured_at)} tokens",
+                fix=f"measure it there, or budget at other `lengths`: {AGAIN}",
+            )
+    return StepTime(rest, plan, dense, 1.0, f"{len(rows)} measured rows of {where}, {machines.pop()}")
+
+
+def _batches(rows: Sequence[tuple[float, dict[str, Any]]]) -> str:
+    return ", ".join(map(str, sorted({row["batch"] for _, row in rows})))
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("the cost table cannot be read", where=path, found=error.strerror, fix=AGAIN) from error
+    except ValueError as error:
+        raise _unusable(path, str(error)) from error
+    return values
+
+
+def _unusable(path: str, found: str) -> UserError:
+    return UserError(
+        "this is no cost table",
+        where=path,
+        expected="a bench.json that `compress bench` wrote, with rows of whole models",
+        found=found,
+        fix=AGAIN,
+    )
