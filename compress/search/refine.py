@@ -7,7 +7,8 @@ same bytes loses on it (at least a hundredth of a nat), so that no task outweigh
 What to try comes from a quadratic model of that loss (effects.py), made once: exchanges of at most `radius` groups
 that the model likes best within the budget. The model is made of samples, so the more of its interactions between
 groups one believes the more one fits their noise; every radius is tried with half, a quarter and none of them. A
-success widens the radius, a failure of all three halves it; the budget holds at every step.
+success widens the radius, a failure of all three halves it. The budget holds at every step, and no task may lose more
+than it did at the start: one that would counts twice in what is tried next.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class State:
         loss: measured loss of the decision, relative to the uniform plan's.
         first: that of the start.
         tasks: its parts, nats a row by task.
+        most: what each task may lose, that of the start.
+        stress: how often a task counts in the quadratic model; doubled when an exchange would have cost it too much.
         radius: groups that the next exchange may change; below 1 there is nothing left to try.
         step: exchanges measured.
         seconds: time spent.
@@ -85,6 +88,8 @@ class State:
     loss: float
     first: float
     tasks: dict[str, float]
+    most: dict[str, float]
+    stress: dict[str, float]
     radius: float
     step: int = 0
     seconds: float = 0.0
@@ -189,7 +194,8 @@ def refine(
         best = min(measured, key=lambda name: loss.total(measured[name]))
         value = loss.total(measured[best])
         groups = problem.shape.kv_heads * sum(native is None for native in problem.shape.native_windows)
-        state = State(key, best, [], value, value, measured[best], radius=float(groups))
+        most, stress = dict(measured[best]), dict.fromkeys(measured[best], 1.0)
+        state = State(key, best, [], value, value, measured[best], most, stress, radius=float(groups))
         state.put(starts[best])
         state.history = [{"start": name, "loss": loss.total(tasks), **tasks} for name, tasks in measured.items()]
     rules = rules_of(problem, starts[state.start])
@@ -209,14 +215,20 @@ def _try(loss: Loss, problem: SearchProblem, rules: Rules, effects: torch.Tensor
     decision = state.spans()
     tried = sum(row.get("radius") == state.radius and row["at"] == state.loss for row in state.history if "at" in row)
     believed = BELIEVED[tried]
-    proposal, before, after = exchange(problem, decision, rules, effects, int(state.radius), believed)
+    tasks_of = [document.task for document in loss.divergence.documents]
+    stress = torch.tensor([state.stress[task] for task in tasks_of]).repeat(len(effects) // len(tasks_of))
+    stressed = effects * stress.sqrt()[:, None, None, None]
+    proposal, before, after = exchange(problem, decision, rules, stressed, int(state.radius), believed)
     moved = sum(old != new for row in zip(decision, proposal, strict=True) for old, new in zip(*row, strict=True))
     row: dict[str, Any] = {"radius": state.radius, "believed": believed, "at": state.loss, "groups": moved}
     kept = False
     if moved:
         tasks = loss.by_task(proposal)
         value = loss.total(tasks)
-        kept = value < state.loss
+        worse = [task for task, most in state.most.items() if tasks[task] > most]
+        kept = value < state.loss and not worse
+        for task in worse:
+            state.stress[task] *= 2
         row |= {"model": [before, after], "loss": value, **tasks}
         state.step += 1
     state.history.append({**row, "kept": kept})

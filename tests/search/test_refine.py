@@ -198,8 +198,24 @@ def test_refinement_lowers_the_measured_loss_within_the_budget(tmp_path: Path) -
     loss = Loss(loaded.model, problem, DOCUMENTS, QUICK, uniform)
     assert loss.total(loss.by_task(uniform)) == pytest.approx(1.0)
     assert loss.total(loss.by_task(state.spans())) == pytest.approx(state.loss, rel=1e-4)
+    assert all(value <= state.most[task] for task, value in state.tasks.items())
     kept = [row["loss"] for row in state.history if row.get("kept")]
     assert kept == sorted(kept, reverse=True) and kept[-1] == state.loss and state.radius < 1
+
+
+def test_no_task_pays_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement in which one task always gets worse keeps nothing, and makes that task count for more."""
+    measured = Loss.by_task
+
+    def paying(self: Loss, decision: Decision) -> dict[str, float]:
+        found = measured(self, decision)
+        starts_ = starts(self.problem, setting()[2]).values()
+        return found if decision in starts_ else {**found, "text": 1e3, "passkey": 0.0}
+
+    monkeypatch.setattr(Loss, "by_task", paying)
+    state, _ = run(tmp_path, Refine(minutes=5, samples=1, weights={"text": 1e-6}))
+    assert state.loss == state.first and not any(row.get("kept") for row in state.history)
+    assert state.stress["passkey"] == 1 and state.stress["text"] == 2**state.step > 1
 
 
 def test_an_interrupted_refinement_continues_and_ends_the_same(tmp_path: Path) -> None:
