@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""How long the search takes for a large model: made-up rule tables in the shape of Llama-3-70B, no weights.
+
+    scripts/search_speed.py --layers 80 --groups 8 --lengths 2048 4096 8192 16384
+
+Losses fall with the window, steeply in some groups and slowly in others, and groups differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compress.models.shape import ModelShape
+from compress.search.budget import Budget
+from compress.search.moa import Moa
+from compress.search.search import make_problem
+from compress.targets.window import SpanGrid
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A profile of made-up tables."""
+
+    lengths: tuple[int, ...]
+    grid: SpanGrid
+    tensors: dict[str, torch.Tensor]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The table of a key."""
+        return self.tensors[key]
+
+
+def main() -> None:
+    """Make tables, solve, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--step", type=int, default=1024, help="tokens between alphas")
+    parser.add_argument("--kv", type=float, default=0.5)
+    parser.add_argument("--points", type=int, default=4)
+    options = parser.parse_args()
+    shape = ModelShape(
+        architecture="LlamaForCausalLM",
+        layers=options.layers,
+        query_heads=8 * options.groups,
+        kv_heads=options.groups,
+        head_dim=128,
+        native_windows=(None,) * options.layers,
+        fingerprint="sha256:" + "0" * 64,
+    )
+    grid = SpanGrid(alpha_min=64, alpha_step=options.step)
+    rng = np.random.default_rng(0)
+    size = rng.lognormal(0, 2, (options.layers, options.groups, 1, 1, 1))
+    fall = rng.lognormal(0.5, 1, size.shape)
+    tensors = {}
+    for length in options.lengths:
+        betas, alphas = np.array(grid.betas)[:, None], np.array(grid.alphas(length))
+        hidden = 1 - np.minimum(1, (alphas + betas * length) / length)
+        noise = rng.lognormal(0, 0.2, size.shape)
+        tensors[f"influence.absolute.{length}"] = torch.from_numpy(size * noise * hidden[None, None, None] ** fall)
+    lengths = tuple(options.lengths)
+    problem = make_problem(shape, Tables(lengths, grid, tensors), Budget(kv=options.kv), 2)
+    started = time.monotonic()
+    plans = Moa(points=options.points).solve(problem)
+    spent = time.monotonic() - started
+    rules = len(grid.rules(max(lengths)))
+    gap = max(plan.gap or 0 for plan in plans)
+    print(f"{options.layers} layers x {options.groups} groups, {rules} rules, {len(lengths)} lengths")
+    print(f"{len(plans)} plans in {spent:.1f} s, largest gap {gap:.2%}")
+
+
+if __name__ == "__main__":
+    main()
