@@ -120,6 +120,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
         say(
             f"search: refined {told['start']} in {told['steps']} steps and {duration(told['seconds'])}: loss "
             f"{told['start_loss']:.4f} to {told['loss']:.4f}, relative to the uniform plan's"
+            + ("" if told["steps"] else "; the time ended before the first exchange, raise `search.refine.minutes`")
         )
     say(f"search: {result.report['why']}")
     for length, used in sorted(plan.predicted.kv_bytes.items()):

@@ -190,7 +190,10 @@ def refine(
     state = _read(path, key)
     clock = time.monotonic() - (state.seconds if state else 0.0)
     if state is None:
-        measured = {name: loss.by_task(decision) for name, decision in starts.items()}
+        measured = {}
+        for name, decision in starts.items():
+            report(int(time.monotonic() - clock), int(budget), f"measuring {name}")
+            measured[name] = loss.by_task(decision)
         best = min(measured, key=lambda name: loss.total(measured[name]))
         value = loss.total(measured[best])
         groups = problem.shape.kv_heads * sum(native is None for native in problem.shape.native_windows)
@@ -198,6 +201,7 @@ def refine(
         state = State(key, best, [], value, value, measured[best], most, stress, radius=float(groups))
         state.put(starts[best])
         state.history = [{"start": name, "loss": loss.total(tasks), **tasks} for name, tasks in measured.items()]
+    report(int(time.monotonic() - clock), int(budget), "making the quadratic model")
     rules = rules_of(problem, starts[state.start])
     model_of_loss = _effects(folder / "refine.safetensors", key, loss, rules, settings, seed)
     state.seconds = time.monotonic() - clock
