@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors import safe_open
@@ -33,9 +32,9 @@ from compress.errors import UserError
 from compress.files import write_bytes, write_json
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
-from compress.search.candidates import costs_of
 from compress.search.divergence import Divergence
 from compress.search.effects import Rules, sampled_effects
+from compress.search.exchange import Decision, exchange
 from compress.search.problem import CandidatePlan, SearchProblem
 from compress.targets.apply import planned_model, set_plan
 
@@ -47,7 +46,6 @@ WIDEN, SHRINK = 1.5, 0.5
 BELIEVED = (0.5, 0.25, 0.0)  # shares of the interactions between groups: with all of them an exchange fits noise
 
 Progress = Callable[[int, int, str], None]
-Decision = tuple[tuple[Span, ...], ...]
 
 
 class Refine(Method):
@@ -273,93 +271,6 @@ def rules_of(problem: SearchProblem, decision: Decision) -> list[list[list[Span]
     return [
         [[FULL] * len(row), *([window(span, alpha) for span in row] for alpha in alphas), list(row)] for row in decision
     ]
-
-
-def exchange(
-    problem: SearchProblem, decision: Decision, rules: Rules, effects: torch.Tensor, radius: int, believed: float
-) -> tuple[Decision, float, float]:
-    """The exchange of at most `radius` groups that lowers the model most, by single moves and pairs of them, greedily.
-
-    Args:
-        decision: within the budget, of `rules` in every group.
-        effects: `[samples, layers, groups, rules]`.
-        believed: share of the interactions between groups that counts, 0 to 1.
-
-    Returns:
-        The new decision, and the model's loss of the old and the new one.
-    """
-    shape = problem.shape
-    free = [
-        (layer, group)
-        for layer, native in enumerate(shape.native_windows)
-        if native is None
-        for group in range(shape.kv_heads)
-    ]
-    spans = [[row[group] for row in rules[layer]] for layer, group in free]
-    own = [choices.index(decision[layer][group]) for (layer, group), choices in zip(free, spans, strict=True)]
-    count = len(spans[0])
-    held = np.stack([costs_of(choices, problem) for choices in spans]).reshape(len(free) * count, -1)
-    vectors = np.stack([effects[:, layer, group].double().numpy() for layer, group in free], axis=1)
-    vectors = vectors.reshape(len(vectors), -1)  # [samples, groups x rules]
-    gram = vectors.T @ vectors
-    group_of = np.repeat(np.arange(len(free)), count)
-    gram *= np.where(group_of[:, None] == group_of[None, :], 1.0, believed)
-
-    start = np.arange(len(free)) * count
-    chosen = start + np.array(own)
-    first = chosen.copy()
-    native = sum(
-        shape.kv_heads * costs_of([Span(0, window, 0.0)], problem)[0]
-        for window in shape.native_windows
-        if window is not None
-    )
-    room = np.array([row.most for row in problem.rows]) - native
-    before = float(gram[np.ix_(chosen, chosen)].sum())
-    while True:
-        moved = chosen != first
-        at = chosen[group_of]
-        # A move of one group changes the model by `single`; two moves by the sum and twice their product.
-        pull = gram[:, chosen].sum(1)
-        single = gram.diagonal() + gram.diagonal()[at] - 2 * gram[np.arange(len(at)), at] + 2 * (pull - pull[at])
-        more = held - held[at]
-        used = held[chosen].sum(0)
-        # Groups that were moved before may move again; others only while the radius lasts.
-        left = radius - int(moved.sum())
-        fresh = ~moved[group_of]
-        usable = (group_of >= 0) & (fresh <= (left >= 1)) & (np.arange(len(at)) != at)
-        options = np.flatnonzero(usable & (single < np.inf))
-        # Pairs of a move that frees pages and one that uses them, among the most promising of each.
-        best: tuple[float, list[int]] = (-1e-12, [])
-        fits = (used + more[options] <= room).all(1)
-        if fits.any():
-            alone = options[fits]
-            pick = int(alone[single[alone].argmin()])
-            best = min(best, (float(single[pick]), [pick]))
-        frees = options[(more[options] <= 0).all(1)]
-        takes = options[(more[options] > 0).any(1)]
-        if len(frees) and len(takes):
-            product = (
-                gram[np.ix_(frees, takes)]
-                - gram[np.ix_(at[frees], takes)]
-                - gram[np.ix_(frees, at[takes])]
-                + gram[np.ix_(at[frees], at[takes])]
-            )
-            change = single[frees][:, None] + single[takes][None, :] + 2 * product
-            change[(used + more[frees][:, None] + more[takes][None, :] > room).any(-1)] = np.inf
-            change[group_of[frees][:, None] == group_of[takes][None, :]] = np.inf
-            if left < 2:
-                change[fresh[frees][:, None] & fresh[takes][None, :]] = np.inf
-            where = np.unravel_index(int(change.argmin()), change.shape)
-            best = min(best, (float(change[where]), [int(frees[where[0]]), int(takes[where[1]])]))
-        if not best[1]:
-            break
-        for pick in best[1]:
-            chosen[group_of[pick]] = pick
-    after = float(gram[np.ix_(chosen, chosen)].sum())
-    rows = [list(row) for row in decision]
-    for (layer, group), choices, pick, base in zip(free, spans, chosen, start, strict=True):
-        rows[layer][group] = choices[pick - base]
-    return tuple(tuple(row) for row in rows), before, after
 
 
 def _key(

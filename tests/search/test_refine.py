@@ -15,8 +15,9 @@ from compress.runtime.span import FULL, Span
 from compress.search.budget import Budget
 from compress.search.divergence import Divergence
 from compress.search.effects import drawn, sampled_effects
+from compress.search.exchange import Decision, exchange
 from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
-from compress.search.refine import Decision, Loss, Refine, exchange, refine, rules_of
+from compress.search.refine import Loss, Refine, refine, rules_of
 from compress.search.search import make_problem, run_search
 from compress.search.uniform import Uniform
 from compress.targets.apply import planned_model
