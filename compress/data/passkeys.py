@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from compress.data.haystack import Frame, haystacks
-from compress.data.prompt import Prompt, Task
+from compress.data.prompt import Depths, Prompt, Task
 from compress.data.text import tokenise
 from compress.errors import UserError
 from compress.registry import tasks
@@ -39,15 +39,8 @@ class PassKeys(Task):
     answer: Literal["text"] = Field("text", description="the right answers of the text; there is no other kind")
     keys: int = Field(10, ge=1, le=len(ORDINALS), description="number of keys")
     words: int = Field(8, ge=1, description="words of a key; the paper has 32")
-    depth: tuple[float, float] = Field((0.05, 0.95), description="range of depths of the keys, 0 is the start")
+    depth: Depths = Field((0.05, 0.95), description="range of depths of the keys, 0 is the start")
     haystack: Literal["natural", "filler"] = Field("natural", description="what surrounds the keys")
-
-    @field_validator("depth")
-    @classmethod
-    def _ascending(cls, depth: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= depth[0] <= depth[1] <= 1:
-            raise ValueError("expected [from, to] with 0 <= from <= to <= 1")
-        return depth
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
         """Prompts whose reference is every question with its key but the first question, which ends the prompt.

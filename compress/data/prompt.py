@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from compress.data.document import Document
 from compress.errors import UserError
@@ -113,10 +113,19 @@ class Task(Method):
         """The prompts; `make` has checked the context and checks count and lengths afterwards."""
 
 
+def _ascending(depths: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= depths[0] <= depths[1] <= 1:
+        raise ValueError("expected [from, to] with 0 <= from <= to <= 1")
+    return depths
+
+
+Depths = Annotated[tuple[float, float], AfterValidator(_ascending)]
+
+
 class RecallTask(Task):
     """Parameters of the tasks whose answer is a number hidden in a haystack."""
 
-    depth: tuple[float, float] = Field(
+    depth: Depths = Field(
         (0.0, 1.0), description="range of depths of the hidden sentence: 0 is the start, 1 just before the question"
     )
     digits: int = Field(5, ge=1, le=12, description="digits of the hidden number")
@@ -126,13 +135,6 @@ class RecallTask(Task):
     answer_tokens: int | None = Field(
         None, ge=1, description="tokens of the answer; by default those of the right answer and two more"
     )
-
-    @field_validator("depth")
-    @classmethod
-    def _ascending(cls, depth: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= depth[0] <= depth[1] <= 1:
-            raise ValueError("expected [from, to] with 0 <= from <= to <= 1")
-        return depth
 
     def depths(self, rng: random.Random) -> list[float]:
         """One depth for each prompt, spread evenly over the range, in a random order."""

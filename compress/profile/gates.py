@@ -11,8 +11,6 @@ Gradients are averaged over processes by accelerate, each of which trains on doc
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,14 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.files import write_bytes
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
+from compress.profile.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
@@ -219,25 +215,18 @@ def _last_states(model: Any, document: Document, device: torch.device) -> torch.
 
 
 def _save(path: Path, key: str, step: int, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> None:
-    """Gates and the optimiser's moments, with what they belong to."""
+    """Gates and the optimiser's moments."""
     moments = optimiser.state[gates]
     state = {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
-    notes = torch.frombuffer(bytearray(json.dumps({"key": key, "step": step}).encode()), dtype=torch.uint8)
-    data = save_tensors({**state, "gates": gates.detach().cpu().contiguous(), "notes": notes})
-    write_bytes(path, hashlib.sha256(data).digest() + data)
+    write_partial(path, key, {"step": step}, {**state, "gates": gates.detach().cpu().contiguous()})
 
 
 def _restore(path: Path, key: str, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> int:
     """Continue from a partial file: the number of steps done; with a damaged or foreign one, 0."""
-    if not path.is_file():
+    found = read_partial(path, key)
+    if found is None:
         return 0
-    data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        return 0
-    state = load_tensors(data[32:])
-    notes = json.loads(state.pop("notes").numpy().tobytes())
-    if notes["key"] != key:
-        return 0
+    notes, state = found
     with torch.no_grad():
         gates.copy_(state.pop("gates"))
     optimiser.state[gates] = {

@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from compress.data.document import Document
 from compress.errors import Problem, UserError
-from compress.files import write_bytes
 from compress.models.load import LoadedModel
 from compress.models.memory import peak_bytes
 from compress.models.shape import ModelShape, shape_of
 from compress.profile.capture import Capture
+from compress.profile.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Statistic, check_finite
 from compress.profile.store import (
     HEADER,
@@ -234,27 +232,19 @@ class _Notes:
 
 
 def _save(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]], notes: _Notes) -> None:
-    """Write the sums so far: the sha256 of what follows, then safetensors."""
+    """Write the sums so far."""
     state = {
         f"{name}/{part}": tensor for name, accumulator in accumulators for part, tensor in accumulator.state().items()
     }
-    text = json.dumps({"key": key, **asdict(notes)}).encode()
-    state["notes"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    data = save_tensors(state)
-    write_bytes(path, hashlib.sha256(data).digest() + data)
+    write_partial(path, key, asdict(notes), state)
 
 
 def _restore(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]]) -> _Notes:
     """Continue from a partial file; with one that is damaged or of another run everything starts anew."""
-    if not path.is_file():
+    found = read_partial(path, key)
+    if found is None:
         return _Notes()
-    data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        return _Notes()
-    state = load_tensors(data[32:])
-    notes = json.loads(state.pop("notes").numpy().tobytes())
-    if notes.pop("key") != key:
-        return _Notes()
+    notes, state = found
     for name, accumulator in accumulators:
         start = f"{name}/"
         accumulator.restore(

@@ -125,7 +125,6 @@ class Loss:
             )
         weights = {task: settings.weights.get(task, 1.0) for task in sorted(tasks)}
         self._planned: Any = None
-        self.scale = dict.fromkeys(weights, 1.0)
         self.uniform = self.by_task(uniform)
         whole = sum(weights.values())
         self.scale = {task: weights[task] / whole / max(self.uniform[task], FLOOR) for task in weights}
