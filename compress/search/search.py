@@ -18,7 +18,7 @@ from compress.search.budget import Budget, check_feasible, dense_bytes, rule_key
 from compress.search.decode_time import StepTime, step_bytes
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
-from compress.search.refine import State, refine
+from compress.search.refine import Refine, State, refine
 from compress.search.response import response_loss
 from compress.search.select import LossLog, Progress, best_plan, measure
 from compress.search.streaming import Streaming
@@ -41,7 +41,7 @@ class ProfileLike(Protocol):
 
     @property
     def grid(self) -> SpanGrid | None:
-        """The span grid of the influence tables, None when none were profiled."""
+        """The grid of the rule tables, None when none were profiled."""
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor of the profile."""
@@ -87,15 +87,15 @@ def make_problem(
         step: time of a decode step; needed for a budget with `decode_time`.
 
     Raises:
-        UserError: the profile has no influence, or no plan of its grid meets the budget.
+        UserError: the profile has no table of rules, or no plan of its grid meets the budget.
     """
     grid = profile.grid
     if grid is None:
         raise UserError(
-            "the profile has no attention influence, so it prices no rule",
+            "no statistic of the profile prices rules",
             where="profile.statistics",
-            expected="the statistic `influence`",
-            fix="add `{name: influence}` to the recipe and profile again",
+            expected="`influence` or `hidden_mass`",
+            fix="add one of them to the recipe and profile again",
         )
     lengths = tuple(sorted(profile.lengths))
     problem = SearchProblem(
@@ -237,24 +237,9 @@ def run_search(
     baselines = solve_baselines(problem)
     refined = None
     if section.refine is not None:
-        if "uniform" not in baselines:
-            raise UserError(
-                "no uniform window meets the budget, so refinement has nothing to measure its loss by",
-                where="search.refine",
-                fix="raise the budget, or leave `refine` out",
-            )
-        every = {name: positional(each.decision) for name, each in {**candidates, **baselines}.items()}
-        starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
-        refined = refine(
-            loaded.model,
-            problem,
-            section.refine,
-            starts,
-            starts["uniform"],
-            refine_documents,
-            folder / "search",
-            seed,
-            progress,
+        found = {**candidates, **baselines}
+        refined = _refine(
+            loaded.model, problem, section.refine, found, refine_documents, folder / "search", seed, progress
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
         candidates["refined"] = CandidatePlan(refined.spans(), note=note)
@@ -316,6 +301,28 @@ def run_search(
         }
     write_result(folder, report, plan, plans, uniform)
     return SearchResult(plan, uniform, report)
+
+
+def _refine(
+    model: Any,
+    problem: SearchProblem,
+    settings: Refine,
+    found: Mapping[str, CandidatePlan],
+    documents: Sequence[Document],
+    folder: Path,
+    seed: int,
+    progress: Progress | None,
+) -> State:
+    """Refine the best of the plans found, by name, that go by position and meet the budget."""
+    if "uniform" not in found:
+        raise UserError(
+            "no uniform window meets the budget, so refinement has nothing to measure its loss by",
+            where="search.refine",
+            fix="raise the budget, or leave `refine` out",
+        )
+    every = {name: positional(each.decision) for name, each in found.items()}
+    starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
+    return refine(model, problem, settings, starts, starts["uniform"], documents, folder, seed, progress)
 
 
 def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:

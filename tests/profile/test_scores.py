@@ -1,10 +1,13 @@
 """Hidden mass and output error against sums over whole attention matrices, and the training of gates."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import spawn
 
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
@@ -146,3 +149,32 @@ def test_the_rate_rises_and_falls() -> None:
     factors = [schedule(step, 100) for step in range(100)]
     assert factors[0] == 0.1 and factors[19] == 1 and factors[50] == 1 and factors[99] == 0.1
     assert max(factors) == 1 and min(factors) == 0.1
+
+
+def _train_in_process(rank: int, folder: str) -> None:
+    """One of two processes that train the same gates."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = tiny_model("llama-gqa")
+    queue = [document(96, seed=number) for number in range(6)]
+    settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
+    partial = Path(folder) / "gates.partial"
+    found = module.train_gates(settings, model, shape_of(model), queue, partial, "key", 0, lambda *_: None)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_one_set_of_gates(tmp_path: Path) -> None:
+    spawn(_train_in_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first, second)
+    model = tiny_model("llama-gqa")
+    queue = [document(96, seed=number) for number in range(6)]
+    settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
+    alone = module.train_gates(settings, model, shape_of(model), queue, tmp_path / "p", "key", 0, lambda *_: None)
+    # Alone, a step sees one document instead of two: near, and not the same.
+    assert not torch.equal(first, alone)
+    torch.testing.assert_close(first, alone, rtol=0, atol=0.1)

@@ -126,7 +126,7 @@ def test_an_interrupted_search_leaves_the_old_plan(tmp_path: Path, monkeypatch: 
 
 
 def test_a_profile_without_influence_is_an_error() -> None:
-    with pytest.raises(UserError, match="no attention influence"):
+    with pytest.raises(UserError, match="no statistic of the profile prices rules"):
         make_problem(make_shape(), FakeProfile((320,), None, {}), Budget(kv=0.5), 2)
 
 
