@@ -6,6 +6,7 @@ imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ from transformers.utils import logging
 from .attention import NAME, Step
 from .paged_cache import PagedCache
 from .span import Span, has_length_rule, native_windows, spans_at, spans_of_plan
+
+# The argument that the stock models take a cache by: its name changed in transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 logger = logging.get_logger(__name__)
 
@@ -82,9 +86,11 @@ class PlanModel:
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock model's; `past_key_values` has to be a `PagedCache` (or None).
+        """As the stock model's; `past_key_values`, or `cache` as it is named since transformers 5.24, has to be a
+        `PagedCache` (or None).
 
         Spans by length take their windows from the tokens of the first pass into a cache, and of every pass without
         one.
@@ -94,6 +100,7 @@ class PlanModel:
                 for attention weights, which this attention never has. With spans by length also several tokens
                 behind cached ones, and sequences of different lengths.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if self.config._attn_implementation != NAME:
             logger.warning_once(
                 f"attn_implementation={self.config._attn_implementation!r} was asked for: the plan is NOT in effect, "
@@ -103,9 +110,9 @@ class PlanModel:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
@@ -137,10 +144,10 @@ class PlanModel:
             input_ids=input_ids,
             attention_mask=None,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             compress_step=step,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         step.end()
@@ -259,8 +266,8 @@ class PlanForCausalLM:
                 f"cache_implementation={kind!r}: a planned model brings its own paged cache; leave "
                 "cache_implementation out, or say 'static' to reserve it for the whole generation at once"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache(generation_config.max_length if kind else None)
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = self.new_cache(generation_config.max_length if kind else None)
         return None
 
 
