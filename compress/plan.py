@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import struct
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compress.errors import Problem, UserError
 from compress.runtime.span import AnySpan, spans_of_plan
@@ -29,16 +42,96 @@ Group = Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)]
 
 
 class Mlp(Strict):
-    """What is kept of a layer's MLP."""
+    """What is kept of a layer's MLP.
+
+    Attributes:
+        kept: number of neurons.
+        neurons: which, as one number in hexadecimal: neuron i is kept where the bit of 2^i is set. A mask, because
+            the indices of a large model would be megabytes of JSON.
+    """
 
     kept: int = Field(ge=1, description="neurons kept")
+    neurons: str = Field(pattern=r"^[0-9a-f]+$", description="which, as a bit mask in hexadecimal")
+
+    @model_validator(mode="after")
+    def _counted(self) -> Mlp:
+        found = int(self.neurons, 16).bit_count()
+        if found != self.kept:
+            raise ValueError(f"neurons: expected a mask of {self.kept} neurons, got one of {found}")
+        return self
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> Mlp:
+        """From the indices of the neurons that stay."""
+        chosen = set(indices)
+        bits = "".join("1" if i in chosen else "0" for i in range(max(chosen), -1, -1))
+        return cls(kept=len(chosen), neurons=f"{int(bits, 2):x}")
+
+    def indices(self) -> tuple[int, ...]:
+        """Indices of the neurons that stay, ascending."""
+        return tuple(i for i, bit in enumerate(reversed(f"{int(self.neurons, 16):b}")) if bit == "1")
+
+
+class OutputBias(Strict):
+    """What is added behind the projections of a layer in place of what was removed from it (FLAP's compensation).
+
+    Attributes:
+        attention, mlp: `hidden_size` little-endian float32 numbers in base64, behind o_proj and behind down_proj.
+    """
+
+    attention: str
+    mlp: str
+
+    @classmethod
+    def of(cls, attention: Sequence[float], mlp: Sequence[float]) -> OutputBias:
+        """From the numbers themselves."""
+        return cls(attention=_packed(attention), mlp=_packed(mlp))
+
+    def values(self) -> tuple[list[float], list[float]]:
+        """The numbers behind o_proj, and those behind down_proj."""
+        return _unpacked(self.attention), _unpacked(self.mlp)
+
+
+def _packed(values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _unpacked(text: str) -> list[float]:
+    raw = base64.b64decode(text, validate=True)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
 class LayerPlan(Strict):
-    """The decision for one layer; `mlp` is None where the MLP is left as it is."""
+    """The decision for one layer.
+
+    Attributes:
+        groups: one target per head group of the model.
+        queries: indices of the query heads that stay, the same number in every group that stays; None where groups
+            keep all of theirs.
+        mlp: None where the MLP is left as it is.
+        bias: None where nothing is added in place of what was removed.
+    """
 
     groups: tuple[Group, ...] = Field(min_length=1)
+    queries: tuple[int, ...] | None = None
     mlp: Mlp | None = None
+    bias: OutputBias | None = None
+
+    @property
+    def kept_groups(self) -> tuple[int, ...]:
+        """Indices of the head groups that stay."""
+        return tuple(number for number, group in enumerate(self.groups) if group.target != "pruned")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything of the layer is removed."""
+        return self.queries is not None or self.mlp is not None or len(self.kept_groups) < len(self.groups)
+
+    @model_serializer(mode="wrap")
+    def _as_needed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `queries` and `bias` where there are none, as plans were written before they could have any."""
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if value is not None or key not in ("queries", "bias")}
 
 
 class PlanModel(Strict):
@@ -54,11 +147,18 @@ class PlanModel(Strict):
 
 
 class Predicted(Strict):
-    """What the search expects of the plan. `kv_bytes` maps a length in tokens to bytes for one sequence."""
+    """What the search expects of the plan.
+
+    Attributes:
+        kv_bytes, dense_kv_bytes: bytes of one sequence by its length in tokens.
+        parameters, dense_parameters: of the decoder layers, for a plan that removes any.
+    """
 
     kv_bytes: dict[int, int] = {}
     dense_kv_bytes: dict[int, int] = {}
     loss: float | None = None
+    parameters: int | None = None
+    dense_parameters: int | None = None
 
 
 class Plan(Strict):
@@ -78,8 +178,30 @@ class Plan(Strict):
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
     def spans(self) -> list[list[AnySpan]]:
-        """The span of every head group, `[layers][kv_heads]`; costs resolve those by length at the length asked for."""
-        return spans_of_plan(self.model_dump(mode="json", by_alias=True), list(self.model.native_windows))
+        """The span of every head group that stays, `[layers][groups]`; costs resolve those by length at the length
+        asked for."""
+        return spans_of_plan({"layers": self.runtime_layers()}, list(self.model.native_windows))
+
+    def runtime_layers(self) -> list[dict[str, Any]]:
+        """What a checkpoint's configuration carries of every layer: targets of the groups that stay, and how many
+        query heads and neurons they are where the layer is narrower than the model's."""
+        layers = []
+        for layer in self.layers:
+            row: dict[str, Any] = {
+                "groups": [group.model_dump(mode="json") for group in layer.groups if group.target != "pruned"]
+            }
+            if layer.queries is not None or len(row["groups"]) < len(layer.groups):
+                share = self.model.query_heads // self.model.kv_heads
+                row["query_heads"] = len(row["groups"]) * share if layer.queries is None else len(layer.queries)
+            if layer.mlp is not None:
+                row["mlp"] = {"kept": layer.mlp.kept}
+            layers.append(row)
+        return layers
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything of the model is removed."""
+        return any(layer.prunes for layer in self.layers)
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -100,9 +222,21 @@ def make_plan(
     Raises:
         UserError: the groups do not fit the model.
     """
+    layers = [LayerPlan(groups=tuple(row)) for row in groups]
+    return plan_of_layers(shape, layers, predicted=predicted, provenance=provenance)
+
+
+def plan_of_layers(
+    shape: ModelShape,
+    layers: Sequence[LayerPlan],
+    *,
+    predicted: Predicted | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> Plan:
+    """A checked plan from whole layers, which may be pruned. Raises UserError as `make_plan`."""
     plan = Plan(
         model=PlanModel(**shape.model_dump()),
-        layers=tuple(LayerPlan(groups=tuple(row)) for row in groups),
+        layers=tuple(layers),
         predicted=predicted or Predicted(),
         provenance=provenance or {},
     )
@@ -141,17 +275,34 @@ def _count_problems(plan: Plan, where: str) -> list[Problem]:
             problems.append(
                 Problem("wrong number of head groups", here, str(plan.model.kv_heads), str(len(layer.groups)))
             )
+        problems += _pruning_problems(layer, plan.model, here)
         native = plan.model.native_windows[number] if number < len(plan.model.native_windows) else None
-        if native is not None and any(group.target != "full" for group in layer.groups):
+        if native is not None and any(group.target not in ("full", "pruned") for group in layer.groups):
             problems.append(
                 Problem(
                     f"this layer already slides over {native} tokens in the architecture itself",
                     here,
-                    "target full in every group",
+                    "target full or pruned in every group",
                     ", ".join(group.target for group in layer.groups),
                 )
             )
     return problems
+
+
+def _pruning_problems(layer: LayerPlan, model: PlanModel, here: str) -> list[Problem]:
+    """A layer with nothing left, or query heads that do not divide evenly among its groups."""
+    kept = layer.kept_groups
+    if not kept:
+        return [Problem("every head group of the layer is pruned", here, "one or more that stay")]
+    if layer.queries is None:
+        return []
+    share = model.query_heads // model.kv_heads
+    counts = Counter(query // share for query in layer.queries)
+    expected = "ascending indices of query heads, the same number of every group that stays, and of no other"
+    ascending = sorted(set(layer.queries)) == list(layer.queries)
+    if ascending and set(counts) == set(kept) and len(set(counts.values())) == 1:
+        return []
+    return [Problem("these query heads cannot stay", f"{here}.queries", expected, f"{list(layer.queries)}")]
 
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str) -> list[Problem]:

@@ -21,7 +21,7 @@ from compress.located_yaml import KeyPath, LocatedYaml, key_path, read_located, 
 from compress.registry import Method
 
 AnyMethod = SerializeAsAny[Method]
-Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming"]
+Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 

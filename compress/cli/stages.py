@@ -84,8 +84,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         raise _missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
-    if profile.grid is not None:
-        budget: Any = recipe.search.budget
+    budget: Any = recipe.search.budget
+    if profile.grid is not None and budget.parameters is None:
         itemsize = session.loaded.model.dtype.itemsize
         lengths = budget.limits(session.shape, itemsize, profile.lengths)
         line = ceiling(session.shape, profile.grid, lengths, itemsize)
@@ -123,6 +123,13 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
             + ("" if told["steps"] else "; the time ended before the first exchange, raise `search.refine.minutes`")
         )
     say(f"search: {result.report['why']}")
+    if plan.predicted.parameters is not None and plan.predicted.dense_parameters is not None:
+        left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
+        asked = budget.most_parameters(whole)
+        say(
+            f"search: {left:,} of {whole:,} parameters of the decoder layers stay, {left / whole:.2%}, "
+            f"{(asked - left) / whole:.2%} below the budget"
+        )
     for length, used in sorted(plan.predicted.kv_bytes.items()):
         dense = plan.predicted.dense_kv_bytes[length]
         say(f"search: KV cache at {length:,} tokens {size(used)}, {used / dense:.1%} of the dense model's")
@@ -260,7 +267,7 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
         if name != "plan":
             path = session.run.path / "search" / f"{name}.json"
             if not path.is_file():
-                say(f"evaluate: no {name} window fits the budget, so there is no such row")
+                say(f"evaluate: the search left no plan `{name}` within the budget, so there is no such row")
                 continue
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:

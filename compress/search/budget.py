@@ -58,6 +58,14 @@ class Budget(Method):
         tuple[int, ...] | None,
         Field(description="input lengths in tokens at which the budget holds; null takes the profiled lengths"),
     ] = None
+    parameters: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="share of the decoder layers' parameters that stays, above 0 and up to 1, or a whole number of "
+            "them; for solvers that remove heads and neurons, and with no other kind",
+        ),
+    ] = None
     # After the other kinds, because its default depends on them.
     kv: Annotated[
         float | dict[int, float] | None,
@@ -84,8 +92,8 @@ class Budget(Method):
     @classmethod
     def _check_kv(cls, kv: float | dict[int, float] | None, info: ValidationInfo) -> float | dict[int, float] | None:
         if kv is None:
-            others = (info.data.get("density"), info.data.get("decode_time"))
-            return 0.5 if others == (None, None) else None
+            others = [info.data.get(kind) for kind in ("density", "decode_time", "parameters")]
+            return 0.5 if others == [None] * 3 else None
         if isinstance(kv, dict):
             _check_mapping(kv)
             for length, value in kv.items():
@@ -105,6 +113,13 @@ class Budget(Method):
 
     @model_validator(mode="after")
     def _check_together(self) -> Budget:
+        if self.parameters is not None:
+            if self.parameters > 1 and self.parameters != int(self.parameters):
+                raise ValueError(f"parameters: expected a share in (0, 1] or a whole number, got {self.parameters}")
+            if (self.kv, self.density, self.decode_time) != (None, None, None):
+                raise ValueError(
+                    "parameters: it stands alone; prune first, then search spans with the pruned checkpoint as `model`"
+                )
         for name, value in (("kv", self.kv), ("density", self.density)):
             if isinstance(value, dict) and self.lengths is not None and set(self.lengths) != set(value):
                 raise ValueError(f"lengths: leave it out, or name the lengths of `{name}`, when `{name}` is a mapping")
@@ -115,6 +130,11 @@ class Budget(Method):
         elif self.cost_table is not None and self.bandwidth is not None:
             raise ValueError("bandwidth: leave it out, the times are those of `cost_table`")
         return self
+
+    def most_parameters(self, block: int) -> int:
+        """Parameters of the decoder layers that may stay, of `block` in all. Needs `parameters`."""
+        share = self.parameters or 1.0
+        return int(share) if share > 1 else math.floor(share * block)
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -183,6 +183,6 @@ class Solver(Method):
         """
 
 
-def solver_name(solver: Solver) -> str:
+def solver_name(solver: Method) -> str:
     """The name under which a solver's class is registered."""
     return next(name for name, known in solvers.items() if known is type(solver))

@@ -18,11 +18,13 @@ from compress.search.budget import Budget, check_feasible, dense_bytes, rule_key
 from compress.search.decode_time import StepTime, step_bytes
 from compress.search.methods import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
+from compress.search.prune import run_pruning
 from compress.search.refine import Refine, State, refine
 from compress.search.response import response_loss
 from compress.search.select import LossLog, Progress, best_plan, measure
 from compress.search.streaming import Streaming
 from compress.search.uniform import Uniform
+from compress.search.widths import PruningSolver
 from compress.targets.apply import planned_model, set_plan
 from compress.targets.window import SpanGrid
 
@@ -223,8 +225,15 @@ def run_search(
         UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
     """
     solver = parse_solver(section.solver)
-    shape = shape_of(loaded.model)
     budget: Budget = section.budget
+    _check_kind(solver, budget, section.refine)
+    if isinstance(solver, PruningSolver):
+        facts = {"name": solver_name(solver), **solver.model_dump(mode="json")}
+        held_out = list(_flat(held_out_documents))
+        pruned = run_pruning(loaded, profile, held_out, solver, facts, budget, folder, progress, seed)
+        write_result(folder, pruned.report, pruned.plan, pruned.plans, pruned.baselines)
+        return SearchResult(pruned.plan, pruned.baselines, pruned.report)
+    shape = shape_of(loaded.model)
     itemsize = loaded.model.dtype.itemsize
     step = None
     if budget.decode_time is not None:
@@ -301,6 +310,26 @@ def run_search(
         }
     write_result(folder, report, plan, plans, uniform)
     return SearchResult(plan, uniform, report)
+
+
+def _check_kind(solver: Solver | PruningSolver, budget: Budget, refine: Any) -> None:
+    """Raise UserError where the budget is none that the solver decides by."""
+    prunes = isinstance(solver, PruningSolver)
+    if prunes != (budget.parameters is not None):
+        raise UserError(
+            "the solver and the budget do not belong together",
+            where="search",
+            expected="`budget: {parameters: ...}` for this solver"
+            if prunes
+            else "a solver that prunes, as `amp`, for `budget: {parameters: ...}`",
+            found=f"solver `{solver_name(solver)}`",
+        )
+    if prunes and refine is not None:
+        raise UserError(
+            "refinement exchanges spans, and a pruned plan has none",
+            where="search.refine",
+            fix="leave it out; search spans afterwards with the pruned checkpoint as `model`",
+        )
 
 
 def _refine(

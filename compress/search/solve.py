@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
-from compress.search.candidates import GroupCandidates
-
 Vector = NDArray[np.float64]
 
 ZERO = 1e-6  # losses below this share of what the rules can lose at all count as nothing when a gap is relative
 MILP_SCALE = 1e4  # HiGHS stops at an absolute gap of 1e-6; in these units that is far below ZERO
+
+
+class Choices(Protocol):
+    """What one thing can become: losses `[choices, objectives]` and costs `[choices, rows]`."""
+
+    @property
+    def losses(self) -> Vector:
+        """By choice and objective."""
+
+    @property
+    def costs(self) -> NDArray[np.int64]:
+        """By choice and budget row, whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Knapsack:
     hundreds of rules small. A choice is checked in whole pages and keys, never by the solver's own numbers.
     """
 
-    def __init__(self, candidates: Sequence[GroupCandidates], limits: Sequence[int]) -> None:
-        sizes = [len(group.spans) for group in candidates]
+    def __init__(self, candidates: Sequence[Choices], limits: Sequence[int]) -> None:
+        sizes = [len(group.losses) for group in candidates]
         self.groups = len(sizes)
         self.start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.group = np.repeat(np.arange(self.groups), sizes)

@@ -1,5 +1,5 @@
 """What a head group can become. Importing this package registers every target."""
 
-from compress.targets import full, window
+from compress.targets import full, pruned, window
 
-__all__ = ["full", "window"]
+__all__ = ["full", "pruned", "window"]

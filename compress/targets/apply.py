@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from compress.models.families import family_of
+from compress.models.pruning import Kept, add_output_biases, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
+from compress.runtime.span import FULL, AnySpan, own_span
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
     """The part of a plan that the runtime needs and a checkpoint's configuration carries."""
-    layers = plan.model_dump(mode="json", by_alias=True, exclude_none=True)["layers"]
-    return {"schema": 1, "layers": layers}
+    return {"schema": 1, "layers": plan.runtime_layers()}
 
 
 def planned_model(model: Any, plan: Plan) -> Any:
-    """A model that runs the plan on the very tensors of `model`, which stays usable as it is.
+    """A model that runs the plan on the very tensors of `model`, or on slices of them; `model` stays usable as it is.
+
+    A plan that only removes the same numbers in every layer gives a model of the stock class, since there is nothing
+    left for the runtime to do.
 
     Raises:
-        UserError: the architecture is not supported.
+        UserError: the architecture is not supported, or cannot be pruned so.
         ValueError: the plan's layers or groups are not this model's.
     """
+    if plan.prunes:
+        model = pruned_model(model, plan)
+        if stock_widths(plan) and plan.spans() == full_spans(plan):
+            return model
     return with_runtime_plan(model, runtime_plan(plan))
+
+
+def kept_units(plan: Plan, neurons: int) -> list[Kept]:
+    """What stays of every layer, where the dense model has `neurons` in each."""
+    return [
+        Kept(
+            layer.kept_groups,
+            tuple(range(neurons)) if layer.mlp is None else layer.mlp.indices(),
+            layer.queries,
+        )
+        for layer in plan.layers
+    ]
+
+
+def stock_widths(plan: Plan) -> bool:
+    """Whether all layers keep the same numbers of head groups, query heads and neurons."""
+    share = plan.model.query_heads // plan.model.kv_heads
+    widths = {
+        (
+            len(layer.kept_groups),
+            len(layer.kept_groups) * share if layer.queries is None else len(layer.queries),
+            None if layer.mlp is None else layer.mlp.kept,
+        )
+        for layer in plan.layers
+    }
+    return len(widths) == 1
+
+
+def full_spans(plan: Plan) -> list[list[AnySpan]]:
+    """The spans of the groups that stay, as the architecture itself has them."""
+    return [
+        [FULL if native is None else own_span(native)] * len(layer.kept_groups)
+        for layer, native in zip(plan.layers, plan.model.native_windows, strict=True)
+    ]
+
+
+def pruned_model(model: Any, plan: Plan) -> Any:
+    """A model of the same class without what the plan removes; every tensor that is not sliced is that of `model`."""
+    made = on_weights_of(model, type(model), copy.deepcopy(model.config))
+    prune(made, kept_units(plan, model.config.intermediate_size))
+    biases = [layer.bias.values() for layer in plan.layers if layer.bias is not None]
+    if biases:
+        add_output_biases(made, biases)
+    return made
 
 
 def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:

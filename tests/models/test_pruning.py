@@ -8,7 +8,15 @@ import torch
 import transformers
 
 from compress.errors import UserError
-from compress.models.pruning import Kept, layers_of, parameters_per_unit, prune
+from compress.models.pruning import (
+    Kept,
+    add_output_biases,
+    block_parameters,
+    is_uniform,
+    layers_of,
+    parameters_per_unit,
+    prune,
+)
 from tests.tiny import SIZES, random_ids, tiny_model
 
 FAMILIES = ["llama-gqa", "llama-mha", "mistral", "qwen2", "qwen3", "phi3"]
@@ -28,15 +36,23 @@ def model_of(family: str) -> Any:
     return model
 
 
-def kept_of(model: Any) -> list[Kept]:
-    """Half of the groups and 40 of 64 neurons, others in every layer."""
+def kept_of(model: Any, query_heads: int | None = None) -> list[Kept]:
+    """Half of the groups (with `query_heads` of each) and 40 of 64 neurons, others in every layer."""
     groups = model.config.num_key_value_heads
+    share = model.config.num_attention_heads // groups
     generator = torch.Generator().manual_seed(2)
 
     def some(number: int, of: int) -> tuple[int, ...]:
         return tuple(sorted(torch.randperm(of, generator=generator)[:number].tolist()))
 
-    return [Kept(some(groups // 2, groups), some(40, 64)) for _ in layers_of(model)]
+    rows = []
+    for _ in layers_of(model):
+        chosen = some(groups // 2, groups)
+        queries = None
+        if query_heads is not None:
+            queries = tuple(group * share + head for group in chosen for head in some(query_heads, share))
+        rows.append(Kept(chosen, some(40, 64), queries))
+    return rows
 
 
 @torch.no_grad()
@@ -47,27 +63,31 @@ def zero(model: Any, kept: list[Kept]) -> None:
     layers: list[Any] = layers_of(model)
     for layer, stays in zip(layers, kept, strict=True):
         head_dim = layer.self_attn.head_dim
-        for group in set(range(config.num_key_value_heads)) - set(stays.groups):
-            layer.self_attn.o_proj.weight[:, group * share * head_dim : (group + 1) * share * head_dim] = 0
+        for query in set(range(config.num_attention_heads)) - set(stays.query_heads(share)):
+            layer.self_attn.o_proj.weight[:, query * head_dim : (query + 1) * head_dim] = 0
         for neuron in set(range(64)) - set(stays.neurons):
             layer.mlp.down_proj.weight[:, neuron] = 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pruned_equals_zeroed_and_round_trips(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "query_heads"), [*[(family, None) for family in FAMILIES], ("llama-gqa", 1), ("qwen3", 1), ("phi3", 1)]
+)
+def test_pruned_equals_zeroed_and_round_trips(family: str, query_heads: int | None, tmp_path: Path) -> None:
     zeroed, pruned = model_of(family), model_of(family)
-    kept = kept_of(pruned)
-    before = sum(weight.numel() for weight in pruned.parameters())
-    group, neuron = parameters_per_unit(pruned)[0]
+    kept = kept_of(pruned, query_heads)
+    before = block_parameters(pruned)
+    sizes = parameters_per_unit(pruned)[0]
+    share = pruned.config.num_attention_heads // pruned.config.num_key_value_heads
     zero(zeroed, kept)
     prune(pruned, kept)
     ids = random_ids(2, 33)
     with torch.no_grad():
         expected, found = zeroed(ids).logits, pruned(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    removed = before - sum(weight.numel() for weight in pruned.parameters())
-    missing = zeroed.config.num_key_value_heads - pruned.config.num_key_value_heads
-    assert removed == len(kept) * (missing * group + 24 * neuron)
+    stay = pruned.config.num_key_value_heads
+    missing = zeroed.config.num_key_value_heads - stay
+    heads = 0 if query_heads is None else stay * (share - query_heads)
+    assert before - block_parameters(pruned) == len(kept) * sizes.removed(missing, heads, 24)
 
     pruned.save_pretrained(tmp_path)
     found_again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -82,9 +102,43 @@ def test_pruned_equals_zeroed_and_round_trips(family: str, tmp_path: Path) -> No
 
 
 def test_parameters_of_a_group_are_those_of_its_projections() -> None:
-    group, neuron = parameters_per_unit(tiny_model("llama-gqa"))[0]
-    assert group == (2 * 2 + 2) * 12 * 48
-    assert neuron == 3 * 48
+    sizes = parameters_per_unit(tiny_model("llama-gqa"))[0]
+    assert sizes.group == (2 * 2 + 2) * 12 * 48
+    assert sizes.query == 2 * 12 * 48
+    assert sizes.neuron == 3 * 48
+
+
+def test_layers_of_different_widths_are_sliced_and_keep_the_configuration() -> None:
+    model = tiny_model("llama-gqa")
+    kept = [Kept((0,), (1, 2)), Kept((0, 1), (3,), (0, 3)), Kept((1,), tuple(range(64)))]
+    prune(model, kept)
+    assert not is_uniform(kept, 2)
+    assert model.config.num_key_value_heads == 2
+    assert [layer.self_attn.q_proj.out_features for layer in model.model.layers] == [24, 24, 24]
+    assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [12, 24, 12]
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [2, 1, 64]
+
+
+def test_output_biases_stay_in_a_stock_checkpoint(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    ids, size = random_ids(1, 9), model.config.hidden_size
+    with torch.no_grad():
+        before = model(ids).logits
+        add_output_biases(model, [([0.0] * size, [0.0] * size)] * 3)
+        torch.testing.assert_close(model(ids).logits, before)
+        layer = model.model.layers[0]
+        states = torch.randn(1, 2, layer.mlp.down_proj.in_features)
+        without = layer.mlp.down_proj(states)
+        add_output_biases(model, [([0.5] * size, [0.25] * size)] * 3)
+        torch.testing.assert_close(layer.mlp.down_proj(states), without + 0.25)
+        assert bool((layer.self_attn.o_proj.bias == 0.5).all())
+        after = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, after)
+    with pytest.raises(UserError, match="no biases behind o_proj"):
+        add_output_biases(tiny_model("qwen2"), [])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +148,8 @@ def test_parameters_of_a_group_are_those_of_its_projections() -> None:
         ([Kept((), (1,))] * 3, "no head group would stay"),
         ([Kept((0, 2), (1,))] * 3, "not ascending numbers below 2"),
         ([Kept((1, 0), (1,))] * 3, "not ascending"),
-        ([Kept((0,), (1,)), Kept((0, 1), (1,)), Kept((0,), (1,))], "layers would differ"),
+        ([Kept((0, 1), (1,), (0, 1, 2))] * 3, "not divide evenly"),
+        ([Kept((0,), (1,), (2,))] * 3, "not divide evenly"),
     ],
 )
 def test_what_cannot_be_pruned_says_so(kept: list[Kept], message: str) -> None:

@@ -1,0 +1,267 @@
+"""What a pruning solver gets and gives: scores of heads and neurons, a budget of parameters, what stays."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from compress.errors import UserError
+from compress.models.pruning import Kept, UnitSizes
+from compress.plan import LayerPlan, Mlp, OutputBias, Plan, Predicted, plan_of_layers
+from compress.registry import Method
+from compress.targets.cost import dense_kv_bytes
+from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
+
+if TYPE_CHECKING:
+    from compress.models.shape import ModelShape
+
+TOLERANCE = 0.005  # share of the block parameters that a plan may stay below its budget
+MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class PruningProblem:
+    """One model, what its profile measured, and how many parameters may stay.
+
+    Attributes:
+        sizes: parameters of one head group, query head and neuron, by layer.
+        neurons: of one MLP.
+        block: parameters of all decoder layers.
+        most: how many of them may stay.
+        tensor: reads a tensor of the profile by key, for instance `amp.heads`.
+        itemsize: bytes of one number of the KV cache.
+        lengths: profiled lengths in tokens, at which the KV bytes are told.
+        outputs: what o_proj and down_proj of a layer make of inputs `[groups, query heads a group, head_dim]` and
+            `[neurons]`, `hidden_size` numbers each.
+    """
+
+    shape: ModelShape
+    sizes: tuple[UnitSizes, ...]
+    neurons: int
+    block: int
+    most: int
+    tensor: Callable[[str], torch.Tensor]
+    itemsize: int
+    lengths: tuple[int, ...]
+    outputs: Callable[[int, torch.Tensor, torch.Tensor], tuple[list[float], list[float]]]
+
+    @property
+    def share(self) -> int:
+        """Query heads of a group."""
+        return self.shape.query_heads // self.shape.kv_heads
+
+    def parameters(self, kept: Sequence[Kept]) -> int:
+        """Parameters of the decoder layers that stay, without biases that a compensation adds."""
+        left = self.block
+        for sizes, layer in zip(self.sizes, kept, strict=True):
+            groups, queries, neurons = layer.widths(self.share)
+            left -= sizes.removed(self.shape.kv_heads - groups, groups * self.share - queries, self.neurons - neurons)
+        return left
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many units of a layer stay: head groups, query heads of each, neurons."""
+
+    groups: int
+    queries: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class PrunedCandidate:
+    """One decision of a pruning solver.
+
+    Attributes:
+        kept: what stays, by layer.
+        note: which of the solver's questions this answers.
+        loss: sum of the scores that are removed, in the solver's unit.
+        gap: how far that sum is from the proven smallest at most, relative; None where it was not minimised.
+        bias: by layer, what is added behind o_proj and down_proj in place of what is removed.
+    """
+
+    kept: tuple[Kept, ...]
+    note: str = ""
+    loss: float | None = None
+    gap: float | None = None
+    bias: tuple[OutputBias, ...] | None = None
+
+    def to_plan(self, problem: PruningProblem, provenance: dict[str, Any]) -> Plan:
+        """The plan file of this decision."""
+        rows = []
+        for number, layer in enumerate(self.kept):
+            stays = set(layer.groups)
+            rows.append(
+                LayerPlan(
+                    groups=tuple(
+                        FullGroup() if group in stays else PrunedGroup() for group in range(problem.shape.kv_heads)
+                    ),
+                    queries=layer.queries,
+                    mlp=None if len(layer.neurons) == problem.neurons else Mlp.of(layer.neurons),
+                    bias=None if self.bias is None else self.bias[number],
+                )
+            )
+        sizes = {"head_dim": problem.shape.head_dim, "itemsize": problem.itemsize}
+        groups = sum(len(layer.groups) for layer in self.kept)
+        whole = problem.shape.layers * problem.shape.kv_heads
+        predicted = Predicted(
+            kv_bytes={length: dense_kv_bytes(groups, length, **sizes) for length in problem.lengths},
+            dense_kv_bytes={length: dense_kv_bytes(whole, length, **sizes) for length in problem.lengths},
+            loss=self.loss,
+            parameters=problem.parameters(self.kept),
+            dense_parameters=problem.block,
+        )
+        return plan_of_layers(problem.shape, rows, predicted=predicted, provenance=provenance)
+
+
+class PruningSolver(Method):
+    """Base of every solver that removes head groups and neurons; its fields are recipe keys."""
+
+    importance: Annotated[
+        str, Field(description="the statistic that ranks heads and neurons: amp, wanda_sp, flap, taylor, ...")
+    ] = "amp"
+    group_score: Annotated[
+        Literal["sum", "mean", "max"],
+        Field(description="score of a head group from those of its query heads; mean is MoP's"),
+    ] = "mean"
+    unit: Annotated[
+        Literal["group", "query"],
+        Field(
+            description="group removes key/value heads with their query heads; query the same number of query heads "
+            "from every group, whose keys and values stay"
+        ),
+    ] = "group"
+    multiple: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="neurons that stay are a multiple of it; null takes the largest power of two up to "
+            "128 that meets the budget to within 0.5%",
+        ),
+    ] = None
+    floor: Annotated[float, Field(gt=0, le=1, description="least share of a layer's neurons that stays")] = 0.1
+    protect: Annotated[
+        tuple[int, ...], Field(description="layers that are left as they are; negative ones count from the end")
+    ] = ()
+    compensate: Annotated[
+        bool,
+        Field(
+            description="add the mean of what is removed as biases (FLAP); needs a statistic with means, and an "
+            "architecture with biases behind o_proj and down_proj"
+        ),
+    ] = False
+
+    @abstractmethod
+    def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
+        """One or more decisions whose parameters are within the budget. The same problem gives the same ones.
+
+        Raises:
+            UserError: the budget cannot be met, or the profile lacks the scores.
+        """
+
+    def protected(self, layers: int) -> set[int]:
+        """Indices of the protected layers.
+
+        Raises:
+            UserError: there is no such layer.
+        """
+        wrong = [number for number in self.protect if not -layers <= number < layers]
+        if wrong:
+            raise UserError(
+                "there is no such layer to protect",
+                where="search.solver.protect",
+                expected=f"-{layers} to {layers - 1}",
+                found=", ".join(map(str, wrong)),
+            )
+        return {number % layers for number in self.protect}
+
+    def least_neurons(self, problem: PruningProblem) -> int:
+        """Neurons that stay in every layer."""
+        return max(1, round(self.floor * problem.neurons))
+
+    def scores(self, problem: PruningProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of query heads `[layers, groups, query heads a group]` and of neurons `[layers, neurons]`, float64."""
+        heads = problem.tensor(f"{self.importance}.heads").double()
+        neurons = problem.tensor(f"{self.importance}.neurons").double()
+        shape = problem.shape
+        expected = (shape.layers, shape.kv_heads, problem.share), (shape.layers, problem.neurons)
+        if (tuple(heads.shape), tuple(neurons.shape)) != expected:
+            raise UserError(
+                f"the scores of `{self.importance}` do not fit the model",
+                where="search.solver.importance",
+                expected=f"{expected[0]} heads and {expected[1]} neurons",
+                found=f"{tuple(heads.shape)} and {tuple(neurons.shape)}",
+            )
+        return heads, neurons
+
+    def group_scores(self, heads: torch.Tensor) -> torch.Tensor:
+        """`[..., query heads a group]` to `[...]`."""
+        reduced: torch.Tensor = {"sum": heads.sum(-1), "mean": heads.mean(-1), "max": heads.amax(-1)}[self.group_score]
+        return reduced
+
+    def pick(self, problem: PruningProblem, widths: Sequence[Widths]) -> tuple[Kept, ...]:
+        """The units of the highest scores, as many as `widths` says of every layer."""
+        heads, neurons = self.scores(problem)
+        return pick(problem, widths, self.group_scores(heads), heads, neurons)
+
+    def candidate(
+        self,
+        problem: PruningProblem,
+        widths: Sequence[Widths],
+        note: str,
+        gap: float | None = None,
+        loss: float | None = None,
+    ) -> PrunedCandidate:
+        """The decision of these widths, with its compensation where that is asked for."""
+        found = PrunedCandidate(self.pick(problem, widths), note, loss, gap)
+        return replace(found, bias=self._compensation(problem, found.kept)) if self.compensate else found
+
+    def _compensation(self, problem: PruningProblem, kept: Sequence[Kept]) -> tuple[OutputBias, ...]:
+        """What the removed units gave in the mean, behind both projections (arXiv 2312.11983)."""
+        heads = problem.tensor(f"{self.importance}.head_means").double().clone()
+        neurons = problem.tensor(f"{self.importance}.neuron_means").double().clone()
+        biases = []
+        for layer, stays in enumerate(kept):
+            heads[layer].flatten(0, 1)[list(stays.query_heads(problem.share))] = 0
+            neurons[layer, list(stays.neurons)] = 0
+            biases.append(OutputBias.of(*problem.outputs(layer, heads[layer], neurons[layer])))
+        return tuple(biases)
+
+
+def pick(
+    problem: PruningProblem,
+    widths: Sequence[Widths],
+    groups: torch.Tensor,
+    heads: torch.Tensor,
+    neurons: torch.Tensor,
+) -> tuple[Kept, ...]:
+    """The units of the highest scores; of equal ones the first.
+
+    Args:
+        widths: how many, by layer.
+        groups: scores `[layers, groups]`.
+        heads: scores `[layers, groups, query heads a group]`.
+        neurons: scores `[layers, neurons]`.
+    """
+    rows = []
+    for layer, width in enumerate(widths):
+        chosen = top(groups[layer], width.groups)
+        queries = None
+        if width.queries < problem.share:
+            queries = tuple(
+                group * problem.share + head for group in chosen for head in top(heads[layer, group], width.queries)
+            )
+        rows.append(Kept(chosen, top(neurons[layer], width.neurons), queries))
+    return tuple(rows)
+
+
+def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
+    """Indices of the highest of `[n]` scores, ascending; of equal ones the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return tuple(sorted(order[:count].tolist()))

@@ -1,0 +1,195 @@
+"""Pruned plans: budgets in exact parameters, what is picked, and the model that a plan gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import UserError
+from compress.models.pruning import block_parameters
+from compress.models.shape import shape_of
+from compress.plan import Mlp, read_plan
+from compress.search.allocated import Allocated
+from compress.search.amp import Amp
+from compress.search.budget import Budget
+from compress.search.prune import pruning_problem, random_candidate
+from compress.search.search import run_search
+from compress.search.widths import PruningSolver
+from compress.targets.apply import planned_model, pruned_model, stock_widths
+from tests.tiny import random_ids, tiny_loaded, tiny_model
+
+
+class Scored:
+    """A profile of drawn scores."""
+
+    lengths = (64,)
+    grid = None
+
+    def __init__(self, model: Any, name: str = "amp") -> None:
+        shape = shape_of(model)
+        generator = torch.Generator().manual_seed(0)
+        share = shape.query_heads // shape.kv_heads
+        size = model.config.intermediate_size
+        self.tensors = {
+            f"{name}.heads": torch.rand(shape.layers, shape.kv_heads, share, generator=generator),
+            f"{name}.neurons": torch.rand(shape.layers, size, generator=generator),
+            f"{name}.head_means": torch.randn(shape.layers, shape.kv_heads, share, shape.head_dim, generator=generator),
+            f"{name}.neuron_means": torch.randn(shape.layers, size, generator=generator),
+        }
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+
+class Section:
+    """A recipe's search section."""
+
+    refine = None
+
+    def __init__(self, solver: Any, budget: Budget) -> None:
+        self.solver, self.budget = solver, budget
+
+
+SOLVERS = [
+    Amp(multiple=1),
+    Amp(multiple=1, unit="query"),
+    Amp(multiple=1, attention=(0.0,)),
+    Amp(multiple=1, protect=(-1,)),
+    Allocated(multiple=1),
+    Allocated(multiple=1, unit="query", normalise="standard"),
+    Allocated(multiple=1, normalise="none", protect=(1,)),
+]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("share", [0.9, 0.7])
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_parameters_are_those_of_the_model_and_within_the_budget(
+    family: str, share: float, solver: PruningSolver
+) -> None:
+    model = tiny_model(family)
+    problem = pruning_problem(model, Scored(model), Budget(parameters=share))
+    for candidate in solver.solve(problem):
+        plan = candidate.to_plan(problem, {})
+        pruned = pruned_model(model, plan)
+        left = block_parameters(pruned)
+        assert plan.predicted.parameters == left
+        assert left <= problem.most
+        # A neuron of every layer is the step where all layers have one width; otherwise a head may be.
+        heads = 0 if isinstance(solver, Amp) else problem.shape.kv_heads * problem.sizes[0].query
+        step = sum(sizes.neuron for sizes in problem.sizes) + heads
+        assert problem.most - left < step
+        alone = solver.protected(3)
+        for layer in alone:
+            assert not plan.layers[layer].prunes
+        if isinstance(solver, Amp) and not alone:
+            assert stock_widths(plan) and type(planned_model(model, plan)) is type(model)
+            assert pruned.config.intermediate_size == pruned.model.layers[0].mlp.up_proj.out_features
+
+
+def test_the_highest_scores_stay_by_the_score_that_was_asked_for() -> None:
+    model = tiny_model("llama-gqa")
+    profile = Scored(model)
+    profile.tensors["amp.heads"] = torch.tensor([[[0.0, 9.0], [4.0, 4.5]]] * 3)
+    problem = pruning_problem(model, profile, Budget(parameters=0.7))
+    kept = {
+        score: Amp(group_score=score, attention=(0.5,), multiple=1).solve(problem)[0].kept[0].groups
+        for score in ("sum", "mean", "max")
+    }
+    profile.tensors["amp.heads"] = torch.tensor([[[0.0, 8.0], [4.0, 4.5]]] * 3)
+    assert kept == {"sum": (0,), "mean": (0,), "max": (0,)}
+    by_sum = Amp(group_score="sum", attention=(0.5,), multiple=1).solve(problem)[0].kept[0].groups
+    by_max = Amp(group_score="max", attention=(0.5,), multiple=1).solve(problem)[0].kept[0].groups
+    assert (by_sum, by_max) == ((1,), (0,))
+    queries = Amp(unit="query", attention=(0.5,), multiple=1).solve(problem)[0].kept[0]
+    assert (queries.groups, queries.queries) == ((0, 1), (1, 3))
+    neurons = profile.tensors["amp.neurons"][0]
+    stay = list(queries.neurons)
+    gone = sorted(set(range(64)) - set(stay))
+    assert float(neurons[stay].min()) > float(neurons[gone].max())
+
+
+def test_allocation_is_the_smallest_loss_of_all_widths() -> None:
+    model = tiny_model("llama-gqa")
+    profile = Scored(model)
+    profile.tensors["amp.neurons"][1] *= 100
+    problem = pruning_problem(model, profile, Budget(parameters=0.6))
+    (free,) = Allocated(normalise="none", multiple=8, gap=0.0).solve(problem)
+    (equal,) = Amp(multiple=8).solve(problem)
+
+    def removed(kept: Any) -> float:
+        heads, neurons = profile.tensors["amp.heads"].double().mean(-1), profile.tensors["amp.neurons"].double()
+        stay = sum(
+            float(heads[i, list(k.groups)].sum() + neurons[i, list(k.neurons)].sum()) for i, k in enumerate(kept)
+        )
+        return float(heads.sum() + neurons.sum()) - stay
+
+    assert free.loss == pytest.approx(removed(free.kept), rel=1e-5)
+    assert removed(free.kept) < removed(equal.kept)
+    assert len(free.kept[1].neurons) > len(free.kept[0].neurons)
+    assert all(len(layer.neurons) % 8 == 0 for layer in free.kept)
+
+
+def test_random_plan_has_the_same_widths_and_other_units() -> None:
+    model = tiny_model("llama-gqa")
+    problem = pruning_problem(model, Scored(model), Budget(parameters=0.7))
+    (found,) = Allocated(multiple=1).solve(problem)
+    drawn = random_candidate(problem, found.kept, seed=1)
+    assert [layer.widths(2) for layer in drawn.kept] == [layer.widths(2) for layer in found.kept]
+    assert drawn.kept != found.kept
+    assert drawn.kept == random_candidate(problem, found.kept, seed=1).kept
+    assert problem.parameters(drawn.kept) == problem.parameters(found.kept)
+
+
+def test_compensation_adds_what_the_removed_units_gave_in_the_mean() -> None:
+    model = tiny_model("llama-gqa")
+    profile = Scored(model, "flap")
+    problem = pruning_problem(model, profile, Budget(parameters=0.7))
+    (found,) = Amp(importance="flap", compensate=True, multiple=1).solve(problem)
+    plan = found.to_plan(problem, {})
+    pruned = planned_model(model, plan)
+    layer = 1
+    means = profile.tensors["flap.neuron_means"][layer]
+    whole = model.model.layers[layer].mlp.down_proj(means)
+    stay = pruned.model.layers[layer].mlp.down_proj(means[list(found.kept[layer].neurons)])
+    torch.testing.assert_close(stay, whole, rtol=1e-4, atol=1e-5)
+    inputs = profile.tensors["flap.head_means"][layer].flatten(0, 1)
+    whole = model.model.layers[layer].self_attn.o_proj(inputs.flatten())
+    queries = list(found.kept[layer].query_heads(2))
+    stay = pruned.model.layers[layer].self_attn.o_proj(inputs[queries].flatten())
+    torch.testing.assert_close(stay, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_search_writes_a_plan_that_reads_back(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    result = run_search(loaded, Scored(loaded.model), [], Section(Amp(), Budget(parameters=0.8)), tmp_path)
+    plan = read_plan(tmp_path / "plan.json", shape_of(loaded.model))
+    assert plan == result.plan and plan.prunes
+    drawn = read_plan(tmp_path / "search" / "random.json", shape_of(loaded.model))
+    assert drawn.predicted.parameters == plan.predicted.parameters
+    with torch.no_grad():
+        assert planned_model(loaded.model, plan)(random_ids(1, 9)).logits.isfinite().all()
+
+
+def test_what_does_not_belong_together_says_so(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    with pytest.raises(UserError, match="do not belong together"):
+        run_search(loaded, Scored(loaded.model), [], Section(Amp(), Budget(kv=0.5)), tmp_path)
+    with pytest.raises(UserError, match="do not belong together"):
+        run_search(loaded, Scored(loaded.model), [], Section({"name": "moa"}, Budget(parameters=0.5)), tmp_path)
+    with pytest.raises(ValueError, match="it stands alone"):
+        Budget(parameters=0.5, kv=0.5)
+    with pytest.raises(UserError, match="no equal widths"):
+        Amp(floor=0.9, attention=(0.0,)).solve(
+            pruning_problem(loaded.model, Scored(loaded.model), Budget(parameters=0.5))
+        )
+    with pytest.raises(UserError, match="no such layer"):
+        Amp(protect=(3,)).solve(pruning_problem(loaded.model, Scored(loaded.model), Budget(parameters=0.8)))
+
+
+def test_mask_of_neurons_round_trips() -> None:
+    for indices in ((0,), (5,), (0, 3, 63), tuple(range(64)), (1, 130)):
+        assert Mlp.of(indices).indices() == indices
+    with pytest.raises(ValueError, match="mask of 3 neurons"):
+        Mlp(kept=3, neurons="3")
