@@ -101,6 +101,7 @@ class Recipe(Section):
     calibration: CalibrationSection
     profile: ProfileSection
     search: SearchSection
+    recover: AnyMethod | None = Field(None, description="training of the plan's model; leave it out to train nothing")
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection
 
@@ -149,6 +150,7 @@ class Methods:
     sources: Mapping[str, type[Method]]
     budget: type[Method]
     refine: type[Method]
+    recover: type[Method]
     perplexity: type[Method]
     lm_eval: type[Method]
 
@@ -183,6 +185,7 @@ _SLOTS = (
     _Slot(("search", "solver"), "solvers", "name", False, {"name": "moa"}),
     _Slot(("search", "budget"), "budget", None, False),
     _Slot(("search", "refine"), "refine", None, False, optional=True),
+    _Slot(("recover",), "recover", None, False, optional=True),
     _Slot(("evaluate", "perplexity"), "perplexity", None, False, optional=True),
     _Slot(("evaluate", "recall"), "tasks", "task", True, []),
     _Slot(("evaluate", "lm_eval"), "lm_eval", None, False, optional=True),

@@ -6,7 +6,7 @@ model.json             the name of the model, which decides whether a folder can
 environment.json       versions, devices and threads of the last command
 stages.json            what is done, and a key of all that it depended on
 log.jsonl              one line per event, appended
-calibration/  profile/  search/  plan.json  checkpoint/  evaluation/  evaluation.json  plots/  report.html
+calibration/  profile/  search/  plan.json  recover/  checkpoint/  evaluation/  evaluation.json  plots/  report.html
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ from compress.files import key_of, write_json, write_text
 STAGES = "stages.json"
 LOCK = ".lock"
 SCHEMA = 1
-ARTIFACTS = ("calibration", "profile", "search", "plan.json", "evaluation", "evaluation.json", "plots", "report.html")
+ARTIFACTS = (
+    "calibration",
+    "profile",
+    "search",
+    "plan.json",
+    "recover",
+    "evaluation",
+    "evaluation.json",
+    "plots",
+    "report.html",
+)
 
 
 def stage_key(*facts: Any) -> str:

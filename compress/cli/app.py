@@ -5,7 +5,20 @@ from __future__ import annotations
 import typer
 
 from compress import __version__
-from compress.cli import bench, doctor, evaluate, export, inspect, profile, recipes, report, run, search, validate
+from compress.cli import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    profile,
+    recipes,
+    recover,
+    report,
+    run,
+    search,
+    validate,
+)
 from compress.cli.output import guarded
 
 EPILOG = "Start with: compress run recipes/smollm2-quickstart.yaml"
@@ -25,6 +38,7 @@ for name, panel, command in (
     ("run", STAGES, run.run),
     ("profile", STAGES, profile.profile),
     ("search", STAGES, search.search),
+    ("recover", STAGES, recover.recover),
     ("export", STAGES, export.export),
     ("eval", STAGES, evaluate.evaluate),
     ("bench", STAGES, bench.bench),

@@ -15,6 +15,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "peft",
     "safetensors",
     "scipy",
     "numpy",

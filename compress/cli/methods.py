@@ -20,6 +20,7 @@ def load() -> Methods:
     from compress.evaluate.harness import HarnessRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
+    from compress.recover.settings import RecoverSettings
     from compress.search.budget import Budget
     from compress.search.refine import Refine
 
@@ -31,6 +32,7 @@ def load() -> Methods:
         sources={typing.cast(str, source.model_fields["source"].default): source for source in sources},
         budget=Budget,
         refine=Refine,
+        recover=RecoverSettings,
         perplexity=PerplexityRequest,
         lm_eval=HarnessRequest,
     )

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from compress.cli.processes import is_helper
 from compress.errors import UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -41,8 +42,9 @@ def humans() -> Console:
 
 
 def say(line: str) -> None:
-    """One line for humans, exactly as it is."""
-    typer.echo(line, err=True)
+    """One line for humans, exactly as it is; of several processes only the main one speaks."""
+    if not is_helper():
+        typer.echo(line, err=True)
 
 
 def guarded(command: Command) -> Command:
@@ -59,7 +61,7 @@ def guarded(command: Command) -> Command:
         except UserError as error:
             _show(verbose)
             count = len(error.problems)
-            say(str(error))
+            typer.echo(str(error), err=True)  # of a helper, too: what went wrong may be its own
             if count > 1:
                 say(f"{count} problems")
             raise typer.Exit(2) from None
@@ -90,6 +92,9 @@ def _again(options: dict[str, Any]) -> str:
 def progress(title: str) -> Iterator[Report]:
     """A bar on a terminal, a line now and then elsewhere; yields what stages call with (done, in all, what)."""
     console = humans()
+    if is_helper():
+        yield lambda done, total, what: None
+        return
     if not console.is_terminal:
         yield _lines(title)
         return

@@ -16,7 +16,7 @@ def run(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Profile, search, export, evaluate and report, and print what was kept and lost.
+    """Profile, search, recover, export, evaluate and report, and print what was kept and lost.
 
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
@@ -24,15 +24,20 @@ def run(
     from rich.console import Console
 
     from compress.cli.environment import peak_memory
+    from compress.cli.recovery import recover_stage
     from compress.cli.report import write_report
     from compress.cli.session import open_session
     from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
     from compress.export.layout import brings_code
 
     started = time.monotonic()
-    with open_session(recipe, overwrite=overwrite, fresh=fresh) as session:
+    with open_session(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+        if session.helper:
+            recover_stage(session)
+            return
         profile_stage(session)
         search_stage(session)
+        recover_stage(session)
         checkpoint = export_stage(session, overwrite=overwrite)
         comparison = evaluate_stage(session)
         stages = {name: entry["seconds"] for name, entry in session.run.stages().items()}

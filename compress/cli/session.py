@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli import methods
+from compress.cli import methods, processes
 from compress.cli.output import say
+from compress.cli.recovery import CONTROL, RECORD
 from compress.files import write_json
 from compress.recipe import Recipe, load_recipe
 from compress.runfolder import RunFolder, open_run, stage_key
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """A recipe with its run folder."""
+    """A recipe with its run folder.
+
+    Attributes:
+        helper: whether this process only trains, for another one that holds the folder.
+    """
 
     recipe: Recipe
     run: RunFolder
     resolved: dict[str, Any]
+    helper: bool = False
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -86,7 +92,9 @@ class Session:
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
-        return stage_key("export", self._content(self.run.plan), self.recipe.dtype, self.resolved["export"])
+        return stage_key(
+            "export", self._content(self.run.plan), self.recipe.dtype, self.resolved["export"], *self._trained(RECORD)
+        )
 
     def evaluate_key(self) -> str:
         """All that the numbers depend on."""
@@ -99,7 +107,24 @@ class Session:
             self.loaded.model.device.type,
             self.recipe.seed,
             self.resolved["evaluate"],
+            *self._trained(RECORD, CONTROL),
         )
+
+    def recover_key(self) -> str:
+        """All that the trained weights of the plan depend on."""
+        return stage_key("recover", self._content(self.run.plan), *self._training())
+
+    def control_key(self) -> str:
+        """All that the trained weights of the dense model depend on."""
+        return stage_key("control", self.shape.fingerprint, *self._training())
+
+    def _training(self) -> list[Any]:
+        settings: Any = self.recipe.recover
+        return [settings.facts(), self.resolved["calibration"]["text"], self.recipe.seed, self.recipe.dtype]
+
+    def _trained(self, *records: str) -> list[str]:
+        """What came of the recovery, where the recipe has one."""
+        return [self._content(self.run.path / record) for record in records] if self.recipe.recover is not None else []
 
     @staticmethod
     def _content(path: Path) -> str:
@@ -107,18 +132,31 @@ class Session:
 
 
 @contextmanager
-def open_session(recipe_file: str, *, overwrite: bool = False, fresh: bool = False) -> Iterator[Session]:
+def open_session(
+    recipe_file: str, *, overwrite: bool = False, fresh: bool = False, helpers: bool = False
+) -> Iterator[Session]:
     """Load a recipe and hold its run folder.
+
+    Args:
+        helpers: whether the command has work for helpers, which get a session without holding the folder; in other
+            commands they end here.
 
     Raises:
         UserError: a wrong recipe, or a folder that cannot be used (see `open_run`).
     """
+    import typer
     import yaml
 
     from compress.cli.environment import environment
 
+    helper = processes.is_helper()
+    if helper and not helpers:
+        raise typer.Exit()
     recipe = load_recipe(recipe_file, methods.load())
     resolved = recipe.resolved()
+    if helper:
+        yield Session(recipe, RunFolder(Path(recipe.output).expanduser()), resolved, helper=True)
+        return
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     output = Path(recipe.output).expanduser()
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
@@ -129,7 +167,7 @@ def open_session(recipe_file: str, *, overwrite: bool = False, fresh: bool = Fal
 
 
 def resolve_device(name: str) -> str:
-    """The device of `auto`, or the one that is named.
+    """The device of `auto`, or the one that is named; in a launch of several processes each has a GPU of its own.
 
     Raises:
         UserError: the named device is not there.
@@ -139,7 +177,10 @@ def resolve_device(name: str) -> str:
     from compress.errors import UserError
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    launch = processes.launch()
+    if name == "cuda" and launch is not None:
+        name = f"cuda:{launch.local_rank}"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = name.partition(":")
     if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):

@@ -1,13 +1,15 @@
-"""The four stages of a run, as one function each: skip what is done, say what is missing, do it, note it."""
+"""The stages of a run, as one function each: skip what is done, say what is missing, do it, note it."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.cli.output import duration, progress, say, size
+from compress.cli.recovery import recover_stage
 from compress.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
             say(f"profile: done before, {run.profile}")
         return read_profile(run.profile, session.shape)
     if must_be_done:
-        raise _missing(session, "profile", run.profile)
+        raise missing(session, "profile", run.profile)
 
     def work() -> Profile:
         documents = _documents(session, recipe.calibration.documents, "calibration")
@@ -56,7 +58,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
                 progress=report,
             )
 
-    profile = _timed(session, "profile", key, ["profile/profile.json", "profile/statistics.safetensors"], work)
+    profile = timed(session, "profile", key, ["profile/profile.json", "profile/statistics.safetensors"], work)
     header = profile.header
     counts = ", ".join(f"{count} x {length:,} tokens" for length, count in sorted(header.documents.items()))
     say(
@@ -82,7 +84,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 _draw(search_plots, run.path)
         return read_plan(run.plan, session.shape)
     if must_be_done:
-        raise _missing(session, "search", run.plan)
+        raise missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
     budget: Any = recipe.search.budget
     if profile.grid is not None and budget.parameters is None:
@@ -113,7 +115,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
             )
 
-    result = _timed(session, "search", key, ["plan.json", "search"], work)
+    result = timed(session, "search", key, ["plan.json", "search"], work)
     plan: Plan = result.plan
     if "refine" in result.report:
         told = result.report["refine"]
@@ -153,6 +155,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
 
     run, recipe = session.run, session.recipe
     plan = search_stage(session, must_be_done=True)
+    weights = recover_stage(session, must_be_done=True)
     key = session.export_key()
     if run.stage_done("export", key):
         say(f"export: done before, {run.checkpoint}")
@@ -164,6 +167,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
             session.loaded,
             plan,
             run.checkpoint,
+            weights=weights,
             recipe_text=recipe.text,
             form=recipe.export.form,
             dtype=recipe.export.dtype,
@@ -172,7 +176,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
             progress=lambda line: say(f"  export: {line}"),
         )
 
-    report = _timed(session, "export", key, ["checkpoint/config.json"], work)
+    report = timed(session, "export", key, ["checkpoint/config.json"], work)
     checks = report.checks
     say(f"export: {report.path}, {size(report.bytes)}")
     say(
@@ -195,7 +199,7 @@ def evaluate_stage(session: Session) -> Comparison:
 
     run, recipe = session.run, session.recipe
     plan = search_stage(session, must_be_done=True)
-    variants = _variants(session, plan)
+    variants = _variants(session, plan, recover_stage(session, must_be_done=True))
     key, path = session.evaluate_key(), run.path / "evaluation.json"
     request: Any = recipe.evaluate.perplexity
     tasks: Any = recipe.evaluate.recall
@@ -222,7 +226,7 @@ def evaluate_stage(session: Session) -> Comparison:
         say(f"evaluate: done before, {path}")
         comparison = read_comparison(path)
     else:
-        comparison = _timed(session, "evaluate", key, ["evaluation.json"], work)
+        comparison = timed(session, "evaluate", key, ["evaluation.json"], work)
         (run.plots / "quality.svg").unlink(missing_ok=True)
     if not (run.plots / "quality.svg").is_file():
         _draw(evaluation_plots, run.path)
@@ -247,8 +251,8 @@ def _markdown_table(table: Any) -> str:
     return "\n".join([*lines, *(["", str(table.caption)] if table.caption else [])])
 
 
-def _variants(session: Session, plan: Plan) -> list[Any]:
-    """The dense model, then what the recipe compares with it."""
+def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
+    """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
     from compress.evaluate.compare import Variant
     from compress.plan import read_plan
     from compress.search.budget import dense_bytes
@@ -281,8 +285,39 @@ def _variants(session: Session, plan: Plan) -> list[Any]:
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)
 
-        variants.append(Variant(name, build, plan_key(entry), held))
+        if name == "plan" and weights is not None:
+            variants += _recovered(session, weights, plan, build, held, dense)
+        else:
+            variants.append(Variant(name, build, plan_key(entry), held))
     return variants
+
+
+def _recovered(
+    session: Session,
+    weights: Path,
+    plan: Plan,
+    build: Callable[[], Any],
+    held: dict[int, int],
+    dense: dict[int, int],
+) -> list[Any]:
+    """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
+    from compress.evaluate.compare import Variant
+    from compress.models.recovered import load_recovered
+    from compress.recover.recover import read_recovered
+    from compress.search.select import plan_key
+
+    key = plan_key(plan)
+    trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
+    rows = [trained, Variant("plan before recovery", build, key, held)]
+    settings: Any = session.recipe.recover
+    if settings.control:
+        control = weights / "control"
+
+        def build_control() -> Any:
+            return load_recovered(copy.deepcopy(session.loaded.model), control)
+
+        rows.append(Variant("dense, recovered", build_control, read_recovered(control).sha256, dense))
+    return rows
 
 
 def _documents(session: Session, requests: Sequence[Method], part: str) -> dict[int, list[Document]]:
@@ -319,8 +354,13 @@ def _draw(plots: Callable[[Path], list[Path]], folder: Path) -> None:
         say("plots: " + ", ".join(str(path) for path in written))
 
 
-def _timed(session: Session, stage: str, key: str, made: list[str], work: Callable[[], Result]) -> Result:
-    """Run a stage, note its time, and mark it as done. Until then it counts as not done, whatever lies there."""
+def timed(session: Session, stage: str, key: str, made: list[str], work: Callable[[], Result]) -> Result:
+    """Run a stage, note its time, and mark it as done. Until then it counts as not done, whatever lies there.
+
+    A helper works, too, and leaves the notes to the main process.
+    """
+    if session.helper:
+        return work()
     run = session.run
     say(f"{stage}: starting")
     run.log("begin", stage=stage)
@@ -330,7 +370,7 @@ def _timed(session: Session, stage: str, key: str, made: list[str], work: Callab
     return result
 
 
-def _missing(session: Session, stage: str, where: Path) -> UserError:
+def missing(session: Session, stage: str, where: Path) -> UserError:
     """What to say when a command needs a stage that was not run, or was run for another recipe."""
     older = stage in session.run.stages()
     return UserError(

@@ -38,7 +38,7 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
-    typer.echo("         the weights), evaluation.json, plots/")
+    typer.echo("         the weights; so is recover/, with a recovery), evaluation.json, plots/")
     say("the recipe is valid")
 
 
@@ -82,6 +82,11 @@ def table(recipe: Recipe) -> Any:
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
     )
+    recover: Any = recipe.recover
+    if recover is not None:
+        size = f"{recover.step_count:,} steps of {recover.batch_size} x {recover.length:,} tokens"
+        told = f"{recover.train}, loss {recover.loss}"
+        result.add_row("recover", told, size, f"training{' of plan and dense model' if recover.control else ''}")
     export = recipe.export
     result.add_row(
         "export",
@@ -123,6 +128,7 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
     from compress.errors import Problem, UserError
     from compress.evaluate.perplexity import check_request
     from compress.models.load import load_config, load_tokenizer
+    from compress.recover.windows import check_windows
 
     resolve_device(recipe.device)
     tokenizer = load_tokenizer(recipe.model)
@@ -155,6 +161,13 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
                 check_request(request, len(ids), context)
             except UserError as error:
                 problems += [_placed(problem, f"{recipe.source}: evaluate.perplexity") for problem in error.problems]
+    recover: Any = recipe.recover
+    if recover is not None:
+        ids = tokenise(tokenizer, split_text((recover.text or calibration).load(), "calibration"))
+        try:
+            check_windows(len(ids), recover.length, context)
+        except UserError as error:
+            problems += [_placed(problem, str(recipe.source)) for problem in error.problems]
     if problems:
         raise UserError(problems)
     return tokens

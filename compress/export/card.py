@@ -16,6 +16,8 @@ from compress.targets.cost import kv_bytes, stock_kv_bytes
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
+UNTRAINED = "The weights are those of the original model"
+TRAINED = "The weights were trained afterwards (recover.json)"
 
 
 def render_card(
@@ -29,12 +31,14 @@ def render_card(
     versions: dict[str, str],
     recipe: str | None = None,
     table: str | None = None,
+    trained: bool = False,
 ) -> str:
     """The card as Markdown.
 
     Args:
         context: the model's longest input in tokens; lengths beyond it are left out.
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
+        trained: the weights were trained after the plan was made.
     """
     spans, model = plan.spans(), plan.model
     windows = layer_windows(plan) if checks.native else None
@@ -72,5 +76,6 @@ def render_card(
         "provenance": plan.provenance,
         "recipe": recipe,
         "table": table,
+        "weights": TRAINED if trained else UNTRAINED,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)

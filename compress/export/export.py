@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from compress.export.verify import Checks, verify_checkpoint
 from compress.files import write_text
 from compress.models.families import family_of
 from compress.models.load import DTYPES, LoadedModel
+from compress.models.recovered import load_recovered
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan
 from compress.targets.apply import planned_model
 
 CHECKS_FILE = "compress_checks.json"
+RECORD = "recover.json"  # of the training, where there was one
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def export_checkpoint(
     plan: Plan,
     folder: Path,
     *,
+    weights: Path | None = None,
     recipe_text: str | None = None,
     table: str | None = None,
     form: Literal["patched", "native", "auto"] = "patched",
@@ -53,6 +57,7 @@ def export_checkpoint(
 
     Args:
         loaded: the dense model that the plan was made for.
+        weights: folder of trained weights of the plan's model (`load_recovered`); None exports the dense model's.
         recipe_text: goes into the checkpoint as recipe.yaml and into the card.
         table: measured numbers for the card, as Markdown.
         form: `patched` carries the runtime's files; `native` is a stock architecture; `auto` is native where one holds
@@ -77,14 +82,17 @@ def export_checkpoint(
             fix="search again with this model",
         )
     # On the CPU, as the fresh process of the verification: other devices round differently.
-    planned = planned_model(loaded.model, plan).to("cpu")
+    planned = planned_model(loaded.model, plan)
+    if weights is not None:
+        load_recovered(planned, weights)
+    planned = planned.to("cpu")
     if dtype is not None:
         # Parameters only: the RoPE frequencies stay float32, as they are after `from_pretrained`.
         for weight in planned.parameters():
             weight.data = weight.data.to(DTYPES[dtype])
-    weights = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
+    weight_bytes = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
     native = _native(planned, plan, form, say)
-    with staged(folder, overwrite=overwrite, need_bytes=weights + (64 << 20)) as partial:
+    with staged(folder, overwrite=overwrite, need_bytes=weight_bytes + (64 << 20)) as partial:
         say("writing weights")
         (planned if native is None else native).save_pretrained(partial, max_shard_size=max_shard_size)
         loaded.tokenizer.save_pretrained(partial)
@@ -93,6 +101,8 @@ def export_checkpoint(
             point_to_runtime(partial, family_of(loaded.model.config))
         open_permissions(partial)
         (partial / "compress_plan.json").write_text(plan.to_json(), encoding="utf-8")
+        if weights is not None and (weights / RECORD).is_file():
+            shutil.copyfile(weights / RECORD, partial / RECORD)
         if recipe_text is not None:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         say("verifying in a fresh process")
@@ -152,5 +162,6 @@ def _write_card(
         versions={"transformers": transformers.__version__, "torch": torch.__version__},
         recipe=recipe,
         table=table,
+        trained=(folder / RECORD).is_file(),
     )
     write_text(folder / "README.md", card)

@@ -24,7 +24,7 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
-from compress.profile.partial import read_partial, write_partial
+from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics

@@ -19,8 +19,8 @@ from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
 from compress.models.memory import peak_bytes
 from compress.models.shape import ModelShape, shape_of
+from compress.partial import read_partial, write_partial
 from compress.profile.capture import Capture
-from compress.profile.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Statistic, check_finite
 from compress.profile.store import (
     HEADER,

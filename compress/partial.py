@@ -1,4 +1,4 @@
-"""Files that an interrupted profile goes on from: a checksum, then tensors with notes, all of one run."""
+"""Files that an interrupted stage goes on from: a checksum, then tensors with notes, all of one run."""
 
 from __future__ import annotations
 

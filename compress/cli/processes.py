@@ -1,0 +1,72 @@
+"""The processes of `torchrun` or `accelerate launch`: one main, which does everything, and helpers, which only train.
+
+A launch is known by its environment variables. They are hidden while the main process works alone, so that no library
+waits there for the helpers, and are back in place while all train together.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+SHARDING = "ACCELERATE_USE_FSDP"  # the recipe decides this; transformers would leave weights out in helpers
+PATIENCE = timedelta(days=7)  # helpers wait through the stages before
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together."""
+
+    rank: int
+    local_rank: int
+    count: int
+    variables: dict[str, str]
+
+
+@functools.cache
+def launch() -> Launch | None:
+    """The launch that this process is part of, and hides its variables; None for a process of its own."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return None
+    os.environ.pop(SHARDING, None)
+    variables = {name: os.environ.pop(name) for name in NAMES if name in os.environ}
+    rank = int(variables.get("RANK", "0"))
+    return Launch(rank, int(variables.get("LOCAL_RANK", rank)), count, variables)
+
+
+def is_helper() -> bool:
+    """Whether this process only trains: it prints nothing, and writes nothing."""
+    found = launch()
+    return found is not None and found.rank > 0
+
+
+@contextmanager
+def together(device: str) -> Iterator[None]:
+    """All processes of the launch meet here, and are one group inside. Without a launch nothing happens.
+
+    Args:
+        device: where this process trains; `cpu` connects by gloo, a GPU by nccl.
+    """
+    found = launch()
+    if found is None:
+        yield
+        return
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(True)
+    os.environ.update(found.variables)
+    try:
+        PartialState(cpu=device == "cpu", timeout=PATIENCE)
+        yield
+    finally:
+        for name in found.variables:
+            os.environ.pop(name, None)
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(True)

@@ -1,0 +1,28 @@
+"""`compress recover`."""
+
+from __future__ import annotations
+
+import typer
+
+from compress.cli.output import Overwrite, RecipeFile, Verbose
+
+
+def recover(recipe: RecipeFile, overwrite: Overwrite = False, verbose: Verbose = False) -> None:
+    """Train the plan's model as `recover:` in the recipe says. Needs the plan. Prints the folder of the weights.
+
+    An interrupted training goes on where it was saved. For several processes: torchrun -m compress recover RECIPE.
+    """
+    from compress.cli.recovery import recover_stage
+    from compress.cli.session import open_session
+    from compress.errors import UserError
+
+    with open_session(recipe, overwrite=overwrite, helpers=True) as session:
+        folder = recover_stage(session)
+        if folder is None:
+            raise UserError(
+                "the recipe does not say how to recover",
+                where=recipe,
+                expected="a section `recover:`, for instance `recover: {steps: 1000}`",
+            )
+        if not session.helper:
+            typer.echo(str(folder))

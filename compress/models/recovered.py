@@ -1,0 +1,108 @@
+"""Trained weights of a model on disk, under the model's own names, and their way back into an equal model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
+
+from compress.errors import Problem, UserError
+from compress.files import write_json
+
+PATTERN = "model{suffix}.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers by name; weights that are tied count once."""
+    saved = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: weight.detach() for name, weight in {**dict(model.named_parameters()), **buffers}.items()}
+
+
+def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str = "5GB") -> str:
+    """Write the weights as `model.safetensors`, or in several files with an index.
+
+    Returns:
+        sha256 of names and values, hexadecimal.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(own_tensors(model).items())}
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=PATTERN, max_shard_size=max_shard_size)
+    for name, members in split.filename_to_tensors.items():
+        beside = folder / f".{name}.part"
+        save_file({member: tensors[member] for member in members}, beside, {"format": "pt"})
+        os.replace(beside, folder / name)
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_recovered(model: Any, folder: Path) -> Any:
+    """Put what `write_recovered` wrote into an equal model, in place; the tensors it had before are left untouched.
+
+    Returns:
+        the model.
+
+    Raises:
+        UserError: no weights are there, or a tensor is missing, unknown, or of another shape or dtype: all at once.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    found: dict[str, torch.Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError("there are no trained weights", where=str(folder / name), fix="compress recover RECIPE")
+        found |= load_file(folder / name)
+    expected = own_tensors(model)
+    problems = _problems(expected, found, str(folder))
+    if problems:
+        raise UserError(problems)
+    parameters = dict(model.named_parameters())
+    for name, tensor in found.items():
+        placed = tensor.to(expected[name].device)
+        if name in parameters:
+            parameters[name].data = placed
+        else:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, placed)
+    return model
+
+
+def _problems(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> list[Problem]:
+    problems = [
+        Problem(f"the trained weights lack `{name}`", where, _form(tensor), "nothing")
+        for name, tensor in expected.items()
+        if name not in found
+    ]
+    problems += [
+        Problem(f"the trained weights have `{name}`, which the model has not", where, "nothing", _form(tensor))
+        for name, tensor in found.items()
+        if name not in expected
+    ]
+    problems += [
+        Problem(f"`{name}` does not fit", where, _form(tensor), _form(found[name]))
+        for name, tensor in expected.items()
+        if name in found and _form(found[name]) != _form(tensor)
+    ]
+    return problems
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,1 @@
+"""Trains a compressed model until it has regained what it can: LoRA or all weights, on text or on the dense model."""

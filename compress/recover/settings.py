@@ -1,0 +1,79 @@
+"""What a recipe says under `recover:`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from compress.data.text import TextSource
+from compress.registry import Method
+
+# Neither changes what is trained: when it is saved, where it lies, what is recomputed, what is trained beside it.
+OUTSIDE = {"save_every", "shard", "checkpointing", "control"}
+
+
+class RecoverSettings(Method):
+    """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
+
+    train: Literal["lora", "full"] = Field(
+        "lora", description="low-rank updates of the linear projections, merged at the end, or all weights"
+    )
+    rank: int = Field(8, ge=1, description="rank of the updates (lora)")
+    alpha: float = Field(16.0, gt=0, description="the updates are scaled by alpha / rank (lora)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the updates (lora)")
+    loss: Literal["text", "distill", "both"] = Field(
+        "text", description="next-token cross entropy, KL(dense || trained) at every token, or both weighed"
+    )
+    temperature: float = Field(1.0, gt=0, description="of both distributions in the KL, which is scaled by its square")
+    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    length: int = Field(512, ge=2, description="tokens in a sequence")
+    batch_size: int = Field(16, ge=1, description="sequences in an optimiser step, over all processes")
+    micro_batch: int | None = Field(
+        None, ge=1, description="sequences in a pass of one process; null is all of its share; less needs less memory"
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps; this or `tokens`")
+    tokens: int | None = Field(None, ge=1, description="tokens to train on, rounded up to whole steps")
+    rate: float = Field(3e-4, gt=0, description="highest learning rate of AdamW")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises; then cosine")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
+    )
+    text: TextSource | None = Field(
+        None, description="what is trained on, its calibration part; null is the recipe's calibration text"
+    )
+    save_every: int = Field(50, ge=1, description="steps between two saved states to go on from")
+    checkpointing: bool | None = Field(
+        None, description="recompute layers in the backward pass; null does so where memory is short"
+    )
+    shard: bool = Field(False, description="spread weights over the GPUs (FSDP2); without it each has all of them")
+    control: bool = Field(False, description="train the dense model on the same batches, too, to compare with")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecoverSettings:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("expected `steps` or `tokens`, one of them")
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(f"expected a micro_batch of at most the batch_size {self.batch_size}")
+        return self
+
+    @property
+    def step_count(self) -> int:
+        """Optimiser steps."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.tokens or 0) / (self.batch_size * self.length))
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of the text loss and of the KL."""
+        return {"text": (1.0, 0.0), "distill": (0.0, 1.0), "both": (1 - self.distill_weight, self.distill_weight)}[
+            self.loss
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """All that the trained weights depend on, as plain values."""
+        return self.model_dump(mode="json", exclude=OUTSIDE)

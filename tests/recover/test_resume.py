@@ -1,0 +1,121 @@
+"""An interrupted training goes on to the very weights of one that was not; several processes train as one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.recover.recover import recover
+from compress.recover.settings import RecoverSettings
+from compress.recover.state import POINTER, Partial
+from tests.recover.common import pruned_model, settings, text, trained
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, options: RecoverSettings, **environment: str) -> subprocess.Popen[str]:
+    """`tests/recover/common.py` as a process."""
+    command = [sys.executable, "-m", "tests.recover.common", str(folder), options.model_dump_json()]
+    pipe: Any = subprocess.PIPE
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_terminated_training_goes_on_to_the_same_weights(tmp_path: Path, train: str) -> None:
+    options: dict[str, Any] = {"train": train, "dropout": 0.2, "steps": 400, "save_every": 1000, "rate": 0.001}
+    process = start(tmp_path / "cut", settings(**options))
+    assert process.stdout is not None
+    for _ in range(3):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1 and "of 400, which is saved" in told, told
+    pointer = json.loads((tmp_path / "cut" / POINTER).read_text())
+    assert 3 <= pointer["step"] < 400 and not (tmp_path / "cut" / "recover.json").exists()
+
+    steps: list[int] = []
+
+    def note(done: int, *_: Any) -> None:
+        steps.append(done)
+
+    resumed = recover(
+        pruned_model(),
+        settings(**options),
+        text(),
+        tmp_path / "cut",
+        seed=3,
+        progress=note,
+    )
+    assert steps[0] == pointer["step"] + 1
+    whole = trained(tmp_path / "whole", **options)[1]
+    assert resumed.sha256 == whole.sha256
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob("partial*"))
+
+
+def test_a_state_of_another_training_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(tmp_path / "fresh")[1]
+    monkeypatch.setattr("compress.recover.train.noted_signals", _stop_at_once)
+    others: list[dict[str, Any]] = [{"rate": 0.02}, {"length": 20}, {}]
+    for number, changes in enumerate(others):
+        folder = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 6"):
+            trained(folder, **changes)
+        assert (folder / POINTER).is_file()
+        if not changes:
+            (folder / "partial-1-0").write_bytes(b"damaged")
+    monkeypatch.undo()
+    for number in range(3):
+        found = trained(tmp_path / str(number))[1]
+        assert found.sha256 == expected.sha256 and len(losses(tmp_path / str(number))) == 6
+
+
+def _stop_at_once() -> Any:
+    return contextlib.nullcontext(lambda: True)
+
+
+def test_a_state_is_replaced_by_the_next_one(tmp_path: Path) -> None:
+    partial = Partial(tmp_path, "key")
+    assert partial.read() is None
+    partial.write(5, {"weight/a": torch.ones(3)})
+    partial.write(10, {"weight/a": torch.zeros(3)})
+    found = partial.read()
+    assert found is not None and found[0] == 10 and not found[1]["weight/a"].any()
+    assert len(list(tmp_path.glob("partial-*"))) == 1
+    assert Partial(tmp_path, "other").read() is None
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
+    """Sums are in another order, and Adam divides by small numbers: 1e-3 of the loss after six steps."""
+    options = settings(train=train, loss="both", rate=0.002)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    two = [start(tmp_path / "two", options, RANK=str(rank), LOCAL_RANK=str(rank), **launch) for rank in range(2)]
+    for process in two:
+        _, told = process.communicate(timeout=240)
+        assert process.returncode == 0, told
+    one = start(tmp_path / "one", options)
+    _, told = one.communicate(timeout=240)
+    assert one.returncode == 0, told
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    records = [json.loads((tmp_path / name / "recover.json").read_text()) for name in ("one", "two")]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["batches"] == records[1]["batches"]
