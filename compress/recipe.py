@@ -41,6 +41,9 @@ class CalibrationSection(Section):
     training: tuple[AnyMethod, ...] = Field(
         (), description="what statistics that train, and refinement, learn from; without it, `documents`"
     )
+    second: AnyMethod | None = Field(
+        None, description="another text; importance statistics then run on both, and the profile says how they agree"
+    )
     held_out: tuple[AnyMethod, ...] = Field((), description="what the final plan is chosen on; best at longer lengths")
 
 
@@ -178,6 +181,7 @@ _TEXT = {"source": "embedded"}
 _STATISTICS = [{"name": "influence"}, {"name": "attention"}, {"name": "retrieval"}]
 _SLOTS = (
     _Slot(("calibration", "text"), "sources", "source", False, _TEXT),
+    _Slot(("calibration", "second"), "sources", "source", False, optional=True),
     _Slot(("calibration", "documents"), "tasks", "task", True),
     _Slot(("calibration", "training"), "tasks", "task", True, []),
     _Slot(("calibration", "held_out"), "tasks", "task", True, []),

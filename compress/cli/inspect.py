@@ -123,11 +123,15 @@ def _print_plan(plan: Plan, console: Any) -> None:
 def _print_profile(profile: Any, console: Any) -> None:
     from rich.table import Table
 
+    from compress.profile.stability import stabilities
+
     header = profile.header
     typer.echo(f"{header.model.architecture}: {header.model.layers} layers, {header.model.kv_heads} head groups")
     typer.echo(f"model {header.fingerprint}")
-    counts = ", ".join(f"{count} of {length:,} tokens" for length, count in sorted(header.documents.items()))
-    typer.echo(f"documents {counts}; seed {header.seed}")
+    for word, corpus in (("documents", header.documents), ("second corpus", header.second)):
+        if corpus:
+            counts = ", ".join(f"{count} of {length:,} tokens" for length, count in sorted(corpus.items()))
+            typer.echo(f"{word} {counts}; seed {header.seed}")
     typer.echo(f"took {duration(header.seconds)}, peak memory {size(header.peak_memory_bytes)}")
     if header.loss:
         typer.echo("loss " + ", ".join(f"{loss:.4f} at {length:,}" for length, loss in sorted(header.loss.items())))
@@ -138,6 +142,8 @@ def _print_profile(profile: Any, console: Any) -> None:
         for key, entry in statistic.tensors.items():
             table.add_row(name, key, " x ".join(map(str, entry.shape)), ", ".join(entry.axes), entry.unit)
     console.print(table)
+    for name, found in stabilities(profile).items():
+        typer.echo(f"{name} on two corpora: {found.line()}")
 
 
 def _print_checkpoint(folder: Path) -> None:

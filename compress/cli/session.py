@@ -81,6 +81,7 @@ class Session:
             calibration["documents"],
             calibration["training"],
             self.resolved["profile"],
+            *([calibration["second"]] if calibration["second"] else []),
         )
 
     def search_key(self) -> str:

@@ -33,6 +33,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
         UserError: not done although it must be, or it failed (see `run_profile`).
     """
     from compress.profile.runner import run_profile
+    from compress.profile.stability import stabilities
     from compress.profile.store import read_profile
 
     key, run, recipe = session.profile_key(), session.run, session.recipe
@@ -46,6 +47,8 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     def work() -> Profile:
         documents = _documents(session, recipe.calibration.documents, "calibration")
         training = _documents(session, recipe.calibration.training, "calibration")
+        other = recipe.calibration.second
+        second = None if other is None else _documents(session, recipe.calibration.documents, "calibration", other)
         statistics: Any = recipe.profile.statistics
         with progress("profile") as report:
             return run_profile(
@@ -55,6 +58,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
                 run.profile,
                 seed=recipe.seed,
                 training=training,
+                second=second,
                 progress=report,
             )
 
@@ -65,6 +69,8 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
         f"profile: {counts}; {', '.join(header.statistics)}; {duration(header.seconds)}, "
         f"peak memory {size(header.peak_memory_bytes)}"
     )
+    for name, found in stabilities(profile).items():
+        say(f"profile: {name} on two corpora: {found.line()}")
     return profile
 
 
@@ -320,13 +326,15 @@ def _recovered(
     return rows
 
 
-def _documents(session: Session, requests: Sequence[Method], part: str) -> dict[int, list[Document]]:
-    """The documents of a part of the text, with the dense model's answers."""
+def _documents(
+    session: Session, requests: Sequence[Method], part: str, text: Method | None = None
+) -> dict[int, list[Document]]:
+    """The documents of a part of a text (without one, the calibration's), with the dense model's answers."""
     from compress.data.calibration import calibration_documents
 
     if not requests:
         return {}
-    given: Any = {"requests": requests, "text": _text(session), "split": part}
+    given: Any = {"requests": requests, "text": text or _text(session), "split": part}
     with progress(f"documents ({part.replace('_', ' ')})") as report:
         return calibration_documents(
             session.loaded,

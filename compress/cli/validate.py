@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.registry import Method
 
-PARTS = {"documents": "calibration", "held_out": "held_out", "recall": "evaluation"}
+PARTS = {"documents": "calibration", "second": "calibration", "held_out": "held_out", "recall": "evaluation"}
 
 
 def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -141,6 +141,8 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
         ("held_out", calibration, "calibration.held_out", recipe.calibration.held_out),
         ("recall", evaluation, "evaluate.recall", recipe.evaluate.recall),
     )
+    if recipe.calibration.second is not None:
+        wanted += (("second", recipe.calibration.second, "calibration.documents", recipe.calibration.documents),)
     problems: list[Problem] = []
     tokens: dict[str, int] = {}
     texts: dict[str, str] = {}
@@ -150,7 +152,7 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
         if name not in texts:
             texts[name] = source.load()
         ids = tokenise(tokenizer, split_text(texts[name], part))
-        tokens[part] = len(ids)
+        tokens["second" if kind == "second" else part] = len(ids)
         for number, task in enumerate(requests):
             try:
                 task.make(tokenizer, ids, f"{recipe.seed}/{part}", context=context)

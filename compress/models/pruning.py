@@ -81,9 +81,14 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(body.layers)
 
 
-def output_projections(layer: nn.Module) -> tuple[Any, Any]:
+def projections_of(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear projections of a layer that heads or neurons sit in, by the names of `OUTPUTS` and `INPUTS`."""
+    return dict(_projections(layer))
+
+
+def output_projections(layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
     """`o_proj` and `down_proj` of a decoder layer."""
-    found = dict(_projections(layer))
+    found = projections_of(layer)
     return found["o_proj"], found["down_proj"]
 
 

@@ -18,6 +18,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """A model in eval mode whose weights need no gradient; on leaving, all of that is as it was."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        for weight in model.parameters():
+            undo.callback(weight.requires_grad_, weight.requires_grad)
+        model.eval()
+        model.requires_grad_(False)
+        yield
+
+
+@contextmanager
 def replaced_attention(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
     """Run `model` on another attention function of transformers' interface, without any mask tensor.
 
@@ -27,15 +40,10 @@ def replaced_attention(model: Any, name: str, attention: Callable[..., Any]) -> 
         name: what the function is registered as; one user of a name at a time.
     """
     with ExitStack() as undo:
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        for weight in model.parameters():
-            undo.callback(weight.requires_grad_, weight.requires_grad)
+        undo.enter_context(frozen(model))
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         # The registered function would keep whatever it is bound to, and with it the model, alive.
         undo.callback(AttentionInterface.register, name, _closed)
-        model.eval()
-        model.requires_grad_(False)
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, _no_mask)
         model.set_attn_implementation(name)

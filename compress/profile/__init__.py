@@ -1,5 +1,31 @@
-"""Measures what each head group does. Importing this package registers every statistic."""
+"""Measures what each head group, head and neuron does. Importing this package registers every statistic."""
 
-from compress.profile import attention, gates, hidden_mass, influence, output_error, retrieval
+from compress.profile import (
+    amp,
+    attention,
+    flap,
+    gates,
+    hidden_mass,
+    influence,
+    magnitude,
+    output_error,
+    random,
+    retrieval,
+    taylor,
+    wanda_sp,
+)
 
-__all__ = ["attention", "gates", "hidden_mass", "influence", "output_error", "retrieval"]
+__all__ = [
+    "amp",
+    "attention",
+    "flap",
+    "gates",
+    "hidden_mass",
+    "influence",
+    "magnitude",
+    "output_error",
+    "random",
+    "retrieval",
+    "taylor",
+    "wanda_sp",
+]

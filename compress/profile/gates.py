@@ -25,7 +25,7 @@ from compress.errors import UserError
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
 from compress.partial import read_partial, write_partial
-from compress.profile.statistic import Accumulator, Statistic, per_length
+from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
 from compress.runtime.attention import choose_impl
@@ -52,7 +52,7 @@ class Gates(Statistic):
     penalty: float = Field(0.05, ge=0, description="weight of the mean gate beside the squared difference")
 
     needs_gradient: ClassVar[bool] = False
-    reads_tiles: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "training"
     unit: ClassVar[str] = UNIT
 
     def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> GatesAccumulator:

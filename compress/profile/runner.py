@@ -1,4 +1,4 @@
-"""One pass over the documents that feeds all statistics; continues after an interruption, never repeats itself."""
+"""Takes all statistics of a profile, each kind in one pass; continues after an interruption, never repeats itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from compress.models.memory import peak_bytes
 from compress.models.shape import ModelShape, shape_of
 from compress.partial import read_partial, write_partial
 from compress.profile.capture import Capture
-from compress.profile.statistic import Accumulator, Statistic, check_finite
+from compress.profile.importance import Importance
+from compress.profile.measure_importance import PARTIAL as IMPORTANCE_PARTIAL
+from compress.profile.measure_importance import measure_importance, queue_of
+from compress.profile.processes import Processes, find_processes
+from compress.profile.statistic import Accumulator, AnyStatistic, Measure, Statistic, check_finite
 from compress.profile.store import (
     HEADER,
     Profile,
@@ -31,31 +35,38 @@ from compress.profile.store import (
     read_profile,
     write_profile,
 )
+from compress.profile.tally import check_corpora
 from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.targets.window import SpanGrid
 
 PARTIAL = "profile.partial"
 
 Progress = Callable[[int, int, str], None]
+Results = dict[str, tuple[dict[str, Measure], dict[str, torch.Tensor]]]
 
 
 def run_profile(
     loaded: LoadedModel,
     documents: Mapping[int, Sequence[Document]],
-    statistics: Sequence[Statistic],
+    statistics: Sequence[AnyStatistic],
     folder: str | Path,
     *,
     seed: int,
     training: Mapping[int, Sequence[Document]] | None = None,
+    second: Mapping[int, Sequence[Document]] | None = None,
     progress: Progress | None = None,
     checkpointing: bool | None = None,
     strip_bytes: int | None = None,
 ) -> Profile:
     """Profile a model and write `profile.json` and `statistics.safetensors`.
 
-    After each document the sums so far are written to `profile.partial`; a later call with the same model,
-    statistics and documents continues there and gives the same bits. A finished profile of the same run is read
-    and returned.
+    After each document the sums so far are written to `profile.partial` (`importance.partial` for importance
+    statistics); a later call with the same model, statistics and documents continues there and gives the same bits. A
+    finished profile of the same run is read and returned.
+
+    Under `torchrun` every process calls this with the same arguments and one folder that all of them see. Documents
+    of importance statistics are then dealt out; tiles are read by every process alike. Only the main process writes,
+    and all return the same profile.
 
     Args:
         loaded: the model.
@@ -64,6 +75,7 @@ def run_profile(
         folder: where the profile lies; made if need be.
         seed: noted in the profile; only statistics that train have anything random.
         training: documents of the statistics that train; none takes `documents`.
+        second: documents of another corpus, for importance statistics beside `documents`.
         progress: called with (documents done, documents in all, message), first before any document.
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles`.
@@ -73,25 +85,35 @@ def run_profile(
     """
     folder = Path(folder)
     training = training if training and any(training.values()) else documents
+    second = second or {}
     check_inputs(documents, statistics)
     check_inputs(training, statistics)
+    if any(second.values()):
+        check_inputs(second, statistics)
+    check_corpora(statistics, second)
     grid = _grid(statistics)
     model: Any = loaded.model
     shape = shape_of(model)
-    dtype = model.get_input_embeddings().weight.dtype
-    device = model.get_input_embeddings().weight.device
-    learning = [statistic for statistic in statistics if not statistic.reads_tiles]
-    key = run_key(shape, dtype, documents, statistics, training if learning else {}, seed if learning else None)
+    weight = model.get_input_embeddings().weight
+    dtype, device = weight.dtype, weight.device
+    training = training if any(statistic.reads == "training" for statistic in statistics) else {}
+    key = run_key(shape, dtype, documents, statistics, training, seed if training else None, second)
+    processes = find_processes(device)
     finished = _finished(folder, key, shape)
+    # Otherwise one process may already write what another one looks for.
+    processes.wait()
     if finished is not None:
         return finished
 
+    report = progress or (lambda *_: None)
     lengths = sorted(length for length in documents if documents[length])
-    accumulators = [(statistic.name, statistic.begin(shape, lengths, device)) for statistic in statistics]
-    passing = len(learning) < len(statistics)
+    grouped = [statistic for statistic in statistics if isinstance(statistic, Statistic)]
+    weighing = [statistic for statistic in statistics if isinstance(statistic, Importance)]
+    accumulators = [(statistic.name, statistic.begin(shape, lengths, device)) for statistic in grouped]
+    passing = any(statistic.reads == "tiles" for statistic in statistics)
     queue = [(length, number) for length in lengths for number in range(len(documents[length])) if passing]
     notes = _restore(folder / PARTIAL, key, accumulators)
-    report = progress or (lambda *_: None)
+    processes.wait()
     report(notes.done, len(queue), "continuing" if notes.done else "starting")
     workspace = Workspace(device)
 
@@ -102,7 +124,7 @@ def run_profile(
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    gradient = any(statistic.needs_gradient for statistic in statistics)
+    gradient = any(statistic.needs_gradient for statistic in grouped)
     with Capture(model, shape, consume, gradient=gradient, checkpointing=checkpointing) as capture:
         for length, number in queue[notes.done :]:
             started = time.perf_counter()
@@ -119,15 +141,24 @@ def run_profile(
             notes.peak = max(notes.peak, peak_bytes(device))
             if loss is not None:
                 notes.losses.append(loss)
-            _save(folder / PARTIAL, key, accumulators, notes)
+            _save(folder / PARTIAL, key, accumulators, notes, processes)
             report(notes.done, len(queue), where if loss is None else f"{where}, loss {loss:.3f}")
 
+    results: Results = {}
+    if weighing:
+        items = queue_of(documents, second)
+        tally, seconds = measure_importance(
+            model, shape, weighing, items, folder, key, processes, report, checkpointing
+        )
+        notes.seconds += seconds
+        results = {method.name: tally.results(number) for number, method in enumerate(weighing)}
     started = time.perf_counter()
-    for statistic, (_, accumulator) in zip(statistics, accumulators, strict=True):
+    for statistic, (name, accumulator) in zip(grouped, accumulators, strict=True):
         statistic.learn(loaded, shape, training, accumulator, folder, key, seed, report)
+        results[name] = (accumulator.measures, accumulator.result())
     notes.seconds += time.perf_counter() - started
     notes.peak = max(notes.peak, peak_bytes(device))
-    entries, tensors = _entries(statistics, accumulators)
+    entries, tensors = _entries(statistics, results)
     header = ProfileHeader(
         schema_version=1,
         key=key,
@@ -135,6 +166,7 @@ def run_profile(
         fingerprint=shape.fingerprint,
         lengths=tuple(lengths),
         documents={length: len(documents[length]) for length in lengths},
+        second={length: len(group) for length, group in sorted(second.items()) if group},
         statistics=entries,
         grid=grid,
         loss=_mean_losses(queue, notes.losses),
@@ -144,12 +176,15 @@ def run_profile(
         versions=_versions(),
         sha256="",
     )
-    write_profile(folder, header, tensors)
-    (folder / PARTIAL).unlink(missing_ok=True)
+    if processes.main:
+        write_profile(folder, header, tensors)
+        for partial in (PARTIAL, IMPORTANCE_PARTIAL):
+            (folder / partial).unlink(missing_ok=True)
+    processes.wait()
     return read_profile(folder, shape)
 
 
-def check_inputs(documents: Mapping[int, Sequence[Document]], statistics: Sequence[Statistic]) -> None:
+def check_inputs(documents: Mapping[int, Sequence[Document]], statistics: Sequence[AnyStatistic]) -> None:
     """Refuse what cannot be profiled, all problems at once.
 
     Raises:
@@ -188,12 +223,13 @@ def run_key(
     shape: ModelShape,
     dtype: torch.dtype,
     documents: Mapping[int, Sequence[Document]],
-    statistics: Sequence[Statistic],
+    statistics: Sequence[AnyStatistic],
     training: Mapping[int, Sequence[Document]] | None = None,
     seed: int | None = None,
+    second: Mapping[int, Sequence[Document]] | None = None,
 ) -> str:
-    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, and what
-    statistics that train learn from."""
+    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, what
+    statistics that train learn from, and a second corpus."""
     facts = {
         "schema": 1,
         "fingerprint": shape.fingerprint,
@@ -203,6 +239,8 @@ def run_key(
     }
     if training:
         facts |= {"training": _facts(training), "seed": seed}
+    if second and any(second.values()):
+        facts |= {"second": _facts(second)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -231,8 +269,12 @@ class _Notes:
     losses: list[float] = field(default_factory=list)
 
 
-def _save(path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]], notes: _Notes) -> None:
-    """Write the sums so far."""
+def _save(
+    path: Path, key: str, accumulators: Sequence[tuple[str, Accumulator]], notes: _Notes, processes: Processes
+) -> None:
+    """Write the sums so far, which every process has alike."""
+    if not processes.main:
+        return
     state = {
         f"{name}/{part}": tensor for name, accumulator in accumulators for part, tensor in accumulator.state().items()
     }
@@ -262,26 +304,25 @@ def _mean_losses(queue: Sequence[tuple[int, int]], losses: Sequence[float]) -> d
 
 
 def _entries(
-    statistics: Sequence[Statistic], accumulators: Sequence[tuple[str, Accumulator]]
+    statistics: Sequence[AnyStatistic], results: Results
 ) -> tuple[dict[str, StatisticEntry], dict[str, torch.Tensor]]:
     """Declarations of all results, and the results."""
     entries, tensors = {}, {}
-    for statistic, (name, accumulator) in zip(statistics, accumulators, strict=True):
-        results = accumulator.result()
-        declared = {key: accumulator.measures[key] for key in results}
-        entries[name] = StatisticEntry(
+    for statistic in statistics:
+        measures, values = results[statistic.name]
+        entries[statistic.name] = StatisticEntry(
             parameters=statistic.parameters(),
             unit=statistic.unit,
             tensors={
-                key: TensorEntry(shape=measure.shape, axes=measure.axes, unit=measure.unit)
-                for key, measure in declared.items()
+                key: TensorEntry(shape=measures[key].shape, axes=measures[key].axes, unit=measures[key].unit)
+                for key in values
             },
         )
-        tensors.update(results)
+        tensors.update(values)
     return entries, tensors
 
 
-def _grid(statistics: Sequence[Statistic]) -> SpanGrid | None:
+def _grid(statistics: Sequence[AnyStatistic]) -> SpanGrid | None:
     """The span grid of the statistics that have one.
 
     Raises:

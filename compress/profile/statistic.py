@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
     from compress.profile.tiles import Tile
 
 
+# What a statistic is taken from: attention tiles, inputs of the output projections, the weights alone, or a training
+# of its own.
+Reads = Literal["tiles", "projections", "weights", "training"]
+
+
 @dataclass(frozen=True)
 class Measure:
     """Declaration of one tensor of a statistic.
 
     Attributes:
-        shape: sizes, the first one the number of layers and the second the number of key/value heads.
-        axes: one name per axis, `layer` and `group` first.
+        shape: sizes, the first one the number of layers and the second the number of key/value heads or neurons.
+        axes: one name per axis, `layer` and `group` first, or `layer` and `neuron`.
         unit: what one number counts.
-        length: the profiled length in tokens that the tensor belongs to.
+        length: the profiled length in tokens that the tensor belongs to; 0 where it is of all documents.
     """
 
     shape: tuple[int, ...]
@@ -102,15 +107,11 @@ class Accumulator(ABC):
         return {key: (self.sums[key] / self.counts[key]).float().cpu() for key in self.measures if self.counts[key]}
 
 
-class Statistic(Method):
-    """Base of every statistic: the fields of a subclass are its recipe keys, each with a description.
-
-    A new statistic is one file with a subclass, registered by `@statistics.register("name")`, an import in
-    `compress/profile/__init__.py` and an entry in `tests/profile/test_matrix.py`.
-    """
+class AnyStatistic(Method):
+    """What all statistics share: the fields of a subclass are its recipe keys, each with a description."""
 
     needs_gradient: ClassVar[bool]
-    reads_tiles: ClassVar[bool] = True
+    reads: ClassVar[Reads]
     unit: ClassVar[str]
 
     @property
@@ -120,6 +121,20 @@ class Statistic(Method):
             if method is type(self):
                 return name
         raise LookupError(f"{type(self).__qualname__} is not registered")
+
+    def parameters(self) -> dict[str, Any]:
+        """The parameters as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+class Statistic(AnyStatistic):
+    """Base of the statistics of head groups, by length; those of heads and neurons are `importance.Importance`.
+
+    A new statistic is one file with a subclass, registered by `@statistics.register("name")`, an import in
+    `compress/profile/__init__.py` and an entry in `tests/profile/test_matrix.py`.
+    """
+
+    reads: ClassVar[Reads] = "tiles"
 
     @abstractmethod
     def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> Accumulator:
@@ -146,10 +161,6 @@ class Statistic(Method):
             progress: called with (done, in all, message).
         """
 
-    def parameters(self) -> dict[str, Any]:
-        """The parameters as plain JSON values."""
-        return self.model_dump(mode="json")
-
 
 def per_length(
     shape: ModelShape, lengths: Sequence[int], names: Mapping[str, str], rest: Mapping[str, int] | None = None
@@ -174,10 +185,15 @@ def check_finite(name: str, accumulator: Accumulator, where: str) -> None:
     bad = accumulator.bad_layer()
     if bad is not None:
         key, layer = bad
-        raise UserError(
-            f"statistic `{name}` is not finite in layer {layer}",
-            where=where,
-            expected="finite numbers",
-            found=f"NaN or infinity in `{key}`, layer {layer}",
-            fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
-        )
+        raise not_finite(name, key, layer, where)
+
+
+def not_finite(name: str, key: str, layer: int, where: str) -> UserError:
+    """The error that names the statistic, the tensor and the layer."""
+    return UserError(
+        f"statistic `{name}` is not finite in layer {layer}",
+        where=where,
+        expected="finite numbers",
+        found=f"NaN or infinity in `{key}`, layer {layer}",
+        fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
+    )

@@ -51,6 +51,7 @@ class ProfileHeader(_Strict):
         key: hash of everything the numbers depend on (see `runner.run_key`); an equal run is not repeated.
         model: shape of the profiled model; `fingerprint` repeats its fingerprint.
         documents: number of documents per length.
+        second: the same of the second corpus, empty without one.
         grid: span grid of the influence tables, None without them.
         loss: mean loss per length in nats per answer token; empty without a backward pass.
         peak_memory_bytes: see `memory.peak_bytes`.
@@ -65,6 +66,7 @@ class ProfileHeader(_Strict):
     fingerprint: str
     lengths: tuple[int, ...]
     documents: dict[int, int]
+    second: dict[int, int] = {}
     statistics: dict[str, StatisticEntry]
     grid: SpanGrid | None
     loss: dict[int, float]
@@ -198,12 +200,14 @@ def _read_header(path: Path) -> ProfileHeader:
     for name, statistic in header.statistics.items():
         for key, entry in statistic.tensors.items():
             start = (header.model.layers, header.model.kv_heads)
-            if entry.shape[:2] != start or len(entry.axes) != len(entry.shape):
+            # Neurons are no part of the model's shape, so their number is not known here.
+            fits = entry.shape[:1] == start[:1] if entry.axes == ("layer", "neuron") else entry.shape[:2] == start
+            if not fits or len(entry.axes) != len(entry.shape):
                 problems.append(
                     Problem(
                         f"statistic `{name}`: shape of `{key}` does not fit the model",
                         str(path),
-                        f"axes (layer, group, ...) of sizes {start}",
+                        f"axes (layer, group, ...) of sizes {start}, or (layer, neuron)",
                         f"axes {entry.axes} of sizes {entry.shape}",
                         AGAIN,
                     )

@@ -103,4 +103,10 @@ def _statistics(folder: Path) -> dict[str, list[list[float]]]:
     from compress.profile.store import read_profile
 
     profile = read_profile(folder)
-    return {key: tensor.tolist() for key, tensor in sorted(profile.tensors.items()) if tensor.ndim == 2}
+    keys = [
+        key
+        for statistic in profile.header.statistics.values()
+        for key, entry in statistic.tensors.items()
+        if entry.axes == ("layer", "group")
+    ]
+    return {key: profile.tensor(key).tolist() for key in sorted(keys)}

@@ -9,26 +9,34 @@ import torch
 import compress.profile  # noqa: F401  (registers every statistic)
 from compress.models.shape import shape_of
 from compress.profile.runner import run_profile
-from compress.profile.statistic import Statistic
+from compress.profile.statistic import AnyStatistic
 from compress.registry import statistics
 from tests.profile.common import GRID, documents, tensor_bytes
 from tests.tiny import tiny_loaded
 
 STATISTICS: dict[str, dict[str, Any]] = {
+    "amp": {"neurons": "contribution"},
     "attention": {"sink": 8},
+    "flap": {},
     "gates": {"sink": 4, "recent": 8, "task": None, "steps": 4, "rate": 0.1},
     "hidden_mass": {"grid": GRID},
     "influence": {"grid": GRID},
+    "magnitude": {},
     "output_error": {"sink": 4, "window": 16},
+    "random": {"seed": 3},
     "retrieval": {"grid": GRID},
+    "taylor": {},
+    "wanda_sp": {},
 }
+UNITS = [name for name in sorted(STATISTICS) if statistics[name].reads in ("projections", "weights")]
+GROUPS = [name for name in sorted(STATISTICS) if name not in UNITS]
 
 every = pytest.mark.parametrize("name", sorted(STATISTICS))
 
 
-def make(name: str) -> Statistic:
+def make(name: str) -> Any:
     statistic = statistics[name](**STATISTICS[name])
-    assert isinstance(statistic, Statistic)
+    assert isinstance(statistic, AnyStatistic)
     return statistic
 
 
@@ -46,8 +54,11 @@ def test_parameters_and_class_are_documented(name: str) -> None:
     assert type(statistic).model_validate(statistic.parameters()) == statistic
 
 
-@every
-@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "llama-mha", "mistral-sliding", "qwen2", "qwen3"])
+families = pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "llama-mha", "mistral-sliding", "qwen2", "qwen3"])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@families
 def test_results_are_finite_and_as_declared(name: str, family: str, tmp_path: Path) -> None:
     loaded = tiny_loaded(family)
     shape = shape_of(loaded.model)
@@ -63,7 +74,22 @@ def test_results_are_finite_and_as_declared(name: str, family: str, tmp_path: Pa
         assert bool(torch.isfinite(profile.tensor(key)).all()) and bool(profile.tensor(key).any())
 
 
-@every
+@pytest.mark.parametrize("name", UNITS)
+@families
+def test_scores_of_units_are_finite_and_one_a_unit(name: str, family: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded(family)
+    shape = shape_of(loaded.model)
+    profile = run_profile(loaded, documents(), [make(name)], tmp_path, seed=0)
+    entries = profile.header.statistics[name].tensors
+    heads = entries[f"{name}.heads"]
+    assert heads.axes == ("layer", "group", "query")
+    assert heads.shape == (shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads)
+    assert entries[f"{name}.neurons"].axes == ("layer", "neuron")
+    assert entries[f"{name}.neurons"].shape == (shape.layers, loaded.model.config.intermediate_size)
+    assert all(bool((profile.tensor(f"{name}.{key}") > 0).all()) for key in ("heads", "neurons"))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(STATISTICS) if statistics[name].reads != "weights"])
 def test_interrupted_run_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
     run_profile(loaded, documents(), [make(name)], tmp_path / "whole", seed=0)
@@ -78,8 +104,11 @@ def test_interrupted_run_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     run_profile(
         loaded, documents(), [make(name)], tmp_path / "parts", seed=0, progress=lambda done, *_: seen.append(done)
     )
-    if statistics[name].reads_tiles:
+    if statistics[name].reads == "tiles":
         assert seen == [2, 3]
+    if statistics[name].reads == "projections":
+        assert seen == [0, 2, 3]  # nothing to do for tiles, then the third document
+    assert not list(tmp_path.glob("*/*.partial"))
     assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
 
 
@@ -92,7 +121,7 @@ def test_a_joint_pass_gives_what_a_pass_alone_gives(name: str, tmp_path: Path) -
         torch.testing.assert_close(joint.tensor(key), values, rtol=1e-5, atol=1e-6)
 
 
-@every
+@pytest.mark.parametrize("name", GROUPS)
 def test_state_moves_everything(name: str) -> None:
     shape = shape_of(tiny_loaded("llama-gqa").model)
     first, second = make(name).begin(shape, [70, 133]), make(name).begin(shape, [70, 133])

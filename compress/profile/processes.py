@@ -1,0 +1,45 @@
+"""The processes of one run, as `torchrun` or `accelerate launch` starts them: who is main, and tensors between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world` of them; `rank` 0 is the main one, which writes the files."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def spread(self, tensors: Iterable[torch.Tensor], source: int) -> None:
+        """Overwrite the tensors in every process with those of process `source`."""
+        if self.world > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, source)
+
+
+def find_processes(device: torch.device) -> Processes:
+    """The processes of this run, joined to one another if they are not yet; a single one outside of a launcher."""
+    joined = distributed.is_available() and distributed.is_initialized()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not joined:
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu")
+    return Processes(state.process_index, state.num_processes)

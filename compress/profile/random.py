@@ -1,0 +1,31 @@
+"""Importance at random: the baseline that every other statistic has to beat."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from compress.models.units import LayerUnits
+from compress.profile.importance import Importance, Seen, Sums
+from compress.profile.statistic import Reads
+from compress.registry import statistics
+
+
+@statistics.register("random")
+class Random(Importance):
+    """Random numbers in 0 to 1 (no data)."""
+
+    seed: int = Field(0, ge=0, description="another seed gives other numbers")
+
+    reads: ClassVar[Reads] = "weights"
+    unit: ClassVar[str] = "random number"
+
+    def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
+        """The same for the same seed on every device, others in every layer."""
+        digest = hashlib.sha256(f"{self.seed}/{layer.index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        heads = torch.rand(layer.groups, layer.queries, generator=generator, dtype=torch.float64)
+        return {"heads": heads, "neurons": torch.rand(layer.neurons, generator=generator, dtype=torch.float64)}

@@ -1,0 +1,100 @@
+"""How well importance scores of two corpora agree: what ranks differently depends on the text, not on the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import spearmanr
+
+from compress.profile.store import Profile
+
+KEPT = 0.8  # share of a layer's units that is kept where the choice is compared
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of one kind of unit between two corpora.
+
+    Attributes:
+        mean: Spearman's rank correlation within a layer, mean over layers; None where no layer has one (a single
+            unit, or equal scores).
+        lowest: the lowest of any layer, and that layer.
+        kept: share of the units kept by the first corpus that the second one keeps as well, mean over layers.
+    """
+
+    mean: float | None
+    lowest: tuple[float, int] | None
+    kept: float
+
+    def correlation(self) -> str:
+        """In words."""
+        if self.mean is None or self.lowest is None:
+            return "none"
+        return f"{self.mean:.3f} (lowest {self.lowest[0]:.3f}, layer {self.lowest[1]})"
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Agreement on one statistic.
+
+    Attributes:
+        heads: of query heads; `kept` counts head groups, which are ranked by the mean of their heads.
+        neurons: of neurons.
+    """
+
+    heads: Agreement
+    neurons: Agreement
+
+    def line(self) -> str:
+        """One line of text."""
+        return (
+            f"rank correlation within a layer, heads {self.heads.correlation()}, neurons "
+            f"{self.neurons.correlation()}; at {KEPT:.0%} both keep {self.heads.kept:.1%} of the head groups and "
+            f"{self.neurons.kept:.1%} of the neurons (chance: {KEPT:.0%})"
+        )
+
+
+def stabilities(profile: Profile) -> dict[str, Stability]:
+    """By statistic, for those that were measured on two corpora."""
+    return {
+        name: Stability(
+            agreement(profile.tensor, f"{name}.heads", groups=True),
+            agreement(profile.tensor, f"{name}.neurons", groups=False),
+        )
+        for name in profile.header.statistics
+        if f"{name}.heads.second" in profile.tensors
+    }
+
+
+def agreement(tensor: Callable[[str], torch.Tensor], key: str, *, groups: bool) -> Agreement:
+    """Compare `<key>.first` with `<key>.second`.
+
+    Args:
+        tensor: key -> `[layers, ...]`.
+        groups: whether means over the last axis are kept, instead of the numbers themselves.
+    """
+    first, second = tensor(f"{key}.first"), tensor(f"{key}.second")
+    correlations = [rank_correlation(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
+    known = [(value, layer) for layer, value in enumerate(correlations) if value is not None]
+    if groups:
+        first, second = first.mean(-1), second.mean(-1)
+    kept = [both_kept(a, b) for a, b in zip(first, second, strict=True)]
+    mean = sum(value for value, _ in known) / len(known) if known else None
+    return Agreement(mean, min(known) if known else None, sum(kept) / len(kept))
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
+    """Spearman's rho of two vectors; None where one is constant."""
+    if bool((first == first[0]).all()) or bool((second == second[0]).all()):
+        return None
+    return float(spearmanr(first.numpy(), second.numpy()).statistic)
+
+
+def both_kept(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Share of the highest `KEPT` (rounded up) of one vector that is among those of the other."""
+    number = math.ceil(KEPT * len(first) - 1e-9)
+    sets = [set(scores.argsort(descending=True, stable=True)[:number].tolist()) for scores in (first, second)]
+    return len(sets[0] & sets[1]) / number
