@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Pruning methods beside each other, before and after recovery, with the dense model and its control.
+
+    python -m scripts.prune_table measure --model M --text train.txt --test wiki.txt --requests requests.json.gz --out FOLDER
+    python -m scripts.prune_table table FOLDER... --requests requests.json.gz --include TASKS
+
+`measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
+not repeated. All rows of a ratio have the same widths: solver `amp`, the scores alone differ. `table` counts the
+zero-shot answers with lm-eval's tasks and prints means over seeds with paired differences to the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import transformers
+
+import compress.data.tasks
+import compress.profile  # noqa: F401  (registers the statistics)
+from compress.data.calibration import calibration_documents
+from compress.data.continuation import Continuation
+from compress.data.text import FileText, tokenise
+from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from compress.models.load import load_model
+from compress.models.pruning import block_parameters, layers_of, output_projections
+from compress.profile.runner import run_profile
+from compress.profile.store import read_profile
+from compress.recover.recover import recover
+from compress.recover.settings import RecoverSettings
+from compress.registry import statistics
+from compress.search.amp import Amp
+from compress.search.budget import Budget
+from compress.search.prune import pruning_problem
+from compress.targets.apply import planned_model
+from scripts.zero_shot import accuracies, read_requests, score
+
+METHODS = ("amp", "contribution", "wanda_sp", "flap", "taylor", "magnitude", "random")
+TASKS = {
+    "local_piqa": "acc_norm,none",
+    "local_hellaswag": "acc_norm,none",
+    "local_arc_easy": "acc_norm,none",
+    "local_arc_challenge": "acc_norm,none",
+    "local_winogrande": "acc,none",
+    "local_lambada_openai": "acc,none",
+}
+
+
+class Scores:
+    """A profile, and `contribution`: AMP's heads, and neurons by the L1 norm of what they add to the hidden state."""
+
+    def __init__(self, profile: Any, model: Any) -> None:
+        self.profile, self.model, self.lengths = profile, model, profile.lengths
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor."""
+        if key == "contribution.heads":
+            key = "amp.heads"
+        if key != "contribution.neurons":
+            return self.profile.tensor(key)
+        norms = [output_projections(layer)[1].weight.detach().float().abs().sum(0) for layer in layers_of(self.model)]
+        return self.profile.tensor("amp.neurons") * torch.stack(norms).cpu()
+
+
+def main() -> None:
+    """One of the subcommands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("measure")
+    run.add_argument("--model", default="demo/smollm2-135m")
+    run.add_argument("--text", required=True, help="calibration and recovery")
+    run.add_argument("--test", required=True, help="perplexity")
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", default="bfloat16")
+    run.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    run.add_argument("--methods", nargs="+", default=list(METHODS))
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    run.add_argument("--steps", type=int, default=150)
+    run.add_argument("--batch", type=int, default=32)
+    run.add_argument("--loss", nargs="+", default=["text"])
+    run.add_argument("--documents", type=int, default=128)
+    run.add_argument("--windows", type=int, default=64, help="of 1,024 tokens of perplexity")
+    run.add_argument("--workers", type=int, default=1)
+    run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    show = commands.add_parser("table")
+    show.add_argument("folders", type=Path, nargs="+")
+    show.add_argument("--include", type=Path, help="folder of more task files")
+    for command in (run, show):
+        command.add_argument("--requests", type=Path, required=True, help="of scripts/zero_shot.py")
+    options = parser.parse_args()
+    (measure if options.command == "measure" else table)(options)
+
+
+def jobs(options: argparse.Namespace) -> list[tuple[str, float, int, str]]:
+    """(method, ratio, seed, loss), the dense model first."""
+    found = [("dense", 0.0, seed, loss) for seed in options.seeds for loss in options.loss if loss != "distill"]
+    for seed in options.seeds:
+        for ratio in options.ratios:
+            found += [(method, ratio, seed, loss) for method in options.methods for loss in options.loss]
+    return found
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All jobs: profiles first, then the jobs in as many processes as asked for."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    if options.worker is None:
+        loaded = load_model(options.model, dtype=options.dtype, device=options.device)
+        for seed in options.seeds:
+            profile(loaded, options, seed)
+        del loaded
+        print(f"profiles: {time.perf_counter() - started:.1f} s", flush=True)
+        arguments = [sys.executable, "-m", "scripts.prune_table", *sys.argv[1:]]
+        children = [subprocess.Popen([*arguments, "--worker", str(n)]) for n in range(options.workers)]
+        codes = [child.wait() for child in children]
+        print(f"all: {time.perf_counter() - started:.1f} s, exits {codes}")
+        return
+    loaded = load_model(options.model, dtype=options.dtype, device=options.device)
+    requests = read_requests(options.requests)
+    tokens = tokenise(loaded.tokenizer, Path(options.text).read_text(encoding="utf-8"))
+    test = tokenise(loaded.tokenizer, Path(options.test).read_text(encoding="utf-8"))
+    for number, job in enumerate(jobs(options)):
+        path = options.out / f"{job[0]}-{job[1]:g}-{job[2]}-{job[3]}.json"
+        if number % options.workers == options.worker and not path.exists():
+            row = one(loaded, options, tokens, lambda model: evaluate(model, test, requests, options.windows), *job)
+            path.write_text(json.dumps(row))
+            told = f"{row['before']['perplexity']:.3f} -> {row['after']['perplexity']:.3f}"
+            print(f"{path.stem}: {told}, {row['recover_seconds']:.1f} s of {row['seconds']:.1f} s", flush=True)
+
+
+def profile(loaded: Any, options: argparse.Namespace, seed: int) -> Any:
+    """Scores of all methods on documents of this seed."""
+    request = Continuation(task="continuation", length=512, count=options.documents, answer="text", answer_tokens=511)
+    text = FileText(source="file", path=options.text)
+    documents = calibration_documents(loaded, [request], text, "calibration", seed, options.out / "documents")
+    names = ("amp", "wanda_sp", "flap", "taylor", "magnitude")
+    asked = [statistics[name]() for name in names] + [statistics["random"](seed=seed)]
+    return run_profile(loaded, documents, asked, options.out / f"profile-{seed}", seed=seed)
+
+
+def one(
+    loaded: Any,
+    options: argparse.Namespace,
+    tokens: Sequence[int],
+    look: Callable[[Any], dict[str, Any]],
+    method: str,
+    ratio: float,
+    seed: int,
+    loss: str,
+) -> dict[str, Any]:
+    """One row: the pruned model before and after recovery."""
+    started = time.perf_counter()
+    dense = loaded.model
+    plan, note = None, ""
+    if method == "dense":
+        model = copy.deepcopy(dense)
+    else:
+        scores = Scores(read_profile(options.out / f"profile-{seed}"), dense)
+        problem = pruning_problem(dense, scores, Budget(parameters=1 - ratio))
+        (candidate,) = Amp(importance=method, compensate=method == "flap").solve(problem)
+        plan, note = candidate.to_plan(problem, {}), candidate.note
+        model = planned_model(dense, plan)
+    left, whole = block_parameters(model), block_parameters(dense)
+    before = look(model)
+    settings = RecoverSettings(steps=options.steps, batch_size=options.batch, loss=loss, save_every=10**6)
+    folder = options.out / "work" / f"{method}-{ratio:g}-{seed}-{loss}"
+    record = recover(model, settings, tokens, folder, teacher=dense, seed=seed)
+    after = look(model)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return {
+        "method": method,
+        "ratio": ratio,
+        "seed": seed,
+        "loss": loss,
+        "widths": note,
+        "parameters": left,
+        "dense_parameters": whole,
+        "model_parameters": sum(weight.numel() for weight in model.parameters()),
+        "before": before,
+        "after": after,
+        "first_loss": record.first_loss,
+        "last_loss": record.last_loss,
+        "tokens": record.tokens,
+        "recover_seconds": record.seconds,
+        "seconds": time.perf_counter() - started,
+        "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def evaluate(model: Any, test: Sequence[int], requests: dict[str, Any], windows: int) -> dict[str, Any]:
+    """Perplexity of the test text, and the answers to the zero-shot requests."""
+    found = perplexity(model, test, PerplexityRequest(length=1024, windows=windows))
+    return {"perplexity": found.perplexity, "nll": found.window_nll, "answers": score(model, requests)}
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print and write the table of the rows in some folders."""
+    requests = read_requests(options.requests)
+    rows = [json.loads(path.read_text()) for folder in options.folders for path in sorted(folder.glob("*-*-*-*.json"))]
+    for row in rows:
+        for part in ("before", "after"):
+            counted = accuracies(requests, row[part].pop("answers"), options.include)
+            row[part]["accuracy"] = {
+                name: counted[name].get(metric.split(",")[0], next(iter(counted[name].values())))
+                for name, metric in TASKS.items()
+                if name in counted
+            }
+            row[part].pop("nll")
+    dense = next(row for row in rows if row["method"] == "dense")["before"]
+    head = ["method", "removed", "loss", "parameters", "off budget", "ppl before", "ppl after"]
+    print(" | ".join([*head, "0-shot before", "0-shot after", "difference to dense (95%)", "to control", "seconds"]))
+    keys = sorted({(row["ratio"], row["loss"], row["method"]) for row in rows})
+    written = []
+    for ratio, loss, method in keys:
+        same = [row for row in rows if (row["ratio"], row["loss"], row["method"]) == (ratio, loss, method)]
+        controls = {row["seed"]: row["after"] for row in rows if row["method"] == "dense"}
+        pairs = [paired(row["after"], dense) for row in same]
+        beside = [paired(row["after"], controls[row["seed"]]) for row in same if row["seed"] in controls]
+        first = same[0]
+        written.append(
+            {
+                "method": method,
+                "removed": ratio,
+                "loss": loss,
+                "seeds": len(same),
+                "parameters": first["parameters"],
+                "off_budget": first["parameters"] / first["dense_parameters"] - (1 - ratio),
+                "perplexity_before": [row["before"]["perplexity"] for row in same],
+                "perplexity_after": [row["after"]["perplexity"] for row in same],
+                "zero_shot_before": [average(row["before"]) for row in same],
+                "zero_shot_after": [average(row["after"]) for row in same],
+                "by_task_after": [{name: mean(each) for name, each in r["after"]["accuracy"].items()} for r in same],
+                "to_dense": pairs,
+                "to_control": beside,
+                "recover_seconds": [row["recover_seconds"] for row in same],
+                "widths": first["widths"],
+            }
+        )
+        told = written[-1]
+        print(
+            f"{method} | {ratio:.0%} | {loss} | {first['parameters']:,} | {told['off_budget']:+.2%} | "
+            f"{spread(told['perplexity_before'])} | {spread(told['perplexity_after'])} | "
+            f"{spread(told['zero_shot_before'])} | {spread(told['zero_shot_after'])} | "
+            f"{mean(p[0] for p in pairs):+.3f} ±{mean(p[1] for p in pairs):.3f} | "
+            + (f"{mean(p[0] for p in beside):+.3f} | " if beside else "- | ")
+            + f"{mean(told['recover_seconds']):.0f}"
+        )
+    Path("table.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+def average(part: dict[str, Any]) -> float:
+    """Mean over tasks of the accuracy."""
+    return mean(mean(each) for each in part["accuracy"].values())
+
+
+def paired(part: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Mean over tasks of the difference on the same documents, and half of its 95% interval."""
+    differences = [
+        [a - b for a, b in zip(part["accuracy"][name], other["accuracy"][name], strict=True)]
+        for name in part["accuracy"]
+    ]
+    spread_of = [stdev(each) ** 2 / len(each) for each in differences]
+    return mean(mean(each) for each in differences), 1.96 * sum(spread_of) ** 0.5 / len(differences)
+
+
+def spread(values: list[float]) -> str:
+    """Each seed's number."""
+    return " / ".join(f"{value:.3f}" if value < 10 else f"{value:.2f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()
