@@ -89,7 +89,7 @@ def main() -> None:
     run.add_argument("--steps", type=int, default=150)
     run.add_argument("--batch", type=int, default=32)
     run.add_argument("--loss", nargs="+", default=["text"])
-    run.add_argument("--documents", type=int, default=128)
+    run.add_argument("--documents", type=int, default=32, help="of 2,048 tokens")
     run.add_argument("--windows", type=int, default=64, help="of 1,024 tokens of perplexity")
     run.add_argument("--workers", type=int, default=1)
     run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def profile(loaded: Any, options: argparse.Namespace, seed: int) -> Any:
     """Scores of all methods on documents of this seed."""
-    request = Continuation(task="continuation", length=512, count=options.documents, answer="text", answer_tokens=511)
+    request = Continuation(task="continuation", length=2048, count=options.documents, answer="text", answer_tokens=2047)
     text = FileText(source="file", path=options.text)
     documents = calibration_documents(loaded, [request], text, "calibration", seed, options.out / "documents")
     names = ("amp", "wanda_sp", "flap", "taylor", "magnitude")
