@@ -9,24 +9,24 @@ Weights are drawn: times do not depend on them. Widths are those of solver `amp`
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
 
-from compress.models.pruning import block_parameters
+from compress.models.pruning import Kept, block_parameters
 from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem, random_candidate
 from compress.targets.apply import planned_model
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -53,7 +53,7 @@ class Nothing:
     lengths = ()
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Zeros would do, and are made by `main`."""
+        """There is none."""
         raise KeyError(key)
 
 
@@ -79,15 +79,13 @@ def main() -> None:
     widths = solver.widths(problem, count)
     if widths is None:
         raise SystemExit("no such widths")
-    from compress.models.pruning import Kept
-
     like = [Kept(tuple(range(widths.groups)), tuple(range(widths.neurons)))] * problem.shape.layers
     candidate = random_candidate(problem, like, 0)
     pruned = planned_model(dense, candidate.to_plan(problem, {}))
     ids = torch.randint(0, config.vocab_size, (options.batch, options.length), device=device)
     models = {"dense": dense, "pruned": pruned}
     prefill = {
-        name: _times(lambda m=model: m.model(ids, use_cache=False), options.repeats, device)
+        name: _times(partial(model.model, ids, use_cache=False), options.repeats, device)
         for name, model in models.items()
     }
     decode = {name: _decode(model, ids, options.steps, device) for name, model in models.items()}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pruning methods beside each other, before and after recovery, with the dense model and its control.
 
-    python -m scripts.prune_table measure --model M --text train.txt --test wiki.txt --requests requests.json.gz --out FOLDER
+    python -m scripts.prune_table measure --text train.txt --test wiki.txt --requests requests.json.gz --out FOLDER
     python -m scripts.prune_table table FOLDER... --requests requests.json.gz --include TASKS
 
 `measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
@@ -95,6 +95,7 @@ def main() -> None:
     run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     show = commands.add_parser("table")
     show.add_argument("folders", type=Path, nargs="+")
+    show.add_argument("--out", type=Path, default=Path("table.json"))
     show.add_argument("--include", type=Path, help="folder of more task files")
     for command in (run, show):
         command.add_argument("--requests", type=Path, required=True, help="of scripts/zero_shot.py")
@@ -258,7 +259,7 @@ def table(options: argparse.Namespace) -> None:
             + (f"{mean(p[0] for p in beside):+.3f} | " if beside else "- | ")
             + f"{mean(told['recover_seconds']):.0f}"
         )
-    Path("table.json").write_text(json.dumps(written, indent=1) + "\n")
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def average(part: dict[str, Any]) -> float:

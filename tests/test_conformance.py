@@ -1,4 +1,7 @@
-"""The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect."""
+"""The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect.
+
+So does every family with layers of different widths: those are named `<family>, pruned`.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,35 @@ import torch
 from safetensors.torch import load_file
 
 from compress.export.export import export_checkpoint
+from compress.export.layout import copy_runtime, point_to_runtime
+from compress.models.families import family_of
 from compress.plan import uniform_plan
 from compress.runtime.span import PAGE
 from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
+from tests.pruned import PRUNED, unevenly_pruned
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@functools.cache
-def planned(family: str) -> tuple[Any, Any, Any]:
-    """Dense model, its shape and the planned model on the same weights."""
+MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED)]
+
+
+def fresh(name: str) -> tuple[Any, Any, Any]:
+    """Dense model, its shape and the planned model; on the same weights where it is not pruned."""
+    family, _, pruned = name.partition(", ")
     dense = tiny_model(family)
     shape = shape_of(dense)
-    return dense, shape, planned_model(dense, mixed_plan(shape))
+    return dense, shape, unevenly_pruned(family) if pruned else planned_model(dense, mixed_plan(shape))
+
+
+@functools.cache
+def planned(name: str) -> tuple[Any, Any, Any]:
+    """As `fresh`, the same objects every time."""
+    return fresh(name)
 
 
 def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -64,7 +79,7 @@ def test_the_plan_is_in_effect(family: str) -> None:
     assert (difference > 0.1) == spans_differ(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_generation_with_cache_is_generation_without(family: str) -> None:
     model = planned(family)[2]
     ids = random_ids(2, 150)
@@ -76,7 +91,7 @@ def test_generation_with_cache_is_generation_without(family: str) -> None:
     assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **arguments))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_sampling_with_cache_is_sampling_without(family: str) -> None:
     model = planned(family)[2]
     drawn = []
@@ -87,7 +102,7 @@ def test_sampling_with_cache_is_sampling_without(family: str) -> None:
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_chunks_and_turns_are_one_prefill(family: str) -> None:
     model = planned(family)[2]
     ids = random_ids(2, LENGTH)
@@ -109,7 +124,7 @@ def test_chunks_and_turns_are_one_prefill(family: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
     model = planned(family)[2]
     lengths, width = (201, 77, 140), 201
@@ -140,12 +155,12 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
             assert together[row, :kept].tolist() == single[:kept].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
     spans = model.model.compress_spans
     page = PAGE * 2 * shape.head_dim * 4
-    groups = shape.layers * shape.kv_heads
+    groups = sum(len(row) for row in spans)
     for length in (1, 63, 64, 65, 200, 700):
         cache = model.new_cache()
         logits(model, random_ids(1, 760)[:, :length], past_key_values=cache)
@@ -160,7 +175,7 @@ def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every family exported; each export verifies itself in a fresh process of its own."""
+    """Every family exported, where each export verifies itself in a fresh process of its own; and the pruned models."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {}
     for family in FAMILIES:
@@ -171,6 +186,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         assert report.checks.logit_difference <= report.checks.tolerance
         assert report.checks.cache_bytes == report.checks.predicted_bytes
+    for name in MODELS:
+        if name not in folders:
+            folders[name] = root / name
+            model = planned(name)[2]
+            model.save_pretrained(folders[name])
+            copy_runtime(folders[name])
+            point_to_runtime(folders[name], family_of(model.config))
     return folders
 
 
@@ -179,16 +201,16 @@ def reloaded(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     """What one fresh process without `compress` found in all checkpoints and in their re-saved copies."""
     scratch = tmp_path_factory.mktemp("reloaded")
     child = Path(__file__).with_name("reload_child.py")
-    folders = [str(checkpoints[family]) for family in FAMILIES]
+    folders = [str(checkpoints[family]) for family in MODELS]
     done = subprocess.run([sys.executable, "-P", str(child), str(scratch), *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         family: (load_file(scratch / f"{family}.safetensors"), json.loads((scratch / f"{family}.json").read_text()))
-        for family in FAMILIES
+        for family in MODELS
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_fresh_process_without_compress_gets_the_same_logits(family: str, reloaded: dict[str, Any]) -> None:
     tensors, facts = reloaded[family]
     model = planned(family)[2]
@@ -199,17 +221,16 @@ def test_a_fresh_process_without_compress_gets_the_same_logits(family: str, relo
     assert facts["body_class"] == facts["class"].replace("ForCausalLM", "Model")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_saved_again_it_loads_again(family: str, reloaded: dict[str, Any]) -> None:
     tensors, facts = reloaded[family]
     assert torch.equal(tensors["logits"], tensors["saved_again"])
     assert set(facts["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_the_kernels_are_the_reference(family: str) -> None:
-    dense, shape, _ = planned(family)
-    model = planned_model(dense, mixed_plan(shape))
+    model = fresh(family)[2]
     ids, mask = random_ids(3, 141), torch.ones(3, 141, dtype=torch.long)
     mask[0, :50] = mask[1, 120:] = 0
     expected = logits(model, ids, attention_mask=mask)
@@ -219,7 +240,7 @@ def test_the_kernels_are_the_reference(family: str) -> None:
         model.config.compress_impl = impl
         model.zero_grad()
         model(ids[:, :70], attention_mask=mask[:, :70], use_cache=False).logits[2].square().mean().backward()
-        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        gradients.append([weight.grad.clone() for weight in model.model.layers[0].self_attn.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
     found = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
@@ -228,7 +249,7 @@ def test_the_kernels_are_the_reference(family: str) -> None:
     assert torch.equal(static, expected_tokens)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
     model = planned(family)[2]
     ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.long)
@@ -245,8 +266,9 @@ def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
     assert cache.lengths.tolist() == [110, 150]
 
 
-def test_a_compiled_model_is_the_model() -> None:
-    model = planned("llama-gqa")[2]
+@pytest.mark.parametrize("family", ["llama-gqa", "phi3, pruned"])
+def test_a_compiled_model_is_the_model(family: str) -> None:
+    model = planned(family)[2]
     ids = random_ids(2, 140)
     expected = logits(model, ids)[:, 120:]
     compiled = torch.compile(model, backend="eager")  # what is traced and guarded, without a compiler's minutes

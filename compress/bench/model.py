@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
+from compress.runtime.modeling_compress import CACHE
 
 DENSE, NONE = "compress_bench_dense", "compress_bench_none"
 
@@ -183,9 +184,7 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     cache.begin(batch, device)
     cache.assume(length)
     token = ids[:, -1:].contiguous()
-    decode = _step_times(
-        lambda: model(input_ids=token, past_key_values=cache), device, steps, lambda: cache.assume(length)
-    )
+    decode = _step_times(lambda: model(input_ids=token, **{CACHE: cache}), device, steps, lambda: cache.assume(length))
     return Side(spent, decode, peak_bytes(device), cache.allocated_bytes())
 
 
@@ -215,7 +214,7 @@ def _dense_side(model: Any, ids: torch.Tensor, backends: dict[str, Any], steps: 
     def step() -> None:
         for block in blocks:  # every step is the same: one token behind the prompt
             block.length = length
-        model(input_ids=token, past_key_values=cache, position_ids=position)
+        model(input_ids=token, position_ids=position, **{CACHE: cache})
 
     decode = _step_times(step, device, steps)
     held = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in blocks)
@@ -242,7 +241,7 @@ def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict
 
 
 def _last(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
 
 
 def _first_prefills(call: Callable[[], Any], batch: int, device: torch.device) -> list[float]:

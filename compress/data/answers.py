@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from compress.runtime.modeling_compress import CACHE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,8 +41,8 @@ def answer(
     cache: Any = None
     written: list[int] = []
     while True:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[0, -1].float(), output.past_key_values
+        output = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        logits, cache = output.logits[0, -1].float(), getattr(output, CACHE)
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError(f"the model's logits are not finite behind {len(prompt) + len(written)} tokens")
         if decoding == "greedy":

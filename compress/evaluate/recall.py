@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from compress.data.prompt import Prompt, Task
 from compress.errors import UserError
+from compress.runtime.modeling_compress import CACHE
 
 Z = 1.959963984540054  # two-sided 95% of the normal distribution
 
@@ -161,4 +162,4 @@ def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list
         raise FloatingPointError("the model's logits are not finite")
     rows = output.sequences[:, width:].tolist()
     answers = [row[: prompt.budget] for row, prompt in zip(rows, batch, strict=True)]
-    return answers, cache_bytes(output.past_key_values)
+    return answers, cache_bytes(getattr(output, CACHE))

@@ -18,6 +18,7 @@ RUNTIME_FILES = (
     "reference.py",
     "paged_cache.py",
     "span.py",
+    "widths.py",
     "triton_attention.py",
     "triton_prefill.py",
     "triton_backward.py",

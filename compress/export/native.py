@@ -49,12 +49,23 @@ def native_model(planned: Any, plan: Plan) -> Any:
     its family is written as (`Family.native`).
 
     Raises:
-        UserError: no stock architecture holds the plan (see `layer_windows`), or this model's weights or RoPE.
+        UserError: no stock architecture holds the plan (see `layer_windows`), or this model's weights or RoPE, or its
+            family has none with layers that slide one by one.
     """
     family = family_of(planned.config)
     windows = layer_windows(plan)
     unchanged = windows == list(plan.model.native_windows)
-    model_class = getattr(transformers, family.architecture if unchanged else family.native)
+    written_as = family.architecture if unchanged else family.native
+    if written_as is None:
+        raise UserError(
+            f"no native checkpoint of {family.architecture}: transformers has no architecture with its weights whose "
+            "layers are full or slide one by one",
+            where="export.form",
+            expected="a plan that leaves every layer's attention as it is",
+            found="windows",
+            fix="write `export: {form: patched}`, which holds every plan",
+        )
+    model_class = getattr(transformers, written_as)
     fields = config_fields(planned.config)
     if not unchanged:
         _check_rope(fields.get("rope_parameters"), windows, plan)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import UserError
 from compress.export.native import layer_windows
 from compress.plan import Plan
+from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import has_length_rule
 from compress.targets.cost import kv_bytes, page_bytes, stock_kv_bytes
 
@@ -93,8 +94,8 @@ def verify_checkpoint(
         alone = planned(ids[:1], logits_to_keep=4)
         hidden = planned.model(ids[:1, :16]).last_hidden_state.float().cpu()
         # Not the last row of `alone`: a rule by length takes its windows from the prompt, without the step.
-        before = planned(ids[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        step = planned(ids[:1, -1:], past_key_values=before).logits.float().cpu()
+        before = getattr(planned(ids[:1, :-1], use_cache=True, logits_to_keep=1), CACHE)
+        step = planned(ids[:1, -1:], **{CACHE: before}).logits.float().cpu()
         tokens = planned.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).cpu()

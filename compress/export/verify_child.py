@@ -43,10 +43,11 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
         result["padded_logits"] = model(ids, attention_mask=mask, logits_to_keep=4).logits.float().contiguous()
         alone = model(ids[:1], use_cache=True, logits_to_keep=4)
         result["logits"] = alone.logits.float().contiguous()
-        before = model(ids[:1, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        result["step_logits"] = model(ids[:1, -1:], past_key_values=before).logits.float().contiguous()
+        cache = "cache" if "cache" in alone else "past_key_values"  # transformers 5.24 renames output and argument
+        before = getattr(model(ids[:1, :-1], use_cache=True, logits_to_keep=1), cache)
+        result["step_logits"] = model(ids[:1, -1:], **{cache: before}).logits.float().contiguous()
         # A sliding layer of transformers holds all of the prompt until a step has followed it.
-        result["cache_bytes"] = torch.tensor(allocated(alone.past_key_values if code == "remote" else before))
+        result["cache_bytes"] = torch.tensor(allocated(getattr(alone, cache) if code == "remote" else before))
         result["tokens"] = model.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).contiguous()

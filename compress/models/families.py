@@ -23,13 +23,13 @@ class Family:
         architecture: the stock causal language model class.
         planned: prefix of the classes in `runtime/modeling_compress.py` that carry a plan.
         native: the stock causal language model class with the same weights whose layers are full or slide one by
-            one (`layer_types` in its configuration).
+            one (`layer_types` in its configuration); None where transformers has none.
     """
 
     model_type: str
     architecture: str
     planned: str
-    native: str
+    native: str | None
 
 
 FAMILIES = {
@@ -39,6 +39,7 @@ FAMILIES = {
         Family("llama", "LlamaForCausalLM", "CompressLlama", "MinistralForCausalLM"),
         Family("ministral", "MinistralForCausalLM", "CompressMinistral", "MinistralForCausalLM"),
         Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
+        Family("phi3", "Phi3ForCausalLM", "CompressPhi3", None),
         Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3", "Qwen3ForCausalLM"),
     )

@@ -1,33 +1,23 @@
-"""Removes head groups and MLP neurons from a model: where they sit in its projections, and the slices that stay.
+"""Removes head groups, query heads and MLP neurons from a model: the slices of its projections that stay.
 
 What is removed is whole: a key/value head goes with the query heads that share it, a neuron with its gate. So a pruned
-model computes what the dense one computes with those outputs at zero, and has the stock classes of its family.
+model computes what the dense one computes with those outputs at zero. With one width in all layers it has the stock
+classes of its family; with several, the runtime's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from compress.errors import UserError
 from compress.models.families import attention_modules
-
-# Projection -> what its sides are made of, part behind part: a part is as many heads or neurons of one kind.
-OUTPUTS: Mapping[str, tuple[str, ...]] = {
-    "q_proj": ("query",),
-    "k_proj": ("key_value",),
-    "v_proj": ("key_value",),
-    "qkv_proj": ("query", "key_value", "key_value"),
-    "gate_proj": ("neuron",),
-    "up_proj": ("neuron",),
-    "gate_up_proj": ("neuron", "neuron"),
-}
-INPUTS: Mapping[str, tuple[str, ...]] = {"o_proj": ("query",), "down_proj": ("neuron",)}
+from compress.runtime.widths import INPUTS, OUTPUTS, Width, declare, projections, width_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +27,8 @@ class Kept:
     Attributes:
         groups: indices of the head groups that stay, ascending.
         neurons: indices of the MLP neurons that stay, ascending.
-        queries: indices of the query heads that stay, ascending, the same number in every group that stays; None
-            keeps all of theirs.
+        queries: indices of the query heads that stay, ascending, the same number in every group that stays; None keeps
+            all of these groups.
     """
 
     groups: tuple[int, ...]
@@ -46,7 +36,7 @@ class Kept:
     queries: tuple[int, ...] | None = None
 
     def query_heads(self, share: int) -> tuple[int, ...]:
-        """Indices of the query heads that stay, where a group of the dense model has `share` of them."""
+        """Indices of the query heads that stay, `share` of them a group in the dense layer."""
         if self.queries is not None:
             return self.queries
         return tuple(group * share + head for group in self.groups for head in range(share))
@@ -56,19 +46,12 @@ class Kept:
         return len(self.groups), len(self.query_heads(share)), len(self.neurons)
 
 
-@dataclass(frozen=True)
-class UnitSizes:
-    """Parameters of a layer that go with one unit, biases of the sliced sides included.
-
-    Attributes:
-        group: a key/value head and its query heads; (2g + 2) x head_dim x hidden without biases, g query heads a group.
-        query: one query head, its rows of Q and columns of O: 2 x head_dim x hidden without biases.
-        neuron: 3 x hidden without biases.
-    """
+class UnitParameters(NamedTuple):
+    """Parameters of one layer that go with one head group, one neuron and one query head, biases included."""
 
     group: int
-    query: int
     neuron: int
+    query: int
 
     def removed(self, groups: int, queries: int, neurons: int) -> int:
         """Parameters that go with whole groups, with `queries` query heads of groups that stay, and with neurons."""
@@ -81,9 +64,21 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(body.layers)
 
 
+def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
+    """The width of every layer after `prune`, from the dense configuration."""
+    share = config.num_attention_heads // config.num_key_value_heads
+    return [Width(len(layer.query_heads(share)), len(layer.groups), len(layer.neurons)) for layer in kept]
+
+
+def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
+    """Whether a stock configuration can say the widths: all layers have one, and the architecture takes it."""
+    found = widths(config, kept)
+    return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
+
+
 def projections_of(layer: nn.Module) -> dict[str, nn.Linear]:
     """The linear projections of a layer that heads or neurons sit in, by the names of `OUTPUTS` and `INPUTS`."""
-    return dict(_projections(layer))
+    return {name: module for _, name, module in projections(layer)}
 
 
 def output_projections(layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
@@ -97,85 +92,77 @@ def block_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for layer in layers_of(model) for weight in layer.parameters())
 
 
-def parameters_per_unit(model: nn.Module) -> list[UnitSizes]:
-    """What one head group, one query head and one neuron of each layer have, `[layers]`.
+def parameters_per_unit(model: nn.Module) -> list[UnitParameters]:
+    """Parameters that go with one unit, per layer.
+
+    Without biases a query head has 2 x head_dim x hidden of them, its rows of q and columns of o; a group of g query
+    heads (2g + 2) x head_dim x hidden; and a neuron 3 x hidden.
 
     Raises:
-        UserError: the projections of a layer do not divide into equal units.
+        UserError: a projection is not made of the heads or neurons that the layer has.
     """
-    config: Any = model.config
-    numbers = {
-        "query": config.num_attention_heads,
-        "key_value": config.num_key_value_heads,
-        "neuron": config.intermediate_size,
-    }
-    share = numbers["query"] // numbers["key_value"]
     found = []
-    for layer, attention in zip(layers_of(model), attention_modules(model), strict=True):
-        whole = dict.fromkeys(numbers, 0)
-        for name, module in _projections(layer):
-            kinds = OUTPUTS.get(name) or INPUTS[name]
-            heads = sum(numbers[kind] for kind in kinds)
-            biased = module.bias is not None and name in OUTPUTS
-            for kind in kinds:
-                share_of_rows = numbers[kind] * (module.weight.numel() + (module.bias.numel() if biased else 0))
-                whole[kind] += share_of_rows // heads
-        uneven = [kind for kind, number in numbers.items() if whole[kind] % number]
-        if uneven:
-            raise UserError(
-                "projections do not divide into equal heads and neurons",
-                where=f"layer {attention.layer_idx}",
-                expected=", ".join(f"{numbers[kind]} times as many as one {kind}" for kind in uneven),
-                found=", ".join(f"{whole[kind]} parameters" for kind in uneven),
-            )
-        one = {kind: whole[kind] // number for kind, number in numbers.items()}
-        found.append(UnitSizes(one["key_value"] + share * one["query"], one["query"], one["neuron"]))
+    for number, (layer, attention) in enumerate(zip(layers_of(model), attention_modules(model), strict=True)):
+        width, head_dim = width_of(layer), int(attention.head_dim)  # type: ignore[arg-type]
+        share = width.query_heads // width.groups
+        each = Counter[str]()
+        for _, name, module in projections(layer):
+            parts = OUTPUTS.get(name) or INPUTS[name]
+            rows = module.weight.shape[0 if name in OUTPUTS else 1]
+            if rows != width.size(parts, head_dim):
+                raise UserError(
+                    "a projection is not made of equal heads or neurons",
+                    where=f"layer {number}: {name}",
+                    expected=f"{width.size(parts, head_dim)} rows or columns",
+                    found=f"{rows}",
+                )
+            biases = module.bias.numel() if module.bias is not None and name in OUTPUTS else 0
+            for part in parts:
+                each[part] += (module.weight.numel() + biases) // rows * (1 if part == "neuron" else head_dim)
+        found.append(UnitParameters(share * each["query"] + each["key_value"], each["neuron"], each["query"]))
     return found
 
 
-def is_uniform(kept: Sequence[Kept], share: int) -> bool:
-    """Whether all layers keep the same numbers, which is what a stock configuration can say."""
-    return len({layer.widths(share) for layer in kept}) == 1
-
-
 @torch.no_grad()
-def prune(model: nn.Module, kept: Sequence[Kept]) -> None:
+def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     """Slice a dense model in place.
 
-    Where all layers keep the same numbers the configuration follows, and the model saves as a stock checkpoint. Where
-    they differ the configuration stays the dense model's, and only the patched form can run what is left.
+    With one width in all layers its configuration follows, and it saves as a stock checkpoint. With several the
+    configuration keeps the dense sizes, and the layers carry their own: such a model runs in memory, and is saved by
+    way of `with_runtime_plan` with a plan that says the widths (`Width.in_plan`).
 
     Args:
         model: with one width in all layers, as its configuration says.
-        kept: what stays, per layer.
+
+    Returns:
+        Whether the configuration follows (`is_uniform`).
 
     Raises:
-        UserError: an index is missing in the model, nothing would be left of a layer, or query heads are not the same
-            number in every group.
+        UserError: an index is missing in the model, nothing would be left of a layer, query heads do not divide evenly
+            among the groups, or the layers differ in width already.
     """
     config: Any = model.config
     attention: Any = attention_modules(model)
-    head_dim = attention[0].head_dim
-    share = config.num_attention_heads // config.num_key_value_heads
-    _check(kept, len(attention), config.num_key_value_heads, share, config.intermediate_size)
+    dense, head_dim = Width.of(config), attention[0].head_dim
+    share = dense.query_heads // dense.groups
+    _check(kept, [width_of(layer) for layer in layers_of(model)], dense)
+    uniform = is_uniform(config, kept)
+    after = widths(config, kept)
     for layer, stays in zip(layers_of(model), kept, strict=True):
         picked = {
-            "query": (_rows(stays.query_heads(share), head_dim), config.num_attention_heads * head_dim),
-            "key_value": (_rows(stays.groups, head_dim), config.num_key_value_heads * head_dim),
-            "neuron": (_rows(stays.neurons, 1), config.intermediate_size),
+            "query": (_rows(stays.query_heads(share), head_dim), dense.query_heads * head_dim),
+            "key_value": (_rows(stays.groups, head_dim), dense.groups * head_dim),
+            "neuron": (_rows(stays.neurons, 1), dense.neurons),
         }
-        for name, module in _projections(layer):
-            _slice(
-                module, [picked[kind] for kind in OUTPUTS.get(name, INPUTS.get(name, ()))], 0 if name in OUTPUTS else 1
-            )
-        groups, queries, neurons = stays.widths(share)
-        _resize(layer, {"num_key_value_heads": groups, "num_attention_heads": queries, "num_heads": queries})
-        _resize(layer, {"num_key_value_groups": queries // groups, "intermediate_size": neurons})
-    if is_uniform(kept, share):
-        groups, queries, neurons = kept[0].widths(share)
-        sizes = {"num_key_value_heads": groups, "num_attention_heads": queries, "intermediate_size": neurons}
-        for name, value in {**sizes, "head_dim": head_dim}.items():
+        for _, name, module in projections(layer):
+            parts = OUTPUTS.get(name) or INPUTS[name]
+            _slice(module, [picked[part] for part in parts], 0 if name in OUTPUTS else 1)
+    if uniform:
+        for name, value in {"head_dim": head_dim, **after[0].fields()}.items():
             setattr(config, name, value)
+    for layer, width in zip(layers_of(model), after, strict=True):
+        declare(layer, width)
+    return uniform
 
 
 @torch.no_grad()
@@ -201,27 +188,23 @@ def add_output_biases(model: nn.Module, biases: Sequence[tuple[Sequence[float], 
     config.attention_bias = config.mlp_bias = True
     for layer, (attention, mlp) in zip(layers_of(model), biases, strict=True):
         added = {"o_proj": attention, "down_proj": mlp}
-        for name, module in _projections(layer):
+        for _, name, module in projections(layer):
             before = module.bias if module.bias is not None else module.weight.new_zeros(module.out_features)
             extra = torch.tensor(added.get(name, 0.0), dtype=torch.float32, device=before.device)
             module.bias = nn.Parameter((before.float() + extra).to(before.dtype))
 
 
-def _resize(layer: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Write sizes into the modules of a layer that keep a number of their own."""
-    for module in layer.modules():
-        for name, value in sizes.items():
-            if name in vars(module):
-                setattr(module, name, value)
+def _narrowed(config: Any, width: Width) -> Any | None:
+    """The configuration with another width; None where the architecture's own checks refuse it.
 
-
-def _projections(layer: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of every linear projection of a layer that heads or neurons sit in."""
-    return [
-        (name.rsplit(".", 1)[-1], module)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in {**OUTPUTS, **INPUTS}
-    ]
+    Llama and Gemma 3 want a hidden size that is a multiple of the number of heads, and Phi-3 derives the length of its
+    RoPE factors from the two, whatever `head_dim` says.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        return type(config).from_dict({**config.to_dict(), **width.fields(), "head_dim": head_dim})
+    except Exception:  # the checks of a configuration raise whatever their authors chose
+        return None
 
 
 def _rows(units: Sequence[int], width: int) -> torch.Tensor:
@@ -245,29 +228,38 @@ def _slice(module: Any, parts: Sequence[tuple[torch.Tensor, int]], axis: int) ->
         module.in_features = len(index)
 
 
-def _check(kept: Sequence[Kept], layers: int, groups: int, share: int, neurons: int) -> None:
-    if len(kept) != layers:
-        raise UserError("the wrong number of layers to prune", expected=f"{layers}", found=f"{len(kept)}")
+def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width) -> None:
+    if len(kept) != len(found):
+        raise UserError("the wrong number of layers to prune", expected=f"{len(found)}", found=f"{len(kept)}")
+    for number, width in enumerate(found):
+        if width != dense:
+            raise UserError(
+                "this model is pruned already, with other widths than its configuration says",
+                where=f"layer {number}",
+                expected=str(dense),
+                found=str(width),
+                fix="prune the dense model once, with everything that goes",
+            )
     for number, layer in enumerate(kept):
-        queries = layer.query_heads(share)
-        for word, units, most in (
-            ("head group", layer.groups, groups),
-            ("query head", queries, groups * share),
-            ("neuron", layer.neurons, neurons),
-        ):
-            if not units:
+        units = [("head group", layer.groups, dense.groups), ("neuron", layer.neurons, dense.neurons)]
+        if layer.queries is not None:
+            units.append(("query head", layer.queries, dense.query_heads))
+        for word, chosen, most in units:
+            if not chosen:
                 raise UserError(f"no {word} would stay", where=f"layer {number}", expected="one or more")
-            if sorted(set(units)) != list(units) or not 0 <= units[0] <= units[-1] < most:
+            if sorted(set(chosen)) != list(chosen) or not 0 <= chosen[0] <= chosen[-1] < most:
                 raise UserError(
                     f"{word} indices are not ascending numbers below {most}",
                     where=f"layer {number}",
-                    found=", ".join(map(str, units[:8])),
+                    found=", ".join(map(str, chosen[:8])),
                 )
-        counts = Counter(query // share for query in queries)
-        if set(counts) != set(layer.groups) or len(set(counts.values())) > 1:
+        share = dense.query_heads // dense.groups
+        each = Counter(head // share for head in layer.query_heads(share))
+        if set(each) != set(layer.groups) or len(set(each.values())) > 1:
             raise UserError(
-                "query heads would not divide evenly among the groups that stay",
+                "query heads do not divide evenly among the head groups that stay",
                 where=f"layer {number}",
-                expected=f"the same number of query heads of each of the groups {list(layer.groups)}, and no other",
-                found=f"query heads {list(queries)}",
+                expected=f"the same number in each of the groups {', '.join(map(str, layer.groups))}",
+                found=", ".join(f"{each[group]} in group {group}" for group in sorted(each)),
+                fix="keep equally many query heads in every group that stays, and none of the others",
             )

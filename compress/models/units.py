@@ -11,7 +11,8 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.families import attention_modules
-from compress.models.pruning import INPUTS, OUTPUTS, layers_of, projections_of
+from compress.models.pruning import layers_of, projections_of
+from compress.runtime.widths import INPUTS, OUTPUTS
 
 
 @dataclass(frozen=True)

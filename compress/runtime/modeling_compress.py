@@ -24,6 +24,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -36,6 +39,7 @@ from transformers.utils import logging
 from .attention import NAME, Step
 from .paged_cache import PagedCache
 from .span import Span, has_length_rule, native_windows, spans_at, spans_of_plan
+from .widths import Width, build, width_of
 
 # The argument that the stock models take a cache by: its name changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -55,7 +59,7 @@ class PlanConfig:
 
 
 class PlanModel:
-    """The decoder without head: gives every attention layer its spans, and every forward pass its cache and padding."""
+    """The decoder without head: gives every layer its width and spans, and every forward pass its cache and padding."""
 
     config: Any
     layers: Any
@@ -64,10 +68,29 @@ class PlanModel:
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
+        for layer, width in zip(self.layers, self._widths(config.compress_plan), strict=True):
+            build(layer, width)
         self.set_plan(config.compress_plan)
 
+    def _widths(self, plan: dict[str, Any]) -> list[Width]:
+        """The width of every layer under a plan."""
+        found = []
+        for number, layer in enumerate(plan["layers"]):
+            try:
+                found.append(Width.of_plan(layer, self.config))
+            except ValueError as error:
+                raise ValueError(f"compress_plan: layer {number}: {error}") from None
+        return found
+
     def set_plan(self, plan: dict[str, Any]) -> None:
-        """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before."""
+        """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before.
+
+        Raises:
+            ValueError: the plan has another number of layers, or a layer with other heads or neurons than are there.
+        """
+        for number, (layer, width) in enumerate(zip(self.layers, self._widths(plan), strict=True)):
+            if width != width_of(layer):
+                raise ValueError(f"compress_plan: layer {number}: expected {width_of(layer)}, the plan has {width}")
         self.config.compress_plan = plan
         self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(self.layers)))
         for layer, spans in zip(self.layers, self.compress_spans, strict=True):
@@ -321,6 +344,19 @@ class CompressMistralModel(PlanModel, MistralModel):
 class CompressMistralForCausalLM(PlanForCausalLM, MistralForCausalLM):
     config_class = CompressMistralConfig
     planned_model = CompressMistralModel
+
+
+class CompressPhi3Config(PlanConfig, Phi3Config):
+    model_type = "compress_phi3"
+
+
+class CompressPhi3Model(PlanModel, Phi3Model):
+    config_class = CompressPhi3Config
+
+
+class CompressPhi3ForCausalLM(PlanForCausalLM, Phi3ForCausalLM):
+    config_class = CompressPhi3Config
+    planned_model = CompressPhi3Model
 
 
 class CompressQwen2Config(PlanConfig, Qwen2Config):

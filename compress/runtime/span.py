@@ -191,9 +191,12 @@ def native_windows(config: Any, layers: int) -> list[int | None]:
     """Per layer, the sliding window of the architecture itself in tokens; None where a layer sees everything.
 
     transformers keeps it in two forms: `layer_types` with one `sliding_window` (Qwen2, Qwen3), or a
-    `sliding_window` alone that holds for every layer (Mistral).
+    `sliding_window` alone that holds for every layer (Mistral, Phi-3). A window of no fewer tokens than the model has
+    positions hides nothing and is none (Phi-3 128k).
     """
     window = getattr(config, "sliding_window", None)
+    if window is not None and window >= getattr(config, "max_position_embeddings", NO_END):
+        window = None
     types = getattr(config, "layer_types", None)
     if types is None:
         return [window] * layers

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from compress.errors import UserError
-from compress.models.pruning import Kept, UnitSizes
+from compress.models.pruning import Kept, UnitParameters
 from compress.plan import LayerPlan, Mlp, OutputBias, Plan, Predicted, plan_of_layers
 from compress.registry import Method
 from compress.targets.cost import dense_kv_bytes
@@ -42,7 +42,7 @@ class PruningProblem:
     """
 
     shape: ModelShape
-    sizes: tuple[UnitSizes, ...]
+    sizes: tuple[UnitParameters, ...]
     neurons: int
     block: int
     most: int

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from compress.models.families import family_of
-from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.pruning import Kept, add_output_biases, is_uniform, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.span import FULL, AnySpan, own_span
@@ -31,8 +31,9 @@ def planned_model(model: Any, plan: Plan) -> Any:
         ValueError: the plan's layers or groups are not this model's.
     """
     if plan.prunes:
+        stock = is_uniform(model.config, kept_units(plan, model.config.intermediate_size))
         model = pruned_model(model, plan)
-        if stock_widths(plan) and plan.spans() == full_spans(plan):
+        if stock and plan.spans() == full_spans(plan):
             return model
     return with_runtime_plan(model, runtime_plan(plan))
 
@@ -47,20 +48,6 @@ def kept_units(plan: Plan, neurons: int) -> list[Kept]:
         )
         for layer in plan.layers
     ]
-
-
-def stock_widths(plan: Plan) -> bool:
-    """Whether all layers keep the same numbers of head groups, query heads and neurons."""
-    share = plan.model.query_heads // plan.model.kv_heads
-    widths = {
-        (
-            len(layer.kept_groups),
-            len(layer.kept_groups) * share if layer.queries is None else len(layer.queries),
-            None if layer.mlp is None else layer.mlp.kept,
-        )
-        for layer in plan.layers
-    }
-    return len(widths) == 1
 
 
 def full_spans(plan: Plan) -> list[list[AnySpan]]:
@@ -82,7 +69,11 @@ def pruned_model(model: Any, plan: Plan) -> Any:
 
 
 def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
-    """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights."""
+    """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights.
+
+    Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
+    stay (`Width.in_plan` has the rest).
+    """
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
@@ -101,11 +92,15 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
 
     Raises:
-        ValueError: a weight has no place in the class, or the class has one that `model` lacks.
+        ValueError: a weight has no place in the class or another shape there, or the class has one that `model` lacks.
     """
     with torch.device("meta"):
         made = model_class(config)
-    tensors = dict(model.state_dict())
+    tensors, places = dict(model.state_dict()), made.state_dict()
+    for name, tensor in tensors.items():
+        if name in places and places[name].shape != tensor.shape:
+            expected, found = tuple(places[name].shape), tuple(tensor.shape)
+            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     if set(missing) - tied or unexpected:

@@ -14,6 +14,7 @@ from compress.data.prompt import Prompt
 from compress.data.text import tokenise
 from compress.errors import UserError
 from compress.evaluate.recall import RecallItem, RecallResult, cache_bytes, is_right, recall, wilson
+from compress.runtime.modeling_compress import CACHE
 from compress.targets.apply import planned_model
 from compress.targets.cost import dense_kv_bytes, kv_bytes
 from tests.data.language import byte_model, byte_tokenizer, story
@@ -40,7 +41,7 @@ class Rigged(torch.nn.Module):
         for row, mask in zip(input_ids, attention_mask, strict=True):
             written = self.answers[tuple(row[mask.bool()].tolist())]
             rows.append(torch.cat([row, torch.tensor(written + [0] * (options["max_new_tokens"] - len(written)))]))
-        return SimpleNamespace(sequences=torch.stack(rows), logits=(torch.zeros(1),), past_key_values=None)
+        return SimpleNamespace(sequences=torch.stack(rows), logits=(torch.zeros(1),), **{CACHE: None})
 
 
 def told(prompts: list[Prompt], change: int = 0) -> Rigged:

@@ -106,7 +106,18 @@ def test_the_window_is_exact_to_the_token() -> None:
         assert first.flatten().tolist()[:1] == ([] if tokens == WINDOW else [min(tokens, WINDOW)])
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "mistral", "mistral-sliding", "qwen2", "qwen2-part-sliding"])
+def test_windows_on_a_family_without_such_an_architecture_stay_patched(tmp_path: Path) -> None:
+    loaded = tiny_loaded("phi3")
+    plan = windows_and_full(shape_of(loaded.model))
+    with pytest.raises(UserError, match="no native checkpoint of Phi3ForCausalLM"):
+        native_model(planned_model(loaded.model, plan), plan)
+    assert not export_checkpoint(loaded, plan, tmp_path / "new", form="auto").checks.native
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", "llama-gqa", "mistral", "mistral-sliding", "phi3", "phi3-sliding", "qwen2", "qwen2-part-sliding"],
+)
 def test_a_plan_that_changes_nothing_is_the_model_itself(family: str) -> None:
     model, ids = tiny_model(family), random_ids(1, 150)
     plan = uniform_plan(shape_of(model), FullGroup())

@@ -1,5 +1,7 @@
 """A pruned model equals the dense model whose removed heads and neurons are zeroed, and saves as a stock checkpoint."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +13,21 @@ from compress.errors import UserError
 from compress.models.pruning import (
     Kept,
     add_output_biases,
-    block_parameters,
     is_uniform,
     layers_of,
     parameters_per_unit,
     prune,
+    widths,
 )
+from compress.runtime.widths import Width, width_of
+from tests.pruned import uneven, with_biases, zero
 from tests.tiny import SIZES, random_ids, tiny_model
 
 FAMILIES = ["llama-gqa", "llama-mha", "mistral", "qwen2", "qwen3", "phi3"]
 
 
-def model_of(family: str) -> Any:
-    """A random model whose biases are not zero."""
-    if family == "phi3":
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES)).float().eval()
-    else:
-        model = tiny_model(family)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
-    return model
-
-
-def kept_of(model: Any, query_heads: int | None = None) -> list[Kept]:
-    """Half of the groups (with `query_heads` of each) and 40 of 64 neurons, others in every layer."""
+def kept_of(model: Any, queries: bool) -> list[Kept]:
+    """Half of the groups and 40 of 64 neurons, others in every layer; or all groups, each with its last query head."""
     groups = model.config.num_key_value_heads
     share = model.config.num_attention_heads // groups
     generator = torch.Generator().manual_seed(2)
@@ -45,49 +35,30 @@ def kept_of(model: Any, query_heads: int | None = None) -> list[Kept]:
     def some(number: int, of: int) -> tuple[int, ...]:
         return tuple(sorted(torch.randperm(of, generator=generator)[:number].tolist()))
 
-    rows = []
-    for _ in layers_of(model):
-        chosen = some(groups // 2, groups)
-        queries = None
-        if query_heads is not None:
-            queries = tuple(group * share + head for group in chosen for head in some(query_heads, share))
-        rows.append(Kept(chosen, some(40, 64), queries))
-    return rows
+    if queries:
+        heads = tuple(group * share + share - 1 for group in range(groups))
+        return [Kept(tuple(range(groups)), some(40, 64), heads) for _ in layers_of(model)]
+    return [Kept(some(groups // 2, groups), some(40, 64)) for _ in layers_of(model)]
 
 
-@torch.no_grad()
-def zero(model: Any, kept: list[Kept]) -> None:
-    """Zero the output of what `kept` leaves out."""
-    config = model.config
-    share = config.num_attention_heads // config.num_key_value_heads
-    layers: list[Any] = layers_of(model)
-    for layer, stays in zip(layers, kept, strict=True):
-        head_dim = layer.self_attn.head_dim
-        for query in set(range(config.num_attention_heads)) - set(stays.query_heads(share)):
-            layer.self_attn.o_proj.weight[:, query * head_dim : (query + 1) * head_dim] = 0
-        for neuron in set(range(64)) - set(stays.neurons):
-            layer.mlp.down_proj.weight[:, neuron] = 0
-
-
-@pytest.mark.parametrize(
-    ("family", "query_heads"), [*[(family, None) for family in FAMILIES], ("llama-gqa", 1), ("qwen3", 1), ("phi3", 1)]
-)
-def test_pruned_equals_zeroed_and_round_trips(family: str, query_heads: int | None, tmp_path: Path) -> None:
-    zeroed, pruned = model_of(family), model_of(family)
-    kept = kept_of(pruned, query_heads)
-    before = block_parameters(pruned)
-    sizes = parameters_per_unit(pruned)[0]
-    share = pruned.config.num_attention_heads // pruned.config.num_key_value_heads
+@pytest.mark.parametrize("queries", [False, True], ids=["groups", "queries"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_equals_zeroed_and_round_trips(family: str, queries: bool, tmp_path: Path) -> None:
+    zeroed, pruned = with_biases(family), with_biases(family)
+    kept = kept_of(pruned, queries)
+    before = sum(weight.numel() for weight in pruned.parameters())
+    unit = parameters_per_unit(pruned)[0]
     zero(zeroed, kept)
-    prune(pruned, kept)
+    assert prune(pruned, kept)
     ids = random_ids(2, 33)
     with torch.no_grad():
         expected, found = zeroed(ids).logits, pruned(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    stay = pruned.config.num_key_value_heads
-    missing = zeroed.config.num_key_value_heads - stay
-    heads = 0 if query_heads is None else stay * (share - query_heads)
-    assert before - block_parameters(pruned) == len(kept) * sizes.removed(missing, heads, 24)
+    removed = before - sum(weight.numel() for weight in pruned.parameters())
+    missing = zeroed.config.num_key_value_heads - pruned.config.num_key_value_heads
+    lost = zeroed.config.num_attention_heads - pruned.config.num_attention_heads
+    heads = lost * unit.query if queries else missing * unit.group
+    assert removed == len(kept) * (heads + 24 * unit.neuron)
 
     pruned.save_pretrained(tmp_path)
     found_again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -101,22 +72,106 @@ def test_pruned_equals_zeroed_and_round_trips(family: str, query_heads: int | No
     assert torch.equal(generated, zeroed.generate(prompt, max_new_tokens=6, do_sample=False))
 
 
-def test_parameters_of_a_group_are_those_of_its_projections() -> None:
-    sizes = parameters_per_unit(tiny_model("llama-gqa"))[0]
-    assert sizes.group == (2 * 2 + 2) * 12 * 48
-    assert sizes.query == 2 * 12 * 48
-    assert sizes.neuron == 3 * 48
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_different_widths_run_on_the_stock_classes(family: str) -> None:
+    zeroed, pruned = with_biases(family).double(), with_biases(family).double()
+    kept = uneven(pruned.config)
+    zero(zeroed, kept)
+    sizes = pruned.config.to_dict()
+    assert not is_uniform(pruned.config, kept)
+    assert not prune(pruned, kept)
+    assert pruned.config.to_dict() == sizes
+    assert [width_of(layer) for layer in layers_of(pruned)] == widths(pruned.config, kept)
+    ids = random_ids(2, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-10, atol=1e-10)
+    prompt = random_ids(1, 9, 3)
+    generated = pruned.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(generated, zeroed.generate(prompt, max_new_tokens=6, do_sample=False))
+    with pytest.raises(UserError, match="pruned already"):
+        prune(pruned, kept)
 
 
-def test_layers_of_different_widths_are_sliced_and_keep_the_configuration() -> None:
-    model = tiny_model("llama-gqa")
-    kept = [Kept((0,), (1, 2)), Kept((0, 1), (3,), (0, 3)), Kept((1,), tuple(range(64)))]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_of_layers_of_different_widths_add_up(family: str) -> None:
+    model = with_biases(family)
+    kept = uneven(model.config)
+    units, dense = parameters_per_unit(model), Width.of(model.config)
+    before = [sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(model)]
+    after = widths(model.config, kept)
     prune(model, kept)
-    assert not is_uniform(kept, 2)
-    assert model.config.num_key_value_heads == 2
-    assert [layer.self_attn.q_proj.out_features for layer in model.model.layers] == [24, 24, 24]
-    assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [12, 24, 12]
-    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [2, 1, 64]
+    for layer, was, unit, width in zip(layers_of(model), before, units, after, strict=True):
+        share = dense.query_heads // dense.groups
+        expected = (dense.groups - width.groups) * (unit.group - share * unit.query)
+        expected += (dense.query_heads - width.query_heads) * unit.query
+        expected += (dense.neurons - width.neurons) * unit.neuron
+        assert was - sum(weight.numel() for weight in layer.parameters()) == expected
+
+
+def test_heads_that_the_architecture_counts_its_rope_factors_by_are_no_stock_width() -> None:
+    """Phi-3 expects hidden size / heads / 2 factors, so with fewer heads and the same ones it refuses to load."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, rope_parameters=rope))
+    neurons = tuple(range(40))
+    assert is_uniform(model.config, [Kept((0, 1), neurons)] * 3)
+    assert not prune(model, [Kept((0,), neurons)] * 3)
+    assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 64)
+    assert torch.isfinite(model(random_ids(1, 20)).logits).all()
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_no_stock_width_of_llama() -> None:
+    """22 of the 32 heads of LLaMA-2-7B are such a number: transformers refuses the configuration."""
+    sizes = SIZES | {"hidden_size": 40, "num_key_value_heads": 4, "head_dim": 12}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    neurons = tuple(range(64))
+    assert is_uniform(model.config, [Kept((0, 1), neurons)] * 3)
+    assert not prune(model, [Kept((0, 1, 3), neurons)] * 3)
+    assert model.config.num_attention_heads == 4
+    assert torch.isfinite(model(random_ids(1, 20)).logits).all()
+    with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+        transformers.LlamaConfig(**sizes | {"num_attention_heads": 3, "num_key_value_heads": 3})
+
+
+def test_a_copy_of_a_pruned_model_is_its_own() -> None:
+    model = with_biases("phi3")
+    prune(model, uneven(model.config))
+    ids = random_ids(1, 20)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    again.set_attn_implementation("eager")
+    layers: list[Any] = layers_of(model)
+    copied: list[Any] = layers_of(again)
+    assert copied[0].self_attn.config._attn_implementation == "eager"
+    assert layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_parameters_of_a_group_are_those_of_its_projections() -> None:
+    unit = parameters_per_unit(tiny_model("llama-gqa"))[0]
+    assert unit.group == (2 * 2 + 2) * 12 * 48
+    assert unit.query == 2 * 12 * 48
+    assert unit.neuron == 3 * 48
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([Kept((0,), (1,))], "wrong number of layers"),
+        ([Kept((), (1,))] * 3, "no head group would stay"),
+        ([Kept((0, 2), (1,))] * 3, "not ascending numbers below 2"),
+        ([Kept((1, 0), (1,))] * 3, "not ascending"),
+        ([Kept((0,), (1,), ())] * 3, "no query head would stay"),
+        ([Kept((0, 1), (1,), (0, 4))] * 3, "not ascending numbers below 4"),
+        ([Kept((0, 1), (1,), (0, 1, 2))] * 3, "2 in group 0, 1 in group 1"),
+        ([Kept((0,), (1,), (0, 2))] * 3, "1 in group 0, 1 in group 1"),
+        ([Kept((0, 1), (1,), (2, 3))] * 3, "do not divide evenly"),
+    ],
+)
+def test_what_cannot_be_pruned_says_so(kept: list[Kept], message: str) -> None:
+    model = tiny_model("llama-gqa")
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(UserError, match=message):
+        prune(model, kept)
+    assert torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight)
 
 
 def test_output_biases_stay_in_a_stock_checkpoint(tmp_path: Path) -> None:
@@ -139,22 +194,3 @@ def test_output_biases_stay_in_a_stock_checkpoint(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(ids).logits, after)
     with pytest.raises(UserError, match="no biases behind o_proj"):
         add_output_biases(tiny_model("qwen2"), [])
-
-
-@pytest.mark.parametrize(
-    ("kept", "message"),
-    [
-        ([Kept((0,), (1,))], "wrong number of layers"),
-        ([Kept((), (1,))] * 3, "no head group would stay"),
-        ([Kept((0, 2), (1,))] * 3, "not ascending numbers below 2"),
-        ([Kept((1, 0), (1,))] * 3, "not ascending"),
-        ([Kept((0, 1), (1,), (0, 1, 2))] * 3, "not divide evenly"),
-        ([Kept((0,), (1,), (2,))] * 3, "not divide evenly"),
-    ],
-)
-def test_what_cannot_be_pruned_says_so(kept: list[Kept], message: str) -> None:
-    model = tiny_model("llama-gqa")
-    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
-    with pytest.raises(UserError, match=message):
-        prune(model, kept)
-    assert torch.equal(weight, model.model.layers[0].self_attn.q_proj.weight)

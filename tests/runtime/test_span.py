@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,6 +101,13 @@ def test_native_windows_reads_both_forms() -> None:
     assert native_windows(Config(), 2) == [50, 50]
     Config.layer_types = ["full_attention", "sliding_attention"]
     assert native_windows(Config(), 2) == [None, 50]
+
+
+def test_a_window_longer_than_the_model_has_positions_is_none() -> None:
+    config = transformers.Phi3Config(sliding_window=4096, max_position_embeddings=4096)
+    assert native_windows(config, 2) == [None, None]
+    config.sliding_window = 4095
+    assert native_windows(config, 2) == [4095, 4095]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
