@@ -163,9 +163,12 @@ def load_model(
     finally:
         transformers.utils.logging.set_verbosity(quiet)
     family_of(model.config)
-    # A dequantised GGUF is an ordinary model from here on; a left-over entry would make the export claim otherwise.
-    if extra and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
+    # and `save_pretrained` refuse.
+    if extra:
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
     if not extra:
         generation = model.generation_config
