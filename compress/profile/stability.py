@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from compress.profile.store import Profile
 
-KEPT = 0.8  # share of a layer's units that is kept where the choice is compared
+KEPT = 0.8  # share of a layer's units that is kept where the choice is compared, rounded down: all say nothing
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Agreement:
             unit, or equal scores).
         lowest: the lowest of any layer, and that layer.
         kept: share of the units kept by the first corpus that the second one keeps as well, mean over layers.
+        chance: what `kept` would be between two random rankings.
     """
 
     mean: float | None
     lowest: tuple[float, int] | None
     kept: float
+    chance: float
 
     def correlation(self) -> str:
         """In words."""
@@ -52,8 +54,9 @@ class Stability:
         """One line of text."""
         return (
             f"rank correlation within a layer, heads {self.heads.correlation()}, neurons "
-            f"{self.neurons.correlation()}; at {KEPT:.0%} both keep {self.heads.kept:.1%} of the head groups and "
-            f"{self.neurons.kept:.1%} of the neurons (chance: {KEPT:.0%})"
+            f"{self.neurons.correlation()}; when {KEPT:.0%} stay, both keep {self.heads.kept:.1%} of the head groups "
+            f"(chance {self.heads.chance:.0%}) and {self.neurons.kept:.1%} of the neurons "
+            f"(chance {self.neurons.chance:.0%})"
         )
 
 
@@ -83,7 +86,8 @@ def agreement(tensor: Callable[[str], torch.Tensor], key: str, *, groups: bool) 
         first, second = first.mean(-1), second.mean(-1)
     kept = [both_kept(a, b) for a, b in zip(first, second, strict=True)]
     mean = sum(value for value, _ in known) / len(known) if known else None
-    return Agreement(mean, min(known) if known else None, sum(kept) / len(kept))
+    units = first.shape[1]
+    return Agreement(mean, min(known) if known else None, sum(kept) / len(kept), number_kept(units) / units)
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
@@ -93,8 +97,13 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float | None:
     return float(spearmanr(first.numpy(), second.numpy()).statistic)
 
 
+def number_kept(units: int) -> int:
+    """How many of a layer's units stay: of several, never all."""
+    return max(1, math.floor(KEPT * units + 1e-9))
+
+
 def both_kept(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Share of the highest `KEPT` (rounded up) of one vector that is among those of the other."""
-    number = math.ceil(KEPT * len(first) - 1e-9)
+    """Share of the highest units of one vector that is among those of the other."""
+    number = number_kept(len(first))
     sets = [set(scores.argsort(descending=True, stable=True)[:number].tolist()) for scores in (first, second)]
     return len(sets[0] & sets[1]) / number

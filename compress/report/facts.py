@@ -10,6 +10,8 @@ from typing import Any
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult, read_comparison
 from compress.plan import Plan, read_plan
+from compress.profile.stability import stabilities
+from compress.profile.store import HEADER, Profile, read_profile
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
@@ -24,6 +26,7 @@ class Facts:
     Attributes:
         name: the folder's own name.
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
+        stability: by importance statistic, how two corpora agree on it.
         plans: the plans of the evaluation's rows, by name, where they lie in the folder.
         bench: `bench.json`.
         environment: versions and devices of the last command that wrote there.
@@ -35,6 +38,7 @@ class Facts:
     plan: Plan | None
     plans: dict[str, Plan]
     statistics: dict[str, list[list[float]]]
+    stability: dict[str, str]
     bench: dict[str, Any] | None
     environment: dict[str, Any]
     recipe: str | None
@@ -69,6 +73,7 @@ def read_facts(folder: Path) -> Facts:
     bench = _json(files["bench"]) or None
     recipe = folder / "recipe.yaml"
     chosen = read_plan(plan) if plan is not None else None
+    profile = _profile(folder / "profile")
     plans = {
         path.stem: read_plan(path) for path in sorted((folder / "search").glob("*.json")) if path.stem in BASELINES
     }
@@ -78,7 +83,8 @@ def read_facts(folder: Path) -> Facts:
         comparison=read_comparison(files["evaluation"]) if files["evaluation"].is_file() else None,
         plan=chosen,
         plans=plans | ({"plan": chosen} if chosen is not None else {}),
-        statistics=_statistics(folder / "profile"),
+        statistics=_statistics(profile) if profile is not None else {},
+        stability={name: found.line() for name, found in stabilities(profile).items()} if profile is not None else {},
         bench=bench,
         environment=_json(files["environment"]) or (bench or {}).get("environment", {}),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -97,12 +103,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _statistics(folder: Path) -> dict[str, list[list[float]]]:
-    if not (folder / "profile.json").is_file():
-        return {}
-    from compress.profile.store import read_profile
+def _profile(folder: Path) -> Profile | None:
+    return read_profile(folder) if (folder / HEADER).is_file() else None
 
-    profile = read_profile(folder)
+
+def _statistics(profile: Profile) -> dict[str, list[list[float]]]:
     keys = [
         key
         for statistic in profile.header.statistics.values()

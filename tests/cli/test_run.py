@@ -161,6 +161,28 @@ def test_a_layerwise_plan_becomes_a_stock_checkpoint(copied: Path) -> None:
     assert "| dense |" in (checkpoint / "README.md").read_text()
 
 
+def test_importance_on_two_texts(copied: Path) -> None:
+    other = copied.parent / "other.txt"
+    other.write_text(" ".join(f"w{4 + number * number % 89}" for number in range(8000)))
+    given = copied.read_text().replace("  documents:", f"  second: {{source: file, path: {other}}}\n  documents:")
+    copied.write_text(given.replace("    - {name: attention", "    - {name: amp}\n    - {name: attention"))
+    checked = call("validate", copied)
+    assert checked.exit_code == 0 and "second " in checked.stdout, checked.output
+    result = call("run", copied)
+    assert result.exit_code == 0, result.output
+    line = "amp on two corpora: rank correlation within a layer, heads "
+    assert f"profile: {line}" in result.stderr
+    run = copied.parent / "run"
+    shown = call("inspect", run / "profile").stdout
+    assert line in shown and "second corpus 1 of 192 tokens, 1 of 320 tokens" in shown
+    report = call("report", run, "--out", copied.parent / "report.html")
+    assert report.exit_code == 0, report.output
+    assert "Importance on two texts" in (copied.parent / "report.html").read_text()
+    other.write_text("short")
+    broken = call("validate", copied)
+    assert broken.exit_code == 2 and "calibration.documents[0]" in broken.stderr
+
+
 def test_a_part_local_model_is_told_what_it_has_to_give(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, part_local_model())
     assert call("profile", recipe).exit_code == 0

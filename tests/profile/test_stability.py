@@ -8,7 +8,7 @@ import torch
 from compress.profile.amp import Amp
 from compress.profile.magnitude import Magnitude
 from compress.profile.runner import run_profile
-from compress.profile.stability import agreement, both_kept, rank_correlation, stabilities
+from compress.profile.stability import agreement, both_kept, number_kept, rank_correlation, stabilities
 from tests.profile.common import document, documents
 from tests.tiny import tiny_loaded
 
@@ -28,6 +28,7 @@ def test_what_both_keep() -> None:
     assert both_kept(rising, rising * 2) == 1
     # Of eight kept each, six are the same.
     assert both_kept(rising, -rising) == 6 / 8
+    assert [number_kept(units) for units in (1, 2, 3, 5, 10)] == [1, 1, 2, 4, 8]
 
 
 def test_layers_are_compared_one_by_one_and_groups_by_their_mean() -> None:
@@ -38,7 +39,7 @@ def test_layers_are_compared_one_by_one_and_groups_by_their_mean() -> None:
     assert found.mean == pytest.approx(0) and found.lowest is not None
     assert found.lowest[0] == pytest.approx(-1) and found.lowest[1] == 1
     # Eight of ten groups: all five high ones and three low ones; the order turned round, six of them stay.
-    assert found.kept == pytest.approx((1 + 6 / 8) / 2)
+    assert found.kept == pytest.approx((1 + 6 / 8) / 2) and found.chance == pytest.approx(0.8)
 
 
 def test_a_profile_of_two_corpora_says_how_they_agree(tmp_path: Path) -> None:
