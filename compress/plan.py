@@ -199,6 +199,11 @@ class Plan(Strict):
         return layers
 
     @property
+    def kept_heads(self) -> list[int]:
+        """Key/value heads that stay, by layer."""
+        return [len(layer.kept_groups) for layer in self.layers]
+
+    @property
     def prunes(self) -> bool:
         """Whether anything of the model is removed."""
         return any(layer.prunes for layer in self.layers)

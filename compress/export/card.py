@@ -32,31 +32,38 @@ def render_card(
     recipe: str | None = None,
     table: str | None = None,
     trained: bool = False,
+    base: Plan | None = None,
 ) -> str:
     """The card as Markdown.
 
     Args:
         context: the model's longest input in tokens; lengths beyond it are left out.
+        base: the plan of the model that this one was made from, where that was a checkpoint of this toolkit.
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
         trained: the weights were trained after the plan was made.
     """
     spans, model = plan.spans(), plan.model
     windows = layer_windows(plan) if checks.native else None
 
-    def stock(windows: Sequence[int | None], length: int) -> int:
-        return stock_kv_bytes(windows, model.kv_heads, length, model.head_dim, itemsize)
+    def stock(windows: Sequence[int | None], heads: int | Sequence[int], length: int) -> int:
+        return stock_kv_bytes(windows, heads, length, model.head_dim, itemsize)
+
+    def dense(length: int) -> int:
+        return stock(model.native_windows, model.kv_heads, length)
 
     def held(length: int) -> int:
-        return kv_bytes(spans, length, model.head_dim, itemsize) if windows is None else stock(windows, length)
+        if windows is None:
+            return kv_bytes(spans, length, model.head_dim, itemsize)
+        return stock(windows, plan.kept_heads, length)
 
     costs = [
-        {"length": length, "bytes": held(length), "dense": stock(model.native_windows, length)}
+        {"length": length, "bytes": held(length), "dense": dense(length)}
         for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
     ]
     predicted = plan.predicted
     longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
     if longest is not None:
-        share = held(longest) / stock(model.native_windows, longest)
+        share = held(longest) / dense(longest)
     else:
         share = costs[-1]["bytes"] / costs[-1]["dense"]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -65,6 +72,7 @@ def render_card(
         "base_model": base_model,
         "dtype": dtype,
         "share": share,
+        "base": base,
         "groups": model.layers * model.kv_heads,
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),

@@ -24,8 +24,10 @@ from compress.models.load import DTYPES, LoadedModel
 from compress.models.recovered import load_recovered
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan
-from compress.targets.apply import planned_model
+from compress.targets.apply import patched_model, planned_model
 
+PLAN = "compress_plan.json"
+BASE_PLAN = "compress_plan.base.json"  # of the model it was made from, where that is a checkpoint of ours
 CHECKS_FILE = "compress_checks.json"
 RECORD = "recover.json"  # of the training, where there was one
 
@@ -92,6 +94,8 @@ def export_checkpoint(
             weight.data = weight.data.to(DTYPES[dtype])
     weight_bytes = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
     native = _native(planned, plan, form, say)
+    if native is None:
+        planned = patched_model(planned, plan)
     with staged(folder, overwrite=overwrite, need_bytes=weight_bytes + (64 << 20)) as partial:
         say("writing weights")
         (planned if native is None else native).save_pretrained(partial, max_shard_size=max_shard_size)
@@ -100,7 +104,10 @@ def export_checkpoint(
             copy_runtime(partial)
             point_to_runtime(partial, family_of(loaded.model.config))
         open_permissions(partial)
-        (partial / "compress_plan.json").write_text(plan.to_json(), encoding="utf-8")
+        (partial / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        base = Path(loaded.name) / PLAN
+        if base.is_file():
+            shutil.copyfile(base, partial / BASE_PLAN)
         if weights is not None and (weights / RECORD).is_file():
             shutil.copyfile(weights / RECORD, partial / RECORD)
         if recipe_text is not None:
@@ -140,7 +147,7 @@ def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
     Raises:
         UserError: the folder is no such checkpoint.
     """
-    plan = read_plan(folder / "compress_plan.json")
+    plan = read_plan(folder / PLAN)
     checks = Checks(**json.loads((folder / CHECKS_FILE).read_text(encoding="utf-8")))
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
@@ -163,5 +170,6 @@ def _write_card(
         recipe=recipe,
         table=table,
         trained=(folder / RECORD).is_file(),
+        base=read_plan(folder / BASE_PLAN) if (folder / BASE_PLAN).is_file() else None,
     )
     write_text(folder / "README.md", card)

@@ -10,7 +10,7 @@ from compress.errors import UserError
 from compress.models.families import family_of
 from compress.plan import Plan
 from compress.runtime.span import AnySpan
-from compress.targets.apply import config_fields, on_weights_of
+from compress.targets.apply import config_fields, has_own_widths, on_weights_of
 
 FIX = "search with `solver: {name: layers, sink: 0}`, or write `export: {form: patched}`, which holds every plan"
 
@@ -53,6 +53,14 @@ def native_model(planned: Any, plan: Plan) -> Any:
             family has none with layers that slide one by one.
     """
     family = family_of(planned.config)
+    if plan.prunes and has_own_widths(planned):
+        raise UserError(
+            "a native checkpoint cannot hold this plan: layers have widths that no stock configuration says",
+            where="plan: layers",
+            expected="the same numbers of heads and neurons in every layer, which the architecture takes",
+            found=", ".join(f"{heads} groups" for heads in sorted(set(plan.kept_heads))) + ", neurons by layer",
+            fix="search with `solver: {name: amp}`, or write `export: {form: patched}`, which holds every plan",
+        )
     windows = layer_windows(plan)
     unchanged = windows == list(plan.model.native_windows)
     written_as = family.architecture if unchanged else family.native

@@ -131,7 +131,7 @@ def verify_checkpoint(
     spans, head_dim, itemsize = plan.spans(), plan.model.head_dim, next(planned.parameters()).itemsize
     kv_heads = plan.model.kv_heads
     if native:
-        predicted, slack = stock_kv_bytes(layer_windows(plan), kv_heads, length, head_dim, itemsize), 0
+        predicted, slack = stock_kv_bytes(layer_windows(plan), plan.kept_heads, length, head_dim, itemsize), 0
     else:
         predicted = kv_bytes(spans, length, head_dim, itemsize)
         slack = 2 * plan.model.layers * kv_heads * page_bytes(head_dim, itemsize)

@@ -9,10 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from compress.models.families import family_of
-from compress.models.pruning import Kept, add_output_biases, is_uniform, prune
+from compress.models.pruning import Kept, add_output_biases, is_uniform, layers_of, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.span import FULL, AnySpan, own_span
+from compress.runtime.widths import Width, width_of
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -36,6 +37,16 @@ def planned_model(model: Any, plan: Plan) -> Any:
         if stock and plan.spans() == full_spans(plan):
             return model
     return with_runtime_plan(model, runtime_plan(plan))
+
+
+def has_own_widths(model: Any) -> bool:
+    """Whether a layer of the model has other widths than its configuration says."""
+    return any(width_of(layer) != Width.of(model.config) for layer in layers_of(model))
+
+
+def patched_model(model: Any, plan: Plan) -> Any:
+    """What `planned_model` gave, in the form that carries its plan: a stock model gets it, any other has it."""
+    return model if hasattr(model.config, "compress_plan") else with_runtime_plan(model, runtime_plan(plan))
 
 
 def kept_units(plan: Plan, neurons: int) -> list[Kept]:

@@ -26,16 +26,20 @@ def dense_kv_bytes(groups: int, length: int, head_dim: int, itemsize: int) -> in
     return groups * length * 2 * head_dim * itemsize
 
 
-def stock_kv_bytes(windows: Sequence[int | None], kv_heads: int, length: int, head_dim: int, itemsize: int) -> int:
+def stock_kv_bytes(
+    windows: Sequence[int | None], kv_heads: int | Sequence[int], length: int, head_dim: int, itemsize: int
+) -> int:
     """Bytes that transformers' own cache holds for one sequence while it decodes token `length`.
 
     Args:
+        kv_heads: key/value heads of every layer, or layer by layer.
         windows: per layer, its sliding window in tokens; None where it sees everything. A sliding layer keeps
             `window - 1` tokens between two steps, and the new one is beside them while a step runs.
     """
+    heads = [kv_heads] * len(windows) if isinstance(kv_heads, int) else kv_heads
     return sum(
-        dense_kv_bytes(kv_heads, length if window is None else min(length, window), head_dim, itemsize)
-        for window in windows
+        dense_kv_bytes(own, length if window is None else min(length, window), head_dim, itemsize)
+        for own, window in zip(heads, windows, strict=True)
     )
 
 

@@ -1,0 +1,85 @@
+"""Checkpoints of pruned models: stock where widths allow it, patched otherwise, and compressed a second time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from compress.errors import UserError
+from compress.export.export import export_checkpoint
+from compress.models.load import load_model
+from compress.models.shape import shape_of
+from compress.plan import Plan, read_plan, uniform_plan
+from compress.search.allocated import Allocated
+from compress.search.amp import Amp
+from compress.search.budget import Budget
+from compress.search.prune import pruning_problem
+from compress.search.widths import PruningSolver
+from compress.targets.apply import planned_model
+from compress.targets.window import WindowGroup
+from tests.search.test_pruning import Scored
+from tests.tiny import random_ids, tiny_loaded
+
+
+def plan_for(loaded: Any, solver: PruningSolver) -> Plan:
+    """A plan that keeps 70% of the parameters."""
+    problem = pruning_problem(loaded.model, Scored(loaded.model, solver.importance), Budget(parameters=0.7))
+    return solver.solve(problem)[0].to_plan(problem, {"solver": {"name": "amp", **solver.model_dump(mode="json")}})
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen2", "qwen3", "mistral", "phi3"])
+def test_equal_widths_are_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded(family)
+    plan = plan_for(loaded, Amp(multiple=1))
+    report = export_checkpoint(loaded, plan, tmp_path / "out", form="native")
+    assert report.checks.native
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, told = found
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is type(loaded.model)
+    ids = random_ids(2, 17)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, planned_model(loaded.model, plan)(ids).logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{plan.predicted.parameters:,} of {plan.predicted.dense_parameters:,} parameters" in card
+    assert "trust_remote_code=True" not in card
+
+
+@pytest.mark.parametrize("form", ["patched", "auto"])
+def test_widths_by_layer_are_a_patched_checkpoint(form: Any, tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    plan = plan_for(loaded, Allocated(multiple=1, protect=(0,)))
+    with pytest.raises(UserError, match="widths that no stock configuration says"):
+        export_checkpoint(loaded, plan, tmp_path / "native", form="native")
+    assert not (tmp_path / "native").exists()
+    report = export_checkpoint(loaded, plan, tmp_path / "out", form=form)
+    assert not report.checks.native
+    assert report.checks.cache_bytes < report.checks.dense_bytes * 1.2
+
+
+def test_equal_widths_can_be_patched_too(tmp_path: Path) -> None:
+    loaded = tiny_loaded("qwen2")
+    report = export_checkpoint(loaded, plan_for(loaded, Amp(multiple=1)), tmp_path / "out", form="patched")
+    assert not report.checks.native
+
+
+def test_compensated_plan_is_a_stock_checkpoint(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    plan = plan_for(loaded, Amp(importance="flap", compensate=True, multiple=1))
+    assert export_checkpoint(loaded, plan, tmp_path / "out", form="native").checks.native
+
+
+def test_pruned_checkpoint_gets_spans_and_tells_of_both(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    first = plan_for(loaded, Amp(multiple=1))
+    export_checkpoint(loaded, first, tmp_path / "pruned", form="native")
+    again = load_model(str(tmp_path / "pruned"), dtype="float32", device="cpu")
+    shape = shape_of(again.model)
+    assert shape.kv_heads == again.model.config.num_key_value_heads
+    spans = uniform_plan(shape, WindowGroup(sink=4, alpha=64, beta=0.0))
+    export_checkpoint(again, spans, tmp_path / "both")
+    assert read_plan(tmp_path / "both" / "compress_plan.base.json") == first
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert f"{first.predicted.parameters:,} of" in card and "compressed before" in card
