@@ -31,7 +31,9 @@ import compress.profile  # noqa: F401  (registers the statistics)
 from compress.data.calibration import calibration_documents
 from compress.data.continuation import Continuation
 from compress.data.text import FileText, tokenise
+from compress.evaluate.likelihood import answer
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from compress.evaluate.requests import RequestFile, read_requests
 from compress.models.load import load_model
 from compress.models.pruning import block_parameters, layers_of, output_projections
 from compress.profile.runner import run_profile
@@ -43,17 +45,8 @@ from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem
 from compress.targets.apply import planned_model
-from scripts.zero_shot import accuracies, read_requests, score
 
 METHODS = ("amp", "contribution", "wanda_sp", "flap", "taylor", "magnitude", "random")
-TASKS = {
-    "local_piqa": "acc_norm,none",
-    "local_hellaswag": "acc_norm,none",
-    "local_arc_easy": "acc_norm,none",
-    "local_arc_challenge": "acc_norm,none",
-    "local_winogrande": "acc,none",
-    "local_lambada_openai": "acc,none",
-}
 
 
 class Scores:
@@ -96,7 +89,7 @@ def main() -> None:
     show = commands.add_parser("table")
     show.add_argument("folders", type=Path, nargs="+")
     show.add_argument("--out", type=Path, default=Path("table.json"))
-    show.add_argument("--include", type=Path, help="folder of more task files")
+    show.add_argument("--include", help="folder of more task files")
     for command in (run, show):
         command.add_argument("--requests", type=Path, required=True, help="of scripts/zero_shot.py")
     options = parser.parse_args()
@@ -201,23 +194,23 @@ def one(
     }
 
 
-def evaluate(model: Any, test: Sequence[int], requests: dict[str, Any], windows: int) -> dict[str, Any]:
+def evaluate(model: Any, test: Sequence[int], requests: RequestFile, windows: int) -> dict[str, Any]:
     """Perplexity of the test text, and the answers to the zero-shot requests."""
     found = perplexity(model, test, PerplexityRequest(length=1024, windows=windows))
-    return {"perplexity": found.perplexity, "nll": found.window_nll, "answers": score(model, requests)}
+    return {"perplexity": found.perplexity, "nll": found.window_nll, "answers": answer(model, requests, "row").answers}
 
 
 def table(options: argparse.Namespace) -> None:
     """Print and write the table of the rows in some folders."""
+    from compress.evaluate.replay import replay  # imports lm-eval, which `measure` does not need
+
     requests = read_requests(options.requests)
     rows = [json.loads(path.read_text()) for folder in options.folders for path in sorted(folder.glob("*-*-*-*.json"))]
     for row in rows:
         for part in ("before", "after"):
-            counted = accuracies(requests, row[part].pop("answers"), options.include)
+            found = replay(requests, row[part].pop("answers"), options.include)
             row[part]["accuracy"] = {
-                name: counted[name].get(metric.split(",")[0], next(iter(counted[name].values())))
-                for name, metric in TASKS.items()
-                if name in counted
+                task.task: [sample.metrics[task.main()] for sample in task.samples] for task in found
             }
             row[part].pop("nll")
     dense = next(row for row in rows if row["method"] == "dense")["before"]

@@ -19,6 +19,7 @@ from compress.data.prompt import Prompt, RecallTask, Task
 from compress.data.text import EmbeddedText, TextSource, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.device import device_name
 from compress.evaluate.harness import HarnessRequest, TaskResult, run_task, task_keys
 from compress.evaluate.harness import check_request as check_harness
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
@@ -97,7 +98,7 @@ def compare(
     asked = _prompts(loaded, recall_requests, recall_text, seed, context)
 
     parameter = next(loaded.model.parameters())
-    dtype, device = str(parameter.dtype).removeprefix("torch."), _device(parameter.device)
+    dtype, device = str(parameter.dtype).removeprefix("torch."), device_name(parameter.device)
     fingerprint = shape_of(loaded.model).fingerprint
     tasks = task_keys(harness_request) if harness_request is not None else []
     steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
@@ -247,8 +248,3 @@ def _prompts(
             )
     tokens = tokenise(loaded.tokenizer, split_text(text.load(), "evaluation"))
     return [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]
-
-
-def _device(device: torch.device) -> str:
-    """A device's name for tables: the GPU's own, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.errors import Problem, UserError
-from compress.evaluate.harness import Paired, TaskResult, paired
+from compress.evaluate.harness import Paired, TaskResult, averaged, paired
 from compress.evaluate.perplexity import PerplexityResult
 from compress.evaluate.recall import RecallResult
 from compress.files import write_text
@@ -109,6 +109,13 @@ class Comparison(BaseModel):
                 found.append((gap.difference if task.higher[task.main()] else -gap.difference, task.task, gap))
         return min(found)[1:] if found else None
 
+    def average(self, variant: VariantResult) -> Paired | None:
+        """Mean over the tasks of the paired differences to dense; None where one has none, or less is better."""
+        gaps = [self.against_dense(variant, number) for number in range(len(variant.tasks))]
+        found = [gap for gap in gaps if gap is not None]
+        whole = len(found) == len(gaps) > 0 and all(task.higher[task.main()] for task in variant.tasks)
+        return averaged(found) if whole else None
+
     def _by_task(self) -> Table:
         """lm-eval tasks, a row a task: value and standard error, and in parentheses the paired difference to dense."""
         table = Table(
@@ -124,6 +131,9 @@ class Comparison(BaseModel):
             cells = [self._task_cell(variant, number) for variant in self.variants]
             kind = "" if task.generates else " (scored, no cache)"
             table.add_row(task.task, f"{task.main()}{kind}", str(len(task.samples)), *cells)
+        if len(self.dense.tasks) > 1 and all(self.average(variant) for variant in self.variants):
+            cells = [self._mean_cell(variant) for variant in self.variants]
+            table.add_row("mean", "", "", *cells, end_section=True)
         worst = [self.worst_drop(variant) for variant in self.variants[1:]]
         if any(worst):
             cells = ["" if drop is None else f"{drop[1].difference:+.3f} {drop[0]}" for drop in worst]
@@ -139,7 +149,12 @@ class Comparison(BaseModel):
         gap = None if variant is self.dense else self.against_dense(variant, number)
         if gap is None:
             return value
-        return f"{value} ({gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''})"
+        return f"{value} {_gap_cell(gap)}"
+
+    def _mean_cell(self, variant: VariantResult) -> str:
+        values = [task.metrics[task.main()] for task in variant.tasks]
+        value, gap = f"{sum(values) / len(values):.4g}", self.average(variant)
+        return value if gap is None or variant is self.dense else f"{value} {_gap_cell(gap)}"
 
     def print(self, console: Console) -> None:
         """Print all tables."""
@@ -200,6 +215,10 @@ class Comparison(BaseModel):
         if self.recall:
             parts.append(f"in parentheses Wilson's 95% interval; batch {self.batch_size}")
         return "; ".join(parts)
+
+
+def _gap_cell(gap: Paired) -> str:
+    return f"({gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''})"
 
 
 def read_comparison(path: Path) -> Comparison:

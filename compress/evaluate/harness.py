@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,23 @@ class Paired(BaseModel):
 
     @property
     def significant(self) -> bool:
-        """Whether zero lies outside 1.96 standard errors."""
-        return abs(self.difference) > 1.96 * self.error
+        """Whether zero lies outside the 95% interval."""
+        low, high = self.interval
+        return not low <= 0.0 <= high
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the difference: 1.96 standard errors to each side."""
+        return self.difference - 1.96 * self.error, self.difference + 1.96 * self.error
+
+
+def averaged(gaps: Sequence[Paired]) -> Paired:
+    """Mean of several tasks' differences, each weighing the same; they share no items, so errors are independent."""
+    count = len(gaps)
+    return Paired(
+        difference=math.fsum(gap.difference for gap in gaps) / count,
+        error=math.sqrt(math.fsum(gap.error**2 for gap in gaps)) / count,
+    )
 
 
 def paired(result: TaskResult, dense: TaskResult, metric: str) -> Paired | None:
@@ -154,11 +169,32 @@ def run_task(
         UserError: no such task, its data cannot be read, or an input is longer than the model's context: nothing is
             ever cut to fit.
     """
-    _quiet()
+    quiet()
+    from compress.evaluate.strict import Strict
+
+    lm = Strict(model, tokenizer, request.batch_size)
+    return run_on(lm, request, name, length, seed=seed, text=text, sizer=sizer or tokenizer)
+
+
+def run_on(
+    lm: Any,
+    request: HarnessRequest,
+    name: str,
+    length: int | None = None,
+    *,
+    seed: int = 0,
+    text: str = "",
+    sizer: Any = None,
+) -> TaskResult:
+    """`run_task` on a model object of lm-eval; `sizer` is a tokenizer, which only suites need.
+
+    Raises:
+        UserError: no such task, or its data cannot be read.
+    """
+    quiet()
     from lm_eval import simple_evaluate
 
-    lm = _strict(model, tokenizer, request.batch_size)
-    task, manager = _task(request, name, length, sizer or tokenizer, seed, text)
+    task, manager = _task(request, name, length, sizer, seed, text)
     with contextlib.redirect_stderr(io.StringIO()):
         found: Any = simple_evaluate(
             model=lm,
@@ -227,8 +263,8 @@ def _label(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric} ({kind})"
 
 
-def _quiet() -> None:
-    """lm-eval writes a line for every step and forks for its bootstrap."""
+def quiet() -> None:
+    """To be called before lm-eval is imported: it writes a line for every step and forks for its bootstrap."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap forks otherwise, with the model in memory
@@ -236,38 +272,6 @@ def _quiet() -> None:
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _strict(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's model class around ours, that refuses what it would cut."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Strict(HFLM):
-        """Inputs that are too long are an error: lm-eval cuts them on the left, which takes needles away."""
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            for _, context, continuation in requests:
-                self._fits(len(context) + len(continuation) - 1)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-            found = super().tok_batch_encode(strings, *args, **kwargs)
-            self._fits(int(found[1].sum(dim=1).max()), left_truncate_len)
-            return found
-
-        def _fits(self, tokens: int, most: int | None = None) -> None:
-            most = self.max_length if most is None else most
-            if tokens > most:
-                raise UserError(
-                    "an input is longer than the model's context, and nothing is cut",
-                    expected=f"at most {most} tokens before the answer",
-                    found=f"{tokens} tokens",
-                    fix="take a shorter task, or a model with a longer context",
-                )
-
-    # The paged cache and the dense one are compared as they are; a cache of logits by shared prefix would hide them.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return Strict(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, logits_cache=False)
 
 
 def _task(

@@ -17,9 +17,12 @@ from compress.runfolder import RunFolder
 
 
 def search_plots(folder: Path) -> list[Path]:
-    """`plots/spans` and, where the profile has fixed windows, `plots/influence`; the files."""
+    """`plots/spans` and, where the profile has fixed windows, `plots/influence`; the files. None of a pruned plan."""
     run = RunFolder(folder)
-    written = draw_spans({"plan": read_plan(run.plan)}, span_length(folder), run.plots / "spans")
+    plan = read_plan(run.plan)
+    if plan.prunes:
+        return []
+    written = draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
     curves = influence_curves(read_profile(run.profile))
     if curves is not None:
         written += draw_influence(curves, run.plots / "influence")
@@ -41,7 +44,7 @@ def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
     plans = {
         facts.name if names.count(facts.name) == 1 else str(facts.path): facts.plan
         for facts in folders
-        if facts.plan is not None
+        if facts.plan is not None and not facts.plan.prunes
     }
     written = []
     if plans:

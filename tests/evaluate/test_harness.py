@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,41 +18,6 @@ from compress.evaluate.compare import Variant, compare
 from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task, suite_config
 from compress.evaluate.suites.documents import documents
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
-
-TASK = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: data/items.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-metadata: {version: 3.0}
-"""
-
-
-@pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one task beside its data."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "local_choice.yaml").write_text(TASK, encoding="utf-8")
-    (tmp_path / "data").mkdir()
-    rows = [
-        {
-            "question": f"The stone of the {noun} was",
-            "choices": [" near it.", " a quiet river.", " so."],
-            "label": i % 3,
-        }
-        for i, noun in enumerate(["river", "light", "winter", "morning", "garden", "window", "paper", "silver"])
-    ]
-    (tmp_path / "data" / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return folder
 
 
 def ran(folder: Path, name: str = "local_choice", **changes: Any) -> TaskResult:

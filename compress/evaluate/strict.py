@@ -1,0 +1,40 @@
+"""lm-eval's model class around ours, that refuses what it would cut. Imports lm-eval, so it is imported late."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from compress.errors import UserError
+
+
+class Strict(HFLM):
+    """Inputs that are too long are an error: lm-eval cuts them on the left, which takes needles away."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        # The paged cache and the dense one are compared as they are; a cache of logits by prefix would hide them.
+        with contextlib.redirect_stderr(io.StringIO()):
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, logits_cache=False)
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        for _, context, continuation in requests:
+            self._fits(len(context) + len(continuation) - 1)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+        found = super().tok_batch_encode(strings, *args, **kwargs)
+        self._fits(int(found[1].sum(dim=1).max()), left_truncate_len)
+        return found
+
+    def _fits(self, tokens: int, most: int | None = None) -> None:
+        most = self.max_length if most is None else most
+        if tokens > most:
+            raise UserError(
+                "an input is longer than the model's context, and nothing is cut",
+                expected=f"at most {most} tokens before the answer",
+                found=f"{tokens} tokens",
+                fix="take a shorter task, or a model with a longer context",
+            )
