@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from compress.data.document import Document
 from compress.models.shape import shape_of
@@ -71,3 +73,16 @@ def measure(
 def tensor_bytes(folder: Path) -> bytes:
     """The stored tensors, byte by byte."""
     return (folder / "statistics.safetensors").read_bytes()
+
+
+def join(rank: int, world: int, store: str) -> None:
+    """Make this process one of `world` on this machine, on one thread each, connected by gloo through a file.
+
+    With OMP_NUM_THREADS unset accelerate takes as many threads as there are cores, and sums over several threads round
+    otherwise than over one.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=FileStore(store, world), rank=rank, world_size=world)

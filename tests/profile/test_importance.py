@@ -1,12 +1,10 @@
 """Importance statistics against float64 sums over everything at once, for every way a layer holds its projections."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
 from compress.data.document import Document
@@ -26,7 +24,7 @@ from compress.profile.runner import run_profile
 from compress.profile.taylor import Taylor
 from compress.profile.wanda_sp import WandaSp
 from tests.models.test_pruning import FAMILIES
-from tests.profile.common import document, documents, tensor_bytes
+from tests.profile.common import document, documents, join, tensor_bytes
 from tests.tiny import tiny_loaded, tiny_model
 
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
@@ -267,10 +265,7 @@ def _profile_in_process(rank: int, world: int, folder: str, stop_at: int) -> Non
     """One of some processes that share the documents."""
     torch.set_num_threads(1)
     if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
-        store = FileStore(f"{folder}/store-{stop_at}", world)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        join(rank, world, f"{folder}/store-{stop_at}")
 
     def stop(done: int, total: int, message: str) -> None:
         if total == 5 and done == stop_at:

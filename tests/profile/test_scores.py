@@ -1,12 +1,10 @@
 """Hidden mass and output error against sums over whole attention matrices, and the training of gates."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
 
 from compress.errors import UserError
@@ -22,7 +20,7 @@ from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime.span import Span
 from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
-from tests.profile.common import GRID, document, documents, tensor_bytes
+from tests.profile.common import GRID, document, documents, join, tensor_bytes
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 
 
@@ -153,11 +151,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 def _train_in_process(rank: int, folder: str) -> None:
     """One of two processes that train the same gates."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join(rank, 2, f"{folder}/store")
     model = tiny_model("llama-gqa")
     queue = [document(96, seed=number) for number in range(6)]
     settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
