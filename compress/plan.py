@@ -204,9 +204,45 @@ class Plan(Strict):
         return [len(layer.kept_groups) for layer in self.layers]
 
     @property
+    def kept_queries(self) -> list[int]:
+        """Query heads that stay, by layer."""
+        share = self.model.query_heads // self.model.kv_heads
+        return [
+            len(layer.kept_groups) * share if layer.queries is None else len(layer.queries) for layer in self.layers
+        ]
+
+    @property
     def prunes(self) -> bool:
         """Whether anything of the model is removed."""
         return any(layer.prunes for layer in self.layers)
+
+    def spans_by_group(self) -> list[list[AnySpan | None]]:
+        """As `spans`, with None in the place of every head group that is removed: `[layers][kv_heads]`."""
+        found: list[list[AnySpan | None]] = []
+        for layer, row in zip(self.layers, self.spans(), strict=True):
+            kept = iter(row)
+            found.append([None if group.target == "pruned" else next(kept) for group in layer.groups])
+        return found
+
+    def removal(self) -> str | None:
+        """In words, what stays of a model that the plan makes smaller; None where nothing is removed."""
+        if not self.prunes:
+            return None
+        model = self.model
+        left, whole = self.predicted.parameters, self.predicted.dense_parameters
+        parts = [
+            f"{sum(self.kept_heads)} of {model.layers * model.kv_heads} head groups",
+            f"{sum(self.kept_queries)} of {model.layers * model.query_heads} query heads",
+        ]
+        neurons = [layer.mlp.kept if layer.mlp is not None else None for layer in self.layers]
+        known = [number for number in neurons if number is not None]
+        if known:
+            span = f"{min(known):,}" if len(set(known)) == 1 else f"{min(known):,} to {max(known):,}"
+            untouched = len(neurons) - len(known)
+            parts.append(f"{span} neurons a layer" + (f", all of them in {untouched} layers" if untouched else ""))
+        if left is None or not whole:
+            return f"{', '.join(parts)} stay"
+        return f"{left:,} of {whole:,} parameters of the decoder layers stay ({left / whole:.2%}): {', '.join(parts)}"
 
 
 def _checksum(content: dict[str, Any]) -> str:

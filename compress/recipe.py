@@ -82,6 +82,7 @@ class EvaluateSection(Section):
     perplexity: AnyMethod | None = Field(None, description="leave it out to skip perplexity")
     recall: tuple[AnyMethod, ...] = Field((), description="recall tasks, one entry per task and length")
     lm_eval: AnyMethod | None = Field(None, description="lm-eval tasks and long-context suites")
+    latency: AnyMethod | None = Field(None, description="time of a prefill and a decode step beside the dense model's")
     batch_size: int = Field(1, ge=1, description="recall prompts answered at once; more is faster on a GPU")
 
     @field_validator("compare")
@@ -156,6 +157,7 @@ class Methods:
     recover: type[Method]
     perplexity: type[Method]
     lm_eval: type[Method]
+    latency: type[Method]
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ _SLOTS = (
     _Slot(("evaluate", "perplexity"), "perplexity", None, False, optional=True),
     _Slot(("evaluate", "recall"), "tasks", "task", True, []),
     _Slot(("evaluate", "lm_eval"), "lm_eval", None, False, optional=True),
+    _Slot(("evaluate", "latency"), "latency", None, False, optional=True),
 )
 _SINGULAR = {"sources": "text source", "tasks": "task", "statistics": "statistic", "solvers": "solver"}
 _DEFAULT_SECTIONS = ("profile", "evaluate")

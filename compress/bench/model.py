@@ -1,10 +1,11 @@
-"""A whole model: prefill, decode step and peak memory of a plan beside the dense model, on the same weights."""
+"""A whole model: prefill, decode step and peak memory of a planned or pruned model beside the dense one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
+from compress.errors import UserError
 from compress.runtime.modeling_compress import CACHE
+from compress.runtime.span import native_windows
 
 DENSE, NONE = "compress_bench_dense", "compress_bench_none"
 
@@ -92,20 +95,33 @@ for _name, _function in ((DENSE, _dense), (NONE, _none)):
 
 @dataclass(frozen=True)
 class Side:
-    """One model's figures; bytes are the allocator's, None on a CPU."""
+    """One model's figures; bytes are the allocator's, None on a CPU.
+
+    Attributes:
+        peak_bytes: most bytes at once, without the weights of the model beside it.
+        backend: PyTorch's dense attention by what it ran for, the fastest here; empty for a model with a plan.
+    """
 
     prefill_ms: list[float]
     decode: Time
     peak_bytes: int | None
     cache_bytes: int
+    backend: dict[str, str]
+
+    @property
+    def prefill(self) -> float:
+        """Median milliseconds of the prefill of one prompt."""
+        return sorted(self.prefill_ms)[len(self.prefill_ms) // 2]
 
 
 @dataclass(frozen=True)
 class ModelRow:
     """End to end: `batch` prompts prefilled one after the other, then decode steps of the whole batch.
 
-    Args:
-        without_attention: a decode step of the same model whose attention and cache do nothing.
+    Attributes:
+        plan: a model with a plan on the dense model's weights, or a pruned one.
+        without_attention: a decode step of the dense model whose attention and cache do nothing.
+        parameters, dense_parameters: of the whole models, tied ones counted once.
     """
 
     shape: str
@@ -115,49 +131,102 @@ class ModelRow:
     dense: Side
     plan: Side
     without_attention: Time
-    dense_backend: dict[str, str]
     decode_graph: bool
+    parameters: int
+    dense_parameters: int
 
     def values(self) -> dict[str, Any]:
         """For JSON, with the ratios that follow."""
         return {**asdict(self), **self.ratios()}
 
     def ratios(self) -> dict[str, float | None]:
-        """What the figures say of each other."""
+        """What the figures say of each other; what attention bounds is said of equal weights only."""
         dense, plan = self.dense, self.plan
         saved = dense.cache_bytes - plan.cache_bytes
         peaks = (dense.peak_bytes, plan.peak_bytes)
+        pruned = self.parameters != self.dense_parameters
         return {
-            "prefill_speedup": _middle(dense.prefill_ms) / _middle(plan.prefill_ms),
+            "parameter_share": self.parameters / self.dense_parameters,
+            "prefill_speedup": dense.prefill / plan.prefill,
             "decode_share_of_dense": plan.decode.median / dense.decode.median,
             "decode_tokens_per_s": self.batch / plan.decode.median * 1e3,
             "decode_tokens_per_s_dense": self.batch / dense.decode.median * 1e3,
             "attention_share_of_dense_step": 1 - self.without_attention.median / dense.decode.median,
-            "most_any_plan_gains": dense.decode.median / self.without_attention.median,
-            "peak_saved_over_cache_saved": (peaks[0] - peaks[1]) / saved if peaks[0] and peaks[1] and saved else None,
+            "most_any_plan_gains": None if pruned else dense.decode.median / self.without_attention.median,
+            "peak_saved_over_cache_saved": (peaks[0] - peaks[1]) / saved
+            if peaks[0] and peaks[1] and saved and not pruned
+            else None,
         }
 
 
-def model_row(dense: Any, planned: Any, shape: str, mix: str, batch: int, length: int, steps: int = 64) -> ModelRow:
-    """Measure both models, which share their weights, one after the other.
+def model_row(dense: Any, other: Any, shape: str, mix: str, batch: int, length: int, steps: int = 64) -> ModelRow:
+    """Measure both models, one after the other.
 
     Args:
-        dense: the model as it is; planned: the same with a plan (`targets.planned_model`).
+        dense: the model as it is; other: one with a plan (`targets.planned_model`), or a pruned one.
         length: tokens of each prompt; `steps` more are reserved for decoding.
+
+    Raises:
+        UserError: see `side`.
     """
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
-    backends = _backends(dense, batch, length, device)
-    with torch.inference_mode():
-        plan = _planned_side(planned, ids, steps)
-        release(device)
-        found = _dense_side(dense, ids, backends, steps)
-        release(device)
-        dense.set_attn_implementation(NONE)
-        token = ids[:, :1].contiguous()
+    plan = side(other, ids, steps, beside=dense)
+    found = side(dense, ids, steps, beside=other)
+    release(device)
+    token = ids[:, :1].contiguous()
+    with torch.inference_mode(), _attention(dense, NONE):
         bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
-    names = {what: name for what, (name, _) in backends.items()}
-    return ModelRow(shape, mix, batch, length, found, plan, bare, names, device.type == "cuda")
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in (other, dense)]
+    return ModelRow(shape, mix, batch, length, found, plan, bare, device.type == "cuda", *counts)
+
+
+@torch.inference_mode()
+def side(model: Any, ids: torch.Tensor, steps: int = 64, *, beside: Any = None) -> Side:
+    """One model's figures: one with a plan on its own cache, any other with PyTorch's fastest dense attention.
+
+    Args:
+        ids: `[B, N]` prompts.
+        steps: decode steps to reserve for, more than 8.
+        beside: a model that is in memory meanwhile; the weights that it alone has do not count.
+
+    Raises:
+        UserError: layers slide over less than the prompt by themselves, and no plan says so: dense attention has no
+            windows here, so its times would be those of another model.
+    """
+    release(ids.device)
+    if hasattr(model, "new_cache"):
+        found = _planned_side(model, ids, steps)
+    else:
+        _check_windows(model, ids.shape[1])
+        found = _dense_side(model, ids, steps)
+    if found.peak_bytes is None or beside is None:
+        return found
+    own = {weight.data_ptr() for weight in model.parameters()}
+    others = sum(weight.nbytes for weight in beside.parameters() if weight.data_ptr() not in own)
+    return replace(found, peak_bytes=found.peak_bytes - others)
+
+
+def _check_windows(model: Any, length: int) -> None:
+    windows = [window for window in native_windows(model.config, model.config.num_hidden_layers) if window is not None]
+    if windows and min(windows) < length:
+        raise UserError(
+            "the dense model's time is not measured beyond the window that its layers slide over",
+            where=type(model).__name__,
+            expected=f"prompts of at most {min(windows)} tokens",
+            found=f"{length}",
+        )
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    """The model with another attention, which is put back."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
@@ -185,40 +254,48 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     cache.assume(length)
     token = ids[:, -1:].contiguous()
     decode = _step_times(lambda: model(input_ids=token, **{CACHE: cache}), device, steps, lambda: cache.assume(length))
-    return Side(spent, decode, peak_bytes(device), cache.allocated_bytes())
+    return Side(spent, decode, peak_bytes(device), cache.allocated_bytes(), {})
 
 
-def _dense_side(model: Any, ids: torch.Tensor, backends: dict[str, Any], steps: int) -> Side:
+def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     batch, length = ids.shape
     device = ids.device
-    model.set_attn_implementation(DENSE)
+    backends = _backends(model, batch, length, device)
     layers = model.config.num_hidden_layers
-    model.config.bench_backend = backends["prefill"][1]
-    fresh = lambda: _last(model, ids[:1], Cache(layers=[DenseLayer(length + 1) for _ in range(layers)]))  # noqa: E731
-    spent = _first_prefills(fresh, batch, device)
-    release(device)
-    blocks: list[DenseLayer] = [DenseLayer(length + 1) for _ in range(layers)]
-    for row in range(batch):
-        alone = [DenseLayer(length + 1) for _ in range(layers)]
-        spent.append(_spent(partial(_last, model, ids[row : row + 1], Cache(layers=list(alone))), device))
-        for whole, part in zip(blocks, alone, strict=True):
-            if row == 0:
-                whole.lazy_initialization(part.keys.new_empty(batch, *part.keys.shape[1:]), part.values)
-            whole.keys[row], whole.values[row] = part.keys[0], part.values[0]
-        del alone, whole, part
-    model.config.bench_backend = backends["decode"][1]
-    cache = Cache(layers=list(blocks))
-    token = ids[:, -1:].contiguous()
-    position = torch.full((batch, 1), length, device=device)
 
-    def step() -> None:
-        for block in blocks:  # every step is the same: one token behind the prompt
-            block.length = length
-        model(input_ids=token, position_ids=position, **{CACHE: cache})
+    def blocks(capacity: int) -> list[DenseLayer]:
+        return [DenseLayer(capacity) for _ in range(layers)]
 
-    decode = _step_times(step, device, steps)
-    held = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in blocks)
-    return Side(spent, decode, peak_bytes(device), held)
+    def prefill(row: int, alone: list[DenseLayer]) -> torch.Tensor:
+        return _last(model, ids[row : row + 1], Cache(layers=list(alone)))
+
+    with _attention(model, DENSE):
+        model.config.bench_backend = backends["prefill"][1]
+        spent = _first_prefills(lambda: prefill(0, blocks(length + 1)), batch, device)
+        release(device)
+        held = blocks(length + 1)
+        for row in range(batch):
+            alone = blocks(length + 1)
+            spent.append(_spent(partial(prefill, row, alone), device))
+            for whole, part in zip(held, alone, strict=True):
+                if row == 0:
+                    whole.lazy_initialization(part.keys.new_empty(batch, *part.keys.shape[1:]), part.values)
+                whole.keys[row], whole.values[row] = part.keys[0], part.values[0]
+            del alone, whole, part
+        model.config.bench_backend = backends["decode"][1]
+        cache = Cache(layers=list(held))
+        token = ids[:, -1:].contiguous()
+        position = torch.full((batch, 1), length, device=device)
+
+        def step() -> None:
+            for block in held:  # every step is the same: one token behind the prompt
+                block.length = length
+            model(input_ids=token, position_ids=position, **{CACHE: cache})
+
+        decode = _step_times(step, device, steps)
+        del model.config.bench_backend
+    size = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in held)
+    return Side(spent, decode, peak_bytes(device), size, {what: name for what, (name, _) in backends.items()})
 
 
 def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:
@@ -277,7 +354,3 @@ def _step_times(
     replay = graph_of(step)
     again()
     return times(replay, device, seconds=2.0, most=steps - 8)
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -51,20 +51,29 @@ def model_lines(row: ModelRow) -> list[str]:
     graph = "CUDA graph" if row.decode_graph else "no graph"
     lines = [
         f"{row.shape}, plan {row.mix}, batch {row.batch}, {row.length:,} tokens",
-        f"  prefill of one prompt: {_middle(row.plan.prefill_ms):.1f} ms, dense {_middle(row.dense.prefill_ms):.1f} "
-        f"({row.dense_backend['prefill']}), speed-up {ratios['prefill_speedup']:.2f}",
+        f"  prefill of one prompt: {row.plan.prefill:.1f} ms, dense {row.dense.prefill:.1f} "
+        f"({row.dense.backend['prefill']}), speed-up {ratios['prefill_speedup']:.2f}",
         f"  decode step: {row.plan.decode.median:.3f} ms ({row.plan.decode.lower:.3f} to {row.plan.decode.upper:.3f}), "
-        f"dense {row.dense.decode.median:.3f} ({row.dense_backend['decode']}), share "
+        f"dense {row.dense.decode.median:.3f} ({row.dense.backend['decode']}), share "
         f"{ratios['decode_share_of_dense']:.3f} ({graph} on both sides)",
         f"  tokens a second: {ratios['decode_tokens_per_s']:.0f}, dense {ratios['decode_tokens_per_s_dense']:.0f}",
-        f"  attention and cache are {ratios['attention_share_of_dense_step']:.2f} of a dense step; no plan can gain "
-        f"more than {ratios['most_any_plan_gains']:.2f} times",
+        f"  attention and cache are {ratios['attention_share_of_dense_step']:.2f} of a dense step"
+        + (
+            f"; no plan can gain more than {ratios['most_any_plan_gains']:.2f} times"
+            if ratios["most_any_plan_gains"] is not None
+            else ""
+        ),
         f"  cache as allocated: {row.plan.cache_bytes / GIB:.3f} GiB, dense {row.dense.cache_bytes / GIB:.3f}",
     ]
-    if row.plan.peak_bytes is not None and row.dense.peak_bytes is not None:
+    if row.parameters != row.dense_parameters:
         lines.append(
-            f"  peak memory: {row.plan.peak_bytes / GIB:.2f} GiB, dense {row.dense.peak_bytes / GIB:.2f}; saved over "
-            f"the cache bytes saved {ratios['peak_saved_over_cache_saved']:.3f}"
+            f"  parameters: {row.parameters:,} of {row.dense_parameters:,}, share {ratios['parameter_share']:.3f}"
+        )
+    if row.plan.peak_bytes is not None and row.dense.peak_bytes is not None:
+        over = ratios["peak_saved_over_cache_saved"]
+        lines.append(
+            f"  peak memory: {row.plan.peak_bytes / GIB:.2f} GiB, dense {row.dense.peak_bytes / GIB:.2f}"
+            + (f"; saved over the cache bytes saved {over:.3f}" if over is not None else "")
         )
     return lines
 
@@ -96,7 +105,3 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -17,6 +17,9 @@ def bench(
     model: Annotated[str, typer.Argument(help="A shape (llama-3-8b, qwen2.5-7b, tiny), a config.json, or a model.")],
     plan: Annotated[str | None, typer.Option(help="A plan.json, for a model that carries none.")] = None,
     mix: Annotated[str | None, typer.Option(help="Named plans instead, by commas: A, B, full.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model, for a checkpoint on other weights than its own: a pruned one.")
+    ] = None,
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 1,
@@ -43,7 +46,11 @@ def bench(
         kinds = [kind for kind in kinds if kind == "model"]
         if not kinds:
             raise UserError("kernels and layers are measured with a named plan", where="--mix", expected="A, B or full")
-    report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed)
+    elif dense is not None:
+        raise UserError("a named plan is measured on the model itself", where="--dense", fix="leave out one of the two")
+    if dense is not None and plan is not None:
+        raise UserError("a plan.json is measured on the model itself", where="--dense", fix="leave out one of the two")
+    report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed, dense)
     if out is not None:
         _write(report, Path(out))
     if as_json:
@@ -63,6 +70,7 @@ def measure(
     device: str,
     dtype: str,
     seed: int,
+    dense_model: str | None = None,
 ) -> dict[str, Any]:
     """All measurements; `values` is what goes into JSON."""
     import torch
@@ -91,13 +99,17 @@ def measure(
     for kind in ("layer", "model"):
         if kind not in kinds:
             continue
-        dense = (source.layer if kind == "layer" else source.dense)(where, DTYPES[dtype])
+        base = source if dense_model is None else Source(dense_model)
+        dense = (source.layer if kind == "layer" else base.dense)(where, DTYPES[dtype])
         label = f"{source.name}, one layer" if kind == "layer" else source.name
         wanted: list[str | None] = [*mixes] or [None]
         for own in wanted:
             for length in lengths:
                 say(f"  {kind} {own or 'with its plan'}, batch {batch}, {length} tokens")
-                planned, plan_name = source.planned(dense, own, length)
+                if dense_model is None:
+                    planned, plan_name = source.planned(dense, own, length)
+                else:
+                    planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
                 models.append(whole.model_row(dense, planned, label, plan_name, batch, length))
                 del planned
@@ -106,6 +118,7 @@ def measure(
         measure.release(where)
     values = {
         "model": model,
+        "dense_model": dense_model,
         "random_weights": source.random,
         "dtype": dtype,
         "seed": seed,

@@ -25,7 +25,8 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
     count: Annotated[int, typer.Option(min=1, help="Items of each suite and length.")] = 20,
     perplexity: Annotated[int | None, typer.Option(min=2, help="Perplexity in windows of so many tokens.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Inputs at once.")] = 1,
+    latency: Annotated[int | None, typer.Option(min=2, help="Time prefill and decode behind so many tokens.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs at once, in decode steps that are timed, too.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the suites.")] = 0,
@@ -45,7 +46,7 @@ def evaluate(
         comparison = _recipe(what[0], overwrite)
     else:
         comparison = _models(
-            what, tasks, include, limit, suites, lengths, count, perplexity, batch, device, dtype, seed, out
+            what, tasks, include, limit, suites, lengths, count, perplexity, latency, batch, device, dtype, seed, out
         )
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
@@ -70,6 +71,7 @@ def _models(
     lengths: str,
     count: int,
     perplexity: int | None,
+    latency: int | None,
     batch: int,
     device: str,
     dtype: str,
@@ -81,12 +83,15 @@ def _models(
     from compress.errors import UserError
     from compress.evaluate.compare import compare
     from compress.evaluate.harness import HarnessRequest
+    from compress.evaluate.latency import LatencyRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.evaluate.suites import SUITES
 
     names = tuple(SUITES) if suites == "all" else _split(suites)
-    if not tasks and not names and perplexity is None:
-        raise UserError("nothing to measure", expected="--tasks, --suites or --perplexity", found="none of them")
+    if not tasks and not names and perplexity is None and latency is None:
+        raise UserError(
+            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
+        )
     try:
         sizes = tuple(int(text) for text in lengths.split(","))
     except ValueError:
@@ -106,6 +111,7 @@ def _models(
             else PerplexityRequest(text=EmbeddedText(), length=perplexity),
             recall_requests=[],
             harness_request=request if tasks or names else None,
+            latency_request=None if latency is None else LatencyRequest(length=latency, batch=batch),
             seed=seed,
             batch_size=batch,
             cache_dir=folder / "evaluation",
@@ -130,8 +136,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     from compress.targets.cost import kv_bytes
 
     first = Source(specs[0])
-    carries = "compress_plan" in first.checkpoint
-    if carries:
+    if first.carries_plan:
         model = first.dense(torch.device(device), DTYPES[dtype])
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
     else:
@@ -140,7 +145,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     itemsize = DTYPES[dtype].itemsize
     dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: loaded.model, "dense", dense)]
-    if carries:
+    if first.carries_plan:
         plan = first.checkpoint["compress_plan"]
         spans = spans_of_plan(plan, list(shape.native_windows))
         held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
@@ -149,9 +154,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         source = Source(spec)
 
         def build(spec: str = spec, source: Source = source) -> Any:
-            if "compress_plan" not in source.checkpoint:
-                return load_model(spec, dtype=dtype, device=device).model
-            return source.planned(source.dense(torch.device(device), DTYPES[dtype]), None, 0)[0]
+            return source.carried(torch.device(device), DTYPES[dtype])
 
         files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(spec).glob("*"))
         variants.append(

@@ -91,18 +91,26 @@ def _print_plan(plan: Plan, console: Any) -> None:
         f"{model.query_heads // model.kv_heads} query heads, head size {model.head_dim}"
     )
     typer.echo(f"model {model.fingerprint}")
+    removal = plan.removal()
+    if removal is not None:
+        typer.echo(removal)
     table = Table(
-        title="spans",
-        caption="sink|window; +0.25t: the window grows by a quarter of the position t; N: of the input's length",
+        title="spans" + (" and widths" if removal else ""),
+        caption="sink|window; +0.25t: the window grows by a quarter of the position t; N: of the input's length"
+        + ("; -: removed" if removal else ""),
         box=None,
     )
     table.add_column("layer", justify="right")
     for group in range(model.kv_heads):
         table.add_column(f"group {group}", no_wrap=True)
-    for number, row in enumerate(spans):
-        table.add_row(str(number), *(span_text(span) for span in row))
+    for head in ("query heads", "neurons") if removal else ():
+        table.add_column(head, justify="right")
+    queries = plan.kept_queries
+    for number, spans_of_layer in enumerate(plan.spans_by_group()):
+        mlp = plan.layers[number].mlp
+        widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if removal else ()
+        table.add_row(str(number), *("-" if span is None else span_text(span) for span in spans_of_layer), *widths)
     console.print(table)
-    groups = model.layers * model.kv_heads
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
@@ -112,7 +120,8 @@ def _print_plan(plan: Plan, console: Any) -> None:
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     console.print(costs)
     full = sum(span.is_full for row in spans for span in row)
-    typer.echo(f"{full} of {groups} head groups see everything")
+    groups = sum(map(len, spans))
+    typer.echo(f"{full} of {groups} head groups{' that stay' if removal else ''} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
         typer.echo(f"{sliding} of {model.layers} layers slide by themselves; only the others have anything to give")

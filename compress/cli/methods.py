@@ -18,6 +18,7 @@ def load() -> Methods:
     from compress import registry
     from compress.data.text import DatasetText, EmbeddedText, FileText
     from compress.evaluate.harness import HarnessRequest
+    from compress.evaluate.latency import LatencyRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
     from compress.recover.settings import RecoverSettings
@@ -35,4 +36,5 @@ def load() -> Methods:
         recover=RecoverSettings,
         perplexity=PerplexityRequest,
         lm_eval=HarnessRequest,
+        latency=LatencyRequest,
     )

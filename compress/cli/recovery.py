@@ -17,6 +17,20 @@ RECORD = "recover/recover.json"
 CONTROL = "recover/control/recover.json"
 
 
+def row_names(recipe: Any) -> list[str]:
+    """The rows of a recipe's evaluation, as far as the search finds their plans."""
+    from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED
+
+    names = ["dense"]
+    for name in recipe.evaluate.compare:
+        if recipe.recover is None or name == "plan":
+            names.append(name)
+        if recipe.recover is not None:
+            names.append(f"{name}{UNTRAINED}")
+            names += [CONTROL_ROW] if name == "plan" and recipe.recover.control else []
+    return names
+
+
 def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | None:
     """The folder of the trained weights; None where the recipe has no `recover:`.
 

@@ -210,6 +210,7 @@ def evaluate_stage(session: Session) -> Comparison:
     request: Any = recipe.evaluate.perplexity
     tasks: Any = recipe.evaluate.recall
     harness: Any = recipe.evaluate.lm_eval
+    timing: Any = recipe.evaluate.latency
 
     def work() -> Comparison:
         with progress("evaluate") as report:
@@ -220,6 +221,7 @@ def evaluate_stage(session: Session) -> Comparison:
                 recall_requests=tasks,
                 recall_text=None if request is not None else _text(session),
                 harness_request=harness,
+                latency_request=timing,
                 seed=recipe.seed,
                 batch_size=recipe.evaluate.batch_size,
                 cache_dir=run.path / "evaluation",
@@ -260,6 +262,7 @@ def _markdown_table(table: Any) -> str:
 def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
     from compress.evaluate.compare import Variant
+    from compress.evaluate.comparison import UNTRAINED
     from compress.plan import read_plan
     from compress.search.budget import dense_bytes
     from compress.search.select import plan_key
@@ -294,7 +297,9 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
         if name == "plan" and weights is not None:
             variants += _recovered(session, weights, plan, build, held, dense)
         else:
-            variants.append(Variant(name, build, plan_key(entry), held))
+            # Baselines are not trained: beside a trained plan their names say so.
+            label = name if weights is None else f"{name}{UNTRAINED}"
+            variants.append(Variant(label, build, plan_key(entry), held))
     return variants
 
 
@@ -308,13 +313,14 @@ def _recovered(
 ) -> list[Any]:
     """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
     from compress.evaluate.compare import Variant
+    from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED
     from compress.models.recovered import load_recovered
     from compress.recover.recover import read_recovered
     from compress.search.select import plan_key
 
     key = plan_key(plan)
     trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
-    rows = [trained, Variant("plan before recovery", build, key, held)]
+    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, held)]
     settings: Any = session.recipe.recover
     if settings.control:
         control = weights / "control"
@@ -322,7 +328,7 @@ def _recovered(
         def build_control() -> Any:
             return load_recovered(copy.deepcopy(session.loaded.model), control)
 
-        rows.append(Variant("dense, recovered", build_control, read_recovered(control).sha256, dense))
+        rows.append(Variant(CONTROL_ROW, build_control, read_recovered(control).sha256, dense))
     return rows
 
 

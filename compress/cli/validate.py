@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from compress.cli.output import AsJson, RecipeFile, Verbose, say
+from compress.cli.recovery import row_names
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -97,19 +98,23 @@ def table(recipe: Recipe) -> Any:
     request: Any = recipe.evaluate.perplexity
     windows = [f"{request.windows} windows of {request.length:,} tokens"] if request is not None else []
     prompts = sum(row["count"] for row in parts["evaluate"])
-    compared = ", ".join(("dense", *recipe.evaluate.compare))
+    harness: Any = recipe.evaluate.lm_eval
+    tasks = [*harness.tasks, *harness.suites] if harness is not None else []
+    timing: Any = recipe.evaluate.latency
+    timed = [] if timing is None else [f"time at {timing.length:,} tokens, batch {timing.batch}"]
     result.add_row(
         "evaluate",
-        compared,
-        "\n".join([*windows, *filter(None, [_lines(parts["evaluate"])])]),
-        f"{prompts} generations and {request.windows if request is not None else 0} forward for each of these",
+        "\n".join(row_names(recipe)),
+        "\n".join([*windows, *filter(None, [_lines(parts["evaluate"])]), *tasks, *timed]),
+        f"{prompts} generations and {request.windows if request is not None else 0} forward for each of these"
+        + (", and the tasks" if tasks else ""),
     )
     return result
 
 
 def _kinds(budget: Any) -> str:
     """The limits that are given, in words."""
-    given = {name: budget.model_dump(mode="json")[name] for name in ("kv", "density", "decode_time")}
+    given = {name: budget.model_dump(mode="json")[name] for name in ("kv", "density", "decode_time", "parameters")}
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if value is not None)
 
 

@@ -22,8 +22,10 @@ from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.device import device_name
 from compress.evaluate.harness import HarnessRequest, TaskResult, run_task, task_keys
 from compress.evaluate.harness import check_request as check_harness
+from compress.evaluate.latency import LatencyRequest, LatencyResult, check_latency, latency
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
+from compress.evaluate.size import SizeResult, size
 from compress.files import key_of, text_key, write_text
 from compress.models.shape import shape_of
 
@@ -58,12 +60,15 @@ def compare(
     recall_requests: Sequence[Task],
     recall_text: TextSource | None = None,
     harness_request: HarnessRequest | None = None,
+    latency_request: LatencyRequest | None = None,
     seed: int,
     cache_dir: Path,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Perplexity and recall of every variant on the same windows and prompts, all of the evaluation part of the text.
+    """Size, time, perplexity, recall and tasks of every variant, on the same windows, prompts and items.
+
+    Windows and prompts are of the evaluation part of the text.
 
     Each measurement of each variant is a file in `cache_dir`, named after all that it depends on; what is there is
     not measured again.
@@ -86,6 +91,8 @@ def compare(
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     if harness_request is not None:
         check_harness(harness_request, context)
+    if latency_request is not None:
+        check_latency(latency_request, context)
     if any(variant.tokenizer for variant in variants) and (perplexity_request is not None or recall_requests):
         raise UserError(
             "perplexity and recall compare models of one tokenizer",
@@ -102,11 +109,13 @@ def compare(
     fingerprint = shape_of(loaded.model).fingerprint
     tasks = task_keys(harness_request) if harness_request is not None else []
     steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
+    steps += latency_request is not None
     meter = _Meter(steps * len(variants), progress)
     rows = []
     for variant in variants:
         facts = [SCHEMA, fingerprint, dtype, parameter.device.type, variant.name, variant.key]
         bench = _Bench(variant, loaded.tokenizer, cache_dir, facts, meter)
+        timed = bench.latency(latency_request, loaded.model) if latency_request is not None else None
         measured = bench.perplexity(perplexity_request, windows) if perplexity_request is not None else None
         recalled = [
             bench.recall(task, prompts, batch_size) for task, prompts in zip(recall_requests, asked, strict=True)
@@ -116,6 +125,8 @@ def compare(
             VariantResult(
                 name=variant.name,
                 kv_bytes=variant.kv_bytes,
+                size=bench.size(),
+                latency=timed,
                 perplexity=measured,
                 recall=recalled,
                 tasks=ran,
@@ -132,6 +143,7 @@ def compare(
         perplexity=perplexity_request.model_dump(mode="json") if perplexity_request else None,
         recall=[task.model_dump(mode="json") for task in recall_requests],
         lm_eval=harness_request.model_dump(mode="json") if harness_request else None,
+        latency=latency_request.model_dump(mode="json") if latency_request else None,
         text=recall_text.model_dump(mode="json") if recall_requests or harness_request else None,
         versions={
             "python": platform.python_version(),
@@ -168,6 +180,17 @@ class _Bench:
         self.variant, self.tokenizer, self.folder, self.facts, self.meter = variant, tokenizer, folder, facts, meter
         self.seconds = 0.0
         self._model: Any = None
+
+    def size(self) -> SizeResult:
+        """Parameters, counted or read."""
+        return self._kept(["size"], SizeResult, lambda: size(self.model))
+
+    def latency(self, request: LatencyRequest, dense: Any) -> LatencyResult:
+        """Times beside the dense model, measured or read; of another machine or torch they are measured again."""
+        step = self.meter.within(f"{self.variant.name}: latency")
+        machine = [device_name(dense.device), torch.get_num_threads(), torch.__version__]
+        facts = ["latency", request.model_dump(mode="json"), machine]
+        return self._kept(facts, LatencyResult, lambda: latency(self.model, dense, request), step, 1)
 
     def perplexity(self, request: PerplexityRequest, text: list[int]) -> PerplexityResult:
         """Perplexity, measured or read."""
@@ -218,8 +241,8 @@ class _Bench:
         facts: list[Any],
         kind: type[Result],
         measure: Callable[[], Result],
-        step: Callable[[int, int], None],
-        steps: int,
+        step: Callable[[int, int], None] | None = None,
+        steps: int = 0,
     ) -> Result:
         path = self.folder / f"{self.variant.name}-{facts[0]}-{key_of(self.facts, facts)}.json"
         try:
@@ -229,7 +252,8 @@ class _Bench:
             result = measure()
             self.seconds += time.perf_counter() - started
             write_text(path, result.model_dump_json(indent=1) + "\n")
-        step(steps, steps)
+        if step is not None:
+            step(steps, steps)
         return result
 
 

@@ -11,9 +11,14 @@ from rich.table import Table
 
 from compress.errors import Problem, UserError
 from compress.evaluate.harness import Paired, TaskResult, averaged, paired
+from compress.evaluate.latency import LatencyResult
 from compress.evaluate.perplexity import PerplexityResult
 from compress.evaluate.recall import RecallResult
+from compress.evaluate.size import SizeResult
 from compress.files import write_text
+
+UNTRAINED = " before recovery"  # behind the name of a row that was not trained, beside one that was
+CONTROL_ROW = "dense, recovered"
 
 
 class VariantResult(BaseModel):
@@ -21,6 +26,7 @@ class VariantResult(BaseModel):
 
     Attributes:
         kv_bytes: bytes of KV cache of one sequence by length, as the plan predicts them.
+        size: counted parameters; None in files that were written before they were counted.
         recall: one result for each recall task, in the order of the columns.
         tasks: lm-eval tasks and suites, in the order of the request.
         seconds: wall clock of the measurements, from the run that made them.
@@ -30,6 +36,8 @@ class VariantResult(BaseModel):
 
     name: str
     kv_bytes: dict[int, int] = {}
+    size: SizeResult | None = None
+    latency: LatencyResult | None = None
     perplexity: PerplexityResult | None = None
     recall: list[RecallResult] = []
     tasks: list[TaskResult] = []
@@ -40,7 +48,7 @@ class Comparison(BaseModel):
     """Variants beside each other, the dense model first.
 
     Attributes:
-        perplexity, recall: the requests, as in the recipe.
+        perplexity, recall, lm_eval, latency: the requests, as in the recipe.
         text: what the recall haystacks were cut from, as in the recipe.
         versions: Python, torch and transformers.
     """
@@ -57,6 +65,7 @@ class Comparison(BaseModel):
     perplexity: dict[str, Any] | None
     recall: list[dict[str, Any]]
     lm_eval: dict[str, Any] | None = None
+    latency: dict[str, Any] | None = None
     text: dict[str, Any] | None
     versions: dict[str, str]
     variants: list[VariantResult] = Field(min_length=1)
@@ -87,13 +96,20 @@ class Comparison(BaseModel):
         return table
 
     def tables(self, depth: bool = True) -> list[Table]:
-        """The main table, then perplexity by position, recall by depth, and tasks, where they were measured."""
+        """The main table, then size and time, perplexity by position, recall by depth, and tasks: what there is."""
         found = [self.table()]
+        if self.latency is not None or self.pruned:
+            found.append(self._by_cost())
         if all(variant.perplexity is not None for variant in self.variants) and self.perplexity is not None:
             found.append(self._by_position())
         if depth:
             found += [self._by_depth(number) for number in range(len(self.recall))]
         return [*found, self._by_task()] if self.dense.tasks else found
+
+    @property
+    def pruned(self) -> bool:
+        """Whether a variant has fewer or more parameters than the dense model."""
+        return any(row.size is not None and row.size != self.dense.size for row in self.variants)
 
     def against_dense(self, variant: VariantResult, number: int) -> Paired | None:
         """Paired difference of a task's main metric to the dense model's."""
@@ -116,45 +132,94 @@ class Comparison(BaseModel):
         whole = len(found) == len(gaps) > 0 and all(task.higher[task.main()] for task in variant.tasks)
         return averaged(found) if whole else None
 
-    def _by_task(self) -> Table:
-        """lm-eval tasks, a row a task: value and standard error, and in parentheses the paired difference to dense."""
-        table = Table(
-            title="lm-eval tasks and suites",
-            caption="standard errors behind the plus-minus signs; in parentheses the difference to dense over the same "
-            "items, * where it is more than 1.96 of its own standard errors",
-        )
-        for head in ("task", "metric", "items"):
-            table.add_column(head, no_wrap=True)
+    def _by_cost(self) -> Table:
+        """Exact parameters, and measured time with its share of the dense model's."""
+        title = "parameters" + (" and time" if self.latency is not None else "")
+        table = Table(title=title, pad_edge=False)  # two columns less, to fit a terminal of 80
+        table.add_column("variant", no_wrap=True)
+        widest = max((len(f"{row.size.parameters:,}") for row in self.variants if row.size is not None), default=0)
+        for head in ("parameters", "of the layers"):
+            table.add_column(head, justify="right", min_width=widest, overflow="fold")
+        if self.latency is not None:
+            length, batch = self.latency["length"], self.latency["batch"]
+            table.add_column(f"prefill,\n{length:,} tokens", justify="right")
+            table.add_column(f"decode step,\nbatch {batch}", justify="right")
+            found = self.dense.latency
+            if found is not None:
+                names = ", ".join(f"{what} {name}" for what, name in sorted(found.backend.items()))
+                table.caption = (
+                    "medians, and in parentheses the share of the dense model's time, which was measured right after; "
+                    f"dense attention: {names}" + ("; decode steps in a CUDA graph" if found.graph else "")
+                )
         for variant in self.variants:
-            table.add_column(variant.name, justify="right")
-        for number, task in enumerate(self.dense.tasks):
-            cells = [self._task_cell(variant, number) for variant in self.variants]
-            kind = "" if task.generates else " (scored, no cache)"
-            table.add_row(task.task, f"{task.main()}{kind}", str(len(task.samples)), *cells)
-        if len(self.dense.tasks) > 1 and all(self.average(variant) for variant in self.variants):
-            cells = [self._mean_cell(variant) for variant in self.variants]
-            table.add_row("mean", "", "", *cells, end_section=True)
-        worst = [self.worst_drop(variant) for variant in self.variants[1:]]
-        if any(worst):
-            cells = ["" if drop is None else f"{drop[1].difference:+.3f} {drop[0]}" for drop in worst]
-            table.add_row("worst", "", "", "", *cells)
+            cells = [variant.name, *self._size_cells(variant)]
+            if self.latency is not None:
+                cells += self._time_cells(variant)
+            table.add_row(*cells)
         return table
 
-    def _task_cell(self, variant: VariantResult, number: int) -> str:
+    def _size_cells(self, variant: VariantResult) -> list[str]:
+        own, base = variant.size, self.dense.size
+        if own is None or base is None:
+            return ["", ""]
+        share = own.block_parameters / base.block_parameters
+        return [f"{own.parameters:,}", f"{own.block_parameters:,} ({share:.2%})"]
+
+    def _time_cells(self, variant: VariantResult) -> list[str]:
+        found = variant.latency
+        if found is None:
+            return ["", ""]
+        if variant is self.dense:
+            return [f"{found.own.prefill_ms:.4g} ms", f"{found.own.decode_ms:.4g} ms"]
+        return [
+            f"{found.own.prefill_ms:.4g} ms ({found.prefill_share:.3f})",
+            f"{found.own.decode_ms:.4g} ms ({found.decode_share:.3f})",
+        ]
+
+    def _by_task(self) -> Table:
+        """lm-eval tasks, a row for every task and variant, and at the end their means and what each lost most."""
+        table = Table(
+            title="lm-eval tasks and suites",
+            caption="standard errors behind the plus-minus signs; differences are paired over the same items, * where "
+            "one is more than 1.96 of its own standard errors",
+        )
+        table.add_column("task", overflow="fold")
+        table.add_column("variant", no_wrap=True)
+        table.add_column("value", justify="right", overflow="fold")
+        table.add_column("difference\nto dense", justify="right", no_wrap=True)
+        last = len(self.variants) - 1
+        for number, task in enumerate(self.dense.tasks):
+            kind = "" if task.generates else ", scored"
+            about = [task.task, f"{task.main()}{kind}, {len(task.samples)} items"]
+            for row, variant in enumerate(self.variants):
+                # With a single row both lines stand in one cell.
+                head = "\n".join(about) if not last else about[row] if row < 2 else ""
+                table.add_row(head, variant.name, *self._task_cells(variant, number), end_section=row == last)
+        if len(self.dense.tasks) > 1 and all(self.average(variant) for variant in self.variants):
+            for row, variant in enumerate(self.variants):
+                head = "" if row else "mean"
+                table.add_row(head, variant.name, *self._mean_cells(variant), end_section=row == last)
+        head = "lost most"
+        for variant in self.variants[1:]:
+            drop = self.worst_drop(variant)
+            if drop is not None:
+                table.add_row(head, variant.name, drop[0], f"{drop[1].difference:+.3f}")
+                head = ""
+        return table
+
+    def _task_cells(self, variant: VariantResult, number: int) -> tuple[str, str]:
         task = variant.tasks[number]
         metric = task.main()
         value = f"{task.metrics[metric]:.4g}"
         if metric in task.errors:
             value += f" ± {task.errors[metric]:.3f}"
         gap = None if variant is self.dense else self.against_dense(variant, number)
-        if gap is None:
-            return value
-        return f"{value} {_gap_cell(gap)}"
+        return value, "" if gap is None else _gap_cell(gap)
 
-    def _mean_cell(self, variant: VariantResult) -> str:
+    def _mean_cells(self, variant: VariantResult) -> tuple[str, str]:
         values = [task.metrics[task.main()] for task in variant.tasks]
-        value, gap = f"{sum(values) / len(values):.4g}", self.average(variant)
-        return value if gap is None or variant is self.dense else f"{value} {_gap_cell(gap)}"
+        gap = None if variant is self.dense else self.average(variant)
+        return f"{sum(values) / len(values):.4g}", "" if gap is None else _gap_cell(gap)
 
     def print(self, console: Console) -> None:
         """Print all tables."""
@@ -218,7 +283,7 @@ class Comparison(BaseModel):
 
 
 def _gap_cell(gap: Paired) -> str:
-    return f"({gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''})"
+    return f"{gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''}"
 
 
 def read_comparison(path: Path) -> Comparison:

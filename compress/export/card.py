@@ -60,6 +60,8 @@ def render_card(
         {"length": length, "bytes": held(length), "dense": dense(length)}
         for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
     ]
+    own_widths = windows is None and plan.prunes
+    windowed = any(not span.is_full for row in spans for span in row)
     predicted = plan.predicted
     longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
     if longest is not None:
@@ -71,9 +73,12 @@ def render_card(
         "plan": plan,
         "base_model": base_model,
         "dtype": dtype,
-        "share": share,
         "base": base,
-        "groups": model.layers * model.kv_heads,
+        "groups": sum(map(len, spans)),
+        "own_widths": own_widths,
+        "windowed": windowed,
+        "ratio": _ratio(plan, share),
+        "changed": _changed(plan, windowed, windows is None),
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
         "full": sum(span.is_full for row in spans for span in row),
@@ -87,3 +92,22 @@ def render_card(
         "weights": TRAINED if trained else UNTRAINED,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
+
+
+def _ratio(plan: Plan, share: float) -> str:
+    """What the title says the plan keeps."""
+    left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
+    if plan.prunes and left is not None and whole:
+        return f"{left / whole:.0%} of the decoder layers' parameters"
+    return f"{share:.0%} of the KV cache"
+
+
+def _changed(plan: Plan, windowed: bool, patched: bool) -> str:
+    """What is not as in the original model, in one clause."""
+    parts = []
+    if plan.prunes:
+        parts.append("whole heads and neurons were removed")
+    if windowed or not plan.prunes:
+        which = "each head group sees" if patched else "the sliding layers see"
+        parts.append(f"what changed is which keys {which}, and which they keep in the cache")
+    return "; ".join(parts)

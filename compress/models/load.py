@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def _read(what: str, spec: str, action: Any) -> Any:
         ) from error
 
 
+def _refuse_plan(spec: str) -> None:
+    """A patched checkpoint brings its own code and is compressed already; a native one is a model as any other."""
+    path = Path(spec).expanduser() / "config.json"
+    try:
+        carries = "compress_plan" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # no folder of ours; what is wrong with it is told when it is read
+    if carries:
+        raise UserError(
+            "this checkpoint carries a plan already, in the patched form",
+            where=spec,
+            expected="a dense model, or a checkpoint in the native form",
+            fix="name the model that it was made from; heads that are pruned by equal widths export as `form: native`",
+        )
+
+
 def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model name, without its weights.
 
@@ -100,6 +117,8 @@ def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
         UserError: nothing of that name, it cannot be read, or an architecture that is not supported.
     """
     where, extra = _locate(spec)
+    if not trust_remote_code:
+        _refuse_plan(spec)
     config = _read(
         "configuration", spec, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
     )
@@ -122,6 +141,28 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_loaded(spec: str, told: dict[str, Any]) -> None:
+    """Refuse a model of which a tensor was drawn at random, because the checkpoint lacks it or has another shape.
+
+    Args:
+        told: what `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        UserError: there are such tensors; names the first few.
+    """
+    lacking = sorted(map(str, told["missing_keys"]))
+    other = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told["mismatched_keys"])
+    parts = [f"{word}: {', '.join(keys[:4])}" for word, keys in (("missing", lacking), ("mismatched", other)) if keys]
+    if parts:
+        raise UserError(
+            f"the checkpoint does not hold all weights of its architecture, {len(lacking) + len(other)} are not there",
+            where=spec,
+            expected="every tensor of the architecture that config.json names, in its shape",
+            found="; ".join(parts),
+            fix="check the download, and that config.json belongs to these weights",
+        )
 
 
 def load_model(
@@ -149,7 +190,7 @@ def load_model(
         load_config(spec, trust_remote_code=trust_remote_code)
     transformers.utils.logging.set_verbosity_error()
     try:
-        model = _read(
+        model, told = _read(
             "model",
             spec,
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -157,11 +198,13 @@ def load_model(
                 dtype=DTYPES[dtype],
                 use_safetensors=None if extra else True,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **extra,
             ),
         )
     finally:
         transformers.utils.logging.set_verbosity(quiet)
+    check_loaded(spec, told)
     family_of(model.config)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
     # and `save_pretrained` refuse.

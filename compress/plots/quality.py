@@ -1,4 +1,4 @@
-"""Quality against KV bytes: a panel for perplexity and each task and length, every variant of one run or several."""
+"""Quality against KV bytes and parameters: a panel for each measure and length, every variant of one run or several."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from compress.plots.figure import new_figure, save
 from compress.report.facts import Facts
-from compress.report.sections import Chart, quality_against_bytes
+from compress.report.sections import Chart, quality_against_bytes, quality_against_parameters
 
 COLUMNS = 3
 
 
 def draw_quality(folders: Sequence[Facts], path: Path) -> list[Path]:
     """Panels of the report's charts, with their intervals; the files, none where nothing was measured."""
-    charts = quality_against_bytes(folders)
+    charts = [*quality_against_bytes(folders), *quality_against_parameters(folders)]
     if not charts:
         return []
     columns = min(COLUMNS, len(charts))

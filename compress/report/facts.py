@@ -15,7 +15,7 @@ from compress.profile.store import HEADER, Profile, read_profile
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
-BASELINES = ("uniform", "uniform-at-longest", "streaming")
+BASELINES = ("uniform", "uniform-at-longest", "streaming", "random")
 MAKE = "compress run RECIPE makes one; compress eval MODEL --tasks ... makes another"
 
 

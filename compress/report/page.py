@@ -30,6 +30,7 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         parts=parts,
         charts=sections.drawn(sections.quality_against_bytes(folders)),
         work=sections.drawn(sections.quality_against_work(folders)),
+        parameters=sections.drawn(sections.quality_against_parameters(folders)),
         engines=sections.ENGINES,
         when=when,
         version=version,

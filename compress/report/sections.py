@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, VariantResult
+from compress.plan import Plan
 from compress.report.facts import Facts
 from compress.report.svg import Series, plot
+from compress.runtime.span import AnySpan
 from compress.targets.cost import decode_density, kv_bytes, prefill_density, stock_kv_bytes
 
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
@@ -25,7 +27,11 @@ def headline(facts: Facts) -> dict[str, Any]:
         found["model"] = comparison.model
         found["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
     lengths = sorted(chosen.kv_bytes) if chosen is not None else []
-    if comparison is not None and chosen is not None and lengths and lengths[-1] in comparison.dense.kv_bytes:
+    predicted = facts.plan.predicted if facts.plan is not None and facts.plan.prunes else None
+    if predicted is not None and predicted.parameters and predicted.dense_parameters:
+        found["share"] = predicted.parameters / predicted.dense_parameters
+        found["of"] = "of the parameters of the dense decoder layers"
+    elif comparison is not None and chosen is not None and lengths and lengths[-1] in comparison.dense.kv_bytes:
         length = lengths[-1]
         found["share"] = chosen.kv_bytes[length] / comparison.dense.kv_bytes[length]
         found["of"] = f"of the dense KV cache at {length:,} tokens, in allocated pages"
@@ -33,8 +39,11 @@ def headline(facts: Facts) -> dict[str, Any]:
         length = min(8192, 131072)
         found["share"] = costs(facts)[LENGTHS.index(length)]["share"]
         found["of"] = f"of the dense KV cache at {length:,} tokens, by the plan"
+    removal = facts.plan.removal() if facts.plan is not None else None
+    found["lines"] += [removal] if removal is not None else []
     if comparison is not None and chosen is not None:
-        found["lines"] = [*_perplexity_line(comparison, chosen), *_recall_lines(comparison, chosen)]
+        found["lines"] += [*_perplexity_line(comparison, chosen), *_recall_lines(comparison, chosen)]
+        found["lines"] += _time_line(comparison, chosen)
         drop = comparison.worst_drop(chosen)
         if drop is not None:
             name, gap = drop
@@ -58,6 +67,16 @@ def _perplexity_line(comparison: Comparison, chosen: VariantResult) -> list[str]
     ]
 
 
+def _time_line(comparison: Comparison, chosen: VariantResult) -> list[str]:
+    found = chosen.latency
+    if found is None or chosen is comparison.dense:
+        return []
+    return [
+        f"time of a prefill of {found.length:,} tokens {found.prefill_share:.3f} of dense, of a decode step at batch "
+        f"{found.batch} {found.decode_share:.3f}"
+    ]
+
+
 def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
     lines = []
     for number, own in enumerate(chosen.recall):
@@ -67,10 +86,10 @@ def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
-    """Bytes and sparsity of the plan by length, prefill and decode apart."""
+    """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair."""
     if facts.plan is None:
         return []
-    model, spans = facts.plan.model, facts.plan.spans()
+    model, spans, heads = facts.plan.model, facts.plan.spans(), _heads_kept(facts.plan)
     rows = []
     for length in LENGTHS:
         used = kv_bytes(spans, length, model.head_dim, 2)
@@ -81,11 +100,16 @@ def costs(facts: Facts) -> list[dict[str, Any]]:
                 "used": used,
                 "dense": dense,
                 "share": used / dense,
-                "prefill_sparsity": 1 - prefill_density(spans, length),
-                "decode_sparsity": 1 - decode_density(spans, length),
+                "prefill_sparsity": 1 - heads * prefill_density(spans, length),
+                "decode_sparsity": 1 - heads * decode_density(spans, length),
             }
         )
     return rows
+
+
+def _heads_kept(plan: Plan) -> float:
+    """Share of the query heads that stay."""
+    return sum(plan.kept_queries) / (plan.model.layers * plan.model.query_heads)
 
 
 def head_map(facts: Facts) -> dict[str, Any] | None:
@@ -94,23 +118,27 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
         return None
     rows: list[list[dict[str, Any]]] = []
     length = 8192
-    for layer, spans in enumerate(facts.plan.spans()):
+    for layer, spans in enumerate(facts.plan.spans_by_group()):
         cells = []
         for group, span in enumerate(spans):
-            kept = min(1.0, span.at_length(length).page_count(length) / span_pages(length))
+            kept = 0.0 if span is None else min(1.0, span.at_length(length).page_count(length) / span_pages(length))
             target = facts.plan.layers[layer].groups[group].target
-            rule = (
-                "sees everything"
-                if span.is_full
-                else f"sink {span.sink}, window {span.alpha}"
-                + (f" + {span.beta:g} of the {span.rule}" if span.beta else "")
-            )
-            told = [f"layer {layer}, group {group}: {target}, {rule}", f"keeps {kept:.0%} at {length:,} tokens"]
+            told = [f"layer {layer}, group {group}: {_words(target, span)}", f"keeps {kept:.0%} at {length:,} tokens"]
             told += [f"{key} {values[layer][group]:.3g}" for key, values in facts.statistics.items()]
             cells.append({"kept": kept, "target": target, "told": told, "level": round(kept * 10)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
     return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": length}
+
+
+def _words(target: str, span: AnySpan | None) -> str:
+    """What became of a head group."""
+    if span is None:
+        return "removed"
+    if span.is_full:
+        return f"{target}, sees everything"
+    grows = f" + {span.beta:g} of the {span.rule}" if span.beta else ""
+    return f"{target}, sink {span.sink}, window {span.alpha}{grows}"
 
 
 def span_pages(length: int) -> int:
@@ -140,26 +168,42 @@ def quality_against_work(all_facts: Sequence[Facts]) -> list[Chart]:
     return _quality_charts(all_facts, _share_of_pairs, "share of the dense prefill's pairs of query and key")
 
 
+def quality_against_parameters(all_facts: Sequence[Facts]) -> list[Chart]:
+    """The same over the parameters of the decoder layers, where heads or neurons were removed."""
+    pruned = [facts for facts in all_facts if facts.comparison is not None and facts.comparison.pruned]
+    return _quality_charts(pruned, _share_of_parameters, "share of the dense layers' parameters")
+
+
 def drawn(charts: Sequence[Chart]) -> list[str]:
     """Charts as SVG text."""
     return [plot(chart.series, title=chart.title, x=chart.x, y=chart.y) for chart in charts]
 
 
-def _share_of_bytes(facts: Facts, variant: VariantResult, length: int) -> float | None:
+def _share_of_bytes(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
     assert facts.comparison is not None
+    if length is None:
+        return None
     dense, used = facts.comparison.dense.kv_bytes.get(length), variant.kv_bytes.get(length)
     return used / dense if dense and used else None
 
 
-def _share_of_pairs(facts: Facts, variant: VariantResult, length: int) -> float | None:
-    if variant.name == "dense":
+def _share_of_parameters(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
+    assert facts.comparison is not None
+    dense, used = facts.comparison.dense.size, variant.size
+    return used.block_parameters / dense.block_parameters if dense is not None and used is not None else None
+
+
+def _share_of_pairs(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
+    if length is None:
+        return None
+    if variant.name in ("dense", CONTROL_ROW):
         return 1.0
-    plan = facts.plans.get(variant.name)
-    return None if plan is None else prefill_density(plan.spans(), length)
+    plan = facts.plans.get(variant.name.removesuffix(UNTRAINED))
+    return None if plan is None else _heads_kept(plan) * prefill_density(plan.spans(), length)
 
 
 def _quality_charts(
-    all_facts: Sequence[Facts], share_of: Callable[[Facts, VariantResult, int], float | None], unit_of_x: str
+    all_facts: Sequence[Facts], share_of: Callable[[Facts, VariantResult, int | None], float | None], unit_of_x: str
 ) -> list[Chart]:
     charts: dict[str, list[Series]] = defaultdict(list)
     units: dict[str, str] = {}
@@ -177,20 +221,29 @@ def _quality_charts(
     return [Chart(name, unit_of_x, units[name], series) for name, series in charts.items() if len(series) > 1]
 
 
-def _qualities(variant: VariantResult) -> list[tuple[str, str, int, float, tuple[float, float] | None]]:
-    """(title, unit, tokens, value, interval) of everything that has a length."""
-    found: list[tuple[str, str, int, float, tuple[float, float] | None]] = []
+Quality = tuple[str, str, int | None, float, tuple[float, float] | None]
+
+
+def _qualities(variant: VariantResult) -> list[Quality]:
+    """(title, unit, tokens, value, interval) of all that has a length, and of the mean of the tasks that have none."""
+    found: list[Quality] = []
     if variant.perplexity is not None:
         length = variant.perplexity.length
         found.append((f"perplexity at {length:,} tokens", "perplexity", length, variant.perplexity.perplexity, None))
     for recall in variant.recall:
         name = f"{recall.task} at {recall.length:,} tokens, Wilson's 95% interval"
         found.append((name, "right answers", recall.length, recall.accuracy, recall.interval))
+    plain = [task for task in variant.tasks if task.length is None]
     for task in variant.tasks:
         if task.length is not None:
             value, error = task.metrics[task.main()], 1.96 * task.errors.get(task.main(), 0.0)
             title = f"{task.task}, 1.96 standard errors"
             found.append((title, "score", task.length, value, (value - error, value + error)))
+    if plain and all(task.higher[task.main()] for task in plain):
+        value = math.fsum(task.metrics[task.main()] for task in plain) / len(plain)
+        error = 1.96 * math.hypot(*(task.errors.get(task.main(), 0.0) for task in plain)) / len(plain)
+        name = plain[0].task if len(plain) == 1 else f"mean of {len(plain)} tasks"
+        found.append((f"{name}, 1.96 standard errors", "score", None, value, (value - error, value + error)))
     return found
 
 

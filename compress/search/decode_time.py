@@ -188,7 +188,8 @@ def measured(
             for row in values["model_rows"]:
                 # The bench's dense cache holds one token more than the prompt, in every layer.
                 ours = row["dense"]["cache_bytes"] == row["batch"] * (row["length"] + 1) * token * cached
-                if ours and not row["shape"].endswith(", one layer"):
+                pruned = row.get("parameters") != row.get("dense_parameters")
+                if ours and not pruned and not row["shape"].endswith(", one layer"):
                     rows.append((itemsize / cached, row))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise _unusable(path, f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)) from error

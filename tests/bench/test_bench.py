@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,12 +12,15 @@ from typer.testing import CliRunner
 from compress.bench.check import check_kernels
 from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row
 from compress.bench.measure import Time, times
-from compress.bench.model import model_row
-from compress.bench.report import break_even
+from compress.bench.model import model_row, side
+from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source, group_of
 from compress.cli.app import app
+from compress.errors import UserError
+from compress.models.pruning import Kept, prune
 from compress.runtime.span import Span
 from compress.targets.cost import prefill_density
+from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 4, 2, 16)
@@ -70,6 +74,28 @@ def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
     assert row.plan.cache_bytes == 2 * 2 * pages * 64 * 2 * 8 * 4  # layers, sequences, keys and values, D, float32
     assert row.dense.cache_bytes == 2 * 2 * 4 * 701 * 2 * 8 * 4
     assert row.ratios()["most_any_plan_gains"] == row.dense.decode.median / row.without_attention.median
+
+
+def test_a_pruned_model_is_timed_on_its_own_heads_and_all_is_put_back() -> None:
+    torch.manual_seed(0)
+    dense = Source("tiny").dense(CPU, torch.float32)
+    pruned = copy.deepcopy(dense)
+    prune(pruned, [Kept((0, 2), tuple(range(0, 128, 2)))] * 2)
+    before = dense.config.to_dict(), dense.config._attn_implementation
+    row = model_row(dense, pruned, "tiny", "half", 2, 100, steps=16)
+    assert (dense.config.to_dict(), dense.config._attn_implementation) == before
+    assert pruned.config._attn_implementation == before[1] and not hasattr(pruned.config, "bench_backend")
+    assert row.plan.cache_bytes * 2 == row.dense.cache_bytes == 2 * 2 * 4 * 101 * 2 * 8 * 4
+    assert row.parameters == sum(weight.numel() for weight in pruned.parameters()) < row.dense_parameters
+    assert row.ratios()["most_any_plan_gains"] is None and set(row.plan.backend) == {"prefill", "decode"}
+    assert f"parameters: {row.parameters:,} of {row.dense_parameters:,}" in "\n".join(model_lines(row))
+
+
+def test_dense_time_is_not_told_of_layers_that_slide() -> None:
+    model = tiny_model("mistral-sliding")
+    assert side(model, torch.zeros(1, 50, dtype=torch.long), 16).prefill > 0
+    with pytest.raises(UserError, match="beyond the window"):
+        side(model, torch.zeros(1, 51, dtype=torch.long), 16)
 
 
 def test_a_plan_of_full_groups_is_the_dense_model() -> None:

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
 from compress.models.families import FAMILIES, family_of
@@ -48,6 +49,22 @@ def test_a_typo_in_a_demo_name_gets_the_nearest():
 def test_a_hub_id_without_a_network_says_so():
     with pytest.raises(UserError, match="could not be loaded"):
         load_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("change", ["missing", "mismatched"])
+def test_a_tensor_that_is_not_there_is_never_made_up(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"could not be loaded|does not hold all weights") as error:
+        load_model(str(folder))
+    if change == "missing":
+        assert name in str(error.value)
 
 
 def test_pickled_weights_are_never_read(folder):

@@ -52,7 +52,13 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_recovers_between_search_and_export(recovered: Path) -> None:
     run = recovered.parent / "run"
     assert list(RunFolder(run).stages()) == ["profile", "search", "recover", "control", "export", "evaluate"]
-    assert list(values(run.parent)) == ["dense", "plan", "plan before recovery", "dense, recovered", "uniform"]
+    assert list(values(run.parent)) == [
+        "dense",
+        "plan",
+        "plan before recovery",
+        "dense, recovered",
+        "uniform before recovery",
+    ]
     found = values(run.parent)
     assert found["plan"] < 0.9 * found["plan before recovery"] and found["dense, recovered"] < 0.9 * found["dense"]
     assert found["plan before recovery"] != found["dense"]

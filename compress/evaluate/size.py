@@ -1,0 +1,29 @@
+"""How large a model is: parameters, exactly, in all and in its decoder layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.models.pruning import block_parameters
+
+
+class SizeResult(BaseModel):
+    """Numbers of parameters.
+
+    Attributes:
+        parameters: of the whole model; embeddings that are tied count once.
+        block_parameters: of the decoder layers, which a budget of parameters is a share of.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    parameters: int
+    block_parameters: int
+
+
+def size(model: Any) -> SizeResult:
+    """Count a model."""
+    total = sum(weight.numel() for weight in model.parameters())
+    return SizeResult(parameters=total, block_parameters=block_parameters(model))
