@@ -102,7 +102,7 @@ def export_checkpoint(
         loaded.tokenizer.save_pretrained(partial)
         if native is None:
             copy_runtime(partial)
-            point_to_runtime(partial, family_of(loaded.model.config))
+            point_to_runtime(partial, family_of(planned.config))
         open_permissions(partial)
         (partial / PLAN).write_text(plan.to_json(), encoding="utf-8")
         base = Path(loaded.name) / PLAN

@@ -6,7 +6,8 @@ A new one is an entry here, three classes in `runtime/modeling_compress.py` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,19 +25,31 @@ class Family:
         planned: prefix of the classes in `runtime/modeling_compress.py` that carry a plan.
         native: the stock causal language model class with the same weights whose layers are full or slide one by
             one (`layer_types` in its configuration); None where transformers has none.
+        twin: a stock causal language model class that computes the same on the same weights and takes any number of
+            heads, where the family's own configuration does not; with the configuration's fields that make it so.
     """
 
     model_type: str
     architecture: str
     planned: str
     native: str | None
+    twin: str | None = None
+    twin_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("gemma3_text", "Gemma3ForCausalLM", "CompressGemma3", "Gemma3ForCausalLM"),
-        Family("llama", "LlamaForCausalLM", "CompressLlama", "MinistralForCausalLM"),
+        # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            "CompressLlama",
+            "MinistralForCausalLM",
+            twin="MistralForCausalLM",
+            twin_fields={"sliding_window": None},
+        ),
         Family("ministral", "MinistralForCausalLM", "CompressMinistral", "MinistralForCausalLM"),
         Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
         Family("phi3", "Phi3ForCausalLM", "CompressPhi3", None),

@@ -71,7 +71,7 @@ def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
 
 
 def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
-    """Whether a stock configuration can say the widths: all layers have one, and the architecture takes it."""
+    """Whether the configuration can say the widths: all layers have one, and the architecture takes it."""
     found = widths(config, kept)
     return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
 

@@ -6,10 +6,11 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from transformers import GenerationConfig
 
-from compress.models.families import family_of
-from compress.models.pruning import Kept, add_output_biases, is_uniform, layers_of, prune
+from compress.models.families import attention_modules, family_of
+from compress.models.pruning import Kept, add_output_biases, layers_of, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.span import FULL, AnySpan, own_span
@@ -24,17 +25,16 @@ def runtime_plan(plan: Plan) -> dict[str, Any]:
 def planned_model(model: Any, plan: Plan) -> Any:
     """A model that runs the plan on the very tensors of `model`, or on slices of them; `model` stays usable as it is.
 
-    A plan that only removes the same numbers in every layer gives a model of the stock class, since there is nothing
-    left for the runtime to do.
+    A plan that only removes the same numbers in every layer gives a stock model, of the same class or of its twin
+    (`Family.twin`), since there is nothing left for the runtime to do.
 
     Raises:
         UserError: the architecture is not supported, or cannot be pruned so.
         ValueError: the plan's layers or groups are not this model's.
     """
     if plan.prunes:
-        stock = is_uniform(model.config, kept_units(plan, model.config.intermediate_size))
         model = pruned_model(model, plan)
-        if stock and plan.spans() == full_spans(plan):
+        if not has_own_widths(model) and plan.spans() == full_spans(plan):
             return model
     return with_runtime_plan(model, runtime_plan(plan))
 
@@ -70,13 +70,32 @@ def full_spans(plan: Plan) -> list[list[AnySpan]]:
 
 
 def pruned_model(model: Any, plan: Plan) -> Any:
-    """A model of the same class without what the plan removes; every tensor that is not sliced is that of `model`."""
+    """A stock model without what the plan removes; every tensor that is not sliced is that of `model`.
+
+    It is of the same class, or of its twin where all layers have one width that only the twin's configuration takes.
+    """
     made = on_weights_of(model, type(model), copy.deepcopy(model.config))
-    prune(made, kept_units(plan, model.config.intermediate_size))
+    uniform = prune(made, kept_units(plan, model.config.intermediate_size))
     biases = [layer.bias.values() for layer in plan.layers if layer.bias is not None]
     if biases:
         add_output_biases(made, biases)
-    return made
+    return made if uniform else _as_twin(made)
+
+
+def _as_twin(pruned: Any) -> Any:
+    """The twin of a model whose layers have one width that its own configuration refuses; itself where none fits."""
+    family, layers = family_of(pruned.config), layers_of(pruned)
+    widths = {width_of(layer) for layer in layers}
+    if family.twin is None or len(widths) > 1:
+        return pruned
+    twin = getattr(transformers, family.twin)
+    known, attention = set(twin.config_class().to_dict()), attention_modules(pruned)
+    fields = {key: value for key, value in config_fields(pruned.config).items() if key in known}
+    fields |= {**widths.pop().fields(), "head_dim": attention[0].head_dim, **family.twin_fields}
+    try:
+        return on_weights_of(pruned, twin, twin.config_class(**fields))
+    except ValueError:  # biases, which the twin has no place for
+        return pruned
 
 
 def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoints of pruned models: stock where widths allow it, patched otherwise, and compressed a second time."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import transformers
 
 from compress.errors import UserError
 from compress.export.export import export_checkpoint
-from compress.models.load import load_model
+from compress.models.load import LoadedModel, load_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
 from compress.search.allocated import Allocated
@@ -17,10 +18,11 @@ from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem
 from compress.search.widths import PruningSolver
-from compress.targets.apply import planned_model
+from compress.targets.apply import kept_units, planned_model
 from compress.targets.window import WindowGroup
+from tests.pruned import zero
 from tests.search.test_pruning import Scored
-from tests.tiny import random_ids, tiny_loaded
+from tests.tiny import SIZES, random_ids, tiny_loaded, tiny_tokenizer
 
 
 def plan_for(loaded: Any, solver: PruningSolver) -> Plan:
@@ -45,6 +47,50 @@ def test_equal_widths_are_a_stock_checkpoint(family: str, tmp_path: Path) -> Non
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{plan.predicted.parameters:,} of {plan.predicted.dense_parameters:,} parameters" in card
     assert "trust_remote_code=True" not in card
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_that_do_not_divide_the_hidden_size_are_a_stock_checkpoint_of_mistral(
+    tied: bool, rope: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """30% of Llama-3-8B is such a plan: 24 heads on a hidden size of 4,096, which Llama's configuration refuses."""
+    if rope is not None:
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    loaded = LoadedModel(model, tiny_tokenizer(), "tiny/llama")
+    plan = plan_for(loaded, Amp(multiple=1))
+    assert plan.kept_queries == [6, 6, 6]
+    zeroed = copy.deepcopy(model)
+    zero(zeroed, kept_units(plan, 64))
+    found = planned_model(model, plan)
+    ids = random_ids(2, 90)
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, zeroed(ids).logits, rtol=1e-4, atol=1e-4)
+    report = export_checkpoint(loaded, plan, tmp_path / "out", form="native")
+    assert report.checks.native and report.checks.loaded_as == type(found).__name__ == "MistralForCausalLM"
+    again = load_model(str(tmp_path / "out")).model
+    assert again.config.sliding_window is None and again.config.num_attention_heads == 6
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, found(ids).logits)
+    spans = uniform_plan(shape_of(again), WindowGroup(sink=4, alpha=64, beta=0.0))
+    both = LoadedModel(again, tiny_tokenizer(), str(tmp_path / "out"))
+    assert export_checkpoint(both, spans, tmp_path / "both").checks.loaded_as == "CompressMistralForCausalLM"
+    patched = export_checkpoint(loaded, plan, tmp_path / "patched", form="patched")
+    assert patched.checks.loaded_as == "CompressMistralForCausalLM"
+
+
+def test_biases_keep_a_model_out_of_its_twin(tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True}
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    loaded = LoadedModel(model, tiny_tokenizer(), "tiny/llama")
+    plan = plan_for(loaded, Amp(multiple=1))
+    with pytest.raises(UserError, match="widths that no stock configuration says"):
+        export_checkpoint(loaded, plan, tmp_path / "out", form="native")
+    assert export_checkpoint(loaded, plan, tmp_path / "out", form="auto").checks.loaded_as.startswith("CompressLlama")
 
 
 @pytest.mark.parametrize("form", ["patched", "auto"])
