@@ -5,7 +5,8 @@
     python -m scripts.prune_table table FOLDER... --requests requests.json.gz --include TASKS
 
 `measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
-not repeated. All rows of a ratio have the same widths: solver `amp`, the scores alone differ. `table` counts the
+not repeated, and with `--minutes` no job is begun that would not end in time. All rows of a ratio have the same widths:
+solver `amp`, the scores alone differ; those of `OTHERS` have another solver or share of heads. `table` counts the
 zero-shot answers with lm-eval's tasks and prints means over seeds with paired differences to the dense model.
 """
 
@@ -17,6 +18,7 @@ import json
 import platform
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,8 +36,9 @@ from compress.data.text import FileText, tokenise
 from compress.evaluate.likelihood import answer
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.requests import RequestFile, read_requests
+from compress.files import write_text
 from compress.models.load import load_model
-from compress.models.pruning import block_parameters, layers_of, output_projections
+from compress.models.pruning import block_parameters
 from compress.profile.runner import run_profile
 from compress.profile.store import read_profile
 from compress.recover.recover import recover
@@ -44,25 +47,18 @@ from compress.registry import statistics
 from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem
+from compress.search.widths import PruningSolver
 from compress.targets.apply import planned_model
 
 METHODS = ("amp", "contribution", "wanda_sp", "flap", "taylor", "magnitude", "random")
+OTHERS: dict[str, PruningSolver] = {}
 
 
-class Scores:
-    """A profile, and `contribution`: AMP's heads, and neurons by the L1 norm of what they add to the hidden state."""
-
-    def __init__(self, profile: Any, model: Any) -> None:
-        self.profile, self.model, self.lengths = profile, model, profile.lengths
-
-    def tensor(self, key: str) -> torch.Tensor:
-        """One tensor."""
-        if key == "contribution.heads":
-            key = "amp.heads"
-        if key != "contribution.neurons":
-            return self.profile.tensor(key)
-        norms = [output_projections(layer)[1].weight.detach().float().abs().sum(0) for layer in layers_of(self.model)]
-        return self.profile.tensor("amp.neurons") * torch.stack(norms).cpu()
+def solver_of(method: str) -> PruningSolver:
+    """The solver of a row."""
+    if method in OTHERS:
+        return OTHERS[method]
+    return Amp(importance="amp" if method == "contribution" else method, compensate=method == "flap")
 
 
 def main() -> None:
@@ -79,13 +75,16 @@ def main() -> None:
     run.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     run.add_argument("--methods", nargs="+", default=list(METHODS))
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    run.add_argument("--steps", type=int, default=150)
-    run.add_argument("--batch", type=int, default=32)
+    run.add_argument("--steps", type=int, default=120)
+    run.add_argument("--batch", type=int, default=16)
     run.add_argument("--loss", nargs="+", default=["text"])
-    run.add_argument("--documents", type=int, default=32, help="of 2,048 tokens")
+    run.add_argument("--documents", type=int, default=128, help="of 512 tokens")
     run.add_argument("--windows", type=int, default=64, help="of 1,024 tokens of perplexity")
     run.add_argument("--workers", type=int, default=1)
+    run.add_argument("--minutes", type=float, help="for all")
+    run.add_argument("--pack", type=Path, help="a .tar.gz of rows and loss curves, written again and again")
     run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    run.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     show = commands.add_parser("table")
     show.add_argument("folders", type=Path, nargs="+")
     show.add_argument("--out", type=Path, default=Path("table.json"))
@@ -108,7 +107,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, float, int, str]]:
 def measure(options: argparse.Namespace) -> None:
     """All jobs: profiles first, then the jobs in as many processes as asked for."""
     options.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     if options.worker is None:
         loaded = load_model(options.model, dtype=options.dtype, device=options.device)
         for seed in options.seeds:
@@ -116,31 +115,63 @@ def measure(options: argparse.Namespace) -> None:
         del loaded
         print(f"profiles: {time.perf_counter() - started:.1f} s", flush=True)
         arguments = [sys.executable, "-m", "scripts.prune_table", *sys.argv[1:]]
+        if options.minutes is not None:
+            arguments += ["--deadline", str(began + 60 * options.minutes)]
         children = [subprocess.Popen([*arguments, "--worker", str(n)]) for n in range(options.workers)]
-        codes = [child.wait() for child in children]
-        print(f"all: {time.perf_counter() - started:.1f} s, exits {codes}")
+        while any(child.poll() is None for child in children):
+            time.sleep(5)
+            if options.pack is not None:
+                pack(options.out, options.pack)
+        print(f"all: {time.perf_counter() - started:.1f} s, exits {[child.returncode for child in children]}")
+        summary(options.out)
         return
     loaded = load_model(options.model, dtype=options.dtype, device=options.device)
     requests = read_requests(options.requests)
     tokens = tokenise(loaded.tokenizer, Path(options.text).read_text(encoding="utf-8"))
     test = tokenise(loaded.tokenizer, Path(options.test).read_text(encoding="utf-8"))
+    longest = 0.0
     for number, job in enumerate(jobs(options)):
         path = options.out / f"{job[0]}-{job[1]:g}-{job[2]}-{job[3]}.json"
+        if options.deadline is not None and time.time() + 1.1 * longest > options.deadline:
+            print(f"no time for {path.stem} and what follows it", flush=True)
+            return
         if number % options.workers == options.worker and not path.exists():
             row = one(loaded, options, tokens, lambda model: evaluate(model, test, requests, options.windows), *job)
-            path.write_text(json.dumps(row))
+            longest = max(longest, row["seconds"])
+            write_text(path, json.dumps(row))
             told = f"{row['before']['perplexity']:.3f} -> {row['after']['perplexity']:.3f}"
             print(f"{path.stem}: {told}, {row['recover_seconds']:.1f} s of {row['seconds']:.1f} s", flush=True)
 
 
-def profile(loaded: Any, options: argparse.Namespace, seed: int) -> Any:
-    """Scores of all methods on documents of this seed."""
-    request = Continuation(task="continuation", length=2048, count=options.documents, answer="text", answer_tokens=2047)
+def pack(folder: Path, target: Path) -> None:
+    """Rows and loss curves as one file, which is whole at any time."""
+    beside = target.with_name(f".{target.name}.part")
+    with tarfile.open(beside, "w:gz", compresslevel=3) as archive:
+        for path in sorted([*folder.glob("*-*-*-*.json"), *folder.glob("work/*/loss.jsonl")]):
+            archive.add(path, path.relative_to(folder))
+    beside.replace(target)
+
+
+def summary(folder: Path) -> None:
+    """A line a row, without the zero-shot tasks."""
+    for path in sorted(folder.glob("*-*-*-*.json")):
+        row = json.loads(path.read_text())
+        share = row["parameters"] / row["dense_parameters"]
+        told = f"{row['before']['perplexity']:10.2f} {row['after']['perplexity']:8.2f}"
+        print(f"{path.stem:28} {share:7.2%} {told} {row['recover_seconds']:5.0f} s, {row['seconds']:5.0f} s in all")
+
+
+def profile(loaded: Any, options: argparse.Namespace, seed: int) -> None:
+    """Scores of all methods on documents of this seed; AMP's with neurons by contribution in a folder of their own."""
+    request = Continuation(task="continuation", length=512, count=options.documents, answer="text", answer_tokens=511)
     text = FileText(source="file", path=options.text)
     documents = calibration_documents(loaded, [request], text, "calibration", seed, options.out / "documents")
     names = ("amp", "wanda_sp", "flap", "taylor", "magnitude")
     asked = [statistics[name]() for name in names] + [statistics["random"](seed=seed)]
-    return run_profile(loaded, documents, asked, options.out / f"profile-{seed}", seed=seed)
+    run_profile(loaded, documents, asked, options.out / f"profile-{seed}", seed=seed)
+    if "contribution" in options.methods:
+        neurons = [statistics["amp"](neurons="contribution")]
+        run_profile(loaded, documents, neurons, options.out / f"contribution-{seed}", seed=seed)
 
 
 def one(
@@ -160,9 +191,9 @@ def one(
     if method == "dense":
         model = copy.deepcopy(dense)
     else:
-        scores = Scores(read_profile(options.out / f"profile-{seed}"), dense)
+        scores = read_profile(options.out / f"{'contribution' if method == 'contribution' else 'profile'}-{seed}")
         problem = pruning_problem(dense, scores, Budget(parameters=1 - ratio))
-        (candidate,) = Amp(importance=method, compensate=method == "flap").solve(problem)
+        (candidate,) = solver_of(method).solve(problem)
         plan, note = candidate.to_plan(problem, {}), candidate.note
         model = planned_model(dense, plan)
     left, whole = block_parameters(model), block_parameters(dense)

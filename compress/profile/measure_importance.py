@@ -19,7 +19,7 @@ from compress.profile.projections import Projections
 from compress.profile.tally import Sheet, Tally
 
 PARTIAL = "importance.partial"
-SAVE_BYTES = 256 << 20  # sums of n times as much are written after every nth document
+SAVE_BYTES = 32 << 20  # sums of n times as much are written after every nth document
 
 
 @dataclass(frozen=True)

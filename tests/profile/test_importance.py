@@ -25,22 +25,13 @@ from compress.profile.taylor import Taylor
 from compress.profile.wanda_sp import WandaSp
 from tests.models.test_pruning import FAMILIES
 from tests.profile.common import document, documents, join, tensor_bytes
+from tests.pruned import with_biases
 from tests.tiny import tiny_loaded, tiny_model
 
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
 DOCUMENTS = {48: [document(48, seed=5), document(31, answer=3, seed=6)], 20: [document(20, seed=7)]}
 QUEUE = [item.document for item in queue_of(DOCUMENTS)]
 Table = dict[str, torch.Tensor]
-
-
-def with_biases(family: str) -> Any:
-    """A random model whose biases are not zero."""
-    model = tiny_model(family)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
-    return model
 
 
 def shape_for(model: Any) -> ModelShape:
