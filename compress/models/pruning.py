@@ -92,8 +92,21 @@ def block_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for layer in layers_of(model) for weight in layer.parameters())
 
 
-def parameters_per_unit(model: nn.Module) -> list[UnitParameters]:
+def missing_biases(model: nn.Module) -> int:
+    """Parameters that the decoder layers gain when every projection has a bias (`add_output_biases`)."""
+    return sum(
+        module.out_features
+        for layer in layers_of(model)
+        for module in projections_of(layer).values()
+        if module.bias is None
+    )
+
+
+def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitParameters]:
     """Parameters that go with one unit, per layer.
+
+    Args:
+        biased: count as if every projection had a bias.
 
     Without biases a query head has 2 x head_dim x hidden of them, its rows of q and columns of o; a group of g query
     heads (2g + 2) x head_dim x hidden; and a neuron 3 x hidden.
@@ -116,7 +129,7 @@ def parameters_per_unit(model: nn.Module) -> list[UnitParameters]:
                     expected=f"{width.size(parts, head_dim)} rows or columns",
                     found=f"{rows}",
                 )
-            biases = module.bias.numel() if module.bias is not None and name in OUTPUTS else 0
+            biases = module.out_features if name in OUTPUTS and (biased or module.bias is not None) else 0
             for part in parts:
                 each[part] += (module.weight.numel() + biases) // rows * (1 if part == "neuron" else head_dim)
         found.append(UnitParameters(share * each["query"] + each["key_value"], each["neuron"], each["query"]))

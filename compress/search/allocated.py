@@ -47,6 +47,7 @@ class Allocated(PruningSolver):
 
     def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
         """One candidate; see `PruningSolver.solve`."""
+        problem = self.counted(problem)
         heads, neurons = self.scores(problem)
         groups = self.group_scores(heads) if self.unit == "group" else heads.flatten(1)
         groups, neurons = self._compared(groups), self._compared(neurons)
@@ -72,7 +73,7 @@ class Allocated(PruningSolver):
             losses = [total - (float(behind[problem.neurons - count]) if count else 0.0) for count in steps]
             choices.append(_choices(steps, losses, sizes.neuron))
         whole = sum(int(each.costs.max()) for each in choices)
-        solution = Knapsack(choices, [problem.most - (problem.block - whole)]).solve(
+        solution = Knapsack(choices, [problem.most - (problem.whole - whole)]).solve(
             np.ones(1), gap=self.gap, time_limit=self.time_limit
         )
         if solution is None:

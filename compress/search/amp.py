@@ -30,6 +30,7 @@ class Amp(PruningSolver):
 
     def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
         """One candidate for every different number of heads that meets the budget; see `PruningSolver.solve`."""
+        problem = self.counted(problem)
         removed = 1 - problem.most / problem.block
         shares = (removed,) if self.attention is None else self.attention
         units = problem.shape.kv_heads if self.unit == "group" else problem.share
@@ -66,7 +67,7 @@ class Amp(PruningSolver):
             groups, queries = problem.shape.kv_heads, problem.share - count
             heads = sum(sizes.removed(0, groups * count, 0) for sizes in rows)
         one = sum(sizes.neuron for sizes in rows)
-        missing = problem.block - problem.most - heads
+        missing = problem.whole - problem.most - heads
         most = problem.neurons - max(0, -(-missing // one)) if one else problem.neurons
         multiples = MULTIPLES if self.multiple is None else (self.multiple,)
         for multiple in multiples:

@@ -11,7 +11,14 @@ import torch
 
 from compress.data.document import Document
 from compress.models.load import LoadedModel
-from compress.models.pruning import Kept, block_parameters, layers_of, output_projections, parameters_per_unit
+from compress.models.pruning import (
+    Kept,
+    block_parameters,
+    layers_of,
+    missing_biases,
+    output_projections,
+    parameters_per_unit,
+)
 from compress.models.shape import shape_of
 from compress.plan import Plan
 from compress.search.budget import Budget
@@ -64,8 +71,10 @@ def pruning_problem(model: Any, profile: Scores, budget: Budget) -> PruningProbl
     return PruningProblem(
         shape_of(model),
         tuple(parameters_per_unit(model)),
+        tuple(parameters_per_unit(model, biased=True)),
         int(model.config.intermediate_size),
         block,
+        missing_biases(model),
         budget.most_parameters(block),
         profile.tensor,
         model.dtype.itemsize,

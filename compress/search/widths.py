@@ -31,25 +31,40 @@ class PruningProblem:
 
     Attributes:
         sizes: parameters of one head group, query head and neuron, by layer.
+        biased_sizes: the same where every projection has a bias.
         neurons: of one MLP.
-        block: parameters of all decoder layers.
-        most: how many of them may stay.
+        block: parameters of all decoder layers of the dense model.
+        missing_biases: how many more they are where every projection has a bias.
+        most: how many parameters the decoder layers may have.
         tensor: reads a tensor of the profile by key, for instance `amp.heads`.
         itemsize: bytes of one number of the KV cache.
         lengths: profiled lengths in tokens, at which the KV bytes are told.
         outputs: what o_proj and down_proj of a layer make of inputs `[groups, query heads a group, head_dim]` and
             `[neurons]`, `hidden_size` numbers each.
+        added: parameters that every plan has beside what stays of the dense model.
     """
 
     shape: ModelShape
     sizes: tuple[UnitParameters, ...]
+    biased_sizes: tuple[UnitParameters, ...]
     neurons: int
     block: int
+    missing_biases: int
     most: int
     tensor: Callable[[str], torch.Tensor]
     itemsize: int
     lengths: tuple[int, ...]
     outputs: Callable[[int, torch.Tensor, torch.Tensor], tuple[list[float], list[float]]]
+    added: int = 0
+
+    def compensated(self) -> PruningProblem:
+        """The same for plans whose projections all get biases, which the budget has to hold, too."""
+        return replace(self, sizes=self.biased_sizes, added=self.missing_biases)
+
+    @property
+    def whole(self) -> int:
+        """Parameters of the decoder layers with nothing removed."""
+        return self.block + self.added
 
     @property
     def share(self) -> int:
@@ -57,8 +72,8 @@ class PruningProblem:
         return self.shape.query_heads // self.shape.kv_heads
 
     def parameters(self, kept: Sequence[Kept]) -> int:
-        """Parameters of the decoder layers that stay, without biases that a compensation adds."""
-        left = self.block
+        """Parameters of the decoder layers, of which that much stays."""
+        left = self.whole
         for sizes, layer in zip(self.sizes, kept, strict=True):
             groups, queries, neurons = layer.widths(self.share)
             left -= sizes.removed(self.shape.kv_heads - groups, groups * self.share - queries, self.neurons - neurons)
@@ -114,7 +129,7 @@ class PrunedCandidate:
             kv_bytes={length: dense_kv_bytes(groups, length, **sizes) for length in problem.lengths},
             dense_kv_bytes={length: dense_kv_bytes(whole, length, **sizes) for length in problem.lengths},
             loss=self.loss,
-            parameters=problem.parameters(self.kept),
+            parameters=(problem if self.bias is None else problem.compensated()).parameters(self.kept),
             dense_parameters=problem.block,
         )
         return plan_of_layers(problem.shape, rows, predicted=predicted, provenance=provenance)
@@ -164,6 +179,10 @@ class PruningSolver(Method):
         Raises:
             UserError: the budget cannot be met, or the profile lacks the scores.
         """
+
+    def counted(self, problem: PruningProblem) -> PruningProblem:
+        """The problem with all that this solver's plans have counted."""
+        return problem.compensated() if self.compensate else problem
 
     def protected(self, layers: int) -> set[int]:
         """Indices of the protected layers.

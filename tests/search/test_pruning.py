@@ -88,6 +88,20 @@ def test_parameters_are_those_of_the_model_and_within_the_budget(
             assert pruned.config.intermediate_size == pruned.model.layers[0].mlp.up_proj.out_features
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha"])
+@pytest.mark.parametrize("solver", [Amp, Allocated])
+def test_biases_of_a_compensation_count(family: str, solver: type[PruningSolver]) -> None:
+    model = tiny_model(family)
+    problem = pruning_problem(model, Scored(model), Budget(parameters=0.8))
+    (candidate,) = solver(compensate=True, multiple=1).solve(problem)
+    plan = candidate.to_plan(problem, {})
+    left = block_parameters(pruned_model(model, plan))
+    assert plan.predicted.parameters == left <= problem.most
+    assert plan.predicted.dense_parameters == block_parameters(model)
+    (plain,) = solver(multiple=1).solve(problem)
+    assert sum(len(layer.neurons) for layer in candidate.kept) < sum(len(layer.neurons) for layer in plain.kept)
+
+
 def test_the_highest_scores_stay_by_the_score_that_was_asked_for() -> None:
     model = tiny_model("llama-gqa")
     profile = Scored(model)
