@@ -6,8 +6,8 @@
 
 `measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
 not repeated, and with `--minutes` no job is begun that would not end in time. All rows of a ratio have the same widths:
-solver `amp`, the scores alone differ; those of `OTHERS` have another solver or share of heads. `table` counts the
-zero-shot answers with lm-eval's tasks and prints means over seeds with paired differences to the dense model.
+solver `amp`, the scores alone differ; rows that end in `_mlp` keep all heads. `table` counts the zero-shot answers with
+lm-eval's tasks and prints means over seeds with paired differences to the dense model.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from compress.search.prune import pruning_problem
 from compress.search.widths import PruningSolver
 from compress.targets.apply import planned_model
 
-METHODS = ("amp", "contribution", "wanda_sp", "flap", "taylor", "magnitude", "random")
-OTHERS: dict[str, PruningSolver] = {}
+METHODS = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random", "amp_mlp", "flap_mlp", "taylor_mlp")
+MLP = "_mlp"
 
 
 def solver_of(method: str) -> PruningSolver:
     """The solver of a row."""
-    if method in OTHERS:
-        return OTHERS[method]
-    return Amp(importance="amp" if method == "contribution" else method, compensate=method == "flap")
+    score = method.removesuffix(MLP)
+    attention = (0.0,) if score != method else None
+    return Amp(importance="amp" if score == "contribution" else score, compensate=score == "flap", attention=attention)
 
 
 def main() -> None:

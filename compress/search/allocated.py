@@ -39,7 +39,8 @@ class Allocated(PruningSolver):
         Literal["none", "layer", "standard"],
         Field(
             description="how scores of different layers, and of heads and neurons, are compared: as they are; divided "
-            "by their layer's sum over heads or neurons; or standardised within the layer (FLAP)"
+            "by their layer's sum over heads or neurons; or standardised within the layer and weighed by parameters, "
+            "which amounts to one threshold for all (FLAP)"
         ),
     ] = "layer"
     gap: Annotated[float, Field(ge=0, description="relative optimality gap to stop at")] = 0.001
@@ -50,7 +51,7 @@ class Allocated(PruningSolver):
         problem = self.counted(problem)
         heads, neurons = self.scores(problem)
         groups = self.group_scores(heads) if self.unit == "group" else heads.flatten(1)
-        groups, neurons = self._compared(groups), self._compared(neurons)
+        groups, neurons = self._compared(problem, groups, neurons)
         alone = self.protected(problem.shape.layers)
         multiple = self._multiple(problem)
         choices = []
@@ -100,15 +101,34 @@ class Allocated(PruningSolver):
         step = max(sizes.neuron for sizes in problem.sizes)
         return next((each for each in MULTIPLES if each * step <= TOLERANCE * problem.block), 1)
 
-    def _compared(self, scores: torch.Tensor) -> torch.Tensor:
-        """`[layers, units]` in a unit that layers share; never negative, so that removing more never gains."""
+    def _compared(
+        self, problem: PruningProblem, heads: torch.Tensor, neurons: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores `[layers, units]` of both kinds in a unit that all share; never negative: removing more never gains.
+
+        Standardised scores count a parameter, so the least sum within the budget takes what lies below one threshold.
+        """
         if self.normalise == "layer":
-            return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            return _shares(heads), _shares(neurons)
         if self.normalise == "standard":
-            spread = scores.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(scores.dtype).tiny)
-            standard = (scores - scores.mean(1, keepdim=True)) / spread
-            return standard - standard.min()
-        return scores
+            heads, neurons = _standardised(heads), _standardised(neurons)
+            lowest = torch.minimum(heads.min(), neurons.min())
+            by_group = self.unit == "group"
+            sizes = [(each.group if by_group else each.query, each.neuron) for each in problem.sizes]
+            weights = torch.tensor(sizes, dtype=heads.dtype)
+            return (heads - lowest) * weights[:, :1], (neurons - lowest) * weights[:, 1:]
+        return heads, neurons
+
+
+def _shares(scores: torch.Tensor) -> torch.Tensor:
+    """`[layers, units]` over the sum of their layer."""
+    return scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def _standardised(scores: torch.Tensor) -> torch.Tensor:
+    """`[layers, units]` with mean 0 and spread 1 in every layer."""
+    spread = scores.std(1, keepdim=True, correction=0).clamp(min=torch.finfo(scores.dtype).tiny)
+    return (scores - scores.mean(1, keepdim=True)) / spread
 
 
 def _choices(kept: tuple[int, ...], losses: list[float], each: int) -> Choices:

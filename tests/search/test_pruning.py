@@ -145,6 +145,25 @@ def test_allocation_is_the_smallest_loss_of_all_widths() -> None:
     assert all(len(layer.neurons) % 8 == 0 for layer in free.kept)
 
 
+def test_standardised_scores_are_cut_at_one_threshold() -> None:
+    """FLAP's rule: of all heads and neurons of all layers, those below one standardised score go."""
+    model = tiny_model("llama-mha")
+    profile = Scored(model)
+    for name in ("amp.heads", "amp.neurons"):
+        profile.tensors[name][2] *= 50
+    problem = pruning_problem(model, profile, Budget(parameters=0.8))
+    (found,) = Allocated(normalise="standard", multiple=1, gap=0.0, floor=0.01).solve(problem)
+    kept, gone = [], []
+    for layer, stays in enumerate(found.kept):
+        for name, chosen in (("amp.heads", stays.groups), ("amp.neurons", stays.neurons)):
+            scores = profile.tensors[name][layer].flatten().double()
+            standard = (scores - scores.mean()) / scores.std(correction=0)
+            kept += [float(standard[unit]) for unit in chosen]
+            gone += [float(standard[unit]) for unit in set(range(len(scores))) - set(chosen)]
+    # Units are of different sizes, so a single one may lie on the other side to fill the budget.
+    assert sum(score < max(gone) for score in kept) <= 1 or sum(score > min(kept) for score in gone) <= 1
+
+
 def test_random_plan_has_the_same_widths_and_other_units() -> None:
     model = tiny_model("llama-gqa")
     problem = pruning_problem(model, Scored(model), Budget(parameters=0.7))
