@@ -127,12 +127,14 @@ def run_pruning(
         for name, each in candidates.items()
     }
     losses: dict[str, float] = {}
+    log = LossLog(folder / "search" / "response.jsonl", f"{problem.shape.fingerprint} {loaded.model.dtype}")
     if documents:
-        log = LossLog(folder / "search" / "response.jsonl", f"{problem.shape.fingerprint} {loaded.model.dtype}")
         losses = measure({"dense": None, **plans}, documents, _measurer(loaded.model), log, progress)
     chosen = min(plans, key=lambda name: losses[name]) if losses else next(iter(plans))
     baseline = random_candidate(problem, candidates[chosen].kept, seed)
     baselines = {"random": baseline.to_plan(problem, {"name": "random", "question": baseline.note, **asked})}
+    if documents:
+        losses |= measure(baselines, documents, _measurer(loaded.model), log, progress)
     rows = [_row(name, plans[name], candidates[name], losses) for name in plans]
     report = {
         "schema": 1,
@@ -173,7 +175,8 @@ def _why(chosen: str, candidates: Mapping[str, PrunedCandidate], losses: Mapping
         return f"{chosen}: {note}" + ("; no held-out documents to choose by" if len(candidates) > 1 else "")
     return (
         f"{chosen}: {note}; response loss {losses[chosen]:.4f} nats before recovery, the lowest of "
-        f"{len(candidates)} plan(s), the dense model has {losses['dense']:.4f}"
+        f"{len(candidates)} plan(s); the dense model has {losses['dense']:.4f}, a random plan of the same widths "
+        f"{losses['random']:.4f}"
     )
 
 

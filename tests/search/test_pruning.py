@@ -14,9 +14,11 @@ from compress.search.allocated import Allocated
 from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem, random_candidate
+from compress.search.response import response_loss
 from compress.search.search import run_search
 from compress.search.widths import PruningSolver
 from compress.targets.apply import planned_model, pruned_model
+from tests.profile.common import document
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 
 
@@ -203,6 +205,22 @@ def test_search_writes_a_plan_that_reads_back(tmp_path: Path) -> None:
     assert drawn.predicted.parameters == plan.predicted.parameters
     with torch.no_grad():
         assert planned_model(loaded.model, plan)(random_ids(1, 9)).logits.isfinite().all()
+
+
+def test_held_out_loss_decides_how_many_heads_go(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    section = Section(Amp(attention=(0.0, 0.5), multiple=1), Budget(parameters=0.7))
+    texts = [document(60, answer=40, seed=seed) for seed in (1, 2)]
+    result = run_search(loaded, Scored(loaded.model), texts, section, tmp_path)
+    rows = {row["name"]: row for row in result.report["plans"]}
+    assert len(rows) == 2 and {row["question"][:6] for row in rows.values()} == {"0 of 2", "1 of 2"}
+    losses = {name: row["response_loss"] for name, row in rows.items()}
+    for name, loss in losses.items():
+        plan = read_plan(tmp_path / "search" / "plans" / f"{name}.json")
+        assert loss == pytest.approx(response_loss(planned_model(loaded.model, plan), texts))
+    assert result.report["chosen"] == min(losses, key=lambda name: losses[name])
+    (drawn,) = result.report["baselines"]
+    assert drawn["response_loss"] > 0 and f"{drawn['response_loss']:.4f}" in result.report["why"]
 
 
 def test_what_does_not_belong_together_says_so(tmp_path: Path) -> None:
