@@ -142,22 +142,27 @@ def recover(
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
     """The processes of this training. Precision is our own matter: accelerate's would replace the model's forward."""
-    plugin = None
-    if settings.shard:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            state_dict_type="FULL_STATE_DICT",
-            cpu_ram_efficient_loading=False,
-        )
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", device_placement=False, fsdp_plugin=plugin
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        device_placement=False,
+        fsdp_plugin=sharding_plugin() if settings.shard else None,
     )
     if settings.shard and accelerator.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
             "weights are spread over GPUs only", where="recover.shard", expected="false", found="processes on a CPU"
         )
     return accelerator
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """How weights are spread: decoder layer by decoder layer (FSDP2)."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
 
 
 def _train_and_merge(

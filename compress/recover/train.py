@@ -24,7 +24,7 @@ from compress.models.shape import ModelShape
 from compress.recover.curve import Curve
 from compress.recover.loss import distill_loss, text_loss
 from compress.recover.settings import RecoverSettings
-from compress.recover.state import Partial, capture, restore
+from compress.recover.state import Partial, capture, restore, whole
 from compress.recover.stop import noted_signals
 from compress.recover.windows import Windows
 
@@ -125,7 +125,7 @@ def train(
             text, distill = passes.means(sums)
             weights = settings.weights
             loss = weights[0] * text + weights[1] * (distill or 0.0)
-            norm = accelerator.clip_grad_norm_(trained.values(), settings.clip)
+            norm = whole(accelerator.clip_grad_norm_(trained.values(), settings.clip))
             if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
                 raise UserError(
                     "the loss of the training, or its gradient, is not finite",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
@@ -23,12 +24,26 @@ from tests.recover.common import pruned_model, settings, text, trained
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, options: RecoverSettings, **environment: str) -> subprocess.Popen[str]:
-    """`tests/recover/common.py` as a process."""
-    command = [sys.executable, "-m", "tests.recover.common", str(folder), options.model_dump_json()]
+def start(
+    folder: Path, options: RecoverSettings, *more: str, script: str = "common", **environment: str
+) -> subprocess.Popen[str]:
+    """A script beside this file as a process."""
+    command = [sys.executable, "-m", f"tests.recover.{script}", str(folder), options.model_dump_json(), *more]
     pipe: Any = subprocess.PIPE
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+
+
+def start_two(folder: Path, options: RecoverSettings, *more: str, script: str = "common") -> list[tuple[int, str]]:
+    """Exit status and messages of two processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    two = [start(folder, options, *more, script=script, **rank, **launch) for rank in ranks]
+    told = [process.communicate(timeout=240)[1] for process in two]
+    return [(process.returncode, text) for process, text in zip(two, told, strict=True)]
 
 
 def losses(folder: Path) -> list[float]:
@@ -104,14 +119,8 @@ def test_a_state_is_replaced_by_the_next_one(tmp_path: Path) -> None:
 def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
     """Sums are in another order, and Adam divides by small numbers: 1e-3 of the loss after six steps."""
     options = settings(train=train, loss="both", rate=0.002)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    two = [start(tmp_path / "two", options, RANK=str(rank), LOCAL_RANK=str(rank), **launch) for rank in range(2)]
-    for process in two:
-        _, told = process.communicate(timeout=240)
-        assert process.returncode == 0, told
+    for status, told in start_two(tmp_path / "two", options):
+        assert status == 0, told
     one = start(tmp_path / "one", options)
     _, told = one.communicate(timeout=240)
     assert one.returncode == 0, told
@@ -119,3 +128,27 @@ def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
     records = [json.loads((tmp_path / name / "recover.json").read_text()) for name in ("one", "two")]
     assert [record["processes"] for record in records] == [1, 2]
     assert records[0]["batches"] == records[1]["batches"]
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_spread_weights_train_as_whole_ones_and_go_on_after_a_stop(tmp_path: Path, train: str) -> None:
+    options = settings(train=train, loss="both", rate=0.002)
+    one = start(tmp_path / "one", options)
+    _, told = one.communicate(timeout=240)
+    assert one.returncode == 0, told
+    spread = options.model_copy(update={"shard": True, "save_every": 1000})
+    for status, told in start_two(tmp_path / "whole", spread, script="spread"):
+        assert status == 0, told
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "whole"))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=2e-3)
+    for status, told in start_two(tmp_path / "parts", spread, "4", script="spread"):
+        assert status == 1 and "stopped after step 4 of 6" in told, told
+    assert json.loads((tmp_path / "parts" / POINTER).read_text())["step"] == 4
+    for status, told in start_two(tmp_path / "parts", spread, script="spread"):
+        assert status == 0, told
+    records = [json.loads((tmp_path / name / "recover.json").read_text()) for name in ("whole", "parts")]
+    assert records[0]["sha256"] == records[1]["sha256"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
