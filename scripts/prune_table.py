@@ -5,9 +5,9 @@
     python -m scripts.prune_table table FOLDER... --requests requests.json.gz --include TASKS
 
 `measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
-not repeated, and with `--minutes` no job is begun that would not end in time. All rows of a ratio have the same widths:
-solver `amp`, the scores alone differ; rows that end in `_mlp` keep all heads. `table` counts the zero-shot answers with
-lm-eval's tasks and prints means over seeds with paired differences to the dense model.
+not repeated, and with `--minutes` no job is begun that would not end in time. Rows are those of `prune_choices.py`: the
+same widths for every score, and `SCORE+mlp` keeps all heads. `table` counts the zero-shot answers with lm-eval's tasks
+and prints means over seeds with paired differences to the dense model.
 """
 
 from __future__ import annotations
@@ -28,37 +28,21 @@ from typing import Any
 import torch
 import transformers
 
-import compress.data.tasks
-import compress.profile  # noqa: F401  (registers the statistics)
-from compress.data.calibration import calibration_documents
-from compress.data.continuation import Continuation
-from compress.data.text import FileText, tokenise
+from compress.data.text import tokenise
 from compress.evaluate.likelihood import answer
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.requests import RequestFile, read_requests
 from compress.files import write_text
 from compress.models.load import load_model
 from compress.models.pruning import block_parameters
-from compress.profile.runner import run_profile
-from compress.profile.store import read_profile
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
-from compress.registry import statistics
-from compress.search.amp import Amp
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem
-from compress.search.widths import PruningSolver
 from compress.targets.apply import planned_model
+from scripts.prune_choices import CONTRIBUTION, scores_of, solver_of, take_scores
 
-METHODS = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random", "amp_mlp", "flap_mlp", "taylor_mlp")
-MLP = "_mlp"
-
-
-def solver_of(method: str) -> PruningSolver:
-    """The solver of a row."""
-    score = method.removesuffix(MLP)
-    attention = (0.0,) if score != method else None
-    return Amp(importance="amp" if score == "contribution" else score, compensate=score == "flap", attention=attention)
+METHODS = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random", "amp+mlp", "flap+mlp", "taylor+mlp")
 
 
 def main() -> None:
@@ -111,7 +95,9 @@ def measure(options: argparse.Namespace) -> None:
     if options.worker is None:
         loaded = load_model(options.model, dtype=options.dtype, device=options.device)
         for seed in options.seeds:
-            profile(loaded, options, seed)
+            asked: dict[str, Any] = {"count": options.documents, "length": 512}
+            asked["contribution"] = any(method.startswith(CONTRIBUTION) for method in options.methods)
+            take_scores(loaded, options.text, options.out, seed, **asked)
         del loaded
         print(f"profiles: {time.perf_counter() - started:.1f} s", flush=True)
         arguments = [sys.executable, "-m", "scripts.prune_table", *sys.argv[1:]]
@@ -161,19 +147,6 @@ def summary(folder: Path) -> None:
         print(f"{path.stem:28} {share:7.2%} {told} {row['recover_seconds']:5.0f} s, {row['seconds']:5.0f} s in all")
 
 
-def profile(loaded: Any, options: argparse.Namespace, seed: int) -> None:
-    """Scores of all methods on documents of this seed; AMP's with neurons by contribution in a folder of their own."""
-    request = Continuation(task="continuation", length=512, count=options.documents, answer="text", answer_tokens=511)
-    text = FileText(source="file", path=options.text)
-    documents = calibration_documents(loaded, [request], text, "calibration", seed, options.out / "documents")
-    names = ("amp", "wanda_sp", "flap", "taylor", "magnitude")
-    asked = [statistics[name]() for name in names] + [statistics["random"](seed=seed)]
-    run_profile(loaded, documents, asked, options.out / f"profile-{seed}", seed=seed)
-    if "contribution" in options.methods:
-        neurons = [statistics["amp"](neurons="contribution")]
-        run_profile(loaded, documents, neurons, options.out / f"contribution-{seed}", seed=seed)
-
-
 def one(
     loaded: Any,
     options: argparse.Namespace,
@@ -191,8 +164,7 @@ def one(
     if method == "dense":
         model = copy.deepcopy(dense)
     else:
-        scores = read_profile(options.out / f"{'contribution' if method == 'contribution' else 'profile'}-{seed}")
-        problem = pruning_problem(dense, scores, Budget(parameters=1 - ratio))
+        problem = pruning_problem(dense, scores_of(method, options.out, seed), Budget(parameters=1 - ratio))
         (candidate,) = solver_of(method).solve(problem)
         plan, note = candidate.to_plan(problem, {}), candidate.note
         model = planned_model(dense, plan)
