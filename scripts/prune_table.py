@@ -91,7 +91,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, float, int, str]]:
 def measure(options: argparse.Namespace) -> None:
     """All jobs: profiles first, then the jobs in as many processes as asked for."""
     options.out.mkdir(parents=True, exist_ok=True)
-    started, began = time.perf_counter(), time.time()
+    started = time.time()
     if options.worker is None:
         loaded = load_model(options.model, dtype=options.dtype, device=options.device)
         for seed in options.seeds:
@@ -99,16 +99,19 @@ def measure(options: argparse.Namespace) -> None:
             asked["contribution"] = any(method.startswith(CONTRIBUTION) for method in options.methods)
             take_scores(loaded, options.text, options.out, seed, **asked)
         del loaded
-        print(f"profiles: {time.perf_counter() - started:.1f} s", flush=True)
+        print(f"profiles: {time.time() - started:.1f} s", flush=True)
         arguments = [sys.executable, "-m", "scripts.prune_table", *sys.argv[1:]]
         if options.minutes is not None:
-            arguments += ["--deadline", str(began + 60 * options.minutes)]
+            arguments += ["--deadline", str(started + 60 * options.minutes)]
         children = [subprocess.Popen([*arguments, "--worker", str(n)]) for n in range(options.workers)]
+        packed = 0
         while any(child.poll() is None for child in children):
             time.sleep(5)
-            if options.pack is not None:
+            there = len(list(options.out.glob("*-*-*-*.json")))
+            if options.pack is not None and there > packed:
                 pack(options.out, options.pack)
-        print(f"all: {time.perf_counter() - started:.1f} s, exits {[child.returncode for child in children]}")
+                packed = there
+        print(f"all: {time.time() - started:.1f} s, exits {[child.returncode for child in children]}")
         summary(options.out)
         return
     loaded = load_model(options.model, dtype=options.dtype, device=options.device)
@@ -116,17 +119,18 @@ def measure(options: argparse.Namespace) -> None:
     tokens = tokenise(loaded.tokenizer, Path(options.text).read_text(encoding="utf-8"))
     test = tokenise(loaded.tokenizer, Path(options.test).read_text(encoding="utf-8"))
     longest = 0.0
-    for number, job in enumerate(jobs(options)):
+    for job in jobs(options)[options.worker :: options.workers]:
         path = options.out / f"{job[0]}-{job[1]:g}-{job[2]}-{job[3]}.json"
+        if path.exists():
+            continue
         if options.deadline is not None and time.time() + 1.1 * longest > options.deadline:
-            print(f"no time for {path.stem} and what follows it", flush=True)
+            print(f"no time for {path.stem} and what follows it in this worker", flush=True)
             return
-        if number % options.workers == options.worker and not path.exists():
-            row = one(loaded, options, tokens, lambda model: evaluate(model, test, requests, options.windows), *job)
-            longest = max(longest, row["seconds"])
-            write_text(path, json.dumps(row))
-            told = f"{row['before']['perplexity']:.3f} -> {row['after']['perplexity']:.3f}"
-            print(f"{path.stem}: {told}, {row['recover_seconds']:.1f} s of {row['seconds']:.1f} s", flush=True)
+        row = one(loaded, options, tokens, lambda model: evaluate(model, test, requests, options.windows), *job)
+        longest = max(longest, row["seconds"])
+        write_text(path, json.dumps(row))
+        told = f"{row['before']['perplexity']:.3f} -> {row['after']['perplexity']:.3f}"
+        print(f"{path.stem}: {told}, {row['recover_seconds']:.1f} s of {row['seconds']:.1f} s", flush=True)
 
 
 def pack(folder: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -64,10 +65,9 @@ def launch(options: argparse.Namespace, folder: Path, processes: int, spread: bo
     if done.returncode:
         raise SystemExit(f"{processes} processes{', spread' if spread else ''} failed:\n{done.stderr[-3000:]}")
     steps = Curve(folder / "loss.jsonl").steps()
-    later = sorted(step["seconds"] for step in steps[1:]) or [steps[0]["seconds"]]
     return {
         "losses": [step["loss"] for step in steps],
-        "seconds": later[len(later) // 2],
+        "seconds": median(step["seconds"] for step in steps[1:] or steps),
         "peaks": [int(path.read_text()) for path in sorted(folder.glob("peak-*"))],
     }
 

@@ -220,13 +220,14 @@ def _check_windows(model: Any, length: int) -> None:
 
 @contextmanager
 def _attention(model: Any, name: str) -> Iterator[None]:
-    """The model with another attention, which is put back."""
+    """The model with another attention, which is put back, and so is what it reads of the configuration."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+        vars(model.config).pop("bench_backend", None)
 
 
 def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
@@ -293,7 +294,6 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
             model(input_ids=token, position_ids=position, **{CACHE: cache})
 
         decode = _step_times(step, device, steps)
-        del model.config.bench_backend
     size = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in held)
     return Side(spent, decode, peak_bytes(device), size, {what: name for what, (name, _) in backends.items()})
 

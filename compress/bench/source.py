@@ -103,12 +103,9 @@ class Source:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
-        family = family_of(self._stock_config())
-        fields = {key: value for key, value in self.checkpoint.items() if key not in ("auto_map", "architectures")}
-        fields.pop("model_type")
-        config = getattr(modeling_compress, f"{family.planned}Config")(**fields)
-        model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
-        model, told = model_class.from_pretrained(self.spec, config=config, dtype=dtype, output_loading_info=True)
+        planned = family_of(self._stock_config()).planned
+        model_class = getattr(modeling_compress, f"{planned}ForCausalLM")
+        model, told = model_class.from_pretrained(self.spec, dtype=dtype, output_loading_info=True)
         check_loaded(self.spec, told)
         return model.to(device).eval()
 

@@ -60,7 +60,6 @@ def render_card(
         {"length": length, "bytes": held(length), "dense": dense(length)}
         for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
     ]
-    own_widths = windows is None and plan.prunes
     windowed = any(not span.is_full for row in spans for span in row)
     predicted = plan.predicted
     longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
@@ -75,8 +74,9 @@ def render_card(
         "dtype": dtype,
         "base": base,
         "groups": sum(map(len, spans)),
-        "own_widths": own_widths,
         "windowed": windowed,
+        "by_layer": _differs_by_layer(plan),
+        "form": _form(plan, windowed, windows, checks.loaded_as),
         "ratio": _ratio(plan, share),
         "changed": _changed(plan, windowed, windows is None),
         "windows": windows,
@@ -92,6 +92,26 @@ def render_card(
         "weights": TRAINED if trained else UNTRAINED,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
+
+
+def _differs_by_layer(plan: Plan) -> bool:
+    """Whether the plan leaves layers of different widths."""
+    neurons = [layer.mlp.kept if layer.mlp is not None else None for layer in plan.layers]
+    return len(set(zip(plan.kept_heads, plan.kept_queries, neurons, strict=True))) > 1
+
+
+def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, loaded_as: str) -> str:
+    """What the checkpoint is, behind the name and sizes of its model; `windows` is None for the patched form."""
+    if windows is not None and any(window is not None for window in windows):
+        return (
+            f"as {loaded_as}, a stock architecture of transformers whose layers see everything or slide over one window"
+        )
+    if windows is not None:
+        return f"as an ordinary {loaded_as} of transformers"
+    parts = ["a width of its own for every layer"] if _differs_by_layer(plan) else []
+    if windowed or not plan.prunes:
+        parts.append("a span of its own for every key/value head")
+    return f"with {' and '.join(parts)}" if parts else f"as {loaded_as}, which brings its own code"
 
 
 def _ratio(plan: Plan, share: float) -> str:

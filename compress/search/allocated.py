@@ -73,10 +73,8 @@ class Allocated(PruningSolver):
             total = float(behind[0])
             losses = [total - (float(behind[problem.neurons - count]) if count else 0.0) for count in steps]
             choices.append(_choices(steps, losses, sizes.neuron))
-        whole = sum(int(each.costs.max()) for each in choices)
-        solution = Knapsack(choices, [problem.most - (problem.whole - whole)]).solve(
-            np.ones(1), gap=self.gap, time_limit=self.time_limit
-        )
+        fixed = problem.whole - sum(int(each.costs.max()) for each in choices)
+        solution = Knapsack(choices, [problem.most - fixed]).solve(np.ones(1), gap=self.gap, time_limit=self.time_limit)
         if solution is None:
             raise UserError(
                 "no widths meet the budget",

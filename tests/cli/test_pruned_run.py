@@ -12,9 +12,13 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
+from compress.bench.source import Source
+from compress.cli import methods
 from compress.cli.app import app
+from compress.cli.recovery import row_names
 from compress.models.load import load_model
 from compress.plan import read_plan
+from compress.recipe import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_against_parameters
 from tests.cli.recipes import make_recipe
@@ -50,10 +54,21 @@ def call(*words: Any) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def recipe_of(folder: Path, solver: str) -> Path:
+def run(folder: Path, solver: str) -> str:
+    """Run the recipe with a solver; what it told."""
     recipe = make_recipe(folder, model_of())
-    text = PRUNE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run", solver=solver)
-    recipe.write_text(text)
+    recipe.write_text(
+        PRUNE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run", solver=solver)
+    )
+    result = call("run", recipe)
+    assert result.exit_code == 0, result.output
+    return result.stderr
+
+
+def recipe_on(checkpoint: Path, folder: Path) -> Path:
+    """A recipe of windows that starts from a checkpoint."""
+    recipe = make_recipe(folder)
+    recipe.write_text(recipe.read_text().replace(f"model: {folder / 'model'}", f"model: {checkpoint}"))
     return recipe
 
 
@@ -61,25 +76,22 @@ def recipe_of(folder: Path, solver: str) -> Path:
 def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run with one width in all layers."""
     folder = tmp_path_factory.mktemp("equal")
-    result = call("run", recipe_of(folder, "{name: amp, multiple: 1}"))
-    assert result.exit_code == 0, result.output
-    assert "on two corpora" in result.stderr and "form native, as LlamaForCausalLM" in result.stderr
+    told = run(folder, "{name: amp, multiple: 1}")
+    assert "on two corpora" in told and "form native, as LlamaForCausalLM" in told
     return folder
 
 
 @pytest.fixture(scope="module")
 def by_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with widths of their own in every layer, by query heads."""
+    """The same with widths by layer, the first of which is left whole."""
     folder = tmp_path_factory.mktemp("by-layer")
-    result = call("run", recipe_of(folder, "{name: allocated, multiple: 1, protect: [0]}"))
-    assert result.exit_code == 0, result.output
-    assert "form patched, because" in result.stderr
+    assert "form patched, because" in run(folder, "{name: allocated, multiple: 1, protect: [0]}")
     return folder
 
 
 def test_every_row_has_its_exact_parameters_and_its_time(equal: Path) -> None:
     rows = json.loads((equal / "run" / "evaluation.json").read_text())["variants"]
-    assert [row["name"] for row in rows] == ROWS
+    assert [row["name"] for row in rows] == ROWS == row_names(load_recipe(equal / "recipe.yaml", methods.load()))
     plan = read_plan(equal / "run" / "plan.json")
     small, whole = plan.predicted.parameters, plan.predicted.dense_parameters
     assert [row["size"]["block_parameters"] for row in rows] == [whole, small, small, whole, small]
@@ -139,10 +151,9 @@ def test_the_card_is_that_of_an_ordinary_model(equal: Path, by_layer: Path) -> N
 
 
 def test_spans_are_searched_on_the_pruned_checkpoint(equal: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path)
-    shutil.rmtree(tmp_path / "model")
     checkpoint = equal / "run" / "checkpoint"
-    recipe.write_text(recipe.read_text().replace(f"model: {tmp_path / 'model'}", f"model: {checkpoint}"))
+    recipe = recipe_on(checkpoint, tmp_path)
+    shutil.rmtree(tmp_path / "model")
     result = call("run", recipe)
     assert result.exit_code == 0, result.output
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
@@ -173,16 +184,11 @@ def test_a_checkpoint_with_widths_of_its_own_is_measured_beside_the_model_it_cam
 
 
 def test_a_checkpoint_that_carries_a_plan_is_no_model_to_start_from(by_layer: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path)
-    checkpoint = by_layer / "run" / "checkpoint"
-    recipe.write_text(recipe.read_text().replace(f"model: {tmp_path / 'model'}", f"model: {checkpoint}"))
-    told = call("validate", recipe)
+    told = call("validate", recipe_on(by_layer / "run" / "checkpoint", tmp_path))
     assert told.exit_code == 2 and "carries a plan already" in told.stderr
 
 
 def test_the_bench_runs_a_checkpoint_as_it_is_meant_to(by_layer: Path) -> None:
-    from compress.bench.source import Source
-
     checkpoint = by_layer / "run" / "checkpoint"
     source = Source(str(checkpoint))
     assert source.has_own_widths

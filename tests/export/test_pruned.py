@@ -109,6 +109,8 @@ def test_equal_widths_can_be_patched_too(tmp_path: Path) -> None:
     loaded = tiny_loaded("qwen2")
     report = export_checkpoint(loaded, plan_for(loaded, Amp(multiple=1)), tmp_path / "out", form="patched")
     assert not report.checks.native
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of its own for every" not in card and "which brings its own code" in card
 
 
 def test_compensated_plan_is_a_stock_checkpoint(tmp_path: Path) -> None:
