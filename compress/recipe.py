@@ -245,7 +245,7 @@ def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
     except ValidationError as error:
         problems += [_problem(item, (), Recipe, located) for item in error.errors(include_url=False)]
     if recipe is not None:
-        problems += _cross_checks(recipe, located)
+        problems += _cross_checks(recipe, located) + _missing_statistics(recipe, names, located)
     if problems or recipe is None:
         raise UserError(sorted(problems, key=_place))
     recipe._text, recipe._source, recipe._names = text, path, names
@@ -507,6 +507,22 @@ def _cross_checks(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _missing_statistics(recipe: Recipe, names: dict[type[Method], str], located: LocatedYaml) -> list[Problem]:
+    """Statistics that the solver reads by name and the profile would not have, which only the search would find out."""
+    listed = [names[type(method)] for method in recipe.profile.statistics if type(method) in names]
+    return [
+        Problem(
+            f"the solver reads `{name}`, which is not measured",
+            located.where(("search", "solver")),
+            expected=f"one of `profile.statistics`: {', '.join(listed) or 'none'}",
+            found=name,
+            fix=nearest(name, listed) or f"add `{{name: {name}}}` to `profile.statistics`",
+        )
+        for name in recipe.search.solver.statistics_read()
+        if name not in listed
+    ]
 
 
 def _similar_file(path: Path) -> str | None:

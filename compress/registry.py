@@ -15,6 +15,10 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def statistics_read(self) -> tuple[str, ...]:
+        """Names of the statistics that a profile must have for it, as far as its fields name them."""
+        return ()
+
 
 T = TypeVar("T", bound=Method)
 

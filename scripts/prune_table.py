@@ -6,8 +6,9 @@
 
 `measure` runs one job a row and seed, several at a time on one GPU, and writes a JSON file for each; what is there is
 not repeated, and with `--minutes` no job is begun that would not end in time. Rows are those of `prune_choices.py`: the
-same widths for every score, and `SCORE+mlp` keeps all heads. `table` counts the zero-shot answers with lm-eval's tasks
-and prints means over seeds with paired differences to the dense model.
+same widths for every score, and `SCORE+mlp` keeps all heads; where SCORE does so anyway, it has no row of its own.
+`table` counts the zero-shot answers with lm-eval's tasks and prints every seed, with paired differences to the
+dense model and to the control.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from compress.recover.settings import RecoverSettings
 from compress.search.budget import Budget
 from compress.search.prune import pruning_problem
 from compress.targets.apply import planned_model
-from scripts.prune_choices import CONTRIBUTION, scores_of, solver_of, take_scores
+from scripts.prune_choices import CONTRIBUTION, SCORES, scores_of, solver_of, take_scores
 
-METHODS = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random", "amp+mlp", "flap+mlp", "taylor+mlp")
+HEADS_STAY = "+mlp"  # all parameters come from the neurons
+METHODS = (*SCORES, *(f"{score}{HEADS_STAY}" for score in ("amp", "wanda_sp", "flap", "taylor", "random")))
 
 
 def main() -> None:
@@ -127,6 +129,8 @@ def measure(options: argparse.Namespace) -> None:
             print(f"no time for {path.stem} and what follows it in this worker", flush=True)
             return
         row = one(loaded, options, tokens, lambda model: evaluate(model, test, requests, options.windows), *job)
+        if row is None:
+            continue
         longest = max(longest, row["seconds"])
         write_text(path, json.dumps(row))
         told = f"{row['before']['perplexity']:.3f} -> {row['after']['perplexity']:.3f}"
@@ -160,8 +164,8 @@ def one(
     ratio: float,
     seed: int,
     loss: str,
-) -> dict[str, Any]:
-    """One row: the pruned model before and after recovery."""
+) -> dict[str, Any] | None:
+    """One row: the pruned model before and after recovery. None if a row without `HEADS_STAY` has the same plan."""
     started = time.perf_counter()
     dense = loaded.model
     plan, note = None, ""
@@ -170,6 +174,10 @@ def one(
     else:
         problem = pruning_problem(dense, scores_of(method, options.out, seed), Budget(parameters=1 - ratio))
         (candidate,) = solver_of(method).solve(problem)
+        if method.endswith(HEADS_STAY):
+            (other,) = solver_of(method.removesuffix(HEADS_STAY)).solve(problem)
+            if other.kept == candidate.kept:
+                return None
         plan, note = candidate.to_plan(problem, {}), candidate.note
         model = planned_model(dense, plan)
     left, whole = block_parameters(model), block_parameters(dense)
@@ -227,7 +235,7 @@ def table(options: argparse.Namespace) -> None:
     written = []
     for ratio, loss, method in keys:
         same = [row for row in rows if (row["ratio"], row["loss"], row["method"]) == (ratio, loss, method)]
-        controls = {row["seed"]: row["after"] for row in rows if row["method"] == "dense"}
+        controls = {row["seed"]: row["after"] for row in rows if (row["method"], row["loss"]) == ("dense", loss)}
         pairs = [paired(row["after"], dense) for row in same]
         beside = [paired(row["after"], controls[row["seed"]]) for row in same if row["seed"] in controls]
         first = same[0]

@@ -116,6 +116,16 @@ def test_the_same_document_twice(known: Methods) -> None:
     assert found.startswith("r.yaml:6:7: `calibration.documents[1]` is there twice")
 
 
+def test_scores_that_are_not_measured(known: Methods) -> None:
+    solver = "solver: {name: amp, importance: [amp, wandasp, taylor]}\n  budget: {parameters: 0.7}"
+    text = MINIMAL.replace("budget: {kv: 0.5, lengths: [128]}", solver)
+    measured = "profile: {statistics: [{name: amp}, {name: wanda_sp}]}\nmodel:"
+    first, second = problems(text.replace("model:", measured, 1), known)
+    assert first.startswith("r.yaml:8:3: the solver reads `wandasp`") and "did you mean `wanda_sp`?" in first
+    assert "reads `taylor`" in second and "add `{name: taylor}`" in second
+    assert read(text.replace("model:", measured, 1).replace("wandasp, taylor", "wanda_sp"), known)
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "3", "a: [", "a: *b", "\t- x", "a: &a [*a]", "\x00"])
 def test_what_is_no_mapping_is_no_recipe(text: str, known: Methods) -> None:
     assert all(re.match(r"r\.yaml(:\d+:\d+)?: ", line) for line in problems(text, known))

@@ -195,7 +195,7 @@ def run_on(
     from lm_eval import simple_evaluate
 
     task, manager = _task(request, name, length, sizer, seed, text)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         found: Any = simple_evaluate(
             model=lm,
             tasks=[task],

@@ -46,10 +46,10 @@ class Allocated(PruningSolver):
     gap: Annotated[float, Field(ge=0, description="relative optimality gap to stop at")] = 0.001
     time_limit: Annotated[float, Field(gt=0, description="seconds for the solver")] = 60.0
 
-    def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
+    def ranked_by(self, name: str, problem: PruningProblem) -> list[PrunedCandidate]:
         """One candidate; see `PruningSolver.solve`."""
         problem = self.counted(problem)
-        heads, neurons = self.scores(problem)
+        heads, neurons = self.scores(name, problem)
         groups = self.group_scores(heads) if self.unit == "group" else heads.flatten(1)
         groups, neurons = self._compared(problem, groups, neurons)
         alone = self.protected(problem.shape.layers)
@@ -90,7 +90,7 @@ class Allocated(PruningSolver):
             for attention, mlp in zip(kept_units[::2], kept_units[1::2], strict=True)
         ]
         note = f"widths by layer: {min(r.neurons for r in rows)} to {max(r.neurons for r in rows)} neurons"
-        return [self.candidate(problem, rows, note, solution.gap, float(solution.losses[0]))]
+        return [self.candidate(name, problem, rows, note, solution.gap, float(solution.losses[0]))]
 
     def _multiple(self, problem: PruningProblem) -> int:
         """The one asked for, or the largest whose single step is within the tolerance of the budget."""

@@ -28,7 +28,7 @@ class Amp(PruningSolver):
         ),
     ] = None
 
-    def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
+    def ranked_by(self, name: str, problem: PruningProblem) -> list[PrunedCandidate]:
         """One candidate for every different number of heads that meets the budget; see `PruningSolver.solve`."""
         problem = self.counted(problem)
         removed = 1 - problem.most / problem.block
@@ -45,7 +45,7 @@ class Amp(PruningSolver):
                 alone = self.protected(problem.shape.layers)
                 whole = Widths(problem.shape.kv_heads, problem.share, problem.neurons)
                 rows = [whole if layer in alone else widths for layer in range(problem.shape.layers)]
-                found.append(self.candidate(problem, rows, note))
+                found.append(self.candidate(name, problem, rows, note))
         if not found:
             raise UserError(
                 "no equal widths of all layers meet the budget",

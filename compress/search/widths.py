@@ -139,7 +139,12 @@ class PruningSolver(Method):
     """Base of every solver that removes head groups and neurons; its fields are recipe keys."""
 
     importance: Annotated[
-        str, Field(description="the statistic that ranks heads and neurons: amp, wanda_sp, flap, taylor, ...")
+        str | tuple[str, ...],
+        Field(
+            min_length=1,
+            description="the statistic that ranks heads and neurons: amp, wanda_sp, flap, taylor, ...; several are "
+            "several plans, of which held-out loss chooses",
+        ),
     ] = "amp"
     group_score: Annotated[
         Literal["sum", "mean", "max"],
@@ -172,13 +177,28 @@ class PruningSolver(Method):
         ),
     ] = False
 
-    @abstractmethod
+    def statistics_read(self) -> tuple[str, ...]:
+        """Those that rank."""
+        return (self.importance,) if isinstance(self.importance, str) else self.importance
+
     def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
         """One or more decisions whose parameters are within the budget. The same problem gives the same ones.
 
         Raises:
             UserError: the budget cannot be met, or the profile lacks the scores.
         """
+        names = self.statistics_read()
+        if len(names) == 1:
+            return self.ranked_by(names[0], problem)
+        return [
+            replace(candidate, note=f"{name}: {candidate.note}")
+            for name in names
+            for candidate in self.ranked_by(name, problem)
+        ]
+
+    @abstractmethod
+    def ranked_by(self, name: str, problem: PruningProblem) -> list[PrunedCandidate]:
+        """The decisions by the scores of one statistic; see `solve`."""
 
     def counted(self, problem: PruningProblem) -> PruningProblem:
         """The problem with all that this solver's plans have counted."""
@@ -204,15 +224,15 @@ class PruningSolver(Method):
         """Neurons that stay in every layer."""
         return max(1, round(self.floor * problem.neurons))
 
-    def scores(self, problem: PruningProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(self, name: str, problem: PruningProblem) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of query heads `[layers, groups, query heads a group]` and of neurons `[layers, neurons]`, float64."""
-        heads = problem.tensor(f"{self.importance}.heads").double()
-        neurons = problem.tensor(f"{self.importance}.neurons").double()
+        heads = problem.tensor(f"{name}.heads").double()
+        neurons = problem.tensor(f"{name}.neurons").double()
         shape = problem.shape
         expected = (shape.layers, shape.kv_heads, problem.share), (shape.layers, problem.neurons)
         if (tuple(heads.shape), tuple(neurons.shape)) != expected:
             raise UserError(
-                f"the scores of `{self.importance}` do not fit the model",
+                f"the scores of `{name}` do not fit the model",
                 where="search.solver.importance",
                 expected=f"{expected[0]} heads and {expected[1]} neurons",
                 found=f"{tuple(heads.shape)} and {tuple(neurons.shape)}",
@@ -224,27 +244,25 @@ class PruningSolver(Method):
         reduced: torch.Tensor = {"sum": heads.sum(-1), "mean": heads.mean(-1), "max": heads.amax(-1)}[self.group_score]
         return reduced
 
-    def pick(self, problem: PruningProblem, widths: Sequence[Widths]) -> tuple[Kept, ...]:
-        """The units of the highest scores, as many as `widths` says of every layer."""
-        heads, neurons = self.scores(problem)
-        return pick(problem, widths, self.group_scores(heads), heads, neurons)
-
     def candidate(
         self,
+        name: str,
         problem: PruningProblem,
         widths: Sequence[Widths],
         note: str,
         gap: float | None = None,
         loss: float | None = None,
     ) -> PrunedCandidate:
-        """The decision of these widths, with its compensation where that is asked for."""
-        found = PrunedCandidate(self.pick(problem, widths), note, loss, gap)
-        return replace(found, bias=self._compensation(problem, found.kept)) if self.compensate else found
+        """The units of the highest scores of `name` in these widths; compensated where that is asked for."""
+        heads, neurons = self.scores(name, problem)
+        kept = pick(problem, widths, self.group_scores(heads), heads, neurons)
+        bias = self._compensation(name, problem, kept) if self.compensate else None
+        return PrunedCandidate(kept, note, loss, gap, bias)
 
-    def _compensation(self, problem: PruningProblem, kept: Sequence[Kept]) -> tuple[OutputBias, ...]:
+    def _compensation(self, name: str, problem: PruningProblem, kept: Sequence[Kept]) -> tuple[OutputBias, ...]:
         """What the removed units gave in the mean, behind both projections (arXiv 2312.11983)."""
-        heads = problem.tensor(f"{self.importance}.head_means").double().clone()
-        neurons = problem.tensor(f"{self.importance}.neuron_means").double().clone()
+        heads = problem.tensor(f"{name}.head_means").double().clone()
+        neurons = problem.tensor(f"{name}.neuron_means").double().clone()
         biases = []
         for layer, stays in enumerate(kept):
             heads[layer].flatten(0, 1)[list(stays.query_heads(problem.share))] = 0

@@ -72,6 +72,25 @@ def test_filters_are_told_apart(tasks: Path) -> None:
     assert len(found.samples) == 8 and all(set(sample.metrics) == names for sample in found.samples)
 
 
+WORDS = """
+task: local_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/items.jsonl}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[1]}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+
+
+def test_nothing_is_printed_beside_the_result(tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tasks / "local_words.yaml").write_text(WORDS, encoding="utf-8")
+    ran(tasks, "local_words")  # an aggregation that is no mean: lm-eval tells of its bootstrap on stdout
+    assert capfd.readouterr().out == ""
+
+
 def test_what_is_too_long_is_refused(tasks: Path) -> None:
     request = HarnessRequest(tasks=("local_choice",), include=str(tasks))
     with pytest.raises(UserError, match="nothing is cut"):

@@ -27,7 +27,7 @@ from tests.tiny import SIZES, random_ids, tiny_loaded, tiny_tokenizer
 
 def plan_for(loaded: Any, solver: PruningSolver) -> Plan:
     """A plan that keeps 70% of the parameters."""
-    problem = pruning_problem(loaded.model, Scored(loaded.model, solver.importance), Budget(parameters=0.7))
+    problem = pruning_problem(loaded.model, Scored(loaded.model, *solver.statistics_read()), Budget(parameters=0.7))
     return solver.solve(problem)[0].to_plan(problem, {"solver": {"name": "amp", **solver.model_dump(mode="json")}})
 
 

@@ -223,6 +223,24 @@ def test_held_out_loss_decides_how_many_heads_go(tmp_path: Path) -> None:
     assert drawn["response_loss"] > 0 and f"{drawn['response_loss']:.4f}" in result.report["why"]
 
 
+def test_several_scores_are_several_plans(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    profile = Scored(loaded.model)
+    other = Scored(loaded.model, "wanda_sp").tensors
+    profile.tensors |= {key: tensor.flip(-1) for key, tensor in other.items()}
+    problem = pruning_problem(loaded.model, profile, Budget(parameters=0.7))
+    both = Amp(importance=("amp", "wanda_sp"), attention=(0.0, 0.5))
+    found = both.solve(problem)
+    alone = [Amp(importance=name, attention=(0.0, 0.5)).solve(problem) for name in ("amp", "wanda_sp")]
+    assert [each.kept for each in found] == [each.kept for each in (*alone[0], *alone[1])]
+    assert [each.note for each in found[2:]] == [f"wanda_sp: {each.note}" for each in alone[1]]
+    assert found[0].kept != found[2].kept
+    texts = [document(60, answer=40)]
+    result = run_search(loaded, profile, texts, Section(both, Budget(parameters=0.7)), tmp_path)
+    losses = {row["name"]: row["response_loss"] for row in result.report["plans"]}
+    assert len(losses) == 4 and result.report["chosen"] == min(losses, key=lambda name: losses[name])
+
+
 def test_what_does_not_belong_together_says_so(tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
     with pytest.raises(UserError, match="do not belong together"):
