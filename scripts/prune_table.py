@@ -64,6 +64,7 @@ def main() -> None:
     run.add_argument("--steps", type=int, default=120)
     run.add_argument("--batch", type=int, default=16)
     run.add_argument("--loss", nargs="+", default=["text"])
+    run.add_argument("--precision", default="auto", help="of the passes in recovery, as `recover.precision`")
     run.add_argument("--documents", type=int, default=128, help="of 512 tokens")
     run.add_argument("--windows", type=int, default=64, help="of 1,024 tokens of perplexity")
     run.add_argument("--workers", type=int, default=1)
@@ -182,7 +183,9 @@ def one(
         model = planned_model(dense, plan)
     left, whole = block_parameters(model), block_parameters(dense)
     before = look(model)
-    settings = RecoverSettings(steps=options.steps, batch_size=options.batch, loss=loss, save_every=10**6)
+    settings = RecoverSettings(
+        steps=options.steps, batch_size=options.batch, loss=loss, precision=options.precision, save_every=10**6
+    )
     folder = options.out / "work" / f"{method}-{ratio:g}-{seed}-{loss}"
     record = recover(model, settings, tokens, folder, teacher=dense, seed=seed)
     after = look(model)

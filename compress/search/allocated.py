@@ -97,7 +97,7 @@ class Allocated(PruningSolver):
         if self.multiple is not None:
             return self.multiple
         step = max(sizes.neuron for sizes in problem.sizes)
-        return next((each for each in MULTIPLES if each * step <= TOLERANCE * problem.block), 1)
+        return next((each for each in MULTIPLES if each * step <= TOLERANCE * problem.most), 1)
 
     def _compared(
         self, problem: PruningProblem, heads: torch.Tensor, neurons: torch.Tensor

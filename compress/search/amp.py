@@ -72,7 +72,8 @@ class Amp(PruningSolver):
         multiples = MULTIPLES if self.multiple is None else (self.multiple,)
         for multiple in multiples:
             neurons = problem.neurons if most == problem.neurons else most // multiple * multiple
-            exact = (most - neurons) * one <= TOLERANCE * problem.block
+            below = (problem.neurons - neurons) * one - missing
+            exact = below <= TOLERANCE * problem.most
             if (exact or multiple == multiples[-1]) and neurons >= self.least_neurons(problem):
                 return Widths(groups, queries, neurons)
         return None

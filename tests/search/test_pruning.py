@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
-from compress.models.pruning import block_parameters
+from compress.models.pruning import Kept, block_parameters
 from compress.models.shape import shape_of
 from compress.plan import Mlp, read_plan
 from compress.search.allocated import Allocated
@@ -42,6 +43,15 @@ class Scored:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self.tensors[key]
+
+
+class Nothing:
+    """A profile without scores."""
+
+    lengths = ()
+
+    def tensor(self, key: str) -> torch.Tensor:
+        raise KeyError(key)
 
 
 class Section:
@@ -102,6 +112,18 @@ def test_biases_of_a_compensation_count(family: str, solver: type[PruningSolver]
     assert plan.predicted.dense_parameters == block_parameters(model)
     (plain,) = solver(multiple=1).solve(problem)
     assert sum(len(layer.neurons) for layer in candidate.kept) < sum(len(layer.neurons) for layer in plain.kept)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.5])
+@pytest.mark.parametrize("attention", [0.0, 0.3])
+def test_widths_of_a_real_model_meet_the_budget(share: float, attention: float) -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=576, intermediate_size=1536, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 9, 3, 64
+    problem = pruning_problem(LlamaForCausalLM(config), Nothing(), Budget(parameters=share))
+    widths = Amp().widths(problem, round(attention * 3))
+    assert widths is not None and widths.neurons % 4 == 0
+    kept = Kept(tuple(range(widths.groups)), tuple(range(widths.neurons)))
+    assert 0 <= problem.most - problem.parameters([kept] * 2) <= 0.005 * problem.most
 
 
 def test_the_highest_scores_stay_by_the_score_that_was_asked_for() -> None:
