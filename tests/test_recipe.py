@@ -121,7 +121,7 @@ def test_scores_that_are_not_measured(known: Methods) -> None:
     text = MINIMAL.replace("budget: {kv: 0.5, lengths: [128]}", solver)
     measured = "profile: {statistics: [{name: amp}, {name: wanda_sp}]}\nmodel:"
     first, second = problems(text.replace("model:", measured, 1), known)
-    assert first.startswith("r.yaml:8:3: the solver reads `wandasp`") and "did you mean `wanda_sp`?" in first
+    assert first.startswith("r.yaml:8:11: the solver reads `wandasp`") and "did you mean `wanda_sp`?" in first
     assert "reads `taylor`" in second and "add `{name: taylor}`" in second
     assert read(text.replace("model:", measured, 1).replace("wandasp, taylor", "wanda_sp"), known)
 
