@@ -123,7 +123,17 @@ def run_pruning(
     candidates = {f"pruned-{number}": each for number, each in enumerate(solver.solve(problem))}
     asked = {"solver": dict(solver_facts), "budget": budget.model_dump(mode="json")}
     plans = {
-        name: each.to_plan(problem, {**asked, "name": name, "question": each.note, "gap": each.gap})
+        name: each.to_plan(
+            problem,
+            # Of several scores a plan names the one that ranked its units, which its card tells.
+            {
+                **asked,
+                "solver": {**solver_facts, "importance": each.importance},
+                "name": name,
+                "question": each.note,
+                "gap": each.gap,
+            },
+        )
         for name, each in candidates.items()
     }
     losses: dict[str, float] = {}

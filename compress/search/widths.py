@@ -99,6 +99,7 @@ class PrunedCandidate:
         loss: sum of the scores that are removed, in the solver's unit.
         gap: how far that sum is from the proven smallest at most, relative; None where it was not minimised.
         bias: by layer, what is added behind o_proj and down_proj in place of what is removed.
+        importance: the statistic that ranked the units; None for a drawn plan.
     """
 
     kept: tuple[Kept, ...]
@@ -106,6 +107,7 @@ class PrunedCandidate:
     loss: float | None = None
     gap: float | None = None
     bias: tuple[OutputBias, ...] | None = None
+    importance: str | None = None
 
     def to_plan(self, problem: PruningProblem, provenance: dict[str, Any]) -> Plan:
         """The plan file of this decision."""
@@ -257,7 +259,7 @@ class PruningSolver(Method):
         heads, neurons = self.scores(name, problem)
         kept = pick(problem, widths, self.group_scores(heads), heads, neurons)
         bias = self._compensation(name, problem, kept) if self.compensate else None
-        return PrunedCandidate(kept, note, loss, gap, bias)
+        return PrunedCandidate(kept, note, loss, gap, bias, name)
 
     def _compensation(self, name: str, problem: PruningProblem, kept: Sequence[Kept]) -> tuple[OutputBias, ...]:
         """What the removed units gave in the mean, behind both projections (arXiv 2312.11983)."""

@@ -45,15 +45,6 @@ class Scored:
         return self.tensors[key]
 
 
-class Nothing:
-    """A profile without scores."""
-
-    lengths = ()
-
-    def tensor(self, key: str) -> torch.Tensor:
-        raise KeyError(key)
-
-
 class Section:
     """A recipe's search section."""
 
@@ -119,7 +110,8 @@ def test_biases_of_a_compensation_count(family: str, solver: type[PruningSolver]
 def test_widths_of_a_real_model_meet_the_budget(share: float, attention: float) -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=576, intermediate_size=1536, num_hidden_layers=2)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 9, 3, 64
-    problem = pruning_problem(LlamaForCausalLM(config), Nothing(), Budget(parameters=share))
+    model = LlamaForCausalLM(config)
+    problem = pruning_problem(model, Scored(model), Budget(parameters=share))
     widths = Amp().widths(problem, round(attention * 3))
     assert widths is not None and widths.neurons % 4 == 0
     kept = Kept(tuple(range(widths.groups)), tuple(range(widths.neurons)))
@@ -260,6 +252,9 @@ def test_several_scores_are_several_plans(tmp_path: Path) -> None:
     texts = [document(60, answer=40)]
     result = run_search(loaded, profile, texts, Section(both, Budget(parameters=0.7)), tmp_path)
     losses = {row["name"]: row["response_loss"] for row in result.report["plans"]}
+    plans = [read_plan(tmp_path / "search" / "plans" / f"pruned-{number}.json") for number in range(4)]
+    ranked = [plan.provenance["solver"]["importance"] for plan in plans]
+    assert ranked == ["amp", "amp", "wanda_sp", "wanda_sp"] and result.plan in plans
     assert len(losses) == 4 and result.report["chosen"] == min(losses, key=lambda name: losses[name])
 
 
