@@ -27,7 +27,7 @@ def run(
     from compress.cli.recovery import recover_stage
     from compress.cli.report import write_report
     from compress.cli.session import open_session
-    from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
+    from compress.cli.stages import check_target, evaluate_stage, export_stage, profile_stage, search_stage
     from compress.export.layout import brings_code
 
     started = time.monotonic()
@@ -35,6 +35,7 @@ def run(
         if session.helper:
             recover_stage(session)
             return
+        check_target(session, overwrite)
         profile_stage(session)
         search_stage(session)
         recover_stage(session)

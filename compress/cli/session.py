@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli import methods, processes
 from compress.cli.output import say
 from compress.cli.recovery import CONTROL, RECORD
-from compress.files import write_json
+from compress.files import sweep_scratch, write_json
 from compress.recipe import Recipe, load_recipe
 from compress.runfolder import RunFolder, open_run, stage_key
 
@@ -34,6 +34,7 @@ class Session:
     run: RunFolder
     resolved: dict[str, Any]
     helper: bool = False
+    _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -59,6 +60,19 @@ class Session:
 
         return shape_of(self.loaded.model)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; nothing inside `outline`."""
+        return "" if self._weightless else self.shape.fingerprint
+
+    def outline(self, key: Callable[[], str]) -> str:
+        """A key of this session without what only the weights tell: it is known before they are loaded."""
+        self._weightless = True
+        try:
+            return key()
+        finally:
+            self._weightless = False
+
     @staticmethod
     def shape_line(model: Any) -> str:
         """Sizes in words."""
@@ -74,7 +88,7 @@ class Session:
         calibration = self.resolved["calibration"]
         return stage_key(
             "profile",
-            self.shape.fingerprint,
+            self.fingerprint,
             self.recipe.dtype,
             self.recipe.seed,
             calibration["text"],
@@ -105,7 +119,7 @@ class Session:
             self._content(self.run.plan),
             baselines,
             self.recipe.dtype,
-            self.loaded.model.device.type,
+            resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
             self.resolved["evaluate"],
             *self._trained(RECORD, CONTROL),
@@ -117,7 +131,7 @@ class Session:
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""
-        return stage_key("control", self.shape.fingerprint, *self._training())
+        return stage_key("control", self.fingerprint, *self._training())
 
     def _training(self) -> list[Any]:
         settings: Any = self.recipe.recover
@@ -149,6 +163,7 @@ def open_session(
     import yaml
 
     from compress.cli.environment import environment
+    from compress.export.staging import settle
 
     helper = processes.is_helper()
     if helper and not helpers:
@@ -161,6 +176,8 @@ def open_session(
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     output = Path(recipe.output).expanduser()
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
+        settle(run.checkpoint)
+        sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
         yield Session(recipe, run, resolved)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
+from compress.files import append_line
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -41,10 +42,8 @@ class LossLog:
         self.path = path
         self.context = context
         self._losses: dict[tuple[str, str], float] = {}
-        self._torn = False
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            self._torn = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 self._read(line)
 
@@ -62,11 +61,8 @@ class LossLog:
 
     def put(self, plan: str, document: str, loss: float) -> None:
         """Add a measurement; it is in the file when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + json.dumps(entry) + "\n")
-        self._torn = False
+        append_line(self.path, json.dumps(entry))
         self._losses[plan, document] = loss
 
 
