@@ -21,13 +21,12 @@ def run(
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
     """
-    from rich.console import Console
-
     from compress.cli.environment import peak_memory
     from compress.cli.recovery import recover_stage
     from compress.cli.report import write_report
     from compress.cli.session import open_session
     from compress.cli.stages import check_target, evaluate_stage, export_stage, profile_stage, search_stage
+    from compress.cli.tables import show
     from compress.export.layout import brings_code
 
     started = time.monotonic()
@@ -48,7 +47,8 @@ def run(
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        comparison.print(Console())
+        for table in comparison.tables():
+            show(table)
         typer.echo(f"\ncheckpoint   {checkpoint}")
         typer.echo(f"run folder   {session.run.path}")
         typer.echo(f"report       {session.run.path / 'report.html'}")

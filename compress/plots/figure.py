@@ -38,4 +38,4 @@ def save(figure: Any, path: Path) -> list[Path]:
             figure.savefig(data, format=kind, dpi=150, metadata=metadata)
             written.append(path.with_name(f"{path.name}.{kind}"))
             write_bytes(written[-1], data.getvalue())
-    return written
+    return written[::-1]
