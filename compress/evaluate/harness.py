@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
+from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
 from compress.registry import Method
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
@@ -27,13 +28,15 @@ class HarnessRequest(Method):
 
     tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
     include: str | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
-    limit: int | None = Field(None, ge=1, description="only the first items of every task")
+    limit: int | None = Field(None, ge=1, le=STEPS, description="only the first items of every task")
     suites: tuple[str, ...] = Field(
         (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
     )
-    lengths: tuple[int, ...] = Field((2048,), strict=False, description="tokens of the suites' items")
-    count: int = Field(20, ge=1, description="items of each suite and length")
-    batch_size: int = Field(1, ge=1, description="inputs at once")
+    lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+        (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the suites' items"
+    )
+    count: int = Field(20, ge=1, le=DOCUMENTS, description="items of each suite and length")
+    batch_size: int = Field(1, ge=1, le=BATCH, description="inputs at once")
 
 
 class Sample(BaseModel):
