@@ -380,6 +380,7 @@ def timed(session: Session, stage: str, key: str, made: list[str], work: Callabl
     run.log("begin", stage=stage)
     started = time.monotonic()
     result = work()
+    session.inputs.check()
     run.finish(stage, key, seconds=time.monotonic() - started, made=made)
     return result
 

@@ -45,6 +45,11 @@ class PerplexityRequest(Method):
         """Tokens from one window to the next."""
         return self.length if self.stride is None else self.stride
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text that the windows cover."""
+        return self.length + (self.windows - 1) * self.step
+
 
 class Bucket(BaseModel):
     """Tokens at positions [start, end) of their window; `nll` is the sum of -ln p over them, in nats."""
@@ -104,7 +109,7 @@ def check_request(request: PerplexityRequest, available: int, context: int | Non
     Raises:
         UserError: the text has too few tokens, or a window is longer than the model's context.
     """
-    needed = request.length + (request.windows - 1) * request.step
+    needed = request.tokens
     where = f"perplexity {request.length}"
     if context is not None and request.length > context:
         raise UserError(

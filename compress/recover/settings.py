@@ -79,6 +79,11 @@ class RecoverSettings(Method):
         return math.ceil((self.tokens or 0) / (self.batch_size * self.length))
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of text with which no sequence is trained on twice."""
+        return self.step_count * self.batch_size * self.length
+
+    @property
     def weights(self) -> tuple[float, float]:
         """Weights of the text loss and of the KL."""
         return {"text": (1.0, 0.0), "distill": (0.0, 1.0), "both": (1 - self.distill_weight, self.distill_weight)}[
