@@ -36,7 +36,7 @@ LOG = "log.jsonl"
 LOCK = ".lock"
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.
-OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", STAGES, LOG}
+OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", "inputs.json", STAGES, LOG}
 BEGUN: dict[str, Any] = {"key": None, "seconds": 0.0, "made": []}  # a stage that is not finished
 ARTIFACTS = (
     "calibration",

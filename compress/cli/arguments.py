@@ -117,17 +117,8 @@ def device(text: str) -> str:
 
 
 def recipe_file(text: str) -> str:
-    """A recipe's path. Raises UserError where it cannot be one, or is a folder."""
-    path = given_path(text, "RECIPE")
-    if path.is_dir():
-        inside = path / "recipe.yaml"
-        raise UserError(
-            "this is a folder, not a recipe",
-            where=text,
-            expected="a YAML file",
-            fix=f"did you mean `{inside}`?" if inside.is_file() else "`compress recipes` lists recipes",
-        )
-    return text
+    """A recipe's path. Raises UserError where it cannot be one."""
+    return str(given_path(text, "RECIPE"))
 
 
 def model(text: str, where: str = "MODEL") -> str:

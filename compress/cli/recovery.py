@@ -66,7 +66,7 @@ def _train(
 ) -> None:
     """One training, unless it was done before."""
     from compress.cli.stages import timed
-    from compress.data.text import split_text, tokenise
+    from compress.data.text import part_of
     from compress.recover.recover import recover
 
     if session.run.stage_done(stage, key()):
@@ -76,7 +76,7 @@ def _train(
     source: Any = settings.text or session.recipe.calibration.text
 
     def work() -> Any:
-        tokens = tokenise(session.loaded.tokenizer, split_text(source.load(), "calibration"))
+        tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
         with progress(stage) as report:
             return recover(
                 build(),

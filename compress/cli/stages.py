@@ -398,6 +398,7 @@ def timed(session: Session, stage: str, key: Callable[[], str], made: list[str],
     run.log("begin", stage=stage)
     started = time.monotonic()
     result = work()
+    session.inputs.check()
     run.finish(stage, depends, seconds=time.monotonic() - started, made=made, outline=session.outline(key))
     return result
 

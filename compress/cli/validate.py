@@ -23,11 +23,11 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
 
     Makes every prompt as a run does, so a document that is too long, or a text that is too short, shows here.
     """
-    from compress.cli import methods
+    from compress.cli import arguments, methods
     from compress.cli.tables import show
     from compress.recipe import load_recipe
 
-    loaded = load_recipe(recipe, methods.load())
+    loaded = load_recipe(arguments.recipe_file(recipe), methods.load)
     tokens = check_texts(loaded)
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from compress.limits import SEED
 from compress.models.units import LayerUnits
 from compress.profile.importance import Importance, Seen, Sums
 from compress.profile.statistic import Reads
@@ -18,7 +19,7 @@ from compress.registry import statistics
 class Random(Importance):
     """Random numbers in 0 to 1 (no data)."""
 
-    seed: int = Field(0, ge=0, description="another seed gives other numbers")
+    seed: int = Field(0, ge=0, le=SEED, description="another seed gives other numbers")
 
     reads: ClassVar[Reads] = "weights"
     unit: ClassVar[str] = "random number"

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.heads import Heads, decide
@@ -24,8 +25,10 @@ class Layers(Solver):
     score: Annotated[
         str | dict[str, float], Field(description="as in `heads`; a layer's is the mean of its groups")
     ] = "retrieval"
-    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 0
-    window: Annotated[int, Field(ge=PAGE, multiple_of=PAGE, description="tokens of the others' window, at least")] = 256
+    sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 0
+    window: Annotated[
+        int, Field(ge=PAGE, le=LONGEST, multiple_of=PAGE, description="tokens of the others' window, at least")
+    ] = 256
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """One plan; see `Solver.solve`.

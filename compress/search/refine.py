@@ -30,6 +30,7 @@ from safetensors.torch import save as save_tensors
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.files import write_bytes, write_json
+from compress.limits import FACTOR, MINUTES
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.divergence import Divergence
@@ -51,11 +52,11 @@ Progress = Callable[[int, int, str], None]
 class Refine(Method):
     """Exchanges rules between head groups as long as the measured loss falls, within a time."""
 
-    minutes: Annotated[float, Field(gt=0, description="time to spend, interruptions not counted")] = 10.0
+    minutes: Annotated[float, Field(gt=0, le=MINUTES, description="time to spend, interruptions not counted")] = 10.0
     samples: Annotated[
-        int, Field(ge=1, description="passes over the documents that the quadratic model is made from")
+        int, Field(ge=1, le=1000, description="passes over the documents that the quadratic model is made from")
     ] = 4
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(gt=0, le=FACTOR)]] = Field(
         default_factory=dict, description="weight of a task's loss, by the task's name; 1 where none is given"
     )
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.models.pruning import Kept, UnitParameters
 from compress.plan import LayerPlan, Mlp, OutputBias, Plan, Predicted, plan_of_layers
 from compress.registry import Method
@@ -163,6 +164,7 @@ class PruningSolver(Method):
         int | None,
         Field(
             ge=1,
+            le=LONGEST,
             description="neurons that stay are a multiple of it; null takes the largest power of two up to "
             "128 that meets the budget to within 0.5%",
         ),
