@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def verify_checkpoint(
     )
 
 
+def run_fresh(
+    script: Path, arguments: Sequence[str], environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python file to its end in a fresh process, which finds no module beside it or in `folder`."""
+    command = [sys.executable, "-P", str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+
+
 def _run_child(
     folder: Path, probe: dict[str, torch.Tensor], native: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -171,17 +180,8 @@ def _run_child(
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment.pop("PYTHONPATH", None)
-        arguments = [
-            str(CHILD),
-            str(folder.resolve()),
-            str(probe_file),
-            str(result_file),
-            str(torch.get_num_threads()),
-            code,
-        ]
-        done = subprocess.run(
-            [sys.executable, "-P", *arguments], capture_output=True, text=True, env=environment, cwd=scratch
-        )
+        arguments = [str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads()), code]
+        done = run_fresh(CHILD, arguments, environment, Path(scratch))
         if done.returncode != 0 or not result_file.exists():
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(
