@@ -143,7 +143,7 @@ class PlanModel(Strict):
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     native_windows: tuple[int | None, ...]
-    fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    fingerprint: str = Field(pattern=r"^(v2|sha256):[0-9a-f]{64}$")
 
 
 class Predicted(Strict):
@@ -348,13 +348,11 @@ def _pruning_problems(layer: LayerPlan, model: PlanModel, here: str) -> list[Pro
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""
-    problems = []
     found = plan.model.model_dump()
-    for key, value in shape.model_dump().items():
-        if found[key] != value:
-            problems.append(
-                Problem("the plan is for another model", f"{where}: model.{key}", str(value), str(found[key]))
-            )
+    problems = [
+        Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(found[key]))
+        for key in shape.differing(found)
+    ]
     if problems:
         problems[-1].fix = "search again with this model, or name the model that the plan was made for"
     return problems

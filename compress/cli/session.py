@@ -55,9 +55,7 @@ class Session:
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
-        from compress.models.shape import shape_of
-
-        return shape_of(self.loaded.model)
+        return self.loaded.shape
 
     @staticmethod
     def shape_line(model: Any) -> str:

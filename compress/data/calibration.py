@@ -18,7 +18,7 @@ from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
 from compress.data.text import Part, TextSource, split_text, tokenise
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
+from compress.models.shape import ModelShape
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -30,6 +30,10 @@ class Loaded(Protocol):
     model: Any
     tokenizer: Any
     name: str
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint."""
 
 
 def calibration_documents(
@@ -65,7 +69,7 @@ def calibration_documents(
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
-    fingerprint, dtype = shape_of(model).fingerprint, str(next(model.parameters()).dtype)
+    fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
     documents: dict[int, list[Document]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):

@@ -22,7 +22,6 @@ from compress.files import write_text
 from compress.models.families import family_of
 from compress.models.load import DTYPES, LoadedModel
 from compress.models.recovered import load_recovered
-from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan
 from compress.targets.apply import patched_model, planned_model
 
@@ -74,13 +73,12 @@ def export_checkpoint(
             untouched.
     """
     say = progress or (lambda line: None)
-    shape = shape_of(loaded.model)
-    if plan.model.fingerprint != shape.fingerprint:
+    if loaded.shape.differing(plan.model.model_dump()):
         raise UserError(
             "the plan is for another model",
             where=loaded.name,
             expected=plan.model.fingerprint,
-            found=shape.fingerprint,
+            found=loaded.shape.fingerprint,
             fix="search again with this model",
         )
     # On the CPU, as the fresh process of the verification: other devices round differently.

