@@ -50,6 +50,8 @@ class Session:
             f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
+        for note in loaded.notes:
+            say(f"  {note}")
         return loaded
 
     @functools.cached_property

@@ -19,6 +19,7 @@ from compress.data.prompt import Prompt, Task
 from compress.data.text import Part, TextSource, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.models.shape import ModelShape
+from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -66,6 +67,7 @@ def calibration_documents(
     model, tokenizer = loaded.model, loaded.tokenizer
     part = split_text(text.load(), split)
     tokens = tokenise(tokenizer, part)
+    check_tokens(tokens, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
