@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from compress.errors import Problem, UserError
 
@@ -23,7 +23,7 @@ CHECKSUM = "checksum"
 
 AGAIN = "run the command that wrote it again"
 
-Content = TypeVar("Content", bound=BaseModel)
+Content = TypeVar("Content")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -163,7 +163,7 @@ def read_object(
 
 
 def validated(kind: type[Content], value: Any, what: str, where: str, *, fix: str | None = None) -> Content:
-    """A parsed JSON value as a model, by JSON's own types: "4" and true are no numbers.
+    """A parsed JSON value as a model or a dataclass, by JSON's own types: "4" and true are no numbers.
 
     Args:
         what, where: what it is, with its article, and its file, for the messages.
@@ -172,7 +172,7 @@ def validated(kind: type[Content], value: Any, what: str, where: str, *, fix: st
         UserError: all that does not fit, each with its place.
     """
     try:
-        return kind.model_validate_json(json.dumps(value), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise UserError(_problems(error, what, where, fix)) from None
 
@@ -195,7 +195,10 @@ def read_model(
     try:
         content = unsealed(value) if CHECKSUM in value else value
     except JsonError as error:
-        raise UserError(f"{what} is damaged: {error}", where=str(path), fix=fix) from None
+        by_hand = f"if you edited it by hand, remove its `{CHECKSUM}` line"
+        raise UserError(
+            f"{what} is damaged: {error}", where=str(path), fix=f"{fix}; {by_hand}" if fix else by_hand
+        ) from None
     return validated(kind, content, what, str(path), fix=fix)
 
 
