@@ -20,6 +20,7 @@ from compress.export.native import native_model
 from compress.export.staging import staged
 from compress.export.verify import Checks, verify_checkpoint
 from compress.files import write_text
+from compress.json_file import read_model
 from compress.models.families import family_of
 from compress.models.generation import plain_generation
 from compress.models.load import DTYPES, LoadedModel
@@ -152,7 +153,7 @@ def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
         UserError: the folder is no such checkpoint.
     """
     plan = read_plan(folder / PLAN)
-    checks = Checks(**json.loads((folder / CHECKS_FILE).read_text(encoding="utf-8")))
+    checks = read_model(Checks, folder / CHECKS_FILE, "the record of the verification", fix="export again")
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
     _write_card(folder, plan, loaded.model, loaded.name, checks, text, table)
