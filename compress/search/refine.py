@@ -94,6 +94,11 @@ class State:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to try; otherwise the time has ended it."""
+        return self.radius < 1
+
     def spans(self) -> Decision:
         """The decision as spans."""
         return tuple(tuple(Span(*rule) for rule in row) for row in self.decision)
@@ -204,7 +209,7 @@ def refine(
     model_of_loss = _effects(folder / "refine.safetensors", key, loss, rules, settings, seed)
     state.seconds = time.monotonic() - clock
     write_json(path, vars(state))
-    while state.seconds < budget and state.radius >= 1:
+    while state.seconds < budget and not state.exhausted:
         report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
         _try(loss, problem, rules, model_of_loss, state)
         state.seconds = time.monotonic() - clock
