@@ -18,7 +18,8 @@ from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
 from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
+from compress.models.shape import ModelShape
+from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -30,6 +31,10 @@ class Loaded(Protocol):
     model: Any
     tokenizer: Any
     name: str
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint."""
 
 
 def calibration_documents(
@@ -63,10 +68,11 @@ def calibration_documents(
     longest = max((request.length for request in requests), default=0)
     part = split_text(text.load(characters_for(longest, split)), split)
     tokens = tokenise(tokenizer, part)
+    check_tokens(tokens, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
-    fingerprint, dtype = shape_of(model).fingerprint, str(next(model.parameters()).dtype)
+    fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
     documents: dict[int, list[Document]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):

@@ -28,7 +28,6 @@ from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, ch
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
 
 SCHEMA = 1  # of the kept measurements
 Result = TypeVar("Result", bound=BaseModel)
@@ -107,7 +106,7 @@ def compare(
 
     parameter = next(loaded.model.parameters())
     dtype, device = str(parameter.dtype).removeprefix("torch."), device_name(parameter.device)
-    fingerprint = shape_of(loaded.model).fingerprint
+    fingerprint = loaded.shape.fingerprint
     tasks = task_keys(harness_request) if harness_request is not None else []
     steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
     steps += latency_request is not None

@@ -107,6 +107,13 @@ def verify_checkpoint(
             expected="no missing, unexpected or mismatched tensor",
             found=facts["not_loaded"],
         )
+    if facts["generation"]:
+        raise UserError(
+            "the checkpoint does not generate with the generation config of its source",
+            where=str(folder / "generation_config.json"),
+            found=facts["generation"],
+            fix="take the setting out of the source's generation_config.json",
+        )
     expected = alone.logits.float().cpu()
     pairs = ((result["logits"], expected), (result["padded_logits"], padded), (result["step_logits"], step))
     difference = max(float((found - wanted).abs().max()) for found, wanted in pairs)

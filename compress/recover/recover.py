@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import UserError
 from compress.files import key_of, write_text
+from compress.models.fingerprint import fingerprint_of
 from compress.models.recovered import write_recovered
-from compress.models.shape import fingerprint_of
 from compress.recover.curve import Curve
 from compress.recover.lora import attach, merge
 from compress.recover.settings import RecoverSettings

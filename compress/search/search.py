@@ -11,7 +11,6 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
-from compress.models.shape import shape_of
 from compress.plan import Plan
 from compress.runtime.span import FULL
 from compress.search.budget import (
@@ -243,7 +242,7 @@ def run_search(
         pruned = run_pruning(loaded, profile, held_out, solver, facts, budget, folder, progress, seed)
         write_result(folder, pruned.report, pruned.plan, pruned.plans, pruned.baselines)
         return SearchResult(pruned.plan, pruned.baselines, pruned.report)
-    shape = shape_of(loaded.model)
+    shape = loaded.shape
     itemsize = loaded.model.dtype.itemsize
     step = None
     if budget.decode_time is not None:
