@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from compress.errors import UserError, nearest
 from compress.models.families import family_of
@@ -94,14 +94,17 @@ def _read(what: str, spec: str, action: Any) -> Any:
         ) from error
 
 
+def carries_plan(spec: str) -> bool:
+    """Whether a model name is the folder of a checkpoint in the patched form."""
+    try:
+        return "compress_plan" in json.loads((Path(spec).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # no folder of ours; what is wrong with it is told when it is read
+
+
 def _refuse_plan(spec: str) -> None:
     """A patched checkpoint brings its own code and is compressed already; a native one is a model as any other."""
-    path = Path(spec).expanduser() / "config.json"
-    try:
-        carries = "compress_plan" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # no folder of ours; what is wrong with it is told when it is read
-    if carries:
+    if carries_plan(spec):
         raise UserError(
             "this checkpoint carries a plan already, in the patched form",
             where=spec,
@@ -133,6 +136,9 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
         UserError: nothing of that name, or it cannot be read.
     """
     where, extra = _locate(spec)
+    if not trust_remote_code and carries_plan(spec):
+        # Its tokenizer is a stock one; without a configuration at hand AutoTokenizer asks about the model's code.
+        extra["config"] = PreTrainedConfig()
     tokenizer = _read(
         "tokenizer",
         spec,
