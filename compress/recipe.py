@@ -153,7 +153,11 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class Methods:
-    """The classes that a recipe may name, by the name it gives them."""
+    """The classes that a recipe may name, by the name it gives them.
+
+    Attributes:
+        check: what they know of what does not go together, as keys and problems without a place.
+    """
 
     statistics: Mapping[str, type[Method]]
     solvers: Mapping[str, type[Method]]
@@ -165,6 +169,7 @@ class Methods:
     perplexity: type[Method]
     lm_eval: type[Method]
     latency: type[Method]
+    check: Callable[[Recipe], list[tuple[KeyPath, Problem]]] = lambda recipe: []
 
 
 @dataclass(frozen=True)
@@ -282,13 +287,16 @@ def parse_recipe(text: str, methods: Methods | Callable[[], Methods], path: Path
     except ValidationError as error:
         problems += [_problem(item, (), Recipe, located) for item in error.errors(include_url=False)]
     if recipe is not None:
-        problems += _cross_checks(recipe, located) + _missing_statistics(recipe, names, located)
+        recipe._text, recipe._source, recipe._names = text, path, names
+        problems += _cross_checks(recipe, located) + _missing_scores(recipe, methods, located)
+        for keys, found in [] if problems else methods.check(recipe):
+            found.where = located.where(keys)
+            problems.append(found)
     if problems or recipe is None:
         # Where the text itself is wrong, what was put in its place is nothing to complain of, too.
         told = {problem.where for problem in located.problems}
         others = [problem for problem in problems if problem.where not in told]
         raise UserError(sorted([*located.problems, *others], key=_place))
-    recipe._text, recipe._source, recipe._names = text, path, names
     return recipe
 
 
@@ -587,20 +595,35 @@ def _too_many_documents(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
     return problems
 
 
-def _missing_statistics(recipe: Recipe, names: dict[type[Method], str], located: LocatedYaml) -> list[Problem]:
-    """Statistics that the solver reads by name and the profile would not have, which only the search would find out."""
-    listed = [names[type(method)] for method in recipe.profile.statistics if type(method) in names]
-    return [
-        Problem(
-            f"the solver reads `{name}`, which is not measured",
-            located.where(("search", "solver")),
-            expected=f"one of `profile.statistics`: {', '.join(listed) or 'none'}",
-            found=name,
-            fix=nearest(name, listed) or f"add `{{name: {name}}}` to `profile.statistics`",
-        )
-        for name in recipe.search.solver.statistics_read()
-        if name not in listed
-    ]
+FORMS = {
+    "units": "a score of every head and neuron",
+    "means": "mean inputs, which removed heads and neurons are compensated with",
+    "groups": "one number for every head group",
+    "rules": "a table of span rules",
+}
+
+
+def _missing_scores(recipe: Recipe, methods: Methods, located: LocatedYaml) -> list[Problem]:
+    """What the solver reads by name and the profile would not have, which only the search would find out."""
+    listed: dict[str, str] = {}
+    for statistic in recipe.profile.statistics:
+        listed |= statistic.gives
+    owners = {name: owner for owner, statistic in methods.statistics.items() for name in statistic.gives}
+    problems = []
+    for name, form in recipe.search.solver.scores_read().items():
+        if listed.get(name) == form:
+            continue
+        fitting = [other for other in listed if listed[other] == form]
+        fix = nearest(name, fitting)
+        if name in listed:
+            what, found = f"the solver cannot use `{name}`", f"{name}, {FORMS[listed[name]]}"
+        else:
+            what, found = f"the solver reads `{name}`, which is not measured", name
+            if fix is None and name in owners and methods.statistics[owners[name]].gives[name] == form:
+                fix = f"add `{{name: {owners[name]}}}` to `profile.statistics`"
+        expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
+        problems.append(Problem(what, located.where(("search", "solver")), expected, found, fix))
+    return problems
 
 
 def _similar_file(path: Path) -> str | None:

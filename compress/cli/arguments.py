@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,20 +157,3 @@ def model(text: str, where: str = "MODEL") -> str:
             "no such model", where=text, fix="check the path; `demo/smollm2-135m` is there without any file"
         )
     return text
-
-
-def json_object(path: Path, what: str) -> dict[str, object]:
-    """A file with one JSON object.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise refusal(f"the {what} cannot be read", path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the {what} is not JSON", where=str(path), found=str(error)[:100] or "nothing") from error
-    if not isinstance(found, dict):
-        raise UserError(f"the {what} is no JSON object", where=str(path), found=type(found).__name__)
-    return found

@@ -162,11 +162,12 @@ def measure(
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     from compress.bench.report import plot
-    from compress.files import sweep, write_json
+    from compress.files import sweep, write_text
+    from compress.json_file import sealed
 
     arguments.make_folder(folder)
     sweep(folder)
-    write_json(folder / "bench.json", report["values"])
+    write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
         try:
             plot(report["rows"], folder / "bench.png")

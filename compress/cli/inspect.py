@@ -11,6 +11,7 @@ import typer
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, duration, size
 from compress.errors import UserError
+from compress.json_file import read_object
 
 if TYPE_CHECKING:
     from compress.plan import Plan
@@ -83,7 +84,7 @@ def _refuse_other(path: Path) -> None:
             expected="a plan.json, a profile, a checkpoint or a run folder",
             fix=f"compress validate {path}",
         )
-    found = arguments.json_object(path, "plan")
+    found = read_object(path, "the plan")
     if "layers" not in found:
         made = path.name in ("evaluation.json", "bench.json", "stages.json", "environment.json")
         raise UserError(
@@ -182,8 +183,11 @@ def _print_profile(profile: Any) -> None:
 
 def _print_checkpoint(folder: Path) -> None:
     """What is in a checkpoint besides its plan."""
+    from compress.json_file import read_object
+
     weights = sorted(folder.glob("*.safetensors"))
     typer.echo(f"{folder}: {len(weights)} weight file(s), {size(sum(path.stat().st_size for path in weights))}")
     checks = folder / "compress_checks.json"
     if checks.is_file():
-        typer.echo("verified " + checks.read_text(encoding="utf-8").replace("\n", "").replace("  ", " "))
+        found = read_object(checks, "the record of the verification", fix="export again")
+        typer.echo("verified " + json.dumps(found))

@@ -53,14 +53,14 @@ class Session:
             f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
+        for note in loaded.notes:
+            say(f"  {note}")
         return loaded
 
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
-        from compress.models.shape import shape_of
-
-        return shape_of(self.loaded.model)
+        return self.loaded.shape
 
     @property
     def fingerprint(self) -> str:

@@ -31,7 +31,7 @@ def show(table: Table, console: Console | None = None) -> None:
     Args:
         console: where to; stdout by default.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # names in a file are no markup
     given = console.width
     limit = given if console.is_terminal else None
     for part in fitted(table, limit):

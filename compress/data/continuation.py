@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @tasks.register("continuation")
 class Continuation(Task):
     """Plain text, continued by the model: what a compressed model has to keep besides recall."""
+
+    hides: ClassVar[bool] = False
 
     task: Literal["continuation"] = Field("continuation", description="continue a long text")
     answer_tokens: int = Field(64, ge=1, le=LONGEST, description="tokens of the answer")

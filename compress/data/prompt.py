@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -64,6 +64,8 @@ class Prompt:
 
 class Task(Method):
     """Parameters of every task. A task makes prompts of an exact length in the model's own tokens."""
+
+    hides: ClassVar[bool] = True  # whether its documents have evidence, a place that the answer has to be read from
 
     task: str = Field(description="name of the task")
     length: int = Field(ge=16, le=LONGEST, description="tokens of a document, prompt and answer together")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from compress.data.calibration import Loaded, Progress
 from compress.data.prompt import Prompt, RecallTask, Task
@@ -29,7 +30,7 @@ from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, ch
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
+from compress.json_file import read_sealed, sealed
 
 SCHEMA = 1  # of the kept measurements
 Result = TypeVar("Result", bound=BaseModel)
@@ -108,7 +109,7 @@ def compare(
 
     parameter = next(loaded.model.parameters())
     dtype, device = str(parameter.dtype).removeprefix("torch."), device_name(parameter.device)
-    fingerprint = shape_of(loaded.model).fingerprint
+    fingerprint = loaded.shape.fingerprint
     tasks = task_keys(harness_request) if harness_request is not None else []
     steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
     steps += latency_request is not None
@@ -248,12 +249,12 @@ class _Bench:
     ) -> Result:
         path = self.folder / f"{file_part(self.variant.name)}-{facts[0]}-{key_of(self.facts, facts)}.json"
         try:
-            result = kind.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not there, or damaged
+            result = kind.model_validate_json(json.dumps(read_sealed(path)), strict=True)
+        except ValidationError:
             started = time.perf_counter()
             result = measure()
             self.seconds += time.perf_counter() - started
-            write_text(path, result.model_dump_json(indent=1) + "\n")
+            write_text(path, sealed(result.model_dump(mode="json")))
         if step is not None:
             step(steps, steps)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class Attention(Statistic):
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = "share of a row's attention; entropy in nats"
+    gives: ClassVar[Mapping[str, str]] = {"sink_mass": "groups", "entropy": "groups"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

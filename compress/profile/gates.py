@@ -57,6 +57,7 @@ class Gates(Statistic):
     needs_gradient: ClassVar[bool] = False
     reads: ClassVar[Reads] = "training"
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"gates": "groups"}
 
     def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> GatesAccumulator:
         """`gates.<longest length>` (layer, group); 1 in layers that slide by themselves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class OutputError(Statistic):
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"output_error": "groups"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

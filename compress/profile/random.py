@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ class Random(Importance):
 
     reads: ClassVar[Reads] = "weights"
     unit: ClassVar[str] = "random number"
+    gives: ClassVar[Mapping[str, str]] = {"random": "units"}
 
     def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
         """The same for the same seed on every device, others in every layer."""

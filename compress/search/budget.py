@@ -243,6 +243,36 @@ def _check_mapping(value: Mapping[int, float]) -> None:
             raise ValueError(f"expected lengths of at least 1 token and at most {LONGEST:,}, got {length}")
 
 
+def check_lengths(budget: Budget, context: int | None) -> None:
+    """Refuse a budget at inputs that the model cannot take.
+
+    Args:
+        context: the model's longest input in tokens; None where there is no limit.
+
+    Raises:
+        UserError: there are such lengths.
+    """
+    if context is None:
+        return
+    named = {
+        "lengths": budget.lengths or (),
+        "kv": tuple(budget.kv) if isinstance(budget.kv, dict) else (),
+        "density": tuple(budget.density) if isinstance(budget.density, dict) else (),
+    }
+    problems = [
+        Problem(
+            "the budget is for inputs that are longer than the model's context",
+            f"search.budget.{key}",
+            expected=f"lengths of at most {context} tokens",
+            found=", ".join(str(length) for length in sorted(lengths) if length > context),
+        )
+        for key, lengths in named.items()
+        if any(length > context for length in lengths)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def effective_spans(shape: ModelShape, decision: Sequence[Sequence[AnySpan]]) -> list[list[AnySpan]]:
     """What the runtime runs: in a layer that slides by itself, the architecture's window replaces the decision."""
     return [

@@ -77,6 +77,10 @@ class Moa(Solver):
             every["retrieval.lost"] = self.retrieval
         return tuple({**every, **self.tables}.items())
 
+    def scores_read(self) -> dict[str, str]:
+        """The tables that are minimised."""
+        return {name: "rules" for name, _ in self.weighed()}
+
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these

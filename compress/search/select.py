@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.data.document import Document
 from compress.files import append_line
+from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -29,6 +30,14 @@ def document_key(document: Document) -> str:
     return _digest([document.tokens, document.answer])
 
 
+def _entry(line: str) -> dict[str, Any] | None:
+    """A measurement; None where the line is torn or changed, so that it is measured again."""
+    try:
+        return unsealed(parse_json(line, finite=False))
+    except JsonError:
+        return None
+
+
 class LossLog:
     """Append-only JSONL file of losses, one line for each plan and document.
 
@@ -44,16 +53,9 @@ class LossLog:
         self._losses: dict[tuple[str, str], float] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines():
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            if entry["context"] == self.context:
-                self._losses[entry["plan"], entry["document"]] = float(entry["loss"])
-        except (ValueError, KeyError, TypeError):
-            return
+            for entry in map(_entry, text.splitlines()):
+                if entry is not None and entry["context"] == self.context:
+                    self._losses[entry["plan"], entry["document"]] = entry["loss"]
 
     def get(self, plan: str, document: str) -> float | None:
         """The loss of a plan on a document, None when it was not measured yet."""
@@ -62,7 +64,7 @@ class LossLog:
     def put(self, plan: str, document: str, loss: float) -> None:
         """Add a measurement; it is in the file when this returns."""
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
-        append_line(self.path, json.dumps(entry))
+        append_line(self.path, json.dumps({**entry, CHECKSUM: checksum_of(entry)}))
         self._losses[plan, document] = loss
 
 

@@ -182,8 +182,13 @@ class PruningSolver(Method):
     ] = False
 
     def statistics_read(self) -> tuple[str, ...]:
-        """Those that rank."""
+        """The statistics that rank."""
         return (self.importance,) if isinstance(self.importance, str) else self.importance
+
+    def scores_read(self) -> dict[str, str]:
+        """Those that rank, and the mean inputs that compensate."""
+        means = {f"{name}.head_means": "means" for name in self.statistics_read() if self.compensate}
+        return dict.fromkeys(self.statistics_read(), "units") | means
 
     def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
         """One or more decisions whose parameters are within the budget. The same problem gives the same ones.
