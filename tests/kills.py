@@ -240,7 +240,9 @@ def contents(folder: Path) -> dict[str, Any]:
         if not path.is_file() or path.name in UNLIKE:
             continue
         data = path.read_bytes()
-        if path.suffix == ".json":
+        if name == "stages.json":  # keys are of files with times in them
+            found[name] = {stage: entry["made"] for stage, entry in json.loads(data)["stages"].items()}
+        elif path.suffix == ".json":
             found[name] = _timeless(json.loads(data))
         elif path.suffix == ".jsonl":
             found[name] = [_timeless(json.loads(line)) for line in data.splitlines()]
