@@ -17,6 +17,7 @@ RUNTIME_FILES = (
     "attention.py",
     "reference.py",
     "paged_cache.py",
+    "rope.py",
     "span.py",
     "widths.py",
     "triton_attention.py",
