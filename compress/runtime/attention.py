@@ -166,7 +166,8 @@ class Step:
 
     Attributes:
         cache: the paged cache, None when nothing is cached.
-        rows: which columns are tokens; None in a step of one token a sequence through a cache.
+        rows: which columns are tokens; None in a step of one token a sequence through a cache, until a layer that
+            takes gradients asks for them.
         pick: `[B, T]` columns that bring every sequence's tokens together at the front, where they are no run
             already; None where they are.
         lengths: `[B]` int32, in a step of one token: tokens of each sequence with it, 0 where it is padding.
@@ -340,7 +341,8 @@ def _attend(
             return impl.decode(query[:, :, 0], pages, step.lengths, spans, scale=scaling)[:, None]
         # The cache is detached, so the token's own key and value have to come from here.
         assert step.gains is not None
-        rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
+        if rows is None:
+            rows = step.rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
     assert rows is not None and step.gains is not None
     pick = None if step.pick is None else step.pick[:, None, :, None]
     if pick is not None:
