@@ -80,10 +80,6 @@ def _check(
     specs: list[str], request: dict[str, Any], perplexity: int | None, latency: int | None, dtype: str, device: str
 ) -> None:
     """Everything that needs no model: names, paths, and that something is to be measured."""
-    if not request["tasks"] and not request["suites"] and perplexity is None and latency is None:
-        raise UserError(
-            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
-        )
     arguments.one_of(dtype, arguments.DTYPES, "--dtype")
     arguments.device(device)
     if request["include"] is not None and not arguments.given_path(request["include"], "--include").is_dir():
@@ -100,6 +96,10 @@ def _check(
         if place in seen:
             raise UserError("a model is given twice", where=spec, expected="different models", found=seen[place])
         seen[place] = spec
+    if not request["tasks"] and not request["suites"] and perplexity is None and latency is None:
+        raise UserError(
+            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
+        )
 
 
 def _folder_name(spec: str) -> str:

@@ -27,7 +27,6 @@ def run(
     from compress.cli.session import open_session
     from compress.cli.stages import check_target, evaluate_stage, export_stage, profile_stage, search_stage
     from compress.cli.tables import show
-    from compress.export.layout import brings_code
 
     started = time.monotonic()
     with open_session(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
@@ -54,6 +53,8 @@ def run(
         typer.echo(f"report       {session.run.path / 'report.html'}")
         typer.echo("stages       " + ", ".join(f"{name} {duration(taken)}" for name, taken in stages.items()))
         typer.echo(f"this command {duration(seconds)}, peak memory {size(peak)}")
+    from compress.export.layout import brings_code  # imports torch, which a wrong recipe is to be told without
+
     say("")
     say("Load it anywhere that has torch and transformers:")
     flag = ", trust_remote_code=True" if brings_code(checkpoint) else ""
