@@ -163,7 +163,7 @@ class PlanModel(Strict):
     kv_heads: int = Field(ge=1, le=MOST_HEADS)
     head_dim: int = Field(ge=1, le=MOST_HEAD_DIM)
     native_windows: tuple[Tokens | None, ...]
-    fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    fingerprint: str = Field(pattern=r"^(v2|sha256):[0-9a-f]{64}$")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> PlanModel:
@@ -365,27 +365,27 @@ def _pruning_problems(layer: LayerPlan, model: PlanModel, here: str) -> list[Pro
     return [Problem("these query heads cannot stay", f"{here}.queries", expected, f"{list(layer.queries)}")]
 
 
-def _model_problems(plan: Plan, shape: ModelShape, where: str) -> list[Problem]:
+def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""
-    problems = []
     found = plan.model.model_dump()
-    for key, value in shape.model_dump().items():
-        if found[key] != value:
-            problems.append(
-                Problem("the plan is for another model", f"{where}: model.{key}", str(value), str(found[key]))
-            )
+    problems = [
+        Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(found[key]))
+        for key in shape.differing(found)
+        if key != "fingerprint" or not any_weights
+    ]
     if problems:
         problems[-1].fix = "search again with this model, or name the model that the plan was made for"
     return problems
 
 
-def read_plan(path: Path | str, shape: ModelShape | None = None) -> Plan:
+def read_plan(path: Path | str, shape: ModelShape | None = None, *, any_weights: bool = False) -> Plan:
     """Read and check a plan file; every problem of the file is reported at once.
 
     A file without the key `checksum` is taken as written by hand; any checksum but its own, null too, is damage.
 
     Args:
         shape: the model it is going to be used with; None checks the file alone.
+        any_weights: whether a model of the same sizes with other weights will do.
 
     Raises:
         UserError: missing or damaged file, unknown keys, wrong counts, impossible parameters, another model.
@@ -407,7 +407,7 @@ def read_plan(path: Path | str, shape: ModelShape | None = None) -> Plan:
             )
         )
     if shape is not None:
-        problems += _model_problems(plan, shape, str(path))
+        problems += _model_problems(plan, shape, str(path), any_weights)
     if problems:
         raise UserError(problems)
     return plan

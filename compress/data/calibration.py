@@ -16,10 +16,11 @@ from compress.data.answers import answer
 from compress.data.continuation import Continuation
 from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
-from compress.data.text import Part, TextSource, split_text, tokenise
+from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
-from compress.models.shape import shape_of
+from compress.models.shape import ModelShape
+from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -31,6 +32,10 @@ class Loaded(Protocol):
     model: Any
     tokenizer: Any
     name: str
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint."""
 
 
 def calibration_documents(
@@ -61,12 +66,14 @@ def calibration_documents(
             answer, so this is known at once.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    part = split_text(text.load(), split)
+    longest = max((request.length for request in requests), default=0)
+    part = split_text(text.load(characters_for(longest, split)), split)
     tokens = tokenise(tokenizer, part)
+    check_tokens(tokens, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
-    fingerprint, dtype = shape_of(model).fingerprint, str(next(model.parameters()).dtype)
+    fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
     documents: dict[int, list[Document]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):

@@ -139,7 +139,7 @@ def read_profile(folder: str | Path, shape: ModelShape | None = None) -> Profile
     """
     folder = Path(folder)
     header = _read_header(folder / HEADER)
-    if shape is not None and header.model != shape:
+    if shape is not None and shape.differing(header.model.model_dump()):
         raise UserError(_other_model(folder / HEADER, header.model, shape))
     return Profile(folder, header, _read_tensors(folder / TENSORS, header))
 
@@ -216,8 +216,7 @@ def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Pr
             str(getattr(found, field)),
             "profile this model, or choose the model that the profile was made with",
         )
-        for field in ModelShape.model_fields
-        if getattr(found, field) != getattr(expected, field)
+        for field in expected.differing(found.model_dump())
     ]
 
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
+from compress.models.fingerprint import fingerprint_of
 from compress.models.recovered import write_recovered
-from compress.models.shape import fingerprint_of
 from compress.recover.curve import Curve
 from compress.recover.lora import attach, merge
 from compress.recover.settings import RecoverSettings
