@@ -43,7 +43,7 @@ def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str
     Returns:
         sha256 of names and values, hexadecimal.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(own_tensors(model).items())}
     for old in (*folder.glob("model*.safetensors"), folder / INDEX):
         old.unlink(missing_ok=True)
