@@ -15,6 +15,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 PLAIN = {"F64", "F32", "F16", "BF16"}
+MOST_NAME = 255  # bytes, on every usual file system
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -127,7 +128,7 @@ def _indexed(index: Path) -> list[str]:
 def _check_inside(name: Any, where: str, suffixes: tuple[str, ...]) -> None:
     """Raise UserError for a name that is no safetensors file inside the folder. What a link leads to is not asked:
     the hub's cache is made of links."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name.encode("utf-8", "surrogatepass")) > MOST_NAME:
         raise UserError("not the name of a file", where=where, expected="text", found=repr(name)[:80], fix=AGAIN)
     if not name.endswith(suffixes):
         raise UserError(
