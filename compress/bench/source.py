@@ -104,7 +104,7 @@ class Source:
             values = {**config.to_dict(), "num_hidden_layers": count, "layer_types": None}
             return sum(weight.numel() for weight in random_model(values, META, dtype).parameters())
 
-        none, one = (read_by("configuration", self.spec, lambda count=count: numbers(count)) for count in (0, 1))
+        none, one = read_by("configuration", self.spec, lambda: (numbers(0), numbers(1)))
         needed, free = (none + layers * (one - none)) * dtype.itemsize, available_bytes(device)
         if free is not None and needed > free:
             raise UserError(

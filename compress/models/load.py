@@ -376,7 +376,7 @@ def load_model(
         place = _locate(spec)
         folder = None if place.gguf is not None else _folder(place, spec)
         options = {"gguf_file": place.gguf.name} if place.gguf is not None else {"config": checked.config}
-        model, told = read_by(
+        found: Any = read_by(
             "model",
             spec,
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -388,6 +388,7 @@ def load_model(
                 **options,
             ),
         )
+    model, told = found
     check_loaded(spec, told)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
     # and `save_pretrained` refuse.

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def survives(folder):
     return True
 
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     [[[]]],
     {"a": {"b": 1}},
     "1e5",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
@@ -43,7 +44,7 @@ def set_values(path, **values):
 
 # What is asked, what is left of it, and a word of the line that says so.
 SCORES = {"output_scores": True, "return_dict_in_generate": True}
-CASES = [
+CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"temperature": 0.9, "top_p": 0.6}, {}, "do_sample"),
     (
         {"temperature": 0.9, "top_p": 0.6, "do_sample": True},

@@ -36,7 +36,8 @@ def change(folder, **values):
 
 def carried(folder, tmp_path, config=None):
     """The files that a checkpoint of this folder gets, and the lines that are told."""
-    out, lines = tmp_path / "out", []
+    out = tmp_path / "out"
+    lines: list[str] = []
     out.mkdir()
     config = config or CompressLlamaConfig(**CONFIGS["llama-gqa"]().to_dict())
     write_tokenizer(folder, load_tokenizer(str(folder)), out, config, lines.append)
