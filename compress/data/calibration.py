@@ -16,7 +16,7 @@ from compress.data.answers import answer
 from compress.data.continuation import Continuation
 from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
-from compress.data.text import Part, TextSource, split_text, tokenise
+from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
 from compress.models.shape import ModelShape
@@ -66,7 +66,8 @@ def calibration_documents(
             answer, so this is known at once.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    part = split_text(text.load(), split)
+    longest = max((request.length for request in requests), default=0)
+    part = split_text(text.load(characters_for(longest, split)), split)
     tokens = tokenise(tokenizer, part)
     check_tokens(tokens, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_fiel
 from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, TextSource
 from compress.errors import UserError
+from compress.limits import LONGEST, STEPS
 from compress.registry import Method
 
 SLICE = 256  # rows of logits in memory at once
@@ -23,10 +24,13 @@ class PerplexityRequest(Method):
     """What to measure perplexity on. The evaluation part of the text is used, which calibration never sees."""
 
     text: TextSource = Field(EmbeddedText(), description="where the text comes from")
-    length: int = Field(ge=2, description="tokens in a window")
-    windows: int = Field(4, ge=1, description="number of windows")
+    length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
+    windows: int = Field(4, ge=1, le=STEPS, description="number of windows")
     stride: int | None = Field(
-        None, ge=1, description="tokens from one window to the next; by default the length, so that none overlap"
+        None,
+        ge=1,
+        le=LONGEST,
+        description="tokens from one window to the next; by default the length, so that none overlap",
     )
 
     @field_validator("stride")
@@ -41,6 +45,11 @@ class PerplexityRequest(Method):
     def step(self) -> int:
         """Tokens from one window to the next."""
         return self.length if self.stride is None else self.stride
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text that the windows cover."""
+        return self.length + (self.windows - 1) * self.step
 
 
 def _exp(nats: float) -> float:
@@ -109,7 +118,7 @@ def check_request(request: PerplexityRequest, available: int, context: int | Non
     Raises:
         UserError: the text has too few tokens, or a window is longer than the model's context.
     """
-    needed = request.length + (request.windows - 1) * request.step
+    needed = request.tokens
     where = f"perplexity {request.length}"
     if context is not None and request.length > context:
         raise UserError(

@@ -15,6 +15,7 @@ import transformers
 
 from compress.errors import UserError
 from compress.export.card import render_card
+from compress.export.finite import check_weights, to_dtype
 from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
 from compress.export.native import native_model
 from compress.export.staging import staged
@@ -73,8 +74,8 @@ def export_checkpoint(
 
     Raises:
         UserError: the plan is for another model, no native checkpoint holds it, the folder holds something, the disk
-            is full, or the verification found a difference. Nothing is left behind, and an older checkpoint is
-            untouched.
+            is full, a value is not finite or overflows in `dtype`, or the verification found a difference. Nothing is
+            left behind, and an older checkpoint is untouched.
     """
     say = progress or (lambda line: None)
     if loaded.shape.differing(plan.model.model_dump()):
@@ -90,10 +91,9 @@ def export_checkpoint(
     if weights is not None:
         load_recovered(planned, weights)
     planned = planned.to("cpu")
+    check_weights(planned)
     if dtype is not None:
-        # Parameters only: the RoPE frequencies stay float32, as they are after `from_pretrained`.
-        for weight in planned.parameters():
-            weight.data = weight.data.to(DTYPES[dtype])
+        to_dtype(planned, DTYPES[dtype])
     weight_bytes = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
     native = _native(planned, plan, form, say)
     if native is None:
@@ -118,7 +118,9 @@ def export_checkpoint(
         if recipe_text is not None:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         say("verifying in a fresh process")
-        checks = verify_checkpoint(partial, planned, loaded.tokenizer, plan, native=native is not None)
+        checks = verify_checkpoint(
+            partial, planned, loaded.tokenizer, plan, native=native is not None, dense=loaded.model
+        )
         (partial / CHECKS_FILE).write_text(json.dumps(checks.to_dict(), indent=1) + "\n", encoding="utf-8")
         _write_card(partial, plan, planned, loaded.name, checks, recipe_text, table)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())

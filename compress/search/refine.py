@@ -29,6 +29,7 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.files import write_text
 from compress.json_file import read_sealed, sealed
+from compress.limits import FACTOR, MINUTES
 from compress.partial import read_partial, write_partial
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
@@ -51,11 +52,11 @@ Progress = Callable[[int, int, str], None]
 class Refine(Method):
     """Exchanges rules between head groups as long as the measured loss falls, within a time."""
 
-    minutes: Annotated[float, Field(gt=0, description="time to spend, interruptions not counted")] = 10.0
+    minutes: Annotated[float, Field(gt=0, le=MINUTES, description="time to spend, interruptions not counted")] = 10.0
     samples: Annotated[
-        int, Field(ge=1, description="passes over the documents that the quadratic model is made from")
+        int, Field(ge=1, le=1000, description="passes over the documents that the quadratic model is made from")
     ] = 4
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(gt=0, le=FACTOR)]] = Field(
         default_factory=dict, description="weight of a task's loss, by the task's name; 1 where none is given"
     )
 
@@ -92,6 +93,11 @@ class State:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to try; otherwise the time has ended it."""
+        return self.radius < 1
 
     def spans(self) -> Decision:
         """The decision as spans."""
@@ -203,7 +209,7 @@ def refine(
     model_of_loss = _effects(folder / "refine.partial", key, loss, rules, settings, seed)
     state.seconds = time.monotonic() - clock
     write_text(path, sealed(vars(state)))
-    while state.seconds < budget and state.radius >= 1:
+    while state.seconds < budget and not state.exhausted:
         report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
         _try(loss, problem, rules, model_of_loss, state)
         state.seconds = time.monotonic() - clock
