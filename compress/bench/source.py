@@ -17,7 +17,7 @@ from compress.json_file import read_object
 from compress.models.carried import check_carried
 from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
-from compress.models.load import check_loaded, check_sizes, load_config, load_model, read_by
+from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
 from compress.models.memory import available_bytes
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
@@ -139,7 +139,8 @@ class Source:
         """The checkpoint's weights in a class of our own or of transformers, in eval mode; never a pickle."""
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         folder = Path(self.spec).expanduser()
-        model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
+        with quiet():
+            model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
         check_loaded(self.spec, told)
         return model.to(device).eval()
 
