@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -222,7 +223,8 @@ def run_task(
     quiet()
     from compress.evaluate.strict import Strict
 
-    lm = Strict(model, tokenizer, request.batch_size)
+    # A copy, because lm-eval gives a tokenizer without a token for padding one.
+    lm = Strict(model, copy.deepcopy(tokenizer), request.batch_size)
     return run_on(lm, request, name, length, seed=seed, text=text, sizer=sizer or tokenizer)
 
 
