@@ -17,6 +17,7 @@ from compress.cli.recovery import row_names
 
 if TYPE_CHECKING:
     from compress.data.text import Part
+    from compress.errors import Problem
     from compress.recipe import Recipe
     from compress.registry import Method
 
@@ -152,7 +153,7 @@ def check_run(recipe: Recipe) -> dict[str, int]:
     """
     from compress.cli.session import resolve_device
     from compress.data.text import characters_for, split_text, tokenise
-    from compress.errors import Problem, UserError
+    from compress.errors import UserError
     from compress.models.load import check_model
     from compress.models.vocabulary import check_tokens
     from compress.search.preview import check_search
@@ -167,7 +168,7 @@ def check_run(recipe: Recipe) -> dict[str, int]:
         try:
             check()
         except UserError as error:
-            problems.extend(_placed(problem, f"{recipe.source}: {place}") for problem in error.problems)
+            problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
 
     documents: Any = recipe.calibration.documents
     lengths, section = {task.length for task in documents}, recipe.search
@@ -259,6 +260,8 @@ def _perplexity(check: Callable[..., None], request: Any, context: int | None, i
     check(request, len(ids), context)
 
 
-def _placed(problem: Any, where: str) -> Any:
-    problem.where = f"{where}: {problem.where}" if problem.where else where
+def _placed(problem: Problem, source: str, place: str) -> Problem:
+    """The problem with the recipe and the key before its own place, which may begin with that key."""
+    own = problem.where or ""
+    problem.where = ": ".join([source, *([] if own.startswith(place) else [place]), *([own] if own else [])])
     return problem
