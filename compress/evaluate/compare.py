@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, ch
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
 from compress.files import key_of, text_key, write_text
+from compress.json_file import read_sealed, sealed
 
 SCHEMA = 1  # of the kept measurements
 Result = TypeVar("Result", bound=BaseModel)
@@ -246,12 +248,12 @@ class _Bench:
     ) -> Result:
         path = self.folder / f"{self.variant.name}-{facts[0]}-{key_of(self.facts, facts)}.json"
         try:
-            result = kind.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError):
+            result = kind.model_validate_json(json.dumps(read_sealed(path)), strict=True)
+        except ValidationError:
             started = time.perf_counter()
             result = measure()
             self.seconds += time.perf_counter() - started
-            write_text(path, result.model_dump_json(indent=1) + "\n")
+            write_text(path, sealed(result.model_dump(mode="json")))
         if step is not None:
             step(steps, steps)
         return result

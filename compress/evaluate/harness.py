@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from compress.bench.file import MOST_TOKENS
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
@@ -57,8 +58,8 @@ class Sample(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics: dict[str, float]
-    depth: float | None = None
-    gap: int | None = None
+    depth: float | None = Field(default=None, ge=0, le=1)
+    gap: int | None = Field(default=None, ge=0)
     written: str | None = None
 
 
@@ -76,12 +77,22 @@ class TaskResult(BaseModel):
 
     task: str
     version: str
-    metrics: dict[str, float]
+    metrics: dict[str, float] = Field(min_length=1)
     errors: dict[str, float]
     higher: dict[str, bool]
-    length: int | None = None
+    length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     generates: bool
     samples: list[Sample]
+
+    @model_validator(mode="after")
+    def _main_is_there(self) -> TaskResult:
+        main = self.main()
+        if main not in self.higher:
+            raise ValueError(f"higher: expected an entry for `{main}`, the task's main metric")
+        placed = [sample for sample in self.samples if sample.depth is not None or sample.gap is not None]
+        if any(main not in sample.metrics for sample in placed):
+            raise ValueError(f"samples: expected `{main}` of every item with a place")
+        return self
 
     def main(self) -> str:
         """The metric that stands for the task: the normalised accuracy, else the first."""
@@ -124,7 +135,7 @@ def paired(result: TaskResult, dense: TaskResult, metric: str) -> Paired | None:
     if len(ours) != len(theirs) or len(ours) < 2:
         return None
     gaps = [own - other for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
-    if len(gaps) != len(ours):
+    if len(gaps) != len(ours) or not all(map(math.isfinite, gaps)):
         return None
     mean = math.fsum(gaps) / len(gaps)
     spread = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)

@@ -31,9 +31,9 @@ class Timing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefill_ms: float
-    decode_ms: float
-    cache_bytes: int
+    prefill_ms: float = Field(gt=0)
+    decode_ms: float = Field(gt=0)
+    cache_bytes: int = Field(ge=0)
     peak_bytes: int | None
 
 
@@ -46,8 +46,8 @@ class LatencyResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    length: int
-    batch: int
+    length: int = Field(ge=1)
+    batch: int = Field(ge=1)
     own: Timing
     dense: Timing
     backend: dict[str, str]

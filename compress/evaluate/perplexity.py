@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
+from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, TextSource
 from compress.errors import UserError
 from compress.limits import LONGEST, STEPS
@@ -51,21 +52,29 @@ class PerplexityRequest(Method):
         return self.length + (self.windows - 1) * self.step
 
 
+def _exp(nats: float) -> float:
+    """e to a power; infinity where that is too large for a number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 class Bucket(BaseModel):
     """Tokens at positions [start, end) of their window; `nll` is the sum of -ln p over them, in nats."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    start: int
-    end: int
-    tokens: int
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    tokens: int = Field(ge=1)
     nll: float
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nll / self.tokens)
+        return _exp(self.nll / self.tokens)
 
 
 class PerplexityResult(BaseModel):
@@ -80,10 +89,10 @@ class PerplexityResult(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    length: int
-    stride: int
-    windows: int
-    tokens: int
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    stride: int = Field(ge=1)
+    windows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
     nll: float
     window_nll: list[float]
     buckets: list[Bucket]
@@ -92,7 +101,7 @@ class PerplexityResult(BaseModel):
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nll / self.tokens)
+        return _exp(self.nll / self.tokens)
 
 
 def bucket_edges(length: int) -> list[int]:

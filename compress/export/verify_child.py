@@ -37,7 +37,8 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
     options: dict[str, Any] = {"trust_remote_code": code == "remote", "dtype": "auto"}
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
     model, loading = loaded[0].eval(), loaded[1]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # With the word also here: AutoTokenizer reads the configuration first, and asks about its code otherwise.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=options["trust_remote_code"])
     result = {}
     wrong_generation = ""
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """The supported architecture families: one entry each, and the only place that names them.
 
 A family is supported when its attention calls transformers' AttentionInterface on keys and values after RoPE.
-A new one is an entry here, three classes in `runtime/modeling_compress.py` and a configuration in the tests.
+A new one is an entry here, one in the table of `runtime/modeling_compress.py`, and a configuration in the tests.
 """
 
 from __future__ import annotations

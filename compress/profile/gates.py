@@ -24,7 +24,13 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.limits import FACTOR, LONGEST, STEPS
 from compress.models.memory import needs_checkpointing
-from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
+from compress.models.replaced import (
+    answer_rows,
+    causal_attention,
+    checkpoint_layers,
+    refuse_arguments,
+    replaced_attention,
+)
 from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
@@ -196,6 +202,7 @@ class Mixture:
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """`[B, H, T, D]` in, `[B, T, H, D]` out."""
+        refuse_arguments(module, others)
         layer = int(module.layer_idx)
         window = self.shape.native_windows[layer]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from compress.errors import UserError
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, AnySpan, LengthSpan, Span
+from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, AnySpan, LengthSpan, Span
 from compress.targets.target import Target
 
 
@@ -22,8 +22,8 @@ class WindowGroup(Target):
     """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
 
     target: Literal["window"] = "window"
-    sink: int = Field(ge=0, description="tokens at the start that stay visible")
-    alpha: int = Field(description="fixed part of the window, tokens")
+    sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")
+    alpha: int = Field(gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
     beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
     rule: Literal["position", "length"] = Field(
         "position",
