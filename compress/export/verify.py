@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,13 @@ def verify_checkpoint(
             expected="no missing, unexpected or mismatched tensor",
             found=facts["not_loaded"],
         )
+    if facts["generation"]:
+        raise UserError(
+            "the checkpoint does not generate with the generation config of its source",
+            where=str(folder / "generation_config.json"),
+            found=facts["generation"],
+            fix="take the setting out of the source's generation_config.json",
+        )
     pairs = ((result["logits"], expected), (result["padded_logits"], padded), (result["step_logits"], step))
     if not all(bool(result[name].isfinite().all()) for name in ("logits", "padded_logits", "step_logits", "hidden")):
         raise UserError(
@@ -176,6 +184,14 @@ def verify_checkpoint(
     )
 
 
+def run_fresh(
+    script: Path, arguments: Sequence[str], environment: dict[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python file to its end in a fresh process, which finds no module beside it or in `folder`."""
+    command = [sys.executable, "-P", str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+
+
 def _run_child(
     folder: Path, probe: dict[str, torch.Tensor], native: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -191,17 +207,8 @@ def _run_child(
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment.pop("PYTHONPATH", None)
-        arguments = [
-            str(CHILD),
-            str(folder.resolve()),
-            str(probe_file),
-            str(result_file),
-            str(torch.get_num_threads()),
-            code,
-        ]
-        done = subprocess.run(
-            [sys.executable, "-P", *arguments], capture_output=True, text=True, env=environment, cwd=scratch
-        )
+        arguments = [str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads()), code]
+        done = run_fresh(CHILD, arguments, environment, Path(scratch))
         if done.returncode != 0 or not result_file.exists():
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(
