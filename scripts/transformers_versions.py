@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before it is read: nothing here is the hub's
     import torch
     import transformers
     from rich.console import Console

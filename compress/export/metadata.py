@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from compress.models.load import DEMOS
 
+SECONDS = 5.0
+UNREACHABLE = HfHubHTTPError.__bases__  # OSError, and what the client below raises, which depends on the version
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -65,10 +67,10 @@ def _card_of(name: str, repository: str | None) -> dict[str, Any]:
     """The metadata of a model's own card; empty where none can be read, or where the hub is out of reach."""
     try:
         if repository is not None:
-            path = Path(hf_hub_download(repository, "README.md"))
-        else:
-            folder = Path(name).expanduser()
-            path = (folder if folder.is_dir() else folder.parent) / "README.md"
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+            # Asked once and not for long: a download would be tried again for half a minute without a network.
+            data = HfApi().model_info(repository, timeout=SECONDS).card_data
+            return {} if data is None else data.to_dict()
+        folder = Path(name).expanduser()
+        return metadata_load((folder if folder.is_dir() else folder.parent) / "README.md") or {}
+    except (*UNREACHABLE, ValueError, yaml.YAMLError):
         return {}

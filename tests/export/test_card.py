@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 import compress.export.card as card_module
 from compress.export import metadata
@@ -59,9 +60,9 @@ def of_card(text: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> str:
-        raise OSError("offline")
+        raise metadata.UNREACHABLE[0]("no address")
 
-    monkeypatch.setattr(metadata, "hf_hub_download", unreachable)
+    monkeypatch.setattr(metadata.HfApi, "model_info", unreachable)
 
 
 def test_only_a_name_that_the_hub_has_is_a_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +125,9 @@ def test_the_license_is_that_of_the_source(tmp_path: Path, theirs: str | None, t
     assert {key: found.get(key) for key in taken} == taken and ("license" in found) == ("license" in taken)
 
 
-def test_a_license_of_the_hub_and_a_link_beside_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE.md\n---\n")
-    monkeypatch.setattr(metadata, "hf_hub_download", lambda *_: str(tmp_path / "README.md"))
+def test_a_license_of_the_hub_and_a_link_beside_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = SimpleNamespace(card_data=ModelCardData(license="other", license_link="LICENSE.md"))
+    monkeypatch.setattr(metadata.HfApi, "model_info", lambda *_, **__: theirs)
     assert source_metadata("org/model") == {
         "license": "other",
         "license_link": "https://huggingface.co/org/model/blob/main/LICENSE.md",

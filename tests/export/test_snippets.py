@@ -1,12 +1,10 @@
-"""The lines that a user copies from the README and from a card: no question, no warning, in a fresh process."""
+"""The lines that a user copies from the README and from a card: no question, no warning, where nobody can answer."""
 
 from __future__ import annotations
 
 import builtins
 import logging
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from compress.models.shape import shape_of
 from compress.plan import make_plan
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
+from tests import processes
 from tests.tiny import mixed_plan, tiny_loaded
 
 ROOT = Path(__file__).parents[2]
@@ -76,14 +75,7 @@ def test_readme_and_cards_load_as_they_say(exported: Path, tmp_path: Path) -> No
         file = tmp_path / f"snippet{number}.py"
         file.write_text(snippet)
         arguments += [str(folder), str(file)]
-    done = subprocess.run(
-        [sys.executable, "-P", "-W", "error::FutureWarning", "-c", RUN, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = processes.run("code", RUN, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert PROGRESS.sub("", done.stderr.replace("\r", "\n")).strip() == ""
     assert len(done.stdout.splitlines()) == 3 and "[y/N]" not in done.stdout
