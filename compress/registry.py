@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,9 +15,13 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def statistics_read(self) -> tuple[str, ...]:
-        """Names of the statistics that a profile must have for it, as far as its fields name them."""
-        return ()
+    # What a statistic leaves for a search to read, by name: `units` (a score of every head and neuron), `means` (their
+    # mean inputs), `groups` (one number a head group) or `rules` (a table of span rules).
+    gives: ClassVar[Mapping[str, str]] = {}
+
+    def scores_read(self) -> Mapping[str, str]:
+        """What a profile must have for it, as far as its fields name that: names and forms as in `gives`."""
+        return {}
 
 
 T = TypeVar("T", bound=Method)

@@ -149,10 +149,11 @@ def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     from compress.bench.report import plot
-    from compress.files import write_json
+    from compress.files import write_text
+    from compress.json_file import sealed
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", report["values"])
+    write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
         try:
             plot(report["rows"], folder / "bench.png")

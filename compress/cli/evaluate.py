@@ -130,7 +130,6 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     from compress.evaluate.compare import Variant
     from compress.files import key_of
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
-    from compress.models.shape import shape_of
     from compress.runtime.span import spans_of_plan
     from compress.search.budget import dense_bytes
     from compress.targets.cost import kv_bytes
@@ -141,7 +140,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
     else:
         loaded = load_model(specs[0], dtype=dtype, device=device)
-    shape = shape_of(loaded.model)
+    shape = loaded.shape
     itemsize = DTYPES[dtype].itemsize
     dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: loaded.model, "dense", dense)]

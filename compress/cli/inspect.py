@@ -21,7 +21,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
     """Print a plan's head map, a profile's statistics, or a checkpoint's plan, with bytes and provenance."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names in a file are no markup
     kind, place = identify(Path(path))
     if kind == "profile":
         from compress.profile.store import read_profile
@@ -157,8 +157,11 @@ def _print_profile(profile: Any, console: Any) -> None:
 
 def _print_checkpoint(folder: Path) -> None:
     """What is in a checkpoint besides its plan."""
+    from compress.json_file import read_object
+
     weights = sorted(folder.glob("*.safetensors"))
     typer.echo(f"{folder}: {len(weights)} weight file(s), {size(sum(path.stat().st_size for path in weights))}")
     checks = folder / "compress_checks.json"
     if checks.is_file():
-        typer.echo("verified " + checks.read_text(encoding="utf-8").replace("\n", "").replace("  ", " "))
+        found = read_object(checks, "the record of the verification", fix="export again")
+        typer.echo("verified " + json.dumps(found))

@@ -64,7 +64,7 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
 def _train(session: Session, stage: str, key: str, folder: Path, made: str, build: Callable[[], Any]) -> None:
     """One training, unless it was done before."""
     from compress.cli.stages import timed
-    from compress.data.text import split_text, tokenise
+    from compress.data.text import part_of
     from compress.recover.recover import recover
 
     if session.run.stage_done(stage, key):
@@ -74,7 +74,7 @@ def _train(session: Session, stage: str, key: str, folder: Path, made: str, buil
     source: Any = settings.text or session.recipe.calibration.text
 
     def work() -> Any:
-        tokens = tokenise(session.loaded.tokenizer, split_text(source.load(), "calibration"))
+        tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
         with progress(stage) as report:
             return recover(
                 build(),

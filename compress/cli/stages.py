@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+# Why a refinement measured no exchange, by whether nothing was left to try.
+NO_STEPS = {
+    True: "; no exchange within the budget is better by the quadratic model, so none was measured",
+    False: "; the time ended before the first exchange, raise `search.refine.minutes`",
+}
+
 
 def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     """Calibration documents and the statistics taken on them.
@@ -128,7 +134,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
         say(
             f"search: refined {told['start']} in {told['steps']} steps and {duration(told['seconds'])}: loss "
             f"{told['start_loss']:.4f} to {told['loss']:.4f}, relative to the uniform plan's"
-            + ("" if told["steps"] else "; the time ended before the first exchange, raise `search.refine.minutes`")
+            + ("" if told["steps"] else NO_STEPS[told["exhausted"]])
         )
     say(f"search: {result.report['why']}")
     if plan.predicted.parameters is not None and plan.predicted.dense_parameters is not None:
@@ -380,6 +386,7 @@ def timed(session: Session, stage: str, key: str, made: list[str], work: Callabl
     run.log("begin", stage=stage)
     started = time.monotonic()
     result = work()
+    session.inputs.check()
     run.finish(stage, key, seconds=time.monotonic() - started, made=made)
     return result
 

@@ -132,12 +132,16 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
     from compress.data.text import split_text, tokenise
     from compress.errors import Problem, UserError
     from compress.evaluate.perplexity import check_request
-    from compress.models.load import load_config, load_tokenizer
+    from compress.models.load import check_model
+    from compress.models.vocabulary import check_tokens
     from compress.recover.windows import check_windows
 
     resolve_device(recipe.device)
-    tokenizer = load_tokenizer(recipe.model)
-    context = getattr(load_config(recipe.model), "max_position_embeddings", None)
+    model = check_model(recipe.model)
+    for note in model.notes:
+        say(f"  {note}")
+    tokenizer = model.tokenizer
+    context = getattr(model.config, "max_position_embeddings", None)
     request: Any = recipe.evaluate.perplexity
     calibration: Any = recipe.calibration.text
     evaluation: Any = request.text if request is not None else calibration
@@ -157,6 +161,7 @@ def check_texts(recipe: Recipe) -> dict[str, int]:
         if name not in texts:
             texts[name] = source.load()
         ids = tokenise(tokenizer, split_text(texts[name], part))
+        check_tokens(ids, model.config, f"{recipe.source}: the text of {place}")
         tokens["second" if kind == "second" else part] = len(ids)
         for number, task in enumerate(requests):
             try:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from compress.bench.file import MOST_TOKENS
 from compress.data.prompt import Prompt, Task
 from compress.errors import UserError
 from compress.runtime.modeling_compress import CACHE
@@ -22,7 +23,7 @@ class RecallItem(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    depth: float
+    depth: float = Field(ge=0, le=1)
     expected: str
     answer: str
     correct: bool
@@ -38,8 +39,8 @@ class RecallResult(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     task: str
-    length: int
-    items: list[RecallItem]
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    items: list[RecallItem] = Field(min_length=1)
     cache_bytes: int | None = None
 
     @computed_field  # type: ignore[prop-decorator]

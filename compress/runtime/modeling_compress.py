@@ -2,37 +2,22 @@
 
 Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file and the files it
 imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+
+A trio (`CompressLlamaConfig`, `CompressLlamaModel`, `CompressLlamaForCausalLM`) is made when one of its names is first
+asked for, so that a checkpoint needs only its own architecture to be there.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import re
+from functools import cache
+from types import new_class
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Gemma3TextModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MinistralConfig,
-    MinistralForCausalLM,
-    MinistralModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Phi3Model,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+import transformers
+from transformers import LlamaModel
 from transformers.utils import logging
 
 from .attention import NAME, Step, refuse_arguments
@@ -41,8 +26,38 @@ from .rope import crosses, rope_change, steady
 from .span import has_length_rule, native_windows, spans_at, spans_of_plan
 from .widths import Width, build, width_of
 
+if TYPE_CHECKING:
+    # Every other file of the checkpoint by name: out of a local folder, transformers up to 5.8 copies only the files
+    # that this one names, not those that they name in turn.
+    from .flash import refusal  # noqa: F401
+    from .reference import Rows  # noqa: F401
+    from .triton_attention import TRITON  # noqa: F401
+    from .triton_backward import backward  # noqa: F401
+    from .triton_decode import decode  # noqa: F401
+    from .triton_prefill import forward  # noqa: F401
+    from .triton_span import span_rules  # noqa: F401
+    from .triton_store import store  # noqa: F401
+    from .tuned import decode_config  # noqa: F401
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"this checkpoint needs transformers 5.0 or later, and {transformers.__version__} is installed: "
+        "pip install --upgrade transformers"
+    )
+
 # The argument that the stock models take a cache by: its name changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+# The families, as the classes here call them, and how transformers' classes of configuration and decoder begin.
+FAMILIES = {
+    "Gemma3": "Gemma3Text",
+    "Llama": "Llama",
+    "Ministral": "Ministral",
+    "Mistral": "Mistral",
+    "Phi3": "Phi3",
+    "Qwen2": "Qwen2",
+    "Qwen3": "Qwen3",
+}
 
 logger = logging.get_logger(__name__)
 
@@ -50,12 +65,20 @@ logger = logging.get_logger(__name__)
 class PlanConfig:
     """Adds `compress_plan` (the plan's `layers`) and `compress_impl`, and selects the plan's attention by default."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        # Reached where transformers' configurations are no dataclasses, up to 5.2 or 5.3.
+        super().__init__(**self._without_own(kwargs))
+
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**self._without_own(kwargs))  # type: ignore[misc]
+
+    def _without_own(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the two fields from the arguments; what is left for the stock configuration."""
         self.compress_plan = kwargs.pop("compress_plan", None)
         self.compress_impl = kwargs.pop("compress_impl", "auto")
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = NAME
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        return kwargs
 
 
 class OneProcess:
@@ -393,92 +416,37 @@ class PlanForCausalLM(OneProcess):
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
 
-class CompressGemma3Config(PlanConfig, Gemma3TextConfig):
-    model_type = "compress_gemma3_text"
+def __getattr__(name: str) -> Any:
+    """The class of a family (PEP 562), made with its two companions when the first of them is asked for.
+
+    Raises:
+        AttributeError: no such class.
+        ImportError: the installed transformers lacks the architecture.
+    """
+    match = re.fullmatch(r"Compress(\w+?)(?:Config|Model|ForCausalLM)", name)
+    if match is None or match[1] not in FAMILIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _trio(match[1])[name]
 
 
-class CompressGemma3Model(PlanModel, Gemma3TextModel):
-    config_class = CompressGemma3Config
+@cache  # not in the module's namespace: transformers runs the file again in the same module when it has changed
+def _trio(family: str) -> dict[str, type]:
+    """Configuration, decoder and language model of a family, by name."""
+    body = FAMILIES[family]
+    names = (f"{body}Config", f"{body}Model", f"{family}ForCausalLM")
+    lacking = [each for each in names if not hasattr(transformers, each)]
+    if lacking:
+        raise ImportError(
+            f"this checkpoint is a {family} model, and transformers {transformers.__version__} has no "
+            f"{lacking[0]}: pip install --upgrade transformers"
+        )
+    stock_config, stock_model, stock_causal = (getattr(transformers, each) for each in names)
 
+    def make(kind: str, bases: tuple[type, ...], **fields: Any) -> type:
+        fields["__module__"] = __name__
+        return new_class(f"Compress{family}{kind}", bases, exec_body=lambda space: space.update(fields))
 
-class CompressGemma3ForCausalLM(PlanForCausalLM, Gemma3ForCausalLM):
-    config_class = CompressGemma3Config
-    planned_model = CompressGemma3Model
-
-
-class CompressLlamaConfig(PlanConfig, LlamaConfig):
-    model_type = "compress_llama"
-
-
-class CompressLlamaModel(PlanModel, LlamaModel):
-    config_class = CompressLlamaConfig
-
-
-class CompressLlamaForCausalLM(PlanForCausalLM, LlamaForCausalLM):
-    config_class = CompressLlamaConfig
-    planned_model = CompressLlamaModel
-
-
-class CompressMinistralConfig(PlanConfig, MinistralConfig):
-    model_type = "compress_ministral"
-
-
-class CompressMinistralModel(PlanModel, MinistralModel):
-    config_class = CompressMinistralConfig
-
-
-class CompressMinistralForCausalLM(PlanForCausalLM, MinistralForCausalLM):
-    config_class = CompressMinistralConfig
-    planned_model = CompressMinistralModel
-
-
-class CompressMistralConfig(PlanConfig, MistralConfig):
-    model_type = "compress_mistral"
-
-
-class CompressMistralModel(PlanModel, MistralModel):
-    config_class = CompressMistralConfig
-
-
-class CompressMistralForCausalLM(PlanForCausalLM, MistralForCausalLM):
-    config_class = CompressMistralConfig
-    planned_model = CompressMistralModel
-
-
-class CompressPhi3Config(PlanConfig, Phi3Config):
-    model_type = "compress_phi3"
-
-
-class CompressPhi3Model(PlanModel, Phi3Model):
-    config_class = CompressPhi3Config
-
-
-class CompressPhi3ForCausalLM(PlanForCausalLM, Phi3ForCausalLM):
-    config_class = CompressPhi3Config
-    planned_model = CompressPhi3Model
-
-
-class CompressQwen2Config(PlanConfig, Qwen2Config):
-    model_type = "compress_qwen2"
-
-
-class CompressQwen2Model(PlanModel, Qwen2Model):
-    config_class = CompressQwen2Config
-
-
-class CompressQwen2ForCausalLM(PlanForCausalLM, Qwen2ForCausalLM):
-    config_class = CompressQwen2Config
-    planned_model = CompressQwen2Model
-
-
-class CompressQwen3Config(PlanConfig, Qwen3Config):
-    model_type = "compress_qwen3"
-
-
-class CompressQwen3Model(PlanModel, Qwen3Model):
-    config_class = CompressQwen3Config
-
-
-class CompressQwen3ForCausalLM(PlanForCausalLM, Qwen3ForCausalLM):
-    config_class = CompressQwen3Config
-    planned_model = CompressQwen3Model
+    config = make("Config", (PlanConfig, stock_config), model_type=f"compress_{stock_config.model_type}")
+    model = make("Model", (PlanModel, stock_model), config_class=config)
+    causal = make("ForCausalLM", (PlanForCausalLM, stock_causal), config_class=config, planned_model=model)
+    return {each.__name__: each for each in (config, model, causal)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
+from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -28,6 +29,14 @@ def document_key(document: Document) -> str:
     return _digest([document.tokens, document.answer])
 
 
+def _entry(line: str) -> dict[str, Any] | None:
+    """A measurement; None where the line is torn or changed, so that it is measured again."""
+    try:
+        return unsealed(parse_json(line, finite=False))
+    except JsonError:
+        return None
+
+
 class LossLog:
     """Append-only JSONL file of losses, one line for each plan and document.
 
@@ -45,16 +54,9 @@ class LossLog:
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
             self._torn = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            if entry["context"] == self.context:
-                self._losses[entry["plan"], entry["document"]] = float(entry["loss"])
-        except (ValueError, KeyError, TypeError):
-            return
+            for entry in map(_entry, text.splitlines()):
+                if entry is not None and entry["context"] == self.context:
+                    self._losses[entry["plan"], entry["document"]] = entry["loss"]
 
     def get(self, plan: str, document: str) -> float | None:
         """The loss of a plan on a document, None when it was not measured yet."""
@@ -64,8 +66,9 @@ class LossLog:
         """Add a measurement; it is in the file when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
+        line = json.dumps({**entry, CHECKSUM: checksum_of(entry)})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + json.dumps(entry) + "\n")
+            file.write(("\n" if self._torn else "") + line + "\n")
         self._torn = False
         self._losses[plan, document] = loss
 

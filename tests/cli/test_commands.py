@@ -1,9 +1,6 @@
 """The commands around a run: validate, inspect, doctor, recipes; and how mistakes are told."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from compress.cli.doctor import release
 from compress.cli.output import duration, size
 from compress.runfolder import RunFolder
 from tests.cli.recipes import make_recipe
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,8 +46,7 @@ def test_a_typo_a_wrong_type_and_an_impossible_value_at_once(tmp_path: Path) -> 
 
 
 def test_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "compress", "validate", str(three_mistakes(tmp_path))]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False)
+    result = run("module", "compress", "validate", three_mistakes(tmp_path))
     assert result.returncode == 2
     assert "3 problems" in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""

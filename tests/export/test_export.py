@@ -145,6 +145,7 @@ def test_dtype_shards_card_and_permissions(tmp_path):
     assert all(path.stat().st_mode & 0o444 == 0o444 or path.stat().st_mode & 0o400 for path in folder.iterdir())
 
 
+@pytest.mark.fresh_process
 def test_an_exported_checkpoint_is_a_model_name_again(tmp_path):
     loaded = tiny_loaded("mistral")
     export_checkpoint(loaded, mixed_plan(shape_of(loaded.model)), tmp_path / "new")

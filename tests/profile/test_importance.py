@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from compress.data.document import Document
 from compress.errors import UserError
@@ -24,6 +23,7 @@ from compress.profile.runner import run_profile
 from compress.profile.taylor import Taylor
 from compress.profile.wanda_sp import WandaSp
 from tests.models.test_pruning import FAMILIES
+from tests.processes import spawn
 from tests.profile.common import document, documents, join, tensor_bytes
 from tests.pruned import with_biases
 from tests.tiny import tiny_loaded, tiny_model

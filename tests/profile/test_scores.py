@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
@@ -20,6 +19,7 @@ from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime.span import Span
 from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
+from tests.processes import spawn
 from tests.profile.common import GRID, document, documents, join, tensor_bytes
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 

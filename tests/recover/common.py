@@ -1,9 +1,13 @@
-"""Models, settings and text that the tests of recovery share; run as a script it is one training of its own process."""
+"""Models, settings and text that the tests of recovery share; run as a script it is one training of its own process.
+
+Usage: python -m tests.recover.common FOLDER SETTINGS [STEP FILE]; after that step it waits for the file.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +67,10 @@ if __name__ == "__main__":
     options = RecoverSettings.model_validate_json(sys.argv[2])
 
     def told(done: int, total: int, what: str) -> None:
-        """One line a step, so that a parent can follow."""
+        """One line a step, so that a parent can follow; after the step that it names wait until it has made a file."""
         print(done, flush=True)
+        while sys.argv[3:] and done == int(sys.argv[3]) and not Path(sys.argv[4]).exists():
+            time.sleep(0.01)
 
     try:
         recover(pruned_model(), options, text(), Path(sys.argv[1]), teacher=model_of(), seed=3, progress=told)

@@ -6,9 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,20 @@ from safetensors.torch import load_file
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
 from compress.recover.state import POINTER, Partial
+from tests import processes
+from tests.processes import Forked
 from tests.recover.common import pruned_model, settings, text, trained
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(
-    folder: Path, options: RecoverSettings, *more: str, script: str = "common", **environment: str
-) -> subprocess.Popen[str]:
-    """A script beside this file as a process."""
-    command = [sys.executable, "-m", f"tests.recover.{script}", str(folder), options.model_dump_json(), *more]
-    pipe: Any = subprocess.PIPE
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
+def start(folder: Path, options: RecoverSettings, *more: str) -> Forked:
+    """A training as a process."""
+    return processes.start("module", "tests.recover.common", folder, options.model_dump_json(), *more)
 
 
 def start_two(folder: Path, options: RecoverSettings, *more: str, script: str = "common") -> list[tuple[int, str]]:
     """Exit status and messages of two processes that train together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    two = [start(folder, options, *more, script=script, **rank, **launch) for rank in ranks]
-    told = [process.communicate(timeout=240)[1] for process in two]
-    return [(process.returncode, text) for process, text in zip(two, told, strict=True)]
+    two = processes.launch(f"tests.recover.{script}", folder, options.model_dump_json(), *more, count=2)
+    return [(process.returncode, process.stderr) for process in two]
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,16 +38,17 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_terminated_training_goes_on_to_the_same_weights(tmp_path: Path, train: str) -> None:
-    options: dict[str, Any] = {"train": train, "dropout": 0.2, "steps": 400, "save_every": 1000, "rate": 0.001}
-    process = start(tmp_path / "cut", settings(**options))
-    assert process.stdout is not None
+    options: dict[str, Any] = {"train": train, "dropout": 0.2, "steps": 12, "save_every": 1000, "rate": 0.001}
+    going = tmp_path / "going"
+    process = start(tmp_path / "cut", settings(**options), "3", str(going))
     for _ in range(3):
         assert process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 1 and "of 400, which is saved" in told, told
+    os.kill(process.pid, signal.SIGTERM)
+    going.touch()
+    ended = process.done(timeout=120)
+    assert ended.returncode == 1 and "stopped after step 4 of 12, which is saved" in ended.stderr, ended.stderr
     pointer = json.loads((tmp_path / "cut" / POINTER).read_text())
-    assert 3 <= pointer["step"] < 400 and not (tmp_path / "cut" / "recover.json").exists()
+    assert pointer["step"] == 4 and not (tmp_path / "cut" / "recover.json").exists()
 
     steps: list[int] = []
 
@@ -76,7 +63,7 @@ def test_a_terminated_training_goes_on_to_the_same_weights(tmp_path: Path, train
         seed=3,
         progress=note,
     )
-    assert steps[0] == pointer["step"] + 1
+    assert steps[0] == 5
     whole = trained(tmp_path / "whole", **options)[1]
     assert resumed.sha256 == whole.sha256
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -121,9 +108,8 @@ def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
     options = settings(train=train, loss="both", rate=0.002)
     for status, told in start_two(tmp_path / "two", options):
         assert status == 0, told
-    one = start(tmp_path / "one", options)
-    _, told = one.communicate(timeout=240)
-    assert one.returncode == 0, told
+    one = start(tmp_path / "one", options).done(timeout=240)
+    assert one.returncode == 0, one.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     records = [json.loads((tmp_path / name / "recover.json").read_text()) for name in ("one", "two")]
     assert [record["processes"] for record in records] == [1, 2]
@@ -133,9 +119,8 @@ def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_spread_weights_train_as_whole_ones_and_go_on_after_a_stop(tmp_path: Path, train: str) -> None:
     options = settings(train=train, loss="both", rate=0.002)
-    one = start(tmp_path / "one", options)
-    _, told = one.communicate(timeout=240)
-    assert one.returncode == 0, told
+    one = start(tmp_path / "one", options).done(timeout=240)
+    assert one.returncode == 0, one.stderr
     spread = options.model_copy(update={"shard": True, "save_every": 1000})
     for status, told in start_two(tmp_path / "whole", spread, script="spread"):
         assert status == 0, told

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,10 @@ from typer.testing import CliRunner, Result
 from compress.cli.app import app
 from compress.cli.session import open_session
 from compress.runfolder import RunFolder
+from tests import processes
 from tests.cli.recipes import make_recipe
 from tests.recover.common import model_of
 
-ROOT = Path(__file__).parents[2]
 SECTION = "recover: {length: 32, batch_size: 4, steps: 5, rate: 0.01, loss: both, control: true}\n"
 
 
@@ -134,19 +131,11 @@ def test_validate_shows_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
     """The main process does all stages but the training alone; the other one neither prints nor writes."""
     recipe = recipe_of(tmp_path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress"]
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *launcher, "run", str(recipe)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,
-        timeout=400,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stderr.count("recover: starting") == 1 and result.stdout.count("run folder") == 1
+    told, printed = "", ""
+    for process in processes.launch("compress", "run", recipe, count=2):
+        assert process.returncode == 0, process.stderr[-3000:]
+        told, printed = told + process.stderr, printed + process.stdout
+    assert told.count("recover: starting") == 1 and printed.count("run folder") == 1
     record = json.loads((tmp_path / "run/recover/recover.json").read_text())
     assert record["processes"] == 2
     two, one = values(tmp_path), values(recovered.parent)

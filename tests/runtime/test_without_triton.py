@@ -1,6 +1,5 @@
 """A checkpoint loads where Triton is not installed, and says what it runs in instead."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from compress import runtime
 from compress.export.layout import RUNTIME_FILES
+from tests.processes import run
 
 CHILD = """
 import sys, torch, transformers
@@ -29,7 +29,7 @@ except ValueError as error:
 
 
 def test_it_falls_back_and_says_why() -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
+    done = run("code", CHILD)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.strip().splitlines()
     assert "reference" in first and "Triton cannot be imported" in first

@@ -1,0 +1,74 @@
+"""A fork of the zygote is to a test what a fresh Python process is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.processes import run, start
+
+TOLD = """
+import json, os, random, sys, threading
+import torch, transformers.utils, transformers.dynamic_module_utils as dynamic
+print(json.dumps({
+    "arguments": sys.argv, "folder": os.getcwd(), "input": sys.stdin.read(), "word": os.environ.get("WORD"),
+    "compress": any(name.partition(".")[0] == "compress" for name in sys.modules), "threads": threading.active_count(),
+    "code": [dynamic.HF_MODULES_CACHE, transformers.utils.HF_MODULES_CACHE], "drawn": random.random(),
+    "seed": torch.initial_seed(), "main": __name__, "openmp": torch.get_num_threads(),
+}))
+"""
+
+
+def test_a_child_finds_what_a_process_of_its_own_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORD", "ours")
+    own = {**os.environ, "WORD": "theirs", "HF_MODULES_CACHE": str(tmp_path / "code")}
+    first, second = (json.loads(run("code", TOLD, "a", 1, cwd=tmp_path, env=own).stdout) for _ in range(2))
+    assert first["arguments"] == ["-c", "a", "1"] and first["folder"] == str(tmp_path) and first["input"] == ""
+    assert first["word"] == "theirs" and first["main"] == "__main__" and not first["compress"]
+    assert first["code"] == [str(tmp_path / "code")] * 2
+    assert first["threads"] == first["openmp"] == 1 and first["drawn"] != second["drawn"]
+    third = json.loads(run("code", TOLD, cwd=tmp_path).stdout)
+    assert third["word"] == "ours" and third["seed"] == first["seed"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [
+        ("pass", 0, ""),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit('a reason')", 1, "a reason\n"),
+        ("import atexit, sys; atexit.register(lambda: print('left', file=sys.stderr))", 0, "left\n"),
+        ("import os; os._exit(5)", 5, ""),
+        ("import os; os.kill(os.getpid(), 9)", -9, ""),
+    ],
+)
+def test_it_ends_as_one(code: str, status: int, told: str) -> None:
+    done = run("code", code)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", told)
+
+
+def test_an_error_is_a_traceback() -> None:
+    done = run("code", "import torch\ntorch.ones(2) + torch.ones(3)")
+    assert done.returncode == 1 and "RuntimeError: The size of tensor a" in done.stderr
+
+
+def test_modules_and_files_are_found_as_python_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("value = 7\n")
+    (tmp_path / "mine.py").write_text("import sys\nimport beside\nprint(beside.value, __name__, len(sys.argv))\n")
+    assert run("module", "mine", "x", cwd=tmp_path).stdout == "7 __main__ 2\n"
+    alone = run("file", str(tmp_path / "mine.py"), cwd=tmp_path)  # python -P: nothing beside it
+    assert alone.returncode == 1 and "No module named 'beside'" in alone.stderr
+
+
+def test_signals_reach_it_and_a_late_one_is_killed() -> None:
+    process = start("code", "import signal; print('up', flush=True); signal.pause()")
+    assert process.stdout.readline() == "up\n"
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.done(60).returncode == -signal.SIGTERM
+    with pytest.raises(processes.subprocess.TimeoutExpired):
+        start("code", "import signal; signal.pause()").done(0.2)

@@ -1,0 +1,131 @@
+"""A process that has imported torch and transformers once, and forks for every Python process that a test starts.
+
+Usage: python -P zygote.py DESCRIPTOR, the number of an inherited socket; `tests/processes.py` starts it and asks.
+
+A fork is safe here because nothing has computed yet: there is one thread, and no pool of OpenMP or of a BLAS. A child
+has its own environment, folder, arguments and streams, as if started afresh.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+FAMILIES = ("gemma3", "llama", "ministral", "mistral", "phi3", "qwen2", "qwen3")
+MODULES = [
+    "torch",
+    "safetensors.torch",
+    "transformers",
+    "transformers.generation.utils",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+]
+Order = dict[str, Any]
+
+
+def import_all() -> None:
+    """Import, and see that it started no thread and knows nothing of the toolkit."""
+    for name in MODULES:
+        importlib.import_module(name)
+    if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+        sys.exit("zygote: an import has started a thread, so that a fork would not be safe")
+    if any(name.partition(".")[0] == "compress" for name in sys.modules):
+        sys.exit("zygote: compress has been imported, and a checkpoint has to load without it")
+
+
+def serve(channel: socket.socket) -> Order:
+    """Fork for every order that comes; returns in the children, and ends the process when nobody can ask any more."""
+    keepers = []
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 3)
+        while data and not data.endswith(b"\n"):
+            data += channel.recv(1 << 16)
+        # Waited for, so that what children cost is counted with the tests.
+        keepers = [keeper for keeper in keepers if os.waitpid(keeper, os.WNOHANG if data else 0) == (0, 0)]
+        if not data:
+            os._exit(0)
+        keepers.append(os.fork())
+        if keepers[-1] == 0:
+            channel.close()
+            keep(*descriptors)
+            return json.loads(data)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def keep(out: int, err: int, status: int) -> None:
+    """Fork once more and return in the child; its parent tells number and exit status, for only a parent can wait."""
+    child = os.fork()
+    if child:
+        os.close(out)
+        os.close(err)
+        os.write(status, f"{child}\n".encode())
+        os.write(status, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
+        os._exit(0)
+    os.close(status)
+    for descriptor, number in ((out, 1), (err, 2)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def become(order: Order) -> None:
+    """Take over what a new process would have found."""
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    sys.path[:0] = order["path"]
+    sys.argv = order["arguments"]
+    random.seed()
+    # Where the code of checkpoints is copied to; transformers reads it when it is imported.
+    modules = os.environ.get("HF_MODULES_CACHE")
+    for name, module in list(sys.modules.items()):
+        if modules and name.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
+            vars(module)["HF_MODULES_CACHE"] = modules
+
+
+def do(what: str, name: str) -> int:
+    """Run a file, a module or code as the main module of this process; its exit status."""
+    try:
+        if what == "code":
+            exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
+        elif what == "module":
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Serve; in a child, do what the order says, and leave without taking all of torch apart, which takes a second."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    import_all()
+    gc.freeze()
+    order = serve(channel)
+    become(order)
+    status = do(*order["run"])
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
