@@ -139,7 +139,7 @@ def test_memory_and_what_nobody_foresaw(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_ends_a_process_from_outside_ends_a_command_orderly(capsys: pytest.CaptureFixture[str]) -> None:
-    tidied = []
+    tidied: list[int] = []
 
     def work() -> None:
         try:
