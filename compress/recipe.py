@@ -21,7 +21,7 @@ from compress.encodings import decode, wrong_byte
 from compress.errors import Problem, UserError, nearest
 from compress.limits import BATCH, DOCUMENT_TOKENS, SEED
 from compress.located_yaml import MOST_CHARACTERS, KeyPath, LocatedYaml, key_path, read_located, unknown_key
-from compress.registry import Method
+from compress.registry import Method, PathText
 
 AnyMethod = SerializeAsAny[Method]
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
@@ -102,13 +102,13 @@ class Recipe(Section):
     """One run, from the model to the numbers."""
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of this form")
-    model: str = Field(min_length=1, description="demo/smollm2-135m, a hub id, a folder, or a .gguf file")
+    model: PathText = Field(description="demo/smollm2-135m, a hub id, a folder, or a .gguf file")
     dtype: Dtype = Field("float32", description="dtype of the weights in memory")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="auto, cpu, mps, cuda or cuda:N"
     )
     seed: int = Field(0, ge=0, le=SEED, description="of documents, sampling and evaluation")
-    output: str = Field(min_length=1, description="the run folder, relative to the current folder")
+    output: PathText = Field(description="the run folder, relative to the current folder")
     calibration: CalibrationSection
     profile: ProfileSection
     search: SearchSection

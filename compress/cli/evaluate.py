@@ -128,6 +128,8 @@ def _models(
     seed: int,
     folder: Path,
 ) -> Comparison:
+    import transformers
+
     from compress.cli.session import resolve_device
     from compress.data.text import EmbeddedText
     from compress.evaluate.compare import compare
@@ -136,6 +138,7 @@ def _models(
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.evaluate.suites import SUITES
 
+    transformers.utils.logging.disable_progress_bar()
     names = tuple(SUITES) if asked["suites"] == ("all",) else asked["suites"]
     request = HarnessRequest(**asked | {"suites": names})
     where = resolve_device(device)

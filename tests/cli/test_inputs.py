@@ -53,6 +53,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = recipe.replace("perplexity: {text: *text", perplexity)
     recipe = recipe.replace("calibration:\n", f"calibration:\n  second: {{source: file, path: {folder}/second.txt}}\n")
     recipe = recipe.replace(f"{folder}/text.txt", f"{folder}/rows.jsonl")
+    recipe = recipe.replace("  statistics:\n", "  statistics:\n    - {name: amp}\n")
     recipe = recipe.replace("kv: 0.8", f"decode_time: 0.8, cost_table: {folder}/bench.json")
     recipe += f"  lm_eval: {{tasks: [mine], include: {folder}/tasks/inner}}\n"
     path.write_text(recipe + EVERYTHING.replace("FOLDER", str(folder)))
