@@ -162,7 +162,9 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for version in chosen.versions:
         problem = install(version, folder)
-        told = {"failed": problem} if problem else run_in(folder / version, checkpoints, folder / "scratch" / version)
+        told: dict[str, Any] = (
+            {"failed": problem} if problem else run_in(folder / version, checkpoints, folder / "scratch" / version)
+        )
         for path in checkpoints:
             there = told["found"][path.name] if "found" in told else told
             rows.append(compare(version, path.name, here[path.name], there))
