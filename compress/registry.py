@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.errors import UserError, nearest
+
+
+def _usable(path: str) -> str:
+    """A path that the operating system can be asked for, whether or not anything is there."""
+    try:
+        parts = Path(path).expanduser().parts
+    except RuntimeError:
+        raise ValueError(f"expected a path; nobody here has the home folder of `{path.split('/')[0][:60]}`") from None
+    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in parts):
+        raise ValueError(f"expected a path; a name in it has more than {LONGEST_NAME} bytes")
+    return path
+
+
+LONGEST_NAME = 255  # bytes, of a file or folder in all common file systems
+PathText = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_usable)]
 
 
 class Method(BaseModel):

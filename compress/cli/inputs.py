@@ -45,7 +45,7 @@ class Inputs:
         def read(told: bool = False) -> str:
             excerpt = source.excerpt(most)
             if told and excerpt.used is not None:
-                say(f"text: {_name(source)}: {excerpt.used}")
+                say(f"text: {input_name(source)}: {excerpt.used}")
             return text_key(excerpt.text)
 
         label = f"text, {most:,} characters: {source.model_dump_json()}"
@@ -113,7 +113,7 @@ class Inputs:
             return {}
 
 
-def _name(source: Any) -> str:
+def input_name(source: Any) -> str:
     """The path or the id of a text source."""
     return str(getattr(source, "path", None) or getattr(source, "id", source.source))
 

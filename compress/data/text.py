@@ -16,7 +16,7 @@ from pydantic import Field
 
 from compress.encodings import MARK, encoding_of, wrong_byte
 from compress.errors import UserError, nearest
-from compress.registry import Method
+from compress.registry import Method, PathText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ class FileText(Source):
     """
 
     source: Literal["file"] = Field("file", description="a local file")
-    path: str = Field(description="a .txt or .jsonl file, UTF-8 (or UTF-16 with a byte order mark)")
+    path: PathText = Field(description="a .txt or .jsonl file, UTF-8 (or UTF-16 with a byte order mark)")
     column: str = Field("text", description="key of the text in each line of a .jsonl file")
 
     def excerpt(self, most: int = MOST) -> Excerpt:
@@ -185,7 +185,7 @@ class DatasetText(Source):
     """A Hugging Face dataset. Needs the package `datasets`; code that a dataset carries is never run."""
 
     source: Literal["dataset"] = Field("dataset", description="a Hugging Face dataset")
-    id: str = Field(description="dataset id on the hub, or a local folder of data files")
+    id: PathText = Field(description="dataset id on the hub, or a local folder of data files")
     config: str | None = Field(None, description="name of the dataset's configuration")
     split: str = Field("train", description="split, slices allowed: `train[:1%]`")
     column: str = Field("text", description="column that holds the text")
@@ -420,4 +420,5 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text: its beginning-of-sequence token, or nothing."""
     plain = tokenise(tokenizer, "x")
     whole = list(tokenizer("x")["input_ids"])
-    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(starts, 0)]  # a tokenizer that knows no "x" writes nothing for it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -18,7 +19,7 @@ from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
 from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
-from compress.registry import Method
+from compress.registry import Method, PathText
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
 PREFILL = ":prefill"
@@ -32,7 +33,7 @@ class HarnessRequest(Method):
     """Which lm-eval tasks and which of our suites to run."""
 
     tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
-    include: str | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
+    include: PathText | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
     limit: int | None = Field(None, ge=1, le=STEPS, description="only the first items of every task")
     suites: tuple[str, ...] = Field(
         (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
@@ -222,7 +223,8 @@ def run_task(
     quiet()
     from compress.evaluate.strict import Strict
 
-    lm = Strict(model, tokenizer, request.batch_size)
+    # A copy, because lm-eval gives a tokenizer without a token for padding one.
+    lm = Strict(model, copy.deepcopy(tokenizer), request.batch_size)
     return run_on(lm, request, name, length, seed=seed, text=text, sizer=sizer or tokenizer)
 
 

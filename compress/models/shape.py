@@ -54,11 +54,21 @@ def shape_of(model: torch.nn.Module) -> ModelShape:
     Raises:
         UserError: the architecture is not supported.
     """
+    sizes = _sizes(model)
+    return ModelShape(**sizes, fingerprint=fingerprint_of(model, sizes), sampled=sampled_fingerprint_of(model, sizes))
+
+
+def shape_without_weights(model: torch.nn.Module) -> ModelShape:
+    """The sizes alone, of a model that may have no weights; its fingerprint is empty. Raises UserError: `shape_of`."""
+    return ModelShape(**_sizes(model), fingerprint="")
+
+
+def _sizes(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
     family = family_of(config)
     attention: Any = attention_modules(model)
     windows = tuple(native_windows(config, len(attention)))
-    sizes = {
+    return {
         "architecture": family.architecture,
         "layers": len(attention),
         "query_heads": config.num_attention_heads,
@@ -66,4 +76,3 @@ def shape_of(model: torch.nn.Module) -> ModelShape:
         "head_dim": attention[0].head_dim,
         "native_windows": windows,
     }
-    return ModelShape(**sizes, fingerprint=fingerprint_of(model, sizes), sampled=sampled_fingerprint_of(model, sizes))

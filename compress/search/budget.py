@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.errors import Problem, UserError
 from compress.limits import BATCH, BYTES, ENTRIES, FACTOR, LONGEST
-from compress.registry import Method
+from compress.registry import Method, PathText
 from compress.runtime.span import FULL, AnySpan, Span, own_span
 from compress.search.decode_time import StepTime, TimeLimit, measured, roofline
 from compress.targets.cost import kv_bytes, stock_kv_bytes, visible_keys
@@ -45,7 +45,7 @@ class Budget(Method):
         Field(max_length=ENTRIES, description="sequences of a decode step at which `decode_time` holds"),
     ] = (1,)
     cost_table: Annotated[
-        str | tuple[str, ...] | None,
+        PathText | tuple[PathText, ...] | None,
         Field(description="a bench.json that `compress bench --what model` wrote, or several, one for each batch size"),
     ] = None
     bandwidth: Annotated[

@@ -81,10 +81,14 @@ class Moa(Solver):
         """The tables that are minimised."""
         return {name: "rules" for name, _ in self.weighed()}
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
-        """The Pareto set over the profiled lengths; see `Solver.solve`."""
+    def check(self, problem: SearchProblem) -> None:
+        """Whether the smallest rule meets the budget; see `Solver.check`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
         check_feasible(replace(problem, grid=grid))
+
+    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+        """The Pareto set over the profiled lengths; see `Solver.solve`."""
+        self.check(problem)
         objectives = [Objective(self.weighed(), length) for length in problem.lengths]
         candidates = build_candidates(problem, objectives, self.rule)
         knapsack = Knapsack(candidates, [row.most for row in problem.rows])

@@ -334,14 +334,19 @@ def _refine(
 ) -> State:
     """Refine the best of the plans found, by name, that go by position and meet the budget."""
     if "uniform" not in found:
-        raise UserError(
-            "no uniform window meets the budget, so refinement has nothing to measure its loss by",
-            where="search.refine",
-            fix="raise the budget, or leave `refine` out",
-        )
+        raise no_start()
     every = {name: positional(each.decision) for name, each in found.items()}
     starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
     return refine(model, problem, settings, starts, starts["uniform"], documents, folder, seed, progress)
+
+
+def no_start() -> UserError:
+    """What to say where a refinement has no uniform plan."""
+    return UserError(
+        "no uniform window meets the budget, so refinement has nothing to measure its loss by",
+        where="search.refine",
+        fix="raise the budget, or leave `refine` out",
+    )
 
 
 def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:
@@ -362,6 +367,7 @@ def write_result(
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
         if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()
+    (folder / "search").mkdir(exist_ok=True)
     for path, text in wanted.items():
         write_text(path, text)
     write_json(folder / "search" / "pareto.json", dict(report))

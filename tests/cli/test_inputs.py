@@ -53,6 +53,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = recipe.replace("perplexity: {text: *text", perplexity)
     recipe = recipe.replace("calibration:\n", f"calibration:\n  second: {{source: file, path: {folder}/second.txt}}\n")
     recipe = recipe.replace(f"{folder}/text.txt", f"{folder}/rows.jsonl")
+    recipe = recipe.replace("  statistics:\n", "  statistics:\n    - {name: amp}\n")
     recipe = recipe.replace("kv: 0.8", f"decode_time: 0.8, cost_table: {folder}/bench.json")
     recipe += f"  lm_eval: {{tasks: [mine], include: {folder}/tasks/inner}}\n"
     path.write_text(recipe + EVERYTHING.replace("FOLDER", str(folder)))
@@ -165,7 +166,8 @@ def test_a_text_replaced_while_a_stage_runs_does_not_count(tmp_path: Path) -> No
     recipe = make_recipe(tmp_path)
     text = tmp_path / "text.txt"
     with open_session(str(recipe)) as session:
-        key = session.profile_key()
+        key = session.profile_key
+        key()
         text.touch()
         timed(session, "first", key, [], lambda: None)  # another time, the same content
         with pytest.raises(UserError, match="changed while it ran"):

@@ -93,7 +93,6 @@ def test_files(tmp_path: Path) -> None:
         ("a.txt", b"one\ntwo\0\n", "text", ":2: a NUL character"),
         ("a.txt", codecs.BOM_UTF8, "text", "holds no text"),
         ("a\0.txt", None, "text", "cannot be read"),
-        ("b" * 300 + ".txt", None, "text", "cannot be read"),
         ("a.csv", b"text\nx\n", "text", "*.txt or *.jsonl"),
         ("a.txt", None, "text", "cannot be read"),
     ],
@@ -194,7 +193,7 @@ def spaced_tokenizer() -> Any:
     """BPE over a text that nothing cuts into words, with a mark for spaces and before the text (as Llama 2 has it)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    sentences = sorted({line for line in story(300).replace("\n", " ").split(". ")})
+    sentences = sorted(set(story(300).replace("\n", " ").split(". ")))
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
     tokenizer.train_from_iterator(sentences, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

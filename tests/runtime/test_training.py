@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -140,7 +141,16 @@ def test_compiled_training_gives_the_same_gradients(model: Any, checkpointed: bo
     assert not model._can_compile_fullgraph
 
 
-def test_the_trainer_in_bfloat16_with_checkpointing_and_evaluation(model: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def accelerate_of_its_own() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first trainer for all later ones."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_trainer_in_bfloat16_with_checkpointing_and_evaluation(
+    model: Any, tmp_path: Path, accelerate_of_its_own: None
+) -> None:
     rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in random_ids(4, 40)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
