@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from compress.files import write_bytes
+from compress.json_file import parse_json
 
 NOTES = "notes"
 
@@ -36,6 +38,9 @@ def read_partial(path: Path, key: str) -> tuple[dict[str, Any], dict[str, torch.
     data = path.read_bytes()
     if hashlib.sha256(data[32:]).digest() != data[:32]:
         return None
-    tensors = load(data[32:])
-    notes = json.loads(tensors.pop(NOTES).numpy().tobytes())
-    return (notes, tensors) if notes.pop("key") == key else None
+    try:
+        tensors = load(data[32:])
+        notes = parse_json(tensors.pop(NOTES).numpy().tobytes(), finite=False)
+        return (notes, tensors) if notes.pop("key") == key else None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):  # whole, but not one of these
+        return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
+import math
+import reprlib
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,18 +18,25 @@ from pydantic import (
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from compress.errors import Problem, UserError
-from compress.runtime.span import AnySpan, spans_of_plan
+from compress.json_file import CHECKSUM, checksum_of, read_object, sealed, validated
+from compress.runtime.span import NO_END, AnySpan, spans_of_plan
 from compress.targets.full import FullGroup
 from compress.targets.target import Target, parse_target
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
+
+
+# No model has more; what is larger is damage, and would only fail later or take all memory.
+MOST_LAYERS, MOST_HEADS, MOST_HEAD_DIM, MOST_NEURONS = 10_000, 1 << 16, 1 << 16, 1 << 22
+Tokens = Annotated[int, Field(ge=1, lt=NO_END)]
+Bytes = Annotated[int, Field(ge=0)]
 
 
 class Strict(BaseModel):
@@ -51,7 +58,9 @@ class Mlp(Strict):
     """
 
     kept: int = Field(ge=1, description="neurons kept")
-    neurons: str = Field(pattern=r"^[0-9a-f]+$", description="which, as a bit mask in hexadecimal")
+    neurons: str = Field(
+        pattern=r"^[0-9a-f]+$", max_length=MOST_NEURONS // 4, description="which, as a bit mask in hexadecimal"
+    )
 
     @model_validator(mode="after")
     def _counted(self) -> Mlp:
@@ -81,6 +90,17 @@ class OutputBias(Strict):
 
     attention: str
     mlp: str
+
+    @field_validator("attention", "mlp")
+    @classmethod
+    def _of_numbers(cls, text: str) -> str:
+        try:
+            values = _unpacked(text)
+        except (ValueError, struct.error):
+            raise ValueError("expected float32 numbers in base64") from None
+        if not all(map(math.isfinite, values)):
+            raise ValueError("expected finite numbers, got NaN or infinity among them")
+        return text
 
     @classmethod
     def of(cls, attention: Sequence[float], mlp: Sequence[float]) -> OutputBias:
@@ -138,12 +158,18 @@ class PlanModel(Strict):
     """The model that a plan is for."""
 
     architecture: str
-    layers: int = Field(ge=1)
-    query_heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    native_windows: tuple[int | None, ...]
-    fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    layers: int = Field(ge=1, le=MOST_LAYERS)
+    query_heads: int = Field(ge=1, le=MOST_HEADS)
+    kv_heads: int = Field(ge=1, le=MOST_HEADS)
+    head_dim: int = Field(ge=1, le=MOST_HEAD_DIM)
+    native_windows: tuple[Tokens | None, ...]
+    fingerprint: str = Field(pattern=r"^(v2|sha256):[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> PlanModel:
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"query_heads: expected a multiple of kv_heads ({self.kv_heads}), got {self.query_heads}")
+        return self
 
 
 class Predicted(Strict):
@@ -154,11 +180,11 @@ class Predicted(Strict):
         parameters, dense_parameters: of the decoder layers, for a plan that removes any.
     """
 
-    kv_bytes: dict[int, int] = {}
-    dense_kv_bytes: dict[int, int] = {}
+    kv_bytes: dict[Tokens, Bytes] = {}
+    dense_kv_bytes: dict[Tokens, Bytes] = {}
     loss: float | None = None
-    parameters: int | None = None
-    dense_parameters: int | None = None
+    parameters: int | None = Field(default=None, ge=0)
+    dense_parameters: int | None = Field(default=None, ge=1)
 
 
 class Plan(Strict):
@@ -174,8 +200,7 @@ class Plan(Strict):
 
     def to_json(self) -> str:
         """The file form: indented JSON that ends with a checksum of everything before it."""
-        content = self.model_dump(mode="json", by_alias=True)
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        return sealed(self.model_dump(mode="json", by_alias=True))
 
     def spans(self) -> list[list[AnySpan]]:
         """The span of every head group that stays, `[layers][groups]`; costs resolve those by length at the length
@@ -243,12 +268,6 @@ class Plan(Strict):
         if left is None or not whole:
             return f"{', '.join(parts)} stay"
         return f"{left:,} of {whole:,} parameters of the decoder layers stay ({left / whole:.2%}): {', '.join(parts)}"
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """`sha256:...` of a plan's content in canonical JSON, so that a changed digit is noticed."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def make_plan(
@@ -346,66 +365,49 @@ def _pruning_problems(layer: LayerPlan, model: PlanModel, here: str) -> list[Pro
     return [Problem("these query heads cannot stay", f"{here}.queries", expected, f"{list(layer.queries)}")]
 
 
-def _model_problems(plan: Plan, shape: ModelShape, where: str) -> list[Problem]:
+def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""
-    problems = []
     found = plan.model.model_dump()
-    for key, value in shape.model_dump().items():
-        if found[key] != value:
-            problems.append(
-                Problem("the plan is for another model", f"{where}: model.{key}", str(value), str(found[key]))
-            )
+    problems = [
+        Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(found[key]))
+        for key in shape.differing(found)
+        if key != "fingerprint" or not any_weights
+    ]
     if problems:
         problems[-1].fix = "search again with this model, or name the model that the plan was made for"
     return problems
 
 
-def read_plan(path: Path | str, shape: ModelShape | None = None) -> Plan:
+def read_plan(path: Path | str, shape: ModelShape | None = None, *, any_weights: bool = False) -> Plan:
     """Read and check a plan file; every problem of the file is reported at once.
 
-    A file without `checksum` is taken as written by hand; one whose checksum does not match is damaged.
+    A file without the key `checksum` is taken as written by hand; any checksum but its own, null too, is damage.
 
     Args:
         shape: the model it is going to be used with; None checks the file alone.
+        any_weights: whether a model of the same sizes with other weights will do.
 
     Raises:
         UserError: missing or damaged file, unknown keys, wrong counts, impossible parameters, another model.
     """
     path = Path(path)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such plan file", where=str(path), fix="run `compress search` first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the plan is damaged", where=str(path), expected="JSON", found=str(error), fix="search again"
-        ) from None
-    checksum = raw.pop("checksum", None) if isinstance(raw, dict) else None
-    try:
-        plan = Plan.model_validate(raw)
-    except ValidationError as error:
-        problems = [
-            Problem(
-                item["msg"],
-                f"{path}: {'.'.join(str(part) for part in item['loc'])}",
-                found=repr(item["input"])[:80],
-            )
-            for item in error.errors(include_url=False)
-        ]
-        raise UserError(problems) from None
+    raw = read_object(path, "the plan", fix="run `compress search`")
+    checked = CHECKSUM in raw
+    checksum = raw.pop(CHECKSUM, None)
+    plan = validated(Plan, raw, "the plan", str(path))
     problems = _count_problems(plan, str(path))
-    if checksum is not None and checksum != _checksum(raw):
+    if checked and checksum != checksum_of(raw):
         problems.append(
             Problem(
                 "the plan is damaged: its content does not match its checksum",
                 str(path),
-                expected=str(checksum),
-                found=_checksum(raw),
+                expected=reprlib.repr(checksum),
+                found=checksum_of(raw),
                 fix="search again; if you edited the plan by hand, remove its `checksum` line",
             )
         )
     if shape is not None:
-        problems += _model_problems(plan, shape, str(path))
+        problems += _model_problems(plan, shape, str(path), any_weights)
     if problems:
         raise UserError(problems)
     return plan

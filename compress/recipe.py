@@ -6,19 +6,22 @@ classes that the caller hands in as `Methods`; their fields are the recipe's key
 
 from __future__ import annotations
 
+import io
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, ValidationError, field_validator
 
+from compress.encodings import decode, wrong_byte
 from compress.errors import Problem, UserError, nearest
-from compress.located_yaml import KeyPath, LocatedYaml, key_path, read_located, unknown_key
-from compress.registry import Method
+from compress.limits import BATCH, DOCUMENT_TOKENS, SEED
+from compress.located_yaml import MOST_CHARACTERS, KeyPath, LocatedYaml, key_path, read_located, unknown_key
+from compress.registry import Method, PathText
 
 AnyMethod = SerializeAsAny[Method]
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
@@ -70,7 +73,9 @@ class ExportSection(Section):
         "plans of full layers and one window without sinks; auto is native where the plan allows it",
     )
     dtype: Dtype | None = Field(None, description="dtype of the weights on disk; null keeps the recipe's")
-    max_shard_size: str = Field("5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="largest weight file, as 5GB")
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^[1-9][0-9]{0,5}(KB|MB|GB)$", description="largest weight file, as 5GB"
+    )
 
 
 class EvaluateSection(Section):
@@ -83,7 +88,7 @@ class EvaluateSection(Section):
     recall: tuple[AnyMethod, ...] = Field((), description="recall tasks, one entry per task and length")
     lm_eval: AnyMethod | None = Field(None, description="lm-eval tasks and long-context suites")
     latency: AnyMethod | None = Field(None, description="time of a prefill and a decode step beside the dense model's")
-    batch_size: int = Field(1, ge=1, description="recall prompts answered at once; more is faster on a GPU")
+    batch_size: int = Field(1, ge=1, le=BATCH, description="recall prompts answered at once; more is faster on a GPU")
 
     @field_validator("compare")
     @classmethod
@@ -97,11 +102,13 @@ class Recipe(Section):
     """One run, from the model to the numbers."""
 
     schema_: Literal[1] = Field(1, alias="schema", description="version of this form")
-    model: str = Field(min_length=1, description="demo/smollm2-135m, a hub id, a folder, or a .gguf file")
+    model: PathText = Field(description="demo/smollm2-135m, a hub id, a folder, or a .gguf file")
     dtype: Dtype = Field("float32", description="dtype of the weights in memory")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    seed: int = Field(0, ge=0, description="of documents, sampling and evaluation")
-    output: str = Field(min_length=1, description="the run folder, relative to the current folder")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
+    seed: int = Field(0, ge=0, le=SEED, description="of documents, sampling and evaluation")
+    output: PathText = Field(description="the run folder, relative to the current folder")
     calibration: CalibrationSection
     profile: ProfileSection
     search: SearchSection
@@ -146,7 +153,11 @@ class Recipe(Section):
 
 @dataclass(frozen=True)
 class Methods:
-    """The classes that a recipe may name, by the name it gives them."""
+    """The classes that a recipe may name, by the name it gives them.
+
+    Attributes:
+        check: what they know of what does not go together, as keys and problems without a place.
+    """
 
     statistics: Mapping[str, type[Method]]
     solvers: Mapping[str, type[Method]]
@@ -158,6 +169,7 @@ class Methods:
     perplexity: type[Method]
     lm_eval: type[Method]
     latency: type[Method]
+    check: Callable[[Recipe], list[tuple[KeyPath, Problem]]] = lambda recipe: []
 
 
 @dataclass(frozen=True)
@@ -198,11 +210,15 @@ _SLOTS = (
     _Slot(("evaluate", "latency"), "latency", None, False, optional=True),
 )
 _SINGULAR = {"sources": "text source", "tasks": "task", "statistics": "statistic", "solvers": "solver"}
+MOST_BYTES = 4 * MOST_CHARACTERS
 _DEFAULT_SECTIONS = ("profile", "evaluate")
 
 
-def load_recipe(path: Path | str, methods: Methods) -> Recipe:
+def load_recipe(path: Path | str, methods: Methods | Callable[[], Methods]) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        methods: what a recipe may name, or what gathers it, which is called only for a recipe with the right outline.
 
     Raises:
         UserError: no such file, or everything that is wrong with it: each problem with file, line, column, key,
@@ -210,17 +226,38 @@ def load_recipe(path: Path | str, methods: Methods) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise UserError("no such recipe file", where=str(path), fix=_similar_file(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError("the recipe is not UTF-8 text", where=str(path), found=f"byte {error.start}") from None
-    except OSError as error:
-        raise UserError("the recipe cannot be read", where=str(path), found=error.strerror) from None
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        raise UserError(
+            "the recipe cannot be read: it is a folder",
+            where=str(path),
+            expected="a .yaml file",
+            fix=f"did you mean `{inside}`?" if inside.is_file() else None,
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError("the recipe cannot be read", where=str(path), found=_reason(error)) from None
+    if len(data) > MOST_BYTES:
+        raise UserError(
+            "the file is too large to be a recipe", where=str(path), expected=f"at most {MOST_BYTES:,} bytes"
+        )
+    try:
+        text = decode(data)
+    except UnicodeDecodeError:
+        raise UserError(
+            "the recipe is not UTF-8 text", where=str(path), found=wrong_byte(io.BytesIO(data)), fix="save it as UTF-8"
+        ) from None
     return parse_recipe(text, methods, path)
 
 
-def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def parse_recipe(text: str, methods: Methods | Callable[[], Methods], path: Path) -> Recipe:
     """`load_recipe` for a text; `path` is what problems name. Raises UserError."""
     located = read_located(text, str(path))
     problems = list(located.problems)
@@ -232,6 +269,11 @@ def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
                 )
             )
         raise UserError(problems)
+    if not isinstance(methods, Methods):
+        problems += _outline(located)
+        if problems:
+            raise UserError(sorted(problems, key=_place))
+        methods = methods()
     data = _copy(located.data)
     for section in _DEFAULT_SECTIONS:
         if data.get(section) is None:
@@ -245,11 +287,29 @@ def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
     except ValidationError as error:
         problems += [_problem(item, (), Recipe, located) for item in error.errors(include_url=False)]
     if recipe is not None:
-        problems += _cross_checks(recipe, located) + _missing_statistics(recipe, names, located)
+        recipe._text, recipe._source, recipe._names = text, path, names
+        problems += _cross_checks(recipe, located) + _missing_scores(recipe, methods, located)
+        for keys, found in [] if problems else methods.check(recipe):
+            found.where = located.where(keys)
+            problems.append(found)
     if problems or recipe is None:
-        raise UserError(sorted(problems, key=_place))
-    recipe._text, recipe._source, recipe._names = text, path, names
+        # Where the text itself is wrong, what was put in its place is nothing to complain of, too.
+        told = {problem.where for problem in located.problems}
+        others = [problem for problem in problems if problem.where not in told]
+        raise UserError(sorted([*located.problems, *others], key=_place))
     return recipe
+
+
+def _outline(located: LocatedYaml) -> list[Problem]:
+    """What is wrong with the keys of the top level, which needs no method to be known."""
+    fields = {field.alias or name: field for name, field in Recipe.model_fields.items()}
+    unknown = [unknown_key((key,), list(fields), located) for key in located.data if key not in fields]
+    missing = [
+        Problem(f"missing key `{name}`", located.where(()), expected=field.description)
+        for name, field in fields.items()
+        if field.is_required() and name not in located.data and name not in _DEFAULT_SECTIONS
+    ]
+    return unknown + missing
 
 
 def _copy(data: Any) -> Any:
@@ -496,6 +556,7 @@ def _cross_checks(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
                         fix="raise `count` instead" if path[0] != "profile" else "remove one of the two",
                     )
                 )
+    problems += _too_many_documents(recipe, located)
     for i, method in enumerate(recipe.evaluate.recall):
         if "digits" not in type(method).model_fields and type(method) is not Method:
             problems.append(
@@ -509,20 +570,60 @@ def _cross_checks(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
     return problems
 
 
-def _missing_statistics(recipe: Recipe, names: dict[type[Method], str], located: LocatedYaml) -> list[Problem]:
-    """Statistics that the solver reads by name and the profile would not have, which only the search would find out."""
-    listed = [names[type(method)] for method in recipe.profile.statistics if type(method) in names]
-    return [
-        Problem(
-            f"the solver reads `{name}`, which is not measured",
-            located.where(("search", "solver")),
-            expected=f"one of `profile.statistics`: {', '.join(listed) or 'none'}",
-            found=name,
-            fix=nearest(name, listed) or f"add `{{name: {name}}}` to `profile.statistics`",
-        )
-        for name in recipe.search.solver.statistics_read()
-        if name not in listed
+def _too_many_documents(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
+    """Lists of documents that are each within the limits, and together more than a memory holds."""
+    calibration = recipe.calibration
+    lists: list[tuple[KeyPath, Any]] = [
+        (("calibration", "documents"), calibration.documents),
+        (("calibration", "training"), calibration.training),
+        (("calibration", "held_out"), calibration.held_out),
+        (("evaluate", "recall"), recipe.evaluate.recall),
     ]
+    problems = []
+    for path, tasks in lists:
+        tokens = sum(task.length * task.count for task in tasks if type(task) is not Method)
+        if tokens > DOCUMENT_TOKENS:
+            problems.append(
+                Problem(
+                    f"`{key_path(path)}` asks for too many tokens",
+                    located.where(path),
+                    expected=f"at most {DOCUMENT_TOKENS:,} tokens, length times count, of all entries together",
+                    found=f"{tokens:,}",
+                    fix="lower `count` or `length`",
+                )
+            )
+    return problems
+
+
+FORMS = {
+    "units": "a score of every head and neuron",
+    "means": "mean inputs, which removed heads and neurons are compensated with",
+    "groups": "one number for every head group",
+    "rules": "a table of span rules",
+}
+
+
+def _missing_scores(recipe: Recipe, methods: Methods, located: LocatedYaml) -> list[Problem]:
+    """What the solver reads by name and the profile would not have, which only the search would find out."""
+    listed: dict[str, str] = {}
+    for statistic in recipe.profile.statistics:
+        listed |= statistic.gives
+    owners = {name: owner for owner, statistic in methods.statistics.items() for name in statistic.gives}
+    problems = []
+    for name, form in recipe.search.solver.scores_read().items():
+        if listed.get(name) == form:
+            continue
+        fitting = [other for other in listed if listed[other] == form]
+        fix = nearest(name, fitting)
+        if name in listed:
+            what, found = f"the solver cannot use `{name}`", f"{name}, {FORMS[listed[name]]}"
+        else:
+            what, found = f"the solver reads `{name}`, which is not measured", name
+            if fix is None and name in owners and methods.statistics[owners[name]].gives[name] == form:
+                fix = f"add `{{name: {owners[name]}}}` to `profile.statistics`"
+        expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
+        problems.append(Problem(what, located.where(("search", "solver")), expected, found, fix))
+    return problems
 
 
 def _similar_file(path: Path) -> str | None:

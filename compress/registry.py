@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.errors import UserError, nearest
+
+
+def _usable(path: str) -> str:
+    """A path that the operating system can be asked for, whether or not anything is there."""
+    try:
+        parts = Path(path).expanduser().parts
+    except RuntimeError:
+        raise ValueError(f"expected a path; nobody here has the home folder of `{path.split('/')[0][:60]}`") from None
+    if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in parts):
+        raise ValueError(f"expected a path; a name in it has more than {LONGEST_NAME} bytes")
+    return path
+
+
+LONGEST_NAME = 255  # bytes, of a file or folder in all common file systems
+PathText = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_usable)]
 
 
 class Method(BaseModel):
@@ -15,9 +31,13 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def statistics_read(self) -> tuple[str, ...]:
-        """Names of the statistics that a profile must have for it, as far as its fields name them."""
-        return ()
+    # What a statistic leaves for a search to read, by name: `units` (a score of every head and neuron), `means` (their
+    # mean inputs), `groups` (one number a head group) or `rules` (a table of span rules).
+    gives: ClassVar[Mapping[str, str]] = {}
+
+    def scores_read(self) -> Mapping[str, str]:
+        """What a profile must have for it, as far as its fields name that: names and forms as in `gives`."""
+        return {}
 
 
 T = TypeVar("T", bound=Method)

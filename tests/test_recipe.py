@@ -1,10 +1,18 @@
 """Recipes: every shipped one reads, and a wrong one reports all that is wrong, with its place."""
 
+import codecs
+import itertools
 import json
 import re
+import time
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from compress.cli import methods
 from compress.errors import UserError
@@ -155,3 +163,176 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path, known: Methods) ->
         load_recipe(tmp_path / "bad.yaml", known)
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(tmp_path, known)
+
+
+DAMAGED = Path(__file__).parent / "damaged" / "recipe-25.yaml"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
+    for old, new in itertools.pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        (DAMAGED.read_text(), "1:51", "more than 50 levels"),
+        ("{a: " * 2000, "1:", "more than 50 levels"),
+        ("- " * 2000, "1:101", "more than 50 levels"),
+        (BOMB, "1:", "at most 20,000 values"),
+        ("- a\n" * 30_000, "", "more than 20,000 values"),
+        (f"a: &a {'x' * 1000}\nb: [{', '.join(['*a'] * 300)}]", "1:4", "200,000 characters, aliases written out"),
+        ("a: " + "x" * 300_000, "", "300,003 characters"),
+        ("a: " + "9" * 5000, "1:4", "too many digits"),
+        ("a: 0x" + "f" * 4000, "1:4", "too many digits"),
+        ("a: 1:1:1:1:1:1:1:1:1:1:1:1:1", "1:4", "too many digits"),
+        ("a: 99999999999999999999", "1:4", "at most 18"),
+        ("a: .inf", "1:4", "not finite"),
+        ("a: -.inf", "1:4", "not finite"),
+        ("a: .NaN", "1:4", "not finite"),
+        ("a: 1e999", "1:4", "not finite"),
+        ("a: !!python/object/apply:os.system [ls]", "1:4", "tags are not read here"),
+        ("a: !!python/name:os.system x", "1:4", "`!!python/name:os.system`"),
+        ("!mine {a: 1}", "1:1", "`!mine`"),
+        ("a: !!bool maybe", "1:4", "this is no bool"),
+        ("a: !!int ''", "1:4", "this is no int"),
+        ("a: 0b_", "1:4", "this is no int"),
+        ("1: a\n1.0: b", "2:1", "given twice"),
+        ("1: a\n'1': b", "2:1", "given twice"),
+        ("? [1, 2]\n: 3", "1:3", "a list or a mapping"),
+        ('a: "\\ud800"', "1:4", "U+D800"),
+        ('a: "x\\0y"', "1:4", "U+0000"),
+        ("a: 1\nb: \x07", "2:4", "U+0007"),
+    ],
+)
+def test_what_a_few_bytes_of_yaml_may_not_do(text: str, place: str, message: str, known: Methods) -> None:
+    started = time.process_time()
+    found = problems(text, known)
+    assert any(line.startswith(f"r.yaml:{place}") and message in line for line in found), found
+    assert time.process_time() - started < 10
+
+
+def numbers(schema: Any, seen: set[type]) -> Iterator[tuple[str, str, list[Any]]]:
+    """Class, key and constraints of every number in a schema, through lists, mappings and inner classes."""
+    if schema in seen:
+        return
+    seen.add(schema)
+    for name, field in schema.model_fields.items():
+        yield from inner_numbers(field.annotation, list(field.metadata), schema.__name__, name, seen)
+
+
+def inner_numbers(
+    annotation: Any, metadata: list[Any], owner: str, key: str, seen: set[type]
+) -> Iterator[tuple[str, str, list[Any]]]:
+    if annotation in (int, float):
+        yield owner, key, metadata
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from numbers(annotation, seen)
+    elif typing.get_origin(annotation) is Annotated:
+        inner, *more = typing.get_args(annotation)
+        found = [each for part in more for each in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        yield from inner_numbers(inner, [*metadata, *found], owner, key, seen)
+    elif typing.get_origin(annotation) is not Literal:
+        for inner in typing.get_args(annotation):
+            yield from inner_numbers(inner, metadata, owner, key, seen)
+
+
+# Checked by validators of their own, with shares up to 1 or the limits of lengths.
+ELSEWHERE = {("Budget", "kv"), ("Budget", "density"), ("SpanGrid", "betas")}
+ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue")}
+# Nothing grows with them: shares to clip, weights of scores, layers of the model, full groups of a layer.
+HARMLESS = {
+    ("Amp", "attention"),
+    ("Allocated", "protect"),
+    ("Amp", "protect"),
+    ("Heads", "score"),
+    ("Layers", "score"),
+    ("Heads", "most_per_layer"),
+}
+
+
+def test_every_number_has_a_limit(known: Methods) -> None:
+    many = (known.statistics, known.solvers, known.tasks, known.sources)
+    classes: list[Any] = [Recipe, *(each for group in many for each in group.values())]
+    classes += [known.budget, known.refine, known.recover, known.perplexity, known.lm_eval, known.latency]
+    seen: set[type] = set()
+    free = {
+        (owner, key)
+        for schema in classes
+        for owner, key, constraints in numbers(schema, seen)
+        if not any(hasattr(each, "le") or hasattr(each, "lt") for each in constraints)
+    }
+    assert len(seen) > 30
+    assert free == ELSEWHERE | HARMLESS | {("RecoverSettings", "tokens")}  # steps and sequences are limited instead
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ("count: 1", "count: 99999999999999", "less than or equal to 10000"),
+        ("length: 128,", "length: 99999999999999,", "less than or equal to 16777216"),
+        ("length: 128, count: 1", "length: 100000, count: 10000", "at most 67,108,864 tokens"),
+        ("model:", "recover: {tokens: 999999999999999}\nmodel:", "1,000,000 steps and 100,000,000 sequences"),
+        ("model:", "recover: {steps: 1, batch_size: 99999999999}\nmodel:", "less than or equal to 65536"),
+        ("model:", "recover: {steps: 999999, batch_size: 60000}\nmodel:", "100,000,000 sequences"),
+        ("model:", "evaluate: {perplexity: {length: 64, windows: 99999999999}}\nmodel:", "less than or equal to"),
+        ("model:", "evaluate: {lm_eval: {limit: 99999999999}}\nmodel:", "less than or equal to"),
+        ("model:", "evaluate: {lm_eval: {suites: [lines], lengths: [99999999999]}}\nmodel:", "less than or equal to"),
+        ("model:", "evaluate: {batch_size: 99999999999}\nmodel:", "less than or equal to 65536"),
+        ("lengths: [128]", "lengths: [99999999999999]", "less than or equal to 16777216"),
+        ("{kv: 0.5, lengths: [128]}", "{kv: {128: 1.0e+300}}", "at most 1,000,000,000,000,000"),
+        ("{kv: 0.5, lengths: [128]}", "{density: {999999999999: 0.5}}", "at most 16,777,216"),
+        ("{kv: 0.5, lengths: [128]}", f"{{kv: 0.5, lengths: {list(range(1, 100))}}}", "at most 64"),
+        ("budget:", "refine: {minutes: 1.0e+300}\n  budget:", "less than or equal to 100000"),
+        ("budget:", "refine: {weights: {passkey: 0}}\n  budget:", "greater than 0"),
+        ("count: 1", "count: 1, digits: .inf", "not finite"),
+        ("output: runs/x", "output: ~nobody-of-this-name/x", "home folder of `~nobody-of-this-name`"),
+        ("demo/smollm2-135m", "~nobody-of-this-name/x", "home folder"),
+        ("output: runs/x", f"output: runs/{'x' * 300}", "more than 255 bytes"),
+        ("model:", f"evaluate: {{lm_eval: {{include: '{'x' * 300}'}}}}\nmodel:", "more than 255 bytes"),
+        ("kv: 0.5", f"decode_time: 0.5, cost_table: ['{'x' * 300}']", "more than 255 bytes"),
+        ("model:", "seed: 4294967296\nmodel:", "less than or equal to 4294967295"),
+        ("model:", f"device: cuda:{'9' * 5000}\nmodel:", "cuda:N"),
+        ("model:", f"export: {{max_shard_size: {'9' * 5000}GB}}\nmodel:", "5GB"),
+    ],
+)
+def test_more_than_anyone_can_use_is_refused(old: str, new: str, hint: str, known: Methods) -> None:
+    found = problems(MINIMAL.replace(old, new, 1), known)
+    assert any(hint in line for line in found), found
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+    ],
+)
+def test_byte_order_marks_and_line_ends(mark: bytes, encoding: str, ends: str, tmp_path: Path, known: Methods) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(mark + MINIMAL.replace("runs/x", "runs/ä").replace("\n", ends).encode(encoding))
+    recipe = load_recipe(path, known)
+    assert recipe.output == "runs/ä"
+    assert recipe.text == MINIMAL.replace("runs/x", "runs/ä")
+
+
+def test_a_recipe_that_is_not_utf_8_says_where(tmp_path: Path, known: Methods) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes("a: 1\r\nb: ä\nc: ".encode() + b"\xe4\n")
+    with pytest.raises(UserError, match="not UTF-8 in line 3, byte 15 of the file"):
+        load_recipe(path, known)
+    path.write_bytes(codecs.BOM_UTF16_LE + "a: 1\nb: ".encode("utf-16-le") + b"\x00\xd8")
+    with pytest.raises(UserError, match="not UTF-16-LE in line 2, byte 18"):
+        load_recipe(path, known)
+    path.write_bytes(b"#" * 1_000_000)
+    with pytest.raises(UserError, match="too large to be a recipe"):
+        load_recipe(path, known)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe("a\0b.yaml", known)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"it is a folder[\s\S]*did you mean `.*run/recipe.yaml`"):
+        load_recipe(tmp_path / "run", known)

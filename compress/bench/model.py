@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
 from compress.errors import UserError
+from compress.models.replaced import refuse_arguments
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
@@ -77,14 +78,16 @@ class DenseLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
 
-def _dense(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+def _dense(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **others: Any) -> Any:
+    refuse_arguments(module, others)
     with sdpa_kernel(module.config.bench_backend):
         causal = query.shape[2] > 1
         out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
 
 
-def _none(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+def _none(module: Any, query: Any, key: Any, value: Any, mask: Any, **others: Any) -> Any:
+    refuse_arguments(module, others)
     return query.transpose(1, 2), None
 
 

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.bench.kernel import Shape, mix
 from compress.bench.model import random_model
 from compress.bench.shapes import SHAPES
 from compress.errors import UserError
-from compress.models.families import family_of
-from compress.models.load import check_loaded, load_model
+from compress.json_file import read_object
+from compress.models.carried import check_carried
+from compress.models.families import family_of, unsupported
+from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
+from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
+from compress.models.memory import available_bytes
+from compress.models.shape import shape_of
+from compress.models.weights import read_tensors
 from compress.plan import read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.span import Span
 from compress.runtime.widths import Width
 from compress.targets.apply import planned_model, with_runtime_plan
 
-CARRIED = ("compress_plan", "compress_impl", "auto_map", "architectures", "transformers_version")
+META = torch.device("meta")
+CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
 
 
 class Source:
-    """A model by name, loaded when it is asked for.
+    """A model by name, loaded when it is asked for; its small files are checked at once.
 
     Args:
         spec: a name of `SHAPES`, a config.json, an exported checkpoint, or what a recipe's `model:` takes.
         plan: a plan.json for a model that carries none; it may remove heads and neurons.
 
     Raises:
-        UserError: nothing of that name.
+        UserError: nothing of that name, or files that are damaged or of a model that is not supported.
     """
 
     def __init__(self, spec: str, plan: str | None = None) -> None:
         self.spec, self.plan_file = spec, plan
         path = Path(spec).expanduser()
         self.values: dict[str, Any] | None = None
+        self.checkpoint: dict[str, Any] = {}
         if spec in SHAPES:
             self.values = SHAPES[spec]
         elif path.suffix == ".json":
-            if not path.is_file():
-                raise UserError("no such configuration", where=spec, expected="a config.json")
-            self.values = json.loads(path.read_text(encoding="utf-8"))
-        found = path / "config.json"
-        self.checkpoint = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+            self.values = read_object(path, "the configuration", fix="name a config.json", finite=False)
+            check_values(self.values, str(path))
+        elif path.is_dir():
+            self.checkpoint = read_config(path, spec)
+            tensors = read_tensors(path, self.checkpoint.get("transformers_weights"))
+            if self.carries_plan:
+                config = self._stock_config()
+                where = str(path / CONFIG)
+                check_carried(self.checkpoint[PLAN], config.num_hidden_layers, where)
+                # Layers that were made narrower hold fewer numbers than the configuration describes.
+                check_sizes(config, tensors, where, whole=not self.has_own_widths)
         self.random = self.values is not None
 
     @property
@@ -56,10 +70,10 @@ class Source:
 
     def shape(self) -> Shape:
         """Heads of one layer, without loading weights where the configuration says it."""
-        values = self.values or self.checkpoint or load_model(self.spec).model.config.to_dict()
-        heads = values["num_attention_heads"]
-        dim = values.get("head_dim") or values["hidden_size"] // heads
-        return Shape(self.name, heads, values.get("num_key_value_heads") or heads, dim)
+        config = self._stock_config() if self.values or self.checkpoint else load_config(self.spec)
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return Shape(self.name, heads, config.num_key_value_heads, dim)
 
     def dense(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The dense model; of an exported checkpoint, the stock architecture on its weights, without remote code.
@@ -68,6 +82,7 @@ class Source:
             UserError: the checkpoint's layers have widths of their own, so that no dense model has its weights.
         """
         if self.values is not None:
+            self._check_memory(device, dtype)
             return random_model(self.values, device, dtype)
         if not self.carries_plan:
             return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
@@ -78,16 +93,32 @@ class Source:
                 fix="name the model that it was made from as the dense one: compress eval DENSE CHECKPOINT, or "
                 "compress bench CHECKPOINT --dense DENSE",
             )
-        options: dict[str, Any] = {"config": self._stock_config(), "dtype": dtype, "output_loading_info": True}
-        found: Any = AutoModelForCausalLM.from_pretrained(self.spec, **options)
-        model, told = found
-        check_loaded(self.spec, told)
-        return model.to(device).eval()
+        return self._weights_in(AutoModelForCausalLM, device, dtype, config=self._stock_config())
+
+    def _check_memory(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse random weights that do not fit, by the numbers of one layer and of none, which take no memory."""
+        config = self._stock_config()
+        layers = config.num_hidden_layers
+
+        def numbers(count: int) -> int:
+            values = {**config.to_dict(), "num_hidden_layers": count, "layer_types": None}
+            return sum(weight.numel() for weight in random_model(values, META, dtype).parameters())
+
+        none, one = read_by("configuration", self.spec, lambda: (numbers(0), numbers(1)))
+        needed, free = (none + layers * (one - none)) * dtype.itemsize, available_bytes(device)
+        if free is not None and needed > free:
+            raise UserError(
+                "random weights of this shape take more memory than there is",
+                where=self.spec,
+                expected=f"at most {free:,} bytes on {device}",
+                found=f"{needed:,} bytes, {layers:,} layers",
+                fix="take a smaller shape, or --what kernel,layer, which make one layer",
+            )
 
     @property
     def carries_plan(self) -> bool:
         """Whether it is a checkpoint in the patched form."""
-        return "compress_plan" in self.checkpoint
+        return PLAN in self.checkpoint
 
     @property
     def has_own_widths(self) -> bool:
@@ -95,27 +126,38 @@ class Source:
         if not self.carries_plan:
             return False
         config = self._stock_config()
-        return any(
-            Width.of_plan(layer, config) != Width.of(config) for layer in self.checkpoint["compress_plan"]["layers"]
-        )
+        return any(Width.of_plan(layer, config) != Width.of(config) for layer in self.checkpoint[PLAN]["layers"])
 
     def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
         planned = family_of(self._stock_config()).planned
-        model_class = getattr(modeling_compress, f"{planned}ForCausalLM")
-        model, told = model_class.from_pretrained(self.spec, dtype=dtype, output_loading_info=True)
+        return self._weights_in(getattr(modeling_compress, f"{planned}ForCausalLM"), device, dtype)
+
+    def _weights_in(self, model_class: Any, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+        """The checkpoint's weights in a class of our own or of transformers, in eval mode; never a pickle."""
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        folder = Path(self.spec).expanduser()
+        with quiet():
+            model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
         check_loaded(self.spec, told)
         return model.to(device).eval()
 
     def _stock_config(self) -> Any:
-        stock = {key: value for key, value in self.checkpoint.items() if key not in CARRIED}
-        return AutoConfig.for_model(stock.pop("model_type").removeprefix("compress_"), **stock)
+        """The configuration of the stock architecture, with what is set instead of values such as `return_dict`."""
+        values = self.values or self.checkpoint
+        stock = {key: value for key, value in values.items() if key not in CARRIED} | repairs(values)[0]
+        model_type = stock.pop("model_type").removeprefix("compress_")
+        if model_type not in CONFIG_MAPPING:
+            raise unsupported(model_type, values.get("architectures") or [])
+        config = read_by("configuration", self.spec, lambda: AutoConfig.for_model(model_type, **stock))
+        family_of(config, self.spec)
+        return config
 
     def layer(self, device: torch.device, dtype: torch.dtype) -> Any:
         """One decoder layer of this shape with random weights, behind a vocabulary that costs nothing."""
-        values = self.values or self.checkpoint or load_model(self.spec).model.config.to_dict()
+        values = self.values or self.checkpoint or load_config(self.spec).to_dict()
         known = {key: value for key, value in values.items() if key not in (*CARRIED, "layer_types")}
         known["model_type"] = known["model_type"].removeprefix("compress_")
         return random_model(known | {"num_hidden_layers": 1, "vocab_size": 256}, device, dtype)
@@ -128,9 +170,11 @@ class Source:
             layers = [{"groups": [group_of(span) for span in spans]} for _ in range(config.num_hidden_layers)]
             return with_runtime_plan(dense, {"schema": 1, "layers": layers}), name
         if self.plan_file is not None:
-            return planned_model(dense, read_plan(self.plan_file)), Path(self.plan_file).name
+            # Random weights are nobody's: there only the sizes have to be those of the plan.
+            plan = read_plan(self.plan_file, shape_of(dense), any_weights=self.random)
+            return planned_model(dense, plan), Path(self.plan_file).name
         if self.carries_plan:
-            return with_runtime_plan(dense, self.checkpoint["compress_plan"]), "its own plan"
+            return with_runtime_plan(dense, self.checkpoint[PLAN]), "its own plan"
         raise UserError(
             f"{self.spec} carries no plan",
             expected="--plan plan.json, a named --mix (A, B or full), or the --dense model of a pruned checkpoint",

@@ -8,8 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from compress.bench.shapes import SHAPES
+from compress.cli import arguments
+from compress.cli.arguments import MOST_BATCH, MOST_SEED
 from compress.cli.output import AsJson, Verbose, say
+from compress.errors import UserError
 
+MIXES = ("A", "B", "full")
 KINDS = ("kernel", "layer", "model")
 
 
@@ -22,37 +27,48 @@ def bench(
     ] = None,
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 1,
-    impl: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences of a decode step.")] = 1,
+    impl: Annotated[str, typer.Option(help="auto, reference, triton or flash.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random numbers.")] = 0,
     out: Annotated[str | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure attention alone and the whole model, always beside the fastest dense attention of PyTorch."""
-    from compress.errors import UserError
-
-    kinds = _names(what, KINDS, "--what")
-    mixes = _names(mix, ("A", "B", "full"), "--mix") if mix else []
-    try:
-        sizes = [int(text) for text in lengths.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 2:
-        raise UserError("lengths are whole numbers of tokens, at least 2", where="--lengths", found=lengths)
+    kinds = arguments.names(what, KINDS, "--what")
+    mixes = arguments.names(mix, MIXES, "--mix")
+    sizes = arguments.lengths(lengths)
+    arguments.one_of(impl, arguments.IMPLS, "--impl")
+    arguments.one_of(dtype, arguments.DTYPES, "--dtype")
+    arguments.device(device)
+    if model not in SHAPES:
+        arguments.model(model)
+    if plan is not None and not arguments.given_path(plan, "--plan").is_file():
+        raise UserError("no such plan", where=plan, expected="a plan.json", fix="`compress search` writes one")
+    if dense is not None:
+        arguments.model(dense, "--dense")
+    if mixes and plan is not None:
+        raise UserError("a plan and a named plan are given", where="--mix", fix="leave out --mix or --plan")
     if not mixes:  # kernels and single layers are measured with a named plan
         kinds = [kind for kind in kinds if kind == "model"]
         if not kinds:
-            raise UserError("kernels and layers are measured with a named plan", where="--mix", expected="A, B or full")
+            raise UserError(
+                "kernels and layers are measured with a named plan",
+                where="--mix",
+                expected="A, B or full",
+                found="none",
+                fix="add --mix A, or measure --what model",
+            )
     elif dense is not None:
         raise UserError("a named plan is measured on the model itself", where="--dense", fix="leave out one of the two")
     if dense is not None and plan is not None:
         raise UserError("a plan.json is measured on the model itself", where="--dense", fix="leave out one of the two")
+    folder = None if out is None else arguments.out_folder(out)
     report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed, dense)
-    if out is not None:
-        _write(report, Path(out))
+    if folder is not None:
+        _write(report, folder)
     if as_json:
         typer.echo(json.dumps(report["values"], indent=1))
     else:
@@ -83,8 +99,15 @@ def measure(
     from compress.cli.environment import environment
     from compress.cli.session import resolve_device
     from compress.models.load import DTYPES
+    from compress.runtime.attention import explain_impl
 
     where = torch.device(resolve_device(device))
+    try:
+        explain_impl(impl, where, DTYPES[dtype], 128)
+    except ValueError as error:
+        raise UserError(
+            "this attention cannot run here", where="--impl", found=str(error), fix="use auto or reference"
+        ) from error
     torch.manual_seed(seed)
     source = Source(model, plan)
     copy = measure.copy_bandwidth(where)
@@ -153,22 +176,14 @@ def measure(
     return {"values": values, "rows": rows, "models": models, "copy": copy}
 
 
-def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
-    from compress.errors import UserError
-
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError("unknown name", where=option, expected=f"of {', '.join(known)}", found=name)
-    return names
-
-
 def _write(report: dict[str, Any], folder: Path) -> None:
     from compress.bench.report import plot
-    from compress.files import write_json
+    from compress.files import sweep, write_text
+    from compress.json_file import sealed
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", report["values"])
+    arguments.make_folder(folder)
+    sweep(folder)
+    write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
         try:
             plot(report["rows"], folder / "bench.png")
@@ -177,10 +192,10 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from compress.bench.report import KERNEL_HEAD, kernel_lines, model_lines
+    from compress.cli.tables import show
 
     values = report["values"]
     gpus = values["environment"]["gpus"]
@@ -190,10 +205,10 @@ def _show(report: dict[str, Any]) -> None:
     if report["rows"]:
         table = Table(box=None)
         for column in KERNEL_HEAD:
-            table.add_column(column)
+            table.add_column(column, justify="left" if column in ("", "plan") else "right")
         for row in report["rows"]:
             table.add_row(*kernel_lines(row, report["copy"]))
-        Console(width=160).print(table)
+        show(table)
         for what, length in values["break_even"].items():
             typer.echo(f"break-even, {what}: {'not reached' if length is None else f'{length:,} tokens'}")
     for row in report["models"]:

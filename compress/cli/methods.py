@@ -23,6 +23,7 @@ def load() -> Methods:
     from compress.recipe import Methods
     from compress.recover.settings import RecoverSettings
     from compress.search.budget import Budget
+    from compress.search.methods import check_recipe
     from compress.search.refine import Refine
 
     sources: tuple[type[registry.Method], ...] = (EmbeddedText, FileText, DatasetText)
@@ -37,4 +38,5 @@ def load() -> Methods:
         perplexity=PerplexityRequest,
         lm_eval=HarnessRequest,
         latency=LatencyRequest,
+        check=check_recipe,
     )

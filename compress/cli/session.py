@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli import methods, processes
+from compress.cli import arguments, methods, processes
+from compress.cli.inputs import Inputs
 from compress.cli.output import say
 from compress.cli.recovery import CONTROL, RECORD
-from compress.files import write_json
+from compress.data.text import MOST, Part, characters_for
+from compress.files import sweep_scratch, write_json
 from compress.recipe import Recipe, load_recipe
 from compress.runfolder import RunFolder, open_run, stage_key
 
@@ -34,6 +36,7 @@ class Session:
     run: RunFolder
     resolved: dict[str, Any]
     helper: bool = False
+    _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -50,14 +53,27 @@ class Session:
             f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
+        for note in loaded.notes:
+            say(f"  {note}")
         return loaded
 
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
-        from compress.models.shape import shape_of
+        return self.loaded.shape
 
-        return shape_of(self.loaded.model)
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; nothing inside `outline`."""
+        return "" if self._weightless else self.shape.fingerprint
+
+    def outline(self, key: Callable[[], str]) -> str:
+        """A key of this session without what only the weights tell: it is known before they are loaded."""
+        self._weightless = True
+        try:
+            return key()
+        finally:
+            self._weightless = False
 
     @staticmethod
     def shape_line(model: Any) -> str:
@@ -69,12 +85,21 @@ class Session:
             f"{config.num_key_value_heads} key/value heads, {parameters / 1e6:.3g}M parameters"
         )
 
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        """Hashes of all that the recipe names besides the model."""
+        return Inputs(self.run.path, keeps=not self.helper)
+
     def profile_key(self) -> str:
         """All that a profile depends on."""
         calibration = self.resolved["calibration"]
+        section = self.recipe.calibration
+        read = [*section.documents, *section.training]
+        texts = [self._text(source, read, "calibration") for source in (section.text, section.second) if source]
         return stage_key(
             "profile",
-            self.shape.fingerprint,
+            texts,
+            self.fingerprint,
             self.recipe.dtype,
             self.recipe.seed,
             calibration["text"],
@@ -86,10 +111,12 @@ class Session:
 
     def search_key(self) -> str:
         """All that a plan depends on."""
+        section = self.recipe.calibration
         held_out = self.resolved["calibration"]["held_out"]
+        text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         budget: Any = self.recipe.search.budget
-        tables = [self._content(Path(path).expanduser()) for path in budget.tables]
-        return stage_key("search", self.profile_key(), held_out, self.resolved["search"], tables)
+        tables = [self.inputs.file(path) for path in budget.tables]
+        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
@@ -105,9 +132,10 @@ class Session:
             self._content(self.run.plan),
             baselines,
             self.recipe.dtype,
-            self.loaded.model.device.type,
+            resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
             self.resolved["evaluate"],
+            self._evaluated(),
             *self._trained(RECORD, CONTROL),
         )
 
@@ -117,11 +145,33 @@ class Session:
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""
-        return stage_key("control", self.shape.fingerprint, *self._training())
+        return stage_key("control", self.fingerprint, *self._training())
 
     def _training(self) -> list[Any]:
         settings: Any = self.recipe.recover
-        return [settings.facts(), self.resolved["calibration"]["text"], self.recipe.seed, self.recipe.dtype]
+        source: Any = settings.text or self.recipe.calibration.text
+        text = self.inputs.text(source, characters_for(settings.text_tokens, "calibration"))
+        return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
+
+    def _evaluated(self) -> list[str]:
+        """Contents of the texts and task files that the evaluation reads."""
+        evaluate: Any = self.recipe.evaluate
+        request, harness = evaluate.perplexity, evaluate.lm_eval
+        source: Any = self.recipe.calibration.text if request is None else request.text
+        found = []
+        if request is not None:
+            found.append(self.inputs.text(source, characters_for(request.tokens, "evaluation")))
+        if evaluate.recall:
+            found.append(self._text(source, evaluate.recall, "evaluation"))
+        if harness is not None and harness.suites:
+            found.append(self.inputs.text(source, MOST))
+        if harness is not None and harness.include is not None:
+            found.append(self.inputs.files(f"task files: {harness.include}", harness.files))
+        return found
+
+    def _text(self, source: Any, tasks: Any, part: Part) -> str:
+        """The content that some tasks read of a text."""
+        return self.inputs.text(source, characters_for(max((task.length for task in tasks), default=0), part))
 
     def _trained(self, *records: str) -> list[str]:
         """What came of the recovery, where the recipe has one."""
@@ -149,11 +199,12 @@ def open_session(
     import yaml
 
     from compress.cli.environment import environment
+    from compress.export.staging import settle
 
     helper = processes.is_helper()
     if helper and not helpers:
         raise typer.Exit()
-    recipe = load_recipe(recipe_file, methods.load())
+    recipe = load_recipe(arguments.recipe_file(recipe_file), methods.load)
     resolved = recipe.resolved()
     if helper:
         yield Session(recipe, RunFolder(Path(recipe.output).expanduser()), resolved, helper=True)
@@ -161,6 +212,8 @@ def open_session(
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     output = Path(recipe.output).expanduser()
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
+        settle(run.checkpoint)
+        sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
         yield Session(recipe, run, resolved)

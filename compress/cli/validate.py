@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from compress.cli.inputs import input_name
 from compress.cli.output import AsJson, RecipeFile, Verbose, say
 from compress.cli.recovery import row_names
 
 if TYPE_CHECKING:
+    from compress.data.text import Part
+    from compress.errors import Problem
     from compress.recipe import Recipe
     from compress.registry import Method
-
-PARTS = {"documents": "calibration", "second": "calibration", "held_out": "held_out", "recall": "evaluation"}
 
 
 def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -23,17 +27,16 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
 
     Makes every prompt as a run does, so a document that is too long, or a text that is too short, shows here.
     """
-    from rich.console import Console
-
-    from compress.cli import methods
+    from compress.cli import arguments, methods
+    from compress.cli.tables import show
     from compress.recipe import load_recipe
 
-    loaded = load_recipe(recipe, methods.load())
-    tokens = check_texts(loaded)
+    loaded = load_recipe(arguments.recipe_file(recipe), methods.load)
+    tokens = check_run(loaded)
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
         return
-    Console().print(table(loaded))
+    show(table(loaded))
     output = Path(loaded.output).expanduser()
     typer.echo(f"model    {loaded.model}, {loaded.dtype}, device {loaded.device}")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
@@ -122,64 +125,142 @@ def _lines(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"{row['count']} x {row['task']} of {row['length']:,} tokens" for row in rows)
 
 
-def check_texts(recipe: Recipe) -> dict[str, int]:
-    """Make every prompt of the recipe, and give the tokens of each part of the text.
+@dataclass(frozen=True)
+class _Use:
+    """What reads a part of a text.
+
+    Attributes:
+        label: how the printed line names the part.
+        place: the recipe's key.
+        tokens: of the part that are needed.
+        check: called with the token ids of the part, raises UserError where they do not do.
+    """
+
+    label: str
+    source: Any
+    part: Part
+    place: str
+    tokens: int
+    check: Callable[[list[int]], Any]
+
+
+def check_run(recipe: Recipe) -> dict[str, int]:
+    """Check all of a run that needs no weights, every prompt included, and give the tokens of each part of the text.
 
     Raises:
-        UserError: all that does not fit: the model, its context, a text.
+        UserError: all that does not fit: the model, its context, a text, the budget, a file that the recipe names.
     """
     from compress.cli.session import resolve_device
-    from compress.data.text import split_text, tokenise
-    from compress.errors import Problem, UserError
-    from compress.evaluate.perplexity import check_request
-    from compress.models.load import load_config, load_tokenizer
-    from compress.recover.windows import check_windows
+    from compress.data.text import characters_for, split_text, tokenise
+    from compress.errors import UserError
+    from compress.models.load import check_model
+    from compress.models.vocabulary import check_tokens
+    from compress.search.preview import check_search
 
     resolve_device(recipe.device)
-    tokenizer = load_tokenizer(recipe.model)
-    context = getattr(load_config(recipe.model), "max_position_embeddings", None)
-    request: Any = recipe.evaluate.perplexity
-    calibration: Any = recipe.calibration.text
-    evaluation: Any = request.text if request is not None else calibration
-    wanted: tuple[tuple[str, Any, str, Any], ...] = (
-        ("documents", calibration, "calibration.documents", recipe.calibration.documents),
-        ("held_out", calibration, "calibration.held_out", recipe.calibration.held_out),
-        ("recall", evaluation, "evaluate.recall", recipe.evaluate.recall),
-    )
-    if recipe.calibration.second is not None:
-        wanted += (("second", recipe.calibration.second, "calibration.documents", recipe.calibration.documents),)
+    model = check_model(recipe.model)
+    for note in model.notes:
+        say(f"  {note}")
     problems: list[Problem] = []
+
+    def noted(place: str, check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except UserError as error:
+            problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
+
+    documents: Any = recipe.calibration.documents
+    lengths, section = {task.length for task in documents}, recipe.search
+    noted("search", lambda: check_search(model.config, recipe.dtype, section, recipe.profile.statistics, lengths))
+    for place, check in _requests(recipe, model.config):
+        noted(place, check)
+    uses = _uses(recipe, model.tokenizer, model.config)
+    most: dict[str, int] = {}
+    for use in uses:
+        name = use.source.model_dump_json()
+        most[name] = max(most.get(name, 0), characters_for(use.tokens, use.part))
     tokens: dict[str, int] = {}
     texts: dict[str, str] = {}
-    for kind, source, place, requests in wanted:
-        part: Any = PARTS[kind]
-        name = source.model_dump_json()
+    parts: dict[tuple[str, Part], list[int]] = {}
+    for use in uses:
+        name = use.source.model_dump_json()
         if name not in texts:
-            texts[name] = source.load()
-        ids = tokenise(tokenizer, split_text(texts[name], part))
-        tokens["second" if kind == "second" else part] = len(ids)
-        for number, task in enumerate(requests):
-            try:
-                task.make(tokenizer, ids, f"{recipe.seed}/{part}", context=context)
-            except UserError as error:
-                problems += [_placed(problem, f"{recipe.source}: {place}[{number}]") for problem in error.problems]
-        if kind == "recall" and request is not None:
-            try:
-                check_request(request, len(ids), context)
-            except UserError as error:
-                problems += [_placed(problem, f"{recipe.source}: evaluate.perplexity") for problem in error.problems]
-    recover: Any = recipe.recover
-    if recover is not None:
-        ids = tokenise(tokenizer, split_text((recover.text or calibration).load(), "calibration"))
-        try:
-            check_windows(len(ids), recover.length, context)
-        except UserError as error:
-            problems += [_placed(problem, str(recipe.source)) for problem in error.problems]
+            excerpt = use.source.excerpt(most[name])
+            if excerpt.used is not None:
+                say(f"text: {input_name(use.source)}: {excerpt.used}")
+            texts[name] = excerpt.text
+        if (name, use.part) not in parts:
+            parts[name, use.part] = tokenise(model.tokenizer, split_text(texts[name], use.part))
+        ids = parts[name, use.part]
+        check_tokens(ids, model.config, f"{recipe.source}: the text of {use.place}")
+        tokens.setdefault(use.label, len(ids))
+        noted(use.place, functools.partial(use.check, ids))
     if problems:
         raise UserError(problems)
     return tokens
 
 
-def _placed(problem: Any, where: str) -> Any:
-    problem.where = f"{where}: {problem.where}" if problem.where else where
+def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """Checks of what an evaluation asks for that need no text, by key."""
+    from compress.evaluate.harness import check_request as check_harness
+    from compress.evaluate.latency import check_latency
+
+    context = getattr(config, "max_position_embeddings", None)
+    harness: Any = recipe.evaluate.lm_eval
+    timing: Any = recipe.evaluate.latency
+    checks: list[tuple[str, Callable[[], Any]]] = []
+    if timing is not None:
+        checks.append(("evaluate.latency", lambda: check_latency(timing, context)))
+    if harness is not None:
+        checks.append(("evaluate.lm_eval", lambda: check_harness(harness, context)))
+        checks.append(("evaluate.lm_eval.include", harness.files))
+    return checks
+
+
+def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
+    """Everything that reads a text, in the order of the stages."""
+    from compress.evaluate.perplexity import check_request
+    from compress.recover.windows import check_windows
+
+    context = getattr(config, "max_position_embeddings", None)
+    calibration, evaluate = recipe.calibration, recipe.evaluate
+    request: Any = evaluate.perplexity
+    evaluated: Any = request.text if request is not None else calibration.text
+    uses: list[_Use] = []
+
+    def add(label: str, source: Any, part: Part, place: str, tasks: Any) -> None:
+        for number, task in enumerate(tasks):
+            seed = f"{recipe.seed}/{part}"
+            check = functools.partial(task.make, tokenizer, seed=seed, context=context)
+            uses.append(_Use(label, source, part, f"{place}[{number}]", task.length, check))
+
+    add("calibration", calibration.text, "calibration", "calibration.documents", calibration.documents)
+    add("calibration", calibration.text, "calibration", "calibration.training", calibration.training)
+    if calibration.second is not None:
+        add("second", calibration.second, "calibration", "calibration.documents", calibration.documents)
+    add("held_out", calibration.text, "held_out", "calibration.held_out", calibration.held_out)
+    add("evaluation", evaluated, "evaluation", "evaluate.recall", evaluate.recall)
+    if request is not None:
+        check = functools.partial(_perplexity, check_request, request, context)
+        uses.append(_Use("evaluation", evaluated, "evaluation", "evaluate.perplexity", request.tokens, check))
+    recover: Any = recipe.recover
+    if recover is not None:
+        source = recover.text or calibration.text
+        label = "recovery" if recover.text else "calibration"
+
+        def windows(ids: list[int]) -> None:
+            check_windows(len(ids), recover.length, context)
+
+        uses.append(_Use(label, source, "calibration", "recover", recover.text_tokens, windows))
+    return uses
+
+
+def _perplexity(check: Callable[..., None], request: Any, context: int | None, ids: list[int]) -> None:
+    check(request, len(ids), context)
+
+
+def _placed(problem: Problem, source: str, place: str) -> Problem:
+    """The problem with the recipe and the key before its own place, which may begin with that key."""
+    own = problem.where or ""
+    problem.where = ": ".join([source, *([] if own.startswith(place) else [place]), *([own] if own else [])])
     return problem

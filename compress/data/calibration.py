@@ -16,9 +16,11 @@ from compress.data.answers import answer
 from compress.data.continuation import Continuation
 from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
-from compress.data.text import Part, TextSource, split_text, tokenise
+from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
+from compress.json_file import CHECKSUM, parse_json
+from compress.models.shape import ModelShape
+from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -30,6 +32,10 @@ class Loaded(Protocol):
     model: Any
     tokenizer: Any
     name: str
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint."""
 
 
 def calibration_documents(
@@ -60,12 +66,14 @@ def calibration_documents(
             answer, so this is known at once.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    part = split_text(text.load(), split)
+    longest = max((request.length for request in requests), default=0)
+    part = split_text(text.load(characters_for(longest, split)), split)
     tokens = tokenise(tokenizer, part)
+    check_tokens(tokens, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
-    fingerprint, dtype = shape_of(model).fingerprint, str(next(model.parameters()).dtype)
+    fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
     documents: dict[int, list[Document]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):
@@ -80,7 +88,7 @@ def calibration_documents(
                 made.append(prompt.answered(_answer(model, request, prompt, seed + number)))
                 if progress is not None:
                     progress(done + len(made), total, request.name)
-            write_text(path, "".join(json.dumps(asdict(document)) + "\n" for document in made))
+            write_text(path, _text_of(made))
         done += len(made)
         if progress is not None:
             progress(done, total, request.name)
@@ -104,10 +112,19 @@ def _answer(model: Any, request: Task, prompt: Prompt, seed: int) -> tuple[int, 
     return answer(model, prompt.tokens, prompt.budget)
 
 
+def _text_of(documents: Sequence[Document]) -> str:
+    """One line a document, and a last one with a checksum of those before."""
+    rows = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
+    return rows + json.dumps({CHECKSUM: text_key(rows)}) + "\n"
+
+
 def _read(path: Path, asked: Sequence[Prompt]) -> list[Document] | None:
-    """The documents of a file if it is whole and answers these prompts, else None."""
+    """The documents of a file if it is whole, unchanged, and answers these prompts, else None."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if parse_json(last) != {CHECKSUM: text_key("".join(lines))}:
+            return None
+        rows = [parse_json(line) for line in lines]
         documents = [
             Document(
                 tokens=tuple(row["tokens"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from compress.data.haystack import windows
 from compress.data.prompt import Prompt, Task
 from compress.data.text import leading_tokens
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.registry import tasks
 
 if TYPE_CHECKING:
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 class Continuation(Task):
     """Plain text, continued by the model: what a compressed model has to keep besides recall."""
 
+    hides: ClassVar[bool] = False
+
     task: Literal["continuation"] = Field("continuation", description="continue a long text")
-    answer_tokens: int = Field(64, ge=1, description="tokens of the answer")
+    answer_tokens: int = Field(64, ge=1, le=LONGEST, description="tokens of the answer")
     decoding: Literal["sample", "greedy"] = Field(
         "sample", description="how the dense model answers; greedy answers of small models soon repeat themselves"
     )
-    temperature: float = Field(1.0, gt=0, description="temperature of `sample`")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of `sample`")
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
         """Prompts without evidence; the reference is the text itself."""

@@ -15,7 +15,7 @@ from compress.registry import tasks
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -81,9 +81,8 @@ class KeyValue(RecallTask):
         question = tokenise(tokenizer, asked)
         reference = reference_answer(tokenizer, question, asked, values[0])
         budget = self.budget(reference)
-        needles = [frame.needle(line.format(key=key, value=value)) for key, value in zip(keys, values, strict=True)]
-        if self.lines is None:
-            needles = self._fitting(frame, needles, self.length - budget, question)
+        made = (frame.needle(line.format(key=key, value=value)) for key, value in zip(keys, values, strict=True))
+        needles = list(made) if self.lines is not None else self._fitting(frame, made, self.length - budget, question)
         others = len(needles) - 1
         places = [depth, *((i + 0.5) / others for i in range(others))]
         return values[0], needles, places, question, tuple(reference), budget
@@ -92,30 +91,31 @@ class KeyValue(RecallTask):
         """Different names, the one that is asked for first."""
         return rng.sample(NAMES, self.lines if self.lines is not None else len(NAMES))
 
-    def _fitting(self, frame: Frame, needles: list[list[int]], room: int, question: Sequence[int]) -> list[list[int]]:
+    def _fitting(
+        self, frame: Frame, needles: Iterable[list[int]], room: int, question: Sequence[int]
+    ) -> list[list[int]]:
         """As many lines as the length holds, less the few tokens of filler that make it exact.
 
         Raises:
             UserError: not even one line fits, or there are too few names for so long a document.
         """
-        count, used = 0, frame.overhead([], question)
-        while count < len(needles):
-            used += frame.overhead([needles[count]], []) - frame.overhead([], [])
+        fitting: list[list[int]] = []
+        used = frame.overhead([], question)
+        for needle in needles:
+            used += frame.overhead([needle], []) - frame.overhead([], [])
+            if used >= room and not fitting:
+                raise UserError(
+                    "the length has no room for a line",
+                    where=self.name,
+                    expected=f"a length above {self.length - room + used}",
+                )
             if used >= room:
-                break
-            count += 1
-        if count == 0:
-            raise UserError(
-                "the length has no room for a line",
-                where=self.name,
-                expected=f"a length above {self.length - room + used}",
-            )
-        if count == len(needles):
-            raise UserError(
-                "there are not enough names to fill the length with lines",
-                where=self.name,
-                expected=f"at most {used} tokens",
-                found=f"{self.length} tokens",
-                fix="set `lines` to a number, and text fills the rest",
-            )
-        return needles[:count]
+                return fitting
+            fitting.append(needle)
+        raise UserError(
+            "there are not enough names to fill the length with lines",
+            where=self.name,
+            expected=f"at most {used} tokens",
+            found=f"{self.length} tokens",
+            fix="set `lines` to a number, and text fills the rest",
+        )

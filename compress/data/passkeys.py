@@ -38,7 +38,7 @@ class PassKeys(Task):
     task: Literal["passkeys"] = Field("passkeys", description="find several keys of random words")
     answer: Literal["text"] = Field("text", description="the right answers of the text; there is no other kind")
     keys: int = Field(10, ge=1, le=len(ORDINALS), description="number of keys")
-    words: int = Field(8, ge=1, description="words of a key; the paper has 32")
+    words: int = Field(8, ge=1, le=1024, description="words of a key; the paper has 32")
     depth: Depths = Field((0.05, 0.95), description="range of depths of the keys, 0 is the start")
     haystack: Literal["natural", "filler"] = Field("natural", description="what surrounds the keys")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.limits import DOCUMENTS, LONGEST
 from compress.registry import Method
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ class Prompt:
 class Task(Method):
     """Parameters of every task. A task makes prompts of an exact length in the model's own tokens."""
 
+    hides: ClassVar[bool] = True  # whether its documents have evidence, a place that the answer has to be read from
+
     task: str = Field(description="name of the task")
-    length: int = Field(ge=16, description="tokens of a document, prompt and answer together")
-    count: int = Field(ge=1, description="number of documents")
+    length: int = Field(ge=16, le=LONGEST, description="tokens of a document, prompt and answer together")
+    count: int = Field(ge=1, le=DOCUMENTS, description="number of documents")
     answer: Literal["model", "text"] = Field(
         "model",
         description="whose answer a calibration document carries: the dense model's own, or the right one of the text",
@@ -133,7 +136,10 @@ class RecallTask(Task):
         "natural", description="what surrounds the hidden sentence: the text, or a few sentences repeated"
     )
     answer_tokens: int | None = Field(
-        None, ge=1, description="tokens of the answer; by default those of the right answer and two more"
+        None,
+        ge=1,
+        le=LONGEST,
+        description="tokens of the answer; by default those of the right answer and two more",
     )
 
     def depths(self, rng: random.Random) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -16,18 +18,19 @@ from pydantic import BaseModel, ValidationError
 
 from compress.data.calibration import Loaded, Progress
 from compress.data.prompt import Prompt, RecallTask, Task
-from compress.data.text import EmbeddedText, TextSource, split_text, tokenise
+from compress.data.text import EmbeddedText, TextSource, part_of
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.device import device_name
 from compress.evaluate.harness import HarnessRequest, TaskResult, run_task, task_keys
 from compress.evaluate.harness import check_request as check_harness
 from compress.evaluate.latency import LatencyRequest, LatencyResult, check_latency, latency
+from compress.evaluate.names import file_part
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
 from compress.files import key_of, text_key, write_text
-from compress.models.shape import shape_of
+from compress.json_file import read_sealed, sealed
 
 SCHEMA = 1  # of the kept measurements
 Result = TypeVar("Result", bound=BaseModel)
@@ -100,13 +103,13 @@ def compare(
         )
     windows: list[int] = []
     if perplexity_request is not None:
-        windows = tokenise(loaded.tokenizer, split_text(perplexity_request.text.load(), "evaluation"))
+        windows = part_of(loaded.tokenizer, perplexity_request.text, "evaluation", perplexity_request.tokens)
         check_request(perplexity_request, len(windows), context)
     asked = _prompts(loaded, recall_requests, recall_text, seed, context)
 
     parameter = next(loaded.model.parameters())
     dtype, device = str(parameter.dtype).removeprefix("torch."), device_name(parameter.device)
-    fingerprint = shape_of(loaded.model).fingerprint
+    fingerprint = loaded.shape.fingerprint
     tasks = task_keys(harness_request) if harness_request is not None else []
     steps = (perplexity_request.windows if perplexity_request else 0) + sum(map(len, asked)) + len(tasks)
     steps += latency_request is not None
@@ -217,14 +220,14 @@ class _Bench:
         """One lm-eval task or suite, measured or read."""
         label = name if length is None else f"{name} at {length}"
         step = self.meter.within(f"{self.variant.name}: {label}")
-        own: dict[str, Any] = {"include": request.include, "limit": request.limit, "batch_size": request.batch_size}
+        text = source.load() if length is not None else ""
+        own: dict[str, Any] = {"include": _contents(request), "limit": request.limit, "batch_size": request.batch_size}
         if length is not None:
-            own = {"count": request.count, "batch_size": request.batch_size, "text": source.model_dump(mode="json")}
+            own = {"count": request.count, "batch_size": request.batch_size, "text": text_key(text)}
         facts = ["task", name, length, own, seed if length is not None else None, version("lm_eval")]
 
         def measure() -> TaskResult:
             tokenizer = self.tokenizer if self.variant.tokenizer is None else self.variant.tokenizer()
-            text = source.load() if length is not None else ""
             return run_task(self.model, tokenizer, request, name, length, seed=seed, text=text, sizer=self.tokenizer)
 
         return self._kept(facts, TaskResult, measure, step, 1)
@@ -244,17 +247,22 @@ class _Bench:
         step: Callable[[int, int], None] | None = None,
         steps: int = 0,
     ) -> Result:
-        path = self.folder / f"{self.variant.name}-{facts[0]}-{key_of(self.facts, facts)}.json"
+        path = self.folder / f"{file_part(self.variant.name)}-{facts[0]}-{key_of(self.facts, facts)}.json"
         try:
-            result = kind.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError, UnicodeDecodeError):
+            result = kind.model_validate_json(json.dumps(read_sealed(path)), strict=True)
+        except ValidationError:
             started = time.perf_counter()
             result = measure()
             self.seconds += time.perf_counter() - started
-            write_text(path, result.model_dump_json(indent=1) + "\n")
+            write_text(path, sealed(result.model_dump(mode="json")))
         if step is not None:
             step(steps, steps)
         return result
+
+
+def _contents(request: HarnessRequest) -> list[tuple[str, str]]:
+    """Names and contents of the task files that a request brings along."""
+    return [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in request.files()]
 
 
 def _prompts(
@@ -270,5 +278,5 @@ def _prompts(
                 where=task.name,
                 expected="a task with a right answer: passkey, key_value",
             )
-    tokens = tokenise(loaded.tokenizer, split_text(text.load(), "evaluation"))
+    tokens = part_of(loaded.tokenizer, text, "evaluation", max(task.length for task in requests))
     return [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]

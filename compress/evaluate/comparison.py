@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from rich.table import Table
 
-from compress.errors import Problem, UserError
+from compress.bench.file import Bytes, Tokens
 from compress.evaluate.harness import Paired, TaskResult, averaged, paired
 from compress.evaluate.latency import LatencyResult
 from compress.evaluate.perplexity import PerplexityResult
 from compress.evaluate.recall import RecallResult
 from compress.evaluate.size import SizeResult
 from compress.files import write_text
+from compress.json_file import AGAIN, read_model, sealed
 
+MOST_BYTES = 256 << 20  # every item of every task of every variant is in it
 UNTRAINED = " before recovery"  # behind the name of a row that was not trained, beside one that was
 CONTROL_ROW = "dense, recovered"
+
+
+def _asked(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A check that a request names what the tables say of it."""
+
+    def check(request: dict[str, Any]) -> dict[str, Any]:
+        for key, kind in kinds.items():
+            value = request.get(key)
+            if type(value) is not kind or (kind is int and value < 1):
+                expected = "a whole number from 1 on" if kind is int else "a text"
+                raise ValueError(f"{key}: expected {expected}, got {reprlib.repr(value)}")
+        return request
+
+    return check
+
+
+PerplexityAsked = Annotated[dict[str, Any], AfterValidator(_asked(length=int, windows=int))]
+RecallAsked = Annotated[dict[str, Any], AfterValidator(_asked(task=str, length=int, count=int, haystack=str))]
+LatencyAsked = Annotated[dict[str, Any], AfterValidator(_asked(length=int, batch=int))]
 
 
 class VariantResult(BaseModel):
@@ -35,13 +57,13 @@ class VariantResult(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    kv_bytes: dict[int, int] = {}
+    kv_bytes: dict[Tokens, Bytes] = {}
     size: SizeResult | None = None
     latency: LatencyResult | None = None
     perplexity: PerplexityResult | None = None
     recall: list[RecallResult] = []
     tasks: list[TaskResult] = []
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, ge=0)
 
 
 class Comparison(BaseModel):
@@ -62,13 +84,26 @@ class Comparison(BaseModel):
     device: str
     seed: int
     batch_size: int
-    perplexity: dict[str, Any] | None
-    recall: list[dict[str, Any]]
+    perplexity: PerplexityAsked | None
+    recall: list[RecallAsked]
     lm_eval: dict[str, Any] | None = None
-    latency: dict[str, Any] | None = None
+    latency: LatencyAsked | None = None
     text: dict[str, Any] | None
     versions: dict[str, str]
     variants: list[VariantResult] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rows_alike(self) -> Comparison:
+        first = self.variants[0]
+        for row in self.variants:
+            for what, found, expected in (
+                ("results of recall", len(row.recall), len(self.recall)),
+                ("tasks", len(row.tasks), len(first.tasks)),
+                ("ranges of perplexity", _ranges(row, first), _ranges(first, row)),
+            ):
+                if found != expected:
+                    raise ValueError(f"variant {reprlib.repr(row.name)}: expected {expected} {what}, got {found}")
+        return self
 
     @property
     def dense(self) -> VariantResult:
@@ -77,7 +112,7 @@ class Comparison(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the JSON file, atomically."""
-        write_text(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        write_text(path, sealed(self.model_dump(mode="json", by_alias=True)))
 
     def table(self) -> Table:
         """The table: a row a variant, columns for KV bytes, perplexity and each recall task."""
@@ -137,9 +172,8 @@ class Comparison(BaseModel):
         title = "parameters" + (" and time" if self.latency is not None else "")
         table = Table(title=title, pad_edge=False)  # two columns less, to fit a terminal of 80
         table.add_column("variant", no_wrap=True)
-        widest = max((len(f"{row.size.parameters:,}") for row in self.variants if row.size is not None), default=0)
         for head in ("parameters", "of the layers"):
-            table.add_column(head, justify="right", min_width=widest, overflow="fold")
+            table.add_column(head, justify="right")
         if self.latency is not None:
             length, batch = self.latency["length"], self.latency["batch"]
             table.add_column(f"prefill,\n{length:,} tokens", justify="right")
@@ -185,8 +219,8 @@ class Comparison(BaseModel):
         )
         table.add_column("task", overflow="fold")
         table.add_column("variant", no_wrap=True)
-        table.add_column("value", justify="right", overflow="fold")
-        table.add_column("difference\nto dense", justify="right", no_wrap=True)
+        table.add_column("value", justify="right")
+        table.add_column("difference\nto dense", justify="right")
         last = len(self.variants) - 1
         for number, task in enumerate(self.dense.tasks):
             kind = "" if task.generates else ", scored"
@@ -220,11 +254,6 @@ class Comparison(BaseModel):
         values = [task.metrics[task.main()] for task in variant.tasks]
         gap = None if variant is self.dense else self.average(variant)
         return f"{sum(values) / len(values):.4g}", "" if gap is None else _gap_cell(gap)
-
-    def print(self, console: Console) -> None:
-        """Print all tables."""
-        for table in self.tables():
-            console.print(table)
 
     def _by_position(self) -> Table:
         """Perplexity in ranges of the position within a window, a row a variant."""
@@ -282,6 +311,11 @@ class Comparison(BaseModel):
         return "; ".join(parts)
 
 
+def _ranges(row: VariantResult, beside: VariantResult) -> int:
+    """Ranges of perplexity by position; 0 where one of the two rows has none."""
+    return 0 if row.perplexity is None or beside.perplexity is None else len(row.perplexity.buckets)
+
+
 def _gap_cell(gap: Paired) -> str:
     return f"{gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''}"
 
@@ -292,20 +326,4 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         UserError: the file is missing, damaged or of another version; all problems at once.
     """
-    try:
-        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("the comparison cannot be read", where=str(path), found=error.strerror) from error
-    except UnicodeDecodeError as error:
-        raise UserError("the comparison is not UTF-8", where=str(path)) from error
-    except ValidationError as error:
-        raise UserError(
-            [
-                Problem(
-                    f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}",
-                    where=str(path),
-                    found=str(item["input"])[:80],
-                )
-                for item in error.errors()
-            ]
-        ) from error
+    return read_model(Comparison, path, "the comparison", fix=AGAIN, most=MOST_BYTES, finite=False)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from compress.bench.file import MOST_TOKENS
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
-from compress.registry import Method
+from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
+from compress.registry import Method, PathText
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
 PREFILL = ":prefill"
+MOST_FILES = 10_000  # in a folder of tasks
+MOST_BYTES = 1 << 20  # of a task file that is searched for names of data
+DATA_FILE = re.compile(r"[\w./-]+\.(?:json|jsonl|csv|tsv|txt|parquet|arrow)(?:\.gz)?\b")
 EXTRA = "in the clone: pip install -e '.[lm-eval]'"
 
 
@@ -26,14 +33,24 @@ class HarnessRequest(Method):
     """Which lm-eval tasks and which of our suites to run."""
 
     tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
-    include: str | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
-    limit: int | None = Field(None, ge=1, description="only the first items of every task")
+    include: PathText | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
+    limit: int | None = Field(None, ge=1, le=STEPS, description="only the first items of every task")
     suites: tuple[str, ...] = Field(
         (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
     )
-    lengths: tuple[int, ...] = Field((2048,), strict=False, description="tokens of the suites' items")
-    count: int = Field(20, ge=1, description="items of each suite and length")
-    batch_size: int = Field(1, ge=1, description="inputs at once")
+    lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+        (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the suites' items"
+    )
+    count: int = Field(20, ge=1, le=DOCUMENTS, description="items of each suite and length")
+    batch_size: int = Field(1, ge=1, le=BATCH, description="inputs at once")
+
+    def files(self) -> list[Path]:
+        """Task files of `include`, and the files of data that they name where they are found; sorted.
+
+        Raises:
+            UserError: there is no such folder, or it holds too many files to be one of tasks.
+        """
+        return task_files(self.include) if self.include is not None else []
 
 
 class Sample(BaseModel):
@@ -42,8 +59,8 @@ class Sample(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics: dict[str, float]
-    depth: float | None = None
-    gap: int | None = None
+    depth: float | None = Field(default=None, ge=0, le=1)
+    gap: int | None = Field(default=None, ge=0)
     written: str | None = None
 
 
@@ -61,12 +78,22 @@ class TaskResult(BaseModel):
 
     task: str
     version: str
-    metrics: dict[str, float]
+    metrics: dict[str, float] = Field(min_length=1)
     errors: dict[str, float]
     higher: dict[str, bool]
-    length: int | None = None
+    length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     generates: bool
     samples: list[Sample]
+
+    @model_validator(mode="after")
+    def _main_is_there(self) -> TaskResult:
+        main = self.main()
+        if main not in self.higher:
+            raise ValueError(f"higher: expected an entry for `{main}`, the task's main metric")
+        placed = [sample for sample in self.samples if sample.depth is not None or sample.gap is not None]
+        if any(main not in sample.metrics for sample in placed):
+            raise ValueError(f"samples: expected `{main}` of every item with a place")
+        return self
 
     def main(self) -> str:
         """The metric that stands for the task: the normalised accuracy, else the first."""
@@ -109,11 +136,35 @@ def paired(result: TaskResult, dense: TaskResult, metric: str) -> Paired | None:
     if len(ours) != len(theirs) or len(ours) < 2:
         return None
     gaps = [own - other for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
-    if len(gaps) != len(ours):
+    if len(gaps) != len(ours) or not all(map(math.isfinite, gaps)):
         return None
     mean = math.fsum(gaps) / len(gaps)
     spread = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
     return Paired(difference=mean, error=math.sqrt(spread / len(gaps)))
+
+
+def task_files(include: str) -> list[Path]:
+    """`HarnessRequest.files` of a folder."""
+    folder = Path(include).expanduser()
+    if not folder.is_dir():
+        raise UserError("no such folder of task files", where=include)
+    found: set[Path] = set()
+    for path in folder.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            found.add(path)
+        if len(found) > MOST_FILES:
+            raise UserError(
+                "the folder of task files holds too much to be one",
+                where=include,
+                expected=f"at most {MOST_FILES:,} files",
+                fix="name a folder with the task files and their data alone",
+            )
+    for path in sorted(found):
+        if path.suffix in (".yaml", ".yml") and path.stat().st_size <= MOST_BYTES:
+            named = DATA_FILE.findall(path.read_text(encoding="utf-8", errors="replace"))
+            places = (Path.cwd(), path.resolve().parent, path.resolve().parent.parent)
+            found |= {place / name for name in named for place in places if (place / name).is_file()}
+    return sorted(found)
 
 
 def check_request(request: HarnessRequest, context: int | None) -> None:
@@ -172,7 +223,8 @@ def run_task(
     quiet()
     from compress.evaluate.strict import Strict
 
-    lm = Strict(model, tokenizer, request.batch_size)
+    # A copy, because lm-eval gives a tokenizer without a token for padding one.
+    lm = Strict(model, copy.deepcopy(tokenizer), request.batch_size)
     return run_on(lm, request, name, length, seed=seed, text=text, sizer=sizer or tokenizer)
 
 

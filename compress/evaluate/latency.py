@@ -10,15 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.bench.measure import release
 from compress.bench.model import Side, side
 from compress.errors import UserError
+from compress.limits import BATCH, LONGEST
 from compress.registry import Method
 
 
 class LatencyRequest(Method):
     """What to time. Both models run in the recipe's dtype on its device, the dense one by the fastest attention."""
 
-    length: int = Field(ge=2, description="tokens of each prompt")
-    batch: int = Field(1, ge=1, description="sequences of a decode step; prompts are read one after the other")
-    steps: int = Field(32, ge=16, description="decode steps behind the prompt that the cache is reserved for")
+    length: int = Field(ge=2, le=LONGEST, description="tokens of each prompt")
+    batch: int = Field(
+        1, ge=1, le=BATCH, description="sequences of a decode step; prompts are read one after the other"
+    )
+    steps: int = Field(
+        32, ge=16, le=LONGEST, description="decode steps behind the prompt that the cache is reserved for"
+    )
 
 
 class Timing(BaseModel):
@@ -26,9 +31,9 @@ class Timing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefill_ms: float
-    decode_ms: float
-    cache_bytes: int
+    prefill_ms: float = Field(gt=0)
+    decode_ms: float = Field(gt=0)
+    cache_bytes: int = Field(ge=0)
     peak_bytes: int | None
 
 
@@ -41,8 +46,8 @@ class LatencyResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    length: int
-    batch: int
+    length: int = Field(ge=1)
+    batch: int = Field(ge=1)
     own: Timing
     dense: Timing
     backend: dict[str, str]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
+from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, TextSource
-from compress.errors import UserError
+from compress.errors import NotFiniteError, UserError
+from compress.limits import LONGEST, STEPS
 from compress.registry import Method
 
 SLICE = 256  # rows of logits in memory at once
@@ -22,10 +24,13 @@ class PerplexityRequest(Method):
     """What to measure perplexity on. The evaluation part of the text is used, which calibration never sees."""
 
     text: TextSource = Field(EmbeddedText(), description="where the text comes from")
-    length: int = Field(ge=2, description="tokens in a window")
-    windows: int = Field(4, ge=1, description="number of windows")
+    length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
+    windows: int = Field(4, ge=1, le=STEPS, description="number of windows")
     stride: int | None = Field(
-        None, ge=1, description="tokens from one window to the next; by default the length, so that none overlap"
+        None,
+        ge=1,
+        le=LONGEST,
+        description="tokens from one window to the next; by default the length, so that none overlap",
     )
 
     @field_validator("stride")
@@ -41,22 +46,35 @@ class PerplexityRequest(Method):
         """Tokens from one window to the next."""
         return self.length if self.stride is None else self.stride
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text that the windows cover."""
+        return self.length + (self.windows - 1) * self.step
+
+
+def _exp(nats: float) -> float:
+    """e to a power; infinity where that is too large for a number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
 
 class Bucket(BaseModel):
     """Tokens at positions [start, end) of their window; `nll` is the sum of -ln p over them, in nats."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    start: int
-    end: int
-    tokens: int
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    tokens: int = Field(ge=1)
     nll: float
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nll / self.tokens)
+        return _exp(self.nll / self.tokens)
 
 
 class PerplexityResult(BaseModel):
@@ -71,10 +89,10 @@ class PerplexityResult(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    length: int
-    stride: int
-    windows: int
-    tokens: int
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    stride: int = Field(ge=1)
+    windows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
     nll: float
     window_nll: list[float]
     buckets: list[Bucket]
@@ -83,7 +101,7 @@ class PerplexityResult(BaseModel):
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nll / self.tokens)
+        return _exp(self.nll / self.tokens)
 
 
 def bucket_edges(length: int) -> list[int]:
@@ -100,7 +118,7 @@ def check_request(request: PerplexityRequest, available: int, context: int | Non
     Raises:
         UserError: the text has too few tokens, or a window is longer than the model's context.
     """
-    needed = request.length + (request.windows - 1) * request.step
+    needed = request.tokens
     where = f"perplexity {request.length}"
     if context is not None and request.length > context:
         raise UserError(
@@ -140,7 +158,7 @@ def perplexity(
 
     Raises:
         UserError: the request does not fit the text or the model's context.
-        FloatingPointError: a log-likelihood is not finite.
+        NotFiniteError: a log-likelihood is not finite.
     """
     check_request(request, len(text), getattr(model.config, "max_position_embeddings", None))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
@@ -154,7 +172,7 @@ def perplexity(
         first = 1 if number == 0 else max(1, request.length - request.step)
         losses = _losses(model, tokens, first)
         if not bool(torch.isfinite(losses).all()):
-            raise FloatingPointError(f"window {number}: the log-likelihood of a token is not finite")
+            raise NotFiniteError("the log-likelihood of a token is not finite", f"window {number}")
         per_position[first:] += losses
         counts[first:] += 1
         window_nll.append(float(losses.sum()))

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from compress.bench.file import MOST_TOKENS
 from compress.data.prompt import Prompt, Task
-from compress.errors import UserError
+from compress.errors import NotFiniteError, UserError
 from compress.runtime.modeling_compress import CACHE
 
 Z = 1.959963984540054  # two-sided 95% of the normal distribution
@@ -22,7 +23,7 @@ class RecallItem(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    depth: float
+    depth: float = Field(ge=0, le=1)
     expected: str
     answer: str
     correct: bool
@@ -38,8 +39,8 @@ class RecallResult(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     task: str
-    length: int
-    items: list[RecallItem]
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    items: list[RecallItem] = Field(min_length=1)
     cache_bytes: int | None = None
 
     @computed_field  # type: ignore[prop-decorator]
@@ -115,7 +116,7 @@ def recall(
 
     Raises:
         UserError: the task has no right answer to compare with.
-        FloatingPointError: the model's logits are not finite.
+        NotFiniteError: the model's logits are not finite.
     """
     if any(prompt.expected is None or prompt.depth is None for prompt in prompts):
         raise UserError(
@@ -159,7 +160,7 @@ def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list
         output_logits=True,
     )
     if not all(bool(torch.isfinite(step).all()) for step in output.logits):
-        raise FloatingPointError("the model's logits are not finite")
+        raise NotFiniteError("the model's logits are not finite")
     rows = output.sequences[:, width:].tolist()
     answers = [row[: prompt.budget] for row, prompt in zip(rows, batch, strict=True)]
     return answers, cache_bytes(getattr(output, CACHE))

@@ -11,6 +11,7 @@ from typing import Any
 
 from compress.errors import UserError
 from compress.files import key_of, write_bytes, write_json
+from compress.json_file import parse_json
 
 SCHEMA = 1
 Answer = tuple[float, bool]  # sum of ln p over the continuation; whether it is the greedy continuation
@@ -88,7 +89,7 @@ def read_requests(path: Path) -> RequestFile:
         UserError: no such file, or not one of ours.
     """
     try:
-        found = _of_schema(json.loads(gzip.decompress(path.read_bytes())))
+        found = _of_schema(parse_json(gzip.decompress(path.read_bytes())))
         rows = tuple(
             Request(task, doc, choice, context, continuation, tuple(context_ids), tuple(ids))
             for task, doc, choice, context, continuation, context_ids, ids in found["requests"]
@@ -105,7 +106,7 @@ def read_answers(path: Path, asked: RequestFile) -> AnswerFile:
         UserError: no such file, not one of ours, or answers to other requests.
     """
     try:
-        found = _of_schema(json.loads(path.read_text(encoding="utf-8")))
+        found = _of_schema(parse_json(path.read_bytes(), finite=False))
         answers = tuple((float(value), bool(greedy)) for value, greedy in found["answers"])
         read = AnswerFile(found["name"], found["dtype"], found["device"], found["requests"], answers)
     except (OSError, ValueError, KeyError, TypeError) as error:

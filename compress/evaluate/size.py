@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.models.pruning import block_parameters
 
@@ -19,8 +19,8 @@ class SizeResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    parameters: int
-    block_parameters: int
+    parameters: int = Field(ge=1)
+    block_parameters: int = Field(ge=1)
 
 
 def size(model: Any) -> SizeResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,17 +13,22 @@ from typing import Any, Literal
 import torch
 import transformers
 
+import compress
 from compress.errors import UserError
 from compress.export.card import render_card
+from compress.export.finite import check_weights, to_dtype
 from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
+from compress.export.metadata import source_metadata
 from compress.export.native import native_model
 from compress.export.staging import staged
 from compress.export.verify import Checks, verify_checkpoint
 from compress.files import write_text
+from compress.json_file import read_model
 from compress.models.families import family_of
+from compress.models.generation import plain_generation
 from compress.models.load import DTYPES, LoadedModel
 from compress.models.recovered import load_recovered
-from compress.models.shape import shape_of
+from compress.models.tokenizer_files import write_tokenizer
 from compress.plan import Plan, read_plan
 from compress.targets.apply import patched_model, planned_model
 
@@ -70,17 +76,16 @@ def export_checkpoint(
 
     Raises:
         UserError: the plan is for another model, no native checkpoint holds it, the folder holds something, the disk
-            is full, or the verification found a difference. Nothing is left behind, and an older checkpoint is
-            untouched.
+            is full, a value is not finite or overflows in `dtype`, or the verification found a difference. Nothing is
+            left behind, and an older checkpoint is untouched.
     """
     say = progress or (lambda line: None)
-    shape = shape_of(loaded.model)
-    if plan.model.fingerprint != shape.fingerprint:
+    if loaded.shape.differing(plan.model.model_dump()):
         raise UserError(
             "the plan is for another model",
             where=loaded.name,
             expected=plan.model.fingerprint,
-            found=shape.fingerprint,
+            found=loaded.shape.fingerprint,
             fix="search again with this model",
         )
     # On the CPU, as the fresh process of the verification: other devices round differently.
@@ -88,18 +93,20 @@ def export_checkpoint(
     if weights is not None:
         load_recovered(planned, weights)
     planned = planned.to("cpu")
+    check_weights(planned)
     if dtype is not None:
-        # Parameters only: the RoPE frequencies stay float32, as they are after `from_pretrained`.
-        for weight in planned.parameters():
-            weight.data = weight.data.to(DTYPES[dtype])
+        to_dtype(planned, DTYPES[dtype])
     weight_bytes = sum(weight.numel() * weight.itemsize for weight in planned.parameters())
     native = _native(planned, plan, form, say)
     if native is None:
         planned = patched_model(planned, plan)
     with staged(folder, overwrite=overwrite, need_bytes=weight_bytes + (64 << 20)) as partial:
         say("writing weights")
-        (planned if native is None else native).save_pretrained(partial, max_shard_size=max_shard_size)
-        loaded.tokenizer.save_pretrained(partial)
+        written = planned if native is None else native
+        written.generation_config = copy.deepcopy(loaded.generation or loaded.model.generation_config)
+        written.save_pretrained(partial, max_shard_size=max_shard_size)
+        write_tokenizer(loaded.folder, loaded.tokenizer, partial, written.config, say)
+        planned.generation_config = plain_generation(written.generation_config)
         if native is None:
             copy_runtime(partial)
             point_to_runtime(partial, family_of(planned.config))
@@ -113,7 +120,9 @@ def export_checkpoint(
         if recipe_text is not None:
             (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         say("verifying in a fresh process")
-        checks = verify_checkpoint(partial, planned, loaded.tokenizer, plan, native=native is not None)
+        checks = verify_checkpoint(
+            partial, planned, loaded.tokenizer, plan, native=native is not None, dense=loaded.model
+        )
         (partial / CHECKS_FILE).write_text(json.dumps(checks.to_dict(), indent=1) + "\n", encoding="utf-8")
         _write_card(partial, plan, planned, loaded.name, checks, recipe_text, table)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
@@ -148,7 +157,7 @@ def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
         UserError: the folder is no such checkpoint.
     """
     plan = read_plan(folder / PLAN)
-    checks = Checks(**json.loads((folder / CHECKS_FILE).read_text(encoding="utf-8")))
+    checks = read_model(Checks, folder / CHECKS_FILE, "the record of the verification", fix="export again")
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
     _write_card(folder, plan, loaded.model, loaded.name, checks, text, table)
@@ -161,12 +170,17 @@ def _write_card(
     weight = next(model.parameters())
     card = render_card(
         plan,
-        base_model=name,
+        name=name,
+        source=source_metadata(name, ours=(folder / BASE_PLAN).is_file()),
         dtype=str(weight.dtype).removeprefix("torch."),
         itemsize=weight.itemsize,
         context=int(model.config.max_position_embeddings),
         checks=checks,
-        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        versions={
+            "compress": compress.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
         recipe=recipe,
         table=table,
         trained=(folder / RECORD).is_file(),

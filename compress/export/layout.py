@@ -11,31 +11,16 @@ from compress import runtime
 from compress.models.families import Family
 
 # Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
-# the files that it imports.
-RUNTIME_FILES = (
-    "modeling_compress.py",
-    "attention.py",
-    "reference.py",
-    "paged_cache.py",
-    "span.py",
-    "widths.py",
-    "triton_attention.py",
-    "triton_prefill.py",
-    "triton_backward.py",
-    "triton_decode.py",
-    "triton_store.py",
-    "triton_span.py",
-    "flash.py",
-    "tuned.py",
-)
+# the files that it imports. It names every one of them itself, since older versions follow its imports only.
+RUNTIME = Path(str(runtime.__file__)).parent
+RUNTIME_FILES = tuple(sorted(path.name for path in RUNTIME.glob("*.py") if path.name != "__init__.py"))
 MODELING = "modeling_compress"
 
 
 def copy_runtime(folder: Path) -> None:
     """Copy the runtime's files into a checkpoint, unchanged."""
-    source = Path(str(runtime.__file__)).parent
     for name in RUNTIME_FILES:
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(RUNTIME / name, folder / name)
 
 
 def brings_code(folder: Path) -> bool:

@@ -83,8 +83,8 @@ def native_model(planned: Any, plan: Plan) -> Any:
         fields["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
         fields["sliding_window"] = next(window for window in windows if window is not None)
         if "use_sliding_window" in there:
-            # The older form, a number of full layers before the sliding ones, must not speak against `layer_types`.
-            fields |= {"use_sliding_window": True, "max_window_layers": len(windows)}
+            fields["use_sliding_window"] = True
+    _in_older_forms(fields, windows)
     try:
         return on_weights_of(planned, model_class, model_class.config_class(**fields))
     except (ValueError, RuntimeError) as error:
@@ -95,6 +95,25 @@ def native_model(planned: Any, plan: Plan) -> Any:
             found=str(error).splitlines()[0],
             fix="write `export: {form: patched}`",
         ) from error
+
+
+def _in_older_forms(fields: dict[str, Any], windows: list[int | None]) -> None:
+    """Let the fields that said which layers slide before `layer_types` did agree with it, as far as they can.
+
+    transformers ignores them beside `layer_types`; other engines may read nothing else. A plan that `max_window_layers`
+    (so many full layers, then sliding ones) cannot say gets 0: with the number of layers vLLM runs Qwen2 and Qwen3
+    dense and says nothing, with 0 it stops. A plan that no `sliding_window_pattern` (every so
+    many layers a full one) says goes without.
+    """
+    full = [window is None for window in windows]
+    if "max_window_layers" in fields and not all(full):
+        first = full.index(False)
+        fields["max_window_layers"] = 0 if any(full[first:]) else first
+    for name in [name for name in ("sliding_window_pattern", "_sliding_window_pattern") if name in fields]:
+        every = full.index(True) + 1 if any(full) else len(full) + 1
+        del fields[name]
+        if full == [(layer + 1) % every == 0 for layer in range(len(full))]:
+            fields["sliding_window_pattern"] = every
 
 
 def _check_rope(rope: Any, windows: list[int | None], plan: Plan) -> None:

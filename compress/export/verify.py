@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
+from compress.export.finite import refuse_not_finite
 from compress.export.native import layer_windows
+from compress.files import scratch as scratch_folder
 from compress.plan import Plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import has_length_rule
@@ -75,16 +76,25 @@ def make_probe(model: Any, tokenizer: Any, length: int, *, alike: bool = False) 
 
 
 def verify_checkpoint(
-    folder: Path, planned: Any, tokenizer: Any, plan: Plan, *, native: bool = False, length: int = 1061
+    folder: Path,
+    planned: Any,
+    tokenizer: Any,
+    plan: Plan,
+    *,
+    native: bool = False,
+    dense: Any = None,
+    length: int = 1061,
 ) -> Checks:
     """Reload `folder` in a fresh process and compare with `planned`, the model in memory.
 
     Args:
         native: a stock architecture: it has to load without remote code, and its cache is transformers' own.
+        dense: the model that the plan was made for; tells whether logits that are not finite are the plan's doing.
         length: tokens of the probe, cut to the model's context less 16; odd, and longer than a few pages.
 
     Raises:
-        UserError: the checkpoint does not load, or not every weight of it, or logits, text or cache bytes differ.
+        UserError: the model's own logits are not finite (it overflows), the checkpoint does not load, or not every
+            weight of it, or logits, text or cache bytes differ.
     """
     length = min(length, int(planned.config.max_position_embeddings) - 16)
     probe = make_probe(planned, tokenizer, length, alike=has_length_rule(plan.spans()))
@@ -97,6 +107,9 @@ def verify_checkpoint(
         # Not the last row of `alone`: a rule by length takes its windows from the prompt, without the step.
         before = getattr(planned(ids[:1, :-1], use_cache=True, logits_to_keep=1), CACHE)
         step = planned(ids[:1, -1:], **{CACHE: before}).logits.float().cpu()
+        expected = alone.logits.float().cpu()
+        if not all(bool(each.isfinite().all()) for each in (padded, expected, step, hidden)):
+            refuse_not_finite(planned, dense, ids, mask)
         tokens = planned.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).cpu()
@@ -108,8 +121,22 @@ def verify_checkpoint(
             expected="no missing, unexpected or mismatched tensor",
             found=facts["not_loaded"],
         )
-    expected = alone.logits.float().cpu()
+    if facts["generation"]:
+        raise UserError(
+            "the checkpoint does not generate with the generation config of its source",
+            where=str(folder / "generation_config.json"),
+            found=facts["generation"],
+            fix="take the setting out of the source's generation_config.json",
+        )
     pairs = ((result["logits"], expected), (result["padded_logits"], padded), (result["step_logits"], step))
+    if not all(bool(result[name].isfinite().all()) for name in ("logits", "padded_logits", "step_logits", "hidden")):
+        raise UserError(
+            "the reloaded checkpoint's values are not finite, and those of the model in memory are",
+            where=str(folder),
+            expected="the weights that were written",
+            found="infinite values, or values that are not a number",
+            fix="check the disk, and export again",
+        )
     difference = max(float((found - wanted).abs().max()) for found, wanted in pairs)
     relative = TOLERANCE[next(planned.parameters()).dtype]
     tolerance = relative * float(expected.abs().max())
@@ -170,18 +197,18 @@ def _run_child(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Run `verify_child.py` on the checkpoint with a code cache of its own; return its tensors and facts."""
     code, flag = ("stock", "") if native else ("remote", ", trust_remote_code=True")
-    with tempfile.TemporaryDirectory(prefix="compress-verify-") as scratch:
-        probe_file, result_file = Path(scratch, "probe.safetensors"), Path(scratch, "result.safetensors")
+    with scratch_folder("verify") as scratch:
+        probe_file, result_file = scratch / "probe.safetensors", scratch / "result.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in probe.items()}, probe_file)
         environment = {
             **os.environ,
-            "HF_MODULES_CACHE": str(Path(scratch, "modules")),
+            "HF_MODULES_CACHE": str(scratch / "modules"),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment.pop("PYTHONPATH", None)
         arguments = [str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads()), code]
-        done = run_fresh(CHILD, arguments, environment, Path(scratch))
+        done = run_fresh(CHILD, arguments, environment, scratch)
         if done.returncode != 0 or not result_file.exists():
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(

@@ -29,7 +29,7 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
     sys.meta_path.insert(0, Refuse())
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     torch.set_num_threads(int(threads))
     probe = load_file(probe_file)
@@ -37,9 +37,20 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
     options: dict[str, Any] = {"trust_remote_code": code == "remote", "dtype": "auto"}
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
     model, loading = loaded[0].eval(), loaded[1]
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # With the word also here: AutoTokenizer reads the configuration first, and asks about its code otherwise.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=options["trust_remote_code"])
     result = {}
+    wrong_generation = ""
     with torch.inference_mode():
+        start = {"attention_mask": mask[:1, -16:], "max_new_tokens": 2, "tokenizer": tokenizer}
+        try:
+            model.generate(ids[:1, -16:], **start)
+        except Exception as error:  # whatever the settings lead to, the parent process tells it
+            wrong_generation = f"{type(error).__name__}: {error}".splitlines()[0]
+        # The rest is compared with a model in memory: greedily, with the special tokens alone.
+        told = model.generation_config
+        tokens = {name: getattr(told, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
         result["padded_logits"] = model(ids, attention_mask=mask, logits_to_keep=4).logits.float().contiguous()
         alone = model(ids[:1], use_cache=True, logits_to_keep=4)
         result["logits"] = alone.logits.float().contiguous()
@@ -57,6 +68,7 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
     text = tokenizer.decode(result["tokens"][0, ids.shape[1] :])
     wrong = {name: sorted(map(str, loading[name])) for name in loading if loading[name]}
     facts = {"text": text, "class": type(model).__name__, "not_loaded": json.dumps(wrong) if wrong else ""}
+    facts["generation"] = wrong_generation
     save_file(result, result_file, metadata={"facts": json.dumps(facts)})
 
 

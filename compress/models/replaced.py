@@ -6,7 +6,7 @@ Beside it what such functions need: plain causal attention, a tap on the gradien
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from compress.errors import UserError
+from compress.runtime.attention import changing_arguments
 
 
 @contextmanager
@@ -48,6 +51,23 @@ def replaced_attention(model: Any, name: str, attention: Callable[..., Any]) -> 
         AttentionMaskInterface.register(name, _no_mask)
         model.set_attn_implementation(name)
         yield
+
+
+def refuse_arguments(module: Any, given: Mapping[str, Any]) -> None:
+    """Raise UserError where a layer gives its attention arguments that ask for more than causal attention.
+
+    Args:
+        module: the attention module, which is named.
+        given: keyword arguments of transformers' attention interface beside queries, keys, values, mask and scaling.
+    """
+    if found := changing_arguments(given):
+        raise UserError(
+            f"attention with {', '.join(f'`{name}`' for name in found)} is not supported",
+            where=type(module).__name__,
+            expected="causal attention, with the layer's own sliding window",
+            found=", ".join(found),
+            fix="take a model of another architecture; docs/support.md lists those that are supported",
+        )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.models.families import attention_modules, family_of
+from compress.models.fingerprint import fingerprint_of, sampled_fingerprint_of
 from compress.runtime.span import native_windows
 
 
@@ -18,7 +19,9 @@ class ModelShape(BaseModel):
     Attributes:
         architecture: stock class name, for instance `LlamaForCausalLM`.
         native_windows: per layer, the sliding window of the architecture itself in tokens, None where there is none.
-        fingerprint: `sha256:` of architecture, sizes and a sample of every weight (see `fingerprint_of`).
+        fingerprint: of architecture, sizes, rules and every weight (see `fingerprint_of`); in files that were written
+            before it was of a sample of the weights.
+        sampled: the fingerprint as such files have it, of a model at hand; never written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,35 +33,42 @@ class ModelShape(BaseModel):
     head_dim: int
     native_windows: tuple[int | None, ...]
     fingerprint: str
+    sampled: str | None = Field(default=None, exclude=True, repr=False)
 
+    def differing(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Names of the fields in which a record of a model is not this model; an older fingerprint counts, too.
 
-def fingerprint_of(model: torch.nn.Module, sizes: dict[str, Any]) -> str:
-    """`sha256:...` of the sizes and of up to 256 evenly spaced values of every parameter.
-
-    A sample keeps this below a second on a 70B model; another checkpoint of the same sizes differs in it.
-    Values are rounded to bfloat16 first, so that a model has one fingerprint in float32 and in bfloat16.
-    Names are sorted, so the order of registration does not matter.
-    """
-    digest = hashlib.sha256(repr(sorted(sizes.items())).encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].cpu().bfloat16().float()
-        digest.update(f"{name}:{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+        Args:
+            recorded: the fields of a `ModelShape`, as a file has them.
+        """
+        mine = self.model_dump()
+        names = [name for name in mine if name != "fingerprint" and recorded[name] != mine[name]]
+        if recorded["fingerprint"] not in (self.fingerprint, self.sampled):
+            names.append("fingerprint")
+        return names
 
 
 def shape_of(model: torch.nn.Module) -> ModelShape:
-    """Shape and fingerprint of a supported model.
+    """Shape and fingerprint of a supported model; reads all of its weights, so take `LoadedModel.shape` where it is.
 
     Raises:
         UserError: the architecture is not supported.
     """
+    sizes = _sizes(model)
+    return ModelShape(**sizes, fingerprint=fingerprint_of(model, sizes), sampled=sampled_fingerprint_of(model, sizes))
+
+
+def shape_without_weights(model: torch.nn.Module) -> ModelShape:
+    """The sizes alone, of a model that may have no weights; its fingerprint is empty. Raises UserError: `shape_of`."""
+    return ModelShape(**_sizes(model), fingerprint="")
+
+
+def _sizes(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
     family = family_of(config)
     attention: Any = attention_modules(model)
     windows = tuple(native_windows(config, len(attention)))
-    sizes = {
+    return {
         "architecture": family.architecture,
         "layers": len(attention),
         "query_heads": config.num_attention_heads,
@@ -66,4 +76,3 @@ def shape_of(model: torch.nn.Module) -> ModelShape:
         "head_dim": attention[0].head_dim,
         "native_windows": windows,
     }
-    return ModelShape(**sizes, fingerprint=fingerprint_of(model, sizes))

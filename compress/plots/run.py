@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.bench.file import Tokens
 from compress.errors import UserError
+from compress.json_file import read_model
 from compress.plan import Plan, read_plan
 from compress.plots.influence import draw_influence, influence_curves
 from compress.plots.quality import draw_quality
@@ -16,17 +20,26 @@ from compress.report.facts import Facts, read_facts
 from compress.runfolder import RunFolder
 
 
+class _Report(BaseModel):
+    """What plots read of `search/pareto.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    limits: dict[Tokens, Any] = Field(min_length=1)
+
+
 def search_plots(folder: Path) -> list[Path]:
-    """`plots/spans` and, where the profile has fixed windows, `plots/influence`; the files. None of a pruned plan."""
+    """`plots/influence`, where the profile has fixed windows, and `plots/spans`; the files. None of a pruned plan.
+
+    Written in this order: where `spans.svg` is, all are.
+    """
     run = RunFolder(folder)
     plan = read_plan(run.plan)
     if plan.prunes:
         return []
-    written = draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
     curves = influence_curves(read_profile(run.profile))
-    if curves is not None:
-        written += draw_influence(curves, run.plots / "influence")
-    return written
+    written = [] if curves is None else draw_influence(curves, run.plots / "influence")
+    return written + draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
 
 
 def evaluation_plots(folder: Path) -> list[Path]:
@@ -58,8 +71,8 @@ def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
 
 def span_length(folder: Path) -> int:
     """The longest length of the budget, in tokens."""
-    report = json.loads((folder / "search" / "pareto.json").read_text(encoding="utf-8"))
-    return max(int(length) for length in report["limits"])
+    path = folder / "search" / "pareto.json"
+    return max(read_model(_Report, path, "the report of the search", fix="compress search RECIPE").limits)
 
 
 def _longest(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -26,6 +27,7 @@ class Amp(Importance):
     )
 
     unit: ClassVar[str] = "absolute output, mean over tokens"
+    gives: ClassVar[Mapping[str, str]] = {"amp": "units"}
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:
         """One sum a unit."""

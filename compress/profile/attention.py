@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 
+from compress.limits import LONGEST
 from compress.profile.statistic import Accumulator, Measure, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
@@ -23,10 +24,13 @@ BIN = 64  # tokens of distance in one bin, a page of the cache
 class Attention(Statistic):
     """Attention mass by distance, attention mass on the sink tokens and entropy (no gradient needed)."""
 
-    sink: int = Field(default=64, ge=1, description="tokens at the start of the sequence that count as sink")
+    sink: int = Field(
+        default=64, ge=1, le=LONGEST, description="tokens at the start of the sequence that count as sink"
+    )
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = "share of a row's attention; entropy in nats"
+    gives: ClassVar[Mapping[str, str]] = {"sink_mass": "groups", "entropy": "groups"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

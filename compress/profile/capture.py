@@ -27,6 +27,7 @@ from compress.models.replaced import (
     answer_rows,
     causal_attention,
     checkpoint_layers,
+    refuse_arguments,
     replaced_attention,
     tapped,
 )
@@ -134,9 +135,7 @@ class Capture:
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention function of transformers' interface: `[B, H, T, D]` in, `[B, T, H, D]` out, batch 1."""
-        for name in ("softcap", "s_aux", "position_bias"):
-            if others.get(name) is not None:
-                raise UserError(f"the profile does not support attention with `{name}`", where=type(module).__name__)
+        refuse_arguments(module, others)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         window = self.shape.native_windows[layer]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

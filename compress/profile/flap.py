@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class Flap(Importance):
     """
 
     unit: ClassVar[str] = "variance of the output"
+    gives: ClassVar[Mapping[str, str]] = {"flap": "units", "flap.head_means": "means"}
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:
         """Two sums a column."""

@@ -22,8 +22,15 @@ from pydantic import Field
 
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.limits import FACTOR, LONGEST, STEPS
 from compress.models.memory import needs_checkpointing
-from compress.models.replaced import answer_rows, causal_attention, checkpoint_layers, replaced_attention
+from compress.models.replaced import (
+    answer_rows,
+    causal_attention,
+    checkpoint_layers,
+    refuse_arguments,
+    replaced_attention,
+)
 from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
@@ -44,16 +51,19 @@ UNIT = "gate, 0 streaming to 1 full"
 class Gates(Statistic):
     """Trained gate of every head group between full and streaming attention (trains; needs a backward pass a step)."""
 
-    sink: int = Field(64, ge=0, description="tokens at the start that streaming attention sees")
-    recent: int = Field(256, ge=1, description="tokens of streaming attention's window")
+    sink: int = Field(64, ge=0, le=LONGEST, description="tokens at the start that streaming attention sees")
+    recent: int = Field(256, ge=1, le=LONGEST, description="tokens of streaming attention's window")
     task: str | None = Field("passkeys", description="task of the documents that are trained on; null takes all")
-    steps: int = Field(2000, ge=1, description="documents trained on, one a step")
-    rate: float = Field(0.02, gt=0, description="learning rate of AdamW; warm-up and decay take a fifth each")
-    penalty: float = Field(0.05, ge=0, description="weight of the mean gate beside the squared difference")
+    steps: int = Field(2000, ge=1, le=STEPS, description="documents trained on, one a step")
+    rate: float = Field(
+        0.02, gt=0, le=FACTOR, description="learning rate of AdamW; warm-up and decay take a fifth each"
+    )
+    penalty: float = Field(0.05, ge=0, le=FACTOR, description="weight of the mean gate beside the squared difference")
 
     needs_gradient: ClassVar[bool] = False
     reads: ClassVar[Reads] = "training"
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"gates": "groups"}
 
     def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> GatesAccumulator:
         """`gates.<longest length>` (layer, group); 1 in layers that slide by themselves."""
@@ -192,6 +202,7 @@ class Mixture:
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """`[B, H, T, D]` in, `[B, T, H, D]` out."""
+        refuse_arguments(module, others)
         layer = int(module.layer_idx)
         window = self.shape.native_windows[layer]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ class HiddenMass(Statistic):
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"hidden_mass": "rules"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

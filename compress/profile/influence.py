@@ -37,7 +37,7 @@ by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -69,6 +69,7 @@ class Influence(Statistic):
 
     needs_gradient: ClassVar[bool] = True
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {f"influence.{kind}": "rules" for kind in ("absolute", "signed", "joint")}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ class Magnitude(Importance):
 
     reads: ClassVar[Reads] = "weights"
     unit: ClassVar[str] = "L2 norm of weights"
+    gives: ClassVar[Mapping[str, str]] = {"magnitude": "units"}
 
     def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
         """Square roots of the sums of squares."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 
+from compress.limits import LONGEST
 from compress.profile.statistic import Accumulator, Measure, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
@@ -24,11 +25,12 @@ UNIT = "squared error over squared length of the output"
 class OutputError(Statistic):
     """Relative squared error of the attention output under one sink and window (no gradient needed)."""
 
-    sink: int = Field(64, ge=0, description="tokens at the start that stay visible")
-    window: int = Field(256, ge=1, description="tokens of the window")
+    sink: int = Field(64, ge=0, le=LONGEST, description="tokens at the start that stay visible")
+    window: int = Field(256, ge=1, le=LONGEST, description="tokens of the window")
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"output_error": "groups"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

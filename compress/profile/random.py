@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
+from compress.limits import SEED
 from compress.models.units import LayerUnits
 from compress.profile.importance import Importance, Seen, Sums
 from compress.profile.statistic import Reads
@@ -18,10 +20,11 @@ from compress.registry import statistics
 class Random(Importance):
     """Random numbers in 0 to 1 (no data)."""
 
-    seed: int = Field(0, ge=0, description="another seed gives other numbers")
+    seed: int = Field(0, ge=0, le=SEED, description="another seed gives other numbers")
 
     reads: ClassVar[Reads] = "weights"
     unit: ClassVar[str] = "random number"
+    gives: ClassVar[Mapping[str, str]] = {"random": "units"}
 
     def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
         """The same for the same seed on every device, others in every layer."""

@@ -11,7 +11,7 @@ makes a search cut its windows right behind them, and the rest of the input is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -39,6 +39,7 @@ class Retrieval(Statistic):
 
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str] = UNIT
+    gives: ClassVar[Mapping[str, str]] = {"retrieval": "groups", "retrieval.lost": "rules"}
 
     def begin(
         self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"

@@ -18,7 +18,7 @@ from compress.data.document import Document
 from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
 from compress.models.memory import peak_bytes
-from compress.models.shape import ModelShape, shape_of
+from compress.models.shape import ModelShape
 from compress.partial import read_partial, write_partial
 from compress.profile.capture import Capture
 from compress.profile.importance import Importance
@@ -93,7 +93,7 @@ def run_profile(
     check_corpora(statistics, second)
     grid = _grid(statistics)
     model: Any = loaded.model
-    shape = shape_of(model)
+    shape = loaded.shape
     weight = model.get_input_embeddings().weight
     dtype, device = weight.dtype, weight.device
     training = training if any(statistic.reads == "training" for statistic in statistics) else {}
@@ -256,7 +256,7 @@ def _finished(folder: Path, key: str, shape: ModelShape) -> Profile | None:
     if not (folder / HEADER).exists():
         return None
     profile = read_profile(folder)
-    return profile if profile.header.key == key and profile.header.model == shape else None
+    return profile if profile.header.key == key and not shape.differing(profile.header.model.model_dump()) else None
 
 
 @dataclass

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from compress.errors import Problem, UserError, nearest
 from compress.files import write_bytes
+from compress.json_file import JsonError, parse_json, validated
 from compress.models.shape import ModelShape
 from compress.targets.window import SpanGrid
 
@@ -137,7 +139,7 @@ def read_profile(folder: str | Path, shape: ModelShape | None = None) -> Profile
     """
     folder = Path(folder)
     header = _read_header(folder / HEADER)
-    if shape is not None and header.model != shape:
+    if shape is not None and shape.differing(header.model.model_dump()):
         raise UserError(_other_model(folder / HEADER, header.model, shape))
     return Profile(folder, header, _read_tensors(folder / TENSORS, header))
 
@@ -162,15 +164,15 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_header(path: Path) -> ProfileHeader:
     try:
-        fields = json.loads(_read_bytes(path))
-    except ValueError as error:
+        fields = parse_json(_read_bytes(path))
+    except JsonError as error:
         raise UserError(
             "damaged profile: not valid JSON", where=str(path), expected="JSON", found=str(error), fix=AGAIN
         ) from error
     if not isinstance(fields, dict) or fields.get("schema") != 1:
         found = fields.get("schema", "no `schema`") if isinstance(fields, dict) else f"a {type(fields).__name__}"
         raise UserError(
-            "not a profile of this version", where=str(path), expected="schema 1", found=str(found), fix=AGAIN
+            "not a profile of this version", where=str(path), expected="schema 1", found=reprlib.repr(found), fix=AGAIN
         )
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
@@ -178,24 +180,11 @@ def _read_header(path: Path) -> ProfileHeader:
             "damaged profile: the file was changed after it was written",
             where=str(path),
             expected=f"checksum {_checksum(fields)}",
-            found=str(checksum),
+            found=reprlib.repr(checksum),
             fix=AGAIN,
         )
     fields["schema_version"] = fields.pop("schema")
-    try:
-        header = ProfileHeader.model_validate(fields)
-    except ValidationError as error:
-        raise UserError(
-            [
-                Problem(
-                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}",
-                    str(path),
-                    found=repr(item["input"])[:80],
-                    fix=AGAIN,
-                )
-                for item in error.errors()
-            ]
-        ) from error
+    header = validated(ProfileHeader, fields, "the profile", str(path), fix=AGAIN)
     problems = []
     for name, statistic in header.statistics.items():
         for key, entry in statistic.tensors.items():
@@ -227,8 +216,7 @@ def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Pr
             str(getattr(found, field)),
             "profile this model, or choose the model that the profile was made with",
         )
-        for field in ModelShape.model_fields
-        if getattr(found, field) != getattr(expected, field)
+        for field in expected.differing(found.model_dump())
     ]
 
 

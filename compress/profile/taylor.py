@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ class Taylor(Importance):
 
     needs_gradient: ClassVar[bool] = True
     unit: ClassVar[str] = "nats per answer token"
+    gives: ClassVar[Mapping[str, str]] = {"taylor": "units"}
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,7 @@ class WandaSp(Importance):
     """
 
     unit: ClassVar[str] = "|weight| x root mean square input"
+    gives: ClassVar[Mapping[str, str]] = {"wanda_sp": "units"}
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:
         """One sum a column."""

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.files import write_text
+from compress.files import append_line, write_text
+from compress.json_file import parse_lines
 
 
 class Curve:
@@ -20,11 +21,17 @@ class Curve:
         self.path = path
 
     def steps(self) -> list[dict[str, Any]]:
-        """All whole lines."""
+        """The steps from the first on, up to the end or to a line that is damaged."""
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        found: list[dict[str, Any]] = []
+        for entry in parse_lines(lines[:-1]):
+            whole = all(isinstance(entry.get(key), float) for key in ("loss", "seconds"))
+            if not whole or entry.get("step") != len(found) + 1:
+                break
+            found.append(entry)
+        return found
 
     def cut(self, steps: int) -> None:
         """Keep the first steps only."""
@@ -33,5 +40,4 @@ class Curve:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.path, json.dumps(entry))

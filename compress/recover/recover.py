@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from compress.errors import UserError
 from compress.files import key_of, write_text
+from compress.json_file import read_model, sealed
+from compress.models.fingerprint import fingerprint_of
 from compress.models.recovered import write_recovered
-from compress.models.shape import fingerprint_of
 from compress.recover.curve import Curve
 from compress.recover.lora import attach, merge
 from compress.recover.settings import RecoverSettings
@@ -64,11 +65,7 @@ def read_recovered(folder: Path) -> Recovered:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = folder / RECORD
-    try:
-        return Recovered.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise UserError("the record of a recovery cannot be read", where=str(path), fix="recover again") from error
+    return read_model(Recovered, folder / RECORD, "the record of a recovery", fix="recover again", finite=False)
 
 
 def recover(
@@ -112,7 +109,7 @@ def recover(
     partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, batches))
     curve = Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     _train_and_merge(model, settings, windows, partial, curve, accelerator, teacher, seed, progress)
@@ -134,7 +131,7 @@ def recover(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             versions={name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         )
-        write_text(folder / RECORD, record.model_dump_json(indent=1) + "\n")
+        write_text(folder / RECORD, sealed(record.model_dump(mode="json")))
         partial.remove()
     accelerator.wait_for_everyone()
     return read_recovered(folder)

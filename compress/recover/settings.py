@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from compress.data.text import TextSource
+from compress.limits import BATCH, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
 
 # Neither changes what is trained: when it is saved, where it lies, what is recomputed, what is trained beside it.
@@ -20,32 +21,37 @@ class RecoverSettings(Method):
     train: Literal["lora", "full"] = Field(
         "lora", description="low-rank updates of the linear projections, merged at the end, or all weights"
     )
-    rank: int = Field(8, ge=1, description="rank of the updates (lora)")
-    alpha: float = Field(16.0, gt=0, description="the updates are scaled by alpha / rank (lora)")
+    rank: int = Field(8, ge=1, le=65_536, description="rank of the updates (lora)")
+    alpha: float = Field(16.0, gt=0, le=FACTOR, description="the updates are scaled by alpha / rank (lora)")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the updates (lora)")
     loss: Literal["text", "distill", "both"] = Field(
         "text", description="next-token cross entropy, KL(dense || trained) at every token, or both weighed"
     )
-    temperature: float = Field(1.0, gt=0, description="of both distributions in the KL, which is scaled by its square")
-    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
-    length: int = Field(512, ge=2, description="tokens in a sequence")
-    batch_size: int = Field(16, ge=1, description="sequences in an optimiser step, over all processes")
-    micro_batch: int | None = Field(
-        None, ge=1, description="sequences in a pass of one process; null is all of its share; less needs less memory"
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="of both distributions in the KL, which is scaled by its square"
     )
-    steps: int | None = Field(None, ge=1, description="optimiser steps; this or `tokens`")
+    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    length: int = Field(512, ge=2, le=LONGEST, description="tokens in a sequence")
+    batch_size: int = Field(16, ge=1, le=BATCH, description="sequences in an optimiser step, over all processes")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        le=BATCH,
+        description="sequences in a pass of one process; null is all of its share; less needs less memory",
+    )
+    steps: int | None = Field(None, ge=1, le=STEPS, description="optimiser steps; this or `tokens`")
     tokens: int | None = Field(None, ge=1, description="tokens to train on, rounded up to whole steps")
-    rate: float = Field(3e-4, gt=0, description="highest learning rate of AdamW")
+    rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises; then cosine")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    weight_decay: float = Field(0.0, ge=0, le=FACTOR, description="weight decay of AdamW")
+    clip: float = Field(1.0, gt=0, le=FACTOR, description="largest norm of the gradient")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
     )
     text: TextSource | None = Field(
         None, description="what is trained on, its calibration part; null is the recipe's calibration text"
     )
-    save_every: int = Field(50, ge=1, description="steps between two saved states to go on from")
+    save_every: int = Field(50, ge=1, le=STEPS, description="steps between two saved states to go on from")
     checkpointing: bool | None = Field(
         None, description="recompute layers in the backward pass; null does so where memory is short"
     )
@@ -58,6 +64,11 @@ class RecoverSettings(Method):
             raise ValueError("expected `steps` or `tokens`, one of them")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"expected a micro_batch of at most the batch_size {self.batch_size}")
+        if self.step_count > STEPS or self.step_count * self.batch_size > SEQUENCES:
+            raise ValueError(
+                f"expected at most {STEPS:,} steps and {SEQUENCES:,} sequences, got {self.step_count:,} steps of "
+                f"{self.batch_size:,} sequences"
+            )
         return self
 
     @property
@@ -66,6 +77,11 @@ class RecoverSettings(Method):
         if self.steps is not None:
             return self.steps
         return math.ceil((self.tokens or 0) / (self.batch_size * self.length))
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text with which no sequence is trained on twice."""
+        return self.step_count * self.batch_size * self.length
 
     @property
     def weights(self) -> tuple[float, float]:

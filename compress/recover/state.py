@@ -5,7 +5,6 @@ Random numbers need no state: every pass draws from a seed of its own (see `trai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from compress.files import write_json
+from compress.files import write_text
+from compress.json_file import read_sealed, sealed
 from compress.partial import read_partial, write_partial
 
 FILE_BYTES = 1 << 30
@@ -72,18 +72,17 @@ class Partial:
             name = f"partial-{step}-{number}"
             write_partial(self.folder / name, self.key, {"step": step}, group)
             names.append(name)
-        write_json(self.folder / POINTER, {"key": self.key, "step": step, "files": names})
+        write_text(self.folder / POINTER, sealed({"key": self.key, "step": step, "files": names}))
         self._drop(names)
 
     def read(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """Step and tensors; None without a state, or with a damaged or foreign one."""
-        try:
-            pointer = json.loads((self.folder / POINTER).read_text(encoding="utf-8"))
-            step, key, names = int(pointer["step"]), pointer["key"], list(pointer["files"])
-        except (OSError, ValueError, KeyError, TypeError):
+        pointer = read_sealed(self.folder / POINTER)
+        if pointer is None or pointer["key"] != self.key:
             return None
+        step: int = pointer["step"]
         tensors: dict[str, torch.Tensor] = {}
-        for name in names if key == self.key else []:
+        for name in pointer["files"]:
             found = read_partial(self.folder / name, self.key)
             if found is None or found[0]["step"] != step:
                 return None

@@ -96,10 +96,10 @@ def train(
     raw = optimiser.optimizer
     found = partial.read()
     first = 0
-    if found is not None:
+    if found is not None and len(curve.steps()) >= found[0]:  # else steps of the curve are lost, and are made again
         first = found[0]
         restore(found[1], trained, raw)
-        del found
+    del found
     if accelerator.is_main_process:
         curve.cut(first)
     passes = _Passes(settings, wrapped, teacher, accelerator, device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.bench.file import BenchFile, read_bench
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult, read_comparison
+from compress.json_file import AGAIN, read_bytes, read_model, read_object
 from compress.plan import Plan, read_plan
 from compress.profile.stability import stabilities
 from compress.profile.store import HEADER, Profile, read_profile
@@ -17,6 +20,20 @@ WANTED = "a run folder, or a folder that `compress eval` or `compress bench --ou
 
 BASELINES = ("uniform", "uniform-at-longest", "streaming", "random")
 MAKE = "compress run RECIPE makes one; compress eval MODEL --tasks ... makes another"
+
+
+class _Stage(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class _Stages(BaseModel):
+    """What a report reads of `stages.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    stages: dict[str, _Stage]
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,6 @@ class Facts:
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
         stability: by importance statistic, how two corpora agree on it.
         plans: the plans of the evaluation's rows, by name, where they lie in the folder.
-        bench: `bench.json`.
         environment: versions and devices of the last command that wrote there.
     """
 
@@ -39,7 +55,7 @@ class Facts:
     plans: dict[str, Plan]
     statistics: dict[str, list[list[float]]]
     stability: dict[str, str]
-    bench: dict[str, Any] | None
+    bench: BenchFile | None
     environment: dict[str, Any]
     recipe: str | None
     seconds: dict[str, float]
@@ -61,7 +77,8 @@ def read_facts(folder: Path) -> Facts:
         raise UserError("no such folder", where=str(folder), expected=WANTED, fix=MAKE)
     plan = next((folder / name for name in ("plan.json", "compress_plan.json") if (folder / name).is_file()), None)
     files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
-    if plan is None and not files["evaluation"].is_file() and not files["bench"].is_file():
+    there = {name: path.is_file() for name, path in files.items()}
+    if plan is None and not there["evaluation"] and not there["bench"]:
         raise UserError(
             "nothing in this folder can be shown",
             where=str(folder),
@@ -69,42 +86,51 @@ def read_facts(folder: Path) -> Facts:
             found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder",
             fix=MAKE,
         )
-    stages = _json(files["stages"]).get("stages", {})
-    bench = _json(files["bench"]) or None
+    stages = read_model(_Stages, files["stages"], "the list of stages", fix=AGAIN).stages if there["stages"] else {}
+    bench = read_bench(files["bench"], fix=AGAIN) if there["bench"] else None
+    environment = read_object(files["environment"], "the environment", fix=AGAIN) if there["environment"] else None
     recipe = folder / "recipe.yaml"
     chosen = read_plan(plan) if plan is not None else None
-    profile = _profile(folder / "profile")
+    profile = _profile(folder / "profile", chosen)
     plans = {
         path.stem: read_plan(path) for path in sorted((folder / "search").glob("*.json")) if path.stem in BASELINES
     }
     return Facts(
         name=folder.resolve().name,
         path=folder,
-        comparison=read_comparison(files["evaluation"]) if files["evaluation"].is_file() else None,
+        comparison=read_comparison(files["evaluation"]) if there["evaluation"] else None,
         plan=chosen,
         plans=plans | ({"plan": chosen} if chosen is not None else {}),
         statistics=_statistics(profile) if profile is not None else {},
         stability={name: found.line() for name, found in stabilities(profile).items()} if profile is not None else {},
         bench=bench,
-        environment=_json(files["environment"]) or (bench or {}).get("environment", {}),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        seconds={name: float(entry["seconds"]) for name, entry in stages.items() if "seconds" in entry},
+        environment=environment or (bench.shown_environment() if bench is not None else {}),
+        recipe=_text(recipe) if recipe.is_file() else None,
+        seconds={name: entry.seconds for name, entry in stages.items() if entry.seconds is not None},
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
+def _text(path: Path) -> str:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("the file is damaged", where=str(path), fix="run the command that wrote it again") from error
-    return found
+        return read_bytes(path, "the recipe").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError("the recipe is not UTF-8 text", where=str(path), found=str(error)) from None
 
 
-def _profile(folder: Path) -> Profile | None:
-    return read_profile(folder) if (folder / HEADER).is_file() else None
+def _profile(folder: Path, plan: Plan | None) -> Profile | None:
+    if not (folder / HEADER).is_file():
+        return None
+    profile = read_profile(folder)
+    found = profile.header.model
+    if plan is not None and (found.layers, found.kv_heads) != (plan.model.layers, plan.model.kv_heads):
+        raise UserError(
+            "the profile and the plan are of different models",
+            where=str(folder),
+            expected=f"{plan.model.layers} layers of {plan.model.kv_heads} head groups, as the plan has",
+            found=f"{found.layers} layers of {found.kv_heads}",
+            fix="run the recipe again: compress run RECIPE",
+        )
+    return profile
 
 
 def _statistics(profile: Profile) -> dict[str, list[list[float]]]:

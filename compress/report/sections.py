@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.bench.file import SideFigures
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, VariantResult
 from compress.plan import Plan
 from compress.report.facts import Facts
@@ -294,32 +295,33 @@ def speed(facts: Facts) -> dict[str, Any] | None:
     charts = []
     for what in ("prefill", "decode"):
         series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in facts.bench["kernel"]:
-            if row["what"] == what:
-                series[f"plan {row['mix']}, batch {row['batch']}"].append((row["length"], row["speedup"]))
+        for row in facts.bench.kernel:
+            if row.what == what:
+                series[f"plan {row.mix}, batch {row.batch}"].append((row.length, row.speedup))
         lines = [Series(name, sorted(points)) for name, points in series.items()]
         if lines:
             title = f"{what}, attention alone: speed-up over the fastest dense"
             charts.append(plot(lines, title=title, x="tokens", y="times", logarithmic=True, zero=True))
+    rows = facts.bench.model_rows
     memory = [
-        Series(name, _bytes_by_length(facts.bench["model_rows"], side))
-        for name, side in (("plan", "plan"), ("dense", "dense"))
+        Series("plan", _gib_by_length([(row.length, row.plan) for row in rows])),
+        Series("dense", _gib_by_length([(row.length, row.dense) for row in rows])),
     ]
-    if len(facts.bench["model_rows"]) > 1:
+    if len(rows) > 1:
         charts.append(plot(memory, title="KV cache as allocated", x="tokens", y="GiB", logarithmic=True, zero=True))
     return {
         "charts": charts,
-        "models": facts.bench["model_rows"],
-        "break_even": facts.bench["break_even"],
-        "copy_bytes_per_s": facts.bench["copy_bytes_per_s"],
-        "gpus": facts.bench["environment"].get("gpus", []),
-        "random": facts.bench["random_weights"],
-        "dtype": facts.bench["dtype"],
+        "models": rows,
+        "break_even": facts.bench.break_even,
+        "copy_bytes_per_s": facts.bench.copy_bytes_per_s,
+        "machine": facts.bench.machine,
+        "random": facts.bench.random_weights,
+        "dtype": facts.bench.dtype,
     }
 
 
-def _bytes_by_length(rows: Sequence[dict[str, Any]], side: str) -> list[tuple[float, float]]:
-    return sorted((float(row["length"]), row[side]["cache_bytes"] / 2**30) for row in rows)
+def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float, float]]:
+    return sorted((float(length), side.cache_bytes / 2**30) for length, side in sides)
 
 
 def gaps(facts: Facts) -> list[dict[str, Any]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+LARGEST = 1e100  # differences of larger numbers have no digits left
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def plot(series: Sequence[Series], *, title: str, x: str, y: str, logarithmic: b
         logarithmic: x grows by factors of two.
         zero: y starts at zero.
     """
+    series = [shown for shown in map(_finite, series) if shown.points]
     points = [point for one in series for point in one.points]
     if not points:
         return ""
@@ -68,6 +70,18 @@ def plot(series: Sequence[Series], *, title: str, x: str, y: str, logarithmic: b
     drawn.append("</svg>")
     legend = "".join(f'<li class="c{number % 6}">{escape(one.label)}</li>' for number, one in enumerate(series))
     return f'<figure>{"".join(drawn)}<ul class="legend">{legend}</ul><figcaption>{escape(title)}</figcaption></figure>'
+
+
+def _finite(series: Series) -> Series:
+    """Without points that have no place: a perplexity that overflowed."""
+    ends = series.error or [(0.0, 0.0)] * len(series.points)
+    kept = [number for number, parts in enumerate(zip(series.points, ends, strict=True)) if _placed(parts)]
+    error = None if series.error is None else [series.error[number] for number in kept]
+    return replace(series, points=[series.points[number] for number in kept], error=error)
+
+
+def _placed(parts: tuple[tuple[float, float], tuple[float, float]]) -> bool:
+    return all(math.isfinite(value) and abs(value) < LARGEST for pair in parts for value in pair)
 
 
 @dataclass(frozen=True)

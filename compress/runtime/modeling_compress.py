@@ -2,47 +2,62 @@
 
 Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file and the files it
 imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+
+A trio (`CompressLlamaConfig`, `CompressLlamaModel`, `CompressLlamaForCausalLM`) is made when one of its names is first
+asked for, so that a checkpoint needs only its own architecture to be there.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import re
+from functools import cache
+from types import new_class
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Gemma3TextModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MinistralConfig,
-    MinistralForCausalLM,
-    MinistralModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Phi3Model,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+import transformers
+from transformers import LlamaModel
 from transformers.utils import logging
 
-from .attention import NAME, Step
-from .paged_cache import PagedCache
-from .span import Span, has_length_rule, native_windows, spans_at, spans_of_plan
+from .attention import NAME, Step, refuse_arguments
+from .paged_cache import PagedCache, adopt, check_foreign
+from .rope import crosses, rope_change, steady
+from .span import has_length_rule, native_windows, spans_at, spans_of_plan
 from .widths import Width, build, width_of
+
+if TYPE_CHECKING:
+    # Every other file of the checkpoint by name: out of a local folder, transformers up to 5.8 copies only the files
+    # that this one names, not those that they name in turn.
+    from .flash import refusal  # noqa: F401
+    from .reference import Rows  # noqa: F401
+    from .triton_attention import TRITON  # noqa: F401
+    from .triton_backward import backward  # noqa: F401
+    from .triton_decode import decode  # noqa: F401
+    from .triton_prefill import forward  # noqa: F401
+    from .triton_span import span_rules  # noqa: F401
+    from .triton_store import store  # noqa: F401
+    from .tuned import decode_config  # noqa: F401
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"this checkpoint needs transformers 5.0 or later, and {transformers.__version__} is installed: "
+        "pip install --upgrade transformers"
+    )
 
 # The argument that the stock models take a cache by: its name changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+# The families, as the classes here call them, and how transformers' classes of configuration and decoder begin.
+FAMILIES = {
+    "Gemma3": "Gemma3Text",
+    "Llama": "Llama",
+    "Ministral": "Ministral",
+    "Mistral": "Mistral",
+    "Phi3": "Phi3",
+    "Qwen2": "Qwen2",
+    "Qwen3": "Qwen3",
+}
 
 logger = logging.get_logger(__name__)
 
@@ -50,19 +65,51 @@ logger = logging.get_logger(__name__)
 class PlanConfig:
     """Adds `compress_plan` (the plan's `layers`) and `compress_impl`, and selects the plan's attention by default."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        # Reached where transformers' configurations are no dataclasses, up to 5.2 or 5.3.
+        super().__init__(**self._without_own(kwargs))
+
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**self._without_own(kwargs))  # type: ignore[misc]
+
+    def _without_own(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the two fields from the arguments; what is left for the stock configuration."""
         self.compress_plan = kwargs.pop("compress_plan", None)
         self.compress_impl = kwargs.pop("compress_impl", "auto")
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = NAME
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        return kwargs
 
 
-class PlanModel:
+class OneProcess:
+    """A model whose attention layers are whole: it loads into one process, on one or several devices."""
+
+    _can_compile_fullgraph = False  # the compiler leaves the attention layers alone
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model's.
+
+        Raises:
+            ValueError: tensor or pipeline parallelism is asked for, which would give a process a part of the heads or
+                layers, while the plan and its cache know all of them.
+        """
+        asked = kwargs.get("distributed_config")
+        sizes = [kwargs.get("tp_size"), getattr(asked, "tp_size", None), getattr(asked, "pp_size", None)]
+        if kwargs.get("tp_plan") or getattr(asked, "tp_plan", None) or any((size or 1) > 1 for size in sizes):
+            raise ValueError(
+                "tp_plan, tp_size, pp_size: a planned model cannot be split over processes by heads or layers; leave "
+                'them out. Several GPUs of one process (device_map="auto") and sharded training (FSDP) work'
+            )
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+class PlanModel(OneProcess):
     """The decoder without head: gives every layer its width and spans, and every forward pass its cache and padding."""
 
     config: Any
     layers: Any
+    training: bool
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -70,6 +117,8 @@ class PlanModel:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
         for layer, width in zip(self.layers, self._widths(config.compress_plan), strict=True):
             build(layer, width)
+        self.compress_rope_change = rope_change(config)
+        steady(self)  # type: ignore[arg-type]
         self.set_plan(config.compress_plan)
 
     def _widths(self, plan: dict[str, Any]) -> list[Width]:
@@ -112,130 +161,187 @@ class PlanModel:
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock model's; `past_key_values`, or `cache` as it is named since transformers 5.24, has to be a
-        `PagedCache` (or None).
+        """As the stock model's, with a `PagedCache`; `cache` is what transformers 5.24 calls `past_key_values`.
 
-        Spans by length take their windows from the tokens of the first pass into a cache, and of every pass without
-        one.
+        An empty `DynamicCache` or `StaticCache` becomes a `PagedCache` where it is. Under transformers' gradient
+        checkpointing there is no cache. Spans by length take their windows from the tokens of the first pass into a
+        cache, and of every pass without one.
 
         Raises:
-            ValueError: another kind of cache, a mask that is not `[B, columns]`, packed sequences, or a request
-                for attention weights, which this attention never has. With spans by length also several tokens
-                behind cached ones, and sequences of different lengths.
+            ValueError: another kind of cache, one with tokens of another plan, or any in a pass that is checkpointed;
+                a mask that is not `[B, columns]`; packed sequences; arguments that would change what attention
+                computes, a request for its weights among them. With spans by length also several tokens behind
+                cached ones, and sequences of different lengths. The cache is then what it was.
         """
-        past_key_values = cache if past_key_values is None else past_key_values
+        given = past_key_values if cache is None else cache
+        arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **kwargs}
         if self.config._attn_implementation != NAME:
-            logger.warning_once(
-                f"attn_implementation={self.config._attn_implementation!r} was asked for: the plan is NOT in effect, "
-                "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+            return self._dense(
+                given, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **arguments
             )
-            return super().forward(  # type: ignore[misc]
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise ValueError("a planned model has no attention weights to return; use the dense model for that")
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
+        refuse_arguments(kwargs)
+        if getattr(self.config, "output_attentions", False):
+            refuse_arguments({"output_attentions": True})
+        if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        tokens: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache:
-            past_key_values = self.new_cache()
-        if past_key_values is not None and not hasattr(past_key_values, "seen"):
-            if past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    f"past_key_values: expected the model's PagedCache, got a {type(past_key_values).__name__} "
-                    "that holds tokens already; start with past_key_values=None or model.new_cache()"
-                )
-            past_key_values = self.new_cache()
-        if self.compress_by_length:
-            _refuse_later_input(past_key_values, tokens.shape[1])
-        valid = _valid_columns(attention_mask, past_key_values, tokens)
-        spans = self._spans_of_input(past_key_values, valid, tokens.shape[1]) if self.compress_by_length else None
-        step = Step.begin(past_key_values, valid, tokens.shape[0], tokens.shape[1], tokens.device)
-        step.spans = spans
+        if self._is_checkpointed():
+            use_cache = _no_cache(given)
+        check_foreign(given)
+        held = given if isinstance(given, PagedCache) else None
+        if held is not None:
+            held.check(self.compress_spans, tokens.shape[0])
+        count, past = tokens.shape[1], 0 if held is None else held.get_seq_length()
+        valid, seen = _valid_columns(attention_mask, held, tokens)
+        if position_ids is not None:
+            _refuse_packed(position_ids, valid)
+        length = self._length_of_input(past, valid, count) if self.compress_by_length else None
+        if self.compress_rope_change is not None and crosses(self.compress_rope_change, past, count):
+            _tell_of_rope(self.compress_rope_change)
+        paged = adopt(given, self.compress_spans) if given is not None else self.new_cache() if use_cache else None
+        if length is not None and paged is not None and past == 0:
+            paged.resolve(length)
+        step = Step.begin(paged, valid, tokens.shape[0], count, tokens.device)
+        step.seen = seen
+        if length is not None:
+            step.spans = spans_at(self.compress_spans, length) if paged is None else [row.spans for row in paged.paged]
         if position_ids is None:
-            position_ids = _positions(past_key_values, valid, tokens)
-        elif attention_mask is None and past_key_values is None and bool((position_ids.diff(dim=-1) != 1).any()):
-            raise ValueError("position_ids: packed sequences are not supported; pass one sequence per row")
-        out = super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=None,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            compress_step=step,
-            **{CACHE: past_key_values},
-            **kwargs,
-        )
+            position_ids = _positions(paged, valid, tokens)
+        try:
+            out = super().forward(  # type: ignore[misc]
+                attention_mask=None,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                compress_step=step,
+                **{CACHE: paged},
+                **arguments,
+            )
+        except BaseException:
+            step.fail()
+            raise
         step.end()
         return out
 
-    def _spans_of_input(
-        self, cache: PagedCache | None, valid: torch.Tensor | None, count: int
-    ) -> Sequence[Sequence[Span]]:
-        """The spans of a pass of `count` columns, where some depend on the length; those that the cache has fixed."""
-        if cache is not None and cache.get_seq_length() > 0:
-            return [layer.spans for layer in cache.paged]
+    def _dense(self, cache: Any, **arguments: Any) -> Any:
+        """A forward pass of the dense model, with another attention than the plan's."""
+        name = self.config._attn_implementation
+        if name.startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={name!r}: continuous batching has pages of its own and would run without the "
+                "plan; leave attn_implementation out, and use generate()"
+            )
+        if isinstance(cache, PagedCache):
+            raise ValueError(
+                f"past_key_values: a PagedCache holds keys and values for the plan, and attn_implementation={name!r} "
+                "runs the model dense; pass a DynamicCache, or leave attn_implementation out"
+            )
+        logger.warning_once(
+            f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
+            "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+        )
+        return super().forward(**{CACHE: cache}, **arguments)  # type: ignore[misc]
+
+    def _is_checkpointed(self) -> bool:
+        """Whether transformers computes layers again in the backward pass of this one; it takes their cache away."""
+        return torch.is_grad_enabled() and any(
+            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers
+        )
+
+    def _length_of_input(self, past: int, valid: torch.Tensor | None, count: int) -> int:
+        """Tokens of the input in a pass of `count` columns, where spans depend on it; `past` columns are cached.
+
+        Raises:
+            ValueError: the input goes on behind cached tokens, whose windows it would have changed, or the batch has
+                inputs of several lengths.
+        """
+        if past > 0:
+            if count > 1:
+                raise ValueError(
+                    "the plan's windows come from the length of the input (`rule: length`), so it has to be one pass "
+                    f"into an empty cache; got {count} tokens behind {past} cached ones. Pass the whole input at "
+                    "once with a new cache, or take a plan with `rule: position`"
+                )
+            return past
         lengths = {count} if valid is None else set(valid.sum(dim=1).tolist())
         if len(lengths) > 1 or 0 in lengths:
-            if cache is not None:
-                cache.seen = None
             raise ValueError(
                 "the plan's windows come from the length of the input (`rule: length`), and the sequences of this "
                 f"batch have {sorted(lengths)} tokens; give inputs of one length, or take a plan with `rule: position`"
             )
-        (length,) = lengths
-        if cache is None:
-            return spans_at(self.compress_spans, length)
-        cache.resolve(length)
-        return [layer.spans for layer in cache.paged]
+        return lengths.pop()
 
 
-def _refuse_later_input(cache: PagedCache | None, count: int) -> None:
-    """Raise ValueError where an input goes on behind cached tokens, whose windows it would have changed."""
-    if cache is not None and count > 1 and cache.get_seq_length() > 0:
+def _no_cache(cache: Any) -> bool:
+    """False, for a pass that is computed again in the backward pass. Raises ValueError where a cache is given."""
+    if cache is not None:
         raise ValueError(
-            "the plan's windows come from the length of the input (`rule: length`), so it has to be one pass into an "
-            f"empty cache; got {count} tokens behind {cache.get_seq_length()} cached ones. Pass the whole input at "
-            "once with a new cache, or take a plan with `rule: position`"
+            "past_key_values: gradient checkpointing computes layers again in the backward pass, so none can be filled "
+            "or read meanwhile; leave the cache out, or call model.gradient_checkpointing_disable()"
         )
+    return False
 
 
-def _valid_columns(mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Which new columns are tokens, `[B, T]`; None when all are. Records them in the cache and checks the past."""
+def _tell_of_rope(change: tuple[str, int]) -> None:
+    kind, switch = change
+    logger.warning_once(
+        f"this model's position frequencies ({kind}) change beyond {switch} tokens, and a cache that was filled before "
+        "keeps keys with the earlier ones: what follows is not what one pass over the whole input gives, nor is it in "
+        "the stock model. For that, pass the whole input at once into a new cache."
+    )
+
+
+def _valid_columns(
+    mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which new columns are tokens, `[B, T]`, None when all are; and of all columns so far, None for no change.
+
+    Checks the past.
+    """
     batch, count = tokens.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
     seen = None if cache is None else cache.seen
     if mask is None:
         if seen is not None and not bool(seen.all()):
             raise ValueError("attention_mask: the cached columns hold padding, so a mask over all columns is needed")
-        return None
-    if mask.dim() != 2 or mask.shape != (batch, past + count):
+        return None, None if seen is None else seen.new_ones(batch, past + count)
+    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + count):
+        found = f"{tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, "
-            f"got {tuple(mask.shape)}"
+            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, got {found}"
+            + ("" if past else ". No tokens are cached: pass the cache of the passes before, if there were any")
         )
     mask = mask.bool()
     if cache is not None and cache.max_length is not None and count == 1 and past > 0:
         # A step that the host need not follow: what the mask says of the past is not compared, since that would
         # wait for the device.
-        cache.seen = mask
-        return mask[:, -1:]
+        return mask[:, -1:], mask
     before = mask.new_ones(batch, past) if seen is None else seen
     if not torch.equal(mask[:, :past], before):
         raise ValueError("attention_mask: the cached columns were masked differently when they were cached")
     if bool(mask.all()):
-        return None
-    if cache is not None:
-        cache.seen = mask
+        return None, None
     valid = mask[:, past:]
-    return None if bool(valid.all()) else valid
+    return None if bool(valid.all()) else valid, mask
+
+
+def _refuse_packed(positions: torch.Tensor, valid: torch.Tensor | None) -> None:
+    """Raise ValueError where the tokens of a row are not at positions that follow each other."""
+    if positions.shape[-1] < 2:
+        return
+    broken = positions.diff(dim=-1) != 1
+    if valid is not None:
+        # The token before, behind padding that lies between.
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        before = torch.where(valid, columns, -1).cummax(dim=1).values[:, :-1]
+        positions = positions.expand(valid.shape[0], -1)
+        steps = positions[:, 1:] - positions.gather(1, before.clamp(min=0))
+        broken = (steps != 1) & valid[:, 1:] & (before >= 0)
+    if bool(broken.any()):
+        raise ValueError(
+            "position_ids: expected positions that follow each other in every row; packed sequences are not "
+            "supported; pass one sequence per row, with padding and an attention_mask"
+        )
 
 
 def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
@@ -246,7 +352,7 @@ def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: tor
     return (cache.lengths[:, None] + new).clamp(min=0)
 
 
-class PlanForCausalLM:
+class PlanForCausalLM(OneProcess):
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
     config: Any
@@ -284,102 +390,63 @@ class PlanForCausalLM:
                 "not taken in chunks; leave prefill_chunk_size out, or take a plan with `rule: position`"
             )
         kind = generation_config.cache_implementation
-        if kind not in (None, "static"):
+        if kind not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={kind!r}: a planned model brings its own paged cache; leave "
                 "cache_implementation out, or say 'static' to reserve it for the whole generation at once"
             )
-        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE] = self.new_cache(generation_config.max_length if kind else None)
+        given = model_kwargs.get(CACHE)
+        if given is not None:
+            if kind is not None:
+                raise ValueError("past_key_values and cache_implementation were both given; give one of them")
+            check_foreign(given)
+            adopt(given, self.model.compress_spans)
+        elif generation_config.use_cache is not False:
+            most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
         return None
 
-
-class CompressGemma3Config(PlanConfig, Gemma3TextConfig):
-    model_type = "compress_gemma3_text"
-
-
-class CompressGemma3Model(PlanModel, Gemma3TextModel):
-    config_class = CompressGemma3Config
-
-
-class CompressGemma3ForCausalLM(PlanForCausalLM, Gemma3ForCausalLM):
-    config_class = CompressGemma3Config
-    planned_model = CompressGemma3Model
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model's, where it runs dense. Raises ValueError where the plan is in effect."""
+        if self.config._attn_implementation == NAME:
+            raise ValueError(
+                "generate_batch: continuous batching keeps its own pages of keys and values, which know no plan; use "
+                "generate(), or a native export where the plan has one"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
 
-class CompressLlamaConfig(PlanConfig, LlamaConfig):
-    model_type = "compress_llama"
+def __getattr__(name: str) -> Any:
+    """The class of a family (PEP 562), made with its two companions when the first of them is asked for.
+
+    Raises:
+        AttributeError: no such class.
+        ImportError: the installed transformers lacks the architecture.
+    """
+    match = re.fullmatch(r"Compress(\w+?)(?:Config|Model|ForCausalLM)", name)
+    if match is None or match[1] not in FAMILIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _trio(match[1])[name]
 
 
-class CompressLlamaModel(PlanModel, LlamaModel):
-    config_class = CompressLlamaConfig
+@cache  # not in the module's namespace: transformers runs the file again in the same module when it has changed
+def _trio(family: str) -> dict[str, type]:
+    """Configuration, decoder and language model of a family, by name."""
+    body = FAMILIES[family]
+    names = (f"{body}Config", f"{body}Model", f"{family}ForCausalLM")
+    lacking = [each for each in names if not hasattr(transformers, each)]
+    if lacking:
+        raise ImportError(
+            f"this checkpoint is a {family} model, and transformers {transformers.__version__} has no "
+            f"{lacking[0]}: pip install --upgrade transformers"
+        )
+    stock_config, stock_model, stock_causal = (getattr(transformers, each) for each in names)
 
+    def make(kind: str, bases: tuple[type, ...], **fields: Any) -> type:
+        fields["__module__"] = __name__
+        return new_class(f"Compress{family}{kind}", bases, exec_body=lambda space: space.update(fields))
 
-class CompressLlamaForCausalLM(PlanForCausalLM, LlamaForCausalLM):
-    config_class = CompressLlamaConfig
-    planned_model = CompressLlamaModel
-
-
-class CompressMinistralConfig(PlanConfig, MinistralConfig):
-    model_type = "compress_ministral"
-
-
-class CompressMinistralModel(PlanModel, MinistralModel):
-    config_class = CompressMinistralConfig
-
-
-class CompressMinistralForCausalLM(PlanForCausalLM, MinistralForCausalLM):
-    config_class = CompressMinistralConfig
-    planned_model = CompressMinistralModel
-
-
-class CompressMistralConfig(PlanConfig, MistralConfig):
-    model_type = "compress_mistral"
-
-
-class CompressMistralModel(PlanModel, MistralModel):
-    config_class = CompressMistralConfig
-
-
-class CompressMistralForCausalLM(PlanForCausalLM, MistralForCausalLM):
-    config_class = CompressMistralConfig
-    planned_model = CompressMistralModel
-
-
-class CompressPhi3Config(PlanConfig, Phi3Config):
-    model_type = "compress_phi3"
-
-
-class CompressPhi3Model(PlanModel, Phi3Model):
-    config_class = CompressPhi3Config
-
-
-class CompressPhi3ForCausalLM(PlanForCausalLM, Phi3ForCausalLM):
-    config_class = CompressPhi3Config
-    planned_model = CompressPhi3Model
-
-
-class CompressQwen2Config(PlanConfig, Qwen2Config):
-    model_type = "compress_qwen2"
-
-
-class CompressQwen2Model(PlanModel, Qwen2Model):
-    config_class = CompressQwen2Config
-
-
-class CompressQwen2ForCausalLM(PlanForCausalLM, Qwen2ForCausalLM):
-    config_class = CompressQwen2Config
-    planned_model = CompressQwen2Model
-
-
-class CompressQwen3Config(PlanConfig, Qwen3Config):
-    model_type = "compress_qwen3"
-
-
-class CompressQwen3Model(PlanModel, Qwen3Model):
-    config_class = CompressQwen3Config
-
-
-class CompressQwen3ForCausalLM(PlanForCausalLM, Qwen3ForCausalLM):
-    config_class = CompressQwen3Config
-    planned_model = CompressQwen3Model
+    config = make("Config", (PlanConfig, stock_config), model_type=f"compress_{stock_config.model_type}")
+    model = make("Model", (PlanModel, stock_model), config_class=config)
+    causal = make("ForCausalLM", (PlanForCausalLM, stock_causal), config_class=config, planned_model=model)
+    return {each.__name__: each for each in (config, model, causal)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from .span import PAGE, AnySpan, Span, has_length_rule, spans_at
 
@@ -62,6 +62,7 @@ class PagedLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized = False
+        self.given = False  # new tokens came by `update`, and the attention function has not taken them yet
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.lengths: list[int] = []  # tokens stored or evicted per sequence, without padding
         self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages in the order of Span.pages
@@ -70,15 +71,19 @@ class PagedLayer(CacheLayerMixin):
         self._table: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take batch size, head size, dtype and device from the first tokens, `[B, G, T, D]`."""
+        """Take batch size, head size, dtype and device from the first tokens, `[B, G, T, D]`.
+
+        The dtype is that of the values. Under autocast they are as the projections gave them, and keys are wider,
+        because RoPE is computed in float32.
+        """
         batch, groups, _, head_dim = key_states.shape
         if groups != len(self.spans):
             raise ValueError(f"key/value heads: expected {len(self.spans)} as in the plan, got {groups}")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, value_states.device
         pages = 0
         if self.max_length is not None:
             self._table, pages = self._ring_table(batch, self.max_length)
-        self.keys = key_states.new_zeros(pages, PAGE, head_dim)
+        self.keys = key_states.new_zeros(pages, PAGE, head_dim, dtype=self.dtype)
         self.values = value_states.new_zeros(pages, PAGE, value_states.shape[-1])
         self.lengths = [0] * batch
         self.tables = [[[] for _ in self.spans] for _ in range(batch)]
@@ -99,12 +104,12 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the new columns and hand the tokens `[B, G, T, D]` on to the attention function."""
+        """Hand the tokens `[B, G, T, D]` on to the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != len(self.lengths):
             raise ValueError(f"batch size: expected {len(self.lengths)} as cached, got {key_states.shape[0]}")
-        self.columns += key_states.shape[-2]
+        self.given = True
         return key_states, value_states
 
     def held_pages(self, row: int, group: int) -> list[int]:
@@ -112,21 +117,10 @@ class PagedLayer(CacheLayerMixin):
         return self.spans[group].pages(self.lengths[row])
 
     def advance(self, gains: Sequence[int]) -> None:
-        """Bring the sequences to their new lengths: free the pages that leave a span, take those that enter.
-
-        Raises:
-            ValueError: more tokens than were reserved.
-        """
+        """Bring the sequences to their new lengths: free the pages that leave a span, take those that enter."""
         for row, gain in enumerate(gains):
             new = self.lengths[row] + gain
-            if self.max_length is not None:
-                if new > self.max_length:
-                    raise ValueError(
-                        f"the cache was reserved for {self.max_length} tokens, and sequence {row} comes to {new}; "
-                        "make it with a larger max_length"
-                    )
-                self.lengths[row] = new
-            elif new > self._turns[row]:
+            if self.max_length is None and new > self._turns[row]:
                 self._turn(row, new)
             else:
                 self.lengths[row] = new
@@ -261,7 +255,9 @@ class PagedCache(Cache):
         known: list[list[Span]] = [[] for _ in spans] if self.rules is not None else spans_at(spans, 1)
         self.paged = [PagedLayer(row, max_length) for row in known]
         super().__init__(layers=list(self.paged))
+        self.plan = spans
         self.max_length = max_length
+        self.interrupted = False  # an error left some layers with the tokens of a pass and others without
         self.lengths: torch.Tensor | None = None  # [B] int32 on the device, tokens of each sequence
         self.width: torch.Tensor | None = None  # [1] int32 on the device, columns so far
         self.seen: torch.Tensor | None = None  # [B, columns] bool, which columns were tokens; None while all were
@@ -274,10 +270,40 @@ class PagedCache(Cache):
 
     def begin(self, batch: int, device: torch.device) -> torch.Tensor:
         """The sequences' lengths before this forward pass, `[B]` int32 on the device."""
-        if self.lengths is None:
+        if self.lengths is None or not self.paged[0].is_initialized:
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.width = torch.zeros(1, dtype=torch.int32, device=device)
         return self.lengths
+
+    def check(self, plan: Sequence[Sequence[AnySpan]], batch: int) -> None:
+        """Whether a pass of `batch` sequences under this plan can go into the cache.
+
+        Raises:
+            ValueError: it holds the pages of another plan, other sequences, or half of a pass that failed.
+        """
+        if self.interrupted:
+            raise ValueError(
+                "the cache holds a part of a forward pass that ended in an error; start again with model.new_cache(), "
+                "or call reset() on this one"
+            )
+        if self.plan is not plan:
+            if self.plan != plan:
+                raise ValueError("the cache was made for another plan than the model has now; use model.new_cache()")
+            self.plan = plan  # found at once the next time
+        if self.paged[0].is_initialized and batch != len(self.paged[0].lengths):
+            raise ValueError(f"batch size: expected {len(self.paged[0].lengths)} as cached, got {batch}")
+
+    def check_room(self, gains: Sequence[int] | None) -> None:
+        """Raise ValueError where a reserved cache has no room for as many more tokens of each sequence."""
+        if self.max_length is None or gains is None:
+            return
+        past = self.paged[0].lengths or [0] * len(gains)
+        most = max(held + gain for held, gain in zip(past, gains, strict=True))
+        if most > self.max_length:
+            raise ValueError(
+                f"the cache was reserved for {self.max_length} tokens, and a sequence comes to {most}; "
+                "make it with a larger max_length"
+            )
 
     def synchronize(self) -> None:
         """Read the lengths back from the device, where replays of a CUDA graph have advanced them."""
@@ -309,6 +335,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        self.interrupted = False
         self.lengths = None
         self.width = None
         self.seen = None
@@ -334,3 +361,40 @@ class PagedCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.lengths is not None:
             self._select(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+
+def check_foreign(cache: Any) -> None:
+    """Raise ValueError, with the name of its class, unless a cache is a `PagedCache` or `adopt` can make it one."""
+    if cache is None or isinstance(cache, PagedCache):
+        return
+    name = type(cache).__name__
+    if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
+        kind = f"an offloaded {name}" if getattr(cache, "offloading", False) else f"a {name}"
+        if hasattr(cache, "paged"):
+            kind = f"a {name} of another checkpoint"
+        raise ValueError(
+            "past_key_values: a planned model keeps keys and values in a PagedCache of its own and cannot fill "
+            f"{kind}; leave it out, or pass model.new_cache()"
+        )
+    if any(int(layer.get_seq_length()) > 0 for layer in cache.layers):
+        raise ValueError(
+            f"past_key_values: expected the model's PagedCache, got a {name} that holds tokens already, as another "
+            "model or prefix tuning makes it; start with past_key_values=None or model.new_cache(). Of PEFT's "
+            "prompt methods prompt tuning and p-tuning work, prefix tuning does not"
+        )
+
+
+def adopt(cache: Any, spans: Sequence[Sequence[AnySpan]]) -> PagedCache:
+    """Turn a cache that the caller holds, and that `check_foreign` lets pass, into one of this plan, in place.
+
+    The object stays the caller's, so a loop that passes it again finds its tokens. A `StaticCache` becomes a cache that
+    is reserved for as many tokens; where all layers slide it does not know how many, and the cache grows.
+    """
+    if isinstance(cache, PagedCache):
+        return cache
+    most = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len") and not layer.is_sliding]
+    made = PagedCache(spans, max(most, default=None))
+    cache.__class__ = PagedCache
+    vars(cache).update(vars(made))
+    adopted: PagedCache = cache
+    return adopted

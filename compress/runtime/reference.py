@@ -232,6 +232,7 @@ def decode(
 
 def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:
     """Write new tokens `[B, G, T, D]` into the pages that are held once they are there, detached."""
+    key, value = key.detach(), value.detach()
     for row, (past, start, count) in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
         for group, span in enumerate(spans):
             numbers = torch.tensor(span.pages(past + count), dtype=torch.long, device=pages.table.device)
@@ -240,7 +241,7 @@ def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, span
             slots = slots_of(pages.table[row, group][numbers].long())[fresh]
             source = positions[fresh] - past + start
             for pool, new in ((pages.keys, key), (pages.values, value)):
-                pool.view(-1, pool.shape[-1])[slots] = new[row, group, source].detach().to(pool.dtype)
+                pool.view(-1, pool.shape[-1])[slots] = new[row, group, source].to(pool.dtype)
 
 
 def store_one(
@@ -251,9 +252,10 @@ def store_one(
     Args:
         lengths: `[B]` tokens of each sequence, this one included.
     """
+    key, value = key.detach(), value.detach()
     rows = (lengths > 0).nonzero().flatten()
     last = lengths[rows].long() - 1
     groups = torch.arange(key.shape[1], device=key.device)
     slots = pages.table[rows[:, None], groups, (last // PAGE)[:, None]].long() * PAGE + (last % PAGE)[:, None]
     for pool, new in ((pages.keys, key), (pages.values, value)):
-        pool.view(-1, pool.shape[-1])[slots] = new[rows].detach().to(pool.dtype)
+        pool.view(-1, pool.shape[-1])[slots] = new[rows].to(pool.dtype)

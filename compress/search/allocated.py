@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from compress.errors import UserError
+from compress.limits import SECONDS
 from compress.registry import solvers
 from compress.search.solve import Knapsack
 from compress.search.widths import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
@@ -43,8 +44,8 @@ class Allocated(PruningSolver):
             "which amounts to one threshold for all (FLAP)"
         ),
     ] = "layer"
-    gap: Annotated[float, Field(ge=0, description="relative optimality gap to stop at")] = 0.001
-    time_limit: Annotated[float, Field(gt=0, description="seconds for the solver")] = 60.0
+    gap: Annotated[float, Field(ge=0, lt=1, description="relative optimality gap to stop at")] = 0.001
+    time_limit: Annotated[float, Field(gt=0, le=SECONDS, description="seconds for the solver")] = 60.0
 
     def ranked_by(self, name: str, problem: PruningProblem) -> list[PrunedCandidate]:
         """One candidate; see `PruningSolver.solve`."""

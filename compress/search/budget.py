@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.errors import Problem, UserError
-from compress.registry import Method
+from compress.limits import BATCH, BYTES, ENTRIES, FACTOR, LONGEST
+from compress.registry import Method, PathText
 from compress.runtime.span import FULL, AnySpan, Span, own_span
 from compress.search.decode_time import StepTime, TimeLimit, measured, roofline
 from compress.targets.cost import kv_bytes, stock_kv_bytes, visible_keys
@@ -40,28 +41,34 @@ class Budget(Method):
         ),
     ] = None
     batch_sizes: Annotated[
-        tuple[int, ...], Field(description="sequences of a decode step at which `decode_time` holds")
+        tuple[Annotated[int, Field(le=BATCH)], ...],
+        Field(max_length=ENTRIES, description="sequences of a decode step at which `decode_time` holds"),
     ] = (1,)
     cost_table: Annotated[
-        str | tuple[str, ...] | None,
+        PathText | tuple[PathText, ...] | None,
         Field(description="a bench.json that `compress bench --what model` wrote, or several, one for each batch size"),
     ] = None
     bandwidth: Annotated[
         float | None,
         Field(
             gt=0,
+            le=FACTOR,
             description="GB/s of the device, to say the times in ms without a `cost_table`; null measures a copy. "
             "Shares, and so the plan, do not depend on it",
         ),
     ] = None
     lengths: Annotated[
-        tuple[int, ...] | None,
-        Field(description="input lengths in tokens at which the budget holds; null takes the profiled lengths"),
+        tuple[Annotated[int, Field(le=LONGEST)], ...] | None,
+        Field(
+            max_length=ENTRIES,
+            description="input lengths in tokens at which the budget holds; null takes the profiled lengths",
+        ),
     ] = None
     parameters: Annotated[
         float | None,
         Field(
             gt=0,
+            le=BYTES,
             description="share of the decoder layers' parameters that stays, above 0 and up to 1, or a whole number of "
             "them; for solvers that remove heads and neurons, and with no other kind",
         ),
@@ -97,8 +104,9 @@ class Budget(Method):
         if isinstance(kv, dict):
             _check_mapping(kv)
             for length, value in kv.items():
-                if not (0 < value <= 1 or (value > 1 and value == int(value))):
-                    raise ValueError(f"at length {length}: expected a share in (0, 1] or whole bytes, got {value}")
+                if not (0 < value <= 1 or (1 < value <= BYTES and value == int(value))):
+                    most = f"whole bytes of at most {BYTES:,}"
+                    raise ValueError(f"at length {length}: expected a share in (0, 1] or {most}, got {value}")
         elif not 0 < kv <= 1:
             raise ValueError(f"expected a share of the dense KV bytes in (0, 1], got {kv}; half of them is 0.5")
         return kv
@@ -228,9 +236,41 @@ class Budget(Method):
 def _check_mapping(value: Mapping[int, float]) -> None:
     if not value:
         raise ValueError("expected at least one length")
+    if len(value) > ENTRIES:
+        raise ValueError(f"expected at most {ENTRIES} lengths, got {len(value)}")
     for length in value:
-        if length < 1:
-            raise ValueError(f"expected lengths of at least 1 token, got {length}")
+        if not 1 <= length <= LONGEST:
+            raise ValueError(f"expected lengths of at least 1 token and at most {LONGEST:,}, got {length}")
+
+
+def check_lengths(budget: Budget, context: int | None) -> None:
+    """Refuse a budget at inputs that the model cannot take.
+
+    Args:
+        context: the model's longest input in tokens; None where there is no limit.
+
+    Raises:
+        UserError: there are such lengths.
+    """
+    if context is None:
+        return
+    named = {
+        "lengths": budget.lengths or (),
+        "kv": tuple(budget.kv) if isinstance(budget.kv, dict) else (),
+        "density": tuple(budget.density) if isinstance(budget.density, dict) else (),
+    }
+    problems = [
+        Problem(
+            "the budget is for inputs that are longer than the model's context",
+            f"search.budget.{key}",
+            expected=f"lengths of at most {context} tokens",
+            found=", ".join(str(length) for length in sorted(lengths) if length > context),
+        )
+        for key, lengths in named.items()
+        if any(length > context for length in lengths)
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def effective_spans(shape: ModelShape, decision: Sequence[Sequence[AnySpan]]) -> list[list[AnySpan]]:

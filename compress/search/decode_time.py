@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.bench.file import WholeModel, read_bench
 from compress.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,24 +177,20 @@ def measured(
             not measured around the budget's lengths.
     """
     token = shape.layers * shape.kv_heads * 2 * shape.head_dim
-    rows: list[tuple[float, dict[str, Any]]] = []
+    rows: list[tuple[float, WholeModel]] = []
     machines = set()
     for path in paths:
-        values = _read(path)
-        try:
-            cached = torch.empty(0, dtype=getattr(torch, values["dtype"])).element_size()
-            gpus = values["environment"]["gpus"]
-            machines.add(f"{values['dtype']} on {gpus[0]['name'] if gpus else 'a CPU'}")
-            for row in values["model_rows"]:
-                # The bench's dense cache holds one token more than the prompt, in every layer.
-                ours = row["dense"]["cache_bytes"] == row["batch"] * (row["length"] + 1) * token * cached
-                pruned = row.get("parameters") != row.get("dense_parameters")
-                if ours and not pruned and not row["shape"].endswith(", one layer"):
-                    rows.append((itemsize / cached, row))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _unusable(path, f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)) from error
+        table = read_bench(Path(path).expanduser(), "the cost table", fix=AGAIN)
+        cached = torch.empty(0, dtype=getattr(torch, table.dtype)).element_size()
+        machines.add(f"{table.dtype} on {table.machine}")
+        for row in table.model_rows:
+            # The bench's dense cache holds one token more than the prompt, in every layer.
+            ours = row.dense.cache_bytes == row.batch * (row.length + 1) * token * cached
+            pruned = row.parameters != row.dense_parameters
+            if ours and not pruned and not row.shape.endswith(", one layer"):
+                rows.append((itemsize / cached, row))
     where = ", ".join(paths)
-    missing = [str(batch) for batch in batch_sizes if all(row["batch"] != batch for _, row in rows)]
+    missing = [str(batch) for batch in batch_sizes if all(row.batch != batch for _, row in rows)]
     if missing:
         raise UserError(
             f"the cost table has no whole-model rows of this model at batch size {', '.join(missing)}",
@@ -209,17 +205,19 @@ def measured(
     plan: dict[int, Curve] = {}
     dense: dict[int, Curve] = {}
     for batch in batch_sizes:
-        own = [(scale, row) for scale, row in rows if row["batch"] == batch]
-        spent = sorted(row["without_attention"]["median"] for _, row in own)
+        own = [(scale, row) for scale, row in rows if row.batch == batch]
+        spent = sorted(row.without_attention.median for _, row in own)
         rest[batch] = spent[len(spent) // 2]
-        for side, curves in (("plan", plan), ("dense", dense)):
-            curves[batch] = Curve(
-                [(row[side]["cache_bytes"] * scale, row[side]["decode"]["median"] - rest[batch]) for scale, row in own]
-            )
+        for curves, sides in (
+            (plan, [(scale, row.plan) for scale, row in own]),
+            (dense, [(scale, row.dense) for scale, row in own]),
+        ):
+            points = [(side.cache_bytes * scale, side.decode.median - rest[batch]) for scale, side in sides]
+            curves[batch] = Curve(points)
         low, high = dense[batch].bytes[0], dense[batch].bytes[-1]
         outside = [f"{length:,}" for length, size in sizes.items() if not low <= size * batch <= high]
         if outside:
-            measured_at = sorted({row["length"] for _, row in own})
+            measured_at = sorted({row.length for _, row in own})
             raise UserError(
                 f"the dense model was not measured around the length {', '.join(outside)} at batch size {batch}",
                 where=where,
@@ -230,25 +228,5 @@ def measured(
     return StepTime(rest, plan, dense, 1.0, f"{len(rows)} measured rows of {where}, {machines.pop()}")
 
 
-def _batches(rows: Sequence[tuple[float, dict[str, Any]]]) -> str:
-    return ", ".join(map(str, sorted({row["batch"] for _, row in rows})))
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError("the cost table cannot be read", where=path, found=error.strerror, fix=AGAIN) from error
-    except ValueError as error:
-        raise _unusable(path, str(error)) from error
-    return values
-
-
-def _unusable(path: str, found: str) -> UserError:
-    return UserError(
-        "this is no cost table",
-        where=path,
-        expected="a bench.json that `compress bench` wrote, with rows of whole models",
-        found=found,
-        fix=AGAIN,
-    )
+def _batches(rows: Sequence[tuple[float, WholeModel]]) -> str:
+    return ", ".join(map(str, sorted({row.batch for _, row in rows})))

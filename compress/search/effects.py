@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from compress.models.memory import needs_checkpointing
-from compress.models.replaced import causal_attention, checkpoint_layers, replaced_attention, tapped
+from compress.models.replaced import causal_attention, checkpoint_layers, refuse_arguments, replaced_attention, tapped
 from compress.models.shape import ModelShape
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import FULL, Span
@@ -59,6 +59,7 @@ def sampled_effects(
         scaling: float | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
+        refuse_arguments(module, others)
         layer = int(module.layer_idx)
         window = shape.native_windows[layer]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.problem import CandidatePlan, Decision, SearchProblem, Solver
@@ -29,15 +30,22 @@ class Heads(Solver):
     score: Annotated[
         str | dict[str, float],
         Field(
+            min_length=1,
             description="a statistic with one number a group: `retrieval`, `gates`, `output_error`, `entropy`; or "
-            "several with weights, each divided by its mean over groups, for instance `{retrieval: 1, gates: 1}`"
+            "several with weights, each divided by its mean over groups, for instance `{retrieval: 1, gates: 1}`",
         ),
     ] = "retrieval"
-    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 64
-    window: Annotated[int, Field(ge=PAGE, multiple_of=PAGE, description="tokens of the others' window, at least")] = 256
+    sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 64
+    window: Annotated[
+        int, Field(ge=PAGE, le=LONGEST, multiple_of=PAGE, description="tokens of the others' window, at least")
+    ] = 256
     most_per_layer: Annotated[
         int | None, Field(ge=0, description="full groups that a layer may have at most; null for no limit")
     ] = None
+
+    def scores_read(self) -> dict[str, str]:
+        """Those that rank."""
+        return dict.fromkeys([self.score] if isinstance(self.score, str) else self.score, "groups")
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """One plan, with the scores on both sides of the cut; see `Solver.solve`.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.heads import Heads, decide
@@ -22,10 +23,16 @@ class Layers(Solver):
         Field(description="which layers are full: of the highest score, the first, the last, or spread evenly"),
     ] = "score"
     score: Annotated[
-        str | dict[str, float], Field(description="as in `heads`; a layer's is the mean of its groups")
+        str | dict[str, float], Field(min_length=1, description="as in `heads`; a layer's is the mean of its groups")
     ] = "retrieval"
-    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 0
-    window: Annotated[int, Field(ge=PAGE, multiple_of=PAGE, description="tokens of the others' window, at least")] = 256
+    sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 0
+    window: Annotated[
+        int, Field(ge=PAGE, le=LONGEST, multiple_of=PAGE, description="tokens of the others' window, at least")
+    ] = 256
+
+    def scores_read(self) -> dict[str, str]:
+        """As `heads`, where the order is that of the score."""
+        return Heads(score=self.score).scores_read() if self.order == "score" else {}
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """One plan; see `Solver.solve`.

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from compress.limits import FACTOR, SECONDS
 from compress.registry import solvers
 from compress.search.budget import check_feasible
 from compress.search.candidates import Objective, build_candidates
@@ -38,11 +39,12 @@ class Moa(Solver):
         float,
         Field(
             ge=0,
+            le=FACTOR,
             description="weight of the evidence that a rule hides from the answer (statistic `retrieval`) beside "
             "influence; 0 is the published method, 1 weighs both alike",
         ),
     ] = 0.0
-    tables: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    tables: dict[str, Annotated[float, Field(gt=0, le=FACTOR)]] = Field(
         default_factory=dict,
         description="further rule tables of the profile and their weights, for instance `{hidden_mass: 1}`",
     )
@@ -54,10 +56,13 @@ class Moa(Solver):
         ),
     ] = "position"
     points: Annotated[
-        int, Field(ge=0, description="epsilon-constraint problems solved besides the extreme plans of every length")
+        int,
+        Field(
+            ge=0, le=1000, description="epsilon-constraint problems solved besides the extreme plans of every length"
+        ),
     ] = 4
     gap: Annotated[float, Field(ge=0, lt=1, description="relative optimality gap at which a solve may stop")] = 0.01
-    time_limit: Annotated[float, Field(gt=0, description="seconds for the whole Pareto set")] = 120.0
+    time_limit: Annotated[float, Field(gt=0, le=SECONDS, description="seconds for the whole Pareto set")] = 120.0
 
     @model_validator(mode="after")
     def _something_to_weigh(self) -> Moa:
@@ -72,10 +77,18 @@ class Moa(Solver):
             every["retrieval.lost"] = self.retrieval
         return tuple({**every, **self.tables}.items())
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
-        """The Pareto set over the profiled lengths; see `Solver.solve`."""
+    def scores_read(self) -> dict[str, str]:
+        """The tables that are minimised."""
+        return {name: "rules" for name, _ in self.weighed()}
+
+    def check(self, problem: SearchProblem) -> None:
+        """Whether the smallest rule meets the budget; see `Solver.check`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
         check_feasible(replace(problem, grid=grid))
+
+    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+        """The Pareto set over the profiled lengths; see `Solver.solve`."""
+        self.check(problem)
         objectives = [Objective(self.weighed(), length) for length in problem.lengths]
         candidates = build_candidates(problem, objectives, self.rule)
         knapsack = Knapsack(candidates, [row.most for row in problem.rows])

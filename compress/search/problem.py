@@ -172,6 +172,11 @@ def uniform_decision(shape: ModelShape, span: Span) -> Decision:
 class Solver(Method):
     """Base of every solver: its fields are recipe keys, and `solve` answers a problem."""
 
+    def check(self, problem: SearchProblem) -> None:
+        """Raise UserError where no plan meets the budget whatever the profile's tables say; `tensor` gives none."""
+        if "rules" not in self.scores_read().values():
+            self.solve(problem)
+
     @abstractmethod
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """One or more plans that meet the budget at every length, none dominated by another.

@@ -30,6 +30,8 @@ from compress.targets.apply import planned_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from compress.models.shape import ModelShape
+
 
 class Scores(Protocol):
     """What the search of a pruned plan reads of a profile."""
@@ -52,8 +54,8 @@ class PruningResult:
     report: dict[str, Any]
 
 
-def pruning_problem(model: Any, profile: Scores, budget: Budget) -> PruningProblem:
-    """The problem of a model, a profile with scores and a budget with `parameters`.
+def pruning_problem(model: Any, profile: Scores, budget: Budget, shape: ModelShape | None = None) -> PruningProblem:
+    """The problem of a model, a profile with scores and a budget with `parameters`; `shape` is the model's, if known.
 
     Raises:
         UserError: the architecture is not supported, or its layers do not divide into units.
@@ -69,7 +71,7 @@ def pruning_problem(model: Any, profile: Scores, budget: Budget) -> PruningProbl
         return found[0], found[1]
 
     return PruningProblem(
-        shape_of(model),
+        shape or shape_of(model),
         tuple(parameters_per_unit(model)),
         tuple(parameters_per_unit(model, biased=True)),
         int(model.config.intermediate_size),
@@ -119,7 +121,7 @@ def run_pruning(
         folder: the run folder; measured losses are kept in `search/response.jsonl`.
         seed: of the random baseline.
     """
-    problem = pruning_problem(loaded.model, profile, budget)
+    problem = pruning_problem(loaded.model, profile, budget, loaded.shape)
     candidates = {f"pruned-{number}": each for number, each in enumerate(solver.solve(problem))}
     asked = {"solver": dict(solver_facts), "budget": budget.model_dump(mode="json")}
     plans = {

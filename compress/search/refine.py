@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save as save_tensors
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.files import write_bytes, write_json
+from compress.files import write_text
+from compress.json_file import read_sealed, sealed
+from compress.limits import FACTOR, MINUTES
+from compress.partial import read_partial, write_partial
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.divergence import Divergence
@@ -51,11 +52,11 @@ Progress = Callable[[int, int, str], None]
 class Refine(Method):
     """Exchanges rules between head groups as long as the measured loss falls, within a time."""
 
-    minutes: Annotated[float, Field(gt=0, description="time to spend, interruptions not counted")] = 10.0
+    minutes: Annotated[float, Field(gt=0, le=MINUTES, description="time to spend, interruptions not counted")] = 10.0
     samples: Annotated[
-        int, Field(ge=1, description="passes over the documents that the quadratic model is made from")
+        int, Field(ge=1, le=1000, description="passes over the documents that the quadratic model is made from")
     ] = 4
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(gt=0, le=FACTOR)]] = Field(
         default_factory=dict, description="weight of a task's loss, by the task's name; 1 where none is given"
     )
 
@@ -92,6 +93,11 @@ class State:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing is left to try; otherwise the time has ended it."""
+        return self.radius < 1
 
     def spans(self) -> Decision:
         """The decision as spans."""
@@ -200,14 +206,14 @@ def refine(
         state.history = [{"start": name, "loss": loss.total(tasks), **tasks} for name, tasks in measured.items()]
     report(int(time.monotonic() - clock), int(budget), "making the quadratic model")
     rules = rules_of(problem, starts[state.start])
-    model_of_loss = _effects(folder / "refine.safetensors", key, loss, rules, settings, seed)
+    model_of_loss = _effects(folder / "refine.partial", key, loss, rules, settings, seed)
     state.seconds = time.monotonic() - clock
-    write_json(path, vars(state))
-    while state.seconds < budget and state.radius >= 1:
+    write_text(path, sealed(vars(state)))
+    while state.seconds < budget and not state.exhausted:
         report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
         _try(loss, problem, rules, model_of_loss, state)
         state.seconds = time.monotonic() - clock
-        write_json(path, vars(state))
+        write_text(path, sealed(vars(state)))
     return state
 
 
@@ -243,13 +249,11 @@ def _try(loss: Loss, problem: SearchProblem, rules: Rules, effects: torch.Tensor
 
 def _effects(path: Path, key: str, loss: Loss, rules: Rules, settings: Refine, seed: int) -> torch.Tensor:
     """The quadratic model; an interrupted refinement finds it again."""
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                found: torch.Tensor = file.get_tensor("effects")
-                return found
+    found = read_partial(path, key)
+    if found is not None:
+        return found[1]["effects"]
     effects = loss.quadratic(rules, settings.samples, seed)
-    write_bytes(path, save_tensors({"effects": effects.contiguous()}, metadata={"key": key}))
+    write_partial(path, key, {}, {"effects": effects.contiguous()})
     return effects
 
 
@@ -293,11 +297,8 @@ def _key(
 
 def _read(path: Path, key: str) -> State | None:
     """An earlier state of the same refinement."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("key") != key:
-            return None
-        found["decision"] = [[(rule[0], rule[1], float(rule[2])) for rule in row] for row in found["decision"]]
-        return State(**found)
-    except (OSError, ValueError, KeyError, TypeError):
+    found = read_sealed(path)
+    if found is None or found["key"] != key:
         return None
+    found["decision"] = [[(sink, alpha, beta) for sink, alpha, beta in row] for row in found["decision"]]
+    return State(**found)

@@ -11,12 +11,19 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
-from compress.models.shape import shape_of
 from compress.plan import Plan
 from compress.runtime.span import FULL
-from compress.search.budget import Budget, check_feasible, dense_bytes, rule_keys, smallest_bytes, smallest_rule
+from compress.search.budget import (
+    Budget,
+    check_feasible,
+    check_lengths,
+    dense_bytes,
+    rule_keys,
+    smallest_bytes,
+    smallest_rule,
+)
 from compress.search.decode_time import StepTime, step_bytes
-from compress.search.methods import parse_solver
+from compress.search.methods import kind_problems, parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
 from compress.search.prune import run_pruning
 from compress.search.refine import Refine, State, refine
@@ -226,14 +233,16 @@ def run_search(
     """
     solver = parse_solver(section.solver)
     budget: Budget = section.budget
-    _check_kind(solver, budget, section.refine)
+    for _, problem in kind_problems(solver, budget, section.refine):
+        raise UserError([problem])
+    check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     if isinstance(solver, PruningSolver):
         facts = {"name": solver_name(solver), **solver.model_dump(mode="json")}
         held_out = list(_flat(held_out_documents))
         pruned = run_pruning(loaded, profile, held_out, solver, facts, budget, folder, progress, seed)
         write_result(folder, pruned.report, pruned.plan, pruned.plans, pruned.baselines)
         return SearchResult(pruned.plan, pruned.baselines, pruned.report)
-    shape = shape_of(loaded.model)
+    shape = loaded.shape
     itemsize = loaded.model.dtype.itemsize
     step = None
     if budget.decode_time is not None:
@@ -306,30 +315,11 @@ def run_search(
             "start_loss": refined.first,
             "tasks": refined.tasks,
             "steps": refined.step,
+            "exhausted": refined.exhausted,
             "seconds": refined.seconds,
         }
     write_result(folder, report, plan, plans, uniform)
     return SearchResult(plan, uniform, report)
-
-
-def _check_kind(solver: Solver | PruningSolver, budget: Budget, refine: Any) -> None:
-    """Raise UserError where the budget is none that the solver decides by."""
-    prunes = isinstance(solver, PruningSolver)
-    if prunes != (budget.parameters is not None):
-        raise UserError(
-            "the solver and the budget do not belong together",
-            where="search",
-            expected="`budget: {parameters: ...}` for this solver"
-            if prunes
-            else "a solver that prunes, as `amp`, for `budget: {parameters: ...}`",
-            found=f"solver `{solver_name(solver)}`",
-        )
-    if prunes and refine is not None:
-        raise UserError(
-            "refinement exchanges spans, and a pruned plan has none",
-            where="search.refine",
-            fix="leave it out; search spans afterwards with the pruned checkpoint as `model`",
-        )
 
 
 def _refine(
@@ -344,14 +334,19 @@ def _refine(
 ) -> State:
     """Refine the best of the plans found, by name, that go by position and meet the budget."""
     if "uniform" not in found:
-        raise UserError(
-            "no uniform window meets the budget, so refinement has nothing to measure its loss by",
-            where="search.refine",
-            fix="raise the budget, or leave `refine` out",
-        )
+        raise no_start()
     every = {name: positional(each.decision) for name, each in found.items()}
     starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
     return refine(model, problem, settings, starts, starts["uniform"], documents, folder, seed, progress)
+
+
+def no_start() -> UserError:
+    """What to say where a refinement has no uniform plan."""
+    return UserError(
+        "no uniform window meets the budget, so refinement has nothing to measure its loss by",
+        where="search.refine",
+        fix="raise the budget, or leave `refine` out",
+    )
 
 
 def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:
@@ -372,6 +367,7 @@ def write_result(
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
         if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()
+    (folder / "search").mkdir(exist_ok=True)
     for path, text in wanted.items():
         write_text(path, text)
     write_json(folder / "search" / "pareto.json", dict(report))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
+from compress.files import append_line
+from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -28,6 +30,14 @@ def document_key(document: Document) -> str:
     return _digest([document.tokens, document.answer])
 
 
+def _entry(line: str) -> dict[str, Any] | None:
+    """A measurement; None where the line is torn or changed, so that it is measured again."""
+    try:
+        return unsealed(parse_json(line, finite=False))
+    except JsonError:
+        return None
+
+
 class LossLog:
     """Append-only JSONL file of losses, one line for each plan and document.
 
@@ -41,20 +51,11 @@ class LossLog:
         self.path = path
         self.context = context
         self._losses: dict[tuple[str, str], float] = {}
-        self._torn = False
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            self._torn = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            if entry["context"] == self.context:
-                self._losses[entry["plan"], entry["document"]] = float(entry["loss"])
-        except (ValueError, KeyError, TypeError):
-            return
+            for entry in map(_entry, text.splitlines()):
+                if entry is not None and entry["context"] == self.context:
+                    self._losses[entry["plan"], entry["document"]] = entry["loss"]
 
     def get(self, plan: str, document: str) -> float | None:
         """The loss of a plan on a document, None when it was not measured yet."""
@@ -62,11 +63,8 @@ class LossLog:
 
     def put(self, plan: str, document: str, loss: float) -> None:
         """Add a measurement; it is in the file when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + json.dumps(entry) + "\n")
-        self._torn = False
+        append_line(self.path, json.dumps({**entry, CHECKSUM: checksum_of(entry)}))
         self._losses[plan, document] = loss
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.search.problem import CandidatePlan, SearchProblem, Solver
 from compress.search.uniform import Uniform
@@ -18,7 +19,7 @@ class Streaming(Solver):
     The window is fixed, as in the paper, so a budget at several lengths is bound by the length where it is tightest.
     """
 
-    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 4
+    sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 4
 
     def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
         """One plan; see `Solver.solve`."""

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, own_span
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, uniform_decision
@@ -22,7 +23,7 @@ class Uniform(Solver):
     that the baseline has the budget's bytes, or up to a page or two less a group, at every length.
     """
 
-    sink: Annotated[int, Field(ge=0, description="tokens at the start that stay visible")] = 64
+    sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 64
     elastic: Annotated[
         bool, Field(description="let the window grow with the position when the budget has several lengths")
     ] = True

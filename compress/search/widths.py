@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.models.pruning import Kept, UnitParameters
 from compress.plan import LayerPlan, Mlp, OutputBias, Plan, Predicted, plan_of_layers
 from compress.registry import Method
@@ -163,6 +164,7 @@ class PruningSolver(Method):
         int | None,
         Field(
             ge=1,
+            le=LONGEST,
             description="neurons that stay are a multiple of it; null takes the largest power of two up to "
             "128 that meets the budget to within 0.5%",
         ),
@@ -180,8 +182,13 @@ class PruningSolver(Method):
     ] = False
 
     def statistics_read(self) -> tuple[str, ...]:
-        """Those that rank."""
+        """The statistics that rank."""
         return (self.importance,) if isinstance(self.importance, str) else self.importance
+
+    def scores_read(self) -> dict[str, str]:
+        """Those that rank, and the mean inputs that compensate."""
+        means = {f"{name}.head_means": "means" for name in self.statistics_read() if self.compensate}
+        return dict.fromkeys(self.statistics_read(), "units") | means
 
     def solve(self, problem: PruningProblem) -> list[PrunedCandidate]:
         """One or more decisions whose parameters are within the budget. The same problem gives the same ones.

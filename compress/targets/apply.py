@@ -13,6 +13,7 @@ from compress.models.families import attention_modules, family_of
 from compress.models.pruning import Kept, add_output_biases, layers_of, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
+from compress.runtime.rope import carry_over
 from compress.runtime.span import FULL, AnySpan, own_span
 from compress.runtime.widths import Width, width_of
 
@@ -136,10 +137,7 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     if set(missing) - tied or unexpected:
         raise ValueError(f"weights do not fit: missing {sorted(set(missing) - tied)[:4]}, unexpected {unexpected[:4]}")
     made.tie_weights()
-    # Buffers that are not saved (RoPE frequencies) were made on meta; the given model has the real ones.
-    for name, buffer in model.named_buffers():
-        owner, _, attribute = name.rpartition(".")
-        setattr(made.get_submodule(owner), attribute, buffer)
+    carry_over(model, made)
     made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     return made.to(next(model.parameters()).device).train(model.training)
 

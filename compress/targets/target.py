@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, ClassVar
 
 from compress.errors import nearest
@@ -36,7 +37,9 @@ def parse_target(value: Any) -> Any:
         return value
     known = dict(targets.items())
     name = value["target"]
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         hint = nearest(name, known)
-        raise ValueError(f"unknown target {name!r}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else ""))
-    return known[name].model_validate(value)
+        raise ValueError(
+            f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
+        )
+    return known[name].model_validate(value, strict=True)

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from compress.errors import UserError
+from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, AnySpan, LengthSpan, Span
+from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, AnySpan, LengthSpan, Span
 from compress.targets.target import Target
 
 
@@ -21,8 +22,8 @@ class WindowGroup(Target):
     """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
 
     target: Literal["window"] = "window"
-    sink: int = Field(ge=0, description="tokens at the start that stay visible")
-    alpha: int = Field(description="fixed part of the window, tokens")
+    sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")
+    alpha: int = Field(gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
     beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
     rule: Literal["position", "length"] = Field(
         "position",
@@ -71,26 +72,37 @@ class SpanGrid(Method):
     """
 
     sinks: Annotated[
-        tuple[int, ...], Field(min_length=1, description="tokens at the start that stay visible, ascending")
+        tuple[Annotated[int, Field(le=LONGEST)], ...],
+        Field(min_length=1, max_length=ENTRIES, description="tokens at the start that stay visible, ascending"),
     ] = (64,)
     betas: Annotated[
         tuple[float, ...],
         Field(
             min_length=1,
+            max_length=ENTRIES,
             description="shares of the position that the window grows by, ascending, multiples of 1/1024; 1 is full",
         ),
     ] = tuple(eighth / 8 for eighth in range(9))
     alpha_min: Annotated[
-        int, Field(multiple_of=PAGE, description="smallest fixed part of the window in tokens, a multiple of 64")
+        int,
+        Field(
+            ge=-LONGEST,
+            le=LONGEST,
+            multiple_of=PAGE,
+            description="smallest fixed part of the window in tokens, a multiple of 64",
+        ),
     ] = 64
     alpha_max: Annotated[
         int | None,
         Field(
-            description="largest fixed part of the window in tokens, a multiple of 64; null is the length it is used at"
+            ge=-LONGEST,
+            le=LONGEST,
+            description="largest fixed part of the window in tokens, a multiple of 64; null is the length it is "
+            "used at",
         ),
     ] = None
     alpha_step: Annotated[
-        int, Field(ge=PAGE, multiple_of=PAGE, description="tokens between two alphas, a multiple of 64")
+        int, Field(ge=PAGE, le=LONGEST, multiple_of=PAGE, description="tokens between two alphas, a multiple of 64")
     ] = 64
 
     @field_validator("sinks")

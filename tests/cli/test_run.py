@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
-from compress.cli.session import open_session
 from compress.runfolder import RunFolder
 from tests.cli.recipes import make_recipe
 from tests.tiny import part_local_model
@@ -69,17 +68,6 @@ def test_a_changed_recipe_reruns_only_what_depends_on_it(copied: Path) -> None:
     result = call("run", copied)
     assert result.exit_code == 0, result.output
     assert "export: done before" in result.stderr and "evaluate: starting" in result.stderr
-
-
-def test_another_content_of_the_cost_table_is_another_search(tmp_path: Path) -> None:
-    recipe, table = make_recipe(tmp_path), tmp_path / "bench.json"
-    recipe.write_text(recipe.read_text().replace("kv: 0.8", f"decode_time: 0.8, cost_table: {table}"))
-    table.write_text("{}")
-    with open_session(str(recipe)) as session:
-        before = session.search_key()
-        assert session.search_key() == before
-        table.write_text('{"dtype": "float32"}')
-        assert session.search_key() != before
 
 
 def test_stages_one_by_one_and_what_is_missing(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import json
+import random
 import sys
 import types
 from pathlib import Path
@@ -11,20 +14,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from compress.data.text import (
+    LIMIT,
+    MOST,
     DatasetText,
     EmbeddedText,
+    Excerpt,
     FileText,
     Part,
     TextSource,
+    _in_pieces,
     _sections,
+    characters_for,
     leading_tokens,
     split_text,
     tokenise,
 )
 from compress.errors import UserError
 from tests.data.language import byte_tokenizer, story
+from tests.tiny import tiny_tokenizer
 
 PARTS = get_args(Part)
 
@@ -64,7 +75,24 @@ def test_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}\n', "text", ":1: `text` is not text"),
         ("a.jsonl", b"\n", "text", "holds no text"),
         ("a.txt", b" \n", "text", "holds no text"),
-        ("a.txt", b"ab\xff", "text", "not UTF-8"),
+        ("a.jsonl", b'{"text": null}\n', "text", ":1: `text` is not text"),
+        ("a.jsonl", b'{"text": ["x"]}\n', "text", ":1: `text` is not text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud800b"}\n', "text", ":2: half a surrogate pair"),
+        ("a.jsonl", b'{"text": "\\udc00\\ud800"}\n', "text", "\\udc00 at character 0"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "text", ":2: the line is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "text", ":1: the line is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a\x00b"}\n', "text", ":2: a NUL character"),
+        ("a.jsonl", b'{"\\ud800": "x"}\n', "text", ":1: there is no column `text`"),
+        ("a.jsonl", '{"text": "x"}\n'.encode("utf-16-le"), "text", "a NUL character"),
+        ("a.jsonl", b'{"text": "x"}\r\n{"text": "\xe4"}\r\n', "text", "not UTF-8 in line 2, byte 25 of the file"),
+        ("a.txt", b"ab\xff", "text", "not UTF-8 in line 1, byte 2 of the file"),
+        ("a.txt", b"a\r\nb\rc\n" * 200_000 + b"d\xffe", "text", "not UTF-8 in line 600001, byte 1,400,001 of"),
+        ("a.txt", b"\xef\xbb\xbfa\n\xff", "text", "not UTF-8 in line 2, byte 5 of the file"),
+        ("a.txt", codecs.BOM_UTF16_LE + b"a\0\n\0\0\xd8", "text", "not UTF-16-LE in line 2, byte 6 of the file"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-be"), "text", ":1: a NUL character"),
+        ("a.txt", b"one\ntwo\0\n", "text", ":2: a NUL character"),
+        ("a.txt", codecs.BOM_UTF8, "text", "holds no text"),
+        ("a\0.txt", None, "text", "cannot be read"),
         ("a.csv", b"text\nx\n", "text", "*.txt or *.jsonl"),
         ("a.txt", None, "text", "cannot be read"),
     ],
@@ -77,6 +105,127 @@ def test_files_that_are_refused(tmp_path: Path, name: str, content: bytes | None
         FileText(path=str(path), column=column).load()
     assert message in str(error.value)
     assert name in str(error.value)
+    str(error.value).encode()
+
+
+ENCODINGS = [
+    (b"", "utf-8"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(("mark", "encoding"), ENCODINGS)
+def test_marks_and_line_ends_are_no_part_of_the_text(tmp_path: Path, mark: bytes, encoding: str, ends: str) -> None:
+    text = "öne 🦉\n\ntwo\n"
+    plain = tmp_path / "a.txt"
+    plain.write_bytes(mark + text.replace("\n", ends).encode(encoding))
+    assert FileText(path=str(plain)).load() == text
+    rows = '{"text": "öne 🦉\\u0000"}\n\n{"text": ""}\n{"text": "\\ufefftwo"}\n'
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(mark + rows.replace("\n", ends).encode(encoding))
+    assert FileText(path=str(lines)).load() == "öne 🦉\0\n\n\n\n\ufefftwo\n"
+
+
+def long_text(paragraphs: int) -> str:
+    return (
+        "\n\n".join(f"Paragraph {number} says what only it says, and no other." for number in range(paragraphs)) + "\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_of_a_long_file_the_beginning_is_read_in_sections_of_the_whole(tmp_path: Path, kind: str) -> None:
+    text = long_text(10_000)
+    path = tmp_path / f"a.{kind}"
+    path.write_text(text if kind == "txt" else "".join(f"{json.dumps({'text': t})}\n" for t in text.split("\n\n")))
+    source = FileText(path=str(path))
+    assert source.excerpt() == Excerpt(text)
+    for most in (150_000, 300_000, 333_333):
+        excerpt = source.excerpt(most)
+        assert most - 30_000 < len(excerpt.text) <= most
+        assert excerpt.used is not None and f"the first {len(excerpt.text):,} characters, about " in excerpt.used
+        for part in PARTS:
+            assert split_text(text, part).startswith(split_text(excerpt.text, part))
+        assert sum(len(split_text(excerpt.text, part)) for part in PARTS) == len(excerpt.text)
+
+
+def test_what_lies_behind_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = json.dumps({"text": "word " * 2000}) + "\n"
+    with path.open("w") as file:
+        file.write(row * 30)
+        file.seek(2**33)  # 8 GiB that take no room on the disk
+        file.write("x")
+    assert len(FileText(path=str(path)).load(200_000)) <= 200_000
+    with pytest.raises(UserError, match="the line is too long"):
+        FileText(path=str(path)).load()
+
+
+def test_a_dataset_is_read_as_far_as_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Long(_Rows):
+        def __iter__(self) -> Any:
+            yield from ({"text": "word " * 2000} for _ in range(30))
+            raise AssertionError("too much was read")
+
+        def __len__(self) -> int:
+            return 10**9
+
+    _install(monkeypatch, __version__="5.2.0", load_dataset=lambda *args, **options: Long())
+    excerpt = DatasetText(id="a/b").excerpt(200_000)
+    assert excerpt.used is not None and "of 1,000,000,000 rows" in excerpt.used
+    monkeypatch.setattr(Long, "__iter__", lambda self: iter([{"text": "x"}, {"text": "\ud800"}]))
+    with pytest.raises(UserError, match="a/b: row 1: half a surrogate pair"):
+        DatasetText(id="a/b").load()
+
+
+def test_requests_say_how_much_they_need() -> None:
+    assert characters_for(100_000, "calibration") == MOST
+    assert characters_for(10_000_000, "calibration") == 160_000_000
+    assert characters_for(10_000_000, "evaluation") == 320_000_000
+    assert characters_for(10**15, "held_out") == LIMIT
+
+
+def spaced_tokenizer() -> Any:
+    """BPE over a text that nothing cuts into words, with a mark for spaces and before the text (as Llama 2 has it)."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    sentences = sorted(set(story(300).replace("\n", " ").split(". ")))
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [byte_tokenizer(), tiny_tokenizer(), spaced_tokenizer()], ids=["bytes", "words", "no words"]
+)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = random.Random(0)
+    text = story(700) + "".join(words.choice("w12 é\n🦉 3 ,w") for _ in range(30_000)) + "\n\n" * 500 + story(200)
+    whole = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr("compress.data.text.OVERLAP", 1024)
+    for size in (4096, 10_001):
+        monkeypatch.setattr("compress.data.text.PIECE", size)
+        assert _in_pieces(tokenizer, text[:40_000]) is not None
+        assert tokenise(tokenizer, text) == whole
+
+
+def test_where_no_pieces_fit_together_the_whole_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.data.text.PIECE", 1001)
+    monkeypatch.setattr("compress.data.text.OVERLAP", 64)
+    text = "stone" * 2000
+    assert tokenise(tiny_tokenizer(), text) == [3]
+
+
+def test_a_tokenizer_that_fails_is_named() -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise TypeError("'>' not supported between instances of 'int' and 'dict'\nmore")
+
+    with pytest.raises(UserError, match=r"cannot read a text[\s\S]*'int' and 'dict'\n"):
+        tokenise(broken, "x")  # type: ignore[arg-type]
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:

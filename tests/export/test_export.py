@@ -124,21 +124,22 @@ def test_a_checkpoint_that_does_not_load_is_an_error(tmp_path):
     assert "compress" in str(caught.value)
 
 
-def test_dtype_shards_card_and_permissions(tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_shards_card_and_permissions(tmp_path, dtype):
     loaded = tiny_loaded("qwen3")
     folder = tmp_path / "new"
     report = export_checkpoint(
         loaded,
         mixed_plan(shape_of(loaded.model)),
         folder,
-        dtype="bfloat16",
+        dtype=dtype,
         max_shard_size="20KB",
         recipe_text="a: 1\n",
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert loaded.model.dtype == torch.float32  # the dense model keeps its own
     card = (folder / "README.md").read_text()
-    assert f"{report.checks.cache_bytes:,}" in card and "bfloat16" in card and "Not measured yet" in card
+    assert f"{report.checks.cache_bytes:,}" in card and dtype in card and "Not measured yet" in card
     assert "trust_remote_code=True" in card and "a: 1" in card
     update_card(folder, loaded, "| model | perplexity |\n| --- | --- |\n| dense | 12.5 |")
     assert "| dense | 12.5 |" in (folder / "README.md").read_text()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
 from compress.export.export import export_checkpoint
@@ -21,7 +21,7 @@ from compress.plan import Plan, make_plan, uniform_plan
 from compress.targets.apply import planned_model
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.tiny import SIZES, mixed_plan, random_ids, tiny_loaded, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, SIZES, mixed_plan, random_ids, tiny_loaded, tiny_model, tiny_tokenizer
 
 WINDOW = 50  # that of the tiny models which slide by themselves
 WRITTEN_AS = {
@@ -93,6 +93,60 @@ def test_a_native_checkpoint_is_stock_and_computes_the_plan(family: str, tmp_pat
     cached = generated(stock, ids[:, :120])
     assert torch.equal(cached, generated(stock, ids[:, :120], use_cache=False))
     assert torch.equal(cached, generated(planned, ids[:, :120]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "number"),
+    [
+        ((window(), FullGroup(), window()), 0),  # not in the older form: vLLM stops at 0, and runs dense at 3
+        ((FullGroup(), window(), window()), 1),
+        ((FullGroup(), FullGroup(), window()), 2),
+        ((window(), window(), window()), 0),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_older_form_of_qwen_agrees_with_the_plan(family: str, layers: Any, number: int) -> None:
+    model, ids = tiny_model(family), random_ids(1, 150)
+    plan = layered(shape_of(model), *layers)
+    planned = planned_model(model, plan)
+    stock = native_model(planned, plan)
+    config = stock.config.to_dict()
+    assert config["max_window_layers"] == number and config["use_sliding_window"] and config["sliding_window"] == WINDOW
+    again = type(stock)(type(stock.config).from_dict(config))  # from the file's fields alone, as another process does
+    again.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(logits(again.eval(), ids), logits(planned, ids), **CLOSE)
+
+
+def test_a_model_that_keeps_its_windows_says_them_in_the_older_form() -> None:
+    model = tiny_model("qwen2-part-sliding")
+    model.config.max_window_layers = 3  # as transformers 4 wrote beside layer_types
+    plan = uniform_plan(shape_of(model), FullGroup())
+    assert native_model(planned_model(model, plan), plan).config.max_window_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        ((window(), FullGroup(), FullGroup()), 3),
+        ((window(), FullGroup(), window()), 4),
+        ((FullGroup(), FullGroup(), window()), None),
+        ((FullGroup(), FullGroup(), FullGroup()), None),
+    ],
+)
+def test_the_older_form_of_gemma_agrees_with_the_plan_or_is_left_out(layers: Any, pattern: int | None) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    fields = CONFIGS["gemma3"]().to_dict() | {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window_pattern": 6,
+    }
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**fields)).eval()
+    plan, ids = layered(shape_of(model), *layers), random_ids(1, 150)
+    planned = planned_model(model, plan)
+    stock = native_model(planned, plan)
+    assert getattr(stock.config, "sliding_window_pattern", None) == pattern
+    torch.testing.assert_close(logits(stock, ids), logits(planned, ids), **CLOSE)
 
 
 def test_the_window_is_exact_to_the_token() -> None:

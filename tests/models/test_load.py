@@ -1,6 +1,7 @@
 """Loading by name: what is read, what is refused, and that nothing is unpickled."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from compress.errors import UserError
 from compress.models.families import FAMILIES, family_of
 from compress.models.load import load_model, load_tokenizer
 from compress.models.shape import shape_of
+from compress.plan import read_plan
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+
+PROFILES = Path(__file__).parents[2] / "profiles" / "smollm2-135m"
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_pickled_weights_are_never_read(folder):
 def test_a_truncated_safetensors_file_is_an_error(folder):
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match="weight file is damaged"):
         load_model(str(folder))
 
 
@@ -111,6 +115,9 @@ def test_the_demo_model_is_the_real_one(tmp_path):
     shape = shape_of(loaded.model)
     assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (30, 9, 3, 64)
     assert family_of(loaded.model.config).architecture == "LlamaForCausalLM"
+    # Plans are published that name it by the fingerprint of a sample.
+    for published in ("quarter", "moa"):
+        assert read_plan(PROFILES / f"{published}.plan.json", shape).model.fingerprint == shape.sampled
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
         token = loaded.model(ids).logits[0, -1].argmax()

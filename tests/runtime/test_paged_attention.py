@@ -257,7 +257,7 @@ def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
 
 def test_a_reserved_cache_says_when_it_is_full() -> None:
     qkv = random_qkv(1, 1, 1, 20, seed=0)
-    with pytest.raises(ValueError, match="reserved for 10 tokens, and sequence 0 comes to 20"):
+    with pytest.raises(ValueError, match="reserved for 10 tokens, and a sequence comes to 20"):
         run([Span()], qkv, [], max_length=10)
 
 

@@ -134,9 +134,9 @@ def test_where_plans_are_slower_than_the_dense_model_only_a_share_of_one_passes(
         (rows_of(2), {}, "batch size 1"),
         ([bench_row(256, 1, 1, shape="m, one layer")], {}, "no whole-model rows of this model"),
         ([{**bench_row(256, 1, 1), "length": 300}], {}, "no whole-model rows of this model"),
-        ([], {"model_rows": None}, "no cost table"),
-        ([{"dense": {}}], {}, "no `cache_bytes`"),
-        (rows_of(1), {"dtype": "bfloat17"}, "no cost table"),
+        ([], {"model_rows": None}, "the cost table: Input should be a valid array"),
+        ([{"dense": {}}], {}, r"model_rows\.0\.dense\.cache_bytes"),
+        (rows_of(1), {"dtype": "bfloat17"}, "the cost table: Input should be 'bfloat16'"),
         ([bench_row(600, 1, 1), bench_row(1024, 1, 1)], {}, "not measured around the length 512"),
     ],
 )
@@ -155,9 +155,9 @@ def test_files_that_are_not_there_no_json_or_do_not_go_together(tmp_path: Path) 
 
     first = write_table(tmp_path / "1.json", rows_of(1))
     (tmp_path / "torn.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="the cost table is not there"):
         asked(first, str(tmp_path / "none.json"))
-    with pytest.raises(UserError, match="no cost table"):
+    with pytest.raises(UserError, match="the cost table is damaged"):
         asked(first, str(tmp_path / "torn.json"))
     other = write_table(tmp_path / "4.json", rows_of(4), environment={"gpus": []})
     with pytest.raises(UserError, match="different dtypes or devices"):

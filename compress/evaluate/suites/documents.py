@@ -36,9 +36,9 @@ def load(
     Args:
         tokenizer: name or folder; by default that of the model that is evaluated.
     """
-    from transformers import AutoTokenizer
+    from compress.models.load import load_tokenizer
 
     name = tokenizer or pretrained
     if name is None:
         raise ValueError('a suite is sized in tokens: give --metadata \'{"tokenizer": "..."}\'')
-    return documents(suite, AutoTokenizer.from_pretrained(name), length, count, seed, EmbeddedText().load())
+    return documents(suite, load_tokenizer(name), length, count, seed, EmbeddedText().load())

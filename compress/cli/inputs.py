@@ -1,0 +1,138 @@
+"""What the stages of a run read besides the model: by content, so that a file that was replaced is another file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.cli.output import say
+from compress.errors import UserError
+from compress.files import text_key, write_json
+
+RECORD = "inputs.json"
+SCHEMA = 1
+PIECE = 1 << 20
+
+
+class Inputs:
+    """Hashes of texts, files and folders, each taken once in a command and kept in the run folder.
+
+    An input that cannot be read any more counts as unchanged since it was read last, so that a finished stage does not
+    need it. Only the main process keeps them.
+
+    Args:
+        folder: the run folder.
+        keeps: whether this process writes there.
+    """
+
+    def __init__(self, folder: Path, *, keeps: bool = True) -> None:
+        self.path = folder / RECORD
+        self.keeps = keeps
+        self._found: dict[str, str] = {}
+        self._stamps: dict[str, Any] = {}
+        self._again: dict[str, tuple[Callable[[], Any], Callable[[], str]]] = {}
+
+    def text(self, source: Any, most: int) -> str:
+        """Hash of what is read of a text source, its first `most` characters; says so when that is not all.
+
+        Raises:
+            UserError: it cannot be read, and never was.
+        """
+
+        def read(told: bool = False) -> str:
+            excerpt = source.excerpt(most)
+            if told and excerpt.used is not None:
+                say(f"text: {input_name(source)}: {excerpt.used}")
+            return text_key(excerpt.text)
+
+        label = f"text, {most:,} characters: {source.model_dump_json()}"
+        return self._hash(label, source.stamp, read, lambda: read(told=True))
+
+    def file(self, path: str) -> str:
+        """Hash of a file's bytes. Raises UserError: it cannot be read, and never was."""
+        place = Path(path).expanduser()
+        return self._hash(f"file: {path}", lambda: _stamp(place), lambda: _digest(place))
+
+    def files(self, what: str, listed: Callable[[], list[Path]]) -> str:
+        """Hash of the names and bytes of some files. Raises UserError: they cannot be read, and never were."""
+
+        def stamp() -> Any:
+            return [(str(path), _stamp(path)) for path in listed()]
+
+        def read() -> str:
+            return text_key(json.dumps([(str(path), _digest(path)) for path in listed()]))
+
+        return self._hash(what, stamp, read)
+
+    def check(self) -> None:
+        """Raise UserError where an input is another than when the command began."""
+        for label, (stamp, read) in self._again.items():
+            try:
+                changed = stamp() != self._stamps[label] and read() != self._found[label]
+            except UserError:
+                continue  # it is gone; what was made of it is of the one that was there
+            if changed:
+                raise UserError(
+                    "an input of this stage was changed while it ran, so its result does not count",
+                    where=label,
+                    expected="the content that was there when the command began",
+                    fix="run the same command again",
+                )
+
+    def _hash(
+        self, label: str, stamp: Callable[[], Any], read: Callable[[], str], first: Callable[[], str] | None = None
+    ) -> str:
+        if label in self._found:
+            return self._found[label]
+        recorded = self._recorded()
+        try:
+            self._stamps[label] = stamp()
+            found = (first or read)()
+        except UserError as error:
+            if label not in recorded:
+                raise
+            say(f"{error.problems[0].where}: {error.problems[0].what}; taken as unchanged since it was read last")
+            self._found[label] = recorded[label]
+            return recorded[label]
+        self._found[label] = found
+        self._again[label] = (stamp, read)
+        if self.keeps and recorded.get(label) != found:
+            write_json(self.path, {"schema": SCHEMA, "inputs": recorded | {label: found}})
+        return found
+
+    def _recorded(self) -> dict[str, str]:
+        """What an earlier command kept; nothing where that is damaged."""
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            found = data["inputs"] if data["schema"] == SCHEMA else {}
+            return {label: value for label, value in found.items() if isinstance(value, str)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
+
+
+def input_name(source: Any) -> str:
+    """The path or the id of a text source."""
+    return str(getattr(source, "path", None) or getattr(source, "id", source.source))
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise UserError("the file cannot be read", where=str(path), found=found) from error
+    return digest.hexdigest()

@@ -1,0 +1,17 @@
+"""The largest numbers that a recipe may ask for: far above what is of use, and small enough to be refused in time.
+
+A slip such as `count: 99999999999999` is told when the recipe is read, and not after the memory is full.
+"""
+
+LONGEST = 2**24  # tokens of an input
+DOCUMENTS = 10_000  # of one task and length
+DOCUMENT_TOKENS = 2**26  # of all documents of a list together
+BATCH = 65_536  # sequences at once
+STEPS = 1_000_000  # of a training
+SEQUENCES = 10**8  # of all steps of a training together
+MINUTES = 100_000.0  # 70 days
+SECONDS = 60 * MINUTES
+FACTOR = 1e6  # weights, scales and rates
+BYTES = 10**15
+SEED = 2**32 - 1  # the largest that numpy takes
+ENTRIES = 64  # of a list of lengths, sizes or shares

@@ -1,0 +1,66 @@
+"""The plan that a patched checkpoint's configuration carries, checked before the runtime trusts it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import Problem, UserError
+from compress.plan import Group
+
+FIX = "export the checkpoint again, or take the config.json that it was exported with"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Kept(_Strict):
+    kept: int = Field(ge=1)
+
+
+class _Layer(_Strict):
+    groups: list[Group] = Field(min_length=1)
+    query_heads: int | None = Field(default=None, ge=1)
+    mlp: _Kept | None = None
+
+
+class _Carried(_Strict):
+    schema_: Literal[1] = Field(alias="schema")
+    layers: list[_Layer]
+
+
+def check_carried(plan: Any, layers: Any, where: str) -> None:
+    """Check what config.json says in `compress_plan`.
+
+    Args:
+        plan: the value.
+        layers: of the model, as the configuration says.
+        where: the file, for the message.
+
+    Raises:
+        UserError: everything in it that no export writes.
+    """
+    try:
+        read = _Carried.model_validate(plan)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        problems = [
+            Problem(
+                f"the plan that the checkpoint carries is damaged: {item['msg'].removeprefix('Value error, ')}",
+                f"{where}: compress_plan.{'.'.join(map(str, item['loc']))}",
+                found=repr(item["input"])[:80],
+            )
+            for item in found[:5]
+        ]
+        problems[-1].fix = FIX
+        raise UserError(problems) from None
+    if len(read.layers) != layers:
+        raise UserError(
+            "the plan that the checkpoint carries is damaged: wrong number of layers",
+            where=f"{where}: compress_plan.layers",
+            expected=str(layers),
+            found=str(len(read.layers)),
+            fix=FIX,
+        )

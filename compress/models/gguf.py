@@ -1,0 +1,103 @@
+"""A GGUF file by its header alone: that every part of it lies inside the file, and which tensors there are."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+from compress.errors import UserError
+from compress.models.weights import AGAIN, Tensors, refuse_pointer
+
+VERSIONS = (2, 3)
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+TEXT, ARRAY = 8, 9
+MOST_DIMS = 4
+MOST_PER_BYTE = 8  # numbers in a byte: no quantisation takes less than a bit for one
+
+
+class _Reader:
+    """Reads numbers and strings of a header in order; what would lie behind the end of the file is an error."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.place = data, 4
+
+    def number(self, form: str) -> int:
+        """One number, in a form of `struct`."""
+        start = self.skip(struct.calcsize(form))
+        value: int = struct.unpack_from(form, self.data, start)[0]
+        return value
+
+    def skip(self, count: int) -> int:
+        """The place before `count` bytes that are passed over."""
+        start = self.place
+        if count > len(self.data) - start:
+            raise ValueError(f"the file ends at byte {len(self.data):,}, inside a value at byte {start:,}")
+        self.place += count
+        return start
+
+    def text(self) -> str:
+        """One string."""
+        length = self.number("<Q")
+        start = self.skip(length)
+        return self.data[start : start + length].decode("utf-8")
+
+    def value(self, kind: int) -> None:
+        """Pass over one value of metadata."""
+        if kind in WIDTHS:
+            self.skip(WIDTHS[kind])
+        elif kind == TEXT:
+            self.skip(self.number("<Q"))
+        elif kind == ARRAY:
+            inner, count = self.number("<I"), self.number("<Q")
+            if inner in WIDTHS:
+                self.skip(WIDTHS[inner] * count)
+            elif inner == TEXT:
+                for _ in range(count):
+                    self.skip(self.number("<Q"))
+            else:
+                raise ValueError(f"an array of type {inner}, which there is not")
+        else:
+            raise ValueError(f"a value of type {kind}, which there is not")
+
+
+def read_gguf(path: Path) -> Tensors:
+    """Every tensor of a GGUF file, without reading its values; the shape is torch's, the dtype GGML's number.
+
+    Raises:
+        UserError: not a GGUF file, or one that is damaged or cut short.
+    """
+    refuse_pointer(path)
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError("not a GGUF file", where=str(path), expected="a file that starts with the bytes GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _tensors(_Reader(data))
+            except (ValueError, struct.error) as error:  # UnicodeDecodeError is a ValueError
+                raise UserError(
+                    "the GGUF file is damaged", where=str(path), expected="GGUF", found=str(error), fix=AGAIN
+                ) from None
+
+
+def _tensors(header: _Reader) -> Tensors:
+    version = header.number("<I")
+    if version not in VERSIONS:
+        raise ValueError(f"version {version}, and versions {' and '.join(map(str, VERSIONS))} are read")
+    tensors, entries = header.number("<Q"), header.number("<Q")
+    for _ in range(entries):
+        header.text()
+        header.value(header.number("<I"))
+    found: Tensors = {}
+    for _ in range(tensors):
+        name, dims = header.text(), header.number("<I")
+        if not 0 < dims <= MOST_DIMS:
+            raise ValueError(f"tensor `{name[:60]}` has {dims:,} dimensions")
+        shape = tuple(header.number("<Q") for _ in range(dims))
+        kind, start = header.number("<I"), header.number("<Q")
+        most = MOST_PER_BYTE * (len(header.data) - start)
+        if math.prod(shape) > most:
+            raise ValueError(f"tensor `{name[:60]}` of shape {shape} lies behind the end of the file")
+        found[name] = str(kind), shape[::-1]
+    return found

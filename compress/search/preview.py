@@ -1,0 +1,98 @@
+"""What a search refuses whatever the profile says: found from the sizes of the model, before anything is measured.
+
+The model is built without weights, and where a profile would be asked for scores, zeros stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from compress.errors import UserError
+from compress.models.load import DTYPES
+from compress.models.shape import ModelShape, shape_without_weights
+from compress.search.budget import Budget, check_lengths
+from compress.search.decode_time import step_bytes
+from compress.search.methods import parse_solver
+from compress.search.prune import pruning_problem
+from compress.search.search import SearchSection, make_problem, no_start, solve_baselines
+from compress.search.widths import PruningSolver
+
+if TYPE_CHECKING:
+    from compress.targets.window import SpanGrid
+
+ANY_BANDWIDTH = 1e12  # bytes per second; shares do not depend on it
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """A profile of a model that was not measured."""
+
+    shape: ModelShape
+    neurons: int
+    lengths: Sequence[int]
+    grid: SpanGrid | None
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Zeros in the shape that a solver expects under this key."""
+        shape = self.shape
+        heads = (shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads)
+        sizes = {
+            "heads": heads,
+            "neurons": (shape.layers, self.neurons),
+            "head_means": (*heads, shape.head_dim),
+            "neuron_means": (shape.layers, self.neurons),
+        }
+        return torch.zeros(sizes.get(key.rpartition(".")[2], (shape.layers, shape.kv_heads)))
+
+
+def check_search(config: Any, dtype: str, section: SearchSection, statistics: Sequence[Any], lengths: set[int]) -> None:
+    """Whether a search of this model can end with a plan, as far as that does not depend on what is measured.
+
+    Args:
+        config: of the model.
+        dtype: of its weights in memory.
+        section: the recipe's search section.
+        statistics: what the recipe measures.
+        lengths: that it profiles, in tokens.
+
+    Raises:
+        UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used, or
+            widths that the architecture cannot have.
+    """
+    budget: Budget = section.budget
+    solver = parse_solver(section.solver)
+    check_lengths(budget, getattr(config, "max_position_embeddings", None))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
+    shape = shape_without_weights(model)
+    grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
+    profile = _Zeros(shape, int(getattr(config, "intermediate_size", 0)), sorted(lengths), grid)
+    if isinstance(solver, PruningSolver):
+        _check_biases(config, solver)
+        problem = pruning_problem(model, profile, budget, shape)
+        nothing = [0.0] * int(config.hidden_size)
+        solver.solve(replace(problem, outputs=lambda *_: (nothing, nothing)))
+        return
+    itemsize, step = DTYPES[dtype].itemsize, None
+    if budget.decode_time is not None:
+        step = budget.step_time(shape, itemsize, profile.lengths, step_bytes(model), ANY_BANDWIDTH)
+    spans = make_problem(shape, profile, budget, itemsize, step)
+    solver.check(spans)
+    if section.refine is not None and "uniform" not in solve_baselines(spans):
+        raise no_start()
+
+
+def _check_biases(config: Any, solver: PruningSolver) -> None:
+    if solver.compensate and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
+        raise UserError(
+            "this architecture has no biases behind o_proj and down_proj, which compensation needs",
+            where="search.solver.compensate",
+            expected="a configuration with `attention_bias` and `mlp_bias`",
+            found=f"model_type {config.model_type}",
+            fix="write `compensate: false`",
+        )

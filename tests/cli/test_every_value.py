@@ -1,0 +1,255 @@
+"""Every value that a recipe can name, a choice or the name of a method, is run by the pipeline somewhere in the tests.
+
+The recipes below run most of them on a tiny model. `ELSEWHERE` says which tests run the others, and is held to it.
+"""
+
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from compress.cli import methods
+from compress.cli.app import app
+from compress.recipe import Methods, Recipe, load_recipe
+from tests.cli.recipes import make_recipe
+
+Value = tuple[str, str, Any]  # module and class, key, value
+
+HEAD = """\
+model: {folder}/model
+output: {folder}/{run}
+device: cpu
+"""
+SPANS = """\
+calibration:
+  text: &text {{source: file, path: {folder}/text.txt}}
+  documents:
+    - {{task: continuation, length: 192, count: 1, answer_tokens: 4}}
+    - {{task: continuation, length: 192, count: 1, answer_tokens: 4, decoding: greedy, answer: text}}
+    - {{task: passkey, length: 192, count: 1}}
+    - {{task: passkey, length: 192, count: 1, haystack: filler, answer: text}}
+    - {{task: key_value, length: 192, count: 1}}
+    - {{task: key_value, length: 192, count: 1, haystack: filler, form: register, answer: text}}
+  training:
+    - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2}}
+    - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2, haystack: filler}}
+profile:
+  statistics:
+    - {{name: influence, grid: &grid {{sinks: [4]}}}}
+    - {{name: attention, sink: 4}}
+    - {{name: retrieval, grid: *grid}}
+    - {{name: hidden_mass, grid: *grid}}
+    - {{name: output_error, sink: 4, window: 64}}
+    - {{name: gates, sink: 4, recent: 64, steps: 2}}
+search:
+  solver: {solver}
+  budget: {{kv: 0.8, lengths: [192, 256]}}
+evaluate:
+  compare: [plan, uniform, uniform-at-longest, streaming]
+  perplexity: {{text: *text, length: 64, windows: 1}}
+  recall:
+    - {{task: passkey, length: 192, count: 2}}
+  batch_size: 2
+"""
+SOLVERS = (
+    "{name: moa, points: 0}",
+    "{name: moa, points: 0, influence: signed}",
+    "{name: moa, points: 0, influence: joint}",
+    "{name: moa, points: 0, influence: none, tables: {hidden_mass: 1}, retrieval: 1.0, rule: length}",
+    "{name: heads, score: {gates: 1, output_error: 1}, sink: 4, window: 64}",
+    "{name: layers, score: retrieval, window: 64}",
+    "{name: layers, order: first, window: 64}",
+    "{name: layers, order: last, window: 64}",
+    "{name: layers, order: spread, window: 64}",
+    "{name: uniform, sink: 4}",
+    "{name: uniform, sink: 4, elastic: false}",
+    "{name: streaming}",
+)
+PRUNING = """\
+calibration:
+  text: {{source: embedded}}
+  documents:
+    - {{task: continuation, length: 64, count: 1, answer: text, answer_tokens: 16}}
+profile:
+  statistics:
+    - {{name: amp, neurons: {neurons}}}
+    - {{name: flap}}
+    - {{name: wanda_sp}}
+    - {{name: taylor}}
+    - {{name: magnitude}}
+    - {{name: random}}
+search:
+  solver: {solver}
+  budget: {{parameters: 0.8}}
+evaluate:
+  compare: [random]
+  perplexity: {{length: 64, windows: 1}}
+"""
+PRUNERS = (
+    ("activation", "{name: amp, group_score: sum}"),
+    ("activation", "{name: amp, importance: [wanda_sp, taylor], group_score: mean, unit: query}"),
+    ("activation", "{name: amp, importance: flap, group_score: max, compensate: true}"),
+    ("activation", "{name: allocated, importance: [random, magnitude], normalise: none, group_score: sum}"),
+    ("activation", "{name: allocated, normalise: standard, group_score: max, unit: query}"),
+    ("contribution", "{name: allocated, importance: flap, normalise: layer, group_score: mean, compensate: true}"),
+)
+HALF = """\
+dtype: {dtype}
+calibration:
+  text: {{source: dataset, id: some/texts}}
+  documents:
+    - {{task: continuation, length: 128, count: 1, answer: text, answer_tokens: 4}}
+profile:
+  statistics:
+    - {{name: hidden_mass, grid: {{sinks: [4]}}}}
+search:
+  solver: {{name: uniform, sink: 4}}
+  budget: {{kv: 0.8, lengths: [256]}}
+evaluate: {{}}
+"""
+TRAININGS = (
+    "recover: {steps: 1, length: 32, batch_size: 1, checkpointing: false}",
+    "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
+    "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
+)
+SETTINGS, SECTION = "recover.settings.RecoverSettings", "recipe.ExportSection"
+# What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
+ELSEWHERE: dict[Value, tuple[str, str]] = {
+    (SETTINGS, "shard", True): ("tests/recover/test_resume.py", r'"shard": True'),
+    (SECTION, "form", "patched"): ("tests/export/test_native.py", r'form="auto"[\s\S]*"form patched" in lines'),
+    (SECTION, "form", "native"): ("tests/export/test_native.py", r'form="native"'),
+    (SECTION, "form", "auto"): ("tests/export/test_native.py", r'form="auto"'),
+    (SECTION, "dtype", "float32"): ("tests/export/test_export.py", r"loaded.model.dtype == torch.float32"),
+    (SECTION, "dtype", "bfloat16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16"'),
+    (SECTION, "dtype", "float16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16", "float16"\]'),
+    ("evaluate.harness.HarnessRequest", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
+    ("evaluate.latency.LatencyRequest", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
+    ("search.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
+}
+
+
+def call(command: str, recipe: Path) -> None:
+    result = CliRunner().invoke(app, [command, str(recipe)])
+    assert result.exit_code == 0, result.output
+
+
+def class_name(schema: type[BaseModel]) -> str:
+    return f"{schema.__module__.removeprefix('compress.')}.{schema.__qualname__}"
+
+
+def choices(schema: type[BaseModel], seen: set[type]) -> Iterator[Value]:
+    """Every value of a `Literal` and of a switch in a schema."""
+    if schema not in seen:
+        seen.add(schema)
+        for key, field in schema.model_fields.items():
+            yield from _choices(field.annotation, class_name(schema), key, seen)
+
+
+def _choices(annotation: Any, owner: str, key: str, seen: set[type]) -> Iterator[Value]:
+    if typing.get_origin(annotation) is Literal:
+        yield from ((owner, key, value) for value in typing.get_args(annotation))
+    elif annotation is bool:
+        yield from ((owner, key, value) for value in (True, False))
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from choices(annotation, seen)
+    else:
+        for inner in typing.get_args(annotation):
+            yield from _choices(inner, owner, key, seen)
+
+
+def named(value: Any) -> Iterator[Value]:
+    """The values that a recipe has, methods by their class."""
+    if isinstance(value, BaseModel):
+        yield class_name(type(value)), "", ""
+        for key in type(value).model_fields:
+            inner = getattr(value, key)
+            yield from named(inner)
+            for each in inner if isinstance(inner, tuple) else [inner]:
+                if isinstance(each, str | bool | int):
+                    yield class_name(type(value)), key, each
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from named(inner)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots have tests of their own, and take longer than everything here."""
+    monkeypatch.setattr("compress.cli.stages._draw", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def known() -> Methods:
+    return methods.load()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and a text."""
+    return make_recipe(tmp_path_factory.mktemp("values")).parent
+
+
+RAN: set[Value] = set()
+
+
+def run(folder: Path, known: Methods, text: str, *commands: str) -> None:
+    recipe = folder / "values.yaml"
+    recipe.write_text(text)
+    for command in commands:
+        call(command, recipe)
+    found: Recipe = load_recipe(recipe, known)
+    unread = {class_name(type(found.export))}  # no command here exports
+    RAN.update(value for value in named(found) if value[0] not in unread)
+
+
+def test_spans(folder: Path, known: Methods) -> None:
+    for number, solver in enumerate(SOLVERS):
+        text = (HEAD + SPANS).format(folder=folder, run="spans", solver=solver)
+        run(folder, known, text, *(["profile"] if number == 0 else []), "search", *(["eval"] if number == 0 else []))
+
+
+def test_pruning(folder: Path, known: Methods) -> None:
+    before = ""
+    for neurons, solver in PRUNERS:
+        text = (HEAD + PRUNING).format(folder=folder, run="pruned", solver=solver, neurons=neurons)
+        run(folder, known, text, *(["profile"] if neurons != before else []), "search")
+        before = neurons
+    for training in TRAININGS:
+        run(folder, known, f"{text}{training}\n", "recover")
+    call("eval", folder / "values.yaml")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes_and_a_dataset(folder: Path, known: Methods, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(list[dict[str, str]]):
+        column_names = ("text",)
+
+    module: Any = types.ModuleType("datasets")
+    module.__version__ = "5.0.0"
+    module.load_dataset = lambda *args, **options: Rows([{"text": (folder / "text.txt").read_text()}])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    run(folder, known, (HEAD + HALF).format(folder=folder, run=dtype, dtype=dtype), "profile", "search")
+
+
+def test_every_value_is_run_somewhere(known: Methods) -> None:
+    many = (known.statistics, known.solvers, known.tasks, known.sources)
+    classes: list[Any] = [each for group in many for each in group.values()]
+    classes += [known.budget, known.refine, known.recover, known.perplexity, known.lm_eval, known.latency]
+    seen: set[type] = set()
+    wanted = {value for schema in [Recipe, *classes] for value in choices(schema, seen)}
+    wanted |= {(class_name(schema), "", "") for schema in classes}
+    root = Path(__file__).parents[2]
+    for value, (path, words) in ELSEWHERE.items():
+        assert re.search(words, (root / path).read_text(encoding="utf-8")), f"{path} does not run {value}"
+    assert not ELSEWHERE.keys() - wanted
+    if len(RAN) > 50:  # the tests above have run, in this process
+        assert not ELSEWHERE.keys() & RAN
+        left = sorted(map(str, wanted - RAN - ELSEWHERE.keys()))
+        assert not left, left
