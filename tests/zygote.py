@@ -116,6 +116,7 @@ def main() -> None:
     """Serve; in a child, do what the order says, and leave without taking all of torch apart, which takes a second."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     import_all()
+    channel.sendall(b"\n")  # ready
     gc.freeze()
     order = serve(channel)
     become(order)
