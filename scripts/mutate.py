@@ -99,6 +99,11 @@ def _start(world: str) -> None:
 def _work(job: tuple[int, int, int, int]) -> tuple[int, int, Counter[str], list[Finding]]:
     _, number, seed, count = job
     assert _trials is not None
+    try:
+        _trials.expected(READERS[number])
+    except AssertionError as error:
+        print(f"does not work without damage: {error}", file=sys.stderr)
+        return number, 0, Counter(), []
     ends: Counter[str] = Counter()
     found = []
     for end, finding in _trials.run(READERS[number], seed, count):

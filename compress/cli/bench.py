@@ -88,10 +88,12 @@ def measure(
     seed: int,
     dense_model: str | None = None,
 ) -> dict[str, Any]:
-    """All measurements; `values` is what goes into JSON."""
+    """All measurements that fit into memory; `values` is what goes into JSON."""
+    from functools import partial
+
     import torch
 
-    from compress.bench import kernel, measure, report
+    from compress.bench import kernel, measure, memory, report
     from compress.bench import model as whole
     from compress.bench.source import Source
     from compress.cli.environment import environment
@@ -110,13 +112,23 @@ def measure(
     source = Source(model, plan)
     copy = measure.copy_bandwidth(where)
     rows: list[kernel.Row] = []
+    skipped: list[str] = []
+
+    def skip(line: str) -> None:
+        say(f"  {line}")
+        skipped.append(line)
+
     if "kernel" in kinds:
         shape = source.shape()
         for name in mixes:
             for length in lengths:
-                for count, take in ((1, kernel.prefill_row), (batch, kernel.decode_row)):
-                    say(f"  {take.__name__.split('_')[0]} {name} batch {count}, {length} tokens")
-                    rows.append(take(shape, name, count, length, impl, where, DTYPES[dtype]))
+                prefill = (1, kernel.prefill_row, memory.prefill_need)
+                for count, take, need in (prefill, (batch, kernel.decode_row, memory.decode_need)):
+                    title = f"{take.__name__.split('_')[0]} {name} batch {count}, {length} tokens"
+                    say(f"  {title}")
+                    call = partial(take, shape, name, count, length, impl, where, DTYPES[dtype])
+                    row = memory.attempt(title, need(shape, count, length, DTYPES[dtype]), where, call, skip)
+                    rows += [row] if row else []
                     measure.release(where)
     models: list[whole.ModelRow] = []
     for kind in ("layer", "model"):
@@ -128,14 +140,17 @@ def measure(
         wanted: list[str | None] = [*mixes] or [None]
         for own in wanted:
             for length in lengths:
-                say(f"  {kind} {own or 'with its plan'}, batch {batch}, {length} tokens")
+                title = f"{kind} {own or 'with its plan'}, batch {batch}, {length} tokens"
+                say(f"  {title}")
                 if dense_model is None:
                     planned, plan_name = source.planned(dense, own, length)
                 else:
                     planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
-                models.append(whole.model_row(dense, planned, label, plan_name, batch, length))
-                del planned
+                time_both = partial(whole.model_row, dense, planned, label, plan_name, batch, length)
+                found = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
+                models += [found] if found else []
+                del planned, time_both
                 measure.release(where)
         del dense
         measure.release(where)
@@ -149,6 +164,7 @@ def measure(
         "copy_bytes_per_s": copy,
         "kernel": [row.values() for row in rows],
         "model_rows": [row.values() for row in models],
+        "skipped": skipped,
         "break_even": {
             f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)
             for name in mixes

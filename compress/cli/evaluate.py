@@ -63,7 +63,7 @@ def evaluate(
         comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
     else:
         kept = arguments.words(suites)
-        request = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
+        request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
         _check(what, request, perplexity, latency, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
