@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
+from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, SEED, STEPS
 
 if TYPE_CHECKING:
     from compress.evaluate.compare import Variant
@@ -20,16 +21,22 @@ def evaluate(
     ],
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of every task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
     suites: Annotated[str | None, typer.Option(help="Long-context suites, by commas, or all.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
-    count: Annotated[int, typer.Option(min=1, help="Items of each suite and length.")] = 20,
-    perplexity: Annotated[int | None, typer.Option(min=2, help="Perplexity in windows of so many tokens.")] = None,
-    latency: Annotated[int | None, typer.Option(min=2, help="Time prefill and decode behind so many tokens.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Inputs at once, in decode steps that are timed, too.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=DOCUMENTS, help="Items of each suite and length.")] = 20,
+    perplexity: Annotated[
+        int | None, typer.Option(min=2, max=LONGEST, help="Perplexity in windows of so many tokens.")
+    ] = None,
+    latency: Annotated[
+        int | None, typer.Option(min=2, max=LONGEST, help="Time prefill and decode behind so many tokens.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of the suites.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -92,10 +99,7 @@ def _models(
         raise UserError(
             "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
         )
-    try:
-        sizes = tuple(int(text) for text in lengths.split(","))
-    except ValueError:
-        raise UserError("lengths are whole numbers of tokens", where="--lengths", found=lengths) from None
+    sizes = _lengths(lengths)
     request = HarnessRequest(
         tasks=_split(tasks), include=include, limit=limit, suites=names, lengths=sizes, count=count, batch_size=batch
     )
@@ -166,6 +170,18 @@ def _tokenizer_of(spec: str) -> Any:
     from compress.models.load import load_tokenizer
 
     return lambda: load_tokenizer(spec)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """The numbers of `--lengths`."""
+    from compress.errors import UserError
+
+    parts = [part.strip() for part in text.split(",")]
+    sizes = tuple(int(part) for part in parts if part.isdecimal() and len(part) < 12)
+    if len(sizes) < len(parts) or not all(16 <= size <= LONGEST for size in sizes) or len(sizes) > ENTRIES:
+        expected = f"at most {ENTRIES} whole numbers of tokens from 16 to {LONGEST:,}, by commas"
+        raise UserError("these are no lengths", where="--lengths", expected=expected, found=text[:80])
+    return sizes
 
 
 def _split(text: str | None) -> tuple[str, ...]:
