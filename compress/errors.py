@@ -46,6 +46,18 @@ class UserError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class NotFiniteError(UserError, FloatingPointError):
+    """Logits or losses that are NaN or infinite: what weights and precision make, not a defect of this program."""
+
+    def __init__(self, what: str, where: str | None = None) -> None:
+        super().__init__(
+            what,
+            where=where,
+            expected="finite numbers",
+            fix="check that the weights are whole; a model that overflows in float16 runs in bfloat16 or float32",
+        )
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """'did you mean ...?' for a name that is close to a known one, else None."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)

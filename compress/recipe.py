@@ -214,8 +214,11 @@ MOST_BYTES = 4 * MOST_CHARACTERS
 _DEFAULT_SECTIONS = ("profile", "evaluate")
 
 
-def load_recipe(path: Path | str, methods: Methods) -> Recipe:
+def load_recipe(path: Path | str, methods: Methods | Callable[[], Methods]) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        methods: what a recipe may name, or what gathers it, which is called only for a recipe with the right outline.
 
     Raises:
         UserError: no such file, or everything that is wrong with it: each problem with file, line, column, key,
@@ -254,7 +257,7 @@ def _reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
+def parse_recipe(text: str, methods: Methods | Callable[[], Methods], path: Path) -> Recipe:
     """`load_recipe` for a text; `path` is what problems name. Raises UserError."""
     located = read_located(text, str(path))
     problems = list(located.problems)
@@ -266,6 +269,11 @@ def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
                 )
             )
         raise UserError(problems)
+    if not isinstance(methods, Methods):
+        problems += _outline(located)
+        if problems:
+            raise UserError(sorted(problems, key=_place))
+        methods = methods()
     data = _copy(located.data)
     for section in _DEFAULT_SECTIONS:
         if data.get(section) is None:
@@ -290,6 +298,18 @@ def parse_recipe(text: str, methods: Methods, path: Path) -> Recipe:
         others = [problem for problem in problems if problem.where not in told]
         raise UserError(sorted([*located.problems, *others], key=_place))
     return recipe
+
+
+def _outline(located: LocatedYaml) -> list[Problem]:
+    """What is wrong with the keys of the top level, which needs no method to be known."""
+    fields = {field.alias or name: field for name, field in Recipe.model_fields.items()}
+    unknown = [unknown_key((key,), list(fields), located) for key in located.data if key not in fields]
+    missing = [
+        Problem(f"missing key `{name}`", located.where(()), expected=field.description)
+        for name, field in fields.items()
+        if field.is_required() and name not in located.data and name not in _DEFAULT_SECTIONS
+    ]
+    return unknown + missing
 
 
 def _copy(data: Any) -> Any:

@@ -1,5 +1,8 @@
 """The run folder: where the artifacts of one run lie, which stages are done, and who is writing.
 
+It is opened so that a kill between any two writes leaves a folder that the same command goes on with: what says whose
+run it is (`model.json`) is written first, and a folder with nothing but the files of an opening counts as new.
+
 recipe.yaml            the recipe, verbatim
 recipe.resolved.yaml   with every default written out
 model.json             the name of the model, which decides whether a folder can be gone on with
@@ -16,18 +19,25 @@ import errno
 import fcntl
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from compress.errors import UserError
-from compress.files import key_of, write_json, write_text
+from compress.files import PART, append_line, key_of, open_own, refusal, remove, sweep, write_json, write_text
 
 STAGES = "stages.json"
+MODEL = "model.json"
+LOG = "log.jsonl"
 LOCK = ".lock"
 SCHEMA = 1
+# What is there before the first stage begins; where nothing else is, nothing is lost.
+OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", "inputs.json", STAGES, LOG}
+BEGUN: dict[str, Any] = {"key": None, "seconds": 0.0, "made": []}  # a stage that is not finished
 ARTIFACTS = (
     "calibration",
     "profile",
@@ -55,6 +65,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: tuple[int, int] | None = None  # device and inode of the lock that is held
 
     @property
     def plan(self) -> Path:
@@ -81,9 +92,10 @@ class RunFolder:
         try:
             data = json.loads((self.path / STAGES).read_text(encoding="utf-8"))
             stages = data["stages"]
-            return {name: dict(entry) for name, entry in stages.items()} if data["schema"] == SCHEMA else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = {name: dict(entry) for name, entry in stages.items()} if data["schema"] == SCHEMA else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
+        return {name: entry for name, entry in found.items() if _is_stage(entry)}
 
     def stage_done(self, name: str, key: str) -> bool:
         """Whether a stage was finished with this key and what it made is still there."""
@@ -92,18 +104,36 @@ class RunFolder:
             return False
         return all((self.path / made).exists() for made in entry.get("made", []))
 
-    def finish(self, name: str, key: str, *, seconds: float, made: list[str]) -> None:
+    def may_be_done(self, name: str, outline: str) -> bool:
+        """Whether a stage could be done, as far as a key says that leaves out what only the weights tell."""
+        entry = self.stages().get(name, BEGUN)
+        return self.stage_done(name, entry["key"] or "") and entry.get("outline", outline) == outline
+
+    def finish(self, name: str, key: str, *, seconds: float, made: list[str], outline: str | None = None) -> None:
         """Note a stage as done.
 
         Args:
             key: `stage_key` of all it depended on; with another key the stage runs again.
+            outline: the same without what only the weights tell, for `may_be_done`.
             seconds: wall clock.
             made: files and folders it made, relative to the run folder.
         """
         stages = self.stages()
         stages[name] = {"key": key, "seconds": round(seconds, 2), "made": made}
+        if outline is not None:
+            stages[name]["outline"] = outline
         self._write_stages(stages)
         self.log("stage", stage=name, seconds=round(seconds, 2))
+
+    def begin(self, name: str) -> None:
+        """Note that a stage is about to write: what is found in its place later is this run's, finished or not."""
+        stages = self.stages()
+        stages[name] = dict(BEGUN)
+        self._write_stages(stages)
+
+    def began(self, name: str) -> bool:
+        """Whether a stage of this run has ever begun to write (`begin`), or finished."""
+        return name in self.stages()
 
     def forget(self, *names: str) -> None:
         """Take stages as not done; without names, all of them."""
@@ -112,21 +142,36 @@ class RunFolder:
 
     def discard(self) -> None:
         """Delete what stages left here and go on from, by name; the checkpoint stays until an export replaces it."""
+        # The checkpoint has to be known as this run's still.
+        self._write_stages({"export": dict(BEGUN)} if self.began("export") else {})
         for name in ARTIFACTS:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(self.path / name)
 
     def _write_stages(self, stages: dict[str, dict[str, Any]]) -> None:
+        self._check_place()
         write_json(self.path / STAGES, {"schema": SCHEMA, "stages": stages})
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to `log.jsonl`."""
+        self._check_place()
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path / LOG, json.dumps(line))
+
+    def _check_place(self) -> None:
+        """Refuse to go on in a folder that is no longer the one that was opened."""
+        if self._lock is None:
+            return
+        try:
+            found = (self.path / LOCK).stat()
+            same = (found.st_dev, found.st_ino) == self._lock
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise UserError(
+                "the run folder was moved or deleted while the command was running",
+                where=str(self.path),
+                fix="move it back, and run the same command again",
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -135,26 +180,42 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        with (self.path / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            handle = open_own(self.path / LOCK, os.O_RDWR)
+        except OSError as error:
+            raise refusal("the run folder cannot be locked", self.path / LOCK, error) from error
+        with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
+            holder = file.read(64).strip()
+            if holder and not holder.isdigit():
+                raise UserError(
+                    "a file is in the place of the run folder's lock",
+                    where=str(self.path / LOCK),
+                    expected="no such file, or one that this program wrote",
+                    fix="move the file away",
+                )
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                file.seek(0)
+                    raise refusal("the run folder cannot be locked", self.path / LOCK, error) from error
                 raise UserError(
                     "another run is writing in this folder",
                     where=str(self.path),
-                    found=f"process {file.read().strip() or 'unknown'}",
+                    found=f"process {holder or 'unknown'}",
                     fix="wait for it, stop it, or name another `output:` in the recipe",
                 ) from error
             file.truncate(0)
+            file.seek(0)
             file.write(str(os.getpid()))
             file.flush()
+            status = os.fstat(handle)
+            self._lock = status.st_dev, status.st_ino
             try:
                 yield
             finally:
-                file.truncate(0)
+                self._lock = None
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
 
 
 @contextlib.contextmanager
@@ -176,11 +237,17 @@ def open_run(
         UserError: the path is a file, cannot be written, is held by another process, or holds something that is no
             run of this model.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError("the output is a file", where=str(path), expected="a folder", fix="change `output:`")
-    entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.is_dir() else []
-    is_run = STAGES in entries
+    if "\0" in str(path):
+        raise UserError("a path has no character 0 in it", where=repr(str(path)), fix="change `output:`")
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError("the output is a file", where=str(path), expected="a folder", fix="change `output:`")
+        entries = _entries(path)
+    except OSError as error:
+        raise refusal("the output folder cannot be read", path, error) from error
+    is_run = STAGES in entries or (_model_of(path) is not None and OPENING.issuperset(entries))
     before = _model_of(path) if is_run else None
+    empty = OPENING.issuperset(entries) and not RunFolder(path).stages()
     if entries and not is_run and not overwrite:
         raise UserError(
             "the output folder already holds something",
@@ -189,7 +256,7 @@ def open_run(
             found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
             fix="change `output:` in the recipe, or pass --overwrite to write there nevertheless",
         )
-    if is_run and before != model and not overwrite:
+    if is_run and before != model and not overwrite and not (before is None and empty):
         raise UserError(
             "the output folder already holds a run of another model",
             where=str(path),
@@ -200,24 +267,50 @@ def open_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("the output folder cannot be made", where=str(path), found=error.strerror) from error
+        raise refusal("the output folder cannot be made", path, error) from error
     if not os.access(path, os.W_OK):
         raise UserError("the output folder cannot be written", where=str(path), fix="check its rights")
     run = RunFolder(path)
     with run.locked():
-        if is_run and fresh:
-            run.discard()
-        if not is_run or fresh or before != model:
+        sweep(path, held=True)
+        if is_run and before != model:
             run.forget()
+        if fresh:
+            run.discard()
+        write_json(path / MODEL, {"model": model})
         write_text(path / "recipe.yaml", text)
         write_text(path / "recipe.resolved.yaml", resolved)
-        write_json(path / "model.json", {"model": model})
+        if STAGES not in entries:
+            run.forget()
         yield run
+
+
+def _is_stage(entry: dict[str, Any]) -> bool:
+    """Whether an entry of `stages.json` has the form that `finish` gives it."""
+    key, made = entry.get("key"), entry.get("made", [])
+    named = isinstance(made, list) and all(isinstance(name, str) and len(name) < 100 for name in made)
+    return named and (key is None or isinstance(key, str)) and type(entry.get("seconds")) in (int, float)
+
+
+def _entries(path: Path) -> list[str]:
+    """What is in a folder, without the lock and what a killed writer left; empty where there is no folder."""
+    if not path.is_dir():
+        return []
+    names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name != LOCK and not PART.fullmatch(name)]
 
 
 def _model_of(path: Path) -> str | None:
     """The model that a run folder is about; None when that cannot be read."""
     try:
-        return str(json.loads((path / "model.json").read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((path / MODEL).read_text(encoding="utf-8"))["model"]
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    try:  # from before `model.json` was the first to be written
+        text = (path / "recipe.resolved.yaml").read_text(encoding="utf-8")
+        line = re.search(r"^model: .*$", text, re.MULTILINE)
+        found = yaml.safe_load(line[0])["model"] if line else None
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, yaml.YAMLError):
         return None

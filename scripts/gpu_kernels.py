@@ -1,6 +1,8 @@
 """The whole GPU check: numerics of every kernel, then time and memory beside dense attention; writes JSON and a table.
 
 python scripts/gpu_kernels.py [FOLDER]     one GPU, under 8 minutes
+
+Rows that do not fit into the GPU's memory are skipped, and the table says which.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
 from compress.bench.kernel import Shape, mix, random_qkv
-from compress.bench.model import model_row
+from compress.bench.memory import attempt, decode_need, model_need, prefill_need
+from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
 from compress.cli.environment import environment
@@ -95,32 +98,9 @@ def numerics() -> list[dict[str, Any]]:
     cases += [(128, 7, 4097), (128, 1, 1025), (128, 4, 16385), (128, 4, 131072 - 1)]
     for dim, share, length in cases:
         shape = Shape("check", share * len(RULES), len(RULES), dim)
-        query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
-        at = torch.unique(torch.cat([torch.randint(length, (30,)), torch.tensor([0, length - 1])])).to(DEVICE)
-        exact = exact_rows(query, key, value, RULES, at)
-        bound = error(flash_rows(query, key, value, RULES, at), exact)
-        for impl in ("triton", "flash"):
-            if impl == "flash" and flash.refusal(DEVICE, DTYPE, dim) is not None:
-                continue
-            poison()
-            if impl == "flash":
-                found = flash.attend(query, key, value, RULES, dim**-0.5)
-            else:
-                found = IMPLS[impl].prefill(query, key, value, RULES)
-            rows.append(_check("prefill", impl, dim, share, length, error(found[:, :, at], exact), bound, found))
-        # The last query of the same tokens through pages, beside a sequence that is half as long.
-        half = max(1, length // 2)
-        pages = paged(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
-        lengths = torch.tensor([length, half], dtype=torch.int32, device=DEVICE)
-        last = lengths.long() - 1
-        poison()
-        found = IMPLS["triton"].decode(query[0][:, last].transpose(0, 1).contiguous(), pages, lengths, RULES)
-        exact = exact_rows(query, key, value, RULES, last)
-        bound = error(flash_rows(query, key, value, RULES, last), exact)
-        rows.append(
-            _check("decode", "triton", dim, share, length, error(found.transpose(0, 1)[None], exact), bound, found)
-        )
-        del pages, query, key, value, found
+        need = 3 * prefill_need(shape, 1, length, torch.float32)
+        found = attempt(f"numerics of {length} tokens", need, DEVICE, partial(checks, shape, length), say)
+        rows += found or []
         measure.release(DEVICE)
     rows += gradients()
     worst = max(row["ratio"] for row in rows)
@@ -128,6 +108,36 @@ def numerics() -> list[dict[str, Any]]:
     say(f"numerics: {len(rows)} checks, worst error {worst:.3f} times dense flash's; over 1.1: {len(bad)}")
     for row in bad:
         say(f"  {row}")
+    return rows
+
+
+def checks(shape: Shape, length: int) -> list[dict[str, Any]]:
+    """Prefill by every kernel, and decode, at one shape and length."""
+    rows = []
+    dim, share = shape.head_dim, shape.query_heads // shape.groups
+    query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
+    at = torch.unique(torch.cat([torch.randint(length, (30,)), torch.tensor([0, length - 1])])).to(DEVICE)
+    exact = exact_rows(query, key, value, RULES, at)
+    bound = error(flash_rows(query, key, value, RULES, at), exact)
+    for impl in ("triton", "flash"):
+        if impl == "flash" and flash.refusal(DEVICE, DTYPE, dim) is not None:
+            continue
+        poison()
+        if impl == "flash":
+            found = flash.attend(query, key, value, RULES, dim**-0.5)
+        else:
+            found = IMPLS[impl].prefill(query, key, value, RULES)
+        rows.append(_check("prefill", impl, dim, share, length, error(found[:, :, at], exact), bound, found))
+    # The last query of the same tokens through pages, beside a sequence that is half as long.
+    half = max(1, length // 2)
+    pages = paged(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
+    lengths = torch.tensor([length, half], dtype=torch.int32, device=DEVICE)
+    last = lengths.long() - 1
+    poison()
+    found = IMPLS["triton"].decode(query[0][:, last].transpose(0, 1).contiguous(), pages, lengths, RULES)
+    exact = exact_rows(query, key, value, RULES, last)
+    bound = error(flash_rows(query, key, value, RULES, last), exact)
+    rows.append(_check("decode", "triton", dim, share, length, error(found.transpose(0, 1)[None], exact), bound, found))
     return rows
 
 
@@ -194,6 +204,18 @@ def grads(
 def influence_rows() -> list[dict[str, Any]]:
     """Influence tables of one Llama-3-8B-shaped layer: seconds and the most memory beyond its inputs."""
     rows = []
+    for length in (8192, 32768):
+        for strip in (64 << 20, 256 << 20, 1 << 30):
+            # A strip is held several times over: scores, their gradients, and what is summed.
+            need = prefill_need(LLAMA, 1, length, torch.float32) + 8 * strip
+            what = f"influence, one layer, {length} tokens, strips of {strip >> 20} MiB"
+            row = attempt(what, need, DEVICE, partial(influence_row, length, strip, what), say)
+            rows += [row] if row else []
+    return rows
+
+
+def influence_row(length: int, strip: int, what: str) -> dict[str, Any]:
+    """The table of one layer, in strips of so many bytes."""
     shape = ModelShape(
         architecture="LlamaForCausalLM",
         layers=1,
@@ -203,25 +225,20 @@ def influence_rows() -> list[dict[str, Any]]:
         native_windows=(None,),
         fingerprint="sha256:" + "0" * 64,
     )
-    for length in (8192, 32768):
-        query, key, value = (tensor[0].contiguous() for tensor in random_qkv(LLAMA, 1, length, DEVICE, DTYPE))
-        layer = LayerTensors(0, query, key, value, 128**-0.5, None, torch.randn_like(query, dtype=torch.float32))
-        for strip in (64 << 20, 256 << 20, 1 << 30):
-            measure.release(DEVICE)
-            before = torch.cuda.memory_allocated()
-            accumulator = Influence().begin(shape, [length], DEVICE)
-            accumulator.length = length
-            start = time.time()
-            for tile in tiles(layer, Workspace(DEVICE), strip):
-                accumulator.add(tile)
-            torch.cuda.synchronize()
-            took = time.time() - start
-            most = torch.cuda.max_memory_allocated() - before
-            size = f"strips of {strip >> 20} MiB"
-            say(f"influence, one layer, {length} tokens, {size}: {took:.2f} s, {most / 2**30:.2f} GiB")
-            rows.append({"length": length, "strip_bytes": strip, "seconds": took, "peak_bytes": most})
-            del accumulator, tile
-    return rows
+    query, key, value = (tensor[0].contiguous() for tensor in random_qkv(LLAMA, 1, length, DEVICE, DTYPE))
+    layer = LayerTensors(0, query, key, value, 128**-0.5, None, torch.randn_like(query, dtype=torch.float32))
+    measure.release(DEVICE)
+    before = torch.cuda.memory_allocated()
+    accumulator = Influence().begin(shape, [length], DEVICE)
+    accumulator.length = length
+    start = time.time()
+    for tile in tiles(layer, Workspace(DEVICE), strip):
+        accumulator.add(tile)
+    torch.cuda.synchronize()
+    took = time.time() - start
+    most = torch.cuda.max_memory_allocated() - before
+    say(f"{what}: {took:.2f} s, {most / 2**30:.2f} GiB")
+    return {"length": length, "strip_bytes": strip, "seconds": took, "peak_bytes": most}
 
 
 def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
@@ -231,44 +248,53 @@ def prefill_rows(shape: Shape) -> list[dict[str, Any]]:
     """
     rows = []
     for length in (16384, 65536, 131072):
-        query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
-        for name in ("A", "A*", "B"):
-            spans = mix(name[0], shape.groups, length)
-            if name == "A*":
-                spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
-            share = prefill_density([spans], length)
-            calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
-            if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
-                calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)
-            calls["flex-triton"] = flex_prefill(query, key, value, spans)
-            for impl, call in list(calls.items()):
-                try:
-                    call()
-                except Exception as failure:  # a compiler's own failure is a result too
-                    say(f"  {name} {impl}: {type(failure).__name__} {str(failure)[:150]}")
-                    del calls[impl]
-            dense = {f"dense {n}": call for n, call in dense_attention(query, key, value).items()}
-            found = measure.times_in_turn({**dense, **calls}, DEVICE)
-            base = {n.removeprefix("dense "): found.pop(n) for n in dense}
-            fastest = min(time.median for time in base.values())
-            listed = ", ".join(f"{n} {t.median:.3f}" for n, t in base.items())
-            say(f"{shape.name} {length} {name}, density {share:.4f}; dense ms: {listed}")
-            for impl, took in found.items():
-                own, cudnn = fastest / took.median * share, base["cudnn"].median / took.median * share
-                say(
-                    f"  {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})  "
-                    f"{own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
-                )
-                facts: dict[str, Any] = {
-                    "shape": shape.name,
-                    "plan": name,
-                    "length": length,
-                    "impl": impl,
-                    "ms": vars(took),
-                }
-                facts |= {"density": share, "dense_ms": {n: vars(t) for n, t in base.items()}}
-                rows.append(facts | {"of_bound": own, "of_bound_cudnn": cudnn})
+        need = 2 * prefill_need(shape, 1, length, DTYPE)
+        found = attempt(f"{shape.name} prefill {length}", need, DEVICE, partial(long_rows, shape, length), say)
+        rows += found or []
         measure.release(DEVICE)
+    return rows
+
+
+def long_rows(shape: Shape, length: int) -> list[dict[str, Any]]:
+    """Those of one length."""
+    rows = []
+    query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
+    for name in ("A", "A*", "B"):
+        spans = mix(name[0], shape.groups, length)
+        if name == "A*":
+            spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
+        share = prefill_density([spans], length)
+        calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
+        if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
+            calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)
+        calls["flex-triton"] = flex_prefill(query, key, value, spans)
+        for impl, call in list(calls.items()):
+            try:
+                call()
+            except Exception as failure:  # a compiler's own failure is a result too
+                say(f"  {name} {impl}: {type(failure).__name__} {str(failure)[:150]}")
+                del calls[impl]
+        dense = {f"dense {n}": call for n, call in dense_attention(query, key, value).items()}
+        found = measure.times_in_turn({**dense, **calls}, DEVICE)
+        base = {n.removeprefix("dense "): found.pop(n) for n in dense}
+        fastest = min(time.median for time in base.values())
+        listed = ", ".join(f"{n} {t.median:.3f}" for n, t in base.items())
+        say(f"{shape.name} {length} {name}, density {share:.4f}; dense ms: {listed}")
+        for impl, took in found.items():
+            own, cudnn = fastest / took.median * share, base["cudnn"].median / took.median * share
+            say(
+                f"  {impl:11} {took.median:8.3f} ms ({took.lower:.3f} to {took.upper:.3f})  "
+                f"{own:.3f} / density over the fastest dense, {cudnn:.3f} over cuDNN"
+            )
+            facts: dict[str, Any] = {
+                "shape": shape.name,
+                "plan": name,
+                "length": length,
+                "impl": impl,
+                "ms": vars(took),
+            }
+            facts |= {"density": share, "dense_ms": {n: vars(t) for n, t in base.items()}}
+            rows.append(facts | {"of_bound": own, "of_bound_cudnn": cudnn})
     return rows
 
 
@@ -276,7 +302,10 @@ def short_rows(shape: Shape) -> list[kernel.Row]:
     """Prefill under plan A at lengths where launches take longer than the arithmetic, as `auto` runs it."""
     rows = []
     for length in (256, 512, 1024, 2048, 4096, 8192):
-        row = kernel.prefill_row(shape, "A", 1, length, "auto", DEVICE, DTYPE)
+        call = partial(kernel.prefill_row, shape, "A", 1, length, "auto", DEVICE, DTYPE)
+        row = attempt(f"{shape.name} prefill A {length}", prefill_need(shape, 1, length, DTYPE), DEVICE, call, say)
+        if row is None:
+            continue
         dense = ", ".join(f"{n} {t.median * 1e3:.0f}" for n, t in row.dense.items())
         say(f"{shape.name} prefill A {length}: {row.plan.median * 1e3:.0f} us, dense {dense}")
         rows.append(row)
@@ -288,16 +317,38 @@ def decode_rows(shape: Shape, copy: float) -> list[kernel.Row]:
     rows = []
     sizes = [(1, 2**power) for power in range(10, 18)] + [(4, 16384), (4, 32768), (16, 32768), (16, 2048)]
     for batch, length in sizes:
-        row = kernel.decode_row(shape, "A", batch, length, "triton", DEVICE, DTYPE)
+        call = partial(kernel.decode_row, shape, "A", batch, length, "triton", DEVICE, DTYPE)
+        what = f"{shape.name} decode A batch {batch} {length}"
+        row = attempt(what, decode_need(shape, batch, length, DTYPE), DEVICE, call, say)
+        if row is None:
+            continue
         rate = (row.kept_bytes or 0) / row.plan.median * 1e3
         say(
-            f"{shape.name} decode A batch {batch} {length}: {row.plan.median * 1e3:.2f} us, dense "
+            f"{what}: {row.plan.median * 1e3:.2f} us, dense "
             f"{row.dense[row.fastest].median * 1e3:.2f} ({row.fastest}), share {1 / row.speedup:.3f} of dense, bytes "
             f"{row.fraction:.3f}; {(row.kept_bytes or 0) / 1e6:.0f} MB at {rate / copy:.3f} of a copy"
         )
         rows.append(row)
         measure.release(DEVICE)
     return rows
+
+
+def model_rows(name: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A whole model under plan A at two batches, and what each is called."""
+    source = Source(name)
+    assert source.values is not None
+    weights = sum(weight.nbytes for weight in random_model(source.values, torch.device("meta"), DTYPE).parameters())
+    dense = attempt(f"{name}, its weights", weights, DEVICE, partial(source.dense, DEVICE, DTYPE), say)
+    for batch in (16, 1) if dense is not None else ():
+        planned, label = source.planned(dense, "A", length)
+        call = partial(model_row, dense, planned, name, label, batch, length)
+        what = f"{name}, plan {label}, batch {batch}, {length} tokens"
+        row = attempt(what, model_need(dense, batch, length), DEVICE, call, say)
+        del planned, call
+        if row is not None:
+            for line in model_lines(row):
+                say(line)
+            yield f"model batch {batch}", row.values()
 
 
 def main() -> None:
@@ -327,16 +378,8 @@ def main() -> None:
         least = break_even([row for row in rows if row.batch == 1], "decode")
         say(f"{shape.name} decode break-even, batch 1: {least} tokens")
     say(f"-- {time.time() - start:.0f} s")
-    source = Source("llama-3-8b")
-    dense = source.dense(DEVICE, DTYPE)
-    for batch in (16, 1):
-        planned, label = source.planned(dense, "A", 32768)
-        row = model_row(dense, planned, "llama-3-8b", label, batch, 32768)
-        for line in model_lines(row):
-            say(line)
-        keep(f"model batch {batch}", row.values())
-        del planned
-    del dense
+    for name, found in model_rows("llama-3-8b", 32768):
+        keep(name, found)
     measure.release(DEVICE)
     say(f"-- {time.time() - start:.0f} s")
     for shape in (LLAMA, QWEN):

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 
 import compress.data.tasks  # noqa: F401  (registers the tasks)
+from compress.cli.tables import show
 from compress.data.text import EmbeddedText, FileText
 from compress.evaluate.compare import Variant, compare
 from compress.evaluate.perplexity import PerplexityRequest
@@ -95,7 +95,8 @@ def main() -> None:
                 batch_size=options.batch,
                 cache_dir=options.keep or Path(scratch),
             )
-            comparison.print(Console(width=160))
+            for table in comparison.tables():
+                show(table)
             record["comparisons"].append(json.loads(comparison.model_dump_json(by_alias=True)))
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from compress.bench.kernel import Row
 from compress.bench.model import ModelRow
+from compress.files import write_bytes
 
 GIB = 2**30
 
@@ -84,13 +86,11 @@ def plot(rows: list[Row], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     whats = sorted({row.what for row in rows})
-    figure, axes = pyplot.subplots(1, len(whats), figsize=(6 * len(whats), 4), squeeze=False)
+    figure = Figure(figsize=(6 * len(whats), 4), layout="tight")
+    axes = figure.subplots(1, len(whats), squeeze=False)
     for axis, what in zip(axes[0], whats, strict=True):
         series: dict[str, list[Any]] = {}
         for row in rows:
@@ -102,6 +102,6 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set(xscale="log", xlabel="tokens", ylabel="speed-up over the fastest dense", title=what)
         axis.set_xscale("log", base=2)
         axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_bytes(path, data.getvalue())

@@ -17,7 +17,8 @@ from compress.json_file import read_object
 from compress.models.carried import check_carried
 from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
-from compress.models.load import check_loaded, check_sizes, load_config, load_model, read_by
+from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
+from compress.models.memory import available_bytes
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
 from compress.plan import read_plan
@@ -26,6 +27,7 @@ from compress.runtime.span import Span
 from compress.runtime.widths import Width
 from compress.targets.apply import planned_model, with_runtime_plan
 
+META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
 
 
@@ -80,6 +82,7 @@ class Source:
             UserError: the checkpoint's layers have widths of their own, so that no dense model has its weights.
         """
         if self.values is not None:
+            self._check_memory(device, dtype)
             return random_model(self.values, device, dtype)
         if not self.carries_plan:
             return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
@@ -91,6 +94,26 @@ class Source:
                 "compress bench CHECKPOINT --dense DENSE",
             )
         return self._weights_in(AutoModelForCausalLM, device, dtype, config=self._stock_config())
+
+    def _check_memory(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse random weights that do not fit, by the numbers of one layer and of none, which take no memory."""
+        config = self._stock_config()
+        layers = config.num_hidden_layers
+
+        def numbers(count: int) -> int:
+            values = {**config.to_dict(), "num_hidden_layers": count, "layer_types": None}
+            return sum(weight.numel() for weight in random_model(values, META, dtype).parameters())
+
+        none, one = read_by("configuration", self.spec, lambda: (numbers(0), numbers(1)))
+        needed, free = (none + layers * (one - none)) * dtype.itemsize, available_bytes(device)
+        if free is not None and needed > free:
+            raise UserError(
+                "random weights of this shape take more memory than there is",
+                where=self.spec,
+                expected=f"at most {free:,} bytes on {device}",
+                found=f"{needed:,} bytes, {layers:,} layers",
+                fix="take a smaller shape, or --what kernel,layer, which make one layer",
+            )
 
     @property
     def carries_plan(self) -> bool:
@@ -116,7 +139,8 @@ class Source:
         """The checkpoint's weights in a class of our own or of transformers, in eval mode; never a pickle."""
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         folder = Path(self.spec).expanduser()
-        model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
+        with quiet():
+            model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
         check_loaded(self.spec, told)
         return model.to(device).eval()
 

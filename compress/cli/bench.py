@@ -8,8 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from compress.bench.shapes import SHAPES
+from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, say
+from compress.errors import UserError
+from compress.limits import BATCH, SEED
 
+MIXES = ("A", "B", "full")
 KINDS = ("kernel", "layer", "model")
 
 
@@ -22,37 +27,48 @@ def bench(
     ] = None,
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 1,
-    impl: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Sequences of a decode step.")] = 1,
+    impl: Annotated[str, typer.Option(help="auto, reference, triton or flash.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the random numbers.")] = 0,
     out: Annotated[str | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure attention alone and the whole model, always beside the fastest dense attention of PyTorch."""
-    from compress.errors import UserError
-
-    kinds = _names(what, KINDS, "--what")
-    mixes = _names(mix, ("A", "B", "full"), "--mix") if mix else []
-    try:
-        sizes = [int(text) for text in lengths.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 2:
-        raise UserError("lengths are whole numbers of tokens, at least 2", where="--lengths", found=lengths)
+    kinds = arguments.names(what, KINDS, "--what")
+    mixes = arguments.names(mix, MIXES, "--mix")
+    sizes = arguments.lengths(lengths)
+    arguments.one_of(impl, arguments.IMPLS, "--impl")
+    arguments.one_of(dtype, arguments.DTYPES, "--dtype")
+    arguments.device(device)
+    if model not in SHAPES:
+        arguments.model(model)
+    if plan is not None and not arguments.given_path(plan, "--plan").is_file():
+        raise UserError("no such plan", where=plan, expected="a plan.json", fix="`compress search` writes one")
+    if dense is not None:
+        arguments.model(dense, "--dense")
+    if mixes and plan is not None:
+        raise UserError("a plan and a named plan are given", where="--mix", fix="leave out --mix or --plan")
     if not mixes:  # kernels and single layers are measured with a named plan
         kinds = [kind for kind in kinds if kind == "model"]
         if not kinds:
-            raise UserError("kernels and layers are measured with a named plan", where="--mix", expected="A, B or full")
+            raise UserError(
+                "kernels and layers are measured with a named plan",
+                where="--mix",
+                expected="A, B or full",
+                found="none",
+                fix="add --mix A, or measure --what model",
+            )
     elif dense is not None:
         raise UserError("a named plan is measured on the model itself", where="--dense", fix="leave out one of the two")
     if dense is not None and plan is not None:
         raise UserError("a plan.json is measured on the model itself", where="--dense", fix="leave out one of the two")
+    folder = None if out is None else arguments.out_folder(out)
     report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed, dense)
-    if out is not None:
-        _write(report, Path(out))
+    if folder is not None:
+        _write(report, folder)
     if as_json:
         typer.echo(json.dumps(report["values"], indent=1))
     else:
@@ -72,28 +88,47 @@ def measure(
     seed: int,
     dense_model: str | None = None,
 ) -> dict[str, Any]:
-    """All measurements; `values` is what goes into JSON."""
+    """All measurements that fit into memory; `values` is what goes into JSON."""
+    from functools import partial
+
     import torch
 
-    from compress.bench import kernel, measure, report
+    from compress.bench import kernel, measure, memory, report
     from compress.bench import model as whole
     from compress.bench.source import Source
     from compress.cli.environment import environment
     from compress.cli.session import resolve_device
     from compress.models.load import DTYPES
+    from compress.runtime.attention import explain_impl
 
     where = torch.device(resolve_device(device))
+    try:
+        explain_impl(impl, where, DTYPES[dtype], 128)
+    except ValueError as error:
+        raise UserError(
+            "this attention cannot run here", where="--impl", found=str(error), fix="use auto or reference"
+        ) from error
     torch.manual_seed(seed)
     source = Source(model, plan)
     copy = measure.copy_bandwidth(where)
     rows: list[kernel.Row] = []
+    skipped: list[str] = []
+
+    def skip(line: str) -> None:
+        say(f"  {line}")
+        skipped.append(line)
+
     if "kernel" in kinds:
         shape = source.shape()
         for name in mixes:
             for length in lengths:
-                for count, take in ((1, kernel.prefill_row), (batch, kernel.decode_row)):
-                    say(f"  {take.__name__.split('_')[0]} {name} batch {count}, {length} tokens")
-                    rows.append(take(shape, name, count, length, impl, where, DTYPES[dtype]))
+                prefill = (1, kernel.prefill_row, memory.prefill_need)
+                for count, take, need in (prefill, (batch, kernel.decode_row, memory.decode_need)):
+                    title = f"{take.__name__.split('_')[0]} {name} batch {count}, {length} tokens"
+                    say(f"  {title}")
+                    call = partial(take, shape, name, count, length, impl, where, DTYPES[dtype])
+                    row = memory.attempt(title, need(shape, count, length, DTYPES[dtype]), where, call, skip)
+                    rows += [row] if row else []
                     measure.release(where)
     models: list[whole.ModelRow] = []
     for kind in ("layer", "model"):
@@ -105,14 +140,17 @@ def measure(
         wanted: list[str | None] = [*mixes] or [None]
         for own in wanted:
             for length in lengths:
-                say(f"  {kind} {own or 'with its plan'}, batch {batch}, {length} tokens")
+                title = f"{kind} {own or 'with its plan'}, batch {batch}, {length} tokens"
+                say(f"  {title}")
                 if dense_model is None:
                     planned, plan_name = source.planned(dense, own, length)
                 else:
                     planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
-                models.append(whole.model_row(dense, planned, label, plan_name, batch, length))
-                del planned
+                time_both = partial(whole.model_row, dense, planned, label, plan_name, batch, length)
+                found = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
+                models += [found] if found else []
+                del planned, time_both
                 measure.release(where)
         del dense
         measure.release(where)
@@ -126,6 +164,7 @@ def measure(
         "copy_bytes_per_s": copy,
         "kernel": [row.values() for row in rows],
         "model_rows": [row.values() for row in models],
+        "skipped": skipped,
         "break_even": {
             f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)
             for name in mixes
@@ -137,22 +176,13 @@ def measure(
     return {"values": values, "rows": rows, "models": models, "copy": copy}
 
 
-def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
-    from compress.errors import UserError
-
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError("unknown name", where=option, expected=f"of {', '.join(known)}", found=name)
-    return names
-
-
 def _write(report: dict[str, Any], folder: Path) -> None:
     from compress.bench.report import plot
-    from compress.files import write_text
+    from compress.files import sweep, write_text
     from compress.json_file import sealed
 
-    folder.mkdir(parents=True, exist_ok=True)
+    arguments.make_folder(folder)
+    sweep(folder)
     write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
         try:
@@ -162,10 +192,10 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from compress.bench.report import KERNEL_HEAD, kernel_lines, model_lines
+    from compress.cli.tables import show
 
     values = report["values"]
     gpus = values["environment"]["gpus"]
@@ -175,10 +205,10 @@ def _show(report: dict[str, Any]) -> None:
     if report["rows"]:
         table = Table(box=None)
         for column in KERNEL_HEAD:
-            table.add_column(column)
+            table.add_column(column, justify="left" if column in ("", "plan") else "right")
         for row in report["rows"]:
             table.add_row(*kernel_lines(row, report["copy"]))
-        Console(width=160).print(table)
+        show(table)
         for what, length in values["break_even"].items():
             typer.echo(f"break-even, {what}: {'not reached' if length is None else f'{length:,} tokens'}")
     for row in report["models"]:

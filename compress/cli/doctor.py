@@ -32,13 +32,13 @@ OPTIONAL = (
 
 def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Check this machine, and print a block to copy into an issue. Exits with 1 when something needed is wrong."""
-    from rich.console import Console
+    from compress.cli.tables import show
 
     report = examine()
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:
-        Console().print(_table(report))
+        show(_table(report))
         typer.echo("\nTo copy into an issue:\n")
         typer.echo("```")
         typer.echo("\n".join(_block(report)))

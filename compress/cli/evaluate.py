@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli import arguments
 from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
-from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, SEED, STEPS
+from compress.errors import UserError
+from compress.files import sweep
+from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED
 
 if TYPE_CHECKING:
     from compress.evaluate.compare import Variant
@@ -21,7 +24,7 @@ def evaluate(
     ],
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of every task.")] = None,
     suites: Annotated[str | None, typer.Option(help="Long-context suites, by commas, or all.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
     count: Annotated[int, typer.Option(min=1, max=DOCUMENTS, help="Items of each suite and length.")] = 20,
@@ -47,18 +50,63 @@ def evaluate(
     A checkpoint of this project is measured beside the dense model on its own weights, without running its code.
     What was measured before with the same weights, task and seed is read and not measured again.
     """
-    from rich.console import Console
+    from compress.cli.tables import show
 
-    if len(what) == 1 and Path(what[0]).suffix in (".yaml", ".yml"):
-        comparison = _recipe(what[0], overwrite)
+    if any(Path(name).suffix in arguments.RECIPES for name in what):
+        if len(what) > 1:
+            raise UserError(
+                "a recipe is evaluated alone, its models are in it",
+                where=" ".join(what),
+                expected="one recipe, or models",
+                fix=f"compress eval {what[0]}, or name models only",
+            )
+        comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
     else:
-        comparison = _models(
-            what, tasks, include, limit, suites, lengths, count, perplexity, latency, batch, device, dtype, seed, out
-        )
+        kept = arguments.words(suites)
+        request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
+        _check(what, request, perplexity, latency, dtype, device)
+        sizes = tuple(arguments.lengths(lengths))
+        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        request |= {"lengths": sizes, "count": count, "batch_size": batch}
+        comparison = _models(what, request, perplexity, latency, batch, device, dtype, seed, folder)
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        comparison.print(Console())
+        for table in comparison.tables():
+            show(table)
+
+
+def _check(
+    specs: list[str], request: dict[str, Any], perplexity: int | None, latency: int | None, dtype: str, device: str
+) -> None:
+    """Everything that needs no model: names, paths, and that something is to be measured."""
+    arguments.one_of(dtype, arguments.DTYPES, "--dtype")
+    arguments.device(device)
+    if request["include"] is not None and not arguments.given_path(request["include"], "--include").is_dir():
+        raise UserError(
+            "no such folder of task files",
+            where="--include",
+            found=request["include"],
+            fix="name a folder of .yaml files",
+        )
+    seen: dict[str, str] = {}
+    for spec in specs:
+        path = Path(arguments.model(spec)).expanduser()
+        place = str(path.resolve()) if path.exists() else spec
+        if place in seen:
+            raise UserError("a model is given twice", where=spec, expected="different models", found=seen[place])
+        seen[place] = spec
+    if not request["tasks"] and not request["suites"] and perplexity is None and latency is None:
+        raise UserError(
+            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
+        )
+
+
+def _folder_name(spec: str) -> str:
+    """The last part of a model's name, for a folder of results."""
+    from compress.evaluate.names import file_part
+
+    return file_part(str(Path(spec).expanduser().resolve()))
 
 
 def _recipe(path: str, overwrite: bool) -> Comparison:
@@ -71,41 +119,33 @@ def _recipe(path: str, overwrite: bool) -> Comparison:
 
 def _models(
     specs: list[str],
-    tasks: str | None,
-    include: str | None,
-    limit: int | None,
-    suites: str | None,
-    lengths: str,
-    count: int,
+    asked: dict[str, Any],
     perplexity: int | None,
     latency: int | None,
     batch: int,
     device: str,
     dtype: str,
     seed: int,
-    out: str | None,
+    folder: Path,
 ) -> Comparison:
+    import transformers
+
     from compress.cli.session import resolve_device
     from compress.data.text import EmbeddedText
-    from compress.errors import UserError
     from compress.evaluate.compare import compare
     from compress.evaluate.harness import HarnessRequest
     from compress.evaluate.latency import LatencyRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.evaluate.suites import SUITES
 
-    names = tuple(SUITES) if suites == "all" else _split(suites)
-    if not tasks and not names and perplexity is None and latency is None:
-        raise UserError(
-            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
-        )
-    sizes = _lengths(lengths)
-    request = HarnessRequest(
-        tasks=_split(tasks), include=include, limit=limit, suites=names, lengths=sizes, count=count, batch_size=batch
-    )
+    transformers.utils.logging.disable_progress_bar()
+    names = tuple(SUITES) if asked["suites"] == ("all",) else asked["suites"]
+    request = HarnessRequest(**asked | {"suites": names})
     where = resolve_device(device)
+    arguments.make_folder(folder)
+    sweep(folder)
+    sizes = request.lengths
     loaded, variants = _variants(specs, sizes if names else (), dtype, where)
-    folder = Path(out or f"runs/eval-{Path(specs[0]).name}").expanduser()
     with progress("eval") as report:
         comparison = compare(
             loaded,
@@ -114,7 +154,7 @@ def _models(
             if perplexity is None
             else PerplexityRequest(text=EmbeddedText(), length=perplexity),
             recall_requests=[],
-            harness_request=request if tasks or names else None,
+            harness_request=request if request.tasks or names else None,
             latency_request=None if latency is None else LatencyRequest(length=latency, batch=batch),
             seed=seed,
             batch_size=batch,
@@ -130,9 +170,11 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     """The first model, dense, and every model as a row; a checkpoint that carries a plan as two."""
     import torch
 
+    from compress.bench.shapes import SHAPES
     from compress.bench.source import Source
     from compress.evaluate.compare import Variant
     from compress.files import key_of
+    from compress.models.content import content_key
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
     from compress.runtime.span import spans_of_plan
     from compress.search.budget import dense_bytes
@@ -159,30 +201,19 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         def build(spec: str = spec, source: Source = source) -> Any:
             return source.carried(torch.device(device), DTYPES[dtype])
 
-        files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(spec).glob("*"))
-        variants.append(
-            Variant(spec, build, key_of(spec, [list(map(str, file)) for file in files]), {}, _tokenizer_of(spec))
-        )
+        key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
+        variants.append(Variant(_row_name(spec, variants), build, key, {}, _tokenizer_of(spec)))
     return loaded, variants
+
+
+def _row_name(spec: str, variants: list[Variant]) -> str:
+    """A model's row: its path as it was given, unless a row has that name."""
+    taken = {variant.name for variant in variants}
+    path = Path(spec).expanduser()
+    return spec if spec not in taken else str(path.resolve()) if path.exists() else f"{spec} again"
 
 
 def _tokenizer_of(spec: str) -> Any:
     from compress.models.load import load_tokenizer
 
     return lambda: load_tokenizer(spec)
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    """The numbers of `--lengths`."""
-    from compress.errors import UserError
-
-    parts = [part.strip() for part in text.split(",")]
-    sizes = tuple(int(part) for part in parts if part.isdecimal() and len(part) < 12)
-    if len(sizes) < len(parts) or not all(16 <= size <= LONGEST for size in sizes) or len(sizes) > ENTRIES:
-        expected = f"at most {ENTRIES} whole numbers of tokens from 16 to {LONGEST:,}, by commas"
-        raise UserError("these are no lengths", where="--lengths", expected=expected, found=text[:80])
-    return sizes
-
-
-def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, duration, size
+from compress.errors import UserError
+from compress.json_file import read_object
 
 if TYPE_CHECKING:
     from compress.plan import Plan
@@ -19,10 +22,7 @@ Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a pr
 
 def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Print a plan's head map, a profile's statistics, or a checkpoint's plan, with bytes and provenance."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False)  # names in a file are no markup
-    kind, place = identify(Path(path))
+    kind, place = identify(arguments.given_path(path, "PATH"))
     if kind == "profile":
         from compress.profile.store import read_profile
 
@@ -30,7 +30,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
         if as_json:
             typer.echo(profile.header.to_json(), nl=False)
             return
-        _print_profile(profile, console)
+        _print_profile(profile)
         return
     from compress.plan import read_plan
 
@@ -40,7 +40,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
         return
     if kind == "checkpoint":
         _print_checkpoint(place.parent)
-    _print_plan(plan, console)
+    _print_plan(plan)
 
 
 def identify(path: Path) -> tuple[str, Path]:
@@ -49,13 +49,12 @@ def identify(path: Path) -> tuple[str, Path]:
     Raises:
         UserError: there is no such path, or it is none of these.
     """
-    from compress.errors import UserError
-
     if not path.exists():
         raise UserError("no such file or folder", where=str(path), fix="compress run RECIPE makes a run folder")
     if path.is_file():
         if path.name in ("profile.json", "statistics.safetensors"):
             return "profile", path.parent
+        _refuse_other(path)
         return "plan", path
     for name, kind, place in (
         ("compress_plan.json", "checkpoint", path / "compress_plan.json"),
@@ -72,6 +71,31 @@ def identify(path: Path) -> tuple[str, Path]:
     )
 
 
+def _refuse_other(path: Path) -> None:
+    """Refuse a file that is no plan by what it is, rather than as a damaged plan.
+
+    Raises:
+        UserError: what it is instead.
+    """
+    if path.suffix in arguments.RECIPES:
+        raise UserError(
+            "this is a recipe",
+            where=str(path),
+            expected="a plan.json, a profile, a checkpoint or a run folder",
+            fix=f"compress validate {path}",
+        )
+    found = read_object(path, "the plan")
+    if "layers" not in found:
+        made = path.name in ("evaluation.json", "bench.json", "stages.json", "environment.json")
+        raise UserError(
+            "this file is no plan",
+            where=str(path),
+            expected="a plan.json, with a list `layers`",
+            found=f"an object with the keys {', '.join(list(found)[:6])}" if found else "an empty object",
+            fix=f"compress report {path.parent}" if made else "`compress search` writes a plan.json",
+        )
+
+
 def span_text(span: Any) -> str:
     """A span in a few characters: `full`, or sink + fixed window + share of the position."""
     if span.is_full:
@@ -80,9 +104,10 @@ def span_text(span: Any) -> str:
     return f"{span.sink}|{span.alpha}{share}"
 
 
-def _print_plan(plan: Plan, console: Any) -> None:
+def _print_plan(plan: Plan) -> None:
     from rich.table import Table
 
+    from compress.cli.tables import show
     from compress.targets.cost import kv_bytes, stock_kv_bytes
 
     model, spans = plan.model, plan.spans()
@@ -102,7 +127,7 @@ def _print_plan(plan: Plan, console: Any) -> None:
     )
     table.add_column("layer", justify="right")
     for group in range(model.kv_heads):
-        table.add_column(f"group {group}", no_wrap=True)
+        table.add_column(f"group {group}", justify="right")
     for head in ("query heads", "neurons") if removal else ():
         table.add_column(head, justify="right")
     queries = plan.kept_queries
@@ -110,7 +135,7 @@ def _print_plan(plan: Plan, console: Any) -> None:
         mlp = plan.layers[number].mlp
         widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if removal else ()
         table.add_row(str(number), *("-" if span is None else span_text(span) for span in spans_of_layer), *widths)
-    console.print(table)
+    show(table)
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
@@ -118,7 +143,7 @@ def _print_plan(plan: Plan, console: Any) -> None:
         used = kv_bytes(spans, length, model.head_dim, 2)
         dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
-    console.print(costs)
+    show(costs)
     full = sum(span.is_full for row in spans for span in row)
     groups = sum(map(len, spans))
     typer.echo(f"{full} of {groups} head groups{' that stay' if removal else ''} see everything")
@@ -129,9 +154,10 @@ def _print_plan(plan: Plan, console: Any) -> None:
         typer.echo("provenance " + json.dumps(plan.provenance))
 
 
-def _print_profile(profile: Any, console: Any) -> None:
+def _print_profile(profile: Any) -> None:
     from rich.table import Table
 
+    from compress.cli.tables import show
     from compress.profile.stability import stabilities
 
     header = profile.header
@@ -150,7 +176,7 @@ def _print_profile(profile: Any, console: Any) -> None:
     for name, statistic in header.statistics.items():
         for key, entry in statistic.tensors.items():
             table.add_row(name, key, " x ".join(map(str, entry.shape)), ", ".join(entry.axes), entry.unit)
-    console.print(table)
+    show(table)
     for name, found in stabilities(profile).items():
         typer.echo(f"{name} on two corpora: {found.line()}")
 

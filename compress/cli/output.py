@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compress.cli.processes import is_helper
 from compress.errors import UserError
+from compress.files import system_error, words_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Report = Callable[[int, int, str], None]  # done, in all, what
@@ -33,6 +37,8 @@ Fresh = Annotated[
     bool, typer.Option("--fresh", help="Throw away what is done and start again.", rich_help_panel="Danger")
 ]
 
+ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+DEFECT = "this should not have happened, it is a defect of compress"  # what begins the sentence of a foreign exception
 QUIET_SECONDS = 20.0  # between two progress lines where there is no terminal
 
 
@@ -48,16 +54,17 @@ def say(line: str) -> None:
 
 
 def guarded(command: Command) -> Command:
-    """Wraps a command so that a user's mistake ends with 2 and a clear message, and an interrupt with 130.
+    """Wraps a command so that it ends orderly: 0, 1 with a sentence, 2 for a user's mistake, 130 for an interrupt.
 
-    A traceback is shown with `--verbose` only; an unforeseen exception is a defect and shows its own.
+    SIGTERM and SIGHUP interrupt as Ctrl-C does. A traceback is shown with `--verbose` only.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         verbose = bool(options.get("verbose"))
         try:
-            return command(*args, **options)
+            with _signals():
+                return command(*args, **options)
         except UserError as error:
             _show(verbose)
             count = len(error.problems)
@@ -69,14 +76,53 @@ def guarded(command: Command) -> Command:
             _show(verbose)
             say(f"\ninterrupted; what is done is kept. {_again(options)}")
             raise typer.Exit(130) from None
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
+        except BrokenPipeError:  # who read the output has enough of it; click ends with 1
+            raise
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
             _show(verbose)
-            say(f"{error.filename or 'writing'}: the disk is full; free some space. {_again(options)}")
-            raise typer.Exit(2) from None
+            typer.echo(_told(error, options), err=True)
+            refused = system_error(error)
+            raise typer.Exit(1 if refused is None or refused.errno == errno.ENOMEM else 2) from None
 
     return run  # type: ignore[return-value]
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """What ends a process from outside interrupts it as Ctrl-C does, so that what it has begun is tidied up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    changed = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]  # nohup's is left alone
+    for number in changed:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _told(error: Exception, options: dict[str, Any]) -> str:
+    """A sentence for an exception that no part of the project expected."""
+    refused = system_error(error)
+    if refused is not None:
+        found, fix = words_of(refused)
+        names = [os.fspath(name) for name in (refused.filename, refused.filename2) if isinstance(name, str | bytes)]
+        return f"{os.fsdecode(names[0]) if names else 'the system'}: {found}; {fix}. {_again(options)}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
+        return f"there is not enough memory; use a smaller model, shorter lengths or another device ({text[:200]})"
+    return (
+        f"{DEFECT}: {type(error).__name__}: {text[:300]}\n"
+        "  do       report it with the traceback, which the same command prints with --verbose"
+    )
 
 
 def _show(verbose: bool) -> None:

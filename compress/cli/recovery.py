@@ -54,20 +54,22 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
         return folder
     with together(resolve_device(session.recipe.device)):
         plan = search_stage(session, must_be_done=True)
-        _train(session, "recover", session.recover_key(), folder, RECORD, lambda: planned_model(_dense(session), plan))
+        _train(session, "recover", session.recover_key, folder, RECORD, lambda: planned_model(_dense(session), plan))
         if settings.control:
-            key, control = session.control_key(), folder / "control"
+            key, control = session.control_key, folder / "control"
             _train(session, "control", key, control, CONTROL, lambda: copy.deepcopy(_dense(session)))
     return folder
 
 
-def _train(session: Session, stage: str, key: str, folder: Path, made: str, build: Callable[[], Any]) -> None:
+def _train(
+    session: Session, stage: str, key: Callable[[], str], folder: Path, made: str, build: Callable[[], Any]
+) -> None:
     """One training, unless it was done before."""
     from compress.cli.stages import timed
     from compress.data.text import part_of
     from compress.recover.recover import recover
 
-    if session.run.stage_done(stage, key):
+    if session.run.stage_done(stage, key()):
         say(f"{stage}: done before, {folder}")
         return
     settings = _settings(session)

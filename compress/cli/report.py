@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from compress.cli import arguments
 from compress.cli.output import Verbose, say, size
+from compress.errors import UserError
 
 
 def report(
@@ -21,13 +23,34 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write what was measured as one page without outside resources, which can be mailed."""
-    path = Path(out).expanduser() if out else Path(folders[0]).expanduser() / "report.html"
-    given = [Path(folder).expanduser() for folder in folders]
+    given = [_folder(folder) for folder in folders]
+    path = arguments.given_path(out, "--out") if out is not None else given[0] / "report.html"
+    if path.is_dir():
+        raise UserError(
+            "the page is a folder", where=str(path), expected="the name of a file", fix=f"--out {path}/report.html"
+        )
+    drawn = None if plots is None else arguments.out_folder(plots, "--plots")
+    arguments.make_folder(path.parent)
     write_report(given, path)
     typer.echo(str(path))
-    if plots is not None:
-        for file in draw_plots(given, Path(plots).expanduser()):
+    if drawn is not None:
+        arguments.make_folder(drawn)
+        for file in draw_plots(given, drawn):
             typer.echo(str(file))
+
+
+def _folder(text: str) -> Path:
+    """A folder to show. Raises UserError where there is none."""
+    path = arguments.given_path(text, "FOLDER")
+    if not path.is_dir():
+        raise UserError(
+            "no such folder",
+            where=text,
+            expected="a run folder, or a folder that `compress eval` or `compress bench --out` wrote",
+            found="a file" if path.exists() else "nothing",
+            fix="compress run RECIPE makes one; compress eval MODEL --tasks ... makes another",
+        )
+    return path
 
 
 def draw_plots(folders: list[Path], out: Path) -> list[Path]:
@@ -36,7 +59,6 @@ def draw_plots(folders: list[Path], out: Path) -> list[Path]:
     Raises:
         UserError: nothing to draw, or matplotlib is not installed.
     """
-    from compress.errors import UserError
     from compress.plots.figure import EXTRA
     from compress.plots.run import plots_side_by_side
     from compress.report.facts import read_facts

@@ -21,20 +21,19 @@ def run(
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
     """
-    from rich.console import Console
-
     from compress.cli.environment import peak_memory
     from compress.cli.recovery import recover_stage
     from compress.cli.report import write_report
     from compress.cli.session import open_session
-    from compress.cli.stages import evaluate_stage, export_stage, profile_stage, search_stage
-    from compress.export.layout import brings_code
+    from compress.cli.stages import check_target, evaluate_stage, export_stage, profile_stage, search_stage
+    from compress.cli.tables import show
 
     started = time.monotonic()
     with open_session(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         if session.helper:
             recover_stage(session)
             return
+        check_target(session, overwrite)
         profile_stage(session)
         search_stage(session)
         recover_stage(session)
@@ -47,12 +46,15 @@ def run(
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        comparison.print(Console())
+        for table in comparison.tables():
+            show(table)
         typer.echo(f"\ncheckpoint   {checkpoint}")
         typer.echo(f"run folder   {session.run.path}")
         typer.echo(f"report       {session.run.path / 'report.html'}")
         typer.echo("stages       " + ", ".join(f"{name} {duration(taken)}" for name, taken in stages.items()))
         typer.echo(f"this command {duration(seconds)}, peak memory {size(peak)}")
+    from compress.export.layout import brings_code  # imports torch, which a wrong recipe is to be told without
+
     say("")
     say("Load it anywhere that has torch and transformers:")
     flag = ", trust_remote_code=True" if brings_code(checkpoint) else ""

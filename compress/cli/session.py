@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli import methods, processes
+from compress.cli import arguments, methods, processes
 from compress.cli.inputs import Inputs
 from compress.cli.output import say
 from compress.cli.recovery import CONTROL, RECORD
 from compress.data.text import MOST, Part, characters_for
-from compress.files import write_json
+from compress.files import sweep_scratch, write_json
 from compress.recipe import Recipe, load_recipe
 from compress.runfolder import RunFolder, open_run, stage_key
 
@@ -36,6 +36,7 @@ class Session:
     run: RunFolder
     resolved: dict[str, Any]
     helper: bool = False
+    _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -61,6 +62,19 @@ class Session:
         """Sizes and fingerprint of the model."""
         return self.loaded.shape
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; nothing inside `outline`."""
+        return "" if self._weightless else self.shape.fingerprint
+
+    def outline(self, key: Callable[[], str]) -> str:
+        """A key of this session without what only the weights tell: it is known before they are loaded."""
+        self._weightless = True
+        try:
+            return key()
+        finally:
+            self._weightless = False
+
     @staticmethod
     def shape_line(model: Any) -> str:
         """Sizes in words."""
@@ -85,7 +99,7 @@ class Session:
         return stage_key(
             "profile",
             texts,
-            self.shape.fingerprint,
+            self.fingerprint,
             self.recipe.dtype,
             self.recipe.seed,
             calibration["text"],
@@ -118,7 +132,7 @@ class Session:
             self._content(self.run.plan),
             baselines,
             self.recipe.dtype,
-            self.loaded.model.device.type,
+            resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
             self.resolved["evaluate"],
             self._evaluated(),
@@ -131,7 +145,7 @@ class Session:
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""
-        return stage_key("control", self.shape.fingerprint, *self._training())
+        return stage_key("control", self.fingerprint, *self._training())
 
     def _training(self) -> list[Any]:
         settings: Any = self.recipe.recover
@@ -185,11 +199,12 @@ def open_session(
     import yaml
 
     from compress.cli.environment import environment
+    from compress.export.staging import settle
 
     helper = processes.is_helper()
     if helper and not helpers:
         raise typer.Exit()
-    recipe = load_recipe(recipe_file, methods.load())
+    recipe = load_recipe(arguments.recipe_file(recipe_file), methods.load)
     resolved = recipe.resolved()
     if helper:
         yield Session(recipe, RunFolder(Path(recipe.output).expanduser()), resolved, helper=True)
@@ -197,6 +212,8 @@ def open_session(
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     output = Path(recipe.output).expanduser()
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
+        settle(run.checkpoint)
+        sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
         yield Session(recipe, run, resolved)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.registry import Method
 
 Result = TypeVar("Result")
+SPANS, QUALITY = "spans.svg", "quality.svg"  # written last of a stage's plots: where they are, all are
 
 # Why a refinement measured no exchange, by whether nothing was left to try.
 NO_STEPS = {
@@ -42,7 +43,10 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     from compress.profile.stability import stabilities
     from compress.profile.store import read_profile
 
-    key, run, recipe = session.profile_key(), session.run, session.recipe
+    run, recipe = session.run, session.recipe
+    if must_be_done:
+        require(session, "profile")
+    key = session.profile_key()
     if run.stage_done("profile", key):
         if not must_be_done:
             say(f"profile: done before, {run.profile}")
@@ -68,7 +72,9 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
                 progress=report,
             )
 
-    profile = timed(session, "profile", key, ["profile/profile.json", "profile/statistics.safetensors"], work)
+    profile = timed(
+        session, "profile", session.profile_key, ["profile/profile.json", "profile/statistics.safetensors"], work
+    )
     header = profile.header
     counts = ", ".join(f"{count} x {length:,} tokens" for length, count in sorted(header.documents.items()))
     say(
@@ -88,11 +94,16 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     from compress.search.budget import ceiling
     from compress.search.search import run_search
 
-    key, run, recipe = session.search_key(), session.run, session.recipe
+    run, recipe = session.run, session.recipe
+    if must_be_done:
+        require(session, "search")
+    elif not run.may_be_done("search", session.outline(session.search_key)):
+        require(session, "profile")
+    key = session.search_key()
     if run.stage_done("search", key):
         if not must_be_done:
             say(f"search: done before, {run.plan}")
-            if not (run.plots / "spans.svg").is_file():
+            if not (run.plots / SPANS).is_file():
                 _draw(search_plots, run.path)
         return read_plan(run.plan, session.shape)
     if must_be_done:
@@ -127,7 +138,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
             )
 
-    result = timed(session, "search", key, ["plan.json", "search"], work)
+    (run.plots / SPANS).unlink(missing_ok=True)
+    result = timed(session, "search", session.search_key, ["plan.json", "search"], work)
     plan: Plan = result.plan
     if "refine" in result.report:
         told = result.report["refine"]
@@ -163,16 +175,17 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
         UserError: there is no plan, or `checkpoint/` holds something that no export of this run wrote and `overwrite`
             is not given, or the export failed (see `export_checkpoint`).
     """
+    run, recipe = session.run, session.recipe
+    check_target(session, overwrite)
+    require(session, *_needed(session))
     from compress.export.export import export_checkpoint
 
-    run, recipe = session.run, session.recipe
     plan = search_stage(session, must_be_done=True)
     weights = recover_stage(session, must_be_done=True)
-    key = session.export_key()
-    if run.stage_done("export", key):
+    if run.stage_done("export", session.export_key()):
         say(f"export: done before, {run.checkpoint}")
         return run.checkpoint
-    ours = "export" in run.stages()
+    run.begin("export")
 
     def work() -> Any:
         return export_checkpoint(
@@ -184,11 +197,11 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
             form=recipe.export.form,
             dtype=recipe.export.dtype,
             max_shard_size=recipe.export.max_shard_size,
-            overwrite=overwrite or ours,
+            overwrite=True,
             progress=lambda line: say(f"  export: {line}"),
         )
 
-    report = timed(session, "export", key, ["checkpoint/config.json"], work)
+    report = timed(session, "export", session.export_key, ["checkpoint/config.json"], work)
     checks = report.checks
     say(f"export: {report.path}, {size(report.bytes)}")
     say(
@@ -210,9 +223,10 @@ def evaluate_stage(session: Session) -> Comparison:
     from compress.plots.run import evaluation_plots
 
     run, recipe = session.run, session.recipe
+    require(session, *_needed(session))
     plan = search_stage(session, must_be_done=True)
     variants = _variants(session, plan, recover_stage(session, must_be_done=True))
-    key, path = session.evaluate_key(), run.path / "evaluation.json"
+    path = run.path / "evaluation.json"
     request: Any = recipe.evaluate.perplexity
     tasks: Any = recipe.evaluate.recall
     harness: Any = recipe.evaluate.lm_eval
@@ -236,13 +250,13 @@ def evaluate_stage(session: Session) -> Comparison:
         comparison.write(path)
         return comparison
 
-    if run.stage_done("evaluate", key):
+    if run.stage_done("evaluate", session.evaluate_key()):
         say(f"evaluate: done before, {path}")
         comparison = read_comparison(path)
     else:
-        comparison = timed(session, "evaluate", key, ["evaluation.json"], work)
-        (run.plots / "quality.svg").unlink(missing_ok=True)
-    if not (run.plots / "quality.svg").is_file():
+        (run.plots / QUALITY).unlink(missing_ok=True)
+        comparison = timed(session, "evaluate", session.evaluate_key, ["evaluation.json"], work)
+    if not (run.plots / QUALITY).is_file():
         _draw(evaluation_plots, run.path)
     if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
         from compress.export.export import update_card
@@ -374,26 +388,68 @@ def _draw(plots: Callable[[Path], list[Path]], folder: Path) -> None:
         say("plots: " + ", ".join(str(path) for path in written))
 
 
-def timed(session: Session, stage: str, key: str, made: list[str], work: Callable[[], Result]) -> Result:
+def timed(session: Session, stage: str, key: Callable[[], str], made: list[str], work: Callable[[], Result]) -> Result:
     """Run a stage, note its time, and mark it as done. Until then it counts as not done, whatever lies there.
 
     A helper works, too, and leaves the notes to the main process.
+
+    Args:
+        key: makes the stage's key, of the session.
     """
     if session.helper:
         return work()
     run = session.run
+    depends = key()
     say(f"{stage}: starting")
     run.log("begin", stage=stage)
     started = time.monotonic()
     result = work()
     session.inputs.check()
-    run.finish(stage, key, seconds=time.monotonic() - started, made=made)
+    run.finish(stage, depends, seconds=time.monotonic() - started, made=made, outline=session.outline(key))
     return result
+
+
+def require(session: Session, *stages: str) -> None:
+    """Refuse to go on without a stage, before any weights are loaded, as far as it can be known without them.
+
+    Raises:
+        UserError: the stage was not run, or was run for another recipe, or what it made is gone.
+    """
+    run = session.run
+    places = {
+        "profile": (session.profile_key, run.profile),
+        "search": (session.search_key, run.plan),
+        "recover": (session.recover_key, run.path / "recover"),
+        "control": (session.control_key, run.path / "recover"),
+    }
+    for stage in stages:
+        key, where = places[stage]
+        if not run.may_be_done(stage, session.outline(key)):
+            raise missing(session, "recover" if stage == "control" else stage, where)
+
+
+def _needed(session: Session) -> list[str]:
+    """The stages whose results a checkpoint, or its evaluation, is made of."""
+    settings: Any = session.recipe.recover
+    if settings is None:
+        return ["search"]
+    return ["search", "recover", *(["control"] if settings.control else [])]
+
+
+def check_target(session: Session, overwrite: bool) -> None:
+    """Refuse to replace a checkpoint that no export of this run wrote, before anything is done.
+
+    Raises:
+        UserError: there is one, and `overwrite` is not given.
+    """
+    from compress.export.staging import refuse_existing
+
+    refuse_existing(session.run.checkpoint, overwrite or session.run.began("export"))
 
 
 def missing(session: Session, stage: str, where: Path) -> UserError:
     """What to say when a command needs a stage that was not run, or was run for another recipe."""
-    older = stage in session.run.stages()
+    older = session.run.began(stage)
     return UserError(
         f"the {stage} stage was run for an earlier form of this recipe" if older else f"the {stage} stage is missing",
         where=str(where),

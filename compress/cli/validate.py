@@ -27,17 +27,16 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
 
     Makes every prompt as a run does, so a document that is too long, or a text that is too short, shows here.
     """
-    from rich.console import Console
-
-    from compress.cli import methods
+    from compress.cli import arguments, methods
+    from compress.cli.tables import show
     from compress.recipe import load_recipe
 
-    loaded = load_recipe(recipe, methods.load())
+    loaded = load_recipe(arguments.recipe_file(recipe), methods.load)
     tokens = check_run(loaded)
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
         return
-    Console().print(table(loaded))
+    show(table(loaded))
     output = Path(loaded.output).expanduser()
     typer.echo(f"model    {loaded.model}, {loaded.dtype}, device {loaded.device}")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from compress.errors import NotFiniteError
 from compress.runtime.modeling_compress import CACHE
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def answer(
         decoding: the most likely token each time, or a sample at `temperature`.
 
     Raises:
-        FloatingPointError: the logits are not finite.
+        NotFiniteError: the logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -44,7 +45,7 @@ def answer(
         output = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         logits, cache = output.logits[0, -1].float(), getattr(output, CACHE)
         if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError(f"the model's logits are not finite behind {len(prompt) + len(written)} tokens")
+            raise NotFiniteError(f"the model's logits are not finite behind {len(prompt) + len(written)} tokens")
         if decoding == "greedy":
             chosen = int(logits.argmax())
         else:

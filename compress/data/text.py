@@ -422,4 +422,5 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text: its beginning-of-sequence token, or nothing."""
     plain = tokenise(tokenizer, "x")
     whole = list(tokenizer("x")["input_ids"])
-    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(starts, 0)]  # a tokenizer that knows no "x" writes nothing for it

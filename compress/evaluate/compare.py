@@ -25,6 +25,7 @@ from compress.evaluate.device import device_name
 from compress.evaluate.harness import HarnessRequest, TaskResult, run_task, task_keys
 from compress.evaluate.harness import check_request as check_harness
 from compress.evaluate.latency import LatencyRequest, LatencyResult, check_latency, latency
+from compress.evaluate.names import file_part
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
@@ -246,7 +247,7 @@ class _Bench:
         step: Callable[[int, int], None] | None = None,
         steps: int = 0,
     ) -> Result:
-        path = self.folder / f"{self.variant.name}-{facts[0]}-{key_of(self.facts, facts)}.json"
+        path = self.folder / f"{file_part(self.variant.name)}-{facts[0]}-{key_of(self.facts, facts)}.json"
         try:
             result = kind.model_validate_json(json.dumps(read_sealed(path)), strict=True)
         except ValidationError:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from rich.console import Console
 from rich.table import Table
 
 from compress.bench.file import Bytes, Tokens
@@ -31,7 +30,7 @@ def _asked(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def check(request: dict[str, Any]) -> dict[str, Any]:
         for key, kind in kinds.items():
             value = request.get(key)
-            if type(value) is not kind or (kind is int and value < 1):
+            if type(value) is not kind or (isinstance(value, int) and value < 1):
                 expected = "a whole number from 1 on" if kind is int else "a text"
                 raise ValueError(f"{key}: expected {expected}, got {reprlib.repr(value)}")
         return request
@@ -173,9 +172,8 @@ class Comparison(BaseModel):
         title = "parameters" + (" and time" if self.latency is not None else "")
         table = Table(title=title, pad_edge=False)  # two columns less, to fit a terminal of 80
         table.add_column("variant", no_wrap=True)
-        widest = max((len(f"{row.size.parameters:,}") for row in self.variants if row.size is not None), default=0)
         for head in ("parameters", "of the layers"):
-            table.add_column(head, justify="right", min_width=widest, overflow="fold")
+            table.add_column(head, justify="right")
         if self.latency is not None:
             length, batch = self.latency["length"], self.latency["batch"]
             table.add_column(f"prefill,\n{length:,} tokens", justify="right")
@@ -221,8 +219,8 @@ class Comparison(BaseModel):
         )
         table.add_column("task", overflow="fold")
         table.add_column("variant", no_wrap=True)
-        table.add_column("value", justify="right", overflow="fold")
-        table.add_column("difference\nto dense", justify="right", no_wrap=True)
+        table.add_column("value", justify="right")
+        table.add_column("difference\nto dense", justify="right")
         last = len(self.variants) - 1
         for number, task in enumerate(self.dense.tasks):
             kind = "" if task.generates else ", scored"
@@ -256,11 +254,6 @@ class Comparison(BaseModel):
         values = [task.metrics[task.main()] for task in variant.tasks]
         gap = None if variant is self.dense else self.average(variant)
         return f"{sum(values) / len(values):.4g}", "" if gap is None else _gap_cell(gap)
-
-    def print(self, console: Console) -> None:
-        """Print all tables."""
-        for table in self.tables():
-            console.print(table)
 
     def _by_position(self) -> Table:
         """Perplexity in ranges of the position within a window, a row a variant."""

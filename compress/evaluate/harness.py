@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -37,7 +38,7 @@ class HarnessRequest(Method):
     suites: tuple[str, ...] = Field(
         (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
     )
-    lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+    lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
         (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the suites' items"
     )
     count: int = Field(20, ge=1, le=DOCUMENTS, description="items of each suite and length")
@@ -222,7 +223,8 @@ def run_task(
     quiet()
     from compress.evaluate.strict import Strict
 
-    lm = Strict(model, tokenizer, request.batch_size)
+    # A copy, because lm-eval gives a tokenizer without a token for padding one.
+    lm = Strict(model, copy.deepcopy(tokenizer), request.batch_size)
     return run_on(lm, request, name, length, seed=seed, text=text, sizer=sizer or tokenizer)
 
 

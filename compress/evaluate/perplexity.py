@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_fiel
 
 from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, TextSource
-from compress.errors import UserError
+from compress.errors import NotFiniteError, UserError
 from compress.limits import LONGEST, STEPS
 from compress.registry import Method
 
@@ -158,7 +158,7 @@ def perplexity(
 
     Raises:
         UserError: the request does not fit the text or the model's context.
-        FloatingPointError: a log-likelihood is not finite.
+        NotFiniteError: a log-likelihood is not finite.
     """
     check_request(request, len(text), getattr(model.config, "max_position_embeddings", None))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
@@ -172,7 +172,7 @@ def perplexity(
         first = 1 if number == 0 else max(1, request.length - request.step)
         losses = _losses(model, tokens, first)
         if not bool(torch.isfinite(losses).all()):
-            raise FloatingPointError(f"window {number}: the log-likelihood of a token is not finite")
+            raise NotFiniteError("the log-likelihood of a token is not finite", f"window {number}")
         per_position[first:] += losses
         counts[first:] += 1
         window_nll.append(float(losses.sum()))

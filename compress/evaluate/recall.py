@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from compress.bench.file import MOST_TOKENS
 from compress.data.prompt import Prompt, Task
-from compress.errors import UserError
+from compress.errors import NotFiniteError, UserError
 from compress.runtime.modeling_compress import CACHE
 
 Z = 1.959963984540054  # two-sided 95% of the normal distribution
@@ -116,7 +116,7 @@ def recall(
 
     Raises:
         UserError: the task has no right answer to compare with.
-        FloatingPointError: the model's logits are not finite.
+        NotFiniteError: the model's logits are not finite.
     """
     if any(prompt.expected is None or prompt.depth is None for prompt in prompts):
         raise UserError(
@@ -160,7 +160,7 @@ def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list
         output_logits=True,
     )
     if not all(bool(torch.isfinite(step).all()) for step in output.logits):
-        raise FloatingPointError("the model's logits are not finite")
+        raise NotFiniteError("the model's logits are not finite")
     rows = output.sequences[:, width:].tolist()
     answers = [row[: prompt.budget] for row, prompt in zip(rows, batch, strict=True)]
     return answers, cache_bytes(getattr(output, CACHE))

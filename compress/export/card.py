@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from compress.export.metadata import front_matter
 from compress.export.native import layer_windows
+from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
+from compress.models.load import DEMOS
 from compress.plan import Plan
 from compress.runtime.span import LengthSpan
 from compress.targets.cost import kv_bytes, stock_kv_bytes
 
+QWEN = (
+    'with `--model-impl transformers` the plan; without, it stops ("Sliding window for some but all layers is not '
+    'supported") where some layers see everything'
+)
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+VERSIONS = Path(__file__).with_name("transformers_versions.json")
+# Of native checkpoints with windows; run with vLLM 0.32 on a CPU.
+VLLM = {
+    "MinistralForCausalLM": "the plan, through its transformers backend, which it takes by itself",
+    "Qwen2ForCausalLM": QWEN,
+    "Qwen3ForCausalLM": QWEN,
+}
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 UNTRAINED = "The weights are those of the original model"
 TRAINED = "The weights were trained afterwards (recover.json)"
@@ -23,7 +39,8 @@ TRAINED = "The weights were trained afterwards (recover.json)"
 def render_card(
     plan: Plan,
     *,
-    base_model: str,
+    name: str,
+    source: dict[str, Any],
     dtype: str,
     itemsize: int,
     context: int,
@@ -37,6 +54,9 @@ def render_card(
     """The card as Markdown.
 
     Args:
+        name: what the user called the model that the plan was made for.
+        source: what is known of that model (`source_metadata`).
+        versions: of the packages that the checkpoint was made with; transformers' is the one it was checked in.
         context: the model's longest input in tokens; lengths beyond it are left out.
         base: the plan of the model that this one was made from, where that was a checkpoint of this toolkit.
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
@@ -70,7 +90,8 @@ def render_card(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts: dict[str, Any] = {
         "plan": plan,
-        "base_model": base_model,
+        "metadata": front_matter(source, _tags(plan, windowed)),
+        "title": source.get("base_model") or (name if name in DEMOS else Path(name).name),
         "dtype": dtype,
         "base": base,
         "groups": sum(map(len, spans)),
@@ -86,12 +107,46 @@ def render_card(
         "costs": costs,
         "checks": checks,
         "versions": versions,
-        "provenance": plan.provenance,
+        "tried": tried(checks.loaded_as, besides=versions["transformers"]),
+        "vllm": VLLM.get(checks.loaded_as, "not tried"),
+        "provenance": provenance_lines(plan.provenance),
         "recipe": recipe,
+        "fence": _fence(recipe or ""),
         "table": table,
         "weights": TRAINED if trained else UNTRAINED,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
+
+
+def tried(architecture: str, *, besides: str) -> dict[str, Any]:
+    """What `scripts/transformers_versions.py` found of a small model of this class, by version of transformers.
+
+    Returns:
+        `same`: versions with the same logits and tokens; `other`: pairs of a version and what happens there.
+    """
+    found: dict[str, list[str]] = {}
+    for row in json.loads(VERSIONS.read_text(encoding="utf-8"))["rows"]:
+        if row["architecture"] == architecture and row["transformers"] != besides:
+            found.setdefault(row["transformers"], []).extend([] if row["same"] else [row["message"]])
+    return {
+        "same": [version for version, messages in found.items() if not messages],
+        "other": [(version, messages[0].replace("|", "\\|")) for version, messages in found.items() if messages],
+    }
+
+
+def _tags(plan: Plan, windowed: bool) -> list[str]:
+    tags = ["compress"]
+    if plan.prunes:
+        tags.append("pruning")
+    if windowed or not plan.prunes:
+        tags += ["sparse-attention", "kv-cache"]
+    return tags
+
+
+def _fence(text: str) -> str:
+    """A fence around a block of code that the block itself does not close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
 
 
 def _differs_by_layer(plan: Plan) -> bool:

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 import transformers
 
+import compress
 from compress.errors import UserError
 from compress.export.card import render_card
 from compress.export.finite import check_weights, to_dtype
 from compress.export.layout import copy_runtime, open_permissions, point_to_runtime
+from compress.export.metadata import source_metadata
 from compress.export.native import native_model
 from compress.export.staging import staged
 from compress.export.verify import Checks, verify_checkpoint
@@ -168,12 +170,17 @@ def _write_card(
     weight = next(model.parameters())
     card = render_card(
         plan,
-        base_model=name,
+        name=name,
+        source=source_metadata(name, ours=(folder / BASE_PLAN).is_file()),
         dtype=str(weight.dtype).removeprefix("torch."),
         itemsize=weight.itemsize,
         context=int(model.config.max_position_embeddings),
         checks=checks,
-        versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        versions={
+            "compress": compress.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
         recipe=recipe,
         table=table,
         trained=(folder / RECORD).is_file(),

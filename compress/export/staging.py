@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import UserError
-from compress.files import sync_folder
+from compress.files import remove, sync_folder, system_error, words_of
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -30,6 +31,16 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         )
 
 
+def settle(folder: Path) -> None:
+    """Tidy up after a process that was killed in `staged`: the old folder is back in its place, or the new one is."""
+    partial, old = _beside(folder)
+    if old.exists() and not folder.exists():  # it died between the two renames
+        old.rename(folder)
+    for path in (partial, old):
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
 @contextmanager
 def staged(folder: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; rename it into place when the block ends well, else remove it.
@@ -41,45 +52,45 @@ def staged(folder: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Ite
         need_bytes: refuse at once where the disk has less room than this.
 
     Raises:
-        UserError: the folder holds something, or the disk is full.
+        UserError: the folder holds something, the disk is full, or the system refuses to write, be it told by a
+            library in words of its own.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # a process died between the two renames below
-        old.rename(folder)
-    refuse_existing(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < need_bytes:
-        raise UserError(
-            "not enough room on the disk",
-            where=str(folder.parent),
-            expected=f"{need_bytes / 1e6:,.0f} MB free",
-            found=f"{free / 1e6:,.0f} MB",
-            fix="free some space or name another folder",
-        )
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = _beside(folder)
+    refuse = f"{folder.name} could not be written; what was there before is unchanged"
     try:
+        settle(folder)
+        refuse_existing(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < need_bytes:
+            raise UserError(
+                "not enough room on the disk",
+                where=str(folder.parent),
+                expected=f"{need_bytes / 1e6:,.0f} MB free",
+                found=f"{free / 1e6:,.0f} MB",
+                fix="free some space or name another folder",
+            )
         partial.mkdir()
         yield partial
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+        partial.rename(folder)
         sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except UserError:
+        raise
+    except Exception as error:
+        told = system_error(error)
+        if told is None:
             raise
-        raise UserError(
-            "the disk became full while writing; nothing was changed",
-            where=str(folder),
-            fix="free some space or name another folder",
-        ) from error
+        found, fix = words_of(told)
+        if told.errno == errno.ENOSPC:
+            refuse = "the disk became full while writing; nothing was changed"
+        raise UserError(refuse, where=told.filename or str(folder), found=found, fix=fix) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            settle(folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where the new folder is written, and where the old one waits between the two renames."""
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")

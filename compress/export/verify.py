@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import UserError
 from compress.export.finite import refuse_not_finite
 from compress.export.native import layer_windows
+from compress.files import scratch as scratch_folder
 from compress.plan import Plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import has_length_rule
@@ -197,18 +197,18 @@ def _run_child(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Run `verify_child.py` on the checkpoint with a code cache of its own; return its tensors and facts."""
     code, flag = ("stock", "") if native else ("remote", ", trust_remote_code=True")
-    with tempfile.TemporaryDirectory(prefix="compress-verify-") as scratch:
-        probe_file, result_file = Path(scratch, "probe.safetensors"), Path(scratch, "result.safetensors")
+    with scratch_folder("verify") as scratch:
+        probe_file, result_file = scratch / "probe.safetensors", scratch / "result.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in probe.items()}, probe_file)
         environment = {
             **os.environ,
-            "HF_MODULES_CACHE": str(Path(scratch, "modules")),
+            "HF_MODULES_CACHE": str(scratch / "modules"),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         environment.pop("PYTHONPATH", None)
         arguments = [str(folder.resolve()), str(probe_file), str(result_file), str(torch.get_num_threads()), code]
-        done = run_fresh(CHILD, arguments, environment, Path(scratch))
+        done = run_fresh(CHILD, arguments, environment, scratch)
         if done.returncode != 0 or not result_file.exists():
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise UserError(

@@ -113,6 +113,7 @@ def text_part_line(spec: str) -> str:
         f"w = t.AutoModelForImageTextToText.from_pretrained('{spec}', dtype='auto'); "
         "m = t.AutoModelForCausalLM.from_config(w.config.text_config, dtype=w.dtype); "
         "m.model, m.lm_head = w.model.language_model, w.lm_head; "
+        "m.config.tie_word_embeddings = m.lm_head.weight.data_ptr() == m.model.embed_tokens.weight.data_ptr(); "
         "m.generation_config = w.generation_config; m.save_pretrained('text-part'); "
         f"t.AutoTokenizer.from_pretrained('{spec}').save_pretrained('text-part')\""
     )

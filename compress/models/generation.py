@@ -97,7 +97,7 @@ def check_generation(made: GenerationConfig, tokenizer: Any, config: Any, where:
     Raises:
         UserError: it fails, as it would with the real model at the end of a run.
     """
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.random.fork_rng(devices=[]):
         model: Any = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=config.vocab_size)).eval()
         model.generation_config = made

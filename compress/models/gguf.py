@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ VERSIONS = (2, 3)
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
 TEXT, ARRAY = 8, 9
 MOST_DIMS = 4
+MOST_PER_BYTE = 8  # numbers in a byte: no quantisation takes less than a bit for one
 
 
 class _Reader:
@@ -94,7 +96,8 @@ def _tensors(header: _Reader) -> Tensors:
             raise ValueError(f"tensor `{name[:60]}` has {dims:,} dimensions")
         shape = tuple(header.number("<Q") for _ in range(dims))
         kind, start = header.number("<I"), header.number("<Q")
-        if start > len(header.data):
-            raise ValueError(f"tensor `{name[:60]}` starts at byte {start:,} of {len(header.data):,}")
+        most = MOST_PER_BYTE * (len(header.data) - start)
+        if math.prod(shape) > most:
+            raise ValueError(f"tensor `{name[:60]}` of shape {shape} lies behind the end of the file")
         found[name] = str(kind), shape[::-1]
     return found

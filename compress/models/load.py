@@ -287,7 +287,8 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
             # Its tokenizer is a stock one; without a configuration at hand AutoTokenizer asks about the model's code.
             options["config"] = PreTrainedConfig()
     try:
-        return read_by("tokenizer", spec, load, hub=not place.local)
+        with quiet():
+            return read_by("tokenizer", spec, load, hub=not place.local)
     except UserError as error:
         damaged = damaged_file(Path(place.where)) if place.local and not place.extra else None
         if damaged is None:
@@ -321,7 +322,7 @@ def check_loaded(spec: str, told: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the warnings of transformers, and the hub's client, which without a network tells of all its retries."""
     hub_logging.set_verbosity_error()
     before = transformers.utils.logging.get_verbosity()
@@ -339,7 +340,7 @@ def check_model(spec: str, *, trust_remote_code: bool = False) -> CheckedModel:
         UserError: nothing of that name, or anything of it cannot be used (see `load_config`, `load_tokenizer`,
             `check_vocabulary` and `read_generation`).
     """
-    with _quiet():
+    with quiet():
         return _checked(spec, trust_remote_code=trust_remote_code, weights=False)
 
 
@@ -372,12 +373,12 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype `{dtype}`", expected=f"one of {', '.join(DTYPES)}", fix=nearest(dtype, DTYPES))
-    with _quiet():
+    with quiet():
         checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
         place = _locate(spec)
         folder = None if place.gguf is not None else _folder(place, spec)
-        options = {"gguf_file": place.gguf.name} if place.gguf is not None else {"config": checked.config}
-        model, told = read_by(
+        options = {"config": checked.config, **place.extra}
+        found: Any = read_by(
             "model",
             spec,
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -389,6 +390,7 @@ def load_model(
                 **options,
             ),
         )
+    model, told = found
     check_loaded(spec, told)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
     # and `save_pretrained` refuse.

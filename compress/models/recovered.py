@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compress.errors import Problem, UserError
 from compress.files import write_json
+from compress.json_file import read_model
 
 PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"
+AGAIN = "compress recover RECIPE"
+
+
+class _Index(BaseModel):
+    """What is read of an index: the file of every tensor, which lies in the same folder."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^model[0-9a-z-]*\.safetensors$")]] = Field(min_length=1)
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -32,13 +43,14 @@ def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str
     Returns:
         sha256 of names and values, hexadecimal.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sorted(own_tensors(model).items())}
     for old in (*folder.glob("model*.safetensors"), folder / INDEX):
         old.unlink(missing_ok=True)
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=PATTERN, max_shard_size=max_shard_size)
     for name, members in split.filename_to_tensors.items():
         beside = folder / f".{name}.part"
+        beside.unlink(missing_ok=True)  # never written through a link
         save_file({member: tensors[member] for member in members}, beside, {"format": "pt"})
         os.replace(beside, folder / name)
     if split.is_sharded:
@@ -62,14 +74,20 @@ def load_recovered(model: Any, folder: Path) -> Any:
     """
     index = folder / INDEX
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = read_model(_Index, index, "the index of the trained weights", fix=AGAIN).weight_map.values()
+        files = sorted(set(names))
     else:
         files = ["model.safetensors"]
     found: dict[str, torch.Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
             raise UserError("there are no trained weights", where=str(folder / name), fix="compress recover RECIPE")
-        found |= load_file(folder / name)
+        try:
+            found |= load_file(folder / name)
+        except SafetensorError as error:
+            raise UserError(
+                "the trained weights are damaged", where=str(folder / name), found=str(error), fix=AGAIN
+            ) from None
     expected = own_tensors(model)
     problems = _problems(expected, found, str(folder))
     if problems:

@@ -14,7 +14,8 @@ from compress.json_file import JsonError, parse_json, read_object
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-PLAIN = {"F64", "F32", "F16", "BF16"}
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of a number, by the dtypes that are read
+MOST_NAME = 255  # bytes, on every usual file system
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -55,9 +56,9 @@ def read_tensors(folder: Path, named: Any = None) -> Tensors:
     found: Tensors = {}
     for path in weight_files(folder, named):
         found |= read_header(path)
-    quantised = {dtype for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in PLAIN}
+    quantised = {dtype for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in SIZES}
     if quantised:
-        name = next(name for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in PLAIN)
+        name = next(name for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in SIZES)
         raise UserError(
             "the weights are quantised",
             where=f"{folder}: {name}",
@@ -127,7 +128,7 @@ def _indexed(index: Path) -> list[str]:
 def _check_inside(name: Any, where: str, suffixes: tuple[str, ...]) -> None:
     """Raise UserError for a name that is no safetensors file inside the folder. What a link leads to is not asked:
     the hub's cache is made of links."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name.encode("utf-8", "surrogatepass")) > MOST_NAME:
         raise UserError("not the name of a file", where=where, expected="text", found=repr(name)[:80], fix=AGAIN)
     if not name.endswith(suffixes):
         raise UserError(
@@ -207,6 +208,8 @@ def read_header(path: Path) -> Tensors:
                 raise TypeError
         except (TypeError, KeyError, ValueError):
             raise damaged(f"tensor `{name[:60]}` without dtype, shape and place") from None
+        if dtype in SIZES and last - first != math.prod(shape) * SIZES[dtype]:
+            raise damaged(f"tensor `{name[:60]}` of shape {shape} in {last - first:,} bytes")
         tensors[name] = dtype, tuple(shape)
         end = max(end, last)
     if 8 + length + end != size:

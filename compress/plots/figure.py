@@ -23,7 +23,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> list[Path]:
-    """Write `path` with .svg and .png; the files.
+    """Write `path` with .png and, last, .svg: where the second is, both are. The files.
 
     Raises:
         UserError: the folder cannot be written.
@@ -33,9 +33,9 @@ def save(figure: Any, path: Path) -> list[Path]:
     written = []
     # A fixed salt and no date: a run that is repeated leaves the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compress"}):
-        for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             data = io.BytesIO()
             figure.savefig(data, format=kind, dpi=150, metadata=metadata)
             written.append(path.with_name(f"{path.name}.{kind}"))
             write_bytes(written[-1], data.getvalue())
-    return written
+    return written[::-1]

@@ -29,16 +29,17 @@ class _Report(BaseModel):
 
 
 def search_plots(folder: Path) -> list[Path]:
-    """`plots/spans` and, where the profile has fixed windows, `plots/influence`; the files. None of a pruned plan."""
+    """`plots/influence`, where the profile has fixed windows, and `plots/spans`; the files. None of a pruned plan.
+
+    Written in this order: where `spans.svg` is, all are.
+    """
     run = RunFolder(folder)
     plan = read_plan(run.plan)
     if plan.prunes:
         return []
-    written = draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
     curves = influence_curves(read_profile(run.profile))
-    if curves is not None:
-        written += draw_influence(curves, run.plots / "influence")
-    return written
+    written = [] if curves is None else draw_influence(curves, run.plots / "influence")
+    return written + draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
 
 
 def evaluation_plots(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.files import write_text
+from compress.files import append_line, write_text
 from compress.json_file import parse_lines
 
 
@@ -40,5 +40,4 @@ class Curve:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.path, json.dumps(entry))

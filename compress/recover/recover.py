@@ -109,7 +109,7 @@ def recover(
     partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, batches))
     curve = Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     _train_and_merge(model, settings, windows, partial, curve, accelerator, teacher, seed, progress)

@@ -198,7 +198,7 @@ class Step:
             ValueError: more tokens than were reserved.
         """
         step = Step._begin(cache, valid, batch, count, device)
-        step.autocast = torch.is_autocast_enabled(device.type)
+        step.autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         if cache is not None:
             cache.check_room(step.gains)
         return step
@@ -336,9 +336,9 @@ def _attend(
             step.stored.add(module.layer_idx)
             if step.gains is not None:
                 layer.advance(step.gains)
-            pages = layer.pages()
-            impl.store_one(key[:, :, 0], value[:, :, 0], pages, step.lengths, spans)
-            return impl.decode(query[:, :, 0], pages, step.lengths, spans, scale=scaling)[:, None]
+            held = layer.pages()
+            impl.store_one(key[:, :, 0], value[:, :, 0], held, step.lengths, spans)
+            return impl.decode(query[:, :, 0], held, step.lengths, spans, scale=scaling)[:, None]
         # The cache is detached, so the token's own key and value have to come from here.
         assert step.gains is not None
         if rows is None:

@@ -367,6 +367,7 @@ def write_result(
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
         if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()
+    (folder / "search").mkdir(exist_ok=True)
     for path, text in wanted.items():
         write_text(path, text)
     write_json(folder / "search" / "pareto.json", dict(report))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
+from compress.files import append_line
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
 
@@ -50,10 +51,8 @@ class LossLog:
         self.path = path
         self.context = context
         self._losses: dict[tuple[str, str], float] = {}
-        self._torn = False
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
-            self._torn = bool(text) and not text.endswith("\n")
             for entry in map(_entry, text.splitlines()):
                 if entry is not None and entry["context"] == self.context:
                     self._losses[entry["plan"], entry["document"]] = entry["loss"]
@@ -64,12 +63,8 @@ class LossLog:
 
     def put(self, plan: str, document: str, loss: float) -> None:
         """Add a measurement; it is in the file when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
-        line = json.dumps({**entry, CHECKSUM: checksum_of(entry)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._torn else "") + line + "\n")
-        self._torn = False
+        append_line(self.path, json.dumps({**entry, CHECKSUM: checksum_of(entry)}))
         self._losses[plan, document] = loss
 
 

@@ -90,7 +90,7 @@ def test_inspect(finished: Path, name: str) -> None:
     result = call("inspect", path)
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM: 3 layers" in result.stdout
-    assert "sha256:" in result.stdout
+    assert "v2:" in result.stdout
     assert ("influence.absolute.320" if "profile" in name else "provenance") in result.stdout
     assert json.loads(call("inspect", path, "--json").stdout)["schema"] == 1
 

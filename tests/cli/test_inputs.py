@@ -165,7 +165,8 @@ def test_a_text_replaced_while_a_stage_runs_does_not_count(tmp_path: Path) -> No
     recipe = make_recipe(tmp_path)
     text = tmp_path / "text.txt"
     with open_session(str(recipe)) as session:
-        key = session.profile_key()
+        key = session.profile_key
+        key()
         text.touch()
         timed(session, "first", key, [], lambda: None)  # another time, the same content
         with pytest.raises(UserError, match="changed while it ran"):

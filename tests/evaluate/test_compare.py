@@ -127,7 +127,8 @@ def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
 
 def printed(result: Comparison) -> str:
     stream = io.StringIO()
-    result.print(Console(file=stream, width=200, color_system=None))
+    for table in result.tables():
+        Console(file=stream, width=200, color_system=None).print(table)
     return " ".join(stream.getvalue().split())
 
 

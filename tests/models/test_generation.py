@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 from transformers import GenerationConfig
@@ -43,7 +44,7 @@ def set_values(path, **values):
 
 # What is asked, what is left of it, and a word of the line that says so.
 SCORES = {"output_scores": True, "return_dict_in_generate": True}
-CASES = [
+CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"temperature": 0.9, "top_p": 0.6}, {}, "do_sample"),
     (
         {"temperature": 0.9, "top_p": 0.6, "do_sample": True},
@@ -139,6 +140,9 @@ def test_a_source_that_says_everything_gives_a_checkpoint_that_runs(folder, tmp_
     config = json.loads((folder / "config.json").read_text())
     config["max_position_embeddings"] = 40
     (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left", "own": [1]}))
     loaded = load_model(str(folder))
     assert loaded.notes == check_model(str(folder)).notes
     for word in ("return_dict", "use_cache", "temperature", "top_p", "cache_implementation", "output_attentions"):
@@ -152,6 +156,8 @@ def test_a_source_that_says_everything_gives_a_checkpoint_that_runs(folder, tmp_
     assert written["repetition_penalty"] == 1.3 and written["eos_token_id"] == [2, 5]
     assert written["suppress_tokens"] == [9] and written["forced_eos_token_id"] == 2 and written["own_key"] == "kept"
     assert not {"temperature", "top_p", "cache_implementation", "output_attentions"} & written.keys()
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # no token for padding is made up
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert told.get("return_dict", True) and told["use_cache"] and not told.get("output_attentions")
 

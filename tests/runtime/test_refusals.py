@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import ast
+import itertools
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from compress.bench.model import DENSE, NONE
+from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
 from compress.profile.capture import Capture
 from compress.profile.gates import Mixture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
+from compress.search.divergence import Divergence
 from compress.search.effects import sampled_effects
 from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
@@ -97,6 +99,7 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
     with Hands(model, given), pytest.raises(ValueError, match=f"^{name}: "):
         model(IDS)
     says = rf"attention with `{name}` is not supported"
+    divergence = Divergence(dense, [Document(tuple(IDS[0].tolist()), (10, 12))])
     with Hands(dense, given):
         for gradient in (False, True):
             with (
@@ -107,8 +110,6 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
         mixture = Mixture(torch.ones(3, 2), Span(4, 8, 0.0), shape)
         with pytest.raises(UserError, match=says), replaced_attention(dense, "compress_test_gates", mixture):
             dense(IDS)
-        document = SimpleNamespace(tokens=IDS[0].tolist(), answer=(10, 12), length=20)
-        divergence: Any = SimpleNamespace(documents=[document], device=torch.device("cpu"))
         with pytest.raises(UserError, match=says):
             sampled_effects(dense, shape, divergence, [[[Span(4, 8, 0.0)] * 2]] * 3, samples=1, seed=0)
         for bench in (DENSE, NONE):
@@ -120,15 +121,12 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
 
 
 def keywords_of_attention_calls() -> set[str]:
-    """What the layers of this transformers hand to their attention functions by name."""
-    found = set()
+    """What the layers of this transformers hand to their attention functions by name, a line each as they write it."""
+    found: set[str] = set()
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        text = path.read_text(encoding="utf-8")
-        if "attention_interface(" not in text:
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface":
-                found |= {keyword.arg for keyword in node.keywords if keyword.arg}
+        for call in path.read_text(encoding="utf-8").split(" attention_interface(\n")[1:]:
+            lines = itertools.takewhile(lambda line: not line.lstrip().startswith(")"), call.splitlines())
+            found |= {match[1] for line in lines if (match := re.fullmatch(r" {12}(\w+)=.*", line))}
     return found
 
 

@@ -114,9 +114,9 @@ def told() -> Any:
         def emit(self, record: stdlib_logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger = logging.get_logger("compress.runtime.modeling_compress")
+    logger: Any = logging.get_logger("compress.runtime.modeling_compress")
     handler = Keep()
-    logging.get_logger("compress.runtime.modeling_compress").warning_once.cache_clear()
+    logger.warning_once.cache_clear()
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)

@@ -1,0 +1,60 @@
+"""A plan's provenance as Markdown that a person reads: how it was searched, and what was expected of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NAME = re.compile(r"[\w./:@+-]*[A-Za-z_][\w./:@+-]*")  # a name as code has it
+SPECIAL = re.compile(r"([\\`*_<>|\[\]#])")
+
+
+def provenance_lines(provenance: Mapping[str, Any], indent: str = "") -> list[str]:
+    """A nested list; keys become words, and what was not measured is left out."""
+    lines = []
+    for key, value in provenance.items():
+        label = f"{indent}- {_escaped(str(key).replace('_', ' '))}"
+        if _is_empty(value):
+            continue
+        if isinstance(value, Mapping):
+            lines += [f"{label}:", *provenance_lines(value, indent + "  ")]
+        elif _has_parts(value):
+            lines += [f"{label}:", *(f"{indent}  - {_inline(each)}" for each in value if not _is_empty(each))]
+        else:
+            lines.append(f"{label}: {_inline(value)}")
+    return lines
+
+
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(each, Mapping | list | tuple) for each in value)
+
+
+def _is_empty(value: Any) -> bool:
+    """None, and what has nothing else in it."""
+    if isinstance(value, Mapping):
+        return all(_is_empty(each) for each in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_empty(each) for each in value)
+    return value is None or value == ""
+
+
+def _inline(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, Mapping):
+        parts = ((str(key).replace("_", " "), each) for key, each in value.items() if not _is_empty(each))
+        return ", ".join(f"{_escaped(key)} {_inline(each)}" for key, each in parts)
+    if isinstance(value, list | tuple):
+        return ", ".join(_inline(each) for each in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = " ".join(str(value).split())
+    return f"`{text}`" if NAME.fullmatch(text) else _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    return SPECIAL.sub(r"\\\1", text)

@@ -1,0 +1,103 @@
+"""`compress eval` on several models: it writes into its folder only, and results belong to contents, not to names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.cli.app import app
+from compress.evaluate import compare
+from compress.models.content import content_key
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def model_in(folder: Path, seed: int = 0) -> Path:
+    tiny_model("llama-gqa", seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def evaluated(*words: Any) -> list[dict[str, Any]]:
+    """The rows of an evaluation in time, which takes models of different tokenizers."""
+    options = ["--latency", "16", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(app, ["eval", *map(str, words), *options])
+    assert result.exit_code == 0, result.output
+    rows: list[dict[str, Any]] = json.loads(result.stdout)["variants"]
+    return rows
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A number of each model that is timed, in order."""
+    seen: list[float] = []
+    real: Any = vars(compare)["latency"]
+
+    def latency(model: Any, dense: Any, request: Any) -> Any:
+        seen.append(float(model.lm_head.weight.detach().sum()))
+        return real(model, dense, request)
+
+    monkeypatch.setattr(compare, "latency", latency)
+    return seen
+
+
+def test_nothing_is_written_outside_the_folder(tmp_path: Path, measured: list[float]) -> None:
+    first, second = model_in(tmp_path / "a" / "model"), model_in(tmp_path / "b" / "model", seed=1)
+    (tmp_path / "out" / "evaluation").mkdir(parents=True)
+    left = tmp_path / "out" / "evaluation" / f".dense-size-0.json.{os.getpid()}.part"  # of a killed command
+    left.write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    rows = evaluated(first, second, "--out", tmp_path / "out")
+    assert not left.exists()
+    assert [row["name"] for row in rows] == ["dense", str(second)]
+    added = set(tmp_path.rglob("*")) - set(before)
+    assert added and all(path.is_relative_to(tmp_path / "out") for path in added)
+    assert len(measured) == 2
+
+
+def test_results_belong_to_contents(tmp_path: Path, measured: list[float]) -> None:
+    first, second = model_in(tmp_path / "a" / "model"), model_in(tmp_path / "b" / "model", seed=1)
+    for _ in range(2):
+        evaluated(first, second, "--out", tmp_path / "out")
+    assert len(measured) == 2
+    weights = second / "model.safetensors"
+    times = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-64:] = bytes(64)
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same name, size and time
+    evaluated(first, second, "--out", tmp_path / "out")
+    assert len(measured) == 3
+
+
+def test_models_of_one_name_are_two_rows(
+    tmp_path: Path, measured: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("model", "dense", "b/model")):
+        model_in(tmp_path / name, seed=number)
+    rows = evaluated("model", "dense", "b/model", "--out", "out")
+    assert [row["name"] for row in rows] == ["dense", str(tmp_path / "dense"), "b/model"]
+    assert len(set(measured)) == 3
+
+
+def test_a_key_of_a_model_is_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "a" / "model.gguf"
+    file.write_bytes(b"GGUF1")
+    key = content_key(str(file))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert content_key(str(tmp_path / "b" / "model.gguf")) == key
+    file.write_bytes(b"GGUF2")
+    assert content_key(str(file)) != key
+    folder = content_key(str(tmp_path / "a"))
+    (tmp_path / "a" / "README.md").write_text("an evaluation writes its table here")
+    assert content_key(str(tmp_path / "a")) == folder
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert content_key(str(tmp_path / "a")) != folder
+    assert content_key("some/model") != content_key("other/model")
