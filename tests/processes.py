@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Read when libraries load: with more than one thread a fork of them would not be safe.
@@ -51,6 +52,7 @@ class Fresh:
     """A running process of its own, with the face of `Forked`."""
 
     def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self._command = command
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
@@ -66,13 +68,13 @@ class Fresh:
             self._process.kill()
             self._process.communicate()
             raise
-        return subprocess.CompletedProcess(self._process.args, self._process.returncode, out, err)
+        return subprocess.CompletedProcess(self._command, self._process.returncode, out, err)
 
 
 class Forked:
     """A running child of the zygote: `pid`, and what it prints, `stdout`."""
 
-    def __init__(self, zygote: socket.socket, order: dict[str, object]) -> None:
+    def __init__(self, zygote: socket.socket, order: dict[str, Any]) -> None:
         self._words = order["arguments"]
         pipes = [os.pipe() for _ in range(3)]
         socket.send_fds(zygote, [json.dumps(order).encode() + b"\n"], [write for _, write in pipes])
@@ -100,9 +102,10 @@ class Forked:
         return subprocess.CompletedProcess(self._words, int(status), out, err)
 
 
-def start(
-    what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None
-) -> Forked | Fresh:
+Process = Forked | Fresh
+
+
+def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Process:
     """Start `python -m NAME` (where `what` is module), `python -c NAME` (code) or `python -P NAME` (file).
 
     `cwd` is the folder that it runs in, `env` its environment; None stands for this process's.
@@ -114,12 +117,15 @@ def start(
     parent = zygote()
     if parent is None:
         flags = {"code": ["-c"], "module": ["-m"], "file": ["-P"]}[what]
-        return Fresh(
-            [sys.executable, *flags, name, *map(str, arguments)],
-            cwd,
-            {**environment, "PYTHONPATH": os.pathsep.join(path)},
-        )
-    order = {"run": (what, name), "arguments": words, "folder": str(cwd), "environment": environment, "path": path}
+        command = [sys.executable, *flags, name, *map(str, arguments)]
+        return Fresh(command, cwd, {**environment, "PYTHONPATH": os.pathsep.join(path)})
+    order: dict[str, Any] = {
+        "run": (what, name),
+        "arguments": words,
+        "folder": str(cwd),
+        "environment": environment,
+        "path": path,
+    }
     return Forked(parent, order)
 
 
