@@ -17,11 +17,11 @@ from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
 from compress.recover.state import POINTER, Partial
 from tests import processes
-from tests.processes import Forked
+from tests.processes import Process
 from tests.recover.common import pruned_model, settings, text, trained
 
 
-def start(folder: Path, options: RecoverSettings, *more: str) -> Forked:
+def start(folder: Path, options: RecoverSettings, *more: str) -> Process:
     """A training as a process."""
     return processes.start("module", "tests.recover.common", folder, options.model_dump_json(), *more)
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from compress.runtime.modeling_compress import CACHE, DROPS_CACHE
 from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -44,9 +45,15 @@ def plain(model: Any, ids: torch.Tensor = IDS, **arguments: Any) -> list[torch.T
 
 def check_use(model: Any) -> None:
     """Generation right after training, in eval mode and, as trainers of policies do it, in training mode."""
-    for mode in (model.eval(), model.train()):
-        made = mode.generate(IDS[:1, :70], max_new_tokens=5, do_sample=False)
-        assert torch.equal(made, mode.generate(IDS[:1, :70], max_new_tokens=5, do_sample=False, use_cache=False))
+    arguments: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    for train in (False, True):
+        model.train(train)
+        plain = model.generate(IDS[:1, :70], use_cache=False, **arguments)
+        if train and DROPS_CACHE and model.is_gradient_checkpointing:
+            with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+                model.generate(IDS[:1, :70], **arguments)
+        else:
+            assert torch.equal(model.generate(IDS[:1, :70], **arguments), plain)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
@@ -94,7 +101,7 @@ def test_layers_that_others_checkpoint_give_the_same_gradients(model: Any, lengt
 
 def test_layers_that_lose_their_cache_say_so(model: Any) -> None:
     layer = model.model.layers[1]
-    layer.forward = lambda *args, forward=layer.forward, **kwargs: forward(*args, **kwargs | {"cache": None})
+    layer.forward = lambda *args, forward=layer.forward, **kwargs: forward(*args, **kwargs | {CACHE: None})
     with pytest.raises(RuntimeError, match="layer 1 ran without the cache"), torch.no_grad():
         model(IDS)
 
@@ -241,5 +248,5 @@ def test_layers_are_checkpointed_by_the_flag_that_the_model_asks_for(model: Any)
     assert all(isinstance(layer, GradientCheckpointingLayer) for layer in model.model.layers)
     assert model.model._is_checkpointed()
     with torch.no_grad():
-        assert not model.model._is_checkpointed()
+        assert model.model._is_checkpointed() == DROPS_CACHE
     assert not model.eval().model._is_checkpointed()
