@@ -90,10 +90,9 @@ def test_a_state_of_another_training_is_ignored(tmp_path: Path, monkeypatch: pyt
 
 def test_a_wish_to_stop_in_the_last_step_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(tmp_path / "fresh", steps=2)[1]
-    asked: list[None] = []
+    asked = iter((False, True))
     monkeypatch.setattr(
-        "compress.recover.train.noted_signals",
-        lambda: contextlib.nullcontext(lambda: asked.append(None) or len(asked) == 2),
+        "compress.recover.train.noted_signals", lambda: contextlib.nullcontext(lambda: next(asked, False))
     )
     with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 2"):
         trained(tmp_path / "cut", steps=2)
