@@ -197,7 +197,7 @@ def test_a_token_without_an_embedding_is_told_before_anything_is_measured(
 ) -> None:
     loaded = byte_loaded()
     loaded.tokenizer = copy.deepcopy(loaded.tokenizer)
-    loaded.tokenizer.add_tokens(["e"])
+    loaded.tokenizer.add_tokens(["was near"])
     builder = Builder()
     with pytest.raises(UserError, match="a token that the model has no embedding for"):
         run(source, tmp_path, builder, loaded=loaded, **asked)
