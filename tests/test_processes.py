@@ -32,7 +32,9 @@ def test_a_child_finds_what_a_process_of_its_own_would(tmp_path: Path, monkeypat
     assert first["arguments"] == ["-c", "a", "1"] and first["folder"] == str(tmp_path) and first["input"] == ""
     assert first["word"] == "theirs" and first["main"] == "__main__" and not first["compress"]
     assert first["code"] == [str(tmp_path / "code")] * 2
-    assert first["threads"] == first["openmp"] == 1 and first["drawn"] != second["drawn"]
+    if processes.zygote() is not None:
+        assert first["threads"] == first["openmp"] == 1
+    assert first["drawn"] != second["drawn"]
     third = json.loads(run("code", TOLD, cwd=tmp_path).stdout)
     assert third["word"] == "ours" and third["seed"] == first["seed"]
 

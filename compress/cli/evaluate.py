@@ -11,7 +11,7 @@ from compress.cli import arguments
 from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
 from compress.errors import UserError
 from compress.files import sweep
-from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED
+from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
 if TYPE_CHECKING:
     from compress.evaluate.compare import Variant
@@ -24,7 +24,7 @@ def evaluate(
     ],
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of every task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
     suites: Annotated[str | None, typer.Option(help="Long-context suites, by commas, or all.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
     count: Annotated[int, typer.Option(min=1, max=DOCUMENTS, help="Items of each suite and length.")] = 20,
