@@ -125,12 +125,11 @@ class Source:
         """Whether the plan that it carries gives layers other widths than the configuration."""
         if not self.carries_plan:
             return False
-        config, layers = self._stock_config(), self.checkpoint[PLAN]["layers"]
-
-        def differ() -> bool:
-            return any(Width.of_plan(layer, config) != Width.of(config) for layer in layers)
-
-        return read_by("configuration", self.spec, differ)
+        config = self._stock_config()
+        layers = self.checkpoint[PLAN]["layers"]
+        return read_by(
+            "plan", self.spec, lambda: any(Width.of_plan(layer, config) != Width.of(config) for layer in layers)
+        )
 
     def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""

@@ -60,18 +60,6 @@ def test_a_checkpoint_is_measured_with_a_plan_of_its_own_weights_only(folder, tm
                 source.planned(dense, None, 0)
 
 
-@pytest.mark.parametrize("values", [{"num_key_value_heads": 1}, {"intermediate_size": 32}])
-def test_a_checkpoint_whose_plan_is_wider_than_its_configuration_is_told(folder, tmp_path, values):
-    model = tiny_model("llama-gqa")
-    planned = patched_model(model, uniform_plan(shape_of(model), WindowGroup(sink=4, alpha=30, beta=0.0)))
-    planned.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["compress_plan"]["layers"][0]["mlp"] = {"kept": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config | values))
-    with pytest.raises(UserError, match="the configuration could not be loaded"):
-        Source(str(tmp_path)).has_own_widths  # noqa: B018
-
-
 def test_random_weights_take_a_plan_of_their_sizes(tmp_path):
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict()))
@@ -123,3 +111,14 @@ def test_random_weights_that_no_memory_holds_are_refused_before_they_are_made(tm
 def test_no_file_of_that_name():
     with pytest.raises(UserError, match="is not there"):
         Source("nowhere/config.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 1), ("num_attention_heads", 2)])
+def test_a_plan_that_its_own_configuration_contradicts_is_told(tmp_path, key, value):
+    model = tiny_model("llama-gqa")
+    plan = uniform_plan(shape_of(model), WindowGroup(sink=4, alpha=30, beta=0.0))
+    patched_model(planned_model(model, plan), plan).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError):
+        Source(str(tmp_path)).dense(CPU, torch.float32)
