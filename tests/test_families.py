@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from itertools import pairwise
@@ -12,7 +13,9 @@ import pytest
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from typer.testing import CliRunner
 
+from compress.cli.app import app
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
@@ -233,3 +236,18 @@ def test_a_refusal_names_its_reason(name: str) -> None:
     with pytest.raises(UserError, match=f"architecture `{name}` is not supported: ") as caught:
         family_of(AutoConfig.for_model(name))
     assert REFUSED[name] in str(caught.value)
+
+
+def test_the_doctor_lists_every_family_and_target() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--families", "--json"])
+    assert result.exit_code == 0, result.output
+    matrix = json.loads(result.stdout)
+    assert set(matrix["families"]) == set(FAMILIES) and matrix["refused"] == REFUSED
+    for name, row in matrix["families"].items():
+        assert set(row["targets"]) >= {"full", "window", "pruned"}
+        assert row["targets"]["full"] is None and row["targets"]["window"] is None
+        assert (row["targets"]["pruned"] is None) == (FAMILIES[name].whole is None)
+        assert row["architecture"] == FAMILIES[name].architecture and row["native"] == FAMILIES[name].native
+    words = " ".join(CliRunner().invoke(app, ["doctor", "--families"]).stdout.split())
+    assert all(name in words for name in (*FAMILIES, *REFUSED))
+    assert "where `use_qk_norm` is set" in words and "gemma2: its attention caps scores" in words
