@@ -24,6 +24,7 @@ from compress.models.load import load_model
 from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
+from compress.profile.capture import Capture
 from compress.runtime import modeling_compress
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
@@ -37,8 +38,8 @@ from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_
 Rule = tuple[int, int, float]
 LENGTH = 201  # beyond every window of `tests.tiny.MIXED`, and beyond the layers' own
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
-PRUNABLE = sorted(name for name in MORE if FAMILIES[name].whole is None)
-WHOLE = sorted(set(MORE) - set(PRUNABLE))
+PRUNABLE = sorted(name for name in MORE if FAMILIES[name].whole is None or FAMILIES[name].whole_with is not None)
+WHOLE = sorted(name for name in MORE if FAMILIES[name].whole is not None)
 NATIVE = sorted(name for name in MORE if FAMILIES[name].native is not None)
 
 
@@ -71,13 +72,20 @@ def rules_of(plan: Plan) -> list[list[Rule]]:
     ]
 
 
-def naive_logits(name: str, rules: list[list[Rule]], ids: torch.Tensor) -> torch.Tensor:
-    """What a stock model of the same weights gives when its heads see that much."""
+def naive_model(name: str, rules: list[list[Rule]]) -> Any:
+    """A stock model of the same weights whose heads see that much."""
     model = tiny_model(name)
     model.config._attn_implementation = "naive"
     for layer, row in zip(model.model.layers, rules, strict=True):
         layer.self_attn.naive_rules = row
-    return logits(model, ids)
+    return model
+
+
+def slopes(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The gradient of a loss by the embeddings of its input, `[B, T, hidden]`."""
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
+    return torch.autograd.grad(loss, embeddings)[0]
 
 
 def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -97,13 +105,17 @@ def test_family(name: str) -> None:
     full = planned_model(dense, uniform_plan(shape, FullGroup()))
     torch.testing.assert_close(logits(full, ids), logits(dense, ids), **CLOSE)
     everything: list[list[Rule]] = [[(0, LENGTH, 0.0)] * shape.kv_heads] * shape.layers
-    unbounded = (naive_logits(name, everything, ids[:1]) - logits(dense, ids[:1])).abs().max()
+    unbounded = (logits(naive_model(name, everything), ids[:1]) - logits(dense, ids[:1])).abs().max()
     assert (unbounded > 0.01) == any(sliding)  # the layer's own window counts in the comparison above
 
     model = planned_model(dense, plan)
     whole = logits(model, ids)
     assert (whole - logits(dense, ids)).abs().max() > 0.1
-    torch.testing.assert_close(whole[:1], naive_logits(name, rules_of(plan), ids[:1]), **CLOSE)
+    naive = naive_model(name, rules_of(plan))
+    torch.testing.assert_close(whole[:1], logits(naive, ids[:1]), **CLOSE)
+    expected = slopes(naive, ids[:1])
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(slopes(model, ids[:1]), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
     changed = ids.clone()
     changed[:, 150] = (changed[:, 150] - 3) % (VOCABULARY - 4) + 4
@@ -128,6 +140,57 @@ def test_family(name: str) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     cached = model.generate(padded, **arguments)
     assert torch.equal(cached, model.generate(padded, use_cache=False, **arguments))
+
+
+ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+# What other configurations say of windows, and the windows in force: a family may give them by `layer_types` or to all
+# layers alike, make `layer_types` up, or have a window that is switched off.
+SAID: list[tuple[str, dict[str, Any], tuple[int | None, ...]]] = [
+    ("cohere2", {"layer_types": None}, ALL_SLIDE),
+    ("dots1", {"layer_types": None, "max_window_layers": 2}, (None, None, 50)),
+    ("dots1", {"layer_types": None, "sliding_window": None}, NONE_SLIDE),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": 2}, (50, None, 50)),
+    ("exaone4", {"layer_types": ["full_attention"] * 3, "sliding_window": None}, NONE_SLIDE),
+    ("ministral3", {"sliding_window": 50}, ALL_SLIDE),
+    ("mixtral", {"sliding_window": 50}, ALL_SLIDE),
+    ("mixtral", {"sliding_window": 4096}, NONE_SLIDE),
+    ("olmo3", {"layer_types": None, "rope_parameters": YARN}, ALL_SLIDE),
+    ("olmo3", {"rope_parameters": YARN}, (None, None, 50)),
+    ("phimoe", {"sliding_window": 50}, ALL_SLIDE),
+    ("qwen2_moe", {"layer_types": None, "use_sliding_window": False}, NONE_SLIDE),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 50}, ALL_SLIDE),
+    ("qwen3_moe", {"sliding_window": 50}, NONE_SLIDE),
+    ("smollm3", {"layer_types": None, "sliding_window": None, "use_sliding_window": False}, NONE_SLIDE),
+    ("smollm3", {"layer_types": None}, (None, 50, None)),
+    ("starcoder2", {"sliding_window": 50}, ALL_SLIDE),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "windows"), SAID)
+def test_own_windows_are_found_as_the_stock_model_has_them(
+    name: str, fields: dict[str, Any], windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MORE, name, MORE[name] | fields)
+    dense = tiny_model(name)
+    shape, ids = shape_of(dense), random_ids(1, LENGTH)
+    assert shape.native_windows == windows
+    planned = planned_model(dense, uniform_plan(shape, FullGroup()))
+    torch.testing.assert_close(logits(planned, ids), logits(dense, ids), **CLOSE)
+    everything: list[list[Rule]] = [[(0, LENGTH, 0.0)] * shape.kv_heads] * shape.layers
+    unbounded = (logits(naive_model(name, everything), ids) - logits(dense, ids)).abs().max()
+    assert (unbounded > 0.01) == any(windows)
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_a_profile_computes_what_the_model_computes(name: str) -> None:
+    model, ids, layers = tiny_model(name), random_ids(1, 90), []
+    with Capture(model, shape_of(model), layers.append, gradient=True, checkpointing=True) as capture:
+        loss = capture.run(ids, (60, 90))
+    expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert [layer.layer for layer in layers] == [2, 1, 0]
+    assert [layer.window for layer in layers] == list(reversed(shape_of(model).native_windows))
 
 
 @pytest.mark.parametrize("name", ["olmo2", "mixtral"])
@@ -164,7 +227,9 @@ def test_a_native_model_is_the_planned_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
-def test_a_pruned_model_is_the_zeroed_one(name: str) -> None:
+def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (switch := FAMILIES[name].whole_with) is not None:
+        monkeypatch.setitem(MORE[name], switch, False)
     zeroed, pruned, ids = with_biases(name), with_biases(name), random_ids(1, 40)
     zero(zeroed, uneven(zeroed.config))
     assert not prune(pruned, uneven(pruned.config))
@@ -198,14 +263,6 @@ def test_pruning_is_refused_with_the_reason(name: str) -> None:
             call()
         assert str(FAMILIES[name].whole) in str(caught.value) and FAMILIES[name].architecture in str(caught.value)
     assert Width.of(model.config) == Width(4, 2, 64)
-
-
-def test_pruning_may_depend_on_a_switch() -> None:
-    config = tiny_model("cohere").config
-    assert not FAMILIES["cohere"].prunes(config)
-    config.use_qk_norm = False
-    assert FAMILIES["cohere"].prunes(config)
-    check_pruning(config)
 
 
 def test_every_family_has_a_tiny_model() -> None:
