@@ -125,8 +125,12 @@ class Source:
         """Whether the plan that it carries gives layers other widths than the configuration."""
         if not self.carries_plan:
             return False
-        config = self._stock_config()
-        return any(Width.of_plan(layer, config) != Width.of(config) for layer in self.checkpoint[PLAN]["layers"])
+        config, layers = self._stock_config(), self.checkpoint[PLAN]["layers"]
+
+        def differ() -> bool:
+            return any(Width.of_plan(layer, config) != Width.of(config) for layer in layers)
+
+        return read_by("configuration", self.spec, differ)
 
     def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""

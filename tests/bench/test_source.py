@@ -60,6 +60,18 @@ def test_a_checkpoint_is_measured_with_a_plan_of_its_own_weights_only(folder, tm
                 source.planned(dense, None, 0)
 
 
+@pytest.mark.parametrize("values", [{"num_key_value_heads": 1}, {"intermediate_size": 32}])
+def test_a_checkpoint_whose_plan_is_wider_than_its_configuration_is_told(folder, tmp_path, values):
+    model = tiny_model("llama-gqa")
+    planned = patched_model(model, uniform_plan(shape_of(model), WindowGroup(sink=4, alpha=30, beta=0.0)))
+    planned.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["compress_plan"]["layers"][0]["mlp"] = {"kept": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(UserError, match="the configuration could not be loaded"):
+        Source(str(tmp_path)).has_own_widths  # noqa: B018
+
+
 def test_random_weights_take_a_plan_of_their_sizes(tmp_path):
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict()))
@@ -73,8 +85,8 @@ def test_random_weights_take_a_plan_of_their_sizes(tmp_path):
 
 @pytest.mark.parametrize("reader", [lambda source: source.shape(), lambda source: source.layer(CPU, torch.float32)])
 def test_sizes_are_known_without_weights(folder, reader):
-    reader(Source(str(folder)))
-    reader(Source("tiny"))
+    assert reader(Source(str(folder))) is not None
+    assert reader(Source("tiny")) is not None
 
 
 @pytest.mark.parametrize(
