@@ -25,6 +25,7 @@ from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.capture import Capture
+from compress.profile.tiles import LayerTensors
 from compress.runtime import modeling_compress
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
@@ -184,7 +185,8 @@ def test_own_windows_are_found_as_the_stock_model_has_them(
 
 @pytest.mark.parametrize("name", sorted(MORE))
 def test_a_profile_computes_what_the_model_computes(name: str) -> None:
-    model, ids, layers = tiny_model(name), random_ids(1, 90), []
+    model, ids = tiny_model(name), random_ids(1, 90)
+    layers: list[LayerTensors] = []
     with Capture(model, shape_of(model), layers.append, gradient=True, checkpointing=True) as capture:
         loss = capture.run(ids, (60, 90))
     expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
@@ -293,6 +295,13 @@ def test_a_refusal_names_its_reason(name: str) -> None:
     with pytest.raises(UserError, match=f"architecture `{name}` is not supported: ") as caught:
         family_of(AutoConfig.for_model(name))
     assert REFUSED[name] in str(caught.value)
+
+
+def test_a_wrapper_of_a_refused_text_model_names_the_reason() -> None:
+    config = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2"})
+    with pytest.raises(UserError, match="`paligemma` wraps a text model, `gemma2`") as caught:
+        family_of(config)
+    assert f"not supported either: {REFUSED['gemma2']}" in str(caught.value)
 
 
 def test_the_doctor_lists_every_family_and_target() -> None:

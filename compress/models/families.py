@@ -59,7 +59,8 @@ FAMILIES = {
         Family("apertus", "ApertusForCausalLM", "CompressApertus", None),
         Family("arcee", "ArceeForCausalLM", "CompressArcee", None),
         Family("cohere", "CohereForCausalLM", "CompressCohere", None, whole=ALL_HEADS, whole_with="use_qk_norm"),
-        # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind.
+        # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
+        # configuration works the head size out from the number of heads.
         Family("cohere2", "Cohere2ForCausalLM", "CompressCohere2", None, narrows=False),
         Family("dots1", "Dots1ForCausalLM", "CompressDots1", "Dots1ForCausalLM", whole=EXPERTS),
         Family("ernie4_5", "Ernie4_5ForCausalLM", "CompressErnie4_5", None),
