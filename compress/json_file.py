@@ -7,6 +7,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -69,9 +70,8 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise JsonError(f"the key {_short(twice)} is there twice")
+        twice, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise JsonError(f"the key {_short(twice)} is there {'twice' if count == 2 else f'{count} times'}")
     return found
 
 

@@ -29,6 +29,7 @@ import yaml
 
 from compress.errors import UserError
 from compress.files import PART, append_line, key_of, open_own, refusal, remove, sweep, write_json, write_text
+from compress.json_file import JsonError, parse_json
 
 STAGES = "stages.json"
 MODEL = "model.json"
@@ -90,10 +91,10 @@ class RunFolder:
     def stages(self) -> dict[str, dict[str, Any]]:
         """What `finish` wrote, by stage; empty for a new folder, or when the file is damaged (then all is redone)."""
         try:
-            data = json.loads((self.path / STAGES).read_text(encoding="utf-8"))
+            data = parse_json((self.path / STAGES).read_bytes())
             stages = data["stages"]
             found = {name: dict(entry) for name, entry in stages.items()} if data["schema"] == SCHEMA else {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return {name: entry for name, entry in found.items() if _is_stage(entry)}
 
@@ -303,9 +304,9 @@ def _entries(path: Path) -> list[str]:
 def _model_of(path: Path) -> str | None:
     """The model that a run folder is about; None when that cannot be read."""
     try:
-        found = json.loads((path / MODEL).read_text(encoding="utf-8"))["model"]
+        found = parse_json((path / MODEL).read_bytes())["model"]
         return found if isinstance(found, str) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, JsonError, KeyError, TypeError):
         pass
     try:  # from before `model.json` was the first to be written
         text = (path / "recipe.resolved.yaml").read_text(encoding="utf-8")

@@ -34,6 +34,7 @@ from tests.forkserver import ForkServer
 
 BATCH = 20
 SLOW_SHARE = 0.05
+TELL = 60.0  # seconds between two lines of progress
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def _all(chosen: argparse.Namespace, world: Path) -> None:
     jobs.sort()  # a run that is stopped has touched every file
     chosen.out.mkdir(parents=True, exist_ok=True)
     began, done, codes, faults = time.monotonic(), Counter[str](), Counter[str](), Counter[str]()
-    told = 0
+    told, last = 0, began
     with get_context("fork").Pool(chosen.processes, _start, (str(world),)) as pool:
         for number, count, ends, findings in pool.imap_unordered(_work, jobs):
             reader = READERS[number]
@@ -81,6 +82,9 @@ def _all(chosen: argparse.Namespace, world: Path) -> None:
                 told += 1
                 _keep(chosen.out, told, finding)
                 print(f"{finding.why}: {reader.name}: {finding.mutator}: {last_line(finding.outcome)}", flush=True)
+            if time.monotonic() - last > TELL:
+                last = time.monotonic()
+                print(f"  {done.total():,} of {chosen.cases:,} cases, {told} faults", file=sys.stderr, flush=True)
             if time.monotonic() - began > chosen.minutes * 60:
                 pool.terminate()
                 break
@@ -99,6 +103,11 @@ def _start(world: str) -> None:
 def _work(job: tuple[int, int, int, int]) -> tuple[int, int, Counter[str], list[Finding]]:
     _, number, seed, count = job
     assert _trials is not None
+    try:
+        _trials.expected(READERS[number])
+    except AssertionError as error:
+        print(f"does not work without damage: {error}", file=sys.stderr)
+        return number, 0, Counter(), []
     ends: Counter[str] = Counter()
     found = []
     for end, finding in _trials.run(READERS[number], seed, count):

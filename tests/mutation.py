@@ -159,7 +159,7 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
     return _dump(value).encode("utf-8", "surrogatepass")
 
 
-def sealed_json(data: bytes, rng: random.Random) -> bytes:
+def resealed_json(data: bytes, rng: random.Random) -> bytes:
     """Changed content with a checksum that fits, or without one: what a person's edit looks like."""
     value = json.loads(data)
     checksum = value.pop(CHECKSUM, None)
@@ -250,9 +250,14 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 
 def change_partial(data: bytes, rng: random.Random) -> bytes:
-    """A checksum and safetensors, as an interrupted stage leaves them; half of the time with a checksum that fits."""
+    """A checksum and safetensors, as an interrupted stage leaves them."""
+    return data[:32] + change_safetensors(data[32:], rng)
+
+
+def resealed_partial(data: bytes, rng: random.Random) -> bytes:
+    """The same with a checksum that fits."""
     changed = change_safetensors(data[32:], rng)
-    return (hashlib.sha256(changed).digest() if rng.random() < 0.5 else data[:32]) + changed
+    return hashlib.sha256(changed).digest() + changed
 
 
 def change_gguf(data: bytes, rng: random.Random) -> bytes:
@@ -275,11 +280,11 @@ def change_gguf(data: bytes, rng: random.Random) -> bytes:
 
 FORMS: dict[str, tuple[Mutator, ...]] = {
     "json": (change_json,),
-    "sealed": (change_json, sealed_json),
+    "sealed": (change_json, resealed_json),
     "jsonl": (change_line,),
     "yaml": (change_yaml,),
     "safetensors": (change_safetensors,),
-    "partial": (change_partial,),
+    "partial": (change_partial, resealed_partial),
     "gguf": (change_gguf,),
     "text": (),
 }

@@ -1,4 +1,7 @@
-"""Starts Python processes for tests: forks of `tests/zygote.py`, which need no seconds to import torch."""
+"""Starts Python processes for tests: forks of `tests/zygote.py`, which need no seconds to import torch.
+
+Where importing torch starts threads, as the libraries beside it do on some machines, every process is a fresh one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Read when libraries load: with more than one thread a fork of them would not be safe.
@@ -21,8 +25,11 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THRE
 
 
 @functools.cache
-def zygote() -> socket.socket:
-    """The way to ask the zygote of this test process, which is started the first time and ends with it."""
+def zygote() -> socket.socket | None:
+    """The way to ask the zygote of this test process, which is started the first time and ends with it.
+
+    None where it cannot be forked safely; its standard error says why.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-P", str(Path(__file__).with_name("zygote.py")), str(theirs.fileno())]
     environment = {**os.environ, **ONE_THREAD}
@@ -38,22 +45,43 @@ def zygote() -> socket.socket:
         process.wait(timeout=30)
 
     atexit.register(end)
-    return ours
+    return ours if ours.recv(1) else None
+
+
+class Fresh:
+    """A running process of its own, with the face of `Forked`."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self._command = command
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+        )
+        assert self._process.stdout is not None
+        self.pid, self.stdout = self._process.pid, self._process.stdout
+
+    def done(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """As `Forked.done`."""
+        try:
+            out, err = self._process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            raise
+        return subprocess.CompletedProcess(self._command, self._process.returncode, out, err)
 
 
 class Forked:
     """A running child of the zygote: `pid`, and what it prints, `stdout`."""
 
-    def __init__(self, order: dict[str, object]) -> None:
+    def __init__(self, zygote: socket.socket, order: dict[str, Any]) -> None:
         self._words = order["arguments"]
         pipes = [os.pipe() for _ in range(3)]
-        socket.send_fds(zygote(), [json.dumps(order).encode() + b"\n"], [write for _, write in pipes])
+        socket.send_fds(zygote, [json.dumps(order).encode() + b"\n"], [write for _, write in pipes])
         for _, write in pipes:
             os.close(write)
         self.stdout, self._stderr, self._status = (os.fdopen(read, encoding="utf-8") for read, _ in pipes)
-        first = self._status.readline()
-        assert first, "the zygote has ended, its standard error says why"
-        self.pid = int(first)
+        self.pid = int(self._status.readline())
 
     def done(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """What it still printed, what it told, and its exit status, once it has ended.
@@ -74,7 +102,10 @@ class Forked:
         return subprocess.CompletedProcess(self._words, int(status), out, err)
 
 
-def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Forked:
+Process = Forked | Fresh
+
+
+def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Process:
     """Start `python -m NAME` (where `what` is module), `python -c NAME` (code) or `python -P NAME` (file).
 
     `cwd` is the folder that it runs in, `env` its environment; None stands for this process's.
@@ -83,8 +114,19 @@ def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[
     local = [] if what == "file" else [str(cwd)]
     path = [*local, *(entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry)]
     words = ["-c" if what == "code" else name, *map(str, arguments)]
-    order = {"run": (what, name), "arguments": words, "folder": str(cwd), "environment": environment, "path": path}
-    return Forked(order)
+    parent = zygote()
+    if parent is None:
+        flags = {"code": ["-c"], "module": ["-m"], "file": ["-P"]}[what]
+        command = [sys.executable, *flags, name, *map(str, arguments)]
+        return Fresh(command, cwd, {**environment, "PYTHONPATH": os.pathsep.join(path)})
+    order: dict[str, Any] = {
+        "run": (what, name),
+        "arguments": words,
+        "folder": str(cwd),
+        "environment": environment,
+        "path": path,
+    }
+    return Forked(parent, order)
 
 
 def run(

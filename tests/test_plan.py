@@ -29,6 +29,15 @@ def test_a_plan_survives_its_file(tmp_path, shape):
     assert plan.spans()[0] == [FULL, Span(4, 30, 0.0)]
 
 
+def test_a_byte_order_mark_and_other_line_ends_are_no_damage(tmp_path, shape):
+    plan, path = mixed_plan(shape), tmp_path / "plan.json"
+    path.write_bytes(b"\xef\xbb\xbf" + plan.to_json().replace("\n", "\r\n").encode())
+    assert read_plan(path, shape) == plan
+    path.write_text(plan.to_json(), encoding="utf-16")
+    with pytest.raises(UserError, match="not UTF-8 text: byte 0"):
+        read_plan(path, shape)
+
+
 def test_a_window_has_the_rule_by_position_unless_it_says_so(tmp_path, shape):
     raw = json.loads(mixed_plan(shape).to_json())
     assert "rule" not in str(raw["layers"])  # so that plans are written, and known by, what they always were

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def test_a_child_finds_what_a_process_of_its_own_would(tmp_path: Path, monkeypat
     assert first["arguments"] == ["-c", "a", "1"] and first["folder"] == str(tmp_path) and first["input"] == ""
     assert first["word"] == "theirs" and first["main"] == "__main__" and not first["compress"]
     assert first["code"] == [str(tmp_path / "code")] * 2
-    assert first["threads"] == first["openmp"] == 1 and first["drawn"] != second["drawn"]
+    if processes.zygote() is not None:
+        assert first["threads"] == first["openmp"] == 1
+    assert first["drawn"] != second["drawn"]
     third = json.loads(run("code", TOLD, cwd=tmp_path).stdout)
     assert third["word"] == "ours" and third["seed"] == first["seed"]
 
@@ -70,5 +73,20 @@ def test_signals_reach_it_and_a_late_one_is_killed() -> None:
     assert process.stdout.readline() == "up\n"
     os.kill(process.pid, signal.SIGTERM)
     assert process.done(60).returncode == -signal.SIGTERM
-    with pytest.raises(processes.subprocess.TimeoutExpired):
+    with pytest.raises(subprocess.TimeoutExpired):
         start("code", "import signal; signal.pause()").done(0.2)
+
+
+def test_where_a_fork_would_not_be_safe_every_process_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "zygote", lambda: None)
+    (tmp_path / "mine.py").write_text("import os, sys\nprint(sys.argv[1:], os.getcwd())\nsys.exit(3)\n")
+    done = run("module", "mine", "x", 1, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"['x', '1'] {tmp_path}\n", "")
+    alone = run("file", str(tmp_path / "mine.py"), env={**os.environ, "WORD": "theirs"})
+    assert alone.returncode == 3 and alone.stdout == f"[] {processes.ROOT}\n"
+    process = start("code", "import signal; print('up', flush=True); signal.pause()")
+    assert process.stdout.readline() == "up\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.done(0.2)

@@ -45,7 +45,7 @@ def import_all() -> None:
 
 def serve(channel: socket.socket) -> Order:
     """Fork for every order that comes; returns in the children, and ends the process when nobody can ask any more."""
-    keepers = []
+    keepers: list[int] = []
     while True:
         data, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 3)
         while data and not data.endswith(b"\n"):
@@ -116,6 +116,7 @@ def main() -> None:
     """Serve; in a child, do what the order says, and leave without taking all of torch apart, which takes a second."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     import_all()
+    channel.sendall(b"\n")  # ready
     gc.freeze()
     order = serve(channel)
     become(order)

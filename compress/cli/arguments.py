@@ -8,10 +8,8 @@ from pathlib import Path
 
 from compress.errors import UserError, nearest
 from compress.files import refusal
+from compress.limits import ENTRIES, LONGEST
 
-MOST_TOKENS = 1 << 24
-MOST_BATCH = 1 << 16
-MOST_SEED = (1 << 32) - 1
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLS = ("auto", "reference", "triton", "flash")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
@@ -91,11 +89,12 @@ def words(text: str | None) -> tuple[str, ...]:
 def lengths(text: str, option: str = "--lengths") -> list[int]:
     """Different lengths in tokens, by commas, in the order given. Raises UserError for anything else."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,9}", part) and 2 <= int(part) <= MOST_TOKENS for part in parts):
+    fit = (re.fullmatch(r"[0-9]{1,9}", part) and 2 <= int(part) <= LONGEST for part in parts)
+    if len(parts) > ENTRIES or not all(fit):
         raise UserError(
             "lengths are whole numbers of tokens",
             where=option,
-            expected=f"numbers from 2 to {MOST_TOKENS:,}, by commas, as 1024,4096",
+            expected=f"at most {ENTRIES} numbers from 2 to {LONGEST:,}, by commas, as 1024,4096",
             found=text[:80] or "nothing",
             fix="write them without signs, spaces and separators",
         )

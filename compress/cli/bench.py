@@ -10,9 +10,9 @@ import typer
 
 from compress.bench.shapes import SHAPES
 from compress.cli import arguments
-from compress.cli.arguments import MOST_BATCH, MOST_SEED
 from compress.cli.output import AsJson, Verbose, say
 from compress.errors import UserError
+from compress.limits import BATCH, SEED
 
 MIXES = ("A", "B", "full")
 KINDS = ("kernel", "layer", "model")
@@ -27,11 +27,11 @@ def bench(
     ] = None,
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
-    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Sequences of a decode step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Sequences of a decode step.")] = 1,
     impl: Annotated[str, typer.Option(help="auto, reference, triton or flash.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the random numbers.")] = 0,
     out: Annotated[str | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

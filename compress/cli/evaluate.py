@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import arguments
-from compress.cli.arguments import MOST_BATCH, MOST_SEED, MOST_TOKENS
 from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
 from compress.errors import UserError
 from compress.files import sweep
+from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
 if TYPE_CHECKING:
     from compress.evaluate.compare import Variant
@@ -24,22 +24,22 @@ def evaluate(
     ],
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of every task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
     suites: Annotated[str | None, typer.Option(help="Long-context suites, by commas, or all.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="Items of each suite and length.")] = 20,
+    count: Annotated[int, typer.Option(min=1, max=DOCUMENTS, help="Items of each suite and length.")] = 20,
     perplexity: Annotated[
-        int | None, typer.Option(min=2, max=MOST_TOKENS, help="Perplexity in windows of so many tokens.")
+        int | None, typer.Option(min=2, max=LONGEST, help="Perplexity in windows of so many tokens.")
     ] = None,
     latency: Annotated[
-        int | None, typer.Option(min=2, max=MOST_TOKENS, help="Time prefill and decode behind so many tokens.")
+        int | None, typer.Option(min=2, max=LONGEST, help="Time prefill and decode behind so many tokens.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, max=MOST_BATCH, help="Inputs at once, in decode steps that are timed, too.")
+        int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
     ] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the suites.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -63,7 +63,7 @@ def evaluate(
         comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
     else:
         kept = arguments.words(suites)
-        request = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
+        request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
         _check(what, request, perplexity, latency, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")

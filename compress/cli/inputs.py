@@ -11,6 +11,7 @@ from typing import Any
 from compress.cli.output import say
 from compress.errors import UserError
 from compress.files import text_key, write_json
+from compress.json_file import JsonError, parse_json
 
 RECORD = "inputs.json"
 SCHEMA = 1
@@ -106,10 +107,10 @@ class Inputs:
     def _recorded(self) -> dict[str, str]:
         """What an earlier command kept; nothing where that is damaged."""
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = parse_json(self.path.read_bytes())
             found = data["inputs"] if data["schema"] == SCHEMA else {}
             return {label: value for label, value in found.items() if isinstance(value, str)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, JsonError, KeyError, TypeError, AttributeError):
             return {}
 
 

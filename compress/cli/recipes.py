@@ -17,5 +17,5 @@ def recipes(verbose: Verbose = False) -> None:
     if not folders:
         raise UserError("there is no folder `recipes` here", fix="call this in a clone of the project")
     for path in sorted(folders[0].glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        first = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
         typer.echo(f"{path}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -63,12 +63,12 @@ def fitted(table: Table, limit: int | None) -> list[Table]:
     for place, group in enumerate(groups):
         chosen = [*range(lead), *group]
         spare = limit - _frame(table, len(chosen)) - sum(widths[i].least for i in chosen)
-        taken = []
-        for i in chosen:
+        taken = {i: widths[i].least for i in chosen}
+        for i in sorted(chosen, key=lambda number: not columns[number].no_wrap):  # text can be wrapped, names cannot
             more = max(0, min(spare, widths[i].natural - widths[i].least))
             spare -= more
-            taken.append(widths[i].least + more)
-        parts.append(_part(table, chosen, taken, place == 0, place == len(groups) - 1))
+            taken[i] += more
+        parts.append(_part(table, chosen, [taken[i] for i in chosen], place == 0, place == len(groups) - 1))
     return parts
 
 
@@ -109,10 +109,24 @@ def _part(table: Table, chosen: list[int], widths: list[int], first: bool, last:
             column.header,
             justify=column.justify,
             no_wrap=column.no_wrap,
-            overflow="ellipsis" if column.no_wrap and column.justify != "right" else "fold",
+            overflow="fold",
             width=width,
         )
-    cells = [list(table.columns[number].cells) for number in chosen]
+    cells = [
+        [_cut(str(cell), width) if table.columns[number].no_wrap else cell for cell in table.columns[number].cells]
+        for number, width in zip(chosen, widths, strict=True)
+    ]
     for row, values in zip(table.rows, zip(*cells, strict=True), strict=True):
         part.add_row(*values, end_section=row.end_section)
     return part
+
+
+def _cut(name: str, width: int) -> str:
+    """A name in so many characters: both of its ends, which tell it from others, around an ellipsis."""
+    if cell_len(name) <= width:
+        return name
+    first = set_cell_size(name, (width - 1) // 2)
+    last = name
+    while cell_len(last) > width - 1 - (width - 1) // 2:
+        last = last[1:]
+    return f"{first}…{last}"

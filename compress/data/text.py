@@ -5,6 +5,7 @@ Of a text that is longer than a recipe can use only the beginning is read; its s
 
 from __future__ import annotations
 
+import io
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -114,9 +115,10 @@ class FileText(Source):
         if path.suffix not in (".txt", ".jsonl"):
             raise UserError("not a kind of text file that is read here", where=self.path, expected="*.txt or *.jsonl")
         try:
-            with path.open("rb") as start:
-                encoding = encoding_of(start.read(4))
-            with path.open(encoding=encoding) as file:
+            with path.open("rb") as raw:
+                encoding = encoding_of(raw.read(4))
+                raw.seek(0)
+                file = io.TextIOWrapper(raw, encoding=encoding)
                 if file.read(1) != MARK:
                     file.seek(0)
                 if path.suffix == ".jsonl":
@@ -125,7 +127,7 @@ class FileText(Source):
                     text = file.read(most + 1)
                     more = len(text) > most
                     _check_characters(text, self.path, lines=True)
-                share = file.buffer.tell() / max(1, path.stat().st_size)
+                share = raw.tell() / max(1, path.stat().st_size)
         except UnicodeDecodeError as error:
             with path.open("rb") as whole:
                 raise UserError(
@@ -275,8 +277,8 @@ def _check_characters(text: str, where: str, *, lines: bool = False) -> None:
             found=f"\\u{ord(text[error.start]):04x} at character {error.start:,} of the text",
             fix="correct or remove the row",
         ) from None
-    if lines and (place := text.find("\0")) >= 0:
-        raise _nul(f"{where}:{text.count(chr(10), 0, place) + 1}")
+    if lines and (nul := text.find("\0")) >= 0:
+        raise _nul(f"{where}:{text.count(chr(10), 0, nul) + 1}")
 
 
 def _nul(where: str) -> UserError:

@@ -30,7 +30,7 @@ def _asked(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def check(request: dict[str, Any]) -> dict[str, Any]:
         for key, kind in kinds.items():
             value = request.get(key)
-            if type(value) is not kind or (kind is int and value < 1):
+            if type(value) is not kind or (isinstance(value, int) and value < 1):
                 expected = "a whole number from 1 on" if kind is int else "a text"
                 raise ValueError(f"{key}: expected {expected}, got {reprlib.repr(value)}")
         return request

@@ -38,7 +38,7 @@ class HarnessRequest(Method):
     suites: tuple[str, ...] = Field(
         (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
     )
-    lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+    lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
         (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the suites' items"
     )
     count: int = Field(20, ge=1, le=DOCUMENTS, description="items of each suite and length")

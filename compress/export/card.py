@@ -122,7 +122,7 @@ def tried(architecture: str, *, besides: str) -> dict[str, Any]:
     """What `scripts/transformers_versions.py` found of a small model of this class, by version of transformers.
 
     Returns:
-        `same`: versions with the same logits and text; `other`: pairs of a version and what happens there.
+        `same`: versions with the same logits and tokens; `other`: pairs of a version and what happens there.
     """
     found: dict[str, list[str]] = {}
     for row in json.loads(VERSIONS.read_text(encoding="utf-8"))["rows"]:

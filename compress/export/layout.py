@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from compress import runtime
+from compress.json_file import read_object
 from compress.models.families import Family
 
 # Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
@@ -25,7 +26,7 @@ def copy_runtime(folder: Path) -> None:
 
 def brings_code(folder: Path) -> bool:
     """Whether a checkpoint loads with `trust_remote_code=True` only."""
-    return "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "auto_map" in read_object(folder / "config.json", "the checkpoint's config.json")
 
 
 def open_permissions(folder: Path) -> None:

@@ -9,12 +9,16 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # documented, and not in an __all__
 
 from compress.models.load import DEMOS
 
 SECONDS = 5.0
-UNREACHABLE = HfHubHTTPError.__bases__  # OSError, and what the client below raises, which depends on the version
+# OSError, and what the HTTP client below the hub's raises, which is another one by version.
+UNREACHABLE: tuple[type[Exception], ...] = tuple(
+    base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)
+)
+UNREADABLE: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, yaml.YAMLError)
 LICENSE = ("license", "license_name", "license_link")
 
 
@@ -72,5 +76,5 @@ def _card_of(name: str, repository: str | None) -> dict[str, Any]:
             return {} if data is None else data.to_dict()
         folder = Path(name).expanduser()
         return metadata_load((folder if folder.is_dir() else folder.parent) / "README.md") or {}
-    except (*UNREACHABLE, ValueError, yaml.YAMLError):
+    except UNREADABLE:
         return {}

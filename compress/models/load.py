@@ -377,7 +377,7 @@ def load_model(
         checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
         place = _locate(spec)
         folder = None if place.gguf is not None else _folder(place, spec)
-        options = {"gguf_file": place.gguf.name} if place.gguf is not None else {"config": checked.config}
+        options = {"config": checked.config, **place.extra}
         found: Any = read_by(
             "model",
             spec,

@@ -50,6 +50,7 @@ def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=PATTERN, max_shard_size=max_shard_size)
     for name, members in split.filename_to_tensors.items():
         beside = folder / f".{name}.part"
+        beside.unlink(missing_ok=True)  # never written through a link
         save_file({member: tensors[member] for member in members}, beside, {"format": "pt"})
         os.replace(beside, folder / name)
     if split.is_sharded:

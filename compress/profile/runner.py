@@ -103,6 +103,8 @@ def run_profile(
     # Otherwise one process may already write what another one looks for.
     processes.wait()
     if finished is not None:
+        if processes.main:
+            _drop_partials(folder)  # a kill may have come between the profile and this
         return finished
 
     report = progress or (lambda *_: None)
@@ -178,10 +180,14 @@ def run_profile(
     )
     if processes.main:
         write_profile(folder, header, tensors)
-        for partial in (PARTIAL, IMPORTANCE_PARTIAL):
-            (folder / partial).unlink(missing_ok=True)
+        _drop_partials(folder)
     processes.wait()
     return read_profile(folder, shape)
+
+
+def _drop_partials(folder: Path) -> None:
+    for partial in (PARTIAL, IMPORTANCE_PARTIAL):
+        (folder / partial).unlink(missing_ok=True)
 
 
 def check_inputs(documents: Mapping[int, Sequence[Document]], statistics: Sequence[AnyStatistic]) -> None:

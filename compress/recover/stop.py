@@ -13,7 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def noted_signals() -> Iterator[Callable[[], bool]]:
-    """Yields whether a signal came. A second one acts as it did before; outside the main thread none is noted."""
+    """Yields whether a signal came. A second one acts as it did before; outside the main thread none is noted.
+
+    One that came too late to be asked for is sent again at the end, to act as it did before.
+    """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -34,3 +37,5 @@ def noted_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         put_back()
+    if came:
+        signal.raise_signal(came[0])

@@ -144,11 +144,11 @@ def train(
                     progress(
                         done, steps, _told(settings, loss, done - first, steps - done, time.perf_counter() - began)
                     )
-            if done < steps and (sums[-1] or done % settings.save_every == 0):
+            if sums[-1] or (done < steps and done % settings.save_every == 0):
                 state = capture(trained, raw)
                 if accelerator.is_main_process:
                     partial.write(done, state)
-            if done < steps and sums[-1]:
+            if sums[-1]:
                 accelerator.wait_for_everyone()
                 raise KeyboardInterrupt(f"stopped after step {done} of {steps}, which is saved")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -198,7 +199,7 @@ class Step:
             ValueError: more tokens than were reserved.
         """
         step = Step._begin(cache, valid, batch, count, device)
-        step.autocast = torch.is_autocast_enabled(device.type)
+        step.autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         if cache is not None:
             cache.check_room(step.gains)
         return step
@@ -308,8 +309,11 @@ def plan_attention(
     given, dtype = value.dtype, value.dtype if layer is None else layer.dtype
     if not query.dtype == key.dtype == given == dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if step.autocast:
-        with torch.autocast(query.device.type, enabled=False):
+    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
+    if step.autocast or elsewhere:
+        # Kernels run where the current device is; the layers of a model may lie on several.
+        current = torch.cuda.device(query.device) if elsewhere else nullcontext()
+        with torch.autocast(query.device.type, enabled=False), current:
             out = _attend(module, query, key, value, layer, spans, step, scaling, dropout)
     else:
         out = _attend(module, query, key, value, layer, spans, step, scaling, dropout)
@@ -336,15 +340,16 @@ def _attend(
             step.stored.add(module.layer_idx)
             if step.gains is not None:
                 layer.advance(step.gains)
-            pages = layer.pages()
-            impl.store_one(key[:, :, 0], value[:, :, 0], pages, step.lengths, spans)
-            return impl.decode(query[:, :, 0], pages, step.lengths, spans, scale=scaling)[:, None]
+            held = layer.pages()
+            lengths = step.lengths.to(key.device)
+            impl.store_one(key[:, :, 0], value[:, :, 0], held, lengths, spans)
+            return impl.decode(query[:, :, 0], held, lengths, spans, scale=scaling)[:, None]
         # The cache is detached, so the token's own key and value have to come from here.
         assert step.gains is not None
         if rows is None:
             rows = step.rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
     assert rows is not None and step.gains is not None
-    pick = None if step.pick is None else step.pick[:, None, :, None]
+    pick = None if step.pick is None else step.pick[:, None, :, None].to(query.device)
     if pick is not None:
         query, key, value = (x.gather(2, pick.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))
     again = module.layer_idx in step.stored

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import LlamaModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .attention import NAME, Step, refuse_arguments
@@ -47,6 +48,9 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 
 # The argument that the stock models take a cache by: its name changed in transformers 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+# Whether checkpointed layers in training mode take their cache away without gradients, too, as they did up to 5.23.
+DROPS_CACHE = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 
 # The families, as the classes here call them, and how transformers' classes of configuration and decoder begin.
 FAMILIES = {
@@ -249,7 +253,7 @@ class PlanModel(OneProcess):
 
     def _is_checkpointed(self) -> bool:
         """Whether transformers computes layers again in the backward pass of this one; it takes their cache away."""
-        return torch.is_grad_enabled() and any(
+        return (DROPS_CACHE or torch.is_grad_enabled()) and any(
             getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers
         )
 

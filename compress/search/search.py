@@ -233,8 +233,8 @@ def run_search(
     """
     solver = parse_solver(section.solver)
     budget: Budget = section.budget
-    for _, problem in kind_problems(solver, budget, section.refine):
-        raise UserError([problem])
+    if wrong := kind_problems(solver, budget, section.refine):
+        raise UserError([found for _, found in wrong])
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     if isinstance(solver, PruningSolver):
         facts = {"name": solver_name(solver), **solver.model_dump(mode="json")}

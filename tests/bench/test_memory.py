@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from compress.bench import kernel, memory
 from compress.bench.kernel import Shape
+from compress.bench.measure import Time
 from compress.bench.source import Source
 from compress.cli.app import app
+from compress.runtime.span import Span
 from scripts import gpu_kernels
 
 CPU = torch.device("cpu")
@@ -69,14 +71,14 @@ def test_memory_that_runs_out_all_the_same_ends_only_that_row(
     assert told == [f"tiny decode A batch 16 {length}: skipped, {reason}" for length in (32768, 2048)]
 
 
-TIME = kernel.Time(1.0, 1.0, 1.0, 5)
+TIME = Time(1.0, 1.0, 1.0, 5)
 
 
 def test_an_estimate_is_what_the_tensors_take() -> None:
     qkv = kernel.random_qkv(SHAPE, 3, 50, CPU, torch.bfloat16)
     outputs = 2 * qkv[0].nbytes
     assert memory.prefill_need(SHAPE, 3, 50, torch.bfloat16) == sum(tensor.nbytes for tensor in qkv) + outputs
-    pages = kernel.random_pages([kernel.Span()] * 2, 3, 128, 16, CPU, torch.bfloat16)
+    pages = kernel.random_pages([Span()] * 2, 3, 128, 16, CPU, torch.bfloat16)
     kept = pages.keys.nbytes + pages.values.nbytes
     assert memory.decode_need(SHAPE, 3, 128, torch.bfloat16) == 2 * kept
 

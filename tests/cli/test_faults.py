@@ -139,7 +139,7 @@ def test_memory_and_what_nobody_foresaw(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_ends_a_process_from_outside_ends_a_command_orderly(capsys: pytest.CaptureFixture[str]) -> None:
-    tidied = []
+    tidied: list[int] = []
 
     def work() -> None:
         try:
@@ -237,6 +237,17 @@ def test_what_killed_commands_left_is_swept(copied: Path, tmp_path: Path, monkey
     (run / "recover" / ".model.safetensors.part").write_text("x")
     assert call("profile", copied).exit_code == 0
     assert not list(run.rglob("*.part")) and not (run / ".checkpoint.partial").exists() and not scratch.exists()
+
+
+def test_a_profile_that_was_killed_before_its_last_delete(copied: Path) -> None:
+    run = RunFolder(copied.parent / "run")
+    run.forget("profile")
+    for name in ("profile.partial", "importance.partial"):
+        (run.profile / name).write_bytes(b"x")
+    before = (run.profile / "profile.json").read_bytes()
+    assert call("profile", copied).exit_code == 0
+    assert (run.profile / "profile.json").read_bytes() == before
+    assert not list(run.profile.glob("*.partial"))
 
 
 def test_a_fresh_start_replaces_its_own_checkpoint(copied: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,6 @@ def test_a_file_that_was_damaged_on_its_way(loaded: LoadedModel, tmp_path: Path,
     planned = planned_model(loaded.model, plan)
     ids = torch.zeros(1, 4, 97)
     wrong = {"logits": ids, "padded_logits": ids, "step_logits": ids * float("nan"), "hidden": ids}
-    monkeypatch.setattr(verify_module, "_run_child", lambda *_: (wrong, {"not_loaded": "", "text": "", "class": ""}))
+    monkeypatch.setattr(verify_module, "_run_child", lambda *_: (wrong, defaultdict(str)))
     with pytest.raises(UserError, match="the reloaded checkpoint's values are not finite"):
         verify_checkpoint(tmp_path, planned, loaded.tokenizer, plan)

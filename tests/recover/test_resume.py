@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
 from compress.recover.state import POINTER, Partial
+from compress.recover.stop import noted_signals
 from tests import processes
-from tests.processes import Forked
+from tests.processes import Process
 from tests.recover.common import pruned_model, settings, text, trained
 
 
-def start(folder: Path, options: RecoverSettings, *more: str) -> Forked:
+def start(folder: Path, options: RecoverSettings, *more: str) -> Process:
     """A training as a process."""
     return processes.start("module", "tests.recover.common", folder, options.model_dump_json(), *more)
 
@@ -85,6 +86,33 @@ def test_a_state_of_another_training_is_ignored(tmp_path: Path, monkeypatch: pyt
     for number in range(3):
         found = trained(tmp_path / str(number))[1]
         assert found.sha256 == expected.sha256 and len(losses(tmp_path / str(number))) == 6
+
+
+def test_a_wish_to_stop_in_the_last_step_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(tmp_path / "fresh", steps=2)[1]
+    asked = iter((False, True))
+    monkeypatch.setattr(
+        "compress.recover.train.noted_signals", lambda: contextlib.nullcontext(lambda: next(asked, False))
+    )
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 2"):
+        trained(tmp_path / "cut", steps=2)
+    monkeypatch.undo()
+    assert trained(tmp_path / "cut", steps=2)[1].sha256 == expected.sha256
+    assert losses(tmp_path / "cut") == losses(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_came_too_late_is_not_lost(number: signal.Signals) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), noted_signals() as came:
+            signal.raise_signal(number)
+            assert came()
+    finally:
+        signal.signal(number, before)
 
 
 def _stop_at_once() -> Any:

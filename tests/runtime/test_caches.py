@@ -48,7 +48,7 @@ def wanted(model: Any) -> list[int]:
     return made[0, PROMPT:].tolist()
 
 
-FILLED = {
+FILLED: dict[str, Any] = {
     "dynamic": lambda config: DynamicCache(),
     "dynamic of a configuration": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=PROMPT + STEPS),
@@ -91,7 +91,7 @@ class Counting(DynamicCache):
     """A cache of a caller's own class, whose `update` would not be called."""
 
 
-def without_init(kind: type) -> Any:
+def without_init(kind: Any) -> Any:
     """An object of a class whose packages are not installed here."""
     made = kind.__new__(kind)
     made.layers, made.offloading = [], False

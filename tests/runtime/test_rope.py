@@ -114,9 +114,9 @@ def told() -> Any:
         def emit(self, record: stdlib_logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger = logging.get_logger("compress.runtime.modeling_compress")
+    logger: Any = logging.get_logger("compress.runtime.modeling_compress")
     handler = Keep()
-    logging.get_logger("compress.runtime.modeling_compress").warning_once.cache_clear()
+    logger.warning_once.cache_clear()
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
@@ -155,7 +155,12 @@ def test_generation_across_the_switch_of_longrope_fills_a_new_cache() -> None:
     model, dense = full_plan(stock("longrope")), stock("longrope")
     ids = random_ids(1, 60)
     arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    expected = dense.generate(ids, **arguments)
+    expected = dense.generate(ids, use_cache=False, **arguments)
+    if not torch.equal(dense.generate(ids, **arguments), expected):
+        # Older versions, as 5.17, forget the prompt there in silence; a planned model does not.
+        with pytest.raises(ValueError, match="No tokens are cached"):
+            model.generate(ids, **arguments)
+        return
     assert torch.equal(model.generate(ids, **arguments), expected)
     assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), expected)
     assert torch.equal(model.generate(ids, past_key_values=DynamicCache(), **arguments), expected)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from compress.cli.stages import NO_STEPS
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
@@ -261,3 +262,14 @@ def test_a_search_refines_and_says_so(tmp_path: Path) -> None:
     chosen = run_search(loaded, profile, held_out, section, tmp_path, refine_documents=DOCUMENTS).report
     rows = {row["name"]: row["response_loss"] for row in chosen["plans"]}
     assert "refined" in rows and rows[chosen["chosen"]] == min(rows.values())
+
+
+def test_a_refinement_says_whether_the_time_or_the_tries_ended(tmp_path: Path) -> None:
+    ended, _ = run(tmp_path / "time", Refine(minutes=1e-9, samples=1))
+    assert ended.step == 0 and not ended.exhausted
+    # Where the model likes nothing better there is no exchange to measure, and time is left.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.search.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
+        tried, _ = run(tmp_path / "tries", Refine(minutes=5, samples=1))
+    assert tried.step == 0 and tried.exhausted and tried.seconds < 300
+    assert "no exchange within the budget" in NO_STEPS[tried.exhausted] and "time ended" in NO_STEPS[ended.exhausted]
