@@ -206,3 +206,18 @@ def key_of(*facts: Any) -> str:
 def text_key(text: str) -> str:
     """Hash of a text, for `key_of`."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_key(path: Path) -> str:
+    """sha256 of a file's content, read in pieces.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise refusal("the file cannot be read", path, error) from error
+    except ValueError as error:  # a name that no system can be asked for
+        raise UserError("the file cannot be read", where=str(path), found=str(error)) from error

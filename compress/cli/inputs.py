@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 from compress.cli.output import say
 from compress.errors import UserError
-from compress.files import text_key, write_json
+from compress.files import file_key, text_key, write_json
 from compress.json_file import JsonError, parse_json
 
 RECORD = "inputs.json"
 SCHEMA = 1
-PIECE = 1 << 20
 
 
 class Inputs:
@@ -55,7 +53,7 @@ class Inputs:
     def file(self, path: str) -> str:
         """Hash of a file's bytes. Raises UserError: it cannot be read, and never was."""
         place = Path(path).expanduser()
-        return self._hash(f"file: {path}", lambda: _stamp(place), lambda: _digest(place))
+        return self._hash(f"file: {path}", lambda: _stamp(place), lambda: file_key(place))
 
     def files(self, what: str, listed: Callable[[], list[Path]]) -> str:
         """Hash of the names and bytes of some files. Raises UserError: they cannot be read, and never were."""
@@ -64,7 +62,7 @@ class Inputs:
             return [(str(path), _stamp(path)) for path in listed()]
 
         def read() -> str:
-            return text_key(json.dumps([(str(path), _digest(path)) for path in listed()]))
+            return text_key(json.dumps([(str(path), file_key(path)) for path in listed()]))
 
         return self._hash(what, stamp, read)
 
@@ -125,15 +123,3 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise UserError("the file cannot be read", where=str(path), found=found) from error
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
@@ -29,7 +28,7 @@ from compress.evaluate.names import file_part
 from compress.evaluate.perplexity import PerplexityRequest, PerplexityResult, check_request, perplexity
 from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
-from compress.files import key_of, text_key, write_text
+from compress.files import file_key, key_of, text_key, write_text
 from compress.json_file import read_sealed, sealed
 
 SCHEMA = 1  # of the kept measurements
@@ -262,7 +261,7 @@ class _Bench:
 
 def _contents(request: HarnessRequest) -> list[tuple[str, str]]:
     """Names and contents of the task files that a request brings along."""
-    return [(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in request.files()]
+    return [(str(path), file_key(path)) for path in request.files()]
 
 
 def _prompts(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from compress.files import key_of, refusal
+from compress.files import file_key, key_of
 from compress.models.load import DEMOS
 
-PIECE = 1 << 22
 CARD = "README.md"  # changes with every evaluation, and computes nothing
 
 
@@ -33,10 +31,10 @@ def content_key(spec: str) -> str:
     else:
         path = Path(spec).expanduser()
     if path.is_file():
-        return key_of([[path.name, _digest(path)]])
+        return key_of([[path.name, file_key(path)]])
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name != CARD)
-        return key_of([[file.name, _digest(file)] for file in files])
+        return key_of([[file.name, file_key(file)] for file in files])
     return key_of([spec, _commit(spec)])
 
 
@@ -52,14 +50,3 @@ def _commit(spec: str) -> str | None:
     except HFValidationError:
         return None
     return Path(found).parent.name if isinstance(found, str) else None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-    except OSError as error:
-        raise refusal("the file cannot be read", path, error) from error
-    return digest.hexdigest()

@@ -70,8 +70,8 @@ def test_every_part_has_the_names_and_all_columns_come_once() -> None:
 
 
 def test_names_keep_both_ends() -> None:
-    table = wide_table("/home/somebody/models/instruct-a")
-    table.add_row("/home/somebody/models/instruct-b", *("1" for _ in range(6)))
+    table = wide_table("/data/somebody/models/instruct-a")
+    table.add_row("/data/somebody/models/instruct-b", *("1" for _ in range(6)))
     names = [str(cell) for cell in fitted(table, 40)[0].columns[0].cells]
     assert names[0].endswith("-a") and names[2].endswith("-b") and all(cell_len(name) <= 14 for name in names)
 
