@@ -1,6 +1,9 @@
 """Offline, seeded and quiet, before anything imports transformers."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -24,8 +27,29 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fresh() -> Iterator[Callable[..., Any]]:
+    """Exports verify themselves in a fork that has torch imported, those of fixtures too; what they do for users."""
+    from compress.export import verify
+
+    own = verify.run_fresh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "run_fresh", processes.run_fresh)
+        yield own
+
+
 @pytest.fixture(autouse=True)
-def forked_verification(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports verify themselves in a fork that has torch imported; with the marker `fresh_process` as for users."""
-    if request.node.get_closest_marker("fresh_process") is None:
-        monkeypatch.setattr("compress.export.verify.run_fresh", processes.run_fresh)
+def fresh_where_marked(
+    request: pytest.FixtureRequest, fresh: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the marker `fresh_process` they do as for users."""
+    if request.node.get_closest_marker("fresh_process") is not None:
+        monkeypatch.setattr("compress.export.verify.run_fresh", fresh)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first trainer for all later ones."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

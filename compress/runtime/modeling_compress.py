@@ -208,6 +208,11 @@ class PlanModel(OneProcess):
             return self._dense(
                 given, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **arguments
             )
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export: an exported program cannot choose pages and windows while it runs, as the plan needs; "
+                "export the dense model, or a native checkpoint where the plan has one"
+            )
         refuse_arguments(kwargs)
         if getattr(self.config, "output_attentions", False):
             refuse_arguments({"output_attentions": True})
