@@ -83,6 +83,7 @@ def outcome(row: Row, subject: Subject) -> str:
 def sentence(error: BaseException) -> str:
     """The first of an error's message, on one line that a table can hold."""
     line = " ".join(str(error).split()).partition(". ")[0].replace("|", "/").replace("*", "\\*").strip(". ")
+    line = re.sub(r" at 0x[0-9a-f]+", "", line)  # where an object lies is another place in every process
     line = re.sub(r"transformers_modules\.(\w+\.)*", "", line.replace(str(Path.home()), "~"))
     return line if len(line) <= LONGEST else line[:LONGEST].rsplit(" ", 1)[0] + " …"
 

@@ -369,7 +369,8 @@ def check_foreign(cache: Any) -> None:
         return
     name = type(cache).__name__
     if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
-        kind = f"an offloaded {name}" if getattr(cache, "offloading", False) else f"a {name}"
+        article = "an" if name[:1] in "AEIOU" else "a"
+        kind = f"an offloaded {name}" if getattr(cache, "offloading", False) else f"{article} {name}"
         if hasattr(cache, "paged"):
             kind = f"a {name} of another checkpoint"
         raise ValueError(

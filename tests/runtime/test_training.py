@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -234,10 +234,11 @@ def test_positions_of_padded_rows_are_not_taken_for_packed_ones(model: Any, posi
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-3, atol=1e-3)
 
 
-def test_prompt_tuning_works_and_prefix_tuning_is_refused_by_name(model: Any) -> None:
-    prompt: Any = get_peft_model(copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    prompt(input_ids=IDS, labels=IDS, attention_mask=torch.ones(2, 90)).loss.backward()
-    assert prompt.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+def test_prompt_and_p_tuning_work_and_prefix_tuning_is_refused_by_name(model: Any) -> None:
+    for method in (PromptTuningConfig, PromptEncoderConfig):
+        prompt: Any = get_peft_model(copy.deepcopy(model), method(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        prompt(input_ids=IDS, labels=IDS, attention_mask=torch.ones(2, 90)).loss.backward()
+        assert prompt.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
     prefix = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ValueError, match=r"a DynamicCache that holds tokens already.*prefix tuning does not"):
         prefix(input_ids=IDS, labels=IDS, attention_mask=torch.ones(2, 90))
