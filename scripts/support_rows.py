@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import io
 import os
 import pickle
@@ -132,13 +133,19 @@ def logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 ROWS: list[Row] = []
+Options = dict[str, dict[str, Any]]
+
+
+def add(group: str, name: str, checked: str, run: Callable[[Subject], None], *, cheap: bool = True) -> None:
+    """Enter a row into the table."""
+    ROWS.append(Row(group, name, checked, run, cheap))
 
 
 def row(group: str, name: str, checked: str, *, cheap: bool = True) -> Callable[[Any], Any]:
     """Enter a function into the table."""
 
     def enter(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        ROWS.append(Row(group, name, checked, run, cheap))
+        add(group, name, checked, run, cheap=cheap)
         return run
 
     return enter
@@ -168,7 +175,12 @@ def quantized(config: Any) -> Any:
     return transformers.QuantizedCache("quanto", config, nbits=4)
 
 
-for _name, _make in {
+def kept(make: Callable[[Any], Any]) -> Callable[[Subject], None]:
+    """The loop with a cache that is made of the model's configuration."""
+    return lambda subject: loop(subject, make(subject.model.config))
+
+
+MADE: dict[str, Callable[[Any], Any]] = {
     "`DynamicCache()`": lambda config: DynamicCache(),
     "`DynamicCache(config=...)`": lambda config: DynamicCache(config=config),
     "`StaticCache`": lambda config: StaticCache(config=config, max_cache_len=LENGTH + NEW),
@@ -179,10 +191,9 @@ for _name, _make in {
     "`QuantizedCache` (optimum-quanto)": quantized,
     "`EncoderDecoderCache`": lambda config: EncoderDecoderCache(DynamicCache(), DynamicCache()),
     "a tuple of tuples": lambda config: tuple((torch.zeros(1, 2, 0, 12),) * 2 for _ in range(3)),
-}.items():
-    ROWS.append(
-        Row(CACHES, _name, LOOP, lambda subject, make=_make: loop(subject, make(subject.model.config)), cheap=True)
-    )
+}
+for _name, _make in MADE.items():
+    add(CACHES, _name, LOOP, kept(_make))
 
 
 @row(CACHES, "the cache that a pass returns", LOOP)
@@ -231,7 +242,7 @@ def crop(subject: Subject) -> None:
 GENERATE = "`generate`"
 BOTH = "tokens with a cache = without"
 
-for _name, _options in {
+MODES: Options = {
     "greedy": {},
     "sampling, two answers a prompt": {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
     "sampling with temperature, top-p, min-p": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "min_p": 0.02},
@@ -241,26 +252,27 @@ for _name, _options in {
     "diverse beam groups (code from the hub)": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
     "contrastive search (code from the hub)": {"penalty_alpha": 0.6, "top_k": 4},
     "DoLa (code from the hub)": {"dola_layers": "low"},
-}.items():
-    ROWS.append(Row(GENERATE, _name, BOTH, lambda subject, given=_options: subject.same_both_ways(**given), cheap=True))
+}
+for _name, _options in MODES.items():
+    add(GENERATE, _name, BOTH, functools.partial(Subject.same_both_ways, **_options))
 
 PLAIN = "tokens = greedy without a cache"
-for _name, _options in {
+GREEDY: Options = {
     "`prefill_chunk_size`": {"prefill_chunk_size": 32},
     '`cache_implementation="static"`': {"cache_implementation": "static"},
     '`cache_implementation="offloaded"`': {"cache_implementation": "offloaded"},
     '`cache_implementation="quantized"` (optimum-quanto)': {"cache_implementation": "quantized"},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
-}.items():
-    ROWS.append(
-        Row(
-            GENERATE,
-            _name,
-            PLAIN,
-            lambda subject, given=_options: equal(subject.generate(ids=subject.ids[:1], **given), subject.text[:1]),
-            cheap=True,
-        )
-    )
+}
+
+
+def plain(subject: Subject, **options: Any) -> None:
+    """The same text, whatever the options."""
+    equal(subject.generate(ids=subject.ids[:1], **options), subject.text[:1])
+
+
+for _name, _options in GREEDY.items():
+    add(GENERATE, _name, PLAIN, functools.partial(plain, **_options))
 
 
 @row(GENERATE, "an assistant model", PLAIN)
@@ -307,8 +319,7 @@ def embeddings(subject: Subject) -> None:
 @row(GENERATE, "`TextStreamer`, `TextIteratorStreamer`", "text = greedy")
 def streamer(subject: Subject) -> None:
     streams = transformers.TextIteratorStreamer(subject.tokenizer, skip_prompt=True)
-    options = {"ids": subject.ids[:1], "streamer": streams}
-    thread = threading.Thread(target=lambda: subject.generate(**options))
+    thread = threading.Thread(target=lambda: subject.generate(ids=subject.ids[:1], streamer=streams))
     thread.start()
     said = "".join(streams)
     thread.join()
@@ -317,8 +328,7 @@ def streamer(subject: Subject) -> None:
 
 @row(GENERATE, "`return_dict_in_generate`, scores and hidden states", "scores = logits of one pass")
 def scores(subject: Subject) -> None:
-    options = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
-    found = subject.generate(**options)
+    found = subject.generate(return_dict_in_generate=True, output_logits=True, output_hidden_states=True)
     expected = logits(subject.model, found.sequences)[:, LENGTH - 1 : -1]
     close(torch.stack(found.logits, dim=1), expected)
     check(len(found.hidden_states) == NEW, f"hidden states of {len(found.hidden_states)} steps")
@@ -334,7 +344,12 @@ def attentions(subject: Subject) -> None:
 @row(GENERATE, "stopping criteria and logits processors of one's own", PLAIN)
 def processors(subject: Subject) -> None:
     seen: list[int] = []
-    processor = transformers.LogitsProcessorList([lambda ids, scores: (seen.append(ids.shape[1]), scores)[1]])
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.shape[1])
+        return scores
+
+    processor = transformers.LogitsProcessorList([note])
     stop = transformers.StoppingCriteriaList([lambda ids, scores: torch.full((2,), ids.shape[1] >= LENGTH + 5)])
     found = subject.generate(logits_processor=processor, stopping_criteria=stop)
     equal(found, subject.text[:, : LENGTH + 5])
@@ -439,7 +454,7 @@ def trained(subject: Subject, model: Any = None, **options: Any) -> None:
     check(any(not torch.equal(after[name], weight) for name, weight in before.items()), "no weight has moved")
 
 
-for _name, _options in {
+TRAINERS: Options = {
     "`Trainer` in float32": {},
     "`Trainer(bf16=True)`": {"bf16": True},
     "`Trainer(fp16=True)` on a CPU": {"fp16": True},
@@ -453,8 +468,9 @@ for _name, _options in {
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
     "`Trainer(torch_compile=True)` (eager back end)": {"torch_compile": True, "torch_compile_backend": "eager"},
-}.items():
-    ROWS.append(Row(TRAINING, _name, FINITE, lambda subject, given=_options: trained(subject, **given), cheap=False))
+}
+for _name, _options in TRAINERS.items():
+    add(TRAINING, _name, FINITE, functools.partial(trained, **_options), cheap=False)
 
 
 def gradients(subject: Subject, model: Any, forward: Any = None) -> list[torch.Tensor]:
@@ -548,8 +564,8 @@ for _dtype, _tolerance in ((torch.bfloat16, 0.2), (torch.float16, 0.05)):
             near(stepped(model, subject.ids), subject.logits, tolerance)
 
     _told = f"logits in one pass and step by step within {_tolerance:.0%} of the largest"
-    ROWS.append(Row(PRECISION, f"`torch.autocast({_word})`", _told, autocast, cheap=True))
-    ROWS.append(Row(PRECISION, f"`.to({_word})`, `dtype={_word}`", _told, converted, cheap=True))
+    add(PRECISION, f"`torch.autocast({_word})`", _told, autocast)
+    add(PRECISION, f"`.to({_word})`, `dtype={_word}`", _told, converted)
 
 
 @row(PRECISION, "`torch.compile` (eager back end)", "logits and text = not compiled", cheap=False)
@@ -647,10 +663,9 @@ def prompt_tuning(subject: Subject) -> None:
     import peft
 
     model = adapted(subject, peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
-    found = logits(model, subject.ids)[:, -LENGTH:]
-    differ(found, subject.logits)
-    found = [gradient for gradient in gradients(subject, model) if gradient is not None]
-    check(any(bool(gradient.abs().sum() > 0) for gradient in found), "no gradient has come")
+    differ(logits(model, subject.ids)[:, -LENGTH:], subject.logits)
+    come = [gradient for gradient in gradients(subject, model) if gradient is not None]
+    check(any(bool(gradient.abs().sum() > 0) for gradient in come), "no gradient has come")
 
 
 # Quantised loading
@@ -658,9 +673,9 @@ def prompt_tuning(subject: Subject) -> None:
 QUANTISED = "quantised loading"
 
 
-def loaded_as(subject: Subject, config: Any) -> None:
+def quantised(subject: Subject, make: Callable[[], Any]) -> None:
     """The quantised model is like the checkpoint, and through its cache like itself."""
-    model = subject.load(quantization_config=config)
+    model = subject.load(quantization_config=make())
     found = logits(model, subject.ids)
     near(stepped(model, subject.ids), found, 0.1)
     alike = float(torch.corrcoef(torch.stack([found.flatten(), subject.logits.flatten()]))[0, 1])
@@ -672,26 +687,19 @@ def bits_and_bytes(**options: Any) -> Any:
 
 
 def torch_ao() -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
+    config = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
+    return transformers.TorchAoConfig(config)
 
-    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
 
-
-for _name, _config in {
+QUANTISERS: dict[str, Callable[[], Any]] = {
     "8 bits (bitsandbytes)": lambda: bits_and_bytes(load_in_8bit=True),
     "4 bits (bitsandbytes)": lambda: bits_and_bytes(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
     "int8 weights (torchao)": torch_ao,
     "int8 weights (optimum-quanto)": lambda: transformers.QuantoConfig(weights="int8"),
-}.items():
-    ROWS.append(
-        Row(
-            QUANTISED,
-            _name,
-            "logits step by step = in one pass, and like those of the checkpoint",
-            lambda subject, make=_config: loaded_as(subject, make()),
-            cheap=False,
-        )
-    )
+}
+LIKE = "logits step by step = in one pass, and like those of the checkpoint"
+for _name, _config in QUANTISERS.items():
+    add(QUANTISED, _name, LIKE, functools.partial(quantised, make=_config), cheap=False)
 
 
 # Loading and devices
@@ -699,25 +707,25 @@ for _name, _config in {
 LOADING = "loading"
 SAME = "logits and text = the checkpoint's"
 
-for _name, _options in {
+LOADED: Options = {
     '`device_map="cpu"`': {"device_map": "cpu"},
     '`device_map="auto"`': {"device_map": "auto"},
     "`dtype=float32`, `low_cpu_mem_usage=True`": {"dtype": torch.float32, "low_cpu_mem_usage": True},
-    '`attn_implementation="sdpa"` (a patched model runs dense, and says so)': {"attn_implementation": "sdpa"},
-}.items():
-    ROWS.append(
-        Row(
-            LOADING,
-            _name,
-            SAME if "sdpa" not in _name else BOTH,
-            lambda subject, given=_options: (
-                subject.same_both_ways(subject.load(**given))
-                if "attn_implementation" in given
-                else subject.same(subject.load(**given))
-            ),
-            cheap=True,
-        )
-    )
+}
+
+
+def loaded(subject: Subject, **options: Any) -> None:
+    """The checkpoint, whatever the options."""
+    subject.same(subject.load(**options))
+
+
+for _name, _options in LOADED.items():
+    add(LOADING, _name, SAME, functools.partial(loaded, **_options))
+
+
+@row(LOADING, '`attn_implementation="sdpa"` (a patched model runs dense, and says so)', BOTH)
+def dense(subject: Subject) -> None:
+    subject.same_both_ways(subject.load(attn_implementation="sdpa"))
 
 
 @row(LOADING, "`device_map` with layers on the disk", SAME, cheap=False)

@@ -90,3 +90,24 @@ def test_where_a_fork_would_not_be_safe_every_process_is_its_own(
     assert process.stdout.readline() == "up\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.done(0.2)
+
+
+def test_a_process_that_has_loaded_checkpoints_can_become_another(tmp_path: Path) -> None:
+    """As the fork of a run does for its verification: code of one cache is not looked for in the other."""
+    code = r"""
+import os, sys
+sys.path.insert(0, "tests")
+import zygote
+from transformers import AutoConfig
+for number in "12":
+    order = {"environment": {**os.environ, "HF_MODULES_CACHE": f"code{number}"}, "folder": ".", "path": []}
+    zygote.become(order | {"arguments": ["x"]})
+    folder = f"model{number}"
+    os.mkdir(folder)
+    open(f"{folder}/config.json", "w").write('{"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}')
+    text = f"from transformers import PretrainedConfig\nclass Own(PretrainedConfig):\n    number = {number}\n"
+    open(f"{folder}/own.py", "w").write(text)
+    print(AutoConfig.from_pretrained(folder, trust_remote_code=True).number)
+"""
+    done = run("code", code.replace('"tests"', repr(str(processes.ROOT / "tests"))), cwd=tmp_path)
+    assert done.stdout == "1\n2\n", done.stderr

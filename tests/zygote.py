@@ -86,11 +86,19 @@ def become(order: Order) -> None:
     sys.path[:0] = order["path"]
     sys.argv = order["arguments"]
     random.seed()
-    # Where the code of checkpoints is copied to; transformers reads it when it is imported.
-    modules = os.environ.get("HF_MODULES_CACHE")
+    if "HF_MODULES_CACHE" in os.environ:
+        _move_code_cache(os.environ["HF_MODULES_CACHE"])
+
+
+def _move_code_cache(folder: str) -> None:
+    """Where the code of checkpoints is copied to, which transformers reads when it is imported."""
     for name, module in list(sys.modules.items()):
-        if modules and name.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
-            vars(module)["HF_MODULES_CACHE"] = modules
+        if name.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
+            before, vars(module)["HF_MODULES_CACHE"] = vars(module)["HF_MODULES_CACHE"], folder
+            while before in sys.path:
+                sys.path.remove(before)
+        elif name.partition(".")[0] == "transformers_modules":  # a process that has loaded checkpoints before
+            del sys.modules[name]
 
 
 def do(what: str, name: str) -> int:
