@@ -256,7 +256,7 @@ def parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The objects of JSONL text; lines that are none, as an interrupt leaves them, are skipped."""
     for line in lines:
         try:
-            value = parse_json(line, finite=False)
+            value = parse_json(line)
         except JsonError:
             continue
         if isinstance(value, dict):

@@ -288,7 +288,7 @@ def open_run(
 
 def _is_stage(entry: dict[str, Any]) -> bool:
     """Whether an entry of `stages.json` has the form that `finish` gives it."""
-    key, made = entry.get("key"), entry.get("made", [])
+    key, made = entry.get("key", 0), entry.get("made", [])  # a stage that was begun has the key null
     named = isinstance(made, list) and all(isinstance(name, str) and len(name) < 100 for name in made)
     return named and (key is None or isinstance(key, str)) and type(entry.get("seconds")) in (int, float)
 

@@ -15,9 +15,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,8 @@ def _all(chosen: argparse.Namespace, world: Path) -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     began, done, codes, faults = time.monotonic(), Counter[str](), Counter[str](), Counter[str]()
     told, last = 0, began
-    with get_context("fork").Pool(chosen.processes, _start, (str(world),)) as pool:
+    # Ctrl-C ends it with the counts so far.
+    with suppress(KeyboardInterrupt), get_context("fork").Pool(chosen.processes, _start, (str(world),)) as pool:
         for number, count, ends, findings in pool.imap_unordered(_work, jobs):
             reader = READERS[number]
             done[reader.name] += count
@@ -96,6 +99,7 @@ _trials: Trials | None = None
 
 def _start(world: str) -> None:
     global _trials
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _trials = Trials(Path(world), ForkServer(()))
 

@@ -242,7 +242,11 @@ def test_names_that_no_system_takes(tmp_path: Path, name: str) -> None:
         pass
 
 
-@pytest.mark.parametrize("entry", ["3", '{"key": 3}', '{"key": "k", "made": 3}', '{"key": "k", "made": [3]}', "null"])
+@pytest.mark.parametrize(
+    "entry",
+    ["3", '{"key": 3}', '{"key": "k", "made": 3}', '{"key": "k", "made": [3]}', "null", '{"KEY": "k", "seconds": 1.0}'],
+)
 def test_an_entry_of_another_form_is_as_good_as_none(tmp_path: Path, entry: str) -> None:
     (tmp_path / "stages.json").write_text(f'{{"schema": 1, "stages": {{"profile": {entry}}}}}')
-    assert not RunFolder(tmp_path).stage_done("profile", "k")
+    run = RunFolder(tmp_path)
+    assert not run.stage_done("profile", "k") and not run.may_be_done("profile", "o")

@@ -67,6 +67,72 @@ CONFIGS = {
 }
 FAMILIES = sorted(CONFIGS)
 
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+THIRD_SLIDES = {"sliding_window": 50, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+# The families that are probed in `tests/test_families.py`, and are not in the conformance matrix: by model type.
+MORE: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {"mlp_bias": True},
+    "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.5} | THIRD_SLIDES,
+    "dots1": {
+        **EXPERTS,
+        **THIRD_SLIDES,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "head_dim": 16,
+    },
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "exaone4": {"head_dim": 16} | THIRD_SLIDES,
+    "gemma": {"head_dim": 16},
+    "glm": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "glm4": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "granite": {
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.7,
+    },
+    "helium": {"head_dim": 12},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "olmo": {"clip_qkv": 1.5},
+    "olmo2": {},
+    "olmo3": dict(THIRD_SLIDES),
+    "phi": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "qk_layernorm": True},
+    "phimoe": EXPERTS | {"num_local_experts": 4},
+    "qwen2_moe": {
+        **EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True,
+        **THIRD_SLIDES,
+    },
+    "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True} | THIRD_SLIDES,
+    "starcoder2": {"sliding_window": None},
+}
+
 MIXED = (
     FullGroup(),
     WindowGroup(sink=4, alpha=30, beta=0.0),
@@ -78,7 +144,9 @@ MIXED = (
 
 def tiny_model(family: str, seed: int = 0) -> Any:
     """A random model in eval mode, float32; the same for the same seed."""
-    config = CONFIGS[family]()
+    config = (
+        CONFIGS[family]() if family in CONFIGS else transformers.AutoConfig.for_model(family, **SIZES | MORE[family])
+    )
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()
 

@@ -126,7 +126,10 @@ class Source:
         if not self.carries_plan:
             return False
         config = self._stock_config()
-        return any(Width.of_plan(layer, config) != Width.of(config) for layer in self.checkpoint[PLAN]["layers"])
+        layers = self.checkpoint[PLAN]["layers"]
+        return read_by(
+            "plan", self.spec, lambda: any(Width.of_plan(layer, config) != Width.of(config) for layer in layers)
+        )
 
     def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""

@@ -1,4 +1,4 @@
-"""`compress doctor`: versions and their windows, devices, and what will run where."""
+"""`compress doctor`: versions and their windows, devices, what will run where; and the families and their targets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -30,10 +30,23 @@ OPTIONAL = (
 )
 
 
-def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
+def doctor(
+    families: Annotated[bool, typer.Option("--families", help="list the model families, and what each allows")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Check this machine, and print a block to copy into an issue. Exits with 1 when something needed is wrong."""
     from compress.cli.tables import show
 
+    if families:
+        matrix = family_matrix()
+        if as_json:
+            typer.echo(json.dumps(matrix, indent=1))
+        else:
+            show(_families_table(matrix))
+            for reason, names in _by_reason(matrix["refused"]).items():
+                typer.echo(f"not supported: {', '.join(names)}: {reason}")
+        return
     report = examine()
     if as_json:
         typer.echo(json.dumps(report, indent=1))
@@ -58,6 +71,47 @@ def examine() -> dict[str, Any]:
     if facts["gpus"]:
         checks += _kernels()
     return {"environment": facts, "checks": checks, "runs": _runs(facts)}
+
+
+def family_matrix() -> dict[str, Any]:
+    """What every family allows, from its row: by target None or the reason why not; and the refused ones' reasons."""
+    import compress.targets.full
+    import compress.targets.pruned
+    import compress.targets.window  # noqa: F401
+    from compress.models.families import FAMILIES, REFUSED
+    from compress.registry import targets
+
+    rows = {
+        name: {
+            "architecture": family.architecture,
+            "native": family.native,
+            "targets": {target: method.refusal(family) for target, method in targets.items()},
+        }
+        for name, family in FAMILIES.items()
+    }
+    return {"families": rows, "refused": dict(REFUSED)}
+
+
+def _by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
+    """Reasons, and the names that each holds for."""
+    found: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _families_table(matrix: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    first = next(iter(matrix["families"].values()))
+    table = Table(title="families and targets", box=None)
+    for column in ("family", *first["targets"], "native windows as", "why not"):
+        table.add_column(column, overflow="fold")
+    for name, row in matrix["families"].items():
+        reasons = [f"{target}: {reason}" for target, reason in row["targets"].items() if reason is not None]
+        marks = ["yes" if reason is None else "no" for reason in row["targets"].values()]
+        table.add_row(name, *marks, row["native"] or "-", "; ".join(reasons))
+    return table
 
 
 def _kernels() -> list[dict[str, Any]]:

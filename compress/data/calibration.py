@@ -73,6 +73,9 @@ def calibration_documents(
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
+    for request, asked in zip(requests, prompts, strict=True):
+        for prompt in asked:
+            check_tokens(prompt.tokens, model.config, f"a prompt of {request.name}")
     fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
     documents: dict[int, list[Document]] = {}
     done, total = 0, sum(map(len, prompts))

@@ -30,6 +30,7 @@ from compress.evaluate.recall import RecallResult, recall
 from compress.evaluate.size import SizeResult, size
 from compress.files import file_key, key_of, text_key, write_text
 from compress.json_file import read_sealed, sealed
+from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1  # of the kept measurements
 Result = TypeVar("Result", bound=BaseModel)
@@ -104,6 +105,7 @@ def compare(
     if perplexity_request is not None:
         windows = part_of(loaded.tokenizer, perplexity_request.text, "evaluation", perplexity_request.tokens)
         check_request(perplexity_request, len(windows), context)
+        check_tokens(windows, loaded.model.config, f"the {perplexity_request.text.source} text of the perplexity")
     asked = _prompts(loaded, recall_requests, recall_text, seed, context)
 
     parameter = next(loaded.model.parameters())
@@ -278,4 +280,8 @@ def _prompts(
                 expected="a task with a right answer: passkey, key_value",
             )
     tokens = part_of(loaded.tokenizer, text, "evaluation", max(task.length for task in requests))
-    return [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]
+    made = [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]
+    for task, prompts in zip(requests, made, strict=True):
+        for prompt in prompts:
+            check_tokens(prompt.tokens, loaded.model.config, f"a prompt of {task.name}")
+    return made

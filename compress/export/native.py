@@ -66,8 +66,8 @@ def native_model(planned: Any, plan: Plan) -> Any:
     written_as = family.architecture if unchanged else family.native
     if written_as is None:
         raise UserError(
-            f"no native checkpoint of {family.architecture}: transformers has no architecture with its weights whose "
-            "layers are full or slide one by one",
+            f"no native checkpoint of {family.architecture}: transformers has no architecture that computes the "
+            "same on its weights with layers that are full or slide one by one",
             where="export.form",
             expected="a plan that leaves every layer's attention as it is",
             found="windows",

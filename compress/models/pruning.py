@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.families import attention_modules
+from compress.models.families import attention_modules, check_pruning, family_of
 from compress.runtime.widths import INPUTS, OUTPUTS, Width, declare, projections, width_of
 
 
@@ -112,8 +112,10 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitP
     heads (2g + 2) x head_dim x hidden; and a neuron 3 x hidden.
 
     Raises:
-        UserError: a projection is not made of the heads or neurons that the layer has.
+        UserError: the architecture cannot be pruned (`Family.whole`), or a projection is not made of the heads or
+            neurons that the layer has.
     """
+    check_pruning(model.config)
     found = []
     for number, (layer, attention) in enumerate(zip(layers_of(model), attention_modules(model), strict=True)):
         width, head_dim = width_of(layer), int(attention.head_dim)  # type: ignore[arg-type]
@@ -151,10 +153,11 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
         Whether the configuration follows (`is_uniform`).
 
     Raises:
-        UserError: an index is missing in the model, nothing would be left of a layer, query heads do not divide evenly
-            among the groups, or the layers differ in width already.
+        UserError: the architecture cannot be pruned, an index is missing in the model, nothing would be left of a
+            layer, query heads do not divide evenly among the groups, or the layers differ in width already.
     """
     config: Any = model.config
+    check_pruning(config)
     attention: Any = attention_modules(model)
     dense, head_dim = Width.of(config), attention[0].head_dim
     share = dense.query_heads // dense.groups
@@ -211,8 +214,11 @@ def _narrowed(config: Any, width: Width) -> Any | None:
     """The configuration with another width; None where the architecture's own checks refuse it.
 
     Llama and Gemma 3 want a hidden size that is a multiple of the number of heads, and Phi-3 derives the length of its
-    RoPE factors from the two, whatever `head_dim` says.
+    RoPE factors from the two, whatever `head_dim` says. Others take the width, and build something else from it
+    (`Family.narrows`).
     """
+    if not family_of(config).narrows and width.query_heads != Width.of(config).query_heads:
+        return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
         return type(config).from_dict({**config.to_dict(), **width.fields(), "head_dim": head_dim})

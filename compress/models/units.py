@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.families import attention_modules
+from compress.models.families import attention_modules, check_pruning
 from compress.models.pruning import layers_of, projections_of
 from compress.runtime.widths import INPUTS, OUTPUTS
 
@@ -67,8 +67,10 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
     """Heads and neurons of every decoder layer, in order.
 
     Raises:
-        UserError: a layer whose projections are not those of the configuration's heads and neurons.
+        UserError: the architecture cannot be pruned, or a layer's projections are not those of the configuration's
+            heads and neurons.
     """
+    check_pruning(model.config)
     config: Any = model.config
     groups, heads = config.num_key_value_heads, config.num_attention_heads
     attention: Any = attention_modules(model)

@@ -18,6 +18,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.fingerprint import fingerprint_of
 from compress.models.recovered import write_recovered
+from compress.models.vocabulary import check_tokens
 from compress.recover.curve import Curve
 from compress.recover.lora import attach, merge
 from compress.recover.settings import RecoverSettings
@@ -100,6 +101,7 @@ def recover(
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if settings.loss != "text" else None
     check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None))
+    check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
     steps, device = settings.step_count, next(model.parameters()).device
     accelerator = _accelerator(settings, device)

@@ -54,13 +54,38 @@ DROPS_CACHE = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLa
 
 # The families, as the classes here call them, and how transformers' classes of configuration and decoder begin.
 FAMILIES = {
+    "Apertus": "Apertus",
+    "Arcee": "Arcee",
+    "Cohere": "Cohere",
+    "Cohere2": "Cohere2",
+    "Dots1": "Dots1",
+    "Ernie4_5": "Ernie4_5",
+    "Exaone4": "Exaone4",
+    "Gemma": "Gemma",
     "Gemma3": "Gemma3Text",
+    "Glm": "Glm",
+    "Glm4": "Glm4",
+    "Granite": "Granite",
+    "Helium": "Helium",
+    "HunYuanDenseV1": "HunYuanDenseV1",
     "Llama": "Llama",
     "Ministral": "Ministral",
+    "Ministral3": "Ministral3",
     "Mistral": "Mistral",
+    "Mixtral": "Mixtral",
+    "Olmo": "Olmo",
+    "Olmo2": "Olmo2",
+    "Olmo3": "Olmo3",
+    "Phi": "Phi",
     "Phi3": "Phi3",
+    "Phimoe": "Phimoe",
     "Qwen2": "Qwen2",
+    "Qwen2Moe": "Qwen2Moe",
     "Qwen3": "Qwen3",
+    "Qwen3Moe": "Qwen3Moe",
+    "SeedOss": "SeedOss",
+    "SmolLM3": "SmolLM3",
+    "Starcoder2": "Starcoder2",
 }
 
 logger = logging.get_logger(__name__)

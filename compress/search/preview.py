@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
+from compress.models.families import check_pruning
 from compress.models.load import DTYPES
 from compress.models.shape import ModelShape, shape_without_weights
 from compress.search.budget import Budget, check_lengths
@@ -73,6 +74,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
     profile = _Zeros(shape, int(getattr(config, "intermediate_size", 0)), sorted(lengths), grid)
     if isinstance(solver, PruningSolver):
+        check_pruning(config)
         _check_biases(config, solver)
         problem = pruning_problem(model, profile, budget, shape)
         nothing = [0.0] * int(config.hidden_size)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from compress.registry import targets
 from compress.targets.target import Target
+
+if TYPE_CHECKING:
+    from compress.models.families import Family
 
 
 @targets.register("pruned")
@@ -13,3 +16,10 @@ class PrunedGroup(Target):
     """Removed: keys, values and query heads of the group are not computed, and nothing of it is cached."""
 
     target: Literal["pruned"] = "pruned"
+
+    @classmethod
+    def refusal(cls, family: Family) -> str | None:
+        """As `Family.whole`, with the switch that it depends on."""
+        if family.whole is None or family.whole_with is None:
+            return family.whole
+        return f"{family.whole}, where `{family.whole_with}` is set"

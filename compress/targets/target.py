@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import nearest
 from compress.registry import Method, targets
+
+if TYPE_CHECKING:
+    from compress.models.families import Family
 
 # The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
 # whether keys come from its own sequence.
@@ -25,6 +28,11 @@ class Target(Method):
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
 
     target: str
+
+    @classmethod
+    def refusal(cls, family: Family) -> str | None:
+        """Why head groups of a family's models cannot become this; None where they can."""
+        return None
 
 
 def parse_target(value: Any) -> Any:

@@ -111,3 +111,14 @@ def test_random_weights_that_no_memory_holds_are_refused_before_they_are_made(tm
 def test_no_file_of_that_name():
     with pytest.raises(UserError, match="is not there"):
         Source("nowhere/config.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 1), ("num_attention_heads", 2)])
+def test_a_plan_that_its_own_configuration_contradicts_is_told(tmp_path, key, value):
+    model = tiny_model("llama-gqa")
+    plan = uniform_plan(shape_of(model), WindowGroup(sink=4, alpha=30, beta=0.0))
+    patched_model(planned_model(model, plan), plan).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError):
+        Source(str(tmp_path)).dense(CPU, torch.float32)

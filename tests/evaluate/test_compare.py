@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def run(source: FileText, folder: Path, builder: Builder, **changes: Any) -> Com
         "cache_dir": folder,
     }
     names = changes.pop("names", ("dense", "plan"))
-    return compare(byte_loaded(), builder.variants(names), **options | changes)
+    return compare(changes.pop("loaded", None) or byte_loaded(), builder.variants(names), **options | changes)
 
 
 def test_rows_are_what_each_model_does_on_the_evaluation_part(tmp_path: Path, source: FileText) -> None:
@@ -188,3 +189,16 @@ def test_positions_and_depths_are_printed_for_every_variant(tmp_path: Path, sour
     assert [column[0] for column in cells[1:]] == [f"{bucket.perplexity:.3f}" for bucket in dense.buckets]
     prompts = [int(str(column.header).split("(")[1].rstrip(")")) for column in depths[0].columns[1:]]
     assert sum(prompts) == 3
+
+
+@pytest.mark.parametrize("asked", [{"recall_requests": []}, {"perplexity_request": None}])
+def test_a_token_without_an_embedding_is_told_before_anything_is_measured(
+    asked: dict[str, Any], source: FileText, tmp_path: Path
+) -> None:
+    loaded = byte_loaded()
+    loaded.tokenizer = copy.deepcopy(loaded.tokenizer)
+    loaded.tokenizer.add_tokens(["was near"])
+    builder = Builder()
+    with pytest.raises(UserError, match="a token that the model has no embedding for"):
+        run(source, tmp_path, builder, loaded=loaded, **asked)
+    assert not builder.built

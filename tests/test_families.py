@@ -1,0 +1,319 @@
+"""Every family is probed with tiny random weights: against its stock model, and against a naive mask for every head."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from typer.testing import CliRunner
+
+from compress.cli.app import app
+from compress.errors import UserError
+from compress.export.layout import copy_runtime, point_to_runtime
+from compress.export.native import native_model
+from compress.models.families import FAMILIES, REFUSED, Family, check_pruning, family_of
+from compress.models.load import load_model
+from compress.models.pruning import Kept, parameters_per_unit, prune
+from compress.models.units import units_of
+from compress.plan import Plan, make_plan, uniform_plan
+from compress.profile.capture import Capture
+from compress.profile.tiles import LayerTensors
+from compress.runtime import modeling_compress
+from compress.runtime.modeling_compress import CACHE
+from compress.runtime.widths import Width
+from compress.targets.apply import planned_model
+from compress.targets.cost import kv_bytes
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
+from tests.pruned import uneven, with_biases, zero
+from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
+
+Rule = tuple[int, int, float]
+LENGTH = 201  # beyond every window of `tests.tiny.MIXED`, and beyond the layers' own
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+PRUNABLE = sorted(name for name in MORE if FAMILIES[name].whole is None or FAMILIES[name].whole_with is not None)
+WHOLE = sorted(name for name in MORE if FAMILIES[name].whole is not None)
+NATIVE = sorted(name for name in MORE if FAMILIES[name].native is not None)
+
+
+def naive_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+    """The family's own eager attention under an additive mask for every query head."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    count = query.shape[2]
+    masks = torch.full((key.shape[1], count, count), -math.inf)
+    for group, (sink, alpha, beta) in enumerate(module.naive_rules):
+        for position in range(count):
+            span = max(1, alpha + math.floor(beta * (position + 1)))
+            masks[group, position, : min(sink, position + 1)] = 0
+            masks[group, position, max(0, position + 1 - span) : position + 1] = 0
+    masks = masks.repeat_interleave(query.shape[1] // key.shape[1], dim=0)[None]
+    return eager(module, query, key, value, masks, scaling=scaling, dropout=0.0)
+
+
+AttentionInterface.register("naive", naive_attention)
+AttentionMaskInterface.register("naive", lambda *_, **__: None)
+
+
+def rules_of(plan: Plan) -> list[list[Rule]]:
+    """Sinks, alpha and beta of every group, from the plan's targets; a full group sees what its layer lets it see."""
+    return [
+        [
+            (group.sink, group.alpha, group.beta) if isinstance(group, WindowGroup) else (0, native or LENGTH, 0.0)
+            for group in row.groups
+        ]
+        for row, native in zip(plan.layers, plan.model.native_windows, strict=True)
+    ]
+
+
+def naive_model(name: str, rules: list[list[Rule]]) -> Any:
+    """A stock model of the same weights whose heads see that much."""
+    model = tiny_model(name)
+    model.config._attn_implementation = "naive"
+    for layer, row in zip(model.model.layers, rules, strict=True):
+        layer.self_attn.naive_rules = row
+    return model
+
+
+def slopes(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The gradient of a loss by the embeddings of its input, `[B, T, hidden]`."""
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss
+    return torch.autograd.grad(loss, embeddings)[0]
+
+
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_family(name: str) -> None:
+    dense = tiny_model(name)
+    shape, ids = shape_of(dense), random_ids(2, LENGTH)
+    plan = mixed_plan(shape)
+    assert shape.architecture == type(dense).__name__
+    sliding = [kind == "sliding_attention" for kind in MORE[name].get("layer_types", ["full_attention"] * 3)]
+    assert shape.native_windows == tuple(50 if slides else None for slides in sliding)
+
+    full = planned_model(dense, uniform_plan(shape, FullGroup()))
+    torch.testing.assert_close(logits(full, ids), logits(dense, ids), **CLOSE)
+    everything: list[list[Rule]] = [[(0, LENGTH, 0.0)] * shape.kv_heads] * shape.layers
+    unbounded = (logits(naive_model(name, everything), ids[:1]) - logits(dense, ids[:1])).abs().max()
+    assert (unbounded > 0.01) == any(sliding)  # the layer's own window counts in the comparison above
+
+    model = planned_model(dense, plan)
+    whole = logits(model, ids)
+    assert (whole - logits(dense, ids)).abs().max() > 0.1
+    naive = naive_model(name, rules_of(plan))
+    torch.testing.assert_close(whole[:1], logits(naive, ids[:1]), **CLOSE)
+    expected = slopes(naive, ids[:1])
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(slopes(model, ids[:1]), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    changed = ids.clone()
+    changed[:, 150] = (changed[:, 150] - 3) % (VOCABULARY - 4) + 4
+    after = logits(model, changed)
+    torch.testing.assert_close(after[:, :150], whole[:, :150], **CLOSE)
+    assert (after[:, 150:] - whole[:, 150:]).abs().max() > 0.01
+
+    cache = model.new_cache()
+    cuts = (0, 90, 91, 92, LENGTH)
+    parts = [logits(model, ids[:, a:b], **{CACHE: cache}) for a, b in pairwise(cuts)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
+
+    cache = model.new_cache()
+    logits(model, ids[:1], **{CACHE: cache})
+    predicted = kv_bytes(model.model.compress_spans, LENGTH, shape.head_dim, 4)
+    assert cache.allocated_bytes() == cache.held_bytes() == predicted
+
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :70], mask[1, :70] = 0, 0
+    together = logits(model, padded, attention_mask=mask)
+    torch.testing.assert_close(together[1:, 70:], logits(model, ids[1:, 70:]), **CLOSE)
+    arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    cached = model.generate(padded, **arguments)
+    assert torch.equal(cached, model.generate(padded, use_cache=False, **arguments))
+
+
+ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+# What other configurations say of windows, and the windows in force: a family may give them by `layer_types` or to all
+# layers alike, make `layer_types` up, or have a window that is switched off.
+SAID: list[tuple[str, dict[str, Any], tuple[int | None, ...]]] = [
+    ("cohere2", {"layer_types": None}, ALL_SLIDE),
+    ("dots1", {"layer_types": None, "max_window_layers": 2}, (None, None, 50)),
+    ("dots1", {"layer_types": None, "sliding_window": None}, NONE_SLIDE),
+    ("exaone4", {"layer_types": None, "sliding_window_pattern": 2}, (50, None, 50)),
+    ("exaone4", {"layer_types": ["full_attention"] * 3, "sliding_window": None}, NONE_SLIDE),
+    ("ministral3", {"sliding_window": 50}, ALL_SLIDE),
+    ("mixtral", {"sliding_window": 50}, ALL_SLIDE),
+    ("mixtral", {"sliding_window": 4096}, NONE_SLIDE),
+    ("olmo3", {"layer_types": None, "rope_parameters": YARN}, ALL_SLIDE),
+    ("olmo3", {"rope_parameters": YARN}, (None, None, 50)),
+    ("phimoe", {"sliding_window": 50}, ALL_SLIDE),
+    ("qwen2_moe", {"layer_types": None, "use_sliding_window": False}, NONE_SLIDE),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 50}, ALL_SLIDE),
+    ("qwen3_moe", {"sliding_window": 50}, NONE_SLIDE),
+    ("smollm3", {"layer_types": None, "sliding_window": None, "use_sliding_window": False}, NONE_SLIDE),
+    ("smollm3", {"layer_types": None}, (None, 50, None)),
+    ("starcoder2", {"sliding_window": 50}, ALL_SLIDE),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "windows"), SAID)
+def test_own_windows_are_found_as_the_stock_model_has_them(
+    name: str, fields: dict[str, Any], windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MORE, name, MORE[name] | fields)
+    dense = tiny_model(name)
+    shape, ids = shape_of(dense), random_ids(1, LENGTH)
+    assert shape.native_windows == windows
+    planned = planned_model(dense, uniform_plan(shape, FullGroup()))
+    torch.testing.assert_close(logits(planned, ids), logits(dense, ids), **CLOSE)
+    everything: list[list[Rule]] = [[(0, LENGTH, 0.0)] * shape.kv_heads] * shape.layers
+    unbounded = (logits(naive_model(name, everything), ids) - logits(dense, ids)).abs().max()
+    assert (unbounded > 0.01) == any(windows)
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_a_profile_computes_what_the_model_computes(name: str) -> None:
+    model, ids = tiny_model(name), random_ids(1, 90)
+    layers: list[LayerTensors] = []
+    with Capture(model, shape_of(model), layers.append, gradient=True, checkpointing=True) as capture:
+        loss = capture.run(ids, (60, 90))
+    expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
+    assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert [layer.layer for layer in layers] == [2, 1, 0]
+    assert [layer.window for layer in layers] == list(reversed(shape_of(model).native_windows))
+
+
+@pytest.mark.parametrize("name", ["olmo2", "mixtral"])
+def test_a_checkpoint_comes_back(name: str, tmp_path: Path) -> None:
+    """From a stock folder, as its files have the weights (experts one by one), to a checkpoint and back."""
+    source, folder, ids = tmp_path / "stock", tmp_path / name, random_ids(1, LENGTH)
+    tiny_model(name).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    loaded = load_model(str(source), dtype="float32", device="cpu")
+    torch.testing.assert_close(logits(loaded.model, ids), logits(tiny_model(name), ids), **CLOSE)
+    model = planned_model(loaded.model, mixed_plan(loaded.shape))
+    model.save_pretrained(folder)
+    copy_runtime(folder)
+    point_to_runtime(folder, family_of(model.config))
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
+    assert type(again).__name__ == f"{FAMILIES[name].planned}ForCausalLM"
+    assert type(again).__module__ != modeling_compress.__name__
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_native_model_is_the_planned_one(name: str) -> None:
+    dense = tiny_model(name)
+    shape, ids = shape_of(dense), random_ids(1, LENGTH)
+    window = shape.native_windows[-1] or 0
+    slides = [WindowGroup(sink=0, alpha=window, beta=0.0), FullGroup(), FullGroup()]
+    plan = make_plan(shape, [[target] * shape.kv_heads for target in slides])
+    planned = planned_model(dense, plan)
+    native = native_model(planned, plan)
+    assert type(native).__name__ == FAMILIES[name].native
+    native.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(logits(native, ids), logits(planned, ids), **CLOSE)
+    assert (logits(native, ids) - logits(dense, ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (switch := FAMILIES[name].whole_with) is not None:
+        monkeypatch.setitem(MORE[name], switch, False)
+    zeroed, pruned, ids = with_biases(name), with_biases(name), random_ids(1, 40)
+    zero(zeroed, uneven(zeroed.config))
+    assert not prune(pruned, uneven(pruned.config))
+    torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
+
+    alike, neurons = [Kept((1,), tuple(range(0, 64, 2)))] * 3, [Kept((0, 1), tuple(range(40)))] * 3
+    for kept, narrows in ((alike, FAMILIES[name].narrows), (neurons, True)):
+        model = with_biases(name)
+        assert prune(model, kept) == narrows
+        if narrows:
+            with torch.device("meta"):
+                again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+            found = {key: tuple(weight.shape) for key, weight in model.named_parameters()}
+            assert found == {key: tuple(weight.shape) for key, weight in again.named_parameters()}
+            assert [layer.self_attn.head_dim for layer in again.model.layers] == [
+                layer.self_attn.head_dim for layer in model.model.layers
+            ]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_pruning_is_refused_with_the_reason(name: str) -> None:
+    model = tiny_model(name)
+    kept = [Kept((0, 1), tuple(range(40)))] * 3
+    for call in (
+        lambda: prune(model, kept),
+        lambda: units_of(model),
+        lambda: parameters_per_unit(model),
+        lambda: check_pruning(model.config),
+    ):
+        with pytest.raises(UserError, match="cannot be removed") as caught:
+            call()
+        assert str(FAMILIES[name].whole) in str(caught.value) and FAMILIES[name].architecture in str(caught.value)
+    assert Width.of(model.config) == Width(4, 2, 64)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    in_matrix = {family_of(make()).model_type for make in CONFIGS.values()}
+    assert in_matrix.isdisjoint(MORE)
+    assert in_matrix | set(MORE) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert isinstance(family, Family) and family.model_type == name
+        assert family.native is None or hasattr(transformers, family.native)
+    assert list(FAMILIES) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_a_configuration_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+    stock = tiny_model(name).config
+    made = getattr(modeling_compress, f"{FAMILIES[name].planned}Config")
+    fields = {key: value for key, value in stock.to_dict().items() if key != "model_type"}
+    made(**fields, compress_plan={"layers": []}, compress_impl="reference").save_pretrained(tmp_path)
+    again = made.from_pretrained(tmp_path)
+    assert again.compress_plan == {"layers": []} and again.compress_impl == "reference"
+    assert again.layer_types == stock.layer_types if hasattr(stock, "layer_types") else True
+    assert family_of(again) is FAMILIES[name]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refusal_names_its_reason(name: str) -> None:
+    assert name not in FAMILIES
+    with pytest.raises(UserError, match=f"architecture `{name}` is not supported: ") as caught:
+        family_of(AutoConfig.for_model(name))
+    assert REFUSED[name] in str(caught.value)
+
+
+def test_a_wrapper_of_a_refused_text_model_names_the_reason() -> None:
+    config = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2"})
+    with pytest.raises(UserError, match="`paligemma` wraps a text model, `gemma2`") as caught:
+        family_of(config)
+    assert f"not supported either: {REFUSED['gemma2']}" in str(caught.value)
+
+
+def test_the_doctor_lists_every_family_and_target() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--families", "--json"])
+    assert result.exit_code == 0, result.output
+    matrix = json.loads(result.stdout)
+    assert set(matrix["families"]) == set(FAMILIES) and matrix["refused"] == REFUSED
+    for name, row in matrix["families"].items():
+        assert set(row["targets"]) >= {"full", "window", "pruned"}
+        assert row["targets"]["full"] is None and row["targets"]["window"] is None
+        assert (row["targets"]["pruned"] is None) == (FAMILIES[name].whole is None)
+        assert row["architecture"] == FAMILIES[name].architecture and row["native"] == FAMILIES[name].native
+    words = " ".join(CliRunner().invoke(app, ["doctor", "--families"]).stdout.split())
+    assert all(name in words for name in (*FAMILIES, *REFUSED))
+    assert "where `use_qk_norm` is set" in words and "gemma2: its attention caps scores" in words
