@@ -12,7 +12,8 @@ from compress.json_file import read_model
 MOST_TOKENS = 10_000_000
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-Bytes = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1, le=1 << 60)]
+Milliseconds = Annotated[float, Field(ge=1e-6, le=1e9)]  # to eleven days: beyond, times no longer add up
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -25,7 +26,7 @@ class _Part(BaseModel):
 class Clock(_Part):
     """Median milliseconds."""
 
-    median: Positive
+    median: Milliseconds
 
 
 class SideFigures(_Part):

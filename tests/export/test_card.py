@@ -17,7 +17,7 @@ from compress.export.card import render_card, tried
 from compress.export.metadata import hub_id, source_metadata
 from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
-from compress.plan import Plan, make_plan
+from compress.plan import Mlp, Plan, make_plan
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, shape_of, tiny_model
@@ -162,6 +162,15 @@ def test_provenance_is_words() -> None:
     text = card("org/model", plan)
     assert "{'" not in text and "None" not in text and "{" not in text.split("## Provenance")[1]
     assert f"weights `{plan.model.fingerprint}`" in text and "compress 0.1.0, transformers 5.24.0" in text
+
+
+@pytest.mark.parametrize("solver", [None, "amp", {}, {"name": "amp"}, {"importance": "amp"}])
+def test_the_card_of_a_pruned_plan_takes_any_provenance(solver: Any) -> None:
+    plan = mixed_plan(shape_of(tiny_model("llama-gqa")))
+    layers = [layer.model_copy(update={"mlp": Mlp.of(range(32))}) for layer in plan.layers]
+    provenance = {} if solver is None else {"solver": solver}
+    text = card("org/model", plan.model_copy(update={"layers": tuple(layers), "provenance": provenance}))
+    assert ("ranked by `amp`" in text) == (isinstance(solver, dict) and "importance" in solver)
 
 
 def test_a_recipe_cannot_end_its_own_block() -> None:

@@ -136,6 +136,8 @@ def test_where_plans_are_slower_than_the_dense_model_only_a_share_of_one_passes(
         ([{**bench_row(256, 1, 1), "length": 300}], {}, "no whole-model rows of this model"),
         ([], {"model_rows": None}, "the cost table: Input should be a valid array"),
         ([{"dense": {}}], {}, r"model_rows\.0\.dense\.cache_bytes"),
+        ([bench_row(256, 1, 1, plan={"cache_bytes": 1, "decode": {"median": 1e308}})], {}, r"plan\.decode\.median"),
+        ([bench_row(256, 1, 1, plan={"cache_bytes": 1 << 61, "decode": {"median": 1.0}})], {}, r"plan\.cache_bytes"),
         (rows_of(1), {"dtype": "bfloat17"}, "the cost table: Input should be 'bfloat16'"),
         ([bench_row(600, 1, 1), bench_row(1024, 1, 1)], {}, "not measured around the length 512"),
     ],
