@@ -197,6 +197,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def file_stamp(path: Path) -> tuple[int, ...] | None:
+    """Size, time of the last change, and number of a file, which change with its content; None where there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def key_of(*facts: Any) -> str:
     """16 hexadecimal digits of the facts (JSON values) that a result depends on."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))

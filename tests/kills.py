@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import zygote
-from tests.cli.recipes import make_recipe
+from tests.cli.recipes import HEAD, make_recipe
 from tests.forkserver import ForkServer, Outcome
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -29,12 +29,9 @@ TIMES = {"seconds", "peak_memory_bytes", "checksum", "time"}
 UNLIKE = {"log.jsonl", ".lock", "report.html"}
 LEFT_OVER = re.compile(r".*\.(part|partial|old)|compress-.*|partial(-.*|\.json)?|.*\.tmp")
 
-SPAN = """\
-model: {model}
-output: {output}
-device: cpu
-calibration:
-  text: &text {{source: file, path: {text}}}
+SPAN = (
+    HEAD
+    + """\
   documents:
     - {{task: continuation, length: 192, count: 2, answer_tokens: 16}}
   held_out:
@@ -49,12 +46,10 @@ evaluate:
   compare: [plan, uniform]
   perplexity: {{text: *text, length: 128, windows: 1}}
 """
-PRUNE = """\
-model: {model}
-output: {output}
-device: cpu
-calibration:
-  text: &text {{source: file, path: {text}}}
+)
+PRUNE = (
+    HEAD
+    + """\
   documents:
     - {{task: continuation, length: 128, count: 2, answer: text, answer_tokens: 64}}
 profile:
@@ -68,6 +63,7 @@ evaluate:
   compare: [plan]
   perplexity: {{text: *text, length: 128, windows: 1}}
 """
+)
 RECOVER = SPAN + "recover: {{length: 32, batch_size: 2, steps: 4, rate: 0.01, control: true, save_every: 1}}\n"
 # What a server imports before it forks, besides what it has anyway.
 PRELOAD = (

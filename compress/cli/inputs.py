@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.cli.output import say
 from compress.errors import UserError
-from compress.files import file_key, text_key, write_json
+from compress.files import file_key, file_stamp, text_key, write_json
 from compress.json_file import JsonError, parse_json
 
 RECORD = "inputs.json"
@@ -53,13 +53,13 @@ class Inputs:
     def file(self, path: str) -> str:
         """Hash of a file's bytes. Raises UserError: it cannot be read, and never was."""
         place = Path(path).expanduser()
-        return self._hash(f"file: {path}", lambda: _stamp(place), lambda: file_key(place))
+        return self._hash(f"file: {path}", lambda: file_stamp(place), lambda: file_key(place))
 
     def files(self, what: str, listed: Callable[[], list[Path]]) -> str:
         """Hash of the names and bytes of some files. Raises UserError: they cannot be read, and never were."""
 
         def stamp() -> Any:
-            return [(str(path), _stamp(path)) for path in listed()]
+            return [(str(path), file_stamp(path)) for path in listed()]
 
         def read() -> str:
             return text_key(json.dumps([(str(path), file_key(path)) for path in listed()]))
@@ -115,11 +115,3 @@ class Inputs:
 def input_name(source: Any) -> str:
     """The path or the id of a text source."""
     return str(getattr(source, "path", None) or getattr(source, "id", source.source))
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from compress.encodings import MARK, encoding_of, wrong_byte
 from compress.errors import UserError, nearest
+from compress.files import file_stamp
 from compress.registry import Method, PathText
 
 if TYPE_CHECKING:
@@ -145,12 +146,8 @@ class FileText(Source):
         return _cut(text, most, f"about {share:.2%} of the file") if more else Excerpt(text)
 
     def stamp(self) -> tuple[int, ...] | None:
-        """Size, time of the last change, and number of the file."""
-        try:
-            found = Path(self.path).expanduser().stat()
-        except (OSError, ValueError):
-            return None
-        return found.st_size, found.st_mtime_ns, found.st_ino
+        """Of the file."""
+        return file_stamp(Path(self.path).expanduser())
 
     def _rows(self, file: Any) -> Iterator[str]:
         """The text of every line but the empty ones."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from compress.errors import Problem, UserError
+from compress.errors import UserError
+from compress.json_file import validated
 from compress.plan import Group
 
 FIX = "export the checkpoint again, or take the config.json that it was exported with"
@@ -42,23 +43,11 @@ def check_carried(plan: Any, layers: Any, where: str) -> None:
     Raises:
         UserError: everything in it that no export writes.
     """
-    try:
-        read = _Carried.model_validate(plan)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        problems = [
-            Problem(
-                f"the plan that the checkpoint carries is damaged: {item['msg'].removeprefix('Value error, ')}",
-                f"{where}: compress_plan.{'.'.join(map(str, item['loc']))}",
-                found=repr(item["input"])[:80],
-            )
-            for item in found[:5]
-        ]
-        problems[-1].fix = FIX
-        raise UserError(problems) from None
+    what = "the plan that the checkpoint carries is damaged"
+    read = validated(_Carried, plan, what, f"{where}: compress_plan", fix=FIX)
     if len(read.layers) != layers:
         raise UserError(
-            "the plan that the checkpoint carries is damaged: wrong number of layers",
+            f"{what}: wrong number of layers",
             where=f"{where}: compress_plan.layers",
             expected=str(layers),
             found=str(len(read.layers)),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from compress.files import file_key, key_of
-from compress.models.load import DEMOS
+from compress.models.load import DEMOS, demo_file
 
 CARD = "README.md"  # changes with every evaluation, and computes nothing
 
@@ -23,13 +22,7 @@ def content_key(spec: str) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    if spec in DEMOS:
-        package, file = DEMOS[spec]
-        found = importlib.util.find_spec(package)
-        folders = found.submodule_search_locations if found is not None else None
-        path = Path(next(iter(folders or [])), file) if folders else Path(spec)
-    else:
-        path = Path(spec).expanduser()
+    path = (demo_file(spec) if spec in DEMOS else None) or Path(spec).expanduser()
     if path.is_file():
         return key_of([[path.name, file_key(path)]])
     if path.is_dir():

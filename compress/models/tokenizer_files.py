@@ -70,8 +70,7 @@ def write_tokenizer(source: Path | None, tokenizer: Any, folder: Path, config: A
     _forget_code(folder, say)
     if same_tokenizer(_read(folder, config), tokenizer):
         return
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if (folder / SETTINGS).is_file() else {}
-    write_json(folder / SETTINGS, settings | {"tokenizer_class": type(tokenizer).__name__})
+    write_json(folder / SETTINGS, _settings(folder) | {"tokenizer_class": type(tokenizer).__name__})
     if same_tokenizer(_read(folder, config), tokenizer):
         say(f"{SETTINGS} names the tokenizer's class, {type(tokenizer).__name__}, which the source left to its config")
         return
@@ -83,12 +82,17 @@ def write_tokenizer(source: Path | None, tokenizer: Any, folder: Path, config: A
 
 def _forget_code(folder: Path, say: Say) -> None:
     """Take the note of a tokenizer's own code out of the copied settings: it was loaded without that code."""
-    path = folder / SETTINGS
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = _settings(folder)
     if "auto_map" in settings:
         del settings["auto_map"]
-        write_json(path, settings)
+        write_json(folder / SETTINGS, settings)
         say(f"{SETTINGS} no longer names code (`auto_map`), which a checkpoint does not bring")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the settings of a tokenizer say; empty where there are none."""
+    path = folder / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(folder: Path, config: Any) -> Any:

@@ -8,12 +8,17 @@ from typing import Any
 
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
-RECIPE = """\
+# How every recipe of the tests begins, with the places that `make_recipe` makes.
+HEAD = """\
 model: {model}
 output: {output}
 device: cpu
 calibration:
   text: &text {{source: file, path: {text}}}
+"""
+RECIPE = (
+    HEAD
+    + """\
   documents:
     - {{task: continuation, length: 320, count: 1, answer_tokens: 16}}
     - {{task: continuation, length: 192, count: 1, answer_tokens: 16}}
@@ -30,6 +35,7 @@ evaluate:
   compare: [plan, uniform]
   perplexity: {{text: *text, length: 256, windows: 2}}
 """
+)
 
 
 def make_recipe(folder: Path, dense: Any = None) -> Path:

@@ -21,16 +21,13 @@ from compress.plan import read_plan
 from compress.recipe import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_against_parameters
-from tests.cli.recipes import make_recipe
+from tests.cli.recipes import HEAD, make_recipe
 from tests.recover.common import model_of
 from tests.tiny import random_ids
 
-PRUNE = """\
-model: {model}
-output: {output}
-device: cpu
-calibration:
-  text: &text {{source: file, path: {text}}}
+PRUNE = (
+    HEAD
+    + """\
   second: *text
   documents:
     - {{task: continuation, length: 128, count: 2, answer: text, answer_tokens: 64}}
@@ -47,6 +44,7 @@ evaluate:
   perplexity: {{text: *text, length: 128, windows: 2}}
   latency: {{length: 64, batch: 2, steps: 16}}
 """
+)
 ROWS = ["dense", "plan", "plan before recovery", "dense, recovered", "random before recovery"]
 
 

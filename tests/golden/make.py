@@ -21,16 +21,13 @@ from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.targets.apply import planned_model
-from tests.cli.recipes import make_recipe
+from tests.cli.recipes import HEAD, make_recipe
 from tests.recover.common import model_of
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
 
-WINDOWS = """\
-model: {model}
-output: {output}
-device: cpu
-calibration:
-  text: &text {{source: file, path: {text}}}
+WINDOWS = (
+    HEAD
+    + """\
   documents:
     - {{task: continuation, length: 320, count: 2, answer_tokens: 16}}
     - {{task: continuation, length: 192, count: 2, answer_tokens: 16}}
@@ -54,13 +51,11 @@ evaluate:
   compare: [plan, uniform]
   perplexity: {{text: *text, length: 256, windows: 2}}
 """
+)
 
-PRUNING = """\
-model: {model}
-output: {output}
-device: cpu
-calibration:
-  text: &text {{source: file, path: {text}}}
+PRUNING = (
+    HEAD
+    + """\
   documents:
     - {{task: continuation, length: 128, count: 2, answer: text, answer_tokens: 64}}
   held_out:
@@ -82,6 +77,7 @@ evaluate:
   compare: [plan, random]
   perplexity: {{text: *text, length: 128, windows: 2}}
 """
+)
 
 KV = "{kv: 0.7, lengths: [320]}"
 SOLVERS: dict[str, tuple[str, str]] = {
