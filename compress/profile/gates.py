@@ -1,20 +1,15 @@
 """DuoAttention's gates (arXiv 2410.10819): a trained number a head group, how much it needs full attention.
 
-Every group's output is alpha x full + (1 - alpha) x streaming attention, weights frozen. The gates minimise the mean
-squared difference of the last hidden states (behind the final norm) on the rows that predict the answers, plus
-`penalty` times the mean |alpha|. The published code takes the full part from the states of a dense pass; here it
-sees the mixed states, as the deployed model will. Gates saturate (of the published ones 81 to 95% of key/value heads
-are at 0.5 or more), so the `heads` solver reports how far apart the two sides of its cut are.
-
-Gradients are averaged over processes by accelerate, each of which trains on documents of its own choice.
+Gates saturate (of the published ones 81 to 95% of key/value heads are at 0.5 or more), so the `heads` solver reports
+how far apart the two sides of its cut are. `train.gates` trains them.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,21 +17,18 @@ from pydantic import Field
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.limits import FACTOR, LONGEST, STEPS
-from compress.models.backward import recomputed
-from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
 from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
-from compress.runtime.attention import choose_impl
 from compress.runtime.span import Span
+from compress.train.gates import train_gates
+from compress.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from compress.models.load import LoadedModel
     from compress.models.shape import ModelShape
 
-NAME = "compress_gates"
-SAVE_EVERY = 25  # steps
 UNIT = "gate, 0 streaming to 1 full"
 
 
@@ -88,7 +80,10 @@ class Gates(Statistic):
                 found=", ".join(sorted({document.task for document in queue})),
                 fix="add such documents, or set the statistic's `task` to null to train on all",
             )
-        gates = train_gates(self, loaded.model, shape, chosen, folder / "gates.partial", key, seed, progress)
+        store = _File(folder / "gates.partial", key)
+        span, schedule = Span(self.sink, self.recent, 0.0), Schedule.trapezoid(self.rate, self.steps)
+        gates = train_gates(loaded.model, shape, chosen, span, schedule, self.penalty, store, seed, progress)
+        store.path.unlink(missing_ok=True)
         for name, total in accumulator.sums.items():
             total.copy_(gates)
             accumulator.counts[name] = 1
@@ -105,120 +100,18 @@ class GatesAccumulator(Accumulator):
         return []
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: up over the first fifth, down over the last, never below a tenth."""
-    fifth = max(steps / 5, 1)
-    return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
+@dataclass(frozen=True)
+class _File:
+    """The state of an interrupted training in one file."""
 
+    path: Path
+    key: str
 
-def train_gates(
-    settings: Gates,
-    model: Any,
-    shape: ModelShape,
-    queue: Sequence[Document],
-    partial: Path,
-    key: str,
-    seed: int,
-    progress: Callable[[int, int, str], None],
-) -> torch.Tensor:
-    """The gates `[layers, groups]` float64 on the CPU, 1 where the architecture slides by itself."""
-    if all(native is not None for native in shape.native_windows):
-        return torch.ones(shape.layers, shape.kv_heads, dtype=torch.float64)
-    from accelerate import Accelerator
-    from accelerate.utils import reduce
+    def read(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """See `Store.read`."""
+        content = read_partial(self.path, self.key)
+        return None if content is None else (int(content[0]["step"]), content[1])
 
-    device = model.get_input_embeddings().weight.device
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    gates = torch.nn.Parameter(torch.ones(shape.layers, shape.kv_heads, device=device))
-    optimiser = torch.optim.AdamW([gates], lr=settings.rate, weight_decay=0.0)
-    free = torch.tensor([native is None for native in shape.native_windows], device=device)[:, None]
-    span = Span(settings.sink, settings.recent, 0.0)
-    mixture = Mixture(gates, span, shape)
-    first = _restore(partial, key, gates, optimiser)
-    dense: dict[int, torch.Tensor] = {}
-    with replaced_attention(model, NAME, mixture):
-        for step in range(first, settings.steps):
-            chosen = random.Random(f"{seed}/{step}/{accelerator.process_index}").randrange(len(queue))
-            document = queue[chosen]
-            with torch.no_grad():
-                gates.clamp_(0, 1)
-            if chosen not in dense:
-                mixture.mixing = False
-                with torch.no_grad():
-                    dense[chosen] = _last_states(model, document, device).cpu()
-                mixture.mixing = True
-            with recomputed(model, document.length):
-                states = _last_states(model, document, device)
-                difference = (states.float() - dense[chosen].to(device).float()).square().mean()
-                loss = difference + settings.penalty * gates[free.expand_as(gates)].abs().mean()
-                if not bool(torch.isfinite(loss)):
-                    raise UserError(
-                        "the loss of the gates is not finite",
-                        where=f"step {step + 1}, a document of {document.length} tokens",
-                        fix="train in float32 or bfloat16 instead of float16",
-                    )
-                optimiser.zero_grad()
-                accelerator.backward(loss)
-            if accelerator.num_processes > 1:
-                gates.grad = reduce(gates.grad, "mean")
-            for group in optimiser.param_groups:
-                group["lr"] = settings.rate * schedule(step, settings.steps)
-            optimiser.step()
-            progress(step + 1, settings.steps, f"gates, squared difference {float(difference.detach()):.4g}")
-            if (step + 1) % SAVE_EVERY == 0 and accelerator.is_main_process:
-                _save(partial, key, step + 1, gates, optimiser)
-    partial.unlink(missing_ok=True)
-    trained = gates.detach().clamp(0, 1)
-    return torch.where(free, trained, 1.0).double().cpu()
-
-
-class Mixture:
-    """Full attention, or its mixture with streaming attention."""
-
-    def __init__(self, gates: torch.Tensor, span: Span, shape: ModelShape) -> None:
-        self.gates = gates
-        self.span = span
-        self.shape = shape
-        self.mixing = True
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        """`[B, H, T, D]`."""
-        output = call.dense()
-        if self.mixing and call.window is None:
-            spans = (self.span,) * self.shape.kv_heads
-            prefill = choose_impl("auto", call.query).prefill
-            streaming = prefill(call.query, call.key, call.value, spans, scale=call.scaling)
-            gate = self.gates[call.layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
-            # In float32: a gate's gradient is the sum of a difference over all rows.
-            difference = output.float() - streaming.float()
-            output = (streaming.float() + gate[None, :, None, None] * difference).to(output.dtype)
-        return output
-
-
-def _last_states(model: Any, document: Document, device: torch.device) -> torch.Tensor:
-    """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
-    tokens = torch.tensor([document.tokens[: document.answer[1]]], device=device)
-    states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    picked: torch.Tensor = states[0, answer_rows(document.answer, device)]
-    return picked
-
-
-def _save(path: Path, key: str, step: int, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> None:
-    """Gates and the optimiser's moments."""
-    moments = optimiser.state[gates]
-    state = {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
-    write_partial(path, key, {"step": step}, {**state, "gates": gates.detach().cpu().contiguous()})
-
-
-def _restore(path: Path, key: str, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> int:
-    """Continue from a partial file: the number of steps done; with a damaged or foreign one, 0."""
-    found = read_partial(path, key)
-    if found is None:
-        return 0
-    notes, state = found
-    with torch.no_grad():
-        gates.copy_(state.pop("gates"))
-    optimiser.state[gates] = {
-        name: value if name == "step" else value.to(gates.device) for name, value in state.items()
-    }
-    return int(notes["step"])
+    def write(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Store.write`."""
+        write_partial(self.path, self.key, {"step": step}, tensors)
