@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from compress.models.planned import with_runtime_plan
 from compress.models.pruning import Kept, layers_of, prune, widths
 from compress.runtime.span import native_windows
-from compress.targets.apply import with_runtime_plan
 from tests.tiny import MIXED, tiny_model
 
 PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 CHECKPOINT_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
 

@@ -34,7 +34,7 @@ from compress.models.replaced import (
 from compress.profile.tiles import LayerTensors
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 NAME = "compress_profile"
 HALF_SCALE = 2.0**12  # loss scale of float16 models, whose smallest gradients would be flushed to zero

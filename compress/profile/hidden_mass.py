@@ -16,7 +16,7 @@ from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
     from compress.data.document import Document
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 UNIT = "share of a row's attention"
 

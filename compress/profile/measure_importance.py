@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
-from compress.models.shape import ModelShape
 from compress.models.units import units_of
 from compress.partial import read_partial, write_partial
+from compress.plan import ModelShape
 from compress.profile.importance import Importance
 from compress.profile.processes import Processes
 from compress.profile.projections import Projections

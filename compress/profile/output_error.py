@@ -16,7 +16,7 @@ from compress.runtime.span import Span
 
 if TYPE_CHECKING:
     from compress.data.document import Document
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 UNIT = "squared error over squared length of the output"
 

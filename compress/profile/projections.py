@@ -20,7 +20,7 @@ from compress.models.units import LayerUnits
 from compress.profile.capture import HALF_SCALE
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 ROWS = 1024  # tokens that are handed out at once: float32 copies of long documents would not fit
 

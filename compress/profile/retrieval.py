@@ -24,7 +24,7 @@ from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 UNIT = "share of a row's attention"
 

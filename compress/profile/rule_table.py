@@ -13,7 +13,7 @@ from compress.runtime.span import Span, first_key
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
     from compress.profile.tiles import Tile
 
 

@@ -18,8 +18,8 @@ from compress.data.document import Document
 from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
 from compress.models.memory import peak_bytes
-from compress.models.shape import ModelShape
 from compress.partial import read_partial, write_partial
+from compress.plan import ModelShape
 from compress.profile.capture import Capture
 from compress.profile.importance import Importance
 from compress.profile.measure_importance import PARTIAL as IMPORTANCE_PARTIAL

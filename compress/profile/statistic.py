@@ -16,7 +16,7 @@ from compress.registry import Method, statistics
 if TYPE_CHECKING:
     from compress.data.document import Document
     from compress.models.load import LoadedModel
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
     from compress.profile.tiles import Tile
 
 

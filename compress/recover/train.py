@@ -20,7 +20,7 @@ from compress.errors import UserError
 from compress.models.families import attention_modules
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import checkpoint_layers
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.recover.curve import Curve
 from compress.recover.loss import distill_loss, text_loss
 from compress.recover.settings import RecoverSettings

@@ -9,8 +9,8 @@ import torch
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.pruning import projections_of
-from compress.models.shape import ModelShape
 from compress.models.units import units_of
+from compress.plan import ModelShape
 from compress.profile import projections
 from compress.profile.amp import Amp
 from compress.profile.attention import Attention

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
@@ -17,7 +18,6 @@ from compress.profile.output_error import OutputError
 from compress.profile.runner import run_profile
 from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime.span import Span
-from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
 from tests.processes import spawn
 from tests.profile.common import GRID, document, documents, join, tensor_bytes
