@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compress import registry
-from compress.models.families import FAMILIES
 from compress.models.shape import shape_of
+from compress.runtime.families import FAMILIES
 from compress.runtime.span import FULL, SPAN_OF, Span, spans_of_plan
 from compress.search.problem import SearchProblem
 from compress.targets.cost import dense_kv_bytes

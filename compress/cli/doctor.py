@@ -78,8 +78,9 @@ def family_matrix() -> dict[str, Any]:
     import compress.targets.full
     import compress.targets.pruned
     import compress.targets.window  # noqa: F401
-    from compress.models.families import FAMILIES, REFUSED
+    from compress.models.families import REFUSED
     from compress.registry import targets
+    from compress.runtime.families import FAMILIES
 
     rows = {
         name: {

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.models.families import layers_of
+from compress.runtime.widths import Width
+
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
 
@@ -21,12 +24,12 @@ def activation_bytes(model: Any, shape: ModelShape, length: int, itemsize: int) 
     Per token and layer: what the norms read (with float32 copies below float32), Q, K, V and O with K and V repeated
     once per query head, and gate, activated gate and up projection.
     """
-    text = model.config.get_text_config()
+    config = model.config
     attention = (4 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
     read = {"q_norm": shape.query_heads * shape.head_dim, "k_norm": shape.kv_heads * shape.head_dim}
-    norms = [name.rpartition(".")[2] for name, _ in model.model.layers[0].named_modules() if name.endswith("norm")]
-    states = sum(read.get(name, text.hidden_size) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
-    return shape.layers * length * (states + itemsize * (attention + 3 * text.intermediate_size))
+    norms = [name.rpartition(".")[2] for name, _ in layers_of(model)[0].named_modules() if name.endswith("norm")]
+    states = sum(read.get(name, config.hidden_size) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
+    return shape.layers * length * (states + itemsize * (attention + 3 * Width.of(config).neurons))
 
 
 def available_bytes(device: torch.device) -> int | None:

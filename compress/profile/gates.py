@@ -220,7 +220,7 @@ class Mixture:
 def _last_states(model: Any, document: Document, device: torch.device) -> torch.Tensor:
     """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
     tokens = torch.tensor([document.tokens[: document.answer[1]]], device=device)
-    states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     picked: torch.Tensor = states[0, answer_rows(document.answer, device)]
     return picked
 

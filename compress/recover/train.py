@@ -17,10 +17,9 @@ import torch
 from accelerate import Accelerator
 
 from compress.errors import UserError
-from compress.models.families import attention_modules
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import checkpoint_layers
-from compress.models.shape import ModelShape
+from compress.models.shape import shape_without_weights
 from compress.recover.curve import Curve
 from compress.recover.loss import distill_loss, text_loss
 from compress.recover.settings import RecoverSettings
@@ -210,17 +209,7 @@ class _Passes:
 
 def _short_of_memory(model: torch.nn.Module, settings: RecoverSettings, sequences: int, device: torch.device) -> bool:
     """Whether the activations of a pass are too large. Trained projections keep their inputs: twice as much."""
-    config: Any = model.config
-    attention: Any = attention_modules(model)
-    shape = ModelShape(
-        architecture=type(model).__name__,
-        layers=len(attention),
-        query_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention[0].head_dim,
-        native_windows=(None,) * len(attention),
-        fingerprint="",
-    )
+    shape = shape_without_weights(model)
     itemsize = 4 if autocast_dtype(settings, device) is None else 2
     return needs_checkpointing(model, shape, 2 * sequences * settings.length, itemsize, device)
 

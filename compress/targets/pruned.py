@@ -8,7 +8,7 @@ from compress.registry import targets
 from compress.targets.target import Target
 
 if TYPE_CHECKING:
-    from compress.models.families import Family
+    from compress.runtime.families import Family
 
 
 @targets.register("pruned")

@@ -9,7 +9,7 @@ from compress.errors import nearest
 from compress.registry import Method, targets
 
 if TYPE_CHECKING:
-    from compress.models.families import Family
+    from compress.runtime.families import Family
 
 # The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
 # whether keys come from its own sequence.

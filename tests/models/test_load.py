@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
-from compress.models.families import FAMILIES, family_of
+from compress.models.families import family_of
 from compress.models.load import load_model, load_tokenizer
 from compress.models.shape import shape_of
 from compress.plan import read_plan
+from compress.runtime.families import FAMILIES
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 PROFILES = Path(__file__).parents[2] / "profiles" / "smollm2-135m"
