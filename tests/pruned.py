@@ -14,7 +14,7 @@ from compress.runtime.widths import Width
 from compress.targets.apply import with_runtime_plan
 from tests.tiny import MIXED, tiny_model
 
-PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3"]
+PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3", "gpt_neox"]
 
 
 def with_biases(family: str) -> Any:

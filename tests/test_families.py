@@ -19,7 +19,7 @@ from compress.cli.app import app
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
-from compress.models.families import REFUSED, attention_modules, check_pruning, family_of
+from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
@@ -78,8 +78,8 @@ def naive_model(name: str, rules: list[list[Rule]]) -> Any:
     """A stock model of the same weights whose heads see that much."""
     model = tiny_model(name)
     model.config._attn_implementation = "naive"
-    for attention, row in zip(attention_modules(model), rules, strict=True):
-        attention.naive_rules = row  # type: ignore[assignment]
+    for layer, row in zip(layers_of(model), rules, strict=True):
+        FAMILIES[name].attention_of(layer).naive_rules = row
     return model
 
 
@@ -142,6 +142,8 @@ def test_family(name: str) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     cached = model.generate(padded, **arguments)
     assert torch.equal(cached, model.generate(padded, use_cache=False, **arguments))
+    beams = arguments | {"max_new_tokens": 3, "num_beams": 2}
+    assert torch.equal(model.generate(padded, **beams), model.generate(padded, use_cache=False, **beams))
 
 
 ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)

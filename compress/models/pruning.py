@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from compress.errors import UserError
 from compress.models.families import check_pruning, family_of, layers_of
 from compress.runtime.families import Projection, groups_of, head_size_of
 from compress.runtime.widths import Width, declare, projections, width_of
+from compress.targets.unit import LayerParameters
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,6 @@ class Kept:
         return len(self.groups), len(self.query_heads(share)), len(self.neurons)
 
 
-class UnitParameters(NamedTuple):
-    """Parameters of one layer that go with one head group, one neuron and one query head, biases included."""
-
-    group: int
-    neuron: int
-    query: int
-
-    def removed(self, groups: int, queries: int, neurons: int) -> int:
-        """Parameters that go with whole groups, with `queries` query heads of groups that stay, and with neurons."""
-        return groups * self.group + queries * self.query + neurons * self.neuron
-
-
 def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
     """The width of every layer after `prune`, from the dense configuration."""
     share = config.num_attention_heads // groups_of(config)
@@ -84,15 +73,23 @@ def block_parameters(model: nn.Module) -> int:
 
 def missing_biases(model: nn.Module) -> int:
     """Parameters that the decoder layers gain when every projection has a bias (`add_output_biases`)."""
-    return sum(
-        module.out_features
-        for layer in layers_of(model)
-        for module in projections(layer, model.config).values()
-        if module.bias is None
-    )
+    return sum(_missing_biases(layer, model.config) for layer in layers_of(model))
 
 
-def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitParameters]:
+def _missing_biases(layer: nn.Module, config: Any) -> int:
+    return sum(module.out_features for module in projections(layer, config).values() if module.bias is None)
+
+
+def _parameters_of(layer: nn.Module, config: Any, unit: Mapping[str, int], biased: bool) -> LayerParameters:
+    """From the parameters of one head or neuron of every kind."""
+    width = width_of(layer, config)
+    group = width.query_heads // width.groups * unit["query"] + unit["key_value"]
+    whole = sum(weight.numel() for weight in layer.parameters()) + (_missing_biases(layer, config) if biased else 0)
+    rest = whole - width.groups * group - width.neurons * unit["neuron"]
+    return LayerParameters(group, unit["neuron"], unit["query"], width.neurons, rest)
+
+
+def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[LayerParameters]:
     """Parameters that go with one unit, per layer.
 
     Args:
@@ -110,7 +107,6 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitP
     rows, head_dim, found = family_of(config).projections, head_size_of(config), []
     for number, layer in enumerate(layers_of(model)):
         width = width_of(layer, config)
-        share = width.query_heads // width.groups
         parameters = Counter[str]()
         for name, module in projections(layer, config).items():
             row = rows[name]
@@ -125,8 +121,7 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitP
             biases = lines if row.axis == -2 and (biased or module.bias is not None) else 0
             for part in row.parts:
                 parameters[part] += (module.weight.numel() + biases) // lines * (1 if part == "neuron" else head_dim)
-        group = share * parameters["query"] + parameters["key_value"]
-        found.append(UnitParameters(group, parameters["neuron"], parameters["query"]))
+        found.append(_parameters_of(layer, config, parameters, biased))
     return found
 
 
