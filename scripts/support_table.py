@@ -2,9 +2,9 @@
 
 python scripts/support_table.py [--families] [--only WORD] [--print]     a few minutes on a CPU
 
-`--families` writes only their table, which comes from their rows, as `compress doctor --families` does. Both checkpoints
-are exported on the spot from a tiny random Llama. A row works when it computes what the reference does, is refused when
-an error says so, and fails otherwise. What is not installed is told by the library's own message: for the whole table
+`--families` writes only their table, made from their rows, as `compress doctor --families` is. Both checkpoints are
+exported on the spot from a tiny random Llama. A row works when it computes what the reference does, is refused when an
+error says so, and fails otherwise. What is not installed is told by the library's own message: for the whole table
 install bitsandbytes, torchao and optimum-quanto beside it.
 """
 
