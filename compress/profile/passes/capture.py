@@ -1,14 +1,14 @@
 """Runs a document through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
 
 The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same with
-SDPA and keeps what the tiles need. With gradients the layers arrive in backward order, inside the backward pass: a
+SDPA and keeps what statistics need. With gradients the layers arrive in backward order, inside the backward pass: a
 node of the autograd graph right behind each attention output saves Q, K and V, receives dLoss/dO, and is freed with
 what it saved as soon as it has handed the layer on. Under gradient checkpointing autograd recomputes the saved
 tensors of a layer just before its node runs, and nothing here has to know. Without gradients the layers arrive in
 forward order.
 
-The mask function that is registered beside it makes no mask at all: causality, the architecture's sliding window and
-padding are handled here, so that no N x N mask exists either.
+The mask function that is registered beside it makes no mask at all: causality and the architecture's sliding window are
+handled here, so that no N x N mask exists either.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from compress.models.replaced import (
     replaced_attention,
     tapped,
 )
-from compress.profile.tiles import LayerTensors
+from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
+    from compress.data.document import Document
     from compress.models.shape import ModelShape
 
 NAME = "compress_profile"
@@ -66,8 +67,6 @@ class Capture:
         self.gradient = gradient
         self.checkpointing = checkpointing
         self._undo = ExitStack()
-        self._start = 0
-        self._end = 0
         self._scale = 1.0
 
     def __enter__(self) -> Capture:
@@ -79,43 +78,31 @@ class Capture:
     ) -> None:
         self._undo.close()
 
-    def run(self, tokens: torch.Tensor, answer: tuple[int, int], valid: torch.Tensor | None = None) -> float | None:
-        """Pass one row of tokens through the model.
-
-        Args:
-            tokens: `[1, T]` token ids on the model's device.
-            answer: half-open range of the answer's tokens; the loss is the mean cross-entropy over them.
-            valid: `[T]` booleans, False at padding on the left or the right; default none. Layers are handed out
-                without the padding, so the row gives what it gives alone.
+    def run(self, sample: Document) -> float | None:
+        """Pass one sample through the model.
 
         Returns:
             The loss in nats per answer token, None without a backward pass.
 
         Raises:
             UserError: attention outputs or gradients that are not finite; names the layer.
-            ValueError: padding inside the sequence, or an answer outside it.
         """
-        length = tokens.shape[1]
-        self._start, self._end = _valid_range(valid, length)
-        first, end = answer
-        if not self._start < first < end <= self._end:
-            raise ValueError(f"answer {answer} is not inside the tokens {(self._start, self._end)} behind the first")
-        positions = torch.arange(length, device=tokens.device).sub(self._start).clamp(min=0)[None]
-        arguments = {"position_ids": positions, "use_cache": False}
+        weight = self.model.get_input_embeddings().weight
+        tokens = torch.tensor([sample.tokens], device=weight.device)
+        start, end = sample.answer
         if not self.gradient:
             with torch.no_grad():
                 last = torch.tensor([end - 1], device=tokens.device)
-                self.model(input_ids=tokens, logits_to_keep=last, **arguments)
+                self.model(input_ids=tokens, logits_to_keep=last, use_cache=False)
             return None
-        dtype = self.model.get_input_embeddings().weight.dtype
-        self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
+        self._scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
         with torch.enable_grad(), ExitStack() as layers:
-            if self._checkpoints(self._end - self._start, dtype.itemsize, tokens.device):
+            if self._checkpoints(sample.length, weight.dtype.itemsize, tokens.device):
                 checkpoint_layers(self.model, layers)
             embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
-            rows = answer_rows(answer, tokens.device)
-            logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, **arguments).logits[0]
-            loss = functional.cross_entropy(logits.float(), tokens[0, first:end])
+            rows = answer_rows(sample.answer, tokens.device)
+            logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, use_cache=False).logits[0]
+            loss = functional.cross_entropy(logits.float(), tokens[0, start:end])
             (loss * self._scale).backward()
         return float(loss.detach())
 
@@ -139,9 +126,6 @@ class Capture:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         window = self.shape.native_windows[layer]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        total = query.shape[2]
-        inside = slice(self._start, self._end)
-        query, key, value = query[:, :, inside], key[:, :, inside], value[:, :, inside]
         output = causal_attention(query, key, value, scaling, window)
         self._check(output, layer, "the attention output")
         if self.gradient:
@@ -153,8 +137,6 @@ class Capture:
             output = tapped(output, hand_on, query, key, value)
         else:
             self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window))
-        if total != self._end - self._start:
-            output = functional.pad(output, (0, 0, self._start, total - self._end))
         return output.transpose(1, 2).contiguous(), None
 
     def _check(self, values: torch.Tensor, layer: int, what: str) -> None:
@@ -166,13 +148,3 @@ class Capture:
                 found="NaN or infinity",
                 fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
             )
-
-
-def _valid_range(valid: torch.Tensor | None, length: int) -> tuple[int, int]:
-    """[start, end) of the one run of valid tokens. Raises ValueError when there is none or more than one."""
-    if valid is None:
-        return 0, length
-    inside = valid.nonzero().flatten()
-    if valid.shape != (length,) or not len(inside) or int(inside[-1] - inside[0]) + 1 != len(inside):
-        raise ValueError("valid: expected one run of True per row, padding only on the left and the right")
-    return int(inside[0]), int(inside[-1]) + 1
