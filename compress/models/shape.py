@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.models.families import attention_modules, family_of
+from compress.models.families import family_of, layers_of
 from compress.models.fingerprint import fingerprint_of, sampled_fingerprint_of
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.span import native_windows
+from compress.targets.cost import Cost
+from compress.targets.full import FullGroup
+from compress.targets.unit import Unit
 
 
 class ModelShape(BaseModel):
@@ -34,6 +38,16 @@ class ModelShape(BaseModel):
     native_windows: tuple[int | None, ...]
     fingerprint: str
     sampled: str | None = Field(default=None, exclude=True, repr=False)
+
+    def unit(self, layer: int, itemsize: int = 2, *, paged: bool = True, parameters: int = 0) -> Unit:
+        """A head group of a layer with all of its query heads; arguments as of `Unit`."""
+        queries = self.query_heads // self.kv_heads
+        return Unit(queries, self.head_dim, itemsize, self.native_windows[layer], paged, parameters)
+
+    def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
+        """What the model costs as it is, with transformers' own cache; parameters are not counted."""
+        units = (self.unit(layer, itemsize, paged=False) for layer in range(self.layers))
+        return Cost.total(FullGroup().cost(unit, length) * self.kv_heads for unit in units)
 
     def differing(self, recorded: Mapping[str, Any]) -> list[str]:
         """Names of the fields in which a record of a model is not this model; an older fingerprint counts, too.
@@ -65,14 +79,12 @@ def shape_without_weights(model: torch.nn.Module) -> ModelShape:
 
 def _sizes(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
-    family = family_of(config)
-    attention: Any = attention_modules(model)
-    windows = tuple(native_windows(config, len(attention)))
+    layers = len(layers_of(model))
     return {
-        "architecture": family.architecture,
-        "layers": len(attention),
+        "architecture": family_of(config).architecture,
+        "layers": layers,
         "query_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": attention[0].head_dim,
-        "native_windows": windows,
+        "kv_heads": groups_of(config),
+        "head_dim": head_size_of(config),
+        "native_windows": tuple(native_windows(config, layers)),
     }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
@@ -30,6 +28,7 @@ from compress.profile.store import (
     write_profile,
 )
 from compress.targets.window import SpanGrid
+from compress.versions import versions
 
 
 def run_profile(
@@ -115,7 +114,7 @@ def run_profile(
         peak_memory_bytes=partial.peak,
         seconds=partial.seconds,
         seed=seed,
-        versions=_versions(),
+        versions=versions(),
         sha256="",
     )
     if processes.main:
@@ -263,12 +262,3 @@ def _grid(statistics: Sequence[Statistic]) -> SpanGrid | None:
             fix="give every statistic the same `grid`, or leave it out everywhere",
         )
     return next(iter(grids.values()), None)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    try:
-        versions["compress"] = version("compress")
-    except PackageNotFoundError:
-        versions["compress"] = "not installed"
-    return versions

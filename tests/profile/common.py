@@ -99,7 +99,7 @@ def measure(
     shape, gradient = shape_of(model), any(statistic.needs_gradient for statistic in statistics)
     with (
         feeding(statistics, doc, shape, length, strip_bytes) as (feed, found),
-        Capture(model, shape, feed.layer, gradient=gradient, checkpointing=checkpointing) as capture,
+        Capture(model, feed.layer, gradient=gradient, checkpointing=checkpointing) as capture,
     ):
         capture.run(doc)
     return found

@@ -20,8 +20,8 @@ from compress.profile.heads.gates import Mixture
 from compress.profile.passes.capture import Capture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
-from compress.search.divergence import Divergence
-from compress.search.effects import sampled_effects
+from compress.search.refine.divergence import Divergence
+from compress.search.refine.effects import sampled_effects
 from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -104,7 +104,7 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
         for gradient in (False, True):
             with (
                 pytest.raises(UserError, match=says),
-                Capture(dense, shape, lambda tensors: None, gradient=gradient) as capture,
+                Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
                 capture.run(divergence.documents[0])
         mixture = Mixture(torch.ones(3, 2), Span(4, 8, 0.0), shape)

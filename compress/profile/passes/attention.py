@@ -27,9 +27,7 @@ class AttentionPass(SamplePass):
         """See `SamplePass.reader`."""
         gradient = any(statistic.needs_gradient for statistic in statistics)
         feed = Feed(statistics, Workspace(run.subject.device), run.strip_bytes)
-        with Capture(
-            run.subject.model, run.subject.shape, feed.layer, gradient=gradient, checkpointing=run.checkpointing
-        ) as capture:
+        with Capture(run.subject.model, feed.layer, gradient=gradient, checkpointing=run.checkpointing) as capture:
 
             def read(item: Item, sheet: Sheet) -> float | None:
                 feed.item, feed.sheet = item, sheet

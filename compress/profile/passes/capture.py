@@ -22,23 +22,14 @@ import torch
 from torch.nn import functional
 
 from compress.errors import UserError
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import (
-    answer_rows,
-    causal_attention,
-    checkpoint_layers,
-    refuse_arguments,
-    replaced_attention,
-    tapped,
-)
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import AttentionCall, answer_rows, replaced_attention, tapped
 from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
     from compress.data.document import Document
-    from compress.models.shape import ModelShape
 
 NAME = "compress_profile"
-HALF_SCALE = 2.0**12  # loss scale of float16 models, whose smallest gradients would be flushed to zero
 
 Consume = Callable[[LayerTensors], None]
 
@@ -51,18 +42,14 @@ class Capture:
 
     Args:
         model: a causal language model of a supported family.
-        shape: its shape.
         consume: called once per layer and document.
         gradient: run a backward pass and give `output_gradient`.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations; None
             decides per document from an estimate and the free memory. The numbers are the same.
     """
 
-    def __init__(
-        self, model: Any, shape: ModelShape, consume: Consume, *, gradient: bool, checkpointing: bool | None = None
-    ) -> None:
+    def __init__(self, model: Any, consume: Consume, *, gradient: bool, checkpointing: bool | None = None) -> None:
         self.model = model
-        self.shape = shape
         self.consume = consume
         self.gradient = gradient
         self.checkpointing = checkpointing
@@ -95,10 +82,8 @@ class Capture:
                 last = torch.tensor([end - 1], device=tokens.device)
                 self.model(input_ids=tokens, logits_to_keep=last, use_cache=False)
             return None
-        self._scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
-        with torch.enable_grad(), ExitStack() as layers:
-            if self._checkpoints(sample.length, weight.dtype.itemsize, tokens.device):
-                checkpoint_layers(self.model, layers)
+        self._scale = loss_scale(weight.dtype)
+        with torch.enable_grad(), recomputed(self.model, sample.length, chosen=self.checkpointing):
             embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
             rows = answer_rows(sample.answer, tokens.device)
             logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, use_cache=False).logits[0]
@@ -106,45 +91,32 @@ class Capture:
             (loss * self._scale).backward()
         return float(loss.detach())
 
-    def _checkpoints(self, length: int, itemsize: int, device: torch.device) -> bool:
-        if self.checkpointing is not None:
-            return self.checkpointing
-        return needs_checkpointing(self.model, self.shape, length, itemsize, device)
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        """`[1, H, T, D]`; hands the layer on."""
+        # Not `call`: what is handed to the backward pass may not keep what recomputed layers give up.
+        layer, scaling, window = call.layer, call.scaling, call.window
+        output = call.dense()
+        _check(output, layer, "the attention output")
 
-    def _attention(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attention function of transformers' interface: `[B, H, T, D]` in, `[B, T, H, D]` out, batch 1."""
-        refuse_arguments(module, others)
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        window = self.shape.native_windows[layer]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = causal_attention(query, key, value, scaling, window)
-        self._check(output, layer, "the attention output")
+        def hand_on(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None) -> None:
+            if slope is not None:
+                _check(slope, layer, "the gradient of the attention output")
+                slope = slope[0].float() / self._scale
+            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window, slope))
+
         if self.gradient:
+            return tapped(output, hand_on, call.query, call.key, call.value)
+        hand_on(call.query, call.key, call.value, None)
+        return output
 
-            def hand_on(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slope: torch.Tensor) -> None:
-                self._check(slope, layer, "the gradient of the attention output")
-                self.consume(LayerTensors(layer, q[0], k[0], v[0], scaling, window, slope[0].float() / self._scale))
 
-            output = tapped(output, hand_on, query, key, value)
-        else:
-            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window))
-        return output.transpose(1, 2).contiguous(), None
-
-    def _check(self, values: torch.Tensor, layer: int, what: str) -> None:
-        if not bool(torch.isfinite(values).all()):
-            raise UserError(
-                f"{what} of layer {layer} is not finite",
-                where=f"model, layer {layer}",
-                expected="finite numbers",
-                found="NaN or infinity",
-                fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
-            )
+def _check(values: torch.Tensor, layer: int, what: str) -> None:
+    """Refuse NaN and infinity."""
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"{what} of layer {layer} is not finite",
+            where=f"model, layer {layer}",
+            expected="finite numbers",
+            found="NaN or infinity",
+            fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
+        )

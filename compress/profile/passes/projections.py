@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional
 
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import answer_rows, checkpoint_layers, frozen
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import answer_rows, frozen
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
-from compress.profile.passes.capture import HALF_SCALE
 from compress.profile.passes.samples import Read, SamplePass
 from compress.profile.statistic import Item, Reads, Subject
 from compress.profile.sums import Sheet
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
     from compress.profile.units.base import UnitStatistic
 
 ROWS = 1024  # tokens that are handed out at once: float32 copies of long documents would not fit
@@ -80,11 +78,9 @@ class _Reader:
             with torch.no_grad():
                 self._logits(tokens, last)
             return
-        scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
+        scale = loss_scale(weight.dtype)
         self._drop_gradients()
-        with torch.enable_grad(), ExitStack() as layers:
-            if self._checkpoints(sample, weight):
-                checkpoint_layers(self.subject.model, layers)
+        with torch.enable_grad(), recomputed(self.subject.model, sample.length, chosen=self.checkpointing):
             logits = self._logits(tokens, answer_rows(sample.answer, tokens.device))
             loss = functional.cross_entropy(logits.float(), tokens[0, slice(*sample.answer)], reduction="sum")
             (loss * scale).backward()
@@ -116,12 +112,6 @@ class _Reader:
                     statistic.add(sums[layer.index], layer, kind, inputs)
 
         return hook
-
-    def _checkpoints(self, sample: Document, weight: torch.Tensor) -> bool:
-        if self.checkpointing is not None:
-            return self.checkpointing
-        model, shape = self.subject.model, self.subject.shape
-        return needs_checkpointing(model, shape, sample.length, weight.dtype.itemsize, weight.device)
 
     def _drop_gradients(self) -> None:
         if self.gradient:
