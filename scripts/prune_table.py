@@ -35,10 +35,10 @@ from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.requests import RequestFile, read_requests
 from compress.files import write_text
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem
-from compress.targets.apply import planned_model
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
 from scripts.prune_choices import CONTRIBUTION, SCORES, scores_of, solver_of, take_scores

@@ -81,7 +81,7 @@ def load_trained(model: Any, folder: Path) -> Any:
     found: dict[str, torch.Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
-            raise UserError("there are no trained weights", where=str(folder / name), fix="compress recover RECIPE")
+            raise UserError("there are no trained weights", where=str(folder / name), fix=AGAIN)
         try:
             found |= load_file(folder / name)
         except SafetensorError as error:

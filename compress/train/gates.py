@@ -18,7 +18,7 @@ from torch import nn
 from compress.data.document import Document
 from compress.models.backward import recomputed
 from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import Span
 from compress.train.loop import Learn, Progress, Settings, train
@@ -143,6 +143,6 @@ class Mixture(nn.Module):
     def _last_states(self, document: Document) -> torch.Tensor:
         """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
         tokens = torch.tensor([document.tokens[: document.answer[1]]], device=self.gates.device)
-        states = self._model[0].model(input_ids=tokens, use_cache=False).last_hidden_state
+        states = self._model[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state
         rows: torch.Tensor = states[0, answer_rows(document.answer, self.gates.device)]
         return rows

@@ -15,12 +15,12 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from compress.bench.model import DENSE, NONE
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.profile.capture import Capture
+from compress.models.planned import planned_model
+from compress.profile.passes.capture import Capture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
-from compress.targets.apply import planned_model
 from compress.train.gates import Mixture
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -103,9 +103,9 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
         for gradient in (False, True):
             with (
                 pytest.raises(UserError, match=says),
-                Capture(dense, shape, lambda tensors: None, gradient=gradient) as capture,
+                Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
-                capture.run(IDS, (10, 12))
+                capture.run(divergence.documents[0])
         with pytest.raises(UserError, match=says), Mixture(dense, shape, Span(4, 8, 0.0)).mixed_attention():
             dense(IDS)
         with pytest.raises(UserError, match=says):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.models.trained import load_trained, write_trained
-from compress.targets.apply import planned_model
 from compress.train.lora import attach, merge, projections
 from compress.train.objectives.distill import distill_loss
 from compress.train.objectives.text import text_loss

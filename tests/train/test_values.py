@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
 from compress.train.settings import RecoverSettings
 from tests.tiny import mixed_plan, random_ids, shape_of
 from tests.train.common import model_of, settings, trained
