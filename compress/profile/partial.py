@@ -121,7 +121,7 @@ class Step:
     def read(self) -> tuple[int, dict[str, torch.Tensor]] | None:
         """See `Store.read`."""
         state = self.partial.state(self.name)
-        return None if state is None else (int(state[0]["step"]), state[1])
+        return None if state is None else (int(state[0]["step"]), dict(state[1]))
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Store.write`."""
