@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from compress.models.load import LoadedModel
-from compress.models.shape import ModelShape, shape_of
-from compress.plan import Plan, make_plan
+from compress.models.shape import shape_of
+from compress.plan import ModelShape, Plan, make_plan
+from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
+from compress.targets.span import SpanTarget
 from compress.targets.window import WindowGroup
 
 VOCABULARY = 97
@@ -75,6 +77,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MORE: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {"mlp_bias": True},
+    "bitnet": {},
     "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.5} | THIRD_SLIDES,
     "dots1": {
@@ -92,6 +95,9 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "glm": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "glm4": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "gpt2": {},
+    "gpt_neox": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "gptj": {"rotary_dim": 6},
     "granite": {
         "attention_multiplier": 0.4,
         "embedding_multiplier": 2.0,
@@ -115,9 +121,11 @@ MORE: dict[str, dict[str, Any]] = {
         },
     },
     "mixtral": EXPERTS | {"num_local_experts": 4},
+    "nemotron": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "olmo": {"clip_qkv": 1.5},
     "olmo2": {},
     "olmo3": dict(THIRD_SLIDES),
+    "persimmon": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "phi": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "qk_layernorm": True},
     "phimoe": EXPERTS | {"num_local_experts": 4},
     "qwen2_moe": {
@@ -130,6 +138,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 16},
     "seed_oss": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True} | THIRD_SLIDES,
+    "stablelm": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "qk_layernorm": True},
     "starcoder2": {"sliding_window": None},
 }
 
@@ -181,6 +190,16 @@ def mixed_plan(shape: ModelShape) -> Plan:
         for native in shape.native_windows
     ]
     return make_plan(shape, groups, provenance={"made by": "tests"})
+
+
+def spans_of(plan: Plan) -> list[list[AnySpan]]:
+    """What every head group that stays sees, `[layers][groups]`, of a plan of windows."""
+    rows: list[list[AnySpan]] = []
+    for row in plan.groups_that_stay():
+        targets = [(group, native) for group, native in row if isinstance(group, SpanTarget)]
+        assert len(targets) == len(row)
+        rows.append([group.span(native) for group, native in targets])
+    return rows
 
 
 @functools.cache

@@ -11,13 +11,14 @@ from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
-    from compress.models.families import Family
+    from compress.runtime.families import Family
 
 
 @targets.register("pruned")
 class PrunedGroup(Target):
     """Removed: keys, values and query heads of the group are not computed, and nothing of it is cached."""
 
+    noun: ClassVar[str] = "removed"
     removes: ClassVar[bool] = True
     as_built: ClassVar[bool] = True
 
@@ -39,10 +40,10 @@ class PrunedGroup(Target):
         """Nothing."""
         return Cost()
 
-    def words(self) -> str:
-        """As a report says it."""
+    def words(self, native: int | None = None) -> str:
+        """That it is gone."""
         return "removed"
 
-    def short(self) -> str:
+    def short(self, native: int | None = None) -> str:
         """A dash."""
         return "-"
