@@ -33,8 +33,8 @@ from compress.models.shape import ModelShape
 from compress.profile.influence import Influence
 from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.runtime import flash
-from compress.runtime.attention import IMPLS
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import IMPLS
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 from compress.targets.cost import prefill_density
 

@@ -35,7 +35,7 @@ from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
 from compress.registry import statistics
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:

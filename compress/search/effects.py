@@ -24,7 +24,7 @@ from torch.nn import functional
 from compress.models.memory import needs_checkpointing
 from compress.models.replaced import causal_attention, checkpoint_layers, refuse_arguments, replaced_attention, tapped
 from compress.models.shape import ModelShape
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import FULL, Span
 from compress.search.divergence import Divergence
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import nearest
@@ -19,12 +21,15 @@ PATTERNS = ("causal self", "bidirectional self", "causal cross", "bidirectional 
 class Target(Method):
     """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.
 
-    Its fields are what the plan file holds. What a checkpoint does with them is in `runtime/`.
+    Its fields are what the plan file holds. What a checkpoint does with them is in the mixer that `runtime` names.
 
     Attributes:
+        runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
+            a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
     """
 
+    runtime: ClassVar[str | None] = None
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
 
     target: str
@@ -51,3 +56,20 @@ def parse_target(value: Any) -> Any:
             f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
         )
     return known[name].model_validate(value, strict=True)
+
+
+def targets_of(plan: dict[str, Any]) -> set[str]:
+    """Names of the targets in a plan as a model's configuration carries it."""
+    return {group["target"] for layer in plan["layers"] for group in layer["groups"]}
+
+
+def load_mixers(names: Iterable[str]) -> list[str]:
+    """Import the runtime of targets, which registers their mixers; the names of the modules.
+
+    Raises:
+        UserError: no target of such a name.
+    """
+    modules = sorted({module for name in names if (module := targets[name].runtime) is not None})
+    for module in modules:
+        import_module(module)
+    return modules

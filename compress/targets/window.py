@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
@@ -20,6 +20,8 @@ from compress.targets.target import Target
 @targets.register("window")
 class WindowGroup(Target):
     """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
+
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
 
     target: Literal["window"] = "window"
     sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")
