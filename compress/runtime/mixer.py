@@ -153,8 +153,8 @@ class Mixer(nn.Module):
         Args:
             query: `[B, H, T, D]` after RoPE, the query heads of this mixer's groups, group by group.
             key, value: `[B, G, T, D]` of its groups; they are no part of the state yet.
-            state: what `state` made, with the tokens before; None in a pass without a cache, and in one that computes a layer
-                again for its gradient.
+            state: what `state` made, with the tokens before. None in a pass without a cache, and in one that computes
+                a layer again for its gradient.
             step: about the pass; `step.rows` says which columns are tokens.
             scale: factor on the scores, 1 / sqrt(D) when None.
             dropout: probability of leaving out an attention weight.

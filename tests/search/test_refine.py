@@ -10,17 +10,17 @@ import torch
 from compress.cli.stages import NO_STEPS
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.models.replaced import replaced_attention
+from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import FULL, Span
-from compress.search.budget import Budget
-from compress.search.divergence import Divergence
-from compress.search.effects import drawn, sampled_effects
-from compress.search.exchange import Decision, exchange
+from compress.search.budget.budget import Budget
 from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
-from compress.search.refine import Loss, Refine, refine, rules_of
-from compress.search.search import make_problem, run_search
-from compress.search.uniform import Uniform
+from compress.search.refine.divergence import Divergence
+from compress.search.refine.effects import drawn, sampled_effects
+from compress.search.refine.exchange import Decision, exchange
+from compress.search.refine.refine import Loss, Refine, refine, rules_of
+from compress.search.run import make_problem, run_search
+from compress.search.solvers.uniform import Uniform
 from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
@@ -54,7 +54,7 @@ def setting(family: str = "llama-gqa", kv: float = 0.5) -> tuple[Any, SearchProb
 def test_divergence_is_zero_for_the_dense_model_and_below_that_of_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("compress.search.divergence.LIKELIEST", 16)
+    monkeypatch.setattr("compress.search.refine.divergence.LIKELIEST", 16)
     model = tiny_model("llama-gqa")
     divergence = Divergence(model, DOCUMENTS)
     assert all(abs(value) < 1e-5 for value in divergence.measure(model).values())
@@ -95,15 +95,15 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
         dense = dict(divergence.answer_logits(model, [0, 1]))
 
     def moved(step: float, group: int, number: int) -> float:
-        def attention(m: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
-            native = shape.native_windows[m.layer_idx]
-            own = FULL if native is None else Span(0, native, 0.0)
-            out = prefill(q, k, v, [own] * shape.kv_heads, scale=scaling)
-            if m.layer_idx == layer:
+        def attention(call: AttentionCall) -> torch.Tensor:
+            q, k, v = call.query, call.key, call.value
+            own = FULL if call.window is None else Span(0, call.window, 0.0)
+            out = prefill(q, k, v, [own] * shape.kv_heads, scale=call.scaling)
+            if call.layer == layer:
                 other = [own] * shape.kv_heads
                 other[group] = rules[layer][1][group]
-                out = out + step * (prefill(q, k, v, other, scale=scaling) - out)
-            return out.transpose(1, 2), None
+                out = out + step * (prefill(q, k, v, other, scale=call.scaling) - out)
+            return out
 
         with replaced_attention(model, "test_change", attention), torch.no_grad():
             rows = dict(divergence.answer_logits(model, [number]))[number]
@@ -269,7 +269,7 @@ def test_a_refinement_says_whether_the_time_or_the_tries_ended(tmp_path: Path) -
     assert ended.step == 0 and not ended.exhausted
     # Where the model likes nothing better there is no exchange to measure, and time is left.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.search.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
+        patch.setattr("compress.search.refine.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
         tried, _ = run(tmp_path / "tries", Refine(minutes=5, samples=1))
     assert tried.step == 0 and tried.exhausted and tried.seconds < 300
     assert "no exchange within the budget" in NO_STEPS[tried.exhausted] and "time ended" in NO_STEPS[ended.exhausted]
