@@ -39,7 +39,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     Raises:
         UserError: not done although it must be, or it failed (see `run_profile`).
     """
-    from compress.profile.runner import run_profile
+    from compress.profile.run import run_profile
     from compress.profile.stability import stabilities
     from compress.profile.store import read_profile
 

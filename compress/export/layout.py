@@ -12,7 +12,7 @@ from typing import Any
 
 from compress import runtime
 from compress.json_file import read_object
-from compress.models.families import Family
+from compress.runtime.families import Family
 from compress.targets.target import load_mixers, targets_of
 
 RUNTIME = Path(str(runtime.__file__)).parent
