@@ -12,6 +12,7 @@ from typing import Any
 
 from compress import runtime
 from compress.json_file import read_object
+from compress.plan import Form
 from compress.runtime.families import Family
 from compress.targets.target import load_mixers, targets_of
 
@@ -90,6 +91,14 @@ def copy_runtime(folder: Path) -> None:
     config = read_object(folder / "config.json", "the checkpoint's config.json")
     for name, text in runtime_files(config["compress_plan"]).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def checkpoint_form(folder: Path) -> Form | None:
+    """The form of the checkpoint in a folder; None where there is none."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    return "patched" if brings_code(folder) else "native"
 
 
 def brings_code(folder: Path) -> bool:
