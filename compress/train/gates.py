@@ -19,7 +19,7 @@ from compress.data.document import Document
 from compress.models.backward import recomputed
 from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
 from compress.plan import ModelShape
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import Span
 from compress.train.loop import Learn, Progress, Settings, train
 from compress.train.objectives.gates import Gates
