@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from compress.export.export import export_checkpoint
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.models.families import family_of
+from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.runtime.span import PAGE
-from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from tests.pruned import PRUNED, unevenly_pruned
@@ -163,7 +163,7 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
-    spans = model.model.compress_spans
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
     page = PAGE * 2 * shape.head_dim * 4
     groups = sum(len(row) for row in spans)
     for length in (1, 63, 64, 65, 200, 700):

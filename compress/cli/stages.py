@@ -283,11 +283,9 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
     from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import UNTRAINED
+    from compress.models.planned import planned_model
     from compress.plan import read_plan
-    from compress.search.budget.budget import dense_bytes
     from compress.search.measure import plan_key
-    from compress.targets.apply import planned_model
-    from compress.targets.cost import kv_bytes
 
     shape, model = session.shape, session.loaded.model
     itemsize = model.dtype.itemsize
@@ -305,11 +303,10 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
+    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for name, entry in plans.items():
-        spans = entry.spans()
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
+        held = {length: entry.cost(length, itemsize).held_bytes for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)

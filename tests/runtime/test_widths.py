@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from compress.models.planned import with_runtime_plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.apply import with_runtime_plan
 from tests.pruned import PRUNED, groups_of, plan_of, uneven, unevenly_pruned, with_biases, zero
 from tests.tiny import random_ids, tiny_model
 
@@ -24,7 +24,7 @@ def test_pruned_with_windows_equals_zeroed_with_windows(family: str) -> None:
     ids = random_ids(2, 301)
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-9, atol=1e-9)
-    assert len({len(row) for row in pruned.base_model.compress_spans}) > 1
+    assert len({kinds.count for kinds in pruned.base_model.compress_kinds}) > 1
 
 
 @pytest.mark.parametrize("family", PRUNED)

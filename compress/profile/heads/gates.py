@@ -29,11 +29,11 @@ from compress.profile.passes.base import Samples
 from compress.profile.passes.training import TrainedStatistic
 from compress.profile.statistic import Progress, Result, Results, Subject
 from compress.registry import statistics
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 NAME = "compress_gates"
 SAVE_EVERY = 25  # steps
