@@ -136,7 +136,7 @@ class Profile:
         Raises:
             UserError: the target was not priced at that length; says which were.
         """
-        if target.as_built:
+        if target.as_built and not target.removes:
             model = self.header.model
             return torch.zeros(model.layers, model.kv_heads)
         return self.tensor(Key("effect", part, length).to(target))

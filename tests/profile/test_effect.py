@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from compress.runtime.mixer import MIXERS, register
-from compress.runtime.mixer_masked import MaskedMixer
 from pydantic import Field
 
 from compress.errors import UserError
@@ -18,6 +16,8 @@ from compress.profile.heads.influence import Influence
 from compress.profile.key import Key, target_form
 from compress.profile.run import run_profile
 from compress.registry import targets
+from compress.runtime.mixer import MIXERS, register
+from compress.runtime.mixer_masked import MaskedMixer
 from compress.runtime.span import Span
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
@@ -41,7 +41,7 @@ class EveryThird(Target):
         """Of no use here."""
         raise NotImplementedError
 
-    def words(self) -> str:
+    def words(self, native: int | None = None) -> str:
         """For messages."""
         return "every third key"
 
@@ -109,9 +109,10 @@ def test_it_is_the_derivative_of_the_true_loss(family: str, example: Target) -> 
         assert bool((found[f"effect.absolute[{target_form(target)}].90"] >= signed.abs()).all())
         for layer in range(shape.layers):
             for group in range(shape.kv_heads):
-                losses = [loss_at(exact, layer, group, target, share) for share in (-1e-4, 1e-4)]
-                slope = (losses[1] - losses[0]) / 2e-4
-                assert float(signed[layer, group]) == pytest.approx(slope, rel=2e-3, abs=2e-5)
+                losses = [loss_at(exact, layer, group, target, share) for share in (-1e-3, 1e-3)]
+                # Smaller steps drown in the float32 rounding of the losses, larger ones in curvature.
+                slope = (losses[1] - losses[0]) / 2e-3
+                assert float(signed[layer, group]) == pytest.approx(slope, rel=3e-3, abs=3e-4)
 
 
 def test_of_windows_it_is_the_joint_influence() -> None:

@@ -28,7 +28,7 @@ from compress.runtime.mixer import LayerFacts
 from compress.targets.target import Target, parse_target
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 @statistics.register("effect")
@@ -75,11 +75,7 @@ class Effect(HeadStatistic):
             group_size=query.shape[1] // groups,
             native_window=layer.window,
         )
-        placed = [
-            number
-            for number, target in enumerate(self.targets)
-            if layer.window is None or target.as_built or target.removes
-        ]
+        placed = [number for number, target in enumerate(self.targets) if layer.window is None or target.as_built]
         alternatives = Alternatives(facts, [[self.targets[number]] * groups for number in placed])
         for number, change in zip(placed, alternatives.changes(query, key, value, layer.scaling), strict=True):
             effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
