@@ -169,7 +169,7 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
-    spans = model.model.compress_spans
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
     page = PAGE * 2 * shape.head_dim * 4
     groups = sum(len(row) for row in spans)
     for length in (1, 63, 64, 65, 200, 700):
