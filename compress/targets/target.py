@@ -44,7 +44,7 @@ class Target(Method):
         runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
             a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
-        noun: what a group gets, for a count of such groups, for instance `a window`.
+        noun: what a group gets, for a count of such groups, for instance `a window`; empty takes the target's name.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
@@ -54,7 +54,7 @@ class Target(Method):
 
     runtime: ClassVar[str | None] = None
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
-    noun: ClassVar[str]
+    noun: ClassVar[str] = ""
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
