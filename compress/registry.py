@@ -32,7 +32,8 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     # What a statistic leaves for a search to read, by name: `units` (a score of every head and neuron), `means` (their
-    # mean inputs), `groups` (one number a head group) or `rules` (a table of span rules).
+    # mean inputs), `groups` (one number a head group), `rules` (a table of span rules) or `targets` (what each of some
+    # targets costs a head group).
     gives: ClassVar[Mapping[str, str]] = {}
 
     def scores_read(self) -> Mapping[str, str]:
