@@ -107,14 +107,15 @@ class Target(Method):
         return False
 
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:
-        """Tensors that the runtime's mixer of this target has for one group, converted from the dense attention.
+        """What the mixer of this target starts with for one group, converted from the weights of its attention.
 
         Args:
-            attention: the dense layer's attention module.
+            attention: the layer's attention module, with the projections that the plan leaves.
             group: index of the head group in it.
 
         Returns:
-            Name of the mixer's parameter -> tensor; nothing where the mixer owns no parameters.
+            Name of a parameter of the mixer -> its entry for this group; the mixer's parameter has the groups as its
+            first axis. A parameter without an entry keeps what `Mixer.reset_parameters` gave it.
         """
         return {}
 
