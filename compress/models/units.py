@@ -31,14 +31,14 @@ class LayerUnits:
 
     index: int
     family: Family
-    projections: Mapping[str, nn.Linear]
+    projections: Mapping[str, Any]
     groups: int
     queries: int
     head_dim: int
     neurons: int
 
-    def output(self, kind: str) -> nn.Linear:
-        """The projection that reads the outputs of all units of a kind: `query` or `neuron`."""
+    def output(self, kind: str) -> Any:
+        """What reads the outputs of all units of a kind, `query` or `neuron`: a linear module or `Experts`."""
         return self.projections[self.family.reader(kind)]
 
     def sums(self, values: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

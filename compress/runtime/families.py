@@ -130,9 +130,14 @@ class Family:
         return f"Compress{self.name}"
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the neurons are those of experts."""
+        return any(".experts." in name for name in self.projections)
+
+    @property
     def neuron_step(self) -> int:
         """What the number of neurons of an MLP is a multiple of: PyTorch multiplies by experts in rows of 16 bytes."""
-        return 8 if any(".experts." in name for name in self.projections) else 1
+        return 8 if self.has_experts else 1
 
     def classes(self) -> tuple[str, str, str]:
         """The stock configuration, decoder and language model."""

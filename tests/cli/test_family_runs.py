@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.plan import read_plan
 from compress.runtime.families import FAMILIES
-from compress.targets.apply import planned_model
 from tests import processes
 from tests.cli.recipes import make_recipe
 from tests.tiny import random_ids, tiny_model
@@ -44,3 +44,20 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
         expected = model(random_ids(1, 301)).logits
     for logits in load_file(tmp_path / "reloaded" / "checkpoint.safetensors").values():
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_pruned_by_their_gradients(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("mixtral"))
+    head = recipe.read_text().partition("profile:")[0]
+    for statistic in ("wanda_sp", "taylor"):
+        recipe.write_text(
+            f"{head}profile: {{statistics: [{{name: {statistic}}}]}}\nsearch:\n  budget: {{parameters: 0.7}}\n"
+            f"  solver: {{name: allocated, importance: {statistic}, multiple: 8}}\n"
+        )
+        result = CliRunner().invoke(app, ["run", str(recipe)])
+        if statistic == "wanda_sp":
+            assert result.exit_code == 2 and "experts are no modules of their own" in result.stderr
+    assert result.exit_code == 0, result.output
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    assert plan.prunes and all(layer.mlp is None or layer.mlp.kept % 8 == 0 for layer in plan.layers)
+    assert any(layer.mlp is not None for layer in plan.layers)

@@ -10,6 +10,7 @@ import torch
 from compress.cli.stages import NO_STEPS
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import FULL, Span
@@ -21,7 +22,6 @@ from compress.search.refine.exchange import Decision, exchange
 from compress.search.refine.refine import Loss, Refine, refine, rules_of
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.uniform import Uniform
-from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
