@@ -34,8 +34,8 @@ from compress.profile.heads.influence import Influence
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.profile.statistic import Item, Subject
 from compress.runtime import flash
-from compress.runtime.attention import IMPLS
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import IMPLS
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16

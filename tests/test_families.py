@@ -22,7 +22,7 @@ from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
-from compress.models.planned import planned_model, with_runtime_plan
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
@@ -35,7 +35,7 @@ from compress.runtime.widths import Width
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.pruned import groups_of, plan_of, uneven, with_biases, zero
+from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
 from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
 
 Rule = tuple[int, int, float]
@@ -133,7 +133,8 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    predicted = kv_bytes(model.base_model.compress_spans, LENGTH, shape.head_dim, 4)
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
+    predicted = kv_bytes(spans, LENGTH, shape.head_dim, 4)
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -247,9 +248,8 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
     with pytest.raises(UserError, match="pruned already"):
         prune(pruned, kept)
-    planned = with_runtime_plan(pruned, plan_of(pruned, kept))
-    other = with_runtime_plan(zeroed, {"layers": [{"groups": row} for row in groups_of(zeroed)]})
-    torch.testing.assert_close(logits(planned, ids), logits(other, ids), **CLOSE)
+    windows = planned_model(zeroed, make_plan(shape_of(zeroed), targets_of(zeroed)))
+    torch.testing.assert_close(logits(unevenly_pruned(name), ids), logits(windows, ids), **CLOSE)
 
     alike = [Kept((1,), tuple(range(0, width.neurons, 2)))] * 3
     fewer = [Kept(tuple(range(width.groups)), tuple(range(width.neurons // 2)))] * 3
