@@ -26,7 +26,7 @@ import transformers
 from compress.cli import methods
 from compress.cli.session import resolve_device
 from compress.data.calibration import calibration_documents
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.data.text import EmbeddedText, FileText, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
@@ -256,7 +256,7 @@ def _line(
     return " | ".join(parts)
 
 
-def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[Document]:
+def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[TextSample]:
     """The profiled documents, and the first few of each length that train."""
     calibration = recipe.calibration
     for requests, most in ((calibration.documents, None), (calibration.training, learn)):

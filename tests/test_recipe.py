@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from compress.cli import methods
 from compress.errors import UserError
-from compress.located_yaml import read_located
+from compress.recipe.located_yaml import read_located
 from compress.recipe import Methods, Recipe, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -22,7 +22,14 @@ import torch
 from torch.nn import functional
 
 from compress.models.memory import needs_checkpointing
-from compress.models.replaced import causal_attention, checkpoint_layers, refuse_arguments, replaced_attention, tapped
+from compress.models.replaced import (
+    causal_attention,
+    checkpoint_layers,
+    differentiable_inputs,
+    refuse_arguments,
+    replaced_attention,
+    tapped,
+)
 from compress.models.shape import ModelShape
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import FULL, Span
@@ -78,20 +85,18 @@ def sampled_effects(
 
         return tapped(output, add, query, key, value, output).transpose(1, 2).contiguous(), None
 
-    embedding = model.get_input_embeddings()
-    with replaced_attention(model, NAME, attention), torch.enable_grad():
+    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    with replaced_attention(model, NAME, attention), differentiable_inputs(model), torch.enable_grad():
         for sample in range(samples):
             for members in divergence.batches(range(count)):
-                tokens = divergence.tokens(members)
                 current[:] = [effects.new_zeros(len(members), *effects.shape[2:])]
                 with ExitStack() as layers:
-                    itemsize = embedding.weight.dtype.itemsize
-                    if needs_checkpointing(model, shape, tokens.numel(), itemsize, device):
+                    positions = sum(divergence.documents[number].length for number in members)
+                    if needs_checkpointing(model, shape, positions, itemsize, device):
                         checkpoint_layers(model, layers)
-                    embedded = embedding(tokens).detach().requires_grad_()
                     losses = [
                         label_loss(rows, f"{seed}/{sample}/{number}")
-                        for number, rows in divergence.answer_logits(model, members, inputs_embeds=embedded)
+                        for number, rows in divergence.answer_logits(model, members)
                     ]
                     torch.stack(losses).sum().backward()
                 effects[sample, members] = current[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.files import append_line
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
@@ -23,11 +23,6 @@ def _digest(content: Any) -> str:
 def plan_key(plan: Plan | None) -> str:
     """Identity of what a plan does, without its provenance and predictions; None is the dense model."""
     return "dense" if plan is None else _digest(plan.model_dump(mode="json", by_alias=True)["layers"])
-
-
-def document_key(document: Document) -> str:
-    """Identity of a document: its tokens and where the answer is."""
-    return _digest([document.tokens, document.answer])
 
 
 def _entry(line: str) -> dict[str, Any] | None:
@@ -70,8 +65,8 @@ class LossLog:
 
 def measure(
     plans: Mapping[str, Plan | None],
-    documents: Sequence[Document],
-    loss: Callable[[Plan | None, Document], float],
+    documents: Sequence[Sample],
+    loss: Callable[[Plan | None, Sample], float],
     log: LossLog,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -82,7 +77,7 @@ def measure(
         loss: measures one plan on one document.
         progress: called with (measured, in all, name of the plan).
     """
-    keys = [document_key(document) for document in documents]
+    keys = [document.key for document in documents]
     total = len(plans) * len(documents)
     done = 0
     means = {}

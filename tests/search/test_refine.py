@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.cli.stages import NO_STEPS
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
 from compress.runtime.reference import prefill
@@ -27,8 +27,8 @@ from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
 
 
-def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> Document:
-    return Document(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
+def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> TextSample:
+    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
 
 
 DOCUMENTS = [
