@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compress.cli.environment import environment
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,7 +28,6 @@ from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
-from compress.cli.environment import environment
 from compress.files import write_json
 from compress.models.shape import ModelShape
 from compress.profile.influence import Influence

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from compress.data.answers import answer
 from compress.data.continuation import Continuation
-from compress.data.sample import TextSample
 from compress.data.prompt import Prompt, Task
+from compress.data.sample import TextSample
 from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json

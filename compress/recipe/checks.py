@@ -11,7 +11,7 @@ from compress.limits import DOCUMENT_TOKENS
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
 from compress.registry import Method, statistics
-from compress.search.methods import kind_problems
+from compress.search.checks import kind_problems
 from compress.search.problem import Solver
 
 Finding = tuple[KeyPath, Problem]  # the key that it is about, and the problem without a place

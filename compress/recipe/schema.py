@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator
 
 import compress.data.tasks
 import compress.profile
-import compress.search.methods  # noqa: F401  (importing a package registers its methods)
+import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
 from compress.evaluate.harness import HarnessRequest
@@ -23,11 +23,11 @@ from compress.profile.statistic import AnyStatistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.recover.settings import RecoverSettings
 from compress.registry import solvers, statistics, tasks
-from compress.search.budget import Budget
-from compress.search.moa import Moa
+from compress.search.budget.budget import Budget
 from compress.search.problem import Solver
-from compress.search.refine import Refine
-from compress.search.widths import PruningSolver
+from compress.search.refine.refine import Refine
+from compress.search.removal import PruningSolver
+from compress.search.solvers.moa import Moa
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
 Tasks = tuple[Annotated[Task, tasks], ...]

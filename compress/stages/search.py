@@ -6,8 +6,8 @@ from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
 from compress.plan import Plan, read_plan
 from compress.plots.run import search_plots
-from compress.search.budget import ceiling
-from compress.search.search import SearchResult, run_search
+from compress.search.budget.budget import ceiling
+from compress.search.run import SearchResult, run_search
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, draw, missing, require, timed

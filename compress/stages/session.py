@@ -121,7 +121,11 @@ class Session:
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
         return stage_key(
-            "export", self._content(self.run.plan), self.recipe.dtype, self.resolved["export"], *self._trained(RECOVERED)
+            "export",
+            self._content(self.run.plan),
+            self.recipe.dtype,
+            self.resolved["export"],
+            *self._trained(RECOVERED),
         )
 
     def evaluate_key(self) -> str:

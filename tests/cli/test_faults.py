@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import typer
+from compress.cli.session import open_session
+from compress.cli.stages import check_target
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
 from compress.cli.output import DEFECT, guarded
-from compress.cli.session import open_session
-from compress.cli.stages import check_target
 from compress.errors import UserError
 from compress.export.staging import settle, staged
 from compress.runfolder import RunFolder
@@ -117,7 +117,7 @@ def test_a_folder_that_is_moved_away_while_a_stage_runs(copied: Path, monkeypatc
         run.rename(copied.parent / "elsewhere")
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run / "search"))
 
-    monkeypatch.setattr("compress.search.search.run_search", move)
+    monkeypatch.setattr("compress.search.run.run_search", move)
     assert "moved or deleted" in refused(call("search", copied))
     assert not run.exists()
 

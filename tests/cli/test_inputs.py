@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
-
-from compress.cli.app import app
 from compress.cli.inputs import Inputs
 from compress.cli.session import Session, open_session
 from compress.cli.stages import timed
+from typer.testing import CliRunner, Result
+
+from compress.cli.app import app
 from compress.data.text import MOST, DatasetText, FileText
 from compress.errors import UserError
 from tests.cli.recipes import make_recipe

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compress.cli.recovery import row_names
 from typer.testing import CliRunner, Result
 
 from compress.bench.source import Source
 from compress.cli import methods
 from compress.cli.app import app
-from compress.cli.recovery import row_names
 from compress.models.load import load_model
 from compress.plan import read_plan
 from compress.recipe import load_recipe

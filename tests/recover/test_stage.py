@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import transformers
+from compress.cli.session import open_session
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
-from compress.cli.session import open_session
 from compress.runfolder import RunFolder
 from tests import processes
 from tests.cli.recipes import make_recipe
