@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compress.cli.environment import environment
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -36,6 +35,7 @@ from compress.runtime import flash
 from compress.runtime.attention import IMPLS
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
+from compress.stages.environment import environment
 from compress.targets.cost import prefill_density
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16

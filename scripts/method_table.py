@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from compress.cli.session import resolve_device
 
-from compress.cli import methods
 from compress.data.calibration import calibration_documents
 from compress.data.sample import TextSample
 from compress.data.text import EmbeddedText, FileText, split_text, tokenise
@@ -35,13 +33,15 @@ from compress.models.load import LoadedModel, load_model
 from compress.models.shape import ModelShape, shape_of
 from compress.plan import Plan, read_plan
 from compress.profile.store import read_profile
-from compress.recipe import Recipe, load_recipe
+from compress.recipe.load import load_recipe
+from compress.recipe.schema import Recipe
 from compress.registry import tasks
 from compress.search.budget.budget import Budget
 from compress.search.checks import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, positional
 from compress.search.refine.refine import Refine, refine
 from compress.search.run import make_problem
+from compress.stages.device import resolve_device
 from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--text", help="a second text for perplexity")
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe, methods.load())
+    recipe = load_recipe(options.recipe)
     loaded = load_model(recipe.model, dtype=recipe.dtype, device=resolve_device(recipe.device))
     shape = shape_of(loaded.model)
     for step in options.steps:

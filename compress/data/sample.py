@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
 class Sample(ABC):
     """What all samples have in common; positions are those of the model's own sequence (tokens, patches).
 

@@ -83,9 +83,8 @@ def _text(path: Path) -> str:
             fix=f"did you mean `{inside}`?" if inside.is_file() else None,
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            "the recipe cannot be read", where=str(path), found=getattr(error, "strerror", None) or str(error)
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError("the recipe cannot be read", where=str(path), found=reason) from None
     if len(data) > MOST_BYTES:
         raise UserError(
             "the file is too large to be a recipe", where=str(path), expected=f"at most {MOST_BYTES:,} bytes"

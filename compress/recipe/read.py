@@ -39,7 +39,7 @@ def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(data, strict=True)
     except ValidationError as error:
-        problems = _merged(_problem(item, located) for item in error.errors(include_url=False))
+        problems = _merged(_problem(item, located) for item in error.errors(include_url=False) if not _counted(item))
     else:
         recipe._text, recipe._source = text, path
         problems = []
@@ -52,6 +52,11 @@ def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
         others = [problem for problem in problems if problem.where not in places]
         raise UserError(in_order([*located.problems, *others]))
     return recipe
+
+
+def _counted(item: Any) -> bool:
+    """Whether a list is only called too short because wrong entries do not count; they have errors of their own."""
+    return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
 
 
 def _merged(problems: Iterator[Problem]) -> list[Problem]:
@@ -94,6 +99,8 @@ def _problem(item: Any, located: LocatedYaml) -> Problem:
     elif kind == "tuple_type":
         registry = _schema_at(located.data, path)[1]
         expected = f"a list, each entry `- {registry.key}: ...`" if registry else "a list"
+    elif kind == "too_short":
+        expected = "at least one entry"
     elif kind == "dict_type":
         expected = "a mapping"
     elif kind == "string_pattern_mismatch":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
 import compress.data.tasks
 import compress.profile
 import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
+from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
 from compress.evaluate.harness import HarnessRequest
@@ -22,7 +23,6 @@ from compress.profile.retrieval import Retrieval
 from compress.profile.statistic import AnyStatistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.recover.settings import RecoverSettings
-from compress.registry import solvers, statistics, tasks
 from compress.search.budget.budget import Budget
 from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
@@ -30,7 +30,7 @@ from compress.search.removal import PruningSolver
 from compress.search.solvers.moa import Moa
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
-Tasks = tuple[Annotated[Task, tasks], ...]
+Tasks = tuple[Annotated[Task, registry.tasks], ...]
 
 
 class CalibrationSection(Section):
@@ -50,15 +50,17 @@ class CalibrationSection(Section):
 class ProfileSection(Section):
     """What is measured."""
 
-    statistics: tuple[Annotated[AnyStatistic, statistics], ...] = Field(
-        (Influence(), Attention(), Retrieval()), min_length=1, description="statistics to take, one pass for all"
+    statistics: tuple[Annotated[AnyStatistic, registry.statistics], ...] = Field(
+        default_factory=lambda: (Influence(), Attention(), Retrieval()),
+        min_length=1,
+        description="statistics to take, one pass for all",
     )
 
 
 class SearchSection(Section):
     """How the plan is decided."""
 
-    solver: Annotated[Solver | PruningSolver, solvers] = Field(
+    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(
         default_factory=Moa, description="the method that decides"
     )
     budget: Budget = Field(description="what the plan may cost")
@@ -126,4 +128,4 @@ class Recipe(Outline):
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""
-        return cast(dict[str, Any], self.model_dump(mode="json", by_alias=True))
+        return self.model_dump(mode="json", by_alias=True)

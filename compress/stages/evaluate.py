@@ -92,36 +92,35 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
     settings = session.recipe.recover
     itemsize = model.dtype.itemsize
     evaluate = session.recipe.evaluate
-    asked = [*evaluate.recall, *([evaluate.perplexity] if evaluate.perplexity is not None else [])]
-    suites: tuple[int, ...] = evaluate.lm_eval.lengths if evaluate.lm_eval and evaluate.lm_eval.suites else ()
-    lengths = sorted({int(request.length) for request in asked} | set(suites))
-    plans = {"plan": plan}
+    asked = {task.length for task in evaluate.recall}
+    asked |= {evaluate.perplexity.length} if evaluate.perplexity is not None else set()
+    asked |= set(evaluate.lm_eval.lengths) if evaluate.lm_eval is not None and evaluate.lm_eval.suites else set()
+    lengths = sorted(asked)
+    plans: dict[str, Plan] = {"plan": plan}
     for name in evaluate.compare:
         if name != "plan":
             path = session.run.path / "search" / f"{name}.json"
             if not path.is_file():
-                session.reporter.say(
-                    f"evaluate: the search left no plan `{name}` within the budget, so there is no such row"
-                )
+                session.reporter.say(f"evaluate: no row `{name}`: the search found no such plan within the budget")
                 continue
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
     dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
-    for name, entry in plans.items():
+    for label, entry in plans.items():
         spans = entry.spans()
         held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)
 
-        if name == "plan" and weights is not None and settings is not None:
+        if label == "plan" and weights is not None and settings is not None:
             variants += _recovered(session, settings, weights, plan, build, held, dense)
         else:
             # Baselines are not trained: beside a trained plan their names say so.
-            label = name if weights is None else f"{name}{UNTRAINED}"
-            variants.append(Variant(label, build, plan_key(entry), held))
+            row = label if weights is None else f"{label}{UNTRAINED}"
+            variants.append(Variant(row, build, plan_key(entry), held))
     return variants
 
 

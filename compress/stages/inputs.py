@@ -96,9 +96,8 @@ class Inputs:
         except UserError as error:
             if label not in recorded:
                 raise
-            self.reporter.say(
-                f"{error.problems[0].where}: {error.problems[0].what}; taken as unchanged since it was read last"
-            )
+            problem = error.problems[0]
+            self.reporter.say(f"{problem.where}: {problem.what}; taken as unchanged since it was read last")
             self._found[label] = recorded[label]
             return recorded[label]
         self._found[label] = found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.text import part_of
-from compress.recover.recover import RecoverRecord, recover
+from compress.recover.recover import Recovered, recover
 from compress.recover.settings import RecoverSettings
 from compress.runfolder import CONTROL, RECOVERED
 from compress.stages.device import resolve_device
@@ -69,7 +69,7 @@ def _train(
         return
     source = settings.text or session.recipe.calibration.text
 
-    def work() -> RecoverRecord:
+    def work() -> Recovered:
         tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
         with session.reporter.progress(stage) as report:
             return recover(

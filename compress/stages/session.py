@@ -120,13 +120,8 @@ class Session:
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
-        return stage_key(
-            "export",
-            self._content(self.run.plan),
-            self.recipe.dtype,
-            self.resolved["export"],
-            *self._trained(RECOVERED),
-        )
+        plan, trained = self._content(self.run.plan), self._trained(RECOVERED)
+        return stage_key("export", plan, self.recipe.dtype, self.resolved["export"], *trained)
 
     def evaluate_key(self) -> str:
         """All that the numbers depend on."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from compress.data.calibration import calibration_documents
 from compress.data.prompt import Task
-from compress.data.sample import Sample
+from compress.data.sample import TextSample
 from compress.data.text import Part, Source
 from compress.errors import UserError
 from compress.plots.figure import EXTRA
@@ -78,7 +78,7 @@ def missing(session: Session, stage: str, where: Path) -> UserError:
 
 def documents_of(
     session: Session, requests: Sequence[Task], part: Part, text: Source | None = None
-) -> dict[int, list[Sample]]:
+) -> dict[int, list[TextSample]]:
     """The documents of a part of a text (without one, the calibration's), by length, with the dense model's answers."""
     if not requests:
         return {}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from compress.cli.stages import NO_STEPS
 
 from compress.data.sample import TextSample
 from compress.errors import UserError
@@ -21,6 +20,7 @@ from compress.search.refine.exchange import Decision, exchange
 from compress.search.refine.refine import Loss, Refine, refine, rules_of
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.uniform import Uniform
+from compress.stages.search import NO_STEPS
 from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
