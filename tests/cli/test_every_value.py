@@ -44,6 +44,8 @@ calibration:
     - {{task: passkey, length: 192, count: 1, haystack: filler, answer: text}}
     - {{task: key_value, length: 192, count: 1}}
     - {{task: key_value, length: 192, count: 1, haystack: filler, form: register, answer: text}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word]}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
   training:
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2}}
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2, haystack: filler}}
@@ -63,6 +65,7 @@ evaluate:
   perplexity: {{text: *text, length: 64, windows: 1}}
   recall:
     - {{task: passkey, length: 192, count: 2}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], wordings: evaluation}}
   batch_size: 2
 """
 SOLVERS = (
@@ -248,7 +251,7 @@ def test_every_value_is_run_somewhere() -> None:
     many = (registry.statistics, registry.solvers, registry.tasks, registry.sources)
     classes: list[Any] = [method for table in many for _, method in table.items()]
     classes += [Budget, Refine, RecoverSettings, PerplexityRequest, HarnessRequest, LatencyRequest]
-    seen: set[type] = set()
+    seen: set[type] = {base for method in classes for base in method.__mro__[1:]}  # nobody names a base class
     wanted = {value for schema in [Recipe, *classes] for value in choices(schema, seen)}
     wanted |= {(class_name(schema), "", "") for schema in classes}
     root = Path(__file__).parents[2]
