@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,8 +29,9 @@ from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
 from compress.files import write_json
 from compress.models.shape import ModelShape
-from compress.profile.influence import Influence
-from compress.profile.tiles import LayerTensors, Workspace, tiles
+from compress.profile.heads.influence import Influence
+from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
+from compress.profile.statistic import Item, Subject
 from compress.runtime import flash
 from compress.runtime.attention import IMPLS
 from compress.runtime.paged_cache import Pages
@@ -229,11 +230,11 @@ def influence_row(length: int, strip: int, what: str) -> dict[str, Any]:
     layer = LayerTensors(0, query, key, value, 128**-0.5, None, torch.randn_like(query, dtype=torch.float32))
     measure.release(DEVICE)
     before = torch.cuda.memory_allocated()
-    accumulator = Influence().begin(shape, [length], DEVICE)
-    accumulator.length = length
+    influence, item = Influence(), Item(cast(Any, None), length, 0, what)
+    sums = influence.begin(Subject(cast(Any, None), shape, torch.device(DEVICE)), [length])[length]
     start = time.time()
     for tile in tiles(layer, Workspace(DEVICE), strip):
-        accumulator.add(tile)
+        influence.add(sums, tile, item)
     torch.cuda.synchronize()
     took = time.time() - start
     most = torch.cuda.max_memory_allocated() - before

@@ -27,7 +27,7 @@ from compress.data.text import FileText, tokenise
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.models.load import load_model
 from compress.models.pruning import block_parameters
-from compress.profile.runner import run_profile
+from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
 from compress.registry import statistics
 from compress.search.budget.budget import Budget

@@ -19,6 +19,7 @@ from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.replaced import AttentionCall, attention_function
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
@@ -298,8 +299,7 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
 def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:
     """The fastest dense back end of PyTorch for the prefill of one prompt and for a decode step, by measurement."""
     config = model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, dim = config.num_attention_heads, groups_of(config), head_size_of(config)
     dtype = next(model.parameters()).dtype
     known = BACKENDS if device.type == "cuda" else ON_CPU
     chosen = {}

@@ -11,8 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from compress.models.families import layers_of
 from compress.models.memory import available_bytes
-from compress.models.pruning import layers_of
+from compress.runtime.families import head_size_of
 from compress.runtime.widths import width_of
 
 ACTIVATIONS_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
@@ -55,14 +56,12 @@ def activation_bytes(model: Any, tokens: int, itemsize: int) -> int:
     Per token and layer: what the norms read (with float32 copies below float32), Q, K, V and O with K and V repeated
     once per query head, and gate, activated gate and up projection.
     """
-    total = 0
-    layers: Any = layers_of(model)
-    for layer in layers:
-        width, head_dim = width_of(layer), layer.self_attn.head_dim
+    total, head_dim, hidden = 0, head_size_of(model.config), model.config.hidden_size
+    for layer in layers_of(model):
+        width = width_of(layer, model.config)
         attention = (4 * width.query_heads + 2 * width.groups) * head_dim
         read = {"q_norm": width.query_heads * head_dim, "k_norm": width.groups * head_dim}
         norms = [name.rpartition(".")[2] for name, _ in layer.named_modules() if name.endswith("norm")]
-        hidden = model.config.get_text_config().hidden_size
         states = sum(read.get(name, hidden) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
         total += tokens * (states + itemsize * (attention + 3 * width.neurons))
     return total

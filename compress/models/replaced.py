@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from compress.errors import UserError
-from compress.models.families import attention_modules
+from compress.models.families import layers_of
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import native_windows
 
@@ -95,8 +95,7 @@ def replaced_attention(model: Any, name: str, attend: Attend) -> Iterator[None]:
     Args:
         name: what the function is registered as; one user of a name at a time.
     """
-    modules: Any = attention_modules(model)
-    windows = dict(enumerate(native_windows(model.config, len(modules))))
+    windows = dict(enumerate(native_windows(model.config, len(layers_of(model)))))
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)

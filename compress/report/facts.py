@@ -134,10 +134,5 @@ def _profile(folder: Path, plan: Plan | None) -> Profile | None:
 
 
 def _statistics(profile: Profile) -> dict[str, list[list[float]]]:
-    keys = [
-        key
-        for statistic in profile.header.statistics.values()
-        for key, entry in statistic.tensors.items()
-        if entry.axes == ("layer", "group")
-    ]
-    return {key: profile.tensor(key).tolist() for key in sorted(keys)}
+    keys = [key for key in profile.tensors if profile.entry(key).axes == ("layer", "group") and key.target is None]
+    return {str(key): profile.tensor(key).tolist() for key in sorted(keys, key=str)}
