@@ -22,13 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
-from compress.bench.kernel import Shape, mix, random_qkv
+from compress.bench.kernel import Shape, mix, random_qkv, spans_of, visible_share
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
 from compress.files import write_json
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.profile.heads.influence import Influence
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.profile.statistic import Item, Subject
@@ -37,7 +37,6 @@ from compress.runtime.attention import IMPLS
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
 from compress.stages.environment import environment
-from compress.targets.cost import prefill_density
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
@@ -261,10 +260,10 @@ def long_rows(shape: Shape, length: int) -> list[dict[str, Any]]:
     rows = []
     query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
     for name in ("A", "A*", "B"):
-        spans = mix(name[0], shape.groups, length)
+        groups = mix(name[0], shape.groups, length)
         if name == "A*":
-            spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
-        share = prefill_density([spans], length)
+            groups = [groups[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
+        spans, share = spans_of(groups, length), visible_share(groups, length)
         calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
         if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
             calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)

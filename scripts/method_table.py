@@ -30,8 +30,9 @@ from compress.errors import UserError
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.recall import recall, wilson
 from compress.models.load import LoadedModel, load_model
-from compress.models.shape import ModelShape, shape_of
-from compress.plan import Plan, read_plan
+from compress.models.planned import planned_model
+from compress.models.shape import shape_of
+from compress.plan import ModelShape, Plan, read_plan
 from compress.profile.store import read_profile
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import Recipe
@@ -42,8 +43,6 @@ from compress.search.problem import CandidatePlan, SearchProblem, positional
 from compress.search.refine.refine import Refine, refine
 from compress.search.run import make_problem
 from compress.stages.device import resolve_device
-from compress.targets.apply import planned_model
-from compress.targets.cost import kv_bytes
 
 # Row -> solver, and whether its budget holds at all profiled lengths (as published) or at the longest alone.
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -142,7 +141,11 @@ def improve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
         plans = {
             name: read_plan(folder / f"{name}.json", shape) for name in METHODS if (folder / f"{name}.json").is_file()
         }
-        every = {name: positional(each.spans()) for name, each in plans.items()}
+        groups: dict[str, Any] = {name: each.groups_that_stay() for name, each in plans.items()}
+        every = {
+            name: positional([[group.span(native) for group, native in row] for row in rows])
+            for name, rows in groups.items()
+        }
         starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
         state = refine(
             loaded.model,
@@ -233,7 +236,7 @@ def _line(
     """One row: share of the bytes at 8k, perplexities, and every cell over all seeds with its interval."""
     itemsize = loaded.model.dtype.itemsize
     whole = 8192 * shape.layers * shape.kv_heads * 2 * shape.head_dim * itemsize
-    share = 1.0 if entry is None else kv_bytes(entry.spans(), 8192, shape.head_dim, itemsize) / whole
+    share = 1.0 if entry is None else entry.cost(8192, itemsize).held_bytes / whole
     parts = [f"{budget:>5} {name:24} {share:.3f}"]
     for key, value in known.items():
         if key.startswith(f"{budget}/{name}/perplexity/"):

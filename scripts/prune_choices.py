@@ -26,6 +26,7 @@ from compress.data.continuation import Continuation
 from compress.data.text import FileText, tokenise
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
@@ -35,7 +36,6 @@ from compress.search.prune import pruning_problem
 from compress.search.removal import PruningSolver
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
-from compress.targets.apply import planned_model
 
 SCORES = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random")
 CONTRIBUTION = "contribution"  # AMP's score with neurons weighed by their down column

@@ -22,6 +22,7 @@ from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
@@ -31,7 +32,6 @@ from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup

@@ -12,7 +12,7 @@ import torch
 
 from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
 from compress.profile.passes.base import Samples

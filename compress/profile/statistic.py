@@ -19,7 +19,7 @@ from compress.registry import Method, statistics
 if TYPE_CHECKING:
     from compress.data.sample import TextSample
     from compress.models.load import LoadedModel
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 # What a statistic is taken from: queries, keys and values of attention; inputs and gradients of the projections; the
 # weights alone; or a training of its own.

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from compress.errors import Problem, UserError, nearest
 from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.profile.key import Key
 from compress.targets.window import SpanGrid
 

@@ -10,20 +10,18 @@ from typing import Any
 from compress.evaluate.compare import Variant, compare
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, read_comparison
 from compress.export.export import update_card
+from compress.models.planned import planned_model
 from compress.models.recovered import load_recovered
 from compress.plan import Plan, read_plan
 from compress.plots.run import evaluation_plots
 from compress.recipe.schema import Recipe
 from compress.recover.recover import read_recovered
 from compress.recover.settings import RecoverSettings
-from compress.search.budget.budget import dense_bytes
 from compress.search.measure import plan_key
 from compress.stages.recover import recover_stage
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
-from compress.targets.apply import planned_model
-from compress.targets.cost import kv_bytes
 
 QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all are
 
@@ -106,11 +104,10 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
+    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for label, entry in plans.items():
-        spans = entry.spans()
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
+        held = {length: entry.cost(length, itemsize).held_bytes for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)

@@ -13,7 +13,8 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from compress.data.sample import TextSample
-from compress.models.shape import ModelShape, shape_of
+from compress.models.shape import shape_of
+from compress.plan import ModelShape
 from compress.profile.heads.base import HeadStatistic
 from compress.profile.passes.attention import Feed
 from compress.profile.passes.capture import Capture

@@ -8,8 +8,8 @@ import torch
 
 from compress.data.sample import TextSample
 from compress.errors import UserError
-from compress.models.shape import ModelShape
 from compress.models.units import units_of
+from compress.plan import ModelShape
 from compress.profile.heads.attention import Attention
 from compress.profile.partial import Partial
 from compress.profile.passes import Run, projections

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from compress.models.shape import ModelShape, shape_of
+from compress.models.shape import shape_of
+from compress.plan import ModelShape
 from compress.profile.heads.influence import Influence, row_influence
 from compress.profile.passes.tiles import LayerTensors, Tile, Workspace, tiles
 from compress.targets.window import SpanGrid

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
@@ -19,7 +20,6 @@ from compress.profile.partial import Partial, Step
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.run import run_profile
 from compress.runtime.span import Span
-from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
 from tests.processes import spawn
 from tests.profile.common import GRID, document, documents, join, take_layer, tensor_bytes

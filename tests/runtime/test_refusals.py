@@ -15,6 +15,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from compress.bench.model import DENSE, NONE
 from compress.data.sample import TextSample
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
 from compress.profile.heads.gates import Mixture
 from compress.profile.passes.capture import Capture
@@ -22,7 +23,6 @@ from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
-from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 CHANGING: dict[str, Any] = {

@@ -15,7 +15,7 @@ from compress.profile.statistic import Item, Sums
 from compress.registry import statistics
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 BIN = 64  # tokens of distance in one bin, a page of the cache
 

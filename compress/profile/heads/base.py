@@ -15,7 +15,7 @@ from compress.profile.passes.tiles import LayerTensors, Tile
 from compress.profile.statistic import Item, Reads, Result, Results, Subject, SummedStatistic, Sums
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 @dataclass(frozen=True)

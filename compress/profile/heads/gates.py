@@ -33,7 +33,7 @@ from compress.runtime.attention import choose_impl
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 NAME = "compress_gates"
 SAVE_EVERY = 25  # steps

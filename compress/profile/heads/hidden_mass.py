@@ -15,7 +15,7 @@ from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 @statistics.register("hidden_mass")

@@ -51,7 +51,7 @@ from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 # Below this visible mass the float64 difference 1 - a has fewer digits than float32.
 LEAST_VISIBLE = 1e-9

@@ -17,7 +17,7 @@ from compress.registry import statistics
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 @statistics.register("output_error")
