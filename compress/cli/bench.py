@@ -97,7 +97,7 @@ def measure(
     from compress.bench import model as whole
     from compress.bench.source import Source
     from compress.models.load import DTYPES
-    from compress.runtime.attention import explain_impl
+    from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
     from compress.stages.environment import environment
 

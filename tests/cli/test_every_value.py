@@ -42,10 +42,10 @@ calibration:
     - {{task: continuation, length: 192, count: 1, answer_tokens: 4, decoding: greedy, answer: text}}
     - {{task: passkey, length: 192, count: 1}}
     - {{task: passkey, length: 192, count: 1, haystack: filler, answer: text}}
+    - {{task: facts, length: 192, count: 1, facts: 1}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
     - {{task: key_value, length: 192, count: 1}}
     - {{task: key_value, length: 192, count: 1, haystack: filler, form: register, answer: text}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word]}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
   training:
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2}}
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2, haystack: filler}}
@@ -65,7 +65,7 @@ evaluate:
   perplexity: {{text: *text, length: 64, windows: 1}}
   recall:
     - {{task: passkey, length: 192, count: 2}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], wordings: evaluation}}
+    - {{task: facts, length: 192, count: 2, wordings: evaluation, facts: 1, kinds: [place, time]}}
   batch_size: 2
 """
 SOLVERS = (

@@ -29,7 +29,7 @@ from compress.profile.passes.base import Samples
 from compress.profile.passes.training import TrainedStatistic
 from compress.profile.statistic import Progress, Result, Results, Subject
 from compress.registry import statistics
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:
