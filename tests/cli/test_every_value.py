@@ -22,9 +22,9 @@ from compress.evaluate.latency import LatencyRequest
 from compress.evaluate.perplexity import PerplexityRequest
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import Recipe
-from compress.recover.settings import RecoverSettings
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
+from compress.train.settings import RecoverSettings
 from tests.cli.recipes import make_recipe
 
 Value = tuple[str, str, Any]  # module and class, key, value
@@ -129,10 +129,10 @@ TRAININGS = (
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
-SETTINGS, SECTION = "recover.settings.RecoverSettings", "recipe.schema.ExportSection"
+SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
-    (SETTINGS, "shard", True): ("tests/recover/test_resume.py", r'"shard": True'),
+    (SETTINGS, "shard", True): ("tests/train/test_resume.py", r'"shard": True'),
     (SECTION, "form", "patched"): ("tests/export/test_native.py", r'form="auto"[\s\S]*"form patched" in lines'),
     (SECTION, "form", "native"): ("tests/export/test_native.py", r'form="native"'),
     (SECTION, "form", "auto"): ("tests/export/test_native.py", r'form="auto"'),
