@@ -19,7 +19,9 @@ from compress.profile.run import measure_all, run_profile
 from compress.profile.units.amp import Amp
 from compress.profile.units.drawn import Random
 from compress.profile.units.flap import Flap
-from compress.registry import statistics
+from compress.profile.units.magnitude import Magnitude
+from compress.profile.units.taylor import Taylor
+from compress.profile.units.wanda_sp import WandaSp
 from compress.runtime import widths
 from tests.models.test_pruning import FAMILIES
 from tests.processes import spawn
@@ -27,7 +29,6 @@ from tests.profile.common import document, documents, join, subject_of, tensor_b
 from tests.pruned import with_biases
 from tests.tiny import tiny_loaded, tiny_model
 
-Magnitude, Taylor, WandaSp = (statistics[name] for name in ("magnitude", "taylor", "wanda_sp"))
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
 DOCUMENTS = {48: [document(48, seed=5), document(31, answer=3, seed=6)], 20: [document(20, seed=7)]}
 QUEUE = [item.sample for item in queue_of(DOCUMENTS)]
