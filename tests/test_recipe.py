@@ -333,3 +333,39 @@ def test_a_recipe_that_is_not_utf_8_says_where(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text(MINIMAL)
     with pytest.raises(UserError, match=r"it is a folder[\s\S]*did you mean `.*run/recipe.yaml`"):
         load_recipe(tmp_path / "run")
+
+
+def test_settings_take_the_place_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    settings = ["search.budget.kv=0.25", "calibration.documents[0].count=3", "export.form=auto", "seed=7"]
+    recipe = load_recipe(path, settings)
+    assert recipe.search.budget.kv == 0.25 and recipe.calibration.documents[0].count == 3
+    assert recipe.export.form == "auto" and recipe.seed == 7
+    assert recipe.words == f"{path} --set search.budget.kv=0.25 --set 'calibration.documents[0].count=3' " + (
+        "--set export.form=auto --set seed=7"
+    )
+    assert recipe.text.startswith(MINIMAL) and "# with --set search.budget.kv=0.25" in recipe.text
+    path.write_text(MINIMAL.replace("output: runs/x\n", ""))
+    assert load_recipe(path, ["output=runs/y"]).output == "runs/y"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("search.budget.kv", "--set: not a setting"),
+        ("search..kv=1", "--set: not a setting"),
+        ("search.budget.kv=1.5", "--set search.budget.kv: wrong value for `search.budget.kv`"),
+        ("search.budget.vk=0.5", "--set search.budget.vk: unknown key `search.budget.vk`"),
+        ("sarch.budget=1", "--set sarch.budget: unknown key `sarch`"),
+        ("calibration.documents[4].count=1", "`calibration.documents` is a list with 1 entries"),
+        ("model.name=x", "`model` is no mapping"),
+        ("seed=[1", "this is not YAML"),
+    ],
+)
+def test_a_wrong_setting(setting: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [setting])
+    assert message in str(caught.value), str(caught.value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from compress.cli.output import AsJson, Terminal, Verbose, say
-from compress.cli.recipe import RecipeFile, read_recipe
+from compress.cli.recipe import RecipeFile, Settings, read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from compress.search.budget.budget import Budget
 
 
-def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Check a recipe against its model and texts, without loading weights, and print what a run would do.
 
     Makes every prompt as a run does, so a document that is too long, or a text that is too short, shows here.
     """
     from compress.cli.tables import show
 
-    loaded = read_recipe(recipe)
+    loaded = read_recipe(recipe, settings)
     from compress.stages.check import check_run  # imports torch, as reading the recipe has
 
     tokens = check_run(loaded, Terminal())

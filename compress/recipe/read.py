@@ -21,11 +21,14 @@ from compress.registry import Registry, typed
 
 def parse_recipe(text: str, path: Path) -> Recipe:
     """A recipe from its text; `path` is what problems name. Raises UserError."""
-    return parse_located(read_located(text, str(path)), text, path)
+    return parse_located(read_located(text, str(path)), text, path, str(path))
 
 
-def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
+def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Recipe:
     """A recipe from what `read_located` gave for its text.
+
+    Args:
+        words: how a command names the recipe, settings included.
 
     Raises:
         UserError: everything that is wrong with it, in the order of the file.
@@ -41,7 +44,7 @@ def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
     except ValidationError as error:
         problems = _merged(_problem(item, located) for item in error.errors(include_url=False) if not _counted(item))
     else:
-        recipe._text, recipe._source = text, path
+        recipe._text, recipe._source, recipe._words = text, path, words
         problems = []
         for keys, problem in cross_checks(recipe):
             problem.where = located.where(keys)

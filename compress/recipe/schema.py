@@ -115,6 +115,7 @@ class Recipe(Outline):
 
     _text: str = PrivateAttr("")
     _source: Path = PrivateAttr(Path())
+    _words: str = PrivateAttr("")
 
     @property
     def text(self) -> str:
@@ -125,6 +126,11 @@ class Recipe(Outline):
     def source(self) -> Path:
         """The file's path."""
         return self._source
+
+    @property
+    def words(self) -> str:
+        """How a command names the recipe: the file, and what `--set` changes in it."""
+        return self._words
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""
