@@ -558,7 +558,7 @@ def _cross_checks(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
                 )
     problems += _too_many_documents(recipe, located)
     for i, method in enumerate(recipe.evaluate.recall):
-        if "digits" not in type(method).model_fields and type(method) is not Method:
+        if type(method) is not Method and not getattr(method, "has_right_answer", False):
             problems.append(
                 Problem(
                     f"`evaluate.recall[{i}]` has no right answer to compare with",

@@ -66,6 +66,7 @@ class Task(Method):
     """Parameters of every task. A task makes prompts of an exact length in the model's own tokens."""
 
     hides: ClassVar[bool] = True  # whether its documents have evidence, a place that the answer has to be read from
+    has_right_answer: ClassVar[bool] = False  # whether what a model writes can be compared with a right answer
 
     task: str = Field(description="name of the task")
     length: int = Field(ge=16, le=LONGEST, description="tokens of a document, prompt and answer together")
@@ -116,6 +117,16 @@ class Task(Method):
         """The prompts; `make` has checked the context and checks count and lengths afterwards."""
 
 
+def check_answerable(task: Task) -> None:
+    """Refuse to count the right answers of a task that has none. Raises UserError."""
+    if not task.has_right_answer:
+        raise UserError(
+            f"`{task.task}` has no right answer to compare with",
+            where=task.name,
+            expected="a task with a right answer: passkey, key_value",
+        )
+
+
 def _ascending(depths: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= depths[0] <= depths[1] <= 1:
         raise ValueError("expected [from, to] with 0 <= from <= to <= 1")
@@ -127,6 +138,8 @@ Depths = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 class RecallTask(Task):
     """Parameters of the tasks whose answer is a number hidden in a haystack."""
+
+    has_right_answer: ClassVar[bool] = True
 
     depth: Depths = Field(
         (0.0, 1.0), description="range of depths of the hidden sentence: 0 is the start, 1 just before the question"
