@@ -26,8 +26,10 @@ from pydantic import (
 from compress.errors import Problem, UserError
 from compress.json_file import CHECKSUM, checksum_of, read_object, sealed, validated
 from compress.runtime.span import NO_END, AnySpan, spans_of_plan
+from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
-from compress.targets.target import Target, parse_target
+from compress.targets.target import StockForm, Target, parse_target
+from compress.targets.unit import LayerParameters, Unit
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 MOST_LAYERS, MOST_HEADS, MOST_HEAD_DIM, MOST_NEURONS = 10_000, 1 << 16, 1 << 16, 1 << 22
 Tokens = Annotated[int, Field(ge=1, lt=NO_END)]
 Bytes = Annotated[int, Field(ge=0)]
+Form = Literal["patched", "native"]  # of a checkpoint: with the runtime's paged cache, or with transformers' own
 
 
 class Strict(BaseModel):
@@ -140,7 +143,7 @@ class LayerPlan(Strict):
     @property
     def kept_groups(self) -> tuple[int, ...]:
         """Indices of the head groups that stay."""
-        return tuple(number for number, group in enumerate(self.groups) if group.target != "pruned")
+        return tuple(number for number, group in enumerate(self.groups) if not group.removes)
 
     @property
     def prunes(self) -> bool:
@@ -213,7 +216,7 @@ class Plan(Strict):
         layers = []
         for layer in self.layers:
             row: dict[str, Any] = {
-                "groups": [group.model_dump(mode="json") for group in layer.groups if group.target != "pruned"]
+                "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
             }
             if layer.queries is not None or len(row["groups"]) < len(layer.groups):
                 share = self.model.query_heads // self.model.kv_heads
@@ -222,6 +225,76 @@ class Plan(Strict):
                 row["mlp"] = {"kept": layer.mlp.kept}
             layers.append(row)
         return layers
+
+    def stock(self) -> list[StockForm] | None:
+        """Per layer, what a stock architecture with this plan has; None where none holds it, whatever the family.
+
+        That is one form in all groups of a layer, and one number of heads and neurons in all layers.
+        """
+        forms = []
+        for layer, native in zip(self.layers, self.model.native_windows, strict=True):
+            of_groups = {group.stock(native) for group in layer.groups if not group.removes}
+            form = of_groups.pop()
+            if of_groups or form is None:
+                return None
+            forms.append(form)
+        neurons = [None if layer.mlp is None else layer.mlp.kept for layer in self.layers]
+        return forms if len(set(zip(self.kept_heads, self.kept_queries, neurons, strict=True))) == 1 else None
+
+    @property
+    def form(self) -> Form:
+        """The form of the model that computes the plan where no other is asked for: native where the plan removes
+        heads or neurons and changes nothing else that the architecture cannot say."""
+        as_built = [StockForm(native) for native in self.model.native_windows]
+        return "native" if self.prunes and self.stock() == as_built else "patched"
+
+    def cost(
+        self,
+        length: int,
+        itemsize: int = 2,
+        *,
+        form: Form | None = None,
+        sizes: Sequence[LayerParameters] | None = None,
+    ) -> Cost:
+        """What the plan costs for one sequence of `length` tokens, all layers together.
+
+        Args:
+            itemsize: bytes of one cached number.
+            form: of the checkpoint; None takes `self.form`.
+            sizes: parameters of the dense layers (`parameters_per_unit`); None counts none.
+
+        Raises:
+            ValueError: the plan has no native form, and that was asked for.
+        """
+        form = form or self.form
+        if form == "native" and self.stock() is None:
+            raise ValueError("no stock architecture holds this plan")
+        total = Cost()
+        for number, layer in enumerate(self.layers):
+            size = None if sizes is None else sizes[number]
+            unit = self._unit(number, itemsize, form, size)
+            total += Cost.total(group.cost(unit, length) for group in layer.groups)
+            if size is not None:
+                neurons = size.neurons if layer.mlp is None else layer.mlp.kept
+                total += Cost(parameters=size.rest + neurons * size.neuron)
+        return total
+
+    def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
+        """What the model costs as it is, with transformers' own cache; parameters are not counted."""
+        model = self.model
+        costs = []
+        for native in model.native_windows:
+            unit = Unit(model.query_heads // model.kv_heads, model.head_dim, itemsize, native, paged=False)
+            costs.append(FullGroup().cost(unit, length) * model.kv_heads)
+        return Cost.total(costs)
+
+    def _unit(self, number: int, itemsize: int, form: Form, size: LayerParameters | None) -> Unit:
+        """A head group that stays of a layer, as the plan leaves it."""
+        model = self.model
+        kept = self.kept_queries[number] // len(self.layers[number].kept_groups)
+        parameters = 0 if size is None else size.group - (model.query_heads // model.kv_heads - kept) * size.query
+        native = model.native_windows[number]
+        return Unit(kept, model.head_dim, itemsize, native, form == "patched", parameters)
 
     @property
     def kept_heads(self) -> list[int]:
@@ -246,7 +319,7 @@ class Plan(Strict):
         found: list[list[AnySpan | None]] = []
         for layer, row in zip(self.layers, self.spans(), strict=True):
             kept = iter(row)
-            found.append([None if group.target == "pruned" else next(kept) for group in layer.groups])
+            found.append([None if group.removes else next(kept) for group in layer.groups])
         return found
 
     def removal(self) -> str | None:
@@ -337,7 +410,7 @@ def _count_problems(plan: Plan, where: str) -> list[Problem]:
             )
         problems += _pruning_problems(layer, plan.model, here)
         native = plan.model.native_windows[number] if number < len(plan.model.native_windows) else None
-        if native is not None and any(group.target not in ("full", "pruned") for group in layer.groups):
+        if native is not None and not all(group.as_built for group in layer.groups):
             problems.append(
                 Problem(
                     f"this layer already slides over {native} tokens in the architecture itself",

@@ -28,7 +28,7 @@ from compress.models.load import load_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
 from compress.registry import tasks
-from compress.search.select import plan_key
+from compress.search.measure import plan_key
 from compress.targets.apply import planned_model
 from compress.targets.cost import dense_kv_bytes, kv_bytes
 from compress.targets.window import WindowGroup

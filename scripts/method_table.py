@@ -37,11 +37,11 @@ from compress.plan import Plan, read_plan
 from compress.profile.store import read_profile
 from compress.recipe import Recipe, load_recipe
 from compress.registry import tasks
-from compress.search.budget import Budget
-from compress.search.methods import parse_solver
+from compress.search.budget.budget import Budget
+from compress.search.checks import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, positional
-from compress.search.refine import Refine, refine
-from compress.search.search import make_problem
+from compress.search.refine.refine import Refine, refine
+from compress.search.run import make_problem
 from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 

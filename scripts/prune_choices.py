@@ -30,11 +30,11 @@ from compress.models.pruning import block_parameters
 from compress.profile.runner import run_profile
 from compress.profile.store import Profile, read_profile
 from compress.registry import statistics
-from compress.search.allocated import Allocated
-from compress.search.amp import Amp
-from compress.search.budget import Budget
+from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem
-from compress.search.widths import PruningSolver
+from compress.search.removal import PruningSolver
+from compress.search.solvers.allocated import Allocated
+from compress.search.solvers.amp import Amp
 from compress.targets.apply import planned_model
 
 SCORES = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random")

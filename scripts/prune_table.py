@@ -38,7 +38,7 @@ from compress.models.load import load_model
 from compress.models.pruning import block_parameters
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
-from compress.search.budget import Budget
+from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem
 from compress.targets.apply import planned_model
 from scripts.prune_choices import CONTRIBUTION, SCORES, scores_of, solver_of, take_scores

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from compress.models.shape import ModelShape
-from compress.search.budget import Budget
-from compress.search.moa import Moa
-from compress.search.search import make_problem
+from compress.search.budget.budget import Budget
+from compress.search.run import make_problem
+from compress.search.solvers.moa import Moa
 from compress.targets.window import SpanGrid
 
 

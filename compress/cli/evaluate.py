@@ -177,7 +177,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     from compress.models.content import content_key
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
     from compress.runtime.span import spans_of_plan
-    from compress.search.budget import dense_bytes
+    from compress.search.budget.budget import dense_bytes
     from compress.targets.cost import kv_bytes
 
     first = Source(specs[0])

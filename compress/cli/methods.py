@@ -14,7 +14,7 @@ def load() -> Methods:
 
     import compress.data.tasks
     import compress.profile
-    import compress.search.methods  # noqa: F401  (importing a package registers its methods)
+    import compress.search.checks  # noqa: F401  (importing a package registers its methods)
     from compress import registry
     from compress.data.text import DatasetText, EmbeddedText, FileText
     from compress.evaluate.harness import HarnessRequest
@@ -22,9 +22,9 @@ def load() -> Methods:
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
     from compress.recover.settings import RecoverSettings
-    from compress.search.budget import Budget
-    from compress.search.methods import check_recipe
-    from compress.search.refine import Refine
+    from compress.search.budget.budget import Budget
+    from compress.search.checks import check_recipe
+    from compress.search.refine.refine import Refine
 
     sources: tuple[type[registry.Method], ...] = (EmbeddedText, FileText, DatasetText)
     return Methods(

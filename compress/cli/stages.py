@@ -91,8 +91,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     from compress.bench.measure import copy_bandwidth
     from compress.plan import read_plan
     from compress.plots.run import search_plots
-    from compress.search.budget import ceiling
-    from compress.search.search import run_search
+    from compress.search.budget.budget import ceiling
+    from compress.search.run import run_search
 
     run, recipe = session.run, session.recipe
     if must_be_done:
@@ -284,8 +284,8 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import UNTRAINED
     from compress.plan import read_plan
-    from compress.search.budget import dense_bytes
-    from compress.search.select import plan_key
+    from compress.search.budget.budget import dense_bytes
+    from compress.search.measure import plan_key
     from compress.targets.apply import planned_model
     from compress.targets.cost import kv_bytes
 
@@ -336,7 +336,7 @@ def _recovered(
     from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED
     from compress.models.recovered import load_recovered
     from compress.recover.recover import read_recovered
-    from compress.search.select import plan_key
+    from compress.search.measure import plan_key
 
     key = plan_key(plan)
     trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", held)

@@ -8,9 +8,9 @@ classes of its family; with several, the runtime's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.models.families import attention_modules, check_pruning, family_of
 from compress.runtime.widths import INPUTS, OUTPUTS, Width, declare, projections, width_of
+from compress.targets.unit import LayerParameters
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,6 @@ class Kept:
     def widths(self, share: int) -> tuple[int, int, int]:
         """Numbers of head groups, query heads and neurons."""
         return len(self.groups), len(self.query_heads(share)), len(self.neurons)
-
-
-class UnitParameters(NamedTuple):
-    """Parameters of one layer that go with one head group, one neuron and one query head, biases included."""
-
-    group: int
-    neuron: int
-    query: int
-
-    def removed(self, groups: int, queries: int, neurons: int) -> int:
-        """Parameters that go with whole groups, with `queries` query heads of groups that stay, and with neurons."""
-        return groups * self.group + queries * self.query + neurons * self.neuron
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -94,15 +83,22 @@ def block_parameters(model: nn.Module) -> int:
 
 def missing_biases(model: nn.Module) -> int:
     """Parameters that the decoder layers gain when every projection has a bias (`add_output_biases`)."""
-    return sum(
-        module.out_features
-        for layer in layers_of(model)
-        for module in projections_of(layer).values()
-        if module.bias is None
-    )
+    return sum(map(_missing_biases, layers_of(model)))
 
 
-def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitParameters]:
+def _missing_biases(layer: nn.Module) -> int:
+    return sum(module.out_features for module in projections_of(layer).values() if module.bias is None)
+
+
+def _parameters_of(layer: nn.Module, width: Width, each: Mapping[str, int], biased: bool) -> LayerParameters:
+    """From the parameters of one head or neuron of every kind."""
+    group = width.query_heads // width.groups * each["query"] + each["key_value"]
+    whole = sum(weight.numel() for weight in layer.parameters()) + (_missing_biases(layer) if biased else 0)
+    rest = whole - width.groups * group - width.neurons * each["neuron"]
+    return LayerParameters(group, each["neuron"], each["query"], width.neurons, rest)
+
+
+def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[LayerParameters]:
     """Parameters that go with one unit, per layer.
 
     Args:
@@ -119,7 +115,6 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitP
     found = []
     for number, (layer, attention) in enumerate(zip(layers_of(model), attention_modules(model), strict=True)):
         width, head_dim = width_of(layer), int(attention.head_dim)  # type: ignore[arg-type]
-        share = width.query_heads // width.groups
         each = Counter[str]()
         for _, name, module in projections(layer):
             parts = OUTPUTS.get(name) or INPUTS[name]
@@ -134,7 +129,7 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[UnitP
             biases = module.out_features if name in OUTPUTS and (biased or module.bias is not None) else 0
             for part in parts:
                 each[part] += (module.weight.numel() + biases) // rows * (1 if part == "neuron" else head_dim)
-        found.append(UnitParameters(share * each["query"] + each["key_value"], each["neuron"], each["query"]))
+        found.append(_parameters_of(layer, width, each, biased))
     return found
 
 

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.models.families import attention_modules, family_of
 from compress.models.fingerprint import fingerprint_of, sampled_fingerprint_of
 from compress.runtime.span import native_windows
+from compress.targets.cost import Cost
+from compress.targets.full import FullGroup
+from compress.targets.unit import Unit
 
 
 class ModelShape(BaseModel):
@@ -34,6 +37,16 @@ class ModelShape(BaseModel):
     native_windows: tuple[int | None, ...]
     fingerprint: str
     sampled: str | None = Field(default=None, exclude=True, repr=False)
+
+    def unit(self, layer: int, itemsize: int = 2, *, paged: bool = True, parameters: int = 0) -> Unit:
+        """A head group of a layer with all of its query heads; arguments as of `Unit`."""
+        queries = self.query_heads // self.kv_heads
+        return Unit(queries, self.head_dim, itemsize, self.native_windows[layer], paged, parameters)
+
+    def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
+        """What the model costs as it is, with transformers' own cache; parameters are not counted."""
+        units = (self.unit(layer, itemsize, paged=False) for layer in range(self.layers))
+        return Cost.total(FullGroup().cost(unit, length) * self.kv_heads for unit in units)
 
     def differing(self, recorded: Mapping[str, Any]) -> list[str]:
         """Names of the fields in which a record of a model is not this model; an older fingerprint counts, too.

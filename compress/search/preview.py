@@ -16,12 +16,12 @@ from compress.errors import UserError
 from compress.models.families import check_pruning
 from compress.models.load import DTYPES
 from compress.models.shape import ModelShape, shape_without_weights
-from compress.search.budget import Budget, check_lengths
-from compress.search.decode_time import step_bytes
-from compress.search.methods import parse_solver
+from compress.search.budget.budget import Budget, check_lengths
+from compress.search.budget.step_time import step_bytes
+from compress.search.checks import parse_solver
 from compress.search.prune import pruning_problem
-from compress.search.search import SearchSection, make_problem, no_start, solve_baselines
-from compress.search.widths import PruningSolver
+from compress.search.removal import PruningSolver
+from compress.search.run import SearchSection, make_problem, no_start, solve_baselines
 
 if TYPE_CHECKING:
     from compress.targets.window import SpanGrid

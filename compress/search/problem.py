@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.plan import Group, Plan, Predicted, make_plan
 from compress.registry import Method, solvers
 from compress.runtime.span import FULL, AnySpan, Span
-from compress.search.budget import dense_bytes, effective_spans
-from compress.search.decode_time import TimeLimit
+from compress.search.budget.budget import dense_bytes, effective_spans
+from compress.search.budget.step_time import TimeLimit
 from compress.targets.cost import kv_bytes, page_bytes, visible_keys
 from compress.targets.full import FullGroup
 from compress.targets.window import SpanGrid, WindowGroup

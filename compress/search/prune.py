@@ -21,10 +21,10 @@ from compress.models.pruning import (
 )
 from compress.models.shape import shape_of
 from compress.plan import Plan
-from compress.search.budget import Budget
+from compress.search.budget.budget import Budget
+from compress.search.measure import LossLog, Progress, measure
+from compress.search.removal import PrunedCandidate, PruningProblem, PruningSolver, Widths, pick
 from compress.search.response import response_loss
-from compress.search.select import LossLog, Progress, measure
-from compress.search.widths import PrunedCandidate, PruningProblem, PruningSolver, Widths, pick
 from compress.targets.apply import planned_model
 
 if TYPE_CHECKING:

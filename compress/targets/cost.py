@@ -1,13 +1,74 @@
-"""What a plan costs for an input: the bytes of KV cache that the runtime allocates, and the attention it computes."""
+"""What a unit, or a whole plan, costs for an input of one length: integers that add up."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 import torch
 
-from compress.runtime.span import PAGE, AnySpan, spans_at
+from compress.runtime.span import PAGE, AnySpan, Span, spans_at
+from compress.targets.unit import Unit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sequence of some length costs; costs of the units of a model add up to that of the model.
+
+    Attributes:
+        held_bytes: of the cache that holds the sequence.
+        read_bytes: of the cache that a decode step at the end of the sequence reads.
+        keys: that the last query sees, one for each head group that it sees it in.
+        flops: of scores and weighted values in a prefill of the sequence: 4 x head_dim for every query head and every
+            visible pair of query and key. Projections are counted by `parameters`.
+        parameters: of the decoder layers; 0 where they were not counted.
+    """
+
+    held_bytes: int = 0
+    read_bytes: int = 0
+    keys: int = 0
+    flops: int = 0
+    parameters: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, units: int) -> Cost:
+        """The cost of so many equal units."""
+        return Cost(*(value * units for value in astuple(self)))
+
+    @staticmethod
+    def total(costs: Iterable[Cost]) -> Cost:
+        """The sum of costs; of none, nothing."""
+        return Cost(*map(sum, zip(astuple(Cost()), *map(astuple, costs), strict=True)))
+
+
+def span_cost(span: AnySpan, unit: Unit, length: int) -> Cost:
+    """What a head group costs that sees a span of keys; it keeps what it may see again, and reads what it keeps.
+
+    Transformers' own cache (`unit.paged` false) keeps the window's tokens, one of them new while a step runs. It has
+    no place for sinks or windows that grow: there the caller asks `Target.stock` first.
+    """
+    fixed = span.at_length(length)
+    if unit.paged:
+        held = fixed.page_count(length) * PAGE
+    else:
+        held = length if fixed.is_full else min(length, fixed.alpha)
+    held_bytes = held * unit.token_bytes
+    flops = 4 * unit.head_dim * unit.query_heads * visible_pairs(fixed, length)
+    return Cost(held_bytes, held_bytes, visible_keys(fixed, length), flops, unit.parameters)
+
+
+@lru_cache(maxsize=4096)
+def visible_pairs(span: Span, length: int) -> int:
+    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head."""
+    if span.is_full:
+        return length * (length + 1) // 2
+    t = torch.arange(length)
+    first = span.first(t)
+    return int((t + 1 - first + first.clamp(max=span.sink)).sum())
 
 
 def page_bytes(head_dim: int, itemsize: int) -> int:
@@ -48,12 +109,8 @@ def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
 
     One minus this is the prefill sparsity of Sparse Frontier (arXiv 2504.17768), which counts whole blocks.
     """
-    t = torch.arange(length)
     counts = Counter(span for row in spans_at(spans, length) for span in row)
-    seen = 0
-    for span, number in counts.items():
-        first = span.first(t)
-        seen += number * int((t + 1 - first + first.clamp(max=span.sink)).sum())
+    seen = sum(number * visible_pairs(span, length) for span, number in counts.items())
     return seen / (counts.total() * length * (length + 1) / 2)
 
 

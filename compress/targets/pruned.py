@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.registry import targets
+from compress.targets.cost import Cost
 from compress.targets.target import Target
+from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
     from compress.models.families import Family
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 class PrunedGroup(Target):
     """Removed: keys, values and query heads of the group are not computed, and nothing of it is cached."""
 
+    removes: ClassVar[bool] = True
+    as_built: ClassVar[bool] = True
+
     target: Literal["pruned"] = "pruned"
 
     @classmethod
@@ -23,3 +29,20 @@ class PrunedGroup(Target):
         if family.whole is None or family.whole_with is None:
             return family.whole
         return f"{family.whole}, where `{family.whole_with}` is set"
+
+    @classmethod
+    def options(cls, unit: Unit, lengths: Sequence[int], grid: Any = None) -> list[Target]:
+        """The one that there is."""
+        return [cls()]
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """Nothing."""
+        return Cost()
+
+    def words(self) -> str:
+        """As a report says it."""
+        return "removed"
+
+    def short(self) -> str:
+        """A dash."""
+        return "-"

@@ -1,19 +1,37 @@
-"""What every target has in common: a name in the plan, and parameters that are checked."""
+"""What every target answers: its parameters, what it costs, its words, its stock form, and what may be chosen."""
 
 from __future__ import annotations
 
 import reprlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import nearest
 from compress.registry import Method, targets
+from compress.targets.cost import Cost
+from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.models.families import Family
 
 # The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
 # whether keys come from its own sequence.
 PATTERNS = ("causal self", "bidirectional self", "causal cross", "bidirectional cross")
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """What a layer of a stock architecture is where its groups have a target.
+
+    Attributes:
+        window: sliding window in tokens: the query at t sees key j when t - j < window; None where it sees everything.
+    """
+
+    window: int | None = None
 
 
 class Target(Method):
@@ -23,9 +41,18 @@ class Target(Method):
 
     Attributes:
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
+        removes: whether nothing of the group stays.
+        as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
+            itself can have it.
+        grid: the class of what `options` takes as `grid`; None where there is nothing to say.
+        objective: name of the training objective of a target that cannot be priced untrained; None of any other.
     """
 
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
+    removes: ClassVar[bool] = False
+    as_built: ClassVar[bool] = False
+    grid: ClassVar[type[Method] | None] = None
+    objective: ClassVar[str | None] = None
 
     target: str
 
@@ -33,6 +60,49 @@ class Target(Method):
     def refusal(cls, family: Family) -> str | None:
         """Why head groups of a family's models cannot become this; None where they can."""
         return None
+
+    @classmethod
+    def options(cls, unit: Unit, lengths: Sequence[int], grid: Any = None) -> list[Target]:
+        """What a search may choose for a head group of this target, each once; none where it has no place.
+
+        Args:
+            lengths: of the inputs that are priced or budgeted, in tokens.
+            grid: which parameters to choose from, of the type `cls.grid`; None takes that type's defaults.
+        """
+        return []
+
+    @abstractmethod
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """What a group that becomes this costs for one sequence of `length` tokens."""
+
+    @abstractmethod
+    def words(self) -> str:
+        """What becomes of a group, in a few words, for instance `sink 4, window 64`."""
+
+    def short(self) -> str:
+        """The same for a cell of a table."""
+        return self.words()
+
+    def stock(self, native: int | None) -> StockForm | None:
+        """Its form in a stock architecture, in a layer that slides over `native` tokens by itself; None without one."""
+        return None
+
+    @property
+    def by_length(self) -> bool:
+        """Whether what a query sees depends on the length of the whole input, so that chunks and turns are refused."""
+        return False
+
+    def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:
+        """Tensors that the runtime's mixer of this target has for one group, converted from the dense attention.
+
+        Args:
+            attention: the dense layer's attention module.
+            group: index of the head group in it.
+
+        Returns:
+            Name of the mixer's parameter -> tensor; nothing where the mixer owns no parameters.
+        """
+        return {}
 
 
 def parse_target(value: Any) -> Any:

@@ -1,49 +1,22 @@
-"""The window target, and its search space: which (sink, alpha, beta) a head group may get."""
+"""The window target, and the grid that it is chosen from: which (sink, alpha, beta) a head group may get."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from compress.errors import UserError
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
-from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, AnySpan, LengthSpan, Span
-from compress.targets.target import Target
-
-
-@targets.register("window")
-class WindowGroup(Target):
-    """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
-
-    target: Literal["window"] = "window"
-    sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")
-    alpha: int = Field(gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
-    beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
-    rule: Literal["position", "length"] = Field(
-        "position",
-        description="what beta is a share of: the query's position, or the length of the input, the same window for "
-        "all of it, as MoA has it (no chunks, no further turns, no inputs of different lengths in a batch)",
-    )
-
-    @field_validator("beta")
-    @classmethod
-    def _representable(cls, beta: float) -> float:
-        Span(0, 0, beta)
-        return beta
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the default rule, so that plans by position are written as they were before it had a name."""
-        written: dict[str, Any] = write(self)
-        if self.rule == "position":
-            written.pop("rule", None)
-        return written
+from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, RULES, AnySpan, LengthSpan, Span
+from compress.targets.cost import Cost, span_cost
+from compress.targets.target import StockForm, Target
+from compress.targets.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -206,3 +179,83 @@ class SpanGrid(Method):
         place = bisect_right(alphas, window.alpha) - 1
         index = (self.sinks.index(window.sink), self.betas.index(0.0), place)
         return Rule(Span(window.sink, alphas[place], 0.0), index)
+
+
+@targets.register("window")
+class WindowGroup(Target):
+    """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
+
+    grid: ClassVar[type[Method] | None] = SpanGrid
+
+    target: Literal["window"] = "window"
+    sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")
+    alpha: int = Field(gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
+    beta: float = Field(ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
+    rule: Literal["position", "length"] = Field(
+        "position",
+        description="what beta is a share of: the query's position, or the length of the input, the same window for "
+        "all of it, as MoA has it (no chunks, no further turns, no inputs of different lengths in a batch)",
+    )
+
+    @field_validator("beta")
+    @classmethod
+    def _representable(cls, beta: float) -> float:
+        Span(0, 0, beta)
+        return beta
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default rule, so that plans by position are written as they were before it had a name."""
+        written: dict[str, Any] = write(self)
+        if self.rule == "position":
+            written.pop("rule", None)
+        return written
+
+    @classmethod
+    def of(cls, span: AnySpan) -> WindowGroup:
+        """The group that sees a span."""
+        return cls(sink=span.sink, alpha=span.alpha, beta=span.beta, rule=span.rule)
+
+    @property
+    def span(self) -> AnySpan:
+        """What the group sees, as the runtime has it."""
+        return RULES[self.rule](self.sink, self.alpha, self.beta)
+
+    @classmethod
+    def options(cls, unit: Unit, lengths: Sequence[int], grid: SpanGrid | None = None) -> list[Target]:
+        """Every window of the grid at the longest length; none in a layer that slides by itself."""
+        if unit.native is not None:
+            return []
+        rules = (grid or SpanGrid()).rules(max(lengths))
+        return [cls.of(rule.span) for rule in rules if not rule.span.is_full]
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """That of the keys that the last query or a later one can see, in whole pages or as tokens."""
+        return span_cost(self.span, unit, length)
+
+    def words(self) -> str:
+        """Sink, window, and what it grows by."""
+        if self.span.is_full:
+            return "sees everything"
+        grows = f" + {self.beta:g} of the {self.rule}" if self.beta else ""
+        return f"sink {self.sink}, window {self.alpha}{grows}"
+
+    def short(self) -> str:
+        """`sink|window`, and what it grows by: a share of the position t, or of the input's N tokens."""
+        if self.span.is_full:
+            return "full"
+        share = f"+{self.beta:g}{'t' if self.rule == 'position' else 'N'}" if self.beta else ""
+        return f"{self.sink}|{self.alpha}{share}"
+
+    def stock(self, native: int | None) -> StockForm | None:
+        """A sliding layer, where the window is fixed, has 2 tokens or more, and no sinks."""
+        if self.span.is_full:
+            return StockForm()
+        if self.by_length or self.sink or self.beta or self.alpha < 2:
+            return None
+        return StockForm(self.alpha)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the window is worked out from the length of the input."""
+        return self.rule == "length"

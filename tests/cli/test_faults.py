@@ -117,7 +117,7 @@ def test_a_folder_that_is_moved_away_while_a_stage_runs(copied: Path, monkeypatc
         run.rename(copied.parent / "elsewhere")
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run / "search"))
 
-    monkeypatch.setattr("compress.search.search.run_search", move)
+    monkeypatch.setattr("compress.search.run.run_search", move)
     assert "moved or deleted" in refused(call("search", copied))
     assert not run.exists()
 

@@ -20,8 +20,8 @@ from compress.profile.capture import Capture
 from compress.profile.gates import Mixture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
-from compress.search.divergence import Divergence
-from compress.search.effects import sampled_effects
+from compress.search.refine.divergence import Divergence
+from compress.search.refine.effects import sampled_effects
 from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from compress.models.shape import ModelShape
-from compress.search.budget import Budget
+from compress.search.budget.budget import Budget
 from compress.search.problem import SearchProblem
-from compress.search.search import make_problem
+from compress.search.run import make_problem
 from compress.targets.window import SpanGrid
 
 ITEMSIZE = 2

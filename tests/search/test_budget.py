@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from compress.errors import UserError
 from compress.runtime.span import FULL, Span
-from compress.search.budget import Budget, check_feasible, dense_bytes, rule_bytes, rule_keys, smallest_bytes
+from compress.search.budget.budget import Budget, check_feasible, dense_bytes, rule_bytes, rule_keys, smallest_bytes
 from compress.targets.cost import decode_density, visible_keys
 from compress.targets.window import SpanGrid
 from tests.search.synthetic import ITEMSIZE, SMALL, budget_problem, make_shape, random_problem

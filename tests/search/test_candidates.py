@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from compress.errors import UserError
 from compress.runtime.span import FULL, Span
-from compress.search.budget import Budget
-from compress.search.candidates import Objective, build_candidates, nondominated, rule_losses
+from compress.search.budget.budget import Budget
+from compress.search.choice.options import Objective, build_candidates, nondominated, rule_losses
 from compress.search.problem import SearchProblem
 from compress.targets.window import SpanGrid
 from tests.search.synthetic import ITEMSIZE, budget_problem, influence_table, make_shape, random_problem

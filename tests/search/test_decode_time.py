@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.errors import UserError
-from compress.search.budget import Budget, dense_bytes
-from compress.search.decode_time import Curve, roofline, step_bytes
-from compress.search.methods import parse_solver
+from compress.search.budget.budget import Budget, dense_bytes
+from compress.search.budget.step_time import Curve, roofline, step_bytes
+from compress.search.checks import parse_solver
 from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape
 from tests.tiny import tiny_model
 
@@ -175,5 +175,5 @@ def test_the_file_that_the_bench_writes_is_a_table(tmp_path: Path) -> None:
     step = budget.step_time(shape, torch.float32.itemsize, (), 0)
     rows = json.loads((tmp_path / "bench.json").read_text())["model_rows"]
     assert len(rows) == 2 and step.rest[2] in [row["without_attention"]["median"] for row in rows]
-    assert step.plan[2].bytes == sorted(row["plan"]["cache_bytes"] for row in rows)
+    assert step.plan[2].bytes.tolist() == sorted(row["plan"]["cache_bytes"] for row in rows)
     assert "2 measured rows" in step.source and "float32 on a CPU" in step.source

@@ -7,8 +7,8 @@ import pytest
 
 from compress.errors import UserError
 from compress.runtime.span import FULL, LengthSpan, Span
-from compress.search.candidates import Objective, build_candidates
-from compress.search.methods import parse_solver
+from compress.search.checks import parse_solver
+from compress.search.choice.options import Objective, build_candidates
 from compress.search.problem import SearchProblem
 from compress.targets.window import SpanGrid
 from tests.search.synthetic import ITEMSIZE, FakeProfile, influence_table, make_shape, random_problem

@@ -11,13 +11,13 @@ from compress.errors import UserError
 from compress.models.pruning import Kept, block_parameters
 from compress.models.shape import shape_of
 from compress.plan import Mlp, read_plan
-from compress.search.allocated import Allocated
-from compress.search.amp import Amp
-from compress.search.budget import Budget
+from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem, random_candidate
+from compress.search.removal import PruningSolver
 from compress.search.response import response_loss
-from compress.search.search import run_search
-from compress.search.widths import PruningSolver
+from compress.search.run import run_search
+from compress.search.solvers.allocated import Allocated
+from compress.search.solvers.amp import Amp
 from compress.targets.apply import planned_model, pruned_model
 from tests.profile.common import document
 from tests.tiny import random_ids, tiny_loaded, tiny_model

@@ -13,14 +13,14 @@ from compress.errors import UserError
 from compress.models.replaced import replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import FULL, Span
-from compress.search.budget import Budget
-from compress.search.divergence import Divergence
-from compress.search.effects import drawn, sampled_effects
-from compress.search.exchange import Decision, exchange
+from compress.search.budget.budget import Budget
 from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
-from compress.search.refine import Loss, Refine, refine, rules_of
-from compress.search.search import make_problem, run_search
-from compress.search.uniform import Uniform
+from compress.search.refine.divergence import Divergence
+from compress.search.refine.effects import drawn, sampled_effects
+from compress.search.refine.exchange import Decision, exchange
+from compress.search.refine.refine import Loss, Refine, refine, rules_of
+from compress.search.run import make_problem, run_search
+from compress.search.solvers.uniform import Uniform
 from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
@@ -54,7 +54,7 @@ def setting(family: str = "llama-gqa", kv: float = 0.5) -> tuple[Any, SearchProb
 def test_divergence_is_zero_for_the_dense_model_and_below_that_of_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("compress.search.divergence.LIKELIEST", 16)
+    monkeypatch.setattr("compress.search.refine.divergence.LIKELIEST", 16)
     model = tiny_model("llama-gqa")
     divergence = Divergence(model, DOCUMENTS)
     assert all(abs(value) < 1e-5 for value in divergence.measure(model).values())
@@ -269,7 +269,7 @@ def test_a_refinement_says_whether_the_time_or_the_tries_ended(tmp_path: Path) -
     assert ended.step == 0 and not ended.exhausted
     # Where the model likes nothing better there is no exchange to measure, and time is left.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.search.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
+        patch.setattr("compress.search.refine.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
         tried, _ = run(tmp_path / "tries", Refine(minutes=5, samples=1))
     assert tried.step == 0 and tried.exhausted and tried.seconds < 300
     assert "no exchange within the budget" in NO_STEPS[tried.exhausted] and "time ended" in NO_STEPS[ended.exhausted]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-import compress.search.search as search
+import compress.search.run as search
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.plan import Plan, read_plan
-from compress.search.budget import Budget
-from compress.search.decode_time import step_bytes
-from compress.search.search import explain, make_problem, run_search, solve_baselines
+from compress.search.budget.budget import Budget
+from compress.search.budget.step_time import step_bytes
+from compress.search.run import explain, make_problem, run_search, solve_baselines
 from compress.targets.cost import kv_bytes
 from tests.search.synthetic import FakeProfile, make_shape, random_problem, random_profile
 from tests.tiny import random_ids, shape_of, tiny_loaded

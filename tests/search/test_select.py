@@ -6,7 +6,7 @@ import pytest
 
 from compress.data.document import Document
 from compress.plan import Plan, uniform_plan
-from compress.search.select import LossLog, best_plan, document_key, measure, plan_key
+from compress.search.measure import LossLog, best_plan, document_key, measure, plan_key
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import make_shape

@@ -5,20 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-import compress.search.methods
+import compress.search.checks
 from compress.errors import UserError
 from compress.models.shape import ModelShape
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span, spans_of_plan
-from compress.search.budget import Budget
-from compress.search.methods import parse_solver
+from compress.search.budget.budget import Budget
+from compress.search.checks import parse_solver
 from compress.search.problem import CandidatePlan, Solver, solver_name
 from compress.targets.cost import decode_density
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape, random_problem
 
-assert compress.search.methods
+assert compress.search.checks
 every_solver = pytest.mark.parametrize("name", [name for name, kind in solvers.items() if issubclass(kind, Solver)])
 
 PROBLEMS = {

@@ -12,7 +12,7 @@ from compress.errors import Problem, UserError
 from compress.limits import BATCH, BYTES, ENTRIES, FACTOR, LONGEST
 from compress.registry import Method, PathText
 from compress.runtime.span import FULL, AnySpan, Span, own_span
-from compress.search.decode_time import StepTime, TimeLimit, measured, roofline
+from compress.search.budget.step_time import StepTime, TimeLimit, measured, roofline
 from compress.targets.cost import kv_bytes, stock_kv_bytes, visible_keys
 from compress.targets.window import SpanGrid
 

@@ -17,7 +17,7 @@ from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span
 from compress.search.problem import CandidatePlan, Decision, SearchProblem, Solver
-from compress.search.uniform import Uniform
+from compress.search.solvers.uniform import Uniform
 
 
 @solvers.register("heads")

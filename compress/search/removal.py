@@ -12,12 +12,13 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.limits import LONGEST
-from compress.models.pruning import Kept, UnitParameters
+from compress.models.pruning import Kept
 from compress.plan import LayerPlan, Mlp, OutputBias, Plan, Predicted, plan_of_layers
 from compress.registry import Method
 from compress.targets.cost import dense_kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
+from compress.targets.unit import LayerParameters
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
@@ -46,8 +47,8 @@ class PruningProblem:
     """
 
     shape: ModelShape
-    sizes: tuple[UnitParameters, ...]
-    biased_sizes: tuple[UnitParameters, ...]
+    sizes: tuple[LayerParameters, ...]
+    biased_sizes: tuple[LayerParameters, ...]
     neurons: int
     block: int
     missing_biases: int

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from compress.bench.file import WholeModel, read_bench
@@ -26,38 +25,30 @@ class Curve:
 
     Between two measured points a straight line. Below the smallest, the smallest one's time: nothing is taken to be
     faster than what was measured. Beyond the largest, in proportion to the bytes, which a fixed part makes too much
-    rather than too little. A point that is faster than one
-    of fewer bytes is raised to it.
+    rather than too little. A point that is faster than one of fewer bytes is raised to it.
 
     Args:
         points: (bytes, time), at least one, in any order.
     """
 
     def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        ordered = sorted(points)
-        self.bytes = [size for size, _ in ordered]
-        self.times = list(accumulate((max(spent, 0.0) for _, spent in ordered), max))
+        sizes, times = np.array(sorted(points)).T
+        self.bytes = sizes
+        self.times = np.maximum.accumulate(np.maximum(times, 0.0))
 
     def time(self, size: float) -> float:
         """Time of `size` bytes."""
         if size >= self.bytes[-1]:
-            return self.times[-1] * size / self.bytes[-1]
-        after = bisect_right(self.bytes, size)
-        if after == 0:
-            return self.times[0]
-        low, high = self.bytes[after - 1], self.bytes[after]
-        return self.times[after - 1] + (self.times[after] - self.times[after - 1]) * (size - low) / (high - low)
+            return float(self.times[-1] * size / self.bytes[-1])
+        return float(np.interp(size, self.bytes, self.times))
 
     def most_bytes(self, time: float) -> float:
         """The most bytes whose time is at most `time`; 0 where even the smallest measured point takes longer."""
         if time < self.times[0]:
             return 0.0
         if time >= self.times[-1]:
-            return self.bytes[-1] * time / self.times[-1] if self.times[-1] > 0 else self.bytes[-1]
-        after = bisect_right(self.times, time)
-        low, high = self.bytes[after - 1], self.bytes[after]
-        share = (time - self.times[after - 1]) / (self.times[after] - self.times[after - 1])
-        return low + (high - low) * share
+            return float(self.bytes[-1] * (time / self.times[-1] if self.times[-1] > 0 else 1.0))
+        return float(np.interp(time, self.times, self.bytes))
 
 
 @dataclass(frozen=True)

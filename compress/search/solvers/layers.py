@@ -9,9 +9,9 @@ from pydantic import Field
 from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span
-from compress.search.heads import Heads, decide
 from compress.search.problem import CandidatePlan, SearchProblem, Solver
-from compress.search.uniform import Uniform
+from compress.search.solvers.heads import Heads, decide
+from compress.search.solvers.uniform import Uniform
 
 
 @solvers.register("layers")

@@ -13,7 +13,7 @@ from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.plan import Plan
 from compress.runtime.span import FULL
-from compress.search.budget import (
+from compress.search.budget.budget import (
     Budget,
     check_feasible,
     check_lengths,
@@ -22,16 +22,16 @@ from compress.search.budget import (
     smallest_bytes,
     smallest_rule,
 )
-from compress.search.decode_time import StepTime, step_bytes
-from compress.search.methods import kind_problems, parse_solver
+from compress.search.budget.step_time import StepTime, step_bytes
+from compress.search.checks import kind_problems, parse_solver
+from compress.search.measure import LossLog, Progress, best_plan, measure
 from compress.search.problem import CandidatePlan, SearchProblem, Solver, positional, solver_name
 from compress.search.prune import run_pruning
-from compress.search.refine import Refine, State, refine
+from compress.search.refine.refine import Refine, State, refine
+from compress.search.removal import PruningSolver
 from compress.search.response import response_loss
-from compress.search.select import LossLog, Progress, best_plan, measure
-from compress.search.streaming import Streaming
-from compress.search.uniform import Uniform
-from compress.search.widths import PruningSolver
+from compress.search.solvers.streaming import Streaming
+from compress.search.solvers.uniform import Uniform
 from compress.targets.apply import planned_model, set_plan
 from compress.targets.window import SpanGrid
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import qmc
 
-from compress.search.candidates import nondominated
-from compress.search.solve import Knapsack, Solution
+from compress.search.choice.knapsack import Knapsack, Solution
+from compress.search.choice.options import nondominated
 
 AUGMENT = 1e-3  # weight of the other objectives, so that a front has no weakly dominated points
 
@@ -21,7 +22,6 @@ def pareto_front(
     points: int,
     gap: float,
     time_limit: float,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[Solution, str]]:
     """Non-dominated solutions over the objectives of a knapsack, each with the question that it answers.
 
@@ -52,8 +52,6 @@ def pareto_front(
             solution = knapsack.solve(weights, gap=gap, time_limit=max(share, min(left, 5.0)), upper=upper)
             if solution is not None:
                 found.append((solution, question))
-        if progress is not None:
-            progress(done, total)
 
     identity = np.eye(count)
     for objective in range(count):
@@ -81,12 +79,6 @@ def pareto_front(
 
 
 def _spread(count: int, dimensions: int) -> NDArray[np.float64]:
-    """`count` points spread evenly over the unit cube: an additive recurrence, the same ones every time.
-
-    Each coordinate advances by a power of the root of x^(d+1) = x + 1 (Roberts' generalisation of the golden ratio).
-    """
-    root = 2.0
-    for _ in range(50):
-        root = (1 + root) ** (1 / (dimensions + 1))
-    steps = root ** -np.arange(1, dimensions + 1)
-    return (0.5 + np.outer(np.arange(1, count + 1), steps)) % 1
+    """`count` points spread evenly over the unit cube, always the same: Halton's sequence without its origin."""
+    points: NDArray[np.float64] = qmc.Halton(dimensions, scramble=False).random(count + 1)[1:]
+    return points

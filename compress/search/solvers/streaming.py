@@ -9,7 +9,7 @@ from pydantic import Field
 from compress.limits import LONGEST
 from compress.registry import solvers
 from compress.search.problem import CandidatePlan, SearchProblem, Solver
-from compress.search.uniform import Uniform
+from compress.search.solvers.uniform import Uniform
 
 
 @solvers.register("streaming")

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.registry import solvers
-from compress.search.widths import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
+from compress.search.removal import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
 
 
 @solvers.register("amp")

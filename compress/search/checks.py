@@ -1,21 +1,15 @@
-"""All solvers, and what does not go together in a recipe. A new solver is a file and a line here."""
+"""What does not go together in a recipe, and would otherwise show only in a profile or a search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import compress.search.allocated
-import compress.search.amp
-import compress.search.heads
-import compress.search.layers
-import compress.search.moa
-import compress.search.streaming
-import compress.search.uniform  # noqa: F401  (importing a solver registers it)
+import compress.search.solvers  # noqa: F401  (importing the package registers its solvers)
 from compress.errors import Problem, UserError, nearest
 from compress.registry import solvers
 from compress.search.problem import Solver, solver_name
-from compress.search.widths import PruningSolver
+from compress.search.removal import PruningSolver
 
 
 def parse_solver(value: Any) -> Any:

@@ -13,8 +13,8 @@ from pydantic import Field
 from compress.errors import UserError
 from compress.limits import SECONDS
 from compress.registry import solvers
-from compress.search.solve import Knapsack
-from compress.search.widths import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
+from compress.search.choice.knapsack import Knapsack
+from compress.search.removal import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
 
 
 @dataclass(frozen=True)

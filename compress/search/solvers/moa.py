@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 
 from compress.limits import FACTOR, SECONDS
 from compress.registry import solvers
-from compress.search.budget import check_feasible
-from compress.search.candidates import Objective, build_candidates
-from compress.search.pareto import pareto_front
+from compress.search.budget.budget import check_feasible
+from compress.search.choice.knapsack import Knapsack
+from compress.search.choice.options import Objective, build_candidates
+from compress.search.choice.pareto import pareto_front
 from compress.search.problem import CandidatePlan, SearchProblem, Solver
-from compress.search.solve import Knapsack
 
 
 @solvers.register("moa")

@@ -13,8 +13,6 @@ than it did at the start: one that would counts twice in what is tried next.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,16 +25,16 @@ from pydantic import Field
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.files import write_text
+from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
 from compress.limits import FACTOR, MINUTES
 from compress.partial import read_partial, write_partial
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
-from compress.search.divergence import Divergence
-from compress.search.effects import Rules, sampled_effects
-from compress.search.exchange import Decision, exchange
 from compress.search.problem import CandidatePlan, SearchProblem
+from compress.search.refine.divergence import Divergence
+from compress.search.refine.effects import Rules, sampled_effects
+from compress.search.refine.exchange import Decision, exchange
 from compress.targets.apply import planned_model, set_plan
 
 if TYPE_CHECKING:
@@ -284,15 +282,14 @@ def _key(
     seed: int,
 ) -> str:
     """Hash of all that a refinement depends on, but for the time that it may take."""
-    facts = [
+    return key_of(
         problem.shape.fingerprint,
         [repr(row) for row in problem.rows],
         settings.model_dump(mode="json", exclude={"minutes"}),
         {name: repr(decision) for name, decision in starts.items()},
         [[document.tokens, document.answer] for document in documents],
         seed,
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    )
 
 
 def _read(path: Path, key: str) -> State | None:

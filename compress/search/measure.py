@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.data.document import Document
-from compress.files import append_line
+from compress.files import append_line, key_of
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def plan_key(plan: Plan | None) -> str:
     """Identity of what a plan does, without its provenance and predictions; None is the dense model."""
-    return "dense" if plan is None else _digest(plan.model_dump(mode="json", by_alias=True)["layers"])
+    return "dense" if plan is None else key_of(plan.model_dump(mode="json", by_alias=True)["layers"])
 
 
 def document_key(document: Document) -> str:
     """Identity of a document: its tokens and where the answer is."""
-    return _digest([document.tokens, document.answer])
+    return key_of([document.tokens, document.answer])
 
 
 def _entry(line: str) -> dict[str, Any] | None:

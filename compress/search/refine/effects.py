@@ -26,7 +26,7 @@ from compress.models.replaced import causal_attention, checkpoint_layers, refuse
 from compress.models.shape import ModelShape
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import FULL, Span
-from compress.search.divergence import Divergence
+from compress.search.refine.divergence import Divergence
 
 NAME = "compress_effects"
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from compress.runtime.span import Span, own_span
-from compress.search.candidates import costs_of
-from compress.search.effects import Rules
+from compress.search.choice.options import costs_of
 from compress.search.problem import SearchProblem
+from compress.search.refine.effects import Rules
 
 Decision = tuple[tuple[Span, ...], ...]
 Vector = NDArray[np.float64]

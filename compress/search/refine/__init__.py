@@ -1,0 +1,1 @@
+"""Refinement of a plan by its measured loss."""

@@ -1,0 +1,9 @@
+"""All solvers. A new one is a file in this folder and a line here."""
+
+import compress.search.solvers.allocated
+import compress.search.solvers.amp
+import compress.search.solvers.heads
+import compress.search.solvers.layers
+import compress.search.solvers.moa
+import compress.search.solvers.streaming
+import compress.search.solvers.uniform  # noqa: F401  (importing a solver registers it)
