@@ -23,7 +23,7 @@ import compress.data.tasks  # noqa: F401  (registers the tasks)
 from compress.cli.tables import show
 from compress.data.text import EmbeddedText, FileText
 from compress.evaluate.compare import Variant, compare
-from compress.evaluate.perplexity import PerplexityRequest
+from compress.evaluate.measures.perplexity import Perplexity
 from compress.models.load import load_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
@@ -88,7 +88,7 @@ def main() -> None:
             comparison = compare(
                 loaded,
                 variants,
-                perplexity_request=PerplexityRequest(text=text, length=longest, windows=options.windows),
+                perplexity_request=Perplexity(text=text, length=longest, windows=options.windows),
                 recall_requests=asked if number == 0 else [],
                 recall_text=None,
                 seed=options.seed,

@@ -29,8 +29,8 @@ from compress.data.calibration import calibration_documents
 from compress.data.document import Document
 from compress.data.text import EmbeddedText, FileText, split_text, tokenise
 from compress.errors import UserError
-from compress.evaluate.perplexity import PerplexityRequest, perplexity
-from compress.evaluate.recall import recall, wilson
+from compress.evaluate.measures.perplexity import Perplexity, perplexity
+from compress.evaluate.measures.recall import recall, wilson
 from compress.models.load import LoadedModel, load_model
 from compress.models.shape import ModelShape, shape_of
 from compress.plan import Plan, read_plan
@@ -211,7 +211,7 @@ def measure(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
             key = f"{budget}/{name}/perplexity/{label}"
             if key not in known:
                 model = model or (loaded.model if entry is None else planned_model(loaded.model, entry))
-                found = perplexity(model, tokens, PerplexityRequest(length=8192, windows=options.windows))
+                found = perplexity(model, tokens, Perplexity(length=8192, windows=options.windows))
                 known[key] = {"perplexity": found.perplexity, "window_nll": found.window_nll}
         log.write_text(json.dumps(known))
         print(_line(budget, name, entry, known, shape, loaded), flush=True)

@@ -24,7 +24,7 @@ import compress.profile  # noqa: F401  (registers the statistics)
 from compress.data.calibration import calibration_documents
 from compress.data.continuation import Continuation
 from compress.data.text import FileText, tokenise
-from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from compress.evaluate.measures.perplexity import Perplexity, perplexity
 from compress.models.load import load_model
 from compress.models.pruning import block_parameters
 from compress.profile.runner import run_profile
@@ -108,7 +108,7 @@ def main() -> None:
             "row": row,
             "removed": ratio,
             "parameter_share": block_parameters(model) / block_parameters(loaded.model),
-            "perplexity": perplexity(model, test, PerplexityRequest(length=1024, windows=options.windows)).perplexity,
+            "perplexity": perplexity(model, test, Perplexity(length=1024, windows=options.windows)).perplexity,
             "widths": note,
             "dtype": options.dtype,
             "machine": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),

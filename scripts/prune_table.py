@@ -31,7 +31,7 @@ import transformers
 
 from compress.data.text import tokenise
 from compress.evaluate.likelihood import answer
-from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from compress.evaluate.measures.perplexity import Perplexity, perplexity
 from compress.evaluate.requests import RequestFile, read_requests
 from compress.files import write_text
 from compress.models.load import load_model
@@ -214,7 +214,7 @@ def one(
 
 def evaluate(model: Any, test: Sequence[int], requests: RequestFile, windows: int) -> dict[str, Any]:
     """Perplexity of the test text, and the answers to the zero-shot requests."""
-    found = perplexity(model, test, PerplexityRequest(length=1024, windows=windows))
+    found = perplexity(model, test, Perplexity(length=1024, windows=windows))
     return {"perplexity": found.perplexity, "nll": found.window_nll, "answers": answer(model, requests, "row").answers}
 
 

@@ -298,7 +298,9 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
             model(input_ids=token, position_ids=position, **{CACHE: cache})
 
         decode = _step_times(step, device, steps)
-    return Side(spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {what: name for what, (name, _) in backends.items()})
+    return Side(
+        spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {what: name for what, (name, _) in backends.items()}
+    )
 
 
 def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:

@@ -177,18 +177,16 @@ def measure(
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    from compress.bench.report import plot
     from compress.files import sweep, write_text
     from compress.json_file import sealed
+    from compress.plots.chart import draw_charts
+    from compress.plots.speed import speed_charts
 
     arguments.make_folder(folder)
     sweep(folder)
     write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
-        try:
-            plot(report["rows"], folder / "bench.png")
-        except ImportError:
-            say("no plot: matplotlib is not installed (in the clone: pip install -e '.[bench]')")
+        draw_charts(speed_charts(report["rows"]), folder / "bench")
 
 
 def _show(report: dict[str, Any]) -> None:

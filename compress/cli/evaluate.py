@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,11 @@ from compress.errors import UserError
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
+SENTENCE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n  or in spaces."
+
 if TYPE_CHECKING:
-    from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import Comparison
+    from compress.evaluate.measure import Measure, Variant
 
 
 def evaluate(
@@ -34,6 +37,10 @@ def evaluate(
     latency: Annotated[
         int | None, typer.Option(min=2, max=LONGEST, help="Time prefill and decode behind so many tokens.")
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YAML", help="Another measure, as in a recipe: 'agreement: {length: 512}'. Repeatable."),
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
     ] = 1,
@@ -41,6 +48,12 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
+    record: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the requests of --tasks there (.json.gz), run no model.")
+    ] = None,
+    replay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Answer recorded requests; needs lm-eval only to count them.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -49,6 +62,8 @@ def evaluate(
 
     A checkpoint of this project is measured beside the dense model on its own weights, without running its code.
     What was measured before with the same weights, task and seed is read and not measured again.
+
+    Where lm-eval or its data cannot be installed: --record writes the requests elsewhere, and --replay answers them.
     """
     from compress.cli.tables import show
 
@@ -61,32 +76,55 @@ def evaluate(
                 fix=f"compress eval {what[0]}, or name models only",
             )
         comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
+    elif record is not None:
+        asked = {"tasks": tasks}
+        _check(what[:1], asked, include, dtype, device)
+        (measured,) = _measures(asked, {"include": include, "limit": limit}, batch)
+        _record(what, measured, record)
+        return
+    elif replay is not None:
+        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        replayed = _replay(what, replay, include, _Settings(device, dtype, seed, batch, folder))
+        if replayed is None:
+            return
+        comparison = replayed
     else:
-        kept = arguments.words(suites)
-        request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
-        _check(what, request, perplexity, latency, dtype, device)
+        asked = {"tasks": tasks, "suites": suites, "perplexity": perplexity, "latency": latency, "measure": measure}
+        _check(what, asked, include, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
-        request |= {"lengths": sizes, "count": count, "batch_size": batch}
-        comparison = _models(what, request, perplexity, latency, batch, device, dtype, seed, folder)
+        of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
+        measured = _measures(asked, of_tasks, batch)
+        comparison = _models(what, measured, _Settings(device, dtype, seed, batch, folder))
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        for table in comparison.tables():
+        from compress.evaluate.tables import tables
+
+        for table in tables(comparison):
             show(table)
 
 
-def _check(
-    specs: list[str], request: dict[str, Any], perplexity: int | None, latency: int | None, dtype: str, device: str
-) -> None:
+@dataclass(frozen=True)
+class _Settings:
+    """How models are measured, and the folder that the results go to."""
+
+    device: str
+    dtype: str
+    seed: int
+    batch: int
+    folder: Path
+
+
+def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: str, device: str) -> None:
     """Everything that needs no model: names, paths, and that something is to be measured."""
     arguments.one_of(dtype, arguments.DTYPES, "--dtype")
     arguments.device(device)
-    if request["include"] is not None and not arguments.given_path(request["include"], "--include").is_dir():
+    if include is not None and not arguments.given_path(include, "--include").is_dir():
         raise UserError(
             "no such folder of task files",
             where="--include",
-            found=request["include"],
+            found=include,
             fix="name a folder of .yaml files",
         )
     seen: dict[str, str] = {}
@@ -96,10 +134,78 @@ def _check(
         if place in seen:
             raise UserError("a model is given twice", where=spec, expected="different models", found=seen[place])
         seen[place] = spec
-    if not request["tasks"] and not request["suites"] and perplexity is None and latency is None:
+    if all(value in (None, "", []) for value in asked.values()):
         raise UserError(
-            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
+            "nothing to measure",
+            expected="--tasks, --suites, --perplexity, --latency or --measure",
+            found="none of them",
         )
+
+
+def _record(what: list[str], measured: Measure, file: str) -> None:
+    from compress.cli.recorded import record
+    from compress.evaluate.measures.lm_eval import LmEval
+
+    if len(what) > 1:
+        raise UserError("requests are recorded for one tokenizer", where=what[1], expected="one model", fix=what[0])
+    assert isinstance(measured, LmEval)
+    record(what[0], measured, arguments.given_path(file, "--record"))
+
+
+def _replay(what: list[str], file: str, include: str | None, settings: _Settings) -> Comparison | None:
+    from compress.cli.recorded import replay
+
+    arguments.one_of(settings.dtype, arguments.DTYPES, "--dtype")
+    arguments.device(settings.device)
+    path, dtype = arguments.given_path(file, "--replay"), settings.dtype
+    return replay(path, what, include, device=settings.device, dtype=dtype, folder=settings.folder)
+
+
+def _measures(asked: dict[str, Any], of_tasks: dict[str, Any], batch: int) -> list[Measure]:
+    """The measures that the options ask for.
+
+    Args:
+        of_tasks: what else `--tasks` and `--suites` are run with.
+    """
+    from compress.data.text import EmbeddedText
+    from compress.evaluate.measures.latency import Latency
+    from compress.evaluate.measures.lm_eval import LmEval
+    from compress.evaluate.measures.perplexity import Perplexity
+    from compress.evaluate.suites import SUITES
+
+    tasks, suites = arguments.words(asked.get("tasks")), arguments.words(asked.get("suites"))
+    measured: list[Measure] = []
+    if tasks or suites:
+        names = tuple(SUITES) if suites == ("all",) else suites
+        measured.append(LmEval(tasks=tasks, suites=names, batch_size=batch, **of_tasks))
+    if asked.get("perplexity") is not None:
+        measured.append(Perplexity(text=EmbeddedText(), length=asked["perplexity"]))
+    if asked.get("latency") is not None:
+        measured.append(Latency(length=asked["latency"], batch=batch))
+    return [*measured, *(measure for text in asked.get("measure") or () for measure in _named(text))]
+
+
+def _named(text: str) -> list[Measure]:
+    """The measures of one `--measure`. Raises UserError."""
+    import json
+
+    import yaml
+
+    from compress.json_file import validated
+    from compress.registry import measures
+
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError("not YAML", where="--measure", found=str(error).splitlines()[0]) from None
+    if isinstance(given, str):
+        given = {given: {}}
+    if not isinstance(given, dict):
+        raise UserError("not a measure", where="--measure", expected="NAME: {key: value, ...}", found=json.dumps(given))
+    found = []
+    for name, keys in given.items():
+        found.append(validated(measures[str(name)], keys or {}, f"--measure {name}", "--measure"))
+    return found
 
 
 def _folder_name(spec: str) -> str:
@@ -117,47 +223,24 @@ def _recipe(path: str, overwrite: bool) -> Comparison:
         return evaluate_stage(session)
 
 
-def _models(
-    specs: list[str],
-    asked: dict[str, Any],
-    perplexity: int | None,
-    latency: int | None,
-    batch: int,
-    device: str,
-    dtype: str,
-    seed: int,
-    folder: Path,
-) -> Comparison:
+def _models(specs: list[str], measured: list[Measure], settings: _Settings) -> Comparison:
     import transformers
 
     from compress.cli.session import resolve_device
-    from compress.data.text import EmbeddedText
     from compress.evaluate.compare import compare
-    from compress.evaluate.harness import HarnessRequest
-    from compress.evaluate.latency import LatencyRequest
-    from compress.evaluate.perplexity import PerplexityRequest
-    from compress.evaluate.suites import SUITES
 
     transformers.utils.logging.disable_progress_bar()
-    names = tuple(SUITES) if asked["suites"] == ("all",) else asked["suites"]
-    request = HarnessRequest(**asked | {"suites": names})
-    where = resolve_device(device)
+    where, folder = resolve_device(settings.device), settings.folder
     arguments.make_folder(folder)
     sweep(folder)
-    sizes = request.lengths
-    loaded, variants = _variants(specs, sizes if names else (), dtype, where)
+    loaded, variants = _variants(specs, settings.dtype, where)
     with progress("eval") as report:
         comparison = compare(
             loaded,
             variants,
-            perplexity_request=None
-            if perplexity is None
-            else PerplexityRequest(text=EmbeddedText(), length=perplexity),
-            recall_requests=[],
-            harness_request=request if request.tasks or names else None,
-            latency_request=None if latency is None else LatencyRequest(length=latency, batch=batch),
-            seed=seed,
-            batch_size=batch,
+            measured,
+            seed=settings.seed,
+            batch_size=settings.batch,
             cache_dir=folder / "evaluation",
             progress=report,
         )
@@ -166,19 +249,16 @@ def _models(
     return comparison
 
 
-def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: str) -> tuple[Any, list[Variant]]:
+def _variants(specs: list[str], dtype: str, device: str) -> tuple[Any, list[Variant]]:
     """The first model, dense, and every model as a row; a checkpoint that carries a plan as two."""
     import torch
 
     from compress.bench.shapes import SHAPES
     from compress.bench.source import Source
-    from compress.evaluate.compare import Variant
+    from compress.evaluate.measure import Variant
     from compress.files import key_of
     from compress.models.content import content_key
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
-    from compress.runtime.span import spans_of_plan
-    from compress.search.budget.budget import dense_bytes
-    from compress.targets.cost import kv_bytes
 
     first = Source(specs[0])
     if first.carries_plan:
@@ -186,24 +266,36 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
     else:
         loaded = load_model(specs[0], dtype=dtype, device=device)
-    shape = loaded.shape
-    itemsize = DTYPES[dtype].itemsize
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
-    variants = [Variant("dense", lambda: loaded.model, "dense", dense)]
+    shape, itemsize = loaded.shape, DTYPES[dtype].itemsize
+    variants = [Variant("dense", lambda: loaded.model, "dense", lambda length: shape.dense_cost(length, itemsize))]
     if first.carries_plan:
-        plan = first.checkpoint["compress_plan"]
-        spans = spans_of_plan(plan, list(shape.native_windows))
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
-        variants.append(Variant("plan", lambda: first.planned(loaded.model, None, 0)[0], key_of(plan), held))
+        key = key_of(first.checkpoint["compress_plan"])
+        build = lambda: first.planned(loaded.model, None, 0)[0]  # noqa: E731
+        variants.append(Variant("plan", build, key, _cost_of(specs[0], itemsize)))
     for spec in specs[1:]:
         source = Source(spec)
 
-        def build(spec: str = spec, source: Source = source) -> Any:
+        def build_other(spec: str = spec, source: Source = source) -> Any:
             return source.carried(torch.device(device), DTYPES[dtype])
 
         key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
-        variants.append(Variant(_row_name(spec, variants), build, key, {}, _tokenizer_of(spec)))
+        variants.append(
+            Variant(
+                _row_name(spec, variants), build_other, key, _cost_of(spec, itemsize), _other(spec, loaded.tokenizer)
+            )
+        )
     return loaded, variants
+
+
+def _cost_of(spec: str, itemsize: int) -> Any:
+    """What a checkpoint of this project costs by its plan; None for any other model."""
+    from compress.plan import read_plan
+
+    path = Path(spec).expanduser() / "compress_plan.json"
+    if not path.is_file():
+        return None
+    plan = read_plan(path)
+    return lambda length: plan.cost(length, itemsize)
 
 
 def _row_name(spec: str, variants: list[Variant]) -> str:
@@ -213,7 +305,10 @@ def _row_name(spec: str, variants: list[Variant]) -> str:
     return spec if spec not in taken else str(path.resolve()) if path.exists() else f"{spec} again"
 
 
-def _tokenizer_of(spec: str) -> Any:
+def _other(spec: str, tokenizer: Any) -> Any:
+    """What makes a model's tokenizer; None where it is the dense model's."""
     from compress.models.load import load_tokenizer
 
-    return lambda: load_tokenizer(spec)
+    own = load_tokenizer(spec)
+    same = own.get_vocab() == tokenizer.get_vocab() and own(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
+    return None if same else lambda: own

@@ -12,11 +12,11 @@ from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, duration, size
 from compress.errors import UserError
 from compress.json_file import read_object
+from compress.limits import SHOWN_LENGTHS
 
 if TYPE_CHECKING:
     from compress.plan import Plan
 
-LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a profile, a checkpoint or a run folder.")]
 
 
@@ -139,7 +139,7 @@ def _print_plan(plan: Plan) -> None:
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
-    for length in sorted({*LENGTHS, *plan.predicted.kv_bytes}):
+    for length in sorted({*SHOWN_LENGTHS, *plan.predicted.kv_bytes}):
         used = kv_bytes(spans, length, model.head_dim, 2)
         dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")

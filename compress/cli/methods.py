@@ -17,9 +17,9 @@ def load() -> Methods:
     import compress.search.checks  # noqa: F401  (importing a package registers its methods)
     from compress import registry
     from compress.data.text import DatasetText, EmbeddedText, FileText
-    from compress.evaluate.harness import HarnessRequest
-    from compress.evaluate.latency import LatencyRequest
-    from compress.evaluate.perplexity import PerplexityRequest
+    from compress.evaluate.measures.latency import Latency
+    from compress.evaluate.measures.lm_eval import LmEval
+    from compress.evaluate.measures.perplexity import Perplexity
     from compress.recipe import Methods
     from compress.recover.settings import RecoverSettings
     from compress.search.budget.budget import Budget
@@ -35,8 +35,8 @@ def load() -> Methods:
         budget=Budget,
         refine=Refine,
         recover=RecoverSettings,
-        perplexity=PerplexityRequest,
-        lm_eval=HarnessRequest,
-        latency=LatencyRequest,
+        perplexity=Perplexity,
+        lm_eval=LmEval,
+        latency=Latency,
         check=check_recipe,
     )

@@ -154,20 +154,20 @@ class Session:
         return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
 
     def _evaluated(self) -> list[str]:
-        """Contents of the texts and task files that the evaluation reads."""
-        evaluate: Any = self.recipe.evaluate
-        request, harness = evaluate.perplexity, evaluate.lm_eval
-        source: Any = self.recipe.calibration.text if request is None else request.text
-        found = []
-        if request is not None:
-            found.append(self.inputs.text(source, characters_for(request.tokens, "evaluation")))
-        if evaluate.recall:
-            found.append(self._text(source, evaluate.recall, "evaluation"))
-        if harness is not None and harness.suites:
-            found.append(self.inputs.text(source, MOST))
-        if harness is not None and harness.include is not None:
-            found.append(self.inputs.files(f"task files: {harness.include}", harness.files))
-        return found
+        """Contents of the texts and files that the evaluation reads."""
+        from compress.evaluate.measure import asked_for, texts_of
+
+        asked = asked_for(self.recipe.evaluate)
+        default: Any = self.recipe.calibration.text
+        text = texts_of(asked, default)
+        contents = []
+        for measure in asked:
+            for reading in measure.readings(self.recipe.seed):
+                count = MOST if reading.tokens is None else characters_for(reading.tokens, "evaluation")
+                contents.append(self.inputs.text(reading.source or text, count))
+            if measure.files_are:
+                contents.append(self.inputs.files(measure.files_are, measure.files))
+        return contents
 
     def _text(self, source: Any, tasks: Any, part: Part) -> str:
         """The content that some tasks read of a text."""

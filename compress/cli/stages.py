@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.profile.store import Profile
     from compress.registry import Method
+    from compress.targets.cost import Cost
 
 Result = TypeVar("Result")
 SPANS, QUALITY = "spans.svg", "quality.svg"  # written last of a stage's plots: where they are, all are
@@ -90,7 +91,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     """The plan, chosen by measured loss on the held-out documents. Arguments and errors as in `profile_stage`."""
     from compress.bench.measure import copy_bandwidth
     from compress.plan import read_plan
-    from compress.plots.run import search_plots
+    from compress.report.plots import search_plots
     from compress.search.budget.budget import ceiling
     from compress.search.run import run_search
 
@@ -220,28 +221,22 @@ def evaluate_stage(session: Session) -> Comparison:
     """
     from compress.evaluate.compare import compare
     from compress.evaluate.comparison import read_comparison
-    from compress.plots.run import evaluation_plots
+    from compress.evaluate.measure import asked_for
+    from compress.report.plots import evaluation_plots
 
     run, recipe = session.run, session.recipe
     require(session, *_needed(session))
     plan = search_stage(session, must_be_done=True)
     variants = _variants(session, plan, recover_stage(session, must_be_done=True))
     path = run.path / "evaluation.json"
-    request: Any = recipe.evaluate.perplexity
-    tasks: Any = recipe.evaluate.recall
-    harness: Any = recipe.evaluate.lm_eval
-    timing: Any = recipe.evaluate.latency
 
     def work() -> Comparison:
         with progress("evaluate") as report:
             comparison = compare(
                 session.loaded,
                 variants,
-                perplexity_request=request,
-                recall_requests=tasks,
-                recall_text=None if request is not None else _text(session),
-                harness_request=harness,
-                latency_request=timing,
+                asked_for(recipe.evaluate),
+                text=_text(session),
                 seed=recipe.seed,
                 batch_size=recipe.evaluate.batch_size,
                 cache_dir=run.path / "evaluation",
@@ -259,42 +254,28 @@ def evaluate_stage(session: Session) -> Comparison:
     if not (run.plots / QUALITY).is_file():
         _draw(evaluation_plots, run.path)
     if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
+        from compress.evaluate.tables import markdown
         from compress.export.export import update_card
 
         update_card(run.checkpoint, session.loaded, markdown(comparison))
     return comparison
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables of a comparison in Markdown, with their conditions above and below."""
-    return "\n\n".join(_markdown_table(table) for table in comparison.tables())
-
-
-def _markdown_table(table: Any) -> str:
-    """One rich table in Markdown."""
-    heads = [str(column.header).replace("\n", " ") for column in table.columns]
-    cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    lines = [str(table.title), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    lines += [f"| {' | '.join(row)} |" for row in zip(*cells, strict=True)]
-    return "\n".join([*lines, *(["", str(table.caption)] if table.caption else [])])
-
-
 def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
-    from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import UNTRAINED
+    from compress.evaluate.measure import Variant
     from compress.plan import read_plan
-    from compress.search.budget.budget import dense_bytes
     from compress.search.measure import plan_key
     from compress.targets.apply import planned_model
-    from compress.targets.cost import kv_bytes
 
     shape, model = session.shape, session.loaded.model
     itemsize = model.dtype.itemsize
-    evaluate: Any = session.recipe.evaluate
-    asked = [*evaluate.recall, *([evaluate.perplexity] if evaluate.perplexity is not None else [])]
-    suites: tuple[int, ...] = evaluate.lm_eval.lengths if evaluate.lm_eval and evaluate.lm_eval.suites else ()
-    lengths = sorted({int(request.length) for request in asked} | set(suites))
+    evaluate = session.recipe.evaluate
+
+    def dense(length: int) -> Cost:
+        return shape.dense_cost(length, itemsize)
+
     plans = {"plan": plan}
     for name in evaluate.compare:
         if name != "plan":
@@ -305,21 +286,21 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for name, entry in plans.items():
-        spans = entry.spans()
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)
 
+        def cost(length: int, entry: Plan = entry) -> Cost:
+            return entry.cost(length, itemsize)
+
         if name == "plan" and weights is not None:
-            variants += _recovered(session, weights, plan, build, held, dense)
+            variants += _recovered(session, weights, plan, build, cost, dense)
         else:
             # Baselines are not trained: beside a trained plan their names say so.
             label = name if weights is None else f"{name}{UNTRAINED}"
-            variants.append(Variant(label, build, plan_key(entry), held))
+            variants.append(Variant(label, build, plan_key(entry), cost))
     return variants
 
 
@@ -328,19 +309,19 @@ def _recovered(
     weights: Path,
     plan: Plan,
     build: Callable[[], Any],
-    held: dict[int, int],
-    dense: dict[int, int],
+    cost: Callable[[int], Cost],
+    dense: Callable[[int], Cost],
 ) -> list[Any]:
     """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
-    from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED
+    from compress.evaluate.measure import Variant
     from compress.models.recovered import load_recovered
     from compress.recover.recover import read_recovered
     from compress.search.measure import plan_key
 
     key = plan_key(plan)
-    trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
-    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, held)]
+    trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", cost)
+    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, cost)]
     settings: Any = session.recipe.recover
     if settings.control:
         control = weights / "control"
@@ -376,14 +357,8 @@ def _text(session: Session) -> Any:
 
 
 def _draw(plots: Callable[[Path], list[Path]], folder: Path) -> None:
-    """Plots of a stage that is done; where matplotlib is missing, one line that says how to get it."""
-    from compress.plots.figure import EXTRA
-
-    try:
-        written = plots(folder)
-    except ImportError:
-        say(f"plots: skipped, matplotlib is not installed ({EXTRA})")
-        return
+    """Plots of a stage that is done."""
+    written = plots(folder)
     if written:
         say("plots: " + ", ".join(str(path) for path in written))
 

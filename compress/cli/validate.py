@@ -64,6 +64,8 @@ def table(recipe: Recipe) -> Any:
     """The stages with their method, what they read, and the model passes that they take."""
     from rich.table import Table
 
+    from compress.evaluate.measure import asked_for
+
     result = Table(title=f"{recipe.source}")
     for column in ("stage", "method", "documents", "model passes"):
         result.add_column(column)
@@ -98,19 +100,13 @@ def table(recipe: Recipe) -> Any:
         "",
         "verification",
     )
-    request: Any = recipe.evaluate.perplexity
-    windows = [f"{request.windows} windows of {request.length:,} tokens"] if request is not None else []
-    prompts = sum(row["count"] for row in parts["evaluate"])
-    harness: Any = recipe.evaluate.lm_eval
-    tasks = [*harness.tasks, *harness.suites] if harness is not None else []
-    timing: Any = recipe.evaluate.latency
-    timed = [] if timing is None else [f"time at {timing.length:,} tokens, batch {timing.batch}"]
+    asked = asked_for(recipe.evaluate)
+    passes = ", ".join(filter(None, (measure.passes() for measure in asked)))
     result.add_row(
         "evaluate",
         "\n".join(row_names(recipe)),
-        "\n".join([*windows, *filter(None, [_lines(parts["evaluate"])]), *tasks, *timed]),
-        f"{prompts} generations and {request.windows if request is not None else 0} forward for each of these"
-        + (", and the tasks" if tasks else ""),
+        "\n".join(filter(None, (measure.words() for measure in asked))),
+        f"{passes or 'none'} for each of these",
     )
     return result
 
@@ -202,30 +198,24 @@ def check_run(recipe: Recipe) -> dict[str, int]:
 
 def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of what an evaluation asks for that need no text, by key."""
-    from compress.evaluate.harness import check_request as check_harness
-    from compress.evaluate.latency import check_latency
+    from compress.evaluate.measure import placed
 
     context = getattr(config, "max_position_embeddings", None)
-    harness: Any = recipe.evaluate.lm_eval
-    timing: Any = recipe.evaluate.latency
     checks: list[tuple[str, Callable[[], Any]]] = []
-    if timing is not None:
-        checks.append(("evaluate.latency", lambda: check_latency(timing, context)))
-    if harness is not None:
-        checks.append(("evaluate.lm_eval", lambda: check_harness(harness, context)))
-        checks.append(("evaluate.lm_eval.include", harness.files))
+    for place, measure in placed(recipe.evaluate):
+        checks.append((f"evaluate.{place}", functools.partial(measure.check, context)))
+        checks.append((f"evaluate.{place}", measure.files))
     return checks
 
 
 def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
     """Everything that reads a text, in the order of the stages."""
-    from compress.evaluate.perplexity import check_request
+    from compress.evaluate.measure import asked_for, placed, texts_of
     from compress.recover.windows import check_windows
 
     context = getattr(config, "max_position_embeddings", None)
-    calibration, evaluate = recipe.calibration, recipe.evaluate
-    request: Any = evaluate.perplexity
-    evaluated: Any = request.text if request is not None else calibration.text
+    calibration: Any = recipe.calibration
+    evaluated = texts_of(asked_for(recipe.evaluate), calibration.text)
     uses: list[_Use] = []
 
     def add(label: str, source: Any, part: Part, place: str, tasks: Any) -> None:
@@ -239,10 +229,15 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
     if calibration.second is not None:
         add("second", calibration.second, "calibration", "calibration.documents", calibration.documents)
     add("held_out", calibration.text, "held_out", "calibration.held_out", calibration.held_out)
-    add("evaluation", evaluated, "evaluation", "evaluate.recall", evaluate.recall)
-    if request is not None:
-        check = functools.partial(_perplexity, check_request, request, context)
-        uses.append(_Use("evaluation", evaluated, "evaluation", "evaluate.perplexity", request.tokens, check))
+    for place, measure in placed(recipe.evaluate):
+        for reading in measure.readings(recipe.seed):
+            if reading.tokens is not None:
+
+                def check(ids: list[int], reading: Any = reading) -> None:
+                    reading.check(tokenizer, ids, context)
+
+                source = reading.source or evaluated
+                uses.append(_Use("evaluation", source, "evaluation", f"evaluate.{place}", reading.tokens, check))
     recover: Any = recipe.recover
     if recover is not None:
         source = recover.text or calibration.text
@@ -253,10 +248,6 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
 
         uses.append(_Use(label, source, "calibration", "recover", recover.text_tokens, windows))
     return uses
-
-
-def _perplexity(check: Callable[..., None], request: Any, context: int | None, ids: list[int]) -> None:
-    check(request, len(ids), context)
 
 
 def _placed(problem: Problem, source: str, place: str) -> Problem:

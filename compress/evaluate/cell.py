@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from compress.evaluate.paired import Paired, paired
@@ -100,7 +101,7 @@ def by_part(
         edges: ascending; a place equal to the last edge belongs to the last range.
     """
     cells = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         last = high == edges[-1]
         inside = [outcome for place, outcome in placed if low <= place < high or (last and place == high)]
         if inside:

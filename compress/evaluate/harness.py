@@ -184,9 +184,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _task(
-    request: LmEval, name: str, length: int | None, tokenizer: Any, seed: int, text: str
-) -> tuple[Any, Any]:
+def _task(request: LmEval, name: str, length: int | None, tokenizer: Any, seed: int, text: str) -> tuple[Any, Any]:
     """A loaded task and the manager that knows it."""
     from lm_eval.tasks import TaskManager
 

@@ -14,12 +14,13 @@ from compress.data.text import TextSource, part_of
 from compress.evaluate.cell import Cell
 from compress.models.vocabulary import check_tokens
 from compress.registry import Method, measures
+from compress.targets.cost import Cost
 
 Step = Callable[[int, int], None]  # items done, items in all
 
 
 class Result(BaseModel):
-    """What a measure found on one variant, as the evaluation's file keeps it. Subclasses set `measure` to their name."""
+    """What a measure found on one variant, as the evaluation's file keeps it; `measure` is the measure's name."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -42,7 +43,7 @@ class Variant:
         name: its row in the tables: `dense`, `plan`, `uniform`, ...
         build: makes the model; called only when something is not measured yet, and the model is let go afterwards.
         key: what the variant depends on besides the dense model's weights (a hash of its plan), for resuming.
-        costs: what one sequence of a length costs by the variant's plan; None where no plan is known.
+        cost: what one sequence of a length in tokens costs by the variant's plan; None where no plan is known.
         tokenizer: makes its tokenizer, where that is not the dense model's; then only measures that need no common
             tokenizer can compare it.
     """
@@ -50,23 +51,8 @@ class Variant:
     name: str
     build: Callable[[], Any]
     key: str = ""
-    costs: Callable[[int], Costs] | None = None
+    cost: Callable[[int], Cost] | None = None
     tokenizer: Callable[[], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What one sequence costs.
-
-    Attributes:
-        kv_bytes: bytes of KV cache that are allocated at this length.
-        prefill_pairs: pairs of query and key that a prefill computes, over those of the dense model.
-        decode_keys: keys that a decode step behind it reads, over those of the dense model.
-    """
-
-    kv_bytes: int
-    prefill_pairs: float
-    decode_keys: float
 
 
 @dataclass
@@ -74,12 +60,13 @@ class Subject:
     """One variant while it is measured: its model is made when it is first needed.
 
     Attributes:
+        beside: the dense variant.
         dense: the dense model.
-        tokenizer: the variant's own.
-        sizer: the dense model's, which sizes the items of all variants alike.
+        sizer: the dense model's tokenizer, which sizes the items of all variants alike.
     """
 
     variant: Variant
+    beside: Variant
     dense: Any
     sizer: Any
     _model: Any = field(default=None, repr=False)
@@ -93,7 +80,7 @@ class Subject:
 
     @property
     def tokenizer(self) -> Any:
-        """The variant's tokenizer."""
+        """The variant's own tokenizer."""
         return self.sizer if self.variant.tokenizer is None else self.variant.tokenizer()
 
 
@@ -104,7 +91,7 @@ class Setting:
     Attributes:
         loaded: the dense model.
         text: where haystacks, and measures without a text of their own, take their text from.
-        lengths: tokens of the inputs of all measures, ascending: costs are told at these.
+        lengths: tokens of the inputs of all measures, ascending; costs are predicted at these.
     """
 
     loaded: Loaded
@@ -209,8 +196,17 @@ class Measure(Method):
         """The texts that it reads; `seed` is the recipe's."""
         return []
 
+    @property
+    def files_are(self) -> str:
+        """What `files` are, for messages; empty where there are none."""
+        return ""
+
     def files(self) -> list[Path]:
         """Other files that its result depends on. Raises UserError."""
+        return []
+
+    def packages(self) -> list[str]:
+        """Packages whose versions the file of the evaluation names besides torch and transformers."""
         return []
 
     def jobs(self, setting: Setting) -> list[Job]:
@@ -222,13 +218,28 @@ class Measure(Method):
         raise NotImplementedError
 
 
-def asked_for(section: Any) -> list[Measure]:
-    """The measures of a recipe's `evaluate` section, in the order of the registry.
+def placed(section: Any) -> list[tuple[str, Measure]]:
+    """The measures of a recipe's `evaluate` section in the order of the registry, each behind its key there.
 
     Args:
         section: has an attribute for every measure that a recipe can name.
     """
-    return [measure for name, kind in measures.items() for measure in kind.of(getattr(section, name, None))]
+    found = []
+    for name, kind in measures.items():
+        value = getattr(section, name, None)
+        for number, measure in enumerate(kind.of(value)):
+            found.append((f"{name}[{number}]" if isinstance(value, tuple) else name, measure))
+    return found
+
+
+def asked_for(section: Any) -> list[Measure]:
+    """`placed` without the keys."""
+    return [measure for _, measure in placed(section)]
+
+
+def name_of(measure: Measure) -> str:
+    """The name that a measure's class is registered by."""
+    return next(name for name, kind in measures.items() if type(measure) is kind)
 
 
 def texts_of(asked: Sequence[Measure], default: TextSource) -> TextSource:

@@ -130,7 +130,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     (SECTION, "dtype", "bfloat16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16"'),
     (SECTION, "dtype", "float16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16", "float16"\]'),
     ("evaluate.harness.HarnessRequest", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
-    ("evaluate.latency.LatencyRequest", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
+    ("evaluate.latency.Latency", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
     ("search.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
 }
 

@@ -76,7 +76,7 @@ def test_configurations_of_a_model(path, dense, tmp_path):
 @inputs("config-eval")
 def test_configurations_of_a_checkpoint(path, patched, tmp_path):
     folder = with_file(patched, tmp_path, "config.json", path.read_bytes())
-    message = refused(lambda: _variants([str(folder)], (), "float32", "cpu"))
+    message = refused(lambda: _variants([str(folder)], "float32", "cpu"))
     assert "config" in message
     refused(lambda: check_model(str(folder)))
 

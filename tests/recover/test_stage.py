@@ -33,8 +33,8 @@ def recipe_of(folder: Path, section: str = SECTION) -> Path:
 
 def values(folder: Path) -> dict[str, float]:
     """Perplexity of every row."""
-    rows = json.loads((folder / "run" / "evaluation.json").read_text())["variants"]
-    return {row["name"]: row["perplexity"]["perplexity"] for row in rows}
+    rows = read_comparison(folder / "run" / "evaluation.json").variants
+    return {row.name: row.of("perplexity")[0].perplexity for row in rows}
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from compress.evaluate.measure import Job, Measure, Result, Setting, Subject
 from compress.registry import measures
 
 
-class Density(BaseModel):
-    """Shares of the dense model's at one length; removed heads compute no pair and read no key."""
+class LengthDensity(BaseModel):
+    """Shares of the dense model's pairs and keys at one length, every query head counted; removed heads have none."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -28,7 +28,7 @@ class DensityResult(Result):
     """Densities by length in tokens; empty where no plan is known."""
 
     measure: Literal["density"] = "density"
-    densities: dict[Tokens, Density] = {}
+    densities: dict[Tokens, LengthDensity] = Field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Prefill and decode, for charts and files."""
@@ -44,7 +44,7 @@ class DensityResult(Result):
 
 
 @measures.register("density")
-class DensityMeasure(Measure):
+class Density(Measure):
     """Density of prefill and decode at every length that something is measured at."""
 
     result: ClassVar[type[Result]] = DensityResult
@@ -54,12 +54,15 @@ class DensityMeasure(Measure):
         """One job, which needs no model."""
 
         def densities(subject: Subject, step: object) -> Result:
-            costs = subject.variant.costs
-            told = {} if costs is None else {length: costs(length) for length in setting.lengths}
+            cost, dense = subject.variant.cost, subject.beside.cost
+            if cost is None or dense is None:
+                return DensityResult()
             return DensityResult(
                 densities={
-                    length: Density(prefill=cost.prefill_pairs, decode=cost.decode_keys)
-                    for length, cost in told.items()
+                    length: LengthDensity(
+                        prefill=cost(length).flops / dense(length).flops, decode=cost(length).keys / dense(length).keys
+                    )
+                    for length in setting.lengths
                 }
             )
 

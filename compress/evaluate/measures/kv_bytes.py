@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from compress.bench.file import Bytes, Tokens
 from compress.evaluate.cell import Cell
 from compress.evaluate.measure import Job, Measure, Result, Setting, Subject
@@ -14,7 +16,7 @@ class KvBytesResult(Result):
     """Bytes by length in tokens; empty where no plan is known."""
 
     measure: Literal["kv_bytes"] = "kv_bytes"
-    held: dict[Tokens, Bytes] = {}
+    held: dict[Tokens, Bytes] = Field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """One a length."""
@@ -43,9 +45,9 @@ class KvBytes(Measure):
         """One job, which needs no model."""
 
         def held(subject: Subject, step: object) -> Result:
-            costs = subject.variant.costs
+            cost = subject.variant.cost
             return KvBytesResult(
-                held={} if costs is None else {length: costs(length).kv_bytes for length in setting.lengths}
+                held={} if cost is None else {length: cost(length).held_bytes for length in setting.lengths}
             )
 
         return [Job("KV bytes", ["kv_bytes"], 0, held, kept=False)]

@@ -82,6 +82,11 @@ class LmEval(Measure):
         """The whole text, of which every suite cuts its haystacks."""
         return [Reading(None, None)] if self.suites else []
 
+    @property
+    def files_are(self) -> str:
+        """Task files, and where they come from."""
+        return "" if self.include is None else f"task files: {self.include}"
+
     def files(self) -> list[Path]:
         """Task files of `include`, and the files of data that they name where they are found; sorted.
 
@@ -89,6 +94,10 @@ class LmEval(Measure):
             UserError: there is no such folder, or it holds too many files to be one of tasks.
         """
         return task_files(self.include) if self.include is not None else []
+
+    def packages(self) -> list[str]:
+        """lm-eval."""
+        return ["lm-eval"]
 
     def jobs(self, setting: Setting) -> list[Job]:
         """One job for each task, and for each suite and length."""
