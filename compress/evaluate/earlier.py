@@ -33,7 +33,7 @@ def _asked(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name in REQUESTS:
         request = value.get(name)
         if name == "recall":
-            asked += [{"measure": name, "task": task} for task in _listed(value, name)]
+            asked += [{"measure": name, "tasks": _listed(value, name)}] if value.get(name) else []
         elif request is not None:
             asked.append({"measure": name, **_object(request, name)})
     return asked

@@ -142,11 +142,13 @@ class Reading:
         source: None for the text that the evaluation takes for haystacks.
         tokens: how many of its tokens are of use; None for the whole text.
         check: called with (tokenizer, token ids of the part, context); raises UserError where they do not do.
+        place: where in the measure's key it is asked for, as `[0]`; empty for the key itself.
     """
 
     source: TextSource | None
     tokens: int | None
     check: Callable[[Any, list[int], int | None], Any] = lambda tokenizer, tokens, context: None
+    place: str = ""
 
 
 class Measure(Method):
@@ -218,23 +220,13 @@ class Measure(Method):
         raise NotImplementedError
 
 
-def placed(section: Any) -> list[tuple[str, Measure]]:
-    """The measures of a recipe's `evaluate` section in the order of the registry, each behind its key there.
+def asked_for(section: Any) -> list[Measure]:
+    """The measures of a recipe's `evaluate` section, in the order of the registry.
 
     Args:
         section: has an attribute for every measure that a recipe can name.
     """
-    found = []
-    for name, kind in measures.items():
-        value = getattr(section, name, None)
-        for number, measure in enumerate(kind.of(value)):
-            found.append((f"{name}[{number}]" if isinstance(value, tuple) else name, measure))
-    return found
-
-
-def asked_for(section: Any) -> list[Measure]:
-    """`placed` without the keys."""
-    return [measure for _, measure in placed(section)]
+    return [measure for name, kind in measures.items() for measure in kind.of(getattr(section, name, None))]
 
 
 def name_of(measure: Measure) -> str:

@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from compress.data.document import Document
+from compress.models.families import layers_of
 from compress.models.load import LoadedModel
-from compress.models.pruning import (
-    Kept,
-    block_parameters,
-    layers_of,
-    missing_biases,
-    output_projections,
-    parameters_per_unit,
-)
+from compress.models.pruning import Kept, block_parameters, missing_biases, output_projections, parameters_per_unit
 from compress.models.shape import shape_of
 from compress.plan import Plan
+from compress.runtime.widths import Width
 from compress.search.budget.budget import Budget
 from compress.search.measure import LossLog, Progress, measure
 from compress.search.removal import PrunedCandidate, PruningProblem, PruningSolver, Widths, pick
@@ -65,7 +60,7 @@ def pruning_problem(model: Any, profile: Scores, budget: Budget, shape: ModelSha
 
     @torch.no_grad()
     def outputs(layer: int, heads: torch.Tensor, neurons: torch.Tensor) -> tuple[list[float], list[float]]:
-        attention, mlp = output_projections(layers[layer])
+        attention, mlp = output_projections(layers[layer], model.config)
         pairs = ((attention, heads.flatten()), (mlp, neurons))
         found = [(module.weight.double() @ means.to(module.weight.device)).tolist() for module, means in pairs]
         return found[0], found[1]
@@ -74,7 +69,7 @@ def pruning_problem(model: Any, profile: Scores, budget: Budget, shape: ModelSha
         shape or shape_of(model),
         tuple(parameters_per_unit(model)),
         tuple(parameters_per_unit(model, biased=True)),
-        int(model.config.intermediate_size),
+        Width.of(model.config).neurons,
         block,
         missing_biases(model),
         budget.most_parameters(block),

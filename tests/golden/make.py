@@ -172,7 +172,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         held = only(row, "kv_bytes")
         variants.append(kept | {"recall": results(row, "recall"), "kv_bytes": held["held"] if held else {}})
     facts = {key: value for key, value in evaluation.items() if key != "asked"}
-    return facts | asked | {"schema": 1, "recall": [part["task"] for part in requests["recall"]], "variants": variants}
+    return facts | asked | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
 
 
 MEASURES = ("perplexity", "recall", "lm_eval", "latency")
@@ -242,7 +242,8 @@ class Runs:
         for path in sorted(folder.glob("*.safetensors")):
             weights |= tensors(path)
         return {
-            "files": sorted(path.name for path in folder.iterdir()),
+            # Which code a checkpoint carries is in tests/export/test_layout.py.
+            "files": sorted(path.name for path in folder.iterdir() if path.suffix != ".py"),
             "config": plain(config),
             "weights": weights,
             "checks": plain(checks),

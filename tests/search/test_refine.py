@@ -10,7 +10,7 @@ import torch
 from compress.cli.stages import NO_STEPS
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.models.replaced import replaced_attention
+from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import FULL, Span
 from compress.search.budget.budget import Budget
@@ -95,15 +95,15 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
         dense = dict(divergence.answer_logits(model, [0, 1]))
 
     def moved(step: float, group: int, number: int) -> float:
-        def attention(m: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
-            native = shape.native_windows[m.layer_idx]
-            own = FULL if native is None else Span(0, native, 0.0)
-            out = prefill(q, k, v, [own] * shape.kv_heads, scale=scaling)
-            if m.layer_idx == layer:
+        def attention(call: AttentionCall) -> torch.Tensor:
+            q, k, v = call.query, call.key, call.value
+            own = FULL if call.window is None else Span(0, call.window, 0.0)
+            out = prefill(q, k, v, [own] * shape.kv_heads, scale=call.scaling)
+            if call.layer == layer:
                 other = [own] * shape.kv_heads
                 other[group] = rules[layer][1][group]
-                out = out + step * (prefill(q, k, v, other, scale=scaling) - out)
-            return out.transpose(1, 2), None
+                out = out + step * (prefill(q, k, v, other, scale=call.scaling) - out)
+            return out
 
         with replaced_attention(model, "test_change", attention), torch.no_grad():
             rows = dict(divergence.answer_logits(model, [number]))[number]

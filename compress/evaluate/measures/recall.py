@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, computed_field
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.prompt import Prompt, Task, check_answerable
+from compress.data.prompt import Prompt, Task, check_scored
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell, by_part
 from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
@@ -91,66 +91,84 @@ class RecallResult(Result):
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """True when the first whole number in the answer is the expected one, digit for digit."""
-    number = re.search(r"\d+", answer)
-    return number is not None and number.group() == expected
+    """Whether an answer is the expected one.
+
+    Where that is a whole number, the first whole number of the answer has to be it, digit for digit; all else has to
+    stand at the start of the answer, letter case, punctuation and spaces aside.
+    """
+    if expected.isdecimal():
+        number = re.search(r"\d+", answer)
+        return number is not None and number.group() == expected
+    return re.match(rf"{re.escape(_plain(expected))}( |$)", _plain(answer)) is not None
+
+
+def _plain(text: str) -> str:
+    """Letters and digits in lower case, with one space for everything between them."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
 @measures.register("recall")
 class Recall(Measure):
-    """Right answers of one recall task at one length. The recipe's key is a list of such tasks.
+    """Right answers of recall tasks. The recipe's key is a list of tasks.
 
     Attributes:
-        task: what is asked; its prompts are made of the evaluation part of the text.
+        tasks: what is asked; their prompts are made of the evaluation part of the text.
     """
 
     result: ClassVar[type[Result]] = RecallResult
     one_tokenizer: ClassVar[bool] = True
 
-    task: SerializeAsAny[Task]
+    tasks: tuple[SerializeAsAny[Task], ...]
 
     @classmethod
     def of(cls, value: Any) -> list[Measure]:
-        """One measure for each task of the list."""
-        return [cls(task=task) for task in value or ()]
+        """One measure for the whole list, so that all tasks take their haystacks from the same text."""
+        return [cls(tasks=tuple(value))] if value else []
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
         """Tokens of a prompt with its answer."""
-        return (self.task.length,)
+        return tuple(task.length for task in self.tasks)
 
     def words(self) -> str:
         """Prompts, task and length."""
-        return f"{self.task.count} x {self.task.task} of {self.task.length:,} tokens"
+        return "\n".join(f"{task.count} x {task.label} of {task.length:,} tokens" for task in self.tasks)
 
     def passes(self) -> str:
         """One generation a prompt."""
-        return f"{self.task.count} generations"
+        return f"{sum(task.count for task in self.tasks)} generations"
 
     def check(self, context: int | None) -> None:
-        """Refuse a task without a right answer."""
-        check_answerable(self.task)
+        """Refuse tasks without a right answer."""
+        for task in self.tasks:
+            check_scored(task)
 
     def readings(self, seed: int) -> list[Reading]:
-        """The haystacks."""
-        return [Reading(None, self.task.length, partial(self._prompts, seed))]
+        """The haystacks of every task."""
+        return [
+            Reading(None, task.length, partial(self._prompts, seed, task), f"[{number}]")
+            for number, task in enumerate(self.tasks)
+        ]
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, on the same prompts for all variants."""
-        self.check(setting.context)
-        tokens = setting.tokens(setting.text, self.task.length)
-        prompts = self._prompts(setting.seed, setting.loaded.tokenizer, tokens, setting.context)
-        for prompt in prompts:
-            setting.check(prompt.tokens, f"a prompt of {self.task.name}")
-        asked = text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
-        facts = ["recall", self.task.model_dump(mode="json"), asked, setting.batch_size]
-        return [Job(self.task.name, facts, len(prompts), partial(self._measured, prompts, setting.batch_size))]
+        """One job for each task, on the same prompts for all variants."""
+        tokens = setting.tokens(setting.text, max(self.input_lengths))
+        jobs = []
+        for task in self.tasks:
+            prompts = self._prompts(setting.seed, task, setting.loaded.tokenizer, tokens, setting.context)
+            for prompt in prompts:
+                setting.check(prompt.tokens, f"a prompt of {task.name}")
+            asked = text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
+            facts = ["recall", task.model_dump(mode="json"), asked, setting.batch_size]
+            run = partial(self._measured, task, prompts, setting.batch_size)
+            jobs.append(Job(task.name, facts, len(prompts), run))
+        return jobs
 
-    def _prompts(self, seed: int, tokenizer: Any, tokens: list[int], context: int | None) -> list[Prompt]:
-        return self.task.make(tokenizer, tokens, f"{seed}/evaluation", context=context)
+    def _prompts(self, seed: int, task: Task, tokenizer: Any, tokens: list[int], context: int | None) -> list[Prompt]:
+        return task.make(tokenizer, tokens, f"{seed}/evaluation", context=context)
 
-    def _measured(self, prompts: list[Prompt], batch_size: int, subject: Subject, step: Step) -> Result:
-        return recall(subject.model, subject.sizer, self.task, prompts, batch_size=batch_size, progress=step)
+    def _measured(self, task: Task, prompts: list[Prompt], batch_size: int, subject: Subject, step: Step) -> Result:
+        return recall(subject.model, subject.sizer, task, prompts, batch_size=batch_size, progress=step)
 
 
 @torch.inference_mode()
@@ -174,7 +192,7 @@ def recall(
         UserError: the task has no right answer to compare with.
         NotFiniteError: the model's logits are not finite.
     """
-    check_answerable(task)
+    check_scored(task)
     items, most = [], None
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -188,7 +206,7 @@ def recall(
         if progress is not None:
             progress(len(items), len(prompts))
     return RecallResult(
-        task=task.task,
+        task=task.label,
         length=task.length,
         items=items,
         cache_bytes=most,

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import causal_attention, checkpoint_layers, refuse_arguments, replaced_attention, tapped
+from compress.models.backward import recomputed
+from compress.models.replaced import AttentionCall, replaced_attention, tapped
 from compress.models.shape import ModelShape
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import FULL, Span
@@ -50,21 +49,10 @@ def sampled_effects(
     effects = torch.zeros(samples, count, shape.layers, shape.kv_heads, len(rules[0]), device=device)
     current: list[torch.Tensor] = []
 
-    def attention(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        refuse_arguments(module, others)
-        layer = int(module.layer_idx)
-        window = shape.native_windows[layer]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if window is not None:
-            return causal_attention(query, key, value, scaling, window).transpose(1, 2).contiguous(), None
+    def attention(call: AttentionCall) -> torch.Tensor:
+        if call.window is not None:
+            return call.dense()
+        query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
         # The same code for all rules, so that a rule that hides nothing has no effect but rounding's.
         prefill = choose_impl("auto", query).prefill
         output = prefill(query, key, value, (FULL,) * shape.kv_heads, scale=scaling)
@@ -76,7 +64,7 @@ def sampled_effects(
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 
-        return tapped(output, add, query, key, value, output).transpose(1, 2).contiguous(), None
+        return tapped(output, add, query, key, value, output)
 
     embedding = model.get_input_embeddings()
     with replaced_attention(model, NAME, attention), torch.enable_grad():
@@ -84,10 +72,7 @@ def sampled_effects(
             for members in divergence.batches(range(count)):
                 tokens = divergence.tokens(members)
                 current[:] = [effects.new_zeros(len(members), *effects.shape[2:])]
-                with ExitStack() as layers:
-                    itemsize = embedding.weight.dtype.itemsize
-                    if needs_checkpointing(model, shape, tokens.numel(), itemsize, device):
-                        checkpoint_layers(model, layers)
+                with recomputed(model, tokens.numel()):
                     embedded = embedding(tokens).detach().requires_grad_()
                     losses = [
                         label_loss(rows, f"{seed}/{sample}/{number}")
