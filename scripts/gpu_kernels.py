@@ -27,7 +27,6 @@ from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
-from compress.cli.environment import environment
 from compress.files import write_json
 from compress.models.shape import ModelShape
 from compress.profile.influence import Influence
@@ -36,6 +35,7 @@ from compress.runtime import flash
 from compress.runtime.attention import IMPLS
 from compress.runtime.paged_cache import Pages
 from compress.runtime.span import PAGE, Span
+from compress.stages.environment import environment
 from compress.targets.cost import prefill_density
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
+from compress.cli.output import AsJson, Verbose, progress, say
+from compress.cli.recipe import Overwrite, opened
 from compress.errors import UserError
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
@@ -75,12 +76,11 @@ def evaluate(
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
             )
-        comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
+        comparison = _recipe(what[0], overwrite)
     elif record is not None:
-        asked = {"tasks": tasks}
+        asked: dict[str, Any] = {"tasks": tasks}
         _check(what[:1], asked, include, dtype, device)
-        (measured,) = _measures(asked, {"include": include, "limit": limit}, batch)
-        _record(what, measured, record)
+        _record(what, _measures(asked, {"include": include, "limit": limit}, batch)[0], record)
         return
     elif replay is not None:
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
@@ -216,18 +216,17 @@ def _folder_name(spec: str) -> str:
 
 
 def _recipe(path: str, overwrite: bool) -> Comparison:
-    from compress.cli.session import open_session
-    from compress.cli.stages import evaluate_stage
+    with opened(path, overwrite=overwrite) as session:
+        from compress.stages.evaluate import evaluate_stage
 
-    with open_session(path, overwrite=overwrite) as session:
         return evaluate_stage(session)
 
 
 def _models(specs: list[str], measured: list[Measure], settings: _Settings) -> Comparison:
     import transformers
 
-    from compress.cli.session import resolve_device
     from compress.evaluate.compare import compare
+    from compress.stages.device import resolve_device
 
     transformers.utils.logging.disable_progress_bar()
     where, folder = resolve_device(settings.device), settings.folder

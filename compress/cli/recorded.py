@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import duration, progress, say
+from compress.cli.output import progress, say
+from compress.words import duration
 
 if TYPE_CHECKING:
     from compress.evaluate.comparison import Comparison
@@ -83,11 +84,11 @@ def _answers(asked: RequestFile, spec: str, device: str, dtype: str, folder: Pat
     given = Path(spec).expanduser()
     if given.suffix == ".json" and given.is_file():
         return read_answers(given, asked), given
-    from compress.cli.session import resolve_device
     from compress.evaluate.likelihood import answer
     from compress.files import key_of
     from compress.models.content import content_key
     from compress.models.load import load_model
+    from compress.stages.device import resolve_device
 
     arguments.model(spec)
     key = key_of(asked.key, content_key(spec), dtype, device)

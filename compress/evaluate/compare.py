@@ -15,11 +15,11 @@ import transformers
 from pydantic import ValidationError
 
 from compress.data.calibration import Loaded, Progress
-from compress.data.text import EmbeddedText, TextSource
+from compress.data.text import EmbeddedText, Source
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.device import device_name
-from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subject, Variant, name_of, texts_of
+from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subject, Variant, texts_of
 from compress.evaluate.names import file_part
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
@@ -33,7 +33,7 @@ def compare(
     variants: Sequence[Variant],
     asked: Sequence[Measure],
     *,
-    text: TextSource | None = None,
+    text: Source | None = None,
     seed: int,
     cache_dir: Path,
     batch_size: int = 1,
@@ -95,7 +95,7 @@ def compare(
         device=device,
         seed=seed,
         batch_size=batch_size,
-        asked=[{"measure": name_of(measure)} | measure.model_dump(mode="json") for measure in asked],
+        asked=[{"measure": measure.registered} | measure.model_dump(mode="json") for measure in asked],
         text=setting.text.model_dump(mode="json") if any(reading.source is None for reading in reads) else None,
         versions=versions | {name: version(name) for measure in asked for name in measure.packages()},
         variants=rows,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.data.calibration import Loaded
-from compress.data.text import TextSource, part_of
+from compress.data.text import Source, part_of
 from compress.evaluate.cell import Cell
 from compress.models.vocabulary import check_tokens
 from compress.registry import Method, measures
@@ -95,7 +95,7 @@ class Setting:
     """
 
     loaded: Loaded
-    text: TextSource
+    text: Source
     seed: int
     batch_size: int
     lengths: tuple[int, ...]
@@ -105,7 +105,7 @@ class Setting:
         """The dense model's longest input in tokens; None where it has no limit."""
         return getattr(self.loaded.model.config, "max_position_embeddings", None)
 
-    def tokens(self, source: TextSource, count: int) -> list[int]:
+    def tokens(self, source: Source, count: int) -> list[int]:
         """Token ids of the evaluation part of a text, as far as a request for `count` of them can use it."""
         return part_of(self.loaded.tokenizer, source, "evaluation", count)
 
@@ -145,7 +145,7 @@ class Reading:
         place: where in the measure's key it is asked for, as `[0]`; empty for the key itself.
     """
 
-    source: TextSource | None
+    source: Source | None
     tokens: int | None
     check: Callable[[Any, list[int], int | None], Any] = lambda tokenizer, tokens, context: None
     place: str = ""
@@ -167,6 +167,11 @@ class Measure(Method):
     one_tokenizer: ClassVar[bool] = False
 
     @classmethod
+    def key(cls) -> tuple[Any, Any]:
+        """The recipe's key: its type, and a field with its default and description."""
+        return cls | None, Field(None, description=(cls.__doc__ or "").splitlines()[0])
+
+    @classmethod
     def of(cls, value: Any) -> list[Measure]:
         """The measures that the recipe's value of this key asks for; None stands for a key that is left out."""
         if value is None:
@@ -179,7 +184,7 @@ class Measure(Method):
         return ()
 
     @property
-    def haystacks(self) -> TextSource | None:
+    def haystacks(self) -> Source | None:
         """The text that it names and that the whole evaluation takes for haystacks, too; None names none."""
         return None
 
@@ -229,11 +234,6 @@ def asked_for(section: Any) -> list[Measure]:
     return [measure for name, kind in measures.items() for measure in kind.of(getattr(section, name, None))]
 
 
-def name_of(measure: Measure) -> str:
-    """The name that a measure's class is registered by."""
-    return next(name for name, kind in measures.items() if type(measure) is kind)
-
-
-def texts_of(asked: Sequence[Measure], default: TextSource) -> TextSource:
+def texts_of(asked: Sequence[Measure], default: Source) -> Source:
     """The text for haystacks: the one that a measure names, or else the default."""
     return next((measure.haystacks for measure in asked if measure.haystacks is not None), default)

@@ -14,7 +14,7 @@ from compress.profile.tiles import Tile
 from compress.registry import statistics
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample as Document
     from compress.models.shape import ModelShape
 
 BIN = 64  # tokens of distance in one bin, a page of the cache

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 
-from compress.data.document import Document
+from compress.data.sample import TextSample as Document
 from compress.errors import UserError
 from compress.limits import FACTOR, LONGEST, STEPS
 from compress.models.backward import recomputed

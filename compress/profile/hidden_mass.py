@@ -15,7 +15,7 @@ from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample as Document
     from compress.models.shape import ModelShape
 
 UNIT = "share of a row's attention"

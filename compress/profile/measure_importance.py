@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.data.document import Document
+from compress.data.sample import TextSample as Document
 from compress.models.shape import ModelShape
 from compress.models.units import units_of
 from compress.partial import read_partial, write_partial

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from compress.data.document import Document
+from compress.data.sample import TextSample as Document
 from compress.models.backward import loss_scale, recomputed
 from compress.models.replaced import answer_rows, frozen
 from compress.models.units import LayerUnits

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample as Document
 from compress.errors import Problem, UserError
 from compress.models.load import LoadedModel
 from compress.models.memory import peak_bytes

@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.registry import Method, statistics
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample as Document
     from compress.models.load import LoadedModel
     from compress.models.shape import ModelShape
     from compress.profile.tiles import Tile

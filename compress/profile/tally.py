@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample as Document
 from compress.errors import UserError
 from compress.models.units import LayerUnits
 from compress.profile.importance import AXES, SCORES, Importance, Seen, Sums

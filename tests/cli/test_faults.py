@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
 from compress.cli.output import DEFECT, guarded
-from compress.cli.session import open_session
-from compress.cli.stages import check_target
+from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.export.staging import settle, staged
 from compress.runfolder import RunFolder
+from compress.stages.export import check_target
 
 NUMBERS = [
     errno.ENOSPC,
@@ -253,7 +253,7 @@ def test_a_fresh_start_replaces_its_own_checkpoint(copied: Path) -> None:
     checkpoint = copied.parent / "run" / "checkpoint"
     (checkpoint / "config.json").write_text("damaged")
     for _ in range(2):  # the second time as after a kill
-        with open_session(str(copied), fresh=True) as session:
+        with opened(str(copied), fresh=True) as session:
             check_target(session, overwrite=False)
             assert not session.run.profile.exists() and (checkpoint / "config.json").exists()
 

@@ -1,8 +1,6 @@
 """The pipeline on a tiny model: stages in order, nothing done twice, nothing foreign touched."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 

@@ -161,7 +161,7 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         return next(iter(results(row, name)), None)
 
     requests = {name: [part for part in evaluation["asked"] if part["measure"] == name] for name in MEASURES}
-    asked = {
+    asked: dict[str, Any] = {
         name: {key: value for key, value in part[0].items() if key != "measure"} if part else None
         for name, part in requests.items()
     }
@@ -172,7 +172,11 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
         held = only(row, "kv_bytes")
         variants.append(kept | {"recall": results(row, "recall"), "kv_bytes": held["held"] if held else {}})
     facts = {key: value for key, value in evaluation.items() if key != "asked"}
-    return facts | asked | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
+    return (
+        facts
+        | asked
+        | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
+    )
 
 
 MEASURES = ("perplexity", "recall", "lm_eval", "latency")

@@ -122,7 +122,12 @@ def test_files_of_quality(tmp_path: Path) -> None:
     svg, png = evaluation_plots(make_folder(tmp_path / "run"))
     assert svg == tmp_path / "run" / "plots" / "quality.svg" and png.stat().st_size > 5_000
     text = labels(svg)
-    for word in ("perplexity at 2,048 tokens", "passkey at 2,048 tokens", "mqar at 2,048 tokens", "share of the dense KV bytes"):
+    for word in (
+        "perplexity at 2,048 tokens",
+        "passkey at 2,048 tokens",
+        "mqar at 2,048 tokens",
+        "share of the dense KV bytes",
+    ):
         assert word in text
     assert all(text.split(" | ").count(name) == 6 for name in ("dense", "plan", "uniform"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.models.shape import shape_of
 from compress.profile.capture import Capture
 from compress.profile.statistic import Statistic
@@ -21,12 +21,12 @@ from tests.tiny import random_ids
 GRID = SpanGrid(sinks=(0, 5), betas=(0.0, 0.125, 0.4140625, 0.75, 1.0), alpha_min=-64)
 
 
-def document(length: int, answer: int = 7, seed: int = 1, evidence: tuple[tuple[int, int], ...] = ()) -> Document:
+def document(length: int, answer: int = 7, seed: int = 1, evidence: tuple[tuple[int, int], ...] = ()) -> TextSample:
     """Random tokens, the last `answer` of them the answer."""
-    return Document(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), evidence)
+    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), evidence)
 
 
-def documents() -> dict[int, list[Document]]:
+def documents() -> dict[int, list[TextSample]]:
     """Two lengths, one document shorter than its length, one without evidence."""
     return {
         70: [document(70, seed=2, evidence=((8, 12), (20, 21)))],
@@ -37,7 +37,7 @@ def documents() -> dict[int, list[Document]]:
 def measure(
     model: Any,
     statistics: list[Statistic],
-    doc: Document,
+    doc: TextSample,
     *,
     length: int | None = None,
     padding: tuple[int, int] = (0, 0),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.shape import ModelShape
 from compress.models.units import units_of
@@ -48,7 +48,7 @@ def shape_for(model: Any) -> ModelShape:
     )
 
 
-def taken(model: Any, statistics: list[Any], folder: Path, *corpora: dict[int, list[Document]], **more: Any) -> Table:
+def taken(model: Any, statistics: list[Any], folder: Path, *corpora: dict[int, list[TextSample]], **more: Any) -> Table:
     """All tensors of some statistics."""
     tally, _ = measure_importance(
         model,
@@ -84,7 +84,7 @@ def separate(layer: Any, config: Any, head_dim: int) -> tuple[dict[str, Any], di
     return weights, slopes
 
 
-def naive(model: Any, texts: list[Document]) -> Table:
+def naive(model: Any, texts: list[TextSample]) -> Table:
     """Every statistic over all tokens at once, unit after unit."""
     model = model.double()
     config, layers = model.config, model.model.layers

@@ -13,7 +13,7 @@ import transformers
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compress.bench.model import DENSE, NONE
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.replaced import replaced_attention
 from compress.profile.capture import Capture
@@ -99,7 +99,7 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
     with Hands(model, given), pytest.raises(ValueError, match=f"^{name}: "):
         model(IDS)
     says = rf"attention with `{name}` is not supported"
-    divergence = Divergence(dense, [Document(tuple(IDS[0].tolist()), (10, 12))])
+    divergence = Divergence(dense, [TextSample(tuple(IDS[0].tolist()), (10, 12))])
     with Hands(dense, given):
         for gradient in (False, True):
             with (

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.text import EmbeddedText, TextSource
+from compress.data.text import EmbeddedText, Source, TextSource
 from compress.errors import NotFiniteError, UserError
 from compress.evaluate.cell import Cell, Part
 from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
@@ -173,7 +173,7 @@ class Perplexity(Measure):
         return (self.length,)
 
     @property
-    def haystacks(self) -> TextSource | None:
+    def haystacks(self) -> Source | None:
         return self.text
 
     def words(self) -> str:

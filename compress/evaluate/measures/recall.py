@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from compress.bench.file import MOST_TOKENS
 from compress.data.prompt import Prompt, Task, check_scored
@@ -18,7 +18,7 @@ from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, St
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.models.cache_bytes import cache_bytes
-from compress.registry import measures
+from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
 
 DEPTHS = tuple(number / 5 for number in range(6))
@@ -118,7 +118,12 @@ class Recall(Measure):
     result: ClassVar[type[Result]] = RecallResult
     one_tokenizer: ClassVar[bool] = True
 
-    tasks: tuple[SerializeAsAny[Task], ...]
+    tasks: tuple[Annotated[Task, tasks], ...]
+
+    @classmethod
+    def key(cls) -> tuple[Any, Any]:
+        """A list of tasks."""
+        return tuple[Annotated[Task, tasks], ...], Field((), description="recall tasks, one entry per task and length")
 
     @classmethod
     def of(cls, value: Any) -> list[Measure]:
