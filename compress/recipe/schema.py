@@ -92,7 +92,7 @@ class EvaluateSection(_Measures):
         ("plan", "uniform"), description="plans beside the dense model, baselines at the plan's bytes"
     )
     if TYPE_CHECKING:
-        recall: Tasks
+        recall: Tasks = ()
 
     batch_size: int = Field(1, ge=1, le=BATCH, description="recall prompts answered at once; more is faster on a GPU")
 
@@ -112,7 +112,7 @@ class Recipe(Outline):
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])
-    evaluate: EvaluateSection = Field(default_factory=lambda: EvaluateSection(), description=SECTIONS["evaluate"])
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description=SECTIONS["evaluate"])
 
     _text: str = PrivateAttr("")
     _source: Path = PrivateAttr(Path())
