@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,8 +72,12 @@ def draw_plots(folders: list[Path], out: Path) -> list[Path]:
     return plots_side_by_side([read_facts(folder) for folder in folders], out)
 
 
-def write_cells(folders: list[Path], path: Path) -> None:
-    """Every number of the evaluations in these folders as CSV or JSON, by the name's ending."""
+def write_cells(folders: list[Path], path: Path, settings: dict[str, dict[str, Any]] | None = None) -> None:
+    """Every number of the evaluations in these folders as CSV or JSON, by the name's ending.
+
+    Args:
+        settings: by folder's name, keys of its recipe that get a column each.
+    """
     import csv
     import io
     import json
@@ -83,7 +87,7 @@ def write_cells(folders: list[Path], path: Path) -> None:
 
     facts = [read_facts(folder) for folder in folders]
     records = [
-        {"folder": each.name, **record}
+        {"folder": each.name, **(settings or {}).get(each.name, {}), **record}
         for each in facts
         if each.comparison is not None
         for record in each.comparison.records()

@@ -59,6 +59,10 @@ class Session:
             self.reporter.say(f"  {note}")
         return loaded
 
+    def take_model(self, loaded: LoadedModel) -> None:
+        """Use a dense model that is in memory already: the same name, dtype and device."""
+        vars(self)["loaded"] = loaded
+
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
