@@ -19,11 +19,11 @@ import transformers
 from compress.bench.model import model_row
 from compress.bench.source import Source
 from compress.models.load import DTYPES
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters
 from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem, random_candidate
 from compress.search.solvers.amp import Amp
-from compress.targets.apply import planned_model
 
 
 class Nothing:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.search.budget.budget import Budget
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from compress.models.families import layers_of
+from compress.models.planned import with_runtime_plan
 from compress.models.pruning import Kept, output_projections, prune, widths
 from compress.runtime.families import head_size_of
 from compress.runtime.span import native_windows
 from compress.runtime.widths import Width
-from compress.targets.apply import with_runtime_plan
 from tests.tiny import MIXED, tiny_model
 
 PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3", "gpt_neox"]

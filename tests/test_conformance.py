@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from compress.export.export import export_checkpoint
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.models.families import family_of
+from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.runtime.span import PAGE
-from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from tests.pruned import PRUNED, unevenly_pruned

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compress import runtime
 from compress.json_file import read_object
+from compress.plan import Form
 from compress.runtime.families import Family
 
 # Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
@@ -22,6 +23,14 @@ def copy_runtime(folder: Path) -> None:
     """Copy the runtime's files into a checkpoint, unchanged."""
     for name in RUNTIME_FILES:
         shutil.copyfile(RUNTIME / name, folder / name)
+
+
+def checkpoint_form(folder: Path) -> Form | None:
+    """The form of the checkpoint in a folder; None where there is none."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    return "patched" if brings_code(folder) else "native"
 
 
 def brings_code(folder: Path) -> bool:

@@ -15,10 +15,10 @@ from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
 from compress.limits import BATCH
-from compress.profile.attention import Attention
-from compress.profile.influence import Influence
-from compress.profile.retrieval import Retrieval
-from compress.profile.statistic import AnyStatistic
+from compress.profile.heads.attention import Attention
+from compress.profile.heads.influence import Influence
+from compress.profile.heads.retrieval import Retrieval
+from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.recover.settings import RecoverSettings
 from compress.search.budget.budget import Budget
@@ -48,7 +48,7 @@ class CalibrationSection(Section):
 class ProfileSection(Section):
     """What is measured."""
 
-    statistics: tuple[Annotated[AnyStatistic, registry.statistics], ...] = Field(
+    statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
         default_factory=lambda: (Influence(), Attention(), Retrieval()),
         min_length=1,
         description="statistics to take, one pass for all",

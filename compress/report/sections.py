@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.bench.file import SideFigures
@@ -13,10 +13,11 @@ from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.tables import edge, mean_of, parts_of
 from compress.evaluate.units import unit_of
 from compress.limits import SHOWN_LENGTHS
+from compress.plan import Plan, removal
 from compress.plots.chart import Chart, Series, chart_svg
 from compress.plots.speed import speed_charts
 from compress.report.facts import Facts
-from compress.runtime.span import FULL, AnySpan
+from compress.targets.full import FullGroup
 
 MAP_LENGTH = 8192  # tokens that the head map, and the headline of a plan alone, are about
 
@@ -32,8 +33,8 @@ def headline(facts: Facts) -> dict[str, Any]:
     if comparison is not None:
         head["model"] = comparison.model
         head["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
-    removal = facts.plan.removal() if facts.plan is not None else None
-    head["lines"] += [removal] if removal is not None else []
+    left = removal(facts.plan) if facts.plan is not None else None
+    head["lines"] += [left] if left is not None else []
     if comparison is not None and chosen is not None:
         head["lines"] += [line for cell in chosen.cells if (line := _line(comparison, chosen, cell))]
         drop = comparison.worst_drop(chosen)
@@ -58,7 +59,7 @@ def _shares(facts: Facts) -> list[tuple[float, str]]:
         if share_of_cache is not None:
             shares.append((share_of_cache, f"of the dense KV cache at {cell.length:,} tokens, as allocated"))
     elif plan is not None:
-        share_of_cache = plan.cost(MAP_LENGTH).held_bytes / plan.dense_cost(MAP_LENGTH).held_bytes
+        share_of_cache = plan.cost(MAP_LENGTH, form=facts.form).held_bytes / plan.dense_cost(MAP_LENGTH).held_bytes
         shares.append((share_of_cache, f"of the dense KV cache at {MAP_LENGTH:,} tokens, by the plan"))
     return [pair for pair in shares if pair[0] != 1.0 or len(shares) == 1]
 
@@ -83,54 +84,66 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
-    """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair."""
-    if facts.plan is None:
+    """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair.
+
+    Sparsity is that of Sparse Frontier (arXiv 2504.17768), counted token by token where the paper counts whole blocks.
+    """
+    plan = facts.plan
+    if plan is None:
         return []
     rows = []
     for length in SHOWN_LENGTHS:
-        used, dense = facts.plan.cost(length), facts.plan.dense_cost(length)
+        used, dense = plan.cost(length, form=facts.form), plan.dense_cost(length)
         rows.append(
             {
                 "length": length,
                 "used": used.held_bytes,
                 "dense": dense.held_bytes,
                 "share": used.held_bytes / dense.held_bytes,
-                "prefill_sparsity": 1 - used.flops / dense.flops,
-                "decode_sparsity": 1 - used.keys / dense.keys,
+                "prefill_sparsity": 1 - _prefill_share(plan, length),
+                "decode_sparsity": 1 - _decode_share(plan, length),
             }
         )
     return rows
+
+
+def _prefill_share(plan: Plan, length: int) -> float:
+    """Pairs of query and key that a prefill computes, over all causal pairs of the dense model's query heads."""
+    causal = plan.model.layers * plan.model.query_heads * length * (length + 1) // 2
+    return plan.cost(length).flops / (4 * plan.model.head_dim * causal)
+
+
+def _decode_share(plan: Plan, length: int) -> float:
+    """Pairs that the query at the end of `length` tokens computes, over all keys of the dense model's query heads."""
+    seen = 0
+    for number, layer in enumerate(plan.layers):
+        unit = plan.unit(number, 2, "patched")
+        seen += unit.query_heads * sum(group.cost(unit, length).keys for group in layer.groups)
+    return seen / (plan.model.layers * plan.model.query_heads * length)
 
 
 def head_map(facts: Facts) -> dict[str, Any] | None:
     """Every head group with its target, what it keeps at 8k tokens, and the profile's figures for it."""
     if facts.plan is None:
         return None
+    plan = facts.plan
     rows: list[list[dict[str, Any]]] = []
-    length = MAP_LENGTH
-    for layer, spans in enumerate(facts.plan.spans_by_group()):
+    for layer, native in enumerate(plan.model.native_windows):
         cells = []
-        for group, span in enumerate(spans):
-            kept = (
-                0.0 if span is None else min(1.0, span.at_length(length).page_count(length) / FULL.page_count(length))
-            )
-            target = facts.plan.layers[layer].groups[group].target
-            told = [f"layer {layer}, group {group}: {_words(target, span)}", f"keeps {kept:.0%} at {length:,} tokens"]
-            told += [f"{key} {values[layer][group]:.3g}" for key, values in facts.statistics.items()]
-            cells.append({"kept": kept, "target": target, "told": told, "level": round(kept * 10)})
+        unit = plan.unit(layer, 2, "patched")
+        all_keys = FullGroup().cost(replace(unit, native=None), MAP_LENGTH)
+        for number, group in enumerate(plan.layers[layer].groups):
+            kept = min(1.0, group.cost(unit, MAP_LENGTH).held_bytes / all_keys.held_bytes)
+            what = group.words(native)
+            words = [
+                f"layer {layer}, group {number}: {what if group.removes else f'{group.target}, {what}'}",
+                f"keeps {kept:.0%} at {MAP_LENGTH:,} tokens",
+                *(f"{key} {values[layer][number]:.3g}" for key, values in facts.statistics.items()),
+            ]
+            cells.append({"kept": kept, "target": group.target, "told": words, "level": round(kept * 10)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
-    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": length}
-
-
-def _words(target: str, span: AnySpan | None) -> str:
-    """What became of a head group."""
-    if span is None:
-        return "removed"
-    if span.is_full:
-        return f"{target}, sees everything"
-    grows = f" + {span.beta:g} of the {span.rule}" if span.beta else ""
-    return f"{target}, sink {span.sink}, window {span.alpha}{grows}"
+    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from compress.targets.window import SpanGrid, WindowGroup
 if TYPE_CHECKING:
     import torch
 
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 Decision = tuple[tuple[AnySpan, ...], ...]
 

@@ -12,6 +12,7 @@ import torch
 from compress.data.sample import Sample
 from compress.models.families import layers_of
 from compress.models.load import LoadedModel
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, missing_biases, output_projections, parameters_per_unit
 from compress.models.shape import shape_of
 from compress.plan import Plan
@@ -20,12 +21,11 @@ from compress.search.budget.budget import Budget
 from compress.search.measure import LossLog, Progress, measure
 from compress.search.removal import PrunedCandidate, PruningProblem, PruningSolver, Widths, pick
 from compress.search.response import response_loss
-from compress.targets.apply import planned_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 class Scores(Protocol):

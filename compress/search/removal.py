@@ -21,7 +21,7 @@ from compress.targets.pruned import PrunedGroup
 from compress.targets.unit import LayerParameters
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 TOLERANCE = 0.005  # share of its budget that a plan may stay below it, where that is for widths to decide
 MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)

@@ -11,6 +11,7 @@ from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
+from compress.models.planned import planned_model, set_plan
 from compress.plan import Plan
 from compress.runtime.span import FULL
 from compress.search.budget.budget import (
@@ -32,13 +33,12 @@ from compress.search.removal import PruningSolver
 from compress.search.response import response_loss
 from compress.search.solvers.streaming import Streaming
 from compress.search.solvers.uniform import Uniform
-from compress.targets.apply import planned_model, set_plan
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 class ProfileLike(Protocol):

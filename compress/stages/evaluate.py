@@ -12,6 +12,7 @@ from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, rea
 from compress.evaluate.measure import Variant, asked_for
 from compress.evaluate.tables import markdown
 from compress.export.export import update_card
+from compress.models.planned import planned_model
 from compress.models.recovered import load_recovered
 from compress.plan import Plan, read_plan
 from compress.recipe.schema import Recipe
@@ -23,7 +24,6 @@ from compress.stages.recover import recover_stage
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
-from compress.targets.apply import planned_model
 from compress.targets.cost import Cost
 
 QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.profile.runner import run_profile
+from compress.profile.run import run_profile
 from compress.profile.stability import stabilities
 from compress.profile.store import Profile, read_profile
 from compress.stages.session import Session

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.text import part_of
+from compress.models.planned import planned_model
 from compress.recover.recover import Recovered, recover
 from compress.recover.settings import RecoverSettings
 from compress.runfolder import CONTROL, RECOVERED
@@ -16,7 +17,6 @@ from compress.stages.processes import together
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import missing, timed
-from compress.targets.apply import planned_model
 from compress.words import duration
 
 

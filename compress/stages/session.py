@@ -19,7 +19,7 @@ from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
 from compress.models.load import LoadedModel, load_model
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device

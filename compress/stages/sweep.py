@@ -1,4 +1,4 @@
-"""Runs the recipes of a grid one after the other, each in a run folder of its own; work that they share is done once."""
+"""Runs the recipes of a grid, each in a run folder of its own; work that several of them need is done once."""
 
 from __future__ import annotations
 

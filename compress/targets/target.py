@@ -41,6 +41,7 @@ class Target(Method):
 
     Attributes:
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
+        noun: what a group gets, for a count of such groups, for instance `a window`.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
@@ -49,6 +50,7 @@ class Target(Method):
     """
 
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
+    noun: ClassVar[str]
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
@@ -76,12 +78,20 @@ class Target(Method):
         """What a group that becomes this costs for one sequence of `length` tokens."""
 
     @abstractmethod
-    def words(self) -> str:
-        """What becomes of a group, in a few words, for instance `sink 4, window 64`."""
+    def words(self, native: int | None = None) -> str:
+        """What becomes of a group, in a few words, for instance `sink 4, window 64`.
 
-    def short(self) -> str:
+        Args:
+            native: the sliding window of the architecture itself in the group's layer, in tokens; None without one.
+        """
+
+    def short(self, native: int | None = None) -> str:
         """The same for a cell of a table."""
-        return self.words()
+        return self.words(native)
+
+    def rule_text(self) -> str:
+        """How it is worked out which keys a query sees, in Markdown, for the model card."""
+        return (type(self).__doc__ or "").strip().splitlines()[0]
 
     def stock(self, native: int | None) -> StockForm | None:
         """Its form in a stock architecture, in a layer that slides over `native` tokens by itself; None without one."""

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from compress.bench.source import Source
 from compress.cli.app import app
 from compress.models.load import load_model
-from compress.plan import read_plan
+from compress.plan import read_plan, removal
 from compress.recipe.load import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_charts
@@ -112,8 +112,8 @@ def test_the_commands_tell_of_removed_heads(equal: Path) -> None:
     assert "0.7" in told and "time at 64 tokens" in told and "random before" in told
     shown = call("inspect", equal / "run").stdout
     plan = read_plan(equal / "run" / "plan.json")
-    removal = plan.removal()
-    assert removal is not None and removal in shown.replace("\n", " ")
+    left = removal(plan)
+    assert left is not None and left in shown.replace("\n", " ")
     lines = [line.split() for line in shown.splitlines()]
     for number, layer in enumerate(plan.layers):
         cells = ["-" if group.target == "pruned" else "full" for group in layer.groups]
@@ -128,11 +128,11 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     found = headline(facts)
     share = facts.plan.predicted.parameters / facts.plan.predicted.dense_parameters
     assert found["shares"][0] == (share, "of the parameters of the dense decoder layers")
-    assert found["lines"][0] == facts.plan.removal() and any("decode step" in line for line in found["lines"])
+    assert found["lines"][0] == removal(facts.plan) and any("decode step" in line for line in found["lines"])
     heads = head_map(facts)
     assert heads is not None
     cells = [cell for row in heads["layers"] for cell in row]
-    assert len(cells) == 6 and sum(cell["told"][0].endswith(": removed") for cell in cells) == 3
+    assert len(cells) == 6 and sum(cell["words"][0].endswith(": removed") for cell in cells) == 3
     assert {cell["level"] for cell in cells if cell["target"] == "pruned"} == {0}
     assert costs(facts)[0]["prefill_sparsity"] == costs(facts)[0]["decode_sparsity"] == 0.5
     (chart,) = next(each.charts for each in quality_charts([facts]) if each.cost == "parameters of the layers")
@@ -162,8 +162,8 @@ def test_spans_are_searched_on_the_pruned_checkpoint(equal: Path, tmp_path: Path
     result = call("run", recipe)
     assert result.exit_code == 0, result.output
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    removal = read_plan(checkpoint / "compress_plan.json").removal()
-    assert removal is not None and removal in card and "a span of its own" in card
+    left = removal(read_plan(checkpoint / "compress_plan.json"))
+    assert left is not None and left in card and "a span of its own" in card
 
 
 def test_a_checkpoint_with_widths_of_its_own_is_measured_beside_the_model_it_came_from(

@@ -19,9 +19,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from compress.export.layout import MODELING, RUNTIME, RUNTIME_FILES
 from compress.models.families import family_of
+from compress.models.planned import planned_model
 from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES
-from compress.targets.apply import planned_model
 from tests.tiny import CONFIGS, mixed_plan, random_ids, shape_of, tiny_model
 
 

@@ -11,6 +11,7 @@ import transformers
 from compress.errors import UserError
 from compress.export.export import export_checkpoint
 from compress.models.load import LoadedModel, load_model
+from compress.models.planned import kept_units, planned_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
 from compress.search.budget.budget import Budget
@@ -18,7 +19,6 @@ from compress.search.prune import pruning_problem
 from compress.search.removal import PruningSolver
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
-from compress.targets.apply import kept_units, planned_model
 from compress.targets.window import WindowGroup
 from tests.pruned import zero
 from tests.search.test_pruning import Scored

@@ -92,7 +92,7 @@ def test_a_rule_by_length_is_told_and_costs_its_window(tmp_path: Path) -> None:
     assert next(row for row in costs(facts) if row["length"] == 8192)["share"] == 0.5
     found = head_map(facts)
     assert found is not None
-    told = found["layers"][0][0]["told"]
+    told = found["layers"][0][0]["words"]
     assert told[0].endswith("sink 0, window 0 + 0.5 of the length") and told[1] == "keeps 50% at 8,192 tokens"
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "plan.json")])
     assert "0|0+0.5N" in shown.stdout and "0|0+0.5t" not in shown.stdout

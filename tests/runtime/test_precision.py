@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,14 +15,14 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from compress.bench.model import DENSE, NONE
 from compress.data.sample import TextSample
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
-from compress.profile.capture import Capture
-from compress.profile.gates import Mixture
+from compress.profile.heads.gates import Mixture
+from compress.profile.passes.capture import Capture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
-from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 CHANGING: dict[str, Any] = {
@@ -99,14 +99,15 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
     with Hands(model, given), pytest.raises(ValueError, match=f"^{name}: "):
         model(IDS)
     says = rf"attention with `{name}` is not supported"
-    divergence = Divergence(dense, [TextSample(tuple(IDS[0].tolist()), (10, 12))])
+    sample = TextSample(tuple(IDS[0].tolist()), (10, 12))
+    divergence = Divergence(dense, [sample])
     with Hands(dense, given):
         for gradient in (False, True):
             with (
                 pytest.raises(UserError, match=says),
-                Capture(dense, shape, lambda tensors: None, gradient=gradient) as capture,
+                Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
-                capture.run(IDS, (10, 12))
+                capture.run(sample)
         mixture = Mixture(torch.ones(3, 2), Span(4, 8, 0.0), shape)
         with pytest.raises(UserError, match=says), replaced_attention(dense, "compress_test_gates", mixture):
             dense(IDS)

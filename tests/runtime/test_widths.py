@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from compress.models.planned import with_runtime_plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.apply import with_runtime_plan
 from tests.pruned import PRUNED, groups_of, plan_of, uneven, unevenly_pruned, with_biases, zero
 from tests.tiny import random_ids, tiny_model
 

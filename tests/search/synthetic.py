@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.search.budget.budget import Budget
 from compress.search.problem import SearchProblem
 from compress.search.run import make_problem

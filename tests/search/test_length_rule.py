@@ -13,6 +13,7 @@ from compress.search.problem import SearchProblem
 from compress.targets.window import SpanGrid
 from tests.search.synthetic import ITEMSIZE, FakeProfile, influence_table, make_shape, random_problem
 from tests.search.test_solvers import PROBLEMS, allocated
+from tests.tiny import spans_of
 
 SIGNED = SpanGrid(sinks=(0, 70), betas=(0.0, 0.25, 0.5, 1.0), alpha_min=-192)
 
@@ -103,7 +104,7 @@ def test_plans_meet_the_budget_at_every_length(case: str) -> None:
         for length, limit in problem.limits.items():
             assert problem.kv_bytes(plan.decision)[length] == allocated(problem.shape, plan, length) <= limit
         written = plan.to_plan(problem, {})
-        assert written.spans() == [
+        assert spans_of(written) == [
             list(row) if native is None else [Span(0, native, 0.0)] * len(row)
             for row, native in zip(plan.decision, problem.shape.native_windows, strict=True)
         ]

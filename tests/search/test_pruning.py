@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
+from compress.models.planned import planned_model, pruned_model
 from compress.models.pruning import Kept, block_parameters
 from compress.models.shape import shape_of
 from compress.plan import Mlp, read_plan
@@ -18,7 +19,6 @@ from compress.search.response import response_loss
 from compress.search.run import run_search
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
-from compress.targets.apply import planned_model, pruned_model
 from tests.profile.common import document
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 

@@ -9,6 +9,7 @@ import torch
 
 from compress.data.sample import TextSample
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import FULL, Span
@@ -21,7 +22,6 @@ from compress.search.refine.refine import Loss, Refine, refine, rules_of
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.uniform import Uniform
 from compress.stages.search import NO_STEPS
-from compress.targets.apply import planned_model
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model

@@ -14,7 +14,6 @@ from compress.plan import Plan, read_plan
 from compress.search.budget.budget import Budget
 from compress.search.budget.step_time import step_bytes
 from compress.search.run import explain, make_problem, run_search, solve_baselines
-from compress.targets.cost import kv_bytes
 from tests.search.synthetic import FakeProfile, make_shape, random_problem, random_profile
 from tests.tiny import random_ids, shape_of, tiny_loaded
 
@@ -66,7 +65,7 @@ def test_a_search_writes_plan_baselines_and_reasons(family: str, tmp_path: Path)
     for name, row in rows.items():
         plan = read_plan(tmp_path / "search" / "plans" / f"{name}.json", shape)
         for length, limits in report["limits"].items():
-            size = kv_bytes(plan.spans(), int(length), shape.head_dim, 4)
+            size = plan.cost(int(length), 4).held_bytes
             assert row["kv_bytes"][length] == size <= limits["limit_bytes"]
             assert row["kv_share"][length] <= limits["limit_share"]
             assert limits["smallest_share"] <= row["kv_share"][length]

@@ -7,13 +7,12 @@ import pytest
 
 import compress.search.checks
 from compress.errors import UserError
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.registry import solvers
 from compress.runtime.span import FULL, PAGE, Span, spans_of_plan
 from compress.search.budget.budget import Budget
 from compress.search.checks import parse_solver
 from compress.search.problem import CandidatePlan, Solver, solver_name
-from compress.targets.cost import decode_density
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape, random_problem
@@ -71,7 +70,7 @@ def test_plans_are_whole_and_within_the_budget(name: str, case: str) -> None:
         written = plan.to_plan(problem, {})
         assert written.predicted.kv_bytes.keys() == {*problem.budget_lengths, *problem.lengths}
         for length, limit in problem.key_limits.items():
-            seen = decode_density(written.spans(), length) * problem.shape.layers * problem.shape.kv_heads * length
+            seen = written.cost(length).keys
             assert round(seen) <= limit
         times = written.provenance.get("decode_time", {"rows": []})["rows"]
         assert [(row["length"], row["batch"]) for row in times] == [

@@ -7,30 +7,30 @@ from typing import Any
 import pytest
 import torch
 
+from compress.models.planned import pruned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit
 from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
 from compress.registry import targets
 from compress.runtime.span import PAGE
-from compress.targets.apply import pruned_model
 from compress.targets.cost import Cost, kv_bytes, stock_kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
-from compress.targets.target import StockForm, Target
+from compress.targets.span import SpanTarget
+from compress.targets.target import StockForm
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
 from tests.pruned import uneven
-from tests.tiny import mixed_plan, shape_of, tiny_model
+from tests.tiny import mixed_plan, shape_of, spans_of, tiny_model
 
 UNIT = Unit(query_heads=3, head_dim=16, itemsize=2)
 
 
 @pytest.mark.parametrize("group", [FullGroup(), WindowGroup(sink=4, alpha=30, beta=0.25)])
 @pytest.mark.parametrize("length", [1, 65, 300])
-def test_a_group_costs_what_its_rule_says(group: Target, length: int) -> None:
+def test_a_group_costs_what_its_rule_says(group: SpanTarget, length: int) -> None:
     t = torch.arange(length)
-    span = group.span if isinstance(group, WindowGroup) else WindowGroup(sink=0, alpha=0, beta=1.0).span
-    seen = span.at_length(length).visible(t[:, None], t[None])
-    pages = len(span.at_length(length).pages(length))
+    span = group.span().at_length(length)
+    seen, pages = span.visible(t[:, None], t[None]), len(span.pages(length))
     cost = group.cost(UNIT, length)
     assert cost.held_bytes == cost.read_bytes == pages * PAGE * 2 * 16 * 2
     assert cost.keys == int(seen[-1].sum())
@@ -95,7 +95,7 @@ def test_a_pruned_plan_counts_what_is_left(family: str, even: bool) -> None:
     assert cost.parameters == block_parameters(pruned_model(model, plan))
     assert plan.form == ("native" if even else "patched")
     tokens = stock_kv_bytes(plan.model.native_windows, plan.kept_heads, 200, plan.model.head_dim, 4)
-    pages = kv_bytes(plan.spans(), 200, plan.model.head_dim, 4)
+    pages = kv_bytes(spans_of(plan), 200, plan.model.head_dim, 4)
     assert cost.held_bytes == (tokens if even else pages)
     assert plan.cost(200, 4, form="patched").held_bytes == pages
 
@@ -103,7 +103,7 @@ def test_a_pruned_plan_counts_what_is_left(family: str, even: bool) -> None:
 def test_a_plan_of_windows_costs_what_the_runtime_allocates() -> None:
     plan = mixed_plan(shape_of(tiny_model("gemma3")))
     assert plan.form == "patched" and plan.stock() is None
-    assert plan.cost(200, 4).held_bytes == kv_bytes(plan.spans(), 200, 16, 4)
+    assert plan.cost(200, 4).held_bytes == kv_bytes(spans_of(plan), 200, 16, 4)
     assert plan.dense_cost(200, 4).held_bytes == stock_kv_bytes((50, None, 50), 2, 200, 16, 4)
     with pytest.raises(ValueError, match="no stock architecture"):
         plan.cost(200, form="native")

@@ -17,7 +17,7 @@ from compress.targets.cost import kv_bytes, stock_kv_bytes, visible_keys
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
     from compress.search.problem import SearchProblem
 
 

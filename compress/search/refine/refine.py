@@ -28,6 +28,7 @@ from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
 from compress.limits import FACTOR, MINUTES
+from compress.models.planned import planned_model, set_plan
 from compress.partial import read_partial, write_partial
 from compress.registry import Method
 from compress.runtime.span import FULL, PAGE, Span
@@ -35,7 +36,6 @@ from compress.search.problem import CandidatePlan, SearchProblem
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import Rules, sampled_effects
 from compress.search.refine.exchange import Decision, exchange
-from compress.targets.apply import planned_model, set_plan
 
 if TYPE_CHECKING:
     from compress.plan import Plan

@@ -12,36 +12,35 @@ Gradients are averaged over processes by accelerate, each of which trains on doc
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from compress.data.sample import TextSample as Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.limits import FACTOR, LONGEST, STEPS
 from compress.models.backward import recomputed
 from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
-from compress.partial import read_partial, write_partial
-from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
-from compress.profile.tiles import Tile
+from compress.profile.key import Key
+from compress.profile.partial import Step
+from compress.profile.passes.base import Samples
+from compress.profile.passes.training import TrainedStatistic
+from compress.profile.statistic import Progress, Result, Results, Subject
 from compress.registry import statistics
 from compress.runtime.attention import choose_impl
 from compress.runtime.span import Span
 
 if TYPE_CHECKING:
-    from compress.models.load import LoadedModel
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 NAME = "compress_gates"
 SAVE_EVERY = 25  # steps
-UNIT = "gate, 0 streaming to 1 full"
 
 
 @statistics.register("gates")
-class Gates(Statistic):
+class Gates(TrainedStatistic):
     """Trained gate of every head group between full and streaming attention (trains; needs a backward pass a step)."""
 
     sink: int = Field(64, ge=0, le=LONGEST, description="tokens at the start that streaming attention sees")
@@ -53,32 +52,19 @@ class Gates(Statistic):
     )
     penalty: float = Field(0.05, ge=0, le=FACTOR, description="weight of the mean gate beside the squared difference")
 
-    needs_gradient: ClassVar[bool] = False
-    reads: ClassVar[Reads] = "training"
-    unit: ClassVar[str] = UNIT
+    unit: ClassVar[str] = "gate, 0 streaming to 1 full"
     gives: ClassVar[Mapping[str, str]] = {"gates": "groups"}
 
-    def begin(self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu") -> GatesAccumulator:
-        """`gates.<longest length>` (layer, group); 1 in layers that slide by themselves."""
-        return GatesAccumulator(per_length(shape, [max(lengths)], {"gates": UNIT}), device)
-
-    def learn(
-        self,
-        loaded: LoadedModel,
-        shape: ModelShape,
-        documents: Mapping[int, Sequence[Document]],
-        accumulator: Accumulator,
-        folder: Path,
-        key: str,
-        seed: int,
-        progress: Callable[[int, int, str], None],
-    ) -> None:
-        """Train on the task's documents, in random order; `gates.partial` in the folder continues an interrupted run.
+    def train(
+        self, subject: Subject, samples: Samples, lengths: Sequence[int], step: Step, seed: int, progress: Progress
+    ) -> Results:
+        """Train on the task's documents, in random order: (layer, group) under the longest length; 1 in layers that
+        slide by themselves.
 
         Raises:
             UserError: there are no documents of the task, or the loss is not finite.
         """
-        queue = [document for _, group in sorted(documents.items()) for document in group]
+        queue = [document for _, group in sorted(samples.items()) for document in group]
         chosen = [document for document in queue if self.task in (None, document.task)]
         if not chosen:
             raise UserError(
@@ -88,21 +74,8 @@ class Gates(Statistic):
                 found=", ".join(sorted({document.task for document in queue})),
                 fix="add such documents, or set the statistic's `task` to null to train on all",
             )
-        gates = train_gates(self, loaded.model, shape, chosen, folder / "gates.partial", key, seed, progress)
-        for name, total in accumulator.sums.items():
-            total.copy_(gates)
-            accumulator.counts[name] = 1
-
-
-class GatesAccumulator(Accumulator):
-    """Holds the trained gates; tiles and documents of the common pass say nothing about them."""
-
-    def add(self, tile: Tile) -> None:
-        """Nothing."""
-
-    def counted(self) -> list[str]:
-        """No document counts."""
-        return []
+        gates = train_gates(self, subject.model, subject.shape, chosen, step, seed, progress)
+        return {Key(self.name, length=max(lengths)): Result(gates.float(), ("layer", "group"), self.unit)}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -115,11 +88,10 @@ def train_gates(
     settings: Gates,
     model: Any,
     shape: ModelShape,
-    queue: Sequence[Document],
-    partial: Path,
-    key: str,
+    queue: Sequence[TextSample],
+    state: Step,
     seed: int,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
 ) -> torch.Tensor:
     """The gates `[layers, groups]` float64 on the CPU, 1 where the architecture slides by itself."""
     if all(native is not None for native in shape.native_windows):
@@ -134,7 +106,7 @@ def train_gates(
     free = torch.tensor([native is None for native in shape.native_windows], device=device)[:, None]
     span = Span(settings.sink, settings.recent, 0.0)
     mixture = Mixture(gates, span, shape)
-    first = _restore(partial, key, gates, optimiser)
+    first = _restore(state, gates, optimiser)
     dense: dict[int, torch.Tensor] = {}
     with replaced_attention(model, NAME, mixture):
         for step in range(first, settings.steps):
@@ -166,8 +138,7 @@ def train_gates(
             optimiser.step()
             progress(step + 1, settings.steps, f"gates, squared difference {float(difference.detach()):.4g}")
             if (step + 1) % SAVE_EVERY == 0 and accelerator.is_main_process:
-                _save(partial, key, step + 1, gates, optimiser)
-    partial.unlink(missing_ok=True)
+                _save(state, step + 1, gates, optimiser)
     trained = gates.detach().clamp(0, 1)
     return torch.where(free, trained, 1.0).double().cpu()
 
@@ -195,7 +166,7 @@ class Mixture:
         return output
 
 
-def _last_states(model: Any, document: Document, device: torch.device) -> torch.Tensor:
+def _last_states(model: Any, document: TextSample, device: torch.device) -> torch.Tensor:
     """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
     tokens = torch.tensor([document.tokens[: document.answer[1]]], device=device)
     states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -203,22 +174,22 @@ def _last_states(model: Any, document: Document, device: torch.device) -> torch.
     return picked
 
 
-def _save(path: Path, key: str, step: int, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> None:
+def _save(state: Step, step: int, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> None:
     """Gates and the optimiser's moments."""
     moments = optimiser.state[gates]
-    state = {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
-    write_partial(path, key, {"step": step}, {**state, "gates": gates.detach().cpu().contiguous()})
+    held = {name: moments[name].detach().cpu() for name in ("step", "exp_avg", "exp_avg_sq")}
+    state.write({"step": step}, {**held, "gates": gates.detach().cpu().contiguous()})
 
 
-def _restore(path: Path, key: str, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> int:
-    """Continue from a partial file: the number of steps done; with a damaged or foreign one, 0."""
-    found = read_partial(path, key)
+def _restore(state: Step, gates: torch.Tensor, optimiser: torch.optim.AdamW) -> int:
+    """Continue an interrupted training: the number of steps done, 0 without one."""
+    found = state.read()
     if found is None:
         return 0
-    notes, state = found
+    notes, held = found
     with torch.no_grad():
-        gates.copy_(state.pop("gates"))
+        gates.copy_(held["gates"])
     optimiser.state[gates] = {
-        name: value if name == "step" else value.to(gates.device) for name, value in state.items()
+        name: value if name == "step" else value.to(gates.device) for name, value in held.items() if name != "gates"
     }
     return int(notes["step"])

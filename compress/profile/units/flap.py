@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 
 from compress.models.units import LayerUnits
-from compress.profile.importance import Importance, Seen, Sums, both, by_head
+from compress.profile.statistic import Sums
+from compress.profile.units.base import UnitStatistic, by_head, columns_of
 from compress.registry import statistics
 
 
 @statistics.register("flap")
-class Flap(Importance):
+class Flap(UnitStatistic):
     """Variance of a column's input x squared L2 norm of the column, mean over a head's columns (forward pass only).
 
     `flap.head_means` (layer, group, query, dim) and `flap.neuron_means` (layer, neuron) are the mean inputs: what is
@@ -24,8 +25,8 @@ class Flap(Importance):
     gives: ClassVar[Mapping[str, str]] = {"flap": "units", "flap.head_means": "means"}
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:
-        """Two sums a column."""
-        return {f"{kind}{power}": size for kind, size in both(layer).items() for power in (1, 2)}
+        """The sum of the inputs of every column and that of their squares."""
+        return {f"{kind}{power}": size for kind, size in columns_of(layer).items() for power in (1, 2)}
 
     def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
         """Inputs and their squares, in float64: their difference has to be of use where a mean is large."""
@@ -33,12 +34,12 @@ class Flap(Importance):
         sums[f"{kind}1"] += inputs.sum(0)
         sums[f"{kind}2"] += inputs.square().sum(0)
 
-    def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
+    def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
         """Variances over all tokens, with the number of tokens as divisor."""
         means, scores = {}, {}
-        for kind in both(layer):
-            means[kind] = sums[f"{kind}1"] / seen.tokens
-            variance = (sums[f"{kind}2"] / seen.tokens - means[kind].square()).clamp(min=0)
+        for kind in columns_of(layer):
+            means[kind] = sums[f"{kind}1"] / counts["tokens"]
+            variance = (sums[f"{kind}2"] / counts["tokens"] - means[kind].square()).clamp(min=0)
             scores[kind] = variance * layer.output(kind).weight.detach().double().square().sum(0)
         return {
             "heads": by_head(scores["query"], layer).mean(-1),

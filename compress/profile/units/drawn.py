@@ -11,13 +11,13 @@ from pydantic import Field
 
 from compress.limits import SEED
 from compress.models.units import LayerUnits
-from compress.profile.importance import Importance, Seen, Sums
-from compress.profile.statistic import Reads
+from compress.profile.statistic import Reads, Sums
+from compress.profile.units.base import UnitStatistic
 from compress.registry import statistics
 
 
 @statistics.register("random")
-class Random(Importance):
+class Random(UnitStatistic):
     """Random numbers in 0 to 1 (no data)."""
 
     seed: int = Field(0, ge=0, le=SEED, description="another seed gives other numbers")
@@ -26,7 +26,7 @@ class Random(Importance):
     unit: ClassVar[str] = "random number"
     gives: ClassVar[Mapping[str, str]] = {"random": "units"}
 
-    def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
+    def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
         """The same for the same seed on every device, others in every layer."""
         digest = hashlib.sha256(f"{self.seed}/{layer.index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -15,7 +15,6 @@ from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
 from compress.runtime.rope import carry_over
-from compress.runtime.span import FULL, AnySpan, own_span
 from compress.runtime.widths import Width, width_of
 
 
@@ -36,7 +35,7 @@ def planned_model(model: Any, plan: Plan) -> Any:
     """
     if plan.prunes:
         model = pruned_model(model, plan)
-        if not has_own_widths(model) and plan.spans() == full_spans(plan):
+        if not has_own_widths(model) and plan.as_built:
             return model
     return with_runtime_plan(model, runtime_plan(plan))
 
@@ -60,14 +59,6 @@ def kept_units(plan: Plan, neurons: int) -> list[Kept]:
             layer.queries,
         )
         for layer in plan.layers
-    ]
-
-
-def full_spans(plan: Plan) -> list[list[AnySpan]]:
-    """The spans of the groups that stay, as the architecture itself has them."""
-    return [
-        [FULL if native is None else own_span(native)] * len(layer.kept_groups)
-        for layer, native in zip(plan.layers, plan.model.native_windows, strict=True)
     ]
 
 

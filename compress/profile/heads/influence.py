@@ -37,30 +37,30 @@ by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
 
-from compress.profile.rule_table import MaskedKeys, RuleBoundaries, table_measure
-from compress.profile.statistic import Accumulator, Measure, Statistic
-from compress.profile.tiles import Tile, prefix_sums
+from compress.profile.heads.base import HeadStatistic, Table
+from compress.profile.heads.rule_table import MaskedKeys, masked_keys, rule_table
+from compress.profile.passes.tiles import Tile, prefix_sums
+from compress.profile.statistic import Item, Sums
 from compress.registry import statistics
 from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 # Below this visible mass the float64 difference 1 - a has fewer digits than float32.
 LEAST_VISIBLE = 1e-9
 
 KINDS = ("absolute", "signed", "joint")
-UNIT = "change of the mean answer cross-entropy, nats"
 
 
 @statistics.register("influence")
-class Influence(Statistic):
+class Influence(HeadStatistic):
     """Loss that each rule of a span grid costs each head group, to first order (needs a backward pass)."""
 
     grid: SpanGrid = Field(
@@ -68,31 +68,16 @@ class Influence(Statistic):
     )
 
     needs_gradient: ClassVar[bool] = True
-    unit: ClassVar[str] = UNIT
+    unit: ClassVar[str] = "change of the mean answer cross-entropy, nats"
     gives: ClassVar[Mapping[str, str]] = {f"influence.{kind}": "rules" for kind in ("absolute", "signed", "joint")}
 
-    def begin(
-        self, shape: ModelShape, lengths: Sequence[int], device: torch.device | str = "cpu"
-    ) -> InfluenceAccumulator:
-        """Tables `influence.{absolute,signed,joint}.<length>`, axes (layer, group, sink, beta, alpha)."""
-        measures = {
-            f"influence.{kind}.{length}": table_measure(shape, self.grid, length, UNIT)
-            for length in lengths
-            for kind in KINDS
-        }
-        return InfluenceAccumulator(self.grid, measures, device)
+    def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
+        """`absolute`, `signed` and `joint`, axes (layer, group, sink, beta, alpha)."""
+        return {kind: rule_table(self.grid, length, self.unit) for kind in KINDS}
 
-
-class InfluenceAccumulator(Accumulator):
-    """Adds the influence of each tile at the boundaries of all rules of the grid."""
-
-    def __init__(self, grid: SpanGrid, measures: dict[str, Measure], device: torch.device | str) -> None:
-        super().__init__(measures, device)
-        self.boundaries = RuleBoundaries(grid, (measure.length for measure in measures.values()), device)
-
-    def add(self, tile: Tile) -> None:
+    def add(self, sums: Sums, tile: Tile, item: Item) -> None:
         """Price all rules on the rows of a tile; rules that mask nothing there cost nothing."""
-        every = list(self.boundaries.masked(tile, tile.positions, self.length))
+        every = list(masked_keys(self.grid, tile, tile.positions, item.length))
         if not every:
             return
         influence, shift = row_influence(tile)
@@ -104,12 +89,11 @@ class InfluenceAccumulator(Accumulator):
         absolute = prefix_sums(heads_sum, tile.workspace, "influence.absolute")
         shifts = prefix_sums(shift, tile.workspace, "influence.shift")
         mass = tile.prefix()
-        tables = {kind: self.sums[f"influence.{kind}.{self.length}"][tile.layer] for kind in KINDS}
         for keys in every:
-            keys.add_to(tables["absolute"], keys.sums(absolute).sum(1))
-            keys.add_to(tables["signed"], keys.sums(signed).sum(1))
+            keys.add_to(sums["absolute"][tile.layer], keys.sums(absolute).sum(1))
+            keys.add_to(sums["signed"][tile.layer], keys.sums(signed).sum(1))
             effect = joint_effect(tile.attention, shift, mass, shifts, keys)
-            keys.add_to(tables["joint"], effect.sum((1, 2)))
+            keys.add_to(sums["joint"][tile.layer], effect.sum((1, 2)))
 
 
 def joint_effect(

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 
 from compress.models.units import LayerUnits
-from compress.profile.importance import Importance, Seen, Sums
+from compress.profile.statistic import Sums
+from compress.profile.units.base import UnitStatistic
 from compress.registry import statistics
 
 
 @statistics.register("amp")
-class Amp(Importance):
+class Amp(UnitStatistic):
     """L1 norm of what a head adds to the hidden state, and mean size of a neuron's activation (forward pass only).
 
     The published code takes means over prompts; here every token weighs the same.
@@ -30,7 +31,7 @@ class Amp(Importance):
     gives: ClassVar[Mapping[str, str]] = {"amp": "units"}
 
     def sizes(self, layer: LayerUnits) -> dict[str, tuple[int, ...]]:
-        """One sum a unit."""
+        """One number for every head and neuron."""
         return {"query": (layer.groups * layer.queries,), "neuron": (layer.neurons,)}
 
     def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
@@ -45,9 +46,9 @@ class Amp(Importance):
             output = inputs[:, columns] @ weight[:, columns].T.float()
             sums[kind][head] += output.abs().sum(dtype=torch.float64)
 
-    def scores(self, sums: Sums, seen: Seen, layer: LayerUnits) -> dict[str, torch.Tensor]:
+    def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
         """Means over tokens."""
-        neurons = sums["neuron"] / seen.tokens
+        neurons = sums["neuron"] / counts["tokens"]
         if self.neurons == "contribution":
             neurons = neurons * layer.output("neuron").weight.detach().abs().sum(0, dtype=torch.float64)
-        return {"heads": (sums["query"] / seen.tokens).view(layer.groups, layer.queries), "neurons": neurons}
+        return {"heads": (sums["query"] / counts["tokens"]).view(layer.groups, layer.queries), "neurons": neurons}
