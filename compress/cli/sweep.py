@@ -49,10 +49,9 @@ def sweep(
         for kind in ("csv", "json"):
             write_cells(folders, folder / f"cells.{kind}", settings)
         _show(folder, folders, as_json)
-    for name, error in failed.items():
-        typer.echo(f"{name}: {error}", err=True)
-    say(f"sweep: {len(done)} of {len(points)} done; {folder / 'report.html'}")
+    say(f"sweep: {len(done)} of {len(points)} done" + (f"; {folder / 'report.html'}" if folders else ""))
     if failed:
+        say(f"sweep: not done: {', '.join(failed)}; what was wrong stands above, and the same command tries them again")
         raise typer.Exit(2)
 
 

@@ -140,7 +140,7 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
                 f"keeps {kept:.0%} at {MAP_LENGTH:,} tokens",
                 *(f"{key} {values[layer][number]:.3g}" for key, values in facts.statistics.items()),
             ]
-            cells.append({"kept": kept, "target": group.target, "told": words, "level": round(kept * 10)})
+            cells.append({"kept": kept, "target": group.target, "words": words, "level": round(kept * 10)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
     return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}

@@ -27,7 +27,7 @@ KEPT = ("calibration", "evaluation")  # folders of files that are named after al
 
 def run_grid(
     points: Sequence[Point], folder: Path, reporter: Reporter, *, export: bool = False
-) -> tuple[list[RunFolder], dict[str, UserError]]:
+) -> tuple[list[RunFolder], list[str]]:
     """Profile, search, recover and evaluate every recipe, and export it if asked to.
 
     A stage that another recipe of the grid did with the same key is taken over from its folder, and so are documents
@@ -37,14 +37,14 @@ def run_grid(
         folder: gets `recipes/NAME.yaml`; the run folders are where the recipes say.
 
     Returns:
-        The run folders that are done, and by point what was wrong with the others.
+        The run folders that are done, and the names of the points that are not; what was wrong with them was said.
 
     Raises:
         UserError: a recipe of the grid is wrong; nothing has been run then.
     """
     recipes = [_recipe(point, folder) for point in points]
     done: list[RunFolder] = []
-    failed: dict[str, UserError] = {}
+    failed: list[str] = []
     models: dict[tuple[str, str, str], LoadedModel] = {}
     for number, (point, recipe) in enumerate(zip(points, recipes, strict=True), 1):
         reporter.say(f"sweep: {number} of {len(points)}: {point.name}")
@@ -57,7 +57,7 @@ def run_grid(
                 models[model] = session.loaded
         except UserError as error:
             reporter.say(f"sweep: {point.name}: {error}")
-            failed[point.name] = error
+            failed.append(point.name)
         else:
             done.append(session.run)
     return done, failed
