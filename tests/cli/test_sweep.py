@@ -22,7 +22,7 @@ search:
   budget: {kv: 0.8, lengths: [320]}
 evaluate:
   compare: [plan]
-  perplexity: {length: 128, windows: 1}
+  perplexity: {length: 320, windows: 1}
 """
 
 
