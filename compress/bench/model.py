@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
@@ -25,14 +25,6 @@ from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
 DENSE, NONE = "compress_bench_dense", "compress_bench_none"
-
-
-def random_model(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights for a configuration given as a dictionary, made on the device itself."""
-    known = dict(values)
-    config = AutoConfig.for_model(known.pop("model_type"), **known)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 class DenseLayer(CacheLayerMixin):

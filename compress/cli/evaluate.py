@@ -20,6 +20,8 @@ SENTENCE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n
 if TYPE_CHECKING:
     from compress.evaluate.comparison import Comparison
     from compress.evaluate.measure import Measure, Variant
+    from compress.plan import Plan
+    from compress.plan.facts import ModelShape
 
 
 def evaluate(
@@ -40,7 +42,7 @@ def evaluate(
     ] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(metavar="YAML", help="Another measure, as in a recipe: 'agreement: {length: 512}'. Repeatable."),
+        typer.Option(metavar="YAML", help="As in a recipe: 'agreement: {length: 512}'. Repeatable."),
     ] = None,
     batch: Annotated[
         int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
@@ -49,6 +51,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Beside each plan, the uniform window of no more bytes.")
+    ] = False,
     record: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the requests of --tasks there (.json.gz), run no model.")
     ] = None,
@@ -61,7 +66,8 @@ def evaluate(
 ) -> None:
     """Measure what a model keeps: a recipe's plan beside the dense model, or any models on the same tasks.
 
-    A checkpoint of this project is measured beside the dense model on its own weights, without running its code.
+    A checkpoint of this project is measured beside the dense model on its own weights, without running its code;
+    a plan.json behind the first model is that model with the plan.
     What was measured before with the same weights, task and seed is read and not measured again.
 
     Where lm-eval or its data cannot be installed: --record writes the requests elsewhere, and --replay answers them.
@@ -95,7 +101,7 @@ def evaluate(
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
         of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
         measured = _measures(asked, of_tasks, batch)
-        comparison = _models(what, measured, _Settings(device, dtype, seed, batch, folder))
+        comparison = _models(what, measured, _Settings(device, dtype, seed, batch, folder, uniform))
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
@@ -114,6 +120,7 @@ class _Settings:
     seed: int
     batch: int
     folder: Path
+    uniform: bool = False
 
 
 def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: str, device: str) -> None:
@@ -202,10 +209,11 @@ def _named(text: str) -> list[Measure]:
         given = {given: {}}
     if not isinstance(given, dict):
         raise UserError("not a measure", where="--measure", expected="NAME: {key: value, ...}", found=json.dumps(given))
-    found = []
+    measured: list[Measure] = []
     for name, keys in given.items():
-        found.append(validated(measures[str(name)], keys or {}, f"--measure {name}", "--measure"))
-    return found
+        kind = measures[str(name)]
+        measured += kind.of(validated(kind.key()[0], keys or {}, f"the measure {name}", "--measure"))
+    return measured
 
 
 def _folder_name(spec: str) -> str:
@@ -232,7 +240,7 @@ def _models(specs: list[str], measured: list[Measure], settings: _Settings) -> C
     where, folder = resolve_device(settings.device), settings.folder
     arguments.make_folder(folder)
     sweep(folder)
-    loaded, variants = _variants(specs, settings.dtype, where)
+    loaded, variants = _variants(specs, settings.dtype, where, settings.uniform)
     with progress("eval") as report:
         comparison = compare(
             loaded,
@@ -248,18 +256,26 @@ def _models(specs: list[str], measured: list[Measure], settings: _Settings) -> C
     return comparison
 
 
-def _variants(specs: list[str], dtype: str, device: str) -> tuple[Any, list[Variant]]:
-    """The first model, dense, and every model as a row; a checkpoint that carries a plan as two."""
+def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) -> tuple[Any, list[Variant]]:
+    """The first model, dense, and every model as a row; a checkpoint that carries a plan as two.
+
+    Args:
+        specs: models; behind the first one also plan files, whose rows are the dense model with that plan.
+        uniform: adds to each plan the uniform window of no more bytes.
+    """
     import torch
 
-    from compress.bench.shapes import SHAPES
-    from compress.bench.source import Source
     from compress.evaluate.measure import Variant
     from compress.files import key_of
     from compress.models.content import content_key
+    from compress.models.known_shapes import SHAPES
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
+    from compress.models.planned import planned_model
+    from compress.models.source import ModelSource
+    from compress.plan import read_plan
+    from compress.search.measure import plan_key
 
-    first = Source(specs[0])
+    first = ModelSource(specs[0])
     if first.carries_plan:
         model = first.dense(torch.device(device), DTYPES[dtype])
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
@@ -267,34 +283,68 @@ def _variants(specs: list[str], dtype: str, device: str) -> tuple[Any, list[Vari
         loaded = load_model(specs[0], dtype=dtype, device=device)
     shape, itemsize = loaded.shape, DTYPES[dtype].itemsize
     variants = [Variant("dense", lambda: loaded.model, "dense", lambda length: shape.dense_cost(length, itemsize))]
-    if first.carries_plan:
-        key = key_of(first.checkpoint["compress_plan"])
-        build = lambda: first.planned(loaded.model, None, 0)[0]  # noqa: E731
-        variants.append(Variant("plan", build, key, _cost_of(specs[0], itemsize)))
-    for spec in specs[1:]:
-        source = Source(spec)
 
-        def build_other(spec: str = spec, source: Source = source) -> Any:
+    def add(name: str, build: Any, key: str, plan: Plan | None, tokenizer: Any = None) -> None:
+        cost = None if plan is None else lambda length: plan.cost(length, itemsize)
+        variants.append(Variant(_row_name(name, variants), build, key, cost, tokenizer))
+
+    def add_plan(name: str, plan: Plan) -> None:
+        add(name, lambda: planned_model(loaded.model, plan), plan_key(plan), plan)
+
+    plans: list[tuple[str, Plan]] = []
+    if first.carries_plan:
+        carried = _plan_in(specs[0])
+        build = lambda: first.planned(loaded.model)[0]  # noqa: E731
+        add("plan", build, key_of(first.checkpoint["compress_plan"]), carried)
+        plans += [] if carried is None else [("plan", carried)]
+    for spec in specs[1:]:
+        if _is_plan(spec):
+            plans.append((spec, read_plan(spec, shape)))
+            add_plan(*plans[-1])
+            continue
+        source = ModelSource(spec)
+
+        def build_other(source: ModelSource = source) -> Any:
             return source.carried(torch.device(device), DTYPES[dtype])
 
         key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
-        variants.append(
-            Variant(
-                _row_name(spec, variants), build_other, key, _cost_of(spec, itemsize), _other(spec, loaded.tokenizer)
-            )
-        )
+        add(spec, build_other, key, _plan_in(spec), _other(spec, loaded.tokenizer))
+    for name, plan in plans if uniform else []:
+        add_plan(f"uniform beside {name}", _uniform(plan, shape, itemsize))
     return loaded, variants
 
 
-def _cost_of(spec: str, itemsize: int) -> Any:
-    """What a checkpoint of this project costs by its plan; None for any other model."""
+def _is_plan(spec: str) -> bool:
+    """Whether a file is a plan and no configuration of a model."""
+    from compress.json_file import read_object
+
+    path = Path(spec).expanduser()
+    return path.suffix == ".json" and path.is_file() and "layers" in read_object(path, "the file", finite=False)
+
+
+def _plan_in(spec: str) -> Plan | None:
+    """The plan of a checkpoint of this project; None for any other model."""
     from compress.plan import read_plan
 
     path = Path(spec).expanduser() / "compress_plan.json"
-    if not path.is_file():
-        return None
-    plan = read_plan(path)
-    return lambda length: plan.cost(length, itemsize)
+    return read_plan(path) if path.is_file() else None
+
+
+def _uniform(plan: Plan, shape: ModelShape, itemsize: int) -> Plan:
+    """The largest window behind 64 sinks, in all head groups, that holds no more bytes than a plan.
+
+    Bytes are compared at the longest length that the plan was searched for.
+    """
+    from compress.plan import uniform_plan
+    from compress.targets.window import WindowGroup
+
+    length = max(plan.predicted.kv_bytes, default=8192)
+    most = plan.cost(length, itemsize).held_bytes
+    for window in range(length, 64, -64):
+        beside = uniform_plan(shape, WindowGroup(sink=64, alpha=window, beta=0.0))
+        if beside.cost(length, itemsize).held_bytes <= most:
+            return beside
+    raise UserError("no uniform window has as few bytes as the plan", where="--uniform", fix="leave out --uniform")
 
 
 def _row_name(spec: str, variants: list[Variant]) -> str:

@@ -12,9 +12,9 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from compress.bench.source import Source
 from compress.cli.app import app
 from compress.models.load import load_model
+from compress.models.source import ModelSource
 from compress.plan import read_plan, removal
 from compress.recipe.load import load_recipe
 from compress.report.facts import read_facts
@@ -195,12 +195,12 @@ def test_a_checkpoint_that_carries_a_plan_is_no_model_to_start_from(by_layer: Pa
 
 def test_the_bench_runs_a_checkpoint_as_it_is_meant_to(by_layer: Path) -> None:
     checkpoint = by_layer / "run" / "checkpoint"
-    source = Source(str(checkpoint))
+    source = ModelSource(str(checkpoint))
     assert source.has_own_widths
     own = source.carried(torch.device("cpu"), torch.float32)
     brought = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     ids = random_ids(2, 40)
     with torch.no_grad():
         assert torch.equal(own(ids).logits, brought(ids).logits)
-    assert not Source(str(by_layer / "model")).has_own_widths
+    assert not ModelSource(str(by_layer / "model")).has_own_widths
     assert load_model(str(by_layer / "model")).model.config.model_type == "llama"
