@@ -34,7 +34,8 @@ class Method(BaseModel):
     Attributes:
         registered: the name that recipes and plans give the class; empty where it has none.
         gives: what a statistic leaves for a search to read, by name: `units` (a score of every head and neuron),
-            `means` (their mean inputs), `groups` (one number a head group) or `rules` (a table of span rules).
+            `means` (their mean inputs), `groups` (one number a head group), `rules` (a table of span rules) or
+            `targets` (what each of some targets costs a head group).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -157,3 +158,4 @@ targets: Registry[Any] = Registry("target", key="target")
 tasks: Registry[Any] = Registry("task", key="task")
 sources: Registry[Any] = Registry("text source", key="source")
 measures: Registry[Any] = Registry("measure")
+objectives: Registry[Any] = Registry("objective")

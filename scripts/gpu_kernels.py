@@ -33,8 +33,8 @@ from compress.profile.heads.influence import Influence
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.profile.statistic import Item, Subject
 from compress.runtime import flash
-from compress.runtime.attention import IMPLS
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import IMPLS
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 from compress.stages.environment import environment
 

@@ -10,7 +10,8 @@ import torch
 
 from compress import registry
 from compress.models.shape import shape_of
-from compress.runtime.span import FULL, SPAN_OF, Span, spans_of_plan
+from compress.runtime.mixer import MIXERS, Kinds, LayerFacts
+from compress.runtime.span import FULL, Span
 from compress.search.problem import SearchProblem
 from compress.targets.cost import dense_kv_bytes
 from compress.targets.target import PATTERNS, parse_target
@@ -33,11 +34,11 @@ def examples() -> Iterator[dict[str, Any]]:
     yield found
     for name, methods in before.items():
         getattr(registry, name)._methods = methods
-    SPAN_OF.pop("recent")
+    MIXERS.pop("recent")
 
 
 def test_examples_are_short() -> None:
-    assert len(BLOCKS) == 3 and all(len(block.splitlines()) < 60 for block in BLOCKS)
+    assert len(BLOCKS) == 4 and all(len(block.splitlines()) < 60 for block in BLOCKS)
 
 
 def test_the_statistic(examples: dict[str, Any]) -> None:
@@ -64,8 +65,8 @@ def test_the_solver(examples: dict[str, Any]) -> None:
 def test_the_target(examples: dict[str, Any]) -> None:
     group = parse_target({"target": "recent", "tokens": 100})
     assert group == examples["RecentGroup"](tokens=100)
-    plan = {"layers": [{"groups": [group.model_dump(), {"target": "full"}]}]}
-    assert spans_of_plan(plan, [None]) == [[Span(0, 100, 0.0), FULL]]
+    kinds = Kinds([group.model_dump(), {"target": "full"}], LayerFacts(0, 8, 32, 1, None))
+    assert [mixer.rules for mixer in kinds.mixers] == [(Span(0, 100, 0.0),), (FULL,)]
 
 
 def test_every_target_claims_patterns_that_exist_and_are_tested() -> None:

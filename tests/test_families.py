@@ -133,7 +133,8 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    predicted = kv_bytes(model.base_model.compress_spans, LENGTH, shape.head_dim, 4)
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
+    predicted = kv_bytes(spans, LENGTH, shape.head_dim, 4)
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)

@@ -11,9 +11,9 @@ import torch
 from compress.bench.dense import dense_attention
 from compress.bench.measure import Time, graphed_times, times_in_turn
 from compress.models.planned import with_runtime_plan
-from compress.runtime.attention import choose_impl
 from compress.runtime.families import groups_of, head_size_of
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import choose_impl
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 from compress.targets.full import FullGroup
 from compress.targets.span import SpanTarget

@@ -97,7 +97,7 @@ def measure(
     from compress.bench import model as whole
     from compress.models.load import DTYPES
     from compress.models.source import ModelSource
-    from compress.runtime.attention import explain_impl
+    from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
     from compress.stages.environment import environment
 

@@ -14,8 +14,10 @@ from compress.models.pruning import Kept, add_output_biases, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
+from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over
 from compress.runtime.widths import Width, width_of
+from compress.targets.target import load_mixers, targets_of
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
     Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
     stay (`Width.in_plan` has the rest).
     """
+    load_mixers(targets_of(plan))
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
@@ -114,6 +117,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
 
+    What only the plan's mixers have starts with their first values.
+
     Raises:
         ValueError: a weight has no place in the class or another shape there, or the class has one that `model` lacks.
     """
@@ -126,14 +131,33 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
             raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
-    if set(missing) - tied or unexpected:
-        raise ValueError(f"weights do not fit: missing {sorted(set(missing) - tied)[:4]}, unexpected {unexpected[:4]}")
+    lacking = sorted(set(missing) - tied - _start_mixers(made, model))
+    if lacking or unexpected:
+        raise ValueError(f"weights do not fit: missing {lacking[:4]}, unexpected {unexpected[:4]}")
     made.tie_weights()
     carry_over(model, made)
     made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     return made.to(next(model.parameters()).device).train(model.training)
 
 
+def _start_mixers(made: Any, model: Any) -> set[str]:
+    """Give mixers whose parameters lie nowhere yet memory beside the weights of `model`, and their first values.
+
+    Returns:
+        The names of those parameters.
+    """
+    like = next(model.parameters())
+    names: set[str] = set()
+    for path, mixer in made.named_modules():
+        if isinstance(mixer, Mixer):
+            parameters = dict(mixer.named_parameters())
+            if parameters and all(tensor.is_meta for tensor in parameters.values()):
+                mixer.to_empty(device=like.device).to(like.dtype).reset_parameters()
+                names.update(f"{path}.{name}" for name in parameters)
+    return names
+
+
 def set_plan(planned: Any, plan: Plan) -> None:
     """Switch a planned model to another plan of the same model, in place."""
+    load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))

@@ -20,12 +20,12 @@ from compress.profile.heads.influence import Influence
 from compress.profile.heads.retrieval import Retrieval
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
-from compress.recover.settings import RecoverSettings
 from compress.search.budget.budget import Budget
 from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
 from compress.search.removal import PruningSolver
 from compress.search.solvers.moa import Moa
+from compress.train.settings import RecoverSettings
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
 Tasks = tuple[Annotated[Task, registry.tasks], ...]

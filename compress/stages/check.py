@@ -14,11 +14,11 @@ from compress.evaluate.measure import Reading, asked_for, texts_of
 from compress.models.load import check_model
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe
-from compress.recover.windows import check_windows
 from compress.search.preview import check_search
 from compress.stages.device import resolve_device
 from compress.stages.inputs import input_name
 from compress.stages.reporter import Reporter
+from compress.train.windows import check_windows
 
 
 @dataclass(frozen=True)

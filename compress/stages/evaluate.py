@@ -13,11 +13,9 @@ from compress.evaluate.measure import Variant, asked_for
 from compress.evaluate.tables import markdown
 from compress.export.export import update_card
 from compress.models.planned import planned_model
-from compress.models.recovered import load_recovered
+from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
 from compress.recipe.schema import Recipe
-from compress.recover.recover import read_recovered
-from compress.recover.settings import RecoverSettings
 from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key
 from compress.stages.recover import recover_stage
@@ -25,6 +23,8 @@ from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
 from compress.targets.cost import Cost
+from compress.train.recovery import read_recovered
+from compress.train.settings import RecoverSettings
 
 QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all are
 
@@ -118,13 +118,13 @@ def _recovered(
 ) -> list[Variant]:
     """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
     key = plan_key(plan)
-    trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", cost)
+    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", cost)
     rows = [trained, Variant(f"plan{UNTRAINED}", build, key, cost)]
     if settings.control:
         control = weights / "control"
 
         def build_control() -> Any:
-            return load_recovered(copy.deepcopy(session.loaded.model), control)
+            return load_trained(copy.deepcopy(session.loaded.model), control)
 
         rows.append(Variant(CONTROL_ROW, build_control, read_recovered(control).sha256, dense))
     return rows

@@ -9,14 +9,14 @@ from typing import Any
 
 from compress.data.text import part_of
 from compress.models.planned import planned_model
-from compress.recover.recover import Recovered, recover
-from compress.recover.settings import RecoverSettings
 from compress.runfolder import CONTROL, RECOVERED
 from compress.stages.device import resolve_device
 from compress.stages.processes import together
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import missing, timed
+from compress.train.recovery import Recovered, recover
+from compress.train.settings import RecoverSettings
 from compress.words import duration
 
 

@@ -16,6 +16,7 @@ from compress.targets.unit import Unit
 class FullGroup(SpanTarget):
     """Sees every earlier key, or what the architecture's own sliding window lets it see."""
 
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     as_built: ClassVar[bool] = True
 
     target: Literal["full"] = "full"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import nearest
@@ -37,9 +38,11 @@ class StockForm:
 class Target(Method):
     """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.
 
-    Its fields are what the plan file holds. What a checkpoint does with them is in `runtime/`.
+    Its fields are what the plan file holds. What a checkpoint does with them is in the mixer that `runtime` names.
 
     Attributes:
+        runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
+            a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
         noun: what a group gets, for a count of such groups, for instance `a window`.
         removes: whether nothing of the group stays.
@@ -49,6 +52,7 @@ class Target(Method):
         objective: name of the training objective of a target that cannot be priced untrained; None of any other.
     """
 
+    runtime: ClassVar[str | None] = None
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
     noun: ClassVar[str]
     removes: ClassVar[bool] = False
@@ -131,3 +135,20 @@ def parse_target(value: Any) -> Any:
             f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
         )
     return known[name].model_validate(value, strict=True)
+
+
+def targets_of(plan: dict[str, Any]) -> set[str]:
+    """Names of the targets in a plan as a model's configuration carries it."""
+    return {group["target"] for layer in plan["layers"] for group in layer["groups"]}
+
+
+def load_mixers(names: Iterable[str]) -> list[str]:
+    """Import the runtime of targets, which registers their mixers; the names of the modules.
+
+    Raises:
+        UserError: no target of such a name.
+    """
+    modules = sorted({module for name in names if (module := targets[name].runtime) is not None})
+    for module in modules:
+        import_module(module)
+    return modules

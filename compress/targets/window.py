@@ -185,6 +185,7 @@ class SpanGrid(Method):
 class WindowGroup(SpanTarget):
     """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
 
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     grid: ClassVar[type[Method] | None] = SpanGrid
 
     target: Literal["window"] = "window"

@@ -20,9 +20,9 @@ from compress.cli.app import app
 from compress.evaluate.measure import asked_for
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import Recipe
-from compress.recover.settings import RecoverSettings
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
+from compress.train.settings import RecoverSettings
 from tests.cli.recipes import make_recipe
 
 Value = tuple[str, str, Any]  # module and class, key, value
@@ -40,10 +40,10 @@ calibration:
     - {{task: continuation, length: 192, count: 1, answer_tokens: 4, decoding: greedy, answer: text}}
     - {{task: passkey, length: 192, count: 1}}
     - {{task: passkey, length: 192, count: 1, haystack: filler, answer: text}}
+    - {{task: facts, length: 192, count: 1, facts: 1}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
     - {{task: key_value, length: 192, count: 1}}
     - {{task: key_value, length: 192, count: 1, haystack: filler, form: register, answer: text}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word]}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
   training:
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2}}
     - {{task: passkeys, length: 192, count: 1, keys: 2, words: 2, haystack: filler}}
@@ -63,7 +63,7 @@ evaluate:
   perplexity: {{text: *text, length: 64, windows: 1}}
   recall:
     - {{task: passkey, length: 192, count: 2}}
-    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], wordings: evaluation}}
+    - {{task: facts, length: 192, count: 2, wordings: evaluation, facts: 1, kinds: [place, time]}}
   agreement: {{length: 64, windows: 1}}
   flops: {{}}
   batch_size: 2
@@ -129,10 +129,10 @@ TRAININGS = (
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
-SETTINGS, SECTION = "recover.settings.RecoverSettings", "recipe.schema.ExportSection"
+SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
-    (SETTINGS, "shard", True): ("tests/recover/test_resume.py", r'"shard": True'),
+    (SETTINGS, "shard", True): ("tests/train/test_resume.py", r'"shard": True'),
     (SECTION, "form", "patched"): ("tests/export/test_native.py", r'form="auto"[\s\S]*"form patched" in lines'),
     (SECTION, "form", "native"): ("tests/export/test_native.py", r'form="native"'),
     (SECTION, "form", "auto"): ("tests/export/test_native.py", r'form="auto"'),

@@ -23,7 +23,7 @@ from torch.nn import functional
 from compress.models.backward import recomputed
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
-from compress.runtime.attention import choose_impl
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import FULL, Span
 from compress.search.refine.divergence import Divergence
 
