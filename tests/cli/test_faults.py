@@ -117,7 +117,7 @@ def test_a_folder_that_is_moved_away_while_a_stage_runs(copied: Path, monkeypatc
         run.rename(copied.parent / "elsewhere")
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run / "search"))
 
-    monkeypatch.setattr("compress.search.run.run_search", move)
+    monkeypatch.setattr("compress.stages.search.run_search", move)
     assert "moved or deleted" in refused(call("search", copied))
     assert not run.exists()
 
@@ -260,7 +260,7 @@ def test_a_fresh_start_replaces_its_own_checkpoint(copied: Path) -> None:
 
 def test_nothing_is_loaded_before_what_is_missing_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(copied.parent / "run")
-    monkeypatch.setattr("compress.models.load.load_model", raising(AssertionError("weights were loaded")))
+    monkeypatch.setattr("compress.stages.session.load_model", raising(AssertionError("weights were loaded")))
     text = copied.read_text()
 
     def said(command: str, *options: str) -> str:
