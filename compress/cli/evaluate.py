@@ -85,8 +85,9 @@ def evaluate(
         comparison = _recipe(what[0], overwrite)
     elif record is not None:
         asked: dict[str, Any] = {"tasks": tasks}
+        file = arguments.given_path(record, "--record")
         _check(what[:1], asked, include, dtype, device)
-        _record(what, _measures(asked, {"include": include, "limit": limit}, batch)[0], record)
+        _record(what, _measures(asked, {"include": include, "limit": limit}, batch)[0], file)
         return
     elif replay is not None:
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
@@ -141,6 +142,8 @@ def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: 
         if place in seen:
             raise UserError("a model is given twice", where=spec, expected="different models", found=seen[place])
         seen[place] = spec
+    for text in asked.get("measure") or ():
+        _keys(text)
     if all(value in (None, "", []) for value in asked.values()):
         raise UserError(
             "nothing to measure",
@@ -149,14 +152,14 @@ def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: 
         )
 
 
-def _record(what: list[str], measured: Measure, file: str) -> None:
+def _record(what: list[str], measured: Measure, file: Path) -> None:
     from compress.cli.recorded import record
     from compress.evaluate.measures.lm_eval import LmEval
 
     if len(what) > 1:
         raise UserError("requests are recorded for one tokenizer", where=what[1], expected="one model", fix=what[0])
     assert isinstance(measured, LmEval)
-    record(what[0], measured, arguments.given_path(file, "--record"))
+    record(what[0], measured, file)
 
 
 def _replay(what: list[str], file: str, include: str | None, settings: _Settings) -> Comparison | None:
@@ -165,6 +168,8 @@ def _replay(what: list[str], file: str, include: str | None, settings: _Settings
     arguments.one_of(settings.dtype, arguments.DTYPES, "--dtype")
     arguments.device(settings.device)
     path, dtype = arguments.given_path(file, "--replay"), settings.dtype
+    if not path.is_file():
+        raise UserError("no such file of requests", where=f"--replay {file}", fix="compress eval MODEL --record FILE")
     return replay(path, what, include, device=settings.device, dtype=dtype, folder=settings.folder)
 
 
@@ -192,25 +197,28 @@ def _measures(asked: dict[str, Any], of_tasks: dict[str, Any], batch: int) -> li
     return [*measured, *(measure for text in asked.get("measure") or () for measure in _named(text))]
 
 
-def _named(text: str) -> list[Measure]:
-    """The measures of one `--measure`. Raises UserError."""
-    import json
-
+def _keys(text: str) -> dict[str, Any]:
+    """One `--measure` as keys of a recipe's `evaluate` section. Raises UserError."""
     import yaml
-
-    from compress.json_file import validated
-    from compress.registry import measures
 
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError("not YAML", where="--measure", found=str(error).splitlines()[0]) from None
-    if isinstance(given, str):
-        given = {given: {}}
-    if not isinstance(given, dict):
-        raise UserError("not a measure", where="--measure", expected="NAME: {key: value, ...}", found=json.dumps(given))
+    keys = {given: {}} if isinstance(given, str) else given
+    if not isinstance(keys, dict):
+        raise UserError("not a measure", where="--measure", expected="'NAME: {key: value, ...}'", found=text[:60])
+    return keys
+
+
+def _named(text: str) -> list[Measure]:
+    """The measures of one `--measure`. Raises UserError."""
+    import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
+    from compress.json_file import validated
+    from compress.registry import measures
+
     measured: list[Measure] = []
-    for name, keys in given.items():
+    for name, keys in _keys(text).items():
         kind = measures[str(name)]
         measured += kind.of(validated(kind.key()[0], keys or {}, f"the measure {name}", "--measure"))
     return measured

@@ -30,13 +30,14 @@ def sweep(
     (documents, a profile, the dense model's figures) is done once. Interrupted, the same command goes on; a
     combination that cannot be run is told at the end. Writes report.html, cells.csv and cells.json.
     """
-    from compress.recipe.grid import grid
+    from compress.recipe.grid import axes_of, grid
     from compress.recipe.load import read_keys
 
-    path = Path(arguments.recipe_file(recipe))
-    data = read_keys(path)
-    folder = arguments.out_folder(out) if out is not None else Path(f"{data['output']}-sweep").expanduser()
-    points = grid(data, values, str(folder))
+    axes = axes_of(values)
+    given = None if out is None else arguments.out_folder(out)
+    data = read_keys(Path(arguments.recipe_file(recipe)))
+    folder = given or Path(f"{data['output']}-sweep").expanduser()
+    points = grid(data, axes, str(folder))
     arguments.make_folder(folder)
     from compress.cli.report import write_cells, write_report
     from compress.stages.sweep import run_grid

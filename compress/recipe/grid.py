@@ -33,16 +33,14 @@ class Point:
     text: str
 
 
-def grid(data: Mapping[str, Any], given: Sequence[str], output: str) -> list[Point]:
-    """Every combination of the values.
+def axes_of(given: Sequence[str]) -> dict[str, list[Any]]:
+    """Values by dotted key.
 
     Args:
-        data: the recipe's keys.
         given: `key=value,value...` each; values are YAML, and commas inside brackets, braces and quotes belong to them.
-        output: the folder below which every point gets a run folder of its own.
 
     Raises:
-        UserError: not of this form, a key twice, or a key whose parent is no mapping or list.
+        UserError: not of this form, or a key twice.
     """
     axes: dict[str, list[Any]] = {}
     for text in given:
@@ -54,6 +52,20 @@ def grid(data: Mapping[str, Any], given: Sequence[str], output: str) -> list[Poi
                 "a key is set twice", where=f"--set {text}", fix="give all of its values at once, by commas"
             )
         axes[key] = [_value(value, text) for value in split(values)]
+    return axes
+
+
+def grid(data: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], output: str) -> list[Point]:
+    """Every combination of the values.
+
+    Args:
+        data: the recipe's keys.
+        axes: values by dotted key.
+        output: the folder below which every point gets a run folder of its own.
+
+    Raises:
+        UserError: a value twice, too many combinations, or a key whose parent is no mapping or list.
+    """
     points: dict[str, Point] = {}
     for values_of in itertools.islice(itertools.product(*axes.values()), MOST + 1):
         settings = dict(zip(axes, values_of, strict=True))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
 from compress.errors import UserError
-from compress.recipe.grid import grid, split
+from compress.recipe.grid import axes_of, grid, split
 from tests.cli.recipes import make_recipe
 
 SEARCH = """\
@@ -39,7 +39,7 @@ def test_values_are_separated_outside_of_brackets() -> None:
 def test_a_grid_is_every_combination() -> None:
     data = {"output": "runs/a", "search": {"budget": {"kv": 0.5}}, "list": [{"length": 1}]}
     given = ["search.budget.kv=0.5,0.25", "list.0.length=8,16", "search.solver={name: moa, points: 1}", "new.key=true"]
-    points = grid(data, given, "out")
+    points = grid(data, axes_of(given), "out")
     assert len(points) == 4 and len({point.name for point in points}) == 4
     first = yaml.safe_load(points[0].text)
     assert first["output"] == f"out/{points[0].name}" == "out/kv-0.5_length-8_solver-moa-points-1_key-True"
@@ -63,7 +63,7 @@ def test_a_grid_is_every_combination() -> None:
 )
 def test_what_is_no_grid_is_told(given: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        grid({"output": "runs/a", "list": [{"length": 1}]}, given, "out")
+        grid({"output": "runs/a", "list": [{"length": 1}]}, axes_of(given), "out")
 
 
 def test_a_sweep_runs_every_recipe_and_repeats_nothing(tmp_path: Path) -> None:
