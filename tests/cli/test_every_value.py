@@ -55,6 +55,7 @@ profile:
     - {{name: hidden_mass, grid: *grid}}
     - {{name: output_error, sink: 4, window: 64}}
     - {{name: gates, sink: 4, recent: 64, steps: 2}}
+    - {{name: effect, targets: [{{target: window, sink: 4, alpha: 64, beta: 0.0}}]}}
 search:
   solver: {solver}
   budget: {{kv: 0.8, lengths: [192, 256]}}
