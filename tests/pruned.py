@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from compress.models.pruning import Kept, output_projections, prune, widths
 from compress.runtime.families import head_size_of
 from compress.runtime.span import native_windows
 from compress.runtime.widths import Width
+from compress.targets.target import Target
 from tests.tiny import MIXED, tiny_model
 
 PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3", "gpt_neox"]
@@ -48,32 +51,28 @@ def zero(model: Any, kept: list[Kept]) -> None:
             neurons.weight[:, neuron] = 0
 
 
-def groups_of(model: Any) -> list[list[dict[str, Any]]]:
+def groups_of(model: Any, targets: Sequence[Target]) -> list[list[dict[str, Any]]]:
     """A plan's entry for every group of the dense model: mixed, and full in layers that slide by themselves."""
-    cycle = iter(range(10_000))
-    mixed = [target.model_dump(mode="json") for target in MIXED]
+    turn = cycle(target.model_dump(mode="json") for target in targets)
     return [
-        [
-            mixed[next(cycle) % len(mixed)] if native is None else {"target": "full"}
-            for _ in range(Width.of(model.config).groups)
-        ]
+        [next(turn) if native is None else {"target": "full"} for _ in range(Width.of(model.config).groups)]
         for native in native_windows(model.config, model.config.num_hidden_layers)
     ]
 
 
-def plan_of(model: Any, kept: list[Kept]) -> dict[str, Any]:
-    """The runtime's plan for a dense model that keeps that much: windows on the groups that stay."""
-    rows = zip(groups_of(model), kept, widths(model.config, kept), strict=True)
+def plan_of(model: Any, kept: list[Kept], targets: Sequence[Target] = MIXED) -> dict[str, Any]:
+    """The runtime's plan for a dense model that keeps that much: these targets on the groups that stay."""
+    rows = zip(groups_of(model, targets), kept, widths(model.config, kept), strict=True)
     return {
         "schema": 1,
         "layers": [{"groups": [row[group] for group in stays.groups], **width.in_plan()} for row, stays, width in rows],
     }
 
 
-def unevenly_pruned(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model in the patched form with another width in every layer, and windows on the groups that stay."""
+def unevenly_pruned(family: str, dtype: torch.dtype = torch.float32, targets: Sequence[Target] = MIXED) -> Any:
+    """A model in the patched form with another width in every layer, and these targets on the groups that stay."""
     model = with_biases(family).to(dtype)
     kept = uneven(model.config)
-    plan = plan_of(model, kept)
+    plan = plan_of(model, kept, targets)
     prune(model, kept)
     return with_runtime_plan(model, plan)

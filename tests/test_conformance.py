@@ -1,6 +1,7 @@
-"""The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect.
+"""The conformance matrix: what is written for a plan does what the dense model's users expect.
 
-So does every family with layers of different widths: those are named `<family>, pruned`.
+Two axes: every registered target on three models (`<model>, <target>`), and every family with one plan that mixes spans;
+families that can be pruned also with layers of different widths (`<family>, pruned`).
 """
 
 from __future__ import annotations
@@ -21,30 +22,52 @@ from compress.export.layout import copy_runtime, point_to_runtime
 from compress.models.families import family_of
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
+from compress.registry import targets
 from compress.runtime.span import PAGE
-from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
+from compress.targets.target import Target, parse_target
 from tests.pruned import PRUNED, unevenly_pruned
-from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
+from tests.tiny import FAMILIES, MIXED, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
-MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED)]
+# The groups that the plan of a layer cycles through to try each registered target. Three models stand for all: one with
+# grouped heads, one with sliding layers of its own, and one of uneven widths, which is what `pruned` makes of a model.
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "full": MIXED,
+    "pruned": MIXED,
+    "window": MIXED,
+}
+BASES = ("llama-gqa", "gemma3", "phi3, pruned")
+CELLS = {
+    f"{base}, {target}": (base, groups) for target, groups in TARGETS.items() if groups is not MIXED for base in BASES
+}
+MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED), *CELLS]
+
+
+def test_every_registered_target_is_in_the_matrix() -> None:
+    assert set(TARGETS) == set(targets)
+    tried = {group.target for groups in TARGETS.values() for group in groups}
+    assert tried | {"pruned"} == set(TARGETS) and set(BASES) <= set(MODELS)
+
 
 # Kernels see queries, keys and values, and never a family. Triton's interpreter takes a minute a model on a CPU: there
 # it runs a usual model, one with a scale, a head size and sliding layers of its own, and one of uneven widths.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNEL_MODELS = MODELS if DEVICE == "cuda" else ["llama-gqa", "gemma3", "phi3, pruned"]
+KERNEL_MODELS = MODELS if DEVICE == "cuda" else BASES
 
 
 def fresh(name: str) -> tuple[Any, Any, Any]:
     """Dense model, its shape and the planned model; on the same weights where it is not pruned."""
-    family, _, pruned = name.partition(", ")
+    base, groups = CELLS.get(name, (name, MIXED))
+    family, _, pruned = base.partition(", ")
     dense = tiny_model(family)
     shape = shape_of(dense)
-    return dense, shape, unevenly_pruned(family) if pruned else planned_model(dense, mixed_plan(shape))
+    if pruned:
+        return dense, shape, unevenly_pruned(family, targets=groups)
+    return dense, shape, planned_model(dense, mixed_plan(shape, groups))
 
 
 @functools.cache
@@ -163,19 +186,25 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
-    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
+    groups = [
+        (parse_target(group), shape.unit(number, itemsize=4))
+        for number, layer in enumerate(model.config.compress_plan["layers"])
+        for group in layer["groups"]
+    ]
+
+    def predict(length: int) -> int:
+        return sum(group.cost(unit, length).held_bytes for group, unit in groups)
+
     page = PAGE * 2 * shape.head_dim * 4
-    groups = sum(len(row) for row in spans)
     for length in (1, 63, 64, 65, 200, 700):
         cache = model.new_cache()
         logits(model, random_ids(1, 760)[:, :length], past_key_values=cache)
-        predicted = kv_bytes(spans, length, shape.head_dim, 4)
-        assert cache.allocated_bytes() == cache.held_bytes() == predicted
+        assert cache.allocated_bytes() == cache.held_bytes() == predict(length)
     for length in range(700, 760):  # growing token by token, a window can be astride one page more
         logits(model, random_ids(1, 760)[:, length : length + 1], past_key_values=cache)
-        predicted = kv_bytes(spans, length + 1, shape.head_dim, 4)
+        predicted = predict(length + 1)
         assert cache.held_bytes() == predicted
-        assert predicted <= cache.allocated_bytes() <= predicted + 2 * groups * page
+        assert predicted <= cache.allocated_bytes() <= predicted + 2 * len(groups) * page
 
 
 @pytest.fixture(scope="module")

@@ -292,4 +292,5 @@ def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor
 
 @lru_cache(maxsize=4096)
 def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.long, device=device)
+    with torch.inference_mode(False):  # kept for passes with gradients, too
+        return torch.tensor(numbers, dtype=torch.long, device=device)
