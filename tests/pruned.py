@@ -51,7 +51,7 @@ def zero(model: Any, kept: list[Kept]) -> None:
             neurons.weight[:, neuron] = 0
 
 
-def groups_of(model: Any, targets: Sequence[Target]) -> list[list[dict[str, Any]]]:
+def groups_of(model: Any, targets: Sequence[Target] = MIXED) -> list[list[dict[str, Any]]]:
     """A plan's entry for every group of the dense model: mixed, and full in layers that slide by themselves."""
     turn = cycle(target.model_dump(mode="json") for target in targets)
     return [

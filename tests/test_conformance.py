@@ -1,7 +1,7 @@
 """The conformance matrix: what is written for a plan does what the dense model's users expect.
 
-Two axes: every registered target on three models (`<model>, <target>`), and every family with one plan that mixes spans;
-families that can be pruned also with layers of different widths (`<family>, pruned`).
+Two axes: every registered target on three models (`<model>, <target>`), and every family with one plan that mixes
+spans; families that can be pruned also with layers of different widths (`<family>, pruned`).
 """
 
 from __future__ import annotations

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from compress.models.families import family_of, layers_of
 from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
@@ -39,7 +42,9 @@ def planned_model(model: Any, plan: Plan) -> Any:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
-    return with_runtime_plan(model, runtime_plan(plan))
+    planned = with_runtime_plan(model, runtime_plan(plan))
+    _convert(planned, plan, before=frozenset())
+    return planned
 
 
 def has_own_widths(model: Any) -> bool:
@@ -157,7 +162,51 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     return names
 
 
+def _mixers(planned: Any) -> frozenset[Mixer]:
+    return frozenset(mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers)
+
+
+@torch.no_grad()
+def _convert(planned: Any, plan: Plan, before: frozenset[Mixer]) -> None:
+    """Give the parameters of mixers that are not among those `before` what their targets make of the weights.
+
+    Layer by layer that is `Target.initial` of every group, with the numbers that the groups have in `planned`.
+    """
+    rows = zip(layers_of(planned), planned.base_model.compress_kinds, plan.groups_that_stay(), strict=True)
+    for layer, kinds, groups in rows:
+        attention = family_of(planned.config).attention_of(layer)
+        for mixer, members in zip(kinds.mixers, kinds.members, strict=True):
+            for place, number in enumerate(members if mixer not in before else ()):
+                for name, tensor in groups[number][0].initial(attention, number).items():
+                    mixer.get_parameter(name)[place].copy_(tensor)
+
+
 def set_plan(planned: Any, plan: Plan) -> None:
     """Switch a planned model to another plan of the same model, in place."""
     load_mixers(targets_of(runtime_plan(plan)))
+    before = _mixers(planned)
     planned.set_plan(runtime_plan(plan))
+    _convert(planned, plan, before)
+
+
+def read_mixers(planned: Any, folder: Path) -> None:
+    """Give the mixers of a planned model the parameters that a checkpoint with this plan has for them.
+
+    Raises:
+        ValueError: it lacks some.
+    """
+    names = {
+        f"{path}.{name}"
+        for path, mixer in planned.named_modules()
+        if isinstance(mixer, Mixer)
+        for name, _ in mixer.named_parameters()
+    }
+    if not names:
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+    if lacking := sorted(names - set(tensors)):
+        raise ValueError(f"the checkpoint lacks {', '.join(lacking[:4])}")
+    planned.load_state_dict(tensors, strict=False)

@@ -103,6 +103,7 @@ class Mixer(nn.Module):
 
     A subclass has `@register("name of the target")`. Its parameters are those of the target: they are in the model's
     state dict as `...self_attn.mixers.<first name>.<parameter>`, are saved with the checkpoint, and may be trained.
+    Where a target converts them from the dense weights, their first axis is the mixer's groups.
 
     Outputs may depend on the token and those before it alone, so that prefill in one pass, in chunks and token by token
     give the same; columns that are no token (`Step.positions` is -1) may hold anything and take part in nothing.

@@ -1,21 +1,22 @@
-"""A mixer with parameters, a state, the layer's input, rotary tables, gates and a side loss, among groups with spans."""
+"""A mixer with parameters, a state, the layer's input, rotary tables, gates and a side loss, among spans."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from compress.bench.source import Source
 from compress.export.export import export_checkpoint
 from compress.export.layout import runtime_files
-from compress.models.planned import planned_model, set_plan
+from compress.models.planned import planned_model, set_plan, with_runtime_plan
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, heads_of, take
@@ -25,6 +26,7 @@ from compress.targets.full import FullGroup
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 from compress.targets.window import WindowGroup
+from tests.processes import run
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -36,6 +38,8 @@ class ToyGroup(Target):
 
     runtime: ClassVar[str | None] = "tests.runtime.toy_mixer"
 
+    noun: ClassVar[str] = "a toy"
+
     target: Literal["toy"] = "toy"
     window: int
 
@@ -46,6 +50,10 @@ class ToyGroup(Target):
 
     def words(self, native: int | None = None) -> str:
         return f"toy {self.window}"
+
+    def initial(self, attention: Any, group: int) -> dict[str, torch.Tensor]:
+        """The gate starts as the mean of the group's query projection."""
+        return {"gate": attention.q_proj.weight.unflatten(0, (4, -1))[group].mean(0) * 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +68,11 @@ def plan_of(dense: Any) -> Plan:
     """Two toy groups of four apart in the first layer, one of another kind in the second, spans alone in the third."""
     shape = shape_of(dense)
     toy, other = ToyGroup(window=20), WindowGroup(sink=4, alpha=30, beta=0.0)
-    layers = [[toy, FullGroup(), ToyGroup(window=7), other], [other, other, toy, FullGroup()], [FullGroup(), other] * 2]
+    layers: list[list[Target]] = [
+        [toy, FullGroup(), ToyGroup(window=7), other],
+        [other, other, toy, FullGroup()],
+        [FullGroup(), other] * 2,
+    ]
     return make_plan(shape, layers, provenance={})
 
 
@@ -82,7 +94,10 @@ def test_its_parameters_are_the_models(model: Any) -> None:
         "model.layers.0.self_attn.mixers.toy.gate": (2, 48),
         "model.layers.1.self_attn.mixers.toy.gate": (1, 48),
     }
-    assert all(0.3 < float(tensor.std()) < 0.7 for tensor in own.values())
+    rows = model.model.layers[0].self_attn.q_proj.weight.unflatten(0, (4, -1)).mean(1) * 2
+    assert torch.equal(own["model.layers.0.self_attn.mixers.toy.gate"], rows[[0, 2]])
+    fresh = with_runtime_plan(tiny_model("llama-mha"), model.config.compress_plan)  # not converted: drawn
+    assert 0.3 < float(fresh.model.layers[0].self_attn.mixers["toy"].gate.detach().std()) < 0.7
 
 
 @pytest.mark.parametrize("reserve", [None, LENGTH])
@@ -91,7 +106,7 @@ def test_chunks_and_steps_are_one_prefill(model: Any, reserve: int | None) -> No
     whole = logits(model, ids)
     cache = model.new_cache(reserve)
     cuts = [0, 61, 62, 63, 120, *range(140, LENGTH + 1)]
-    parts = [logits(model, ids[:, a:b], past_key_values=cache) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [logits(model, ids[:, a:b], past_key_values=cache) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
     if reserve is None:
         held = sum(group.cost(unit, LENGTH).held_bytes for group, unit in units(model))
@@ -159,9 +174,11 @@ def test_it_compiles_and_generates_with_a_cache_as_without(model: Any) -> None:
     expected = model.generate(ids, use_cache=False, **arguments)
     assert torch.equal(model.generate(ids, **arguments), expected)
     assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), expected)
-    compiled, cache = torch.compile(model, backend="eager"), model.new_cache()
-    parts = [logits(compiled, ids[:, :39], past_key_values=cache), logits(compiled, ids[:, 39:], past_key_values=cache)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), **CLOSE)
+    short = copy.deepcopy(model)
+    short.model.layers, short.config.num_hidden_layers = short.model.layers[:1], 1
+    short.set_plan({"layers": short.config.compress_plan["layers"][:1]})
+    compiled = torch.compile(short, backend="eager")
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(short, ids), **CLOSE)
 
 
 def test_another_plan_keeps_what_stays_and_asks_for_no_more_than_it_needs(model: Any) -> None:
@@ -181,8 +198,7 @@ def test_another_plan_keeps_what_stays_and_asks_for_no_more_than_it_needs(model:
 
 
 CHILD = """
-import os, sys
-os.environ["HF_MODULES_CACHE"] = sys.argv[3]
+import sys
 sys.modules["compress"] = sys.modules["tests"] = None
 import torch
 from safetensors.torch import save_file
@@ -204,23 +220,30 @@ def test_a_checkpoint_carries_its_file_and_its_parameters(model: Any, tmp_path: 
     """Out of another package, verified by the export, then loaded and saved and loaded where there is no toolkit."""
     loaded = tiny_loaded("llama-mha")
     folder = tmp_path / "checkpoint"
-    trained = {name: tensor for name, tensor in model.state_dict().items() if ".mixers." in name}
     report = export_checkpoint(loaded, plan_of(loaded.model), folder)
     assert report.checks.cache_bytes >= report.checks.predicted_bytes > 0
     text = (folder / "toy_mixer.py").read_text()
     assert "from .mixer_masked import MaskedMixer" in text and "compress.runtime" not in text
-    written = load_file(folder / "model.safetensors")
-    assert set(trained) < set(written)
-    run = [sys.executable, "-P", "-c", CHILD, str(folder), str(tmp_path), str(tmp_path / "modules")]
-    done = subprocess.run(run, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = load_file(tmp_path / "out.safetensors")
-    ids = torch.arange(4, 94)[None]
+    # As if they were trained: the same weights, but other parameters of the mixers.
+    weights = load_file(folder / "model.safetensors")
+    trained = {name: tensor * 1.5 for name, tensor in weights.items() if ".mixers." in name}
+    assert len(trained) == 2
+    save_file(weights | trained, folder / "model.safetensors", metadata={"format": "pt"})
     same = copy.deepcopy(model)
-    same.load_state_dict(written, strict=False)
+    same.load_state_dict(trained, strict=False)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = run("code", CHILD, folder, tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out, ids = load_file(tmp_path / "out.safetensors"), torch.arange(4, 94)[None]
     torch.testing.assert_close(out["logits0"], logits(same, ids), **CLOSE)
     assert torch.equal(out["logits1"], out["logits0"]) and torch.equal(out["text1"], out["text0"])
     assert torch.equal(out["text0"], same.generate(ids, max_new_tokens=6, do_sample=False))
+    # The toolkit's own way to run a checkpoint beside the dense model on its weights.
+    source, place = Source(str(folder)), (torch.device("cpu"), torch.float32)
+    dense = source.dense(*place)
+    torch.testing.assert_close(logits(dense, ids), logits(tiny_model("llama-mha"), ids), **CLOSE)
+    for planned in (source.planned(dense, None, 0)[0], source.carried(*place)):
+        torch.testing.assert_close(logits(planned, ids), logits(same, ids), **CLOSE)
 
 
 def test_a_file_that_a_checkpoint_cannot_carry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +255,7 @@ def test_a_file_that_a_checkpoint_cannot_carry_is_refused(tmp_path: Path, monkey
         name = f"other_mixer_{number}"
         (tmp_path / f"{name}.py").write_text(f"def late():\n    {line}\n")
         monkeypatch.setattr(ToyGroup, "runtime", name)
-        with pytest.raises(ValueError, match=rf"{name}.py: `{line.split(' import')[0]}.*a file that checkpoints carry"):
+        with pytest.raises(ValueError, match=rf"{name}.py: `(from|import) .*: a file that checkpoints carry"):
             runtime_files(plan)
     (tmp_path / "span.py").write_text("")
     monkeypatch.setattr(ToyGroup, "runtime", "span")

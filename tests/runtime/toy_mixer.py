@@ -35,8 +35,10 @@ class ToyState(PagedState):
 
 @register("toy")
 class ToyMixer(MaskedMixer):
-    """Every third key beside a window. Outputs are multiplied by a gate of the layer's input and of the position, and by
-    the mean of the gates of all tokens so far."""
+    """Every third key beside a window.
+
+    Outputs are multiplied by a gate of the layer's input and the position, and by the mean gate of all tokens so far.
+    """
 
     needs_inputs: ClassVar[bool] = True
 
