@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 from compress.models.families import layers_of
-from compress.models.planned import with_runtime_plan
-from compress.models.pruning import Kept, output_projections, prune, widths
-from compress.runtime.families import head_size_of
+from compress.models.planned import planned_model
+from compress.models.pruning import Kept, output_projections
+from compress.models.shape import shape_of
+from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
+from compress.runtime.families import head_size_of, row_of
 from compress.runtime.span import native_windows
 from compress.runtime.widths import Width
+from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
 from compress.targets.target import Target
 from tests.tiny import MIXED, tiny_model
 
@@ -35,7 +39,8 @@ def uneven(config: Any) -> list[Kept]:
     width = Width.of(config)
     groups, share = width.groups, width.query_heads // width.groups
     neurons = tuple(range(width.neurons))
-    third = Kept((0, 2, 3), neurons[1:], (0, 2, 3)) if share == 1 else Kept((0, 1), neurons[1:], (0, 3))
+    most = neurons[row_of(config).neuron_step :]
+    third = Kept((0, 2, 3), most, (0, 2, 3)) if share == 1 else Kept((0, 1), most, (0, 3))
     return [Kept((groups - 1,), neurons[::2], (groups * share - 1,)), Kept(tuple(range(groups)), neurons), third]
 
 
@@ -46,33 +51,34 @@ def zero(model: Any, kept: list[Kept]) -> None:
     for layer, stays in zip(layers_of(model), kept, strict=True):
         heads, neurons = output_projections(layer, model.config)
         for head in set(range(width.query_heads)) - set(stays.query_heads(width.query_heads // width.groups)):
-            heads.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+            heads.weight[..., head * head_dim : (head + 1) * head_dim] = 0
         for neuron in set(range(width.neurons)) - set(stays.neurons):
-            neurons.weight[:, neuron] = 0
+            neurons.weight[..., neuron] = 0
 
 
-def groups_of(model: Any, targets: Sequence[Target] = MIXED) -> list[list[dict[str, Any]]]:
-    """A plan's entry for every group of the dense model: mixed, and full in layers that slide by themselves."""
-    turn = cycle(target.model_dump(mode="json") for target in targets)
+def targets_of(model: Any, targets: Sequence[Target] = MIXED) -> list[list[Target]]:
+    """A target for every group of the dense model: mixed, and full in layers that slide by themselves."""
+    turn, groups = cycle(targets), Width.of(model.config).groups
     return [
-        [next(turn) if native is None else {"target": "full"} for _ in range(Width.of(model.config).groups)]
+        [next(turn) if native is None else FullGroup() for _ in range(groups)]
         for native in native_windows(model.config, model.config.num_hidden_layers)
     ]
 
 
-def plan_of(model: Any, kept: list[Kept], targets: Sequence[Target] = MIXED) -> dict[str, Any]:
-    """The runtime's plan for a dense model that keeps that much: these targets on the groups that stay."""
-    rows = zip(groups_of(model, targets), kept, widths(model.config, kept), strict=True)
-    return {
-        "schema": 1,
-        "layers": [{"groups": [row[group] for group in stays.groups], **width.in_plan()} for row, stays, width in rows],
-    }
+def uneven_plan(model: Any, targets: Sequence[Target] = MIXED) -> Plan:
+    """One plan that windows some groups, removes others, and removes query heads and neurons, in every layer others.
+
+    Groups that stay and that the layer itself leaves free cycle through `targets`.
+    """
+    rows = []
+    for layer, stays in zip(targets_of(model, targets), uneven(model.config), strict=True):
+        groups = tuple(target if group in stays.groups else PrunedGroup() for group, target in enumerate(layer))
+        whole = len(stays.neurons) == Width.of(model.config).neurons
+        rows.append(LayerPlan(groups=groups, queries=stays.queries, mlp=None if whole else Mlp.of(stays.neurons)))
+    return plan_of_layers(shape_of(model), rows, provenance={"made by": "tests"})
 
 
-def unevenly_pruned(family: str, dtype: torch.dtype = torch.float32, targets: Sequence[Target] = MIXED) -> Any:
-    """A model in the patched form with another width in every layer, and these targets on the groups that stay."""
+def unevenly_pruned(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model in the patched form with another width in every layer, and windows on the groups that stay."""
     model = with_biases(family).to(dtype)
-    kept = uneven(model.config)
-    plan = plan_of(model, kept, targets)
-    prune(model, kept)
-    return with_runtime_plan(model, plan)
+    return planned_model(model, uneven_plan(model))

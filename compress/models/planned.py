@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
-from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import load_mixers, targets_of
@@ -43,7 +43,7 @@ def planned_model(model: Any, plan: Plan) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     planned = with_runtime_plan(model, runtime_plan(plan))
-    _convert(planned, plan, before=frozenset())
+    _convert(planned, plan)
     return planned
 
 
@@ -153,38 +153,38 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     """
     like = next(model.parameters())
     names: set[str] = set()
-    for path, mixer in made.named_modules():
-        if isinstance(mixer, Mixer):
-            parameters = dict(mixer.named_parameters())
-            if parameters and all(tensor.is_meta for tensor in parameters.values()):
-                mixer.to_empty(device=like.device).to(like.dtype).reset_parameters()
-                names.update(f"{path}.{name}" for name in parameters)
+    mixers = {mixer for kinds in getattr(made.base_model, "compress_kinds", ()) for mixer in kinds.mixers}
+    for path, module in made.named_modules():
+        parameters = dict(module.named_parameters()) if module in mixers else {}
+        if parameters and all(tensor.is_meta for tensor in parameters.values()):
+            module.to_empty(device=like.device).to(like.dtype).reset_parameters()
+            names.update(f"{path}.{name}" for name in parameters)
     return names
 
 
-def _mixers(planned: Any) -> frozenset[Mixer]:
-    return frozenset(mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers)
-
-
 @torch.no_grad()
-def _convert(planned: Any, plan: Plan, before: frozenset[Mixer]) -> None:
-    """Give the parameters of mixers that are not among those `before` what their targets make of the weights.
+def _convert(planned: Any, plan: Plan, trained: Collection[Any] = ()) -> None:
+    """Give the mixers' parameters what their targets make of the model's attention (`Target.initial`).
 
-    Layer by layer that is `Target.initial` of every group, with the numbers that the groups have in `planned`.
+    Args:
+        trained: mixers that keep what they have.
     """
-    rows = zip(layers_of(planned), planned.base_model.compress_kinds, plan.groups_that_stay(), strict=True)
-    for layer, kinds, groups in rows:
-        attention = family_of(planned.config).attention_of(layer)
+    body = planned.base_model
+    for kinds, groups, layer in zip(body.compress_kinds, plan.groups_that_stay(), layers_of(planned), strict=True):
+        attention = body.compress_family.attention_of(layer)
         for mixer, members in zip(kinds.mixers, kinds.members, strict=True):
-            for place, number in enumerate(members if mixer not in before else ()):
-                for name, tensor in groups[number][0].initial(attention, number).items():
-                    mixer.get_parameter(name)[place].copy_(tensor)
+            if mixer in trained or next(mixer.parameters(), None) is None:
+                continue
+            made = [groups[number][0].initial(attention, number) for number in members]
+            for name in made[0]:
+                parameter = mixer.get_parameter(name)
+                parameter.copy_(torch.stack([tensors[name] for tensors in made]).view_as(parameter))
 
 
 def set_plan(planned: Any, plan: Plan) -> None:
-    """Switch a planned model to another plan of the same model, in place."""
+    """Switch a planned model to another plan of the same model, in place; mixers that stay keep their parameters."""
+    before = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
     load_mixers(targets_of(runtime_plan(plan)))
-    before = _mixers(planned)
     planned.set_plan(runtime_plan(plan))
     _convert(planned, plan, before)
 
@@ -195,16 +195,15 @@ def read_mixers(planned: Any, folder: Path) -> None:
     Raises:
         ValueError: it lacks some.
     """
+    mixers = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
     names = {
         f"{path}.{name}"
-        for path, mixer in planned.named_modules()
-        if isinstance(mixer, Mixer)
-        for name, _ in mixer.named_parameters()
+        for path, module in planned.named_modules()
+        if module in mixers
+        for name, _ in module.named_parameters()
     }
-    if not names:
-        return
     tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder) if names else ():
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
     if lacking := sorted(names - set(tensors)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from compress.models.planned import pruned_model
-from compress.models.pruning import Kept, block_parameters, parameters_per_unit
+from compress.models.planned import planned_model
+from compress.models.pruning import block_parameters, parameters_per_unit
 from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
 from compress.registry import targets
 from compress.runtime.span import PAGE
@@ -19,8 +20,8 @@ from compress.targets.span import SpanTarget
 from compress.targets.target import StockForm
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
-from tests.pruned import uneven
-from tests.tiny import mixed_plan, shape_of, spans_of, tiny_model
+from tests.pruned import uneven_plan
+from tests.tiny import mixed_plan, random_ids, shape_of, spans_of, tiny_model
 
 UNIT = Unit(query_heads=3, head_dim=16, itemsize=2)
 
@@ -69,35 +70,30 @@ def test_stock_forms() -> None:
         assert group.stock(None) is None
 
 
-def pruned(family: str, *, even: bool) -> tuple[Plan, Any]:
-    """A plan that removes, and the model that it leaves."""
-    model = tiny_model(family)
-    neurons, groups = model.config.intermediate_size, model.config.num_key_value_heads
-    kept = uneven(model.config)
-    if even:
-        kept = [Kept(tuple(range(groups - 1)), tuple(range(neurons // 2)))] * 3
-    rows = [
-        LayerPlan(
-            groups=tuple(FullGroup() if group in layer.groups else PrunedGroup() for group in range(groups)),
-            queries=layer.queries,
-            mlp=Mlp.of(layer.neurons) if len(layer.neurons) < neurons else None,
-        )
-        for layer in kept
-    ]
-    return plan_of_layers(shape_of(model), rows), model
+def halved(model: Any) -> Plan:
+    """Without the last head group and half of the neurons of every layer."""
+    groups, neurons = model.config.num_key_value_heads, model.config.intermediate_size
+    row = LayerPlan(groups=(FullGroup(),) * (groups - 1) + (PrunedGroup(),), mlp=Mlp.of(range(neurons // 2)))
+    return plan_of_layers(shape_of(model), [row] * 3)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "phi3"])
-@pytest.mark.parametrize("even", [True, False])
-def test_a_pruned_plan_counts_what_is_left(family: str, even: bool) -> None:
-    plan, model = pruned(family, even=even)
-    cost = plan.cost(200, 4, sizes=parameters_per_unit(model))
-    assert cost.parameters == block_parameters(pruned_model(model, plan))
-    assert plan.form == ("native" if even else "patched")
+@pytest.mark.parametrize("plan_of", [halved, uneven_plan])
+def test_a_pruned_plan_counts_what_is_left(family: str, plan_of: Callable[[Any], Plan]) -> None:
+    model = tiny_model(family)
+    plan, sizes = plan_of(model), parameters_per_unit(model)
+    made = planned_model(model, plan)
+    cost = plan.cost(200, 4, sizes=sizes)
+    assert cost.parameters == block_parameters(made)
+    assert plan.form == ("native" if plan_of is halved else "patched")
     tokens = stock_kv_bytes(plan.model.native_windows, plan.kept_heads, 200, plan.model.head_dim, 4)
     pages = kv_bytes(spans_of(plan), 200, plan.model.head_dim, 4)
-    assert cost.held_bytes == (tokens if even else pages)
+    assert cost.held_bytes == (tokens if plan_of is halved else pages)
     assert plan.cost(200, 4, form="patched").held_bytes == pages
+    if plan_of is uneven_plan:
+        cache = made.new_cache()
+        made(random_ids(1, 200), past_key_values=cache)
+        assert cache.allocated_bytes() == pages
 
 
 def test_a_plan_of_windows_costs_what_the_runtime_allocates() -> None:

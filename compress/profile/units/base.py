@@ -40,6 +40,11 @@ class UnitStatistic(SummedStatistic):
     reads: ClassVar[Reads] = "projections"
     dtype: ClassVar[torch.dtype] = torch.float64
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it is taken from what the output projections read."""
+        return type(self).add is not UnitStatistic.add
+
     def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what is summed in a layer, by name."""
         return {}
@@ -129,7 +134,7 @@ def by_head(columns: torch.Tensor, layer: LayerUnits) -> torch.Tensor:
 
 def columns_of(layer: LayerUnits) -> dict[str, tuple[int, ...]]:
     """Shapes of one number for every column of both output projections, by kind."""
-    return {kind: (layer.output(kind).in_features,) for kind in KINDS}
+    return {kind: (layer.output(kind).weight.shape[-1],) for kind in KINDS}
 
 
 Expression = Callable[..., torch.Tensor]
