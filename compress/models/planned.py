@@ -132,8 +132,8 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     tensors, places = dict(model.state_dict()), made.state_dict()
     for name, tensor in tensors.items():
         if name in places and places[name].shape != tensor.shape:
-            expected, found = tuple(places[name].shape), tuple(tensor.shape)
-            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
+            size, expected = tuple(tensor.shape), tuple(places[name].shape)
+            raise ValueError(f"weights do not fit: {name} is {size}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     lacking = sorted(set(missing) - tied - _start_mixers(made, model))
