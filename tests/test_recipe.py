@@ -390,7 +390,8 @@ def test_three_lines_are_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {task.length for task in recipe.calibration.documents} == {1024, 2048}
     assert {task.task for task in recipe.calibration.documents} == {"facts", "continuation"}
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval", "hidden_mass"]
-    assert recipe.search.refine is not None and recipe.evaluate.perplexity is not None and recipe.evaluate.recall
+    assert recipe.search.refine is not None and recipe.evaluate.recall
+    assert recipe.resolved()["evaluate"]["perplexity"]["length"] == 2048
     assert any("1,024 tokens for each of 2 cores" in line for line in recipe.chosen)
     again = parse_recipe(json.dumps(recipe.resolved()), Path("again.yaml"))
     assert again.resolved() == recipe.resolved() and not again.chosen

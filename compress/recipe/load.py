@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.encodings import decode, wrong_byte
 from compress.errors import Problem, UserError, nearest
@@ -75,6 +75,15 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     except LookupError as error:
         return [Problem("there is no such key to set", origin, found=str(error.args[0]))]
     return []
+
+
+def read_keys(path: Path | str) -> dict[str, Any]:
+    """The keys of a recipe file as plain data, checked as far as the top level goes. Raises UserError."""
+    located = read_located(_text(Path(path)), str(path))
+    problems = [*located.problems, *outline_problems(located)]
+    if problems:
+        raise UserError(in_order(problems))
+    return dict(located.data)
 
 
 def outline_problems(located: LocatedYaml, *, missing: bool = True) -> list[Problem]:

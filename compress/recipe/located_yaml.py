@@ -69,6 +69,8 @@ class LocatedYaml:
         parent = self.data
         for number, part in enumerate(path):
             here, last = path[: number + 1], number + 1 == len(path)
+            if isinstance(parent, list) and isinstance(part, str) and part.isdecimal():
+                part = int(part)  # `documents.0.count` is `documents[0].count`
             if isinstance(part, int):
                 if not isinstance(parent, list) or part >= len(parent):
                     entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "no list"

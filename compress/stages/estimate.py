@@ -9,6 +9,7 @@ import torch
 
 from compress.data.prompt import Task
 from compress.evaluate.comparison import CONTROL_ROW
+from compress.evaluate.measure import asked_for
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
 from compress.stages.evaluate import row_names
@@ -66,7 +67,7 @@ def seconds(recipe: Recipe, situation: Situation, device: str) -> dict[str, floa
         trained = recipe.recover.step_count * recipe.recover.batch_size * recipe.recover.length
         stages["recover"] = TRAINED * token * trained * (2 if CONTROL_ROW in rows else 1)
     stages["export"] = EXPORT
-    windows = evaluate.perplexity.tokens if evaluate.perplexity is not None else 0
+    windows = sum(int(getattr(measure, "tokens", 0)) for measure in asked_for(evaluate))
     stages["evaluate"] = len(rows) * (token * windows + answering(evaluate.recall))
     return stages
 
