@@ -9,7 +9,9 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from compress.models.families import family_of, layers_of
+from compress.errors import UserError
+from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.prepared import attach, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
@@ -25,21 +27,35 @@ def runtime_plan(plan: Plan) -> dict[str, Any]:
     return {"schema": 1, "layers": plan.runtime_layers()}
 
 
-def planned_model(model: Any, plan: Plan) -> Any:
+def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
     """A model that runs the plan on the very tensors of `model`, or on slices of them; `model` stays usable as it is.
 
     A plan that only removes the same numbers in every layer gives a stock model, of the same class or of its twin
-    (`Family.twin`), since there is nothing left for the runtime to do.
+    (`Family.twin`), since there is nothing left for the runtime to do. What the plan's mixers have of their own is what
+    was prepared for `model` (`prepared.attach`), or what their targets convert from its weights (`Target.initial`).
+
+    Args:
+        untrained: take the converted tensors also for targets that have to be trained.
 
     Raises:
-        UserError: the architecture is not supported, or cannot be pruned so.
+        UserError: the architecture is not supported, or cannot be pruned so; or a target that has to be trained was
+            not prepared.
         ValueError: the plan's layers or groups are not this model's.
     """
+    prepared = () if untrained else prepared_for(model)
     if plan.prunes:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
-    return with_runtime_plan(model, runtime_plan(plan))
+    planned = with_runtime_plan(model, runtime_plan(plan))
+    attach(planned, prepared)
+    _fill_mixers(planned, plan, untrained)
+    return planned
+
+
+def mixers_of(model: Any) -> list[Mixer]:
+    """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
+    return [module for module in model.modules() if isinstance(module, Mixer)]
 
 
 def has_own_widths(model: Any) -> bool:
@@ -158,6 +174,36 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
 
 
 def set_plan(planned: Any, plan: Plan) -> None:
-    """Switch a planned model to another plan of the same model, in place."""
+    """Switch a planned model to another plan of the same model, in place.
+
+    Raises:
+        UserError: a target that has to be trained was not prepared.
+    """
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
+    _fill_mixers(planned, plan)
+
+
+@torch.no_grad()
+def _fill_mixers(planned: Any, plan: Plan, untrained: bool = False) -> None:
+    """Put tensors into the mixers that have parameters, each of which has the mixer's groups as its first axis."""
+    options = {option.target: option for option in prepared_for(planned)}
+    for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
+        for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
+            parameters = dict(mixer.named_parameters())
+            for place, member in enumerate(members if parameters else ()):
+                group = layer.kept_groups[member]
+                target = layer.groups[group]
+                if target in options:
+                    tensors = options[target].of(number, group)
+                elif target.objective is None or untrained:
+                    tensors = target.initial(attention, member)
+                else:
+                    raise UserError(
+                        "the plan has a target that is trained before the search, and its tensors are not here",
+                        where=f"layer {number} group {group}: {target.words()}",
+                        expected=f"tensors of `{target.target}`, as `compress prepare` leaves them in the run folder",
+                        fix="use the checkpoint that was exported with this plan, or the recipe that made it",
+                    )
+                for name, tensor in tensors.items():
+                    parameters[name][place].copy_(tensor)
