@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import AsJson, Verbose, duration, size
+from compress.cli.output import AsJson, Verbose
 from compress.errors import UserError
 from compress.json_file import read_object
+from compress.words import duration, size
 
 if TYPE_CHECKING:
     from compress.plan import Form, Plan

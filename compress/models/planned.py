@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from compress.runtime.families import head_size_of
 from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over
 from compress.runtime.widths import Width, width_of
-from compress.targets.target import load_mixers, targets_of
+from compress.targets.target import Target, load_mixers, targets_of
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
             return model
     planned = with_runtime_plan(model, runtime_plan(plan))
     attach(planned, prepared)
-    _fill_mixers(planned, plan, untrained)
+    _fill_mixers(planned, plan, untrained=untrained)
     return planned
 
 
@@ -164,46 +165,59 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     """
     like = next(model.parameters())
     names: set[str] = set()
-    for path, mixer in made.named_modules():
-        if isinstance(mixer, Mixer):
-            parameters = dict(mixer.named_parameters())
-            if parameters and all(tensor.is_meta for tensor in parameters.values()):
-                mixer.to_empty(device=like.device).to(like.dtype).reset_parameters()
-                names.update(f"{path}.{name}" for name in parameters)
+    mixers = {mixer for kinds in getattr(made.base_model, "compress_kinds", ()) for mixer in kinds.mixers}
+    for path, module in made.named_modules():
+        parameters = dict(module.named_parameters()) if module in mixers else {}
+        if parameters and all(tensor.is_meta for tensor in parameters.values()):
+            module.to_empty(device=like.device).to(like.dtype).reset_parameters()
+            names.update(f"{path}.{name}" for name in parameters)
     return names
 
 
+@torch.no_grad()
+def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrained: bool = False) -> None:
+    """Give the mixers' parameters what was prepared for their targets, or what these make of the model's attention.
+
+    Args:
+        kept: mixers that keep what they have.
+        untrained: convert also what has to be trained.
+    """
+    options = {option.target: option for option in prepared_for(planned)}
+    for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
+        for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
+            if mixer in kept or next(mixer.parameters(), None) is None:
+                continue
+            rows = []
+            for member in members:
+                group = layer.kept_groups[member]
+                target = layer.groups[group]
+                if target in options:
+                    rows.append(options[target].of(number, group))
+                elif target.objective is None or untrained:
+                    rows.append(target.initial(attention, member))
+                else:
+                    raise _unprepared(number, group, target)
+            for name in rows[0]:
+                parameter = mixer.get_parameter(name)
+                parameter.copy_(torch.stack([tensors[name] for tensors in rows]).view_as(parameter))
+
+
+def _unprepared(layer: int, group: int, target: Target) -> UserError:
+    return UserError(
+        "the plan has a target that is trained before the search, and its tensors are not here",
+        where=f"layer {layer} group {group}: {target.words()}",
+        expected=f"tensors of `{target.target}`, as `compress prepare` leaves them in the run folder",
+        fix="use the checkpoint that was exported with this plan, or the recipe that made it",
+    )
+
+
 def set_plan(planned: Any, plan: Plan) -> None:
-    """Switch a planned model to another plan of the same model, in place.
+    """Switch a planned model to another plan of the same model, in place; mixers that stay keep their parameters.
 
     Raises:
         UserError: a target that has to be trained was not prepared.
     """
+    before = set(mixers_of(planned))
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
-    _fill_mixers(planned, plan)
-
-
-@torch.no_grad()
-def _fill_mixers(planned: Any, plan: Plan, untrained: bool = False) -> None:
-    """Put tensors into the mixers that have parameters, each of which has the mixer's groups as its first axis."""
-    options = {option.target: option for option in prepared_for(planned)}
-    for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
-        for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
-            parameters = dict(mixer.named_parameters())
-            for place, member in enumerate(members if parameters else ()):
-                group = layer.kept_groups[member]
-                target = layer.groups[group]
-                if target in options:
-                    tensors = options[target].of(number, group)
-                elif target.objective is None or untrained:
-                    tensors = target.initial(attention, member)
-                else:
-                    raise UserError(
-                        "the plan has a target that is trained before the search, and its tensors are not here",
-                        where=f"layer {number} group {group}: {target.words()}",
-                        expected=f"tensors of `{target.target}`, as `compress prepare` leaves them in the run folder",
-                        fix="use the checkpoint that was exported with this plan, or the recipe that made it",
-                    )
-                for name, tensor in tensors.items():
-                    parameters[name][place].copy_(tensor)
+    _fill_mixers(planned, plan, before)

@@ -69,7 +69,7 @@ class PreparedOption:
     """One option with its tensors.
 
     Attributes:
-        tensors: `<layer>.<name of the mixer's parameter>`, each `[groups, ...]` with the dense layer's head groups.
+        tensors: `<layer>.<name of the mixer's parameter>`, of all head groups of the dense layer, one behind another.
     """
 
     target: Target
@@ -83,10 +83,13 @@ class PreparedOption:
         return torch.tensor([[math.nan] * groups if row is None else row for row in self.record.errors])
 
     def of(self, layer: int, group: int) -> dict[str, torch.Tensor]:
-        """What the mixer's parameters have for a head group of the dense model, by name."""
+        """The part of a head group of the dense model in the mixer's parameters, by name; flat."""
         start = f"{layer}."
+        groups = self.errors.shape[1]
         return {
-            name.removeprefix(start): tensor[group] for name, tensor in self.tensors.items() if name.startswith(start)
+            name.removeprefix(start): tensor.reshape(groups, -1)[group]
+            for name, tensor in self.tensors.items()
+            if name.startswith(start)
         }
 
 

@@ -60,8 +60,8 @@ def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
     return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
 
 
-def output_projections(layer: nn.Module, config: Any) -> tuple[nn.Linear, nn.Linear]:
-    """The projections of a decoder layer that read the outputs of its heads and of its neurons."""
+def output_projections(layer: nn.Module, config: Any) -> tuple[Any, Any]:
+    """The projections of a decoder layer that read the outputs of its heads and of its neurons, as `projections`."""
     family, found = family_of(config), projections(layer, config)
     return found[family.reader("query")], found[family.reader("neuron")]
 
@@ -77,7 +77,9 @@ def missing_biases(model: nn.Module) -> int:
 
 
 def _missing_biases(layer: nn.Module, config: Any) -> int:
-    return sum(module.out_features for module in projections(layer, config).values() if module.bias is None)
+    return sum(
+        module.weight.shape[:-1].numel() for module in projections(layer, config).values() if module.bias is None
+    )
 
 
 def _parameters_of(layer: nn.Module, config: Any, unit: Mapping[str, int], biased: bool) -> LayerParameters:
@@ -147,10 +149,11 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     check_pruning(config)
     dense, head_dim = Width.of(config), head_size_of(config)
     share = dense.query_heads // dense.groups
-    _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense)
+    family = family_of(config)
+    _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense, family.neuron_step)
     uniform = is_uniform(config, kept)
     after = widths(config, kept)
-    rows = family_of(config).projections
+    rows = family.projections
     for layer, stays in zip(layers_of(model), kept, strict=True):
         units = {"query": stays.query_heads(share), "key_value": stays.groups, "neuron": stays.neurons}
         for name, module in projections(layer, config).items():
@@ -200,7 +203,10 @@ def _narrowed(config: Any, width: Width) -> Any | None:
     RoPE factors from the two, whatever `head_dim` says. Others take the width, and build something else from it
     (`Family.narrows`).
     """
-    if not family_of(config).narrows and width.query_heads != Width.of(config).query_heads:
+    narrows, dense = family_of(config).narrows, Width.of(config)
+    if width.query_heads != dense.query_heads and "query" not in narrows:
+        return None
+    if width.neurons != dense.neurons and "neuron" not in narrows:
         return None
     try:
         return type(config).from_dict({**config.to_dict(), **width.fields(config), "head_dim": head_size_of(config)})
@@ -225,19 +231,17 @@ def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, h
     return torch.cat(chosen)
 
 
-def _slice(module: nn.Linear, places: torch.Tensor, axis: int) -> None:
+def _slice(module: Any, places: torch.Tensor, axis: int) -> None:
     """Keep some rows (axis -2) or columns (axis -1) of a projection."""
     index = places.to(module.weight.device)
     module.weight = nn.Parameter(module.weight.index_select(axis, index), module.weight.requires_grad)
-    if axis == -2:
-        module.out_features = len(index)
-        if module.bias is not None:
-            module.bias = nn.Parameter(module.bias.index_select(0, index), module.bias.requires_grad)
-    else:
-        module.in_features = len(index)
+    if axis == -2 and module.bias is not None:
+        module.bias = nn.Parameter(module.bias.index_select(0, index), module.bias.requires_grad)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
 
 
-def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width) -> None:
+def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width, step: int) -> None:
     if len(kept) != len(found):
         raise UserError("the wrong number of layers to prune", expected=f"{len(found)}", found=f"{len(kept)}")
     for number, width in enumerate(found):
@@ -262,6 +266,14 @@ def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width) -> None:
                     where=f"layer {number}",
                     found=", ".join(map(str, chosen[:8])),
                 )
+        if len(layer.neurons) % step:
+            raise UserError(
+                "PyTorch multiplies by experts in rows of 16 bytes, which this number of neurons does not fill",
+                where=f"layer {number}",
+                expected=f"a multiple of {step} neurons",
+                found=f"{len(layer.neurons)}",
+                fix=f"write `multiple: {step}` in the solver, or a multiple of it",
+            )
         share = dense.query_heads // dense.groups
         each = Counter(head // share for head in layer.query_heads(share))
         if set(each) != set(layer.groups) or len(set(each.values())) > 1:

@@ -31,14 +31,14 @@ class LayerUnits:
 
     index: int
     family: Family
-    projections: Mapping[str, nn.Linear]
+    projections: Mapping[str, Any]
     groups: int
     queries: int
     head_dim: int
     neurons: int
 
-    def output(self, kind: str) -> nn.Linear:
-        """The projection that reads the outputs of all units of a kind: `query` or `neuron`."""
+    def output(self, kind: str) -> Any:
+        """What reads the outputs of all units of a kind, `query` or `neuron`: a linear module or `Experts`."""
         return self.projections[self.family.reader(kind)]
 
     def sums(self, values: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,10 +57,12 @@ class LayerUnits:
         totals: dict[str, Any] = dict.fromkeys(units, 0)
         for name in self.projections:
             row = self.family.projections[name]
-            lines = values(name).sum(-3 - row.axis, dtype=torch.float64).view(self.groups if row.by_group else 1, -1)
+            numbers = values(name)
+            others = [axis for axis in range(-numbers.dim(), 0) if axis != row.axis]
+            lines = numbers.sum(others, dtype=torch.float64).view(self.groups if row.by_group else 1, -1)
             sizes = [units[part] * (1 if part == "neuron" else self.head_dim) // len(lines) for part in row.parts]
-            for part, numbers in zip(row.parts, lines.split(sizes, dim=1), strict=True):
-                totals[part] = totals[part] + numbers.reshape(units[part], -1).sum(1)
+            for part, places in zip(row.parts, lines.split(sizes, dim=1), strict=True):
+                totals[part] = totals[part] + places.reshape(units[part], -1).sum(1)
         share = totals["key_value"][:, None] / self.queries
         return totals["query"].view(self.groups, self.queries) + share, totals["neuron"]
 
@@ -85,7 +87,7 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
             family.reader("query"): width.query_heads * head_dim,
             family.reader("neuron"): width.neurons,
         }
-        widths = {name: layer.projections[name].in_features for name in expected}
+        widths = {name: layer.projections[name].weight.shape[-1] for name in expected}
         if widths != expected:
             raise UserError(
                 "the output projections do not hold the configuration's heads and neurons",

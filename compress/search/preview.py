@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
-from compress.models.families import check_pruning
+from compress.models.families import check_pruning, check_reading
 from compress.models.load import DTYPES
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
@@ -77,6 +77,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
     profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid)
     if isinstance(solver, PruningSolver):
         check_pruning(config)
+        check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
         _check_biases(config, solver)
         problem = pruning_problem(model, profile, budget, shape)
         nothing = [0.0] * int(config.hidden_size)
