@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
 from compress.models.prepared import attach, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
@@ -56,7 +59,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
 
 def mixers_of(model: Any) -> list[Mixer]:
     """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
-    return [module for module in model.modules() if isinstance(module, Mixer)]
+    return [mixer for kinds in getattr(model.base_model, "compress_kinds", ()) for mixer in kinds.mixers]
 
 
 def has_own_widths(model: Any) -> bool:
@@ -144,8 +147,8 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     tensors, places = dict(model.state_dict()), made.state_dict()
     for name, tensor in tensors.items():
         if name in places and places[name].shape != tensor.shape:
-            expected, found = tuple(places[name].shape), tuple(tensor.shape)
-            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
+            size, expected = tuple(tensor.shape), tuple(places[name].shape)
+            raise ValueError(f"weights do not fit: {name} is {size}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     lacking = sorted(set(missing) - tied - _start_mixers(made, model))
@@ -165,7 +168,7 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     """
     like = next(model.parameters())
     names: set[str] = set()
-    mixers = {mixer for kinds in getattr(made.base_model, "compress_kinds", ()) for mixer in kinds.mixers}
+    mixers = set(mixers_of(made))
     for path, module in made.named_modules():
         parameters = dict(module.named_parameters()) if module in mixers else {}
         if parameters and all(tensor.is_meta for tensor in parameters.values()):
@@ -221,3 +224,25 @@ def set_plan(planned: Any, plan: Plan) -> None:
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
     _fill_mixers(planned, plan, before)
+
+
+def read_mixers(planned: Any, folder: Path) -> None:
+    """Give the mixers of a planned model the parameters that a checkpoint with this plan has for them.
+
+    Raises:
+        ValueError: it lacks some.
+    """
+    mixers = set(mixers_of(planned))
+    names = {
+        f"{path}.{name}"
+        for path, module in planned.named_modules()
+        if module in mixers
+        for name, _ in module.named_parameters()
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder) if names else ():
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+    if lacking := sorted(names - set(tensors)):
+        raise ValueError(f"the checkpoint lacks {', '.join(lacking[:4])}")
+    planned.load_state_dict(tensors, strict=False)
