@@ -10,7 +10,9 @@ from compress.cli import (
     doctor,
     evaluate,
     export,
+    init,
     inspect,
+    methods,
     profile,
     recipes,
     recover,
@@ -46,11 +48,14 @@ for name, panel, command in (
     ("bench", STAGES, bench.bench),
     ("report", STAGES, report.report),
     ("validate", FILES, validate.validate),
+    ("init", FILES, init.init),
+    ("methods", FILES, methods.methods),
     ("inspect", FILES, inspect.inspect),
     ("recipes", FILES, recipes.recipes),
     ("doctor", FILES, doctor.doctor),
 ):
-    app.command(name, rich_help_panel=panel)(guarded(command))
+    open_ended = {"allow_extra_args": True, "ignore_unknown_options": True} if command is init.init else None
+    app.command(name, rich_help_panel=panel, context_settings=open_ended)(guarded(command))
 
 
 def _version(wanted: bool) -> None:

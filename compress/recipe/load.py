@@ -77,6 +77,17 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     return []
 
 
+def read_settings(settings: Sequence[str]) -> Recipe:
+    """A recipe of nothing but settings, `KEY=VALUE` each. Raises UserError."""
+    located = LocatedYaml("the recipe", {})
+    problems = [problem for setting in settings for problem in put(located, setting)] or outline_problems(located)
+    if problems:
+        raise UserError(problems)
+    from compress.recipe.read import parse_located
+
+    return parse_located(located, "", Path("recipe.yaml"), "")
+
+
 def read_keys(path: Path | str) -> dict[str, Any]:
     """The keys of a recipe file as plain data, checked as far as the top level goes. Raises UserError."""
     located = read_located(_text(Path(path)), str(path))
