@@ -20,7 +20,7 @@ from compress.data.document import Document
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
-from compress.models.families import REFUSED, check_pruning, family_of, layers_of
+from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
@@ -319,6 +319,16 @@ def test_a_wrapper_of_a_refused_text_model_names_the_reason() -> None:
     assert f"not supported either: {REFUSED['gemma2']}" in str(caught.value)
 
 
+def test_wrappers_are_refused_and_their_text_models_named() -> None:
+    for name, text in WRAPPERS.items():
+        config = AutoConfig.for_model(name)
+        assert config.text_config.model_type == text
+        with pytest.raises(UserError) as caught:
+            family_of(config)
+        assert ("save its text part once" in str(caught.value)) == (text in FAMILIES)
+        assert text in FAMILIES or REFUSED[text] in str(caught.value)
+
+
 def test_the_doctor_lists_every_family_and_target() -> None:
     result = CliRunner().invoke(app, ["doctor", "--families", "--json"])
     assert result.exit_code == 0, result.output
@@ -330,5 +340,6 @@ def test_the_doctor_lists_every_family_and_target() -> None:
         assert (row["targets"]["pruned"] is None) == (FAMILIES[name].whole is None)
         assert row["architecture"] == FAMILIES[name].architecture and row["native"] == FAMILIES[name].native
     words = " ".join(CliRunner().invoke(app, ["doctor", "--families"]).stdout.split())
-    assert all(name in words for name in (*FAMILIES, *REFUSED))
+    assert all(name in words for name in (*FAMILIES, *REFUSED, *WRAPPERS))
+    assert "gemma3, shieldgemma2: reads images, too; its text part alone is (gemma3_text)" in words
     assert "unless config.json says `use_qk_norm: false`" in words and "gemma2: its attention caps scores" in words
