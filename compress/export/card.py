@@ -102,7 +102,7 @@ def render_card(
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
         "full": plan.full_groups,
-        "kinds": Counter(group.noun for group in changed),
+        "kinds": Counter(group.noun or f"`{group.target}`" for group in changed),
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
         "costs": costs,
