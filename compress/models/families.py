@@ -14,8 +14,6 @@ from torch import nn
 from compress.errors import UserError, nearest
 from compress.runtime.families import FAMILIES, Family
 
-_CAPS = "its attention caps scores before the softmax (`attn_logit_softcapping`), which planned attention does not"
-_SINKS = "its heads have learned sink logits in the softmax, which planned attention does not know"
 _CHUNKS = "some of its layers attend within chunks, which no window is"
 _LATENT = "it caches latents in place of keys and values (MLA)"
 _AXES = "its positions have three axes (M-RoPE), and planned models count along one"
@@ -27,8 +25,6 @@ REFUSED = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "falcon": _OWN,
-    "gemma2": _CAPS,
-    "gpt_oss": _SINKS,
     "llama4_text": _CHUNKS,
     "opt": "its language model runs its inner decoder past the model that would hold the plan",
     "qwen2_5_vl_text": _AXES,
