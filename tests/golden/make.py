@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.files import text_key
+from compress.models.load import load_model
 from compress.models.planned import planned_model
+from compress.plan.read import read_plan
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
 from tests.train.common import model_of
@@ -78,6 +81,34 @@ evaluate:
   perplexity: {{text: *text, length: 128, windows: 2}}
 """
 )
+
+# As `WINDOWS`, on the demo model, with documents that a small model can answer.
+DEMO = """\
+model: demo/smollm2-135m
+output: {output}
+device: cpu
+calibration:
+  text: {{source: embedded}}
+  documents:
+    - {{task: passkey, length: 384, count: 2}}
+    - {{task: continuation, length: 384, count: 2, answer: text, answer_tokens: 64}}
+  held_out:
+    - {{task: passkey, length: 512, count: 1}}
+profile:
+  statistics:
+    - {{name: influence}}
+    - {{name: attention}}
+    - {{name: retrieval}}
+    - {{name: hidden_mass}}
+search:
+  solver: {{name: moa, retrieval: 1, points: 1}}
+  budget: {{kv: 0.6, lengths: [512]}}
+evaluate:
+  compare: [plan, uniform]
+  perplexity: {{text: {{source: embedded}}, length: 512, windows: 2}}
+  recall:
+    - {{task: passkey, length: 512, count: 2}}
+"""
 
 KV = "{kv: 0.7, lengths: [320]}"
 SOLVERS: dict[str, tuple[str, str]] = {
@@ -152,6 +183,38 @@ def plan_facts(path: Path) -> dict[str, Any]:
     return {"layers": [{"mlp": None, **layer} for layer in plan["layers"]], "predicted": predicted}
 
 
+def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in the form of the golden files: one field for each kind of measure."""
+
+    def results(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        own = [result for result in row["results"] if result["measure"] == name]
+        return [{key: value for key, value in result.items() if key != "measure"} for result in own]
+
+    def only(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+        return next(iter(results(row, name)), None)
+
+    requests = {name: [part for part in evaluation["asked"] if part["measure"] == name] for name in MEASURES}
+    asked: dict[str, Any] = {
+        name: {key: value for key, value in part[0].items() if key != "measure"} if part else None
+        for name, part in requests.items()
+    }
+    variants = []
+    for row in evaluation["variants"]:
+        kept = {"name": row["name"], "seconds": row["seconds"], "tasks": results(row, "lm_eval")}
+        kept |= {name: only(row, name) for name in ("size", "latency", "perplexity")}
+        held = only(row, "kv_bytes")
+        variants.append(kept | {"recall": results(row, "recall"), "kv_bytes": held["held"] if held else {}})
+    facts = {key: value for key, value in evaluation.items() if key != "asked"}
+    return (
+        facts
+        | asked
+        | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
+    )
+
+
+MEASURES = ("perplexity", "recall", "lm_eval", "latency")
+
+
 def call(*words: Any) -> None:
     """Run a command; fails with what it printed."""
     done = CliRunner().invoke(app, [str(word) for word in words])
@@ -221,7 +284,7 @@ class Runs:
             "config": plain(config),
             "weights": weights,
             "checks": plain(checks),
-            "evaluation": plain(evaluation),
+            "evaluation": plain(evaluation_facts(evaluation)),
         }
 
 
@@ -278,6 +341,26 @@ def pruning(folder: Path) -> dict[str, Any]:
     return found
 
 
+def demo(folder: Path) -> dict[str, Any]:
+    """The pipeline on the demo model: minutes on two cores, so it is for `scripts/golden.py demo` and not a test."""
+    run, recipe = folder / "run", folder / "recipe.yaml"
+    recipe.write_text(DEMO.format(output=run))
+    call("run", recipe)
+    facts: dict[str, Any] = {
+        "profile": tensors(run / "profile" / "statistics.safetensors"),
+        "plan": plan_facts(run / "plan.json"),
+        "evaluation": plain(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))),
+        "config": plain(json.loads((run / "checkpoint" / "config.json").read_text(encoding="utf-8"))),
+    }
+    weights: dict[str, Any] = {}
+    for path in sorted((run / "checkpoint").glob("*.safetensors")):
+        weights |= tensors(path)
+    facts["weights"] = {"tensors": len(weights), "bits": text_key(json.dumps(weights, sort_keys=True))}
+    dense = load_model("demo/smollm2-135m").model
+    facts["behaviour"] = behaviour(planned_model(dense, read_plan(run / "plan.json")))
+    return facts
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "families": lambda folder: families(),
     "windows": windows,
@@ -285,7 +368,10 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+SLOW: dict[str, Callable[[Path], dict[str, Any]]] = {"demo": demo}
+
+
 def make_part(name: str, folder: Path) -> dict[str, Any]:
     """The values of one part; `folder` is empty."""
     with _one_thread():
-        return PARTS[name](folder)
+        return (PARTS | SLOW)[name](folder)

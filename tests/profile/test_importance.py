@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.units import units_of
 from compress.plan import ModelShape
@@ -50,7 +50,7 @@ def shape_for(model: Any) -> ModelShape:
     )
 
 
-def taken(model: Any, chosen: list[Any], folder: Path, *corpora: dict[int, list[Document]], **more: Any) -> Table:
+def taken(model: Any, chosen: list[Any], folder: Path, *corpora: dict[int, list[TextSample]], **more: Any) -> Table:
     """All tensors of some statistics, by the text of their keys."""
     subject = subject_of(model, shape_for(model))
     partial = Partial(folder, "key", writes=True)
@@ -81,7 +81,7 @@ def separate(layer: Any, config: Any, head_dim: int) -> tuple[dict[str, Any], di
     return weights, slopes
 
 
-def naive(model: Any, texts: list[Document]) -> Table:
+def naive(model: Any, texts: list[TextSample]) -> Table:
     """Every statistic over all tokens at once, unit after unit."""
     model = model.double()
     config, layers = model.config, model.model.layers
