@@ -115,7 +115,7 @@ def _family(row: Any) -> Entry:
 
 
 def _texts(function: Any) -> tuple[str, str]:
-    text = _doc(function)
+    text = _doc(function) or _doc(sys.modules[function.__module__])
     return text.split("\n\n")[0].replace("\n", " "), text
 
 
