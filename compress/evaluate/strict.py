@@ -25,9 +25,9 @@ class Strict(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-        found = super().tok_batch_encode(strings, *args, **kwargs)
-        self._fits(int(found[1].sum(dim=1).max()), left_truncate_len)
-        return found
+        encoded = super().tok_batch_encode(strings, *args, **kwargs)
+        self._fits(int(encoded[1].sum(dim=1).max()), left_truncate_len)
+        return encoded
 
     def _fits(self, tokens: int, most: int | None = None) -> None:
         most = self.max_length if most is None else most
