@@ -202,7 +202,7 @@ def _check_windows(model: Any, length: int) -> None:
     windows = [window for window in native_windows(model.config, model.config.num_hidden_layers) if window is not None]
     if windows and min(windows) < length:
         raise UserError(
-            "the dense model's time is not measured beyond the window that its layers slide over",
+            "the dense model can only be timed on prompts no longer than the sliding window of its layers",
             where=type(model).__name__,
             expected=f"prompts of at most {min(windows)} tokens",
             found=f"{length}",

@@ -42,7 +42,7 @@ def task_files(include: str) -> list[Path]:
             files.add(path)
         if len(files) > MOST_FILES:
             raise UserError(
-                "the folder of task files holds too much to be one",
+                "too many files for a folder of tasks",
                 where=include,
                 expected=f"at most {MOST_FILES:,} files",
                 fix="name a folder with the task files and their data alone",

@@ -125,7 +125,7 @@ def read_answers(path: Path, asked: RequestFile) -> AnswerFile:
     check_answers(read.answers, asked, str(path))
     if read.requests != asked.key:
         raise UserError(
-            "these answers are to other requests",
+            "these answers belong to other requests",
             where=str(path),
             fix="answer them again: compress eval MODEL --replay REQUESTS",
         )
@@ -136,7 +136,10 @@ def check_answers(answers: Sequence[Answer], asked: RequestFile, where: str | No
     """Refuse answers that are not one to each request."""
     if len(answers) != len(asked.requests):
         raise UserError(
-            "not every request has its answer", where=where, expected=f"{len(asked.requests)}", found=f"{len(answers)}"
+            "the number of answers differs from the number of requests",
+            where=where,
+            expected=f"{len(asked.requests)}",
+            found=f"{len(answers)}",
         )
 
 

@@ -12,7 +12,7 @@ from compress.errors import UserError
 
 
 class Strict(HFLM):
-    """Inputs that are too long are an error: lm-eval cuts them on the left, which takes needles away."""
+    """Refuses inputs that are too long; lm-eval would cut them on the left and so remove what a suite has hidden."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         # The paged cache and the dense one are compared as they are; a cache of logits by prefix would hide them.
@@ -33,7 +33,7 @@ class Strict(HFLM):
         most = self.max_length if most is None else most
         if tokens > most:
             raise UserError(
-                "an input is longer than the model's context, and nothing is cut",
+                "an input is longer than the model's context, and inputs are never shortened",
                 expected=f"at most {most} tokens before the answer",
                 found=f"{tokens} tokens",
                 fix="take a shorter task, or a model with a longer context",

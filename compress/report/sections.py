@@ -312,8 +312,8 @@ def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float
 
 ENGINES = (
     ("transformers, trust_remote_code=True", "runs the plan: prefill, decode, padding, several turns, generate"),
-    ("transformers, attn_implementation='sdpa' or another", "runs the dense model: right answers, nothing saved"),
-    ("vLLM, SGLang, TensorRT-LLM", "put their own attention in its place: the dense model, nothing saved"),
-    ("llama.cpp and other GGUF engines", "know nothing of the plan: the dense model"),
-    ("assisted (speculative) decoding", "refused with a message: a freed page cannot come back"),
+    ("transformers, attn_implementation='sdpa' or another", "runs the dense model: correct output, but no savings"),
+    ("vLLM, SGLang, TensorRT-LLM", "use their own attention, so they run the dense model and save nothing"),
+    ("llama.cpp and other GGUF engines", "ignore the plan and run the dense model"),
+    ("assisted (speculative) decoding", "refused with a message, because freed cache pages cannot be restored"),
 )

@@ -61,7 +61,7 @@ class Room:
         if high == most and self.size(build(most)) <= self.tokens:
             if self.size(build(most)) < 0.9 * self.tokens:
                 raise UserError(
-                    "there is too little material to fill the length",
+                    "the text is too short to fill the length",
                     where=self.name,
                     expected=f"at least {self.tokens} tokens",
                     found=f"{self.size(build(most))} tokens",
