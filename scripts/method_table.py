@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import transformers
 
+from compress.cli import methods
+from compress.cli.session import resolve_device
 from compress.data.calibration import calibration_documents
-from compress.data.sample import TextSample
+from compress.data.document import Document
 from compress.data.text import EmbeddedText, FileText, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
@@ -34,15 +36,13 @@ from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import ModelShape, Plan, read_plan
 from compress.profile.store import read_profile
-from compress.recipe.load import load_recipe
-from compress.recipe.schema import Recipe
+from compress.recipe import Recipe, load_recipe
 from compress.registry import tasks
 from compress.search.budget.budget import Budget
 from compress.search.checks import parse_solver
 from compress.search.problem import CandidatePlan, SearchProblem, positional
 from compress.search.refine.refine import Refine, refine
 from compress.search.run import make_problem
-from compress.stages.device import resolve_device
 
 # Row -> solver, and whether its budget holds at all profiled lengths (as published) or at the longest alone.
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--text", help="a second text for perplexity")
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe)
+    recipe = load_recipe(options.recipe, methods.load())
     loaded = load_model(recipe.model, dtype=recipe.dtype, device=resolve_device(recipe.device))
     shape = shape_of(loaded.model)
     for step in options.steps:
@@ -259,7 +259,7 @@ def _line(
     return " | ".join(parts)
 
 
-def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[TextSample]:
+def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[Document]:
     """The profiled documents, and the first few of each length that train."""
     calibration = recipe.calibration
     for requests, most in ((calibration.documents, None), (calibration.training, learn)):

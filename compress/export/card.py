@@ -125,13 +125,13 @@ def tried(architecture: str, *, besides: str) -> dict[str, Any]:
     Returns:
         `same`: versions with the same logits and tokens; `other`: pairs of a version and what happens there.
     """
-    messages_of: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for row in json.loads(VERSIONS.read_text(encoding="utf-8"))["rows"]:
         if row["architecture"] == architecture and row["transformers"] != besides:
-            messages_of.setdefault(row["transformers"], []).extend([] if row["same"] else [row["message"]])
+            found.setdefault(row["transformers"], []).extend([] if row["same"] else [row["message"]])
     return {
-        "same": [version for version, messages in messages_of.items() if not messages],
-        "other": [(version, messages[0].replace("|", "\\|")) for version, messages in messages_of.items() if messages],
+        "same": [version for version, messages in found.items() if not messages],
+        "other": [(version, messages[0].replace("|", "\\|")) for version, messages in found.items() if messages],
     }
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from compress.models.families import family_of, layers_of
 from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
@@ -129,8 +132,8 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     tensors, places = dict(model.state_dict()), made.state_dict()
     for name, tensor in tensors.items():
         if name in places and places[name].shape != tensor.shape:
-            size, expected = tuple(tensor.shape), tuple(places[name].shape)
-            raise ValueError(f"weights do not fit: {name} is {size}, and {expected} is expected")
+            expected, found = tuple(places[name].shape), tuple(tensor.shape)
+            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     lacking = sorted(set(missing) - tied - _start_mixers(made, model))
@@ -184,3 +187,25 @@ def set_plan(planned: Any, plan: Plan) -> None:
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
     _convert(planned, plan, before)
+
+
+def read_mixers(planned: Any, folder: Path) -> None:
+    """Give the mixers of a planned model the parameters that a checkpoint with this plan has for them.
+
+    Raises:
+        ValueError: it lacks some.
+    """
+    mixers = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
+    names = {
+        f"{path}.{name}"
+        for path, module in planned.named_modules()
+        if module in mixers
+        for name, _ in module.named_parameters()
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder) if names else ():
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+    if lacking := sorted(names - set(tensors)):
+        raise ValueError(f"the checkpoint lacks {', '.join(lacking[:4])}")
+    planned.load_state_dict(tensors, strict=False)
