@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from typer.testing import CliRunner
 
 from compress.cli.app import app
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
@@ -193,7 +193,7 @@ def test_a_profile_computes_what_the_model_computes(name: str) -> None:
     model, ids = tiny_model(name), random_ids(1, 90)
     layers: list[LayerTensors] = []
     with Capture(model, layers.append, gradient=True, checkpointing=True) as capture:
-        loss = capture.run(Document(tuple(ids[0].tolist()), (60, 90)))
+        loss = capture.run(TextSample(tuple(ids[0].tolist()), (60, 90)))
     expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert [layer.layer for layer in layers] == [2, 1, 0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.limits import DOCUMENTS, LONGEST
 from compress.registry import Method
@@ -28,7 +28,7 @@ class Prompt:
         tokens: token ids of the prompt.
         budget: tokens kept for the answer; `len(tokens) + budget` is the length that was asked for.
         reference: token ids of the right answer (recall) or of the text's own continuation; at most `budget` of them.
-        evidence, task, expected, depth: as in `Document`.
+        evidence, task, expected, depth: as in `TextSample`.
     """
 
     tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class Prompt:
         """Tokens of prompt and answer together."""
         return len(self.tokens) + self.budget
 
-    def answered(self, answer: Sequence[int]) -> Document:
+    def answered(self, answer: Sequence[int]) -> TextSample:
         """The document with an answer, which fills the budget exactly.
 
         Raises:
@@ -52,7 +52,7 @@ class Prompt:
         """
         if len(answer) != self.budget:
             raise ValueError(f"an answer of {self.budget} tokens is expected, got {len(answer)}")
-        return Document(
+        return TextSample(
             tokens=(*self.tokens, *answer),
             answer=(len(self.tokens), self.length),
             evidence=self.evidence,
@@ -120,6 +120,16 @@ class Task(Method):
     @abstractmethod
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
         """The prompts; `make` has checked the context and checks count and lengths afterwards."""
+
+
+def check_scored(task: Task) -> None:
+    """Refuse to count the right answers of a task that has none. Raises UserError."""
+    if not task.scored:
+        raise UserError(
+            f"`{task.task}` has no right answer to compare with",
+            where=task.name,
+            expected="a task with a right answer: passkey, key_value, facts",
+        )
 
 
 def _ascending(depths: tuple[float, float]) -> tuple[float, float]:

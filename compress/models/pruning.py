@@ -37,33 +37,33 @@ class Kept:
     neurons: tuple[int, ...]
     queries: tuple[int, ...] | None = None
 
-    def query_heads(self, share: int) -> tuple[int, ...]:
-        """Indices of the query heads that stay, `share` of them a group in the dense layer."""
+    def query_heads(self, group_size: int) -> tuple[int, ...]:
+        """Indices of the query heads that stay, `group_size` of them a group in the dense layer."""
         if self.queries is not None:
             return self.queries
-        return tuple(group * share + head for group in self.groups for head in range(share))
+        return tuple(group * group_size + head for group in self.groups for head in range(group_size))
 
-    def widths(self, share: int) -> tuple[int, int, int]:
+    def widths(self, group_size: int) -> tuple[int, int, int]:
         """Numbers of head groups, query heads and neurons."""
-        return len(self.groups), len(self.query_heads(share)), len(self.neurons)
+        return len(self.groups), len(self.query_heads(group_size)), len(self.neurons)
 
 
 def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
     """The width of every layer after `prune`, from the dense configuration."""
-    share = config.num_attention_heads // groups_of(config)
-    return [Width(len(layer.query_heads(share)), len(layer.groups), len(layer.neurons)) for layer in kept]
+    group_size = config.num_attention_heads // groups_of(config)
+    return [Width(len(layer.query_heads(group_size)), len(layer.groups), len(layer.neurons)) for layer in kept]
 
 
 def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
     """Whether the configuration can say the widths: all layers have one, and the architecture takes it."""
-    found = widths(config, kept)
-    return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
+    first, *others = set(widths(config, kept))
+    return not others and (first == Width.of(config) or _narrowed(config, first) is not None)
 
 
 def output_projections(layer: nn.Module, config: Any) -> tuple[Any, Any]:
     """The projections of a decoder layer that read the outputs of its heads and of its neurons, as `projections`."""
-    family, found = family_of(config), projections(layer, config)
-    return found[family.reader("query")], found[family.reader("neuron")]
+    family, known = family_of(config), projections(layer, config)
+    return known[family.reader("query")], known[family.reader("neuron")]
 
 
 def block_parameters(model: nn.Module) -> int:
@@ -106,7 +106,7 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[Layer
     """
     config: Any = model.config
     check_pruning(config)
-    rows, head_dim, found = family_of(config).projections, head_size_of(config), []
+    rows, head_dim, layers = family_of(config).projections, head_size_of(config), []
     for number, layer in enumerate(layers_of(model)):
         width = width_of(layer, config)
         parameters = Counter[str]()
@@ -123,8 +123,8 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[Layer
             biases = lines if row.axis == -2 and (biased or module.bias is not None) else 0
             for part in row.parts:
                 parameters[part] += (module.weight.numel() + biases) // lines * (1 if part == "neuron" else head_dim)
-        found.append(_parameters_of(layer, config, parameters, biased))
-    return found
+        layers.append(_parameters_of(layer, config, parameters, biased))
+    return layers
 
 
 @torch.no_grad()
@@ -148,14 +148,14 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     config: Any = model.config
     check_pruning(config)
     dense, head_dim = Width.of(config), head_size_of(config)
-    share = dense.query_heads // dense.groups
+    group_size = dense.query_heads // dense.groups
     family = family_of(config)
     _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense, family.neuron_step)
     uniform = is_uniform(config, kept)
     after = widths(config, kept)
     rows = family.projections
     for layer, stays in zip(layers_of(model), kept, strict=True):
-        units = {"query": stays.query_heads(share), "key_value": stays.groups, "neuron": stays.neurons}
+        units = {"query": stays.query_heads(group_size), "key_value": stays.groups, "neuron": stays.neurons}
         for name, module in projections(layer, config).items():
             _slice(module, _places(rows[name], units, dense, head_dim), rows[name].axis)
     if uniform:
@@ -216,11 +216,11 @@ def _narrowed(config: Any, width: Width) -> Any | None:
 
 def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, head_dim: int) -> torch.Tensor:
     """Rows or columns of a projection of the dense width that hold some units, `[n]`, ascending within each part."""
-    share, chosen, start = dense.query_heads // dense.groups, [], 0
+    group_size, chosen, start = dense.query_heads // dense.groups, [], 0
     if row.by_group:
-        alone, one = replace(row, by_group=False), Width(share, 1, dense.neurons)
+        alone, one = replace(row, by_group=False), Width(group_size, 1, dense.neurons)
         for group in units["key_value"]:
-            heads = [head - group * share for head in units["query"] if head // share == group]
+            heads = [head - group * group_size for head in units["query"] if head // group_size == group]
             places = _places(alone, {"query": heads, "key_value": (0,)}, one, head_dim)
             chosen.append(places + group * one.size(row.parts, head_dim))
         return torch.cat(chosen)
@@ -241,10 +241,10 @@ def _slice(module: Any, places: torch.Tensor, axis: int) -> None:
         module.out_features, module.in_features = module.weight.shape
 
 
-def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width, step: int) -> None:
-    if len(kept) != len(found):
-        raise UserError("the wrong number of layers to prune", expected=f"{len(found)}", found=f"{len(kept)}")
-    for number, width in enumerate(found):
+def _check(kept: Sequence[Kept], there: Sequence[Width], dense: Width, step: int) -> None:
+    if len(kept) != len(there):
+        raise UserError("the wrong number of layers to prune", expected=f"{len(there)}", found=f"{len(kept)}")
+    for number, width in enumerate(there):
         if width != dense:
             raise UserError(
                 "this model is pruned already, with other widths than its configuration says",
@@ -274,13 +274,13 @@ def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width, step: int
                 found=f"{len(layer.neurons)}",
                 fix=f"write `multiple: {step}` in the solver, or a multiple of it",
             )
-        share = dense.query_heads // dense.groups
-        each = Counter(head // share for head in layer.query_heads(share))
-        if set(each) != set(layer.groups) or len(set(each.values())) > 1:
+        group_size = dense.query_heads // dense.groups
+        counts = Counter(head // group_size for head in layer.query_heads(group_size))
+        if set(counts) != set(layer.groups) or len(set(counts.values())) > 1:
             raise UserError(
                 "query heads do not divide evenly among the head groups that stay",
                 where=f"layer {number}",
                 expected=f"the same number in each of the groups {', '.join(map(str, layer.groups))}",
-                found=", ".join(f"{each[group]} in group {group}" for group in sorted(each)),
+                found=", ".join(f"{counts[group]} in group {group}" for group in sorted(counts)),
                 fix="keep equally many query heads in every group that stays, and none of the others",
             )

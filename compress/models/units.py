@@ -23,19 +23,30 @@ class LayerUnits:
         index: of the layer.
         family: the row that says what the projections are made of.
         projections: by their names in the row.
-        groups: number of key/value heads.
-        queries: query heads a group; head h belongs to group h // queries.
+        width: how many heads and neurons they are; query head h belongs to group h // queries.
         head_dim: rows of one head in its projections.
-        neurons: width of the MLP.
     """
 
     index: int
     family: Family
     projections: Mapping[str, Any]
-    groups: int
-    queries: int
+    width: Width
     head_dim: int
-    neurons: int
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.width.groups
+
+    @property
+    def queries(self) -> int:
+        """Query heads of a group."""
+        return self.width.query_heads // self.width.groups
+
+    @property
+    def neurons(self) -> int:
+        """Of the MLP."""
+        return self.width.neurons
 
     def output(self, kind: str) -> Any:
         """What reads the outputs of all units of a kind, `query` or `neuron`: a linear module or `Experts`."""
@@ -53,7 +64,7 @@ class LayerUnits:
         Returns:
             Heads `[groups, queries]` and neurons `[neurons]`, float64.
         """
-        units = {"query": self.groups * self.queries, "key_value": self.groups, "neuron": self.neurons}
+        units = {"query": self.width.query_heads, "key_value": self.groups, "neuron": self.neurons}
         totals: dict[str, Any] = dict.fromkeys(units, 0)
         for name in self.projections:
             row = self.family.projections[name]
@@ -63,8 +74,8 @@ class LayerUnits:
             sizes = [units[part] * (1 if part == "neuron" else self.head_dim) // len(lines) for part in row.parts]
             for part, places in zip(row.parts, lines.split(sizes, dim=1), strict=True):
                 totals[part] = totals[part] + places.reshape(units[part], -1).sum(1)
-        share = totals["key_value"][:, None] / self.queries
-        return totals["query"].view(self.groups, self.queries) + share, totals["neuron"]
+        of_group = totals["key_value"][:, None] / self.queries
+        return totals["query"].view(self.groups, self.queries) + of_group, totals["neuron"]
 
 
 def units_of(model: nn.Module) -> list[LayerUnits]:
@@ -77,12 +88,11 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
     check_pruning(model.config)
     config: Any = model.config
     family, width, head_dim = family_of(config), Width.of(config), head_size_of(config)
-    share = width.query_heads // width.groups
-    found = [
-        LayerUnits(index, family, projections(layer, config), width.groups, share, head_dim, width.neurons)
+    units = [
+        LayerUnits(index, family, projections(layer, config), width, head_dim)
         for index, layer in enumerate(layers_of(model))
     ]
-    for layer in found:
+    for layer in units:
         expected = {
             family.reader("query"): width.query_heads * head_dim,
             family.reader("neuron"): width.neurons,
@@ -95,4 +105,4 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
                 expected=", ".join(f"{name} with {width} inputs" for name, width in expected.items()),
                 found=", ".join(f"{name} with {width} inputs" for name, width in widths.items()),
             )
-    return found
+    return units

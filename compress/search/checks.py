@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import compress.search.solvers  # noqa: F401  (importing the package registers its solvers)
-from compress.errors import Problem, UserError, nearest
+from compress.errors import Problem, UserError
 from compress.registry import solvers
 from compress.search.problem import Solver, solver_name
 from compress.search.removal import PruningSolver
@@ -31,108 +31,6 @@ def parse_solver(value: Any) -> Any:
     fields = {key: item for key, item in value.items() if key != "name"}
     solver: Solver | PruningSolver = solvers[value["name"]](**fields)
     return solver
-
-
-def check_recipe(recipe: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
-    """What of a recipe only a profile or a search would find out, as keys and problems."""
-    section, calibration, statistics = recipe.search, recipe.calibration, recipe.profile.statistics
-    known = [task for task in calibration.documents if hasattr(task, "hides")]
-    problems = kind_problems(section.solver, section.budget, section.refine)
-    grids = {recipe.name_of(each): each.grid for each in statistics if hasattr(each, "grid")}
-    if isinstance(section.solver, Solver) and not grids:
-        problems.append(
-            (
-                ("profile", "statistics"),
-                Problem(
-                    "no statistic prices rules, of which a span search chooses",
-                    expected="`influence`, `hidden_mass` or `retrieval`",
-                    fix="add `{name: influence}`",
-                ),
-            )
-        )
-    if len(set(grids.values())) > 1:
-        problems.append(
-            (
-                ("profile", "statistics"),
-                Problem(
-                    "the statistics price different span grids",
-                    expected="one grid",
-                    found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
-                    fix="give every statistic the same `grid`, or leave it out everywhere",
-                ),
-            )
-        )
-    reads = [getattr(each, "reads", "projections") for each in statistics]
-    if calibration.second is not None and "projections" not in reads:
-        problems.append(
-            (
-                ("calibration", "second"),
-                Problem(
-                    "no statistic is measured on a second corpus",
-                    expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
-                    found=", ".join(recipe.name_of(each) for each in statistics),
-                    fix="leave `calibration.second` out, or add such a statistic",
-                ),
-            )
-        )
-    learnt = [task.task for task in (calibration.training or calibration.documents) if hasattr(task, "hides")]
-    for number, statistic in enumerate(statistics):
-        trained = getattr(statistic, "task", None)
-        if trained is not None and learnt and trained not in learnt:
-            problems.append(
-                (
-                    ("profile", "statistics", number),
-                    Problem(
-                        f"there are no documents of task `{trained}` to train on",
-                        expected=f"`- {{task: {trained}, ...}}` in `calibration.training`",
-                        found=", ".join(sorted(set(learnt))),
-                        fix=nearest(trained, learnt) or "add such documents, or set `task` to null to train on all",
-                    ),
-                )
-            )
-    return problems + _without_evidence(section.solver, known) + _unknown_weights(section.refine, calibration)
-
-
-def _without_evidence(solver: Any, documents: Sequence[Any]) -> list[tuple[tuple[str | int, ...], Problem]]:
-    """Lengths at which a solver reads where evidence lies, and no document hides anything."""
-    lengths = {task.length for task in documents}
-    hiding = {task.length for task in documents if task.hides}
-    read = solver.scores_read()
-    if read.get("retrieval.lost"):
-        lacking = lengths - hiding
-    else:
-        lacking = lengths if "retrieval" in read and not hiding else set()
-    if not lacking:
-        return []
-    return [
-        (
-            ("search", "solver"),
-            Problem(
-                "the solver reads what heads retrieve, and no document hides anything to retrieve",
-                expected="a task as `passkey` among `calibration.documents`"
-                + (", at every length" if read.get("retrieval.lost") else ""),
-                found=f"none at {', '.join(f'{length:,} tokens' for length in sorted(lacking))}",
-            ),
-        )
-    ]
-
-
-def _unknown_weights(refine: Any, calibration: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
-    """Weights of tasks that a refinement has no documents of."""
-    known = {task.task for task in (*calibration.documents, *calibration.training) if hasattr(task, "hides")}
-    unknown = sorted(set(getattr(refine, "weights", ())) - known)
-    if not unknown or not known:
-        return []
-    return [
-        (
-            ("search", "refine", "weights"),
-            Problem(
-                f"there are no documents of task {', '.join(unknown)} to weigh",
-                expected=f"some of {', '.join(sorted(known))}",
-                fix=nearest(unknown[0], known),
-            ),
-        )
-    ]
 
 
 def kind_problems(solver: Any, budget: Any, refine: Any) -> list[tuple[tuple[str | int, ...], Problem]]:

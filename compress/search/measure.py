@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.files import append_line, key_of
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.plan import Plan
@@ -18,11 +18,6 @@ Progress = Callable[[int, int, str], None]
 def plan_key(plan: Plan | None) -> str:
     """Identity of what a plan does, without its provenance and predictions; None is the dense model."""
     return "dense" if plan is None else key_of(plan.model_dump(mode="json", by_alias=True)["layers"])
-
-
-def document_key(document: Document) -> str:
-    """Identity of a document: its tokens and where the answer is."""
-    return key_of([document.tokens, document.answer])
 
 
 def _entry(line: str) -> dict[str, Any] | None:
@@ -65,8 +60,8 @@ class LossLog:
 
 def measure(
     plans: Mapping[str, Plan | None],
-    documents: Sequence[Document],
-    loss: Callable[[Plan | None, Document], float],
+    documents: Sequence[Sample],
+    loss: Callable[[Plan | None, Sample], float],
     log: LossLog,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -77,7 +72,7 @@ def measure(
         loss: measures one plan on one document.
         progress: called with (measured, in all, name of the plan).
     """
-    keys = [document_key(document) for document in documents]
+    keys = [document.key for document in documents]
     total = len(plans) * len(documents)
     done = 0
     means = {}

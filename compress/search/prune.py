@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.models.families import layers_of
 from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
@@ -100,7 +100,7 @@ def random_candidate(problem: PruningProblem, like: Sequence[Kept], seed: int) -
 def run_pruning(
     loaded: LoadedModel,
     profile: Scores,
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     solver: PruningSolver,
     solver_facts: Mapping[str, Any],
     budget: Budget,
@@ -161,11 +161,11 @@ def run_pruning(
     return PruningResult(plans[chosen], plans, baselines, report)
 
 
-def _measurer(model: Any) -> Callable[[Plan | None, Document], float]:
+def _measurer(model: Any) -> Callable[[Plan | None, Sample], float]:
     """Measures plans one after the other, each on a sliced model that is made once."""
     current: list[tuple[Plan, Any]] = []
 
-    def loss(plan: Plan | None, document: Document) -> float:
+    def loss(plan: Plan | None, document: Sample) -> float:
         if plan is None:
             return response_loss(model, [document])
         if not current or current[0][0] != plan:

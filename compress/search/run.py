@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
@@ -206,11 +206,11 @@ def explain(
 def run_search(
     loaded: LoadedModel,
     profile: ProfileLike,
-    held_out_documents: Mapping[int, Sequence[Document]] | Sequence[Document],
+    held_out_documents: Mapping[int, Sequence[Sample]] | Sequence[Sample],
     section: SearchSection,
     folder: Path,
     progress: Progress | None = None,
-    refine_documents: Sequence[Document] = (),
+    refine_documents: Sequence[Sample] = (),
     seed: int = 0,
     bandwidth: Callable[[], float] | None = None,
 ) -> SearchResult:
@@ -327,7 +327,7 @@ def _refine(
     problem: SearchProblem,
     settings: Refine,
     found: Mapping[str, CandidatePlan],
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     folder: Path,
     seed: int,
     progress: Progress | None,
@@ -374,7 +374,7 @@ def write_result(
     write_text(folder / "plan.json", plan.to_json())
 
 
-def _flat(documents: Mapping[int, Sequence[Document]] | Sequence[Document]) -> Iterator[Document]:
+def _flat(documents: Mapping[int, Sequence[Sample]] | Sequence[Sample]) -> Iterator[Sample]:
     if isinstance(documents, Mapping):
         for _, group in sorted(documents.items()):
             yield from group
@@ -382,12 +382,12 @@ def _flat(documents: Mapping[int, Sequence[Document]] | Sequence[Document]) -> I
         yield from documents
 
 
-def _measurer(model: Any, first: Plan) -> Callable[[Plan | None, Document], float]:
+def _measurer(model: Any, first: Plan) -> Callable[[Plan | None, Sample], float]:
     """Measures plans on one planned model that is switched in place, and None on the dense model itself."""
     planned: list[Any] = []
     current: list[Plan] = []
 
-    def loss(plan: Plan | None, document: Document) -> float:
+    def loss(plan: Plan | None, document: Sample) -> float:
         if plan is None:
             return response_loss(model, [document])
         if not planned:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.cli.stages import NO_STEPS
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
@@ -22,13 +21,14 @@ from compress.search.refine.exchange import Decision, exchange
 from compress.search.refine.refine import Loss, Refine, refine, rules_of
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.uniform import Uniform
+from compress.stages.search import NO_STEPS
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
 
 
-def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> Document:
-    return Document(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
+def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> TextSample:
+    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
 
 
 DOCUMENTS = [

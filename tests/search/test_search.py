@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import compress.search.run as search
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.plan import Plan, read_plan
 from compress.search.budget.budget import Budget
@@ -30,7 +30,7 @@ class Section:
 
 
 SECTION = Section({"name": "moa", "points": 2}, Budget(kv=0.5))
-HELD_OUT = {512: [Document(tuple(random_ids(1, 512, seed)[0].tolist()), (490, 512)) for seed in (1, 2)]}
+HELD_OUT = {512: [TextSample(tuple(random_ids(1, 512, seed)[0].tolist()), (490, 512)) for seed in (1, 2)]}
 
 
 def profile_of(loaded: Any) -> FakeProfile:

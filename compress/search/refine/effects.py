@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from compress.models.backward import recomputed
-from compress.models.replaced import AttentionCall, replaced_attention, tapped
+from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
 from compress.runtime.impl import choose_impl
 from compress.runtime.span import FULL, Span
@@ -66,17 +66,15 @@ def sampled_effects(
 
         return tapped(output, add, query, key, value, output)
 
-    embedding = model.get_input_embeddings()
-    with replaced_attention(model, NAME, attention), torch.enable_grad():
+    with replaced_attention(model, NAME, attention), differentiable_inputs(model), torch.enable_grad():
         for sample in range(samples):
             for members in divergence.batches(range(count)):
-                tokens = divergence.tokens(members)
                 current[:] = [effects.new_zeros(len(members), *effects.shape[2:])]
-                with recomputed(model, tokens.numel()):
-                    embedded = embedding(tokens).detach().requires_grad_()
+                positions = sum(divergence.documents[number].length for number in members)
+                with recomputed(model, positions):
                     losses = [
                         label_loss(rows, f"{seed}/{sample}/{number}")
-                        for number, rows in divergence.answer_logits(model, members, inputs_embeds=embedded)
+                        for number, rows in divergence.answer_logits(model, members)
                     ]
                     torch.stack(losses).sum().backward()
                 effects[sample, members] = current[0]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
@@ -114,7 +114,7 @@ class Loss:
     """
 
     def __init__(
-        self, model: Any, problem: SearchProblem, documents: Sequence[Document], settings: Refine, uniform: Decision
+        self, model: Any, problem: SearchProblem, documents: Sequence[Sample], settings: Refine, uniform: Decision
     ) -> None:
         self.model = model
         self.problem = problem
@@ -163,7 +163,7 @@ def refine(
     settings: Refine,
     starts: Mapping[str, Decision],
     uniform: Decision,
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     folder: Path,
     seed: int,
     progress: Progress | None = None,
@@ -278,7 +278,7 @@ def _key(
     problem: SearchProblem,
     settings: Refine,
     starts: Mapping[str, Decision],
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     seed: int,
 ) -> str:
     """Hash of all that a refinement depends on, but for the time that it may take."""
@@ -287,7 +287,7 @@ def _key(
         [repr(row) for row in problem.rows],
         settings.model_dump(mode="json", exclude={"minutes"}),
         {name: repr(decision) for name, decision in starts.items()},
-        [[document.tokens, document.answer] for document in documents],
+        [document.key for document in documents],
         seed,
     )
 

@@ -1,0 +1,85 @@
+"""The plots of a run folder, and of several side by side, drawn from the files that the stages left there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.bench.file import Tokens
+from compress.errors import UserError
+from compress.json_file import read_model
+from compress.plan import Plan, read_plan
+from compress.plots.chart import Chart, draw_charts
+from compress.plots.influence import draw_influence, influence_curves
+from compress.plots.spans import draw_spans
+from compress.profile.store import read_profile
+from compress.report.facts import Facts, read_facts
+from compress.report.sections import quality_charts
+from compress.runfolder import RunFolder
+
+
+class _Report(BaseModel):
+    """What plots read of `search/pareto.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    limits: dict[Tokens, Any] = Field(min_length=1)
+
+
+def search_plots(folder: Path) -> list[Path]:
+    """`plots/influence`, where the profile has fixed windows, and `plots/spans`; the files. None of a pruned plan.
+
+    Written in this order: where `spans.svg` is, all are.
+    """
+    run = RunFolder(folder)
+    plan = read_plan(run.plan)
+    if plan.prunes:
+        return []
+    curves = influence_curves(read_profile(run.profile))
+    written = [] if curves is None else draw_influence(curves, run.plots / "influence")
+    return written + draw_spans({"plan": plan}, span_length(folder), run.plots / "spans")
+
+
+def evaluation_plots(folder: Path) -> list[Path]:
+    """`plots/quality`; the files."""
+    return draw_charts(_all_charts([read_facts(folder)]), RunFolder(folder).plots / "quality")
+
+
+def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
+    """`spans` of all plans and `quality` of all evaluations of several folders, into one folder; the files.
+
+    Raises:
+        UserError: the folders hold neither plans nor evaluations.
+    """
+    names = [facts.name for facts in folders]
+    plans = {
+        facts.name if names.count(facts.name) == 1 else str(facts.path): facts.plan
+        for facts in folders
+        if facts.plan is not None and not facts.plan.prunes
+    }
+    written = []
+    if plans:
+        written += draw_spans(plans, max(_longest(plan) for plan in plans.values()), out / "spans")
+    written += draw_charts(_all_charts(folders), out / "quality")
+    if not written:
+        where = ", ".join(str(facts.path) for facts in folders)
+        raise UserError("there is neither a plan nor an evaluation to draw", where=where)
+    return written
+
+
+def _all_charts(folders: Sequence[Facts]) -> list[Chart]:
+    return [chart for section in quality_charts(folders) for chart in section.charts]
+
+
+def span_length(folder: Path) -> int:
+    """The longest length of the budget, in tokens."""
+    path = folder / "search" / "pareto.json"
+    return max(read_model(_Report, path, "the report of the search", fix="compress search RECIPE").limits)
+
+
+def _longest(plan: Plan) -> int:
+    """The longest length that the plan's predictions are for; 8192 for one written by hand."""
+    return max(plan.predicted.kv_bytes, default=8192)

@@ -1,0 +1,215 @@
+"""One command's work on a recipe: the run folder it holds, and the model, loaded when first needed."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+
+from compress.data.prompt import Task
+from compress.data.text import MOST, Part, Source, characters_for
+from compress.evaluate.measure import asked_for, texts_of
+from compress.export.staging import settle
+from compress.files import sweep_scratch, write_json
+from compress.models.load import LoadedModel, load_model
+from compress.plan import ModelShape
+from compress.recipe.schema import Recipe
+from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
+from compress.stages.device import resolve_device
+from compress.stages.environment import environment
+from compress.stages.inputs import Inputs
+from compress.stages.reporter import Reporter
+
+
+@dataclass
+class Session:
+    """A recipe with its run folder.
+
+    Attributes:
+        resolved: the recipe as plain data with every default written out.
+        helper: whether this process only trains, for another one that holds the folder.
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    resolved: dict[str, Any]
+    reporter: Reporter
+    helper: bool = False
+    _weightless: bool = field(default=False, repr=False)
+
+    @functools.cached_property
+    def loaded(self) -> LoadedModel:
+        """The dense model."""
+        transformers.utils.logging.disable_progress_bar()
+        device = resolve_device(self.recipe.device)
+        started = time.monotonic()
+        loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        self.reporter.say(
+            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
+            f"loaded in {time.monotonic() - started:.1f} s"
+        )
+        for note in loaded.notes:
+            self.reporter.say(f"  {note}")
+        return loaded
+
+    def take_model(self, loaded: LoadedModel) -> None:
+        """Use a dense model that is in memory already: the same name, dtype and device."""
+        vars(self)["loaded"] = loaded
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Sizes and fingerprint of the model."""
+        return self.loaded.shape
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; nothing inside `outline`."""
+        return "" if self._weightless else self.shape.fingerprint
+
+    def outline(self, key: Callable[[], str]) -> str:
+        """A key of this session without what only the weights tell: it is known before they are loaded."""
+        self._weightless = True
+        try:
+            return key()
+        finally:
+            self._weightless = False
+
+    @staticmethod
+    def shape_line(model: Any) -> str:
+        """Sizes in words."""
+        from compress.runtime.families import groups_of
+
+        config = model.config
+        parameters = sum(weight.numel() for weight in model.parameters())
+        return (
+            f"{config.num_hidden_layers} layers, {config.num_attention_heads} query and "
+            f"{groups_of(config)} key/value heads, {parameters / 1e6:.3g}M parameters"
+        )
+
+    @functools.cached_property
+    def inputs(self) -> Inputs:
+        """Hashes of all that the recipe names besides the model."""
+        return Inputs(self.run.path, self.reporter, keeps=not self.helper)
+
+    def profile_key(self) -> str:
+        """All that a profile depends on."""
+        calibration = self.resolved["calibration"]
+        section = self.recipe.calibration
+        read = [*section.documents, *section.training]
+        texts = [self._text(source, read, "calibration") for source in (section.text, section.second) if source]
+        return stage_key(
+            "profile",
+            texts,
+            self.fingerprint,
+            self.recipe.dtype,
+            self.recipe.seed,
+            calibration["text"],
+            calibration["documents"],
+            calibration["training"],
+            self.resolved["profile"],
+            *([calibration["second"]] if calibration["second"] else []),
+        )
+
+    def search_key(self) -> str:
+        """All that a plan depends on."""
+        section = self.recipe.calibration
+        held_out = self.resolved["calibration"]["held_out"]
+        text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
+        tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
+        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables)
+
+    def export_key(self) -> str:
+        """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
+        plan, trained = self._content(self.run.plan), self._trained(RECOVERED)
+        return stage_key("export", plan, self.recipe.dtype, self.resolved["export"], *trained)
+
+    def evaluate_key(self) -> str:
+        """All that the numbers depend on."""
+        baselines = [self._content(path) for path in sorted((self.run.path / "search").glob("*.json"))]
+        return stage_key(
+            "evaluate",
+            self._content(self.run.plan),
+            baselines,
+            self.recipe.dtype,
+            resolve_device(self.recipe.device).partition(":")[0],
+            self.recipe.seed,
+            {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
+            self._evaluated(),
+            *self._trained(RECOVERED, CONTROL),
+        )
+
+    def recover_key(self) -> str:
+        """All that the trained weights of the plan depend on."""
+        return stage_key("recover", self._content(self.run.plan), *self._training())
+
+    def control_key(self) -> str:
+        """All that the trained weights of the dense model depend on."""
+        return stage_key("control", self.fingerprint, *self._training())
+
+    def _training(self) -> list[Any]:
+        settings = self.recipe.recover
+        if settings is None:
+            raise ValueError("the recipe trains nothing")
+        source = settings.text or self.recipe.calibration.text
+        text = self.inputs.text(source, characters_for(settings.text_tokens, "calibration"))
+        return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
+
+    def _evaluated(self) -> list[str]:
+        """Contents of the texts and files that the evaluation reads."""
+        asked = asked_for(self.recipe.evaluate)
+        text = texts_of(asked, self.recipe.calibration.text)
+        contents = []
+        for measure in asked:
+            for reading in measure.readings(self.recipe.seed):
+                count = MOST if reading.tokens is None else characters_for(reading.tokens, "evaluation")
+                contents.append(self.inputs.text(reading.source or text, count))
+            if measure.files_are:
+                contents.append(self.inputs.files(measure.files_are, measure.files))
+        return contents
+
+    def _text(self, source: Source, tasks: Sequence[Task], part: Part) -> str:
+        """The content that some tasks read of a text."""
+        return self.inputs.text(source, characters_for(max((task.length for task in tasks), default=0), part))
+
+    def _trained(self, *records: str) -> list[str]:
+        """What came of the recovery, where the recipe has one."""
+        return [self._content(self.run.path / record) for record in records] if self.recipe.recover is not None else []
+
+    @staticmethod
+    def _content(path: Path) -> str:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, reporter: Reporter, *, overwrite: bool = False, fresh: bool = False, helper: bool = False
+) -> Iterator[Session]:
+    """Hold the run folder of a recipe.
+
+    Args:
+        overwrite, fresh: as of `open_run`.
+        helper: this process only trains, for another one that holds the folder.
+
+    Raises:
+        UserError: a folder that cannot be used (see `open_run`).
+    """
+    resolved = recipe.resolved()
+    output = Path(recipe.output).expanduser()
+    if helper:
+        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True)
+        return
+    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
+        settle(run.checkpoint)
+        sweep_scratch()
+        write_json(run.path / "environment.json", environment())
+        run.log("start", recipe=str(recipe.source))
+        yield Session(recipe, run, resolved, reporter)
+        run.log("end")
