@@ -24,7 +24,7 @@ from compress.cli import (
 )
 from compress.cli.output import guarded
 
-EPILOG = "Start with: compress run recipes/smollm2-quickstart.yaml"
+EPILOG = "Start with: compress init demo/smollm2-135m --kv 0.5, and compress run with the recipe that it writes"
 
 app = typer.Typer(
     name="compress",
