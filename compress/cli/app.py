@@ -38,6 +38,8 @@ app = typer.Typer(
 
 STAGES, FILES = "The whole run, and its stages", "Files and machine"
 for name, panel, command in (
+    ("init", STAGES, init.init),
+    ("validate", STAGES, validate.validate),
     ("run", STAGES, run.run),
     ("profile", STAGES, profile.profile),
     ("search", STAGES, search.search),
@@ -47,8 +49,6 @@ for name, panel, command in (
     ("sweep", STAGES, sweep.sweep),
     ("bench", STAGES, bench.bench),
     ("report", STAGES, report.report),
-    ("validate", FILES, validate.validate),
-    ("init", FILES, init.init),
     ("methods", FILES, methods.methods),
     ("inspect", FILES, inspect.inspect),
     ("recipes", FILES, recipes.recipes),

@@ -11,19 +11,21 @@ import typer
 
 from compress.cli import arguments
 from compress.cli.output import Verbose, say
-from compress.cli.recipe import Overwrite, Settings
+from compress.cli.recipe import Settings
 from compress.errors import UserError
 
 
 def init(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="demo/smollm2-135m, a hub id, a folder, or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="demo/smollm2-135m, a hub id, a folder, or a .gguf file.")
+    ],
     kv: Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the KV cache's bytes that stays.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Input lengths in tokens, by commas; chosen by default.")] = None,
     settings: Settings = None,
     output: Annotated[str | None, typer.Option(help="The run folder; runs/MODEL by default.")] = None,
     out: Annotated[str | None, typer.Option(help="The recipe; MODEL.yaml by default.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a recipe for a model, with every default spelled out and a word on each.
