@@ -14,7 +14,6 @@ from compress.runtime.mixer import MIXERS, Kinds, LayerFacts
 from compress.runtime.span import FULL, Span
 from compress.search.problem import SearchProblem
 from compress.targets.cost import dense_kv_bytes
-from compress.targets.target import parse_target
 from compress.targets.window import SpanGrid
 from tests.profile.common import document, measure
 from tests.test_house import shipped
@@ -64,7 +63,7 @@ def test_the_solver(examples: dict[str, Any]) -> None:
 
 
 def test_the_target(examples: dict[str, Any]) -> None:
-    group = parse_target({"target": "recent", "tokens": 100})
+    group = registry.targets.parse({"target": "recent", "tokens": 100})
     assert group == examples["RecentGroup"](tokens=100)
     kinds = Kinds([group.model_dump(), {"target": "full"}], LayerFacts(0, 8, 32, 1, None))
     assert [mixer.rules for mixer in kinds.mixers] == [(Span(0, 100, 0.0),), (FULL,)]

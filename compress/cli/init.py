@@ -18,7 +18,7 @@ from compress.errors import UserError
 def init(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="demo/smollm2-135m, a hub id, a folder, or a .gguf file.")
+        str, typer.Argument(metavar="MODEL", help="demo/smollm2-135m, a hub id, a folder or a .gguf file")
     ],
     kv: Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the KV cache's bytes that stays.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Input lengths in tokens, by commas; chosen by default.")] = None,
