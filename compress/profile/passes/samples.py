@@ -86,7 +86,10 @@ def queue_of(*corpora: Samples) -> list[Item]:
     """All samples, corpus after corpus, by length."""
     return [
         Item(
-            sample, length, corpus, f"document {number + 1} of {length} tokens" + (", second corpus" if corpus else "")
+            sample,
+            length,
+            corpus,
+            f"{sample.noun} {number + 1} of {length} {sample.unit}{', second corpus' if corpus else ''}",
         )
         for corpus, samples in enumerate(corpora)
         for length in sorted(samples)
