@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import compress.search.solvers  # noqa: F401  (importing the package registers its solvers)
-from compress.errors import Problem, UserError, nearest
-from compress.registry import solvers
-from compress.search.problem import Solver, solver_name
-from compress.search.removal import PruningSolver
-
-
-def parse_solver(value: Any) -> Any:
-    """A `Solver` or `PruningSolver` from its recipe form, `{name: moa, points: 4}`; either is returned as it is.
-
-    Raises:
-        UserError: no name, or an unknown one.
-        pydantic.ValidationError: a wrong parameter.
-    """
-    if isinstance(value, Solver | PruningSolver):
-        return value
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise UserError(
-            "the solver has no name",
-            where="search.solver",
-            expected=f"a mapping with name: one of {', '.join(solvers)}",
-            found=repr(value),
-        )
-    fields = {key: item for key, item in value.items() if key != "name"}
-    solver: Solver | PruningSolver = solvers[value["name"]](**fields)
-    return solver
+from compress.errors import Problem, nearest
+from compress.search.budget.budget import Budget
+from compress.search.solver import Solver
 
 
 def check_recipe(recipe: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
     """What of a recipe only a profile or a search would find out, as keys and problems."""
     section, calibration, statistics = recipe.search, recipe.calibration, recipe.profile.statistics
     known = [task for task in calibration.documents if hasattr(task, "hides")]
-    problems = kind_problems(section.solver, section.budget, section.refine)
+    problems = section_problems(section.solver, section.budget, section.refine)
     grids = {recipe.name_of(each): each.grid for each in statistics if hasattr(each, "grid")}
-    if isinstance(section.solver, Solver) and not grids:
+    if section.solver.spans and not grids:
         problems.append(
             (
                 ("profile", "statistics"),
@@ -135,33 +113,41 @@ def _unknown_weights(refine: Any, calibration: Any) -> list[tuple[tuple[str | in
     ]
 
 
-def kind_problems(solver: Any, budget: Any, refine: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
+def section_problems(solver: Solver, budget: Budget, refine: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
     """What of a search section does not go together: its solver, its budget and its refinement."""
-    prunes = isinstance(solver, PruningSolver)
     problems: list[tuple[tuple[str | int, ...], Problem]] = []
-    if isinstance(solver, Solver | PruningSolver) and prunes != (getattr(budget, "parameters", None) is not None):
-        problems.append(
-            (
-                ("search",),
-                Problem(
-                    "the solver and the budget do not belong together",
-                    "search",
-                    "`budget: {parameters: ...}` for this solver"
-                    if prunes
-                    else "a solver that prunes, as `amp`, for `budget: {parameters: ...}`",
-                    f"solver `{solver_name(solver)}`",
-                ),
+    usable, given = solver.budgets(), list(budget.given())
+    for name in given:
+        if name not in usable:
+            problems.append(
+                (
+                    ("search", "budget", name),
+                    Problem(
+                        "this solver cannot meet this kind of budget",
+                        f"search.budget.{name}",
+                        f"{_listed(usable)} for `{solver.name}`",
+                        f"`{name}`",
+                        "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as `model`"
+                        if solver.spans
+                        else "take `moa` with a `removal`, which removes heads and neurons beside windows",
+                    ),
+                )
             )
-        )
-    if prunes and refine is not None:
+    if not solver.spans and not problems and not set(usable) & set(given):
+        problems.append((("search",), Problem("the solver has no budget to meet", "search.budget", _listed(usable))))
+    if not solver.spans and refine is not None:
         problems.append(
             (
                 ("search", "refine"),
                 Problem(
-                    "refinement exchanges spans, and a pruned plan has none",
+                    "refinement exchanges spans, and this solver chooses none",
                     "search.refine",
-                    fix="leave it out; search spans afterwards with the pruned checkpoint as `model`",
+                    fix="leave it out, or take `moa` with a `removal`",
                 ),
             )
         )
     return problems
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)

@@ -6,7 +6,7 @@ The model is built without weights, and where a profile would be asked for score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,11 @@ from compress.errors import UserError
 from compress.models.families import check_pruning
 from compress.models.load import DTYPES
 from compress.models.shape import ModelShape, shape_without_weights
+from compress.search.baselines import baselines_of
 from compress.search.budget.budget import Budget, check_lengths
-from compress.search.budget.step_time import step_bytes
-from compress.search.checks import parse_solver
-from compress.search.prune import pruning_problem
-from compress.search.removal import PruningSolver
-from compress.search.run import SearchSection, make_problem, no_start, solve_baselines
+from compress.search.dense import Dense
+from compress.search.run import SearchSection, make_problem, no_start
+from compress.search.solver import parse_solver
 
 if TYPE_CHECKING:
     from compress.targets.window import SpanGrid
@@ -73,24 +72,18 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
     shape = shape_without_weights(model)
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
     profile = _Zeros(shape, int(getattr(config, "intermediate_size", 0)), sorted(lengths), grid)
-    if isinstance(solver, PruningSolver):
+    if solver.removes:
         check_pruning(config)
         _check_biases(config, solver)
-        problem = pruning_problem(model, profile, budget, shape)
-        nothing = [0.0] * int(config.hidden_size)
-        solver.solve(replace(problem, outputs=lambda *_: (nothing, nothing)))
-        return
-    itemsize, step = DTYPES[dtype].itemsize, None
-    if budget.decode_time is not None:
-        step = budget.step_time(shape, itemsize, profile.lengths, step_bytes(model), ANY_BANDWIDTH)
-    spans = make_problem(shape, profile, budget, itemsize, step)
-    solver.check(spans)
-    if section.refine is not None and "uniform" not in solve_baselines(spans):
+    dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
+    problem = make_problem(dense, profile, budget, solver)
+    solver.check(problem)
+    if section.refine is not None and "uniform" not in baselines_of(solver, problem):
         raise no_start()
 
 
-def _check_biases(config: Any, solver: PruningSolver) -> None:
-    if solver.compensate and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
+def _check_biases(config: Any, solver: Any) -> None:
+    if getattr(solver, "compensate", False) and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
         raise UserError(
             "this architecture has no biases behind o_proj and down_proj, which compensation needs",
             where="search.solver.compensate",

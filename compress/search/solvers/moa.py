@@ -3,22 +3,87 @@
 With `retrieval` above 0 the loss counts the evidence that a rule is expected to hide, too, and `tables` adds others.
 Influence alone misses it on models that are sure of what they look up: profiles/README.md, "Objectives", has the
 figures.
+
+With `removal` head groups and neurons may be removed in the same plan. Two kinds of loss then stand in one sum: what a
+window hides, from the tables, and what a removed unit was worth, from an importance statistic. Both are first-order
+estimates in units of their own, so the scores of units are scaled by what both know: removing every head group is
+taken to lose what the smallest window of the grid loses in every head group. Neurons are scaled alike, so the statistic
+must measure heads and neurons in one unit, as `taylor` does (nats). What a removed unit counts beside a hidden key is
+not known better than to a factor before it is measured: every one of `weights` gives plans of its own, and the loss on
+held-out documents chooses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
+
+import numpy as np
 
 from pydantic import Field, model_validator
 
 from compress.limits import FACTOR, SECONDS
 from compress.registry import solvers
+from compress.search.choice.knapsack import Knapsack
+from compress.search.choice.options import Objective, Options, layers_of, room, window_options
+from compress.search.choice.pareto import pareto_front
+from compress.search.choice.removal import PRUNED, Removal
+from compress.search.problem import Candidate, Layers, Problem, smallest_window
+from compress.search.solver import Solver
 from compress.search.budget.budget import check_feasible
 from compress.search.choice.knapsack import Knapsack
 from compress.search.choice.options import Objective, build_candidates
 from compress.search.choice.pareto import pareto_front
 from compress.search.problem import CandidatePlan, SearchProblem, Solver
+
+
+class UnitRemoval(Removal):
+    """The removal of head groups and neurons beside windows; the group of the highest score of a layer stays."""
+
+    group_score: Annotated[
+        Literal["sum", "mean", "max"],
+        Field(description="score of a head group from those of its query heads; what they lose adds up"),
+    ] = "sum"
+    importance: Annotated[
+        str,
+        Field(min_length=1, description="the statistic that says what heads and neurons are worth, in one unit for both"),
+    ] = "taylor"
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=FACTOR)], ...],
+        Field(
+            min_length=1,
+            max_length=16,
+            description="what a removed unit counts beside hidden keys; several are several plans, of which held-out "
+            "loss chooses",
+        ),
+    ] = (0.25, 1.0, 4.0)
+
+    def options(self, problem: Problem, windows: Sequence[Options], weight: float) -> list[Options]:
+        """The options of head groups with `pruned` among them, then those of neurons, all losses in one unit.
+
+        Args:
+            windows: what head groups can become otherwise.
+            weight: one of `weights`.
+        """
+        heads, neurons = self.scores(self.importance, problem)
+        groups = self.group_scores(heads)
+        alone = self.protected(problem.shape.layers)
+        free = [unit for unit in windows if len(unit.choices) > 1]
+        hidden = np.abs(np.sum([unit.losses[unit.costs.sum(1).argmin()] for unit in free], axis=0))
+        worth = sum(float(groups[unit.unit.place]) for unit in free)
+        scale = weight * (hidden / worth if worth > 0 and hidden.all() else np.ones(windows[0].losses.shape[1]))
+        options = []
+        for unit in windows:
+            layer, group = unit.unit.place
+            if layer in alone or group == int(groups[layer].argmax()):
+                options.append(unit)
+            else:
+                loss = float(groups[layer, group]) * scale
+                options.append(unit.with_choice(PRUNED, loss, [0] * unit.costs.shape[1]).kept())
+        for unit in self.neuron_options(problem, neurons):
+            options.append(replace(unit, losses=unit.losses * scale))
+        return options
 
 
 @solvers.register("moa")
@@ -55,6 +120,9 @@ class Moa(Solver):
             "the paper, which allows no chunks, no further turns and no batch of inputs of different lengths"
         ),
     ] = "position"
+    removal: UnitRemoval | None = Field(
+        None, description="remove head groups and neurons in the same plan; null removes nothing"
+    )
     points: Annotated[
         int,
         Field(
@@ -77,28 +145,50 @@ class Moa(Solver):
             every["retrieval.lost"] = self.retrieval
         return tuple({**every, **self.tables}.items())
 
+    @property
+    def removes(self) -> bool:
+        """Where the recipe asks for it."""
+        return self.removal is not None
+
     def scores_read(self) -> dict[str, str]:
-        """The tables that are minimised."""
-        return {name: "rules" for name, _ in self.weighed()}
+        """The tables that are minimised, and the statistic that says what may be removed."""
+        tables = {name: "rules" for name, _ in self.weighed()}
+        return tables | ({} if self.removal is None else {self.removal.importance: "units"})
 
-    def check(self, problem: SearchProblem) -> None:
-        """Whether the smallest rule meets the budget; see `Solver.check`."""
+    def smallest(self, problem: Problem) -> Layers:
+        """Under the smallest rule everywhere, with all removed that may be; see `Solver.smallest`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
-        check_feasible(replace(problem, grid=grid))
+        layers = problem.uniform(smallest_window(grid))
+        return layers if self.removal is None else self.removal.least(problem, layers)
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+    def solve(self, problem: Problem) -> list[Candidate]:
         """The Pareto set over the profiled lengths; see `Solver.solve`."""
         self.check(problem)
         objectives = [Objective(self.weighed(), length) for length in problem.lengths]
-        candidates = build_candidates(problem, objectives, self.rule)
-        knapsack = Knapsack(candidates, [row.most for row in problem.rows])
-        names = [objective.name for objective in objectives]
-        front = pareto_front(knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit)
+        windows = window_options(problem, objectives, self.rule)
+        if self.removal is None:
+            return self._front(problem, objectives, windows)
         plans = []
-        for solution, question in front:
-            spans = [group.spans[index] for group, index in zip(candidates, solution.choice, strict=True)]
-            width = problem.shape.kv_heads
-            decision = tuple(tuple(spans[start : start + width]) for start in range(0, len(spans), width))
-            losses = {objective.name: float(loss) for objective, loss in zip(objectives, solution.losses, strict=True)}
-            plans.append(CandidatePlan(decision, losses, solution.gap, question))
+        for weight in self.removal.weights:
+            for plan in self._front(problem, objectives, self.removal.options(problem, windows, weight)):
+                note = f"{plan.note}, removed units count {weight:g}"
+                plans.append(replace(plan, note=note, importance=self.removal.importance))
         return plans
+
+    def _front(self, problem: Problem, objectives: Sequence[Objective], options: Sequence[Options]) -> list[Candidate]:
+        """The plans of one weighing of the losses."""
+        names = [objective.name for objective in objectives]
+        knapsack = Knapsack(options, room(problem, options).tolist())
+        share = 1 if self.removal is None else len(self.removal.weights)
+        front = pareto_front(
+            knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit / share
+        )
+        return [
+            Candidate(
+                layers_of(problem, options, solution.choice.tolist()),
+                dict(zip(names, map(float, solution.losses), strict=True)),
+                solution.gap,
+                question,
+            )
+            for solution, question in front
+        ]
