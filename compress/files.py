@@ -206,10 +206,15 @@ def file_stamp(path: Path) -> tuple[int, ...] | None:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def digest_of(content: Any) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces), 64 hexadecimal digits."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def key_of(*facts: Any) -> str:
-    """16 hexadecimal digits of the facts (JSON values) that a result depends on."""
-    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    """Key of a result: 16 hexadecimal digits of the facts (JSON values) that it depends on."""
+    return digest_of(facts)[:16]
 
 
 def text_key(text: str) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from compress.errors import Problem, UserError
+from compress.files import append_line, digest_of
 
 MOST_BYTES = 64 << 20  # a plan of a 70B model is 8 MB; 64 MiB of nothing but brackets is a gigabyte in memory
 MOST_DEPTH = 64
@@ -220,8 +221,7 @@ def _problems(error: ValidationError, what: str, where: str, fix: str | None) ->
 
 def checksum_of(content: dict[str, Any]) -> str:
     """`sha256:...` of a JSON object in canonical form, so that a changed digit is noticed."""
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+    return f"sha256:{digest_of(content)}"
 
 
 def sealed(content: dict[str, Any]) -> str:
@@ -261,3 +261,32 @@ def parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(value, dict):
             yield value
+
+
+def append_entry(path: Path, entry: Mapping[str, Any], *, checked: bool = False) -> None:
+    """Add an object to a JSONL file; it is in the file when this returns.
+
+    Args:
+        checked: add a checksum, so that a reader notices a changed digit.
+
+    Raises:
+        UserError: see `files.append_line`.
+    """
+    plain = dict(entry)
+    append_line(path, json.dumps({**plain, CHECKSUM: checksum_of(plain)} if checked else plain))
+
+
+def read_entries(path: Path, *, checked: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, none where there is no file; damaged lines are skipped.
+
+    Args:
+        checked: take only lines whose checksum is right, without it.
+    """
+    if not path.is_file():
+        return
+    for entry in parse_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        if not checked:
+            yield entry
+            continue
+        with contextlib.suppress(JsonError):
+            yield unsealed(entry)

@@ -558,12 +558,12 @@ def _cross_checks(recipe: Recipe, located: LocatedYaml) -> list[Problem]:
                 )
     problems += _too_many_documents(recipe, located)
     for i, method in enumerate(recipe.evaluate.recall):
-        if "digits" not in type(method).model_fields and type(method) is not Method:
+        if not getattr(method, "scored", True):
             problems.append(
                 Problem(
                     f"`evaluate.recall[{i}]` has no right answer to compare with",
                     located.where(("evaluate", "recall", i)),
-                    expected="a task that hides something: passkey or key_value",
+                    expected="a task that hides something: passkey, key_value or facts",
                     found=str(getattr(method, "task", "")),
                 )
             )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import time
@@ -28,8 +27,8 @@ from typing import Any
 import yaml
 
 from compress.errors import UserError
-from compress.files import PART, append_line, key_of, open_own, refusal, remove, sweep, write_json, write_text
-from compress.json_file import JsonError, parse_json
+from compress.files import PART, key_of, open_own, refusal, remove, sweep, write_json, write_text
+from compress.json_file import JsonError, append_entry, parse_json
 
 STAGES = "stages.json"
 MODEL = "model.json"
@@ -156,7 +155,7 @@ class RunFolder:
         """Append one line to `log.jsonl`."""
         self._check_place()
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-        append_line(self.path / LOG, json.dumps(line))
+        append_entry(self.path / LOG, line)
 
     def _check_place(self) -> None:
         """Refuse to go on in a folder that is no longer the one that was opened."""

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from compress.data.text import tokenise
+from compress.models.families import layers_of
 from compress.models.load import load_model
-from compress.models.pruning import Kept, layers_of, prune
+from compress.models.pruning import Kept, prune
 from compress.recover.curve import Curve
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings

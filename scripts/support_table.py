@@ -1,10 +1,11 @@
-"""Makes the table of docs/support.md: what was tried on a patched and on a native checkpoint, and what came of it.
+"""Makes the tables of docs/support.md: the model families, and what was tried on a patched and on a native checkpoint.
 
-python scripts/support_table.py [--only WORD] [--print]     a few minutes on a CPU
+python scripts/support_table.py [--families] [--only WORD] [--print]     a few minutes on a CPU
 
-Both checkpoints are exported on the spot from a tiny random Llama. A row works when it computes what the reference
-does, is refused when an error says so, and fails otherwise. What is not installed is told by the library's own message:
-for the whole table install bitsandbytes, torchao and optimum-quanto beside it.
+`--families` writes only their table, made from their rows, as `compress doctor --families` is. Both checkpoints are
+exported on the spot from a tiny random Llama. A row works when it computes what the reference does, is refused when an
+error says so, and fails otherwise. What is not installed is told by the library's own message: for the whole table
+install bitsandbytes, torchao and optimum-quanto beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 import transformers
 from torch._dynamo.exc import Unsupported
 
+from compress.cli.doctor import by_reason, family_matrix
 from compress.export.export import export_checkpoint
 from compress.models.load import LoadedModel
 from compress.plan import make_plan
@@ -37,6 +39,7 @@ from compress.targets.window import WindowGroup
 from scripts.support_rows import PACKAGES, ROWS, Row, Subject, Wrong
 from tests.tiny import SIZES, mixed_plan, shape_of, tiny_tokenizer
 
+MADE = "<!-- made by scripts/support_table.py --families -->", "<!-- end of the families -->"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "support.md"
 START, END = "<!-- made by scripts/support_table.py -->", "<!-- end of what it made -->"
 KINDS = ("patched", "native")
@@ -112,18 +115,48 @@ def table(found: dict[tuple[str, str], dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def written() -> str:
-    """What the document holds between the two marks."""
-    return DOCUMENT.read_text(encoding="utf-8").partition(START)[2].partition(END)[0].strip()
+def families_table() -> str:
+    """What the families allow, those alike in one line, and the refused ones with their reasons."""
+    matrix = family_matrix()
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, row in matrix["families"].items():
+        marks = ["yes" if reason is None else f"refused: {reason}" for reason in row["targets"].values()]
+        alike.setdefault((*marks, row["native"] or "-"), []).append(name)
+    targets = next(iter(matrix["families"].values()))["targets"]
+    columns = ["model type", *(f"`{target}`" for target in targets), "native checkpoint with windows as"]
+    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for cells, names in alike.items():
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+    for reason, names in by_reason(matrix["refused"]).items():
+        cells = (f"refused: {reason}", *("refused" for _ in columns[2:-1]), "-")
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def written(start: str = START, end: str = END) -> str:
+    """What the document holds between two marks."""
+    return DOCUMENT.read_text(encoding="utf-8").partition(start)[2].partition(end)[0].strip()
+
+
+def write(made: str, start: str, end: str) -> None:
+    """Put what was made between two marks of the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, after = text.partition(start)[0], text.partition(end)[2]
+    DOCUMENT.write_text(f"{before}{start}\n{made}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
     """Run all rows, print what came of them, and write the table into the document."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--only", default="", help="rows whose group or name holds this word; nothing is written")
+    options.add_argument("--families", action="store_true", help="only write the table of the families")
     options.add_argument("--print", action="store_true", help="do not write the document")
     options.add_argument("-v", action="store_true", help="show tracebacks")
     given = options.parse_args()
+    if not given.only and not given.print:
+        write(families_table(), *MADE)
+    if given.families:
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -143,9 +176,7 @@ def main() -> None:
         bad = [name for (_, name), cells in found.items() if cells[kind].startswith(("**", "fails"))]
         print(f"{kind}: {len(found)} rows, {len(bad)} of them wrong or failing: {', '.join(bad) or '-'}")
     if not given.only and not given.print:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        before, after = text.partition(START)[0], text.partition(END)[2]
-        DOCUMENT.write_text(f"{before}{START}\n{table(found)}\n{END}{after}", encoding="utf-8")
+        write(table(found), START, END)
 
 
 if __name__ == "__main__":

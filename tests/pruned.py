@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
-from compress.models.pruning import Kept, layers_of, prune, widths
+from compress.models.families import layers_of
+from compress.models.pruning import Kept, output_projections, prune, widths
+from compress.runtime.families import head_size_of
 from compress.runtime.span import native_windows
+from compress.runtime.widths import Width
 from compress.targets.apply import with_runtime_plan
 from tests.tiny import MIXED, tiny_model
 
-PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3"]
+PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3", "gpt_neox"]
 
 
 def with_biases(family: str) -> Any:
@@ -26,8 +29,9 @@ def with_biases(family: str) -> Any:
 
 def uneven(config: Any) -> list[Kept]:
     """Three layers: the last group with one query head, everything, and all but the second group or query head."""
-    groups, share = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    neurons = tuple(range(config.intermediate_size))
+    width = Width.of(config)
+    groups, share = width.groups, width.query_heads // width.groups
+    neurons = tuple(range(width.neurons))
     third = Kept((0, 2, 3), neurons[1:], (0, 2, 3)) if share == 1 else Kept((0, 1), neurons[1:], (0, 3))
     return [Kept((groups - 1,), neurons[::2], (groups * share - 1,)), Kept(tuple(range(groups)), neurons), third]
 
@@ -35,15 +39,13 @@ def uneven(config: Any) -> list[Kept]:
 @torch.no_grad()
 def zero(model: Any, kept: list[Kept]) -> None:
     """Zero the output of what `kept` leaves out."""
-    config = model.config
-    share = config.num_attention_heads // config.num_key_value_heads
-    layers: list[Any] = layers_of(model)
-    for layer, stays in zip(layers, kept, strict=True):
-        head_dim = layer.self_attn.head_dim
-        for head in set(range(config.num_attention_heads)) - set(stays.query_heads(share)):
-            layer.self_attn.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
-        for neuron in set(range(config.intermediate_size)) - set(stays.neurons):
-            layer.mlp.down_proj.weight[:, neuron] = 0
+    width, head_dim = Width.of(model.config), head_size_of(model.config)
+    for layer, stays in zip(layers_of(model), kept, strict=True):
+        heads, neurons = output_projections(layer, model.config)
+        for head in set(range(width.query_heads)) - set(stays.query_heads(width.query_heads // width.groups)):
+            heads.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+        for neuron in set(range(width.neurons)) - set(stays.neurons):
+            neurons.weight[:, neuron] = 0
 
 
 def groups_of(model: Any) -> list[list[dict[str, Any]]]:
@@ -53,7 +55,7 @@ def groups_of(model: Any) -> list[list[dict[str, Any]]]:
     return [
         [
             mixed[next(cycle) % len(mixed)] if native is None else {"target": "full"}
-            for _ in range(model.config.num_key_value_heads)
+            for _ in range(Width.of(model.config).groups)
         ]
         for native in native_windows(model.config, model.config.num_hidden_layers)
     ]

@@ -19,7 +19,7 @@ from compress.cli.app import app
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
-from compress.models.families import FAMILIES, REFUSED, Family, check_pruning, family_of
+from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
@@ -27,6 +27,7 @@ from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.capture import Capture
 from compress.profile.tiles import LayerTensors
 from compress.runtime import modeling_compress
+from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
 from compress.targets.apply import planned_model
@@ -77,8 +78,8 @@ def naive_model(name: str, rules: list[list[Rule]]) -> Any:
     """A stock model of the same weights whose heads see that much."""
     model = tiny_model(name)
     model.config._attn_implementation = "naive"
-    for layer, row in zip(model.model.layers, rules, strict=True):
-        layer.self_attn.naive_rules = row
+    for layer, row in zip(layers_of(model), rules, strict=True):
+        FAMILIES[name].attention_of(layer).naive_rules = row
     return model
 
 
@@ -131,7 +132,7 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    predicted = kv_bytes(model.model.compress_spans, LENGTH, shape.head_dim, 4)
+    predicted = kv_bytes(model.base_model.compress_spans, LENGTH, shape.head_dim, 4)
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -141,6 +142,8 @@ def test_family(name: str) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     cached = model.generate(padded, **arguments)
     assert torch.equal(cached, model.generate(padded, use_cache=False, **arguments))
+    beams = arguments | {"max_new_tokens": 3, "num_beams": 2}
+    assert torch.equal(model.generate(padded, **beams), model.generate(padded, use_cache=False, **beams))
 
 
 ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)
@@ -237,7 +240,10 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
     assert not prune(pruned, uneven(pruned.config))
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
 
-    alike, neurons = [Kept((1,), tuple(range(0, 64, 2)))] * 3, [Kept((0, 1), tuple(range(40)))] * 3
+    alike, neurons = (
+        [Kept((1,), tuple(range(0, 64, 2)))] * 3,
+        [Kept(tuple(range(Width.of(zeroed.config).groups)), tuple(range(40)))] * 3,
+    )
     for kept, narrows in ((alike, FAMILIES[name].narrows), (neurons, True)):
         model = with_biases(name)
         assert prune(model, kept) == narrows
@@ -246,9 +252,7 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
                 again = type(model)(type(model.config).from_dict(model.config.to_dict()))
             found = {key: tuple(weight.shape) for key, weight in model.named_parameters()}
             assert found == {key: tuple(weight.shape) for key, weight in again.named_parameters()}
-            assert [layer.self_attn.head_dim for layer in again.model.layers] == [
-                layer.self_attn.head_dim for layer in model.model.layers
-            ]
+            assert head_size_of(again.config) == head_size_of(tiny_model(name).config)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -264,7 +268,6 @@ def test_pruning_is_refused_with_the_reason(name: str) -> None:
         with pytest.raises(UserError, match="cannot be removed") as caught:
             call()
         assert str(FAMILIES[name].whole) in str(caught.value) and FAMILIES[name].architecture in str(caught.value)
-    assert Width.of(model.config) == Width(4, 2, 64)
 
 
 def test_every_family_has_a_tiny_model() -> None:

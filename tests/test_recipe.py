@@ -238,7 +238,7 @@ def inner_numbers(
 
 # Checked by validators of their own, with shares up to 1 or the limits of lengths.
 ELSEWHERE = {("Budget", "kv"), ("Budget", "density"), ("SpanGrid", "betas")}
-ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue")}
+ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue", "Facts")}
 # Nothing grows with them: shares to clip, weights of scores, layers of the model, full groups of a layer.
 HARMLESS = {
     ("Amp", "attention"),

@@ -7,8 +7,10 @@ import re
 import pytest
 import transformers
 
+from compress.models.families import REFUSED
+from compress.runtime.families import FAMILIES
 from scripts.support_rows import ROWS, Row, Subject, Wrong
-from scripts.support_table import KINDS, checkpoints, outcome, table, written
+from scripts.support_table import KINDS, MADE, checkpoints, families_table, outcome, table, written
 
 
 def cells() -> dict[str, dict[str, str]]:
@@ -32,6 +34,11 @@ def test_the_document_has_the_rows_of_the_script() -> None:
     assert re.match(r"On a CPU, with transformers \d", written())
     told = {(row.group, row.name): cells()[row.name] for row in ROWS}
     assert table(told).partition("\n")[2] == written().partition("\n")[2]
+
+
+def test_the_document_has_the_families_of_the_rows() -> None:
+    assert written(*MADE) == families_table()
+    assert all(f"`{name}`" in written(*MADE) for name in (*FAMILIES, *REFUSED))
 
 
 def test_nothing_is_wrong_in_it() -> None:

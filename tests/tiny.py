@@ -75,6 +75,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MORE: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {"mlp_bias": True},
+    "bitnet": {},
     "cohere": {"logit_scale": 0.5, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.5} | THIRD_SLIDES,
     "dots1": {
@@ -92,6 +93,9 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16},
     "glm": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "glm4": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "gpt2": {},
+    "gpt_neox": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "gptj": {"rotary_dim": 6},
     "granite": {
         "attention_multiplier": 0.4,
         "embedding_multiplier": 2.0,
@@ -115,9 +119,11 @@ MORE: dict[str, dict[str, Any]] = {
         },
     },
     "mixtral": EXPERTS | {"num_local_experts": 4},
+    "nemotron": {"head_dim": 16, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "olmo": {"clip_qkv": 1.5},
     "olmo2": {},
     "olmo3": dict(THIRD_SLIDES),
+    "persimmon": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
     "phi": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "qk_layernorm": True},
     "phimoe": EXPERTS | {"num_local_experts": 4},
     "qwen2_moe": {
@@ -130,6 +136,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 16},
     "seed_oss": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True} | THIRD_SLIDES,
+    "stablelm": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "qk_layernorm": True},
     "starcoder2": {"sliding_window": None},
 }
 

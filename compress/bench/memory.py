@@ -9,6 +9,8 @@ import torch
 
 from compress.bench.kernel import Shape
 from compress.bench.measure import release
+from compress.runtime.families import groups_of, head_size_of
+from compress.runtime.widths import Width
 
 GIB = 2**30
 T = TypeVar("T")
@@ -56,8 +58,5 @@ def model_need(model: Any, batch: int, length: int) -> int:
     """Bytes of a whole model beyond its weights: the dense cache of a batch, that of one prompt, and its prefill."""
     config = model.config
     itemsize = next(model.parameters()).itemsize
-    heads = config.num_attention_heads
-    groups = config.num_key_value_heads or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache = 2 * config.num_hidden_layers * groups * dim * length * itemsize
-    return (batch + 1) * cache + length * (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    cache = 2 * config.num_hidden_layers * groups_of(config) * head_size_of(config) * length * itemsize
+    return (batch + 1) * cache + length * (4 * config.hidden_size + 3 * Width.of(config).neurons) * itemsize

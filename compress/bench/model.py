@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
 from compress.errors import UserError
-from compress.models.replaced import refuse_arguments
+from compress.models.replaced import AttentionCall, attention_function
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
@@ -78,21 +79,15 @@ class DenseLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
 
-def _dense(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **others: Any) -> Any:
-    refuse_arguments(module, others)
-    with sdpa_kernel(module.config.bench_backend):
+def _dense(call: AttentionCall) -> torch.Tensor:
+    query, key, value = call.query, call.key, call.value
+    with sdpa_kernel(call.module.config.bench_backend):
         causal = query.shape[2] > 1
-        out = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=call.scaling, enable_gqa=True)
 
 
-def _none(module: Any, query: Any, key: Any, value: Any, mask: Any, **others: Any) -> Any:
-    refuse_arguments(module, others)
-    return query.transpose(1, 2), None
-
-
-for _name, _function in ((DENSE, _dense), (NONE, _none)):
-    AttentionInterface.register(_name, _function)
+for _name, _attend in ((DENSE, _dense), (NONE, lambda call: call.query)):
+    AttentionInterface.register(_name, attention_function(_attend))
     AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
 
 
@@ -304,8 +299,7 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
 def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:
     """The fastest dense back end of PyTorch for the prefill of one prompt and for a decode step, by measurement."""
     config = model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, dim = config.num_attention_heads, groups_of(config), head_size_of(config)
     dtype = next(model.parameters()).dtype
     known = BACKENDS if device.type == "cuda" else ON_CPU
     chosen = {}

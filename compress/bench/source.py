@@ -23,6 +23,7 @@ from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
 from compress.plan import read_plan
 from compress.runtime import modeling_compress
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.span import Span
 from compress.runtime.widths import Width
 from compress.targets.apply import planned_model, with_runtime_plan
@@ -71,9 +72,7 @@ class Source:
     def shape(self) -> Shape:
         """Heads of one layer, without loading weights where the configuration says it."""
         config = self._stock_config() if self.values or self.checkpoint else load_config(self.spec)
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return Shape(self.name, heads, config.num_key_value_heads, dim)
+        return Shape(self.name, config.num_attention_heads, groups_of(config), head_size_of(config))
 
     def dense(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The dense model; of an exported checkpoint, the stock architecture on its weights, without remote code.
@@ -169,7 +168,7 @@ class Source:
         """The dense model's twin with its own plan, or with a named mix at a length; and what the tables call it."""
         if name is not None:
             config = dense.config
-            spans = mix(name, config.num_key_value_heads, length)
+            spans = mix(name, groups_of(config), length)
             layers = [{"groups": [group_of(span) for span in spans]} for _ in range(config.num_hidden_layers)]
             return with_runtime_plan(dense, {"schema": 1, "layers": layers}), name
         if self.plan_file is not None:

@@ -44,7 +44,7 @@ def doctor(
             typer.echo(json.dumps(matrix, indent=1))
         else:
             show(_families_table(matrix))
-            for reason, names in _by_reason(matrix["refused"]).items():
+            for reason, names in by_reason(matrix["refused"]).items():
                 typer.echo(f"not supported: {', '.join(names)}: {reason}")
         return
     report = examine()
@@ -78,8 +78,9 @@ def family_matrix() -> dict[str, Any]:
     import compress.targets.full
     import compress.targets.pruned
     import compress.targets.window  # noqa: F401
-    from compress.models.families import FAMILIES, REFUSED
+    from compress.models.families import REFUSED
     from compress.registry import targets
+    from compress.runtime.families import FAMILIES
 
     rows = {
         name: {
@@ -92,7 +93,7 @@ def family_matrix() -> dict[str, Any]:
     return {"families": rows, "refused": dict(REFUSED)}
 
 
-def _by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
+def by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
     """Reasons, and the names that each holds for."""
     found: dict[str, list[str]] = {}
     for name, reason in refused.items():

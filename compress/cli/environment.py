@@ -6,9 +6,10 @@ import importlib.util
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from compress.versions import installed
 
 PACKAGES = (
     "compress",
@@ -51,14 +52,6 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "offline": {name: os.environ[name] for name in OFFLINE if name in os.environ},
     }
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package, None without it."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def usable_cores() -> int:

@@ -177,7 +177,6 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
     from compress.models.content import content_key
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
     from compress.runtime.span import spans_of_plan
-    from compress.search.budget.budget import dense_bytes
     from compress.targets.cost import kv_bytes
 
     first = Source(specs[0])
@@ -188,7 +187,7 @@ def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: st
         loaded = load_model(specs[0], dtype=dtype, device=device)
     shape = loaded.shape
     itemsize = DTYPES[dtype].itemsize
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
+    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: loaded.model, "dense", dense)]
     if first.carries_plan:
         plan = first.checkpoint["compress_plan"]

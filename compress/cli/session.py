@@ -78,11 +78,13 @@ class Session:
     @staticmethod
     def shape_line(model: Any) -> str:
         """Sizes in words."""
+        from compress.runtime.families import groups_of
+
         config = model.config
         parameters = sum(weight.numel() for weight in model.parameters())
         return (
             f"{config.num_hidden_layers} layers, {config.num_attention_heads} query and "
-            f"{config.num_key_value_heads} key/value heads, {parameters / 1e6:.3g}M parameters"
+            f"{groups_of(config)} key/value heads, {parameters / 1e6:.3g}M parameters"
         )
 
     @functools.cached_property

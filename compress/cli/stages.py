@@ -91,7 +91,6 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     from compress.bench.measure import copy_bandwidth
     from compress.plan import read_plan
     from compress.plots.run import search_plots
-    from compress.search.budget.budget import ceiling
     from compress.search.run import run_search
 
     run, recipe = session.run, session.recipe
@@ -109,13 +108,6 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         raise missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
-    budget: Any = recipe.search.budget
-    if profile.grid is not None and budget.parameters is None:
-        itemsize = session.loaded.model.dtype.itemsize
-        lengths = budget.limits(session.shape, itemsize, profile.lengths)
-        line = ceiling(session.shape, profile.grid, lengths, itemsize)
-        if line is not None:
-            say(f"search: {line}")
 
     def work() -> Any:
         held_out = _documents(session, recipe.calibration.held_out, "held_out")
@@ -136,6 +128,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 refine_documents=learnt,
                 seed=recipe.seed,
                 bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
+                say=lambda line: say(f"search: {line}"),
             )
 
     (run.plots / SPANS).unlink(missing_ok=True)
@@ -149,21 +142,11 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
             + ("" if told["steps"] else NO_STEPS[told["exhausted"]])
         )
     say(f"search: {result.report['why']}")
-    if plan.predicted.parameters is not None and plan.predicted.dense_parameters is not None:
-        left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
-        asked = budget.most_parameters(whole)
-        say(
-            f"search: {left:,} of {whole:,} parameters of the decoder layers stay, {left / whole:.2%}, "
-            f"{(asked - left) / whole:.2%} below the budget"
-        )
+    for line in result.lines:
+        say(f"search: {line}")
     for length, used in sorted(plan.predicted.kv_bytes.items()):
         dense = plan.predicted.dense_kv_bytes[length]
         say(f"search: KV cache at {length:,} tokens {size(used)}, {used / dense:.1%} of the dense model's")
-    for row in plan.provenance.get("decode_time", {}).get("rows", []):
-        say(
-            f"search: decode step at {row['length']:,} tokens, batch {row['batch']}: {row['ms']:.3g} ms predicted, "
-            f"dense {row['dense_ms']:.3g} ms, {row['share']:.1%}"
-        )
     _draw(search_plots, run.path)
     return plan
 
@@ -284,7 +267,6 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import UNTRAINED
     from compress.plan import read_plan
-    from compress.search.budget.budget import dense_bytes
     from compress.search.measure import plan_key
     from compress.targets.apply import planned_model
     from compress.targets.cost import kv_bytes
@@ -305,7 +287,7 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
+    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for name, entry in plans.items():
         spans = entry.spans()

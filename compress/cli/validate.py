@@ -81,7 +81,7 @@ def table(recipe: Recipe) -> Any:
     budget: Any = recipe.search.budget
     result.add_row(
         "search",
-        f"{recipe.name_of(recipe.search.solver)}\nbudget {_kinds(budget)}"
+        f"{recipe.name_of(recipe.search.solver)}\nbudget {budget.words()}"
         + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
@@ -113,12 +113,6 @@ def table(recipe: Recipe) -> Any:
         + (", and the tasks" if tasks else ""),
     )
     return result
-
-
-def _kinds(budget: Any) -> str:
-    """The limits that are given, in words."""
-    given = {name: budget.model_dump(mode="json")[name] for name in ("kv", "density", "decode_time", "parameters")}
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if value is not None)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.data.haystack import Frame, haystacks, reference_answer
-from compress.data.prompt import Prompt, RecallTask
+from compress.data.prompt import NumberTask, Prompt
 from compress.data.text import tokenise
 from compress.errors import UserError
 from compress.registry import tasks
@@ -38,7 +38,7 @@ NAMES = [f"{adjective}-{noun}" for adjective in ADJECTIVES.split() for noun in N
 
 
 @tasks.register("key_value")
-class KeyValue(RecallTask):
+class KeyValue(NumberTask):
     """Lines that give numbers to names, spread over a long text; the prompt asks for one far back.
 
     LongEval fills the whole length with `register` lines. SmolLM2-135M is often wrong with a few such lines already,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.data.haystack import Frame, haystacks, reference_answer
-from compress.data.prompt import Prompt, RecallTask
+from compress.data.prompt import NumberTask, Prompt
 from compress.data.text import tokenise
 from compress.registry import tasks
 
@@ -24,7 +24,7 @@ QUESTION = "Remember the pass key. The pass key is"
 
 
 @tasks.register("passkey")
-class PassKey(RecallTask):
+class PassKey(NumberTask):
     """A number hidden in one sentence of a long text; the prompt ends where the number has to follow."""
 
     task: Literal["passkey"] = Field("passkey", description="find a number hidden in a long text")

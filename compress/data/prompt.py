@@ -66,6 +66,7 @@ class Task(Method):
     """Parameters of every task. A task makes prompts of an exact length in the model's own tokens."""
 
     hides: ClassVar[bool] = True  # whether its documents have evidence, a place that the answer has to be read from
+    scored: ClassVar[bool] = False  # whether its prompts have a right answer that a written one is compared with
 
     task: str = Field(description="name of the task")
     length: int = Field(ge=16, le=LONGEST, description="tokens of a document, prompt and answer together")
@@ -76,9 +77,14 @@ class Task(Method):
     )
 
     @property
+    def label(self) -> str:
+        """How messages and tables name it, without the length."""
+        return self.task
+
+    @property
     def name(self) -> str:
         """How messages and tables name it."""
-        return f"{self.task} {self.length}"
+        return f"{self.label} {self.length}"
 
     def make(
         self,
@@ -126,12 +132,13 @@ Depths = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
 class RecallTask(Task):
-    """Parameters of the tasks whose answer is a number hidden in a haystack."""
+    """Parameters of the tasks whose answer is hidden in a haystack."""
+
+    scored: ClassVar[bool] = True
 
     depth: Depths = Field(
         (0.0, 1.0), description="range of depths of the hidden sentence: 0 is the start, 1 just before the question"
     )
-    digits: int = Field(5, ge=1, le=12, description="digits of the hidden number")
     haystack: Literal["natural", "filler"] = Field(
         "natural", description="what surrounds the hidden sentence: the text, or a few sentences repeated"
     )
@@ -148,10 +155,6 @@ class RecallTask(Task):
         depths = [low + (high - low) * (i + 0.5) / self.count for i in range(self.count)]
         rng.shuffle(depths)
         return depths
-
-    def number(self, rng: random.Random) -> str:
-        """A random number of `digits` digits that does not start with 0."""
-        return str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
 
     def budget(self, reference: Sequence[int]) -> int:
         """Tokens kept for the answer.
@@ -171,3 +174,13 @@ class RecallTask(Task):
                 found=str(self.answer_tokens),
             )
         return self.answer_tokens
+
+
+class NumberTask(RecallTask):
+    """Parameters of the tasks whose answer is a number."""
+
+    digits: int = Field(5, ge=1, le=12, description="digits of the hidden number")
+
+    def number(self, rng: random.Random) -> str:
+        """A random number of `digits` digits that does not start with 0."""
+        return str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))

@@ -16,7 +16,7 @@ import transformers
 from pydantic import BaseModel, ValidationError
 
 from compress.data.calibration import Loaded, Progress
-from compress.data.prompt import Prompt, RecallTask, Task
+from compress.data.prompt import Prompt, Task
 from compress.data.text import EmbeddedText, TextSource, part_of
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
@@ -273,11 +273,11 @@ def _prompts(
     if not requests:
         return []
     for task in requests:
-        if not isinstance(task, RecallTask):
+        if not task.scored:
             raise UserError(
                 f"`{task.task}` has no right answer to compare with",
                 where=task.name,
-                expected="a task with a right answer: passkey, key_value",
+                expected="a task with a right answer: passkey, key_value, facts",
             )
     tokens = part_of(loaded.tokenizer, text, "evaluation", max(task.length for task in requests))
     made = [task.make(loaded.tokenizer, tokens, f"{seed}/evaluation", context=context) for task in requests]

@@ -79,9 +79,20 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """True when the first whole number in the answer is the expected one, digit for digit."""
-    found = re.search(r"\d+", answer)
-    return found is not None and found.group() == expected
+    """Whether an answer is the expected one.
+
+    Where that is a whole number, the first whole number of the answer has to be it, digit for digit; all else has to
+    stand at the start of the answer, letter case, punctuation and spaces aside.
+    """
+    if expected.isdecimal():
+        number = re.search(r"\d+", answer)
+        return number is not None and number.group() == expected
+    return re.match(rf"{re.escape(_plain(expected))}( |$)", _plain(answer)) is not None
+
+
+def _plain(text: str) -> str:
+    """Letters and digits in lower case, with one space for everything between them."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
 
 
 def cache_bytes(cache: Any) -> int | None:
@@ -122,7 +133,7 @@ def recall(
         raise UserError(
             f"`{task.task}` has no right answer to compare with",
             where=task.name,
-            expected="a task with a right answer: passkey, key_value",
+            expected="a task with a right answer: passkey, key_value, facts",
         )
     items, most = [], None
     for start in range(0, len(prompts), batch_size):
@@ -136,7 +147,7 @@ def recall(
             items.append(RecallItem(depth=depth, expected=expected, answer=text, correct=is_right(text, expected)))
         if progress is not None:
             progress(len(items), len(prompts))
-    return RecallResult(task=task.task, length=task.length, items=items, cache_bytes=most)
+    return RecallResult(task=task.label, length=task.length, items=items, cache_bytes=most)
 
 
 def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list[list[int]], int | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress import runtime
 from compress.json_file import read_object
-from compress.models.families import Family
+from compress.runtime.families import Family
 
 # Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
 # the files that it imports. It names every one of them itself, since older versions follow its imports only.

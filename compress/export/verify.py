@@ -103,7 +103,7 @@ def verify_checkpoint(
     with torch.inference_mode():
         padded = planned(ids, attention_mask=mask, logits_to_keep=4).logits.float().cpu()
         alone = planned(ids[:1], logits_to_keep=4)
-        hidden = planned.model(ids[:1, :16]).last_hidden_state.float().cpu()
+        hidden = planned.base_model(ids[:1, :16]).last_hidden_state.float().cpu()
         # Not the last row of `alone`: a rule by length takes its windows from the prompt, without the step.
         before = getattr(planned(ids[:1, :-1], use_cache=True, logits_to_keep=1), CACHE)
         step = planned(ids[:1, -1:], **{CACHE: before}).logits.float().cpu()

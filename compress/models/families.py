@@ -1,131 +1,36 @@
-"""The supported architecture families: one entry each, and the only place that names them.
+"""Finds the family of a model, and says why an architecture is not supported or cannot be pruned.
 
-A family is supported when its attention calls transformers' AttentionInterface on keys and values after RoPE.
-A new one is an entry here, one in the table of `runtime/modeling_compress.py`, and a configuration in `tests/tiny.py`,
-with which `tests/test_families.py` probes it. A family that is known not to work has its reason in `REFUSED`.
+The families are the rows of `runtime/families.py`; an architecture that is known not to work has its reason in
+`REFUSED`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from compress.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of one architecture family.
-
-    Attributes:
-        model_type: transformers' name of the stock configuration.
-        architecture: the stock causal language model class.
-        planned: prefix of the classes in `runtime/modeling_compress.py` that carry a plan.
-        native: the stock causal language model class with the same weights whose layers are full or slide one by
-            one (`layer_types` in its configuration); None where transformers has none.
-        twin: a stock causal language model class that computes the same on the same weights and takes any number of
-            heads, where the family's own configuration does not; with the configuration's fields that make it so.
-        whole: why heads and neurons cannot be removed; None where they can.
-        whole_with: the switch of the configuration under which `whole` holds; None where it always does.
-        narrows: whether the configuration can say fewer heads with a head size that is not hidden size / heads.
-    """
-
-    model_type: str
-    architecture: str
-    planned: str
-    native: str | None
-    twin: str | None = None
-    twin_fields: Mapping[str, Any] = field(default_factory=dict)
-    whole: str | None = None
-    whole_with: str | None = None
-    narrows: bool = True
-
-    def prunes(self, config: Any) -> bool:
-        """Whether heads and neurons of a model with this configuration can be removed."""
-        return self.whole is None or (self.whole_with is not None and not getattr(config, self.whole_with, False))
-
-
-ALL_HEADS = "its norms of queries and keys have weights of their own for every head"
-EXPERTS = "its MLPs are experts, whose weights are no projections of one layer's neurons"
-NAMES = "its projections have other names ({}) than those that are sliced"
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("apertus", "ApertusForCausalLM", "CompressApertus", None),
-        Family("arcee", "ArceeForCausalLM", "CompressArcee", None),
-        Family("cohere", "CohereForCausalLM", "CompressCohere", None, whole=ALL_HEADS, whole_with="use_qk_norm"),
-        # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
-        # configuration works the head size out from the number of heads.
-        Family("cohere2", "Cohere2ForCausalLM", "CompressCohere2", None, narrows=False),
-        Family("dots1", "Dots1ForCausalLM", "CompressDots1", "Dots1ForCausalLM", whole=EXPERTS),
-        Family("ernie4_5", "Ernie4_5ForCausalLM", "CompressErnie4_5", None),
-        Family("exaone4", "Exaone4ForCausalLM", "CompressExaone4", None),  # as Cohere 2
-        Family("gemma", "GemmaForCausalLM", "CompressGemma", None),
-        Family("gemma3_text", "Gemma3ForCausalLM", "CompressGemma3", "Gemma3ForCausalLM"),
-        Family("glm", "GlmForCausalLM", "CompressGlm", None),
-        Family("glm4", "Glm4ForCausalLM", "CompressGlm4", None),
-        Family("granite", "GraniteForCausalLM", "CompressGranite", None),
-        Family("helium", "HeliumForCausalLM", "CompressHelium", None, narrows=False),
-        Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "CompressHunYuanDenseV1", None),
-        # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
-        Family(
-            "llama",
-            "LlamaForCausalLM",
-            "CompressLlama",
-            "MinistralForCausalLM",
-            twin="MistralForCausalLM",
-            twin_fields={"sliding_window": None},
-        ),
-        Family("ministral", "MinistralForCausalLM", "CompressMinistral", "MinistralForCausalLM"),
-        Family("ministral3", "Ministral3ForCausalLM", "CompressMinistral3", None),
-        Family("mistral", "MistralForCausalLM", "CompressMistral", "MinistralForCausalLM"),
-        Family("mixtral", "MixtralForCausalLM", "CompressMixtral", None, whole=EXPERTS),
-        Family("olmo", "OlmoForCausalLM", "CompressOlmo", None),
-        Family("olmo2", "Olmo2ForCausalLM", "CompressOlmo2", None, whole=ALL_HEADS),
-        # Scaled RoPE is for full layers alone, so a layer cannot change its kind.
-        Family("olmo3", "Olmo3ForCausalLM", "CompressOlmo3", None, whole=ALL_HEADS),
-        Family("phi", "PhiForCausalLM", "CompressPhi", None, whole=NAMES.format("dense, fc1, fc2")),
-        Family("phi3", "Phi3ForCausalLM", "CompressPhi3", None),
-        Family("phimoe", "PhimoeForCausalLM", "CompressPhimoe", None, whole=EXPERTS),
-        Family("qwen2", "Qwen2ForCausalLM", "CompressQwen2", "Qwen2ForCausalLM"),
-        Family("qwen2_moe", "Qwen2MoeForCausalLM", "CompressQwen2Moe", "Qwen2MoeForCausalLM", whole=EXPERTS),
-        Family("qwen3", "Qwen3ForCausalLM", "CompressQwen3", "Qwen3ForCausalLM"),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", "CompressQwen3Moe", None, whole=EXPERTS),
-        Family("seed_oss", "SeedOssForCausalLM", "CompressSeedOss", None),
-        Family("smollm3", "SmolLM3ForCausalLM", "CompressSmolLM3", "SmolLM3ForCausalLM"),
-        Family("starcoder2", "Starcoder2ForCausalLM", "CompressStarcoder2", None, whole=NAMES.format("c_fc, c_proj")),
-    )
-}
+from compress.runtime.families import FAMILIES, Family
 
 _CAPS = "its attention caps scores before the softmax (`attn_logit_softcapping`), which planned attention does not"
 _SINKS = "its heads have learned sink logits in the softmax, which planned attention does not know"
 _CHUNKS = "some of its layers attend within chunks, which no window is"
 _LATENT = "it caches latents in place of keys and values (MLA)"
-_LAYOUT = "its layers have another layout ({}) than `model.layers[i].self_attn`"
-_KEEPS = "its decoder layers hand no keyword arguments on to attention, so that a plan's step would not arrive"
+_OWN = "its attention is its own code and does not call transformers' AttentionInterface"
 
 # Why an architecture is not supported, where that has been looked into: what would have to be built for it.
 REFUSED = {
-    "bloom": _LAYOUT.format("`transformer.h`, and ALiBi in place of RoPE"),
+    "bloom": _OWN,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "falcon": _LAYOUT.format("`transformer.h`"),
+    "falcon": _OWN,
     "gemma2": _CAPS,
-    "gpt2": _LAYOUT.format("`transformer.h`"),
-    "gpt_neox": _LAYOUT.format("`gpt_neox.layers[i].attention`, with queries, keys and values in one projection"),
     "gpt_oss": _SINKS,
-    "gptj": _LAYOUT.format("`transformer.h`"),
     "llama4": _CHUNKS,
     "llama4_text": _CHUNKS,
-    "nemotron": _KEEPS,
-    "opt": _LAYOUT.format("`model.decoder.layers`"),
-    "persimmon": "its configuration names no key/value heads, and its queries, keys and values are one projection",
-    "stablelm": _KEEPS,
+    "opt": "its language model runs its inner decoder past the model that would hold the plan",
 }
 
 
@@ -206,7 +111,6 @@ def text_part_line(spec: str) -> str:
     )
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention module of every decoder layer, in order; each has an integer `layer_idx`."""
-    body: Any = getattr(model, "model", model)
-    return [layer.self_attn for layer in body.layers]
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return list(family_of(model.config).layers_of(model))

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.families import attention_modules, check_pruning, family_of
-from compress.runtime.widths import INPUTS, OUTPUTS, Width, declare, projections, width_of
+from compress.models.families import check_pruning, family_of, layers_of
+from compress.runtime.families import Projection, groups_of, head_size_of
+from compress.runtime.widths import Width, declare, projections, width_of
 from compress.targets.unit import LayerParameters
 
 
@@ -47,15 +48,9 @@ class Kept:
         return len(self.groups), len(self.query_heads(share)), len(self.neurons)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers, in order."""
-    body: Any = getattr(model, "model", model)
-    return list(body.layers)
-
-
 def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
     """The width of every layer after `prune`, from the dense configuration."""
-    share = config.num_attention_heads // config.num_key_value_heads
+    share = config.num_attention_heads // groups_of(config)
     return [Width(len(layer.query_heads(share)), len(layer.groups), len(layer.neurons)) for layer in kept]
 
 
@@ -65,15 +60,10 @@ def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
     return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
 
 
-def projections_of(layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear projections of a layer that heads or neurons sit in, by the names of `OUTPUTS` and `INPUTS`."""
-    return {name: module for _, name, module in projections(layer)}
-
-
-def output_projections(layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """`o_proj` and `down_proj` of a decoder layer."""
-    found = projections_of(layer)
-    return found["o_proj"], found["down_proj"]
+def output_projections(layer: nn.Module, config: Any) -> tuple[nn.Linear, nn.Linear]:
+    """The projections of a decoder layer that read the outputs of its heads and of its neurons."""
+    family, found = family_of(config), projections(layer, config)
+    return found[family.reader("query")], found[family.reader("neuron")]
 
 
 def block_parameters(model: nn.Module) -> int:
@@ -83,19 +73,20 @@ def block_parameters(model: nn.Module) -> int:
 
 def missing_biases(model: nn.Module) -> int:
     """Parameters that the decoder layers gain when every projection has a bias (`add_output_biases`)."""
-    return sum(map(_missing_biases, layers_of(model)))
+    return sum(_missing_biases(layer, model.config) for layer in layers_of(model))
 
 
-def _missing_biases(layer: nn.Module) -> int:
-    return sum(module.out_features for module in projections_of(layer).values() if module.bias is None)
+def _missing_biases(layer: nn.Module, config: Any) -> int:
+    return sum(module.out_features for module in projections(layer, config).values() if module.bias is None)
 
 
-def _parameters_of(layer: nn.Module, width: Width, each: Mapping[str, int], biased: bool) -> LayerParameters:
+def _parameters_of(layer: nn.Module, config: Any, unit: Mapping[str, int], biased: bool) -> LayerParameters:
     """From the parameters of one head or neuron of every kind."""
-    group = width.query_heads // width.groups * each["query"] + each["key_value"]
-    whole = sum(weight.numel() for weight in layer.parameters()) + (_missing_biases(layer) if biased else 0)
-    rest = whole - width.groups * group - width.neurons * each["neuron"]
-    return LayerParameters(group, each["neuron"], each["query"], width.neurons, rest)
+    width = width_of(layer, config)
+    group = width.query_heads // width.groups * unit["query"] + unit["key_value"]
+    whole = sum(weight.numel() for weight in layer.parameters()) + (_missing_biases(layer, config) if biased else 0)
+    rest = whole - width.groups * group - width.neurons * unit["neuron"]
+    return LayerParameters(group, unit["neuron"], unit["query"], width.neurons, rest)
 
 
 def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[LayerParameters]:
@@ -111,25 +102,26 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[Layer
         UserError: the architecture cannot be pruned (`Family.whole`), or a projection is not made of the heads or
             neurons that the layer has.
     """
-    check_pruning(model.config)
-    found = []
-    for number, (layer, attention) in enumerate(zip(layers_of(model), attention_modules(model), strict=True)):
-        width, head_dim = width_of(layer), int(attention.head_dim)  # type: ignore[arg-type]
-        each = Counter[str]()
-        for _, name, module in projections(layer):
-            parts = OUTPUTS.get(name) or INPUTS[name]
-            rows = module.weight.shape[0 if name in OUTPUTS else 1]
-            if rows != width.size(parts, head_dim):
+    config: Any = model.config
+    check_pruning(config)
+    rows, head_dim, found = family_of(config).projections, head_size_of(config), []
+    for number, layer in enumerate(layers_of(model)):
+        width = width_of(layer, config)
+        parameters = Counter[str]()
+        for name, module in projections(layer, config).items():
+            row = rows[name]
+            lines = module.weight.shape[row.axis]
+            if lines != width.size(row.parts, head_dim):
                 raise UserError(
                     "a projection is not made of equal heads or neurons",
                     where=f"layer {number}: {name}",
-                    expected=f"{width.size(parts, head_dim)} rows or columns",
-                    found=f"{rows}",
+                    expected=f"{width.size(row.parts, head_dim)} rows or columns",
+                    found=f"{lines}",
                 )
-            biases = module.out_features if name in OUTPUTS and (biased or module.bias is not None) else 0
-            for part in parts:
-                each[part] += (module.weight.numel() + biases) // rows * (1 if part == "neuron" else head_dim)
-        found.append(_parameters_of(layer, width, each, biased))
+            biases = lines if row.axis == -2 and (biased or module.bias is not None) else 0
+            for part in row.parts:
+                parameters[part] += (module.weight.numel() + biases) // lines * (1 if part == "neuron" else head_dim)
+        found.append(_parameters_of(layer, config, parameters, biased))
     return found
 
 
@@ -153,26 +145,21 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     """
     config: Any = model.config
     check_pruning(config)
-    attention: Any = attention_modules(model)
-    dense, head_dim = Width.of(config), attention[0].head_dim
+    dense, head_dim = Width.of(config), head_size_of(config)
     share = dense.query_heads // dense.groups
-    _check(kept, [width_of(layer) for layer in layers_of(model)], dense)
+    _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense)
     uniform = is_uniform(config, kept)
     after = widths(config, kept)
+    rows = family_of(config).projections
     for layer, stays in zip(layers_of(model), kept, strict=True):
-        picked = {
-            "query": (_rows(stays.query_heads(share), head_dim), dense.query_heads * head_dim),
-            "key_value": (_rows(stays.groups, head_dim), dense.groups * head_dim),
-            "neuron": (_rows(stays.neurons, 1), dense.neurons),
-        }
-        for _, name, module in projections(layer):
-            parts = OUTPUTS.get(name) or INPUTS[name]
-            _slice(module, [picked[part] for part in parts], 0 if name in OUTPUTS else 1)
+        units = {"query": stays.query_heads(share), "key_value": stays.groups, "neuron": stays.neurons}
+        for name, module in projections(layer, config).items():
+            _slice(module, _places(rows[name], units, dense, head_dim), rows[name].axis)
     if uniform:
-        for name, value in {"head_dim": head_dim, **after[0].fields()}.items():
+        for name, value in {"head_dim": head_dim, **after[0].fields(config)}.items():
             setattr(config, name, value)
     for layer, width in zip(layers_of(model), after, strict=True):
-        declare(layer, width)
+        declare(layer, width, config)
     return uniform
 
 
@@ -197,9 +184,10 @@ def add_output_biases(model: nn.Module, biases: Sequence[tuple[Sequence[float], 
             fix="write `compensate: false` in the solver",
         )
     config.attention_bias = config.mlp_bias = True
+    family = family_of(config)
     for layer, (attention, mlp) in zip(layers_of(model), biases, strict=True):
-        added = {"o_proj": attention, "down_proj": mlp}
-        for _, name, module in projections(layer):
+        added = {family.reader("query"): attention, family.reader("neuron"): mlp}
+        for name, module in projections(layer, config).items():
             before = module.bias if module.bias is not None else module.weight.new_zeros(module.out_features)
             extra = torch.tensor(added.get(name, 0.0), dtype=torch.float32, device=before.device)
             module.bias = nn.Parameter((before.float() + extra).to(before.dtype))
@@ -214,27 +202,34 @@ def _narrowed(config: Any, width: Width) -> Any | None:
     """
     if not family_of(config).narrows and width.query_heads != Width.of(config).query_heads:
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     try:
-        return type(config).from_dict({**config.to_dict(), **width.fields(), "head_dim": head_dim})
+        return type(config).from_dict({**config.to_dict(), **width.fields(config), "head_dim": head_size_of(config)})
     except Exception:  # the checks of a configuration raise whatever their authors chose
         return None
 
 
-def _rows(units: Sequence[int], width: int) -> torch.Tensor:
-    """Rows of some units of `width` rows each."""
-    return (torch.tensor(units)[:, None] * width + torch.arange(width)).flatten()
+def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, head_dim: int) -> torch.Tensor:
+    """Rows or columns of a projection of the dense width that hold some units, `[n]`, ascending within each part."""
+    share, chosen, start = dense.query_heads // dense.groups, [], 0
+    if row.by_group:
+        alone, one = replace(row, by_group=False), Width(share, 1, dense.neurons)
+        for group in units["key_value"]:
+            heads = [head - group * share for head in units["query"] if head // share == group]
+            places = _places(alone, {"query": heads, "key_value": (0,)}, one, head_dim)
+            chosen.append(places + group * one.size(row.parts, head_dim))
+        return torch.cat(chosen)
+    for part in row.parts:
+        lines = 1 if part == "neuron" else head_dim
+        chosen.append((torch.tensor(units[part])[:, None] * lines + torch.arange(lines)).flatten() + start)
+        start += dense.size((part,), head_dim)
+    return torch.cat(chosen)
 
 
-def _slice(module: Any, parts: Sequence[tuple[torch.Tensor, int]], axis: int) -> None:
-    """Keep some rows (axis 0) or columns (axis 1) of a projection; parts lie behind each other."""
-    start, chosen = 0, []
-    for rows, size in parts:
-        chosen.append(rows + start)
-        start += size
-    index = torch.cat(chosen).to(module.weight.device)
+def _slice(module: nn.Linear, places: torch.Tensor, axis: int) -> None:
+    """Keep some rows (axis -2) or columns (axis -1) of a projection."""
+    index = places.to(module.weight.device)
     module.weight = nn.Parameter(module.weight.index_select(axis, index), module.weight.requires_grad)
-    if axis == 0:
+    if axis == -2:
         module.out_features = len(index)
         if module.bias is not None:
             module.bias = nn.Parameter(module.bias.index_select(0, index), module.bias.requires_grad)

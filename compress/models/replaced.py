@@ -1,23 +1,78 @@
 """A model whose attention is, for a while, another function: weights frozen, eval mode, everything put back.
 
-Beside it what such functions need: plain causal attention, a tap on the gradient of an output, recomputation of layers.
+Beside it what such functions need: plain causal attention, and a tap on the gradient of an output.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.errors import UserError
+from compress.models.families import layers_of
 from compress.runtime.attention import changing_arguments
+from compress.runtime.span import native_windows
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention layer asks for in one forward pass.
+
+    Attributes:
+        module: the attention module.
+        layer: its index.
+        query: `[B, H, T, D]`, after RoPE.
+        key, value: `[B, G, T, D]`, keys after RoPE.
+        scaling: of the scores.
+        window: the layer's own sliding window in tokens; None where it has none.
+    """
+
+    module: Any
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    window: int | None
+
+    def dense(self) -> torch.Tensor:
+        """What the layer computes by itself: causal attention within its own window, `[B, H, T, D]`."""
+        return causal_attention(self.query, self.key, self.value, self.scaling, self.window)
+
+
+Attend = Callable[[AttentionCall], torch.Tensor]
+
+
+def attention_function(attend: Attend, windows: Mapping[int, int | None] | None = None) -> Callable[..., Any]:
+    """An attention function of transformers' interface from one of a call, which returns outputs `[B, H, T, D]`.
+
+    Args:
+        windows: the layers' own sliding windows; None hands on none.
+    """
+
+    def attention(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        refuse_arguments(module, others)
+        layer = int(module.layer_idx)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = None if windows is None else windows[layer]
+        output = attend(AttentionCall(module, layer, query, key, value, scaling, window))
+        return output.transpose(1, 2).contiguous(), None
+
+    return attention
 
 
 @contextmanager
@@ -34,20 +89,19 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_attention(model: Any, name: str, attention: Callable[..., Any]) -> Iterator[None]:
-    """Run `model` on another attention function of transformers' interface, without any mask tensor.
-
-    The function gets queries, keys and values after RoPE; causality, sliding windows and padding are its own matter.
+def replaced_attention(model: Any, name: str, attend: Attend) -> Iterator[None]:
+    """Run `model` on another attention function, without any mask tensor; causality and padding are its own matter.
 
     Args:
         name: what the function is registered as; one user of a name at a time.
     """
+    windows = dict(enumerate(native_windows(model.config, len(layers_of(model)))))
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         # The registered function would keep whatever it is bound to, and with it the model, alive.
         undo.callback(AttentionInterface.register, name, _closed)
-        AttentionInterface.register(name, attention)
+        AttentionInterface.register(name, attention_function(attend, windows))
         AttentionMaskInterface.register(name, _no_mask)
         model.set_attn_implementation(name)
         yield
@@ -135,24 +189,3 @@ class _Tap(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: under checkpointing a second reading is refused
         ctx.hand_on(*saved, gradients[0])
         return (gradients[0], None, *(None for _ in saved))
-
-
-def checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
-    """Recompute decoder layers in the backward pass until `undo` closes.
-
-    transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside
-    stay in eval mode, so dropout is off whatever the configuration says.
-    """
-    function = functools.partial(checkpoint, use_reentrant=False)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            for name, value in (
-                ("training", True),
-                ("gradient_checkpointing", True),
-                ("_gradient_checkpointing_func", function),
-            ):
-                if name in vars(module):
-                    undo.callback(setattr, module, name, vars(module)[name])
-                else:
-                    undo.callback(delattr, module, name)
-                setattr(module, name, value)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.models.families import attention_modules, family_of
+from compress.models.families import family_of, layers_of
 from compress.models.fingerprint import fingerprint_of, sampled_fingerprint_of
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.span import native_windows
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
@@ -78,14 +79,12 @@ def shape_without_weights(model: torch.nn.Module) -> ModelShape:
 
 def _sizes(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
-    family = family_of(config)
-    attention: Any = attention_modules(model)
-    windows = tuple(native_windows(config, len(attention)))
+    layers = len(layers_of(model))
     return {
-        "architecture": family.architecture,
-        "layers": len(attention),
+        "architecture": family_of(config).architecture,
+        "layers": layers,
         "query_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "head_dim": attention[0].head_dim,
-        "native_windows": windows,
+        "kv_heads": groups_of(config),
+        "head_dim": head_size_of(config),
+        "native_windows": tuple(native_windows(config, layers)),
     }

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.families import attention_modules, check_pruning
-from compress.models.pruning import layers_of, projections_of
-from compress.runtime.widths import INPUTS, OUTPUTS
+from compress.models.families import check_pruning, family_of, layers_of
+from compress.runtime.families import Family, head_size_of
+from compress.runtime.widths import Width, projections
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class LayerUnits:
 
     Attributes:
         index: of the layer.
-        projections: by the names of `pruning.OUTPUTS` and `pruning.INPUTS`.
+        family: the row that says what the projections are made of.
+        projections: by their names in the row.
         groups: number of key/value heads.
         queries: query heads a group; head h belongs to group h // queries.
         head_dim: rows of one head in its projections.
@@ -29,6 +30,7 @@ class LayerUnits:
     """
 
     index: int
+    family: Family
     projections: Mapping[str, nn.Linear]
     groups: int
     queries: int
@@ -37,7 +39,7 @@ class LayerUnits:
 
     def output(self, kind: str) -> nn.Linear:
         """The projection that reads the outputs of all units of a kind: `query` or `neuron`."""
-        return self.projections[next(name for name, kinds in INPUTS.items() if kinds == (kind,))]
+        return self.projections[self.family.reader(kind)]
 
     def sums(self, values: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums of one number a weight over the weights of each unit.
@@ -54,11 +56,11 @@ class LayerUnits:
         units = {"query": self.groups * self.queries, "key_value": self.groups, "neuron": self.neurons}
         totals: dict[str, Any] = dict.fromkeys(units, 0)
         for name in self.projections:
-            axis, kinds = (0, OUTPUTS[name]) if name in OUTPUTS else (1, INPUTS[name])
-            lines = values(name).sum(1 - axis, dtype=torch.float64)
-            widths = [units[kind] * (1 if kind == "neuron" else self.head_dim) for kind in kinds]
-            for kind, part in zip(kinds, lines.split(widths), strict=True):
-                totals[kind] = totals[kind] + part.view(units[kind], -1).sum(1)
+            row = self.family.projections[name]
+            lines = values(name).sum(-3 - row.axis, dtype=torch.float64).view(self.groups if row.by_group else 1, -1)
+            sizes = [units[part] * (1 if part == "neuron" else self.head_dim) // len(lines) for part in row.parts]
+            for part, numbers in zip(row.parts, lines.split(sizes, dim=1), strict=True):
+                totals[part] = totals[part] + numbers.reshape(units[part], -1).sum(1)
         share = totals["key_value"][:, None] / self.queries
         return totals["query"].view(self.groups, self.queries) + share, totals["neuron"]
 
@@ -72,20 +74,23 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
     """
     check_pruning(model.config)
     config: Any = model.config
-    groups, heads = config.num_key_value_heads, config.num_attention_heads
-    attention: Any = attention_modules(model)
+    family, width, head_dim = family_of(config), Width.of(config), head_size_of(config)
+    share = width.query_heads // width.groups
     found = [
-        LayerUnits(index, projections_of(layer), groups, heads // groups, module.head_dim, config.intermediate_size)
-        for index, (layer, module) in enumerate(zip(layers_of(model), attention, strict=True))
+        LayerUnits(index, family, projections(layer, config), width.groups, share, head_dim, width.neurons)
+        for index, layer in enumerate(layers_of(model))
     ]
     for layer in found:
-        expected = {"o_proj": heads * layer.head_dim, "down_proj": layer.neurons}
-        widths = {name: layer.projections[name].in_features for name in INPUTS if name in layer.projections}
+        expected = {
+            family.reader("query"): width.query_heads * head_dim,
+            family.reader("neuron"): width.neurons,
+        }
+        widths = {name: layer.projections[name].in_features for name in expected}
         if widths != expected:
             raise UserError(
                 "the output projections do not hold the configuration's heads and neurons",
                 where=f"layer {layer.index}",
                 expected=", ".join(f"{name} with {width} inputs" for name, width in expected.items()),
-                found=", ".join(f"{name} with {width} inputs" for name, width in widths.items()) or "neither",
+                found=", ".join(f"{name} with {width} inputs" for name, width in widths.items()),
             )
     return found

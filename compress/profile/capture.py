@@ -22,22 +22,14 @@ import torch
 from torch.nn import functional
 
 from compress.errors import UserError
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import (
-    answer_rows,
-    causal_attention,
-    checkpoint_layers,
-    refuse_arguments,
-    replaced_attention,
-    tapped,
-)
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import AttentionCall, answer_rows, causal_attention, replaced_attention, tapped
 from compress.profile.tiles import LayerTensors
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
 
 NAME = "compress_profile"
-HALF_SCALE = 2.0**12  # loss scale of float16 models, whose smallest gradients would be flushed to zero
 
 Consume = Callable[[LayerTensors], None]
 
@@ -107,11 +99,8 @@ class Capture:
                 last = torch.tensor([end - 1], device=tokens.device)
                 self.model(input_ids=tokens, logits_to_keep=last, **arguments)
             return None
-        dtype = self.model.get_input_embeddings().weight.dtype
-        self._scale = HALF_SCALE if dtype == torch.float16 else 1.0
-        with torch.enable_grad(), ExitStack() as layers:
-            if self._checkpoints(self._end - self._start, dtype.itemsize, tokens.device):
-                checkpoint_layers(self.model, layers)
+        self._scale = loss_scale(self.model.get_input_embeddings().weight.dtype)
+        with torch.enable_grad(), recomputed(self.model, self._end - self._start, chosen=self.checkpointing):
             embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
             rows = answer_rows(answer, tokens.device)
             logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, **arguments).logits[0]
@@ -119,29 +108,12 @@ class Capture:
             (loss * self._scale).backward()
         return float(loss.detach())
 
-    def _checkpoints(self, length: int, itemsize: int, device: torch.device) -> bool:
-        if self.checkpointing is not None:
-            return self.checkpointing
-        return needs_checkpointing(self.model, self.shape, length, itemsize, device)
-
-    def _attention(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attention function of transformers' interface: `[B, H, T, D]` in, `[B, T, H, D]` out, batch 1."""
-        refuse_arguments(module, others)
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        window = self.shape.native_windows[layer]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        total = query.shape[2]
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        """`[1, H, T, D]`; hands the layer on."""
+        layer, scaling, window = call.layer, call.scaling, call.window
+        total = call.query.shape[2]
         inside = slice(self._start, self._end)
-        query, key, value = query[:, :, inside], key[:, :, inside], value[:, :, inside]
+        query, key, value = call.query[:, :, inside], call.key[:, :, inside], call.value[:, :, inside]
         output = causal_attention(query, key, value, scaling, window)
         self._check(output, layer, "the attention output")
         if self.gradient:
@@ -155,7 +127,7 @@ class Capture:
             self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window))
         if total != self._end - self._start:
             output = functional.pad(output, (0, 0, self._start, total - self._end))
-        return output.transpose(1, 2).contiguous(), None
+        return output
 
     def _check(self, values: torch.Tensor, layer: int, what: str) -> None:
         if not bool(torch.isfinite(values).all()):

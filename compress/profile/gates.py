@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,14 +22,8 @@ from pydantic import Field
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.limits import FACTOR, LONGEST, STEPS
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import (
-    answer_rows,
-    causal_attention,
-    checkpoint_layers,
-    refuse_arguments,
-    replaced_attention,
-)
+from compress.models.backward import recomputed
+from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
 from compress.partial import read_partial, write_partial
 from compress.profile.statistic import Accumulator, Reads, Statistic, per_length
 from compress.profile.tiles import Tile
@@ -154,10 +147,7 @@ def train_gates(
                 with torch.no_grad():
                     dense[chosen] = _last_states(model, document, device).cpu()
                 mixture.mixing = True
-            with ExitStack() as layers:
-                itemsize = model.get_input_embeddings().weight.dtype.itemsize
-                if needs_checkpointing(model, shape, document.length, itemsize, device):
-                    checkpoint_layers(model, layers)
+            with recomputed(model, document.length):
                 states = _last_states(model, document, device)
                 difference = (states.float() - dense[chosen].to(device).float()).square().mean()
                 loss = difference + settings.penalty * gates[free.expand_as(gates)].abs().mean()
@@ -183,7 +173,7 @@ def train_gates(
 
 
 class Mixture:
-    """Attention function of transformers' interface: full attention, or its mixture with streaming attention."""
+    """Full attention, or its mixture with streaming attention."""
 
     def __init__(self, gates: torch.Tensor, span: Span, shape: ModelShape) -> None:
         self.gates = gates
@@ -191,36 +181,24 @@ class Mixture:
         self.shape = shape
         self.mixing = True
 
-    def __call__(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """`[B, H, T, D]` in, `[B, T, H, D]` out."""
-        refuse_arguments(module, others)
-        layer = int(module.layer_idx)
-        window = self.shape.native_windows[layer]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = causal_attention(query, key, value, scaling, window)
-        if self.mixing and window is None:
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        """`[B, H, T, D]`."""
+        output = call.dense()
+        if self.mixing and call.window is None:
             spans = (self.span,) * self.shape.kv_heads
-            streaming = choose_impl("auto", query).prefill(query, key, value, spans, scale=scaling)
-            gate = self.gates[layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
+            prefill = choose_impl("auto", call.query).prefill
+            streaming = prefill(call.query, call.key, call.value, spans, scale=call.scaling)
+            gate = self.gates[call.layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
             # In float32: a gate's gradient is the sum of a difference over all rows.
             difference = output.float() - streaming.float()
             output = (streaming.float() + gate[None, :, None, None] * difference).to(output.dtype)
-        return output.transpose(1, 2).contiguous(), None
+        return output
 
 
 def _last_states(model: Any, document: Document, device: torch.device) -> torch.Tensor:
     """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
     tokens = torch.tensor([document.tokens[: document.answer[1]]], device=device)
-    states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     picked: torch.Tensor = states[0, answer_rows(document.answer, device)]
     return picked
 

@@ -14,10 +14,9 @@ import torch
 from torch.nn import functional
 
 from compress.data.document import Document
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import answer_rows, checkpoint_layers, frozen
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import answer_rows, frozen
 from compress.models.units import LayerUnits
-from compress.profile.capture import HALF_SCALE
 
 if TYPE_CHECKING:
     from compress.models.shape import ModelShape
@@ -89,11 +88,9 @@ class Projections:
             with torch.no_grad():
                 self._logits(tokens, last)
             return None
-        scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
+        scale = loss_scale(weight.dtype)
         self._drop_gradients()
-        with torch.enable_grad(), ExitStack() as layers:
-            if self._checkpoints(document.length, weight.dtype.itemsize, weight.device):
-                checkpoint_layers(self.model, layers)
+        with torch.enable_grad(), recomputed(self.model, document.length, chosen=self.checkpointing):
             logits = self._logits(tokens, answer_rows(document.answer, tokens.device))
             loss = functional.cross_entropy(logits.float(), tokens[0, start:end], reduction="sum")
             (loss * scale).backward()
@@ -120,11 +117,6 @@ class Projections:
                     self.take_inputs(layer, kind, rows.float())
 
         return hook
-
-    def _checkpoints(self, length: int, itemsize: int, device: torch.device) -> bool:
-        if self.checkpointing is not None:
-            return self.checkpointing
-        return needs_checkpointing(self.model, self.shape, length, itemsize, device)
 
     def _drop_gradients(self) -> None:
         for layer in self.units:

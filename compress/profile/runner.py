@@ -7,12 +7,10 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from compress.data.document import Document
 from compress.errors import Problem, UserError
@@ -38,6 +36,7 @@ from compress.profile.store import (
 from compress.profile.tally import check_corpora
 from compress.profile.tiles import LayerTensors, Workspace, tiles
 from compress.targets.window import SpanGrid
+from compress.versions import versions
 
 PARTIAL = "profile.partial"
 
@@ -175,7 +174,7 @@ def run_profile(
         peak_memory_bytes=notes.peak,
         seconds=notes.seconds,
         seed=seed,
-        versions=_versions(),
+        versions=versions(),
         sha256="",
     )
     if processes.main:
@@ -344,12 +343,3 @@ def _grid(statistics: Sequence[AnyStatistic]) -> SpanGrid | None:
             fix="give every statistic the same `grid`, or leave it out everywhere",
         )
     return next(iter(grids.values()), None)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    try:
-        versions["compress"] = version("compress")
-    except PackageNotFoundError:
-        versions["compress"] = "not installed"
-    return versions

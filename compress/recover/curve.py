@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.files import append_line, write_text
-from compress.json_file import parse_lines
+from compress.files import write_text
+from compress.json_file import append_entry, read_entries
 
 
 class Curve:
@@ -22,16 +22,13 @@ class Curve:
 
     def steps(self) -> list[dict[str, Any]]:
         """The steps from the first on, up to the end or to a line that is damaged."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        found: list[dict[str, Any]] = []
-        for entry in parse_lines(lines[:-1]):
+        steps: list[dict[str, Any]] = []
+        for entry in read_entries(self.path):
             whole = all(isinstance(entry.get(key), float) for key in ("loss", "seconds"))
-            if not whole or entry.get("step") != len(found) + 1:
+            if not whole or entry.get("step") != len(steps) + 1:
                 break
-            found.append(entry)
-        return found
+            steps.append(entry)
+        return steps
 
     def cut(self, steps: int) -> None:
         """Keep the first steps only."""
@@ -40,4 +37,4 @@ class Curve:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a step."""
-        append_line(self.path, json.dumps(entry))
+        append_entry(self.path, entry)

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.pruning import layers_of
+from compress.models.families import layers_of
 from compress.recover.settings import RecoverSettings
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from compress.recover.settings import RecoverSettings
 from compress.recover.state import Partial, whole
 from compress.recover.train import Progress, autocast_dtype, share_of, train
 from compress.recover.windows import Windows, check_windows
+from compress.versions import versions
 
 RECORD = "recover.json"
 
@@ -131,7 +131,7 @@ def recover(
             batches=batches,
             processes=accelerator.num_processes,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            versions={name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+            versions=versions("peft", "accelerate"),
         )
         write_text(folder / RECORD, sealed(record.model_dump(mode="json")))
         partial.remove()

@@ -17,10 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from compress.errors import UserError
-from compress.models.families import attention_modules
-from compress.models.memory import needs_checkpointing
-from compress.models.replaced import checkpoint_layers
-from compress.models.shape import ModelShape
+from compress.models.backward import recomputed
 from compress.recover.curve import Curve
 from compress.recover.loss import distill_loss, text_loss
 from compress.recover.settings import RecoverSettings
@@ -107,10 +104,9 @@ def train(
         undo.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stopped = undo.enter_context(noted_signals())
         model.train()
-        if settings.checkpointing or (
-            settings.checkpointing is None and _short_of_memory(model, settings, pass_size, device)
-        ):
-            checkpoint_layers(model, undo)
+        itemsize = 4 if autocast_dtype(settings, device) is None else 2
+        tokens = pass_size * settings.length
+        undo.enter_context(recomputed(model, tokens, chosen=settings.checkpointing, itemsize=itemsize, trained=True))
         began = time.perf_counter()
         for step in range(first, steps):
             started = time.perf_counter()
@@ -206,23 +202,6 @@ class _Passes:
         with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
         return logits
-
-
-def _short_of_memory(model: torch.nn.Module, settings: RecoverSettings, sequences: int, device: torch.device) -> bool:
-    """Whether the activations of a pass are too large. Trained projections keep their inputs: twice as much."""
-    config: Any = model.config
-    attention: Any = attention_modules(model)
-    shape = ModelShape(
-        architecture=type(model).__name__,
-        layers=len(attention),
-        query_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention[0].head_dim,
-        native_windows=(None,) * len(attention),
-        fingerprint="",
-    )
-    itemsize = 4 if autocast_dtype(settings, device) is None else 2
-    return needs_checkpointing(model, shape, 2 * sequences * settings.length, itemsize, device)
 
 
 def _told(settings: RecoverSettings, loss: float, done: int, left: int, seconds: float) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from functools import cache
+from functools import cache, partial
 from types import new_class
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .attention import NAME, Step, refuse_arguments
+from .families import ROWS, Family
 from .paged_cache import PagedCache, adopt, check_foreign
 from .rope import crosses, rope_change, steady
 from .span import has_length_rule, native_windows, spans_at, spans_of_plan
@@ -52,41 +53,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 # Whether checkpointed layers in training mode take their cache away without gradients, too, as they did up to 5.23.
 DROPS_CACHE = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 
-# The families, as the classes here call them, and how transformers' classes of configuration and decoder begin.
-FAMILIES = {
-    "Apertus": "Apertus",
-    "Arcee": "Arcee",
-    "Cohere": "Cohere",
-    "Cohere2": "Cohere2",
-    "Dots1": "Dots1",
-    "Ernie4_5": "Ernie4_5",
-    "Exaone4": "Exaone4",
-    "Gemma": "Gemma",
-    "Gemma3": "Gemma3Text",
-    "Glm": "Glm",
-    "Glm4": "Glm4",
-    "Granite": "Granite",
-    "Helium": "Helium",
-    "HunYuanDenseV1": "HunYuanDenseV1",
-    "Llama": "Llama",
-    "Ministral": "Ministral",
-    "Ministral3": "Ministral3",
-    "Mistral": "Mistral",
-    "Mixtral": "Mixtral",
-    "Olmo": "Olmo",
-    "Olmo2": "Olmo2",
-    "Olmo3": "Olmo3",
-    "Phi": "Phi",
-    "Phi3": "Phi3",
-    "Phimoe": "Phimoe",
-    "Qwen2": "Qwen2",
-    "Qwen2Moe": "Qwen2Moe",
-    "Qwen3": "Qwen3",
-    "Qwen3Moe": "Qwen3Moe",
-    "SeedOss": "SeedOss",
-    "SmolLM3": "SmolLM3",
-    "Starcoder2": "Starcoder2",
-}
+BY_NAME = {row.name: row for row in ROWS}
 
 logger = logging.get_logger(__name__)
 
@@ -137,18 +104,24 @@ class PlanModel(OneProcess):
     """The decoder without head: gives every layer its width and spans, and every forward pass its cache and padding."""
 
     config: Any
-    layers: Any
     training: bool
+    compress_family: Family
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
-        for layer, width in zip(self.layers, self._widths(config.compress_plan), strict=True):
-            build(layer, width)
+        for layer, width in zip(self._layers(), self._widths(config.compress_plan), strict=True):
+            build(layer, width, config)
+            if not self.compress_family.hands_on:
+                hand_on(layer, self.compress_family.attention_of(layer))
         self.compress_rope_change = rope_change(config)
         steady(self)  # type: ignore[arg-type]
         self.set_plan(config.compress_plan)
+
+    def _layers(self) -> list[Any]:
+        """The decoder layers, in order."""
+        return self.compress_family.layers_of(self)  # type: ignore[arg-type]
 
     def _widths(self, plan: dict[str, Any]) -> list[Width]:
         """The width of every layer under a plan."""
@@ -166,13 +139,15 @@ class PlanModel(OneProcess):
         Raises:
             ValueError: the plan has another number of layers, or a layer with other heads or neurons than are there.
         """
-        for number, (layer, width) in enumerate(zip(self.layers, self._widths(plan), strict=True)):
-            if width != width_of(layer):
-                raise ValueError(f"compress_plan: layer {number}: expected {width_of(layer)}, the plan has {width}")
+        layers = self._layers()
+        for number, (layer, width) in enumerate(zip(layers, self._widths(plan), strict=True)):
+            there = width_of(layer, self.config)
+            if width != there:
+                raise ValueError(f"compress_plan: layer {number}: expected {there}, the plan has {width}")
         self.config.compress_plan = plan
-        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(self.layers)))
-        for layer, spans in zip(self.layers, self.compress_spans, strict=True):
-            layer.self_attn.compress_spans = spans
+        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(layers)))
+        for layer, spans in zip(layers, self.compress_spans, strict=True):
+            self.compress_family.attention_of(layer).compress_spans = spans
         self.compress_by_length = has_length_rule(self.compress_spans)
 
     def new_cache(self, max_length: int | None = None) -> PagedCache:
@@ -279,7 +254,7 @@ class PlanModel(OneProcess):
     def _is_checkpointed(self) -> bool:
         """Whether transformers computes layers again in the backward pass of this one; it takes their cache away."""
         return (DROPS_CACHE or torch.is_grad_enabled()) and any(
-            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers
+            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self._layers()
         )
 
     def _length_of_input(self, past: int, valid: torch.Tensor | None, count: int) -> int:
@@ -304,6 +279,23 @@ class PlanModel(OneProcess):
                 f"batch have {sorted(lengths)} tokens; give inputs of one length, or take a plan with `rule: position`"
             )
         return lengths.pop()
+
+
+def hand_on(layer: Any, attention: Any) -> None:
+    """Let the step of a pass that a layer is given reach its attention, where the layer's own code keeps it."""
+    layer.register_forward_pre_hook(partial(_leave_step, attention), with_kwargs=True)
+    attention.register_forward_pre_hook(_take_step, with_kwargs=True)
+
+
+def _leave_step(attention: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a layer: its attention, which runs next, finds the step."""
+    attention.compress_step = kwargs.get("compress_step")
+
+
+def _take_step(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before attention: the step is its argument, and is held no longer than that."""
+    step, attention.compress_step = attention.compress_step, None
+    return args, kwargs | {"compress_step": step} if step is not None else kwargs
 
 
 def _no_cache(cache: Any) -> bool:
@@ -390,21 +382,22 @@ class PlanForCausalLM(OneProcess):
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
     config: Any
-    model: Any
+    base_model: Any
+    base_model_prefix: str
     planned_model: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.planned_model(config)
+        setattr(self, self.base_model_prefix, self.planned_model(config))
         self.post_init()  # type: ignore[attr-defined]
 
     def set_plan(self, plan: dict[str, Any]) -> None:
         """Put another plan into effect; see `PlanModel.set_plan`."""
-        self.model.set_plan(plan)
+        self.base_model.set_plan(plan)
 
     def new_cache(self, max_length: int | None = None) -> PagedCache:
         """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
-        return self.model.new_cache(max_length)
+        return self.base_model.new_cache(max_length)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -418,7 +411,7 @@ class PlanForCausalLM(OneProcess):
                 "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
                 "generate without assistant_model and prompt_lookup_num_tokens"
             )
-        if self.model.compress_by_length and generation_config.prefill_chunk_size is not None:
+        if self.base_model.compress_by_length and generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size: the plan's windows come from the length of the input (`rule: length`), so it is "
                 "not taken in chunks; leave prefill_chunk_size out, or take a plan with `rule: position`"
@@ -434,7 +427,7 @@ class PlanForCausalLM(OneProcess):
             if kind is not None:
                 raise ValueError("past_key_values and cache_implementation were both given; give one of them")
             check_foreign(given)
-            adopt(given, self.model.compress_spans)
+            adopt(given, self.base_model.compress_spans)
         elif generation_config.use_cache is not False:
             most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
             model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
@@ -458,7 +451,7 @@ def __getattr__(name: str) -> Any:
         ImportError: the installed transformers lacks the architecture.
     """
     match = re.fullmatch(r"Compress(\w+?)(?:Config|Model|ForCausalLM)", name)
-    if match is None or match[1] not in FAMILIES:
+    if match is None or match[1] not in BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _trio(match[1])[name]
 
@@ -466,21 +459,21 @@ def __getattr__(name: str) -> Any:
 @cache  # not in the module's namespace: transformers runs the file again in the same module when it has changed
 def _trio(family: str) -> dict[str, type]:
     """Configuration, decoder and language model of a family, by name."""
-    body = FAMILIES[family]
-    names = (f"{body}Config", f"{body}Model", f"{family}ForCausalLM")
-    lacking = [each for each in names if not hasattr(transformers, each)]
+    row = BY_NAME[family]
+    names = row.classes()
+    lacking = [name for name in names if not hasattr(transformers, name)]
     if lacking:
         raise ImportError(
             f"this checkpoint is a {family} model, and transformers {transformers.__version__} has no "
             f"{lacking[0]}: pip install --upgrade transformers"
         )
-    stock_config, stock_model, stock_causal = (getattr(transformers, each) for each in names)
+    stock_config, stock_model, stock_causal = (getattr(transformers, name) for name in names)
 
     def make(kind: str, bases: tuple[type, ...], **fields: Any) -> type:
         fields["__module__"] = __name__
         return new_class(f"Compress{family}{kind}", bases, exec_body=lambda space: space.update(fields))
 
     config = make("Config", (PlanConfig, stock_config), model_type=f"compress_{stock_config.model_type}")
-    model = make("Model", (PlanModel, stock_model), config_class=config)
+    model = make("Model", (PlanModel, stock_model), config_class=config, compress_family=row)
     causal = make("ForCausalLM", (PlanForCausalLM, stock_causal), config_class=config, planned_model=model)
-    return {each.__name__: each for each in (config, model, causal)}
+    return {made.__name__: made for made in (config, model, causal)}

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-# Projection -> what its sides are made of, part behind part: a part is all heads or neurons of one kind.
-OUTPUTS: Mapping[str, tuple[str, ...]] = {
-    "q_proj": ("query",),
-    "k_proj": ("key_value",),
-    "v_proj": ("key_value",),
-    "qkv_proj": ("query", "key_value", "key_value"),
-    "gate_proj": ("neuron",),
-    "up_proj": ("neuron",),
-    "gate_up_proj": ("neuron", "neuron"),
-}
-INPUTS: Mapping[str, tuple[str, ...]] = {"o_proj": ("query",), "down_proj": ("neuron",)}
+from .families import groups_of, head_size_of, neurons_of, row_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +27,7 @@ class Width:
     @staticmethod
     def of(config: Any) -> Width:
         """The width that a configuration gives a layer."""
-        return Width(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+        return Width(config.num_attention_heads, groups_of(config), neurons_of(config))
 
     @staticmethod
     def of_plan(layer: dict[str, Any], config: Any) -> Width:
@@ -69,12 +58,13 @@ class Width:
         """What a plan's layer says of it beside its `groups`."""
         return {"query_heads": self.query_heads, "mlp": {"kept": self.neurons}}
 
-    def fields(self) -> dict[str, int]:
-        """Under the names that configurations and stock modules use."""
+    def fields(self, config: Any) -> dict[str, int]:
+        """Under the names that a configuration and its stock modules use."""
+        row = row_of(config)
         return {
+            row.groups: self.groups,
             "num_attention_heads": self.query_heads,
-            "num_key_value_heads": self.groups,
-            "intermediate_size": self.neurons,
+            row.neurons: self.neurons,
         }
 
     def size(self, parts: tuple[str, ...], head_dim: int) -> int:
@@ -92,7 +82,7 @@ class LayerConfig:
 
     def __init__(self, shared: Any, width: Width) -> None:
         self.shared = shared
-        vars(self).update(width.fields())
+        vars(self).update(width.fields(shared))
 
     def __getattr__(self, name: str) -> Any:
         # Copying and unpickling ask an object that has no `shared` yet.
@@ -101,40 +91,35 @@ class LayerConfig:
         return getattr(self.shared, name)
 
 
-def projections(layer: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Owner, name and module of every linear projection of a layer that heads or neurons sit in."""
-    return [
-        (owner, name, module)
-        for owner in layer.modules()
-        for name, module in owner.named_children()
-        if isinstance(module, nn.Linear) and name in {**OUTPUTS, **INPUTS}
-    ]
+def projections(layer: nn.Module, config: Any) -> dict[str, nn.Linear]:
+    """The linear projections of a layer that heads or neurons sit in, by the names in its family's row."""
+    return {name: layer.get_submodule(name) for name in row_of(config).projections}  # type: ignore[misc]
 
 
-def width_of(layer: Any) -> Width:
+def width_of(layer: nn.Module, config: Any) -> Width:
     """The width of a decoder layer as its attention has it."""
-    return Width.of(layer.self_attn.config)
+    return Width.of(row_of(config).attention_of(layer).config)
 
 
-def build(layer: Any, width: Width) -> None:
+def build(layer: nn.Module, width: Width, config: Any) -> None:
     """Put new projections of another width into a decoder layer, on the same device; none where it has that width."""
-    if width == width_of(layer):
+    if width == width_of(layer, config):
         return
-    head_dim = layer.self_attn.head_dim
-    for owner, name, old in projections(layer):
-        inputs = width.size(INPUTS[name], head_dim) if name in INPUTS else old.in_features
-        outputs = width.size(OUTPUTS[name], head_dim) if name in OUTPUTS else old.out_features
-        has_bias = old.bias is not None
-        setattr(
-            owner, name, nn.Linear(inputs, outputs, bias=has_bias, device=old.weight.device, dtype=old.weight.dtype)
+    rows, head_dim = row_of(config).projections, head_size_of(config)
+    for path, old in projections(layer, config).items():
+        sides = [old.out_features, old.in_features]
+        sides[rows[path].axis] = width.size(rows[path].parts, head_dim)
+        made = nn.Linear(
+            sides[1], sides[0], bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
         )
-    declare(layer, width)
+        layer.set_submodule(path, made)
+    declare(layer, width, config)
 
 
-def declare(layer: Any, width: Width) -> None:
+def declare(layer: nn.Module, width: Width, config: Any) -> None:
     """Tell the modules of a decoder layer its width, wherever they keep it."""
     own = {
-        **width.fields(),
+        **width.fields(config),
         "num_heads": width.query_heads,
         "num_key_value_groups": width.query_heads // width.groups,
     }
@@ -142,6 +127,6 @@ def declare(layer: Any, width: Width) -> None:
         for name, value in own.items():
             if name in vars(module):
                 setattr(module, name, value)
-        config = vars(module).get("config")
-        if config is not None and Width.of(config) != width:
-            module.config = LayerConfig(getattr(config, "shared", config), width)
+        known = vars(module).get("config")
+        if known is not None and Width.of(known) != width:
+            module.config = LayerConfig(getattr(known, "shared", known), width)  # type: ignore[assignment]

@@ -58,10 +58,9 @@ def baselines_of(solver: Solver, problem: Problem) -> Mapping[str, Candidate]:
     """The uniform baselines of a solver that chooses spans, on what an even removal leaves where it removes, too."""
     if not solver.spans:
         return {}
-    statistics = [name for name, form in solver.scores_read().items() if form == "units"]
-    if solver.removes and statistics:
+    if solver.ranks is not None:
         try:
-            problem = even_base(problem, statistics[0])
+            problem = even_base(problem, solver.ranks)
         except UserError:  # no equal widths meet the budget, so there is no uniform plan
             return {}
     return uniform_baselines(problem)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.models.pruning import block_parameters, layers_of, output_projections, parameters_per_unit
+from compress.models.families import layers_of
+from compress.models.pruning import block_parameters, output_projections, parameters_per_unit
 from compress.runtime.span import PAGE
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
@@ -81,7 +82,7 @@ class Dense:
     def outputs(self, layer: int, heads: torch.Tensor, neurons: torch.Tensor) -> tuple[list[float], list[float]]:
         """What o_proj and down_proj of a layer make of inputs `[groups, query heads a group, head_dim]` and
         `[neurons]`: `hidden_size` numbers each."""
-        attention, mlp = output_projections(layers_of(self.model)[layer])
+        attention, mlp = output_projections(layers_of(self.model)[layer], self.model.config)
         if attention.weight.is_meta:  # a model without weights, of which only sizes are asked
             return [0.0] * attention.out_features, [0.0] * mlp.out_features
         pairs = ((attention, heads.flatten()), (mlp, neurons))

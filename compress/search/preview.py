@@ -16,6 +16,7 @@ from compress.errors import UserError
 from compress.models.families import check_pruning
 from compress.models.load import DTYPES
 from compress.models.shape import ModelShape, shape_without_weights
+from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.dense import Dense
@@ -71,7 +72,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
-    profile = _Zeros(shape, int(getattr(config, "intermediate_size", 0)), sorted(lengths), grid)
+    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid)
     if solver.removes:
         check_pruning(config)
         _check_biases(config, solver)

@@ -1,4 +1,4 @@
-"""The search problem: one model, what its profile measured, and the constraints; and a candidate, which is a whole plan."""
+"""The search problem: a model, what its profile measured, the constraints; and a candidate, which is a whole plan."""
 
 from __future__ import annotations
 
@@ -106,6 +106,12 @@ class Problem:
     def queries(self) -> int:
         """Query heads of a group of the dense model."""
         return self.shape.query_heads // self.shape.kv_heads
+
+    @property
+    def score_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the scores of query heads `[layers, groups, query heads a group]`, and of neurons `[layers, neurons]`."""
+        shape = self.shape
+        return (shape.layers, shape.kv_heads, self.queries), (shape.layers, self.sizes[0].neurons)
 
     def row(self, kind: str) -> Row | None:
         """The one row of a kind of budget that has no lengths; None where that kind is not limited."""

@@ -17,8 +17,8 @@ from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
 from compress.search.dense import Dense
 from compress.search.measure import LossLog, Planned, Progress, best_plan, measure
-from compress.search.problem import Candidate, Problem, ProfileLike
-from compress.search.refine.refine import Refine, State, refine
+from compress.search.problem import Candidate, Layers, Problem, ProfileLike
+from compress.search.refine.refine import State, refine
 from compress.search.response import response_loss
 from compress.search.solver import Solver, check_rows, parse_solver
 from compress.search.words import cost_lines, sliding_line
@@ -141,7 +141,7 @@ def run_search(
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
     problem = make_problem(dense, profile, budget, solver)
     smallest = problem.total(solver.smallest(problem))
-    if (line := sliding_line(problem, smallest)) is not None:
+    if (line := sliding_line(problem, smallest.tolist())) is not None:
         say(line)
     documents = list(_flat(held_out_documents))
 
@@ -149,8 +149,18 @@ def run_search(
     baselines = dict(baselines_of(solver, problem))
     refined = None
     if section.refine is not None:
-        refined = _refine(
-            loaded.model, problem, section.refine, candidates, baselines, refine_documents, folder, seed, progress
+        starts = _starts(problem, candidates, baselines)
+        refined = refine(
+            loaded.model,
+            problem,
+            section.refine,
+            starts,
+            starts["uniform"],
+            refine_documents,
+            folder / "search",
+            seed,
+            progress,
+            solver.ranks,
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
         start = {**candidates, **baselines}[refined.start]
@@ -217,27 +227,22 @@ def run_search(
     return SearchResult(plan, compared, report, cost_lines(plan, problem))
 
 
-def _refine(
-    model: Any,
-    problem: Problem,
-    settings: Refine,
-    candidates: Mapping[str, Candidate],
-    baselines: Mapping[str, Candidate],
-    documents: Sequence[Document],
-    folder: Path,
-    seed: int,
-    progress: Progress | None,
-) -> State:
-    """Refine the best of the plans, by name, that go by position and meet the budget."""
+def _starts(
+    problem: Problem, candidates: Mapping[str, Candidate], baselines: Mapping[str, Candidate]
+) -> dict[str, Layers]:
+    """The plans that a refinement may start from, by name: they go by position and meet the budget.
+
+    Raises:
+        UserError: there is no uniform plan.
+    """
     if "uniform" not in baselines:
         raise no_start()
     plans = {name: candidate.layers for name, candidate in {**candidates, **baselines}.items()}
-    starts = {
+    return {
         name: layers
         for name, layers in plans.items()
         if problem.fits(layers) and not any(group.by_length for layer in layers for group in layer.groups)
     }
-    return refine(model, problem, settings, starts, plans["uniform"], documents, folder / "search", seed, progress)
 
 
 def no_start() -> UserError:
@@ -250,7 +255,7 @@ def no_start() -> UserError:
 
 
 def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:
-    """Name of the plan to use: the lowest measured loss; without measurements the lowest predicted one, or the first."""
+    """Name of the plan to use: of the lowest measured loss; without any, of the lowest predicted one, or the first."""
     if not losses and any(plan.predicted.loss is None for plan in plans.values()):
         return next(iter(plans))
     by = {name: losses[name] if losses else plan.predicted.loss or 0.0 for name, plan in plans.items()}

@@ -43,6 +43,11 @@ class Solver(Method):
         """The name under which the class is registered."""
         return next(name for name, known in solvers.items() if known is type(self))
 
+    @property
+    def ranks(self) -> str | None:
+        """The statistic that says what heads and neurons are worth, the first of several; None where none is read."""
+        return next((name for name, form in self.scores_read().items() if form == "units"), None)
+
     def smallest(self, problem: Problem) -> Layers:
         """The plan that costs least of all that it may choose, in every row."""
         return problem.uniform(smallest_window(problem.grid))
@@ -97,7 +102,7 @@ def check_rows(problem: Problem, smallest: Layers, removes: bool) -> None:
     """
     least = "which the smallest rule of the profile's span grid takes in every head group"
     if removes:
-        least = "which one head group a layer under the smallest rule of the profile's span grid and the least share of "
+        least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
         least += "neurons (`floor`) take"
     if any(problem.shape.native_windows):
         least += ", beside the layers that slide by themselves"

@@ -1,4 +1,4 @@
-"""What a search says in sentences: how much a model has to give, and what the plan costs in every kind of the budget."""
+"""What a search says in sentences: how much a model has to give, and what the plan costs in every kind of budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
     if not sliding:
         return None
     shares = [
-        f"{rounded_up(row.share(int(amount))):g} of {row.of}" + ("" if row.length is None else f" at {row.length:,} tokens")
+        f"{rounded_up(row.share(int(amount))):g} of {row.of}"
+        + ("" if row.length is None else f" at {row.length:,} tokens")
         for row, amount in zip(problem.rows, smallest, strict=True)
     ]
     full = problem.shape.layers - sliding

@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from compress.models.families import attention_modules, family_of
-from compress.models.pruning import Kept, add_output_biases, layers_of, prune
+from compress.models.families import family_of, layers_of
+from compress.models.pruning import Kept, add_output_biases, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
+from compress.runtime.families import head_size_of
 from compress.runtime.rope import carry_over
 from compress.runtime.span import FULL, AnySpan, own_span
 from compress.runtime.widths import Width, width_of
@@ -42,7 +43,7 @@ def planned_model(model: Any, plan: Plan) -> Any:
 
 def has_own_widths(model: Any) -> bool:
     """Whether a layer of the model has other widths than its configuration says."""
-    return any(width_of(layer) != Width.of(model.config) for layer in layers_of(model))
+    return any(width_of(layer, model.config) != Width.of(model.config) for layer in layers_of(model))
 
 
 def patched_model(model: Any, plan: Plan) -> Any:
@@ -76,7 +77,7 @@ def pruned_model(model: Any, plan: Plan) -> Any:
     It is of the same class, or of its twin where all layers have one width that only the twin's configuration takes.
     """
     made = on_weights_of(model, type(model), copy.deepcopy(model.config))
-    uniform = prune(made, kept_units(plan, model.config.intermediate_size))
+    uniform = prune(made, kept_units(plan, Width.of(model.config).neurons))
     biases = [layer.bias.values() for layer in plan.layers if layer.bias is not None]
     if biases:
         add_output_biases(made, biases)
@@ -85,14 +86,14 @@ def pruned_model(model: Any, plan: Plan) -> Any:
 
 def _as_twin(pruned: Any) -> Any:
     """The twin of a model whose layers have one width that its own configuration refuses; itself where none fits."""
-    family, layers = family_of(pruned.config), layers_of(pruned)
-    widths = {width_of(layer) for layer in layers}
+    family, config = family_of(pruned.config), pruned.config
+    widths = {width_of(layer, config) for layer in layers_of(pruned)}
     if family.twin is None or len(widths) > 1:
         return pruned
     twin = getattr(transformers, family.twin)
-    known, attention = set(twin.config_class().to_dict()), attention_modules(pruned)
-    fields = {key: value for key, value in config_fields(pruned.config).items() if key in known}
-    fields |= {**widths.pop().fields(), "head_dim": attention[0].head_dim, **family.twin_fields}
+    known = set(twin.config_class().to_dict())
+    fields = {key: value for key, value in config_fields(config).items() if key in known}
+    fields |= {**widths.pop().fields(config), "head_dim": head_size_of(config), **family.twin_fields}
     try:
         return on_weights_of(pruned, twin, twin.config_class(**fields))
     except ValueError:  # biases, which the twin has no place for

@@ -11,7 +11,7 @@ from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
-    from compress.models.families import Family
+    from compress.runtime.families import Family
 
 
 @targets.register("pruned")

@@ -16,7 +16,7 @@ from compress.targets.unit import Unit
 if TYPE_CHECKING:
     import torch
 
-    from compress.models.families import Family
+    from compress.runtime.families import Family
 
 # The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
 # whether keys come from its own sequence.

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 import compress.data.tasks  # noqa: F401  (registers the tasks)
 from compress.data.continuation import Continuation
+from compress.data.facts import Facts
 from compress.data.key_value import KeyValue
+from compress.data.kinds import KINDS, VOCABULARIES
 from compress.data.passkey import PassKey
 from compress.data.text import tokenise
 from compress.errors import UserError
@@ -27,13 +29,16 @@ MADE: list[Any] = [
     KeyValue(length=500, count=2, lines=1),
     KeyValue(length=400, count=2, lines=2, form="register", haystack="filler"),
     KeyValue(length=600, count=3, lines=None, form="register"),
+    Facts(length=700, count=9),
+    Facts(length=640, count=3, kinds=("passage",), facts=1, answer="text"),
+    Facts(length=900, count=12, wordings="evaluation", haystack="filler"),
     Continuation(length=200, count=4),
     Continuation(length=129, count=1, answer_tokens=100),
 ]
 
 
 def test_every_task_is_registered_under_its_name() -> None:
-    assert list(tasks) == ["continuation", "key_value", "passkey", "passkeys"]
+    assert list(tasks) == ["continuation", "facts", "key_value", "passkey", "passkeys"]
     for name, task in tasks.items():
         assert task.model_fields["task"].default == name
         assert all(field.description for field in task.model_fields.values())
@@ -57,12 +62,13 @@ def test_length_is_exact_and_evidence_is_the_needle(task: Any, begin: bool) -> N
             continue
         ((start, end),) = prompt.evidence
         needle = tokenizer.decode(prompt.tokens[start:end])
-        assert needle.startswith(("The pass key is", "The number of the", "line "))
         assert prompt.expected in needle
-        assert "\n" not in needle
         text = tokenizer.decode(prompt.tokens)
         assert text.count(needle) == 1
-        assert text.rsplit("\n", 1)[1].endswith(" is")
+        if task.task != "facts":
+            assert needle.startswith(("The pass key is", "The number of the", "line "))
+            assert "\n" not in needle
+            assert text.rsplit("\n", 1)[1].endswith(" is")
         assert tokenizer.decode(prompt.reference).strip() == prompt.expected
         assert task.budget(prompt.reference) == prompt.budget
 
@@ -108,6 +114,41 @@ def test_lines_alone_fill_the_length() -> None:
     text = byte_tokenizer().decode(prompt.tokens)
     registers = "".join(line for line in text.split("\n") if line.startswith("line "))
     assert len(registers) > 0.8 * len(text)
+
+
+@pytest.mark.parametrize(("wordings", "name"), [(part, name) for part in VOCABULARIES for name in KINDS])
+def test_every_kind_of_fact_is_stated_once_and_its_question_can_be_answered_from_it(wordings: Any, name: str) -> None:
+    if wordings not in KINDS[name].forms:
+        with pytest.raises(ValidationError, match=f"got '{name}'"):
+            Facts(length=900, count=1, wordings=wordings, kinds=(name,))
+        return
+    task = Facts(length=900, count=8, wordings=wordings, kinds=(name,), facts=2)
+    assert task.name == f"facts {name} 900"
+    prompts = task.make(byte_tokenizer(), TEXT, 0)
+    assert len({prompt.expected for prompt in prompts}) > 4
+    for prompt in prompts:
+        text = byte_tokenizer().decode(prompt.tokens)
+        hay, question = text.rsplit("\n\n", 1)
+        assert str(prompt.expected) in hay
+        assert str(prompt.expected) not in question
+        assert "{" not in text
+
+
+def test_evaluation_asks_in_words_and_of_kinds_that_calibration_never_has() -> None:
+    calibrated, evaluated = VOCABULARIES["calibration"], VOCABULARIES["evaluation"]
+    for part in ("adjectives", "nouns", "first_names"):
+        assert not set(getattr(calibrated, part)) & set(getattr(evaluated, part))
+    forms = [kind.forms for kind in KINDS.values()]
+    assert sum("calibration" not in form for form in forms) >= 4
+    assert not {f for form in forms for f in form.get("calibration", ())} & {
+        f for form in forms for f in form["evaluation"]
+    }
+
+
+def test_kinds_take_turns_over_the_documents() -> None:
+    task = Facts(length=900, count=16)
+    first = task.make(byte_tokenizer(), TEXT, 0)
+    assert sum(str(prompt.expected).isdecimal() for prompt in first) == 2
 
 
 def test_continuation_is_a_window_of_the_text() -> None:

@@ -85,6 +85,24 @@ def test_only_the_first_whole_number_counts(answer: str, right: bool) -> None:
     assert is_right(answer, "12345") is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        (" Clara Norpel.\n\nThe", "Clara Norpel", True),
+        (" clara  norpel", "Clara Norpel", True),
+        (" Clara Norpels", "Clara Norpel", False),
+        (" the otter. It", "otter", False),
+        (" otters", "otter", False),
+        (" 471-905-3382, and", "471-905-3382", True),
+        (" 471-905-338", "471-905-3382", False),
+        ("\n3. quiet lantern", "quiet lantern", False),
+        ("", "otter", False),
+    ],
+)
+def test_other_answers_stand_at_the_start(answer: str, expected: str, right: bool) -> None:
+    assert is_right(answer, expected) is right
+
+
 @pytest.mark.parametrize("planned", [False, True])
 def test_answers_are_those_of_generate_alone_and_in_left_padded_batches(planned: bool) -> None:
     model: Any = byte_model()

@@ -13,21 +13,19 @@ from compress.export.export import export_checkpoint
 from compress.models.load import LoadedModel, load_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
-from compress.search.budget.budget import Budget
-from compress.search.prune import pruning_problem
-from compress.search.removal import PruningSolver
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
+from compress.search.solvers.ranked import Ranked
 from compress.targets.apply import kept_units, planned_model
 from compress.targets.window import WindowGroup
 from tests.pruned import zero
-from tests.search.test_pruning import Scored
+from tests.search.test_pruning import Scored, problem_of
 from tests.tiny import SIZES, random_ids, tiny_loaded, tiny_tokenizer
 
 
-def plan_for(loaded: Any, solver: PruningSolver) -> Plan:
+def plan_for(loaded: Any, solver: Ranked) -> Plan:
     """A plan that keeps 70% of the parameters."""
-    problem = pruning_problem(loaded.model, Scored(loaded.model, *solver.statistics_read()), Budget(parameters=0.7))
+    problem = problem_of(loaded.model, Scored(loaded.model, *solver.statistics_read()), 0.7)
     return solver.solve(problem)[0].to_plan(problem, {"solver": {"name": "amp", **solver.model_dump(mode="json")}})
 
 

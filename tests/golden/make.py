@@ -150,6 +150,20 @@ def plan_facts(path: Path) -> dict[str, Any]:
     return {"layers": plan["layers"], "predicted": plan["predicted"]}
 
 
+def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The constraints of a search, by length, as `pareto.json` had them before it listed them."""
+    words = {"bytes": "share", "keys": "density"}
+    found: dict[str, Any] = {}
+    for row in rows:
+        limit, dense, unit = row["limit"], row["dense"], row["unit"]
+        if row["length"] is None:
+            found |= {unit: limit, f"dense_{unit}": dense}
+        else:
+            shares = {f"limit_{words[unit]}": limit / dense, f"smallest_{words[unit]}": row["smallest"] / dense}
+            found[str(row["length"])] = {f"dense_{unit}": dense, f"limit_{unit}": limit, **shares}
+    return found
+
+
 def call(*words: Any) -> None:
     """Run a command; fails with what it printed."""
     done = CliRunner().invoke(app, [str(word) for word in words])
@@ -200,7 +214,7 @@ class Runs:
         found = {path.stem: plan_facts(path) for path in sorted((self.run / "search" / "plans").glob("*.json"))}
         pareto = json.loads((self.run / "search" / "pareto.json").read_text(encoding="utf-8"))
         rows = [plain(row) for row in [*pareto["plans"], *pareto["baselines"]]]
-        return {"chosen": pareto["chosen"], "limits": pareto["limits"], "rows": rows, "plans": found}
+        return {"chosen": pareto["chosen"], "limits": limits(pareto["limits"]), "rows": rows, "plans": found}
 
     def checkpoint(self) -> dict[str, Any]:
         """Weights, configuration and behaviour of the exported checkpoint, and its evaluation."""
@@ -214,7 +228,8 @@ class Runs:
         for path in sorted(folder.glob("*.safetensors")):
             weights |= tensors(path)
         return {
-            "files": sorted(path.name for path in folder.iterdir()),
+            # Which code a checkpoint carries is in tests/export/test_layout.py.
+            "files": sorted(path.name for path in folder.iterdir() if path.suffix != ".py"),
             "config": plain(config),
             "weights": weights,
             "checks": plain(checks),

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
-from compress.models.families import FAMILIES, family_of
+from compress.models.families import family_of
 from compress.models.load import load_model, load_tokenizer
 from compress.models.shape import shape_of
 from compress.plan import read_plan
+from compress.runtime.families import FAMILIES
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 PROFILES = Path(__file__).parents[2] / "profiles" / "smollm2-135m"
@@ -99,12 +100,12 @@ def test_not_a_gguf_file(tmp_path):
 
 
 def test_an_unsupported_architecture_says_which_are(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)).save_pretrained(tmp_path)
+    BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=10)).save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
         load_model(str(tmp_path))
-    assert "`gpt2` is not supported" in str(caught.value)
+    assert "`bloom` is not supported" in str(caught.value)
     assert all(name in str(caught.value) for name in FAMILIES)
 
 

@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from compress.errors import UserError
+from compress.models.families import layers_of
 from compress.models.pruning import (
     Kept,
     add_output_biases,
     is_uniform,
-    layers_of,
     parameters_per_unit,
     prune,
     widths,
@@ -81,7 +81,7 @@ def test_layers_of_different_widths_run_on_the_stock_classes(family: str) -> Non
     assert not is_uniform(pruned.config, kept)
     assert not prune(pruned, kept)
     assert pruned.config.to_dict() == sizes
-    assert [width_of(layer) for layer in layers_of(pruned)] == widths(pruned.config, kept)
+    assert [width_of(layer, pruned.config) for layer in layers_of(pruned)] == widths(pruned.config, kept)
     ids = random_ids(2, 33)
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-10, atol=1e-10)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from compress.errors import UserError
-from compress.models import memory
+from compress.models import backward
 from compress.models.shape import shape_of
 from compress.profile.capture import Capture
 from compress.profile.tiles import LayerTensors, strips
 from tests.profile.common import document
 from tests.profile.naive import model_layers
+from tests.recover.common import model_of, pruned_model
 from tests.tiny import FAMILIES, tiny_model
 
 DOC = document(143)
@@ -106,11 +107,17 @@ def test_padding_inside_a_row_is_refused(valid: list[bool]) -> None:
 
 def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
-    shape = shape_of(model)
-    estimate = memory.activation_bytes(model, shape, 1000, 4)
+    estimate = backward.activation_bytes(model, 1000, 4)
     for free, expected in ((estimate * 5, False), (estimate * 3, True), (None, False)):
-        monkeypatch.setattr(memory, "available_bytes", lambda _, free=free: free)
-        assert memory.needs_checkpointing(model, shape, 1000, 4, torch.device("cpu")) is expected
+        monkeypatch.setattr(backward, "available_bytes", lambda _, free=free: free)
+        with backward.recomputed(model, 1000) as found:
+            assert found is expected and model.model.layers[0].training is expected
+        assert not model.model.layers[0].training
+
+
+def test_the_activations_of_a_pruned_model_are_fewer() -> None:
+    dense, pruned = model_of(), pruned_model()
+    assert backward.activation_bytes(pruned, 100, 4) < 0.9 * backward.activation_bytes(dense, 100, 4)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "llama-mha", "qwen3"])
@@ -128,7 +135,7 @@ def test_the_activation_estimate_is_no_less_than_what_autograd_keeps(family: str
     keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with keep, capture_of(model, lambda _: None) as capture:
         capture.run(torch.tensor([DOC.tokens]), DOC.answer)
-    estimate = memory.activation_bytes(model, shape_of(model), DOC.length, 4)
+    estimate = backward.activation_bytes(model, DOC.length, 4)
     # Besides the layers autograd keeps one copy of the embeddings, cosines, final norm and answer logits.
     outside = 4 * DOC.length * 48 * 6
     assert sum(kept.values()) - outside <= estimate <= 2 * sum(kept.values())

@@ -8,7 +8,6 @@ import torch
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.models.pruning import projections_of
 from compress.models.shape import ModelShape
 from compress.models.units import units_of
 from compress.profile import projections
@@ -22,6 +21,7 @@ from compress.profile.random import Random
 from compress.profile.runner import run_profile
 from compress.profile.taylor import Taylor
 from compress.profile.wanda_sp import WandaSp
+from compress.runtime import widths
 from tests.models.test_pruning import FAMILIES
 from tests.processes import spawn
 from tests.profile.common import document, documents, join, tensor_bytes
@@ -72,7 +72,7 @@ def separate(layer: Any, config: Any, head_dim: int) -> tuple[dict[str, Any], di
         names = [("qkv_proj", ["q", "k", "v"], sizes), ("gate_up_proj", ["gate", "up"], [width, width])]
     else:
         names = [(f"{name}_proj", [name], [-1]) for name in ("q", "k", "v", "gate", "up")]
-    modules = projections_of(layer)
+    modules = {name.rpartition(".")[2]: module for name, module in widths.projections(layer, config).items()}
     weights: dict[str, Any] = {}
     slopes: dict[str, Any] = {}
     for module, parts, sizes in names:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from compress.models.pruning import Kept, layers_of, prune
+from compress.models.families import layers_of
+from compress.models.pruning import Kept, prune
 from compress.recover.recover import Recovered, recover
 from compress.recover.settings import RecoverSettings
 from tests.tiny import SIZES, VOCABULARY, tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -152,7 +153,9 @@ class DecodeTime(BudgetKind):
         weights = dense.parameters * dense.itemsize if dense.removes and times.weights_count else 0
         sets = [(batch,) for batch in budget.batch_sizes] if weights else [tuple(budget.batch_sizes)]
         return [
-            cls.row(length, share, dense, times, batches, weights) for length, share in shares.items() for batches in sets
+            cls.row(length, share, dense, times, batches, weights)
+            for length, share in shares.items()
+            for batches in sets
         ]
 
     @classmethod
@@ -161,15 +164,19 @@ class DecodeTime(BudgetKind):
     ) -> TimeRow:
         """The row of one length; a share of 1 lets a plan through that changes nothing."""
         read, paged = (dense.cost(length, paged=paged).read_bytes for paged in (False, True))
-        most = min(times.most_bytes(share, read, batch) for batch in batches)
-        most = max(most, paged) if share == 1 else most
         sequences = batches[0] if weights else 1
+        if weights:  # in bytes: what is left of the time may be less than the dense model's weights
+            limit = math.floor(share * times.as_is(read, sequences) - times.rest[sequences] + 1e-6) + weights
+        else:
+            limit = min(times.most_bytes(share, read, batch) for batch in batches)
+        if share == 1:
+            limit = max(limit, paged * sequences + weights)
         return TimeRow(
             cls.kind(),
             "bytes",
             "the bytes that the dense model's decode step reads",
             length,
-            most * sequences + weights,
+            limit,
             read * sequences + weights,
             (("read_bytes", sequences), ("parameters", dense.itemsize)) if weights else (("read_bytes", 1),),
             step=1 if weights else dense.page_bytes,

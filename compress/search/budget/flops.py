@@ -40,7 +40,7 @@ class Flops(ShareByLength):
 
     @classmethod
     def row(cls, length: int, share: float, dense: Dense) -> Row:
-        """As `ShareByLength.row`; where nothing can be removed, the parameters' operations are the same in all plans."""
+        """As `ShareByLength.row`; where nothing can be removed, all plans have the same operations of parameters."""
         projections = 2 * length * dense.parameters
         whole = dense.cost(length).flops + projections
         counts = (("flops", 1), ("parameters", 2 * length)) if dense.removes else (("flops", 1),)

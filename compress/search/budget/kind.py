@@ -99,13 +99,16 @@ class Row:
             least: what costs that little, in words.
         """
         share = rounded_up(self.share(smallest))
+        fix = f"raise the budget to {share:g} or more"
+        if self.length is not None:
+            fix += ", budget at longer inputs, or profile a grid with a smaller sink or alpha_min"
         return Problem(
             "no plan meets the budget" + ("" if self.length is None else f" at length {self.length}"),
             f"search.budget.{self.kind}",
-            expected=f"at least {share:g} of {self.of} ({self.amount(smallest):,} of {self.dense:,} {self.unit}), {least}",
+            expected=f"at least {share:g} of {self.of} ({self.amount(smallest):,} of {self.dense:,} {self.unit}), "
+            f"{least}",
             found=f"{self.limit:,} {self.unit}, {self.limit / self.dense:.4g} of {self.of}",
-            fix=f"raise the budget to {share:g} or more"
-            + ("" if self.length is None else ", budget at longer inputs, or profile a grid with a smaller sink or alpha_min"),
+            fix=fix,
         )
 
 

@@ -54,6 +54,9 @@ class Decided(Protocol):
     def put(self, draft: dict[str, Any], choice: Any) -> None:
         """Write a choice into the fields of a `LayerPlan`; `groups` is a list."""
 
+    def read(self, layer: LayerPlan) -> Any:
+        """The choice that a layer has made."""
+
 
 @dataclass(frozen=True)
 class HeadGroup:
@@ -64,6 +67,10 @@ class HeadGroup:
     def put(self, draft: dict[str, Any], choice: Target) -> None:
         """The target of the group."""
         draft["groups"][self.place[1]] = choice
+
+    def read(self, layer: LayerPlan) -> Target:
+        """The target of the group."""
+        return layer.groups[self.place[1]]
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def _table(problem: Problem, objective: Objective) -> torch.Tensor:
 
 def _checked(problem: Problem, key: str, length: int) -> torch.Tensor:
     """One rule table, checked against model and grid."""
-    table = problem.tensor(key)
+    table = problem.profile.tensor(key)
     shape, grid = problem.shape, problem.grid
     expected = (
         shape.layers,

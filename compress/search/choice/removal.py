@@ -66,6 +66,10 @@ class Neurons:
         """The neurons that stay; nothing where all do."""
         draft["mlp"] = None if choice == len(self.order) else Mlp.of(self.order[:choice])
 
+    def read(self, layer: LayerPlan) -> int:
+        """How many stay."""
+        return len(self.order) if layer.mlp is None else layer.mlp.kept
+
 
 class Removal(Method):
     """What may be removed, and which goes first: fields that solvers share."""
@@ -132,8 +136,7 @@ class Removal(Method):
             UserError: the profile has no such scores, or they do not fit the model.
         """
         heads, neurons = (problem.profile.tensor(f"{name}.{kind}").double() for kind in ("heads", "neurons"))
-        shape = problem.shape
-        expected = (shape.layers, shape.kv_heads, problem.queries), (shape.layers, problem.sizes[0].neurons)
+        expected = problem.score_shapes
         if (tuple(heads.shape), tuple(neurons.shape)) != expected:
             raise UserError(
                 f"the scores of `{name}` do not fit the model",

@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-
 from pydantic import Field, model_validator
 
 from compress.limits import FACTOR, SECONDS
@@ -31,11 +30,6 @@ from compress.search.choice.pareto import pareto_front
 from compress.search.choice.removal import PRUNED, Removal
 from compress.search.problem import Candidate, Layers, Problem, smallest_window
 from compress.search.solver import Solver
-from compress.search.budget.budget import check_feasible
-from compress.search.choice.knapsack import Knapsack
-from compress.search.choice.options import Objective, build_candidates
-from compress.search.choice.pareto import pareto_front
-from compress.search.problem import CandidatePlan, SearchProblem, Solver
 
 
 class UnitRemoval(Removal):
@@ -47,7 +41,9 @@ class UnitRemoval(Removal):
     ] = "sum"
     importance: Annotated[
         str,
-        Field(min_length=1, description="the statistic that says what heads and neurons are worth, in one unit for both"),
+        Field(
+            min_length=1, description="the statistic that says what heads and neurons are worth, in one unit for both"
+        ),
     ] = "taylor"
     weights: Annotated[
         tuple[Annotated[float, Field(gt=0, le=FACTOR)], ...],
@@ -80,7 +76,7 @@ class UnitRemoval(Removal):
                 options.append(unit)
             else:
                 loss = float(groups[layer, group]) * scale
-                options.append(unit.with_choice(PRUNED, loss, [0] * unit.costs.shape[1]).kept())
+                options.append(unit.with_choice(PRUNED, loss.tolist(), [0] * unit.costs.shape[1]).kept())
         for unit in self.neuron_options(problem, neurons):
             options.append(replace(unit, losses=unit.losses * scale))
         return options

@@ -1,4 +1,4 @@
-"""What the solvers share that remove the units of the lowest scores: whose scores, of which units, and what is added."""
+"""What the solvers share that only remove: whose scores, of which units, and what is added in their place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from compress.plan import OutputBias
@@ -61,6 +62,17 @@ class Ranked(Removal, Solver):
         """Those that rank, and the mean inputs that compensate."""
         means = {f"{name}.head_means": "means" for name in self.statistics_read() if self.compensate}
         return dict.fromkeys(self.statistics_read(), "units") | means
+
+    def smallest(self, problem: Problem) -> Layers:
+        """One group, or one query head of every group, and the least neurons of each layer; see `Solver.smallest`."""
+        if self.unit == "group":
+            return self.least(problem, problem.start)
+        alone, rows = self.protected(problem.shape.layers), []
+        for number, size in enumerate(problem.sizes):
+            least = Widths(problem.shape.kv_heads, 1, self.least_neurons(size.neurons))
+            rows.append(Widths.whole(problem, number) if number in alone else least)
+        heads, neurons = (torch.zeros(sizes) for sizes in problem.score_shapes)
+        return pick(problem, rows, heads.sum(-1), heads, neurons)
 
     def solve(self, problem: Problem) -> list[Candidate]:
         """The plans of every statistic that ranks; see `Solver.solve`."""

@@ -1,0 +1,89 @@
+"""Facts of many kinds in many wordings, stated once in a long text, one of them asked for at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from compress.data.haystack import Frame, haystacks, reference_answer
+from compress.data.kinds import KINDS, VOCABULARIES, Wordings
+from compress.data.prompt import Prompt, RecallTask
+from compress.data.text import tokenise
+from compress.registry import tasks
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+
+@tasks.register("facts")
+class Facts(RecallTask):
+    """Numbers, words, names, dates, identifiers, lines of a list, a passage to go on with ... in one long text.
+
+    Every document states facts of different kinds and asks for one; the kinds take turns over the documents. The
+    documents of `wordings: evaluation` have other wordings and words, and kinds of their own.
+    """
+
+    task: Literal["facts"] = Field("facts", description="find one of several facts of many kinds")
+    wordings: Wordings = Field(
+        "calibration",
+        description="which kinds, wordings and words: those to calibrate with, or those kept for evaluation",
+    )
+    kinds: tuple[str, ...] | None = Field(
+        None, min_length=1, description=f"kinds that are asked for, of {', '.join(KINDS)}; null is all that there are"
+    )
+    facts: int = Field(3, ge=1, le=len(KINDS), description="facts in a document, each of another kind")
+
+    @model_validator(mode="after")
+    def _known(self) -> Facts:
+        known = self._all()
+        for kind in self.kinds or ():
+            if kind not in known:
+                raise ValueError(f"kinds: expected some of {', '.join(known)} for {self.wordings}, got {kind!r}")
+        if self.facts > len(known):
+            raise ValueError(f"facts: expected at most {len(known)} for {self.wordings}, got {self.facts}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """With the kinds, where they are chosen."""
+        return self.task if self.kinds is None else f"{self.task} {', '.join(self.kinds)}"
+
+    def _all(self) -> list[str]:
+        return [name for name, kind in KINDS.items() if self.wordings in kind.forms]
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
+        """Prompts whose evidence is the statement of the fact that is asked for."""
+        frame, asked = Frame(tokenizer), list(self.kinds or self._all())
+        depths = self.depths(rng)
+        made = [self._document(frame, asked[i % len(asked)], rng) for i in range(self.count)]
+        sizes = [self.length - frame.overhead(needles, question) - budget for needles, question, _, _, budget in made]
+        found = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
+        prompts = []
+        for (needles, question, expected, reference, budget), hay, depth in zip(made, found, depths, strict=True):
+            places = [depth, *(rng.random() for _ in needles[1:])]
+            tokens, ranges = frame.insert(hay, list(zip(places, needles, strict=True)), question)
+            prompts.append(Prompt(tokens, budget, tuple(reference), (ranges[0],), self.task, expected, depth))
+        return prompts
+
+    def _document(
+        self, frame: Frame, asked: str, rng: random.Random
+    ) -> tuple[list[list[int]], list[int], str, list[int], int]:
+        """Statements (the one asked for first), question, answer, its reference and the budget for it."""
+        others = rng.sample([kind for kind in self._all() if kind != asked], self.facts - 1)
+        (statement, question, expected), *more = [self._fact(kind, rng) for kind in (asked, *others)]
+        ids = tokenise(frame.tokenizer, question)
+        reference = reference_answer(frame.tokenizer, ids, question, expected)
+        needles = [frame.needle(text) for text in (statement, *(other[0] for other in more))]
+        return needles, ids, expected, reference, self.budget(reference)
+
+    def _fact(self, kind: str, rng: random.Random) -> tuple[str, str, str]:
+        """Statement, question and answer."""
+        words = VOCABULARIES[self.wordings]
+        statement, question = rng.choice(KINDS[kind].forms[self.wordings])
+        value = KINDS[kind].value(rng, words)
+        blanks = {"thing": words.thing(rng), "town": words.name(rng), "given": value.given, **value.fields}
+        return statement.format(value=value.text, **blanks), question.format(**blanks), value.text

@@ -1,0 +1,88 @@
+"""Backward passes where memory is short or weights are float16: recomputed layers, and a scale of the loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from compress.models.families import layers_of
+from compress.models.memory import available_bytes
+from compress.runtime.families import head_size_of
+from compress.runtime.widths import width_of
+
+ACTIVATIONS_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
+HALF_SCALE = 2.0**12
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """Factor on the loss of a model of that dtype: in float16 the smallest gradients would become zero without it."""
+    return HALF_SCALE if dtype == torch.float16 else 1.0
+
+
+@contextmanager
+def recomputed(
+    model: Any, tokens: int, *, chosen: bool | None = None, itemsize: int | None = None, trained: bool = False
+) -> Iterator[bool]:
+    """Recompute decoder layers in the backward pass instead of keeping their activations, where memory is short.
+
+    Wraps forward and backward pass; the gradients are the same. Yields whether layers are recomputed.
+
+    Args:
+        tokens: of a forward pass, over all its sequences.
+        chosen: whether to recompute; None decides by an estimate and the free memory.
+        itemsize: bytes of an activation; None is that of the model's weights.
+        trained: the projections' weights take gradients, so their inputs are kept as well.
+    """
+    with ExitStack() as undo:
+        if chosen is None:
+            weight = model.get_input_embeddings().weight
+            needed = activation_bytes(model, tokens, itemsize or weight.dtype.itemsize) * (2 if trained else 1)
+            free = available_bytes(weight.device)
+            chosen = free is not None and needed > ACTIVATIONS_SHARE * free
+        if chosen:
+            _checkpoint_layers(model, undo)
+        yield chosen
+
+
+def activation_bytes(model: Any, tokens: int, itemsize: int) -> int:
+    """Estimated bytes that autograd keeps of a forward pass when weights need no gradient.
+
+    Per token and layer: what the norms read (with float32 copies below float32), Q, K, V and O with K and V repeated
+    once per query head, and gate, activated gate and up projection.
+    """
+    total, head_dim, hidden = 0, head_size_of(model.config), model.config.hidden_size
+    for layer in layers_of(model):
+        width = width_of(layer, model.config)
+        attention = (4 * width.query_heads + 2 * width.groups) * head_dim
+        read = {"q_norm": width.query_heads * head_dim, "k_norm": width.groups * head_dim}
+        norms = [name.rpartition(".")[2] for name, _ in layer.named_modules() if name.endswith("norm")]
+        states = sum(read.get(name, hidden) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
+        total += tokens * (states + itemsize * (attention + 3 * width.neurons))
+    return total
+
+
+def _checkpoint_layers(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Recompute decoder layers in the backward pass until `undo` closes.
+
+    transformers checkpoints a layer whose own `training` flag is set. Only that flag is set: the modules inside
+    stay in eval mode, so dropout is off whatever the configuration says.
+    """
+    function = functools.partial(checkpoint, use_reentrant=False)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            for name, value in (
+                ("training", True),
+                ("gradient_checkpointing", True),
+                ("_gradient_checkpointing_func", function),
+            ):
+                if name in vars(module):
+                    undo.callback(setattr, module, name, vars(module)[name])
+                else:
+                    undo.callback(delattr, module, name)
+                setattr(module, name, value)

@@ -1,0 +1,276 @@
+"""The supported architecture families, one row of data each, and the only place that names their modules and weights.
+
+A family is supported when its attention calls transformers' AttentionInterface on keys and values after RoPE. A new one
+is a row here and a configuration in `tests/tiny.py`, with which `tests/test_families.py` probes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the heads or neurons of a layer sit in one of its weights, `[..., outputs, inputs]`.
+
+    Attributes:
+        axis: of the weight: -2 where they are its outputs, -1 where they are its inputs.
+        parts: what that axis is made of, part behind part. A part is all heads or neurons of a kind: `query`,
+            `key_value` or `neuron`.
+        by_group: the axis holds head group behind head group, and within each its share of the parts.
+    """
+
+    axis: int
+    parts: tuple[str, ...]
+    by_group: bool = False
+
+
+def outputs(*parts: str, by_group: bool = False) -> Projection:
+    """A projection that computes these heads or neurons."""
+    return Projection(-2, parts, by_group)
+
+
+def inputs(part: str) -> Projection:
+    """A projection that reads the outputs of these heads or neurons."""
+    return Projection(-1, (part,))
+
+
+# Projections of one layer by their names in it.
+ATTENTION: Mapping[str, Projection] = {
+    "self_attn.q_proj": outputs("query"),
+    "self_attn.k_proj": outputs("key_value"),
+    "self_attn.v_proj": outputs("key_value"),
+    "self_attn.o_proj": inputs("query"),
+}
+DOWN: Mapping[str, Projection] = {"mlp.down_proj": inputs("neuron")}
+UP: Mapping[str, Projection] = {"mlp.up_proj": outputs("neuron"), **DOWN}
+GATE: Mapping[str, Projection] = {"mlp.gate_proj": outputs("neuron"), **UP}
+GATE_UP: Mapping[str, Projection] = {"mlp.gate_up_proj": outputs("neuron", "neuron"), **DOWN}
+FUSED: Mapping[str, Projection] = {
+    "self_attn.qkv_proj": outputs("query", "key_value", "key_value"),
+    "self_attn.o_proj": inputs("query"),
+}
+DENSE: Mapping[str, Projection] = {
+    **{name: row for name, row in ATTENTION.items() if name != "self_attn.o_proj"},
+    "self_attn.dense": inputs("query"),
+}
+
+
+def _neox(attention: str) -> Mapping[str, Projection]:
+    """The projections of GPT-NeoX and what came of it: queries, keys and values of a head lie together."""
+    return {
+        f"{attention}.query_key_value": outputs("query", "key_value", "key_value", by_group=True),
+        f"{attention}.dense": inputs("query"),
+        "mlp.dense_h_to_4h": outputs("neuron"),
+        "mlp.dense_4h_to_h": inputs("neuron"),
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family.
+
+    Attributes:
+        model_type: transformers' name of the stock configuration.
+        name: how the stock language model class begins, `LlamaForCausalLM`; the classes that carry a plan have
+            `Compress` before it.
+        head: how that class ends.
+        body: how the stock classes of configuration and decoder begin; the name where it is empty.
+        layers: where the decoder holds its layers.
+        attention: where a layer holds its attention.
+        projections: the weights of a layer that heads or neurons sit in, by their names in the layer.
+        groups: the field of the configuration that says how many key/value heads a layer has.
+        neurons: the field of the configuration that says how many neurons an MLP has.
+        hands_on: whether a layer hands its keyword arguments on to its attention.
+        native: the stock causal language model class with the same weights whose layers are full or slide one by
+            one (`layer_types` in its configuration); None where transformers has none.
+        twin: a stock causal language model class that computes the same on the same weights and takes any number of
+            heads, where the family's own configuration does not; with the configuration's fields that make it so.
+        whole: why heads and neurons cannot be removed; None where they can.
+        whole_with: the switch of the configuration under which `whole` holds; None where it always does.
+        narrows: whether the configuration can say fewer heads with a head size that is not hidden size / heads.
+    """
+
+    model_type: str
+    name: str
+    body: str = ""
+    head: str = "ForCausalLM"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    projections: Mapping[str, Projection] = field(default_factory=lambda: {**ATTENTION, **GATE})
+    groups: str = "num_key_value_heads"
+    neurons: str = "intermediate_size"
+    hands_on: bool = True
+    native: str | None = None
+    twin: str | None = None
+    twin_fields: Mapping[str, Any] = field(default_factory=dict)
+    whole: str | None = None
+    whole_with: str | None = None
+    narrows: bool = True
+
+    @property
+    def architecture(self) -> str:
+        """The stock causal language model class."""
+        return f"{self.name}{self.head}"
+
+    @property
+    def planned(self) -> str:
+        """How the classes begin that carry a plan."""
+        return f"Compress{self.name}"
+
+    def classes(self) -> tuple[str, str, str]:
+        """The stock configuration, decoder and language model."""
+        body = self.body or self.name
+        return f"{body}Config", f"{body}Model", self.architecture
+
+    def prunes(self, config: Any) -> bool:
+        """Whether heads and neurons of a model with this configuration can be removed."""
+        return self.whole is None or (self.whole_with is not None and not getattr(config, self.whole_with, False))
+
+    def layers_of(self, model: nn.Module) -> list[Any]:
+        """The decoder layers of a decoder or a language model, in order."""
+        body: Any = getattr(model, "base_model", model)
+        layers: Any = body.get_submodule(self.layers)
+        return list(layers)
+
+    def attention_of(self, layer: nn.Module) -> Any:
+        """The attention of a decoder layer; it has an integer `layer_idx`."""
+        return layer.get_submodule(self.attention)
+
+    def reader(self, kind: str) -> str:
+        """The name of the projection that reads the outputs of all units of a kind, `query` or `neuron`."""
+        return next(name for name, row in self.projections.items() if row == inputs(kind))
+
+
+ALL_HEADS = "its norms of queries and keys have weights of their own for every head"
+SUB_NORMS = "it norms the outputs of all heads, and those of all neurons, together before the next projection"
+EXPERTS = "its MLPs are experts, whose weights are no projections of one layer's neurons"
+
+ROWS = (
+    Family("apertus", "Apertus", projections={**ATTENTION, **UP}),
+    Family("arcee", "Arcee", projections={**ATTENTION, **UP}),
+    Family("bitnet", "BitNet", whole=SUB_NORMS),
+    Family("cohere", "Cohere", whole=ALL_HEADS, whole_with="use_qk_norm"),
+    # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
+    # configuration works the head size out from the number of heads.
+    Family("cohere2", "Cohere2", narrows=False),
+    Family("dots1", "Dots1", native="Dots1ForCausalLM", projections=ATTENTION, whole=EXPERTS),
+    Family("ernie4_5", "Ernie4_5"),
+    Family("exaone4", "Exaone4"),  # as Cohere 2
+    Family("gemma", "Gemma"),
+    Family("gemma3_text", "Gemma3", "Gemma3Text", native="Gemma3ForCausalLM"),
+    Family("glm", "Glm", projections={**ATTENTION, **GATE_UP}),
+    Family("glm4", "Glm4", projections={**ATTENTION, **GATE_UP}),
+    Family(
+        "gpt2",
+        "GPT2",
+        head="LMHeadModel",
+        layers="h",
+        attention="attn",
+        projections={},
+        groups="num_attention_heads",
+        neurons="n_inner",
+        whole="its projections are no linear layers of PyTorch, and hold their weights the other way round",
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoX",
+        attention="attention",
+        projections=_neox("attention"),
+        groups="num_attention_heads",
+        narrows=False,
+    ),
+    Family(
+        "gptj",
+        "GPTJ",
+        layers="h",
+        attention="attn",
+        projections={
+            "attn.q_proj": outputs("query"),
+            "attn.k_proj": outputs("key_value"),
+            "attn.v_proj": outputs("key_value"),
+            "attn.out_proj": inputs("query"),
+            "mlp.fc_in": outputs("neuron"),
+            "mlp.fc_out": inputs("neuron"),
+        },
+        groups="num_attention_heads",
+        neurons="n_inner",
+        narrows=False,
+    ),
+    Family("granite", "Granite"),
+    Family("helium", "Helium", narrows=False),
+    Family("hunyuan_v1_dense", "HunYuanDenseV1"),
+    # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
+    Family(
+        "llama",
+        "Llama",
+        native="MinistralForCausalLM",
+        twin="MistralForCausalLM",
+        twin_fields={"sliding_window": None},
+    ),
+    Family("ministral", "Ministral", native="MinistralForCausalLM"),
+    Family("ministral3", "Ministral3"),
+    Family("mistral", "Mistral", native="MinistralForCausalLM"),
+    Family("mixtral", "Mixtral", projections=ATTENTION, whole=EXPERTS),
+    Family("nemotron", "Nemotron", projections={**ATTENTION, **UP}, hands_on=False),
+    Family("olmo", "Olmo"),
+    Family("olmo2", "Olmo2", whole=ALL_HEADS),
+    # Scaled RoPE is for full layers alone, so a layer cannot change its kind.
+    Family("olmo3", "Olmo3", whole=ALL_HEADS),
+    Family(
+        "persimmon",
+        "Persimmon",
+        projections=_neox("self_attn"),
+        groups="num_attention_heads",
+        narrows=False,
+    ),
+    Family(
+        "phi",
+        "Phi",
+        projections={**DENSE, "mlp.fc1": outputs("neuron"), "mlp.fc2": inputs("neuron")},
+        narrows=False,
+    ),
+    Family("phi3", "Phi3", projections={**FUSED, **GATE_UP}),
+    Family("phimoe", "Phimoe", projections=ATTENTION, whole=EXPERTS),
+    Family("qwen2", "Qwen2", native="Qwen2ForCausalLM"),
+    Family("qwen2_moe", "Qwen2Moe", native="Qwen2MoeForCausalLM", projections=ATTENTION, whole=EXPERTS),
+    Family("qwen3", "Qwen3", native="Qwen3ForCausalLM"),
+    Family("qwen3_moe", "Qwen3Moe", projections=ATTENTION, whole=EXPERTS),
+    Family("seed_oss", "SeedOss"),
+    Family("smollm3", "SmolLM3", native="SmolLM3ForCausalLM"),
+    Family("stablelm", "StableLm", hands_on=False, whole=ALL_HEADS, whole_with="qk_layernorm", narrows=False),
+    Family(
+        "starcoder2",
+        "Starcoder2",
+        projections={**ATTENTION, "mlp.c_fc": outputs("neuron"), "mlp.c_proj": inputs("neuron")},
+    ),
+)
+FAMILIES: Mapping[str, Family] = {row.model_type: row for row in ROWS}
+
+
+def row_of(config: Any) -> Family:
+    """The row of a configuration, stock or planned, or of one layer's.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return FAMILIES[str(config.model_type).removeprefix("compress_")]
+
+
+def groups_of(config: Any) -> int:
+    """Key/value heads of a layer."""
+    return int(getattr(config, row_of(config).groups))
+
+
+def neurons_of(config: Any) -> int:
+    """Neurons of an MLP; a configuration that leaves them out, as GPT-2's may, means four times the hidden size."""
+    return int(getattr(config, row_of(config).neurons, None) or 4 * config.hidden_size)
+
+
+def head_size_of(config: Any) -> int:
+    """Rows of one head in its projections."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
