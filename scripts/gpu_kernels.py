@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,21 +22,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
-from compress.bench.kernel import Shape, mix, random_qkv
+from compress.bench.kernel import Shape, mix, random_qkv, spans_of, visible_share
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
 from compress.cli.environment import environment
 from compress.files import write_json
-from compress.models.shape import ModelShape
-from compress.profile.influence import Influence
-from compress.profile.tiles import LayerTensors, Workspace, tiles
+from compress.plan import ModelShape
+from compress.profile.heads.influence import Influence
+from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
+from compress.profile.statistic import Item, Subject
 from compress.runtime import flash
-from compress.runtime.attention import IMPLS
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import IMPLS
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
-from compress.targets.cost import prefill_density
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
@@ -229,11 +229,11 @@ def influence_row(length: int, strip: int, what: str) -> dict[str, Any]:
     layer = LayerTensors(0, query, key, value, 128**-0.5, None, torch.randn_like(query, dtype=torch.float32))
     measure.release(DEVICE)
     before = torch.cuda.memory_allocated()
-    accumulator = Influence().begin(shape, [length], DEVICE)
-    accumulator.length = length
+    influence, item = Influence(), Item(cast(Any, None), length, 0, what)
+    sums = influence.begin(Subject(cast(Any, None), shape, torch.device(DEVICE)), [length])[length]
     start = time.time()
     for tile in tiles(layer, Workspace(DEVICE), strip):
-        accumulator.add(tile)
+        influence.add(sums, tile, item)
     torch.cuda.synchronize()
     took = time.time() - start
     most = torch.cuda.max_memory_allocated() - before
@@ -260,10 +260,10 @@ def long_rows(shape: Shape, length: int) -> list[dict[str, Any]]:
     rows = []
     query, key, value = random_qkv(shape, 1, length, DEVICE, DTYPE)
     for name in ("A", "A*", "B"):
-        spans = mix(name[0], shape.groups, length)
+        groups = mix(name[0], shape.groups, length)
         if name == "A*":
-            spans = [spans[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
-        share = prefill_density([spans], length)
+            groups = [groups[group // 2 + group % 2 * (shape.groups // 2)] for group in range(shape.groups)]
+        spans, share = spans_of(groups, length), visible_share(groups, length)
         calls: dict[str, Callable[[], Any]] = {"triton": partial(IMPLS["triton"].prefill, query, key, value, spans)}
         if flash.refusal(DEVICE, DTYPE, shape.head_dim) is None:
             calls["flash-4"] = partial(flash.attend, query, key, value, spans, shape.head_dim**-0.5)

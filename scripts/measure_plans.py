@@ -25,12 +25,12 @@ from compress.data.text import EmbeddedText, FileText
 from compress.evaluate.compare import Variant, compare
 from compress.evaluate.perplexity import PerplexityRequest
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
 from compress.registry import tasks
 from compress.search.measure import plan_key
-from compress.targets.apply import planned_model
-from compress.targets.cost import dense_kv_bytes, kv_bytes
+from compress.targets.cost import dense_kv_bytes
 from compress.targets.window import WindowGroup
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     groups = shape.layers * shape.kv_heads
 
     def held(plan: Plan) -> dict[int, int]:
-        return {length: kv_bytes(plan.spans(), length, shape.head_dim, itemsize) for length in options.lengths}
+        return {length: plan.cost(length, itemsize).held_bytes for length in options.lengths}
 
     def variant(name: str, plan: Plan) -> Variant:
         return Variant(name, lambda: planned_model(loaded.model, plan), plan_key(plan), held(plan))

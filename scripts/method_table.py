@@ -32,18 +32,19 @@ from compress.errors import UserError
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.recall import recall, wilson
 from compress.models.load import LoadedModel, load_model
-from compress.models.shape import ModelShape, shape_of
-from compress.plan import Plan, read_plan
+from compress.models.planned import planned_model
+from compress.models.shape import shape_of
+from compress.plan import ModelShape, Plan, read_plan
 from compress.profile.store import read_profile
 from compress.recipe import Recipe, load_recipe
 from compress.registry import tasks
 from compress.search.budget.budget import Budget
-from compress.search.checks import parse_solver
-from compress.search.problem import CandidatePlan, SearchProblem, positional
+from compress.search.dense import Dense
+from compress.search.problem import Candidate, Problem
 from compress.search.refine.refine import Refine, refine
 from compress.search.run import make_problem
-from compress.targets.apply import planned_model
-from compress.targets.cost import kv_bytes
+from compress.search.solver import parse_solver
+from compress.search.solvers.moa import Moa
 
 # Row -> solver, and whether its budget holds at all profiled lengths (as published) or at the longest alone.
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -106,11 +107,12 @@ def main() -> None:
         {"solve": solve, "refine": improve, "measure": measure}[step](options, recipe, loaded, shape)
 
 
-def _problem(recipe: Recipe, loaded: LoadedModel, shape: ModelShape, budget: str, every: bool) -> SearchProblem:
+def _problem(recipe: Recipe, loaded: LoadedModel, shape: ModelShape, budget: str, every: bool) -> Problem:
     """The problem of a budget at the longest profiled length, or at every one."""
     profile = read_profile(Path(recipe.output) / "profile", shape)
     lengths = tuple(profile.lengths) if every else (max(profile.lengths),)
-    return make_problem(shape, profile, Budget(kv=float(budget), lengths=lengths), loaded.model.dtype.itemsize)
+    dense = Dense(shape, loaded.model.dtype.itemsize, loaded.model)
+    return make_problem(dense, profile, Budget(kv=float(budget), lengths=lengths), Moa())
 
 
 def solve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, shape: ModelShape) -> None:
@@ -142,8 +144,7 @@ def improve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
         plans = {
             name: read_plan(folder / f"{name}.json", shape) for name in METHODS if (folder / f"{name}.json").is_file()
         }
-        every = {name: positional(each.spans()) for name, each in plans.items()}
-        starts = {name: each for name, each in every.items() if each is not None and problem.fits(each)}
+        starts = {name: each.layers for name, each in plans.items() if not each.by_length and problem.fits(each.layers)}
         state = refine(
             loaded.model,
             problem,
@@ -164,7 +165,7 @@ def improve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, sh
             flush=True,
         )
         note = f"{state.start} refined, loss {state.first:.4f} to {state.loss:.4f}"
-        refined = CandidatePlan(state.spans(), note=note)
+        refined = Candidate(state.layers(), note=note)
         _write(folder / f"{REFINED}.json", refined.to_plan(problem, {"name": REFINED, "question": note}))
 
 
@@ -233,7 +234,7 @@ def _line(
     """One row: share of the bytes at 8k, perplexities, and every cell over all seeds with its interval."""
     itemsize = loaded.model.dtype.itemsize
     whole = 8192 * shape.layers * shape.kv_heads * 2 * shape.head_dim * itemsize
-    share = 1.0 if entry is None else kv_bytes(entry.spans(), 8192, shape.head_dim, itemsize) / whole
+    share = 1.0 if entry is None else entry.cost(8192, itemsize).held_bytes / whole
     parts = [f"{budget:>5} {name:24} {share:.3f}"]
     for key, value in known.items():
         if key.startswith(f"{budget}/{name}/perplexity/"):

@@ -26,20 +26,23 @@ from compress.data.continuation import Continuation
 from compress.data.text import FileText, tokenise
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
-from compress.profile.runner import run_profile
+from compress.models.shape import shape_of
+from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
 from compress.registry import statistics
 from compress.search.budget.budget import Budget
-from compress.search.prune import pruning_problem
-from compress.search.removal import PruningSolver
+from compress.search.dense import Dense
+from compress.search.problem import Problem
+from compress.search.run import make_problem
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
-from compress.targets.apply import planned_model
+from compress.search.solvers.ranked import Ranked
 
 SCORES = ("amp", "wanda_sp", "flap", "taylor", "magnitude", "random")
 CONTRIBUTION = "contribution"  # AMP's score with neurons weighed by their down column
-FORMS: dict[str, Callable[..., PruningSolver]] = {
+FORMS: dict[str, Callable[..., Ranked]] = {
     "": Amp,  # AMP's: the budget's share of the head groups, neurons make up the rest, the same in every layer
     "mlp": lambda **given: Amp(attention=(0.0,), **given),  # all heads stay
     "query": lambda **given: Amp(unit="query", **given),  # query heads of every group instead of groups
@@ -48,7 +51,12 @@ FORMS: dict[str, Callable[..., PruningSolver]] = {
 }
 
 
-def solver_of(row: str) -> PruningSolver:
+def problem_of(model: Any, scores: Any, share: float) -> Problem:
+    """The problem of a model with a share of its parameters as budget."""
+    return make_problem(Dense(shape_of(model), model.dtype.itemsize, model), scores, Budget(parameters=share), Amp())
+
+
+def solver_of(row: str) -> Ranked:
     """The solver of SCORE or SCORE+FORM; FLAP's with its compensation."""
     score, _, form = row.partition("+")
     return FORMS[form](importance="amp" if score == CONTRIBUTION else score, compensate=score == "flap")
@@ -101,7 +109,7 @@ def main() -> None:
             continue
         model, note = loaded.model, ""
         if row != "dense":
-            problem = pruning_problem(model, scores_of(row, folder, options.seed), Budget(parameters=1 - ratio))
+            problem = problem_of(model, scores_of(row, folder, options.seed), 1 - ratio)
             (candidate,) = solver_of(row).solve(problem)
             model, note = planned_model(model, candidate.to_plan(problem, {})), candidate.note
         found = {

@@ -35,13 +35,11 @@ from compress.evaluate.perplexity import PerplexityRequest, perplexity
 from compress.evaluate.requests import RequestFile, read_requests
 from compress.files import write_text
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.recover.recover import recover
 from compress.recover.settings import RecoverSettings
-from compress.search.budget.budget import Budget
-from compress.search.prune import pruning_problem
-from compress.targets.apply import planned_model
-from scripts.prune_choices import CONTRIBUTION, SCORES, scores_of, solver_of, take_scores
+from scripts.prune_choices import CONTRIBUTION, SCORES, problem_of, scores_of, solver_of, take_scores
 
 HEADS_STAY = "+mlp"  # all parameters come from the neurons
 METHODS = (*SCORES, *(f"{score}{HEADS_STAY}" for score in ("amp", "wanda_sp", "flap", "taylor", "random")))
@@ -173,11 +171,11 @@ def one(
     if method == "dense":
         model = copy.deepcopy(dense)
     else:
-        problem = pruning_problem(dense, scores_of(method, options.out, seed), Budget(parameters=1 - ratio))
+        problem = problem_of(dense, scores_of(method, options.out, seed), 1 - ratio)
         (candidate,) = solver_of(method).solve(problem)
         if method.endswith(HEADS_STAY):
             (other,) = solver_of(method.removesuffix(HEADS_STAY)).solve(problem)
-            if other.kept == candidate.kept:
+            if other.layers == candidate.layers:
                 return None
         plan, note = candidate.to_plan(problem, {}), candidate.note
         model = planned_model(dense, plan)

@@ -262,7 +262,7 @@ def _derived(root: Path) -> None:
         shutil.copytree(root / "span", root / name)
         _without(root / name, *gone)
     os.chdir(root / "profile-cut")
-    with _cut("compress.profile.runner._save"):
+    with _cut("compress.profile.partial.Partial.save"):
         assert call(("profile", "recipe.yaml")) == 130
     os.chdir(root / "recover-cut")
     with _cut("compress.recover.state.Partial.write"):

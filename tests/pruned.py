@@ -7,11 +7,16 @@ from typing import Any
 import torch
 
 from compress.models.families import layers_of
-from compress.models.pruning import Kept, output_projections, prune, widths
+from compress.models.planned import planned_model
+from compress.models.pruning import Kept, output_projections
+from compress.models.shape import shape_of
+from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
 from compress.runtime.families import head_size_of
 from compress.runtime.span import native_windows
 from compress.runtime.widths import Width
-from compress.targets.apply import with_runtime_plan
+from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
+from compress.targets.target import Target
 from tests.tiny import MIXED, tiny_model
 
 PRUNED = ["gemma3", "llama-gqa", "llama-mha", "ministral", "mistral", "phi3", "qwen2", "qwen3", "gpt_neox"]
@@ -48,32 +53,26 @@ def zero(model: Any, kept: list[Kept]) -> None:
             neurons.weight[:, neuron] = 0
 
 
-def groups_of(model: Any) -> list[list[dict[str, Any]]]:
-    """A plan's entry for every group of the dense model: mixed, and full in layers that slide by themselves."""
-    cycle = iter(range(10_000))
-    mixed = [target.model_dump(mode="json") for target in MIXED]
+def targets_of(model: Any) -> list[list[Target]]:
+    """A target for every group of the dense model: mixed, and full in layers that slide by themselves."""
+    cycle, groups = iter(range(10_000)), Width.of(model.config).groups
     return [
-        [
-            mixed[next(cycle) % len(mixed)] if native is None else {"target": "full"}
-            for _ in range(Width.of(model.config).groups)
-        ]
+        [MIXED[next(cycle) % len(MIXED)] if native is None else FullGroup() for _ in range(groups)]
         for native in native_windows(model.config, model.config.num_hidden_layers)
     ]
 
 
-def plan_of(model: Any, kept: list[Kept]) -> dict[str, Any]:
-    """The runtime's plan for a dense model that keeps that much: windows on the groups that stay."""
-    rows = zip(groups_of(model), kept, widths(model.config, kept), strict=True)
-    return {
-        "schema": 1,
-        "layers": [{"groups": [row[group] for group in stays.groups], **width.in_plan()} for row, stays, width in rows],
-    }
+def uneven_plan(model: Any) -> Plan:
+    """One plan that windows some groups, removes others, and removes query heads and neurons, in every layer others."""
+    rows = []
+    for targets, stays in zip(targets_of(model), uneven(model.config), strict=True):
+        groups = tuple(target if group in stays.groups else PrunedGroup() for group, target in enumerate(targets))
+        whole = len(stays.neurons) == Width.of(model.config).neurons
+        rows.append(LayerPlan(groups=groups, queries=stays.queries, mlp=None if whole else Mlp.of(stays.neurons)))
+    return plan_of_layers(shape_of(model), rows, provenance={"made by": "tests"})
 
 
 def unevenly_pruned(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model in the patched form with another width in every layer, and windows on the groups that stay."""
     model = with_biases(family).to(dtype)
-    kept = uneven(model.config)
-    plan = plan_of(model, kept)
-    prune(model, kept)
-    return with_runtime_plan(model, plan)
+    return planned_model(model, uneven_plan(model))

@@ -1,6 +1,7 @@
 """The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect.
 
-So does every family with layers of different widths: those are named `<family>, pruned`.
+So does every family that can be pruned, with a plan that windows some groups and removes others, and heads and neurons
+in every layer differently: those are named `<family>, pruned`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from compress.export.export import export_checkpoint
-from compress.export.layout import copy_runtime, point_to_runtime
-from compress.models.families import family_of
-from compress.plan import uniform_plan
+from compress.models.load import LoadedModel
+from compress.models.planned import planned_model
+from compress.plan import Plan, uniform_plan
 from compress.runtime.span import PAGE
-from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
-from tests.pruned import PRUNED, unevenly_pruned
-from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_loaded, tiny_model
+from tests.pruned import PRUNED, uneven_plan, with_biases
+from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -41,10 +41,16 @@ KERNEL_MODELS = MODELS if DEVICE == "cuda" else ["llama-gqa", "gemma3", "phi3, p
 
 def fresh(name: str) -> tuple[Any, Any, Any]:
     """Dense model, its shape and the planned model; on the same weights where it is not pruned."""
+    loaded, plan = planned_from(name)
+    return loaded.model, loaded.shape, planned_model(loaded.model, plan)
+
+
+def planned_from(name: str) -> tuple[LoadedModel, Plan]:
+    """The dense model with its tokenizer, and the plan."""
     family, _, pruned = name.partition(", ")
-    dense = tiny_model(family)
-    shape = shape_of(dense)
-    return dense, shape, unevenly_pruned(family) if pruned else planned_model(dense, mixed_plan(shape))
+    model = with_biases(family) if pruned else tiny_model(family)
+    plan = uneven_plan(model) if pruned else mixed_plan(shape_of(model))
+    return LoadedModel(model, tiny_tokenizer(), f"tiny/{family}"), plan
 
 
 @functools.cache
@@ -163,7 +169,7 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
-    spans = model.model.compress_spans
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
     page = PAGE * 2 * shape.head_dim * 4
     groups = sum(len(row) for row in spans)
     for length in (1, 63, 64, 65, 200, 700):
@@ -180,24 +186,15 @@ def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every family exported, where each export verifies itself in a fresh process of its own; and the pruned models."""
+    """Every model exported, where each export verifies itself in a fresh process of its own."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {}
-    for family in FAMILIES:
-        loaded = tiny_loaded(family)
-        folders[family] = root / family
-        report = export_checkpoint(
-            loaded, mixed_plan(shape_of(loaded.model)), folders[family], recipe_text="schema: 1\n"
-        )
+    for name in MODELS:
+        loaded, plan = planned_from(name)
+        folders[name] = root / name
+        report = export_checkpoint(loaded, plan, folders[name], recipe_text="schema: 1\n")
         assert report.checks.logit_difference <= report.checks.tolerance
         assert report.checks.cache_bytes == report.checks.predicted_bytes
-    for name in MODELS:
-        if name not in folders:
-            folders[name] = root / name
-            model = planned(name)[2]
-            model.save_pretrained(folders[name])
-            copy_runtime(folders[name])
-            point_to_runtime(folders[name], family_of(model.config))
     return folders
 
 

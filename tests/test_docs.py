@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from compress import registry
 from compress.models.shape import shape_of
-from compress.runtime.span import FULL, SPAN_OF, Span, spans_of_plan
-from compress.search.problem import SearchProblem
-from compress.targets.cost import dense_kv_bytes
+from compress.runtime.mixer import MIXERS, Kinds, LayerFacts
+from compress.runtime.span import FULL, Span
+from compress.search.budget.budget import Budget
+from compress.search.dense import Dense
+from compress.search.run import make_problem
+from compress.search.solvers.uniform import Uniform
+from compress.targets.full import FullGroup
 from compress.targets.target import PATTERNS, parse_target
 from compress.targets.window import SpanGrid
 from tests.profile.common import document, measure
+from tests.search.synthetic import FakeProfile
 from tests.tiny import tiny_model
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,11 +37,11 @@ def examples() -> Iterator[dict[str, Any]]:
     yield found
     for name, methods in before.items():
         getattr(registry, name)._methods = methods
-    SPAN_OF.pop("recent")
+    MIXERS.pop("recent")
 
 
 def test_examples_are_short() -> None:
-    assert len(BLOCKS) == 3 and all(len(block.splitlines()) < 60 for block in BLOCKS)
+    assert len(BLOCKS) == 4 and all(len(block.splitlines()) < 60 for block in BLOCKS)
 
 
 def test_the_statistic(examples: dict[str, Any]) -> None:
@@ -50,22 +54,19 @@ def test_the_statistic(examples: dict[str, Any]) -> None:
 
 def test_the_solver(examples: dict[str, Any]) -> None:
     shape = shape_of(tiny_model("llama-gqa"))
-    dense = dense_kv_bytes(shape.layers * shape.kv_heads, 2048, shape.head_dim, 4)
-
-    def no_profile(key: str) -> torch.Tensor:
-        raise KeyError(key)
-
-    problem = SearchProblem(shape, SpanGrid(), (2048,), no_profile, {2048: int(0.8 * dense)}, 4)
-    (plan,) = examples["Layerwise"](every=2).solve(problem)
-    assert plan.decision[0] == (FULL,) * shape.kv_heads and plan.decision[1][0].sink == 64
-    assert 0.7 * dense < problem.kv_bytes(plan.decision)[2048] <= 0.8 * dense
+    dense = shape.dense_cost(2048, 4).held_bytes
+    problem = make_problem(Dense(shape, 4), FakeProfile((2048,), SpanGrid(), {}), Budget(kv=0.8), Uniform())
+    (candidate,) = examples["Layerwise"](every=2).solve(problem)
+    plan = candidate.to_plan(problem, {})
+    assert plan.layers[0].groups == (FullGroup(),) * shape.kv_heads and plan.layers[1].groups[0].sink == 64
+    assert 0.7 * dense < plan.predicted.kv_bytes[2048] <= 0.8 * dense
 
 
 def test_the_target(examples: dict[str, Any]) -> None:
     group = parse_target({"target": "recent", "tokens": 100})
     assert group == examples["RecentGroup"](tokens=100)
-    plan = {"layers": [{"groups": [group.model_dump(), {"target": "full"}]}]}
-    assert spans_of_plan(plan, [None]) == [[Span(0, 100, 0.0), FULL]]
+    kinds = Kinds([group.model_dump(), {"target": "full"}], LayerFacts(0, 8, 32, 1, None))
+    assert [mixer.rules for mixer in kinds.mixers] == [(Span(0, 100, 0.0),), (FULL,)]
 
 
 def test_every_target_claims_patterns_that_exist_and_are_tested() -> None:

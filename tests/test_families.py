@@ -16,21 +16,22 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.data.document import Document
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
-from compress.profile.capture import Capture
-from compress.profile.tiles import LayerTensors
+from compress.profile.passes.capture import Capture
+from compress.profile.passes.tiles import LayerTensors
 from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.apply import planned_model
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
@@ -132,7 +133,8 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    predicted = kv_bytes(model.base_model.compress_spans, LENGTH, shape.head_dim, 4)
+    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
+    predicted = kv_bytes(spans, LENGTH, shape.head_dim, 4)
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -190,8 +192,8 @@ def test_own_windows_are_found_as_the_stock_model_has_them(
 def test_a_profile_computes_what_the_model_computes(name: str) -> None:
     model, ids = tiny_model(name), random_ids(1, 90)
     layers: list[LayerTensors] = []
-    with Capture(model, shape_of(model), layers.append, gradient=True, checkpointing=True) as capture:
-        loss = capture.run(ids, (60, 90))
+    with Capture(model, layers.append, gradient=True, checkpointing=True) as capture:
+        loss = capture.run(Document(tuple(ids[0].tolist()), (60, 90)))
     expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert [layer.layer for layer in layers] == [2, 1, 0]

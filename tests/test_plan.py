@@ -10,7 +10,7 @@ from compress.plan import Plan, make_plan, read_plan, uniform_plan
 from compress.runtime.span import FULL, LengthSpan, Span
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.tiny import mixed_plan, shape_of, tiny_model
+from tests.tiny import mixed_plan, shape_of, spans_of, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def write(path: Path, plan: Plan) -> Path:
 def test_a_plan_survives_its_file(tmp_path, shape):
     plan = mixed_plan(shape)
     assert read_plan(write(tmp_path / "plan.json", plan), shape) == plan
-    assert plan.spans()[0] == [FULL, Span(4, 30, 0.0)]
+    assert spans_of(plan)[0] == [FULL, Span(4, 30, 0.0)]
 
 
 def test_a_byte_order_mark_and_other_line_ends_are_no_damage(tmp_path, shape):
@@ -47,7 +47,7 @@ def test_a_window_has_the_rule_by_position_unless_it_says_so(tmp_path, shape):
         raw["layers"][0]["groups"][1]["rule"] = rule
         path.write_text(json.dumps(raw))
         plan = read_plan(path, shape)
-        assert plan.spans()[0] == [FULL, span]
+        assert spans_of(plan)[0] == [FULL, span]
         assert read_plan(write(path, plan), shape) == plan
         assert (plan == mixed_plan(shape)) == (rule == "position")
     raw["layers"][0]["groups"][1]["rule"] = "lenght"
@@ -61,7 +61,7 @@ def test_a_uniform_plan_leaves_sliding_layers_alone():
     assert shape.native_windows == (None, 50, 50)
     plan = uniform_plan(shape, WindowGroup(sink=4, alpha=8, beta=0))
     assert [row[0].target for row in (layer.groups for layer in plan.layers)] == ["window", "full", "full"]
-    assert plan.spans()[1] == [Span(0, 50, 0.0)] * 2
+    assert spans_of(plan)[1] == [Span(0, 50, 0.0)] * 2
     with pytest.raises(UserError, match="already slides over 50 tokens"):
         make_plan(shape, [[WindowGroup(sink=4, alpha=8, beta=0)] * 2] * 3)
 

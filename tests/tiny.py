@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from compress.models.load import LoadedModel
-from compress.models.shape import ModelShape, shape_of
-from compress.plan import Plan, make_plan
+from compress.models.shape import shape_of
+from compress.plan import ModelShape, Plan, make_plan
+from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
+from compress.targets.span import SpanTarget
 from compress.targets.window import WindowGroup
 
 VOCABULARY = 97
@@ -188,6 +190,16 @@ def mixed_plan(shape: ModelShape) -> Plan:
         for native in shape.native_windows
     ]
     return make_plan(shape, groups, provenance={"made by": "tests"})
+
+
+def spans_of(plan: Plan) -> list[list[AnySpan]]:
+    """What every head group that stays sees, `[layers][groups]`, of a plan of windows."""
+    rows: list[list[AnySpan]] = []
+    for row in plan.groups_that_stay():
+        targets = [(group, native) for group, native in row if isinstance(group, SpanTarget)]
+        assert len(targets) == len(row)
+        rows.append([group.span(native) for group, native in targets])
+    return rows
 
 
 @functools.cache

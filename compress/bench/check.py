@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from compress.bench.kernel import Shape, random_pages, random_qkv
-from compress.runtime.attention import IMPLS, explain_impl
 from compress.runtime.flash import refusal as flash_refusal
+from compress.runtime.impl import IMPLS, explain_impl
 from compress.runtime.reference import Rows
 from compress.runtime.span import Span
 

@@ -10,10 +10,14 @@ import torch
 
 from compress.bench.dense import dense_attention
 from compress.bench.measure import Time, graphed_times, times_in_turn
-from compress.runtime.attention import choose_impl
-from compress.runtime.paged_cache import Pages
+from compress.runtime.impl import choose_impl
+from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
-from compress.targets.cost import prefill_density
+from compress.targets.full import FullGroup
+from compress.targets.span import SpanTarget
+from compress.targets.target import Target
+from compress.targets.unit import Unit
+from compress.targets.window import WindowGroup
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,28 @@ class Shape:
     head_dim: int
 
 
-def mix(name: str, groups: int, length: int) -> list[Span]:
+def mix(name: str, groups: int, length: int) -> list[SpanTarget]:
     """A named plan for one layer: A (half of the groups sink 64 + window 256), B (windows 512, 2048, N/4, N/2)."""
     if name == "full":
-        return [Span()] * groups
+        return [FullGroup()] * groups
     if name == "A":
-        return [Span(64, 256, 0.0)] * (groups // 2) + [Span()] * (groups - groups // 2)
+        half: list[SpanTarget] = [WindowGroup(sink=64, alpha=256, beta=0.0)] * (groups // 2)
+        return half + [FullGroup()] * (groups - groups // 2)
     if name == "B":
-        return [Span(0, (512, 2048, length // 4, length // 2)[group * 4 // groups], 0.0) for group in range(groups)]
+        windows = (512, 2048, length // 4, length // 2)
+        return [WindowGroup(sink=0, alpha=windows[group * 4 // groups], beta=0.0) for group in range(groups)]
     raise ValueError(f"mix: expected A, B or full, got {name!r}")
+
+
+def spans_of(groups: Sequence[SpanTarget], length: int) -> list[Span]:
+    """What the kernels take, for an input of `length` tokens."""
+    return [group.span().at_length(length) for group in groups]
+
+
+def visible_share(groups: Sequence[Target], length: int) -> float:
+    """Visible pairs of query and key over causal pairs in a prefill, all head groups together."""
+    pairs = sum(group.cost(Unit(1, 1), length).flops for group in groups)
+    return pairs / sum(FullGroup().cost(Unit(1, 1), length).flops for _ in groups)
 
 
 @dataclass(frozen=True)
@@ -70,17 +87,18 @@ class Row:
 def prefill_row(shape: Shape, name: str, batch: int, length: int, impl: str, device: torch.device, dtype: Any) -> Row:
     """Causal prefill of random tokens, `[B, T, H, D]` in memory as a model has them."""
     query, key, value = random_qkv(shape, batch, length, device, dtype)
-    spans = mix(name, shape.groups, length)
+    groups = mix(name, shape.groups, length)
+    spans = spans_of(groups, length)
     attend = choose_impl(impl, query).prefill
     calls = {"": lambda: attend(query, key, value, spans), **dense_attention(query, key, value)}
     dense = times_in_turn(calls, device)
     plan = dense.pop("")
-    return Row("prefill", shape.name, name, batch, length, impl, plan, dense, prefill_density([spans], length))
+    return Row("prefill", shape.name, name, batch, length, impl, plan, dense, visible_share(groups, length))
 
 
 def decode_row(shape: Shape, name: str, batch: int, length: int, impl: str, device: torch.device, dtype: Any) -> Row:
     """One token a sequence over random pages, inside a CUDA graph for both sides."""
-    spans = mix(name, shape.groups, length)
+    spans = spans_of(mix(name, shape.groups, length), length)
     pages = random_pages(spans, batch, length, shape.head_dim, device, dtype)
     query = torch.randn(batch, shape.query_heads, shape.head_dim, device=device, dtype=dtype)
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)

@@ -241,13 +241,7 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
         alone = model.new_cache(max_length=length + steps)
         spent.append(_spent(partial(_last, model, ids[row : row + 1], alone), device))
         for whole, part in zip(cache.paged, alone.paged, strict=True):
-            assert part.keys is not None and part.values is not None
-            if row == 0:
-                shape = (batch, len(part.spans), 1, part.keys.shape[-1])
-                whole.lazy_initialization(part.keys.new_empty(shape), part.values.new_empty(shape))
-            each = part.keys.shape[0]
-            whole.keys[row * each : (row + 1) * each] = part.keys
-            whole.values[row * each : (row + 1) * each] = part.values
+            whole.fill(row, part, batch)
         del alone, whole, part
     cache.begin(batch, device)
     cache.assume(length)

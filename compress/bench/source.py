@@ -19,14 +19,13 @@ from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
 from compress.models.memory import available_bytes
+from compress.models.planned import planned_model, with_runtime_plan
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
 from compress.plan import read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import groups_of, head_size_of
-from compress.runtime.span import Span
 from compress.runtime.widths import Width
-from compress.targets.apply import planned_model, with_runtime_plan
 
 META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
@@ -168,8 +167,8 @@ class Source:
         """The dense model's twin with its own plan, or with a named mix at a length; and what the tables call it."""
         if name is not None:
             config = dense.config
-            spans = mix(name, groups_of(config), length)
-            layers = [{"groups": [group_of(span) for span in spans]} for _ in range(config.num_hidden_layers)]
+            groups = [group.model_dump(mode="json") for group in mix(name, groups_of(config), length)]
+            layers = [{"groups": groups}] * config.num_hidden_layers
             return with_runtime_plan(dense, {"schema": 1, "layers": layers}), name
         if self.plan_file is not None:
             # Random weights are nobody's: there only the sizes have to be those of the plan.
@@ -181,10 +180,3 @@ class Source:
             f"{self.spec} carries no plan",
             expected="--plan plan.json, a named --mix (A, B or full), or the --dense model of a pruned checkpoint",
         )
-
-
-def group_of(span: Span) -> dict[str, Any]:
-    """A group of the runtime's plan that has this span."""
-    if span.is_full:
-        return {"target": "full"}
-    return {"target": "window", "sink": span.sink, "alpha": span.alpha, "beta": span.beta}

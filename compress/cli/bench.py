@@ -99,7 +99,7 @@ def measure(
     from compress.cli.environment import environment
     from compress.cli.session import resolve_device
     from compress.models.load import DTYPES
-    from compress.runtime.attention import explain_impl
+    from compress.runtime.impl import explain_impl
 
     where = torch.device(resolve_device(device))
     try:

@@ -199,7 +199,7 @@ def _attention(gpu: bool) -> str:
     """What attention runs in, and why, for bfloat16 and head size 128."""
     import torch
 
-    from compress.runtime.attention import WORDS, explain_impl
+    from compress.runtime.impl import WORDS, explain_impl
 
     taken, why = explain_impl("auto", torch.device("cuda" if gpu else "cpu"), torch.bfloat16, 128)
     return f"{WORDS[taken]} ({why})"

@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.json_file import read_object
 
 if TYPE_CHECKING:
-    from compress.plan import Plan
+    from compress.plan import Form, Plan
 
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a profile, a checkpoint or a run folder.")]
@@ -32,6 +32,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
             return
         _print_profile(profile)
         return
+    from compress.export.layout import checkpoint_form
     from compress.plan import read_plan
 
     plan = read_plan(place)
@@ -40,7 +41,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
         return
     if kind == "checkpoint":
         _print_checkpoint(place.parent)
-    _print_plan(plan)
+    _print_plan(plan, checkpoint_form(place.parent))
 
 
 def identify(path: Path) -> tuple[str, Path]:
@@ -96,57 +97,46 @@ def _refuse_other(path: Path) -> None:
         )
 
 
-def span_text(span: Any) -> str:
-    """A span in a few characters: `full`, or sink + fixed window + share of the position."""
-    if span.is_full:
-        return "full"
-    share = f"+{span.beta:g}{'t' if span.rule == 'position' else 'N'}" if span.beta else ""
-    return f"{span.sink}|{span.alpha}{share}"
-
-
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, form: Form | None) -> None:
     from rich.table import Table
 
     from compress.cli.tables import show
-    from compress.targets.cost import kv_bytes, stock_kv_bytes
+    from compress.plan import removal
 
-    model, spans = plan.model, plan.spans()
+    model = plan.model
     typer.echo(
         f"{model.architecture}: {model.layers} layers, {model.kv_heads} head groups of "
         f"{model.query_heads // model.kv_heads} query heads, head size {model.head_dim}"
     )
     typer.echo(f"model {model.fingerprint}")
-    removal = plan.removal()
-    if removal is not None:
-        typer.echo(removal)
+    left = removal(plan)
+    if left is not None:
+        typer.echo(left)
     table = Table(
-        title="spans" + (" and widths" if removal else ""),
+        title="spans" + (" and widths" if left else ""),
         caption="sink|window; +0.25t: the window grows by a quarter of the position t; N: of the input's length"
-        + ("; -: removed" if removal else ""),
+        + ("; -: removed" if left else ""),
         box=None,
     )
     table.add_column("layer", justify="right")
     for group in range(model.kv_heads):
         table.add_column(f"group {group}", justify="right")
-    for head in ("query heads", "neurons") if removal else ():
+    for head in ("query heads", "neurons") if left else ():
         table.add_column(head, justify="right")
     queries = plan.kept_queries
-    for number, spans_of_layer in enumerate(plan.spans_by_group()):
-        mlp = plan.layers[number].mlp
-        widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if removal else ()
-        table.add_row(str(number), *("-" if span is None else span_text(span) for span in spans_of_layer), *widths)
+    for number, (layer, native) in enumerate(zip(plan.layers, model.native_windows, strict=True)):
+        mlp = layer.mlp
+        widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if left else ()
+        table.add_row(str(number), *(group.short(native) for group in layer.groups), *widths)
     show(table)
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
     for length in sorted({*LENGTHS, *plan.predicted.kv_bytes}):
-        used = kv_bytes(spans, length, model.head_dim, 2)
-        dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
+        used, dense = plan.cost(length, form=form).held_bytes, plan.dense_cost(length).held_bytes
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     show(costs)
-    full = sum(span.is_full for row in spans for span in row)
-    groups = sum(map(len, spans))
-    typer.echo(f"{full} of {groups} head groups{' that stay' if removal else ''} see everything")
+    typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
         typer.echo(f"{sliding} of {model.layers} layers slide by themselves; only the others have anything to give")

@@ -41,7 +41,7 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
     """
     from compress.cli.session import resolve_device
     from compress.cli.stages import missing, search_stage
-    from compress.targets.apply import planned_model
+    from compress.models.planned import planned_model
 
     if session.recipe.recover is None:
         return None

@@ -21,7 +21,7 @@ from compress.runfolder import RunFolder, open_run, stage_key
 
 if TYPE_CHECKING:
     from compress.models.load import LoadedModel
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 
 @dataclass

@@ -39,7 +39,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     Raises:
         UserError: not done although it must be, or it failed (see `run_profile`).
     """
-    from compress.profile.runner import run_profile
+    from compress.profile.run import run_profile
     from compress.profile.stability import stabilities
     from compress.profile.store import read_profile
 
@@ -266,10 +266,9 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
     from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import UNTRAINED
+    from compress.models.planned import planned_model
     from compress.plan import read_plan
     from compress.search.measure import plan_key
-    from compress.targets.apply import planned_model
-    from compress.targets.cost import kv_bytes
 
     shape, model = session.shape, session.loaded.model
     itemsize = model.dtype.itemsize
@@ -290,8 +289,7 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Any]:
     dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for name, entry in plans.items():
-        spans = entry.spans()
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
+        held = {length: entry.cost(length, itemsize).held_bytes for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)

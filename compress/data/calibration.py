@@ -19,8 +19,8 @@ from compress.data.prompt import Prompt, Task
 from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
-from compress.models.shape import ModelShape
 from compress.models.vocabulary import check_tokens
+from compress.plan import ModelShape
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]  # done, total, what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from compress.export.native import layer_windows
 from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
 from compress.models.load import DEMOS
-from compress.plan import Plan
-from compress.runtime.span import LengthSpan
-from compress.targets.cost import kv_bytes, stock_kv_bytes
+from compress.plan import Form, Plan, removal
+from compress.targets.target import StockForm
 
 QWEN = (
     'with `--model-impl transformers` the plan; without, it stops ("Sliding window for some but all layers is not '
@@ -62,25 +62,22 @@ def render_card(
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
         trained: the weights were trained after the plan was made.
     """
-    spans, model = plan.spans(), plan.model
     windows = layer_windows(plan) if checks.native else None
-
-    def stock(windows: Sequence[int | None], heads: int | Sequence[int], length: int) -> int:
-        return stock_kv_bytes(windows, heads, length, model.head_dim, itemsize)
+    form: Form = "native" if checks.native else "patched"
 
     def dense(length: int) -> int:
-        return stock(model.native_windows, model.kv_heads, length)
+        return plan.dense_cost(length, itemsize).held_bytes
 
     def held(length: int) -> int:
-        if windows is None:
-            return kv_bytes(spans, length, model.head_dim, itemsize)
-        return stock(windows, plan.kept_heads, length)
+        return plan.cost(length, itemsize, form=form).held_bytes
 
     costs = [
         {"length": length, "bytes": held(length), "dense": dense(length)}
         for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
     ]
-    windowed = any(not span.is_full for row in spans for span in row)
+    groups = sum(plan.kept_heads)
+    windowed = plan.full_groups < groups
+    changed = [group for row in plan.groups_that_stay() for group, native in row if group.stock(native) != StockForm()]
     predicted = plan.predicted
     longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
     if longest is not None:
@@ -94,16 +91,20 @@ def render_card(
         "title": source.get("base_model") or (name if name in DEMOS else Path(name).name),
         "dtype": dtype,
         "base": base,
-        "groups": sum(map(len, spans)),
+        "groups": groups,
+        "removed": removal(plan),
+        "base_removed": None if base is None else removal(base),
         "windowed": windowed,
-        "by_layer": _differs_by_layer(plan),
+        "by_layer": len(plan.widths) > 1,
         "form": _form(plan, windowed, windows, checks.loaded_as),
         "ratio": _ratio(plan, share),
         "changed": _changed(plan, windowed, windows is None),
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
-        "full": sum(span.is_full for row in spans for span in row),
-        "by_length": sum(isinstance(span, LengthSpan) for row in spans for span in row),
+        "full": plan.full_groups,
+        "kinds": Counter(group.noun for group in changed),
+        "rules": Counter(group.rule_text() for group in changed),
+        "by_length": plan.by_length,
         "costs": costs,
         "checks": checks,
         "versions": versions,
@@ -149,12 +150,6 @@ def _fence(text: str) -> str:
     return "`" * max(3, longest + 1)
 
 
-def _differs_by_layer(plan: Plan) -> bool:
-    """Whether the plan leaves layers of different widths."""
-    neurons = [layer.mlp.kept if layer.mlp is not None else None for layer in plan.layers]
-    return len(set(zip(plan.kept_heads, plan.kept_queries, neurons, strict=True))) > 1
-
-
 def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, loaded_as: str) -> str:
     """What the checkpoint is, behind the name and sizes of its model; `windows` is None for the patched form."""
     if windows is not None and any(window is not None for window in windows):
@@ -163,7 +158,7 @@ def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, load
         )
     if windows is not None:
         return f"as an ordinary {loaded_as} of transformers"
-    parts = ["a width of its own for every layer"] if _differs_by_layer(plan) else []
+    parts = ["a width of its own for every layer"] if len(plan.widths) > 1 else []
     if windowed or not plan.prunes:
         parts.append("a span of its own for every key/value head")
     return f"with {' and '.join(parts)}" if parts else f"as {loaded_as}, which brings its own code"

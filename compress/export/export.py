@@ -27,10 +27,10 @@ from compress.json_file import read_model
 from compress.models.families import family_of
 from compress.models.generation import plain_generation
 from compress.models.load import DTYPES, LoadedModel
+from compress.models.planned import patched_model, planned_model
 from compress.models.recovered import load_recovered
 from compress.models.tokenizer_files import write_tokenizer
 from compress.plan import Plan, read_plan
-from compress.targets.apply import patched_model, planned_model
 
 PLAN = "compress_plan.json"
 BASE_PLAN = "compress_plan.base.json"  # of the model it was made from, where that is a checkpoint of ours

@@ -4,24 +4,101 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from compress import runtime
 from compress.json_file import read_object
+from compress.plan import Form
 from compress.runtime.families import Family
+from compress.targets.target import load_mixers, targets_of
 
-# Flat, because transformers copies a checkpoint's code file by file: one file with configuration and model, and
-# the files that it imports. It names every one of them itself, since older versions follow its imports only.
 RUNTIME = Path(str(runtime.__file__)).parent
-RUNTIME_FILES = tuple(sorted(path.name for path in RUNTIME.glob("*.py") if path.name != "__init__.py"))
 MODELING = "modeling_compress"
+
+# Flat, because transformers copies a checkpoint's code file by file: imports are `from .name import ...` only. Where a
+# mixer's file lies in another package, its imports of the runtime are made relative to the checkpoint.
+_RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", flags=re.MULTILINE)
+_OF_RUNTIME = re.compile(r"^(\s*from\s+)compress\.runtime(\.\w+\s+import\b)", flags=re.MULTILINE)
+_OTHER = re.compile(
+    r"^\s*(?:from\s+compress[\s.]|import\s+compress\b|from\s+\.\s+import|from\s+\.\.)", flags=re.MULTILINE
+)
+
+_LISTED = """
+# Written by the exporter: the mixers of the plan, and every other file of the checkpoint by name, because out of a
+# local folder transformers up to 5.8 copies only the files that this one names.
+from typing import TYPE_CHECKING
+
+{mixers}
+
+if TYPE_CHECKING:
+{others}
+"""
+
+
+@cache
+def _source(path: Path) -> str:
+    """The text of a file of the runtime as it stands in a checkpoint.
+
+    Raises:
+        ValueError: it imports what a checkpoint cannot carry.
+    """
+    text = _OF_RUNTIME.sub(r"\1\2", path.read_text(encoding="utf-8"))
+    if wrong := _OTHER.search(text):
+        raise ValueError(
+            f"{path}: `{wrong[0].strip()}`: a file that checkpoints carry imports torch, transformers and, as "
+            "`from .name import ...` or `from compress.runtime.name import ...`, what lies beside it or in the runtime"
+        )
+    return text
+
+
+def runtime_files(plan: dict[str, Any]) -> dict[str, str]:
+    """Names and texts of the code files of a checkpoint with this plan: the runtime, with the plan's mixers.
+
+    Raises:
+        ValueError: a mixer's file imports what a checkpoint cannot carry, or has the name of another file.
+    """
+    mixers = {}
+    for module in load_mixers(targets_of(plan)):
+        path = Path(str(import_module(module).__file__))
+        mixers[path.stem] = path
+    paths = {MODELING: RUNTIME / f"{MODELING}.py"}
+    waiting = [*paths.values(), *mixers.values()]
+    texts: dict[str, str] = {}
+    while waiting:
+        path = waiting.pop()
+        if paths.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path}: a file that checkpoints carry has the name of {paths[path.stem]}; rename one")
+        if path.stem in texts:
+            continue
+        texts[path.stem] = _source(path)
+        for name in _RELATIVE.findall(texts[path.stem]):
+            beside = path.with_name(f"{name}.py")
+            waiting.append(beside if beside.is_file() else RUNTIME / f"{name}.py")
+    named = lambda names: [f"from .{name} import __name__ as _{name}  # noqa" for name in sorted(names)]  # noqa: E731
+    texts[MODELING] += _LISTED.format(
+        mixers="\n".join(named(mixers)),
+        others="\n".join(f"    {line}" for line in named(texts.keys() - mixers.keys() - {MODELING})),
+    )
+    return {f"{name}.py": text for name, text in sorted(texts.items())}
 
 
 def copy_runtime(folder: Path) -> None:
-    """Copy the runtime's files into a checkpoint, unchanged."""
-    for name in RUNTIME_FILES:
-        shutil.copyfile(RUNTIME / name, folder / name)
+    """Write the code into a checkpoint whose config.json is there, and says which targets its plan has."""
+    config = read_object(folder / "config.json", "the checkpoint's config.json")
+    for name, text in runtime_files(config["compress_plan"]).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def checkpoint_form(folder: Path) -> Form | None:
+    """The form of the checkpoint in a folder; None where there is none."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    return "patched" if brings_code(folder) else "native"
 
 
 def brings_code(folder: Path) -> bool:

@@ -8,9 +8,9 @@ import transformers
 
 from compress.errors import UserError
 from compress.models.families import family_of
+from compress.models.planned import config_fields, has_own_widths, on_weights_of
 from compress.plan import Plan
-from compress.runtime.span import AnySpan
-from compress.targets.apply import config_fields, has_own_widths, on_weights_of
+from compress.targets.target import StockForm, Target
 
 FIX = "search with `solver: {name: layers, sink: 0}`, or write `export: {form: patched}`, which holds every plan"
 
@@ -18,28 +18,32 @@ FIX = "search with `solver: {name: layers, sink: 0}`, or write `export: {form: p
 def layer_windows(plan: Plan) -> list[int | None]:
     """Per layer, the window in tokens that all its groups have; None where all see everything.
 
-    A stock layer that slides over W tokens sees key j when t - j < W, as a span of alpha W without sinks and growth.
+    A stock layer that slides over W tokens sees key j when t - j < W.
 
     Raises:
         UserError: no stock architecture holds the plan; names the first layer and group in the way.
     """
-    windows: list[int | None] = []
+    forms: list[StockForm] = []
     common: tuple[int, int] | None = None
-    for layer, row in enumerate(plan.spans()):
-        for group, span in enumerate(row):
-            if span.rule == "length" or (not span.is_full and (span.sink or span.beta or span.alpha < 2)):
-                raise _in_the_way(layer, group, span, "everything, or a fixed window of 2 tokens or more without sinks")
-            if _window(span) != _window(row[0]):
-                raise _in_the_way(layer, group, span, f"as group 0 of the layer, {_words(row[0])}")
-        window = _window(row[0])
-        if window is not None:
-            if common is not None and window != common[1]:
-                raise _in_the_way(
-                    layer, 0, row[0], f"the window of layer {common[0]}, {common[1]} tokens: there is one for all"
-                )
-            common = common or (layer, window)
-        windows.append(window)
-    return windows
+    for layer, row in enumerate(plan.groups_that_stay()):
+        first = row[0][0].stock(row[0][1])
+        for group, native in row:
+            form = group.stock(native)
+            number = plan.layers[layer].groups.index(group)
+            if form is None:
+                wanted = "everything, or a fixed window of 2 tokens or more without sinks"
+                raise _in_the_way(layer, number, group, native, wanted)
+            if form != first:
+                words = row[0][0].words(row[0][1])
+                raise _in_the_way(layer, number, group, native, f"as the first group of the layer: {words}")
+        assert first is not None
+        if first.window is not None:
+            if common is not None and first.window != common[1]:
+                wanted = f"the window of layer {common[0]}, {common[1]} tokens: there is one for all"
+                raise _in_the_way(layer, 0, row[0][0], row[0][1], wanted)
+            common = common or (layer, first.window)
+        forms.append(first)
+    return [form.window for form in forms]
 
 
 def native_model(planned: Any, plan: Plan) -> Any:
@@ -132,19 +136,11 @@ def _check_rope(rope: Any, windows: list[int | None], plan: Plan) -> None:
             )
 
 
-def _window(span: AnySpan) -> int | None:
-    return None if span.is_full else span.alpha
-
-
-def _words(span: AnySpan) -> str:
-    return "full" if span.is_full else f"a window with sink {span.sink}, alpha {span.alpha}, beta {span.beta:g}"
-
-
-def _in_the_way(layer: int, group: int, span: AnySpan, expected: str) -> UserError:
+def _in_the_way(layer: int, number: int, group: Target, native: int | None, expected: str) -> UserError:
     return UserError(
         "a native checkpoint cannot hold this plan",
-        where=f"plan: layers.{layer}.groups.{group}",
+        where=f"plan: layers.{layer}.groups.{number}",
         expected=expected,
-        found=_words(span),
+        found=group.words(native),
         fix=FIX,
     )

@@ -17,12 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import UserError
 from compress.export.finite import refuse_not_finite
-from compress.export.native import layer_windows
 from compress.files import scratch as scratch_folder
 from compress.plan import Plan
 from compress.runtime.modeling_compress import CACHE
-from compress.runtime.span import has_length_rule
-from compress.targets.cost import kv_bytes, page_bytes, stock_kv_bytes
+from compress.runtime.span import PAGE
 
 CHILD = Path(__file__).with_name("verify_child.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest logit
@@ -97,7 +95,7 @@ def verify_checkpoint(
             weight of it, or logits, text or cache bytes differ.
     """
     length = min(length, int(planned.config.max_position_embeddings) - 16)
-    probe = make_probe(planned, tokenizer, length, alike=has_length_rule(plan.spans()))
+    probe = make_probe(planned, tokenizer, length, alike=plan.by_length)
     device = next(planned.parameters()).device
     ids, mask = probe["ids"].to(device), probe["mask"].to(device)
     with torch.inference_mode():
@@ -156,13 +154,9 @@ def verify_checkpoint(
             expected=str(tokens[0, length:].tolist()),
             found=str(result["tokens"][0, length:].tolist()),
         )
-    spans, head_dim, itemsize = plan.spans(), plan.model.head_dim, next(planned.parameters()).itemsize
-    kv_heads = plan.model.kv_heads
-    if native:
-        predicted, slack = stock_kv_bytes(layer_windows(plan), plan.kept_heads, length, head_dim, itemsize), 0
-    else:
-        predicted = kv_bytes(spans, length, head_dim, itemsize)
-        slack = 2 * plan.model.layers * kv_heads * page_bytes(head_dim, itemsize)
+    itemsize = next(planned.parameters()).itemsize
+    predicted = plan.cost(length, itemsize, form="native" if native else "patched").held_bytes
+    slack = 0 if native else 2 * sum(plan.kept_heads) * PAGE * plan.unit(0, itemsize, "patched").token_bytes
     allocated = int(result["cache_bytes"])
     if abs(allocated - predicted) > slack:
         raise UserError(
@@ -178,7 +172,7 @@ def verify_checkpoint(
         text=facts["text"],
         cache_bytes=allocated,
         predicted_bytes=predicted,
-        dense_bytes=stock_kv_bytes(plan.model.native_windows, kv_heads, length, head_dim, itemsize),
+        dense_bytes=plan.dense_cost(length, itemsize).held_bytes,
         loaded_as=facts["class"],
         native=native,
     )

@@ -24,10 +24,11 @@ from compress.models.folder import CONFIG, PLAN, read_config, read_values, refus
 from compress.models.generation import FILE as GENERATION
 from compress.models.generation import check_generation, plain_generation, read_generation, repaired
 from compress.models.gguf import read_gguf
-from compress.models.shape import ModelShape, shape_of
+from compress.models.shape import shape_of
 from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
 from compress.models.vocabulary import check_vocabulary
 from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tensors, refuse_pointer
+from compress.plan import ModelShape
 from compress.runtime.rope import steady
 from compress.runtime.span import native_windows
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.plots.figure import new_figure, save
+from compress.profile.key import Key
 from compress.profile.store import Profile
 
 NAMED = 8  # layers that the legend names
@@ -34,10 +35,10 @@ def influence_curves(profile: Profile, kind: str = "absolute") -> Curves | None:
         kind: which influence: absolute, signed or joint.
     """
     grid, length = profile.grid, max(profile.lengths)
-    key = f"influence.{kind}.{length}"
-    if grid is None or 0.0 not in grid.betas or key not in profile.tensors:
+    table = profile.find(Key("influence", kind, length))
+    if grid is None or 0.0 not in grid.betas or table is None:
         return None
-    means = profile.tensor(key)[:, :, 0, grid.betas.index(0.0)].double().mean(1)
+    means = table[:, :, 0, grid.betas.index(0.0)].double().mean(1)
     native = profile.header.model.native_windows
     return Curves(
         length,

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from compress.plan import Plan
 from compress.plots.figure import new_figure, save
-from compress.targets.cost import visible_keys
 
 
 def span_map(plan: Plan, length: int) -> list[list[int]]:
     """Keys that the query at the end of `length` tokens sees, `[layers][groups]`."""
-    return [[visible_keys(span, length) for span in row] for row in plan.spans()]
+    return [
+        [group.cost(plan.unit(number, 2, "patched"), length).keys for group in layer.groups]
+        for number, layer in enumerate(plan.layers)
+    ]
 
 
 def draw_spans(plans: Mapping[str, Plan], length: int, path: Path) -> list[Path]:

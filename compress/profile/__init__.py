@@ -1,30 +1,18 @@
 """Measures what each head group, head and neuron does. Importing this package registers every statistic."""
 
-from compress.profile import (
-    amp,
-    attention,
-    flap,
-    gates,
-    hidden_mass,
-    influence,
-    magnitude,
-    output_error,
-    random,
-    retrieval,
-    taylor,
-    wanda_sp,
-)
+from compress.profile.heads import attention, gates, hidden_mass, influence, output_error, retrieval
+from compress.profile.units import amp, drawn, flap, magnitude, taylor, wanda_sp
 
 __all__ = [
     "amp",
     "attention",
+    "drawn",
     "flap",
     "gates",
     "hidden_mass",
     "influence",
     "magnitude",
     "output_error",
-    "random",
     "retrieval",
     "taylor",
     "wanda_sp",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import spearmanr
 
+from compress.profile.key import CORPORA, Key
 from compress.profile.store import Profile
 
 KEPT = 0.8  # share of a layer's units that is kept where the choice is compared, rounded down: all say nothing
@@ -64,22 +64,22 @@ def stabilities(profile: Profile) -> dict[str, Stability]:
     """By statistic, for those that were measured on two corpora."""
     return {
         name: Stability(
-            agreement(profile.tensor, f"{name}.heads", groups=True),
-            agreement(profile.tensor, f"{name}.neurons", groups=False),
+            *(
+                agreement(*(profile.tensor(Key(name, part, corpus=corpus)) for corpus in CORPORA), groups=groups)
+                for part, groups in (("heads", True), ("neurons", False))
+            )
         )
         for name in profile.header.statistics
-        if f"{name}.heads.second" in profile.tensors
+        if profile.find(Key(name, "heads", corpus="second")) is not None
     }
 
 
-def agreement(tensor: Callable[[str], torch.Tensor], key: str, *, groups: bool) -> Agreement:
-    """Compare `<key>.first` with `<key>.second`.
+def agreement(first: torch.Tensor, second: torch.Tensor, *, groups: bool) -> Agreement:
+    """Compare scores `[layers, ...]` on the first corpus with those on the second.
 
     Args:
-        tensor: key -> `[layers, ...]`.
         groups: whether means over the last axis are kept, instead of the numbers themselves.
     """
-    first, second = tensor(f"{key}.first"), tensor(f"{key}.second")
     correlations = [rank_correlation(a.flatten(), b.flatten()) for a, b in zip(first, second, strict=True)]
     known = [(value, layer) for layer, value in enumerate(correlations) if value is not None]
     if groups:

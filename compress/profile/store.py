@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from safetensors.torch import save as save_tensors
 from compress.errors import Problem, UserError, nearest
 from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.targets.window import SpanGrid
 
 HEADER = "profile.json"
 TENSORS = "statistics.safetensors"
+SHOWN = 40  # keys that a message lists
 AGAIN = "profile again (delete the folder, or choose another one)"
 
 
@@ -50,7 +53,7 @@ class ProfileHeader(_Strict):
     """`profile.json`.
 
     Attributes:
-        key: hash of everything the numbers depend on (see `runner.run_key`); an equal run is not repeated.
+        key: hash of everything the numbers depend on (see `run.run_key`); an equal run is not repeated.
         model: shape of the profiled model; `fingerprint` repeats its fingerprint.
         documents: number of documents per length.
         second: the same of the second corpus, empty without one.
@@ -87,11 +90,15 @@ class ProfileHeader(_Strict):
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile that passed all checks."""
+    """A profile that passed all checks.
+
+    Attributes:
+        tensors: float32, `[layers, groups, ...]` or `[layers, neurons]`.
+    """
 
     folder: Path
     header: ProfileHeader
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[Key, torch.Tensor]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -103,25 +110,45 @@ class Profile:
         """Span grid of the influence tables."""
         return self.header.grid
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """One statistic's tensor, float32, `[layers, groups, ...]`.
+    def find(self, key: Key | str) -> torch.Tensor | None:
+        """One tensor, by its key or the text of it; None where the profile has none of this key."""
+        return self.tensors.get(Key.parse(key) if isinstance(key, str) else key)
+
+    def tensor(self, key: Key | str) -> torch.Tensor:
+        """One tensor, by its key or the text of it.
 
         Raises:
             UserError: the profile has no such tensor; says which it has.
         """
-        if key not in self.tensors:
-            raise UserError(
-                f"the profile has no `{key}`",
-                where=str(self.folder),
-                expected=f"one of {', '.join(sorted(self.tensors))}",
-                fix=nearest(key, self.tensors) or "add the statistic to the recipe and profile again",
-            )
-        return self.tensors[key]
+        found = self.find(key)
+        if found is None:
+            raise missing(key, self.tensors, str(self.folder))
+        return found
+
+    def entry(self, key: Key) -> TensorEntry:
+        """The declaration of a tensor that the profile has."""
+        return self.header.statistics[key.statistic].tensors[str(key)]
 
 
-def write_profile(folder: Path, header: ProfileHeader, tensors: dict[str, torch.Tensor]) -> None:
+def missing(key: Key | str, known: Iterable[Key], where: str) -> UserError:
+    """The error for a tensor that a profile does not have.
+
+    Args:
+        known: what it has.
+    """
+    names = sorted(map(str, known))
+    shown = names if len(names) <= SHOWN else [*names[:SHOWN], f"{len(names) - SHOWN} more"]
+    return UserError(
+        f"the profile has no `{key}`",
+        where=where,
+        expected=f"one of {', '.join(shown)}" if names else "a profile that has it",
+        fix=nearest(str(key), names) or "add the statistic to the recipe and profile again",
+    )
+
+
+def write_profile(folder: Path, header: ProfileHeader, tensors: Mapping[Key, torch.Tensor]) -> None:
     """Write both files; `header.sha256` is filled in here. The header comes last, so it vouches for the tensors."""
-    data = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
+    data = save_tensors({str(key): tensor.contiguous() for key, tensor in tensors.items()})
     header = header.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     write_bytes(folder / TENSORS, data)
     write_bytes(folder / HEADER, header.to_json().encode())
@@ -188,6 +215,10 @@ def _read_header(path: Path) -> ProfileHeader:
     problems = []
     for name, statistic in header.statistics.items():
         for key, entry in statistic.tensors.items():
+            if not _is_key(key, name):
+                problems.append(
+                    Problem(f"statistic `{name}`: unknown name of a tensor", str(path), f"{name}.<part>", key, AGAIN)
+                )
             start = (header.model.layers, header.model.kv_heads)
             # Neurons are no part of the model's shape, so their number is not known here.
             fits = entry.shape[:1] == start[:1] if entry.axes == ("layer", "neuron") else entry.shape[:2] == start
@@ -206,6 +237,14 @@ def _read_header(path: Path) -> ProfileHeader:
     return header
 
 
+def _is_key(text: str, statistic: str) -> bool:
+    """Whether a text is the key of a statistic's tensor."""
+    try:
+        return Key.parse(text).statistic == statistic
+    except ValueError:
+        return False
+
+
 def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Problem]:
     """One problem per field that differs; of equal shapes with other weights only the fingerprint is named."""
     return [
@@ -220,7 +259,7 @@ def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Pr
     ]
 
 
-def _read_tensors(path: Path, header: ProfileHeader) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, header: ProfileHeader) -> dict[Key, torch.Tensor]:
     data = _read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
     if digest != header.sha256:
@@ -249,4 +288,4 @@ def _read_tensors(path: Path, header: ProfileHeader) -> dict[str, torch.Tensor]:
             problems.append(Problem(f"`{key}` holds NaN or infinity", str(path), "finite numbers", fix=AGAIN))
     if problems:
         raise UserError(problems)
-    return tensors
+    return {Key.parse(key): tensor for key, tensor in tensors.items()}

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.bench.file import BenchFile, read_bench
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult, read_comparison
+from compress.export.layout import checkpoint_form
 from compress.json_file import AGAIN, read_bytes, read_model, read_object
-from compress.plan import Plan, read_plan
+from compress.plan import Form, Plan, read_plan
 from compress.profile.stability import stabilities
 from compress.profile.store import HEADER, Profile, read_profile
 
@@ -44,6 +45,7 @@ class Facts:
         name: the folder's own name.
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
         stability: by importance statistic, how two corpora agree on it.
+        form: of the checkpoint that the plan was exported to; None before it was.
         plans: the plans of the evaluation's rows, by name, where they lie in the folder.
         environment: versions and devices of the last command that wrote there.
     """
@@ -52,6 +54,7 @@ class Facts:
     path: Path
     comparison: Comparison | None
     plan: Plan | None
+    form: Form | None
     plans: dict[str, Plan]
     statistics: dict[str, list[list[float]]]
     stability: dict[str, str]
@@ -100,6 +103,7 @@ def read_facts(folder: Path) -> Facts:
         path=folder,
         comparison=read_comparison(files["evaluation"]) if there["evaluation"] else None,
         plan=chosen,
+        form=checkpoint_form(folder) or checkpoint_form(folder / "checkpoint"),
         plans=plans | ({"plan": chosen} if chosen is not None else {}),
         statistics=_statistics(profile) if profile is not None else {},
         stability={name: found.line() for name, found in stabilities(profile).items()} if profile is not None else {},
@@ -134,10 +138,5 @@ def _profile(folder: Path, plan: Plan | None) -> Profile | None:
 
 
 def _statistics(profile: Profile) -> dict[str, list[list[float]]]:
-    keys = [
-        key
-        for statistic in profile.header.statistics.values()
-        for key, entry in statistic.tensors.items()
-        if entry.axes == ("layer", "group")
-    ]
-    return {key: profile.tensor(key).tolist() for key in sorted(keys)}
+    keys = [key for key in profile.tensors if profile.entry(key).axes == ("layer", "group") and key.target is None]
+    return {str(key): profile.tensor(key).tolist() for key in sorted(keys, key=str)}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.bench.file import SideFigures
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, VariantResult
-from compress.plan import Plan
+from compress.plan import Plan, removal
 from compress.report.facts import Facts
 from compress.report.svg import Series, plot
-from compress.runtime.span import AnySpan
-from compress.targets.cost import decode_density, kv_bytes, prefill_density, stock_kv_bytes
+from compress.targets.full import FullGroup
 
 LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
+MAPPED = 8192  # tokens at which the head map and the headline without an evaluation are
 BINS = 5
 
 
@@ -37,11 +37,11 @@ def headline(facts: Facts) -> dict[str, Any]:
         found["share"] = chosen.kv_bytes[length] / comparison.dense.kv_bytes[length]
         found["of"] = f"of the dense KV cache at {length:,} tokens, in allocated pages"
     elif facts.plan is not None:
-        length = min(8192, 131072)
-        found["share"] = costs(facts)[LENGTHS.index(length)]["share"]
-        found["of"] = f"of the dense KV cache at {length:,} tokens, by the plan"
-    removal = facts.plan.removal() if facts.plan is not None else None
-    found["lines"] += [removal] if removal is not None else []
+        plan = facts.plan
+        found["share"] = plan.cost(MAPPED, form=facts.form).held_bytes / plan.dense_cost(MAPPED).held_bytes
+        found["of"] = f"of the dense KV cache at {MAPPED:,} tokens, by the plan"
+    left = removal(facts.plan) if facts.plan is not None else None
+    found["lines"] += [left] if left is not None else []
     if comparison is not None and chosen is not None:
         found["lines"] += [*_perplexity_line(comparison, chosen), *_recall_lines(comparison, chosen)]
         found["lines"] += _time_line(comparison, chosen)
@@ -87,66 +87,66 @@ def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
-    """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair."""
-    if facts.plan is None:
+    """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair.
+
+    Sparsity is that of Sparse Frontier (arXiv 2504.17768), counted token by token where the paper counts whole blocks.
+    """
+    plan = facts.plan
+    if plan is None:
         return []
-    model, spans, heads = facts.plan.model, facts.plan.spans(), _heads_kept(facts.plan)
     rows = []
     for length in LENGTHS:
-        used = kv_bytes(spans, length, model.head_dim, 2)
-        dense = stock_kv_bytes(model.native_windows, model.kv_heads, length, model.head_dim, 2)
+        used, dense = plan.cost(length, form=facts.form), plan.dense_cost(length)
         rows.append(
             {
                 "length": length,
-                "used": used,
-                "dense": dense,
-                "share": used / dense,
-                "prefill_sparsity": 1 - heads * prefill_density(spans, length),
-                "decode_sparsity": 1 - heads * decode_density(spans, length),
+                "used": used.held_bytes,
+                "dense": dense.held_bytes,
+                "share": used.held_bytes / dense.held_bytes,
+                "prefill_sparsity": 1 - _prefill_share(plan, length),
+                "decode_sparsity": 1 - _decode_share(plan, length),
             }
         )
     return rows
 
 
-def _heads_kept(plan: Plan) -> float:
-    """Share of the query heads that stay."""
-    return sum(plan.kept_queries) / (plan.model.layers * plan.model.query_heads)
+def _prefill_share(plan: Plan, length: int) -> float:
+    """Pairs of query and key that a prefill computes, over all causal pairs of the dense model's query heads."""
+    causal = plan.model.layers * plan.model.query_heads * length * (length + 1) // 2
+    return plan.cost(length).flops / (4 * plan.model.head_dim * causal)
+
+
+def _decode_share(plan: Plan, length: int) -> float:
+    """Pairs that the query at the end of `length` tokens computes, over all keys of the dense model's query heads."""
+    seen = 0
+    for number, layer in enumerate(plan.layers):
+        unit = plan.unit(number, 2, "patched")
+        seen += unit.query_heads * sum(group.cost(unit, length).keys for group in layer.groups)
+    return seen / (plan.model.layers * plan.model.query_heads * length)
 
 
 def head_map(facts: Facts) -> dict[str, Any] | None:
     """Every head group with its target, what it keeps at 8k tokens, and the profile's figures for it."""
     if facts.plan is None:
         return None
+    plan = facts.plan
     rows: list[list[dict[str, Any]]] = []
-    length = 8192
-    for layer, spans in enumerate(facts.plan.spans_by_group()):
+    for layer, native in enumerate(plan.model.native_windows):
         cells = []
-        for group, span in enumerate(spans):
-            kept = 0.0 if span is None else min(1.0, span.at_length(length).page_count(length) / span_pages(length))
-            target = facts.plan.layers[layer].groups[group].target
-            told = [f"layer {layer}, group {group}: {_words(target, span)}", f"keeps {kept:.0%} at {length:,} tokens"]
-            told += [f"{key} {values[layer][group]:.3g}" for key, values in facts.statistics.items()]
-            cells.append({"kept": kept, "target": target, "told": told, "level": round(kept * 10)})
+        unit = plan.unit(layer, 2, "patched")
+        all_keys = FullGroup().cost(replace(unit, native=None), MAPPED)
+        for number, group in enumerate(plan.layers[layer].groups):
+            kept = min(1.0, group.cost(unit, MAPPED).held_bytes / all_keys.held_bytes)
+            what = group.words(native)
+            told = [
+                f"layer {layer}, group {number}: {what if group.removes else f'{group.target}, {what}'}",
+                f"keeps {kept:.0%} at {MAPPED:,} tokens",
+                *(f"{key} {values[layer][number]:.3g}" for key, values in facts.statistics.items()),
+            ]
+            cells.append({"kept": kept, "target": group.target, "told": told, "level": round(kept * 10)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
-    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": length}
-
-
-def _words(target: str, span: AnySpan | None) -> str:
-    """What became of a head group."""
-    if span is None:
-        return "removed"
-    if span.is_full:
-        return f"{target}, sees everything"
-    grows = f" + {span.beta:g} of the {span.rule}" if span.beta else ""
-    return f"{target}, sink {span.sink}, window {span.alpha}{grows}"
-
-
-def span_pages(length: int) -> int:
-    """Pages of everything."""
-    from compress.runtime.span import FULL
-
-    return FULL.page_count(length)
+    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAPPED}
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _share_of_pairs(facts: Facts, variant: VariantResult, length: int | None) ->
     if variant.name in ("dense", CONTROL_ROW):
         return 1.0
     plan = facts.plans.get(variant.name.removesuffix(UNTRAINED))
-    return None if plan is None else _heads_kept(plan) * prefill_density(plan.spans(), length)
+    return None if plan is None else _prefill_share(plan, length)
 
 
 def _quality_charts(

@@ -1,96 +1,22 @@
-"""The attention and mask functions that a planned model registers with transformers, and the choice of `impl`."""
+"""The attention and mask functions that a planned model registers with transformers, and how heads get to mixers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils import logging
 
-from .flash import refusal as flash_refusal
-from .paged_cache import PagedCache, PagedLayer
-from .reference import Rows, decode, prefill, store, store_one
-from .span import Span
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Impl:
-    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification."""
-
-    prefill: Callable[..., torch.Tensor]
-    decode: Callable[..., torch.Tensor]
-    store: Callable[..., None]
-    store_one: Callable[..., None]
-
-
-IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
-
-
-try:
-    from .triton_attention import FLASH, TRITON, refusal
-except ImportError as error:  # no Triton here
-    _NO_TRITON = f"Triton cannot be imported ({error})"
-
-    def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why the kernels do not run for this device, dtype and head size; None when they do."""
-        return _NO_TRITON
-
-else:
-    IMPLS["triton"] = Impl(*TRITON)
-    IMPLS["flash"] = Impl(*FLASH)
-
-
-def choose_impl(name: str, query: torch.Tensor) -> Impl:
-    """The implementation of that name; `auto` is the fastest that runs for tensors like `query`, and says so once.
-
-    Raises:
-        ValueError: no such implementation, or one that cannot run here.
-    """
-    return IMPLS[explain_impl(name, query.device, query.dtype, query.shape[-1])[0]]
-
-
-@lru_cache(maxsize=256)
-def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """What `choose_impl` takes, and why in one line.
-
-    Raises:
-        ValueError: as `choose_impl`.
-    """
-    if name != "auto" and name not in WORDS:
-        raise ValueError(f"compress_impl: expected auto, {', '.join(WORDS)}, got {name!r}")
-    kernels = refusal(device, dtype, head_dim)
-    four = kernels or flash_refusal(device, dtype, head_dim)
-    if name == "auto":
-        if device.type == "cpu":  # Triton's interpreter is for tests
-            taken, why = "reference", "the model is on a CPU"
-        elif kernels is not None:
-            taken, why = "reference", kernels
-        else:
-            taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
-    else:
-        reason = {"reference": None, "triton": kernels, "flash": four}[name]
-        if reason is not None:
-            raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
-        taken, why = name, "as asked for"
-    logger.info(f"attention runs in {WORDS[taken]}: {why}")
-    return taken, why
-
-
-WORDS = {
-    "reference": "plain PyTorch",
-    "triton": "Triton kernels",
-    "flash": "Triton kernels, and FlashAttention-4 for long prompts",
-}
-
+from .mixer import Kinds, Mixer
+from .paged_cache import CacheLayer
+from .reference import Rows
+from .step import Step
 
 # Arguments of transformers' attention interface, and of models that hand them on to it, that change what attention
 # computes. The models here give none of them by themselves: a layer's own `sliding_window` is in the plan. They matter
@@ -141,126 +67,30 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         )
 
 
-# The registry is global to the process and the last registration wins, so the name carries the code's hash:
-# two checkpoints with different runtimes can live in one process.
-_SOURCES = (
-    "span.py",
-    "paged_cache.py",
-    "reference.py",
-    "tuned.py",
-    "flash.py",
-    "triton_span.py",
-    "triton_prefill.py",
-    "triton_backward.py",
-    "triton_decode.py",
-    "triton_store.py",
-    "triton_attention.py",
-    "attention.py",
-)
-_HASH = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES)).hexdigest()
+# The registry is global to the process and the last registration wins, so the name carries the hash of all the code
+# beside this file: two checkpoints with different runtimes can live in one process.
+_SOURCES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")
+_HASH = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()
 NAME = f"compress_{_HASH[:12]}"
 
 
-@dataclass
-class Step:
-    """What the layers of one forward pass share.
-
-    Attributes:
-        cache: the paged cache, None when nothing is cached.
-        rows: which columns are tokens; None in a step of one token a sequence through a cache, until a layer that
-            takes gradients asks for them.
-        pick: `[B, T]` columns that bring every sequence's tokens together at the front, where they are no run
-            already; None where they are.
-        lengths: `[B]` int32, in a step of one token: tokens of each sequence with it, 0 where it is padding.
-        gains: tokens that each sequence gains, None where only the device knows.
-        columns: T.
-        spans: `[layers][groups]` of this pass where the plan has spans by length; None where those of the model hold.
-        seen: `[B, columns]`, which columns so far were tokens, these included; None where the cache's own holds.
-        autocast: whether torch casts the inputs of matrix products meanwhile.
-        stored: layers whose tokens are in the cache.
-    """
-
-    cache: PagedCache | None
-    rows: Rows | None
-    pick: torch.Tensor | None
-    lengths: torch.Tensor | None
-    gains: list[int] | None
-    columns: int
-    spans: Sequence[Sequence[Span]] | None = None
-    seen: torch.Tensor | None = None
-    autocast: bool = False
-    stored: set[int] = field(default_factory=set)
-
-    @staticmethod
-    def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
-        """The step of `count` new columns `[B, T]`; `valid` says which are tokens, None when all are.
-
-        Raises:
-            ValueError: more tokens than were reserved.
-        """
-        step = Step._begin(cache, valid, batch, count, device)
-        step.autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        if cache is not None:
-            cache.check_room(step.gains)
-        return step
-
-    @staticmethod
-    def _begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
-        if cache is None:
-            runs = Rows.whole(batch, count) if valid is None else None
-            return _step_of_runs(None, runs, valid, [0] * batch)
-        before = cache.begin(batch, device)
-        differentiable = torch.is_grad_enabled()
-        if cache.max_length is not None and (count > 1 or differentiable):
-            cache.synchronize()
-        if count == 1:
-            gains = None
-            if valid is None:
-                gains = [1] * batch
-                lengths = before + 1
-            else:
-                lengths = torch.where(valid[:, 0], before + 1, 0)
-                if cache.max_length is None or differentiable:  # pages, and rows of a gradient, are found on the host
-                    gains = valid[:, 0].long().tolist()
-            return Step(cache, None, None, lengths, gains, 1)
-        past = cache.paged[0].lengths or [0] * batch
-        runs = Rows(tuple(past), (0,) * batch, (count,) * batch) if valid is None else None
-        return _step_of_runs(cache, runs, valid, past)
-
-    def end(self) -> None:
-        """Count the new tokens on the device, in place, and the new columns."""
-        if self.cache is None or self.cache.lengths is None or self.cache.width is None:
-            return
-        if self.seen is not None:
-            self.cache.seen = self.seen
-        for layer in self.cache.paged:
-            layer.columns += self.columns
-        self.cache.width += self.columns
-        if self.lengths is not None:
-            torch.maximum(self.cache.lengths, self.lengths, out=self.cache.lengths)
-        elif self.gains is not None:
-            self.cache.lengths += torch.tensor(self.gains, dtype=torch.int32, device=self.cache.lengths.device)
-
-    def fail(self) -> None:
-        """Mark the cache where an error came after the first layer had stored its tokens."""
-        if self.cache is not None and self.stored:
-            self.cache.interrupted = True
+def install(module: Any, kinds: Kinds) -> None:
+    """Give an attention module its mixers, whose parameters become its own, and hand them its inputs if they ask."""
+    module.compress_kinds = kinds
+    module.mixers = nn.ModuleDict({mixer.targets[0]: mixer for mixer in kinds.mixers})
+    handle = vars(module).pop("compress_hook", None)
+    if handle is not None:
+        handle.remove()
+    if kinds.needs_inputs:
+        module.compress_hook = module.register_forward_pre_hook(_keep_inputs, with_kwargs=True)
 
 
-def _step_of_runs(cache: PagedCache | None, runs: Rows | None, valid: torch.Tensor | None, past: list[int]) -> Step:
-    """A step of several columns; tokens that are no run of columns are picked together."""
-    if runs is not None or valid is None:
-        assert runs is not None
-        return Step(cache, runs, None, None, list(runs.count), max(runs.count))
-    count = valid.sum(dim=1).tolist()
-    start = valid.long().argmax(dim=1)
-    last = valid.shape[1] - valid.flip(1).long().argmax(dim=1)
-    pick = None
-    if bool(((last - start != valid.sum(dim=1)) & valid.any(dim=1)).any()):
-        pick = (~valid).long().argsort(dim=1, stable=True)
-        start = torch.zeros_like(start)
-    rows = Rows(tuple(past), tuple(start.tolist()), tuple(count))
-    return Step(cache, rows, pick, None, count, valid.shape[1])
+def _keep_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward hook before an attention module: the step gets its hidden states and rotary tables."""
+    step = kwargs.get("compress_step")
+    if step is not None:
+        step.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        step.rotary = kwargs.get("position_embeddings")
 
 
 @torch.compiler.disable  # the compiler takes what lies between attention layers; kernels and pages are left alone
@@ -292,10 +122,10 @@ def plan_attention(
         raise ValueError("attention_mask: a planned model takes a mask `[B, columns]` at its input, and no other")
     refuse_arguments(others)
     step = compress_step
-    spans = module.compress_spans if step.spans is None else step.spans[module.layer_idx]
-    if key.shape[1] != len(spans):
+    kinds = module.compress_kinds
+    if key.shape[1] != kinds.count:
         raise ValueError(
-            f"layer {module.layer_idx} has {key.shape[1]} key/value heads here, and the plan {len(spans)}: a planned "
+            f"layer {module.layer_idx} has {key.shape[1]} key/value heads here, and the plan {kinds.count}: a planned "
             "model cannot be split over processes by heads (tensor parallel)"
         )
     layer = None if step.cache is None else step.cache.paged[module.layer_idx]
@@ -314,63 +144,86 @@ def plan_attention(
         # Kernels run where the current device is; the layers of a model may lie on several.
         current = torch.cuda.device(query.device) if elsewhere else nullcontext()
         with torch.autocast(query.device.type, enabled=False), current:
-            out = _attend(module, query, key, value, layer, spans, step, scaling, dropout)
+            out = _attend(module.layer_idx, kinds, query, key, value, layer, step, scaling, dropout)
     else:
-        out = _attend(module, query, key, value, layer, spans, step, scaling, dropout)
+        out = _attend(module.layer_idx, kinds, query, key, value, layer, step, scaling, dropout)
     return out if dtype == given else out.to(given), None
 
 
 def _attend(
-    module: Any,
+    number: int,
+    kinds: Kinds,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layer: PagedLayer | None,
-    spans: Sequence[Span],
+    layer: CacheLayer | None,
     step: Step,
-    scaling: float | None,
+    scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """`plan_attention` in one dtype: `[B, T, H, D]`."""
-    impl = choose_impl(getattr(module.config, "compress_impl", "auto"), query)
-    rows = step.rows
-    if layer is not None and step.lengths is not None:
+    """`plan_attention` of layer `number` in one dtype: `[B, T, H, D]`."""
+    states = None if layer is None else layer.states
+    if layer is not None and states is not None and step.lengths is not None:
         trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if not trained and dropout == 0:
-            step.stored.add(module.layer_idx)
-            if step.gains is not None:
-                layer.advance(step.gains)
-            held = layer.pages()
-            lengths = step.lengths.to(key.device)
-            impl.store_one(key[:, :, 0], value[:, :, 0], held, lengths, spans)
-            return impl.decode(query[:, :, 0], held, lengths, spans, scale=scaling)[:, None]
+            step.stored.add(number)
+            if kinds.only is not None:
+                return kinds.only.decode(query, key, value, states[0], step, scale=scale)
+            return kinds.mix(query, key, value, states, partial(_decode, step=step, scale=scale))
         # The cache is detached, so the token's own key and value have to come from here.
         assert step.gains is not None
-        if rows is None:
-            rows = step.rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
-    assert rows is not None and step.gains is not None
-    pick = None if step.pick is None else step.pick[:, None, :, None].to(query.device)
+        if step.rows is None:
+            step.rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
+    assert step.rows is not None
+    pick = None if step.pick is None else step.pick.to(query.device)
     if pick is not None:
-        query, key, value = (x.gather(2, pick.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))
-    again = module.layer_idx in step.stored
-    if again and any(rows.past):
-        raise RuntimeError(
-            "a layer is computed again in the backward pass, as activation checkpointing does, and the cached tokens "
-            "before it have changed since; train without a cache, or without checkpointing"
-        )
-    pages = layer.pages() if layer is not None and any(rows.past) else None
-    out = impl.prefill(query, key, value, spans, rows=rows, pages=pages, scale=scaling, dropout=dropout)
-    if layer is not None and not again:
-        step.stored.add(module.layer_idx)
-        layer.advance(step.gains)
-        impl.store(key, value, layer.pages(), rows, spans)
+        by_head = pick[:, None, :, None]
+        query, key, value = (x.gather(2, by_head.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))
+        if kinds.needs_inputs:
+            _pick_inputs(step, pick)
+    if states is not None and number in step.stored:
+        if any(step.rows.past):
+            raise RuntimeError(
+                "a layer is computed again in the backward pass, as activation checkpointing does, and the cached "
+                "tokens before it have changed since; train without a cache, or without checkpointing"
+            )
+        states = None  # its tokens are there already
+    elif states is not None:
+        step.stored.add(number)
+    if kinds.only is not None:
+        state = None if states is None else states[0]
+        out = kinds.only.prefill(query, key, value, state, step, scale=scale, dropout=dropout)
+    else:
+        run = partial(_prefill, step=step, scale=scale, dropout=dropout)
+        out = kinds.mix(query, key, value, states, run)
     if pick is not None:
-        out = torch.zeros_like(out).scatter(2, pick.expand_as(out), out)
-    return out.transpose(1, 2)
+        out = torch.zeros_like(out).scatter(1, pick[:, :, None, None].expand_as(out), out)
+    return out
+
+
+def _prefill(mixer: Mixer, *args: Any, **options: Any) -> torch.Tensor:
+    return mixer.prefill(*args, **options)
+
+
+def _decode(mixer: Mixer, *args: Any, **options: Any) -> torch.Tensor:
+    return mixer.decode(*args, **options)
+
+
+def _pick_inputs(step: Step, pick: torch.Tensor) -> None:
+    """Bring what the mixers ask for into the order of the picked columns."""
+
+    def picked(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.expand(len(pick), -1, -1)
+        return tensor.gather(1, pick[..., None].expand(-1, -1, tensor.shape[-1]))
+
+    if step.hidden is not None:
+        step.hidden = picked(step.hidden)
+    if step.rotary is not None:
+        step.rotary = (picked(step.rotary[0]), picked(step.rotary[1]))
 
 
 def plan_mask(*args: Any, **kwargs: Any) -> None:
-    """transformers' mask interface: no mask tensor is ever built; spans and padding reach the layers in `Step`."""
+    """transformers' mask interface: no mask tensor is ever built; padding reaches the layers in `Step`."""
     return None
 
 

@@ -1,7 +1,8 @@
 """Configurations and models that carry a plan: thin subclasses of transformers' own, one trio per architecture.
 
-Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file and the files it
-imports, and loads with `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
+Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file, the files it imports and
+those of its plan's mixers, which the exporter adds to the imports here; it loads with
+`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
 A trio (`CompressLlamaConfig`, `CompressLlamaModel`, `CompressLlamaForCausalLM`) is made when one of its names is first
 asked for, so that a checkpoint needs only its own architecture to be there.
@@ -13,7 +14,7 @@ import inspect
 import re
 from functools import cache, partial
 from types import new_class
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -21,25 +22,15 @@ from transformers import LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .attention import NAME, Step, refuse_arguments
-from .families import ROWS, Family
+from .attention import NAME, install, refuse_arguments
+from .families import ROWS, Family, head_size_of
+from .mixer import Kinds, LayerFacts, Mixer
+from .mixer_span import SpanMixer  # noqa: F401  # which registers it
 from .paged_cache import PagedCache, adopt, check_foreign
 from .rope import crosses, rope_change, steady
-from .span import has_length_rule, native_windows, spans_at, spans_of_plan
+from .span import native_windows
+from .step import Record, Step
 from .widths import Width, build, width_of
-
-if TYPE_CHECKING:
-    # Every other file of the checkpoint by name: out of a local folder, transformers up to 5.8 copies only the files
-    # that this one names, not those that they name in turn.
-    from .flash import refusal  # noqa: F401
-    from .reference import Rows  # noqa: F401
-    from .triton_attention import TRITON  # noqa: F401
-    from .triton_backward import backward  # noqa: F401
-    from .triton_decode import decode  # noqa: F401
-    from .triton_prefill import forward  # noqa: F401
-    from .triton_span import span_rules  # noqa: F401
-    from .triton_store import store  # noqa: F401
-    from .tuned import decode_config  # noqa: F401
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(
@@ -82,6 +73,13 @@ class OneProcess:
 
     _can_compile_fullgraph = False  # the compiler leaves the attention layers alone
 
+    def _init_weights(self, module: Any) -> None:
+        """First values of a module that no file had values for, as the stock model's and the mixers' own."""
+        if isinstance(module, Mixer):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's.
@@ -101,7 +99,7 @@ class OneProcess:
 
 
 class PlanModel(OneProcess):
-    """The decoder without head: gives every layer its width and spans, and every forward pass its cache and padding."""
+    """The decoder without head: gives every layer its width and mixers, every pass its cache and padding."""
 
     config: Any
     training: bool
@@ -136,8 +134,11 @@ class PlanModel(OneProcess):
     def set_plan(self, plan: dict[str, Any]) -> None:
         """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before.
 
+        Head groups that become the same as before keep their mixers with what these have learned.
+
         Raises:
-            ValueError: the plan has another number of layers, or a layer with other heads or neurons than are there.
+            ValueError: the plan has another number of layers, a layer with other heads or neurons than are there, or a
+                target that this runtime does not have.
         """
         layers = self._layers()
         for number, (layer, width) in enumerate(zip(layers, self._widths(plan), strict=True)):
@@ -145,14 +146,30 @@ class PlanModel(OneProcess):
             if width != there:
                 raise ValueError(f"compress_plan: layer {number}: expected {there}, the plan has {width}")
         self.config.compress_plan = plan
-        self.compress_spans = spans_of_plan(plan, native_windows(self.config, len(layers)))
-        for layer, spans in zip(layers, self.compress_spans, strict=True):
-            self.compress_family.attention_of(layer).compress_spans = spans
-        self.compress_by_length = has_length_rule(self.compress_spans)
+        windows = native_windows(self.config, len(layers))
+        self.compress_kinds = []
+        for number, (layer, entries, native) in enumerate(zip(layers, plan["layers"], windows, strict=True)):
+            width, attention = width_of(layer, self.config), self.compress_family.attention_of(layer)
+            facts = LayerFacts(
+                index=number,
+                head_dim=head_size_of(self.config),
+                hidden_size=self.config.hidden_size,
+                group_size=width.query_heads // width.groups,
+                native_window=native,
+            )
+            before = attention.compress_kinds.mixers if hasattr(attention, "compress_kinds") else ()
+            kinds = Kinds(entries["groups"], facts, before)
+            like = next(attention.parameters())
+            for mixer in set(kinds.mixers).difference(before):
+                mixer.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+            install(attention, kinds)
+            self.compress_kinds.append(kinds)
+        self.compress_key = tuple(kinds.key for kinds in self.compress_kinds)
+        self.compress_by_length = any(mixer.by_length for kinds in self.compress_kinds for mixer in kinds.mixers)
 
     def new_cache(self, max_length: int | None = None) -> PagedCache:
         """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
-        return PagedCache(self.compress_spans, max_length)
+        return PagedCache(self.compress_kinds, max_length)
 
     def forward(
         self,
@@ -163,9 +180,13 @@ class PlanModel(OneProcess):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
+        compress_record: Record | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock model's, with a `PagedCache`; `cache` is what transformers 5.24 calls `past_key_values`.
+
+        A `compress_record` takes the side losses and gates that the layers' mixers report of the pass; the language
+        model hands it on to here.
 
         An empty `DynamicCache` or `StaticCache` becomes a `PagedCache` where it is. Under transformers' gradient
         checkpointing there is no cache. Spans by length take their windows from the tokens of the first pass into a
@@ -200,7 +221,7 @@ class PlanModel(OneProcess):
         check_foreign(given)
         held = given if isinstance(given, PagedCache) else None
         if held is not None:
-            held.check(self.compress_spans, tokens.shape[0])
+            held.check(self.compress_key, tokens.shape[0])
         count, past = tokens.shape[1], 0 if held is None else held.get_seq_length()
         valid, seen = _valid_columns(attention_mask, held, tokens)
         if position_ids is not None:
@@ -208,13 +229,12 @@ class PlanModel(OneProcess):
         length = self._length_of_input(past, valid, count) if self.compress_by_length else None
         if self.compress_rope_change is not None and crosses(self.compress_rope_change, past, count):
             _tell_of_rope(self.compress_rope_change)
-        paged = adopt(given, self.compress_spans) if given is not None else self.new_cache() if use_cache else None
+        paged = adopt(given, self.compress_kinds) if given is not None else self.new_cache() if use_cache else None
         if length is not None and paged is not None and past == 0:
             paged.resolve(length)
         step = Step.begin(paged, valid, tokens.shape[0], count, tokens.device)
         step.seen = seen
-        if length is not None:
-            step.spans = spans_at(self.compress_spans, length) if paged is None else [row.spans for row in paged.paged]
+        step.impl, step.input_length, step.record = self.config.compress_impl, length, compress_record
         if position_ids is None:
             position_ids = _positions(paged, valid, tokens)
         try:
@@ -427,7 +447,7 @@ class PlanForCausalLM(OneProcess):
             if kind is not None:
                 raise ValueError("past_key_values and cache_implementation were both given; give one of them")
             check_foreign(given)
-            adopt(given, self.base_model.compress_spans)
+            adopt(given, self.base_model.compress_kinds)
         elif generation_config.use_cache is not False:
             most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
             model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .paged_cache import Pages
+from .pages import Pages
 from .span import PAGE, Span, visible
 
 # Query rows a block. A window head computes at most this many keys more than it sees; a GPU wants larger blocks.

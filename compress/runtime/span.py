@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -205,11 +205,20 @@ def native_windows(config: Any, layers: int) -> list[int | None]:
 
 RULES: dict[str, type[Span] | type[LengthSpan]] = {kind.rule: kind for kind in (Span, LengthSpan)}
 
-# Target name -> span, from the group's entry in the plan and the layer's own window.
-SPAN_OF: dict[str, Callable[[dict[str, Any], int | None], AnySpan]] = {
-    "full": lambda group, native: own_span(native),
-    "window": lambda group, native: RULES[group.get("rule", "position")](group["sink"], group["alpha"], group["beta"]),
-}
+
+def span_of(group: Mapping[str, Any], native: int | None) -> AnySpan:
+    """The span of a plan's `full` or `window` entry, in a layer whose own window is `native`.
+
+    A `full` group of a layer with a window of its own sees that window and no more, as in the original model.
+
+    Raises:
+        ValueError: another target, which has no span.
+    """
+    if group["target"] == "full":
+        return own_span(native)
+    if group["target"] == "window":
+        return RULES[group.get("rule", "position")](group["sink"], group["alpha"], group["beta"])
+    raise ValueError(f"the target {group['target']!r} has no span")
 
 
 def has_length_rule(spans: Iterable[Iterable[AnySpan]]) -> bool:
@@ -227,18 +236,12 @@ def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> lis
 
     Args:
         plan: `plan.json` as a dictionary, already checked by whoever wrote it.
-        native_windows: per layer, the sliding window that the architecture itself has (None without one). A
-            `full` group of such a layer sees that window and no more, exactly as in the original model.
+        native_windows: per layer, the sliding window that the architecture itself has; None without one.
 
     Raises:
         ValueError: a target that has no span.
     """
-    spans = []
-    for index, (layer, native) in enumerate(zip(plan["layers"], native_windows, strict=True)):
-        row = []
-        for number, group in enumerate(layer["groups"]):
-            if group["target"] not in SPAN_OF:
-                raise ValueError(f"layer {index} group {number}: this runtime has no target {group['target']!r}")
-            row.append(SPAN_OF[group["target"]](group, native))
-        spans.append(row)
-    return spans
+    return [
+        [span_of(group, native) for group in layer["groups"]]
+        for layer, native in zip(plan["layers"], native_windows, strict=True)
+    ]

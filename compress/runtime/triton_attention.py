@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .flash import applies, attend
-from .paged_cache import Pages
+from .pages import Pages
 from .reference import Rows
 from .reference import prefill as reference_prefill
 from .span import Span

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .paged_cache import Pages
+from .pages import Pages
 from .span import PAGE, Span
 from .triton_span import first_key, span_rules
 from .tuned import decode_config

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from compress.errors import UserError
-from compress.search.choice.removal import drawn
+from compress.search.choice.removal import Widths, drawn
 from compress.search.problem import Candidate, Problem
 from compress.search.solver import Solver
 from compress.search.solvers.amp import Amp
@@ -51,7 +51,13 @@ def even_base(problem: Problem, importance: str) -> Problem:
 
 def drawn_baseline(problem: Problem, like: Candidate, seed: int) -> Candidate:
     """The plan of the same widths, and the same targets in each layer, whose units are drawn."""
-    return Candidate(drawn(problem, like.layers, seed), note=f"drawn with seed {seed}")
+    picked = drawn(problem, Widths.of(problem, like.layers), seed)
+    rows = []
+    for layer, asked in zip(picked, like.layers, strict=True):
+        targets = iter([asked.groups[group] for group in asked.kept_groups])
+        groups = tuple(group if group.removes else next(targets) for group in layer.groups)
+        rows.append(layer.model_copy(update={"groups": groups}))
+    return Candidate(tuple(rows), note=f"drawn with seed {seed}")
 
 
 def baselines_of(solver: Solver, problem: Problem) -> Mapping[str, Candidate]:

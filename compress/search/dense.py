@@ -16,7 +16,7 @@ from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
     from compress.targets.unit import LayerParameters
 
 

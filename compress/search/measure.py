@@ -10,8 +10,8 @@ from typing import Any
 from compress.data.document import Document
 from compress.files import append_line, key_of
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
+from compress.models.planned import planned_model, set_plan
 from compress.plan import Plan
-from compress.targets.apply import planned_model, set_plan
 
 Progress = Callable[[int, int, str], None]
 

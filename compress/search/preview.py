@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from compress.errors import UserError
 from compress.models.families import check_pruning
 from compress.models.load import DTYPES
-from compress.models.shape import ModelShape, shape_without_weights
+from compress.models.shape import shape_without_weights
+from compress.plan import ModelShape
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import Budget, check_lengths

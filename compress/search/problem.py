@@ -24,7 +24,7 @@ from compress.targets.window import SpanGrid, WindowGroup
 if TYPE_CHECKING:
     import torch
 
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 Layers = tuple[LayerPlan, ...]
 Amounts = NDArray[np.int64]
@@ -284,6 +284,8 @@ class Candidate:
             elif report is not None:
                 reports[row.kind] = report
         predicted = Predicted(
+            form=plan.form,
+            itemsize=dense.itemsize,
             kv_bytes={length: cost(length).held_bytes for length in lengths},
             dense_kv_bytes={length: dense.cost(length).held_bytes for length in lengths},
             loss=list(self.losses.values())[-1] if self.losses else None,

@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 
 from compress.runtime.span import PAGE, AnySpan, Span, spans_at
-from compress.targets.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -43,32 +42,6 @@ class Cost:
     def total(costs: Iterable[Cost]) -> Cost:
         """The sum of costs; of none, nothing."""
         return Cost(*map(sum, zip(astuple(Cost()), *map(astuple, costs), strict=True)))
-
-
-def span_cost(span: AnySpan, unit: Unit, length: int) -> Cost:
-    """What a head group costs that sees a span of keys; it keeps what it may see again, and reads what it keeps.
-
-    Transformers' own cache (`unit.paged` false) keeps the window's tokens, one of them new while a step runs. It has
-    no place for sinks or windows that grow: there the caller asks `Target.stock` first.
-    """
-    fixed = span.at_length(length)
-    if unit.paged:
-        held = fixed.page_count(length) * PAGE
-    else:
-        held = length if fixed.is_full else min(length, fixed.alpha)
-    held_bytes = held * unit.token_bytes
-    flops = 4 * unit.head_dim * unit.query_heads * visible_pairs(fixed, length)
-    return Cost(held_bytes, held_bytes, visible_keys(fixed, length), flops, unit.parameters)
-
-
-@lru_cache(maxsize=4096)
-def visible_pairs(span: Span, length: int) -> int:
-    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head."""
-    if span.is_full:
-        return length * (length + 1) // 2
-    t = torch.arange(length)
-    first = span.first(t)
-    return int((t + 1 - first + first.clamp(max=span.sink)).sum())
 
 
 def page_bytes(head_dim: int, itemsize: int) -> int:
@@ -112,6 +85,16 @@ def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     counts = Counter(span for row in spans_at(spans, length) for span in row)
     seen = sum(number * visible_pairs(span, length) for span, number in counts.items())
     return seen / (counts.total() * length * (length + 1) / 2)
+
+
+@lru_cache(maxsize=4096)
+def visible_pairs(span: Span, length: int) -> int:
+    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head."""
+    if span.is_full:
+        return length * (length + 1) // 2
+    t = torch.arange(length)
+    first = span.first(t)
+    return int((t + 1 - first + first.clamp(max=span.sink)).sum())
 
 
 def visible_keys(span: AnySpan, length: int) -> int:

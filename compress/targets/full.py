@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from compress.registry import targets
-from compress.runtime.span import own_span
-from compress.targets.cost import Cost, span_cost
-from compress.targets.target import StockForm, Target
+from compress.runtime.span import AnySpan, own_span
+from compress.targets.span import SpanTarget
+from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 
 @targets.register("full")
-class FullGroup(Target):
+class FullGroup(SpanTarget):
     """Sees every earlier key, or what the architecture's own sliding window lets it see."""
 
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     as_built: ClassVar[bool] = True
 
     target: Literal["full"] = "full"
@@ -25,14 +26,6 @@ class FullGroup(Target):
         """The one that there is."""
         return [cls()]
 
-    def cost(self, unit: Unit, length: int) -> Cost:
-        """That of all tokens, or of those in the layer's own window."""
-        return span_cost(own_span(unit.native), unit, length)
-
-    def words(self) -> str:
-        """As a report says it."""
-        return "full"
-
-    def stock(self, native: int | None) -> StockForm | None:
-        """The layer as it is."""
-        return StockForm(native)
+    def span(self, native: int | None = None) -> AnySpan:
+        """All keys, or those of the layer's own window."""
+        return own_span(native)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class PrunedGroup(Target):
     """Removed: keys, values and query heads of the group are not computed, and nothing of it is cached."""
 
+    noun: ClassVar[str] = "removed"
     removes: ClassVar[bool] = True
     as_built: ClassVar[bool] = True
 
@@ -39,10 +40,10 @@ class PrunedGroup(Target):
         """Nothing."""
         return Cost()
 
-    def words(self) -> str:
-        """As a report says it."""
+    def words(self, native: int | None = None) -> str:
+        """That it is gone."""
         return "removed"
 
-    def short(self) -> str:
+    def short(self, native: int | None = None) -> str:
         """A dash."""
         return "-"

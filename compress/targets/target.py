@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import reprlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import nearest
@@ -37,10 +38,13 @@ class StockForm:
 class Target(Method):
     """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.
 
-    Its fields are what the plan file holds. What a checkpoint does with them is in `runtime/`.
+    Its fields are what the plan file holds. What a checkpoint does with them is in the mixer that `runtime` names.
 
     Attributes:
+        runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
+            a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
+        noun: what a group gets, for a count of such groups, for instance `a window`.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
@@ -48,7 +52,9 @@ class Target(Method):
         objective: name of the training objective of a target that cannot be priced untrained; None of any other.
     """
 
+    runtime: ClassVar[str | None] = None
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
+    noun: ClassVar[str]
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
@@ -76,12 +82,20 @@ class Target(Method):
         """What a group that becomes this costs for one sequence of `length` tokens."""
 
     @abstractmethod
-    def words(self) -> str:
-        """What becomes of a group, in a few words, for instance `sink 4, window 64`."""
+    def words(self, native: int | None = None) -> str:
+        """What becomes of a group, in a few words, for instance `sink 4, window 64`.
 
-    def short(self) -> str:
+        Args:
+            native: the sliding window of the architecture itself in the group's layer, in tokens; None without one.
+        """
+
+    def short(self, native: int | None = None) -> str:
         """The same for a cell of a table."""
-        return self.words()
+        return self.words(native)
+
+    def rule_text(self) -> str:
+        """How it is worked out which keys a query sees, in Markdown, for the model card."""
+        return (type(self).__doc__ or "").strip().splitlines()[0]
 
     def stock(self, native: int | None) -> StockForm | None:
         """Its form in a stock architecture, in a layer that slides over `native` tokens by itself; None without one."""
@@ -121,3 +135,20 @@ def parse_target(value: Any) -> Any:
             f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
         )
     return known[name].model_validate(value, strict=True)
+
+
+def targets_of(plan: dict[str, Any]) -> set[str]:
+    """Names of the targets in a plan as a model's configuration carries it."""
+    return {group["target"] for layer in plan["layers"] for group in layer["groups"]}
+
+
+def load_mixers(names: Iterable[str]) -> list[str]:
+    """Import the runtime of targets, which registers their mixers; the names of the modules.
+
+    Raises:
+        UserError: no target of such a name.
+    """
+    modules = sorted({module for name in names if (module := targets[name].runtime) is not None})
+    for module in modules:
+        import_module(module)
+    return modules

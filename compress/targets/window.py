@@ -14,8 +14,8 @@ from compress.errors import UserError
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
 from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, RULES, AnySpan, LengthSpan, Span
-from compress.targets.cost import Cost, span_cost
-from compress.targets.target import StockForm, Target
+from compress.targets.span import SpanTarget
+from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 
@@ -182,9 +182,10 @@ class SpanGrid(Method):
 
 
 @targets.register("window")
-class WindowGroup(Target):
+class WindowGroup(SpanTarget):
     """Sees `sink` tokens and a window of alpha + beta * position, or alpha + beta * input length (runtime/span.py)."""
 
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     grid: ClassVar[type[Method] | None] = SpanGrid
 
     target: Literal["window"] = "window"
@@ -216,9 +217,8 @@ class WindowGroup(Target):
         """The group that sees a span."""
         return cls(sink=span.sink, alpha=span.alpha, beta=span.beta, rule=span.rule)
 
-    @property
-    def span(self) -> AnySpan:
-        """What the group sees, as the runtime has it."""
+    def span(self, native: int | None = None) -> AnySpan:
+        """The rule by position, or by length."""
         return RULES[self.rule](self.sink, self.alpha, self.beta)
 
     @classmethod
@@ -228,34 +228,3 @@ class WindowGroup(Target):
             return []
         rules = (grid or SpanGrid()).rules(max(lengths))
         return [cls.of(rule.span) for rule in rules if not rule.span.is_full]
-
-    def cost(self, unit: Unit, length: int) -> Cost:
-        """That of the keys that the last query or a later one can see, in whole pages or as tokens."""
-        return span_cost(self.span, unit, length)
-
-    def words(self) -> str:
-        """Sink, window, and what it grows by."""
-        if self.span.is_full:
-            return "sees everything"
-        grows = f" + {self.beta:g} of the {self.rule}" if self.beta else ""
-        return f"sink {self.sink}, window {self.alpha}{grows}"
-
-    def short(self) -> str:
-        """`sink|window`, and what it grows by: a share of the position t, or of the input's N tokens."""
-        if self.span.is_full:
-            return "full"
-        share = f"+{self.beta:g}{'t' if self.rule == 'position' else 'N'}" if self.beta else ""
-        return f"{self.sink}|{self.alpha}{share}"
-
-    def stock(self, native: int | None) -> StockForm | None:
-        """A sliding layer, where the window is fixed, has 2 tokens or more, and no sinks."""
-        if self.span.is_full:
-            return StockForm()
-        if self.by_length or self.sink or self.beta or self.alpha < 2:
-            return None
-        return StockForm(self.alpha)
-
-    @property
-    def by_length(self) -> bool:
-        """Whether the window is worked out from the length of the input."""
-        return self.rule == "length"

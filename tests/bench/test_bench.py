@@ -10,16 +10,17 @@ import torch
 from typer.testing import CliRunner
 
 from compress.bench.check import check_kernels
-from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row
+from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row, spans_of, visible_share
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row, side
 from compress.bench.report import break_even, model_lines
-from compress.bench.source import Source, group_of
+from compress.bench.source import Source
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.models.pruning import Kept, prune
 from compress.runtime.span import Span
-from compress.targets.cost import prefill_density
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -27,15 +28,19 @@ SHAPE = Shape("tiny", 4, 2, 16)
 
 
 def test_density_is_the_share_of_visible_pairs() -> None:
-    rules = [Span(4, 20, 0.25), Span(), Span(70, -3, 0.5)]
+    groups = [
+        WindowGroup(sink=4, alpha=20, beta=0.25),
+        FullGroup(),
+        WindowGroup(sink=70, alpha=-3, beta=0.5),
+    ]
     t = torch.arange(130)
-    pairs = sum(int(rule.visible(t[:, None], t[None, :]).sum()) for rule in rules)
-    assert prefill_density([rules], 130) == pytest.approx(pairs / (3 * 130 * 131 / 2))
+    pairs = sum(int(rule.visible(t[:, None], t[None, :]).sum()) for rule in spans_of(groups, 130))
+    assert visible_share(groups, 130) == pytest.approx(pairs / (3 * 130 * 131 / 2))
 
 
 def test_mixes_are_those_that_are_said() -> None:
-    assert mix("A", 4, 4096) == [Span(64, 256, 0.0)] * 2 + [Span()] * 2
-    assert [span.alpha for span in mix("B", 8, 4096)] == [512, 512, 2048, 2048, 1024, 1024, 2048, 2048]
+    assert spans_of(mix("A", 4, 4096), 4096) == [Span(64, 256, 0.0)] * 2 + [Span()] * 2
+    assert [span.alpha for span in spans_of(mix("B", 8, 4096), 4096)] == [512, 512, 2048, 2048, 1024, 1024, 2048, 2048]
     with pytest.raises(ValueError, match="expected A, B or full, got 'C'"):
         mix("C", 4, 4096)
 
@@ -69,7 +74,7 @@ def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
     dense = source.dense(CPU, torch.float32)
     planned, label = source.planned(dense, "A", 700)
     row = model_row(dense, planned, source.name, label, 2, 700, steps=16)
-    spans = mix("A", 4, 700)
+    spans = spans_of(mix("A", 4, 700), 700)
     pages = sum(sum(span.reserved_pages(716)) for span in spans)
     assert row.plan.cache_bytes == 2 * 2 * pages * 64 * 2 * 8 * 4  # layers, sequences, keys and values, D, float32
     assert row.dense.cache_bytes == 2 * 2 * 4 * 701 * 2 * 8 * 4
@@ -106,7 +111,6 @@ def test_a_plan_of_full_groups_is_the_dense_model() -> None:
     ids = torch.randint(256, (1, 100))
     with torch.inference_mode():
         torch.testing.assert_close(planned(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
-    assert group_of(Span()) == {"target": "full"}
 
 
 def test_the_command_writes_json_and_refuses_what_it_does_not_know(tmp_path) -> None:

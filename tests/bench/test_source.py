@@ -7,9 +7,9 @@ import torch
 
 from compress.bench.source import Source
 from compress.errors import UserError
+from compress.models.planned import patched_model, planned_model
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
-from compress.targets.apply import patched_model, planned_model
 from compress.targets.window import WindowGroup
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 

@@ -92,7 +92,7 @@ def test_inspect(finished: Path, name: str) -> None:
     assert "LlamaForCausalLM: 3 layers" in result.stdout
     assert "v2:" in result.stdout
     assert ("influence.absolute.320" if "profile" in name else "provenance") in result.stdout
-    assert json.loads(call("inspect", path, "--json").stdout)["schema"] == 1
+    assert json.loads(call("inspect", path, "--json").stdout)["schema"] == (1 if "profile" in name else 2)
 
 
 def test_inspect_says_what_it_cannot_read(finished: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ calibration:
     - {{task: continuation, length: 192, count: 1, answer_tokens: 4, decoding: greedy, answer: text}}
     - {{task: passkey, length: 192, count: 1}}
     - {{task: passkey, length: 192, count: 1, haystack: filler, answer: text}}
+    - {{task: facts, length: 192, count: 1, facts: 1}}
+    - {{task: facts, length: 192, count: 1, facts: 1, kinds: [word], haystack: filler, answer: text}}
     - {{task: key_value, length: 192, count: 1}}
     - {{task: key_value, length: 192, count: 1, haystack: filler, form: register, answer: text}}
   training:
@@ -56,6 +58,7 @@ evaluate:
   perplexity: {{text: *text, length: 64, windows: 1}}
   recall:
     - {{task: passkey, length: 192, count: 2}}
+    - {{task: facts, length: 192, count: 2, wordings: evaluation, facts: 1, kinds: [place, time]}}
   batch_size: 2
 """
 SOLVERS = (
@@ -131,7 +134,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     (SECTION, "dtype", "float16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16", "float16"\]'),
     ("evaluate.harness.HarnessRequest", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
     ("evaluate.latency.LatencyRequest", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
-    ("search.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
+    ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
 }
 
 

@@ -17,7 +17,7 @@ from compress.cli import methods
 from compress.cli.app import app
 from compress.cli.recovery import row_names
 from compress.models.load import load_model
-from compress.plan import read_plan
+from compress.plan import read_plan, removal
 from compress.recipe import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_against_parameters
@@ -108,8 +108,8 @@ def test_the_commands_tell_of_removed_heads(equal: Path) -> None:
     assert "0.7" in told and "time at 64 tokens" in told and "random before" in told
     shown = call("inspect", equal / "run").stdout
     plan = read_plan(equal / "run" / "plan.json")
-    removal = plan.removal()
-    assert removal is not None and removal in shown.replace("\n", " ")
+    left = removal(plan)
+    assert left is not None and left in shown.replace("\n", " ")
     lines = [line.split() for line in shown.splitlines()]
     for number, layer in enumerate(plan.layers):
         cells = ["-" if group.target == "pruned" else "full" for group in layer.groups]
@@ -123,7 +123,7 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     assert facts.plan is not None and facts.plan.predicted.parameters and facts.plan.predicted.dense_parameters
     found = headline(facts)
     assert found["share"] == facts.plan.predicted.parameters / facts.plan.predicted.dense_parameters
-    assert found["lines"][0] == facts.plan.removal() and any("decode step" in line for line in found["lines"])
+    assert found["lines"][0] == removal(facts.plan) and any("decode step" in line for line in found["lines"])
     heads = head_map(facts)
     assert heads is not None
     cells = [cell for row in heads["layers"] for cell in row]
@@ -155,8 +155,8 @@ def test_spans_are_searched_on_the_pruned_checkpoint(equal: Path, tmp_path: Path
     result = call("run", recipe)
     assert result.exit_code == 0, result.output
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
-    removal = read_plan(checkpoint / "compress_plan.json").removal()
-    assert removal is not None and removal in card and "a span of its own" in card
+    left = removal(read_plan(checkpoint / "compress_plan.json"))
+    assert left is not None and left in card and "a span of its own" in card
 
 
 def test_a_checkpoint_with_widths_of_its_own_is_measured_beside_the_model_it_came_from(

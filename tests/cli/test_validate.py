@@ -71,8 +71,8 @@ def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:
         (SOLVER, "solver: {name: layers}", "", "add `{name: retrieval}`"),
         (INFLUENCE, INFLUENCE + "    - {name: hidden_mass}\n", "", "different span grids"),
         (INFLUENCE, INFLUENCE + "    - {name: gates}\n", "", "no documents of task `passkeys` to train on"),
-        (f"{SOLVER}\n  {BUDGET}", "solver: {name: uniform}\n  budget: {parameters: 0.5}", "", "do not belong together"),
-        (SOLVER, "solver: {name: amp}", "", "do not belong together|is not measured"),
+        (f"{SOLVER}\n  {BUDGET}", "solver: {name: uniform}\n  budget: {parameters: 0.5}", "", "cannot meet this kind of budget"),
+        (SOLVER, "solver: {name: amp}", "", "cannot meet this kind of budget|is not measured"),
         (SOLVER, f"{SOLVER}\n  refine: {{weights: {{passkey: 2}}}}", "", "no documents of task passkey to weigh"),
         ("  held_out:", "  second: {source: embedded}\n  held_out:", "", "no statistic is measured on a second corpus"),
         # Files.

@@ -14,9 +14,9 @@ from compress.data.prompt import Prompt
 from compress.data.text import tokenise
 from compress.errors import UserError
 from compress.evaluate.recall import RecallItem, RecallResult, cache_bytes, is_right, recall, wilson
+from compress.models.planned import planned_model
 from compress.runtime.modeling_compress import CACHE
-from compress.targets.apply import planned_model
-from compress.targets.cost import dense_kv_bytes, kv_bytes
+from compress.targets.cost import dense_kv_bytes
 from tests.data.language import byte_model, byte_tokenizer, story
 from tests.tiny import mixed_plan, shape_of
 
@@ -126,7 +126,7 @@ def test_cache_bytes_are_those_that_the_cache_holds() -> None:
     planned = planned_model(model, plan)
     planned.generation_config.eos_token_id = None
     held = recall(planned, byte_tokenizer(), TASK, PROMPTS[:1]).cache_bytes
-    expected = kv_bytes(plan.spans(), 299, head_dim=8, itemsize=4)
+    expected = plan.cost(299, 4).held_bytes
     # A window that does not start on a page boundary takes one page more; there are four groups.
     assert held is not None
     assert expected <= held <= expected + 4 * 64 * 2 * 8 * 4

@@ -14,10 +14,9 @@ from compress.export.export import export_checkpoint, update_card
 from compress.export.staging import staged
 from compress.export.verify import verify_checkpoint
 from compress.models.load import load_model
+from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
-from compress.targets.apply import planned_model
-from compress.targets.cost import kv_bytes
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, tiny_loaded
 
@@ -103,7 +102,7 @@ def test_rules_by_length_are_exported_and_say_what_they_refuse(tmp_path):
     plan = uniform_plan(shape, WindowGroup(sink=4, alpha=-20, beta=0.5, rule="length"))
     checks = export_checkpoint(loaded, plan, tmp_path / "new").checks  # text and bytes are those of a fresh process
     fixed = uniform_plan(shape, WindowGroup(sink=4, alpha=checks.probe_tokens // 2 - 20, beta=0))
-    assert checks.cache_bytes == checks.predicted_bytes == kv_bytes(fixed.spans(), checks.probe_tokens, 12, 4)
+    assert checks.cache_bytes == checks.predicted_bytes == fixed.cost(checks.probe_tokens, 4).held_bytes
     card = (tmp_path / "new" / "README.md").read_text()
     assert "In 6 head groups" in card and "floor(alpha + beta * N)" in card
     assert "Refused, with an error that says so: chunked prefill, a further turn on the same cache" in card

@@ -15,9 +15,9 @@ from compress.export.export import export_checkpoint
 from compress.export.finite import first_not_finite
 from compress.export.verify import verify_checkpoint
 from compress.models.load import LoadedModel
+from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import Plan
-from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, tiny_loaded
 
 

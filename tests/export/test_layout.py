@@ -6,7 +6,6 @@ import copy
 import importlib
 import importlib.util
 import pickle
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,26 +16,38 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_relative_imports
 
-from compress.export.layout import MODELING, RUNTIME, RUNTIME_FILES
+from compress.export.layout import MODELING, RUNTIME, runtime_files
 from compress.models.families import family_of
+from compress.models.planned import planned_model
 from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES
-from compress.targets.apply import planned_model
 from tests.tiny import CONFIGS, mixed_plan, random_ids, shape_of, tiny_model
 
+PLAN = {"layers": [{"groups": [{"target": "full"}]}]}
 
-def test_the_modeling_file_names_every_other_file_itself() -> None:
+
+def test_a_checkpoint_has_the_runtime_as_it_stands(tmp_path: Path) -> None:
+    """But for the modeling file, which names the others."""
+    files = runtime_files(PLAN)
+    for name, text in files.items():
+        here = (RUNTIME / name).read_text(encoding="utf-8")
+        assert text.startswith(here) if name == f"{MODELING}.py" else text == here
+
+
+def test_the_modeling_file_names_every_other_file_itself(tmp_path: Path) -> None:
     """transformers up to 5.8 copies what the first file names, and no further."""
-    named = {f"{name}.py" for name in get_relative_imports(RUNTIME / f"{MODELING}.py")}
-    assert named | {f"{MODELING}.py"} == set(RUNTIME_FILES)
+    files = runtime_files(PLAN)
+    (tmp_path / f"{MODELING}.py").write_text(files[f"{MODELING}.py"])
+    named = {f"{name}.py" for name in get_relative_imports(tmp_path / f"{MODELING}.py")}
+    assert named | {f"{MODELING}.py"} == set(files)
 
 
 def test_the_files_that_an_older_version_copies_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "copied_checkpoint"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in (MODELING, *get_relative_imports(RUNTIME / f"{MODELING}.py")):
-        shutil.copyfile(RUNTIME / f"{name}.py", package / f"{name}.py")
+    for name, text in runtime_files(PLAN).items():
+        (package / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         module = importlib.import_module(f"copied_checkpoint.{MODELING}")

@@ -16,9 +16,9 @@ from compress.export.export import export_checkpoint
 from compress.export.native import layer_windows, native_model
 from compress.export.verify import verify_checkpoint
 from compress.models.load import LoadedModel, load_model
-from compress.models.shape import ModelShape, shape_of
-from compress.plan import Plan, make_plan, uniform_plan
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
+from compress.models.shape import shape_of
+from compress.plan import ModelShape, Plan, make_plan, uniform_plan
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import CONFIGS, SIZES, mixed_plan, random_ids, tiny_loaded, tiny_model, tiny_tokenizer
@@ -196,9 +196,9 @@ def test_rope_parameters_come_along() -> None:
     ("layers", "where", "found"),
     [
         ((FullGroup(), window(sink=4), window()), "layers.1.groups.0", "sink 4"),
-        ((window(), FullGroup(), window(beta=0.25)), "layers.2.groups.0", "beta 0.25"),
-        ((window(50), window(50), window(51)), "layers.2.groups.0", "alpha 51"),
-        ((window(1), window(1), window(1)), "layers.0.groups.0", "alpha 1"),
+        ((window(), FullGroup(), window(beta=0.25)), "layers.2.groups.0", "0.25 of the position"),
+        ((window(50), window(50), window(51)), "layers.2.groups.0", "window 51"),
+        ((window(1), window(1), window(1)), "layers.0.groups.0", "window 1"),
     ],
 )
 def test_a_plan_that_no_stock_architecture_holds_is_refused(tmp_path, layers, where, found) -> None:

@@ -11,12 +11,12 @@ import transformers
 from compress.errors import UserError
 from compress.export.export import export_checkpoint
 from compress.models.load import LoadedModel, load_model
+from compress.models.planned import kept_units, planned_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
 from compress.search.solvers.ranked import Ranked
-from compress.targets.apply import kept_units, planned_model
 from compress.targets.window import WindowGroup
 from tests.pruned import zero
 from tests.search.test_pruning import Scored, problem_of

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from compress.cli.app import app
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
 from tests.cli.recipes import HEAD, make_recipe
 from tests.recover.common import model_of
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
@@ -97,6 +97,7 @@ PRUNERS: dict[str, tuple[str, str]] = {
     "allocated": ("{name: allocated, importance: magnitude}", "{parameters: 0.7}"),
     "flap": ("{name: allocated, importance: flap, normalise: standard, compensate: true}", "{parameters: 0.75}"),
 }
+SINCE_SCHEMA_2 = ("form", "itemsize")  # which say what the bytes are of; schema 1 wrote `mlp: null`, too
 TIMES = ("seconds", "time", "created", "versions", "tool", "version", "fingerprint", "checksum", "sha256")
 
 
@@ -147,7 +148,8 @@ def plain(value: Any) -> Any:
 def plan_facts(path: Path) -> dict[str, Any]:
     """The decision of a plan file and what it expects, without the model's fingerprint."""
     plan = json.loads(path.read_text(encoding="utf-8"))
-    return {"layers": plan["layers"], "predicted": plan["predicted"]}
+    predicted = {key: value for key, value in plan["predicted"].items() if key not in SINCE_SCHEMA_2}
+    return {"layers": [{"mlp": None, **layer} for layer in plan["layers"]], "predicted": predicted}
 
 
 def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:

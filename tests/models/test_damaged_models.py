@@ -17,9 +17,9 @@ from compress.bench.source import Source
 from compress.cli.evaluate import _variants
 from compress.errors import UserError
 from compress.models.load import check_model, load_model, load_tokenizer
+from compress.models.planned import patched_model, planned_model
 from compress.models.shape import shape_of
 from compress.plan import read_plan
-from compress.targets.apply import patched_model, planned_model
 from tests.tiny import mixed_plan, tiny_model, tiny_tokenizer
 
 DAMAGED = Path(__file__).parents[1] / "damaged"

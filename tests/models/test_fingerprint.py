@@ -33,7 +33,7 @@ def unsampled(model):
 
 def test_weights_that_the_sample_does_not_see_make_another_model(model):
     shape, other = shape_of(model), shape_of(unsampled(model))
-    assert shape.sampled == other.sampled and shape.fingerprint != other.fingerprint
+    assert shape._sampled == other._sampled and shape.fingerprint != other.fingerprint
     assert shape.differing(other.model_dump()) == ["fingerprint"]
 
 
@@ -103,10 +103,10 @@ def test_a_plan_with_the_older_fingerprint_still_reads(model, tmp_path):
     plan = json.loads(uniform_plan(shape, FullGroup()).to_json())
     assert plan["model"]["fingerprint"].startswith("v2:") and "sampled" not in plan["model"]
     del plan["checksum"]
-    plan["model"]["fingerprint"] = shape.sampled
+    plan["model"]["fingerprint"] = shape._sampled
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
-    assert read_plan(path, shape).model.fingerprint == shape.sampled
+    assert read_plan(path, shape).model.fingerprint == shape._sampled
     with pytest.raises(UserError, match=r"model\.fingerprint"):
         read_plan(path, shape_of(tiny_model("llama-gqa", seed=5)))
     plan["model"]["fingerprint"] = "v1:" + "0" * 64

@@ -15,10 +15,10 @@ from compress.errors import UserError
 from compress.models.families import text_part_line
 from compress.models.folder import merge_line
 from compress.models.load import check_model, load_config, load_model
+from compress.models.planned import patched_model, planned_model
 from compress.models.weights import INDEX, SINGLE
 from compress.plan import uniform_plan
 from compress.runtime.families import FAMILIES
-from compress.targets.apply import patched_model, planned_model
 from compress.targets.full import FullGroup
 from tests.tiny import CONFIGS, SIZES, tiny_loaded, tiny_model, tiny_tokenizer
 

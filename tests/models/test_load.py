@@ -118,7 +118,7 @@ def test_the_demo_model_is_the_real_one(tmp_path):
     assert family_of(loaded.model.config).architecture == "LlamaForCausalLM"
     # Plans are published that name it by the fingerprint of a sample.
     for published in ("quarter", "moa"):
-        assert read_plan(PROFILES / f"{published}.plan.json", shape).model.fingerprint == shape.sampled
+        assert read_plan(PROFILES / f"{published}.plan.json", shape).model.fingerprint == shape._sampled
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
         token = loaded.model(ids).logits[0, -1].argmax()

@@ -20,6 +20,7 @@ from compress.plan import make_plan, read_plan
 from compress.plots.influence import draw_influence, influence_curves
 from compress.plots.run import evaluation_plots, plots_side_by_side, span_length
 from compress.plots.spans import draw_spans, span_map
+from compress.profile.key import Key
 from compress.profile.store import Profile
 from compress.report.facts import read_facts
 from compress.report.sections import quality_against_bytes
@@ -48,7 +49,7 @@ def made_profile(grid: SpanGrid | None = GRID) -> Profile:
     header: Any = SimpleNamespace(
         lengths=(128, 256), grid=grid, model=SimpleNamespace(native_windows=(None, 100, None))
     )
-    return Profile(Path("p"), header, {"influence.absolute.256": table})
+    return Profile(Path("p"), header, {Key("influence", "absolute", 256): table})
 
 
 def labels(svg: Path) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,11 +14,17 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from compress.data.document import Document
 from compress.models.shape import shape_of
-from compress.profile.capture import Capture
-from compress.profile.statistic import Statistic
-from compress.profile.tiles import LayerTensors, Workspace, tiles
+from compress.plan import ModelShape
+from compress.profile.heads.base import HeadStatistic
+from compress.profile.passes.attention import Feed
+from compress.profile.passes.capture import Capture
+from compress.profile.passes.tiles import LayerTensors, Workspace
+from compress.profile.statistic import Item, Subject
+from compress.profile.sums import Sheet
 from compress.targets.window import SpanGrid
 from tests.tiny import random_ids
+
+Table = dict[str, torch.Tensor]
 
 # Two sinks, among them none, and a negative alpha, whose boundary starts at the diagonal.
 GRID = SpanGrid(sinks=(0, 5), betas=(0.0, 0.125, 0.4140625, 0.75, 1.0), alpha_min=-64)
@@ -34,40 +43,67 @@ def documents() -> dict[int, list[Document]]:
     }
 
 
+def subject_of(model: Any, shape: ModelShape | None = None) -> Subject:
+    """A model to measure, with nothing beside it."""
+    loaded: Any = SimpleNamespace(model=model)
+    return Subject(loaded, shape or shape_of(model), torch.device("cpu"))
+
+
+def results(sheet: Sheet, subject: Subject) -> Table:
+    """The tensors of a sheet, by the text of their keys."""
+    pairs = zip(sheet.statistics, sheet.sums, sheet.counts, strict=True)
+    found = [statistic.results([(sums, counts)], subject) for statistic, sums, counts in pairs]
+    return {str(key): result.values for each in found for key, result in each.items()}
+
+
+@contextmanager
+def feeding(
+    statistics: list[HeadStatistic], doc: Document, shape: ModelShape, length: int | None, strip_bytes: int | None
+) -> Iterator[tuple[Feed, Table]]:
+    """What takes the layers of one document, and the results, which are there afterwards."""
+    subject, found = subject_of(None, shape), Table()
+    item = Item(doc, length or doc.length, 0, "document 1")
+    sheet, total = (Sheet(statistics, subject, [item.length]) for _ in range(2))
+    feed = Feed(statistics, Workspace(), strip_bytes)
+    feed.item, feed.sheet = item, sheet
+    yield feed, found
+    sheet.close(item)
+    total.add(sheet, item)
+    for statistic, sums, counts in zip(statistics, total.sums, total.counts, strict=True):
+        found |= {str(key): result.values for key, result in statistic.results([(sums, counts)], subject).items()}
+
+
+def take_layer(
+    statistic: HeadStatistic,
+    layer: LayerTensors,
+    shape: ModelShape,
+    *,
+    length: int | None = None,
+    strip_bytes: int | None = None,
+) -> Table:
+    """Results over one document that is one layer."""
+    with feeding([statistic], document(layer.query.shape[1]), shape, length, strip_bytes) as (feed, found):
+        feed.layer(layer)
+    return found
+
+
 def measure(
     model: Any,
-    statistics: list[Statistic],
+    statistics: list[HeadStatistic],
     doc: Document,
     *,
     length: int | None = None,
-    padding: tuple[int, int] = (0, 0),
     strip_bytes: int | None = None,
     checkpointing: bool | None = False,
-) -> dict[str, torch.Tensor]:
-    """Results of one document, straight from capture, tiles and accumulators."""
-    shape = shape_of(model)
-    length = length or doc.length
-    accumulators = [statistic.begin(shape, [length]) for statistic in statistics]
-    workspace = Workspace()
-
-    def consume(layer: LayerTensors) -> None:
-        for tile in tiles(layer, workspace, strip_bytes):
-            for accumulator in accumulators:
-                accumulator.add(tile)
-
-    for accumulator in accumulators:
-        accumulator.open(length, doc)
-    left, right = padding
-    tokens = torch.tensor([[0] * left + list(doc.tokens) + [0] * right])
-    valid = torch.zeros(tokens.shape[1], dtype=torch.bool)
-    valid[left : left + doc.length] = True
-    gradient = any(statistic.needs_gradient for statistic in statistics)
-    with Capture(model, shape, consume, gradient=gradient, checkpointing=checkpointing) as capture:
-        answer = (doc.answer[0] + left, doc.answer[1] + left)
-        capture.run(tokens, answer, valid if left or right else None)
-    for accumulator in accumulators:
-        accumulator.close()
-    return {key: value for accumulator in accumulators for key, value in accumulator.result().items()}
+) -> Table:
+    """Results of one document, straight from a capture and sums."""
+    shape, gradient = shape_of(model), any(statistic.needs_gradient for statistic in statistics)
+    with (
+        feeding(statistics, doc, shape, length, strip_bytes) as (feed, found),
+        Capture(model, feed.layer, gradient=gradient, checkpointing=checkpointing) as capture,
+    ):
+        capture.run(doc)
+    return found
 
 
 def tensor_bytes(folder: Path) -> bytes:

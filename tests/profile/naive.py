@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from compress.data.document import Document
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.runtime.span import Span
 from compress.targets.window import SpanGrid
 

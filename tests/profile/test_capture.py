@@ -8,8 +8,8 @@ import torch
 from compress.errors import UserError
 from compress.models import backward
 from compress.models.shape import shape_of
-from compress.profile.capture import Capture
-from compress.profile.tiles import LayerTensors, strips
+from compress.profile.passes.capture import Capture
+from compress.profile.passes.tiles import LayerTensors, strips
 from tests.profile.common import document
 from tests.profile.naive import model_layers
 from tests.recover.common import model_of, pruned_model
@@ -30,7 +30,7 @@ def state_of(model: Any) -> list[Any]:
 
 
 def capture_of(model: Any, consume: Any, **options: Any) -> Capture:
-    return Capture(model, shape_of(model), consume, **{"gradient": True, "checkpointing": False} | options)
+    return Capture(model, consume, **{"gradient": True, "checkpointing": False} | options)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -39,7 +39,7 @@ def test_loss_is_that_of_the_model_and_layers_come_backwards(family: str, checkp
     model = tiny_model(family)
     seen: list[LayerTensors] = []
     with capture_of(model, seen.append, checkpointing=checkpointing) as capture:
-        loss = capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+        loss = capture.run(DOC)
     assert [layer.layer for layer in seen] == [2, 1, 0]
     with torch.no_grad():
         logits = model(torch.tensor([DOC.tokens])).logits[0, DOC.answer[0] - 1 : DOC.answer[1] - 1]
@@ -52,7 +52,7 @@ def test_loss_is_that_of_the_model_and_layers_come_backwards(family: str, checkp
 def test_without_gradient_layers_come_forwards() -> None:
     seen: list[LayerTensors] = []
     with capture_of(tiny_model("qwen3"), seen.append, gradient=False) as capture:
-        assert capture.run(torch.tensor([DOC.tokens]), DOC.answer) is None
+        assert capture.run(DOC) is None
     assert [layer.layer for layer in seen] == [0, 1, 2]
     assert all(layer.output_gradient is None for layer in seen)
 
@@ -71,7 +71,7 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     def run() -> None:
         with capture_of(model, consume, checkpointing=True) as capture:
             assert not any(module.training for module in model.modules())
-            capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+            capture.run(DOC)
 
     if fails:
         with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_dropout_is_off_under_checkpointing() -> None:
     losses = []
     for checkpointing in (False, True):
         with capture_of(model, lambda _: None, checkpointing=checkpointing) as capture:
-            losses.append(capture.run(torch.tensor([DOC.tokens]), DOC.answer))
+            losses.append(capture.run(DOC))
     assert losses[0] == losses[1]
 
 
@@ -96,13 +96,7 @@ def test_nan_names_the_layer() -> None:
     model = tiny_model("llama-gqa")
     model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = float("nan")
     with pytest.raises(UserError, match="attention output of layer 1"), capture_of(model, lambda _: None) as capture:
-        capture.run(torch.tensor([DOC.tokens]), DOC.answer)
-
-
-@pytest.mark.parametrize("valid", [[True, False, True], [False] * 3])
-def test_padding_inside_a_row_is_refused(valid: list[bool]) -> None:
-    with pytest.raises(ValueError, match="one run"), capture_of(tiny_model("llama-gqa"), lambda _: None) as capture:
-        capture.run(torch.tensor([[5, 6, 7]]), (1, 3), torch.tensor(valid))
+        capture.run(DOC)
 
 
 def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +128,7 @@ def test_the_activation_estimate_is_no_less_than_what_autograd_keeps(family: str
 
     keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with keep, capture_of(model, lambda _: None) as capture:
-        capture.run(torch.tensor([DOC.tokens]), DOC.answer)
+        capture.run(DOC)
     estimate = backward.activation_bytes(model, DOC.length, 4)
     # Besides the layers autograd keeps one copy of the embeddings, cosines, final norm and answer logits.
     outside = 4 * DOC.length * 48 * 6

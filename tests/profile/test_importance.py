@@ -8,29 +8,29 @@ import torch
 
 from compress.data.document import Document
 from compress.errors import UserError
-from compress.models.shape import ModelShape
 from compress.models.units import units_of
-from compress.profile import projections
-from compress.profile.amp import Amp
-from compress.profile.attention import Attention
-from compress.profile.flap import Flap
-from compress.profile.magnitude import Magnitude
-from compress.profile.measure_importance import measure_importance, queue_of
+from compress.plan import ModelShape
+from compress.profile.heads.attention import Attention
+from compress.profile.partial import Partial
+from compress.profile.passes import Run, projections
+from compress.profile.passes.samples import queue_of
 from compress.profile.processes import Processes
-from compress.profile.random import Random
-from compress.profile.runner import run_profile
-from compress.profile.taylor import Taylor
-from compress.profile.wanda_sp import WandaSp
+from compress.profile.run import measure_all, run_profile
+from compress.profile.units.amp import Amp
+from compress.profile.units.drawn import Random
+from compress.profile.units.flap import Flap
+from compress.registry import statistics
 from compress.runtime import widths
 from tests.models.test_pruning import FAMILIES
 from tests.processes import spawn
-from tests.profile.common import document, documents, join, tensor_bytes
+from tests.profile.common import document, documents, join, subject_of, tensor_bytes
 from tests.pruned import with_biases
 from tests.tiny import tiny_loaded, tiny_model
 
+Magnitude, Taylor, WandaSp = (statistics[name] for name in ("magnitude", "taylor", "wanda_sp"))
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
 DOCUMENTS = {48: [document(48, seed=5), document(31, answer=3, seed=6)], 20: [document(20, seed=7)]}
-QUEUE = [item.document for item in queue_of(DOCUMENTS)]
+QUEUE = [item.sample for item in queue_of(DOCUMENTS)]
 Table = dict[str, torch.Tensor]
 
 
@@ -48,20 +48,15 @@ def shape_for(model: Any) -> ModelShape:
     )
 
 
-def taken(model: Any, statistics: list[Any], folder: Path, *corpora: dict[int, list[Document]], **more: Any) -> Table:
-    """All tensors of some statistics."""
-    tally, _ = measure_importance(
-        model,
-        shape_for(model),
-        statistics,
-        queue_of(*corpora),
-        folder,
-        "key",
-        Processes(),
-        more.get("progress", lambda *_: None),
-        more.get("checkpointing", False),
-    )
-    return {key: value for number in range(len(statistics)) for key, value in tally.results(number)[1].items()}
+def taken(model: Any, chosen: list[Any], folder: Path, *corpora: dict[int, list[Document]], **more: Any) -> Table:
+    """All tensors of some statistics, by the text of their keys."""
+    subject = subject_of(model, shape_for(model))
+    partial = Partial(folder, "key", writes=True)
+    run = Run(subject, corpora, {}, 0, Processes(), partial, lambda *_: None, more.get("checkpointing", False), None)
+    found: Table = {}
+    for results in measure_all(run, chosen).values():
+        found |= {str(key): result.values for key, result in results.items()}
+    return found
 
 
 def separate(layer: Any, config: Any, head_dim: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -228,20 +223,20 @@ def test_a_second_corpus_needs_a_statistic_that_reads_it(tmp_path: Path) -> None
 
 def test_an_interrupted_second_corpus_ends_with_the_same_bits(tmp_path: Path) -> None:
     loaded, second = tiny_loaded("llama-gqa"), {64: [document(64, seed=11), document(64, seed=12)]}
-    statistics = [Amp(), Flap(), Taylor(), Attention(sink=8)]
-    run_profile(loaded, documents(), statistics, tmp_path / "whole", seed=0, second=second)
+    chosen = [Amp(), Flap(), Taylor(), Attention(sink=8)]
+    run_profile(loaded, documents(), chosen, tmp_path / "whole", seed=0, second=second)
 
     def stop(done: int, total: int, message: str) -> None:
         if total == 5 and done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_profile(loaded, documents(), statistics, tmp_path / "parts", seed=0, second=second, progress=stop)
+        run_profile(loaded, documents(), chosen, tmp_path / "parts", seed=0, second=second, progress=stop)
     seen: list[tuple[int, int]] = []
     found = run_profile(
         loaded,
         documents(),
-        statistics,
+        chosen,
         tmp_path / "parts",
         seed=0,
         second=second,
@@ -273,7 +268,7 @@ def _profile_in_process(rank: int, world: int, folder: str, stop_at: int) -> Non
             second=second,
             progress=stop,
         )
-        torch.save(profile.tensors, f"{folder}/{rank}.pt")
+        torch.save({str(key): values for key, values in profile.tensors.items()}, f"{folder}/{rank}.pt")
     except KeyboardInterrupt:
         Path(f"{folder}/stopped-{rank}").touch()
     if world > 1:

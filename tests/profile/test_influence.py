@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from compress.models.shape import ModelShape, shape_of
-from compress.profile.influence import Influence, row_influence
-from compress.profile.tiles import LayerTensors, Tile, Workspace, tiles
+from compress.models.shape import shape_of
+from compress.plan import ModelShape
+from compress.profile.heads.influence import Influence, row_influence
+from compress.profile.passes.tiles import LayerTensors, Tile, Workspace, tiles
 from compress.targets.window import SpanGrid
-from tests.profile.common import GRID, document, measure
+from tests.profile.common import GRID, document, measure, take_layer
 from tests.profile.naive import NaiveLayer, model_layers, naive_attention, tables
 from tests.tiny import tiny_model
 
@@ -58,12 +59,8 @@ def raw_tables(layer: LayerTensors, grid: SpanGrid, length: int, strip_bytes: in
         native_windows=(layer.window,),
         fingerprint="sha256:none",
     )
-    accumulator = Influence(grid=grid).begin(shape, [length])
-    accumulator.open(length, document(layer.query.shape[1]))
-    for tile in tiles(layer, Workspace(), strip_bytes):
-        accumulator.add(tile)
-    accumulator.close()
-    return {kind: accumulator.result()[f"influence.{kind}.{length}"][0] for kind in KINDS}
+    found = take_layer(Influence(grid=grid), layer, shape, length=length, strip_bytes=strip_bytes)
+    return {kind: found[f"influence.{kind}.{length}"][0] for kind in KINDS}
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 3), (6, 1)])
@@ -115,16 +112,6 @@ def test_model_equals_autograd_on_the_attention_matrix(family: str) -> None:
         expected = tables(layer, shape.kv_heads, GRID, 192)
         for kind in KINDS:
             assert_close(found[f"influence.{kind}.192"][index], expected[kind].nan_to_num(), MODEL_TOLERANCE)
-
-
-@pytest.mark.parametrize("padding", [(13, 0), (0, 9), (65, 3)])
-@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "mistral-sliding"])
-def test_padding_changes_nothing(family: str, padding: tuple[int, int]) -> None:
-    model, doc = tiny_model(family), document(91)
-    alone = measure(model, [Influence(grid=GRID)], doc)
-    padded = measure(model, [Influence(grid=GRID)], doc, padding=padding)
-    for key, values in alone.items():
-        assert_close(padded[key], values.double(), MODEL_TOLERANCE)
 
 
 def test_checkpointed_equals_kept_activations() -> None:

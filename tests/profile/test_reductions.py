@@ -8,10 +8,10 @@ import torch
 
 from compress.errors import UserError
 from compress.models.shape import shape_of
-from compress.profile.attention import BIN, Attention
-from compress.profile.influence import Influence
-from compress.profile.retrieval import Retrieval
-from compress.profile.runner import run_profile
+from compress.profile.heads.attention import BIN, Attention
+from compress.profile.heads.influence import Influence
+from compress.profile.heads.retrieval import Retrieval
+from compress.profile.run import run_profile
 from compress.runtime.span import Span
 from tests.profile.common import GRID, document, documents, measure
 from tests.tiny import tiny_loaded, tiny_model
@@ -77,15 +77,6 @@ def test_statistics_with_different_grids_are_refused(tmp_path: Path) -> None:
         run_profile(
             tiny_loaded("llama-gqa"), documents(), [Influence(grid=GRID), Retrieval()], tmp_path / "run", seed=0
         )
-
-
-@pytest.mark.parametrize("padding", [(21, 0), (0, 5)])
-def test_padding_changes_nothing(padding: tuple[int, int]) -> None:
-    model = tiny_model("llama-gqa")
-    alone = measure(model, [Attention(sink=10), Retrieval()], DOC)
-    padded = measure(model, [Attention(sink=10), Retrieval()], DOC, padding=padding)
-    for key, expected in alone.items():
-        torch.testing.assert_close(padded[key], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_evidence_there_is_no_retrieval() -> None:

@@ -7,20 +7,22 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
 from compress.profile import gates as module
-from compress.profile.gates import Gates, Mixture, schedule
-from compress.profile.hidden_mass import HiddenMass
-from compress.profile.output_error import OutputError
-from compress.profile.runner import run_profile
-from compress.profile.tiles import LayerTensors, Workspace, tiles
+from compress.profile.heads.gates import Gates, Mixture, schedule
+from compress.profile.heads.hidden_mass import HiddenMass
+from compress.profile.heads.output_error import OutputError
+from compress.profile.key import Key
+from compress.profile.partial import Partial, Step
+from compress.profile.passes.tiles import LayerTensors
+from compress.profile.run import run_profile
 from compress.runtime.span import Span
-from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
 from tests.processes import spawn
-from tests.profile.common import GRID, document, documents, join, tensor_bytes
+from tests.profile.common import GRID, document, documents, join, take_layer, tensor_bytes
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 
 
@@ -44,14 +46,7 @@ def attention_of(tensors: LayerTensors) -> torch.Tensor:
 def take(statistic: Any, tensors: LayerTensors) -> dict[str, torch.Tensor]:
     """Results over one document that is this one layer; strips of a few rows."""
     shape = shape_of(tiny_model("llama-gqa")).model_copy(update={"layers": 1, "kv_heads": 2})
-    length = tensors.query.shape[1]
-    accumulator = statistic.begin(shape, [length])
-    accumulator.open(length, document(length))
-    for tile in tiles(tensors, Workspace(), 20_000):
-        accumulator.add(tile)
-    accumulator.close()
-    found: dict[str, torch.Tensor] = accumulator.result()
-    return found
+    return take_layer(statistic, tensors, shape, strip_bytes=20_000)
 
 
 def test_hidden_mass_is_the_sum_over_hidden_keys() -> None:
@@ -104,9 +99,9 @@ def test_a_gate_mixes_full_and_streaming_attention() -> None:
 def test_gates_fall_where_streaming_sees_all_and_stay_where_the_loss_says_so(tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
     blind = Gates(sink=4, recent=2, task=None, steps=12, rate=0.05, penalty=0.0)
-    kept = run_profile(loaded, documents(), [blind], tmp_path / "blind", seed=0).tensor("gates.133")
+    kept = run_profile(loaded, documents(), [blind], tmp_path / "blind", seed=0).tensor(Key("gates", length=133))
     wide = Gates(sink=4, recent=4096, task=None, steps=12, rate=0.05, penalty=0.05)
-    fallen = run_profile(loaded, documents(), [wide], tmp_path / "wide", seed=0).tensor("gates.133")
+    fallen = run_profile(loaded, documents(), [wide], tmp_path / "wide", seed=0).tensor(Key("gates", length=133))
     assert bool((kept > 0.9).all()) and bool((fallen < 0.75).all())
 
 
@@ -126,9 +121,9 @@ def test_an_interrupted_training_ends_with_the_same_gates(tmp_path: Path, monkey
     run_profile(
         loaded, documents(), [settings], tmp_path / "parts", seed=0, progress=lambda done, *_: seen.append(done)
     )
-    assert seen == [0, 5, 6, 7]
+    assert seen == [5, 6, 7]
     assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
-    assert not list(tmp_path.glob("*/gates.partial"))
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 def test_another_seed_trains_other_gates(tmp_path: Path) -> None:
@@ -155,8 +150,8 @@ def _train_in_process(rank: int, folder: str) -> None:
     model = tiny_model("llama-gqa")
     queue = [document(96, seed=number) for number in range(6)]
     settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
-    partial = Path(folder) / "gates.partial"
-    found = module.train_gates(settings, model, shape_of(model), queue, partial, "key", 0, lambda *_: None)
+    state = Step(Partial(Path(folder), "key", writes=rank == 0), "training/gates")
+    found = module.train_gates(settings, model, shape_of(model), queue, state, 0, lambda *_: None)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -168,7 +163,8 @@ def test_two_processes_share_one_set_of_gates(tmp_path: Path) -> None:
     model = tiny_model("llama-gqa")
     queue = [document(96, seed=number) for number in range(6)]
     settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
-    alone = module.train_gates(settings, model, shape_of(model), queue, tmp_path / "p", "key", 0, lambda *_: None)
+    state = Step(Partial(tmp_path, "other", writes=True), "training/gates")
+    alone = module.train_gates(settings, model, shape_of(model), queue, state, 0, lambda *_: None)
     # Alone, a step sees one document instead of two: near, and not the same.
     assert not torch.equal(first, alone)
     torch.testing.assert_close(first, alone, rtol=0, atol=0.1)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.profile.amp import Amp
-from compress.profile.magnitude import Magnitude
-from compress.profile.runner import run_profile
+from compress.profile.run import run_profile
 from compress.profile.stability import agreement, both_kept, number_kept, rank_correlation, stabilities
+from compress.profile.units.amp import Amp
+from compress.registry import statistics as registry
 from tests.profile.common import document, documents
 from tests.tiny import tiny_loaded
 
@@ -34,8 +34,7 @@ def test_what_both_keep() -> None:
 def test_layers_are_compared_one_by_one_and_groups_by_their_mean() -> None:
     first = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]])
     second = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[4.0, 3.0], [2.0, 1.0]]])
-    tables = {"x.first": first.repeat(1, 5, 1), "x.second": second.repeat(1, 5, 1)}
-    found = agreement(tables.__getitem__, "x", groups=True)
+    found = agreement(first.repeat(1, 5, 1), second.repeat(1, 5, 1), groups=True)
     assert found.mean == pytest.approx(0) and found.lowest is not None
     assert found.lowest[0] == pytest.approx(-1) and found.lowest[1] == 1
     # Eight of ten groups: all five high ones and three low ones; the order turned round, six of them stay.
@@ -43,7 +42,7 @@ def test_layers_are_compared_one_by_one_and_groups_by_their_mean() -> None:
 
 
 def test_a_profile_of_two_corpora_says_how_they_agree(tmp_path: Path) -> None:
-    loaded, statistics = tiny_loaded("llama-mha"), [Amp(), Magnitude()]
+    loaded, statistics = tiny_loaded("llama-mha"), [Amp(), registry["magnitude"]()]
     alike = run_profile(loaded, documents(), statistics, tmp_path / "a", seed=0, second=documents())
     found = stabilities(alike)
     assert list(found) == ["amp"]

@@ -9,14 +9,18 @@ import torch
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.shape import shape_of
+from compress.partial import write_partial
 from compress.profile import store
-from compress.profile.influence import Influence
-from compress.profile.retrieval import Retrieval
-from compress.profile.runner import PARTIAL, run_profile
-from compress.profile.statistic import Accumulator, Measure, check_finite
+from compress.profile.heads.attention import Attention
+from compress.profile.heads.influence import Influence
+from compress.profile.heads.retrieval import Retrieval
+from compress.profile.key import Key
+from compress.profile.partial import NAME as PARTIAL
+from compress.profile.run import run_key, run_profile
 from compress.profile.store import HEADER, TENSORS, Profile, read_profile, write_profile
+from compress.profile.sums import Sheet
 from compress.targets.window import SpanGrid
-from tests.profile.common import GRID, document, documents, tensor_bytes
+from tests.profile.common import GRID, document, documents, subject_of, tensor_bytes
 from tests.tiny import tiny_loaded, tiny_model
 
 
@@ -37,12 +41,12 @@ def test_written_is_read(profile: Profile) -> None:
     assert again.header == profile.header and again.lengths == (70, 133) and again.grid == GRID
     assert again.header.seed == 7 and again.header.seconds > 0 and again.header.peak_memory_bytes > 1 << 20
     assert again.header.documents == {70: 1, 133: 2} and set(again.header.loss) == {70, 133}
-    assert again.tensor("influence.joint.133").shape == (3, 2, 2, 5, len(GRID.alphas(133)))
+    assert again.tensor(Key("influence", "joint", 133)).shape == (3, 2, 2, 5, len(GRID.alphas(133)))
     assert not (profile.folder / PARTIAL).exists()
     fields = json.loads((profile.folder / HEADER).read_text())
     assert fields["schema"] == 1 and fields["fingerprint"] == shape.fingerprint
     with pytest.raises(UserError, match=r"influence\.joint\.133"):
-        again.tensor("influence.joint.134")
+        again.tensor(Key("influence", "joint", 134))
 
 
 def test_a_finished_profile_is_not_repeated(profile: Profile) -> None:
@@ -68,7 +72,7 @@ def test_another_run_starts_afresh(profile: Profile, change: str) -> None:
     assert calls[0] == 0 and again.header.key != profile.header.key
 
 
-@pytest.mark.parametrize("damage", ["other run", "flipped byte", "truncated", "empty"])
+@pytest.mark.parametrize("damage", ["other run", "flipped byte", "truncated", "empty", "an earlier version"])
 def test_an_unusable_partial_file_is_ignored(damage: str, tmp_path: Path) -> None:
     loaded, statistics = tiny_loaded("llama-gqa"), [Retrieval()]
     run_profile(loaded, documents(), statistics, tmp_path / "whole", seed=0)
@@ -91,11 +95,19 @@ def test_an_unusable_partial_file_is_ignored(damage: str, tmp_path: Path) -> Non
     elif damage == "empty":
         data.clear()
     path.write_bytes(data)
+    if damage == "an earlier version":
+        beside = path.with_name("importance.partial")
+        profile_key = run_key(loaded.shape, torch.float32, texts, statistics)
+        for old in (path, beside):
+            write_partial(
+                old, profile_key, {"done": 1, "seconds": 1.0}, {"retrieval/count:retrieval.70": torch.ones(1)}
+            )
     calls: list[int] = []
     run_profile(
         loaded, documents(), statistics, tmp_path / "parts", seed=0, progress=lambda done, *_: calls.append(done)
     )
     assert calls == [0, 1, 2, 3]
+    assert not list(path.parent.glob("*.partial"))
     assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
 
 
@@ -159,10 +171,10 @@ def test_another_models_profile(profile: Profile) -> None:
 
 
 def test_tensors_that_do_not_fit_the_header(profile: Profile) -> None:
-    wrong = dict(profile.tensors)
-    wrong["retrieval.70"] = wrong["retrieval.70"][:2]
-    wrong["influence.joint.70"] = wrong["influence.joint.70"] * float("nan")
-    del wrong["retrieval.133"]
+    wrong, joint = dict(profile.tensors), Key("influence", "joint", 70)
+    wrong[Key("retrieval", length=70)] = wrong[Key("retrieval", length=70)][:2]
+    wrong[joint] = wrong[joint] * float("nan")
+    del wrong[Key("retrieval", length=133)]
     write_profile(profile.folder, profile.header, wrong)
     with pytest.raises(UserError) as caught:
         read_profile(profile.folder)
@@ -189,17 +201,12 @@ def test_unknown_key_in_the_header(profile: Profile) -> None:
         read_profile(profile.folder)
 
 
-class _Broken(Accumulator):
-    def add(self, tile: object) -> None:
-        """Nothing: the test writes the sums itself."""
-
-
 def test_a_statistic_that_is_not_finite_is_named() -> None:
-    accumulator = _Broken({"mass.64": Measure((4, 2, 3), ("layer", "group", "bin"), "share", 64)})
-    check_finite("attention", accumulator, "document 1")
-    accumulator.sums["mass.64"][2, 1, 0] = float("inf")
-    with pytest.raises(UserError, match="statistic `attention` is not finite in layer 2"):
-        check_finite("attention", accumulator, "document 1")
+    sheet = Sheet([Attention()], subject_of(tiny_model("llama-gqa")), [64, 133])
+    sheet.check_finite("document 1")
+    sheet.sums[0][133]["mass"][2, 1, 0] = float("inf")
+    with pytest.raises(UserError, match=r"statistic `attention` is not finite in layer 2[\s\S]*`mass\.133`"):
+        sheet.check_finite("document 1")
 
 
 def test_all_unsuitable_inputs_are_reported_at_once(tmp_path: Path) -> None:

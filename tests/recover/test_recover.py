@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.recovered import load_recovered, write_recovered
 from compress.models.shape import shape_of
 from compress.recover.lora import attach, merge, projections
@@ -18,7 +19,6 @@ from compress.recover.loss import distill_loss, text_loss
 from compress.recover.recover import read_recovered, recover
 from compress.recover.train import rate_factor
 from compress.recover.windows import Windows
-from compress.targets.apply import planned_model
 from tests.recover.common import model_of, pruned_model, settings, text, trained
 from tests.tiny import mixed_plan, random_ids, tiny_model
 

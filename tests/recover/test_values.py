@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from compress.models.planned import planned_model
 from compress.recover.settings import RecoverSettings
-from compress.targets.apply import planned_model
 from tests.recover.common import model_of, settings, trained
 from tests.tiny import mixed_plan, random_ids, shape_of
 

@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import cache_utils as caches
 
+from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.runtime.paged_cache import PagedCache
-from compress.targets.apply import planned_model
 from compress.targets.full import FullGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.models.planned import planned_model
 from compress.plan import Plan, make_plan
 from compress.runtime.span import FULL, AnySpan, LengthSpan, Span, has_length_rule, spans_at, spans_of_plan
-from compress.targets.apply import planned_model
 from compress.targets.cost import decode_density, kv_bytes, prefill_density
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.tiny import random_ids, shape_of, tiny_model
+from tests.tiny import random_ids, shape_of, spans_of, tiny_model
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 DENSE = tiny_model("llama-gqa")
@@ -171,5 +171,5 @@ def test_a_plan_says_its_rule_only_where_it_is_by_length() -> None:
     assert written[0]["groups"][0] == {"target": "window", "sink": 4, "alpha": -20, "beta": 0.5, "rule": "length"}
     assert written[1]["groups"][1] == {"target": "window", "sink": 4, "alpha": 30, "beta": 0.25}
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
-    assert plan.spans() == [[*RULES], [FULL, Span(4, 30, 0.25)], [*RULES]]
-    assert spans_of_plan({"layers": written}, [None] * 3) == plan.spans()
+    assert spans_of(plan) == [[*RULES], [FULL, Span(4, 30, 0.25)], [*RULES]]
+    assert spans_of_plan({"layers": written}, [None] * 3) == spans_of(plan)

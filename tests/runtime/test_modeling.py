@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from compress.models.planned import planned_model, set_plan
 from compress.plan import uniform_plan
-from compress.targets.apply import planned_model, set_plan
 from compress.targets.full import FullGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 

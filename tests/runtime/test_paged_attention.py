@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.runtime.attention import IMPLS, Step, choose_impl, plan_attention
-from compress.runtime.paged_cache import PagedCache, Pages
+from compress.runtime.attention import plan_attention
+from compress.runtime.impl import IMPLS, choose_impl
+from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.paged_cache import PagedCache
+from compress.runtime.pages import PagedState, Pages
 from compress.runtime.reference import Rows, prefill
 from compress.runtime.span import BETA_UNIT, PAGE, Span
+from compress.runtime.step import Step
 
 HEAD_DIM = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,17 +57,30 @@ class Module:
 
     layer_idx = 0
 
-    def __init__(self, rule: list[Span], impl: str = "reference") -> None:
-        self.compress_spans = rule
-        self.config = SimpleNamespace(compress_impl=impl)
+    def __init__(self, rule: list[Span]) -> None:
+        self.compress_kinds = kinds_of(rule)
+
+
+def kinds_of(rule: list[Span], group_size: int = 1) -> Kinds:
+    """The mixers of a layer with a window group for every span."""
+    groups = [{"target": "window", "sink": span.sink, "alpha": span.alpha, "beta": span.beta} for span in rule]
+    return Kinds(groups, LayerFacts(0, HEAD_DIM, 4 * HEAD_DIM, group_size, None))
+
+
+def state_of(cache: PagedCache) -> PagedState:
+    """The pages of a cache's one layer."""
+    (state,) = cache.paged[0].states
+    assert isinstance(state, PagedState)
+    return state
 
 
 def attend(rule: list[Span], qkv: Any, cache: PagedCache, valid: torch.Tensor | None = None, impl: str = "reference"):
     """One forward pass of a single layer over new columns; `[B, H, T, D]`."""
     query, key, value = qkv
     step = Step.begin(cache, valid, query.shape[0], query.shape[2], query.device)
+    step.impl = impl
     key, value = cache.update(key, value, 0)
-    out, _ = plan_attention(Module(rule, impl), query, key, value, None, compress_step=step)
+    out, _ = plan_attention(Module(rule), query, key, value, None, compress_step=step)
     step.end()
     return out.transpose(1, 2)
 
@@ -78,7 +94,7 @@ def run(
     max_length: int | None = None,
 ) -> tuple[torch.Tensor, PagedCache]:
     """Feed the columns in the given chunks through the attention function and its cache; `[B, H, N, D]`."""
-    cache = PagedCache([rule], max_length)
+    cache = PagedCache([kinds_of(rule)], max_length)
     out = []
     for start, stop in pairwise([0, *cuts, qkv[0].shape[2]]):
         valid = None if mask is None or mask[:, start:stop].all() else mask[:, start:stop]
@@ -161,7 +177,7 @@ def test_decode_ignores_what_lies_in_unused_slots(impl: str) -> None:
     rule = [Span(4, 100, 0.0), Span()]
     qkv = random_qkv(1, 2, 2, 150, seed=3)
     _, cache = run(rule, qkv, [])
-    pages, lengths = cache.paged[0].pages(), torch.tensor([150], dtype=torch.int32)
+    pages, lengths = state_of(cache).pages(), torch.tensor([150], dtype=torch.int32)
     clean = IMPLS[impl].decode(qkv[0][:, :, -1], pages, lengths, rule)
     torch.testing.assert_close(clean, naive(qkv, rule)[:, :, -1], rtol=1e-4, atol=1e-5)
     keys, values = pages.keys.clone(), pages.values.clone()
@@ -209,7 +225,7 @@ def test_gradients_are_those_of_the_masked_softmax() -> None:
 
 def test_a_window_frees_its_pages_and_the_pool_does_not_grow() -> None:
     rule = [Span(4, 256, 0.0)]
-    cache = PagedCache([rule])
+    cache = PagedCache([kinds_of(rule)])
     layer = cache.paged[0]
     token = torch.randn(1, 1, 1, HEAD_DIM)
     sizes = []
@@ -218,7 +234,7 @@ def test_a_window_frees_its_pages_and_the_pool_does_not_grow() -> None:
         sizes.append(layer.allocated_bytes())
     page = PAGE * 2 * HEAD_DIM * 4
     assert max(sizes) <= 6 * page  # one sink page, 256 tokens over at most five pages
-    assert len(layer.tables[0][0]) == layer.spans[0].page_count(1500)
+    assert len(state_of(cache).tables[0][0]) == rule[0].page_count(1500)
 
 
 @pytest.mark.parametrize("max_length", [None, 256])
@@ -240,7 +256,7 @@ def test_sequences_can_be_selected_repeated_and_reordered(max_length: int | None
 
 
 def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
-    cache = PagedCache([[Span()]])
+    cache = PagedCache([kinds_of([Span()])])
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.paged[0].crop(-1)
     with pytest.raises(ValueError, match="cannot be offloaded"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.targets.apply import planned_model
+from compress.models.planned import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ def check_autocast(model: Any, exact: Any, low: torch.dtype, ids: torch.Tensor) 
             parts = [cached.logits, model(ids[:, cut : cut + 1], past_key_values=cache).logits]
             parts.append(model(ids[:, cut + 1 :], past_key_values=cache).logits)
             torch.testing.assert_close(torch.cat(parts, dim=1).float(), expected, **near)
-        assert {(layer.keys.dtype, layer.values.dtype) for layer in cache.paged} == {(low, low)}
+        assert {layer.dtype for layer in cache.paged} == {low}
         out = model(ids, labels=ids, use_cache=False)
         torch.testing.assert_close(out.logits.float(), expected, **near)
     out.loss.backward()
@@ -103,7 +103,7 @@ def test_a_cache_keeps_the_dtype_of_its_first_pass(
 
     cache = model.new_cache()
     parts = [run(ids[:, :80], first, cache), run(ids[:, 80:81], not first, cache), run(ids[:, 81:], not first, cache)]
-    assert {layer.keys.dtype for layer in cache.paged} == {low if first else weights}
+    assert {layer.dtype for layer in cache.paged} == {low if first else weights}
     assert [part.dtype for part in parts] == [low if first else weights, *[weights if first else low] * 2]
     with torch.no_grad():
         expected = of(planned, device, torch.float32)(ids).logits

@@ -15,14 +15,15 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from compress.bench.model import DENSE, NONE
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import replaced_attention
-from compress.profile.capture import Capture
-from compress.profile.gates import Mixture
+from compress.profile.heads.gates import Mixture
+from compress.profile.passes.capture import Capture
 from compress.runtime.attention import changing_arguments
+from compress.runtime.mixer import Kinds
 from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
-from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -105,16 +106,15 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
         for gradient in (False, True):
             with (
                 pytest.raises(UserError, match=says),
-                Capture(dense, shape, lambda tensors: None, gradient=gradient) as capture,
+                Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
-                capture.run(IDS, (10, 12))
+                capture.run(divergence.documents[0])
         mixture = Mixture(torch.ones(3, 2), Span(4, 8, 0.0), shape)
         with pytest.raises(UserError, match=says), replaced_attention(dense, "compress_test_gates", mixture):
             dense(IDS)
         with pytest.raises(UserError, match=says):
-            sampled_effects(
-                dense, shape, divergence, [[[WindowGroup(sink=4, alpha=8, beta=0.0)] * 2]] * 3, samples=1, seed=0
-            )
+            narrow = WindowGroup(sink=4, alpha=8, beta=0.0)
+            sampled_effects(dense, shape, divergence, [[[narrow] * 2]] * 3, samples=1, seed=0)
         for bench in (DENSE, NONE):
             dense.set_attn_implementation(bench)
             dense.config.bench_backend = []
@@ -163,10 +163,11 @@ def test_splitting_a_model_over_processes_is_refused_before_it_loads(model: Any,
 
 def test_a_layer_with_a_part_of_the_heads_says_so(model: Any) -> None:
     layer = model.model.layers[1].self_attn
-    kept, layer.compress_spans = layer.compress_spans, layer.compress_spans[:1]
+    kept, one = layer.compress_kinds, model.config.compress_plan["layers"][1]["groups"][:1]
+    layer.compress_kinds = Kinds(one, kept.only.facts)
     with pytest.raises(ValueError, match=r"layer 1 has 2 key/value heads here, and the plan 1: .*tensor parallel"):
         model(IDS)
-    layer.compress_spans = kept
+    layer.compress_kinds = kept
 
 
 def test_continuous_batching_is_refused_by_name(model: Any) -> None:

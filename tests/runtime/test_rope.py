@@ -12,9 +12,9 @@ import transformers
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from compress.models.planned import planned_model, pruned_model
 from compress.plan import uniform_plan
 from compress.runtime.rope import crosses, rope_change, steady
-from compress.targets.apply import planned_model, pruned_model
 from compress.targets.full import FullGroup
 from tests.tiny import SIZES, random_ids, shape_of
 

@@ -89,7 +89,7 @@ def test_plan_to_spans_keeps_the_architectures_own_window() -> None:
         ]
     }
     assert spans_of_plan(plan, [None, 50, None]) == [[FULL], [Span(0, 50, 0.0)], [Span(4, 8, 0.5)]]
-    with pytest.raises(ValueError, match="layer 0 group 0: this runtime has no target 'pruned'"):
+    with pytest.raises(ValueError, match="the target 'pruned' has no span"):
         spans_of_plan({"layers": [{"groups": [{"target": "pruned"}]}]}, [None])
 
 

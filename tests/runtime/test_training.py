@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from compress.models.planned import planned_model
 from compress.runtime.modeling_compress import CACHE, DROPS_CACHE
-from compress.targets.apply import planned_model
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 IDS = random_ids(2, 90)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from compress.models.planned import runtime_plan, with_runtime_plan
+from compress.models.shape import shape_of
+from compress.plan import make_plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.apply import with_runtime_plan
-from tests.pruned import PRUNED, groups_of, plan_of, uneven, unevenly_pruned, with_biases, zero
+from tests.pruned import PRUNED, targets_of, uneven, uneven_plan, unevenly_pruned, with_biases, zero
 from tests.tiny import random_ids, tiny_model
 
 
@@ -19,12 +21,12 @@ from tests.tiny import random_ids, tiny_model
 def test_pruned_with_windows_equals_zeroed_with_windows(family: str) -> None:
     dense = with_biases(family).double()
     zero(dense, uneven(dense.config))
-    plan = {"schema": 1, "layers": [{"groups": row} for row in groups_of(dense)]}
+    plan = runtime_plan(make_plan(shape_of(dense), targets_of(dense)))
     zeroed, pruned = with_runtime_plan(dense, plan), unevenly_pruned(family, torch.float64)
     ids = random_ids(2, 301)
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, zeroed(ids).logits, rtol=1e-9, atol=1e-9)
-    assert len({len(row) for row in pruned.base_model.compress_spans}) > 1
+    assert len({kinds.count for kinds in pruned.base_model.compress_kinds}) > 1
 
 
 @pytest.mark.parametrize("family", PRUNED)
@@ -90,6 +92,5 @@ def test_a_plan_that_says_no_width_has_that_of_the_configuration() -> None:
     assert Width.of_plan({"groups": [{}, {}]}, config) == Width.of(config)
     assert Width.of_plan({"groups": [{}], "mlp": None}, config) == Width(2, 1, 64)
     model = tiny_model("llama-gqa")
-    kept = uneven(config)
-    found = [Width.of_plan(layer, config) for layer in plan_of(model, kept)["layers"]]
+    found = [Width.of_plan(layer, config) for layer in runtime_plan(uneven_plan(model))["layers"]]
     assert found == [Width(1, 1, 32), Width(4, 2, 64), Width(2, 2, 63)]

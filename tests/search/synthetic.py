@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem

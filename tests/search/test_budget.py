@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from compress.errors import UserError
 from compress.models.pruning import block_parameters
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.registry import budget_kinds
 from compress.runtime.span import Span
 from compress.search.budget.budget import Budget

@@ -39,7 +39,7 @@ def test_losses_are_the_influence_that_the_window_hides(lengths: tuple[int, ...]
     options = window_options(
         problem, [Objective((("influence.absolute", 1.0),), length) for length in lengths], "length"
     )
-    spans = [[FULL if target.as_built else target.span for target in each.choices] for each in options]
+    spans = [[target.span() for target in each.choices] for each in options]
     assert {type(span) for row in spans for span in row} == {Span, LengthSpan}
     for each, row in zip(options, spans, strict=True):
         for number, span in enumerate(row):
@@ -83,10 +83,7 @@ def test_at_one_length_growing_rules_are_fixed_windows(grid: SpanGrid, kv: float
     both.append(window_options(only_fixed(problem), [objective]))
     for mine, fixed in zip(*both, strict=True):
         rows = [
-            {
-                FULL if target.as_built else target.span.at_length(512): loss[0]
-                for target, loss in zip(group.choices, group.losses, strict=True)
-            }
+            {target.span().at_length(512): loss[0] for target, loss in zip(group.choices, group.losses, strict=True)}
             for group in (mine, fixed)
         ]
         assert rows[0] == rows[1]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import UserError
-from compress.runtime.span import FULL, Span
+from compress.runtime.span import Span
 from compress.search.budget.budget import Budget
 from compress.search.choice.options import Objective, layers_of, nondominated, room, rule_losses, window_options
 from compress.search.problem import FULL_GROUP
@@ -69,7 +69,7 @@ def test_rows_of_keys_stand_beside_those_of_pages() -> None:
     objectives = [Objective((("influence.absolute", 1.0),), 512)]
     for each in window_options(problem, objectives):
         for target, costs in zip(each.choices, each.costs, strict=True):
-            span = FULL if target.as_built else target.span
+            span = target.span()
             keys = [int(span.visible(torch.tensor(n - 1), torch.arange(n)).sum()) for n in (400, 512)]
             assert costs.tolist() == [*keys, span.page_count(500)]
         # A rule that was left out is beaten in loss and in every cost by one that was kept.

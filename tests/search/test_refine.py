@@ -11,6 +11,7 @@ import torch
 from compress.cli.stages import NO_STEPS
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
 from compress.runtime.span import Span
@@ -26,7 +27,6 @@ from compress.search.refine.refine import Loss, Refine, refine
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.moa import Moa
 from compress.search.solvers.uniform import Uniform
-from compress.targets.apply import planned_model
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
@@ -107,7 +107,7 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
             out = prefill(q, k, v, [own] * shape.kv_heads, scale=call.scaling)
             if call.layer == layer:
                 other = [own] * shape.kv_heads
-                other[group] = narrow[group].span
+                other[group] = narrow[group].span()  # type: ignore[assignment]
                 out = out + step * (prefill(q, k, v, other, scale=call.scaling) - out)
             return out
 

@@ -5,9 +5,9 @@ import torch
 
 from compress.data.document import Document
 from compress.errors import UserError
+from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.search.response import response_loss
-from compress.targets.apply import planned_model
 from compress.targets.full import FullGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 

@@ -10,6 +10,7 @@ from compress.search.measure import LossLog, best_plan, document_key, measure, p
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import make_shape
+from tests.tiny import spans_of
 
 DOCUMENTS = [Document(tuple(range(10 + extra)), (8, 10)) for extra in range(3)]
 
@@ -29,7 +30,7 @@ class Meter:
         if self.calls == self.stop_after:
             raise KeyboardInterrupt
         self.calls += 1
-        alpha = 1000 if plan is None else plan.spans()[0][0].alpha
+        alpha = 1000 if plan is None else spans_of(plan)[0][0].alpha
         return document.length / alpha
 
 

@@ -7,9 +7,9 @@ import pytest
 
 import compress.search.solvers
 from compress.errors import UserError
-from compress.models.shape import ModelShape
+from compress.plan import ModelShape
 from compress.registry import solvers
-from compress.runtime.span import PAGE, Span
+from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
 from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.search.solver import parse_solver
@@ -53,11 +53,8 @@ def make(name: str, **fields: Any) -> Any:
 
 def allocated(shape: ModelShape, plan: Candidate, length: int) -> int:
     """Bytes of the cache by the runtime's own rule."""
-    spans = [
-        Span(0, native, 0.0) if native is not None else Span() if group.as_built else group.span
-        for layer, native in zip(plan.layers, shape.native_windows, strict=True)
-        for group in layer.groups
-    ]
+    groups = [(group, native) for row, native in zip(plan.targets, shape.native_windows, strict=True) for group in row]
+    spans: Any = [group.span(native) for group, native in groups]  # type: ignore[attr-defined]
     return sum(span.at_length(length).page_count(length) for span in spans) * PAGE * 2 * shape.head_dim * ITEMSIZE
 
 

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from compress.models.pruning import Kept, block_parameters, parameters_per_unit
+from compress.models.planned import planned_model
+from compress.models.pruning import block_parameters, parameters_per_unit
 from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
 from compress.registry import targets
 from compress.runtime.span import PAGE
-from compress.targets.apply import pruned_model
 from compress.targets.cost import Cost, kv_bytes, stock_kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
-from compress.targets.target import StockForm, Target
+from compress.targets.span import SpanTarget
+from compress.targets.target import StockForm
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
-from tests.pruned import uneven
-from tests.tiny import mixed_plan, shape_of, tiny_model
+from tests.pruned import uneven_plan
+from tests.tiny import mixed_plan, random_ids, shape_of, spans_of, tiny_model
 
 UNIT = Unit(query_heads=3, head_dim=16, itemsize=2)
 
 
 @pytest.mark.parametrize("group", [FullGroup(), WindowGroup(sink=4, alpha=30, beta=0.25)])
 @pytest.mark.parametrize("length", [1, 65, 300])
-def test_a_group_costs_what_its_rule_says(group: Target, length: int) -> None:
+def test_a_group_costs_what_its_rule_says(group: SpanTarget, length: int) -> None:
     t = torch.arange(length)
-    span = group.span if isinstance(group, WindowGroup) else WindowGroup(sink=0, alpha=0, beta=1.0).span
-    seen = span.at_length(length).visible(t[:, None], t[None])
-    pages = len(span.at_length(length).pages(length))
+    span = group.span().at_length(length)
+    seen, pages = span.visible(t[:, None], t[None]), len(span.pages(length))
     cost = group.cost(UNIT, length)
     assert cost.held_bytes == cost.read_bytes == pages * PAGE * 2 * 16 * 2
     assert cost.keys == int(seen[-1].sum())
@@ -69,41 +70,36 @@ def test_stock_forms() -> None:
         assert group.stock(None) is None
 
 
-def pruned(family: str, *, even: bool) -> tuple[Plan, Any]:
-    """A plan that removes, and the model that it leaves."""
-    model = tiny_model(family)
-    neurons, groups = model.config.intermediate_size, model.config.num_key_value_heads
-    kept = uneven(model.config)
-    if even:
-        kept = [Kept(tuple(range(groups - 1)), tuple(range(neurons // 2)))] * 3
-    rows = [
-        LayerPlan(
-            groups=tuple(FullGroup() if group in layer.groups else PrunedGroup() for group in range(groups)),
-            queries=layer.queries,
-            mlp=Mlp.of(layer.neurons) if len(layer.neurons) < neurons else None,
-        )
-        for layer in kept
-    ]
-    return plan_of_layers(shape_of(model), rows), model
+def halved(model: Any) -> Plan:
+    """Without the last head group and half of the neurons of every layer."""
+    groups, neurons = model.config.num_key_value_heads, model.config.intermediate_size
+    row = LayerPlan(groups=(FullGroup(),) * (groups - 1) + (PrunedGroup(),), mlp=Mlp.of(range(neurons // 2)))
+    return plan_of_layers(shape_of(model), [row] * 3)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "phi3"])
-@pytest.mark.parametrize("even", [True, False])
-def test_a_pruned_plan_counts_what_is_left(family: str, even: bool) -> None:
-    plan, model = pruned(family, even=even)
-    cost = plan.cost(200, 4, sizes=parameters_per_unit(model))
-    assert cost.parameters == block_parameters(pruned_model(model, plan))
-    assert plan.form == ("native" if even else "patched")
+@pytest.mark.parametrize("plan_of", [halved, uneven_plan])
+def test_a_pruned_plan_counts_what_is_left(family: str, plan_of: Callable[[Any], Plan]) -> None:
+    model = tiny_model(family)
+    plan, sizes = plan_of(model), parameters_per_unit(model)
+    made = planned_model(model, plan)
+    cost = plan.cost(200, 4, sizes=sizes)
+    assert cost.parameters == block_parameters(made)
+    assert plan.form == ("native" if plan_of is halved else "patched")
     tokens = stock_kv_bytes(plan.model.native_windows, plan.kept_heads, 200, plan.model.head_dim, 4)
-    pages = kv_bytes(plan.spans(), 200, plan.model.head_dim, 4)
-    assert cost.held_bytes == (tokens if even else pages)
+    pages = kv_bytes(spans_of(plan), 200, plan.model.head_dim, 4)
+    assert cost.held_bytes == (tokens if plan_of is halved else pages)
     assert plan.cost(200, 4, form="patched").held_bytes == pages
+    if plan_of is uneven_plan:
+        cache = made.new_cache()
+        made(random_ids(1, 200), past_key_values=cache)
+        assert cache.allocated_bytes() == pages
 
 
 def test_a_plan_of_windows_costs_what_the_runtime_allocates() -> None:
     plan = mixed_plan(shape_of(tiny_model("gemma3")))
     assert plan.form == "patched" and plan.stock() is None
-    assert plan.cost(200, 4).held_bytes == kv_bytes(plan.spans(), 200, 16, 4)
+    assert plan.cost(200, 4).held_bytes == kv_bytes(spans_of(plan), 200, 16, 4)
     assert plan.dense_cost(200, 4).held_bytes == stock_kv_bytes((50, None, 50), 2, 200, 16, 4)
     with pytest.raises(ValueError, match="no stock architecture"):
         plan.cost(200, form="native")

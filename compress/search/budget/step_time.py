@@ -15,7 +15,7 @@ from compress.bench.file import WholeModel, read_bench
 from compress.errors import UserError
 
 if TYPE_CHECKING:
-    from compress.models.shape import ModelShape
+    from compress.plan import ModelShape
 
 AGAIN = "compress bench MODEL --what model --mix A,B,full --batch B --lengths ... --out FOLDER"
 

@@ -217,11 +217,8 @@ def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def drawn(problem: Problem, layers: Sequence[LayerPlan], seed: int) -> Layers:
-    """A plan of the same widths whose units are drawn: what scores have to beat.
-
-    Groups that stay have the layer's targets in their order, so that it costs the same.
-    """
+def drawn(problem: Problem, widths: Sequence[Widths], seed: int) -> Layers:
+    """A plan of some widths whose units are drawn: what scores have to beat."""
     generator = torch.Generator().manual_seed(seed)
     shape = problem.shape
 
@@ -229,11 +226,6 @@ def drawn(problem: Problem, layers: Sequence[LayerPlan], seed: int) -> Layers:
         return torch.rand(size, generator=generator, dtype=torch.float64)
 
     heads = draw(shape.layers, shape.kv_heads, problem.queries)
-    groups, neurons = draw(shape.layers, shape.kv_heads), draw(shape.layers, problem.sizes[0].neurons)
-    picked = pick(problem, Widths.of(problem, layers), groups, heads, neurons)
-    rows = []
-    for layer, like in zip(picked, layers, strict=True):
-        targets = iter([like.groups[group] for group in like.kept_groups])
-        row = tuple(PRUNED if group.removes else next(targets) for group in layer.groups)
-        rows.append(layer.model_copy(update={"groups": row}))
-    return tuple(rows)
+    return pick(
+        problem, widths, draw(shape.layers, shape.kv_heads), heads, draw(shape.layers, problem.sizes[0].neurons)
+    )

@@ -26,8 +26,8 @@ from compress.models.backward import recomputed
 from compress.models.families import layers_of
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, replaced_attention, tapped
-from compress.models.shape import ModelShape
-from compress.runtime.attention import choose_impl
+from compress.plan import ModelShape
+from compress.runtime.impl import choose_impl
 from compress.runtime.span import FULL, Span
 from compress.search.refine.divergence import Divergence
 from compress.targets.target import Target
@@ -130,8 +130,8 @@ def all_effects(
 
 def _span(target: Target) -> Span:
     """What a group of a target sees in a layer that sees everything by itself; anything where it is removed."""
-    found: Any = target
-    return FULL if target.as_built else found.span
+    seen: Any = FULL if target.removes else target.span()  # type: ignore[attr-defined]
+    return seen
 
 
 def label_loss(logits: torch.Tensor, seed: str) -> torch.Tensor:

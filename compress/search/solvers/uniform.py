@@ -50,7 +50,7 @@ class Uniform(Solver):
         lengths, most = problem.budget_lengths, np.maximum(problem.limits, 1)
 
         def merit(window: WindowGroup) -> tuple[float, int, int, float]:
-            span: Any = window.span
+            span: Any = window.span()
             used = float((problem.costs(problem.free[0][0], [window])[0] / most).min())
             pages = sum(span.page_count(length) for length in lengths)
             seen = sum(min(span.length(length), length) for length in lengths)
@@ -89,6 +89,6 @@ def largest_windows(problem: Problem, sink: int, betas: range) -> Iterator[Windo
                 high = middle - 1
         if low >= 0:
             window = WindowGroup(sink=sink, alpha=low * PAGE, beta=units / BETA_UNIT)
-            span: Any = window.span
+            span: Any = window.span()
             if span.length(lengths[0] - 1) >= PAGE:
                 yield window

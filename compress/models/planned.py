@@ -1,0 +1,163 @@
+"""Turns a dense model into a planned one in memory: same weight tensors, the plan's attention and cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from compress.models.families import family_of, layers_of
+from compress.models.pruning import Kept, add_output_biases, prune
+from compress.plan import Plan
+from compress.runtime import modeling_compress
+from compress.runtime.families import head_size_of
+from compress.runtime.mixer import Mixer
+from compress.runtime.rope import carry_over
+from compress.runtime.widths import Width, width_of
+from compress.targets.target import load_mixers, targets_of
+
+
+def runtime_plan(plan: Plan) -> dict[str, Any]:
+    """The part of a plan that the runtime needs and a checkpoint's configuration carries."""
+    return {"schema": 1, "layers": plan.runtime_layers()}
+
+
+def planned_model(model: Any, plan: Plan) -> Any:
+    """A model that runs the plan on the very tensors of `model`, or on slices of them; `model` stays usable as it is.
+
+    A plan that only removes the same numbers in every layer gives a stock model, of the same class or of its twin
+    (`Family.twin`), since there is nothing left for the runtime to do.
+
+    Raises:
+        UserError: the architecture is not supported, or cannot be pruned so.
+        ValueError: the plan's layers or groups are not this model's.
+    """
+    if plan.prunes:
+        model = pruned_model(model, plan)
+        if not has_own_widths(model) and plan.as_built:
+            return model
+    return with_runtime_plan(model, runtime_plan(plan))
+
+
+def has_own_widths(model: Any) -> bool:
+    """Whether a layer of the model has other widths than its configuration says."""
+    return any(width_of(layer, model.config) != Width.of(model.config) for layer in layers_of(model))
+
+
+def patched_model(model: Any, plan: Plan) -> Any:
+    """What `planned_model` gave, in the form that carries its plan: a stock model gets it, any other has it."""
+    return model if hasattr(model.config, "compress_plan") else with_runtime_plan(model, runtime_plan(plan))
+
+
+def kept_units(plan: Plan, neurons: int) -> list[Kept]:
+    """What stays of every layer, where the dense model has `neurons` in each."""
+    return [
+        Kept(
+            layer.kept_groups,
+            tuple(range(neurons)) if layer.mlp is None else layer.mlp.indices(),
+            layer.queries,
+        )
+        for layer in plan.layers
+    ]
+
+
+def pruned_model(model: Any, plan: Plan) -> Any:
+    """A stock model without what the plan removes; every tensor that is not sliced is that of `model`.
+
+    It is of the same class, or of its twin where all layers have one width that only the twin's configuration takes.
+    """
+    made = on_weights_of(model, type(model), copy.deepcopy(model.config))
+    uniform = prune(made, kept_units(plan, Width.of(model.config).neurons))
+    biases = [layer.bias.values() for layer in plan.layers if layer.bias is not None]
+    if biases:
+        add_output_biases(made, biases)
+    return made if uniform else _as_twin(made)
+
+
+def _as_twin(pruned: Any) -> Any:
+    """The twin of a model whose layers have one width that its own configuration refuses; itself where none fits."""
+    family, config = family_of(pruned.config), pruned.config
+    widths = {width_of(layer, config) for layer in layers_of(pruned)}
+    if family.twin is None or len(widths) > 1:
+        return pruned
+    twin = getattr(transformers, family.twin)
+    known = set(twin.config_class().to_dict())
+    fields = {key: value for key, value in config_fields(config).items() if key in known}
+    fields |= {**widths.pop().fields(config), "head_dim": head_size_of(config), **family.twin_fields}
+    try:
+        return on_weights_of(pruned, twin, twin.config_class(**fields))
+    except ValueError:  # biases, which the twin has no place for
+        return pruned
+
+
+def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
+    """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights.
+
+    Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
+    stay (`Width.in_plan` has the rest).
+    """
+    load_mixers(targets_of(plan))
+    family = family_of(model.config)
+    config_class = getattr(modeling_compress, f"{family.planned}Config")
+    model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
+    return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan))
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """A configuration's own fields, without what says which class it is or which plan it carries."""
+    known = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "compress_plan", "compress_impl"):
+        known.pop(key, None)
+    return known
+
+
+def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
+    """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
+
+    What only the plan's mixers have starts with their first values.
+
+    Raises:
+        ValueError: a weight has no place in the class or another shape there, or the class has one that `model` lacks.
+    """
+    with torch.device("meta"):
+        made = model_class(config)
+    tensors, places = dict(model.state_dict()), made.state_dict()
+    for name, tensor in tensors.items():
+        if name in places and places[name].shape != tensor.shape:
+            expected, found = tuple(places[name].shape), tuple(tensor.shape)
+            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
+    missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
+    tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
+    lacking = sorted(set(missing) - tied - _start_mixers(made, model))
+    if lacking or unexpected:
+        raise ValueError(f"weights do not fit: missing {lacking[:4]}, unexpected {unexpected[:4]}")
+    made.tie_weights()
+    carry_over(model, made)
+    made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    return made.to(next(model.parameters()).device).train(model.training)
+
+
+def _start_mixers(made: Any, model: Any) -> set[str]:
+    """Give mixers whose parameters lie nowhere yet memory beside the weights of `model`, and their first values.
+
+    Returns:
+        The names of those parameters.
+    """
+    like = next(model.parameters())
+    names: set[str] = set()
+    for path, mixer in made.named_modules():
+        if isinstance(mixer, Mixer):
+            parameters = dict(mixer.named_parameters())
+            if parameters and all(tensor.is_meta for tensor in parameters.values()):
+                mixer.to_empty(device=like.device).to(like.dtype).reset_parameters()
+                names.update(f"{path}.{name}" for name in parameters)
+    return names
+
+
+def set_plan(planned: Any, plan: Plan) -> None:
+    """Switch a planned model to another plan of the same model, in place."""
+    load_mixers(targets_of(runtime_plan(plan)))
+    planned.set_plan(runtime_plan(plan))

@@ -1,0 +1,23 @@
+"""The plan: its schema, how it is made, read and said in words, and the facts about the model that it is bound to."""
+
+from compress.plan.build import make_plan, plan_of_layers, uniform_plan
+from compress.plan.facts import ModelShape
+from compress.plan.read import read_plan
+from compress.plan.schema import Form, Group, LayerPlan, Mlp, OutputBias, Plan, Predicted
+from compress.plan.words import removal
+
+__all__ = [
+    "Form",
+    "Group",
+    "LayerPlan",
+    "Mlp",
+    "ModelShape",
+    "OutputBias",
+    "Plan",
+    "Predicted",
+    "make_plan",
+    "plan_of_layers",
+    "read_plan",
+    "removal",
+    "uniform_plan",
+]

@@ -1,0 +1,326 @@
+"""The plan: one target per head group and the neurons that stay of every MLP, bound to one model; and its file form."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import reprlib
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from compress.json_file import sealed
+from compress.plan.facts import ModelShape, Tokens
+from compress.targets.cost import Cost
+from compress.targets.target import StockForm, Target, parse_target
+from compress.targets.unit import LayerParameters, Unit
+
+SCHEMA: Literal[2] = 2  # of the file; `read.py` reads older ones
+MOST_NEURONS = 1 << 22  # no MLP has more; what is larger is damage
+Bytes = Annotated[int, Field(ge=0)]
+Form = Literal["patched", "native"]  # of a checkpoint: with the runtime's paged cache, or with transformers' own
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Group = Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)]
+
+
+class Mlp(Strict):
+    """What is kept of a layer's MLP.
+
+    Attributes:
+        kept: number of neurons.
+        neurons: which, as one number in hexadecimal: neuron i is kept where the bit of 2^i is set. A mask, because
+            the indices of a large model would be megabytes of JSON.
+    """
+
+    kept: int = Field(ge=1, description="neurons kept")
+    neurons: str = Field(
+        pattern=r"^[0-9a-f]+$", max_length=MOST_NEURONS // 4, description="which, as a bit mask in hexadecimal"
+    )
+
+    @model_validator(mode="after")
+    def _counted(self) -> Mlp:
+        found = int(self.neurons, 16).bit_count()
+        if found != self.kept:
+            raise ValueError(f"neurons: expected a mask of {self.kept} neurons, got one of {found}")
+        return self
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> Mlp:
+        """From the indices of the neurons that stay."""
+        chosen = set(indices)
+        bits = "".join("1" if i in chosen else "0" for i in range(max(chosen), -1, -1))
+        return cls(kept=len(chosen), neurons=f"{int(bits, 2):x}")
+
+    def indices(self) -> tuple[int, ...]:
+        """Indices of the neurons that stay, ascending."""
+        return tuple(i for i, bit in enumerate(reversed(f"{int(self.neurons, 16):b}")) if bit == "1")
+
+
+class OutputBias(Strict):
+    """What is added behind the projections of a layer in place of what was removed from it (FLAP's compensation).
+
+    Attributes:
+        attention, mlp: `hidden_size` little-endian float32 numbers in base64, behind o_proj and behind down_proj.
+    """
+
+    attention: str
+    mlp: str
+
+    @field_validator("attention", "mlp")
+    @classmethod
+    def _of_numbers(cls, text: str) -> str:
+        try:
+            values = _unpacked(text)
+        except (ValueError, struct.error):
+            raise ValueError("expected float32 numbers in base64") from None
+        if not all(map(math.isfinite, values)):
+            raise ValueError("expected finite numbers, got NaN or infinity among them")
+        return text
+
+    @classmethod
+    def of(cls, attention: Sequence[float], mlp: Sequence[float]) -> OutputBias:
+        """From the numbers themselves."""
+        return cls(attention=_packed(attention), mlp=_packed(mlp))
+
+    def values(self) -> tuple[list[float], list[float]]:
+        """The numbers behind o_proj, and those behind down_proj."""
+        return _unpacked(self.attention), _unpacked(self.mlp)
+
+
+def _packed(values: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def _unpacked(text: str) -> list[float]:
+    raw = base64.b64decode(text, validate=True)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+class LayerPlan(Strict):
+    """The decision for one layer.
+
+    Attributes:
+        groups: one target per head group of the model.
+        queries: indices of the query heads that stay, the same number in every group that stays; None where groups
+            keep all of theirs.
+        mlp: None where the MLP is left as it is.
+        bias: None where nothing is added in place of what was removed.
+    """
+
+    groups: tuple[Group, ...] = Field(min_length=1)
+    queries: tuple[int, ...] | None = None
+    mlp: Mlp | None = None
+    bias: OutputBias | None = None
+
+    @property
+    def kept_groups(self) -> tuple[int, ...]:
+        """Indices of the head groups that stay."""
+        return tuple(number for number, group in enumerate(self.groups) if not group.removes)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything of the layer is removed."""
+        return self.queries is not None or self.mlp is not None or len(self.kept_groups) < len(self.groups)
+
+    @model_serializer(mode="wrap")
+    def _as_needed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the layer does not have."""
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if value is not None}
+
+
+class Predicted(Strict):
+    """What the search expects of the plan.
+
+    Attributes:
+        form: of the checkpoint whose cache `kv_bytes` are of; None where nobody said, as in files of schema 1.
+        itemsize: bytes of one cached number in `kv_bytes` and `dense_kv_bytes`; None likewise.
+        kv_bytes, dense_kv_bytes: bytes of one sequence by its length in tokens.
+        loss: in the unit of the solver, which `provenance` names.
+        parameters, dense_parameters: of the decoder layers, for a plan that removes any.
+    """
+
+    form: Form | None = None
+    itemsize: int | None = Field(default=None, ge=1)
+
+    kv_bytes: dict[Tokens, Bytes] = {}
+    dense_kv_bytes: dict[Tokens, Bytes] = {}
+    loss: float | None = None
+    parameters: int | None = Field(default=None, ge=0)
+    dense_parameters: int | None = Field(default=None, ge=1)
+
+
+def _named(model: ModelShape) -> ModelShape:
+    """A model that a plan can be bound to."""
+    if not re.fullmatch(r"(v2|sha256):[0-9a-f]{64}", model.fingerprint):
+        raise ValueError(f"fingerprint: expected v2 or sha256 and 64 digits, got {reprlib.repr(model.fingerprint)}")
+    return model
+
+
+class Plan(Strict):
+    """One target with parameters per head group, the neurons that stay, and where the decision comes from.
+
+    Attributes:
+        layers: of the model, in order.
+        provenance: what made the plan, and with which settings.
+    """
+
+    schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
+    model: Annotated[ModelShape, AfterValidator(_named)]
+    layers: tuple[LayerPlan, ...]
+    predicted: Predicted = Predicted()
+    provenance: dict[str, Any] = {}
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    def to_json(self) -> str:
+        """The file form: indented JSON that ends with a checksum of everything before it."""
+        return sealed(self.model_dump(mode="json", by_alias=True))
+
+    def runtime_layers(self) -> list[dict[str, Any]]:
+        """What a checkpoint's configuration carries of every layer: targets of the groups that stay, and how many
+        query heads and neurons they are where the layer is narrower than the model's."""
+        layers = []
+        for layer in self.layers:
+            row: dict[str, Any] = {
+                "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
+            }
+            if layer.queries is not None or len(row["groups"]) < len(layer.groups):
+                share = self.model.query_heads // self.model.kv_heads
+                row["query_heads"] = len(row["groups"]) * share if layer.queries is None else len(layer.queries)
+            if layer.mlp is not None:
+                row["mlp"] = {"kept": layer.mlp.kept}
+            layers.append(row)
+        return layers
+
+    def stock(self) -> list[StockForm] | None:
+        """Per layer, what a stock architecture with this plan has; None where none holds it, whatever the family.
+
+        That is one form in all groups of a layer, one window in all layers that slide, and one number of heads and
+        neurons in all layers.
+        """
+        forms = []
+        for layer, native in zip(self.layers, self.model.native_windows, strict=True):
+            of_groups = {group.stock(native) for group in layer.groups if not group.removes}
+            form = of_groups.pop()
+            if of_groups or form is None:
+                return None
+            forms.append(form)
+        windows = {form.window for form in forms if form.window is not None}
+        return forms if len(self.widths) == 1 and len(windows) <= 1 else None
+
+    @property
+    def form(self) -> Form:
+        """The form of the model that computes the plan where no other is asked for: native where the plan removes
+        heads or neurons and changes nothing else that the architecture cannot say."""
+        return "native" if self.prunes and self.as_built and self.stock() is not None else "patched"
+
+    @property
+    def as_built(self) -> bool:
+        """Whether every head group that stays computes what the architecture says."""
+        return all(group.stock(native) == StockForm(native) for row in self.groups_that_stay() for group, native in row)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether what some query sees depends on the length of the whole input (`Target.by_length`)."""
+        return any(group.by_length for layer in self.layers for group in layer.groups)
+
+    def groups_that_stay(self) -> list[list[tuple[Target, int | None]]]:
+        """Per layer, the target of every head group that stays, and the window that the layer itself has."""
+        return [
+            [(group, native) for group in layer.groups if not group.removes]
+            for layer, native in zip(self.layers, self.model.native_windows, strict=True)
+        ]
+
+    def cost(
+        self,
+        length: int,
+        itemsize: int = 2,
+        *,
+        form: Form | None = None,
+        sizes: Sequence[LayerParameters] | None = None,
+    ) -> Cost:
+        """What the plan costs for one sequence of `length` tokens, all layers together.
+
+        Args:
+            itemsize: bytes of one cached number.
+            form: of the checkpoint; None takes `self.form`.
+            sizes: parameters of the dense layers (`parameters_per_unit`); None counts none.
+
+        Raises:
+            ValueError: the plan has no native form, and that was asked for.
+        """
+        form = form or self.form
+        if form == "native" and self.stock() is None:
+            raise ValueError("no stock architecture holds this plan")
+        total = Cost()
+        for number, layer in enumerate(self.layers):
+            size = None if sizes is None else sizes[number]
+            unit = self.unit(number, itemsize, form, size)
+            total += Cost.total(group.cost(unit, length) for group in layer.groups)
+            if size is not None:
+                neurons = size.neurons if layer.mlp is None else layer.mlp.kept
+                total += Cost(parameters=size.rest + neurons * size.neuron)
+        return total
+
+    def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
+        """What the model costs as it is (`ModelShape.dense_cost`)."""
+        return self.model.dense_cost(length, itemsize)
+
+    def unit(self, number: int, itemsize: int, form: Form, size: LayerParameters | None = None) -> Unit:
+        """A head group that stays of a layer, as the plan leaves it; arguments as of `cost`."""
+        model = self.model
+        kept = self.kept_queries[number] // len(self.layers[number].kept_groups)
+        parameters = 0 if size is None else size.group - (model.query_heads // model.kv_heads - kept) * size.query
+        native = model.native_windows[number]
+        return Unit(kept, model.head_dim, itemsize, native, form == "patched", parameters)
+
+    @property
+    def full_groups(self) -> int:
+        """How many head groups stay and see every earlier key."""
+        return sum(group.stock(native) == StockForm() for row in self.groups_that_stay() for group, native in row)
+
+    @property
+    def widths(self) -> set[tuple[int, int, int | None]]:
+        """The widths that layers have: head groups, query heads and neurons that stay, None where all neurons do."""
+        neurons = [None if layer.mlp is None else layer.mlp.kept for layer in self.layers]
+        return set(zip(self.kept_heads, self.kept_queries, neurons, strict=True))
+
+    @property
+    def kept_heads(self) -> list[int]:
+        """Key/value heads that stay, by layer."""
+        return [len(layer.kept_groups) for layer in self.layers]
+
+    @property
+    def kept_queries(self) -> list[int]:
+        """Query heads that stay, by layer."""
+        share = self.model.query_heads // self.model.kv_heads
+        return [
+            len(layer.kept_groups) * share if layer.queries is None else len(layer.queries) for layer in self.layers
+        ]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything of the model is removed."""
+        return any(layer.prunes for layer in self.layers)

@@ -1,0 +1,75 @@
+"""Which head groups look up the evidence, and which span rules hide it from them.
+
+Attention influence prices a masked key by the gradient of the loss. A model that is sure of a looked-up answer has
+almost no gradient there, and the sum of |E| over thousands of rows buries what is left. So recall documents are
+priced directly, by the attention mass that the answer's rows put on the evidence.
+
+What a rule loses of it is taken as if the evidence could lie anywhere before the row: the mass times the share of the
+row's keys that the rule masks. Pricing the few places where the evidence of a few documents happens to lie instead
+makes a search cut its windows right behind them, and the rest of the input is lost (profiles/README.md, "Objectives").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+
+from compress.profile.heads.base import HeadStatistic, Table
+from compress.profile.heads.rule_table import masked_keys, rule_table
+from compress.profile.passes.tiles import Tile
+from compress.profile.statistic import Item, Sums
+from compress.registry import statistics
+from compress.targets.window import SpanGrid
+
+if TYPE_CHECKING:
+    from compress.plan import ModelShape
+
+
+@statistics.register("retrieval")
+class Retrieval(HeadStatistic):
+    """Attention mass from the answer's rows onto its evidence, and what span rules cost of it (no gradient needed)."""
+
+    grid: SpanGrid = Field(
+        default_factory=SpanGrid, description="span rules that `retrieval.lost` prices; the same grid as influence's"
+    )
+
+    unit: ClassVar[str] = "share of a row's attention"
+    gives: ClassVar[Mapping[str, str]] = {"retrieval": "groups", "retrieval.lost": "rules"}
+
+    def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
+        """(layer, group), and what each rule is expected to hide of it, `lost` (layer, group, sink, beta, alpha): means
+        over answer rows, query heads and samples with evidence.
+
+        The rows are answer_start - 1 to answer_end - 2, those whose logits predict the answer tokens. A length
+        none of whose samples has evidence gives no tensor.
+        """
+        return {"": Table(self.unit), "lost": rule_table(self.grid, length, self.unit)}
+
+    def counted(self, item: Item) -> list[str] | None:
+        """Samples with evidence."""
+        return None if item.sample.evidence else []
+
+    def add(self, sums: Sums, tile: Tile, item: Item) -> None:
+        """Add the answer rows of a tile to the mean evidence mass of the sample."""
+        sample = item.sample
+        if not sample.evidence:
+            return
+        answer_start, answer_end = sample.answer
+        first = max(answer_start - 1, tile.row_start)
+        end = min(answer_end - 1, tile.row_end)
+        if first >= end:
+            return
+        rows = slice(first - tile.row_start, end - tile.row_start)
+        weight = 1 / ((answer_end - answer_start) * tile.attention.shape[1])
+        mass = torch.zeros(tile.attention.shape[0], end - first, dtype=torch.float64, device=tile.attention.device)
+        for start, stop in sample.evidence:
+            columns = slice(int(tile.column(start)), int(tile.column(stop)))
+            mass += tile.attention[:, :, rows, columns].sum((1, 3), dtype=torch.float64) * weight
+        sums[""][tile.layer] += mass.sum(-1)
+        positions = tile.positions[rows]
+        for keys in masked_keys(self.grid, tile, positions, item.length):
+            hidden = (keys.high - keys.low).clamp(min=0) / (positions[:, None] + 1).double()
+            keys.add_to(sums["lost"][tile.layer], mass @ hidden)

@@ -1,0 +1,66 @@
+"""The pass over attention: queries, keys, values and gradients of every layer, whole and as tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from compress.profile.passes.base import Run
+from compress.profile.passes.capture import Capture
+from compress.profile.passes.samples import Read, SamplePass
+from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
+from compress.profile.statistic import Item, Reads
+from compress.profile.sums import Sheet
+
+if TYPE_CHECKING:
+    from compress.profile.heads.base import HeadStatistic
+
+
+class AttentionPass(SamplePass):
+    """Feeds statistics of head groups layer by layer; backwards where any of them needs gradients."""
+
+    reads: ClassVar[Reads] = "attention"
+
+    @contextmanager
+    def reader(self, run: Run, statistics: Sequence[HeadStatistic]) -> Iterator[Read]:
+        """See `SamplePass.reader`."""
+        gradient = any(statistic.needs_gradient for statistic in statistics)
+        feed = Feed(statistics, Workspace(run.subject.device), run.strip_bytes)
+        with Capture(run.subject.model, feed.layer, gradient=gradient, checkpointing=run.checkpointing) as capture:
+
+            def read(item: Item, sheet: Sheet) -> float | None:
+                feed.item, feed.sheet = item, sheet
+                return capture.run(item.sample)
+
+            yield read
+
+
+class Feed:
+    """Hands the layers of one sample to statistics, and their tiles to those that take tiles.
+
+    Attributes:
+        item, sheet: the sample that is read, and where its sums go.
+    """
+
+    item: Item
+    sheet: Sheet
+
+    def __init__(self, statistics: Sequence[HeadStatistic], workspace: Workspace, strip_bytes: int | None) -> None:
+        self.statistics = statistics
+        self.workspace = workspace
+        self.strip_bytes = strip_bytes
+
+    def layer(self, tensors: LayerTensors) -> None:
+        """Take one layer."""
+        own = [
+            (statistic, sums[self.item.length])
+            for statistic, sums in zip(self.statistics, self.sheet.sums, strict=True)
+        ]
+        for statistic, sums in own:
+            statistic.add_layer(sums, tensors, self.item)
+        tiled = [(statistic, sums) for statistic, sums in own if statistic.tiled]
+        if tiled:
+            for tile in tiles(tensors, self.workspace, self.strip_bytes):
+                for statistic, sums in tiled:
+                    statistic.add(sums, tile, self.item)

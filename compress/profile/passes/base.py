@@ -1,0 +1,55 @@
+"""What a pass is: one way to read a model for all statistics that declare it, interrupted at any time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from compress.profile.partial import Partial
+from compress.profile.processes import Processes
+from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
+
+if TYPE_CHECKING:
+    from compress.data.document import Document
+
+Samples = Mapping[int, Sequence["Document"]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all passes of one run share.
+
+    Attributes:
+        corpora: samples by length in tokens, of the corpus and, where there is one, of the second one.
+        training: samples of the statistics that train.
+        checkpointing: recompute layers in the backward pass; None decides from the free memory.
+        strip_bytes: see `tiles.tiles`.
+    """
+
+    subject: Subject
+    corpora: tuple[Samples, ...]
+    training: Samples
+    seed: int
+    processes: Processes
+    partial: Partial
+    report: Progress
+    checkpointing: bool | None
+    strip_bytes: int | None
+
+
+class Pass(ABC):
+    """Base of the passes; `reads` is what statistics declare to be taken in it."""
+
+    reads: ClassVar[Reads]
+
+    @abstractmethod
+    def measure(self, run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:
+        """The results of statistics that declare this pass, by name, the same in every process.
+
+        What an earlier, interrupted run left in `run.partial` is continued, to the same bits.
+
+        Raises:
+            UserError: a model that is not understood, or numbers that are not finite.
+        """

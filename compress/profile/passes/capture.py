@@ -1,0 +1,122 @@
+"""Runs a document through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
+
+The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same with
+SDPA and keeps what statistics need. With gradients the layers arrive in backward order, inside the backward pass: a
+node of the autograd graph right behind each attention output saves Q, K and V, receives dLoss/dO, and is freed with
+what it saved as soon as it has handed the layer on. Under gradient checkpointing autograd recomputes the saved
+tensors of a layer just before its node runs, and nothing here has to know. Without gradients the layers arrive in
+forward order.
+
+The mask function that is registered beside it makes no mask at all: causality and the architecture's sliding window are
+handled here, so that no N x N mask exists either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from compress.errors import UserError
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import AttentionCall, answer_rows, replaced_attention, tapped
+from compress.profile.passes.tiles import LayerTensors
+
+if TYPE_CHECKING:
+    from compress.data.document import Document
+
+NAME = "compress_profile"
+
+Consume = Callable[[LayerTensors], None]
+
+
+class Capture:
+    """Context manager in which `run` passes documents through a model.
+
+    While it is open the model is in eval mode, its weights need no gradient and its attention is the one described
+    above; on leaving, also by an exception, all of that is as it was. One capture can be open at a time.
+
+    Args:
+        model: a causal language model of a supported family.
+        consume: called once per layer and document.
+        gradient: run a backward pass and give `output_gradient`.
+        checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations; None
+            decides per document from an estimate and the free memory. The numbers are the same.
+    """
+
+    def __init__(self, model: Any, consume: Consume, *, gradient: bool, checkpointing: bool | None = None) -> None:
+        self.model = model
+        self.consume = consume
+        self.gradient = gradient
+        self.checkpointing = checkpointing
+        self._undo = ExitStack()
+        self._scale = 1.0
+
+    def __enter__(self) -> Capture:
+        self._undo.enter_context(replaced_attention(self.model, NAME, self._attention))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def run(self, sample: Document) -> float | None:
+        """Pass one sample through the model.
+
+        Returns:
+            The loss in nats per answer token, None without a backward pass.
+
+        Raises:
+            UserError: attention outputs or gradients that are not finite; names the layer.
+        """
+        weight = self.model.get_input_embeddings().weight
+        tokens = torch.tensor([sample.tokens], device=weight.device)
+        start, end = sample.answer
+        if not self.gradient:
+            with torch.no_grad():
+                last = torch.tensor([end - 1], device=tokens.device)
+                self.model(input_ids=tokens, logits_to_keep=last, use_cache=False)
+            return None
+        self._scale = loss_scale(weight.dtype)
+        with torch.enable_grad(), recomputed(self.model, sample.length, chosen=self.checkpointing):
+            embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
+            rows = answer_rows(sample.answer, tokens.device)
+            logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, use_cache=False).logits[0]
+            loss = functional.cross_entropy(logits.float(), tokens[0, start:end])
+            (loss * self._scale).backward()
+        return float(loss.detach())
+
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        """`[1, H, T, D]`; hands the layer on."""
+        # Not `call`: what is handed to the backward pass may not keep what recomputed layers give up.
+        layer, scaling, window = call.layer, call.scaling, call.window
+        output = call.dense()
+        _check(output, layer, "the attention output")
+
+        def hand_on(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None) -> None:
+            if slope is not None:
+                _check(slope, layer, "the gradient of the attention output")
+                slope = slope[0].float() / self._scale
+            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window, slope))
+
+        if self.gradient:
+            return tapped(output, hand_on, call.query, call.key, call.value)
+        hand_on(call.query, call.key, call.value, None)
+        return output
+
+
+def _check(values: torch.Tensor, layer: int, what: str) -> None:
+    """Refuse NaN and infinity."""
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"{what} of layer {layer} is not finite",
+            where=f"model, layer {layer}",
+            expected="finite numbers",
+            found="NaN or infinity",
+            fix="check the weights of the model; profile in float32 or bfloat16 instead of float16",
+        )

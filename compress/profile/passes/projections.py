@@ -1,0 +1,120 @@
+"""The pass over projections: what those of the outputs read, and gradients of weights if asked.
+
+Forward only where no statistic needs gradients; else the backward pass follows on the same forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import answer_rows, frozen
+from compress.models.units import LayerUnits
+from compress.profile.passes.base import Run
+from compress.profile.passes.samples import Read, SamplePass
+from compress.profile.statistic import Item, Reads, Subject
+from compress.profile.sums import Sheet
+
+if TYPE_CHECKING:
+    from compress.profile.units.base import UnitStatistic
+
+ROWS = 1024  # tokens that are handed out at once: float32 copies of long documents would not fit
+
+
+class ProjectionsPass(SamplePass):
+    """Feeds statistics of heads and neurons.
+
+    While the model is read it is in eval mode and only the weights of its projections need gradients, if any do;
+    afterwards, also after an exception, that is as it was.
+    """
+
+    reads: ClassVar[Reads] = "projections"
+    corpora: ClassVar[int] = 2
+
+    @contextmanager
+    def reader(self, run: Run, statistics: Sequence[UnitStatistic]) -> Iterator[Read]:
+        """See `SamplePass.reader`."""
+        reader = _Reader(run.subject, statistics, run.checkpointing)
+        with ExitStack() as undo:
+            reader.open(undo)
+            yield reader.read
+
+
+class _Reader:
+    """Runs samples with hooks on the projections."""
+
+    sheet: Sheet
+
+    def __init__(self, subject: Subject, statistics: Sequence[UnitStatistic], checkpointing: bool | None) -> None:
+        self.subject, self.statistics, self.checkpointing = subject, statistics, checkpointing
+        self.gradient = any(statistic.needs_gradient for statistic in statistics)
+        self._forward = False
+
+    def open(self, undo: ExitStack) -> None:
+        """Set hooks and gradients, until `undo` closes."""
+        undo.enter_context(frozen(self.subject.model))
+        for layer in self.subject.units:
+            for kind in ("query", "neuron"):
+                hook = layer.output(kind).register_forward_pre_hook(self._hook(layer, kind))
+                undo.callback(hook.remove)
+            if self.gradient:
+                for module in layer.projections.values():
+                    module.weight.requires_grad_()
+        undo.callback(self._drop_gradients)
+
+    def read(self, item: Item, sheet: Sheet) -> None:
+        """See `samples.Read`."""
+        self.sheet = sheet
+        sample = item.sample
+        weight = self.subject.model.get_input_embeddings().weight
+        tokens = torch.tensor([sample.tokens], device=weight.device)
+        if not self.gradient:
+            last = torch.tensor([sample.length - 1], device=tokens.device)
+            with torch.no_grad():
+                self._logits(tokens, last)
+            return
+        scale = loss_scale(weight.dtype)
+        self._drop_gradients()
+        with torch.enable_grad(), recomputed(self.subject.model, sample.length, chosen=self.checkpointing):
+            logits = self._logits(tokens, answer_rows(sample.answer, tokens.device))
+            loss = functional.cross_entropy(logits.float(), tokens[0, slice(*sample.answer)], reduction="sum")
+            (loss * scale).backward()
+        for layer in self.subject.units:
+            for name, module in layer.projections.items():
+                gradient: Any = module.weight.grad
+                gradient = gradient.float() / scale
+                module.weight.grad = None
+                for statistic, sums in zip(self.statistics, sheet.sums, strict=True):
+                    if statistic.needs_gradient:
+                        statistic.add_gradient(sums[layer.index], name, gradient)
+
+    def _logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, vocabulary]`; what the projections read is only taken meanwhile, and not when recomputed."""
+        self._forward = True
+        try:
+            logits: torch.Tensor = self.subject.model(input_ids=tokens, logits_to_keep=rows, use_cache=False).logits[0]
+        finally:
+            self._forward = False
+        return logits
+
+    def _hook(self, layer: LayerUnits, kind: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if not self._forward:
+                return
+            for rows in arguments[0].detach()[0].split(ROWS):
+                inputs = rows.float()
+                for statistic, sums in zip(self.statistics, self.sheet.sums, strict=True):
+                    statistic.add(sums[layer.index], layer, kind, inputs)
+
+        return hook
+
+    def _drop_gradients(self) -> None:
+        if self.gradient:
+            for layer in self.subject.units:
+                for module in layer.projections.values():
+                    module.weight.grad = None

@@ -1,0 +1,23 @@
+"""The pass of statistics that need the weights alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from compress.profile.passes.base import Pass, Run
+from compress.profile.statistic import Reads, Results
+
+
+class WeightsPass(Pass):
+    """No sample is read."""
+
+    reads: ClassVar[Reads] = "weights"
+
+    def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
+        """See `Pass.measure`."""
+        return {
+            statistic.name: statistic.results([(statistic.begin(run.subject, []), Counter())], run.subject)
+            for statistic in statistics
+        }

@@ -1,0 +1,264 @@
+"""Takes all statistics of a profile, pass by pass; continues after an interruption, never repeats itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import Problem, UserError
+from compress.models.load import LoadedModel
+from compress.plan import ModelShape
+from compress.profile.partial import Partial
+from compress.profile.passes import PASSES, Run
+from compress.profile.passes.base import Samples
+from compress.profile.processes import find_processes
+from compress.profile.statistic import Progress, Results, Statistic, Subject
+from compress.profile.store import (
+    HEADER,
+    Profile,
+    ProfileHeader,
+    StatisticEntry,
+    TensorEntry,
+    read_profile,
+    write_profile,
+)
+from compress.targets.window import SpanGrid
+from compress.versions import versions
+
+
+def run_profile(
+    loaded: LoadedModel,
+    documents: Samples,
+    statistics: Sequence[Statistic],
+    folder: str | Path,
+    *,
+    seed: int,
+    training: Samples | None = None,
+    second: Samples | None = None,
+    progress: Progress | None = None,
+    checkpointing: bool | None = None,
+    strip_bytes: int | None = None,
+) -> Profile:
+    """Profile a model and write `profile.json` and `statistics.safetensors`.
+
+    Meanwhile the sums so far are written to `profile.partial`; a later call with the same model, statistics and
+    documents continues there and gives the same bits. A finished profile of the same run is read and returned.
+
+    Under `torchrun` every process calls this with the same arguments and one folder that all of them see. The
+    documents are dealt out; only the main process writes, and all return the same profile.
+
+    Args:
+        loaded: the model.
+        documents: length in tokens -> documents of that length or shorter, each with an answer.
+        statistics: at least one, no two of one name.
+        folder: where the profile lies; made if need be.
+        seed: noted in the profile; only statistics that train have anything random.
+        training: documents of the statistics that train; none takes `documents`.
+        second: documents of another corpus, for importance statistics beside `documents`.
+        progress: called with (documents done, documents in all, message), first before any document.
+        checkpointing: recompute layers in the backward pass; None decides from the free memory.
+        strip_bytes: see `tiles`.
+
+    Raises:
+        UserError: unsuitable documents or statistics, numbers that are not finite, or a disk that is full.
+    """
+    folder = Path(folder)
+    training = training if training and any(training.values()) else documents
+    second = second if second and any(second.values()) else None
+    for group in (documents, training, *([second] if second else [])):
+        check_inputs(group, statistics)
+    check_corpora(statistics, second)
+    grid = _grid(statistics)
+    weight = loaded.model.get_input_embeddings().weight
+    subject = Subject(loaded, loaded.shape, weight.device)
+    trains = any(statistic.reads == "training" for statistic in statistics)
+    key = run_key(
+        subject.shape,
+        weight.dtype,
+        documents,
+        statistics,
+        training=training if trains else None,
+        seed=seed if trains else None,
+        second=second,
+    )
+    processes = find_processes(subject.device)
+    finished = _finished(folder, key, subject.shape)
+    partial = Partial(folder, key, writes=processes.main)
+    # Otherwise one process may already write what another one looks for.
+    processes.wait()
+    if finished is not None:
+        partial.remove()  # an interrupt may have come between the profile and this
+        return finished
+    if subject.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(subject.device)
+    corpora = (documents, second) if second else (documents,)
+    report = progress or (lambda *_: None)
+    run = Run(subject, corpora, training, seed, processes, partial, report, checkpointing, strip_bytes)
+    results = measure_all(run, statistics)
+    header = ProfileHeader(
+        schema_version=1,
+        key=key,
+        model=subject.shape,
+        fingerprint=subject.shape.fingerprint,
+        lengths=tuple(sorted(length for length in documents if documents[length])),
+        documents={length: len(group) for length, group in sorted(documents.items()) if group},
+        second={length: len(group) for length, group in sorted((second or {}).items()) if group},
+        statistics={statistic.name: _entry(statistic, results[statistic.name]) for statistic in statistics},
+        grid=grid,
+        loss=_mean_losses(partial.losses),
+        peak_memory_bytes=partial.peak,
+        seconds=partial.seconds,
+        seed=seed,
+        versions=versions(),
+        sha256="",
+    )
+    if processes.main:
+        tensors = {name: result.values for found in results.values() for name, result in found.items()}
+        write_profile(folder, header, tensors)
+        partial.remove()
+    processes.wait()
+    return read_profile(folder, subject.shape)
+
+
+def measure_all(run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:
+    """The results of all statistics by name, pass after pass."""
+    results: dict[str, Results] = {}
+    for kind in PASSES:
+        chosen = [statistic for statistic in statistics if statistic.reads == kind.reads]
+        if chosen:
+            results |= kind().measure(run, chosen)
+    return results
+
+
+def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
+    """Refuse what cannot be profiled, all problems at once.
+
+    Raises:
+        UserError: no statistic or one twice; no document, one too long, or one without an answer behind a prompt.
+    """
+    problems = []
+    names = [statistic.name for statistic in statistics]
+    if not names or len(set(names)) != len(names):
+        problems.append(Problem("statistics: expected at least one, each once", found=", ".join(names) or "none"))
+    if not any(documents.values()):
+        problems.append(Problem("there are no documents to profile", fix="add `documents:` to the recipe"))
+    for length, group in sorted(documents.items()):
+        for number, document in enumerate(group):
+            where = f"document {number + 1} of {length} tokens"
+            start, end = document.answer
+            if document.length > length:
+                problems.append(
+                    Problem("longer than its length", where, f"at most {length} tokens", f"{document.length} tokens")
+                )
+            if not 0 < start < end <= document.length:
+                problems.append(
+                    Problem(
+                        "no answer behind a prompt",
+                        where,
+                        f"a range in 1 to {document.length}",
+                        f"[{start}, {end})",
+                    )
+                )
+            if any(not 0 <= low < high <= document.length for low, high in document.evidence):
+                problems.append(Problem("evidence outside the document", where, found=str(document.evidence)))
+    if problems:
+        raise UserError(problems)
+
+
+def check_corpora(statistics: Sequence[Statistic], second: Samples | None) -> None:
+    """Refuse a second corpus that nothing would be measured on.
+
+    Raises:
+        UserError: no statistic reads projections.
+    """
+    if second and not any(statistic.reads == "projections" for statistic in statistics):
+        raise UserError(
+            "no statistic is measured on a second corpus",
+            where="calibration.second",
+            expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
+            found=", ".join(statistic.name for statistic in statistics),
+            fix="leave `calibration.second` out, or add such a statistic",
+        )
+
+
+def run_key(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    documents: Samples,
+    statistics: Sequence[Statistic],
+    training: Samples | None = None,
+    seed: int | None = None,
+    second: Samples | None = None,
+) -> str:
+    """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, what
+    statistics that train learn from, and a second corpus."""
+    facts = {
+        "schema": 1,
+        "fingerprint": shape.fingerprint,
+        "dtype": str(dtype),
+        "statistics": [[statistic.name, statistic.parameters()] for statistic in statistics],
+        "documents": _facts(documents),
+    }
+    if training:
+        facts |= {"training": _facts(training), "seed": seed}
+    if second and any(second.values()):
+        facts |= {"second": _facts(second)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(documents: Samples) -> list[Any]:
+    return [
+        [length, [[document.tokens, document.answer, document.evidence] for document in documents[length]]]
+        for length in sorted(documents)
+    ]
+
+
+def _finished(folder: Path, key: str, shape: ModelShape) -> Profile | None:
+    """The finished profile of this very run. Another run's profile is replaced; a damaged one is refused."""
+    if not (folder / HEADER).exists():
+        return None
+    profile = read_profile(folder)
+    return profile if profile.header.key == key and not shape.differing(profile.header.model.model_dump()) else None
+
+
+def _mean_losses(losses: Sequence[tuple[int, float]]) -> dict[int, float]:
+    """Mean loss of each length, nats per answer token; empty when no backward pass ran."""
+    by_length: dict[int, list[float]] = {}
+    for length, loss in losses:
+        by_length.setdefault(length, []).append(loss)
+    return {length: sum(values) / len(values) for length, values in by_length.items()}
+
+
+def _entry(statistic: Statistic, results: Results) -> StatisticEntry:
+    """The declaration of a statistic and of its results."""
+    return StatisticEntry(
+        parameters=statistic.parameters(),
+        unit=statistic.unit,
+        tensors={
+            str(key): TensorEntry(shape=tuple(result.values.shape), axes=result.axes, unit=result.unit)
+            for key, result in results.items()
+        },
+    )
+
+
+def _grid(statistics: Sequence[Statistic]) -> SpanGrid | None:
+    """The span grid of the statistics that have one.
+
+    Raises:
+        UserError: two statistics price different grids, so that no search could use both.
+    """
+    grids = {statistic.name: statistic.grid for statistic in statistics if hasattr(statistic, "grid")}
+    if len(set(grids.values())) > 1:
+        raise UserError(
+            "the statistics price different span grids",
+            where="profile.statistics",
+            expected="one grid",
+            found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
+            fix="give every statistic the same `grid`, or leave it out everywhere",
+        )
+    return next(iter(grids.values()), None)

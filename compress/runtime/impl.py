@@ -1,0 +1,85 @@
+"""The implementations of attention over spans and pages, and which of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers.utils import logging
+
+from .flash import refusal as flash_refusal
+from .reference import decode, prefill, store, store_one
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification."""
+
+    prefill: Callable[..., torch.Tensor]
+    decode: Callable[..., torch.Tensor]
+    store: Callable[..., None]
+    store_one: Callable[..., None]
+
+
+IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
+
+
+try:
+    from .triton_attention import FLASH, TRITON, refusal
+except ImportError as error:  # no Triton here
+    _NO_TRITON = f"Triton cannot be imported ({error})"
+
+    def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why the kernels do not run for this device, dtype and head size; None when they do."""
+        return _NO_TRITON
+
+else:
+    IMPLS["triton"] = Impl(*TRITON)
+    IMPLS["flash"] = Impl(*FLASH)
+
+
+def choose_impl(name: str, query: torch.Tensor) -> Impl:
+    """The implementation of that name; `auto` is the fastest that runs for tensors like `query`, and says so once.
+
+    Raises:
+        ValueError: no such implementation, or one that cannot run here.
+    """
+    return IMPLS[explain_impl(name, query.device, query.dtype, query.shape[-1])[0]]
+
+
+@lru_cache(maxsize=256)
+def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What `choose_impl` takes, and why in one line.
+
+    Raises:
+        ValueError: as `choose_impl`.
+    """
+    if name != "auto" and name not in WORDS:
+        raise ValueError(f"compress_impl: expected auto, {', '.join(WORDS)}, got {name!r}")
+    kernels = refusal(device, dtype, head_dim)
+    four = kernels or flash_refusal(device, dtype, head_dim)
+    if name == "auto":
+        if device.type == "cpu":  # Triton's interpreter is for tests
+            taken, why = "reference", "the model is on a CPU"
+        elif kernels is not None:
+            taken, why = "reference", kernels
+        else:
+            taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
+    else:
+        reason = {"reference": None, "triton": kernels, "flash": four}[name]
+        if reason is not None:
+            raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
+        taken, why = name, "as asked for"
+    logger.info(f"attention runs in {WORDS[taken]}: {why}")
+    return taken, why
+
+
+WORDS = {
+    "reference": "plain PyTorch",
+    "triton": "Triton kernels",
+    "flash": "Triton kernels, and FlashAttention-4 for long prompts",
+}

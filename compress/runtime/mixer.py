@@ -1,0 +1,295 @@
+"""What a kind of head group does in a layer: the base of all mixers and of what they keep, and their registry.
+
+A mixer is the runtime of a target. A file of this folder registers it under the target's name in the plan; every layer
+that has groups of that target gets one mixer for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .step import Step
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a mixer may ask about its layer.
+
+    Attributes:
+        index: number of the layer in the model.
+        head_dim: size of a query and a key.
+        hidden_size: size of the layer's input.
+        group_size: query heads of a head group.
+        native_window: the sliding window in tokens that the architecture itself gives the layer; None without one.
+    """
+
+    index: int
+    head_dim: int
+    hidden_size: int
+    group_size: int
+    native_window: int | None
+
+
+class State:
+    """What a mixer keeps of a batch of sequences from one pass to the next.
+
+    Tensors in `tensors` have the sequence as their first axis; the methods here reorder, drop and count them as they
+    stand. Padding is never a part of a state, so every sequence has a length of its own.
+
+    Args:
+        max_length: tokens a sequence to reserve for, so that a decode step needs nothing from the host and a CUDA graph
+            can hold it: what changes then changes in place. None lets the state grow.
+
+    Attributes:
+        lengths: tokens of each sequence so far, as the host knows it.
+        tensors: what is kept, by name, each `[B, ...]`. What accumulates over tokens is kept in float32.
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.max_length = max_length
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, and free the memory."""
+        self.lengths: list[int] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make room for the sequences whose first tokens are given, `[B, G, T, D]` with all groups of the layer.
+
+        Their dtype is the cache's, and their device is where the state is to lie.
+        """
+        self.lengths = [0] * key.shape[0]
+
+    def resolve(self, length: int) -> None:
+        """Fix what depends on the length of the input in tokens, before the first of them is stored."""
+
+    def advance(self, gains: Sequence[int]) -> None:
+        """Count `gains` more tokens of each sequence."""
+        self.lengths = [length + gain for length, gain in zip(self.lengths, gains, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make the batch the given sequences, in this order; one that is named twice is copied."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.tensors = {
+            name: tensor[torch.tensor(rows, dtype=torch.long, device=tensor.device)]
+            for name, tensor in self.tensors.items()
+        }
+
+    def fill(self, row: int, single: State) -> None:
+        """Copy the one sequence of a state of the same kind, also a reserved one, into place `row` of this batch."""
+        for name, tensor in self.tensors.items():
+            tensor[row] = single.tensors[name][0]
+
+    def allocated_bytes(self) -> int:
+        """Bytes of memory that the state takes."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def held_bytes(self) -> int:
+        """Bytes of what is in use, which the plan predicts; the rest of `allocated_bytes` is free for more tokens."""
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
+
+
+class Mixer(nn.Module):
+    """What the head groups of one kind do in one layer, in prefill and in decoding.
+
+    A subclass has `@register("name of the target")`. Its parameters are those of the target: they are in the model's
+    state dict as `...self_attn.mixers.<first name>.<parameter>`, are saved with the checkpoint, and may be trained.
+
+    Outputs may depend on the token and those before it alone, so that prefill in one pass, in chunks and token by token
+    give the same; columns that are no token (`Step.positions` is -1) may hold anything and take part in nothing.
+
+    Args:
+        groups: the plan's entries of the groups that this mixer runs, `{"target": name, ...}`.
+        facts: about the layer.
+
+    Attributes:
+        targets: names that the plan knows it by.
+        needs_inputs: whether it reads `Step.hidden` and `Step.rotary`.
+        by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ()
+    needs_inputs: ClassVar[bool] = False
+    by_length: bool = False
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.facts = facts
+
+    def reset_parameters(self) -> None:
+        """Give the mixer's parameters their first values, as its constructor has to; those of modules in it are reset
+        by themselves. Called where the memory of the parameters is new."""
+        for module in self.children():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+    def state(self, max_length: int | None) -> State:
+        """An empty state of this mixer's groups, for one cache; see `State` for `max_length`."""
+        return State(max_length)
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Any,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Outputs of T new columns, differentiable in all but the state; writes their tokens into the state.
+
+        Args:
+            query: `[B, H, T, D]` after RoPE, the query heads of this mixer's groups, group by group.
+            key, value: `[B, G, T, D]` of its groups; they are no part of the state yet.
+            state: what `state` made, with the tokens before. None in a pass without a cache, and in one that computes
+                a layer again for its gradient.
+            step: about the pass; `step.rows` says which columns are tokens.
+            scale: factor on the scores, 1 / sqrt(D) when None.
+            dropout: probability of leaving out an attention weight.
+
+        Returns:
+            `[B, T, H, D]` in the dtype of `query`; zero where a column is no token.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Any,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """As `prefill` for one token a sequence (T = 1) and a state, without gradients.
+
+        `step.lengths` has the tokens of each sequence with the new one, 0 where there is none; `step.gains` is None
+        where only the device knows how many there are, and a CUDA graph may hold the step.
+        """
+        raise NotImplementedError
+
+
+MIXERS: dict[str, type[Mixer]] = {}  # by the name of the target in the plan
+AnyMixer = TypeVar("AnyMixer", bound=type[Mixer])
+
+
+def register(*targets: str) -> Callable[[AnyMixer], AnyMixer]:
+    """Class decorator: the mixer runs these targets."""
+
+    def add(mixer: AnyMixer) -> AnyMixer:
+        mixer.targets = targets
+        MIXERS.update(dict.fromkeys(targets, mixer))
+        return mixer
+
+    return add
+
+
+class Kinds:
+    """The mixers of one layer, and which of its head groups each of them runs.
+
+    Args:
+        groups: the plan's entry of every head group of the layer.
+        facts: about the layer.
+        before: the layer's mixers under another plan; those that stay as they are keep their parameters.
+
+    Raises:
+        ValueError: a target that this runtime does not have.
+
+    Attributes:
+        mixers: in the order of their first groups.
+        members: for every mixer, the numbers of its groups.
+        count: head groups of the layer.
+        only: the mixer of all groups; None where there are several.
+        key: equal for layers that compute the same function of their inputs and parameters.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts, before: Sequence[Mixer] = ()) -> None:
+        members: dict[type[Mixer], list[int]] = {}
+        for number, group in enumerate(groups):
+            if group["target"] not in MIXERS:
+                raise ValueError(f"layer {facts.index} group {number}: this runtime has no target {group['target']!r}")
+            members.setdefault(MIXERS[group["target"]], []).append(number)
+        self.count = len(groups)
+        self.members = tuple(map(tuple, members.values()))
+        self.mixers: tuple[Mixer, ...] = tuple(
+            _unchanged(before, kind, [groups[number] for number in numbers], facts)
+            or kind([groups[number] for number in numbers], facts)
+            for kind, numbers in members.items()
+        )
+        self.only = self.mixers[0] if len(self.mixers) == 1 else None
+        self.group_size = facts.group_size
+        self.key = json.dumps([list(groups), facts.native_window], sort_keys=True)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a mixer reads the layer's input or its rotary tables."""
+        return any(mixer.needs_inputs for mixer in self.mixers)
+
+    def states(self, max_length: int | None) -> tuple[State, ...]:
+        """Empty states, one for every mixer."""
+        return tuple(mixer.state(max_length) for mixer in self.mixers)
+
+    def mix(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        states: Sequence[State] | None,
+        run: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Gather the heads of every mixer, `run(mixer, query, key, value, state)` it, and put the outputs in order.
+
+        Args:
+            query: `[B, H, T, D]`.
+            key, value: `[B, G, T, D]`.
+
+        Returns:
+            `[B, T, H, D]`.
+        """
+        outputs = []
+        for place, (mixer, groups) in enumerate(zip(self.mixers, self.members, strict=True)):
+            heads = heads_of(groups, self.group_size)
+            state = None if states is None else states[place]
+            outputs.append(run(mixer, take(query, heads, 1), take(key, groups, 1), take(value, groups, 1), state))
+        order = heads_of([group for groups in self.members for group in groups], self.group_size)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return take(torch.cat(outputs, dim=2), back, 2)
+
+
+def _unchanged(
+    before: Sequence[Mixer], kind: type[Mixer], groups: list[Mapping[str, Any]], facts: LayerFacts
+) -> Mixer | None:
+    return next(
+        (mixer for mixer in before if (type(mixer), list(mixer.groups), mixer.facts) == (kind, groups, facts)), None
+    )
+
+
+def heads_of(groups: Sequence[int], group_size: int) -> list[int]:
+    """The query heads of head groups, in their order."""
+    return [group * group_size + head for group in groups for head in range(group_size)]
+
+
+def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor:
+    """The given entries of one axis: a view where they follow each other, else a copy."""
+    first = numbers[0]
+    if list(numbers) == list(range(first, first + len(numbers))):
+        return tensor if len(numbers) == tensor.shape[dim] else tensor.narrow(dim, first, len(numbers))
+    return tensor.index_select(dim, _index(tuple(numbers), tensor.device))
+
+
+@lru_cache(maxsize=4096)
+def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.long, device=device)

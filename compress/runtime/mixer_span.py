@@ -1,0 +1,79 @@
+"""The mixer of `full` and `window` groups: softmax attention over spans of keys, which lie in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .impl import choose_impl
+from .mixer import LayerFacts, Mixer, register
+from .pages import PagedState
+from .span import AnySpan, Span, has_length_rule, span_of, spans_at
+from .step import Step
+
+
+@register("full", "window")
+class SpanMixer(Mixer):
+    """Every group sees the keys of its span, and its state holds the pages of that span."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
+        super().__init__(groups, facts)
+        self.rules: tuple[AnySpan, ...] = tuple(self.span(group) for group in groups)
+        self.by_length = has_length_rule([self.rules])
+        self.fixed = () if self.by_length else spans_at([self.rules], 1)[0]
+
+    def span(self, group: Mapping[str, Any]) -> AnySpan:
+        """The keys that a group may ever need; the pages of all others are freed."""
+        return span_of(group, self.facts.native_window)
+
+    def state(self, max_length: int | None) -> PagedState:
+        """Pages, as `PagedState`."""
+        return PagedState(self.rules, max_length)
+
+    def spans(self, state: PagedState | None, step: Step) -> Sequence[Span]:
+        """The spans of this pass; those by length are the same from the first pass into a state on."""
+        if state is not None:
+            return state.spans
+        return self.fixed if step.input_length is None else spans_at([self.rules], step.input_length)[0]
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As `Mixer.prefill`."""
+        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
+        assert rows is not None and step.gains is not None
+        pages = state.pages() if state is not None and any(rows.past) else None
+        out = impl.prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+        if state is not None:
+            state.advance(step.gains)
+            impl.store(key, value, state.pages(), rows, spans)
+        return out.transpose(1, 2)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """As `Mixer.decode`."""
+        impl = choose_impl(step.impl, query)
+        if step.gains is not None:
+            state.advance(step.gains)
+        assert step.lengths is not None
+        pages, lengths = state.pages(), step.lengths.to(key.device)
+        impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
+        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale)[:, None]

@@ -1,0 +1,177 @@
+"""Keys and values in 64-token pages per head group, freed as soon as no later query can see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .mixer import State
+from .span import PAGE, AnySpan, Span
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What an implementation reads of a layer: the pools `[places, 64, D]` and where each page lies.
+
+    Attributes:
+        keys, values: the pools.
+        table: `[B, G, numbers]` int32, the place of page number n (tokens 64 n to 64 n + 63); what it says of a
+            page that is not held means nothing.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+
+
+class PagedState(State):
+    """The pages of some head groups of a layer.
+
+    One pool `[pages, 64, head_dim]` for keys and one for values serves all sequences and head groups. What is stored is
+    detached: gradients flow through the new tokens of a forward pass, not through the cache.
+
+    A growing state takes pages as they are needed: its pool is never larger than the most pages that were held at
+    once, so its size is what the plan predicts (`Span.page_count`) up to the one page a group that a window needs
+    when its start is not on a page boundary. A reserved one takes at its first use all that `max_length` tokens
+    will need (`Span.reserved_pages`); its table is then constant, the pages of a window following each other
+    in a ring, so that a decode step changes nothing but what lies on the device.
+
+    Args:
+        rules: which keys each group needs; those by length are resolved before the first token.
+        max_length: tokens to reserve for; None grows.
+    """
+
+    def __init__(self, rules: Sequence[AnySpan], max_length: int | None = None) -> None:
+        self.rules = tuple(rules)
+        self.spans: tuple[Span, ...] = tuple(rule for rule in self.rules if isinstance(rule, Span))
+        super().__init__(max_length)
+
+    def reset(self) -> None:
+        """Forget everything and free the pools."""
+        super().reset()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages in the order of Span.pages
+        self._free: list[int] = []
+        self._turns: list[int] = []  # per sequence, the length up to which its pages stay the same
+        self._table: torch.Tensor | None = None
+
+    def resolve(self, length: int) -> None:
+        """Fix the windows of rules by length for an input of `length` tokens."""
+        self.spans = tuple(rule.at_length(length) for rule in self.rules)
+
+    def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Empty pools for the sequences of `[B, G, T, D]`; a reserved state has all its pages from now on."""
+        assert len(self.spans) == len(self.rules), "rules by length have to be resolved first"
+        super().begin(key, value)
+        batch, pages = key.shape[0], 0
+        self.device = value.device
+        if self.max_length is not None:
+            self._table, pages = self._ring_table(batch, self.max_length)
+        self.keys = key.new_zeros(pages, PAGE, key.shape[-1], dtype=value.dtype)
+        self.values = value.new_zeros(pages, PAGE, value.shape[-1])
+        self.tables = [[[] for _ in self.spans] for _ in range(batch)]
+        self._turns = [0] * batch
+
+    def _ring_table(self, batch: int, max_length: int) -> tuple[torch.Tensor, int]:
+        """The constant table of a reserved state, and the pages of its pool, sequence by sequence."""
+        numbers = torch.arange(-(-max_length // PAGE))
+        rows, taken = [], 0
+        for span in self.spans:
+            sinks, ring = span.reserved_pages(max_length)
+            rows.append(taken + torch.where(numbers < sinks, numbers, sinks + (numbers - sinks) % max(ring, 1)))
+            taken += sinks + ring
+        first = torch.arange(batch)[:, None, None] * taken
+        return (first + torch.stack(rows)).to(torch.int32).to(self.device), taken * batch
+
+    def held_pages(self, row: int, group: int) -> list[int]:
+        """Numbers (not pool places) of the pages that are held for one sequence and group."""
+        return self.spans[group].pages(self.lengths[row])
+
+    def advance(self, gains: Sequence[int]) -> None:
+        """Bring the sequences to their new lengths: free the pages that leave a span, take those that enter."""
+        for row, gain in enumerate(gains):
+            new = self.lengths[row] + gain
+            if self.max_length is None and new > self._turns[row]:
+                self._turn(row, new)
+            else:
+                self.lengths[row] = new
+
+    def pages(self) -> Pages:
+        """Pools and table as an implementation reads them."""
+        assert self.keys is not None and self.values is not None
+        if self._table is None:
+            most = max((self.spans[0].page_bounds(length)[2] for length in self.lengths), default=0)
+            table = torch.full((len(self.lengths), len(self.spans), most), -1, dtype=torch.int32)
+            for row, groups in enumerate(self.tables):
+                for group, places in enumerate(groups):
+                    table[row, group, self.held_pages(row, group)] = torch.tensor(places, dtype=torch.int32)
+            self._table = table.to(self.device)
+        return Pages(self.keys, self.values, self._table)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the pools as allocated, keys and values."""
+        return sum(pool.untyped_storage().nbytes() for pool in (self.keys, self.values) if pool is not None)
+
+    def held_bytes(self) -> int:
+        """Bytes of the pages in use; `allocated_bytes` less the free list."""
+        if self.keys is None or self.values is None:
+            return 0
+        used = sum(span.page_count(length) for span in self.spans for length in self.lengths)
+        return used * PAGE * (self.keys.shape[-1] * self.keys.itemsize + self.values.shape[-1] * self.values.itemsize)
+
+    def _turn(self, row: int, new: int) -> None:
+        """Bring one sequence to a length at which it holds other pages than before."""
+        old = self.lengths[row]
+        self.lengths[row] = new
+        self._turns[row] = min(span.same_pages_until(new) for span in self.spans)
+        self._table = None
+        entering: list[tuple[int, list[int], dict[int, int]]] = []
+        missing = 0
+        for group, span in enumerate(self.spans):
+            after = span.pages(new)
+            staying = set(after)
+            held = dict(zip(span.pages(old), self.tables[row][group], strict=True))
+            self._free += [place for number, place in held.items() if number not in staying]
+            missing += sum(number not in held for number in after)
+            entering.append((group, after, held))
+        self._grow(missing - len(self._free))
+        for group, after, held in entering:
+            self.tables[row][group] = [held[number] if number in held else self._free.pop() for number in after]
+
+    def _grow(self, count: int) -> None:
+        """Add `count` pages to the pools; exactly as many as are missing, since an idle page is memory nobody saved."""
+        if count <= 0:
+            return
+        assert self.keys is not None and self.values is not None
+        size = self.keys.shape[0]
+        self.keys = torch.cat([self.keys, self.keys.new_zeros(count, *self.keys.shape[1:])])
+        self.values = torch.cat([self.values, self.values.new_zeros(count, *self.values.shape[1:])])
+        self._free += range(size, size + count)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make the batch the given sequences, in this order; one that is named twice is copied."""
+        assert self.keys is not None and self.values is not None
+        if self.max_length is not None:
+            reserved = self.keys.shape[0] // len(self.lengths)
+            places = [place for row in rows for place in range(row * reserved, (row + 1) * reserved)]
+            self._table = self._ring_table(len(rows), self.max_length)[0]
+        else:
+            places = [place for row in rows for table in self.tables[row] for place in table]
+            self._table = None
+        order = torch.tensor(places, dtype=torch.long, device=self.device)
+        self.keys, self.values = self.keys[order], self.values[order]
+        fresh = iter(range(len(places)))
+        self.tables = [[[next(fresh) for _ in table] for table in self.tables[row]] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._turns = [self._turns[row] for row in rows]
+        self._free = []
+
+    def fill(self, row: int, single: State) -> None:
+        """Copy the one sequence of a reserved state into this one: reserved pools have sequence behind sequence."""
+        assert isinstance(single, PagedState) and self.max_length == single.max_length is not None
+        for pool, source in ((self.keys, single.keys), (self.values, single.values)):
+            assert pool is not None and source is not None
+            pool[row * len(source) : (row + 1) * len(source)] = source

@@ -1,0 +1,154 @@
+"""What the layers of one forward pass share, and what their mixers report of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .reference import Rows
+
+if TYPE_CHECKING:
+    from .paged_cache import PagedCache
+
+
+@dataclass
+class Record:
+    """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
+
+    Attributes:
+        losses: by name, a scalar of every layer that has one, such as a router's load balance; they take gradients.
+        gates: by number of the layer, what its mixers multiplied the outputs of heads with, `[B, T, heads]` each.
+    """
+
+    losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    gates: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add_loss(self, name: str, loss: torch.Tensor) -> None:
+        """Add the side loss of a layer."""
+        self.losses.setdefault(name, []).append(loss)
+
+    def add_gate(self, layer: int, gate: torch.Tensor) -> None:
+        """Add the gates of a mixer of a layer."""
+        self.gates.setdefault(layer, []).append(gate)
+
+
+@dataclass
+class Step:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        cache: the paged cache, None when nothing is cached.
+        rows: which columns are tokens; None in a step of one token a sequence through a cache, until a layer that
+            takes gradients asks for them.
+        pick: `[B, T]` columns that bring every sequence's tokens together at the front, where they are no run
+            already; None where they are.
+        lengths: `[B]` int32, in a step of one token: tokens of each sequence with it, 0 where it is padding.
+        gains: tokens that each sequence gains, None where only the device knows.
+        columns: T.
+        impl: which implementation was asked for, the configuration's `compress_impl`.
+        input_length: tokens of the input, where the plan has rules that depend on it; None elsewhere.
+        seen: `[B, columns]`, which columns so far were tokens, these included; None where the cache's own holds.
+        autocast: whether torch casts the inputs of matrix products meanwhile.
+        stored: layers whose tokens are in the cache.
+        hidden: `[B, T, hidden size]`, the attention's input in the layer that runs now, where a mixer asks for it.
+        rotary: cos and sin `[B or 1, T, rotated size]` in the layer that runs now, where a mixer asks for them and
+            the layer has any.
+        record: where mixers report side losses and gates; None where nobody asked.
+    """
+
+    cache: PagedCache | None
+    rows: Rows | None
+    pick: torch.Tensor | None
+    lengths: torch.Tensor | None
+    gains: list[int] | None
+    columns: int
+    impl: str = "auto"
+    input_length: int | None = None
+    seen: torch.Tensor | None = None
+    autocast: bool = False
+    stored: set[int] = field(default_factory=set)
+    hidden: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    record: Record | None = None
+
+    @staticmethod
+    def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
+        """The step of `count` new columns `[B, T]`; `valid` says which are tokens, None when all are.
+
+        Raises:
+            ValueError: more tokens than were reserved.
+        """
+        step = Step._begin(cache, valid, batch, count, device)
+        step.autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        if cache is not None:
+            cache.check_room(step.gains)
+        return step
+
+    @staticmethod
+    def _begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
+        if cache is None:
+            runs = Rows.whole(batch, count) if valid is None else None
+            return _step_of_runs(None, runs, valid, [0] * batch)
+        before = cache.begin(batch, device)
+        differentiable = torch.is_grad_enabled()
+        if cache.max_length is not None and (count > 1 or differentiable):
+            cache.synchronize()
+        if count == 1:
+            gains = None
+            if valid is None:
+                gains = [1] * batch
+                lengths = before + 1
+            else:
+                lengths = torch.where(valid[:, 0], before + 1, 0)
+                if cache.max_length is None or differentiable:  # pages, and rows of a gradient, are found on the host
+                    gains = valid[:, 0].long().tolist()
+            return Step(cache, None, None, lengths, gains, 1)
+        past = cache.paged[0].lengths or [0] * batch
+        runs = Rows(tuple(past), (0,) * batch, (count,) * batch) if valid is None else None
+        return _step_of_runs(cache, runs, valid, past)
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Position of every column among its sequence's tokens, from 0, `[B, T]`; -1 where it is no token."""
+        if self.rows is None:
+            assert self.lengths is not None
+            return (self.lengths.to(device).long() - 1)[:, None]
+        past, start, count = self.rows.tensor(device).long().unbind(1)
+        order = torch.arange(self.columns, device=device) - start[:, None]
+        return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+
+    def end(self) -> None:
+        """Count the new tokens on the device, in place, and the new columns."""
+        if self.cache is None or self.cache.lengths is None or self.cache.width is None:
+            return
+        if self.seen is not None:
+            self.cache.seen = self.seen
+        for layer in self.cache.paged:
+            layer.columns += self.columns
+        self.cache.width += self.columns
+        if self.lengths is not None:
+            torch.maximum(self.cache.lengths, self.lengths, out=self.cache.lengths)
+        elif self.gains is not None:
+            self.cache.lengths += torch.tensor(self.gains, dtype=torch.int32, device=self.cache.lengths.device)
+
+    def fail(self) -> None:
+        """Mark the cache where an error came after the first layer had stored its tokens."""
+        if self.cache is not None and self.stored:
+            self.cache.interrupted = True
+
+
+def _step_of_runs(cache: PagedCache | None, runs: Rows | None, valid: torch.Tensor | None, past: list[int]) -> Step:
+    """A step of several columns; tokens that are no run of columns are picked together."""
+    if runs is not None or valid is None:
+        assert runs is not None
+        return Step(cache, runs, None, None, list(runs.count), max(runs.count))
+    count = valid.sum(dim=1).tolist()
+    start = valid.long().argmax(dim=1)
+    last = valid.shape[1] - valid.flip(1).long().argmax(dim=1)
+    pick = None
+    if bool(((last - start != valid.sum(dim=1)) & valid.any(dim=1)).any()):
+        pick = (~valid).long().argsort(dim=1, stable=True)
+        start = torch.zeros_like(start)
+    rows = Rows(tuple(past), tuple(start.tolist()), tuple(count))
+    return Step(cache, rows, pick, None, count, valid.shape[1])

@@ -1,0 +1,80 @@
+"""The base of targets whose head groups see a span of keys: all answers follow from the span."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from compress.runtime.span import PAGE, AnySpan
+from compress.targets.cost import Cost, visible_keys, visible_pairs
+from compress.targets.target import StockForm, Target
+from compress.targets.unit import Unit
+
+
+class SpanTarget(Target):
+    """Sees a span of keys (runtime/span.py), keeps what it may see again, and reads what it keeps."""
+
+    noun: ClassVar[str] = "a window"
+
+    @abstractmethod
+    def span(self, native: int | None = None) -> AnySpan:
+        """What a group sees in a layer that slides over `native` tokens by itself, as the runtime has it."""
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """In pages: those of the sink and the window. In tokens: what transformers' cache keeps of the window, one of
+        them new while a step runs.
+
+        Raises:
+            ValueError: tokens are asked for, and no stock architecture has this target.
+        """
+        span = self.span(unit.native).at_length(length)
+        if unit.paged:
+            held = span.page_count(length) * PAGE
+        else:
+            form = self.stock(unit.native)
+            if form is None:
+                raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+            held = length if form.window is None else min(length, form.window)
+        held_bytes = held * unit.token_bytes
+        flops = 4 * unit.head_dim * unit.query_heads * visible_pairs(span, length)
+        return Cost(held_bytes, held_bytes, visible_keys(span, length), flops, unit.parameters)
+
+    def words(self, native: int | None = None) -> str:
+        """Sink, window, and what it grows by."""
+        span = self.span(native)
+        if span.is_full:
+            return "sees everything"
+        grows = f" + {span.beta:g} of the {span.rule}" if span.beta else ""
+        return f"sink {span.sink}, window {span.alpha}{grows}"
+
+    def short(self, native: int | None = None) -> str:
+        """`full`, or `sink|window` and what it grows by: a share of the position t, or of the input's N tokens."""
+        span = self.span(native)
+        if span.is_full:
+            return "full"
+        share = f"+{span.beta:g}{'t' if span.rule == 'position' else 'N'}" if span.beta else ""
+        return f"{span.sink}|{span.alpha}{share}"
+
+    def rule_text(self) -> str:
+        """The span rule."""
+        if self.by_length:
+            return (
+                'an input of N tokens has the window `max(1, floor(alpha + beta * N))` (`"rule": "length"`) in all of '
+                "its rows and in what is generated after it, beside `sink` tokens at the start. This is the published "
+                "form of MoA and is there to compare with; the rule by position can do what this one refuses."
+            )
+        return "the query at position t sees key j when `j < sink` or `t - j < max(1, floor(alpha + beta * (t + 1)))`."
+
+    def stock(self, native: int | None) -> StockForm | None:
+        """A layer that sees everything, or one that slides: over a fixed window of 2 tokens or more without sinks."""
+        span = self.span(native)
+        if span.is_full:
+            return StockForm()
+        if self.by_length or span.sink or span.beta or span.alpha < 2:
+            return None
+        return StockForm(span.alpha)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the window is worked out from the length of the input."""
+        return self.span().rule == "length"
