@@ -59,8 +59,17 @@ class SearchResult:
     lines: list[str]
 
 
-def make_problem(dense: Dense, profile: ProfileLike, budget: Budget, solver: Solver) -> Problem:
+def make_problem(
+    dense: Dense,
+    profile: ProfileLike,
+    budget: Budget,
+    solver: Solver,
+    say: Callable[[str], None] = lambda line: None,
+) -> Problem:
     """The problem of a model, a profile and a budget, for a solver.
+
+    Args:
+        say: told first how much a model has to give that is part local.
 
     Raises:
         UserError: the budget needs what is missing (see `Budget.rows`), the profile has no table of rules, or no plan
@@ -68,8 +77,11 @@ def make_problem(dense: Dense, profile: ProfileLike, budget: Budget, solver: Sol
     """
     dense = replace(dense, removes=solver.removes)
     problem = Problem(dense, profile, budget.rows(dense, sorted(profile.lengths)))
+    smallest = solver.smallest(problem)
+    if (line := sliding_line(problem, problem.total(smallest).tolist())) is not None:
+        say(line)
     if solver.spans:
-        check_rows(problem, solver.smallest(problem), solver.removes)
+        check_rows(problem, smallest, solver.removes)
     return problem
 
 
@@ -139,10 +151,8 @@ def run_search(
         raise UserError([problem for _, problem in wrong])
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
-    problem = make_problem(dense, profile, budget, solver)
+    problem = make_problem(dense, profile, budget, solver, say)
     smallest = problem.total(solver.smallest(problem))
-    if (line := sliding_line(problem, smallest.tolist())) is not None:
-        say(line)
     documents = list(_flat(held_out_documents))
 
     candidates = {f"{solver.stem}-{number}": each for number, each in enumerate(solver.solve(problem))}

@@ -159,7 +159,9 @@ def test_allocation_is_the_smallest_loss_of_all_widths() -> None:
     def removed(kept: Any) -> float:
         heads, neurons = profile.tensors["amp.heads"].double().mean(-1), profile.tensors["amp.neurons"].double()
         stay = sum(
-            float(heads[i, list(k.kept_groups)].sum() + neurons[i, list(k.mlp.indices()) if k.mlp else slice(None)].sum())
+            float(
+                heads[i, list(k.kept_groups)].sum() + neurons[i, list(k.mlp.indices()) if k.mlp else slice(None)].sum()
+            )
             for i, k in enumerate(kept)
         )
         return float(heads.sum() + neurons.sum()) - stay

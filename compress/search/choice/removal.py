@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -74,10 +74,6 @@ class Neurons:
 class Removal(Method):
     """What may be removed, and which goes first: fields that solvers share."""
 
-    group_score: Annotated[
-        Literal["sum", "mean", "max"],
-        Field(description="score of a head group from those of its query heads; mean is MoP's"),
-    ] = "mean"
     multiple: Annotated[
         int | None,
         Field(
@@ -145,11 +141,6 @@ class Removal(Method):
                 found=f"{tuple(heads.shape)} and {tuple(neurons.shape)}",
             )
         return heads, neurons
-
-    def group_scores(self, heads: torch.Tensor) -> torch.Tensor:
-        """`[..., query heads a group]` to `[...]`."""
-        reduced: torch.Tensor = {"sum": heads.sum(-1), "mean": heads.mean(-1), "max": heads.amax(-1)}[self.group_score]
-        return reduced
 
     def neuron_options(self, problem: Problem, scores: torch.Tensor) -> list[Options]:
         """How many neurons of every layer stay, with the summed scores of the others as the loss.

@@ -35,10 +35,6 @@ from compress.search.solver import Solver
 class UnitRemoval(Removal):
     """The removal of head groups and neurons beside windows; the group of the highest score of a layer stays."""
 
-    group_score: Annotated[
-        Literal["sum", "mean", "max"],
-        Field(description="score of a head group from those of its query heads; what they lose adds up"),
-    ] = "sum"
     importance: Annotated[
         str,
         Field(
@@ -63,7 +59,7 @@ class UnitRemoval(Removal):
             weight: one of `weights`.
         """
         heads, neurons = self.scores(self.importance, problem)
-        groups = self.group_scores(heads)
+        groups = heads.sum(-1)  # what query heads lose adds up
         alone = self.protected(problem.shape.layers)
         free = [unit for unit in windows if len(unit.choices) > 1]
         hidden = np.abs(np.sum([unit.losses[unit.costs.sum(1).argmin()] for unit in free], axis=0))

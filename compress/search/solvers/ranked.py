@@ -29,6 +29,10 @@ class Ranked(Removal, Solver):
             "several plans, of which held-out loss chooses",
         ),
     ] = "amp"
+    group_score: Annotated[
+        Literal["sum", "mean", "max"],
+        Field(description="score of a head group from those of its query heads; mean is MoP's"),
+    ] = "mean"
     unit: Annotated[
         Literal["group", "query"],
         Field(
@@ -83,6 +87,11 @@ class Ranked(Removal, Solver):
             replace(candidate, note=f"{name}: {candidate.note}") if len(names) > 1 else candidate
             for name, candidate in plans
         ]
+
+    def group_scores(self, heads: torch.Tensor) -> torch.Tensor:
+        """`[..., query heads a group]` to `[...]`."""
+        reduced: torch.Tensor = {"sum": heads.sum(-1), "mean": heads.mean(-1), "max": heads.amax(-1)}[self.group_score]
+        return reduced
 
     @abstractmethod
     def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
