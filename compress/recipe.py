@@ -600,6 +600,7 @@ FORMS = {
     "means": "mean inputs, which removed heads and neurons are compensated with",
     "groups": "one number for every head group",
     "rules": "a table of span rules",
+    "targets": "what each of some targets costs every head group",
 }
 
 

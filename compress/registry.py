@@ -31,8 +31,10 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    registered: ClassVar[str] = ""  # the name that recipes and plans give the class
     # What a statistic leaves for a search to read, by name: `units` (a score of every head and neuron), `means` (their
-    # mean inputs), `groups` (one number a head group) or `rules` (a table of span rules).
+    # mean inputs), `groups` (one number a head group), `rules` (a table of span rules) or `targets` (what each of some
+    # targets costs a head group).
     gives: ClassVar[Mapping[str, str]] = {}
 
     def scores_read(self) -> Mapping[str, str]:
@@ -57,6 +59,7 @@ class Registry(Generic[T]):
             if name in self._methods and self._methods[name].__qualname__ != method.__qualname__:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._methods[name] = method
+            method.registered = name
             return method
 
         return add
@@ -82,3 +85,4 @@ solvers: Registry[Any] = Registry("solver")
 targets: Registry[Any] = Registry("target")
 tasks: Registry[Any] = Registry("task")
 budget_kinds: Registry[Any] = Registry("kind of budget")
+objectives: Registry[Any] = Registry("objective")

@@ -37,8 +37,8 @@ from compress.files import write_text
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
-from compress.recover.recover import recover
-from compress.recover.settings import RecoverSettings
+from compress.train.recovery import recover
+from compress.train.settings import RecoverSettings
 from scripts.prune_choices import CONTRIBUTION, SCORES, problem_of, scores_of, solver_of, take_scores
 
 HEADS_STAY = "+mlp"  # all parameters come from the neurons

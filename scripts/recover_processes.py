@@ -25,9 +25,9 @@ from compress.data.text import tokenise
 from compress.models.families import layers_of
 from compress.models.load import load_model
 from compress.models.pruning import Kept, prune
-from compress.recover.curve import Curve
-from compress.recover.recover import recover
-from compress.recover.settings import RecoverSettings
+from compress.train.curve import Curve
+from compress.train.recovery import recover
+from compress.train.settings import RecoverSettings
 
 
 def train(options: argparse.Namespace, folder: Path) -> None:

@@ -265,7 +265,7 @@ def _derived(root: Path) -> None:
     with _cut("compress.profile.partial.Partial.save"):
         assert call(("profile", "recipe.yaml")) == 130
     os.chdir(root / "recover-cut")
-    with _cut("compress.recover.state.Partial.write"):
+    with _cut("compress.train.state.Partial.write"):
         assert call(("recover", "recipe.yaml")) == 130
     shutil.copytree(root / "unsearched", root / "time")
     (root / "time" / "recipe.yaml").write_text(HEAD + TIME)

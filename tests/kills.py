@@ -73,7 +73,7 @@ PRELOAD = (
     "compress.cli.stages",
     "compress.evaluate.compare",
     "compress.export.export",
-    "compress.recover.recover",
+    "compress.train.recovery",
     "tests.kills",
 )
 RECIPES = {"span": SPAN, "prune": PRUNE, "recover": RECOVER}

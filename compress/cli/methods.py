@@ -21,10 +21,10 @@ def load() -> Methods:
     from compress.evaluate.latency import LatencyRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.recipe import Methods
-    from compress.recover.settings import RecoverSettings
     from compress.search.budget.budget import Budget
     from compress.search.checks import check_recipe
     from compress.search.refine.refine import Refine
+    from compress.train.settings import RecoverSettings
 
     sources: tuple[type[registry.Method], ...] = (EmbeddedText, FileText, DatasetText)
     return Methods(

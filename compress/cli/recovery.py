@@ -67,7 +67,7 @@ def _train(
     """One training, unless it was done before."""
     from compress.cli.stages import timed
     from compress.data.text import part_of
-    from compress.recover.recover import recover
+    from compress.train.recovery import recover
 
     if session.run.stage_done(stage, key()):
         say(f"{stage}: done before, {folder}")

@@ -314,19 +314,19 @@ def _recovered(
     """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
     from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED
-    from compress.models.recovered import load_recovered
-    from compress.recover.recover import read_recovered
+    from compress.models.trained import load_trained
     from compress.search.measure import plan_key
+    from compress.train.recovery import read_recovered
 
     key = plan_key(plan)
-    trained = Variant("plan", lambda: load_recovered(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
+    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
     rows = [trained, Variant(f"plan{UNTRAINED}", build, key, held)]
     settings: Any = session.recipe.recover
     if settings.control:
         control = weights / "control"
 
         def build_control() -> Any:
-            return load_recovered(copy.deepcopy(session.loaded.model), control)
+            return load_trained(copy.deepcopy(session.loaded.model), control)
 
         rows.append(Variant(CONTROL_ROW, build_control, read_recovered(control).sha256, dense))
     return rows

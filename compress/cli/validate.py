@@ -214,7 +214,7 @@ def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]
 def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
     """Everything that reads a text, in the order of the stages."""
     from compress.evaluate.perplexity import check_request
-    from compress.recover.windows import check_windows
+    from compress.train.windows import check_windows
 
     context = getattr(config, "max_position_embeddings", None)
     calibration, evaluate = recipe.calibration, recipe.evaluate

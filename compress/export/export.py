@@ -28,8 +28,8 @@ from compress.models.families import family_of
 from compress.models.generation import plain_generation
 from compress.models.load import DTYPES, LoadedModel
 from compress.models.planned import patched_model, planned_model
-from compress.models.recovered import load_recovered
 from compress.models.tokenizer_files import write_tokenizer
+from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
 
 PLAN = "compress_plan.json"
@@ -65,7 +65,7 @@ def export_checkpoint(
 
     Args:
         loaded: the dense model that the plan was made for.
-        weights: folder of trained weights of the plan's model (`load_recovered`); None exports the dense model's.
+        weights: folder of trained weights of the plan's model (`load_trained`); None exports the dense model's.
         recipe_text: goes into the checkpoint as recipe.yaml and into the card.
         table: measured numbers for the card, as Markdown.
         form: `patched` carries the runtime's files; `native` is a stock architecture; `auto` is native where one holds
@@ -91,7 +91,7 @@ def export_checkpoint(
     # On the CPU, as the fresh process of the verification: other devices round differently.
     planned = planned_model(loaded.model, plan)
     if weights is not None:
-        load_recovered(planned, weights)
+        load_trained(planned, weights)
     planned = planned.to("cpu")
     check_weights(planned)
     if dtype is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compress.targets.target import Target
 
 CORPORA = ("first", "second")
 
@@ -71,12 +73,13 @@ class Key:
         """The same measurement on one corpus of `CORPORA`."""
         return replace(self, corpus=corpus)
 
+    def to(self, target: Target) -> Key:
+        """The same measurement of a target."""
+        return replace(self, target=target_form(target))
 
-def target_form(fields: Mapping[str, Any]) -> str:
-    """The one text of a target's plan form: its name, then its parameters by name as JSON.
 
-    Args:
-        fields: for instance `{"target": "window", "sink": 64, "alpha": 256, "beta": 0.0}`.
-    """
+def target_form(target: Target) -> str:
+    """The one text of a target: its name in the plan, then its parameters by name as JSON."""
+    fields = target.model_dump(mode="json")
     parameters = (f"{name}={json.dumps(fields[name])}" for name in sorted(fields) if name != "target")
     return " ".join([str(fields["target"]), *parameters])

@@ -113,15 +113,16 @@ class Partial:
 
 @dataclass(frozen=True)
 class Step:
-    """One step's place in a `Partial`."""
+    """The state of one training in a `Partial`: a `train.state.Store`."""
 
     partial: Partial
     name: str
 
-    def read(self) -> State | None:
-        """See `Partial.state`."""
-        return self.partial.state(self.name)
+    def read(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """See `Store.read`."""
+        state = self.partial.state(self.name)
+        return None if state is None else (int(state[0]["step"]), dict(state[1]))
 
-    def write(self, notes: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """See `Partial.save`."""
-        self.partial.save(self.name, notes, tensors)
+    def write(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Store.write`."""
+        self.partial.save(self.name, {"step": step}, tensors)

@@ -21,6 +21,7 @@ from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
 from compress.plan import ModelShape
 from compress.profile.key import Key
+from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
 HEADER = "profile.json"
@@ -120,23 +121,38 @@ class Profile:
         Raises:
             UserError: the profile has no such tensor; says which it has.
         """
+        key = Key.parse(key) if isinstance(key, str) else key
         found = self.find(key)
         if found is None:
             raise missing(key, self.tensors, str(self.folder))
         return found
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).
+
+        Args:
+            part: `absolute` or `signed`.
+
+        Raises:
+            UserError: the target was not priced at that length; says which were.
+        """
+        if target.as_built and not target.removes:
+            model = self.header.model
+            return torch.zeros(model.layers, model.kv_heads)
+        return self.tensor(Key("effect", part, length).to(target))
 
     def entry(self, key: Key) -> TensorEntry:
         """The declaration of a tensor that the profile has."""
         return self.header.statistics[key.statistic].tensors[str(key)]
 
 
-def missing(key: Key | str, known: Iterable[Key], where: str) -> UserError:
+def missing(key: Key, known: Iterable[Key], where: str) -> UserError:
     """The error for a tensor that a profile does not have.
 
     Args:
         known: what it has.
     """
-    names = sorted(map(str, known))
+    names = sorted(str(other) for other in known if key.target is None or other.statistic == key.statistic)
     shown = names if len(names) <= SHOWN else [*names[:SHOWN], f"{len(names) - SHOWN} more"]
     return UserError(
         f"the profile has no `{key}`",

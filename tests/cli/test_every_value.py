@@ -125,7 +125,7 @@ TRAININGS = (
 SETTINGS, SECTION = "recover.settings.RecoverSettings", "recipe.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
-    (SETTINGS, "shard", True): ("tests/recover/test_resume.py", r'"shard": True'),
+    (SETTINGS, "shard", True): ("tests/train/test_resume.py", r'"shard": True'),
     (SECTION, "form", "patched"): ("tests/export/test_native.py", r'form="auto"[\s\S]*"form patched" in lines'),
     (SECTION, "form", "native"): ("tests/export/test_native.py", r'form="native"'),
     (SECTION, "form", "auto"): ("tests/export/test_native.py", r'form="auto"'),

@@ -22,8 +22,8 @@ from compress.recipe import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_against_parameters
 from tests.cli.recipes import HEAD, make_recipe
-from tests.recover.common import model_of
 from tests.tiny import random_ids
+from tests.train.common import model_of
 
 PRUNE = (
     HEAD

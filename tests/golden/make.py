@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from compress.cli.app import app
 from compress.models.planned import planned_model
 from tests.cli.recipes import HEAD, make_recipe
-from tests.recover.common import model_of
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
+from tests.train.common import model_of
 
 WINDOWS = (
     HEAD

@@ -12,8 +12,8 @@ from compress.profile.passes.capture import Capture
 from compress.profile.passes.tiles import LayerTensors, strips
 from tests.profile.common import document
 from tests.profile.naive import model_layers
-from tests.recover.common import model_of, pruned_model
 from tests.tiny import FAMILIES, tiny_model
+from tests.train.common import model_of, pruned_model
 
 DOC = document(143)
 

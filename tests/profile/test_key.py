@@ -3,8 +3,10 @@
 import pytest
 
 from compress.profile.key import Key, target_form
+from compress.targets.target import parse_target
+from compress.targets.window import WindowGroup
 
-WINDOW = target_form({"target": "window", "sink": 64, "alpha": -64, "beta": 0.125})
+WINDOW = target_form(WindowGroup(sink=64, alpha=-64, beta=0.125))
 KEYS = {
     "influence.absolute.2048": Key("influence", "absolute", 2048),
     "retrieval.512": Key("retrieval", length=512),
@@ -22,9 +24,12 @@ def test_a_key_has_one_text(text: str) -> None:
     assert str(KEYS[text]) == text and Key.parse(text) == KEYS[text]
 
 
-def test_the_form_of_a_target_does_not_depend_on_the_order_of_its_fields() -> None:
+def test_the_form_of_a_target_does_not_depend_on_how_it_was_written() -> None:
     assert WINDOW == "window alpha=-64 beta=0.125 sink=64"
-    assert target_form({"beta": 0.125, "alpha": -64, "sink": 64, "target": "window"}) == WINDOW
+    assert target_form(parse_target({"beta": 0, "alpha": 64, "sink": 0, "target": "window"})) == target_form(
+        WindowGroup(sink=0, alpha=64, beta=0.0, rule="position")
+    )
+    assert target_form(WindowGroup(sink=0, alpha=64, beta=0.0, rule="length")).endswith('rule="length" sink=0')
 
 
 @pytest.mark.parametrize("text", ["", "70", "a..b", "a.70.71", "two words"])

@@ -18,6 +18,7 @@ from tests.tiny import tiny_loaded
 STATISTICS: dict[str, dict[str, Any]] = {
     "amp": {"neurons": "contribution"},
     "attention": {"sink": 8},
+    "effect": {"targets": [{"target": "pruned"}]},
     "flap": {},
     "gates": {"sink": 4, "recent": 8, "task": None, "steps": 4, "rate": 0.1},
     "hidden_mass": {"grid": GRID},

@@ -8,19 +8,20 @@ import torch
 
 from compress.errors import UserError
 from compress.models.planned import planned_model
-from compress.models.replaced import replaced_attention
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
-from compress.profile import gates as module
-from compress.profile.heads.gates import Gates, Mixture, schedule
+from compress.profile.heads.gates import Gates
 from compress.profile.heads.hidden_mass import HiddenMass
 from compress.profile.heads.output_error import OutputError
 from compress.profile.key import Key
-from compress.profile.partial import Partial, Step
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.run import run_profile
 from compress.runtime.span import Span
 from compress.targets.window import WindowGroup
+from compress.train import gates as module
+from compress.train.gates import Mixture
+from compress.train.schedule import Schedule
+from compress.train.state import Partial
 from tests.processes import spawn
 from tests.profile.common import GRID, document, documents, join, take_layer, tensor_bytes
 from tests.tiny import random_ids, tiny_loaded, tiny_model
@@ -88,8 +89,9 @@ def test_a_gate_mixes_full_and_streaming_attention() -> None:
     streaming = logits(planned_model(model, uniform_plan(shape, WindowGroup(sink=4, alpha=16, beta=0.0))), tokens)
     found = []
     for value in (0.0, 0.5, 1.0):
-        mixture = Mixture(torch.full((shape.layers, shape.kv_heads), value), span, shape)
-        with replaced_attention(model, "test_gates", mixture):
+        mixture = Mixture(model, shape, span)
+        torch.nn.init.constant_(mixture.gates, value)
+        with mixture.mixed_attention():
             found.append(logits(model, tokens))
     torch.testing.assert_close(found[0], streaming)
     torch.testing.assert_close(found[2], dense)
@@ -139,9 +141,16 @@ def test_gates_without_documents_of_their_task_are_refused(tmp_path: Path) -> No
 
 
 def test_the_rate_rises_and_falls() -> None:
-    factors = [schedule(step, 100) for step in range(100)]
+    factors = [Schedule.trapezoid(1.0, 100)(step) for step in range(100)]
     assert factors[0] == 0.1 and factors[19] == 1 and factors[50] == 1 and factors[99] == 0.1
     assert max(factors) == 1 and min(factors) == 0.1
+
+
+def _six_steps(model: Any, queue: list[Any], folder: Path) -> torch.Tensor:
+    """Gates after six steps."""
+    span, schedule = Span(4, 16, 0.0), Schedule.trapezoid(0.05, 6)
+    store = Partial(folder, "key")
+    return module.train_gates(model, shape_of(model), queue, span, schedule, 0.05, store, 0, lambda *_: None)
 
 
 def _train_in_process(rank: int, folder: str) -> None:
@@ -149,10 +158,7 @@ def _train_in_process(rank: int, folder: str) -> None:
     join(rank, 2, f"{folder}/store")
     model = tiny_model("llama-gqa")
     queue = [document(96, seed=number) for number in range(6)]
-    settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
-    state = Step(Partial(Path(folder), "key", writes=rank == 0), "training/gates")
-    found = module.train_gates(settings, model, shape_of(model), queue, state, 0, lambda *_: None)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(_six_steps(model, queue, Path(folder)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -162,9 +168,7 @@ def test_two_processes_share_one_set_of_gates(tmp_path: Path) -> None:
     assert torch.equal(first, second)
     model = tiny_model("llama-gqa")
     queue = [document(96, seed=number) for number in range(6)]
-    settings = Gates(sink=4, recent=16, steps=6, rate=0.05)
-    state = Step(Partial(tmp_path, "other", writes=True), "training/gates")
-    alone = module.train_gates(settings, model, shape_of(model), queue, state, 0, lambda *_: None)
+    alone = _six_steps(model, queue, tmp_path)
     # Alone, a step sees one document instead of two: near, and not the same.
     assert not torch.equal(first, alone)
     torch.testing.assert_close(first, alone, rtol=0, atol=0.1)

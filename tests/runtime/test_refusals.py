@@ -16,8 +16,6 @@ from compress.bench.model import DENSE, NONE
 from compress.data.document import Document
 from compress.errors import UserError
 from compress.models.planned import planned_model
-from compress.models.replaced import replaced_attention
-from compress.profile.heads.gates import Mixture
 from compress.profile.passes.capture import Capture
 from compress.runtime.attention import changing_arguments
 from compress.runtime.mixer import Kinds
@@ -25,6 +23,7 @@ from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
 from compress.targets.window import WindowGroup
+from compress.train.gates import Mixture
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 CHANGING: dict[str, Any] = {
@@ -109,8 +108,7 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
                 Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
                 capture.run(divergence.documents[0])
-        mixture = Mixture(torch.ones(3, 2), Span(4, 8, 0.0), shape)
-        with pytest.raises(UserError, match=says), replaced_attention(dense, "compress_test_gates", mixture):
+        with pytest.raises(UserError, match=says), Mixture(dense, shape, Span(4, 8, 0.0)).mixed_attention():
             dense(IDS)
         with pytest.raises(UserError, match=says):
             narrow = WindowGroup(sink=4, alpha=8, beta=0.0)

@@ -1,6 +1,6 @@
 """One process of a training whose weights are spread (FSDP2), on a CPU by gloo: accelerate itself spreads on GPUs only.
 
-Usage: python -m tests.recover.spread FOLDER SETTINGS [STEP]; with STEP the main process is asked to stop after it.
+Usage: python -m tests.train.spread FOLDER SETTINGS [STEP]; with STEP the main process is asked to stop after it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-import compress.recover.recover as stage
-import compress.recover.train as loop
-from compress.recover.settings import RecoverSettings
-from tests.recover.common import model_of, pruned_model, text
+import compress.train.loop as loop
+import compress.train.recovery as stage
+from compress.train.settings import RecoverSettings
+from tests.train.common import model_of, pruned_model, text
 
 
 def spread_accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:

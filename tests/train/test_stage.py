@@ -16,7 +16,7 @@ from compress.cli.session import open_session
 from compress.runfolder import RunFolder
 from tests import processes
 from tests.cli.recipes import make_recipe
-from tests.recover.common import model_of
+from tests.train.common import model_of
 
 SECTION = "recover: {length: 32, batch_size: 4, steps: 5, rate: 0.01, loss: both, control: true}\n"
 

@@ -15,15 +15,18 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
+from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
-from compress.models.recovered import write_recovered
+from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
-from compress.recover.curve import Curve
-from compress.recover.lora import attach, merge
-from compress.recover.settings import RecoverSettings
-from compress.recover.state import Partial, whole
-from compress.recover.train import Progress, autocast_dtype, share_of, train
-from compress.recover.windows import Windows, check_windows
+from compress.train.curve import Curve
+from compress.train.loop import Learn, Progress, Settings, train
+from compress.train.lora import attach, merge
+from compress.train.objectives.objective import Inputs
+from compress.train.schedule import Schedule
+from compress.train.settings import RecoverSettings
+from compress.train.state import Partial, whole_weights
+from compress.train.windows import WindowBatches, Windows, check_windows
 from compress.versions import versions
 
 RECORD = "recover.json"
@@ -97,38 +100,42 @@ def recover(
         UserError: the text or the batch does not fit, weights cannot be spread here, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    if settings.loss != "text" and teacher is None:
+    follows = any(objective.needs_teacher for objective in settings.objectives)
+    if follows and teacher is None:
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
-    teacher = teacher if settings.loss != "text" else None
+    teacher = teacher if follows else None
     check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None))
     check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
+    batches = WindowBatches(windows, settings.batch_size, settings.micro_batch)
     steps, device = settings.step_count, next(model.parameters()).device
     accelerator = _accelerator(settings, device)
-    share_of(settings, accelerator.num_processes)
+    batches.share(accelerator.num_processes)
     before, followed = _fingerprint(model), None if teacher is None else _fingerprint(teacher)
-    batches = windows.digest(steps, settings.batch_size)
-    partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, batches))
+    digest = windows.digest(steps, settings.batch_size)
+    partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, digest))
     curve = Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
+        if partial.foreign and progress is not None:
+            progress(0, steps, "starting anew: the saved state is of another training or an earlier version")
     accelerator.wait_for_everyone()
-    _train_and_merge(model, settings, windows, partial, curve, accelerator, teacher, seed, progress)
+    _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
     if accelerator.is_main_process:
-        told = curve.steps()
+        lines = curve.steps()
         record = Recovered(
             settings=settings.model_dump(mode="json"),
             seed=seed,
             steps=steps,
-            tokens=steps * settings.batch_size * settings.length,
-            first_loss=told[0]["loss"],
-            last_loss=told[-1]["loss"],
-            seconds=round(sum(entry["seconds"] for entry in told), 2),
-            sha256=write_recovered(model, folder),
+            tokens=steps * batches.size,
+            first_loss=lines[0]["loss"],
+            last_loss=lines[-1]["loss"],
+            seconds=round(sum(line["seconds"] for line in lines), 2),
+            sha256=write_trained(model, folder),
             before=before,
             teacher=followed,
-            batches=batches,
+            batches=digest,
             processes=accelerator.num_processes,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             versions=versions("peft", "accelerate"),
@@ -137,6 +144,35 @@ def recover(
         partial.remove()
     accelerator.wait_for_everyone()
     return read_recovered(folder)
+
+
+class _Student:
+    """A model that is trained, and the dense one that it may follow."""
+
+    def __init__(self, model: Any, teacher: Any, dtype: torch.dtype | None) -> None:
+        self.module, self.teacher, self.dtype = model, teacher, dtype
+
+    def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
+        """See `Trainee.run`."""
+        student = self._outputs(module, inputs)
+        if self.teacher is None:
+            learn(student, None)
+            return
+        with torch.no_grad():
+            teacher = self._outputs(self.teacher, inputs)
+        learn(student, teacher)
+
+    def _outputs(self, model: Any, inputs: Inputs) -> Any:
+        device = next(iter(inputs.values())).device
+        with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return model(**inputs, use_cache=False)
+
+
+def autocast_dtype(settings: RecoverSettings, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products below float32; None where all is float32."""
+    if settings.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if settings.precision == "bfloat16" else None
 
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
@@ -167,7 +203,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin:
 def _train_and_merge(
     model: Any,
     settings: RecoverSettings,
-    windows: Windows,
+    batches: WindowBatches,
     partial: Partial,
     curve: Curve,
     accelerator: Accelerator,
@@ -178,16 +214,36 @@ def _train_and_merge(
     """Train and leave plain modules behind. A model that is to be spread is trained as a copy: nothing undoes that."""
     spread = accelerator.distributed_type == DistributedType.FSDP
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    trainee = copy.deepcopy(model) if spread else model
-    adapted = _prepare(trainee, settings, seed)
-    train(trainee, settings, windows, partial, curve, accelerator, teacher=teacher, seed=seed, progress=progress)
+    low = autocast_dtype(settings, next(model.parameters()).device)
+    copied = copy.deepcopy(model) if spread else model
+    adapted = _prepare(copied, settings, seed)
+    share = batches.share(accelerator.num_processes)
+    tokens = min(settings.micro_batch or share, share) * settings.length
+    with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
+        trained = train(
+            _Student(copied, teacher, low),
+            settings.objectives,
+            batches,
+            Settings(
+                seed=f"{seed}/recover",
+                schedule=Schedule.cosine(settings.rate, settings.step_count, settings.warmup),
+                weight_decay=settings.weight_decay,
+                clip=settings.clip,
+                save_every=settings.save_every,
+                advice="lower `recover.rate`, or set `recover.precision` to float32",
+            ),
+            partial,
+            accelerator,
+            curve=curve,
+            progress=progress,
+        )
     if spread:
-        trained = {name: whole(weight) for name, weight in trainee.named_parameters() if weight.requires_grad}
-        del trainee
+        tensors = whole_weights(trained)
+        del trained, copied
         adapted = _prepare(model, settings, seed)
         for name, weight in model.named_parameters():
-            if name in trained:
-                weight.data = trained[name].to(weight.device)
+            if name in tensors:
+                weight.data = tensors[name].to(weight.device)
     if adapted is not None:
         merge(adapted)
     for name, weight in model.named_parameters():

@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from compress.models.planned import planned_model
-from compress.recover.settings import RecoverSettings
-from tests.recover.common import model_of, settings, trained
+from compress.train.settings import RecoverSettings
 from tests.tiny import mixed_plan, random_ids, shape_of
+from tests.train.common import model_of, settings, trained
 
 # What has tests of its own: the text and the control are the stage's, spread weights need several processes.
 ELSEWHERE = {"text", "control", "shard"}

@@ -13,23 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.recover.recover import recover
-from compress.recover.settings import RecoverSettings
-from compress.recover.state import POINTER, Partial
-from compress.recover.stop import noted_signals
+from compress.train.recovery import recover
+from compress.train.settings import RecoverSettings
+from compress.train.state import POINTER, Partial
+from compress.train.stop import noted_signals
 from tests import processes
 from tests.processes import Process
-from tests.recover.common import pruned_model, settings, text, trained
+from tests.train.common import pruned_model, settings, text, trained
 
 
 def start(folder: Path, options: RecoverSettings, *more: str) -> Process:
     """A training as a process."""
-    return processes.start("module", "tests.recover.common", folder, options.model_dump_json(), *more)
+    return processes.start("module", "tests.train.common", folder, options.model_dump_json(), *more)
 
 
 def start_two(folder: Path, options: RecoverSettings, *more: str, script: str = "common") -> list[tuple[int, str]]:
     """Exit status and messages of two processes that train together."""
-    two = processes.launch(f"tests.recover.{script}", folder, options.model_dump_json(), *more, count=2)
+    two = processes.launch(f"tests.train.{script}", folder, options.model_dump_json(), *more, count=2)
     return [(process.returncode, process.stderr) for process in two]
 
 
@@ -73,7 +73,7 @@ def test_a_terminated_training_goes_on_to_the_same_weights(tmp_path: Path, train
 
 def test_a_state_of_another_training_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(tmp_path / "fresh")[1]
-    monkeypatch.setattr("compress.recover.train.noted_signals", _stop_at_once)
+    monkeypatch.setattr("compress.train.loop.noted_signals", _stop_at_once)
     others: list[dict[str, Any]] = [{"rate": 0.02}, {"length": 20}, {}]
     for number, changes in enumerate(others):
         folder = tmp_path / str(number)
@@ -91,9 +91,7 @@ def test_a_state_of_another_training_is_ignored(tmp_path: Path, monkeypatch: pyt
 def test_a_wish_to_stop_in_the_last_step_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained(tmp_path / "fresh", steps=2)[1]
     asked = iter((False, True))
-    monkeypatch.setattr(
-        "compress.recover.train.noted_signals", lambda: contextlib.nullcontext(lambda: next(asked, False))
-    )
+    monkeypatch.setattr("compress.train.loop.noted_signals", lambda: contextlib.nullcontext(lambda: next(asked, False)))
     with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 2"):
         trained(tmp_path / "cut", steps=2)
     monkeypatch.undo()

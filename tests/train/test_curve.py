@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from compress.recover.curve import Curve
-from compress.recover.state import POINTER, Partial
+from compress.train.curve import Curve
+from compress.train.state import POINTER, Partial
 
 
 def lines_of(count: int) -> list[str]:

@@ -37,7 +37,7 @@ def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in {**dict(model.named_parameters()), **buffers}.items()}
 
 
-def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str = "5GB") -> str:
+def write_trained(model: torch.nn.Module, folder: Path, *, max_shard_size: str = "5GB") -> str:
     """Write the weights as `model.safetensors`, or in several files with an index.
 
     Returns:
@@ -63,8 +63,8 @@ def write_recovered(model: torch.nn.Module, folder: Path, *, max_shard_size: str
 
 
 @torch.no_grad()
-def load_recovered(model: Any, folder: Path) -> Any:
-    """Put what `write_recovered` wrote into an equal model, in place; the tensors it had before are left untouched.
+def load_trained(model: Any, folder: Path) -> Any:
+    """Put what `write_trained` wrote into an equal model, in place; the tensors it had before are left untouched.
 
     Returns:
         the model.
@@ -81,7 +81,7 @@ def load_recovered(model: Any, folder: Path) -> Any:
     found: dict[str, torch.Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
-            raise UserError("there are no trained weights", where=str(folder / name), fix="compress recover RECIPE")
+            raise UserError("there are no trained weights", where=str(folder / name), fix=AGAIN)
         try:
             found |= load_file(folder / name)
         except SafetensorError as error:

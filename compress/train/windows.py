@@ -50,6 +50,7 @@ class Windows:
     """
 
     def __init__(self, tokens: Sequence[int], length: int, seed: int) -> None:
+        self.length = length
         self.count = len(tokens) // length
         self.table = torch.tensor(list(tokens[: self.count * length])).view(self.count, length)
         self.seed = seed
@@ -57,11 +58,11 @@ class Windows:
 
     def batch(self, step: int, size: int) -> torch.Tensor:
         """Token ids of a step (from 0) over all processes, `[size, length]`; an epoch may end within a batch."""
-        chosen = []
+        rows = []
         for number in range(step * size, (step + 1) * size):
             epoch, place = divmod(number, self.count)
-            chosen.append(self._order(epoch)[place])
-        return self.table[chosen]
+            rows.append(self._order(epoch)[place])
+        return self.table[rows]
 
     def digest(self, steps: int, size: int) -> str:
         """Hash of all batches of a training, to compare two trainings by."""
@@ -72,3 +73,40 @@ class Windows:
 
     def _draw(self, epoch: int) -> list[int]:
         return random.Random(f"{self.seed}/recover/{epoch}").sample(range(self.count), self.count)
+
+
+class WindowBatches:
+    """Batches of windows for the training loop.
+
+    Args:
+        sequences: in a batch, over all processes.
+        most: sequences in one pass; None takes all of a process at once.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, windows: Windows, sequences: int, most: int | None) -> None:
+        self.windows, self.sequences, self.most = windows, sequences, most
+        self.size = sequences * windows.length
+
+    def share(self, processes: int) -> int:
+        """Sequences of a batch in each process.
+
+        Raises:
+            UserError: the batch does not divide among the processes.
+        """
+        if self.sequences % processes:
+            raise UserError(
+                "the batch does not divide among the processes",
+                where="recover.batch_size",
+                expected=f"a multiple of {processes}",
+                found=f"{self.sequences}",
+            )
+        return self.sequences // processes
+
+    def passes(self, step: int, processes: int) -> list[list[dict[str, torch.Tensor]]]:
+        """Parts `{"input_ids": [sequences, length]}` of the batch of a step (from 0), for every process."""
+        share = self.share(processes)
+        most = min(self.most or share, share)
+        batch = self.windows.batch(step, self.sequences)
+        return [[{"input_ids": part} for part in process.split(most)] for process in batch.split(share)]

@@ -1,6 +1,6 @@
 """Models, settings and text that the tests of recovery share; run as a script it is one training of its own process.
 
-Usage: python -m tests.recover.common FOLDER SETTINGS [STEP FILE]; after that step it waits for the file.
+Usage: python -m tests.train.common FOLDER SETTINGS [STEP FILE]; after that step it waits for the file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import transformers
 
 from compress.models.families import layers_of
 from compress.models.pruning import Kept, prune
-from compress.recover.recover import Recovered, recover
-from compress.recover.settings import RecoverSettings
+from compress.train.recovery import Recovered, recover
+from compress.train.settings import RecoverSettings
 from tests.tiny import SIZES, VOCABULARY, tiny_model
 
 # Sharp attention of large weights is hard to train; these learn within a few steps.

@@ -12,15 +12,16 @@ import torch
 
 from compress.errors import UserError
 from compress.models.planned import planned_model
-from compress.models.recovered import load_recovered, write_recovered
 from compress.models.shape import shape_of
-from compress.recover.lora import attach, merge, projections
-from compress.recover.loss import distill_loss, text_loss
-from compress.recover.recover import read_recovered, recover
-from compress.recover.train import rate_factor
-from compress.recover.windows import Windows
-from tests.recover.common import model_of, pruned_model, settings, text, trained
+from compress.models.trained import load_trained, write_trained
+from compress.train.lora import attach, merge, projections
+from compress.train.objectives.distill import distill_loss
+from compress.train.objectives.text import text_loss
+from compress.train.recovery import read_recovered, recover
+from compress.train.schedule import Schedule
+from compress.train.windows import Windows
 from tests.tiny import mixed_plan, random_ids, tiny_model
+from tests.train.common import model_of, pruned_model, settings, text, trained
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -42,7 +43,7 @@ def test_training_lowers_the_loss(tmp_path: Path, train: str) -> None:
     lines = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert lines[-1]["tokens"] == record.tokens == 6 * 4 * 16
-    assert lines[0]["loss"] == lines[0]["text_loss"] == record.first_loss and lines[0]["distill_loss"] is None
+    assert lines[0]["loss"] == lines[0]["text_loss"] == record.first_loss and "distill_loss" not in lines[0]
     assert not model.training and not hasattr(model, "peft_config")
     assert set(weights(model)) == set(weights(pruned_model()))
     assert record == read_recovered(tmp_path)
@@ -169,7 +170,7 @@ def test_a_plan_is_trained_on_its_own_copy_of_the_weights(tmp_path: Path, train:
     _, record = trained(tmp_path, planned, train=train, rate=0.003, length=40, steps=8)
     assert record.last_loss < record.first_loss
     assert all(torch.equal(weight, before[name]) for name, weight in weights(dense).items())
-    again = load_recovered(planned_model(dense, mixed_plan(shape_of(dense))), tmp_path)
+    again = load_trained(planned_model(dense, mixed_plan(shape_of(dense))), tmp_path)
     assert torch.equal(logits(again), logits(planned))
     assert torch.equal(logits(dense), answers)
 
@@ -178,7 +179,7 @@ def test_a_plan_is_trained_on_its_own_copy_of_the_weights(tmp_path: Path, train:
 def test_tied_embeddings_stay_tied(tmp_path: Path, train: str) -> None:
     model, _ = trained(tmp_path / "made", model_of(tie_word_embeddings=True), train=train)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    found = load_recovered(model_of(tie_word_embeddings=True), tmp_path / "made")
+    found = load_trained(model_of(tie_word_embeddings=True), tmp_path / "made")
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert torch.equal(logits(found), logits(model))
 
@@ -222,10 +223,10 @@ def test_windows_take_every_window_once_an_epoch() -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    factors = [rate_factor(step, 20, 0.2) for step in range(20)]
+    factors = [Schedule.cosine(1.0, 20, 0.2)(step) for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.02
-    assert rate_factor(0, 1, 0.03) == 1.0
+    assert Schedule.cosine(1.0, 1, 0.03)(0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -238,25 +239,25 @@ def test_windows_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], messag
 
 
 def test_weights_of_another_model_are_refused_with_all_reasons(tmp_path: Path) -> None:
-    write_recovered(pruned_model(), tmp_path)
+    write_trained(pruned_model(), tmp_path)
     with pytest.raises(UserError) as error:
-        load_recovered(model_of("qwen2"), tmp_path)
+        load_trained(model_of("qwen2"), tmp_path)
     told = str(error.value)
     assert "lack `model.layers.0.self_attn.q_proj.bias`" in told and "`model.layers.2.mlp.up_proj.weight` does" in told
     with pytest.raises(UserError, match=r"`model.norm.weight` does not fit"):
-        load_recovered(pruned_model().bfloat16(), tmp_path)
+        load_trained(pruned_model().bfloat16(), tmp_path)
     with pytest.raises(UserError, match=r"which the model has not"):
-        load_recovered(model_of(tie_word_embeddings=True), tmp_path)
+        load_trained(model_of(tie_word_embeddings=True), tmp_path)
     with pytest.raises(UserError, match="no trained weights"):
-        load_recovered(model_of(), tmp_path / "nowhere")
+        load_trained(model_of(), tmp_path / "nowhere")
 
 
 def test_weights_in_several_files_come_back(tmp_path: Path) -> None:
     model = pruned_model()
-    one = write_recovered(model, tmp_path)
-    assert write_recovered(model, tmp_path, max_shard_size="20KB") == one
+    one = write_trained(model, tmp_path)
+    assert write_trained(model, tmp_path, max_shard_size="20KB") == one
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
     blank = pruned_model()
     for weight in blank.parameters():
         weight.data = torch.zeros_like(weight)
-    assert torch.equal(logits(load_recovered(blank, tmp_path)), logits(model))
+    assert torch.equal(logits(load_trained(blank, tmp_path)), logits(model))

@@ -11,7 +11,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.families import layers_of
-from compress.recover.settings import RecoverSettings
+from compress.train.settings import RecoverSettings
 
 
 def projections(model: nn.Module) -> list[str]:

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from compress.data.text import TextSource
 from compress.limits import BATCH, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
+from compress.train.objectives.distill import Distill
+from compress.train.objectives.objective import Objective
+from compress.train.objectives.text import Text
 
 # Neither changes what is trained: when it is saved, where it lies, what is recomputed, what is trained beside it.
 OUTSIDE = {"save_every", "shard", "checkpointing", "control"}
@@ -84,11 +87,11 @@ class RecoverSettings(Method):
         return self.step_count * self.batch_size * self.length
 
     @property
-    def weights(self) -> tuple[float, float]:
-        """Weights of the text loss and of the KL."""
-        return {"text": (1.0, 0.0), "distill": (0.0, 1.0), "both": (1 - self.distill_weight, self.distill_weight)}[
-            self.loss
-        ]
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is minimised, and what is only recorded beside it (weight 0)."""
+        share = {"text": 0.0, "distill": 1.0, "both": self.distill_weight}[self.loss]
+        text = Text(weight=1 - share)
+        return (text,) if self.loss == "text" else (text, Distill(weight=share, temperature=self.temperature))
 
     def facts(self) -> dict[str, Any]:
         """All that the trained weights depend on, as plain values."""

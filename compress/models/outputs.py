@@ -1,0 +1,116 @@
+"""What the head groups of a dense layer would put out under other targets, by the runtime's own mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compress.errors import Problem, UserError
+from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, Mixer, heads_of, take
+from compress.runtime.reference import Rows
+from compress.runtime.step import Step
+from compress.targets.full import FullGroup
+from compress.targets.target import Target
+
+FULL = FullGroup()
+
+
+def check_priced(targets: Sequence[Target], where: str) -> None:
+    """Refuse targets whose outputs cannot be had from queries, keys and values alone.
+
+    Args:
+        where: key of the recipe that names them.
+
+    Raises:
+        UserError: names each, and why.
+    """
+    problems = [
+        Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
+        for target in targets
+        if (why := _refusal(target)) is not None
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _refusal(target: Target) -> str | None:
+    if target.removes:
+        return None
+    if target.objective is not None:
+        return "it is trained before it is of use"
+    if target.target not in MIXERS:
+        return "the runtime has no mixer for it"
+    if MIXERS[target.target].needs_inputs:
+        return "it reads the input of its layer, which this statistic does not keep"
+    return None
+
+
+class Alternatives:
+    """Outputs of one layer where its groups have other targets.
+
+    Args:
+        facts: about the layer.
+        plans: each names one target a group.
+    """
+
+    def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]]) -> None:
+        self.facts = facts
+        self.plans = [_Plan(facts, plan) for plan in plans]
+        self.dense = _Plan(facts, [FULL] * len(plans[0])) if plans else None
+
+    def changes(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        dense: torch.Tensor | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """O_alternative - O_full for every plan, `[B, H, T, D]` in the dtype of the queries.
+
+        Both come from the same code, so that a target which hides nothing changes nothing but rounding.
+
+        Args:
+            query: `[B, H, T, D]` after RoPE, of sequences without padding.
+            key, value: `[B, G, T, D]`.
+            scale: factor on the scores.
+            dense: O_full as `full` gives it, where it is known already.
+        """
+        if self.dense is None:
+            return
+        dense = self.full(query, key, value, scale) if dense is None else dense
+        for plan in self.plans:
+            yield plan.output(query, key, value, scale).sub_(dense)
+
+    def full(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """O_full, `[B, H, T, D]`; arguments as in `changes`."""
+        assert self.dense is not None
+        return self.dense.output(query, key, value, scale)
+
+
+class _Plan:
+    """One target for every group of a layer."""
+
+    def __init__(self, facts: LayerFacts, targets: Sequence[Target]) -> None:
+        self.stays = [group for group, target in enumerate(targets) if not target.removes]
+        self.heads = heads_of(self.stays, facts.group_size)
+        entries: list[Mapping[str, Any]] = [targets[group].model_dump(mode="json") for group in self.stays]
+        self.kinds = Kinds(entries, facts) if entries else None
+
+    def output(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """`[B, H, T, D]`, new memory; zero where a group is removed."""
+        batch, _, tokens, _ = query.shape
+        out = torch.zeros_like(query[..., : value.shape[-1]])
+        if self.kinds is None:
+            return out
+        rows = Rows.whole(batch, tokens)
+        step = Step(None, rows, None, None, list(rows.count), tokens, input_length=tokens)
+
+        def run(mixer: Mixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any) -> torch.Tensor:
+            return mixer.prefill(q, k, v, None, step, scale=scale, dropout=0.0)
+
+        q, k, v = take(query, self.heads, 1), take(key, self.stays, 1), take(value, self.stays, 1)
+        out[:, self.heads] = self.kinds.mix(q, k, v, None, run).transpose(1, 2)
+        return out

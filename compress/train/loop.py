@@ -1,0 +1,260 @@
+"""The training loop: whole batches first, then split over processes and passes, so that a split changes no gradient.
+
+What is trained is a `Trainee`, its losses are objectives, what it sees are `Batches`. Every pass seeds torch's
+generators from the seed, the step and its own number. So dropout is the same after an interrupt, and no state of a
+generator has to be saved.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+
+from compress.errors import UserError
+from compress.train.curve import Curve
+from compress.train.objectives.objective import Inputs, Objective
+from compress.train.schedule import Schedule
+from compress.train.state import Store, capture, restore
+from compress.train.stop import noted_signals
+
+Progress = Callable[[int, int, str], None]
+Learn = Callable[[Any, Any], None]
+
+
+class Trainee(Protocol):
+    """What is trained: a module, and how it and its teacher run on a part of a batch.
+
+    Attributes:
+        module: its parameters that need gradients are trained.
+    """
+
+    @property
+    def module(self) -> Any: ...
+
+    def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
+        """Run a part of a batch, and call `learn(student, teacher)` with the outputs, which runs the backward pass.
+
+        It may be called several times, with the outputs of one layer after the other, whose losses add up.
+
+        Args:
+            module: the trainee's own, or what spreads its weights over processes.
+        """
+
+
+class Batches(Protocol):
+    """What is trained on.
+
+    Attributes:
+        unit: what the size of a batch is counted in, for instance `tokens`.
+        size: of a batch, over all processes.
+    """
+
+    unit: str
+    size: int
+
+    def passes(self, step: int, processes: int) -> Sequence[Sequence[Inputs]]:
+        """The batch of a step (from 0): for every process the parts that it passes through the model one by one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the loop trains.
+
+    Attributes:
+        seed: of all that is drawn in a pass, as a text.
+        schedule: learning rate of each step.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        save_every: steps between two saved states.
+        advice: what to do when a loss is not finite.
+    """
+
+    seed: str
+    schedule: Schedule
+    weight_decay: float = 0.0
+    clip: float = math.inf
+    save_every: int = 50
+    advice: str = "lower the learning rate"
+
+
+def train(
+    trainee: Trainee,
+    objectives: Sequence[Objective],
+    batches: Batches,
+    settings: Settings,
+    store: Store,
+    accelerator: Accelerator,
+    *,
+    curve: Curve | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Train in place, and go on from a saved state if there is one.
+
+    Args:
+        curve: gets a line a step; None keeps none.
+        progress: called in the main process with (steps done, steps in all, losses and speed).
+
+    Returns:
+        The module as it was trained: the trainee's own, or what its weights are spread over processes in.
+
+    Raises:
+        UserError: a loss or its gradient is not finite.
+        KeyboardInterrupt: SIGTERM or SIGINT came; the step was finished and the state saved.
+    """
+    module, steps = trainee.module, settings.schedule.steps
+    trained = {name: weight for objective in objectives for name, weight in objective.trained(module).items()}
+    device = next(iter(trained.values())).device
+    optimiser: Any = torch.optim.AdamW(trained.values(), lr=settings.schedule.rate, weight_decay=settings.weight_decay)
+    spread = accelerator.distributed_type == DistributedType.FSDP
+    if spread:
+        module, prepared = accelerator.prepare(module, optimiser)
+        optimiser = prepared.optimizer
+        trained = {name: weight for name, weight in module.named_parameters() if name in trained}
+    first = 0
+    saved = store.read()
+    if saved is not None and (curve is None or len(curve.steps()) >= saved[0]):  # else steps are lost, and made again
+        first = saved[0]
+        restore(saved[1], module, trained, optimiser)
+    del saved
+    if accelerator.is_main_process and curve is not None:
+        curve.cut(first)
+    passes = _Passes(trainee, module, objectives, accelerator, device, spread)
+    with ExitStack() as undo:
+        undo.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stopped = undo.enter_context(noted_signals())
+        module.train()
+        began = time.perf_counter()
+        for step in range(first, steps):
+            started = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = settings.schedule(step)
+            optimiser.zero_grad()
+            sums = passes.run(batches.passes(step, accelerator.num_processes), f"{settings.seed}/{step}")
+            if not spread:
+                _sum_gradients(list(trained.values()), accelerator.num_processes)
+            sums = accelerator.reduce(torch.cat([sums, sums.new_tensor([float(stopped())])]), "sum").tolist()
+            losses = [total / count for total, count in zip(sums[:-1], passes.counts, strict=True)]
+            loss = sum(objective.weight * mean for objective, mean in zip(objectives, losses, strict=True))
+            norm = _number(accelerator.clip_grad_norm_(trained.values(), settings.clip))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise UserError(
+                    "the loss of the training, or its gradient, is not finite",
+                    where=f"step {step + 1}",
+                    found=f"loss {loss}, norm of the gradient {norm}",
+                    fix=settings.advice,
+                )
+            optimiser.step()
+            for objective in objectives:
+                objective.constrain(trained)
+            done = step + 1
+            if accelerator.is_main_process:
+                if curve is not None:
+                    named = {
+                        f"{objective.registered}_loss": mean for objective, mean in zip(objectives, losses, strict=True)
+                    }
+                    facts = {"loss": loss, **named, "rate": settings.schedule(step)}
+                    seconds = time.perf_counter() - started
+                    curve.append({"step": done, batches.unit: done * batches.size, **facts, "seconds": seconds})
+                if progress is not None:
+                    line = _line(loss, batches, done - first, steps - done, time.perf_counter() - began)
+                    progress(done, steps, line)
+            if sums[-1] or (done < steps and done % settings.save_every == 0):
+                state = capture(module, trained, optimiser)
+                if accelerator.is_main_process:
+                    store.write(done, state)
+            if sums[-1]:
+                accelerator.wait_for_everyone()
+                raise KeyboardInterrupt(f"stopped after step {done} of {steps}, which is saved")
+    return module
+
+
+class _Passes:
+    """Forward and backward passes of a step; every term of the whole batch weighs the same."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        module: Any,
+        objectives: Sequence[Objective],
+        accelerator: Accelerator,
+        device: torch.device,
+        spread: bool,
+    ) -> None:
+        self.trainee, self.module, self.objectives = trainee, module, objectives
+        self.accelerator, self.device, self.spread = accelerator, device, spread
+        self.counts: list[int] = []
+
+    def run(self, passes: Sequence[Sequence[Inputs]], seed: str) -> torch.Tensor:
+        """Gradients of this process's parts of a batch; the sum of every objective's terms over them, `[objectives]`.
+
+        Afterwards `counts` has the terms of each objective in the whole batch.
+        """
+        self.counts = [
+            sum(objective.count(part) for parts in passes for part in parts) for objective in self.objectives
+        ]
+        parts = passes[self.accelerator.process_index]
+        sums = torch.zeros(len(self.objectives), device=self.device)
+        for number, part in enumerate(parts):
+            torch.manual_seed(random.Random(f"{seed}/{self.accelerator.process_index}/{number}").getrandbits(63))
+            waits = self.spread and number < len(parts) - 1
+            with self.accelerator.no_sync(self.module) if waits else nullcontext():
+                inputs = {
+                    name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+                    for name, value in part.items()
+                }
+                self.trainee.run(self.module, inputs, self._learn(inputs, sums))
+        return sums
+
+    def _learn(self, inputs: Inputs, sums: torch.Tensor) -> Learn:
+        # Spread weights get the mean gradient over processes; the loss is already a share of the whole batch's mean.
+        factor = self.accelerator.num_processes if self.spread else 1
+
+        def learn(student: Any, teacher: Any) -> None:
+            loss: torch.Tensor | None = None
+            for number, objective in enumerate(self.objectives):
+                with nullcontext() if objective.weight else torch.no_grad():
+                    total = objective.loss(student, teacher, inputs)
+                sums[number] += total.detach()
+                if objective.weight:
+                    term = objective.weight / self.counts[number] * total
+                    loss = term if loss is None else loss + term
+            if loss is not None:
+                self.accelerator.backward(loss * factor)
+
+        return learn
+
+
+def _sum_gradients(weights: Sequence[nn.Parameter], processes: int) -> None:
+    """Replace the gradients by their sums over all processes."""
+    if processes == 1:
+        return
+    waiting = []
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        waiting.append(distributed.all_reduce(weight.grad, async_op=True))
+    for work in waiting:
+        work.wait()
+
+
+def _number(value: Any) -> float:
+    """A tensor of one number, which may be spread over processes."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _line(loss: float, batches: Batches, done: int, left: int, seconds: float) -> str:
+    """Loss, speed and time left, from the `done` steps of this session that took `seconds`."""
+    speed = done * batches.size / seconds
+    minutes, rest = divmod(round(left * seconds / done), 60)
+    return f"loss {loss:.4f}, {speed:,.0f} {batches.unit}/s, {minutes} min {rest:02d} s left"

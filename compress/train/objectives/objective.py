@@ -1,0 +1,53 @@
+"""What every objective answers: which parameters it trains, its loss on a batch, and what holds after every step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from compress.limits import FACTOR
+from compress.registry import Method
+
+Inputs = Mapping[str, Any]  # keyword arguments of what is trained, a part of a batch
+
+
+class Objective(Method):
+    """One loss of a training; several are added up by their weights. Registered by `@objectives.register("name")`.
+
+    A loss is a sum over the terms of a part of a batch, such as its tokens. The loop divides it by the terms of the
+    whole batch, so that every term weighs the same however the batch is split over passes and processes.
+
+    Attributes:
+        needs_teacher: whether it reads what the teacher gives.
+        unit: of the loss a term.
+    """
+
+    weight: float = Field(1.0, ge=0, le=FACTOR, description="weight in the sum of losses; 0 only records it")
+
+    needs_teacher: ClassVar[bool] = False
+    unit: ClassVar[str] = "nats a token"
+
+    def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name: all that need gradients."""
+        return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+    @abstractmethod
+    def count(self, inputs: Inputs) -> int:
+        """Number of terms in a part of a batch; known before anything is computed."""
+
+    @abstractmethod
+    def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
+        """Sum of the terms over a part of a batch.
+
+        Args:
+            student, teacher: what the trained and the dense model give for it (a transformers output, or a mapping of
+                the same form); `teacher` is None where nothing needs one.
+        """
+
+    def constrain(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Put parameters back, in place, into the range they have to be in; called after every step."""
