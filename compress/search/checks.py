@@ -17,7 +17,7 @@ def check_recipe(recipe: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
     known = [task for task in calibration.documents if hasattr(task, "hides")]
     problems = section_problems(section.solver, section.budget, section.refine)
     grids = {recipe.name_of(each): each.grid for each in statistics if hasattr(each, "grid")}
-    if section.solver.spans and not grids:
+    if section.solver.spans and not grids and "targets" not in section.solver.scores_read().values():
         problems.append(
             (
                 ("profile", "statistics"),

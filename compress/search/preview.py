@@ -25,6 +25,7 @@ from compress.search.run import SearchSection, make_problem, no_start
 from compress.search.solver import parse_solver
 
 if TYPE_CHECKING:
+    from compress.targets.target import Target
     from compress.targets.window import SpanGrid
 
 ANY_BANDWIDTH = 1e12  # bytes per second; shares do not depend on it
@@ -38,6 +39,11 @@ class _Zeros:
     neurons: int
     lengths: Sequence[int]
     grid: SpanGrid | None
+    priced: Sequence[Target]
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """Zeros, for a target that is to be priced."""
+        return torch.zeros(self.shape.layers, self.shape.kv_heads)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Zeros in the shape that a solver expects under this key."""
@@ -73,7 +79,8 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
-    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid)
+    priced = next((statistic.targets for statistic in statistics if "effect.absolute" in statistic.gives), ())
+    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced)
     if solver.removes:
         check_pruning(config)
         _check_biases(config, solver)

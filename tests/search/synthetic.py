@@ -16,7 +16,7 @@ from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa
-from compress.targets.window import SpanGrid
+from compress.targets.window import SpanGrid, WindowGroup
 
 ITEMSIZE = 2
 SMALL = SpanGrid(betas=(0.0, 0.25, 0.5, 1.0))
@@ -32,6 +32,17 @@ class FakeProfile:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self.tensors[key]
+
+    @property
+    def priced(self) -> tuple[WindowGroup, ...]:
+        """Fixed windows of the grid, as `effect` would price them."""
+        grid = self.grid or SMALL
+        return tuple(WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0) for alpha in (64, 128, 256))
+
+    def effect(self, target: Any, length: int, part: str = "absolute") -> torch.Tensor:
+        """What the tables say of such a window."""
+        table = self.tensors[f"influence.{part}.{length}"][:, :, 0, 0]
+        return table[..., target.alpha // 64 - 1] if target in self.priced else torch.zeros_like(table[..., 0])
 
 
 def make_shape(

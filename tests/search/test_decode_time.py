@@ -17,7 +17,7 @@ from compress.search.budget.step_time import Curve, roofline
 from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
 from compress.search.solver import parse_solver
-from compress.search.solvers.moa import UnitRemoval
+from compress.search.solvers.frontier import UnitRemoval
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import budget_problem, dense_of, held_bytes, limits_of, make_shape, random_profile
 from tests.tiny import shape_of, tiny_model

@@ -16,6 +16,8 @@ from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
 from compress.plan import read_plan
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import random_ids, tiny_model
 
@@ -52,9 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a profile, a search and a checkpoint."""
     folder = tmp_path_factory.mktemp("mixed")
     recipe = make_recipe(folder, tiny_model("llama-mha"))
-    recipe.write_text(
-        MIXED.format(model=folder / "model", text=folder / "text.txt", output=folder / "run")
-    )
+    recipe.write_text(MIXED.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
     (folder / "said.txt").write_text("".join(call(command, recipe) for command in ("profile", "search", "export")))
     return folder
 
@@ -95,3 +95,42 @@ def test_its_checkpoint_holds_what_was_predicted(run: Path) -> None:
     said = (run / "said.txt").read_text()
     assert "of the decoder layers' parameters" in said and "of the dense model's FLOPs" in said
     assert "KV cache at 320 tokens" in said
+
+
+PRICED = """\
+search:
+  solver: {name: priced, points: 0, removal: {weights: [1]}}
+  budget: {kv: 0.5, parameters: 0.85, lengths: [320]}
+evaluate:"""
+EFFECT = """\
+profile:
+  statistics:
+    - name: effect
+      targets:
+        - {target: window, sink: 4, alpha: 64, beta: 0.0}
+        - {target: window, sink: 4, alpha: 128, beta: 0.0}
+        - {target: pruned}
+    - {name: taylor}
+"""
+
+
+def test_targets_that_effect_priced_are_chosen_without_any_table_of_rules(run: Path) -> None:
+    recipe = run / "priced.yaml"
+    text = (run / "recipe.yaml").read_text().replace(f"output: {run / 'run'}", f"output: {run / 'priced'}")
+    head, _, rest = text.partition("profile:\n")
+    recipe.write_text(head + EFFECT + PRICED + rest.partition("evaluate:")[2])
+    call("validate", recipe)
+    call("profile", recipe)
+    call("search", recipe)
+    plan = read_plan(run / "priced" / "plan.json")
+    chosen = {group.model_dump_json() for layer in plan.layers for group in layer.groups if not group.removes}
+    asked = {
+        row.model_dump_json() for row in (FullGroup(), *(WindowGroup(sink=4, alpha=a, beta=0.0) for a in (64, 128)))
+    }
+    assert plan.prunes and len(chosen) > 1 and chosen <= asked
+    (dense,) = {row["dense"] for row in _limits(run / "priced") if row["kind"] == "kv"}
+    assert plan.predicted.kv_bytes[320] <= 0.5 * dense
+
+
+def _limits(folder: Path) -> Any:
+    return json.loads((folder / "search" / "pareto.json").read_text())["limits"]

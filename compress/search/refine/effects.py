@@ -24,11 +24,11 @@ from torch.nn import functional
 
 from compress.models.backward import recomputed
 from compress.models.families import layers_of
+from compress.models.outputs import Alternatives
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, replaced_attention, tapped
 from compress.plan import ModelShape
-from compress.runtime.impl import choose_impl
-from compress.runtime.span import FULL, Span
+from compress.runtime.mixer import LayerFacts
 from compress.search.refine.divergence import Divergence
 from compress.targets.target import Target
 
@@ -71,23 +71,20 @@ def all_effects(
     effects = torch.zeros(samples, count, shape.layers, shape.kv_heads, len(rules[0]), device=device)
     of_neurons = torch.zeros(samples, count, shape.layers, options, device=device)
     current: list[torch.Tensor] = []
+    alternatives: dict[int, Alternatives] = {}
 
     def attention(call: AttentionCall) -> torch.Tensor:
         if call.window is not None:
             return call.dense()
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
-        # The same code for all rules, so that a rule that hides nothing has no effect but rounding's.
-        prefill = choose_impl("auto", query).prefill
-        output = prefill(query, key, value, (FULL,) * shape.kv_heads, scale=scaling)
-        rows = current[0]
+        if layer not in alternatives:
+            facts = LayerFacts(layer, query.shape[-1], 0, query.shape[1] // key.shape[1], None)
+            alternatives[layer] = Alternatives(facts, rules[layer])
+        others, rows = alternatives[layer], current[0]
+        output = others.full(query, key, value, scaling)
 
         def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
-            for number, targets in enumerate(rules[layer]):
-                moved = prefill(q, k, v, tuple(map(_span, targets)), scale=scaling).sub_(o)
-                gone = [group for group, target in enumerate(targets) if target.removes]
-                if gone:
-                    by_group = moved.unflatten(1, (shape.kv_heads, -1))
-                    by_group[:, gone] = -o.unflatten(1, (shape.kv_heads, -1))[:, gone]
+            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o)):
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 
@@ -126,12 +123,6 @@ def all_effects(
                     torch.stack(losses).sum().backward()
                 effects[sample, members], of_neurons[sample, members] = current
     return effects.cpu(), of_neurons.cpu()
-
-
-def _span(target: Target) -> Span:
-    """What a group of a target sees in a layer that sees everything by itself; anything where it is removed."""
-    seen: Any = FULL if target.removes else target.span()  # type: ignore[attr-defined]
-    return seen
 
 
 def label_loss(logits: torch.Tensor, seed: str) -> torch.Tensor:

@@ -94,10 +94,23 @@ class Moves:
 
 
 def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:
-    """Targets to think of, `[layers][rules][groups]`: full, removed where that is allowed, windows in steps of about a
-    half, and the group's own last.
+    """Targets to think of, `[layers][rules][groups]`: full, removed where that is allowed, windows, and the group's own
+    last. Where the profile priced no rules, the targets that it did price are in the place of the windows.
+    """
+    groups = problem.shape.kv_heads
+    first: list[list[Target]] = [[FULL_GROUP] * groups]
+    if problem.dense.removes:
+        first.append([PRUNED] * groups)
+    profile: Any = problem.profile
+    if profile.grid is None:
+        first += [[target] * groups for target in profile.priced if not target.removes]
+        return [[*first, list(layer.groups)] for layer in layers]
+    return [[*first, *_windows(problem, layer.groups), list(layer.groups)] for layer in layers]
 
-    Windows have the group's own sink and growth (the grid's first where the group has no window).
+
+def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
+    """Windows in steps of about a half, `[rules][groups]`, with the group's own sink and growth; with the grid's first
+    sink where the group has no window.
     """
     grid, longest = problem.grid, max(problem.budget_lengths)
     alphas, alpha = [], max(grid.alpha_min, PAGE)
@@ -105,22 +118,13 @@ def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Ta
         alphas.append(alpha)
         alpha = max(alpha + PAGE, round(alpha * 2**0.5 / PAGE) * PAGE)
 
-    def window(target: Any, alpha: int) -> Target:
+    def window(target: Target, alpha: int) -> Target:
         if target.as_built:
             return WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0)
         changed: Target = target.model_copy(update={"alpha": alpha})
         return changed
 
-    removed: list[Target] = [PRUNED] * problem.shape.kv_heads if problem.dense.removes else []
-    return [
-        [
-            [FULL_GROUP] * len(layer.groups),
-            *([removed] if removed else []),
-            *([window(target, alpha) for target in layer.groups] for alpha in alphas),
-            list(layer.groups),
-        ]
-        for layer in layers
-    ]
+    return [[window(target, alpha) for target in targets] for alpha in alphas]
 
 
 def _neuron_steps(number: int, layer: LayerPlan, scores: torch.Tensor) -> tuple[Neurons, list[int]]:
