@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from compress.errors import UserError, nearest
 
@@ -27,14 +29,18 @@ PathText = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_
 
 
 class Method(BaseModel):
-    """Base of every registered method: frozen, and unknown parameters are refused."""
+    """Base of every registered method: frozen, and unknown parameters are refused.
+
+    Attributes:
+        registered: the name that recipes and plans give the class; empty where it has none.
+        gives: what a statistic leaves for a search to read, by name: `units` (a score of every head and neuron),
+            `means` (their mean inputs), `groups` (one number a head group), `rules` (a table of span rules) or
+            `targets` (what each of some targets costs a head group).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    registered: ClassVar[str] = ""  # the name that recipes and plans give the class
-    # What a statistic leaves for a search to read, by name: `units` (a score of every head and neuron), `means` (their
-    # mean inputs), `groups` (one number a head group), `rules` (a table of span rules) or `targets` (what each of some
-    # targets costs a head group).
+    registered: ClassVar[str] = ""
     gives: ClassVar[Mapping[str, str]] = {}
 
     def scores_read(self) -> Mapping[str, str]:
@@ -43,22 +49,32 @@ class Method(BaseModel):
 
 
 T = TypeVar("T", bound=Method)
+Named = TypeVar("Named", bound=type[Method])
 
 
 class Registry(Generic[T]):
-    """Name -> class, filled by a decorator on the class."""
+    """Name -> class, filled by a decorator on the class.
 
-    def __init__(self, kind: str) -> None:
+    As an annotation, `Annotated[Solver, solvers]`, it lets a field hold one of its methods, which is written as a
+    mapping with the name under `key` beside the parameters: `{name: moa, points: 4}`.
+
+    Args:
+        kind: what one is called in messages.
+        key: names the method in its written form.
+    """
+
+    def __init__(self, kind: str, key: str = "name") -> None:
         self.kind = kind
+        self.key = key
         self._methods: dict[str, type[T]] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[Named], Named]:
         """Class decorator. Raises ValueError when the name is taken by another class."""
 
-        def add(method: type[T]) -> type[T]:
+        def add(method: Named) -> Named:
             if name in self._methods and self._methods[name].__qualname__ != method.__qualname__:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._methods[name] = method
+            self._methods[name] = method  # type: ignore[assignment]  # the registry's base class is not known here
             method.registered = name
             return method
 
@@ -73,16 +89,73 @@ class Registry(Generic[T]):
             )
         return self._methods[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._methods
+
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._methods))
 
     def items(self) -> list[tuple[str, type[T]]]:
+        """Names and classes, in the order of the names."""
         return [(name, self._methods[name]) for name in self]
+
+    def parse(self, value: Any) -> Any:
+        """A method from its written form; one that is a method already is returned as it is.
+
+        Numbers and texts are told apart: `true` and `"4"` are no numbers.
+
+        Raises:
+            PydanticCustomError: no mapping, no name, or an unknown one; `ctx` has the registry's `kind` and `key`.
+            pydantic.ValidationError: a wrong parameter.
+        """
+        if isinstance(value, Method):
+            return value
+        about = {"kind": self.kind, "key": self.key, "known": ", ".join(self)}
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("no_method", "expected `{key}: ...` and its parameters", about)
+        if self.key not in value:
+            raise PydanticCustomError("no_name", "expected `{key}: ...`, one of {known}", about)
+        name = value[self.key]
+        if not isinstance(name, str) or name not in self._methods:
+            hint = nearest(str(name), self)
+            about |= {"name": str(name)[:60], "hint": f"; {hint}" if hint else ""}
+            raise PydanticCustomError("unknown_name", "unknown {kind} `{name}`, expected one of {known}{hint}", about)
+        method = self._methods[name]
+        given = {key: item for key, item in value.items() if key != self.key or key in method.model_fields}
+        return method.model_validate(typed(given), strict=True)
+
+    def written(self, method: Method) -> dict[str, Any]:
+        """The form that `parse` reads, of JSON's types, with every default written out."""
+        return {self.key: method.registered, **method.model_dump(mode="json")}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def write(method: Method, dump: core_schema.SerializerFunctionWrapHandler) -> dict[str, Any]:
+            return {self.key: method.registered, **dump(method)}
+
+        form = core_schema.wrap_serializer_function_ser_schema(write, schema=core_schema.any_schema())
+        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=form)
+
+
+_WHOLE = re.compile(r"[1-9][0-9]{0,17}")
+
+
+def typed(value: Any) -> Any:
+    """JSON's or YAML's values in Python's types, for strict validation: lists as tuples, keys of digits as numbers.
+
+    What YAML shares by aliases is taken apart.
+    """
+    if isinstance(value, Mapping):
+        return {
+            int(key) if isinstance(key, str) and _WHOLE.fullmatch(key) else key: typed(item)
+            for key, item in value.items()
+        }
+    return tuple(typed(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 statistics: Registry[Any] = Registry("statistic")
 solvers: Registry[Any] = Registry("solver")
-targets: Registry[Any] = Registry("target")
-tasks: Registry[Any] = Registry("task")
+targets: Registry[Any] = Registry("target", key="target")
+tasks: Registry[Any] = Registry("task", key="task")
+sources: Registry[Any] = Registry("text source", key="source")
 budget_kinds: Registry[Any] = Registry("kind of budget")
 objectives: Registry[Any] = Registry("objective")

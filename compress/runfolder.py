@@ -34,6 +34,7 @@ STAGES = "stages.json"
 MODEL = "model.json"
 LOG = "log.jsonl"
 LOCK = ".lock"
+RECOVERED, CONTROL = "recover/recover.json", "recover/control/recover.json"  # records of what was trained
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.
 OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", "inputs.json", STAGES, LOG}

@@ -27,7 +27,6 @@ from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row, random_model
 from compress.bench.report import break_even, model_lines
 from compress.bench.source import Source
-from compress.cli.environment import environment
 from compress.files import write_json
 from compress.plan import ModelShape
 from compress.profile.heads.influence import Influence
@@ -37,6 +36,7 @@ from compress.runtime import flash
 from compress.runtime.impl import IMPLS
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
+from compress.stages.environment import environment
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)

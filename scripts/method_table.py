@@ -23,10 +23,8 @@ from typing import Any
 import torch
 import transformers
 
-from compress.cli import methods
-from compress.cli.session import resolve_device
 from compress.data.calibration import calibration_documents
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.data.text import EmbeddedText, FileText, split_text, tokenise
 from compress.errors import UserError
 from compress.evaluate.perplexity import PerplexityRequest, perplexity
@@ -36,15 +34,16 @@ from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import ModelShape, Plan, read_plan
 from compress.profile.store import read_profile
-from compress.recipe import Recipe, load_recipe
-from compress.registry import tasks
+from compress.recipe.load import load_recipe
+from compress.recipe.schema import Recipe
+from compress.registry import solvers, tasks
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
 from compress.search.refine.refine import Refine, refine
 from compress.search.run import make_problem
-from compress.search.solver import parse_solver
 from compress.search.solvers.moa import Moa
+from compress.stages.device import resolve_device
 
 # Row -> solver, and whether its budget holds at all profiled lengths (as published) or at the longest alone.
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -100,7 +99,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--text", help="a second text for perplexity")
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe, methods.load())
+    recipe = load_recipe(options.recipe)
     loaded = load_model(recipe.model, dtype=recipe.dtype, device=resolve_device(recipe.device))
     shape = shape_of(loaded.model)
     for step in options.steps:
@@ -125,7 +124,7 @@ def solve(options: argparse.Namespace, recipe: Recipe, loaded: LoadedModel, shap
                 continue
             started = time.monotonic()
             try:
-                found = parse_solver(solver).solve(problems[every])
+                found = solvers.parse(solver).solve(problems[every])
             except (UserError, ValueError) as error:
                 print(f"{budget} {name}: none, {str(error).splitlines()[0]}", flush=True)
                 continue
@@ -257,7 +256,7 @@ def _line(
     return " | ".join(parts)
 
 
-def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[Document]:
+def _documents(recipe: Recipe, loaded: LoadedModel, learn: int) -> Iterator[TextSample]:
     """The profiled documents, and the first few of each length that train."""
     calibration = recipe.calibration
     for requests, most in ((calibration.documents, None), (calibration.training, learn)):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).parents[1]
-PRELOAD = ("torch", "transformers", "safetensors.torch", "compress.cli.app", "compress.cli.methods")
+PRELOAD = ("torch", "transformers", "safetensors.torch", "compress.cli.app", "compress.recipe.read")
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ RECOVER = SPAN + "recover: {{length: 32, batch_size: 2, steps: 4, rate: 0.01, co
 PRELOAD = (
     *zygote.MODULES,
     "compress.cli.app",
-    "compress.cli.methods",
-    "compress.cli.stages",
+    "compress.recipe.read",
+    "compress.stages.session",
     "compress.evaluate.compare",
     "compress.export.export",
     "compress.train.recovery",

@@ -11,7 +11,7 @@ from compress.models.planned import planned_model
 from compress.models.pruning import Kept, output_projections
 from compress.models.shape import shape_of
 from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
-from compress.runtime.families import head_size_of
+from compress.runtime.families import head_size_of, row_of
 from compress.runtime.span import native_windows
 from compress.runtime.widths import Width
 from compress.targets.full import FullGroup
@@ -37,7 +37,8 @@ def uneven(config: Any) -> list[Kept]:
     width = Width.of(config)
     groups, share = width.groups, width.query_heads // width.groups
     neurons = tuple(range(width.neurons))
-    third = Kept((0, 2, 3), neurons[1:], (0, 2, 3)) if share == 1 else Kept((0, 1), neurons[1:], (0, 3))
+    most = neurons[row_of(config).neuron_step :]
+    third = Kept((0, 2, 3), most, (0, 2, 3)) if share == 1 else Kept((0, 1), most, (0, 3))
     return [Kept((groups - 1,), neurons[::2], (groups * share - 1,)), Kept(tuple(range(groups)), neurons), third]
 
 
@@ -48,9 +49,9 @@ def zero(model: Any, kept: list[Kept]) -> None:
     for layer, stays in zip(layers_of(model), kept, strict=True):
         heads, neurons = output_projections(layer, model.config)
         for head in set(range(width.query_heads)) - set(stays.query_heads(width.query_heads // width.groups)):
-            heads.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+            heads.weight[..., head * head_dim : (head + 1) * head_dim] = 0
         for neuron in set(range(width.neurons)) - set(stays.neurons):
-            neurons.weight[:, neuron] = 0
+            neurons.weight[..., neuron] = 0
 
 
 def targets_of(model: Any) -> list[list[Target]]:

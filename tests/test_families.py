@@ -16,14 +16,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from typer.testing import CliRunner
 
 from compress.cli.app import app
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.planned import planned_model
-from compress.models.pruning import Kept, parameters_per_unit, prune
+from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.passes.capture import Capture
@@ -35,13 +35,13 @@ from compress.runtime.widths import Width
 from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
-from tests.pruned import uneven, with_biases, zero
+from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
 from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
 
 Rule = tuple[int, int, float]
 LENGTH = 201  # beyond every window of `tests.tiny.MIXED`, and beyond the layers' own
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
-PRUNABLE = sorted(name for name in MORE if FAMILIES[name].whole is None or FAMILIES[name].whole_with is not None)
+PRUNABLE = sorted(name for name in MORE if FAMILIES[name].whole is None or FAMILIES[name].whole_unless)
 WHOLE = sorted(name for name in MORE if FAMILIES[name].whole is not None)
 NATIVE = sorted(name for name in MORE if FAMILIES[name].native is not None)
 
@@ -193,7 +193,7 @@ def test_a_profile_computes_what_the_model_computes(name: str) -> None:
     model, ids = tiny_model(name), random_ids(1, 90)
     layers: list[LayerTensors] = []
     with Capture(model, layers.append, gradient=True, checkpointing=True) as capture:
-        loss = capture.run(Document(tuple(ids[0].tolist()), (60, 90)))
+        loss = capture.run(TextSample(tuple(ids[0].tolist()), (60, 90)))
     expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert [layer.layer for layer in layers] == [2, 1, 0]
@@ -235,18 +235,26 @@ def test_a_native_model_is_the_planned_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRUNABLE)
 def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (switch := FAMILIES[name].whole_with) is not None:
-        monkeypatch.setitem(MORE[name], switch, False)
+    monkeypatch.setitem(MORE, name, MORE[name] | dict(FAMILIES[name].whole_unless))
     zeroed, pruned, ids = with_biases(name), with_biases(name), random_ids(1, 40)
-    zero(zeroed, uneven(zeroed.config))
-    assert not prune(pruned, uneven(pruned.config))
+    units, before, width = parameters_per_unit(pruned), block_parameters(pruned), Width.of(pruned.config)
+    kept, share = uneven(pruned.config), width.query_heads // width.groups
+    zero(zeroed, kept)
+    assert not prune(pruned, kept)
+    gone = 0
+    for unit, (groups, queries, neurons) in zip(units, (layer.widths(share) for layer in kept), strict=True):
+        gone += unit.removed(width.groups - groups, groups * share - queries, width.neurons - neurons)
+    assert before - block_parameters(pruned) == gone > 0
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
+    with pytest.raises(UserError, match="pruned already"):
+        prune(pruned, kept)
+    windows = planned_model(zeroed, make_plan(shape_of(zeroed), targets_of(zeroed)))
+    torch.testing.assert_close(logits(unevenly_pruned(name), ids), logits(windows, ids), **CLOSE)
 
-    alike, neurons = (
-        [Kept((1,), tuple(range(0, 64, 2)))] * 3,
-        [Kept(tuple(range(Width.of(zeroed.config).groups)), tuple(range(40)))] * 3,
-    )
-    for kept, narrows in ((alike, FAMILIES[name].narrows), (neurons, True)):
+    alike = [Kept((1,), tuple(range(0, width.neurons, 2)))] * 3
+    fewer = [Kept(tuple(range(width.groups)), tuple(range(width.neurons // 2)))] * 3
+    said = FAMILIES[name].narrows
+    for kept, narrows in ((alike, len(said) == 2), (fewer, "neuron" in said)):
         model = with_biases(name)
         assert prune(model, kept) == narrows
         if narrows:
@@ -258,7 +266,9 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_pruning_is_refused_with_the_reason(name: str) -> None:
+def test_pruning_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "mlp_only_layers" in FAMILIES[name].whole_unless:
+        monkeypatch.setitem(MORE, name, MORE[name] | {"mlp_only_layers": [0]})
     model = tiny_model(name)
     kept = [Kept((0, 1), tuple(range(40)))] * 3
     for call in (
@@ -321,4 +331,4 @@ def test_the_doctor_lists_every_family_and_target() -> None:
         assert row["architecture"] == FAMILIES[name].architecture and row["native"] == FAMILIES[name].native
     words = " ".join(CliRunner().invoke(app, ["doctor", "--families"]).stdout.split())
     assert all(name in words for name in (*FAMILIES, *REFUSED))
-    assert "where `use_qk_norm` is set" in words and "gemma2: its attention caps scores" in words
+    assert "unless config.json says `use_qk_norm: false`" in words and "gemma2: its attention caps scores" in words

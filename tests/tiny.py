@@ -69,7 +69,7 @@ CONFIGS = {
 }
 FAMILIES = sorted(CONFIGS)
 
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 THIRD_SLIDES = {"sliding_window": 50, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 

@@ -96,10 +96,10 @@ def measure(
     from compress.bench import kernel, measure, memory, report
     from compress.bench import model as whole
     from compress.bench.source import Source
-    from compress.cli.environment import environment
-    from compress.cli.session import resolve_device
     from compress.models.load import DTYPES
     from compress.runtime.impl import explain_impl
+    from compress.stages.device import resolve_device
+    from compress.stages.environment import environment
 
     where = torch.device(resolve_device(device))
     try:

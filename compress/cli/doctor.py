@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.cli.environment import environment, has_module, usable_cores
-from compress.cli.output import AsJson, Verbose, size
+from compress.cli.output import AsJson, Verbose
+from compress.stages.environment import environment, has_module, usable_cores
+from compress.words import size
 
 # (package, from, below, newest that the tests passed with, what it is for); None where there is no bound.
 WINDOWS: tuple[tuple[str, str, str | None, str | None, str], ...] = (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import AsJson, Overwrite, Verbose, progress, say
+from compress.cli.output import AsJson, Verbose, progress, say
+from compress.cli.recipe import Overwrite, opened
 from compress.errors import UserError
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
@@ -60,7 +61,7 @@ def evaluate(
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
             )
-        comparison = _recipe(arguments.recipe_file(what[0]), overwrite)
+        comparison = _recipe(what[0], overwrite)
     else:
         kept = arguments.words(suites)
         request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
@@ -110,10 +111,9 @@ def _folder_name(spec: str) -> str:
 
 
 def _recipe(path: str, overwrite: bool) -> Comparison:
-    from compress.cli.session import open_session
-    from compress.cli.stages import evaluate_stage
+    with opened(path, overwrite=overwrite) as session:
+        from compress.stages.evaluate import evaluate_stage
 
-    with open_session(path, overwrite=overwrite) as session:
         return evaluate_stage(session)
 
 
@@ -130,13 +130,13 @@ def _models(
 ) -> Comparison:
     import transformers
 
-    from compress.cli.session import resolve_device
     from compress.data.text import EmbeddedText
     from compress.evaluate.compare import compare
     from compress.evaluate.harness import HarnessRequest
     from compress.evaluate.latency import LatencyRequest
     from compress.evaluate.perplexity import PerplexityRequest
     from compress.evaluate.suites import SUITES
+    from compress.stages.device import resolve_device
 
     transformers.utils.logging.disable_progress_bar()
     names = tuple(SUITES) if asked["suites"] == ("all",) else asked["suites"]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import AsJson, Verbose, duration, size
+from compress.cli.output import AsJson, Verbose
 from compress.errors import UserError
 from compress.json_file import read_object
+from compress.words import duration, size
 
 if TYPE_CHECKING:
     from compress.plan import Form, Plan
@@ -65,7 +66,7 @@ def identify(path: Path) -> tuple[str, Path]:
         if (path / name).is_file():
             return kind, place
     raise UserError(
-        "this folder is no profile, no checkpoint with a plan, and no run with a plan",
+        "this folder holds neither a profile nor a plan",
         where=str(path),
         expected="profile.json, compress_plan.json or plan.json in it",
         found=", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder",
@@ -85,14 +86,14 @@ def _refuse_other(path: Path) -> None:
             expected="a plan.json, a profile, a checkpoint or a run folder",
             fix=f"compress validate {path}",
         )
-    found = read_object(path, "the plan")
-    if "layers" not in found:
+    content = read_object(path, "the plan")
+    if "layers" not in content:
         made = path.name in ("evaluation.json", "bench.json", "stages.json", "environment.json")
         raise UserError(
-            "this file is no plan",
+            "not a plan",
             where=str(path),
             expected="a plan.json, with a list `layers`",
-            found=f"an object with the keys {', '.join(list(found)[:6])}" if found else "an empty object",
+            found=f"an object with the keys {', '.join(list(content)[:6])}" if content else "an empty object",
             fix=f"compress report {path.parent}" if made else "`compress search` writes a plan.json",
         )
 
@@ -139,7 +140,11 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
-        typer.echo(f"{sliding} of {model.layers} layers slide by themselves; only the others have anything to give")
+        left_over = model.layers - sliding
+        typer.echo(
+            f"{sliding} of {model.layers} layers have a sliding window of the architecture and keep it; only the other "
+            f"{left_over} can be given windows"
+        )
     if plan.provenance:
         typer.echo("provenance " + json.dumps(plan.provenance))
 
@@ -167,8 +172,8 @@ def _print_profile(profile: Any) -> None:
         for key, entry in statistic.tensors.items():
             table.add_row(name, key, " x ".join(map(str, entry.shape)), ", ".join(entry.axes), entry.unit)
     show(table)
-    for name, found in stabilities(profile).items():
-        typer.echo(f"{name} on two corpora: {found.line()}")
+    for name, stability in stabilities(profile).items():
+        typer.echo(f"{name} on two corpora: {stability.line()}")
 
 
 def _print_checkpoint(folder: Path) -> None:
@@ -179,5 +184,5 @@ def _print_checkpoint(folder: Path) -> None:
     typer.echo(f"{folder}: {len(weights)} weight file(s), {size(sum(path.stat().st_size for path in weights))}")
     checks = folder / "compress_checks.json"
     if checks.is_file():
-        found = read_object(checks, "the record of the verification", fix="export again")
-        typer.echo("verified " + json.dumps(found))
+        verified = read_object(checks, "the record of the verification", fix="export again")
+        typer.echo("verified " + json.dumps(verified))

@@ -10,33 +10,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compress.cli.processes import is_helper
 from compress.errors import UserError
 from compress.files import system_error, words_of
+from compress.stages.processes import is_helper
+from compress.stages.reporter import Progress as Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Report = Callable[[int, int, str], None]  # done, in all, what
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Write into an output folder that holds something else.", rich_help_panel="Danger"
-    ),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Throw away what is done and start again.", rich_help_panel="Danger")
-]
-
 ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 DEFECT = "this should not have happened, it is a defect of compress"  # what begins the sentence of a foreign exception
 QUIET_SECONDS = 20.0  # between two progress lines where there is no terminal
@@ -169,19 +158,13 @@ def _lines(title: str) -> Report:
     return report
 
 
-def size(count: int | float) -> str:
-    """Bytes for people, in powers of 1024."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.2f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+class Terminal:
+    """The reporter of the commands: lines and progress bars on stderr."""
 
+    def say(self, line: str) -> None:
+        """`say`."""
+        say(line)
 
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
+    def progress(self, title: str) -> AbstractContextManager[Report]:
+        """`progress`."""
+        return progress(title)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from compress.cli.output import Fresh, Overwrite, RecipeFile, Verbose
+from compress.cli.output import Verbose
+from compress.cli.recipe import Fresh, Overwrite, RecipeFile, opened
 
 
 def profile(recipe: RecipeFile, overwrite: Overwrite = False, fresh: Fresh = False, verbose: Verbose = False) -> None:
     """Measure what every head group does, on calibration documents. Goes on where it was interrupted."""
-    from compress.cli.session import open_session
-    from compress.cli.stages import profile_stage
+    with opened(recipe, overwrite=overwrite, fresh=fresh) as session:
+        from compress.stages.profile import profile_stage
 
-    with open_session(recipe, overwrite=overwrite, fresh=fresh) as session:
         profile_stage(session)

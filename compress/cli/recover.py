@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from compress.cli.output import Overwrite, RecipeFile, Verbose
+from compress.cli.output import Verbose
+from compress.cli.recipe import Overwrite, RecipeFile, opened
+from compress.errors import UserError
 
 
 def recover(recipe: RecipeFile, overwrite: Overwrite = False, verbose: Verbose = False) -> None:
@@ -12,11 +14,9 @@ def recover(recipe: RecipeFile, overwrite: Overwrite = False, verbose: Verbose =
 
     An interrupted training goes on where it was saved. For several processes: torchrun -m compress recover RECIPE.
     """
-    from compress.cli.recovery import recover_stage
-    from compress.cli.session import open_session
-    from compress.errors import UserError
+    with opened(recipe, overwrite=overwrite, helpers=True) as session:
+        from compress.stages.recover import recover_stage
 
-    with open_session(recipe, overwrite=overwrite, helpers=True) as session:
         folder = recover_stage(session)
         if folder is None:
             raise UserError(

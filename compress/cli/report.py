@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from compress.cli import arguments
-from compress.cli.output import Verbose, say, size
+from compress.cli.output import Verbose, say
 from compress.errors import UserError
+from compress.words import size
 
 
 def report(

@@ -6,7 +6,9 @@ import time
 
 import typer
 
-from compress.cli.output import AsJson, Fresh, Overwrite, RecipeFile, Verbose, duration, say, size
+from compress.cli.output import AsJson, Verbose, say
+from compress.cli.recipe import Fresh, Overwrite, RecipeFile, opened
+from compress.words import duration, size
 
 
 def run(
@@ -21,15 +23,18 @@ def run(
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
     """
-    from compress.cli.environment import peak_memory
-    from compress.cli.recovery import recover_stage
-    from compress.cli.report import write_report
-    from compress.cli.session import open_session
-    from compress.cli.stages import check_target, evaluate_stage, export_stage, profile_stage, search_stage
     from compress.cli.tables import show
 
     started = time.monotonic()
-    with open_session(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+    with opened(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+        from compress.cli.report import write_report
+        from compress.stages.environment import peak_memory
+        from compress.stages.evaluate import evaluate_stage
+        from compress.stages.export import check_target, export_stage
+        from compress.stages.profile import profile_stage
+        from compress.stages.recover import recover_stage
+        from compress.stages.search import search_stage
+
         if session.helper:
             recover_stage(session)
             return

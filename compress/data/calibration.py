@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from compress.data.answers import answer
 from compress.data.continuation import Continuation
-from compress.data.document import Document
 from compress.data.prompt import Prompt, Task
+from compress.data.sample import TextSample
 from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
@@ -46,7 +46,7 @@ def calibration_documents(
     seed: int,
     cache_dir: Path,
     progress: Progress | None = None,
-) -> dict[int, list[Document]]:
+) -> dict[int, list[TextSample]]:
     """Documents by length in tokens (exact, answer included), in the order of the requests.
 
     Each request is one JSONL file in `cache_dir`, named after what it depends on (model, precision, text, request,
@@ -77,7 +77,7 @@ def calibration_documents(
         for prompt in asked:
             check_tokens(prompt.tokens, model.config, f"a prompt of {request.name}")
     fingerprint, dtype = loaded.shape.fingerprint, str(next(model.parameters()).dtype)
-    documents: dict[int, list[Document]] = {}
+    documents: dict[int, list[TextSample]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):
         facts = [SCHEMA, fingerprint, dtype, text_key(part), split, seed, request.model_dump(mode="json")]
@@ -115,13 +115,13 @@ def _answer(model: Any, request: Task, prompt: Prompt, seed: int) -> tuple[int, 
     return answer(model, prompt.tokens, prompt.budget)
 
 
-def _text_of(documents: Sequence[Document]) -> str:
+def _text_of(documents: Sequence[TextSample]) -> str:
     """One line a document, and a last one with a checksum of those before."""
     rows = "".join(json.dumps(asdict(document)) + "\n" for document in documents)
     return rows + json.dumps({CHECKSUM: text_key(rows)}) + "\n"
 
 
-def _read(path: Path, asked: Sequence[Prompt]) -> list[Document] | None:
+def _read(path: Path, asked: Sequence[Prompt]) -> list[TextSample] | None:
     """The documents of a file if it is whole, unchanged, and answers these prompts, else None."""
     try:
         *lines, last = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -129,7 +129,7 @@ def _read(path: Path, asked: Sequence[Prompt]) -> list[Document] | None:
             return None
         rows = [parse_json(line) for line in lines]
         documents = [
-            Document(
+            TextSample(
                 tokens=tuple(row["tokens"]),
                 answer=tuple(row["answer"]),
                 evidence=tuple((start, end) for start, end in row["evidence"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.limits import DOCUMENTS, LONGEST
 from compress.registry import Method
@@ -28,7 +28,7 @@ class Prompt:
         tokens: token ids of the prompt.
         budget: tokens kept for the answer; `len(tokens) + budget` is the length that was asked for.
         reference: token ids of the right answer (recall) or of the text's own continuation; at most `budget` of them.
-        evidence, task, expected, depth: as in `Document`.
+        evidence, task, expected, depth: as in `TextSample`.
     """
 
     tokens: tuple[int, ...]
@@ -44,7 +44,7 @@ class Prompt:
         """Tokens of prompt and answer together."""
         return len(self.tokens) + self.budget
 
-    def answered(self, answer: Sequence[int]) -> Document:
+    def answered(self, answer: Sequence[int]) -> TextSample:
         """The document with an answer, which fills the budget exactly.
 
         Raises:
@@ -52,7 +52,7 @@ class Prompt:
         """
         if len(answer) != self.budget:
             raise ValueError(f"an answer of {self.budget} tokens is expected, got {len(answer)}")
-        return Document(
+        return TextSample(
             tokens=(*self.tokens, *answer),
             answer=(len(self.tokens), self.length),
             evidence=self.evidence,

@@ -18,7 +18,7 @@ from pydantic import Field
 from compress.encodings import MARK, encoding_of, wrong_byte
 from compress.errors import UserError, nearest
 from compress.files import file_stamp
-from compress.registry import Method, PathText
+from compress.registry import Method, PathText, sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ class Excerpt:
 class Source(Method):
     """Base of the text sources."""
 
+    source: str = Field(description="name of the source")
+
     @abstractmethod
     def excerpt(self, most: int = MOST) -> Excerpt:
         """The text, or its first `most` characters in whole sections. Raises UserError: see the sources."""
@@ -71,6 +73,7 @@ class Source(Method):
         return None
 
 
+@sources.register("embedded")
 class EmbeddedText(Source):
     """Text that every Python installation carries: `pydoc_data.topics`, about 465,000 characters of the language
     reference. Its wording follows the Python version, so figures on it name that version."""
@@ -94,6 +97,7 @@ class EmbeddedText(Source):
         return Excerpt("\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n")
 
 
+@sources.register("file")
 class FileText(Source):
     """A text file, or a JSONL file with one text a line.
 
@@ -180,6 +184,7 @@ class FileText(Source):
         return _text_of(row, self.column, where)
 
 
+@sources.register("dataset")
 class DatasetText(Source):
     """A Hugging Face dataset. Needs the package `datasets`; code that a dataset carries is never run."""
 
@@ -228,7 +233,7 @@ class DatasetText(Source):
         return _cut(text, most, f"of {len(rows):,} rows") if more else Excerpt(text)
 
 
-TextSource = Annotated[EmbeddedText | FileText | DatasetText, Field(discriminator="source")]
+TextSource = Annotated[Source, sources]
 
 
 def _joined(texts: Iterable[str], most: int) -> tuple[str, bool]:

@@ -102,7 +102,7 @@ def render_card(
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
         "full": plan.full_groups,
-        "kinds": Counter(group.noun for group in changed),
+        "kinds": Counter(group.noun or f"`{group.target}`" for group in changed),
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
         "costs": costs,
@@ -125,13 +125,13 @@ def tried(architecture: str, *, besides: str) -> dict[str, Any]:
     Returns:
         `same`: versions with the same logits and tokens; `other`: pairs of a version and what happens there.
     """
-    found: dict[str, list[str]] = {}
+    messages_of: dict[str, list[str]] = {}
     for row in json.loads(VERSIONS.read_text(encoding="utf-8"))["rows"]:
         if row["architecture"] == architecture and row["transformers"] != besides:
-            found.setdefault(row["transformers"], []).extend([] if row["same"] else [row["message"]])
+            messages_of.setdefault(row["transformers"], []).extend([] if row["same"] else [row["message"]])
     return {
-        "same": [version for version, messages in found.items() if not messages],
-        "other": [(version, messages[0].replace("|", "\\|")) for version, messages in found.items() if messages],
+        "same": [version for version, messages in messages_of.items() if not messages],
+        "other": [(version, messages[0].replace("|", "\\|")) for version, messages in messages_of.items() if messages],
     }
 
 

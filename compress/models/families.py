@@ -6,7 +6,7 @@ The families are the rows of `runtime/families.py`; an architecture that is know
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -80,6 +80,19 @@ def check_pruning(config: Any) -> None:
             where=f"config.json: model_type {family.model_type}",
             expected=f"one of {', '.join(name for name, row in sorted(FAMILIES.items()) if row.whole is None)}",
             fix="use windows on this model: a statistic of attention, and a solver of windows",
+        )
+
+
+def check_reading(config: Any, statistics: Sequence[str]) -> None:
+    """Raise UserError where there are statistics that need what neurons give, and the neurons are those of experts."""
+    family = family_of(config)
+    if statistics and family.has_experts:
+        raise UserError(
+            f"what the neurons of a {family.architecture} give cannot be read: experts are no modules of their own",
+            where="profile.statistics",
+            expected="statistics of weights or of their gradients",
+            found=", ".join(statistics),
+            fix="take `name: taylor`, or without data `name: magnitude`",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from compress.models.pruning import Kept, add_output_biases, prune
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
-from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import load_mixers, targets_of
@@ -39,7 +39,9 @@ def planned_model(model: Any, plan: Plan) -> Any:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
-    return with_runtime_plan(model, runtime_plan(plan))
+    planned = with_runtime_plan(model, runtime_plan(plan))
+    _convert(planned, plan)
+    return planned
 
 
 def has_own_widths(model: Any) -> bool:
@@ -127,8 +129,8 @@ def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
     tensors, places = dict(model.state_dict()), made.state_dict()
     for name, tensor in tensors.items():
         if name in places and places[name].shape != tensor.shape:
-            expected, found = tuple(places[name].shape), tuple(tensor.shape)
-            raise ValueError(f"weights do not fit: {name} is {found}, and {expected} is expected")
+            size, expected = tuple(tensor.shape), tuple(places[name].shape)
+            raise ValueError(f"weights do not fit: {name} is {size}, and {expected} is expected")
     missing, unexpected = made.load_state_dict(tensors, assign=True, strict=False)
     tied = set(getattr(made, "all_tied_weights_keys", {}) or {})
     lacking = sorted(set(missing) - tied - _start_mixers(made, model))
@@ -148,16 +150,37 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     """
     like = next(model.parameters())
     names: set[str] = set()
-    for path, mixer in made.named_modules():
-        if isinstance(mixer, Mixer):
-            parameters = dict(mixer.named_parameters())
-            if parameters and all(tensor.is_meta for tensor in parameters.values()):
-                mixer.to_empty(device=like.device).to(like.dtype).reset_parameters()
-                names.update(f"{path}.{name}" for name in parameters)
+    mixers = {mixer for kinds in getattr(made.base_model, "compress_kinds", ()) for mixer in kinds.mixers}
+    for path, module in made.named_modules():
+        parameters = dict(module.named_parameters()) if module in mixers else {}
+        if parameters and all(tensor.is_meta for tensor in parameters.values()):
+            module.to_empty(device=like.device).to(like.dtype).reset_parameters()
+            names.update(f"{path}.{name}" for name in parameters)
     return names
 
 
+@torch.no_grad()
+def _convert(planned: Any, plan: Plan, trained: Collection[Any] = ()) -> None:
+    """Give the mixers' parameters what their targets make of the model's attention (`Target.initial`).
+
+    Args:
+        trained: mixers that keep what they have.
+    """
+    body = planned.base_model
+    for kinds, groups, layer in zip(body.compress_kinds, plan.groups_that_stay(), layers_of(planned), strict=True):
+        attention = body.compress_family.attention_of(layer)
+        for mixer, members in zip(kinds.mixers, kinds.members, strict=True):
+            if mixer in trained or next(mixer.parameters(), None) is None:
+                continue
+            made = [groups[number][0].initial(attention, number) for number in members]
+            for name in made[0]:
+                parameter = mixer.get_parameter(name)
+                parameter.copy_(torch.stack([tensors[name] for tensors in made]).view_as(parameter))
+
+
 def set_plan(planned: Any, plan: Plan) -> None:
-    """Switch a planned model to another plan of the same model, in place."""
+    """Switch a planned model to another plan of the same model, in place; mixers that stay keep their parameters."""
+    before = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
+    _convert(planned, plan, before)

@@ -37,33 +37,33 @@ class Kept:
     neurons: tuple[int, ...]
     queries: tuple[int, ...] | None = None
 
-    def query_heads(self, share: int) -> tuple[int, ...]:
-        """Indices of the query heads that stay, `share` of them a group in the dense layer."""
+    def query_heads(self, group_size: int) -> tuple[int, ...]:
+        """Indices of the query heads that stay, `group_size` of them a group in the dense layer."""
         if self.queries is not None:
             return self.queries
-        return tuple(group * share + head for group in self.groups for head in range(share))
+        return tuple(group * group_size + head for group in self.groups for head in range(group_size))
 
-    def widths(self, share: int) -> tuple[int, int, int]:
+    def widths(self, group_size: int) -> tuple[int, int, int]:
         """Numbers of head groups, query heads and neurons."""
-        return len(self.groups), len(self.query_heads(share)), len(self.neurons)
+        return len(self.groups), len(self.query_heads(group_size)), len(self.neurons)
 
 
 def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
     """The width of every layer after `prune`, from the dense configuration."""
-    share = config.num_attention_heads // groups_of(config)
-    return [Width(len(layer.query_heads(share)), len(layer.groups), len(layer.neurons)) for layer in kept]
+    group_size = config.num_attention_heads // groups_of(config)
+    return [Width(len(layer.query_heads(group_size)), len(layer.groups), len(layer.neurons)) for layer in kept]
 
 
 def is_uniform(config: Any, kept: Sequence[Kept]) -> bool:
     """Whether the configuration can say the widths: all layers have one, and the architecture takes it."""
-    found = widths(config, kept)
-    return len(set(found)) == 1 and (found[0] == Width.of(config) or _narrowed(config, found[0]) is not None)
+    first, *others = set(widths(config, kept))
+    return not others and (first == Width.of(config) or _narrowed(config, first) is not None)
 
 
-def output_projections(layer: nn.Module, config: Any) -> tuple[nn.Linear, nn.Linear]:
-    """The projections of a decoder layer that read the outputs of its heads and of its neurons."""
-    family, found = family_of(config), projections(layer, config)
-    return found[family.reader("query")], found[family.reader("neuron")]
+def output_projections(layer: nn.Module, config: Any) -> tuple[Any, Any]:
+    """The projections of a decoder layer that read the outputs of its heads and of its neurons, as `projections`."""
+    family, known = family_of(config), projections(layer, config)
+    return known[family.reader("query")], known[family.reader("neuron")]
 
 
 def block_parameters(model: nn.Module) -> int:
@@ -77,7 +77,9 @@ def missing_biases(model: nn.Module) -> int:
 
 
 def _missing_biases(layer: nn.Module, config: Any) -> int:
-    return sum(module.out_features for module in projections(layer, config).values() if module.bias is None)
+    return sum(
+        module.weight.shape[:-1].numel() for module in projections(layer, config).values() if module.bias is None
+    )
 
 
 def _parameters_of(layer: nn.Module, config: Any, unit: Mapping[str, int], biased: bool) -> LayerParameters:
@@ -104,7 +106,7 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[Layer
     """
     config: Any = model.config
     check_pruning(config)
-    rows, head_dim, found = family_of(config).projections, head_size_of(config), []
+    rows, head_dim, layers = family_of(config).projections, head_size_of(config), []
     for number, layer in enumerate(layers_of(model)):
         width = width_of(layer, config)
         parameters = Counter[str]()
@@ -121,8 +123,8 @@ def parameters_per_unit(model: nn.Module, *, biased: bool = False) -> list[Layer
             biases = lines if row.axis == -2 and (biased or module.bias is not None) else 0
             for part in row.parts:
                 parameters[part] += (module.weight.numel() + biases) // lines * (1 if part == "neuron" else head_dim)
-        found.append(_parameters_of(layer, config, parameters, biased))
-    return found
+        layers.append(_parameters_of(layer, config, parameters, biased))
+    return layers
 
 
 @torch.no_grad()
@@ -146,13 +148,14 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     config: Any = model.config
     check_pruning(config)
     dense, head_dim = Width.of(config), head_size_of(config)
-    share = dense.query_heads // dense.groups
-    _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense)
+    group_size = dense.query_heads // dense.groups
+    family = family_of(config)
+    _check(kept, [width_of(layer, config) for layer in layers_of(model)], dense, family.neuron_step)
     uniform = is_uniform(config, kept)
     after = widths(config, kept)
-    rows = family_of(config).projections
+    rows = family.projections
     for layer, stays in zip(layers_of(model), kept, strict=True):
-        units = {"query": stays.query_heads(share), "key_value": stays.groups, "neuron": stays.neurons}
+        units = {"query": stays.query_heads(group_size), "key_value": stays.groups, "neuron": stays.neurons}
         for name, module in projections(layer, config).items():
             _slice(module, _places(rows[name], units, dense, head_dim), rows[name].axis)
     if uniform:
@@ -200,7 +203,10 @@ def _narrowed(config: Any, width: Width) -> Any | None:
     RoPE factors from the two, whatever `head_dim` says. Others take the width, and build something else from it
     (`Family.narrows`).
     """
-    if not family_of(config).narrows and width.query_heads != Width.of(config).query_heads:
+    narrows, dense = family_of(config).narrows, Width.of(config)
+    if width.query_heads != dense.query_heads and "query" not in narrows:
+        return None
+    if width.neurons != dense.neurons and "neuron" not in narrows:
         return None
     try:
         return type(config).from_dict({**config.to_dict(), **width.fields(config), "head_dim": head_size_of(config)})
@@ -210,11 +216,11 @@ def _narrowed(config: Any, width: Width) -> Any | None:
 
 def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, head_dim: int) -> torch.Tensor:
     """Rows or columns of a projection of the dense width that hold some units, `[n]`, ascending within each part."""
-    share, chosen, start = dense.query_heads // dense.groups, [], 0
+    group_size, chosen, start = dense.query_heads // dense.groups, [], 0
     if row.by_group:
-        alone, one = replace(row, by_group=False), Width(share, 1, dense.neurons)
+        alone, one = replace(row, by_group=False), Width(group_size, 1, dense.neurons)
         for group in units["key_value"]:
-            heads = [head - group * share for head in units["query"] if head // share == group]
+            heads = [head - group * group_size for head in units["query"] if head // group_size == group]
             places = _places(alone, {"query": heads, "key_value": (0,)}, one, head_dim)
             chosen.append(places + group * one.size(row.parts, head_dim))
         return torch.cat(chosen)
@@ -225,22 +231,20 @@ def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, h
     return torch.cat(chosen)
 
 
-def _slice(module: nn.Linear, places: torch.Tensor, axis: int) -> None:
+def _slice(module: Any, places: torch.Tensor, axis: int) -> None:
     """Keep some rows (axis -2) or columns (axis -1) of a projection."""
     index = places.to(module.weight.device)
     module.weight = nn.Parameter(module.weight.index_select(axis, index), module.weight.requires_grad)
-    if axis == -2:
-        module.out_features = len(index)
-        if module.bias is not None:
-            module.bias = nn.Parameter(module.bias.index_select(0, index), module.bias.requires_grad)
-    else:
-        module.in_features = len(index)
+    if axis == -2 and module.bias is not None:
+        module.bias = nn.Parameter(module.bias.index_select(0, index), module.bias.requires_grad)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
 
 
-def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width) -> None:
-    if len(kept) != len(found):
-        raise UserError("the wrong number of layers to prune", expected=f"{len(found)}", found=f"{len(kept)}")
-    for number, width in enumerate(found):
+def _check(kept: Sequence[Kept], there: Sequence[Width], dense: Width, step: int) -> None:
+    if len(kept) != len(there):
+        raise UserError("the wrong number of layers to prune", expected=f"{len(there)}", found=f"{len(kept)}")
+    for number, width in enumerate(there):
         if width != dense:
             raise UserError(
                 "this model is pruned already, with other widths than its configuration says",
@@ -262,13 +266,21 @@ def _check(kept: Sequence[Kept], found: Sequence[Width], dense: Width) -> None:
                     where=f"layer {number}",
                     found=", ".join(map(str, chosen[:8])),
                 )
-        share = dense.query_heads // dense.groups
-        each = Counter(head // share for head in layer.query_heads(share))
-        if set(each) != set(layer.groups) or len(set(each.values())) > 1:
+        if len(layer.neurons) % step:
+            raise UserError(
+                "PyTorch multiplies by experts in rows of 16 bytes, which this number of neurons does not fill",
+                where=f"layer {number}",
+                expected=f"a multiple of {step} neurons",
+                found=f"{len(layer.neurons)}",
+                fix=f"write `multiple: {step}` in the solver, or a multiple of it",
+            )
+        group_size = dense.query_heads // dense.groups
+        counts = Counter(head // group_size for head in layer.query_heads(group_size))
+        if set(counts) != set(layer.groups) or len(set(counts.values())) > 1:
             raise UserError(
                 "query heads do not divide evenly among the head groups that stay",
                 where=f"layer {number}",
                 expected=f"the same number in each of the groups {', '.join(map(str, layer.groups))}",
-                found=", ".join(f"{each[group]} in group {group}" for group in sorted(each)),
+                found=", ".join(f"{counts[group]} in group {group}" for group in sorted(counts)),
                 fix="keep equally many query heads in every group that stays, and none of the others",
             )

@@ -107,6 +107,20 @@ def replaced_attention(model: Any, name: str, attend: Attend) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def differentiable_inputs(model: Any) -> Iterator[None]:
+    """Gradients reach back to what the input embedding gives, though no weight of the model needs one."""
+
+    def start(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_()
+
+    hook = model.get_input_embeddings().register_forward_hook(start)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def refuse_arguments(module: Any, given: Mapping[str, Any]) -> None:
     """Raise UserError where a layer gives its attention arguments that ask for more than causal attention.
 

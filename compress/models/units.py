@@ -23,22 +23,33 @@ class LayerUnits:
         index: of the layer.
         family: the row that says what the projections are made of.
         projections: by their names in the row.
-        groups: number of key/value heads.
-        queries: query heads a group; head h belongs to group h // queries.
+        width: how many heads and neurons they are; query head h belongs to group h // queries.
         head_dim: rows of one head in its projections.
-        neurons: width of the MLP.
     """
 
     index: int
     family: Family
-    projections: Mapping[str, nn.Linear]
-    groups: int
-    queries: int
+    projections: Mapping[str, Any]
+    width: Width
     head_dim: int
-    neurons: int
 
-    def output(self, kind: str) -> nn.Linear:
-        """The projection that reads the outputs of all units of a kind: `query` or `neuron`."""
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.width.groups
+
+    @property
+    def queries(self) -> int:
+        """Query heads of a group."""
+        return self.width.query_heads // self.width.groups
+
+    @property
+    def neurons(self) -> int:
+        """Of the MLP."""
+        return self.width.neurons
+
+    def output(self, kind: str) -> Any:
+        """What reads the outputs of all units of a kind, `query` or `neuron`: a linear module or `Experts`."""
         return self.projections[self.family.reader(kind)]
 
     def sums(self, values: Callable[[str], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,16 +64,18 @@ class LayerUnits:
         Returns:
             Heads `[groups, queries]` and neurons `[neurons]`, float64.
         """
-        units = {"query": self.groups * self.queries, "key_value": self.groups, "neuron": self.neurons}
+        units = {"query": self.width.query_heads, "key_value": self.groups, "neuron": self.neurons}
         totals: dict[str, Any] = dict.fromkeys(units, 0)
         for name in self.projections:
             row = self.family.projections[name]
-            lines = values(name).sum(-3 - row.axis, dtype=torch.float64).view(self.groups if row.by_group else 1, -1)
+            numbers = values(name)
+            others = [axis for axis in range(-numbers.dim(), 0) if axis != row.axis]
+            lines = numbers.sum(others, dtype=torch.float64).view(self.groups if row.by_group else 1, -1)
             sizes = [units[part] * (1 if part == "neuron" else self.head_dim) // len(lines) for part in row.parts]
-            for part, numbers in zip(row.parts, lines.split(sizes, dim=1), strict=True):
-                totals[part] = totals[part] + numbers.reshape(units[part], -1).sum(1)
-        share = totals["key_value"][:, None] / self.queries
-        return totals["query"].view(self.groups, self.queries) + share, totals["neuron"]
+            for part, places in zip(row.parts, lines.split(sizes, dim=1), strict=True):
+                totals[part] = totals[part] + places.reshape(units[part], -1).sum(1)
+        of_group = totals["key_value"][:, None] / self.queries
+        return totals["query"].view(self.groups, self.queries) + of_group, totals["neuron"]
 
 
 def units_of(model: nn.Module) -> list[LayerUnits]:
@@ -75,17 +88,16 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
     check_pruning(model.config)
     config: Any = model.config
     family, width, head_dim = family_of(config), Width.of(config), head_size_of(config)
-    share = width.query_heads // width.groups
-    found = [
-        LayerUnits(index, family, projections(layer, config), width.groups, share, head_dim, width.neurons)
+    units = [
+        LayerUnits(index, family, projections(layer, config), width, head_dim)
         for index, layer in enumerate(layers_of(model))
     ]
-    for layer in found:
+    for layer in units:
         expected = {
             family.reader("query"): width.query_heads * head_dim,
             family.reader("neuron"): width.neurons,
         }
-        widths = {name: layer.projections[name].in_features for name in expected}
+        widths = {name: layer.projections[name].weight.shape[-1] for name in expected}
         if widths != expected:
             raise UserError(
                 "the output projections do not hold the configuration's heads and neurons",
@@ -93,4 +105,4 @@ def units_of(model: nn.Module) -> list[LayerUnits]:
                 expected=", ".join(f"{name} with {width} inputs" for name, width in expected.items()),
                 found=", ".join(f"{name} with {width} inputs" for name, width in widths.items()),
             )
-    return found
+    return units

@@ -99,8 +99,7 @@ def _pruning_problems(layer: LayerPlan, model: ModelShape, here: str) -> list[Pr
         return [Problem("every head group of the layer is pruned", here, "one or more that stay")]
     if layer.queries is None:
         return []
-    share = model.query_heads // model.kv_heads
-    counts = Counter(query // share for query in layer.queries)
+    counts = Counter(query // model.group_size for query in layer.queries)
     expected = "ascending indices of query heads, the same number of every group that stays, and of no other"
     ascending = sorted(set(layer.queries)) == list(layer.queries)
     if ascending and set(counts) == set(kept) and len(set(counts.values())) == 1:

@@ -45,6 +45,11 @@ class ModelShape(BaseModel):
             raise ValueError(f"query_heads: expected a multiple of kv_heads ({self.kv_heads}), got {self.query_heads}")
         return self
 
+    @property
+    def group_size(self) -> int:
+        """Query heads of a head group."""
+        return self.query_heads // self.kv_heads
+
     def known_as(self, sampled: str) -> ModelShape:
         """The same, which also recognises files that have this fingerprint, of a sample of the weights."""
         self._sampled = sampled
@@ -64,8 +69,7 @@ class ModelShape(BaseModel):
 
     def unit(self, layer: int, itemsize: int = 2, *, paged: bool = True, parameters: int = 0) -> Unit:
         """A head group of a layer with all of its query heads; arguments as of `Unit`."""
-        queries = self.query_heads // self.kv_heads
-        return Unit(queries, self.head_dim, itemsize, self.native_windows[layer], paged, parameters)
+        return Unit(self.group_size, self.head_dim, itemsize, self.native_windows[layer], paged, parameters)
 
     def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
         """What the model costs as it is, with transformers' own cache; parameters are not counted."""

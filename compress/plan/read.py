@@ -15,10 +15,10 @@ from compress.plan.schema import SCHEMA, Plan
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""
-    found = plan.model.model_dump()
+    recorded = plan.model.model_dump()
     problems = [
-        Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(found[key]))
-        for key in shape.differing(found)
+        Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(recorded[key]))
+        for key in shape.differing(recorded)
         if key != "fingerprint" or not any_weights
     ]
     if problems:

@@ -60,9 +60,9 @@ class Mlp(Strict):
 
     @model_validator(mode="after")
     def _counted(self) -> Mlp:
-        found = int(self.neurons, 16).bit_count()
-        if found != self.kept:
-            raise ValueError(f"neurons: expected a mask of {self.kept} neurons, got one of {found}")
+        count = int(self.neurons, 16).bit_count()
+        if count != self.kept:
+            raise ValueError(f"neurons: expected a mask of {self.kept} neurons, got one of {count}")
         return self
 
     @classmethod
@@ -207,8 +207,7 @@ class Plan(Strict):
                 "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
             }
             if layer.queries is not None or len(row["groups"]) < len(layer.groups):
-                share = self.model.query_heads // self.model.kv_heads
-                row["query_heads"] = len(row["groups"]) * share if layer.queries is None else len(layer.queries)
+                row["query_heads"] = self._queries(layer)
             if layer.mlp is not None:
                 row["mlp"] = {"kept": layer.mlp.kept}
             layers.append(row)
@@ -290,11 +289,10 @@ class Plan(Strict):
 
     def unit(self, number: int, itemsize: int, form: Form, size: LayerParameters | None = None) -> Unit:
         """A head group that stays of a layer, as the plan leaves it; arguments as of `cost`."""
-        model = self.model
-        kept = self.kept_queries[number] // len(self.layers[number].kept_groups)
-        parameters = 0 if size is None else size.group - (model.query_heads // model.kv_heads - kept) * size.query
-        native = model.native_windows[number]
-        return Unit(kept, model.head_dim, itemsize, native, form == "patched", parameters)
+        layer, model = self.layers[number], self.model
+        kept = self._queries(layer) // len(layer.kept_groups)
+        parameters = 0 if size is None else size.group - (model.group_size - kept) * size.query
+        return Unit(kept, model.head_dim, itemsize, model.native_windows[number], form == "patched", parameters)
 
     @property
     def full_groups(self) -> int:
@@ -315,10 +313,11 @@ class Plan(Strict):
     @property
     def kept_queries(self) -> list[int]:
         """Query heads that stay, by layer."""
-        share = self.model.query_heads // self.model.kv_heads
-        return [
-            len(layer.kept_groups) * share if layer.queries is None else len(layer.queries) for layer in self.layers
-        ]
+        return [self._queries(layer) for layer in self.layers]
+
+    def _queries(self, layer: LayerPlan) -> int:
+        """Query heads that stay of a layer."""
+        return len(layer.kept_groups) * self.model.group_size if layer.queries is None else len(layer.queries)
 
     @property
     def prunes(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
@@ -32,6 +33,14 @@ class Processes:
         if self.world > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, source)
+
+    def share(self, value: Any, source: int) -> Any:
+        """What process `source` has as `value`, in every process; it has to be picklable."""
+        if self.world == 1:
+            return value
+        held = [value]
+        distributed.broadcast_object_list(held, source)
+        return held[0]
 
 
 def find_processes(device: torch.device) -> Processes:

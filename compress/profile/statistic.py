@@ -17,7 +17,7 @@ from compress.profile.key import Key
 from compress.registry import Method, statistics
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample
     from compress.models.load import LoadedModel
     from compress.plan import ModelShape
 
@@ -65,7 +65,7 @@ class Item:
         where: how it is called in messages.
     """
 
-    sample: Document
+    sample: TextSample
     length: int
     corpus: int
     where: str

@@ -49,6 +49,11 @@ ATTENTION: Mapping[str, Projection] = {
 DOWN: Mapping[str, Projection] = {"mlp.down_proj": inputs("neuron")}
 UP: Mapping[str, Projection] = {"mlp.up_proj": outputs("neuron"), **DOWN}
 GATE: Mapping[str, Projection] = {"mlp.gate_proj": outputs("neuron"), **UP}
+EXPERTS: Mapping[str, Projection] = {
+    **ATTENTION,
+    "mlp.experts.gate_up_proj": outputs("neuron", "neuron"),
+    "mlp.experts.down_proj": inputs("neuron"),
+}
 GATE_UP: Mapping[str, Projection] = {"mlp.gate_up_proj": outputs("neuron", "neuron"), **DOWN}
 FUSED: Mapping[str, Projection] = {
     "self_attn.qkv_proj": outputs("query", "key_value", "key_value"),
@@ -82,7 +87,8 @@ class Family:
         body: how the stock classes of configuration and decoder begin; the name where it is empty.
         layers: where the decoder holds its layers.
         attention: where a layer holds its attention.
-        projections: the weights of a layer that heads or neurons sit in, by their names in the layer.
+        projections: the weights of a layer that heads or neurons sit in, by their names in the layer. A neuron of
+            experts is the one of that number in all experts of the layer.
         groups: the field of the configuration that says how many key/value heads a layer has.
         neurons: the field of the configuration that says how many neurons an MLP has.
         hands_on: whether a layer hands its keyword arguments on to its attention.
@@ -91,8 +97,9 @@ class Family:
         twin: a stock causal language model class that computes the same on the same weights and takes any number of
             heads, where the family's own configuration does not; with the configuration's fields that make it so.
         whole: why heads and neurons cannot be removed; None where they can.
-        whole_with: the switch of the configuration under which `whole` holds; None where it always does.
-        narrows: whether the configuration can say fewer heads with a head size that is not hidden size / heads.
+        whole_unless: fields of the configuration with whose values `whole` does not hold; it always does without.
+        narrows: the kinds of units that the configuration can say fewer of: `query`, with a head size that is not
+            hidden size / heads, and `neuron`. With fewer of the others a model is in the patched form.
     """
 
     model_type: str
@@ -109,8 +116,8 @@ class Family:
     twin: str | None = None
     twin_fields: Mapping[str, Any] = field(default_factory=dict)
     whole: str | None = None
-    whole_with: str | None = None
-    narrows: bool = True
+    whole_unless: Mapping[str, Any] = field(default_factory=dict)
+    narrows: tuple[str, ...] = ("query", "neuron")
 
     @property
     def architecture(self) -> str:
@@ -122,6 +129,16 @@ class Family:
         """How the classes begin that carry a plan."""
         return f"Compress{self.name}"
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the neurons are those of experts."""
+        return any(".experts." in name for name in self.projections)
+
+    @property
+    def neuron_step(self) -> int:
+        """What the number of neurons of an MLP is a multiple of: PyTorch multiplies by experts in rows of 16 bytes."""
+        return 8 if self.has_experts else 1
+
     def classes(self) -> tuple[str, str, str]:
         """The stock configuration, decoder and language model."""
         body = self.body or self.name
@@ -129,7 +146,11 @@ class Family:
 
     def prunes(self, config: Any) -> bool:
         """Whether heads and neurons of a model with this configuration can be removed."""
-        return self.whole is None or (self.whole_with is not None and not getattr(config, self.whole_with, False))
+        if self.whole is None:
+            return True
+        return bool(self.whole_unless) and all(
+            getattr(config, name, None) in (value, None) for name, value in self.whole_unless.items()
+        )
 
     def layers_of(self, model: nn.Module) -> list[Any]:
         """The decoder layers of a decoder or a language model, in order."""
@@ -148,17 +169,26 @@ class Family:
 
 ALL_HEADS = "its norms of queries and keys have weights of their own for every head"
 SUB_NORMS = "it norms the outputs of all heads, and those of all neurons, together before the next projection"
-EXPERTS = "its MLPs are experts, whose weights are no projections of one layer's neurons"
+DENSE_LAYERS = "some of its layers have experts and others an MLP of another width"
 
 ROWS = (
     Family("apertus", "Apertus", projections={**ATTENTION, **UP}),
     Family("arcee", "Arcee", projections={**ATTENTION, **UP}),
     Family("bitnet", "BitNet", whole=SUB_NORMS),
-    Family("cohere", "Cohere", whole=ALL_HEADS, whole_with="use_qk_norm"),
+    Family("cohere", "Cohere", whole=ALL_HEADS, whole_unless={"use_qk_norm": False}),
     # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
     # configuration works the head size out from the number of heads.
-    Family("cohere2", "Cohere2", narrows=False),
-    Family("dots1", "Dots1", native="Dots1ForCausalLM", projections=ATTENTION, whole=EXPERTS),
+    Family("cohere2", "Cohere2", narrows=("neuron",)),
+    Family(
+        "dots1",
+        "Dots1",
+        projections=EXPERTS,
+        neurons="moe_intermediate_size",
+        native="Dots1ForCausalLM",
+        narrows=("query",),  # the experts that all tokens take are as wide as the configuration says for the others
+        whole=DENSE_LAYERS,
+        whole_unless={"first_k_dense_replace": 0},
+    ),
     Family("ernie4_5", "Ernie4_5"),
     Family("exaone4", "Exaone4"),  # as Cohere 2
     Family("gemma", "Gemma"),
@@ -182,7 +212,7 @@ ROWS = (
         attention="attention",
         projections=_neox("attention"),
         groups="num_attention_heads",
-        narrows=False,
+        narrows=("neuron",),
     ),
     Family(
         "gptj",
@@ -199,10 +229,10 @@ ROWS = (
         },
         groups="num_attention_heads",
         neurons="n_inner",
-        narrows=False,
+        narrows=("neuron",),
     ),
     Family("granite", "Granite"),
-    Family("helium", "Helium", narrows=False),
+    Family("helium", "Helium", narrows=("neuron",)),
     Family("hunyuan_v1_dense", "HunYuanDenseV1"),
     # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
     Family(
@@ -215,7 +245,7 @@ ROWS = (
     Family("ministral", "Ministral", native="MinistralForCausalLM"),
     Family("ministral3", "Ministral3"),
     Family("mistral", "Mistral", native="MinistralForCausalLM"),
-    Family("mixtral", "Mixtral", projections=ATTENTION, whole=EXPERTS),
+    Family("mixtral", "Mixtral", projections=EXPERTS),
     Family("nemotron", "Nemotron", projections={**ATTENTION, **UP}, hands_on=False),
     Family("olmo", "Olmo"),
     Family("olmo2", "Olmo2", whole=ALL_HEADS),
@@ -226,23 +256,45 @@ ROWS = (
         "Persimmon",
         projections=_neox("self_attn"),
         groups="num_attention_heads",
-        narrows=False,
+        narrows=("neuron",),
     ),
     Family(
         "phi",
         "Phi",
         projections={**DENSE, "mlp.fc1": outputs("neuron"), "mlp.fc2": inputs("neuron")},
-        narrows=False,
+        narrows=("neuron",),
     ),
     Family("phi3", "Phi3", projections={**FUSED, **GATE_UP}),
-    Family("phimoe", "Phimoe", projections=ATTENTION, whole=EXPERTS),
+    Family("phimoe", "Phimoe", projections=EXPERTS),
     Family("qwen2", "Qwen2", native="Qwen2ForCausalLM"),
-    Family("qwen2_moe", "Qwen2Moe", native="Qwen2MoeForCausalLM", projections=ATTENTION, whole=EXPERTS),
+    Family(
+        "qwen2_moe",
+        "Qwen2Moe",
+        projections=EXPERTS,
+        neurons="moe_intermediate_size",
+        native="Qwen2MoeForCausalLM",
+        whole=DENSE_LAYERS,
+        whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
     Family("qwen3", "Qwen3", native="Qwen3ForCausalLM"),
-    Family("qwen3_moe", "Qwen3Moe", projections=ATTENTION, whole=EXPERTS),
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        projections=EXPERTS,
+        neurons="moe_intermediate_size",
+        whole=DENSE_LAYERS,
+        whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
     Family("seed_oss", "SeedOss"),
     Family("smollm3", "SmolLM3", native="SmolLM3ForCausalLM"),
-    Family("stablelm", "StableLm", hands_on=False, whole=ALL_HEADS, whole_with="qk_layernorm", narrows=False),
+    Family(
+        "stablelm",
+        "StableLm",
+        hands_on=False,
+        whole=ALL_HEADS,
+        whole_unless={"qk_layernorm": False},
+        narrows=("neuron",),
+    ),
     Family(
         "starcoder2",
         "Starcoder2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .families import groups_of, head_size_of, neurons_of, row_of
@@ -91,9 +92,33 @@ class LayerConfig:
         return getattr(self.shared, name)
 
 
-def projections(layer: nn.Module, config: Any) -> dict[str, nn.Linear]:
-    """The linear projections of a layer that heads or neurons sit in, by the names in its family's row."""
-    return {name: layer.get_submodule(name) for name in row_of(config).projections}  # type: ignore[misc]
+class Experts:
+    """One projection of all experts of a layer: its weights `[experts, outputs, inputs]`, as a linear module's."""
+
+    bias = None
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weights, which may be set."""
+        return self.owner.get_parameter(self.name)
+
+    @weight.setter
+    def weight(self, weight: nn.Parameter) -> None:
+        setattr(self.owner, self.name, weight)
+
+
+def projections(layer: nn.Module, config: Any) -> dict[str, Any]:
+    """The projections of a layer that heads or neurons sit in, linear modules or `Experts`, by their names in it."""
+    found = {}
+    for name in row_of(config).projections:
+        path, _, last = name.rpartition(".")
+        owner = layer.get_submodule(path)
+        there = getattr(owner, last)
+        found[name] = Experts(owner, last) if isinstance(there, nn.Parameter) else there
+    return found
 
 
 def width_of(layer: nn.Module, config: Any) -> Width:
@@ -107,12 +132,13 @@ def build(layer: nn.Module, width: Width, config: Any) -> None:
         return
     rows, head_dim = row_of(config).projections, head_size_of(config)
     for path, old in projections(layer, config).items():
-        sides = [old.out_features, old.in_features]
-        sides[rows[path].axis] = width.size(rows[path].parts, head_dim)
-        made = nn.Linear(
-            sides[1], sides[0], bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
-        )
-        layer.set_submodule(path, made)
+        shape = list(old.weight.shape)
+        shape[rows[path].axis] = width.size(rows[path].parts, head_dim)
+        like = {"device": old.weight.device, "dtype": old.weight.dtype}
+        if isinstance(old, Experts):
+            old.weight = nn.Parameter(torch.empty(shape, **like))
+        else:
+            layer.set_submodule(path, nn.Linear(shape[1], shape[0], bias=old.bias is not None, **like))
     declare(layer, width, config)
 
 
@@ -120,6 +146,7 @@ def declare(layer: nn.Module, width: Width, config: Any) -> None:
     """Tell the modules of a decoder layer its width, wherever they keep it."""
     own = {
         **width.fields(config),
+        "intermediate_dim": width.neurons,
         "num_heads": width.query_heads,
         "num_key_value_groups": width.query_heads // width.groups,
     }

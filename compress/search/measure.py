@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.files import append_line, key_of
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
 from compress.models.planned import planned_model, set_plan
@@ -50,11 +50,6 @@ def plan_key(plan: Plan | None) -> str:
     return "dense" if plan is None else key_of(plan.model_dump(mode="json", by_alias=True)["layers"])
 
 
-def document_key(document: Document) -> str:
-    """Identity of a document: its tokens and where the answer is."""
-    return key_of([document.tokens, document.answer])
-
-
 def _entry(line: str) -> dict[str, Any] | None:
     """A measurement; None where the line is torn or changed, so that it is measured again."""
     try:
@@ -95,8 +90,8 @@ class LossLog:
 
 def measure(
     plans: Mapping[str, Plan | None],
-    documents: Sequence[Document],
-    loss: Callable[[Plan | None, Document], float],
+    documents: Sequence[Sample],
+    loss: Callable[[Plan | None, Sample], float],
     log: LossLog,
     progress: Progress | None = None,
 ) -> dict[str, float]:
@@ -107,7 +102,7 @@ def measure(
         loss: measures one plan on one document.
         progress: called with (measured, in all, name of the plan).
     """
-    keys = [document_key(document) for document in documents]
+    keys = [document.key for document in documents]
     total = len(plans) * len(documents)
     done = 0
     means = {}

@@ -13,16 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
-from compress.models.families import check_pruning
+from compress.models.families import check_pruning, check_reading
 from compress.models.load import DTYPES
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
-from compress.search.budget.budget import Budget, check_lengths
+from compress.search.budget.budget import check_lengths
 from compress.search.dense import Dense
 from compress.search.run import SearchSection, make_problem, no_start
-from compress.search.solver import parse_solver
 
 if TYPE_CHECKING:
     from compress.targets.target import Target
@@ -72,8 +71,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used, or
             widths that the architecture cannot have.
     """
-    budget: Budget = section.budget
-    solver = parse_solver(section.solver)
+    solver, budget = section.solver, section.budget
     check_lengths(budget, getattr(config, "max_position_embeddings", None))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
@@ -83,6 +81,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
     profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced)
     if solver.removes:
         check_pruning(config)
+        check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
         _check_biases(config, solver)
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     problem = make_problem(dense, profile, budget, solver)

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 
 
 @torch.inference_mode()
-def response_loss(model: Any, documents: Sequence[Document]) -> float:
-    """Mean over documents of the mean cross-entropy (nats) on a document's answer tokens.
+def response_loss(model: Any, documents: Sequence[Sample]) -> float:
+    """Mean over documents of the mean cross-entropy (nats) on a document's answer.
 
     Answers are the dense model's own where calibration made them, so this asks whether a model still says what
     the dense one says (MoA, arXiv 2406.14909, Section 5). Logits exist for the answer rows only.
 
     Args:
-        model: a causal language model of transformers, dense or planned.
+        model: dense or planned.
         documents: each is one forward pass without a cache.
 
     Raises:
@@ -30,18 +30,16 @@ def response_loss(model: Any, documents: Sequence[Document]) -> float:
     device = next(model.parameters()).device
     losses = []
     for document in documents:
-        start, end = document.answer
-        if not 1 <= start < end <= document.length:
+        start, end = document.rows
+        if not 0 <= start < end < document.length:
             raise UserError(
                 "a document has no answer that can be predicted",
                 where="calibration.held_out",
-                expected=f"an answer within tokens 1 to {document.length}",
-                found=f"tokens {start} to {end}",
+                expected=f"rows that predict it within 0 to {document.length - 1}",
+                found=f"rows {start} to {end}",
             )
-        tokens = torch.tensor(document.tokens[:end], device=device)[None]
-        rows = torch.arange(start - 1, end - 1, device=device)
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=rows).logits[0]
-        loss = float(torch.nn.functional.cross_entropy(logits.float(), tokens[0, start:end]))
+        total, rows = document.loss(model(**document.inputs(device)))
+        loss = float(total / rows)
         if not loss < float("inf"):
             raise UserError(
                 "the response loss is not finite",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
@@ -18,9 +18,9 @@ from compress.search.checks import section_problems
 from compress.search.dense import Dense
 from compress.search.measure import LossLog, Planned, Progress, best_plan, measure
 from compress.search.problem import Candidate, Layers, Problem, ProfileLike
-from compress.search.refine.refine import State, refine
+from compress.search.refine.refine import Refine, State, refine
 from compress.search.response import response_loss
-from compress.search.solver import Solver, check_rows, parse_solver
+from compress.search.solver import Solver, check_rows
 from compress.search.words import cost_lines, sliding_line
 
 REFINED = "refined"
@@ -30,16 +30,16 @@ class SearchSection(Protocol):
     """The recipe's search section."""
 
     @property
-    def solver(self) -> Any:
-        """A solver, or its recipe form."""
+    def solver(self) -> Solver:
+        """What decides."""
 
     @property
-    def budget(self) -> Any:
-        """The `Budget`."""
+    def budget(self) -> Budget:
+        """What a plan may cost."""
 
     @property
-    def refine(self) -> Any:
-        """The `Refine` that follows the choice, or None."""
+    def refine(self) -> Refine | None:
+        """What follows the choice."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def explain(
 def run_search(
     loaded: LoadedModel,
     profile: ProfileLike,
-    held_out_documents: Mapping[int, Sequence[Document]] | Sequence[Document],
+    held_out_documents: Mapping[int, Sequence[Sample]] | Sequence[Sample],
     section: SearchSection,
     folder: Path,
     progress: Progress | None = None,
-    refine_documents: Sequence[Document] = (),
+    refine_documents: Sequence[Sample] = (),
     seed: int = 0,
     bandwidth: Callable[[], float] | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -145,8 +145,7 @@ def run_search(
     Raises:
         UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
     """
-    solver = parse_solver(section.solver)
-    budget: Budget = section.budget
+    solver, budget = section.solver, section.budget
     if wrong := section_problems(solver, budget, section.refine):
         raise UserError([problem for _, problem in wrong])
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
@@ -175,7 +174,7 @@ def run_search(
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
         start = {**candidates, **baselines}[refined.start]
         candidates[REFINED] = Candidate(refined.layers(), note=note, importance=start.importance)
-    facts = {"name": solver.name, **solver.model_dump(mode="json")}
+    facts = {"name": solver.registered, **solver.model_dump(mode="json")}
     asked = {"solver": facts, "budget": budget.model_dump(mode="json")}
 
     def searched(name: str, candidate: Candidate) -> Plan:
@@ -195,7 +194,7 @@ def run_search(
     log = LossLog(folder / "search" / "response.jsonl", f"{problem.shape.fingerprint} {loaded.model.dtype}")
     planned = Planned(loaded.model)
 
-    def loss(plan: Plan | None, document: Document) -> float:
+    def loss(plan: Plan | None, document: Sample) -> float:
         return response_loss(planned.of(plan), [document])
 
     if documents:
@@ -291,7 +290,7 @@ def write_result(
     write_text(folder / "plan.json", plan.to_json())
 
 
-def _flat(documents: Mapping[int, Sequence[Document]] | Sequence[Document]) -> Iterator[Document]:
+def _flat(documents: Mapping[int, Sequence[Sample]] | Sequence[Sample]) -> Iterator[Sample]:
     if isinstance(documents, Mapping):
         for _, group in sorted(documents.items()):
             yield from group

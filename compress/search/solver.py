@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from compress.errors import UserError
-from compress.registry import Method, budget_kinds, solvers
+from compress.registry import Method, budget_kinds
 from compress.search.problem import Candidate, Layers, Problem, smallest_window
 
 
@@ -39,11 +38,6 @@ class Solver(Method):
         ]
 
     @property
-    def name(self) -> str:
-        """The name under which the class is registered."""
-        return next(name for name, known in solvers.items() if known is type(self))
-
-    @property
     def ranks(self) -> str | None:
         """The statistic that says what heads and neurons are worth, the first of several; None where none is read."""
         return next((name for name, form in self.scores_read().items() if form == "units"), None)
@@ -72,26 +66,6 @@ class Solver(Method):
         Raises:
             UserError: no plan meets the budget, or the profile lacks a statistic that the solver needs.
         """
-
-
-def parse_solver(value: Any) -> Solver:
-    """A solver from its recipe form, `{name: moa, points: 4}`; a solver is returned as it is.
-
-    Raises:
-        UserError: no name, or an unknown one.
-        pydantic.ValidationError: a wrong parameter.
-    """
-    if isinstance(value, Solver):
-        return value
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise UserError(
-            "the solver has no name",
-            where="search.solver",
-            expected=f"a mapping with name: one of {', '.join(solvers)}",
-            found=repr(value),
-        )
-    solver: Solver = solvers[value["name"]](**{key: item for key, item in value.items() if key != "name"})
-    return solver
 
 
 def check_rows(problem: Problem, smallest: Layers, removes: bool) -> None:

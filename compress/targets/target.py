@@ -44,7 +44,7 @@ class Target(Method):
         runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
             a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
         patterns: those of `PATTERNS` in which the target can stand; each is tested.
-        noun: what a group gets, for a count of such groups, for instance `a window`.
+        noun: what a group gets, for a count of such groups, for instance `a window`; empty takes the target's name.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
@@ -54,7 +54,7 @@ class Target(Method):
 
     runtime: ClassVar[str | None] = None
     patterns: ClassVar[tuple[str, ...]] = ("causal self",)
-    noun: ClassVar[str]
+    noun: ClassVar[str] = ""
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
@@ -107,14 +107,15 @@ class Target(Method):
         return False
 
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:
-        """Tensors that the runtime's mixer of this target has for one group, converted from the dense attention.
+        """What the mixer of this target starts with for one group, converted from the weights of its attention.
 
         Args:
-            attention: the dense layer's attention module.
+            attention: the layer's attention module, with the projections that the plan leaves.
             group: index of the head group in it.
 
         Returns:
-            Name of the mixer's parameter -> tensor; nothing where the mixer owns no parameters.
+            Name of a parameter of the mixer -> its entry for this group; the mixer's parameter has the groups as its
+            first axis. A parameter without an entry keeps what `Mixer.reset_parameters` gave it.
         """
         return {}
 

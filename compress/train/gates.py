@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.models.backward import recomputed
 from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
 from compress.plan import ModelShape
@@ -34,7 +34,7 @@ SAVE_EVERY = 25  # steps
 def train_gates(
     model: Any,
     shape: ModelShape,
-    queue: Sequence[Document],
+    queue: Sequence[TextSample],
     span: Span,
     schedule: Schedule,
     penalty: float,
@@ -76,7 +76,7 @@ class _Draws:
 
     unit = "documents"
 
-    def __init__(self, queue: Sequence[Document], seed: int, processes: int) -> None:
+    def __init__(self, queue: Sequence[TextSample], seed: int, processes: int) -> None:
         self.queue, self.seed, self.size = queue, seed, processes
 
     def passes(self, step: int, processes: int) -> list[list[Inputs]]:
@@ -102,7 +102,7 @@ class Mixture(nn.Module):
         self.shape, self.span = shape, span
         self._model = (model,)  # in a tuple, so that its weights are none of this module's
         self._mixing = True
-        self._dense: dict[Document, torch.Tensor] = {}
+        self._dense: dict[TextSample, torch.Tensor] = {}
 
     @property
     def module(self) -> Mixture:
@@ -140,7 +140,7 @@ class Mixture(nn.Module):
         gates = self.gates[self.free[:, None].expand_as(self.gates)]
         learn({"states": states, "gates": gates}, {"states": self._dense[document].to(states.device)})
 
-    def _last_states(self, document: Document) -> torch.Tensor:
+    def _last_states(self, document: TextSample) -> torch.Tensor:
         """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
         tokens = torch.tensor([document.tokens[: document.answer[1]]], device=self.gates.device)
         states = self._model[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 from compress import __version__
 from compress.cli.app import app
 from compress.cli.doctor import release
-from compress.cli.output import duration, size
 from compress.runfolder import RunFolder
+from compress.words import duration, size
 from tests.cli.recipes import make_recipe
 from tests.processes import run
 
@@ -113,9 +113,9 @@ def test_doctor_reports_this_machine() -> None:
 
 
 def test_doctor_refuses_a_version_outside_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = __import__("compress.cli.environment", fromlist=["installed"]).installed
+    real = __import__("compress.stages.environment", fromlist=["installed"]).installed
     monkeypatch.setattr(
-        "compress.cli.environment.installed", lambda name: "4.57.1" if name == "transformers" else real(name)
+        "compress.stages.environment.installed", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
     result = call("doctor", "--json")
     assert result.exit_code == 1

@@ -15,9 +15,16 @@ import pytest
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from compress.cli import methods
+from compress import registry
 from compress.cli.app import app
-from compress.recipe import Methods, Recipe, load_recipe
+from compress.evaluate.harness import HarnessRequest
+from compress.evaluate.latency import LatencyRequest
+from compress.evaluate.perplexity import PerplexityRequest
+from compress.recipe.load import load_recipe
+from compress.recipe.schema import Recipe
+from compress.search.budget.budget import Budget
+from compress.search.refine.refine import Refine
+from compress.train.settings import RecoverSettings
 from tests.cli.recipes import make_recipe
 
 Value = tuple[str, str, Any]  # module and class, key, value
@@ -50,6 +57,7 @@ profile:
     - {{name: hidden_mass, grid: *grid}}
     - {{name: output_error, sink: 4, window: 64}}
     - {{name: gates, sink: 4, recent: 64, steps: 2}}
+    - {{name: effect, targets: [{{target: window, sink: 4, alpha: 64, beta: 0.0}}]}}
 search:
   solver: {solver}
   budget: {{kv: 0.8, lengths: [192, 256]}}
@@ -122,7 +130,7 @@ TRAININGS = (
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
-SETTINGS, SECTION = "recover.settings.RecoverSettings", "recipe.ExportSection"
+SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
     (SETTINGS, "shard", True): ("tests/train/test_resume.py", r'"shard": True'),
@@ -185,12 +193,7 @@ def named(value: Any) -> Iterator[Value]:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots have tests of their own, and take longer than everything here."""
-    monkeypatch.setattr("compress.cli.stages._draw", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def known() -> Methods:
-    return methods.load()
+    monkeypatch.setattr("compress.stages.stage.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -203,37 +206,37 @@ RAN: set[Value] = set()
 DONE: set[str] = set()  # run folders of the tests in this process that have passed
 
 
-def run(folder: Path, known: Methods, text: str, *commands: str) -> None:
+def run(folder: Path, text: str, *commands: str) -> None:
     recipe = folder / "values.yaml"
     recipe.write_text(text)
     for command in commands:
         call(command, recipe)
-    found: Recipe = load_recipe(recipe, known)
+    found: Recipe = load_recipe(recipe)
     unread = {class_name(type(found.export))}  # no command here exports
     RAN.update(value for value in named(found) if value[0] not in unread)
 
 
-def test_spans(folder: Path, known: Methods) -> None:
+def test_spans(folder: Path) -> None:
     for number, solver in enumerate(SOLVERS):
         text = (HEAD + SPANS).format(folder=folder, run="spans", solver=solver)
-        run(folder, known, text, *(["profile"] if number == 0 else []), "search", *(["eval"] if number == 0 else []))
+        run(folder, text, *(["profile"] if number == 0 else []), "search", *(["eval"] if number == 0 else []))
     DONE.add("spans")
 
 
-def test_pruning(folder: Path, known: Methods) -> None:
+def test_pruning(folder: Path) -> None:
     before = ""
     for neurons, solver in PRUNERS:
         text = (HEAD + PRUNING).format(folder=folder, run="pruned", solver=solver, neurons=neurons)
-        run(folder, known, text, *(["profile"] if neurons != before else []), "search")
+        run(folder, text, *(["profile"] if neurons != before else []), "search")
         before = neurons
     for training in TRAININGS:
-        run(folder, known, f"{text}{training}\n", "recover")
+        run(folder, f"{text}{training}\n", "recover")
     call("eval", folder / "values.yaml")
     DONE.add("pruned")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dtypes_and_a_dataset(folder: Path, known: Methods, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_and_a_dataset(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rows(list[dict[str, str]]):
         column_names = ("text",)
 
@@ -241,15 +244,15 @@ def test_dtypes_and_a_dataset(folder: Path, known: Methods, dtype: str, monkeypa
     module.__version__ = "5.0.0"
     module.load_dataset = lambda *args, **options: Rows([{"text": (folder / "text.txt").read_text()}])
     monkeypatch.setitem(sys.modules, "datasets", module)
-    run(folder, known, (HEAD + HALF).format(folder=folder, run=dtype, dtype=dtype), "profile", "search")
+    run(folder, (HEAD + HALF).format(folder=folder, run=dtype, dtype=dtype), "profile", "search")
     DONE.add(dtype)
 
 
-def test_every_value_is_run_somewhere(known: Methods) -> None:
-    many = (known.statistics, known.solvers, known.tasks, known.sources)
-    classes: list[Any] = [each for group in many for each in group.values()]
-    classes += [known.budget, known.refine, known.recover, known.perplexity, known.lm_eval, known.latency]
-    seen: set[type] = set()
+def test_every_value_is_run_somewhere() -> None:
+    many = (registry.statistics, registry.solvers, registry.tasks, registry.sources)
+    classes: list[Any] = [method for table in many for _, method in table.items()]
+    classes += [Budget, Refine, RecoverSettings, PerplexityRequest, HarnessRequest, LatencyRequest]
+    seen: set[type] = {base for method in classes for base in method.__mro__[1:]}  # nobody names a base class
     wanted = {value for schema in [Recipe, *classes] for value in choices(schema, seen)}
     wanted |= {(class_name(schema), "", "") for schema in classes}
     root = Path(__file__).parents[2]

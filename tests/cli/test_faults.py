@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
 from compress.cli.output import DEFECT, guarded
-from compress.cli.session import open_session
-from compress.cli.stages import check_target
+from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.export.staging import settle, staged
 from compress.runfolder import RunFolder
+from compress.stages.export import check_target
 
 NUMBERS = [
     errno.ENOSPC,
@@ -117,7 +117,7 @@ def test_a_folder_that_is_moved_away_while_a_stage_runs(copied: Path, monkeypatc
         run.rename(copied.parent / "elsewhere")
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run / "search"))
 
-    monkeypatch.setattr("compress.search.run.run_search", move)
+    monkeypatch.setattr("compress.stages.search.run_search", move)
     assert "moved or deleted" in refused(call("search", copied))
     assert not run.exists()
 
@@ -254,14 +254,14 @@ def test_a_fresh_start_replaces_its_own_checkpoint(copied: Path) -> None:
     checkpoint = copied.parent / "run" / "checkpoint"
     (checkpoint / "config.json").write_text("damaged")
     for _ in range(2):  # the second time as after a kill
-        with open_session(str(copied), fresh=True) as session:
+        with opened(str(copied), fresh=True) as session:
             check_target(session, overwrite=False)
             assert not session.run.profile.exists() and (checkpoint / "config.json").exists()
 
 
 def test_nothing_is_loaded_before_what_is_missing_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(copied.parent / "run")
-    monkeypatch.setattr("compress.models.load.load_model", raising(AssertionError("weights were loaded")))
+    monkeypatch.setattr("compress.stages.session.load_model", raising(AssertionError("weights were loaded")))
     text = copied.read_text()
 
     def said(command: str, *options: str) -> str:

@@ -13,11 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
-from compress.cli.inputs import Inputs
-from compress.cli.session import Session, open_session
-from compress.cli.stages import timed
+from compress.cli.output import Terminal
+from compress.cli.recipe import opened
 from compress.data.text import MOST, DatasetText, FileText
 from compress.errors import UserError
+from compress.stages.inputs import Inputs
+from compress.stages.session import Session
+from compress.stages.stage import timed
 from tests.cli.recipes import make_recipe
 
 EVERYTHING = """\
@@ -60,7 +62,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def keys(recipe: Path) -> dict[str, str]:
-    with open_session(str(recipe)) as session:
+    with opened(str(recipe)) as session:
         return {name: key(session) for name, key in KEYS.items()}
 
 
@@ -111,14 +113,14 @@ def test_a_dataset_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyP
     module.__version__, module.load_dataset = "5.0.0", lambda *args, **options: Rows(rows)
     monkeypatch.setitem(sys.modules, "datasets", module)
     source = DatasetText(id="a/b")
-    before = Inputs(tmp_path).text(source, MOST)
-    assert Inputs(tmp_path).text(source, MOST) == before
+    before = Inputs(tmp_path, Terminal()).text(source, MOST)
+    assert Inputs(tmp_path, Terminal()).text(source, MOST) == before
     rows[1] = {"text": "six"}
-    assert Inputs(tmp_path).text(source, MOST) != before
+    assert Inputs(tmp_path, Terminal()).text(source, MOST) != before
 
 
 def _profile_key(recipe: Path) -> str:
-    with open_session(str(recipe)) as session:
+    with opened(str(recipe)) as session:
         return session.profile_key()
 
 
@@ -151,20 +153,20 @@ def test_a_text_that_is_gone_leaves_finished_stages_done(copied: Path) -> None:
     text = copied.parent / "moved.txt"
     shutil.copy(original, text)
     copied.write_text(copied.read_text().replace(str(original), str(text)))
-    with open_session(str(copied)) as session:
+    with opened(str(copied)) as session:
         session.run.finish("profile", session.profile_key(), seconds=1, made=[])
     text.unlink()
-    with open_session(str(copied)) as session:
+    with opened(str(copied)) as session:
         assert session.run.stage_done("profile", session.profile_key())
     (copied.parent / "run" / "inputs.json").write_text('{"schema": 1, "inputs": [3]}')
-    with open_session(str(copied)) as session, pytest.raises(UserError, match="cannot be read"):
+    with opened(str(copied)) as session, pytest.raises(UserError, match="cannot be read"):
         session.profile_key()
 
 
 def test_a_text_replaced_while_a_stage_runs_does_not_count(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     text = tmp_path / "text.txt"
-    with open_session(str(recipe)) as session:
+    with opened(str(recipe)) as session:
         key = session.profile_key
         key()
         text.touch()
@@ -180,9 +182,9 @@ def test_only_what_is_used_of_a_long_text_is_hashed_and_it_is_said(
     path = tmp_path / "long.txt"
     path.write_text("a line of text\n" * 20_000)
     source, most = FileText(path=str(path)), 160_000
-    before = Inputs(tmp_path).text(source, most)
+    before = Inputs(tmp_path, Terminal()).text(source, most)
     assert f"text: {path}: the first 1" in capsys.readouterr().err
     with path.open("a") as file:
         file.write("and more\n")
-    assert Inputs(tmp_path).text(source, most) == before
-    assert Inputs(tmp_path).text(source, MOST) != before
+    assert Inputs(tmp_path, Terminal()).text(source, most) == before
+    assert Inputs(tmp_path, Terminal()).text(source, MOST) != before

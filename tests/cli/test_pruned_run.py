@@ -13,14 +13,13 @@ import transformers
 from typer.testing import CliRunner, Result
 
 from compress.bench.source import Source
-from compress.cli import methods
 from compress.cli.app import app
-from compress.cli.recovery import row_names
 from compress.models.load import load_model
 from compress.plan import read_plan, removal
-from compress.recipe import load_recipe
+from compress.recipe.load import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_against_parameters
+from compress.stages.evaluate import row_names
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import random_ids
 from tests.train.common import model_of
@@ -89,7 +88,7 @@ def by_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_row_has_its_exact_parameters_and_its_time(equal: Path) -> None:
     rows = json.loads((equal / "run" / "evaluation.json").read_text())["variants"]
-    assert [row["name"] for row in rows] == ROWS == row_names(load_recipe(equal / "recipe.yaml", methods.load()))
+    assert [row["name"] for row in rows] == ROWS == row_names(load_recipe(equal / "recipe.yaml"))
     plan = read_plan(equal / "run" / "plan.json")
     small, whole = plan.predicted.parameters, plan.predicted.dense_parameters
     assert [row["size"]["block_parameters"] for row in rows] == [whole, small, small, whole, small]

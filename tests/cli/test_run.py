@@ -119,7 +119,7 @@ def test_an_interrupt_says_how_to_go_on(copied: Path, monkeypatch: pytest.Monkey
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("compress.search.run.run_search", interrupt)
+    monkeypatch.setattr("compress.stages.search.run_search", interrupt)
     (copied.parent / "run" / "plan.json").unlink()
     result = call("run", copied)
     assert result.exit_code == 130
@@ -130,7 +130,7 @@ def test_a_full_disk_is_no_traceback(copied: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", "plan.json")
 
-    monkeypatch.setattr("compress.search.run.run_search", full)
+    monkeypatch.setattr("compress.stages.search.run_search", full)
     (copied.parent / "run" / "plan.json").unlink()
     result = call("search", copied)
     assert result.exit_code == 2

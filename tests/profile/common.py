@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.models.shape import shape_of
 from compress.plan import ModelShape
 from compress.profile.heads.base import HeadStatistic
@@ -30,12 +30,12 @@ Table = dict[str, torch.Tensor]
 GRID = SpanGrid(sinks=(0, 5), betas=(0.0, 0.125, 0.4140625, 0.75, 1.0), alpha_min=-64)
 
 
-def document(length: int, answer: int = 7, seed: int = 1, evidence: tuple[tuple[int, int], ...] = ()) -> Document:
+def document(length: int, answer: int = 7, seed: int = 1, evidence: tuple[tuple[int, int], ...] = ()) -> TextSample:
     """Random tokens, the last `answer` of them the answer."""
-    return Document(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), evidence)
+    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), evidence)
 
 
-def documents() -> dict[int, list[Document]]:
+def documents() -> dict[int, list[TextSample]]:
     """Two lengths, one document shorter than its length, one without evidence."""
     return {
         70: [document(70, seed=2, evidence=((8, 12), (20, 21)))],
@@ -58,7 +58,7 @@ def results(sheet: Sheet, subject: Subject) -> Table:
 
 @contextmanager
 def feeding(
-    statistics: list[HeadStatistic], doc: Document, shape: ModelShape, length: int | None, strip_bytes: int | None
+    statistics: list[HeadStatistic], doc: TextSample, shape: ModelShape, length: int | None, strip_bytes: int | None
 ) -> Iterator[tuple[Feed, Table]]:
     """What takes the layers of one document, and the results, which are there afterwards."""
     subject, found = subject_of(None, shape), Table()
@@ -90,7 +90,7 @@ def take_layer(
 def measure(
     model: Any,
     statistics: list[HeadStatistic],
-    doc: Document,
+    doc: TextSample,
     *,
     length: int | None = None,
     strip_bytes: int | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.plan import ModelShape
 from compress.runtime.span import Span
 from compress.targets.window import SpanGrid
@@ -33,7 +33,7 @@ def naive_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, wind
     return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def model_layers(model: Any, shape: ModelShape, document: Document) -> tuple[list[NaiveLayer], float]:
+def model_layers(model: Any, shape: ModelShape, document: TextSample) -> tuple[list[NaiveLayer], float]:
     """All layers of a document by autograd on the materialised attention of a float64 model; and the loss."""
     probabilities: dict[int, torch.Tensor] = {}
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.units import units_of
 from compress.plan import ModelShape
@@ -19,7 +20,9 @@ from compress.profile.run import measure_all, run_profile
 from compress.profile.units.amp import Amp
 from compress.profile.units.drawn import Random
 from compress.profile.units.flap import Flap
-from compress.registry import statistics
+from compress.profile.units.magnitude import Magnitude
+from compress.profile.units.taylor import Taylor
+from compress.profile.units.wanda_sp import WandaSp
 from compress.runtime import widths
 from tests.models.test_pruning import FAMILIES
 from tests.processes import spawn
@@ -27,7 +30,6 @@ from tests.profile.common import document, documents, join, subject_of, tensor_b
 from tests.pruned import with_biases
 from tests.tiny import tiny_loaded, tiny_model
 
-Magnitude, Taylor, WandaSp = (statistics[name] for name in ("magnitude", "taylor", "wanda_sp"))
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
 DOCUMENTS = {48: [document(48, seed=5), document(31, answer=3, seed=6)], 20: [document(20, seed=7)]}
 QUEUE = [item.sample for item in queue_of(DOCUMENTS)]
@@ -48,7 +50,7 @@ def shape_for(model: Any) -> ModelShape:
     )
 
 
-def taken(model: Any, chosen: list[Any], folder: Path, *corpora: dict[int, list[Document]], **more: Any) -> Table:
+def taken(model: Any, chosen: list[Any], folder: Path, *corpora: dict[int, list[TextSample]], **more: Any) -> Table:
     """All tensors of some statistics, by the text of their keys."""
     subject = subject_of(model, shape_for(model))
     partial = Partial(folder, "key", writes=True)
@@ -79,7 +81,7 @@ def separate(layer: Any, config: Any, head_dim: int) -> tuple[dict[str, Any], di
     return weights, slopes
 
 
-def naive(model: Any, texts: list[Document]) -> Table:
+def naive(model: Any, texts: list[TextSample]) -> Table:
     """Every statistic over all tokens at once, unit after unit."""
     model = model.double()
     config, layers = model.config, model.model.layers
@@ -269,10 +271,23 @@ def _profile_in_process(rank: int, world: int, folder: str, stop_at: int) -> Non
             progress=stop,
         )
         torch.save({str(key): values for key, values in profile.tensors.items()}, f"{folder}/{rank}.pt")
+        if world > 1:
+            _refuse_in_process(rank, folder)
     except KeyboardInterrupt:
         Path(f"{folder}/stopped-{rank}").touch()
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def _refuse_in_process(rank: int, folder: str) -> None:
+    """A document that only the second process reads is refused in both."""
+
+    def refuse(self: Any, sums: Any, tile: Any, item: Any) -> None:
+        if item.where == "document 1 of 133 tokens":
+            raise UserError("this one is refused", where=f"process {rank}")
+
+    with mock.patch.object(Attention, "add", refuse), pytest.raises(UserError, match="process 1: this one is refused"):
+        run_profile(tiny_loaded("qwen2"), documents(), [Attention()], Path(folder) / "refused", seed=0)
 
 
 def test_two_processes_give_the_bits_of_one_and_continue_its_partial(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from compress.profile.run import run_profile
 from compress.profile.stability import agreement, both_kept, number_kept, rank_correlation, stabilities
 from compress.profile.units.amp import Amp
-from compress.registry import statistics as registry
+from compress.profile.units.magnitude import Magnitude
 from tests.profile.common import document, documents
 from tests.tiny import tiny_loaded
 
@@ -42,7 +42,7 @@ def test_layers_are_compared_one_by_one_and_groups_by_their_mean() -> None:
 
 
 def test_a_profile_of_two_corpora_says_how_they_agree(tmp_path: Path) -> None:
-    loaded, statistics = tiny_loaded("llama-mha"), [Amp(), registry["magnitude"]()]
+    loaded, statistics = tiny_loaded("llama-mha"), [Amp(), Magnitude()]
     alike = run_profile(loaded, documents(), statistics, tmp_path / "a", seed=0, second=documents())
     found = stabilities(alike)
     assert list(found) == ["amp"]

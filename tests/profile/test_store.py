@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.shape import shape_of
 from compress.partial import write_partial
@@ -211,8 +211,8 @@ def test_a_statistic_that_is_not_finite_is_named() -> None:
 
 def test_all_unsuitable_inputs_are_reported_at_once(tmp_path: Path) -> None:
     texts = {
-        64: [document(65), Document((5, 6, 7), (0, 2)), Document((5, 6, 7), (1, 3), ((2, 9),))],
-        32: [Document((5, 6, 7), (3, 3))],
+        64: [document(65), TextSample((5, 6, 7), (0, 2)), TextSample((5, 6, 7), (1, 3), ((2, 9),))],
+        32: [TextSample((5, 6, 7), (3, 3))],
     }
     with pytest.raises(UserError) as caught:
         run_profile(tiny_loaded("llama-gqa"), texts, [Retrieval(), Retrieval()], tmp_path, seed=0)

@@ -13,7 +13,7 @@ import transformers
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compress.bench.model import DENSE, NONE
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.profile.passes.capture import Capture
@@ -100,14 +100,15 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
     with Hands(model, given), pytest.raises(ValueError, match=f"^{name}: "):
         model(IDS)
     says = rf"attention with `{name}` is not supported"
-    divergence = Divergence(dense, [Document(tuple(IDS[0].tolist()), (10, 12))])
+    sample = TextSample(tuple(IDS[0].tolist()), (10, 12))
+    divergence = Divergence(dense, [sample])
     with Hands(dense, given):
         for gradient in (False, True):
             with (
                 pytest.raises(UserError, match=says),
                 Capture(dense, lambda tensors: None, gradient=gradient) as capture,
             ):
-                capture.run(divergence.documents[0])
+                capture.run(sample)
         with pytest.raises(UserError, match=says), Mixture(dense, shape, Span(4, 8, 0.0)).mixed_attention():
             dense(IDS)
         with pytest.raises(UserError, match=says):

@@ -145,7 +145,7 @@ def test_kinds_hold_together_and_every_kind_is_a_field_with_words() -> None:
     assert budget.given() == {"flops": 0.8, "kv": 0.5, "parameters": 0.9}
     assert budget.words() == "flops 0.8, kv 0.5, parameters 0.9"
     for name, kind in budget_kinds.items():
-        assert Budget.model_fields[name].description and kind.kind() == name and kind.reads
+        assert Budget.model_fields[name].description and kind.registered == name and kind.reads
 
 
 def test_the_smallest_rule_of_a_grid_without_windows_is_full() -> None:

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.errors import UserError
+from compress.registry import solvers
 from compress.search.budget.budget import Budget
 from compress.search.budget.decode_time import step_time
 from compress.search.budget.step_time import Curve, roofline
 from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
-from compress.search.solver import parse_solver
 from compress.search.solvers.frontier import UnitRemoval
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import budget_problem, dense_of, held_bytes, limits_of, make_shape, random_profile
@@ -118,7 +118,7 @@ def test_a_table_gives_the_bytes_whose_time_is_the_share(tmp_path: Path) -> None
     dense = 512 * TOKEN
     allowed = {batch: (0.9 * (REST + DENSE * batch * dense) - REST) / PLAN / batch for batch in (1, 4)}
     assert limits_of(problem, "decode_time")[512] == pytest.approx(min(allowed.values()), abs=1)
-    plans = parse_solver({"name": "moa"}).solve(problem)
+    plans = solvers.parse({"name": "moa"}).solve(problem)
     for plan in plans:
         told = plan.to_plan(problem, {}).provenance["decode_time"]
         assert "8 measured rows" in told["source"] and "bfloat16 on a GPU" in told["source"]

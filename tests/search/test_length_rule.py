@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from compress.errors import UserError
+from compress.registry import solvers
 from compress.runtime.span import FULL, LengthSpan, Span
 from compress.search.choice.options import Objective, window_options
 from compress.search.problem import Problem
-from compress.search.solver import parse_solver
 from compress.targets.window import SpanGrid
 from tests.search.synthetic import held_bytes, influence_table, limits_of, make_shape, problem_of, random_problem
 from tests.search.test_solvers import PROBLEMS, allocated
@@ -88,8 +88,8 @@ def test_at_one_length_growing_rules_are_fixed_windows(grid: SpanGrid, kv: float
         ]
         assert rows[0] == rows[1]
         assert len(rows[0]) > 3
-    (found,) = parse_solver({"name": "moa", "rule": "length", "gap": 0}).solve(problem)
-    (same,) = parse_solver({"name": "moa", "gap": 0}).solve(only_fixed(problem))
+    (found,) = solvers.parse({"name": "moa", "rule": "length", "gap": 0}).solve(problem)
+    (same,) = solvers.parse({"name": "moa", "gap": 0}).solve(only_fixed(problem))
     assert found.losses == pytest.approx(same.losses, rel=1e-6)
     assert found.losses["absolute.512"] > 0
     assert any(group.by_length for row in found.targets for group in row)
@@ -98,7 +98,7 @@ def test_at_one_length_growing_rules_are_fixed_windows(grid: SpanGrid, kv: float
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_plans_meet_the_budget_at_every_length(case: str) -> None:
     problem = PROBLEMS[case]()
-    for plan in parse_solver({"name": "moa", "rule": "length"}).solve(problem):
+    for plan in solvers.parse({"name": "moa", "rule": "length"}).solve(problem):
         for length, limit in limits_of(problem).items():
             assert held_bytes(problem, plan.layers, length) == allocated(problem.shape, plan, length) <= limit
 
@@ -107,15 +107,15 @@ def test_grids_that_price_no_fixed_window_are_refused() -> None:
     for grid in (SpanGrid(betas=(0.25, 0.5)), SpanGrid(alpha_min=-128, alpha_max=0)):
         problem = random_problem(0.9, grid=grid)
         with pytest.raises(UserError, match="no fixed windows, and rules by length are priced by them"):
-            parse_solver({"name": "moa", "rule": "length"}).solve(problem)
+            solvers.parse({"name": "moa", "rule": "length"}).solve(problem)
     tight = random_problem(0.5, grid=SIGNED)
     tight = problem_of(tight.shape, SIGNED, tight.lengths, tight.profile.tensors, {512: 100})
     with pytest.raises(UserError, match="no plan meets the budget at length 512"):
-        parse_solver({"name": "moa", "rule": "length"}).solve(tight)
+        solvers.parse({"name": "moa", "rule": "length"}).solve(tight)
 
 
 def test_the_default_is_the_rule_by_position() -> None:
     problem = random_problem(0.4)
-    default = parse_solver({"name": "moa"}).solve(problem)
-    assert default == parse_solver({"name": "moa", "rule": "position"}).solve(problem)
+    default = solvers.parse({"name": "moa"}).solve(problem)
+    assert default == solvers.parse({"name": "moa", "rule": "position"}).solve(problem)
     assert not any(group.by_length for plan in default for row in plan.targets for group in row)

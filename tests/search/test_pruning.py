@@ -20,6 +20,7 @@ from compress.search.response import response_loss
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
+from compress.search.solvers.moa import Moa
 from compress.search.solvers.ranked import Ranked
 from tests.profile.common import document
 from tests.tiny import random_ids, tiny_loaded, tiny_model
@@ -278,7 +279,7 @@ def test_what_does_not_belong_together_says_so(tmp_path: Path) -> None:
     for solver, budget, expected in [
         (Amp(), Budget(kv=0.5), "`parameters` for `amp`"),
         (Amp(), Budget(parameters=0.5, kv=0.5), "`parameters` for `amp`"),
-        ({"name": "moa"}, Budget(parameters=0.5), "`kv` for `moa`"),
+        (Moa(), Budget(parameters=0.5), "`kv` for `moa`"),
     ]:
         with pytest.raises(UserError, match="this solver cannot meet this kind of budget") as error:
             run_search(loaded, Scored(loaded.model), [], Section(solver, budget), tmp_path)

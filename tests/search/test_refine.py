@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.cli.stages import NO_STEPS
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
@@ -27,14 +26,15 @@ from compress.search.refine.refine import Loss, Refine, refine
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.moa import Moa
 from compress.search.solvers.uniform import Uniform
+from compress.stages.search import NO_STEPS
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
 
 
-def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> Document:
-    return Document(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
+def document(length: int, seed: int, answer: int = 9, task: str = "passkey") -> TextSample:
+    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), task=task)
 
 
 DOCUMENTS = [
@@ -253,7 +253,7 @@ def test_a_weight_of_no_task_is_refused(tmp_path: Path) -> None:
 
 def test_a_search_refines_and_says_so(tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
-    section = Section({"name": "moa", "points": 0}, Budget(kv=0.5, lengths=(448,)), QUICK)
+    section = Section(Moa(points=0), Budget(kv=0.5, lengths=(448,)), QUICK)
     profile = random_profile(shape_of(loaded.model), (320, 448))
     result = run_search(loaded, profile, [], section, tmp_path, refine_documents=DOCUMENTS)
     assert result.report["chosen"] == "refined" and "uniform plan's" in result.report["why"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
@@ -12,8 +12,8 @@ from compress.targets.full import FullGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 
-def document(length: int, answer: tuple[int, int]) -> Document:
-    return Document(tuple(random_ids(1, length)[0].tolist()), answer)
+def document(length: int, answer: tuple[int, int]) -> TextSample:
+    return TextSample(tuple(random_ids(1, length)[0].tolist()), answer)
 
 
 def test_it_is_the_mean_cross_entropy_of_the_answer() -> None:
@@ -41,7 +41,7 @@ def test_a_plan_changes_it_and_a_full_plan_does_not() -> None:
 @pytest.mark.parametrize("answer", [(0, 3), (5, 5), (8, 12)])
 def test_an_answer_that_cannot_be_predicted_is_an_error(answer: tuple[int, int]) -> None:
     with pytest.raises(UserError, match="no answer"):
-        response_loss(tiny_model("llama-gqa"), [Document(tuple(range(4, 14)), answer)])
+        response_loss(tiny_model("llama-gqa"), [TextSample(tuple(range(4, 14)), answer)])
 
 
 def test_nothing_to_measure_is_an_error() -> None:

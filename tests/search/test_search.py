@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import compress.search.run as search
-from compress.data.document import Document
+from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.plan import Plan, read_plan
 from compress.search.baselines import uniform_baselines
@@ -32,8 +32,8 @@ class Section:
     refine: Any = None
 
 
-SECTION = Section({"name": "moa", "points": 2}, Budget(kv=0.5))
-HELD_OUT = {512: [Document(tuple(random_ids(1, 512, seed)[0].tolist()), (490, 512)) for seed in (1, 2)]}
+SECTION = Section(Moa(points=2), Budget(kv=0.5))
+HELD_OUT = {512: [TextSample(tuple(random_ids(1, 512, seed)[0].tolist()), (490, 512)) for seed in (1, 2)]}
 
 
 def profile_of(loaded: Any) -> FakeProfile:
@@ -44,7 +44,7 @@ def profile_of(loaded: Any) -> FakeProfile:
 def test_a_search_writes_plan_baselines_and_reasons(family: str, tmp_path: Path) -> None:
     loaded = tiny_loaded(family)
     shape = shape_of(loaded.model)
-    section = Section({"name": "moa", "points": 2}, Budget(kv=0.5 if family == "llama-gqa" else 0.9))
+    section = Section(Moa(points=2), Budget(kv=0.5 if family == "llama-gqa" else 0.9))
     seen: list[tuple[int, int, str]] = []
     result = run_search(loaded, profile_of(loaded), HELD_OUT, section, tmp_path, lambda *step: seen.append(step))
 
@@ -77,7 +77,7 @@ def test_a_search_writes_plan_baselines_and_reasons(family: str, tmp_path: Path)
 
 def test_predicted_times_stand_in_plan_and_report(tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
-    section = Section({"name": "moa", "points": 0}, Budget(decode_time=0.95, density=0.6, lengths=(448,)))
+    section = Section(Moa(points=0), Budget(decode_time=0.95, density=0.6, lengths=(448,)))
     result = run_search(loaded, profile_of(loaded), [], section, tmp_path, bandwidth=lambda: 5e9)
     told = result.plan.provenance["decode_time"]
     assert "at 5 GB/s (a copy on this device)" in told["source"]

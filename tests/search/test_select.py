@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from compress.data.document import Document
+from compress.data.sample import Sample, TextSample
 from compress.plan import Plan, uniform_plan
-from compress.search.measure import LossLog, best_plan, document_key, measure, plan_key
+from compress.search.measure import LossLog, best_plan, measure, plan_key
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import make_shape
 from tests.tiny import spans_of
 
-DOCUMENTS = [Document(tuple(range(10 + extra)), (8, 10)) for extra in range(3)]
+DOCUMENTS = [TextSample(tuple(range(10 + extra)), (8, 10)) for extra in range(3)]
 
 
 def plan(alpha: int, **fields: object) -> Plan:
@@ -26,7 +26,7 @@ class Meter:
         self.calls = 0
         self.stop_after = stop_after
 
-    def __call__(self, plan: Plan | None, document: Document) -> float:
+    def __call__(self, plan: Plan | None, document: Sample) -> float:
         if self.calls == self.stop_after:
             raise KeyboardInterrupt
         self.calls += 1
@@ -64,8 +64,8 @@ def test_keys_follow_what_matters() -> None:
     assert plan_key(plan(64)) == plan_key(plan(64, provenance={"name": "other"})) != plan_key(plan(128))
     assert plan_key(uniform_plan(make_shape(), FullGroup())) != plan_key(None) == "dense"
     tokens = DOCUMENTS[0].tokens
-    assert document_key(DOCUMENTS[0]) == document_key(Document(tokens, (8, 10), task="other"))
-    assert document_key(DOCUMENTS[0]) != document_key(Document(tokens, (7, 10)))
+    assert DOCUMENTS[0].key == TextSample(tokens, (8, 10), task="other").key
+    assert DOCUMENTS[0].key != TextSample(tokens, (7, 10)).key
 
 
 def test_ties_go_to_fewer_bytes() -> None:

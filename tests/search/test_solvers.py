@@ -12,7 +12,6 @@ from compress.registry import solvers
 from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
 from compress.search.problem import FULL_GROUP, Candidate, Problem
-from compress.search.solver import parse_solver
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import (
     ITEMSIZE,
@@ -26,7 +25,7 @@ from tests.search.synthetic import (
 )
 
 assert compress.search.solvers
-every_solver = pytest.mark.parametrize("name", [name for name in solvers if parse_solver({"name": name}).spans])
+every_solver = pytest.mark.parametrize("name", [name for name in solvers if solvers.parse({"name": name}).spans])
 
 PROBLEMS = {
     "half": lambda: random_problem(0.5),
@@ -48,7 +47,7 @@ PROBLEMS = {
 
 def make(name: str, **fields: Any) -> Any:
     """A solver, with its defaults where no field is given."""
-    return parse_solver({"name": name, **fields})
+    return solvers.parse({"name": name, **fields})
 
 
 def allocated(shape: ModelShape, plan: Candidate, length: int) -> int:
@@ -142,7 +141,7 @@ def test_parameters_are_described(name: str) -> None:
     for field in solvers[name].model_fields.values():
         assert field.description
     assert solvers[name].__doc__
-    assert make(name).name == name
+    assert make(name).registered == name
 
 
 @pytest.mark.parametrize("name", ["uniform", "streaming"])
@@ -170,15 +169,6 @@ def test_uniform_uses_the_budget_at_every_length() -> None:
     assert longest.targets[0][0] == WindowGroup(sink=64, alpha=960, beta=0.0)
     (streaming,) = make("streaming").solve(problem.only([2048]))
     assert streaming.targets[0][0] == WindowGroup(sink=4, alpha=960, beta=0.0)
-
-
-def test_parse_solver_says_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="did you mean `uniform`"):
-        parse_solver({"name": "unifrm"})
-    with pytest.raises(UserError, match="no name"):
-        parse_solver({"points": 3})
-    solver = make("moa")
-    assert parse_solver(solver) is solver
 
 
 def test_heads_of_the_highest_score_are_full() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
-from compress.cli.session import open_session
+from compress.cli.recipe import opened
 from compress.runfolder import RunFolder
 from tests import processes
 from tests.cli.recipes import make_recipe
@@ -81,7 +81,7 @@ def test_a_finished_recovery_is_not_repeated_and_keys_follow_it(recovered: Path)
     assert "recover: done before" in result.stderr and "control: done before" in result.stderr
     record = recovered.parent / "run/recover/recover.json"
     before = record.read_text()
-    with open_session(str(recovered)) as session:
+    with opened(str(recovered)) as session:
         keys = session.export_key(), session.evaluate_key()
         record.write_text(before.replace('"seed"', ' "seed"'))
         assert session.export_key() != keys[0] and session.evaluate_key() != keys[1]
@@ -93,7 +93,7 @@ def test_another_rate_is_another_recovery_and_saving_is_not(tmp_path: Path) -> N
     keys = []
     for section in (SECTION, SECTION.replace("0.01", "0.02"), SECTION.replace("steps", "save_every: 3, steps")):
         recipe = recipe_of(tmp_path, section)
-        with open_session(str(recipe)) as session:
+        with opened(str(recipe)) as session:
             keys.append((session.recover_key(), session.control_key()))
     assert keys[0] == keys[2] and keys[0][0] != keys[1][0] and keys[0][1] != keys[1][1]
 

@@ -12,9 +12,9 @@ from compress.profile.processes import Processes
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample
 
-Samples = Mapping[int, Sequence["Document"]]
+Samples = Mapping[int, Sequence["TextSample"]]
 
 
 @dataclass(frozen=True)

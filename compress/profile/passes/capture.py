@@ -27,7 +27,7 @@ from compress.models.replaced import AttentionCall, answer_rows, replaced_attent
 from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
-    from compress.data.document import Document
+    from compress.data.sample import TextSample
 
 NAME = "compress_profile"
 
@@ -65,7 +65,7 @@ class Capture:
     ) -> None:
         self._undo.close()
 
-    def run(self, sample: Document) -> float | None:
+    def run(self, sample: TextSample) -> float | None:
         """Pass one sample through the model.
 
         Returns:

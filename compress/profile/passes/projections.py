@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from compress.models.backward import loss_scale, recomputed
+from compress.models.families import check_reading
 from compress.models.replaced import answer_rows, frozen
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
@@ -58,8 +59,10 @@ class _Reader:
     def open(self, undo: ExitStack) -> None:
         """Set hooks and gradients, until `undo` closes."""
         undo.enter_context(frozen(self.subject.model))
+        inputs = [statistic.name for statistic in self.statistics if statistic.reads_inputs]
+        check_reading(self.subject.model.config, inputs)
         for layer in self.subject.units:
-            for kind in ("query", "neuron"):
+            for kind in ("query", "neuron") if inputs else ():
                 hook = layer.output(kind).register_forward_pre_hook(self._hook(layer, kind))
                 undo.callback(hook.remove)
             if self.gradient:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+from compress.errors import Problem, UserError
 from compress.models.memory import peak_bytes
 from compress.profile.passes.base import Pass, Run, Samples
 from compress.profile.statistic import Item, Results
@@ -97,15 +98,24 @@ def _take(batch: Sequence[Item], totals: Sequence[Sheet], run: Run, statistics: 
     """Read one sample in each process and add all of them; what to say of it."""
     processes, message = run.processes, ""
     mine = Sheet(statistics, run.subject, [batch[min(processes.rank, len(batch) - 1)].length])
+    problems: list[Problem] | None = None
     if processes.rank < len(batch):
-        loss = read(batch[processes.rank], mine)
-        if loss is not None:
-            mine.loss.fill_(loss)
-        mine.close(batch[processes.rank])
+        try:
+            loss = read(batch[processes.rank], mine)
+        except UserError as error:
+            if processes.world == 1:
+                raise
+            problems = error.problems
+        else:
+            if loss is not None:
+                mine.loss.fill_(loss)
+            mine.close(batch[processes.rank])
     for source, item in enumerate(batch):
+        # All processes stop together: none may wait for one that has stopped.
+        if (found := processes.share(problems, source)) is not None:
+            raise UserError(found)
         sheet = mine if source == processes.rank else Sheet(statistics, run.subject, [item.length])
         processes.spread([*(total for _, total in sheet.tensors()), sheet.loss], source)
-        # Only here, where every process has these sums: none may wait for one that has stopped.
         sheet.check_finite(item.where)
         totals[item.corpus].add(sheet, item)
         message = item.where

@@ -1,13 +1,13 @@
 """What a statistic of heads and neurons is: sums over tokens of what a layer's output projections read, and scores.
 
-A statistic that is one expression over sums is a function with `of_columns` or `of_weights` before it.
+A statistic that is one expression over sums has `ColumnStatistic` or `WeightStatistic` as its base.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from compress.models.units import LayerUnits
 from compress.profile.key import CORPORA, Key
 from compress.profile.statistic import Item, Reads, Result, Results, Subject, SummedStatistic, Sums, not_finite
-from compress.registry import statistics
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "heads": ("layer", "group", "query"),
@@ -39,6 +38,11 @@ class UnitStatistic(SummedStatistic):
 
     reads: ClassVar[Reads] = "projections"
     dtype: ClassVar[torch.dtype] = torch.float64
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it is taken from what the output projections read."""
+        return type(self).add is not UnitStatistic.add
 
     def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what is summed in a layer, by name."""
@@ -129,93 +133,76 @@ def by_head(columns: torch.Tensor, layer: LayerUnits) -> torch.Tensor:
 
 def columns_of(layer: LayerUnits) -> dict[str, tuple[int, ...]]:
     """Shapes of one number for every column of both output projections, by kind."""
-    return {kind: (layer.output(kind).in_features,) for kind in KINDS}
+    return {kind: (layer.output(kind).weight.shape[-1],) for kind in KINDS}
 
 
-Expression = Callable[..., torch.Tensor]
-Register = Callable[[Expression], type[UnitStatistic]]
+class ColumnStatistic(UnitStatistic):
+    """Base of statistics that score every column of an output projection by the mean of one expression over tokens.
 
-
-def of_columns(name: str, unit: str, each: Callable[[torch.Tensor], torch.Tensor]) -> Register:
-    """Registers `score(mean, weight)` as a statistic: sum `each` of the inputs, and make a score of the mean.
-
-    The function gets, of an output projection, the mean of `each` over tokens, `[columns]` float64, and the weight,
-    `[out, columns]`; it gives a score of every column. A head's score is the sum over its columns.
-
-    Args:
-        name: of the statistic.
-        unit: what a score counts.
-        each: of inputs `[tokens, columns]` float64.
+    The score of a head is the sum over its columns.
     """
 
-    def register(score: Expression) -> type[UnitStatistic]:
-        class OfColumns(UnitStatistic):
-            def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
-                return columns_of(layer)
+    @abstractmethod
+    def each(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the mean is taken of, from inputs `[tokens, columns]` float64."""
 
-            def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
-                sums[kind] += each(inputs.double()).sum(0)
+    @abstractmethod
+    def score(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`[columns]` float64, from means `[columns]` and the projection's weight `[out, columns]`."""
 
-            def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-                heads, neurons = (
-                    score(sums[kind] / counts["tokens"], layer.output(kind).weight.detach()) for kind in KINDS
-                )
-                return {"heads": by_head(heads, layer).sum(-1), "neurons": neurons}
+    def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
+        """One sum for every column."""
+        return columns_of(layer)
 
-        return _registered(OfColumns, name, unit, score)
+    def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
+        """See `UnitStatistic.add`."""
+        sums[kind] += self.each(inputs.double()).sum(0)
 
-    return register
+    def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
+        """See `UnitStatistic.scores`."""
+        heads, neurons = (
+            self.score(sums[kind] / counts["tokens"], layer.output(kind).weight.detach()) for kind in KINDS
+        )
+        return {"heads": by_head(heads, layer).sum(-1), "neurons": neurons}
 
 
-def of_weights(name: str, unit: str, *, then: Expression | None = None, gradient: bool = False) -> Register:
-    """Registers `number(weight)`, or `number(weight, gradient, answers)`, as a statistic: a sum over a unit's weights.
+class WeightStatistic(UnitStatistic):
+    """Base of statistics that are a sum of one number a weight; which weights a unit has: `LayerUnits.sums`.
 
-    The function gets the weight of a projection, `[out, in]`, with `gradient` also dLoss/dWeight summed over samples,
-    float32, and the number of answer tokens that the loss is over. Which weights a unit has: `LayerUnits.sums`.
-
-    Args:
-        name: of the statistic.
-        unit: what a score counts.
-        then: of the sums over a unit's weights.
-        gradient: whether gradients are needed; without them no sample is read.
+    With `needs_gradient` the gradients of all projections are held in float32, once for each corpus and once for the
+    sample that is read.
     """
 
-    def register(number: Expression) -> type[UnitStatistic]:
-        class OfWeights(UnitStatistic):
-            reads: ClassVar[Reads] = "projections" if gradient else "weights"
-            needs_gradient: ClassVar[bool] = gradient
-            dtype: ClassVar[torch.dtype] = torch.float32
+    reads: ClassVar[Reads] = "weights"
+    dtype: ClassVar[torch.dtype] = torch.float32
 
-            def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
-                modules = layer.projections if gradient else {}
-                return {part: tuple(module.weight.shape) for part, module in modules.items()}
+    @abstractmethod
+    def number(self, weight: torch.Tensor, gradient: torch.Tensor | None, answers: int) -> torch.Tensor:
+        """The numbers of a projection, in the shape of its weight.
 
-            def add_gradient(self, sums: Sums, part: str, slope: torch.Tensor) -> None:
-                sums[part] += slope  # with its sign: what one sample gains another one may lose
+        Args:
+            gradient: float32, of the sum of -ln p over the answer tokens of all samples; None without `needs_gradient`.
+            answers: how many answer tokens these are.
+        """
 
-            def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-                def numbers(part: str) -> torch.Tensor:
-                    weight = layer.projections[part].weight.detach()
-                    return number(weight, sums[part], counts["answers"]) if gradient else number(weight)
+    def finish(self, total: torch.Tensor) -> torch.Tensor:
+        """Scores, from sums over the weights of units, float64."""
+        return total
 
-                heads, neurons = layer.sums(numbers)
-                return (
-                    {"heads": heads, "neurons": neurons}
-                    if then is None
-                    else {
-                        "heads": then(heads),
-                        "neurons": then(neurons),
-                    }
-                )
+    def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
+        """The gradients."""
+        modules = layer.projections if self.needs_gradient else {}
+        return {name: tuple(module.weight.shape) for name, module in modules.items()}
 
-        return _registered(OfWeights, name, unit, number)
+    def add_gradient(self, sums: Sums, name: str, gradient: torch.Tensor) -> None:
+        """Gradients with their signs: what one sample gains another one may lose."""
+        sums[name] += gradient
 
-    return register
+    def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
+        """See `UnitStatistic.scores`."""
 
+        def numbers(name: str) -> torch.Tensor:
+            return self.number(layer.projections[name].weight.detach(), sums.get(name), counts["answers"])
 
-def _registered(made: type[UnitStatistic], name: str, unit: str, function: Expression) -> type[UnitStatistic]:
-    """The class under the name and docstring of the function that it was made of."""
-    made.__name__ = made.__qualname__ = "".join(word.title() for word in name.split("_"))
-    made.__module__, made.__doc__ = function.__module__, function.__doc__
-    made.unit, made.gives = unit, {name: "units"}
-    return statistics.register(name)(made)
+        heads, neurons = map(self.finish, layer.sums(numbers))
+        return {"heads": heads, "neurons": neurons}

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 
-from compress.profile.units.base import of_weights
+from compress.profile.units.base import WeightStatistic
+from compress.registry import statistics
 
 
-@of_weights("magnitude", unit="L2 norm of weights", then=torch.sqrt)
-def magnitude(weight: torch.Tensor) -> torch.Tensor:
+@statistics.register("magnitude")
+class Magnitude(WeightStatistic):
     """L2 norm of a unit's weights (no data); which these are: `LayerUnits.sums`."""
-    return weight.double().square()
+
+    unit: ClassVar[str] = "L2 norm of weights"
+    gives: ClassVar[Mapping[str, str]] = {"magnitude": "units"}
+
+    def number(self, weight: torch.Tensor, gradient: torch.Tensor | None, answers: int) -> torch.Tensor:
+        """Squares."""
+        return weight.double().square()
+
+    def finish(self, total: torch.Tensor) -> torch.Tensor:
+        """The root of their sum."""
+        return total.sqrt()

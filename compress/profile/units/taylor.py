@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 
-from compress.profile.units.base import of_weights
+from compress.profile.statistic import Reads
+from compress.profile.units.base import WeightStatistic
+from compress.registry import statistics
 
 
-@of_weights("taylor", unit="nats per answer token", gradient=True)
-def taylor(weight: torch.Tensor, gradient: torch.Tensor, answers: int) -> torch.Tensor:
+@statistics.register("taylor")
+class Taylor(WeightStatistic):
     """Sum of |weight x dLoss/dWeight| over a unit's weights (needs a backward pass a document, and holds gradients).
 
-    The loss is the mean of -ln p over the answer tokens of all documents. Which weights a unit has:
-    `LayerUnits.sums`. Held are gradients of all projections, in float32, once for each corpus and once for the
-    document that is read.
+    The loss is the mean of -ln p over the answer tokens of all documents. Which weights a unit has: `LayerUnits.sums`.
     """
-    return (weight.float() * gradient / answers).abs()
+
+    reads: ClassVar[Reads] = "projections"
+    needs_gradient: ClassVar[bool] = True
+    unit: ClassVar[str] = "nats per answer token"
+    gives: ClassVar[Mapping[str, str]] = {"taylor": "units"}
+
+    def number(self, weight: torch.Tensor, gradient: torch.Tensor | None, answers: int) -> torch.Tensor:
+        """See the class."""
+        assert gradient is not None
+        return (weight.float() * gradient / answers).abs()

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 
-from compress.profile.units.base import of_columns
+from compress.profile.units.base import ColumnStatistic
+from compress.registry import statistics
 
 
-@of_columns("wanda_sp", unit="|weight| x root mean square input", each=torch.square)
-def wanda_sp(mean_square: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+@statistics.register("wanda_sp")
+class WandaSp(ColumnStatistic):
     """Sum of |weight| x root mean square of its input, over a unit's columns (forward pass only).
 
     The structured form of Wanda that FLAP (arXiv 2312.11983) compares with.
     """
-    return mean_square.sqrt() * weight.abs().sum(0, dtype=torch.float64)
+
+    unit: ClassVar[str] = "|weight| x root mean square input"
+    gives: ClassVar[Mapping[str, str]] = {"wanda_sp": "units"}
+
+    def each(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Squares."""
+        return inputs.square()
+
+    def score(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return mean.sqrt() * weight.abs().sum(0, dtype=torch.float64)

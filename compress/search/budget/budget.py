@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
@@ -27,6 +27,8 @@ else:
 
 class Budget(Kinds):  # type: ignore[valid-type,misc]
     """What a plan may cost for one sequence, at every length a constraint of its own. All kinds that are given hold."""
+
+    registered: ClassVar[str] = ""
 
     lengths: Annotated[
         tuple[Annotated[int, Field(le=LONGEST)], ...] | None,

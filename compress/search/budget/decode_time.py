@@ -172,7 +172,7 @@ class DecodeTime(BudgetKind):
         if share == 1:
             limit = max(limit, paged * sequences + weights)
         return TimeRow(
-            cls.kind(),
+            cls.registered,
             "bytes",
             "the bytes that the dense model's decode step reads",
             length,

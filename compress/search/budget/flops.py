@@ -45,4 +45,4 @@ class Flops(ShareByLength):
         whole = dense.cost(length).flops + projections
         counts = (("flops", 1), ("parameters", 2 * length)) if dense.removes else (("flops", 1),)
         fixed = 0 if dense.removes else projections
-        return Row(cls.kind(), cls.unit, cls.of, length, math.floor(share * whole), whole, counts, fixed)
+        return Row(cls.registered, cls.unit, cls.of, length, math.floor(share * whole), whole, counts, fixed)

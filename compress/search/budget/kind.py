@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import Problem
 from compress.limits import BYTES, ENTRIES, LONGEST
-from compress.registry import Method, budget_kinds
+from compress.registry import Method
 
 if TYPE_CHECKING:
     from compress.search.dense import Dense
@@ -122,14 +122,9 @@ class BudgetKind(Method):
     reads: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def kind(cls) -> str:
-        """The name under which the class is registered."""
-        return next(name for name, known in budget_kinds.items() if known is cls)
-
-    @classmethod
     def value(cls, budget: Any) -> Any:
         """What a budget gives of this kind; None where it does not."""
-        return getattr(budget, cls.kind())
+        return getattr(budget, cls.registered)
 
     @classmethod
     @abstractmethod
@@ -173,7 +168,7 @@ class ShareByLength(BudgetKind):
         whole, paged = (getattr(dense.cost(length, paged=paged), name) for paged in (False, True))
         limit = int(share) if share > 1 else max(whole, paged) if share == 1 else math.floor(share * whole)
         step = dense.page_bytes if name.endswith("_bytes") else 1
-        return Row(cls.kind(), cls.unit, cls.of, length, limit, whole, ((name, 1),), step=step)
+        return Row(cls.registered, cls.unit, cls.of, length, limit, whole, ((name, 1),), step=step)
 
     @classmethod
     def check(cls, value: Shares) -> Shares:

@@ -48,4 +48,4 @@ class Parameters(BudgetKind):
         whole = dense.parameters
         limit = int(share) if share > 1 else math.floor(share * whole)
         of = "the decoder layers' parameters"
-        return [Row(cls.kind(), "parameters", of, None, limit, whole, (("parameters", 1),))]
+        return [Row(cls.registered, "parameters", of, None, limit, whole, (("parameters", 1),))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 
 LIKELIEST = 256  # tokens of the dense model's distribution that are kept apart; all others count as one
@@ -28,7 +28,7 @@ class Divergence:
         UserError: no documents, or logits that are not finite.
     """
 
-    def __init__(self, model: Any, documents: Sequence[Document]) -> None:
+    def __init__(self, model: Any, documents: Sequence[Sample]) -> None:
         if not documents:
             raise UserError("there are no documents to refine on", where="calibration.documents")
         self.documents = list(documents)
@@ -50,28 +50,18 @@ class Divergence:
         """Documents of one length together, as many as a batch may have tokens."""
         by_length: dict[int, list[int]] = {}
         for number in numbers:
-            by_length.setdefault(self.documents[number].answer[1], []).append(number)
+            by_length.setdefault(self.documents[number].length, []).append(number)
         most = BATCH_TOKENS.get(self.device.type, 1)
         for length, members in sorted(by_length.items()):
             size = max(1, most // length)
             for start in range(0, len(members), size):
                 yield members[start : start + size]
 
-    def answer_logits(self, model: Any, members: Sequence[int], **inputs: Any) -> Iterator[tuple[int, torch.Tensor]]:
-        """(document, logits `[rows, vocabulary]` of its answer rows) for documents of one length."""
+    def answer_logits(self, model: Any, members: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(document, logits `[rows, classes]` that its loss is taken on) for documents of one length."""
         batch = [self.documents[number] for number in members]
-        end = batch[0].answer[1]
-        keep = end - min(document.answer[0] for document in batch) + 1
-        if not inputs:
-            inputs = {"input_ids": self.tokens(members)}
-        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
-        for row, (number, document) in enumerate(zip(members, batch, strict=True)):
-            yield number, logits[row, document.answer[0] - 1 - end : -1]
-
-    def tokens(self, members: Sequence[int]) -> torch.Tensor:
-        """`[B, T]` token ids of documents of one length."""
-        rows = [self.documents[number].tokens[: self.documents[number].answer[1]] for number in members]
-        return torch.tensor(rows, device=self.device)
+        output = model(**batch[0].together(batch, self.device))
+        yield from zip(members, batch[0].logits_of(batch, output), strict=True)
 
     def of_rows(self, number: int, logits: torch.Tensor) -> torch.Tensor:
         """The divergence of one document, a scalar that gradients go through; `logits` as `answer_logits` gives."""

@@ -26,7 +26,7 @@ from compress.models.backward import recomputed
 from compress.models.families import layers_of
 from compress.models.outputs import Alternatives
 from compress.models.pruning import output_projections
-from compress.models.replaced import AttentionCall, replaced_attention, tapped
+from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
 from compress.runtime.mixer import LayerFacts
 from compress.search.refine.divergence import Divergence
@@ -105,20 +105,23 @@ def all_effects(
         _, down = output_projections(layers_of(model)[layer], model.config)
         return down.register_forward_pre_hook(before)
 
-    embedding = model.get_input_embeddings()
-    with replaced_attention(model, NAME, attention), torch.enable_grad(), ExitStack() as hooks:
+    with (
+        replaced_attention(model, NAME, attention),
+        differentiable_inputs(model),
+        torch.enable_grad(),
+        ExitStack() as hooks,
+    ):
         for layer, mask in masks.items():
             hooks.callback(tap_neurons(layer, mask).remove)
         for sample in range(samples):
             for members in divergence.batches(range(count)):
-                tokens = divergence.tokens(members)
+                positions = sum(divergence.documents[number].length for number in members)
                 shapes = effects.shape[2:], of_neurons.shape[2:]
                 current[:] = [effects.new_zeros(len(members), *sizes) for sizes in shapes]
-                with recomputed(model, tokens.numel()):
-                    embedded = embedding(tokens).detach().requires_grad_()
+                with recomputed(model, positions):
                     losses = [
                         label_loss(rows, f"{seed}/{sample}/{number}")
-                        for number, rows in divergence.answer_logits(model, members, inputs_embeds=embedded)
+                        for number, rows in divergence.answer_logits(model, members)
                     ]
                     torch.stack(losses).sum().backward()
                 effects[sample, members], of_neurons[sample, members] = current

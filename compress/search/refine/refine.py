@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from compress.data.document import Document
+from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
@@ -125,7 +125,7 @@ class Loss:
     """
 
     def __init__(
-        self, model: Any, problem: Problem, documents: Sequence[Document], settings: Refine, uniform: Layers
+        self, model: Any, problem: Problem, documents: Sequence[Sample], settings: Refine, uniform: Layers
     ) -> None:
         self.model = model
         self.shape = problem.shape
@@ -170,7 +170,7 @@ def refine(
     settings: Refine,
     starts: Mapping[str, Layers],
     uniform: Layers,
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     folder: Path,
     seed: int,
     progress: Progress | None = None,
@@ -269,7 +269,7 @@ def _key(
     problem: Problem,
     settings: Refine,
     starts: Mapping[str, Layers],
-    documents: Sequence[Document],
+    documents: Sequence[Sample],
     seed: int,
 ) -> str:
     """Hash of all that a refinement depends on, but for the time that it may take."""
@@ -278,7 +278,7 @@ def _key(
         [repr(row) for row in problem.rows],
         settings.model_dump(mode="json", exclude={"minutes"}),
         {name: [layer.model_dump(mode="json") for layer in layers] for name, layers in starts.items()},
-        [[document.tokens, document.answer] for document in documents],
+        [document.key for document in documents],
         seed,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -248,3 +249,13 @@ def unknown_key(path: KeyPath, known: list[str], located: LocatedYaml) -> Proble
         found=f"`{path[-1]}`",
         fix=nearest(str(path[-1]), known),
     )
+
+
+def shown(value: Any) -> str:
+    """How a value reads in a message: as in YAML, cut short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, dict | list | tuple):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} with {len(value)} entries"
+    text = str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

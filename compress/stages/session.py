@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compress.cli import arguments, methods, processes
-from compress.cli.inputs import Inputs
-from compress.cli.output import say
-from compress.cli.recovery import CONTROL, RECORD
-from compress.data.text import MOST, Part, characters_for
+import transformers
+import yaml
+
+from compress.data.prompt import Task
+from compress.data.text import MOST, Part, Source, characters_for
+from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
-from compress.recipe import Recipe, load_recipe
-from compress.runfolder import RunFolder, open_run, stage_key
-
-if TYPE_CHECKING:
-    from compress.models.load import LoadedModel
-    from compress.plan import ModelShape
+from compress.models.load import LoadedModel, load_model
+from compress.plan import ModelShape
+from compress.recipe.schema import Recipe
+from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
+from compress.stages.device import resolve_device
+from compress.stages.environment import environment
+from compress.stages.inputs import Inputs
+from compress.stages.reporter import Reporter
 
 
 @dataclass
@@ -29,32 +32,30 @@ class Session:
     """A recipe with its run folder.
 
     Attributes:
+        resolved: the recipe as plain data with every default written out.
         helper: whether this process only trains, for another one that holds the folder.
     """
 
     recipe: Recipe
     run: RunFolder
     resolved: dict[str, Any]
+    reporter: Reporter
     helper: bool = False
     _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
         """The dense model."""
-        import transformers
-
-        from compress.models.load import load_model
-
         transformers.utils.logging.disable_progress_bar()
         device = resolve_device(self.recipe.device)
         started = time.monotonic()
         loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
-        say(
+        self.reporter.say(
             f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
             f"loaded in {time.monotonic() - started:.1f} s"
         )
         for note in loaded.notes:
-            say(f"  {note}")
+            self.reporter.say(f"  {note}")
         return loaded
 
     @functools.cached_property
@@ -90,7 +91,7 @@ class Session:
     @functools.cached_property
     def inputs(self) -> Inputs:
         """Hashes of all that the recipe names besides the model."""
-        return Inputs(self.run.path, keeps=not self.helper)
+        return Inputs(self.run.path, self.reporter, keeps=not self.helper)
 
     def profile_key(self) -> str:
         """All that a profile depends on."""
@@ -116,15 +117,13 @@ class Session:
         section = self.recipe.calibration
         held_out = self.resolved["calibration"]["held_out"]
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
-        budget: Any = self.recipe.search.budget
-        tables = [self.inputs.file(path) for path in budget.tables]
+        tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
         return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
-        return stage_key(
-            "export", self._content(self.run.plan), self.recipe.dtype, self.resolved["export"], *self._trained(RECORD)
-        )
+        plan, trained = self._content(self.run.plan), self._trained(RECOVERED)
+        return stage_key("export", plan, self.recipe.dtype, self.resolved["export"], *trained)
 
     def evaluate_key(self) -> str:
         """All that the numbers depend on."""
@@ -138,7 +137,7 @@ class Session:
             self.recipe.seed,
             self.resolved["evaluate"],
             self._evaluated(),
-            *self._trained(RECORD, CONTROL),
+            *self._trained(RECOVERED, CONTROL),
         )
 
     def recover_key(self) -> str:
@@ -150,28 +149,30 @@ class Session:
         return stage_key("control", self.fingerprint, *self._training())
 
     def _training(self) -> list[Any]:
-        settings: Any = self.recipe.recover
-        source: Any = settings.text or self.recipe.calibration.text
+        settings = self.recipe.recover
+        if settings is None:
+            raise ValueError("the recipe trains nothing")
+        source = settings.text or self.recipe.calibration.text
         text = self.inputs.text(source, characters_for(settings.text_tokens, "calibration"))
         return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
 
     def _evaluated(self) -> list[str]:
         """Contents of the texts and task files that the evaluation reads."""
-        evaluate: Any = self.recipe.evaluate
+        evaluate = self.recipe.evaluate
         request, harness = evaluate.perplexity, evaluate.lm_eval
-        source: Any = self.recipe.calibration.text if request is None else request.text
-        found = []
+        source = self.recipe.calibration.text if request is None else request.text
+        contents = []
         if request is not None:
-            found.append(self.inputs.text(source, characters_for(request.tokens, "evaluation")))
+            contents.append(self.inputs.text(source, characters_for(request.tokens, "evaluation")))
         if evaluate.recall:
-            found.append(self._text(source, evaluate.recall, "evaluation"))
+            contents.append(self._text(source, evaluate.recall, "evaluation"))
         if harness is not None and harness.suites:
-            found.append(self.inputs.text(source, MOST))
+            contents.append(self.inputs.text(source, MOST))
         if harness is not None and harness.include is not None:
-            found.append(self.inputs.files(f"task files: {harness.include}", harness.files))
-        return found
+            contents.append(self.inputs.files(f"task files: {harness.include}", harness.files))
+        return contents
 
-    def _text(self, source: Any, tasks: Any, part: Part) -> str:
+    def _text(self, source: Source, tasks: Sequence[Task], part: Part) -> str:
         """The content that some tasks read of a text."""
         return self.inputs.text(source, characters_for(max((task.length for task in tasks), default=0), part))
 
@@ -186,63 +187,27 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe_file: str, *, overwrite: bool = False, fresh: bool = False, helpers: bool = False
+    recipe: Recipe, reporter: Reporter, *, overwrite: bool = False, fresh: bool = False, helper: bool = False
 ) -> Iterator[Session]:
-    """Load a recipe and hold its run folder.
+    """Hold the run folder of a recipe.
 
     Args:
-        helpers: whether the command has work for helpers, which get a session without holding the folder; in other
-            commands they end here.
+        overwrite, fresh: as of `open_run`.
+        helper: this process only trains, for another one that holds the folder.
 
     Raises:
-        UserError: a wrong recipe, or a folder that cannot be used (see `open_run`).
+        UserError: a folder that cannot be used (see `open_run`).
     """
-    import typer
-    import yaml
-
-    from compress.cli.environment import environment
-    from compress.export.staging import settle
-
-    helper = processes.is_helper()
-    if helper and not helpers:
-        raise typer.Exit()
-    recipe = load_recipe(arguments.recipe_file(recipe_file), methods.load)
     resolved = recipe.resolved()
+    output = Path(recipe.output).expanduser()
     if helper:
-        yield Session(recipe, RunFolder(Path(recipe.output).expanduser()), resolved, helper=True)
+        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True)
         return
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    output = Path(recipe.output).expanduser()
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
         settle(run.checkpoint)
         sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
-        yield Session(recipe, run, resolved)
+        yield Session(recipe, run, resolved, reporter)
         run.log("end")
-
-
-def resolve_device(name: str) -> str:
-    """The device of `auto`, or the one that is named; in a launch of several processes each has a GPU of its own.
-
-    Raises:
-        UserError: the named device is not there.
-    """
-    import torch
-
-    from compress.errors import UserError
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    launch = processes.launch()
-    if name == "cuda" and launch is not None:
-        name = f"cuda:{launch.local_rank}"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind, _, number = name.partition(":")
-    if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):
-        raise UserError(
-            f"device `{name}` is not there",
-            expected="auto, or one of " + ", ".join(kind for kind, found in there.items() if found),
-            fix="`compress doctor` lists the devices",
-        )
-    return name

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.cli.output import say
+from compress.data.text import Source
 from compress.errors import UserError
 from compress.files import file_key, file_stamp, text_key, write_json
 from compress.json_file import JsonError, parse_json
+from compress.stages.reporter import Reporter
 
 RECORD = "inputs.json"
 SCHEMA = 1
@@ -24,31 +25,33 @@ class Inputs:
 
     Args:
         folder: the run folder.
+        reporter: told which text is not read whole, and which input cannot be read any more.
         keeps: whether this process writes there.
     """
 
-    def __init__(self, folder: Path, *, keeps: bool = True) -> None:
+    def __init__(self, folder: Path, reporter: Reporter, *, keeps: bool = True) -> None:
         self.path = folder / RECORD
+        self.reporter = reporter
         self.keeps = keeps
         self._found: dict[str, str] = {}
         self._stamps: dict[str, Any] = {}
         self._again: dict[str, tuple[Callable[[], Any], Callable[[], str]]] = {}
 
-    def text(self, source: Any, most: int) -> str:
+    def text(self, source: Source, most: int) -> str:
         """Hash of what is read of a text source, its first `most` characters; says so when that is not all.
 
         Raises:
             UserError: it cannot be read, and never was.
         """
 
-        def read(told: bool = False) -> str:
+        def read(aloud: bool = False) -> str:
             excerpt = source.excerpt(most)
-            if told and excerpt.used is not None:
-                say(f"text: {input_name(source)}: {excerpt.used}")
+            if aloud and excerpt.used is not None:
+                self.reporter.say(f"text: {input_name(source)}: {excerpt.used}")
             return text_key(excerpt.text)
 
         label = f"text, {most:,} characters: {source.model_dump_json()}"
-        return self._hash(label, source.stamp, read, lambda: read(told=True))
+        return self._hash(label, source.stamp, read, lambda: read(aloud=True))
 
     def file(self, path: str) -> str:
         """Hash of a file's bytes. Raises UserError: it cannot be read, and never was."""
@@ -93,7 +96,8 @@ class Inputs:
         except UserError as error:
             if label not in recorded:
                 raise
-            say(f"{error.problems[0].where}: {error.problems[0].what}; taken as unchanged since it was read last")
+            problem = error.problems[0]
+            self.reporter.say(f"{problem.where}: {problem.what}; taken as unchanged since it was read last")
             self._found[label] = recorded[label]
             return recorded[label]
         self._found[label] = found
@@ -112,6 +116,6 @@ class Inputs:
             return {}
 
 
-def input_name(source: Any) -> str:
+def input_name(source: Source) -> str:
     """The path or the id of a text source."""
     return str(getattr(source, "path", None) or getattr(source, "id", source.source))

@@ -1,0 +1,213 @@
+"""What no single key of a recipe shows: the same thing twice, and parts that need one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from compress.data.prompt import Task
+from compress.errors import Problem, nearest
+from compress.limits import DOCUMENT_TOKENS
+from compress.recipe.located_yaml import KeyPath, key_path
+from compress.recipe.schema import CalibrationSection, Recipe
+from compress.registry import Method, statistics
+from compress.search.checks import section_problems
+
+Finding = tuple[KeyPath, Problem]  # the key that it is about, and the problem without a place
+
+FORMS = {
+    "units": "a score of every head and neuron",
+    "means": "mean inputs, which removed heads and neurons are compensated with",
+    "groups": "one number for every head group",
+    "rules": "a table of span rules",
+    "targets": "what each of some targets costs every head group",
+}
+
+
+def cross_checks(recipe: Recipe) -> list[Finding]:
+    """All problems of a recipe whose keys are each right; those that only a search would find out after the others."""
+    plain = [*_repeated(recipe), *_too_many_documents(recipe), *_no_right_answer(recipe), *_missing_scores(recipe)]
+    return plain or [
+        *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine),
+        *_grids(recipe),
+        *_second(recipe),
+        *_nothing_to_train_on(recipe),
+        *_without_evidence(recipe),
+        *_unknown_weights(recipe),
+    ]
+
+
+def _repeated(recipe: Recipe) -> Iterator[Finding]:
+    lists: list[tuple[KeyPath, tuple[Method, ...]]] = [
+        (("calibration", "documents"), recipe.calibration.documents),
+        (("calibration", "held_out"), recipe.calibration.held_out),
+        (("profile", "statistics"), recipe.profile.statistics),
+        (("evaluate", "recall"), recipe.evaluate.recall),
+    ]
+    for path, methods in lists:
+        profile = path[0] == "profile"
+        first: dict[Any, int] = {}
+        for number, method in enumerate(methods):
+            before = first.setdefault(type(method) if profile else (type(method), method.model_dump_json()), number)
+            if before != number:
+                yield (
+                    (*path, number),
+                    Problem(
+                        f"duplicate entry `{key_path((*path, number))}`",
+                        expected="each entry once",
+                        found=f"the same as `{key_path((*path, before))}`",
+                        fix="remove one of the two" if profile else "raise `count` instead",
+                    ),
+                )
+
+
+def _too_many_documents(recipe: Recipe) -> Iterator[Finding]:
+    """Lists of documents that are each within the limits, and together more than a memory holds."""
+    calibration = recipe.calibration
+    lists: list[tuple[KeyPath, tuple[Task, ...]]] = [
+        (("calibration", "documents"), calibration.documents),
+        (("calibration", "training"), calibration.training),
+        (("calibration", "held_out"), calibration.held_out),
+        (("evaluate", "recall"), recipe.evaluate.recall),
+    ]
+    for path, tasks in lists:
+        tokens = sum(task.length * task.count for task in tasks)
+        if tokens > DOCUMENT_TOKENS:
+            yield (
+                path,
+                Problem(
+                    f"`{key_path(path)}` asks for too many tokens",
+                    expected=f"at most {DOCUMENT_TOKENS:,} tokens, length times count, of all entries together",
+                    found=f"{tokens:,}",
+                    fix="lower `count` or `length`",
+                ),
+            )
+
+
+def _no_right_answer(recipe: Recipe) -> Iterator[Finding]:
+    for number, task in enumerate(recipe.evaluate.recall):
+        if not task.hides:
+            yield (
+                ("evaluate", "recall", number),
+                Problem(
+                    f"`evaluate.recall[{number}]` has no right answer to compare with",
+                    expected="a task that hides something: passkey or key_value",
+                    found=task.task,
+                ),
+            )
+
+
+def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
+    """What the solver reads by name and the profile would not have, which only the search would find out."""
+    measured: dict[str, str] = {}
+    for statistic in recipe.profile.statistics:
+        measured |= statistic.gives
+    owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
+    for name, form in recipe.search.solver.scores_read().items():
+        if measured.get(name) == form:
+            continue
+        fitting = [other for other in measured if measured[other] == form]
+        fix = nearest(name, fitting)
+        if name in measured:
+            what, found = f"the solver cannot use `{name}`", f"{name}, {FORMS[measured[name]]}"
+        else:
+            what, found = f"the solver reads `{name}`, which is not measured", name
+            if fix is None and name in owners and owners[name][1].gives[name] == form:
+                fix = f"add `{{name: {owners[name][0]}}}` to `profile.statistics`"
+        expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
+        yield ("search", "solver"), Problem(what, None, expected, found, fix)
+
+
+def _grids(recipe: Recipe) -> Iterator[Finding]:
+    """A search of spans chooses from one grid of rules."""
+    grids = {each.registered: each.grid for each in recipe.profile.statistics if hasattr(each, "grid")}
+    solver = recipe.search.solver
+    if solver.spans and not grids and "targets" not in solver.scores_read().values():
+        yield (
+            ("profile", "statistics"),
+            Problem(
+                "no statistic prices rules, of which a span search chooses",
+                expected="`influence`, `hidden_mass` or `retrieval`",
+                fix="add `{name: influence}`",
+            ),
+        )
+    if len(set(grids.values())) > 1:
+        yield (
+            ("profile", "statistics"),
+            Problem(
+                "the statistics price different span grids",
+                expected="one grid",
+                found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
+                fix="give every statistic the same `grid`, or leave it out everywhere",
+            ),
+        )
+
+
+def _second(recipe: Recipe) -> Iterator[Finding]:
+    measured = recipe.profile.statistics
+    if recipe.calibration.second is not None and "projections" not in [each.reads for each in measured]:
+        yield (
+            ("calibration", "second"),
+            Problem(
+                "no statistic is measured on a second corpus",
+                expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
+                found=", ".join(each.registered for each in measured),
+                fix="leave `calibration.second` out, or add such a statistic",
+            ),
+        )
+
+
+def _nothing_to_train_on(recipe: Recipe) -> Iterator[Finding]:
+    learnt = {task.task for task in recipe.calibration.training or recipe.calibration.documents}
+    for number, statistic in enumerate(recipe.profile.statistics):
+        trained = getattr(statistic, "task", None)
+        if trained is not None and trained not in learnt:
+            yield (
+                ("profile", "statistics", number),
+                Problem(
+                    f"there are no documents of task `{trained}` to train on",
+                    expected=f"`- {{task: {trained}, ...}}` in `calibration.training`",
+                    found=", ".join(sorted(learnt)),
+                    fix=nearest(trained, learnt) or "add such documents, or set `task` to null to train on all",
+                ),
+            )
+
+
+def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
+    """Lengths at which a solver reads where evidence lies, and no document hides anything."""
+    documents = recipe.calibration.documents
+    lengths = {task.length for task in documents}
+    hiding = {task.length for task in documents if task.hides}
+    read = recipe.search.solver.scores_read()
+    everywhere = bool(read.get("retrieval.lost"))
+    lacking = lengths - hiding if everywhere else lengths if "retrieval" in read and not hiding else set()
+    if lacking:
+        yield (
+            ("search", "solver"),
+            Problem(
+                "the solver reads what heads retrieve, and no document hides anything to retrieve",
+                expected="a task as `passkey` among `calibration.documents`"
+                + (", at every length" if everywhere else ""),
+                found=f"none at {', '.join(f'{length:,} tokens' for length in sorted(lacking))}",
+            ),
+        )
+
+
+def _unknown_weights(recipe: Recipe) -> Iterator[Finding]:
+    """Weights of tasks that a refinement has no documents of."""
+    refine = recipe.search.refine
+    known = _tasks(recipe.calibration)
+    unknown = sorted(set(refine.weights if refine else ()) - known)
+    if unknown:
+        yield (
+            ("search", "refine", "weights"),
+            Problem(
+                f"there are no documents of task {', '.join(unknown)} to weigh",
+                expected=f"some of {', '.join(sorted(known))}",
+                fix=nearest(unknown[0], known),
+            ),
+        )
+
+
+def _tasks(calibration: CalibrationSection) -> set[str]:
+    return {task.task for task in (*calibration.documents, *calibration.training)}

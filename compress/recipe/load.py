@@ -1,0 +1,109 @@
+"""Reads a recipe file as far as that needs no method, and hands it on to `read`, which imports torch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.encodings import decode, wrong_byte
+from compress.errors import Problem, UserError, nearest
+from compress.recipe.located_yaml import MOST_CHARACTERS, LocatedYaml, read_located, shown, unknown_key
+from compress.recipe.outline import REQUIRED, SECTIONS, Outline
+
+if TYPE_CHECKING:
+    from compress.recipe.schema import Recipe
+
+MOST_BYTES = 4 * MOST_CHARACTERS
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        UserError: no such file, or everything that is wrong with it: each problem with file, line, column, key,
+            what was expected and found, and the nearest valid name. Wrong keys of the top level are told at once,
+            and all others after the methods, and torch with them, are imported.
+    """
+    path = Path(path)
+    text = _text(path)
+    located = read_located(text, str(path))
+    problems = [*located.problems, *outline_problems(located)]
+    if problems:
+        raise UserError(in_order(problems))
+    from compress.recipe.read import parse_located
+
+    return parse_located(located, text, path)
+
+
+def outline_problems(located: LocatedYaml) -> list[Problem]:
+    """What is wrong with the keys of the top level."""
+    if not isinstance(located.data, dict):
+        if located.problems:
+            return []
+        return [
+            Problem("a recipe is a mapping of keys", located.where(()), "model:, output:, ...", shown(located.data))
+        ]
+    values = {field.alias or name: field for name, field in Outline.model_fields.items()}
+    known = [*values, *SECTIONS]
+    descriptions = SECTIONS | {name: field.description for name, field in values.items()}
+    required = [name for name, field in values.items() if field.is_required()] + list(REQUIRED)
+    unknown = [unknown_key((key,), known, located) for key in located.data if key not in known]
+    missing = [
+        Problem(f"missing key `{name}`", located.where(()), expected=descriptions[name])
+        for name in required
+        if name not in located.data
+    ]
+    return unknown + missing
+
+
+def in_order(problems: list[Problem]) -> list[Problem]:
+    """Problems in the order of the file."""
+
+    def place(problem: Problem) -> tuple[int, int]:
+        parts = (problem.where or "").rsplit(":", 2)
+        return (int(parts[1]), int(parts[2])) if len(parts) == 3 and all(map(str.isdigit, parts[1:])) else (0, 0)
+
+    return sorted(problems, key=place)
+
+
+def _text(path: Path) -> str:
+    """The file's text. Raises UserError where it cannot be read, or is none."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError("no such recipe file", where=str(path), fix=_similar_file(path)) from None
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        raise UserError(
+            "the recipe cannot be read: it is a folder",
+            where=str(path),
+            expected="a .yaml file",
+            fix=f"did you mean `{inside}`?" if inside.is_file() else None,
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError("the recipe cannot be read", where=str(path), found=reason) from None
+    if len(data) > MOST_BYTES:
+        raise UserError(
+            "the file is too large to be a recipe", where=str(path), expected=f"at most {MOST_BYTES:,} bytes"
+        )
+    try:
+        return decode(data)
+    except UnicodeDecodeError:
+        raise UserError(
+            "the recipe is not UTF-8 text", where=str(path), found=wrong_byte(io.BytesIO(data)), fix="save it as UTF-8"
+        ) from None
+
+
+def _similar_file(path: Path) -> str | None:
+    """The file of a similar name, beside the missing one or among the recipes in `recipes/`."""
+    for folder in (path.parent, Path("recipes")):
+        if folder.is_dir():
+            names = {candidate.name: candidate for candidate in folder.glob("*.y*ml")}
+            found = nearest(path.name, names)
+            if found:
+                name = found.split("`")[1]
+                return f"did you mean `{names[name]}`?"
+    return "`compress recipes` lists the recipes that come with the project"

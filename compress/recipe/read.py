@@ -1,0 +1,180 @@
+"""Makes a `Recipe` of located YAML: every problem in the project's words, at its place in the file. Imports torch."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from compress.errors import Problem, UserError, nearest
+from compress.recipe.checks import cross_checks
+from compress.recipe.load import in_order, outline_problems
+from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, read_located, shown, unknown_key
+from compress.recipe.schema import Recipe
+from compress.registry import Registry, typed
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """A recipe from its text; `path` is what problems name. Raises UserError."""
+    return parse_located(read_located(text, str(path)), text, path)
+
+
+def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
+    """A recipe from what `read_located` gave for its text.
+
+    Raises:
+        UserError: everything that is wrong with it, in the order of the file.
+    """
+    if not isinstance(located.data, dict):
+        raise UserError([*located.problems, *outline_problems(located)])
+    # An empty section is one with its defaults only.
+    sections = {name for name, field in Recipe.model_fields.items() if not field.is_required()}
+    data = {key: typed(value) for key, value in located.data.items() if value is not None or key not in sections}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data, strict=True)
+    except ValidationError as error:
+        problems = _merged(_problem(item, located) for item in error.errors(include_url=False) if not _counted(item))
+    else:
+        recipe._text, recipe._source = text, path
+        problems = []
+        for keys, problem in cross_checks(recipe):
+            problem.where = located.where(keys)
+            problems.append(problem)
+    if problems or located.problems or recipe is None:
+        # Where the text itself is wrong, what was put in its place is nothing to complain of, too.
+        places = {problem.where for problem in located.problems}
+        others = [problem for problem in problems if problem.where not in places]
+        raise UserError(in_order([*located.problems, *others]))
+    return recipe
+
+
+def _counted(item: Any) -> bool:
+    """Whether a list is only called too short because wrong entries do not count; they have errors of their own."""
+    return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
+
+
+def _merged(problems: Iterator[Problem]) -> list[Problem]:
+    """Problems with those of the branches of one union, which are at one place, as one."""
+    merged: dict[tuple[str, str | None], Problem] = {}
+    for problem in problems:
+        first = merged.setdefault((problem.what, problem.where), problem)
+        if first is not problem and problem.expected:
+            first.expected = f"{first.expected}, or {problem.expected}"
+    return list(merged.values())
+
+
+def _problem(item: Any, located: LocatedYaml) -> Problem:
+    """One of pydantic's errors in the project's words, at its place in the file."""
+    path = _place_in_file(located.data, item)
+    kind, context = item["type"], item.get("ctx", {})
+    where, wrong = located.where(path), f"wrong value for `{key_path(path)}`"
+    if kind == "extra_forbidden":
+        owner, registry = _schema_at(located.data, path[:-1])
+        return unknown_key(path, [*_keys(owner), *([registry.key] if registry else [])], located)
+    if kind == "missing":
+        owner, _ = _schema_at(located.data, path[:-1])
+        field = _fields(owner).get(str(path[-1]))
+        where = located.where(path[:-1], key=True)
+        return Problem(f"missing key `{key_path(path)}`", where, field.description if field else None)
+    if kind == "no_name":
+        here = key_path((*path, context["key"]))
+        return Problem(f"missing key `{here}`", where, expected=f"one of {context['known']}")
+    if kind == "unknown_name":
+        place: KeyPath = (*path, context["key"])
+        hint = context["hint"].removeprefix("; ") or None
+        what, known = f"unknown {context['kind']} `{context['name']}`", f"one of {context['known']}"
+        return Problem(what, located.where(place), known, shown(item["input"][context["key"]]), hint)
+    found, fix = shown(item["input"]), None
+    if kind == "no_method":
+        expected = f"`{context['key']}: ...` and its parameters"
+        fix = f"write `{{{context['key']}: {item['input']}}}`" if isinstance(item["input"], str) else None
+    elif kind == "model_type":
+        expected = f"a mapping with the keys {', '.join(_keys(_schema_at(located.data, path)[0]))}"
+    elif kind == "tuple_type":
+        registry = _schema_at(located.data, path)[1]
+        expected = f"a list, each entry `- {registry.key}: ...`" if registry else "a list"
+    elif kind == "too_short":
+        expected = "at least one entry"
+    elif kind == "dict_type":
+        expected = "a mapping"
+    elif kind == "string_pattern_mismatch":
+        field = _fields(_schema_at(located.data, path[:-1])[0]).get(str(path[-1]))
+        expected = field.description if field and field.description else item["msg"]
+    else:
+        expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
+        if kind == "literal_error":
+            options = [option.strip(" '") for option in context["expected"].replace(" or ", ", ").split(",")]
+            fix = nearest(str(item["input"]), options)
+    whole = kind == "value_error" and isinstance(item["input"], Mapping | tuple)  # the message says which part of it
+    return Problem(wrong, where, expected, None if whole else found, fix)
+
+
+def _place_in_file(data: Any, item: Any) -> KeyPath:
+    """Where an error is in the file: pydantic names branches of unions, too (`kv.float`)."""
+    place: list[str | int] = []
+    for number, part in enumerate(item["loc"]):
+        missing = item["type"] == "missing" and number == len(item["loc"]) - 1
+        inner = _step(data, part)
+        if missing or inner is not _NOTHING:
+            place.append(part)
+            data = inner
+    return tuple(place)
+
+
+_NOTHING = object()
+
+
+def _step(data: Any, part: str | int) -> Any:
+    """The part of a mapping or list, `_NOTHING` where there is none. Numbers as keys are given as text."""
+    if isinstance(data, dict):
+        return next((value for key, value in data.items() if str(key) == str(part)), _NOTHING)
+    if isinstance(data, list) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return _NOTHING
+
+
+def _schema_at(data: Any, path: KeyPath) -> tuple[type[BaseModel] | None, Registry[Any] | None]:
+    """The class that checks the mapping at `path` of a recipe's data, and the registry that it was chosen from."""
+    owner: type[BaseModel] | None = Recipe
+    registry: Registry[Any] | None = None
+    for part in path:
+        data = _step(data, part)
+        if isinstance(part, str):
+            field = _fields(owner).get(part)
+            registry = None if field is None else _registry_in(field.annotation, field.metadata)
+            owner = next(_models_in(field.annotation), None) if field else None
+        if registry is not None and isinstance(data, dict) and data.get(registry.key) in registry:
+            owner = registry[data[registry.key]]
+    return owner, registry
+
+
+def _fields(owner: type[BaseModel] | None) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in owner.model_fields.items()} if owner else {}
+
+
+def _keys(owner: type[BaseModel] | None) -> list[str]:
+    return list(_fields(owner))
+
+
+def _registry_in(annotation: Any, metadata: list[Any]) -> Registry[Any] | None:
+    """The registry of an annotation, through unions, tuples and Annotated."""
+    marks = [*metadata, *getattr(annotation, "__metadata__", ())]
+    registry = next((mark for mark in marks if isinstance(mark, Registry)), None)
+    inner = (_registry_in(argument, []) for argument in typing.get_args(annotation))
+    return registry or next((found for found in inner if found), None)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Model classes in an annotation, through unions, tuples and Annotated."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

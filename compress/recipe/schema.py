@@ -1,0 +1,128 @@
+"""The schema of a recipe: its sections, typed by the classes that they may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, field_validator
+
+import compress.data.tasks
+import compress.profile
+import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
+from compress import registry
+from compress.data.prompt import Task
+from compress.data.text import EmbeddedText, TextSource
+from compress.evaluate.harness import HarnessRequest
+from compress.evaluate.latency import LatencyRequest
+from compress.evaluate.perplexity import PerplexityRequest
+from compress.limits import BATCH
+from compress.profile.heads.attention import Attention
+from compress.profile.heads.influence import Influence
+from compress.profile.heads.retrieval import Retrieval
+from compress.profile.statistic import Statistic
+from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
+from compress.search.budget.budget import Budget
+from compress.search.refine.refine import Refine
+from compress.search.solver import Solver
+from compress.search.solvers.moa import Moa
+from compress.train.settings import RecoverSettings
+
+Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
+Tasks = tuple[Annotated[Task, registry.tasks], ...]
+
+
+class CalibrationSection(Section):
+    """The documents that heads are measured on."""
+
+    text: TextSource = Field(default_factory=EmbeddedText, description="where the haystacks come from")
+    documents: Tasks = Field(min_length=1, description="what is profiled, one entry per task and length")
+    training: Tasks = Field(
+        (), description="what statistics that train, and refinement, learn from; without it, `documents`"
+    )
+    second: TextSource | None = Field(
+        None, description="another text; importance statistics then run on both, and the profile says how they agree"
+    )
+    held_out: Tasks = Field((), description="what the final plan is chosen on; best at longer lengths")
+
+
+class ProfileSection(Section):
+    """What is measured."""
+
+    statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
+        default_factory=lambda: (Influence(), Attention(), Retrieval()),
+        min_length=1,
+        description="statistics to take, one pass for all",
+    )
+
+
+class SearchSection(Section):
+    """How the plan is decided."""
+
+    solver: Annotated[Solver, registry.solvers] = Field(default_factory=Moa, description="the method that decides")
+    budget: Budget = Field(description="what the plan may cost")
+    refine: Refine | None = Field(None, description="exchanges between units by measured loss, afterwards")
+
+
+class ExportSection(Section):
+    """The form of the checkpoint."""
+
+    form: Literal["patched", "native", "auto"] = Field(
+        "patched",
+        description="patched carries its own attention code and holds every plan; native is a stock architecture, for "
+        "plans of full layers and one window without sinks; auto is native where the plan allows it",
+    )
+    dtype: Dtype | None = Field(None, description="dtype of the weights on disk; null keeps the recipe's")
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^[1-9][0-9]{0,5}(KB|MB|GB)$", description="largest weight file, as 5GB"
+    )
+
+
+class EvaluateSection(Section):
+    """What the checkpoint is compared on; the dense model is always beside it."""
+
+    compare: tuple[Baseline, ...] = Field(
+        ("plan", "uniform"), description="plans beside the dense model, baselines at the plan's bytes"
+    )
+    perplexity: PerplexityRequest | None = Field(None, description="leave it out to skip perplexity")
+    recall: Tasks = Field((), description="recall tasks, one entry per task and length")
+    lm_eval: HarnessRequest | None = Field(None, description="lm-eval tasks and long-context suites")
+    latency: LatencyRequest | None = Field(
+        None, description="time of a prefill and a decode step beside the dense model's"
+    )
+    batch_size: int = Field(1, ge=1, le=BATCH, description="recall prompts answered at once; more is faster on a GPU")
+
+    @field_validator("compare")
+    @classmethod
+    def _each_once(cls, compare: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(compare)) < len(compare):
+            raise ValueError("expected each name once")
+        return compare
+
+
+class Recipe(Outline):
+    """One run, from the model to the numbers."""
+
+    calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
+    profile: ProfileSection = Field(default_factory=ProfileSection, description=SECTIONS["profile"])
+    search: SearchSection = Field(description=SECTIONS["search"])
+    recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
+    export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description=SECTIONS["evaluate"])
+
+    _text: str = PrivateAttr("")
+    _source: Path = PrivateAttr(Path())
+
+    @property
+    def text(self) -> str:
+        """The file, verbatim."""
+        return self._text
+
+    @property
+    def source(self) -> Path:
+        """The file's path."""
+        return self._source
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""
+        return self.model_dump(mode="json", by_alias=True)

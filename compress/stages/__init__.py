@@ -1,0 +1,1 @@
+"""What the commands run: one stage of a run a file, each given a session, and a reporter that it speaks through."""

@@ -1,0 +1,149 @@
+"""Everything of a run that needs no weights, checked before work starts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.data.prompt import Task
+from compress.data.text import Part, Source, characters_for, split_text, tokenise
+from compress.errors import Problem, UserError
+from compress.evaluate.harness import check_request as check_harness
+from compress.evaluate.latency import check_latency
+from compress.evaluate.perplexity import check_request
+from compress.models.load import check_model
+from compress.models.vocabulary import check_tokens
+from compress.recipe.schema import Recipe
+from compress.search.preview import check_search
+from compress.stages.device import resolve_device
+from compress.stages.inputs import input_name
+from compress.stages.reporter import Reporter
+from compress.train.windows import check_windows
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What reads a part of a text.
+
+    Attributes:
+        label: how the printed line names the part.
+        place: the recipe's key.
+        tokens: of the part that are needed.
+        check: called with the token ids of the part, raises UserError where they do not do.
+    """
+
+    label: str
+    source: Source
+    part: Part
+    place: str
+    tokens: int
+    check: Callable[[list[int]], Any]
+
+
+def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
+    """Check all of a run that needs no weights, every prompt included, and give the tokens of each part of the text.
+
+    Raises:
+        UserError: all that does not fit: the model, its context, a text, the budget, a file that the recipe names.
+    """
+    resolve_device(recipe.device)
+    model = check_model(recipe.model)
+    for note in model.notes:
+        reporter.say(f"  {note}")
+    problems: list[Problem] = []
+
+    def noted(place: str, check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except UserError as error:
+            problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
+
+    lengths, section = {task.length for task in recipe.calibration.documents}, recipe.search
+    noted("search", lambda: check_search(model.config, recipe.dtype, section, recipe.profile.statistics, lengths))
+    for place, check in _requests(recipe, model.config):
+        noted(place, check)
+    uses = _uses(recipe, model.tokenizer, model.config)
+    most: dict[str, int] = {}
+    for use in uses:
+        name = use.source.model_dump_json()
+        most[name] = max(most.get(name, 0), characters_for(use.tokens, use.part))
+    tokens: dict[str, int] = {}
+    texts: dict[str, str] = {}
+    parts: dict[tuple[str, Part], list[int]] = {}
+    for use in uses:
+        name = use.source.model_dump_json()
+        if name not in texts:
+            excerpt = use.source.excerpt(most[name])
+            if excerpt.used is not None:
+                reporter.say(f"text: {input_name(use.source)}: {excerpt.used}")
+            texts[name] = excerpt.text
+        if (name, use.part) not in parts:
+            parts[name, use.part] = tokenise(model.tokenizer, split_text(texts[name], use.part))
+        ids = parts[name, use.part]
+        check_tokens(ids, model.config, f"{recipe.source}: the text of {use.place}")
+        tokens.setdefault(use.label, len(ids))
+        noted(use.place, functools.partial(use.check, ids))
+    if problems:
+        raise UserError(problems)
+    return tokens
+
+
+def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """Checks of what an evaluation asks for that need no text, by key."""
+    context = getattr(config, "max_position_embeddings", None)
+    harness, timing = recipe.evaluate.lm_eval, recipe.evaluate.latency
+    checks: list[tuple[str, Callable[[], Any]]] = []
+    if timing is not None:
+        checks.append(("evaluate.latency", functools.partial(check_latency, timing, context)))
+    if harness is not None:
+        checks.append(("evaluate.lm_eval", functools.partial(check_harness, harness, context)))
+        checks.append(("evaluate.lm_eval.include", harness.files))
+    return checks
+
+
+def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
+    """Everything that reads a text, in the order of the stages."""
+    context = getattr(config, "max_position_embeddings", None)
+    calibration, evaluate, request = recipe.calibration, recipe.evaluate, recipe.evaluate.perplexity
+    evaluated = request.text if request is not None else calibration.text
+    uses: list[_Use] = []
+
+    def add(label: str, source: Source, part: Part, place: str, tasks: Sequence[Task]) -> None:
+        for number, task in enumerate(tasks):
+            seed = f"{recipe.seed}/{part}"
+            check = functools.partial(task.make, tokenizer, seed=seed, context=context)
+            uses.append(_Use(label, source, part, f"{place}[{number}]", task.length, check))
+
+    add("calibration", calibration.text, "calibration", "calibration.documents", calibration.documents)
+    add("calibration", calibration.text, "calibration", "calibration.training", calibration.training)
+    if calibration.second is not None:
+        add("second", calibration.second, "calibration", "calibration.documents", calibration.documents)
+    add("held_out", calibration.text, "held_out", "calibration.held_out", calibration.held_out)
+    add("evaluation", evaluated, "evaluation", "evaluate.recall", evaluate.recall)
+    if request is not None:
+
+        def check_perplexity(ids: list[int]) -> None:
+            check_request(request, len(ids), context)
+
+        uses.append(
+            _Use("evaluation", evaluated, "evaluation", "evaluate.perplexity", request.tokens, check_perplexity)
+        )
+    recover = recipe.recover
+    if recover is not None:
+        source, length = recover.text or calibration.text, recover.length
+        label = "recovery" if recover.text else "calibration"
+
+        def windows(ids: list[int]) -> None:
+            check_windows(len(ids), length, context)
+
+        uses.append(_Use(label, source, "calibration", "recover", recover.text_tokens, windows))
+    return uses
+
+
+def _placed(problem: Problem, source: str, place: str) -> Problem:
+    """The problem with the recipe and the key before its own place, which may begin with that key."""
+    inner = problem.where or ""
+    problem.where = ": ".join([source, *([] if inner.startswith(place) else [place]), *([inner] if inner else [])])
+    return problem

@@ -1,0 +1,30 @@
+"""The device that a name stands for on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.errors import UserError
+from compress.stages.processes import launch
+
+
+def resolve_device(name: str) -> str:
+    """The device of `auto`, or the one that is named; in a launch of several processes each has a GPU of its own.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    started = launch()
+    if name == "cuda" and started is not None:
+        name = f"cuda:{started.local_rank}"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind, _, number = name.partition(":")
+    if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):
+        raise UserError(
+            f"device `{name}` is not there",
+            expected="auto, or one of " + ", ".join(kind for kind, present in there.items() if present),
+            fix="`compress doctor` lists the devices",
+        )
+    return name

@@ -1,0 +1,156 @@
+"""The evaluate stage: the dense model, the plan and the baselines side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.evaluate.compare import Variant, compare
+from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, read_comparison
+from compress.export.export import update_card
+from compress.models.planned import planned_model
+from compress.models.trained import load_trained
+from compress.plan import Plan, read_plan
+from compress.plots.run import evaluation_plots
+from compress.recipe.schema import Recipe
+from compress.search.measure import plan_key
+from compress.stages.recover import recover_stage
+from compress.stages.search import search_stage
+from compress.stages.session import Session
+from compress.stages.stage import draw, require_weights, timed
+from compress.train.recovery import read_recovered
+from compress.train.settings import RecoverSettings
+
+QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all are
+
+
+def evaluate_stage(session: Session) -> Comparison:
+    """Perplexity and recall of the dense model, the plan and the baselines; also into the checkpoint's card.
+
+    Raises:
+        UserError: there is no plan, a baseline is not there, or the evaluation failed (see `compare`).
+    """
+    run, recipe, say = session.run, session.recipe, session.reporter.say
+    require_weights(session)
+    plan = search_stage(session, must_be_done=True)
+    variants = _variants(session, plan, recover_stage(session, must_be_done=True))
+    path = run.path / "evaluation.json"
+    section = recipe.evaluate
+
+    def work() -> Comparison:
+        with session.reporter.progress("evaluate") as report:
+            comparison = compare(
+                session.loaded,
+                variants,
+                perplexity_request=section.perplexity,
+                recall_requests=section.recall,
+                recall_text=None if section.perplexity is not None else recipe.calibration.text,
+                harness_request=section.lm_eval,
+                latency_request=section.latency,
+                seed=recipe.seed,
+                batch_size=section.batch_size,
+                cache_dir=run.path / "evaluation",
+                progress=report,
+            )
+        comparison.write(path)
+        return comparison
+
+    if run.stage_done("evaluate", session.evaluate_key()):
+        say(f"evaluate: done before, {path}")
+        comparison = read_comparison(path)
+    else:
+        (run.plots / QUALITY).unlink(missing_ok=True)
+        comparison = timed(session, "evaluate", session.evaluate_key, ["evaluation.json"], work)
+    if not (run.plots / QUALITY).is_file():
+        draw(session, evaluation_plots)
+    if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
+        update_card(run.checkpoint, session.loaded, markdown(comparison))
+    return comparison
+
+
+def markdown(comparison: Comparison) -> str:
+    """The tables of a comparison in Markdown, with their conditions above and below."""
+    return "\n\n".join(_markdown_table(table) for table in comparison.tables())
+
+
+def _markdown_table(table: Any) -> str:
+    """One rich table in Markdown."""
+    heads = [str(column.header).replace("\n", " ") for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    lines = [str(table.title), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines += [f"| {' | '.join(row)} |" for row in zip(*cells, strict=True)]
+    return "\n".join([*lines, *(["", str(table.caption)] if table.caption else [])])
+
+
+def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Variant]:
+    """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
+    shape, model = session.shape, session.loaded.model
+    settings = session.recipe.recover
+    itemsize = model.dtype.itemsize
+    evaluate = session.recipe.evaluate
+    asked = {task.length for task in evaluate.recall}
+    asked |= {evaluate.perplexity.length} if evaluate.perplexity is not None else set()
+    asked |= set(evaluate.lm_eval.lengths) if evaluate.lm_eval is not None and evaluate.lm_eval.suites else set()
+    lengths = sorted(asked)
+    plans: dict[str, Plan] = {"plan": plan}
+    for name in evaluate.compare:
+        if name != "plan":
+            path = session.run.path / "search" / f"{name}.json"
+            if not path.is_file():
+                session.reporter.say(f"evaluate: no row `{name}`: the search found no such plan within the budget")
+                continue
+            plans[name] = read_plan(path, shape)
+    if "plan" not in evaluate.compare:
+        del plans["plan"]
+    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
+    variants = [Variant("dense", lambda: model, "dense", dense)]
+    for label, entry in plans.items():
+        held = {length: entry.cost(length, itemsize).held_bytes for length in lengths}
+
+        def build(entry: Plan = entry) -> Any:
+            return planned_model(model, entry)
+
+        if label == "plan" and weights is not None and settings is not None:
+            variants += _recovered(session, settings, weights, plan, build, held, dense)
+        else:
+            # Baselines are not trained: beside a trained plan their names say so.
+            row = label if weights is None else f"{label}{UNTRAINED}"
+            variants.append(Variant(row, build, plan_key(entry), held))
+    return variants
+
+
+def _recovered(
+    session: Session,
+    settings: RecoverSettings,
+    weights: Path,
+    plan: Plan,
+    build: Callable[[], Any],
+    held: dict[int, int],
+    dense: dict[int, int],
+) -> list[Variant]:
+    """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
+    key = plan_key(plan)
+    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
+    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, held)]
+    if settings.control:
+        control = weights / "control"
+
+        def build_control() -> Any:
+            return load_trained(copy.deepcopy(session.loaded.model), control)
+
+        rows.append(Variant(CONTROL_ROW, build_control, read_recovered(control).sha256, dense))
+    return rows
+
+
+def row_names(recipe: Recipe) -> list[str]:
+    """The rows of a recipe's evaluation, as far as the search finds their plans."""
+    names = ["dense"]
+    for name in recipe.evaluate.compare:
+        if recipe.recover is None or name == "plan":
+            names.append(name)
+        if recipe.recover is not None:
+            names.append(f"{name}{UNTRAINED}")
+            names += [CONTROL_ROW] if name == "plan" and recipe.recover.control else []
+    return names

@@ -1,0 +1,63 @@
+"""The profile stage: calibration documents and the statistics taken on them."""
+
+from __future__ import annotations
+
+from compress.profile.run import run_profile
+from compress.profile.stability import stabilities
+from compress.profile.store import Profile, read_profile
+from compress.stages.session import Session
+from compress.stages.stage import documents_of, missing, require, timed
+from compress.words import duration, size
+
+
+def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
+    """The profile of the recipe's model, measured or as it was measured before.
+
+    Args:
+        must_be_done: only read what is there.
+
+    Raises:
+        UserError: not done although it must be, or it failed (see `run_profile`).
+    """
+    run, recipe, say = session.run, session.recipe, session.reporter.say
+    if must_be_done:
+        require(session, "profile")
+    key = session.profile_key()
+    if run.stage_done("profile", key):
+        if not must_be_done:
+            say(f"profile: done before, {run.profile}")
+        return read_profile(run.profile, session.shape)
+    if must_be_done:
+        raise missing(session, "profile", run.profile)
+
+    def work() -> Profile:
+        calibration = recipe.calibration
+        documents = documents_of(session, calibration.documents, "calibration")
+        training = documents_of(session, calibration.training, "calibration")
+        second = None
+        if calibration.second is not None:
+            second = documents_of(session, calibration.documents, "calibration", calibration.second)
+        with session.reporter.progress("profile") as report:
+            return run_profile(
+                session.loaded,
+                documents,
+                recipe.profile.statistics,
+                run.profile,
+                seed=recipe.seed,
+                training=training,
+                second=second,
+                progress=report,
+            )
+
+    profile = timed(
+        session, "profile", session.profile_key, ["profile/profile.json", "profile/statistics.safetensors"], work
+    )
+    header = profile.header
+    counts = ", ".join(f"{count} x {length:,} tokens" for length, count in sorted(header.documents.items()))
+    say(
+        f"profile: {counts}; {', '.join(header.statistics)}; {duration(header.seconds)}, "
+        f"peak memory {size(header.peak_memory_bytes)}"
+    )
+    for name, agreement in stabilities(profile).items():
+        say(f"profile: {name} on two corpora: {agreement.line()}")
+    return profile

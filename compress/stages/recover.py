@@ -1,0 +1,89 @@
+"""The recover stage: trains the plan's model, and the dense one beside it if asked to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.data.text import part_of
+from compress.models.planned import planned_model
+from compress.runfolder import CONTROL, RECOVERED
+from compress.stages.device import resolve_device
+from compress.stages.processes import together
+from compress.stages.search import search_stage
+from compress.stages.session import Session
+from compress.stages.stage import missing, timed
+from compress.train.recovery import Recovered, recover
+from compress.train.settings import RecoverSettings
+from compress.words import duration
+
+
+def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | None:
+    """The folder of the trained weights; None where the recipe has no `recover:`.
+
+    In a launch of several processes all of them call this, and wait here for the main one.
+
+    Args:
+        must_be_done: only check that it is there.
+
+    Raises:
+        UserError: there is no plan, or the stage is not done although it must be, or it failed (see `recover`).
+    """
+    settings = session.recipe.recover
+    if settings is None:
+        return None
+    run = session.run
+    folder = run.path / "recover"
+    if must_be_done:
+        done = run.stage_done("recover", session.recover_key())
+        if not done or (settings.control and not run.stage_done("control", session.control_key())):
+            raise missing(session, "recover", folder)
+        return folder
+    with together(resolve_device(session.recipe.device)):
+        plan = search_stage(session, must_be_done=True)
+
+        def planned() -> Any:
+            return planned_model(session.loaded.model, plan)
+
+        _train(session, settings, "recover", session.recover_key, folder, RECOVERED, planned)
+        if settings.control:
+            key, control = session.control_key, folder / "control"
+            _train(session, settings, "control", key, control, CONTROL, lambda: copy.deepcopy(session.loaded.model))
+    return folder
+
+
+def _train(
+    session: Session,
+    settings: RecoverSettings,
+    stage: str,
+    key: Callable[[], str],
+    folder: Path,
+    made: str,
+    build: Callable[[], Any],
+) -> None:
+    """One training, unless it was done before."""
+    if session.run.stage_done(stage, key()):
+        session.reporter.say(f"{stage}: done before, {folder}")
+        return
+    source = settings.text or session.recipe.calibration.text
+
+    def work() -> Recovered:
+        tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
+        with session.reporter.progress(stage) as report:
+            return recover(
+                build(),
+                settings,
+                tokens,
+                folder,
+                teacher=session.loaded.model,
+                seed=session.recipe.seed,
+                progress=report,
+            )
+
+    record = timed(session, stage, key, [made], work)
+    session.reporter.say(
+        f"{stage}: {record.steps} steps, {record.tokens:,} tokens, loss {record.first_loss:.4f} to "
+        f"{record.last_loss:.4f}, {duration(record.seconds)}"
+    )
