@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -54,20 +56,23 @@ def zero(model: Any, kept: list[Kept]) -> None:
             neurons.weight[..., neuron] = 0
 
 
-def targets_of(model: Any) -> list[list[Target]]:
+def targets_of(model: Any, targets: Sequence[Target] = MIXED) -> list[list[Target]]:
     """A target for every group of the dense model: mixed, and full in layers that slide by themselves."""
-    cycle, groups = iter(range(10_000)), Width.of(model.config).groups
+    turn, groups = cycle(targets), Width.of(model.config).groups
     return [
-        [MIXED[next(cycle) % len(MIXED)] if native is None else FullGroup() for _ in range(groups)]
+        [next(turn) if native is None else FullGroup() for _ in range(groups)]
         for native in native_windows(model.config, model.config.num_hidden_layers)
     ]
 
 
-def uneven_plan(model: Any) -> Plan:
-    """One plan that windows some groups, removes others, and removes query heads and neurons, in every layer others."""
+def uneven_plan(model: Any, targets: Sequence[Target] = MIXED) -> Plan:
+    """One plan that windows some groups, removes others, and removes query heads and neurons, in every layer others.
+
+    Groups that stay and that the layer itself leaves free cycle through `targets`.
+    """
     rows = []
-    for targets, stays in zip(targets_of(model), uneven(model.config), strict=True):
-        groups = tuple(target if group in stays.groups else PrunedGroup() for group, target in enumerate(targets))
+    for layer, stays in zip(targets_of(model, targets), uneven(model.config), strict=True):
+        groups = tuple(target if group in stays.groups else PrunedGroup() for group, target in enumerate(layer))
         whole = len(stays.neurons) == Width.of(model.config).neurons
         rows.append(LayerPlan(groups=groups, queries=stays.queries, mlp=None if whole else Mlp.of(stays.neurons)))
     return plan_of_layers(shape_of(model), rows, provenance={"made by": "tests"})

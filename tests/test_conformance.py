@@ -1,7 +1,8 @@
-"""The conformance matrix: every family with a plan that mixes targets does what the dense model's users expect.
+"""The conformance matrix: what a plan makes of a model does what the dense model's users expect.
 
-So does every family that can be pruned, with a plan that windows some groups and removes others, and heads and neurons
-in every layer differently: those are named `<family>, pruned`.
+One axis is every registered target on three models (`<model>, <target>`), the other every family with one plan that
+mixes spans; a family that can be pruned also with a plan that windows some groups and removes others, and heads and
+neurons in every layer differently (`<family>, pruned`).
 """
 
 from __future__ import annotations
@@ -21,22 +22,40 @@ from compress.export.export import export_checkpoint
 from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
 from compress.plan import Plan, uniform_plan
+from compress.registry import targets
 from compress.runtime.span import PAGE
-from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
+from compress.targets.target import Target
 from tests.pruned import PRUNED, uneven_plan, with_biases
-from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, MIXED, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
-MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED)]
+# The groups that the layers of a plan cycle through to try each registered target. Three models stand for all: one with
+# grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "full": MIXED,
+    "pruned": MIXED,
+    "window": MIXED,
+}
+BASES = ("llama-gqa", "gemma3", "phi3, pruned")
+CELLS = {
+    f"{base}, {target}": (base, groups) for target, groups in TARGETS.items() if groups is not MIXED for base in BASES
+}
+MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED), *CELLS]
+
+
+def test_every_registered_target_is_in_the_matrix() -> None:
+    tried = {group.target for groups in TARGETS.values() for group in groups} | {"pruned"}
+    assert tried == set(TARGETS) >= set(targets) and set(BASES) <= set(MODELS)
+
 
 # Kernels see queries, keys and values, and never a family. Triton's interpreter takes a minute a model on a CPU: there
 # it runs a usual model, one with a scale, a head size and sliding layers of its own, and one of uneven widths.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNEL_MODELS = MODELS if DEVICE == "cuda" else ["llama-gqa", "gemma3", "phi3, pruned"]
+KERNEL_MODELS = MODELS if DEVICE == "cuda" else BASES
 
 
 def fresh(name: str) -> tuple[Any, Any, Any]:
@@ -47,9 +66,10 @@ def fresh(name: str) -> tuple[Any, Any, Any]:
 
 def planned_from(name: str) -> tuple[LoadedModel, Plan]:
     """The dense model with its tokenizer, and the plan."""
-    family, _, pruned = name.partition(", ")
+    base, groups = CELLS.get(name, (name, MIXED))
+    family, _, pruned = base.partition(", ")
     model = with_biases(family) if pruned else tiny_model(family)
-    plan = uneven_plan(model) if pruned else mixed_plan(shape_of(model))
+    plan = uneven_plan(model, groups) if pruned else mixed_plan(shape_of(model), groups)
     return LoadedModel(model, tiny_tokenizer(), f"tiny/{family}"), plan
 
 
@@ -169,19 +189,17 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     _, shape, model = planned(family)
-    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
-    page = PAGE * 2 * shape.head_dim * 4
-    groups = sum(len(row) for row in spans)
+    plan = planned_from(family)[1]
+    slack = 2 * sum(plan.kept_heads) * PAGE * 2 * shape.head_dim * 4
     for length in (1, 63, 64, 65, 200, 700):
         cache = model.new_cache()
         logits(model, random_ids(1, 760)[:, :length], past_key_values=cache)
-        predicted = kv_bytes(spans, length, shape.head_dim, 4)
-        assert cache.allocated_bytes() == cache.held_bytes() == predicted
+        assert cache.allocated_bytes() == cache.held_bytes() == plan.cost(length, 4, form="patched").held_bytes
     for length in range(700, 760):  # growing token by token, a window can be astride one page more
         logits(model, random_ids(1, 760)[:, length : length + 1], past_key_values=cache)
-        predicted = kv_bytes(spans, length + 1, shape.head_dim, 4)
+        predicted = plan.cost(length + 1, 4, form="patched").held_bytes
         assert cache.held_bytes() == predicted
-        assert predicted <= cache.allocated_bytes() <= predicted + 2 * groups * page
+        assert predicted <= cache.allocated_bytes() <= predicted + slack
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from compress.plan import ModelShape, Plan, make_plan
 from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
 from compress.targets.span import SpanTarget
+from compress.targets.target import Target
 from compress.targets.window import WindowGroup
 
 VOCABULARY = 97
@@ -182,11 +185,11 @@ def tiny_loaded(family: str) -> LoadedModel:
     return LoadedModel(tiny_model(family), tiny_tokenizer(), f"tiny/{family}")
 
 
-def mixed_plan(shape: ModelShape) -> Plan:
+def mixed_plan(shape: ModelShape, targets: Sequence[Target] = MIXED) -> Plan:
     """A different target in every group, as far as there are; layers that slide by themselves stay full."""
-    cycle = iter(range(10_000))
+    turn = cycle(targets)
     groups = [
-        [MIXED[next(cycle) % len(MIXED)] if native is None else FullGroup() for _ in range(shape.kv_heads)]
+        [next(turn) if native is None else FullGroup() for _ in range(shape.kv_heads)]
         for native in shape.native_windows
     ]
     return make_plan(shape, groups, provenance={"made by": "tests"})

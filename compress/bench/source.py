@@ -19,13 +19,14 @@ from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
 from compress.models.memory import available_bytes
-from compress.models.planned import planned_model, with_runtime_plan
+from compress.models.planned import planned_model, read_mixers, with_runtime_plan
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
 from compress.plan import read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.widths import Width
+from compress.targets.target import load_mixers, targets_of
 
 META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
@@ -133,6 +134,7 @@ class Source:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
+        load_mixers(targets_of(self.checkpoint[PLAN]))
         planned = family_of(self._stock_config()).planned
         return self._weights_in(getattr(modeling_compress, f"{planned}ForCausalLM"), device, dtype)
 
@@ -175,7 +177,9 @@ class Source:
             plan = read_plan(self.plan_file, shape_of(dense), any_weights=self.random)
             return planned_model(dense, plan), Path(self.plan_file).name
         if self.carries_plan:
-            return with_runtime_plan(dense, self.checkpoint[PLAN]), "its own plan"
+            planned = with_runtime_plan(dense, self.checkpoint[PLAN])
+            read_by("model", self.spec, lambda: read_mixers(planned, Path(self.spec).expanduser()))
+            return planned, "its own plan"
         raise UserError(
             f"{self.spec} carries no plan",
             expected="--plan plan.json, a named --mix (A, B or full), or the --dense model of a pruned checkpoint",

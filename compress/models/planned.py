@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from compress.models.families import family_of, layers_of
 from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
@@ -184,3 +187,25 @@ def set_plan(planned: Any, plan: Plan) -> None:
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
     _convert(planned, plan, before)
+
+
+def read_mixers(planned: Any, folder: Path) -> None:
+    """Give the mixers of a planned model the parameters that a checkpoint with this plan has for them.
+
+    Raises:
+        ValueError: it lacks some.
+    """
+    mixers = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
+    names = {
+        f"{path}.{name}"
+        for path, module in planned.named_modules()
+        if module in mixers
+        for name, _ in module.named_parameters()
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder) if names else ():
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+    if lacking := sorted(names - set(tensors)):
+        raise ValueError(f"the checkpoint lacks {', '.join(lacking[:4])}")
+    planned.load_state_dict(tensors, strict=False)

@@ -103,6 +103,7 @@ class Mixer(nn.Module):
 
     A subclass has `@register("name of the target")`. Its parameters are those of the target: they are in the model's
     state dict as `...self_attn.mixers.<first name>.<parameter>`, are saved with the checkpoint, and may be trained.
+    Where a target converts them from the dense weights, their first axis is the mixer's groups.
 
     Outputs may depend on the token and those before it alone, so that prefill in one pass, in chunks and token by token
     give the same; columns that are no token (`Step.positions` is -1) may hold anything and take part in nothing.
@@ -292,4 +293,5 @@ def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor
 
 @lru_cache(maxsize=4096)
 def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.long, device=device)
+    with torch.inference_mode(False):  # kept for passes with gradients, too
+        return torch.tensor(numbers, dtype=torch.long, device=device)

@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.files import text_key
+from compress.models.load import load_model
 from compress.models.planned import planned_model
+from compress.plan.read import read_plan
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
 from tests.train.common import model_of
@@ -78,6 +81,34 @@ evaluate:
   perplexity: {{text: *text, length: 128, windows: 2}}
 """
 )
+
+# As `WINDOWS`, on the demo model, with documents that a small model can answer.
+DEMO = """\
+model: demo/smollm2-135m
+output: {output}
+device: cpu
+calibration:
+  text: {{source: embedded}}
+  documents:
+    - {{task: passkey, length: 384, count: 2}}
+    - {{task: continuation, length: 384, count: 2, answer: text, answer_tokens: 64}}
+  held_out:
+    - {{task: passkey, length: 512, count: 1}}
+profile:
+  statistics:
+    - {{name: influence}}
+    - {{name: attention}}
+    - {{name: retrieval}}
+    - {{name: hidden_mass}}
+search:
+  solver: {{name: moa, retrieval: 1, points: 1}}
+  budget: {{kv: 0.6, lengths: [512]}}
+evaluate:
+  compare: [plan, uniform]
+  perplexity: {{text: {{source: embedded}}, length: 512, windows: 2}}
+  recall:
+    - {{task: passkey, length: 512, count: 2}}
+"""
 
 KV = "{kv: 0.7, lengths: [320]}"
 SOLVERS: dict[str, tuple[str, str]] = {
@@ -292,6 +323,26 @@ def pruning(folder: Path) -> dict[str, Any]:
     return found
 
 
+def demo(folder: Path) -> dict[str, Any]:
+    """The pipeline on the demo model: minutes on two cores, so it is for `scripts/golden.py demo` and not a test."""
+    run, recipe = folder / "run", folder / "recipe.yaml"
+    recipe.write_text(DEMO.format(output=run))
+    call("run", recipe)
+    facts: dict[str, Any] = {
+        "profile": tensors(run / "profile" / "statistics.safetensors"),
+        "plan": plan_facts(run / "plan.json"),
+        "evaluation": plain(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))),
+        "config": plain(json.loads((run / "checkpoint" / "config.json").read_text(encoding="utf-8"))),
+    }
+    weights: dict[str, Any] = {}
+    for path in sorted((run / "checkpoint").glob("*.safetensors")):
+        weights |= tensors(path)
+    facts["weights"] = {"tensors": len(weights), "bits": text_key(json.dumps(weights, sort_keys=True))}
+    dense = load_model("demo/smollm2-135m").model
+    facts["behaviour"] = behaviour(planned_model(dense, read_plan(run / "plan.json")))
+    return facts
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "families": lambda folder: families(),
     "windows": windows,
@@ -299,7 +350,10 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+SLOW: dict[str, Callable[[Path], dict[str, Any]]] = {"demo": demo}
+
+
 def make_part(name: str, folder: Path) -> dict[str, Any]:
     """The values of one part; `folder` is empty."""
     with _one_thread():
-        return PARTS[name](folder)
+        return (PARTS | SLOW)[name](folder)
