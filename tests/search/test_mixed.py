@@ -99,7 +99,7 @@ def test_its_checkpoint_holds_what_was_predicted(run: Path) -> None:
 
 PRICED = """\
 search:
-  solver: {name: priced, points: 0, removal: {weights: [1]}}
+  solver: {name: priced, part: signed, points: 0, removal: {weights: [1]}}
   budget: {kv: 0.5, parameters: 0.85, lengths: [320]}
 evaluate:"""
 EFFECT = """\
