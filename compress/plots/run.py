@@ -87,4 +87,4 @@ def span_length(folder: Path) -> int:
 
 def _longest(plan: Plan) -> int:
     """The longest length that the plan's predictions are for; 8192 for one written by hand."""
-    return max(plan.predicted.kv_bytes, default=8192)
+    return max(plan.predicted.lengths, default=8192)

@@ -28,10 +28,10 @@ def headline(facts: Facts) -> dict[str, Any]:
         found["model"] = comparison.model
         found["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
     lengths = sorted(chosen.kv_bytes) if chosen is not None else []
-    predicted = facts.plan.predicted if facts.plan is not None and facts.plan.prunes else None
-    if predicted is not None and predicted.parameters and predicted.dense_parameters:
-        found["share"] = predicted.parameters / predicted.dense_parameters
-        found["of"] = "of the parameters of the dense decoder layers"
+    amounts = facts.plan.predicted.longest if facts.plan is not None and facts.plan.prunes else []
+    if amounts:
+        found["share"], found["of"] = amounts[0].share, f"of {amounts[0].of}{amounts[0].at}"
+        found["lines"] += [amount_line(amount) for amount in amounts[1:] if amount.plan != amount.dense]
     elif comparison is not None and chosen is not None and lengths and lengths[-1] in comparison.dense.kv_bytes:
         length = lengths[-1]
         found["share"] = chosen.kv_bytes[length] / comparison.dense.kv_bytes[length]

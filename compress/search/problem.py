@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UserError
-from compress.plan import LayerPlan, Plan, Predicted, plan_of_layers
+from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.search.budget.kind import Row
+from compress.search.budget.kv import Kv
+from compress.search.budget.parameters import Parameters
 from compress.search.dense import Dense
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
@@ -210,6 +212,22 @@ class Problem:
         """What is allowed in every row, `[rows]`."""
         return np.array([row.most for row in self.rows], dtype=np.int64)
 
+    def amounts(self, cost: Callable[[int], Cost], removes: bool) -> Iterator[Amount]:
+        """What a plan costs in every row, in KV bytes at the profiled lengths besides, and in parameters if it removes any.
+
+        Args:
+            cost: of the plan, by length in tokens.
+        """
+        lengths = {*self.budget_lengths, *self.lengths}
+        rows = {(row.kind, row.length): row for row in self.rows if row.counts}
+        for length in lengths:
+            rows.setdefault(("kv", length), Kv.row(length, 1.0, self.dense))
+        if removes:
+            rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
+        for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):
+            spent = row.cost(cost(row.length or min(lengths))) * row.step + row.fixed
+            yield Amount(kind=row.kind, unit=row.unit, of=row.of, length=row.length, plan=spent, dense=row.dense)
+
     def fits(self, layers: Sequence[LayerPlan]) -> bool:
         """Whether a plan meets the budget in every row."""
         return bool((self.total(layers) <= self.limits).all())
@@ -275,7 +293,6 @@ class Candidate:
         def cost(length: int) -> Cost:
             return plan.cost(length, dense.itemsize, sizes=sizes)
 
-        lengths = sorted({*problem.budget_lengths, *problem.lengths})
         reports: dict[str, Any] = {}
         for row in problem.rows:
             report = row.report(cost)
@@ -283,13 +300,7 @@ class Candidate:
                 reports[row.kind]["rows"] += report["rows"]
             elif report is not None:
                 reports[row.kind] = report
-        predicted = Predicted(
-            form=plan.form,
-            itemsize=dense.itemsize,
-            kv_bytes={length: cost(length).held_bytes for length in lengths},
-            dense_kv_bytes={length: dense.cost(length).held_bytes for length in lengths},
-            loss=list(self.losses.values())[-1] if self.losses else None,
-            parameters=cost(lengths[0]).parameters if plan.prunes else None,
-            dense_parameters=dense.parameters if plan.prunes else None,
-        )
+        amounts = tuple(problem.amounts(cost, plan.prunes))
+        loss = list(self.losses.values())[-1] if self.losses else None
+        predicted = Predicted(form=plan.form, itemsize=dense.itemsize, amounts=amounts, loss=loss)
         return plan.model_copy(update={"predicted": predicted, "provenance": plan.provenance | reports})

@@ -233,7 +233,7 @@ def run_search(
     if refined is not None:
         report["refine"] = refined.summary()
     write_result(folder, report, plan, plans, compared)
-    return SearchResult(plan, compared, report, cost_lines(plan, problem))
+    return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
 
 
 def _starts(
@@ -268,7 +268,7 @@ def choose(plans: Mapping[str, Plan], losses: Mapping[str, float]) -> str:
     if not losses and any(plan.predicted.loss is None for plan in plans.values()):
         return next(iter(plans))
     by = {name: losses[name] if losses else plan.predicted.loss or 0.0 for name, plan in plans.items()}
-    return best_plan(by, {name: plan.predicted.kv_bytes[max(plan.predicted.kv_bytes)] for name, plan in plans.items()})
+    return best_plan(by, {name: list(plan.predicted.of("kv").values())[-1].plan for name, plan in plans.items()})
 
 
 def write_result(
@@ -300,19 +300,12 @@ def _flat(documents: Mapping[int, Sequence[Sample]] | Sequence[Sample]) -> Itera
 
 def _row(name: str, candidate: Candidate, plan: Plan, losses: Mapping[str, float]) -> dict[str, Any]:
     """One plan in `pareto.json`."""
-    predicted = plan.predicted
-    row = {
+    row: dict[str, Any] = {
         "name": name,
         "question": candidate.note,
         "predicted_losses": dict(candidate.losses),
         "gap": candidate.gap,
-        "kv_bytes": {str(length): size for length, size in predicted.kv_bytes.items()},
-        "kv_share": {
-            str(length): size / predicted.dense_kv_bytes[length] for length, size in predicted.kv_bytes.items()
-        },
+        "amounts": [amount.model_dump(mode="json") for amount in plan.predicted.amounts],
         "response_loss": losses.get(name),
     }
-    if predicted.parameters is not None and predicted.dense_parameters is not None:
-        row["parameters"] = predicted.parameters
-        row["parameters_share"] = predicted.parameters / predicted.dense_parameters
     return row | {key: plan.provenance[key] for key in ("decode_time",) if key in plan.provenance}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.plan import Plan
-from compress.search.budget.kind import rounded_up
+from compress.plan import Plan, amount_line
+from compress.search.budget.kind import Row, rounded_up
 from compress.search.problem import Problem
-
-HELD = (("held_bytes", 1),)
-
 
 def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
     """How much a model that is part local has to give; None where no layer slides by itself.
@@ -33,16 +30,17 @@ def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
     )
 
 
-def cost_lines(plan: Plan, problem: Problem) -> list[str]:
-    """What a plan costs in every row of the budget, a sentence each; bytes held are told by the plan itself."""
-    lines = [
-        line
-        for row, steps in zip(problem.rows, problem.total(plan.layers), strict=True)
-        if (line := row.line(int(steps))) is not None and row.counts != HELD
-    ]
-    for row in plan.provenance.get("decode_time", {}).get("rows", []):
+def cost_lines(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """What a plan costs in every kind, beside the dense model and the budget, a sentence each."""
+    limits = {(row.kind, row.length): row for row in rows}
+    lines = []
+    for amount in plan.predicted.amounts:
+        row = limits.get((amount.kind, amount.length))
+        below = "" if row is None else f", {(row.limit - amount.plan) / amount.dense:.2%} below the budget"
+        lines.append(amount_line(amount) + below)
+    for times in plan.provenance.get("decode_time", {}).get("rows", []):
         lines.append(
-            f"decode step at {row['length']:,} tokens, batch {row['batch']}: {row['ms']:.3g} ms predicted, "
-            f"dense {row['dense_ms']:.3g} ms, {row['share']:.1%}"
+            f"decode step at {times['length']:,} tokens, batch {times['batch']}: {times['ms']:.3g} ms predicted, "
+            f"dense {times['dense_ms']:.3g} ms, {times['share']:.1%}"
         )
     return lines

@@ -10,7 +10,7 @@ from compress.search.run import SearchResult, run_search
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, draw, missing, require, timed
-from compress.words import duration, size
+from compress.words import duration
 
 SPANS = "spans.svg"  # written last of the stage's plots: where it is, all are
 
@@ -80,8 +80,5 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     say(f"search: {result.report['why']}")
     for line in result.lines:
         say(f"search: {line}")
-    for length, held in sorted(plan.predicted.kv_bytes.items()):
-        dense = plan.predicted.dense_kv_bytes[length]
-        say(f"search: KV cache at {length:,} tokens {size(held)}, {held / dense:.1%} of the dense model's")
     draw(session, search_plots)
     return plan

@@ -75,14 +75,6 @@ class Row:
         facts = {"limit": self.limit, "dense": self.dense, "smallest": self.amount(smallest)}
         return {"kind": self.kind, "length": self.length, "unit": self.unit, **facts}
 
-    def line(self, steps: int) -> str | None:
-        """A sentence on a plan whose units cost so many steps; None where `report` says it better."""
-        amount, at = self.amount(steps), "" if self.length is None else f" at {self.length:,} tokens"
-        return (
-            f"{amount:,} {self.unit}{at}, {amount / self.dense:.2%} of {self.of}, "
-            f"{(self.limit - amount) / self.dense:.2%} below the budget"
-        )
-
     def report(self, costs: Callable[[int], Cost]) -> dict[str, Any] | None:
         """What the provenance of a plan says under the kind's name besides its costs; for most kinds nothing.
 

@@ -43,9 +43,12 @@ class Parameters(BudgetKind):
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:
         """One row, at no length; see `BudgetKind.rows`."""
         share = cls.value(budget)
-        if share is None:
-            return []
+        return [] if share is None else [cls.row(share, dense)]
+
+    @classmethod
+    def row(cls, share: float, dense: Dense) -> Row:
+        """The row of a share of the decoder layers' parameters, or of a whole number of them."""
         whole = dense.parameters
         limit = int(share) if share > 1 else math.floor(share * whole)
         of = "the decoder layers' parameters"
-        return [Row(cls.registered, "parameters", of, None, limit, whole, (("parameters", 1),))]
+        return Row(cls.registered, "parameters", of, None, limit, whole, (("parameters", 1),))
