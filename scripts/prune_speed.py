@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from compress.bench.model import model_row
-from compress.bench.source import Source
 from compress.models.load import DTYPES
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
+from compress.models.source import ModelSource
 from compress.search.budget.budget import Budget
 from compress.search.choice.removal import drawn
 from compress.search.dense import Dense
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
     options = parser.parse_args()
     torch.manual_seed(0)
-    source = Source(options.model)
+    source = ModelSource(options.model)
     dense = source.dense(torch.device(options.device), DTYPES[options.dtype])
     sizes = Dense(shape_of(dense), dense.dtype.itemsize, dense)
     problem = make_problem(sizes, Nothing(), Budget(parameters=options.keep), Amp())

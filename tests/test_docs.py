@@ -59,7 +59,7 @@ def test_the_solver(examples: dict[str, Any]) -> None:
     (candidate,) = examples["Layerwise"](every=2).solve(problem)
     plan = candidate.to_plan(problem, {})
     assert plan.layers[0].groups == (FullGroup(),) * shape.kv_heads and plan.layers[1].groups[0].sink == 64
-    assert 0.7 * dense < plan.predicted.kv_bytes[2048] <= 0.8 * dense
+    assert 0.7 * dense < plan.predicted.of("kv")[2048].plan <= 0.8 * dense
 
 
 def test_the_target(examples: dict[str, Any]) -> None:

@@ -51,7 +51,9 @@ def run(
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        for table in comparison.tables():
+        from compress.evaluate.tables import tables  # imports torch, which a wrong recipe is to be told without
+
+        for table in tables(comparison):
             show(table)
         typer.echo(f"\ncheckpoint   {checkpoint}")
         typer.echo(f"run folder   {session.run.path}")

@@ -61,6 +61,7 @@ def table(recipe: Recipe) -> Table:
     """The stages with their method, what they read, and the model passes that they take."""
     from rich.table import Table
 
+    from compress.evaluate.measure import asked_for
     from compress.stages.evaluate import row_names
 
     result = Table(title=f"{recipe.source}")
@@ -97,19 +98,13 @@ def table(recipe: Recipe) -> Table:
         "",
         "verification",
     )
-    request = recipe.evaluate.perplexity
-    windows = [f"{request.windows} windows of {request.length:,} tokens"] if request is not None else []
-    prompts = sum(row["count"] for row in parts["evaluate"])
-    harness = recipe.evaluate.lm_eval
-    tasks = [*harness.tasks, *harness.suites] if harness is not None else []
-    timing = recipe.evaluate.latency
-    timed = [] if timing is None else [f"time at {timing.length:,} tokens, batch {timing.batch}"]
+    asked = asked_for(recipe.evaluate)
+    passes = ", ".join(filter(None, (measure.passes() for measure in asked)))
     result.add_row(
         "evaluate",
         "\n".join(row_names(recipe)),
-        "\n".join([*windows, *filter(None, [_lines(parts["evaluate"])]), *tasks, *timed]),
-        f"{prompts} generations and {request.windows if request is not None else 0} forward for each of these"
-        + (", and the tasks" if tasks else ""),
+        "\n".join(filter(None, (measure.words() for measure in asked))),
+        f"{passes or 'none'} for each of these",
     )
     return result
 

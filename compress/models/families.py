@@ -127,3 +127,9 @@ def text_part_line(spec: str) -> str:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers, in order."""
     return list(family_of(model.config).layers_of(model))
+
+
+def attentions_of(model: nn.Module) -> list[Any]:
+    """The attention module of every decoder layer, in order."""
+    family = family_of(model.config)
+    return [family.attention_of(layer) for layer in family.layers_of(model)]

@@ -33,8 +33,8 @@ class _PredictedBefore(Strict):
 
     form: Form | None = None
     itemsize: int | None = Field(default=None, ge=1)
-    kv_bytes: dict[Tokens, Bytes] = {}
-    dense_kv_bytes: dict[Tokens, Bytes] = {}
+    kv_bytes: dict[Tokens, Bytes] = Field(default_factory=dict)
+    dense_kv_bytes: dict[Tokens, Bytes] = Field(default_factory=dict)
     loss: float | None = None
     parameters: int | None = Field(default=None, ge=0)
     dense_parameters: int | None = Field(default=None, ge=1)

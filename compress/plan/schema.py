@@ -185,7 +185,7 @@ class Predicted(Strict):
     Attributes:
         form: of the checkpoint whose cache `amounts` are of; None where nobody said, as in files of schema 1.
         itemsize: bytes of one cached number in them; None likewise.
-        amounts: what the plan costs, in every kind of the budget and in KV bytes, and in parameters where it removes any.
+        amounts: what the plan costs in every kind of the budget, in KV bytes, and in parameters where it removes any.
         loss: in the unit of the solver, which `provenance` names.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.encodings import decode, wrong_byte
 from compress.errors import Problem, UserError, nearest
@@ -34,6 +34,15 @@ def load_recipe(path: Path | str) -> Recipe:
     from compress.recipe.read import parse_located
 
     return parse_located(located, text, path)
+
+
+def read_keys(path: Path | str) -> dict[str, Any]:
+    """The keys of a recipe file as plain data, checked as far as the top level goes. Raises UserError."""
+    located = read_located(_text(Path(path)), str(path))
+    problems = [*located.problems, *outline_problems(located)]
+    if problems:
+        raise UserError(in_order(problems))
+    return dict(located.data)
 
 
 def outline_problems(located: LocatedYaml) -> list[Problem]:

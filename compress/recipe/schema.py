@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, create_model, field_validator
 
 import compress.data.tasks
+import compress.evaluate.measures
 import compress.profile
 import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
 from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
-from compress.evaluate.harness import HarnessRequest
-from compress.evaluate.latency import LatencyRequest
-from compress.evaluate.perplexity import PerplexityRequest
 from compress.limits import BATCH
 from compress.profile.heads.attention import Attention
 from compress.profile.heads.influence import Influence
@@ -78,18 +76,21 @@ class ExportSection(Section):
     )
 
 
-class EvaluateSection(Section):
+# One key for each registered measure.
+_Measures: Any = create_model(
+    "_Measures", __base__=Section, **{name: kind.key() for name, kind in registry.measures.items()}
+)
+
+
+class EvaluateSection(_Measures):
     """What the checkpoint is compared on; the dense model is always beside it."""
 
     compare: tuple[Baseline, ...] = Field(
         ("plan", "uniform"), description="plans beside the dense model, baselines at the plan's bytes"
     )
-    perplexity: PerplexityRequest | None = Field(None, description="leave it out to skip perplexity")
-    recall: Tasks = Field((), description="recall tasks, one entry per task and length")
-    lm_eval: HarnessRequest | None = Field(None, description="lm-eval tasks and long-context suites")
-    latency: LatencyRequest | None = Field(
-        None, description="time of a prefill and a decode step beside the dense model's"
-    )
+    if TYPE_CHECKING:
+        recall: Tasks = ()
+
     batch_size: int = Field(1, ge=1, le=BATCH, description="recall prompts answered at once; more is faster on a GPU")
 
     @field_validator("compare")

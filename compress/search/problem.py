@@ -213,20 +213,21 @@ class Problem:
         return np.array([row.most for row in self.rows], dtype=np.int64)
 
     def amounts(self, cost: Callable[[int], Cost], removes: bool) -> Iterator[Amount]:
-        """What a plan costs in every row, in KV bytes at the profiled lengths besides, and in parameters if it removes any.
+        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any.
 
         Args:
             cost: of the plan, by length in tokens.
         """
         lengths = {*self.budget_lengths, *self.lengths}
-        rows = {(row.kind, row.length): row for row in self.rows if row.counts}
+        rows = {(row.kind, row.length): row for row in self.rows}
         for length in lengths:
             rows.setdefault(("kv", length), Kv.row(length, 1.0, self.dense))
         if removes:
             rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
         for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):
-            spent = row.cost(cost(row.length or min(lengths))) * row.step + row.fixed
-            yield Amount(kind=row.kind, unit=row.unit, of=row.of, length=row.length, plan=spent, dense=row.dense)
+            amount = row.amount_of(cost(row.length or min(lengths)))
+            if amount is not None:
+                yield amount
 
     def fits(self, layers: Sequence[LayerPlan]) -> bool:
         """Whether a plan meets the budget in every row."""

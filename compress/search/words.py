@@ -8,6 +8,7 @@ from compress.plan import Plan, amount_line
 from compress.search.budget.kind import Row, rounded_up
 from compress.search.problem import Problem
 
+
 def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
     """How much a model that is part local has to give; None where no layer slides by itself.
 

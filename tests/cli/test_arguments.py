@@ -72,6 +72,10 @@ WRONG: list[tuple[list[str], str]] = [
             ("--device", "gpu", "--device"),
             ("--seed", "-1", "--seed"),
             ("--include", NOWHERE, "--include"),
+            ("--measure", "[1", "--measure"),
+            ("--measure", "[1]", "NAME"),
+            ("--record", "", "--record"),
+            ("--replay", NOWHERE, "--record FILE"),
             ("--out", "pyproject.toml", "pyproject.toml"),
             ("--out", LONG, "too long"),
         ]
@@ -101,6 +105,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", LONG], "too long"),
     (["report", "runs", "--out", "runs"], "is a folder"),
     (["report", "runs", "--plots", "pyproject.toml"], "is a file"),
+    (["report", "runs", "--cells", "cells.txt"], ".csv or .json"),
+    (["sweep", "recipe.yaml", "--set", "seed"], "key=value"),
+    (["sweep", "recipe.yaml", "--set", "seed=1", "--out", "pyproject.toml"], "pyproject.toml"),
+    (["sweep", "nowhere.yaml", "--set", "seed=1"], "no such recipe"),
+    (["sweep", "recipe.yaml", "--set", "model.x=1"], "no such key"),
+    (["sweep", "recipe.yaml"], "--set"),
     *(
         ([command, *words], told)
         for command in ("run", "profile", "search", "recover", "export", "validate")

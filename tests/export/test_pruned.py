@@ -43,7 +43,8 @@ def test_equal_widths_are_a_stock_checkpoint(family: str, tmp_path: Path) -> Non
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, planned_model(loaded.model, plan)(ids).logits)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{plan.predicted.parameters:,} of {plan.predicted.dense_parameters:,} parameters" in card
+    amount = plan.predicted.of("parameters")[None]
+    assert f"{amount.plan:,} of {amount.dense:,} parameters" in card
     assert "trust_remote_code=True" not in card
 
 
@@ -128,4 +129,4 @@ def test_pruned_checkpoint_gets_spans_and_tells_of_both(tmp_path: Path) -> None:
     export_checkpoint(again, spans, tmp_path / "both")
     assert read_plan(tmp_path / "both" / "compress_plan.base.json") == first
     card = (tmp_path / "both" / "README.md").read_text()
-    assert f"{first.predicted.parameters:,} of" in card and "compressed before" in card
+    assert f"{first.predicted.of('parameters')[None].plan:,} of" in card and "compressed before" in card

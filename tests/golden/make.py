@@ -128,7 +128,6 @@ PRUNERS: dict[str, tuple[str, str]] = {
     "allocated": ("{name: allocated, importance: magnitude}", "{parameters: 0.7}"),
     "flap": ("{name: allocated, importance: flap, normalise: standard, compensate: true}", "{parameters: 0.75}"),
 }
-SINCE_SCHEMA_2 = ("form", "itemsize")  # which say what the bytes are of; schema 1 wrote `mlp: null`, too
 TIMES = ("seconds", "time", "created", "versions", "tool", "version", "fingerprint", "checksum", "sha256")
 
 
@@ -179,8 +178,32 @@ def plain(value: Any) -> Any:
 def plan_facts(path: Path) -> dict[str, Any]:
     """The decision of a plan file and what it expects, without the model's fingerprint."""
     plan = json.loads(path.read_text(encoding="utf-8"))
-    predicted = {key: value for key, value in plan["predicted"].items() if key not in SINCE_SCHEMA_2}
+    predicted = {"loss": plan["predicted"]["loss"], **named(plan["predicted"]["amounts"])}
     return {"layers": [{"mlp": None, **layer} for layer in plan["layers"]], "predicted": predicted}
+
+
+def named(amounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What plans cost, by the names that files had before they listed it by kind of budget."""
+    held = {str(row["length"]): row for row in amounts if row["kind"] == "kv"}
+    left = next((row for row in amounts if row["kind"] == "parameters"), {"plan": None, "dense": None})
+    return {
+        "kv_bytes": {length: row["plan"] for length, row in held.items()},
+        "dense_kv_bytes": {length: row["dense"] for length, row in held.items()},
+        "parameters": left["plan"],
+        "dense_parameters": left["dense"],
+    }
+
+
+def row_facts(row: dict[str, Any]) -> dict[str, Any]:
+    """One plan of `pareto.json`, likewise."""
+    facts = named(row["amounts"])
+    kept = {key: value for key, value in row.items() if key != "amounts"}
+    kept["kv_bytes"] = facts["kv_bytes"]
+    kept["kv_share"] = {length: size / facts["dense_kv_bytes"][length] for length, size in facts["kv_bytes"].items()}
+    if facts["parameters"] is not None:
+        kept["parameters"] = facts["parameters"]
+        kept["parameters_share"] = facts["parameters"] / facts["dense_parameters"]
+    return kept
 
 
 def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,6 +218,38 @@ def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:
             shares = {f"limit_{words[unit]}": limit / dense, f"smallest_{words[unit]}": row["smallest"] / dense}
             found[str(row["length"])] = {f"dense_{unit}": dense, f"limit_{unit}": limit, **shares}
     return found
+
+
+def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in the form of the golden files: one field for each kind of measure."""
+
+    def results(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        own = [result for result in row["results"] if result["measure"] == name]
+        return [{key: value for key, value in result.items() if key != "measure"} for result in own]
+
+    def only(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+        return next(iter(results(row, name)), None)
+
+    requests = {name: [part for part in evaluation["asked"] if part["measure"] == name] for name in MEASURES}
+    asked: dict[str, Any] = {
+        name: {key: value for key, value in part[0].items() if key != "measure"} if part else None
+        for name, part in requests.items()
+    }
+    variants = []
+    for row in evaluation["variants"]:
+        kept = {"name": row["name"], "seconds": row["seconds"], "tasks": results(row, "lm_eval")}
+        kept |= {name: only(row, name) for name in ("size", "latency", "perplexity")}
+        held = only(row, "kv_bytes")
+        variants.append(kept | {"recall": results(row, "recall"), "kv_bytes": held["held"] if held else {}})
+    facts = {key: value for key, value in evaluation.items() if key != "asked"}
+    return (
+        facts
+        | asked
+        | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
+    )
+
+
+MEASURES = ("perplexity", "recall", "lm_eval", "latency")
 
 
 def call(*words: Any) -> None:
@@ -246,7 +301,7 @@ class Runs:
         call("search", self.recipe)
         found = {path.stem: plan_facts(path) for path in sorted((self.run / "search" / "plans").glob("*.json"))}
         pareto = json.loads((self.run / "search" / "pareto.json").read_text(encoding="utf-8"))
-        rows = [plain(row) for row in [*pareto["plans"], *pareto["baselines"]]]
+        rows = [plain(row_facts(row)) for row in [*pareto["plans"], *pareto["baselines"]]]
         return {"chosen": pareto["chosen"], "limits": limits(pareto["limits"]), "rows": rows, "plans": found}
 
     def checkpoint(self) -> dict[str, Any]:
@@ -266,7 +321,7 @@ class Runs:
             "config": plain(config),
             "weights": weights,
             "checks": plain(checks),
-            "evaluation": plain(evaluation),
+            "evaluation": plain(evaluation_facts(evaluation)),
         }
 
 

@@ -68,12 +68,12 @@ def test_a_plan_windows_and_prunes_at_once_within_both_budgets(run: Path) -> Non
     for row in report["plans"]:
         plan = read_plan(run / "run" / "search" / "plans" / f"{row['name']}.json", shape_of(dense))
         model = planned_model(dense, plan)
-        assert plan.predicted.parameters == block_parameters(model) <= limits["parameters"]["limit"]
+        assert plan.predicted.of("parameters")[None].plan == block_parameters(model) <= limits["parameters"]["limit"]
         ids = random_ids(1, 320)
         with torch.inference_mode():
             out = model(ids, use_cache=True)
         cache = out.get("cache", out.get("past_key_values"))
-        assert plan.predicted.kv_bytes[320] == cache.allocated_bytes() <= limits["kv"]["limit"]
+        assert plan.predicted.of("kv")[320].plan == cache.allocated_bytes() <= limits["kv"]["limit"]
         flops = plan.cost(320).flops + 2 * 320 * block_parameters(model)
         assert flops <= limits["flops"]["limit"] < limits["flops"]["dense"]
         windows = any(group.target == "window" for layer in plan.layers for group in layer.groups)
@@ -84,8 +84,8 @@ def test_a_plan_windows_and_prunes_at_once_within_both_budgets(run: Path) -> Non
     assert {"uniform", "streaming", "random"} <= names
     chosen = read_plan(run / "run" / "plan.json")
     other = read_plan(run / "run" / "search" / "random.json")
-    assert other.predicted.parameters == chosen.predicted.parameters
-    assert other.predicted.kv_bytes == chosen.predicted.kv_bytes and other.layers != chosen.layers
+    assert other.predicted.of("parameters")[None].plan == chosen.predicted.of("parameters")[None].plan
+    assert other.predicted.of("kv") == chosen.predicted.of("kv") and other.layers != chosen.layers
 
 
 def test_its_checkpoint_holds_what_was_predicted(run: Path) -> None:
@@ -94,7 +94,7 @@ def test_its_checkpoint_holds_what_was_predicted(run: Path) -> None:
     assert checks["predicted_bytes"] == checks["cache_bytes"] == plan.cost(checks["probe_tokens"], 4).held_bytes
     said = (run / "said.txt").read_text()
     assert "of the decoder layers' parameters" in said and "of the dense model's FLOPs" in said
-    assert "KV cache at 320 tokens" in said
+    assert "KiB at 320 tokens" in said and "of the dense KV bytes" in said
 
 
 PRICED = """\
@@ -129,7 +129,7 @@ def test_targets_that_effect_priced_are_chosen_without_any_table_of_rules(run: P
     }
     assert plan.prunes and len(chosen) > 1 and chosen <= asked
     (dense,) = {row["dense"] for row in _limits(run / "priced") if row["kind"] == "kv"}
-    assert plan.predicted.kv_bytes[320] <= 0.5 * dense
+    assert plan.predicted.of("kv")[320].plan <= 0.5 * dense
 
 
 def _limits(folder: Path) -> Any:

@@ -83,7 +83,7 @@ def test_parameters_are_those_of_the_model_and_within_the_budget(family: str, sh
         plan = candidate.to_plan(problem, {})
         pruned = pruned_model(model, plan)
         left = block_parameters(pruned)
-        assert plan.predicted.parameters == left
+        assert plan.predicted.of("parameters")[None].plan == left
         assert left <= problem.parameters_limit
         # A neuron of every layer is the step where all layers have one width; otherwise a head may be.
         heads = 0 if isinstance(solver, Amp) else problem.shape.kv_heads * problem.sizes[0].query
@@ -105,8 +105,8 @@ def test_biases_of_a_compensation_count(family: str, solver: type[Ranked]) -> No
     (candidate,) = solver(compensate=True, multiple=1).solve(problem)
     plan = candidate.to_plan(problem, {})
     left = block_parameters(pruned_model(model, plan))
-    assert plan.predicted.parameters == left <= problem.parameters_limit
-    assert plan.predicted.dense_parameters == block_parameters(model)
+    assert plan.predicted.of("parameters")[None].plan == left <= problem.parameters_limit
+    assert plan.predicted.of("parameters")[None].dense == block_parameters(model)
     (plain,) = solver(multiple=1).solve(problem)
     kept = [sum(widths.neurons for widths in Widths.of(problem, each.layers)) for each in (candidate, plain)]
     assert kept[0] < kept[1]
@@ -232,7 +232,7 @@ def test_search_writes_a_plan_that_reads_back(tmp_path: Path) -> None:
     plan = read_plan(tmp_path / "plan.json", shape_of(loaded.model))
     assert plan == result.plan and plan.prunes
     other = read_plan(tmp_path / "search" / "random.json", shape_of(loaded.model))
-    assert other.predicted.parameters == plan.predicted.parameters
+    assert other.predicted.of("parameters")[None].plan == plan.predicted.of("parameters")[None].plan
     with torch.no_grad():
         assert planned_model(loaded.model, plan)(random_ids(1, 9)).logits.isfinite().all()
 

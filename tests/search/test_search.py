@@ -69,8 +69,8 @@ def test_a_search_writes_plan_baselines_and_reasons(family: str, tmp_path: Path)
         plan = read_plan(tmp_path / "search" / "plans" / f"{name}.json", shape)
         for limit in report["limits"]:
             size = plan.cost(limit["length"], 4).held_bytes
-            assert row["kv_bytes"][str(limit["length"])] == size <= limit["limit"] and limit["kind"] == "kv"
-            assert row["kv_share"][str(limit["length"])] <= limit["limit"] / limit["dense"]
+            (amount,) = [each for each in row["amounts"] if each["length"] == limit["length"]]
+            assert amount["plan"] == size <= limit["limit"] and amount["kind"] == limit["kind"] == "kv"
             assert limit["smallest"] <= size
     assert seen[-1][0] == seen[-1][1] == 2 * (1 + len(rows) + 3)
 
@@ -82,7 +82,7 @@ def test_predicted_times_stand_in_plan_and_report(tmp_path: Path) -> None:
     told = result.plan.provenance["decode_time"]
     assert "at 5 GB/s (a copy on this device)" in told["source"]
     (row,) = told["rows"]
-    size = result.plan.predicted.kv_bytes[448]
+    size = result.plan.predicted.of("kv")[448].plan
     assert row["ms"] == pytest.approx((Dense(loaded.shape, 4, loaded.model).step_weights + size) / 5e9 * 1e3)
     assert row["share"] == pytest.approx(row["ms"] / row["dense_ms"]) and row["share"] <= 0.95
     assert all("decode_time" in each for each in [*result.report["plans"], *result.report["baselines"]])

@@ -70,7 +70,7 @@ def test_plans_are_whole_and_within_the_budget(name: str, case: str) -> None:
             if native is not None:
                 assert all(group == FULL_GROUP for group in row)
         written = plan.to_plan(problem, {})
-        assert written.predicted.kv_bytes.keys() == {*problem.budget_lengths, *problem.lengths}
+        assert written.predicted.of("kv").keys() == {*problem.budget_lengths, *problem.lengths}
         for limit, spent in zip(problem.rows, problem.total(plan.layers), strict=True):
             cost = written.cost(limit.length, ITEMSIZE)
             assert cost.held_bytes == allocated(problem.shape, plan, limit.length)

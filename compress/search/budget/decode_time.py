@@ -54,6 +54,9 @@ class TimeRow(Row):
         shares = {"limit_time_share": self.most_time, "smallest_time_share": self.time_share(smallest)}
         return {**super().describe(smallest), **shares}
 
+    def amount_of(self, cost: Cost) -> None:
+        """Nothing: the times are reported."""
+
     def report(self, costs: Callable[[int], Cost]) -> dict[str, Any]:
         """The predicted times of a plan beside the dense model's."""
         assert self.length is not None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import Problem
 from compress.limits import BYTES, ENTRIES, LONGEST
+from compress.plan import Amount
 from compress.registry import Method
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Row:
         """
         facts = {"limit": self.limit, "dense": self.dense, "smallest": self.amount(smallest)}
         return {"kind": self.kind, "length": self.length, "unit": self.unit, **facts}
+
+    def amount_of(self, cost: Cost) -> Amount | None:
+        """What a plan of this cost takes of the kind, beside the dense model; None where `report` says it better."""
+        spent = self.amount(self.cost(cost))
+        return Amount(kind=self.kind, unit=self.unit, of=self.of, length=self.length, plan=spent, dense=self.dense)
 
     def report(self, costs: Callable[[int], Cost]) -> dict[str, Any] | None:
         """What the provenance of a plan says under the kind's name besides its costs; for most kinds nothing.
