@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.output import AsJson, Verbose
-from compress.stages.environment import environment, has_module, usable_cores
+from compress.environment import environment, has_module, usable_cores
 from compress.words import size
 
 # (package, from, below, newest that the tests passed with, what it is for); None where there is no bound.

@@ -15,6 +15,7 @@ import yaml
 
 from compress.data.prompt import Task
 from compress.data.text import MOST, Part, Source, characters_for
+from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
@@ -23,7 +24,6 @@ from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
-from compress.stages.environment import environment
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
 
