@@ -141,9 +141,7 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     assert [one.label for one in chart.series] == ROWS
     assert shares == pytest.approx([1, share, share, 1, share])
     page = (equal / "run" / "report.html").read_text()
-    assert (
-        "Quality against parameters of the layers" in page and "of the parameters of the dense decoder layers" in page
-    )
+    assert "Quality against parameters of the layers" in page and "of the decoder layers&#39; parameters" in page
 
 
 def test_the_card_is_that_of_an_ordinary_model(equal: Path, by_layer: Path) -> None:

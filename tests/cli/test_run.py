@@ -172,7 +172,7 @@ def test_a_part_local_model_is_told_what_it_has_to_give(tmp_path: Path) -> None:
     layers = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
     sliding = [group["target"] for layer in layers[:5] for group in layer["groups"]]
     assert set(sliding) == {"full"} and {group["target"] for group in layers[5]["groups"]} != {"full"}
-    assert "5 of 6 layers slide by themselves" in call("inspect", tmp_path / "run").stdout
+    assert "5 of 6 layers have a sliding window" in call("inspect", tmp_path / "run").stdout
 
     recipe.write_text(recipe.read_text().replace("kv: 0.8", "kv: 0.69"))
     result = call("search", recipe)

@@ -81,10 +81,10 @@ def all_effects(
             facts = LayerFacts(layer, query.shape[-1], 0, query.shape[1] // key.shape[1], None)
             alternatives[layer] = Alternatives(facts, rules[layer])
         others, rows = alternatives[layer], current[0]
-        output = others.full(query, key, value, scaling)
+        output = others.full(query, key, value, scaling, call.scores)
 
         def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
-            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o)):
+            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o, scores=call.scores)):
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 
