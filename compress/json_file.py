@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -186,8 +186,12 @@ def read_model(
     fix: str | None = None,
     most: int = MOST_BYTES,
     finite: bool = True,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda value: value,
 ) -> Content:
     """`read_object`, then `validated`; where the object has a checksum (`sealed`), that is checked as well.
+
+    Args:
+        prepare: brings an object of an earlier form into the present one; raises ValueError where it is of none.
 
     Raises:
         UserError: as they do, or the content does not match its checksum.
@@ -200,6 +204,10 @@ def read_model(
         raise UserError(
             f"{what} is damaged: {error}", where=str(path), fix=f"{fix}; {by_hand}" if fix else by_hand
         ) from None
+    try:
+        content = prepare(content)
+    except ValueError as error:
+        raise UserError(f"{what} is damaged", where=str(path), found=str(error), fix=fix) from None
     return validated(kind, content, what, str(path), fix=fix)
 
 

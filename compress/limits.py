@@ -15,3 +15,5 @@ FACTOR = 1e6  # weights, scales and rates
 BYTES = 10**15
 SEED = 2**32 - 1  # the largest that numpy takes
 ENTRIES = 64  # of a list of lengths, sizes or shares
+
+SHOWN_LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)  # tokens at which costs of a plan are shown

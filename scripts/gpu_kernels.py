@@ -22,12 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
-from compress.bench.kernel import Shape, mix, random_qkv, spans_of, visible_share
+from compress.bench.kernel import Shape, mix, random_qkv, spans_of, visible_share, with_mix
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
-from compress.bench.model import model_row, random_model
+from compress.bench.model import model_row
 from compress.bench.report import break_even, model_lines
-from compress.bench.source import Source
+from compress.environment import environment
 from compress.files import write_json
+from compress.models.source import ModelSource, random_model
 from compress.plan import ModelShape
 from compress.profile.heads.influence import Influence
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
@@ -36,7 +37,6 @@ from compress.runtime import flash
 from compress.runtime.impl import IMPLS
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
-from compress.stages.environment import environment
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
@@ -335,12 +335,12 @@ def decode_rows(shape: Shape, copy: float) -> list[kernel.Row]:
 
 def model_rows(name: str, length: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """A whole model under plan A at two batches, and what each is called."""
-    source = Source(name)
+    source = ModelSource(name)
     assert source.values is not None
     weights = sum(weight.nbytes for weight in random_model(source.values, torch.device("meta"), DTYPE).parameters())
     dense = attempt(f"{name}, its weights", weights, DEVICE, partial(source.dense, DEVICE, DTYPE), say)
     for batch in (16, 1) if dense is not None else ():
-        planned, label = source.planned(dense, "A", length)
+        planned, label = with_mix(dense, "A", length), "A"
         call = partial(model_row, dense, planned, name, label, batch, length)
         what = f"{name}, plan {label}, batch {batch}, {length} tokens"
         row = attempt(what, model_need(dense, batch, length), DEVICE, call, say)

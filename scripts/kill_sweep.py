@@ -11,7 +11,6 @@ imported everything, on one thread, with 20 s and 2 GiB each.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -39,13 +38,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="which signal the first kill is: 0, 1 or 2")
     parser.add_argument("--out", type=Path, help="a JSON file with every case")
     options = parser.parse_args()
-    plots = importlib.util.find_spec("matplotlib") is not None
-    more = ("matplotlib.figure", "matplotlib.backends.backend_svg") if plots else ()
     cases = []
-    with ForkServer((*PRELOAD, *more)) as server, tempfile.TemporaryDirectory(prefix="kill-sweep-") as scratch:
+    with ForkServer(PRELOAD) as server, tempfile.TemporaryDirectory(prefix="kill-sweep-") as scratch:
         for kind in options.recipes:
             started = time.monotonic()
-            bed = Bed(Path(scratch, kind), kind, server, plots=plots, timeout=options.timeout)
+            bed = Bed(Path(scratch, kind), kind, server, timeout=options.timeout)
             wanted, writes = bed.whole()
             done = []
             for place, number in enumerate(points(writes, options.kills), options.first):

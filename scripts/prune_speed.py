@@ -17,10 +17,10 @@ import torch
 import transformers
 
 from compress.bench.model import model_row
-from compress.bench.source import Source
 from compress.models.load import DTYPES
 from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters
+from compress.models.source import ModelSource
 from compress.search.budget.budget import Budget
 from compress.search.prune import pruning_problem, random_candidate
 from compress.search.solvers.amp import Amp
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if torch.cuda.is_available() else "float32")
     options = parser.parse_args()
     torch.manual_seed(0)
-    source = Source(options.model)
+    source = ModelSource(options.model)
     dense = source.dense(torch.device(options.device), DTYPES[options.dtype])
     problem = pruning_problem(dense, Nothing(), Budget(parameters=options.keep))
     groups = problem.shape.kv_heads

@@ -74,6 +74,9 @@ PRELOAD = (
     "compress.evaluate.compare",
     "compress.export.export",
     "compress.train.recovery",
+    "compress.stages.evaluate",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
     "tests.kills",
 )
 RECIPES = {"span": SPAN, "prune": PRUNE, "recover": RECOVER}
@@ -100,7 +103,7 @@ class Bed:
 
     Args:
         kind: one of `RECIPES`.
-        plots: whether runs draw their plots.
+        plots: whether runs draw their plots and charts.
         timeout: seconds of a run; what takes longer counts as hanging.
     """
 
@@ -161,7 +164,13 @@ def ended_run(recipe: str, folder: str, number: int, signal_number: int, plots: 
 
     compress.export.verify.run_fresh = run_forked
     if not plots:
-        sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+        import compress.report.sections
+        import compress.stages.evaluate
+        import compress.stages.search
+
+        vars(compress.report.sections)["chart_svg"] = lambda chart, name: ""
+        for stage in (compress.stages.search, compress.stages.evaluate):
+            vars(stage)["draw"] = lambda session, plots: None
     os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/scratch"
     me, done = os.getpid(), [0]
 

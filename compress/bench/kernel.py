@@ -10,6 +10,8 @@ import torch
 
 from compress.bench.dense import dense_attention
 from compress.bench.measure import Time, graphed_times, times_in_turn
+from compress.models.planned import with_runtime_plan
+from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.impl import choose_impl
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
@@ -29,6 +31,11 @@ class Shape:
     groups: int
     head_dim: int
 
+    @classmethod
+    def of(cls, name: str, config: Any) -> Shape:
+        """From a model's configuration."""
+        return cls(name, config.num_attention_heads, groups_of(config), head_size_of(config))
+
 
 def mix(name: str, groups: int, length: int) -> list[SpanTarget]:
     """A named plan for one layer: A (half of the groups sink 64 + window 256), B (windows 512, 2048, N/4, N/2)."""
@@ -41,6 +48,13 @@ def mix(name: str, groups: int, length: int) -> list[SpanTarget]:
         windows = (512, 2048, length // 4, length // 2)
         return [WindowGroup(sink=0, alpha=windows[group * 4 // groups], beta=0.0) for group in range(groups)]
     raise ValueError(f"mix: expected A, B or full, got {name!r}")
+
+
+def with_mix(dense: Any, name: str, length: int) -> Any:
+    """The dense model's twin in which every layer has the named plan of `mix`."""
+    config = dense.config
+    groups = [group.model_dump(mode="json") for group in mix(name, groups_of(config), length)]
+    return with_runtime_plan(dense, {"schema": 1, "layers": [{"groups": groups}] * config.num_hidden_layers})
 
 
 def spans_of(groups: Sequence[SpanTarget], length: int) -> list[Span]:

@@ -12,26 +12,19 @@ from typing import Any
 import torch
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
 from compress.bench.measure import Time, graph_of, peak_bytes, release, times
 from compress.errors import UserError
+from compress.models.cache_bytes import cache_bytes
 from compress.models.replaced import AttentionCall, attention_function
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
 DENSE, NONE = "compress_bench_dense", "compress_bench_none"
-
-
-def random_model(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights for a configuration given as a dictionary, made on the device itself."""
-    known = dict(values)
-    config = AutoConfig.for_model(known.pop("model_type"), **known)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 class DenseLayer(CacheLayerMixin):
@@ -247,7 +240,7 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     cache.assume(length)
     token = ids[:, -1:].contiguous()
     decode = _step_times(lambda: model(input_ids=token, **{CACHE: cache}), device, steps, lambda: cache.assume(length))
-    return Side(spent, decode, peak_bytes(device), cache.allocated_bytes(), {})
+    return Side(spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {})
 
 
 def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
@@ -286,8 +279,9 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
             model(input_ids=token, position_ids=position, **{CACHE: cache})
 
         decode = _step_times(step, device, steps)
-    size = sum(2 * int(block.keys.numel()) * block.keys.itemsize for block in held)
-    return Side(spent, decode, peak_bytes(device), size, {what: name for what, (name, _) in backends.items()})
+    return Side(
+        spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {what: name for what, (name, _) in backends.items()}
+    )
 
 
 def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Any]:

@@ -1,14 +1,9 @@
-"""What `compress bench` writes: one JSON file with the machine, a table for the terminal, and a plot."""
+"""What `compress bench` prints: a table of kernels, and lines for whole models."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-from typing import Any
-
 from compress.bench.kernel import Row
 from compress.bench.model import ModelRow
-from compress.files import write_bytes
 
 GIB = 2**30
 
@@ -78,30 +73,3 @@ def model_lines(row: ModelRow) -> list[str]:
             + (f"; saved over the cache bytes saved {over:.3f}" if over is not None else "")
         )
     return lines
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Speed-up over the fastest dense attention against the length, one line a plan and batch; PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    whats = sorted({row.what for row in rows})
-    figure = Figure(figsize=(6 * len(whats), 4), layout="tight")
-    axes = figure.subplots(1, len(whats), squeeze=False)
-    for axis, what in zip(axes[0], whats, strict=True):
-        series: dict[str, list[Any]] = {}
-        for row in rows:
-            if row.what == what:
-                series.setdefault(f"{row.shape}, {row.mix}, batch {row.batch}", []).append((row.length, row.speedup))
-        for label, points in series.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="tokens", ylabel="speed-up over the fastest dense", title=what)
-        axis.set_xscale("log", base=2)
-        axis.legend(fontsize=7)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getvalue())

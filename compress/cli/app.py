@@ -17,6 +17,7 @@ from compress.cli import (
     report,
     run,
     search,
+    sweep,
     validate,
 )
 from compress.cli.output import guarded
@@ -41,6 +42,7 @@ for name, panel, command in (
     ("recover", STAGES, recover.recover),
     ("export", STAGES, export.export),
     ("eval", STAGES, evaluate.evaluate),
+    ("sweep", STAGES, sweep.sweep),
     ("bench", STAGES, bench.bench),
     ("report", STAGES, report.report),
     ("validate", FILES, validate.validate),

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.bench.shapes import SHAPES
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, say
 from compress.errors import UserError
 from compress.limits import BATCH, SEED
+from compress.models.known_shapes import SHAPES
 
 MIXES = ("A", "B", "full")
 KINDS = ("kernel", "layer", "model")
@@ -95,11 +95,11 @@ def measure(
 
     from compress.bench import kernel, measure, memory, report
     from compress.bench import model as whole
-    from compress.bench.source import Source
+    from compress.environment import environment
     from compress.models.load import DTYPES
+    from compress.models.source import ModelSource
     from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
-    from compress.stages.environment import environment
 
     where = torch.device(resolve_device(device))
     try:
@@ -109,7 +109,7 @@ def measure(
             "this attention cannot run here", where="--impl", found=str(error), fix="use auto or reference"
         ) from error
     torch.manual_seed(seed)
-    source = Source(model, plan)
+    source = ModelSource(model, plan)
     copy = measure.copy_bandwidth(where)
     rows: list[kernel.Row] = []
     skipped: list[str] = []
@@ -119,7 +119,7 @@ def measure(
         skipped.append(line)
 
     if "kernel" in kinds:
-        shape = source.shape()
+        shape = kernel.Shape.of(source.name, source.config())
         for name in mixes:
             for length in lengths:
                 prefill = (1, kernel.prefill_row, memory.prefill_need)
@@ -134,7 +134,7 @@ def measure(
     for kind in ("layer", "model"):
         if kind not in kinds:
             continue
-        base = source if dense_model is None else Source(dense_model)
+        base = source if dense_model is None else ModelSource(dense_model)
         dense = (source.layer if kind == "layer" else base.dense)(where, DTYPES[dtype])
         label = f"{source.name}, one layer" if kind == "layer" else source.name
         wanted: list[str | None] = [*mixes] or [None]
@@ -142,8 +142,10 @@ def measure(
             for length in lengths:
                 title = f"{kind} {own or 'with its plan'}, batch {batch}, {length} tokens"
                 say(f"  {title}")
-                if dense_model is None:
-                    planned, plan_name = source.planned(dense, own, length)
+                if own is not None:
+                    planned, plan_name = kernel.with_mix(dense, own, length), own
+                elif dense_model is None:
+                    planned, plan_name = source.planned(dense)
                 else:
                     planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
@@ -177,18 +179,16 @@ def measure(
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    from compress.bench.report import plot
     from compress.files import sweep, write_text
     from compress.json_file import sealed
+    from compress.plots.chart import draw_charts
+    from compress.plots.speed import speed_charts
 
     arguments.make_folder(folder)
     sweep(folder)
     write_text(folder / "bench.json", sealed(report["values"]))
     if report["rows"]:
-        try:
-            plot(report["rows"], folder / "bench.png")
-        except ImportError:
-            say("no plot: matplotlib is not installed (in the clone: pip install -e '.[bench]')")
+        draw_charts(speed_charts(report["rows"]), folder / "bench")
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,20 +10,25 @@ import typer
 
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, progress, say
-from compress.cli.recipe import Overwrite, opened
+from compress.cli.recipe import Overwrite, Settings, opened
 from compress.errors import UserError
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
+SENTENCE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n  or in spaces."
+
 if TYPE_CHECKING:
-    from compress.evaluate.compare import Variant
     from compress.evaluate.comparison import Comparison
+    from compress.evaluate.measure import Measure, Variant
+    from compress.plan import Plan
+    from compress.plan.facts import ModelShape
 
 
 def evaluate(
     what: Annotated[
         list[str], typer.Argument(metavar="RECIPE|MODEL...", help="A recipe, or models; the first is the dense one.")
     ],
+    settings: Settings = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
@@ -35,6 +41,10 @@ def evaluate(
     latency: Annotated[
         int | None, typer.Option(min=2, max=LONGEST, help="Time prefill and decode behind so many tokens.")
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="YAML", help="As in a recipe: 'agreement: {length: 512}'. Repeatable."),
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
     ] = 1,
@@ -42,14 +52,26 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="Beside each plan, the uniform window of no more bytes.")
+    ] = False,
+    record: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the requests of --tasks there (.json.gz), run no model.")
+    ] = None,
+    replay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Answer recorded requests; needs lm-eval only to count them.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure what a model keeps: a recipe's plan beside the dense model, or any models on the same tasks.
 
-    A checkpoint of this project is measured beside the dense model on its own weights, without running its code.
+    A checkpoint of this project is measured beside the dense model on its own weights, without running its code;
+    a plan.json behind the first model is that model with the plan.
     What was measured before with the same weights, task and seed is read and not measured again.
+
+    Where lm-eval or its data cannot be installed: --record writes the requests elsewhere, and --replay answers them.
     """
     from compress.cli.tables import show
 
@@ -61,33 +83,59 @@ def evaluate(
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
             )
-        comparison = _recipe(what[0], overwrite)
+        comparison = _recipe(what[0], settings, overwrite)
+    elif settings:
+        raise UserError("`--set` changes a recipe", where=settings[0], fix="name a recipe, or leave it out")
+    elif record is not None:
+        asked: dict[str, Any] = {"tasks": tasks}
+        file = arguments.given_path(record, "--record")
+        _check(what[:1], asked, include, dtype, device)
+        _record(what, _measures(asked, {"include": include, "limit": limit}, batch)[0], file)
+        return
+    elif replay is not None:
+        folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        replayed = _replay(what, replay, include, _Settings(device, dtype, seed, batch, folder))
+        if replayed is None:
+            return
+        comparison = replayed
     else:
-        kept = arguments.words(suites)
-        request: dict[str, Any] = {"tasks": arguments.words(tasks), "include": include, "limit": limit, "suites": kept}
-        _check(what, request, perplexity, latency, dtype, device)
+        asked = {"tasks": tasks, "suites": suites, "perplexity": perplexity, "latency": latency, "measure": measure}
+        _check(what, asked, include, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
-        request |= {"lengths": sizes, "count": count, "batch_size": batch}
-        comparison = _models(what, request, perplexity, latency, batch, device, dtype, seed, folder)
+        of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
+        measured = _measures(asked, of_tasks, batch)
+        comparison = _models(what, measured, _Settings(device, dtype, seed, batch, folder, uniform))
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        for table in comparison.tables():
+        from compress.evaluate.tables import tables
+
+        for table in tables(comparison):
             show(table)
 
 
-def _check(
-    specs: list[str], request: dict[str, Any], perplexity: int | None, latency: int | None, dtype: str, device: str
-) -> None:
+@dataclass(frozen=True)
+class _Settings:
+    """How models are measured, and the folder that the results go to."""
+
+    device: str
+    dtype: str
+    seed: int
+    batch: int
+    folder: Path
+    uniform: bool = False
+
+
+def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: str, device: str) -> None:
     """Everything that needs no model: names, paths, and that something is to be measured."""
     arguments.one_of(dtype, arguments.DTYPES, "--dtype")
     arguments.device(device)
-    if request["include"] is not None and not arguments.given_path(request["include"], "--include").is_dir():
+    if include is not None and not arguments.given_path(include, "--include").is_dir():
         raise UserError(
             "no such folder of task files",
             where="--include",
-            found=request["include"],
+            found=include,
             fix="name a folder of .yaml files",
         )
     seen: dict[str, str] = {}
@@ -97,10 +145,86 @@ def _check(
         if place in seen:
             raise UserError("a model is given twice", where=spec, expected="different models", found=seen[place])
         seen[place] = spec
-    if not request["tasks"] and not request["suites"] and perplexity is None and latency is None:
+    for text in asked.get("measure") or ():
+        _keys(text)
+    if all(value in (None, "", []) for value in asked.values()):
         raise UserError(
-            "nothing to measure", expected="--tasks, --suites, --perplexity or --latency", found="none of them"
+            "nothing to measure",
+            expected="--tasks, --suites, --perplexity, --latency or --measure",
+            found="none of them",
         )
+
+
+def _record(what: list[str], measured: Measure, file: Path) -> None:
+    from compress.cli.recorded import record
+    from compress.evaluate.measures.lm_eval import LmEval
+
+    if len(what) > 1:
+        raise UserError("requests are recorded for one tokenizer", where=what[1], expected="one model", fix=what[0])
+    assert isinstance(measured, LmEval)
+    record(what[0], measured, file)
+
+
+def _replay(what: list[str], file: str, include: str | None, settings: _Settings) -> Comparison | None:
+    from compress.cli.recorded import replay
+
+    arguments.one_of(settings.dtype, arguments.DTYPES, "--dtype")
+    arguments.device(settings.device)
+    path, dtype = arguments.given_path(file, "--replay"), settings.dtype
+    if not path.is_file():
+        raise UserError("no such file of requests", where=f"--replay {file}", fix="compress eval MODEL --record FILE")
+    return replay(path, what, include, device=settings.device, dtype=dtype, folder=settings.folder)
+
+
+def _measures(asked: dict[str, Any], of_tasks: dict[str, Any], batch: int) -> list[Measure]:
+    """The measures that the options ask for.
+
+    Args:
+        of_tasks: what else `--tasks` and `--suites` are run with.
+    """
+    from compress.data.text import EmbeddedText
+    from compress.evaluate.measures.latency import Latency
+    from compress.evaluate.measures.lm_eval import LmEval
+    from compress.evaluate.measures.perplexity import Perplexity
+    from compress.evaluate.suites import SUITES
+
+    tasks, suites = arguments.words(asked.get("tasks")), arguments.words(asked.get("suites"))
+    measured: list[Measure] = []
+    if tasks or suites:
+        names = tuple(SUITES) if suites == ("all",) else suites
+        measured.append(LmEval(tasks=tasks, suites=names, batch_size=batch, **of_tasks))
+    if asked.get("perplexity") is not None:
+        measured.append(Perplexity(text=EmbeddedText(), length=asked["perplexity"]))
+    if asked.get("latency") is not None:
+        measured.append(Latency(length=asked["latency"], batch=batch))
+    return [*measured, *(measure for text in asked.get("measure") or () for measure in _named(text))]
+
+
+def _keys(text: str) -> dict[str, Any]:
+    """One `--measure` as keys of a recipe's `evaluate` section. Raises UserError."""
+    import yaml
+
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError("not YAML", where="--measure", found=str(error).splitlines()[0]) from None
+    keys = {given: {}} if isinstance(given, str) else given
+    if not isinstance(keys, dict):
+        raise UserError("not a measure", where="--measure", expected="'NAME: {key: value, ...}'", found=text[:60])
+    return keys
+
+
+def _named(text: str) -> list[Measure]:
+    """The measures of one `--measure`. Raises UserError."""
+    import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
+    from compress.json_file import validated
+    from compress.registry import measures
+
+    measured: list[Measure] = []
+    for name, keys in _keys(text).items():
+        kind = measures[str(name)]
+        measured += kind.of(validated(kind.key()[0], keys or {}, f"the measure {name}", "--measure"))
+    return measured
 
 
 def _folder_name(spec: str) -> str:
@@ -110,54 +234,31 @@ def _folder_name(spec: str) -> str:
     return file_part(str(Path(spec).expanduser().resolve()))
 
 
-def _recipe(path: str, overwrite: bool) -> Comparison:
-    with opened(path, overwrite=overwrite) as session:
+def _recipe(path: str, settings: list[str] | None, overwrite: bool) -> Comparison:
+    with opened(path, settings, overwrite=overwrite) as session:
         from compress.stages.evaluate import evaluate_stage
 
         return evaluate_stage(session)
 
 
-def _models(
-    specs: list[str],
-    asked: dict[str, Any],
-    perplexity: int | None,
-    latency: int | None,
-    batch: int,
-    device: str,
-    dtype: str,
-    seed: int,
-    folder: Path,
-) -> Comparison:
+def _models(specs: list[str], measured: list[Measure], settings: _Settings) -> Comparison:
     import transformers
 
-    from compress.data.text import EmbeddedText
     from compress.evaluate.compare import compare
-    from compress.evaluate.harness import HarnessRequest
-    from compress.evaluate.latency import LatencyRequest
-    from compress.evaluate.perplexity import PerplexityRequest
-    from compress.evaluate.suites import SUITES
     from compress.stages.device import resolve_device
 
     transformers.utils.logging.disable_progress_bar()
-    names = tuple(SUITES) if asked["suites"] == ("all",) else asked["suites"]
-    request = HarnessRequest(**asked | {"suites": names})
-    where = resolve_device(device)
+    where, folder = resolve_device(settings.device), settings.folder
     arguments.make_folder(folder)
     sweep(folder)
-    sizes = request.lengths
-    loaded, variants = _variants(specs, sizes if names else (), dtype, where)
+    loaded, variants = _variants(specs, settings.dtype, where, settings.uniform)
     with progress("eval") as report:
         comparison = compare(
             loaded,
             variants,
-            perplexity_request=None
-            if perplexity is None
-            else PerplexityRequest(text=EmbeddedText(), length=perplexity),
-            recall_requests=[],
-            harness_request=request if request.tasks or names else None,
-            latency_request=None if latency is None else LatencyRequest(length=latency, batch=batch),
-            seed=seed,
-            batch_size=batch,
+            measured,
+            seed=settings.seed,
+            batch_size=settings.batch,
             cache_dir=folder / "evaluation",
             progress=report,
         )
@@ -166,44 +267,95 @@ def _models(
     return comparison
 
 
-def _variants(specs: list[str], lengths: tuple[int, ...], dtype: str, device: str) -> tuple[Any, list[Variant]]:
-    """The first model, dense, and every model as a row; a checkpoint that carries a plan as two."""
+def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) -> tuple[Any, list[Variant]]:
+    """The first model, dense, and every model as a row; a checkpoint that carries a plan as two.
+
+    Args:
+        specs: models; behind the first one also plan files, whose rows are the dense model with that plan.
+        uniform: adds to each plan the uniform window of no more bytes.
+    """
     import torch
 
-    from compress.bench.shapes import SHAPES
-    from compress.bench.source import Source
-    from compress.evaluate.compare import Variant
+    from compress.evaluate.measure import Variant
     from compress.files import key_of
     from compress.models.content import content_key
+    from compress.models.known_shapes import SHAPES
     from compress.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
-    from compress.runtime.span import spans_of_plan
-    from compress.search.budget.budget import dense_bytes
-    from compress.targets.cost import kv_bytes
+    from compress.models.planned import planned_model
+    from compress.models.source import ModelSource
+    from compress.plan import read_plan
+    from compress.search.measure import plan_key
 
-    first = Source(specs[0])
+    first = ModelSource(specs[0])
     if first.carries_plan:
         model = first.dense(torch.device(device), DTYPES[dtype])
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
     else:
         loaded = load_model(specs[0], dtype=dtype, device=device)
-    shape = loaded.shape
-    itemsize = DTYPES[dtype].itemsize
-    dense = {length: dense_bytes(shape, length, itemsize) for length in lengths}
-    variants = [Variant("dense", lambda: loaded.model, "dense", dense)]
-    if first.carries_plan:
-        plan = first.checkpoint["compress_plan"]
-        spans = spans_of_plan(plan, list(shape.native_windows))
-        held = {length: kv_bytes(spans, length, shape.head_dim, itemsize) for length in lengths}
-        variants.append(Variant("plan", lambda: first.planned(loaded.model, None, 0)[0], key_of(plan), held))
-    for spec in specs[1:]:
-        source = Source(spec)
+    shape, itemsize = loaded.shape, DTYPES[dtype].itemsize
+    variants = [Variant("dense", lambda: loaded.model, "dense", lambda length: shape.dense_cost(length, itemsize))]
 
-        def build(spec: str = spec, source: Source = source) -> Any:
+    def add(name: str, build: Any, key: str, plan: Plan | None, tokenizer: Any = None) -> None:
+        cost = None if plan is None else lambda length: plan.cost(length, itemsize)
+        variants.append(Variant(_row_name(name, variants), build, key, cost, tokenizer))
+
+    def add_plan(name: str, plan: Plan) -> None:
+        add(name, lambda: planned_model(loaded.model, plan), plan_key(plan), plan)
+
+    plans: list[tuple[str, Plan]] = []
+    if first.carries_plan:
+        carried = _plan_in(specs[0])
+        build = lambda: first.planned(loaded.model)[0]  # noqa: E731
+        add("plan", build, key_of(first.checkpoint["compress_plan"]), carried)
+        plans += [] if carried is None else [("plan", carried)]
+    for spec in specs[1:]:
+        if _is_plan(spec):
+            plans.append((spec, read_plan(spec, shape)))
+            add_plan(*plans[-1])
+            continue
+        source = ModelSource(spec)
+
+        def build_other(source: ModelSource = source) -> Any:
             return source.carried(torch.device(device), DTYPES[dtype])
 
         key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
-        variants.append(Variant(_row_name(spec, variants), build, key, {}, _tokenizer_of(spec)))
+        add(spec, build_other, key, _plan_in(spec), _other(spec, loaded.tokenizer))
+    for name, plan in plans if uniform else []:
+        add_plan(f"uniform beside {name}", _uniform(plan, shape, itemsize))
     return loaded, variants
+
+
+def _is_plan(spec: str) -> bool:
+    """Whether a file is a plan and no configuration of a model."""
+    from compress.json_file import read_object
+
+    path = Path(spec).expanduser()
+    return path.suffix == ".json" and path.is_file() and "layers" in read_object(path, "the file", finite=False)
+
+
+def _plan_in(spec: str) -> Plan | None:
+    """The plan of a checkpoint of this project; None for any other model."""
+    from compress.plan import read_plan
+
+    path = Path(spec).expanduser() / "compress_plan.json"
+    return read_plan(path) if path.is_file() else None
+
+
+def _uniform(plan: Plan, shape: ModelShape, itemsize: int) -> Plan:
+    """The largest window behind 64 sinks, in all head groups, that holds no more bytes than a plan.
+
+    Bytes are compared at the longest length that the plan was searched for.
+    """
+    from compress.plan import uniform_plan
+    from compress.targets.window import WindowGroup
+
+    length = max(plan.predicted.kv_bytes, default=8192)
+    most = plan.cost(length, itemsize).held_bytes
+    for window in range(length, 64, -64):
+        beside = uniform_plan(shape, WindowGroup(sink=64, alpha=window, beta=0.0))
+        if beside.cost(length, itemsize).held_bytes <= most:
+            return beside
+    raise UserError("no uniform window has as few bytes as the plan", where="--uniform", fix="leave out --uniform")
 
 
 def _row_name(spec: str, variants: list[Variant]) -> str:
@@ -213,7 +365,10 @@ def _row_name(spec: str, variants: list[Variant]) -> str:
     return spec if spec not in taken else str(path.resolve()) if path.exists() else f"{spec} again"
 
 
-def _tokenizer_of(spec: str) -> Any:
+def _other(spec: str, tokenizer: Any) -> Any:
+    """What makes a model's tokenizer; None where it is the dense model's."""
     from compress.models.load import load_tokenizer
 
-    return lambda: load_tokenizer(spec)
+    own = load_tokenizer(spec)
+    same = own.get_vocab() == tokenizer.get_vocab() and own(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
+    return None if same else lambda: own

@@ -12,12 +12,12 @@ from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose
 from compress.errors import UserError
 from compress.json_file import read_object
+from compress.limits import SHOWN_LENGTHS
 from compress.words import duration, size
 
 if TYPE_CHECKING:
     from compress.plan import Form, Plan
 
-LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a profile, a checkpoint or a run folder.")]
 
 
@@ -133,7 +133,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
-    for length in sorted({*LENGTHS, *plan.predicted.kv_bytes}):
+    for length in sorted({*SHOWN_LENGTHS, *plan.predicted.kv_bytes}):
         used, dense = plan.cost(length, form=form).held_bytes, plan.dense_cost(length).held_bytes
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     show(costs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ def report(
     plots: Annotated[
         str | None, typer.Option(help="A folder for spans and quality as SVG and PNG, all folders side by side.")
     ] = None,
+    cells: Annotated[str | None, typer.Option(help="A .csv or .json file for every number of the evaluations.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Write what was measured as one page without outside resources, which can be mailed."""
@@ -30,10 +31,19 @@ def report(
         raise UserError(
             "the page is a folder", where=str(path), expected="the name of a file", fix=f"--out {path}/report.html"
         )
+    table = None if cells is None else arguments.given_path(cells, "--cells")
+    if table is not None and table.suffix not in (".csv", ".json"):
+        raise UserError(
+            "of unknown form", where="--cells", expected="a name that ends with .csv or .json", found=str(cells)
+        )
     drawn = None if plots is None else arguments.out_folder(plots, "--plots")
     arguments.make_folder(path.parent)
     write_report(given, path)
     typer.echo(str(path))
+    if table is not None:
+        arguments.make_folder(table.parent)
+        write_cells(given, table)
+        typer.echo(str(table))
     if drawn is not None:
         arguments.make_folder(drawn)
         for file in draw_plots(given, drawn):
@@ -55,19 +65,45 @@ def _folder(text: str) -> Path:
 
 
 def draw_plots(folders: list[Path], out: Path) -> list[Path]:
-    """The plots of these folders in `out`; the files.
+    """The plots of these folders in `out`; the files. Raises UserError where there is nothing to draw."""
+    from compress.report.facts import read_facts
+    from compress.report.plots import plots_side_by_side
 
-    Raises:
-        UserError: nothing to draw, or matplotlib is not installed.
+    return plots_side_by_side([read_facts(folder) for folder in folders], out)
+
+
+def write_cells(folders: list[Path], path: Path, settings: dict[str, dict[str, Any]] | None = None) -> None:
+    """Every number of the evaluations in these folders as CSV or JSON, by the name's ending.
+
+    Args:
+        settings: by folder's name, keys of its recipe that get a column each.
     """
-    from compress.plots.figure import EXTRA
-    from compress.plots.run import plots_side_by_side
+    import csv
+    import io
+    import json
+
+    from compress.files import write_text
     from compress.report.facts import read_facts
 
-    try:
-        return plots_side_by_side([read_facts(folder) for folder in folders], out)
-    except ImportError as error:
-        raise UserError("plots need matplotlib", where="--plots", fix=EXTRA) from error
+    facts = [read_facts(folder) for folder in folders]
+    records = [
+        {"folder": each.name, **(settings or {}).get(each.name, {}), **record}
+        for each in facts
+        if each.comparison is not None
+        for record in each.comparison.records()
+    ]
+    if not records:
+        raise UserError(
+            "no evaluation in these folders", where=", ".join(map(str, folders)), fix="compress eval RECIPE"
+        )
+    if path.suffix == ".json":
+        write_text(path, json.dumps(records, indent=1) + "\n")
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, text.getvalue())
 
 
 def write_report(folders: list[Path], path: Path) -> None:

@@ -7,12 +7,13 @@ import time
 import typer
 
 from compress.cli.output import AsJson, Verbose, say
-from compress.cli.recipe import Fresh, Overwrite, RecipeFile, opened
+from compress.cli.recipe import Fresh, Overwrite, RecipeFile, Settings, opened
 from compress.words import duration, size
 
 
 def run(
     recipe: RecipeFile,
+    settings: Settings = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -26,9 +27,9 @@ def run(
     from compress.cli.tables import show
 
     started = time.monotonic()
-    with opened(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+    with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.cli.report import write_report
-        from compress.stages.environment import peak_memory
+        from compress.environment import peak_memory
         from compress.stages.evaluate import evaluate_stage
         from compress.stages.export import check_target, export_stage
         from compress.stages.profile import profile_stage
@@ -51,7 +52,9 @@ def run(
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))
     else:
-        for table in comparison.tables():
+        from compress.evaluate.tables import tables  # imports torch, which a wrong recipe is to be told without
+
+        for table in tables(comparison):
             show(table)
         typer.echo(f"\ncheckpoint   {checkpoint}")
         typer.echo(f"run folder   {session.run.path}")

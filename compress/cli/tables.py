@@ -13,6 +13,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Column, Table
 
+from compress.evaluate.grid import Grid
+
 LEAST_NAME = 8
 LEAST_TEXT = 12
 
@@ -25,12 +27,24 @@ class _Width:
     natural: int
 
 
-def show(table: Table, console: Console | None = None) -> None:
+def rich_table(grid: Grid) -> Table:
+    """A table of data for a terminal."""
+    table = Table(title=grid.title, caption=grid.caption or None, pad_edge=False)
+    for column in grid.columns:
+        figure = column.kind == "figure"
+        table.add_column(column.head, justify="right" if figure else "left", no_wrap=column.kind == "name")
+    for number, row in enumerate(grid.rows):
+        table.add_row(*row, end_section=number in grid.sections)
+    return table
+
+
+def show(table: Table | Grid, console: Console | None = None) -> None:
     """Print a table: as wide as it is into a pipe, in parts below each other where a terminal is too narrow.
 
     Args:
         console: where to; stdout by default.
     """
+    table = rich_table(table) if isinstance(table, Grid) else table
     console = console or Console(markup=False, emoji=False)  # names in a file are no markup
     given = console.width
     limit = given if console.is_terminal else None

@@ -122,6 +122,16 @@ class Task(Method):
         """The prompts; `make` has checked the context and checks count and lengths afterwards."""
 
 
+def check_scored(task: Task) -> None:
+    """Refuse to count the right answers of a task that has none. Raises UserError."""
+    if not task.scored:
+        raise UserError(
+            f"`{task.task}` has no right answer to compare with",
+            where=task.name,
+            expected="a task with a right answer: passkey, key_value, facts",
+        )
+
+
 def _ascending(depths: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= depths[0] <= depths[1] <= 1:
         raise ValueError("expected [from, to] with 0 <= from <= to <= 1")

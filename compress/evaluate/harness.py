@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from compress.bench.file import MOST_TOKENS
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
-from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
-from compress.registry import Method, PathText
+from compress.evaluate.task_result import Item, TaskResult
+
+if TYPE_CHECKING:
+    from compress.evaluate.measures.lm_eval import LmEval
 
 BOOTSTRAP = 1000  # resamples for metrics that are no means; the errors of means are exact
 PREFILL = ":prefill"
@@ -29,122 +27,12 @@ DATA_FILE = re.compile(r"[\w./-]+\.(?:json|jsonl|csv|tsv|txt|parquet|arrow)(?:\.
 EXTRA = "in the clone: pip install -e '.[lm-eval]'"
 
 
-class HarnessRequest(Method):
-    """Which lm-eval tasks and which of our suites to run."""
-
-    tasks: tuple[str, ...] = Field((), strict=False, description="lm-eval tasks by name, local ones or the hub's")
-    include: PathText | None = Field(None, description="a folder of task files (.yaml) besides lm-eval's own")
-    limit: int | None = Field(None, ge=1, le=STEPS, description="only the first items of every task")
-    suites: tuple[str, ...] = Field(
-        (), strict=False, description=f"of {', '.join(SUITES)}; NAME{PREFILL} scores the answer without a cache"
-    )
-    lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
-        (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the suites' items"
-    )
-    count: int = Field(20, ge=1, le=DOCUMENTS, description="items of each suite and length")
-    batch_size: int = Field(1, ge=1, le=BATCH, description="inputs at once")
-
-    def files(self) -> list[Path]:
-        """Task files of `include`, and the files of data that they name where they are found; sorted.
-
-        Raises:
-            UserError: there is no such folder, or it holds too many files to be one of tasks.
-        """
-        return task_files(self.include) if self.include is not None else []
-
-
-class Sample(BaseModel):
-    """One item's figures, by metric, and where its evidence lay if a suite said so."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    metrics: dict[str, float]
-    depth: float | None = Field(default=None, ge=0, le=1)
-    gap: int | None = Field(default=None, ge=0)
-    written: str | None = None
-
-
-class TaskResult(BaseModel):
-    """One task on one model.
-
-    Attributes:
-        metrics: as lm-eval aggregates them, by name; errors: their standard errors where lm-eval has one.
-        higher: whether more is better, by metric.
-        length: tokens of the items, for a suite.
-        generates: False for tasks that only score given text: they never touch a KV cache.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: str
-    version: str
-    metrics: dict[str, float] = Field(min_length=1)
-    errors: dict[str, float]
-    higher: dict[str, bool]
-    length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
-    generates: bool
-    samples: list[Sample]
-
-    @model_validator(mode="after")
-    def _main_is_there(self) -> TaskResult:
-        main = self.main()
-        if main not in self.higher:
-            raise ValueError(f"higher: expected an entry for `{main}`, the task's main metric")
-        placed = [sample for sample in self.samples if sample.depth is not None or sample.gap is not None]
-        if any(main not in sample.metrics for sample in placed):
-            raise ValueError(f"samples: expected `{main}` of every item with a place")
-        return self
-
-    def main(self) -> str:
-        """The metric that stands for the task: the normalised accuracy, else the first."""
-        return next((name for name in ("score", "acc_norm", "acc") if name in self.metrics), next(iter(self.metrics)))
-
-
-class Paired(BaseModel):
-    """Mean difference to the dense model over the same items, and its standard error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    difference: float
-    error: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether zero lies outside the 95% interval."""
-        low, high = self.interval
-        return not low <= 0.0 <= high
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the difference: 1.96 standard errors to each side."""
-        return self.difference - 1.96 * self.error, self.difference + 1.96 * self.error
-
-
-def averaged(gaps: Sequence[Paired]) -> Paired:
-    """Mean of several tasks' differences, each weighing the same; they share no items, so errors are independent."""
-    count = len(gaps)
-    return Paired(
-        difference=math.fsum(gap.difference for gap in gaps) / count,
-        error=math.sqrt(math.fsum(gap.error**2 for gap in gaps)) / count,
-    )
-
-
-def paired(result: TaskResult, dense: TaskResult, metric: str) -> Paired | None:
-    """Difference of a metric that is a mean over items; None where it is no such mean, or where items differ."""
-    ours = [sample.metrics.get(metric) for sample in result.samples]
-    theirs = [sample.metrics.get(metric) for sample in dense.samples]
-    if len(ours) != len(theirs) or len(ours) < 2:
-        return None
-    gaps = [own - other for own, other in zip(ours, theirs, strict=True) if own is not None and other is not None]
-    if len(gaps) != len(ours) or not all(map(math.isfinite, gaps)):
-        return None
-    mean = math.fsum(gaps) / len(gaps)
-    spread = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return Paired(difference=mean, error=math.sqrt(spread / len(gaps)))
-
-
 def task_files(include: str) -> list[Path]:
-    """`HarnessRequest.files` of a folder."""
+    """Task files of a folder, and the files of data that they name where they are; sorted.
+
+    Raises:
+        UserError: there is no such folder, or it holds too many files to be one of tasks.
+    """
     folder = Path(include).expanduser()
     if not folder.is_dir():
         raise UserError("no such folder of task files", where=include)
@@ -167,40 +55,10 @@ def task_files(include: str) -> list[Path]:
     return sorted(found)
 
 
-def check_request(request: HarnessRequest, context: int | None) -> None:
-    """Check names and lengths before anything runs.
-
-    Raises:
-        UserError: no such suite, a length beyond the model's context, or lm-eval is not installed.
-    """
-    for name in (name.removesuffix(PREFILL) for name in request.suites):
-        if name not in SUITES:
-            raise UserError(
-                f"unknown suite `{name}`", expected=f"one of {', '.join(SUITES)}", fix=nearest(name, SUITES)
-            )
-    if request.suites and context is not None and max(request.lengths) > context:
-        raise UserError(
-            "the suites are longer than the model's context",
-            expected=f"at most {context} tokens",
-            found=f"{max(request.lengths)} tokens",
-        )
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UserError("tasks and suites need the package lm-eval", fix=EXTRA) from error
-
-
-def task_keys(request: HarnessRequest) -> list[tuple[str, int | None]]:
-    """Every task of a request, suites once for each length."""
-    return [(name, None) for name in request.tasks] + [
-        (name, length) for name in request.suites for length in request.lengths
-    ]
-
-
 def run_task(
     model: Any,
     tokenizer: Any,
-    request: HarnessRequest,
+    request: LmEval,
     name: str,
     length: int | None,
     *,
@@ -230,7 +88,7 @@ def run_task(
 
 def run_on(
     lm: Any,
-    request: HarnessRequest,
+    request: LmEval,
     name: str,
     length: int | None = None,
     *,
@@ -291,7 +149,7 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
     for number in sorted(own):
         doc, written = first[number]["doc"], first[number]["filtered_resps"][0]
         samples.append(
-            Sample(
+            Item(
                 metrics=own[number],
                 depth=doc.get("depth") if suite else None,
                 gap=doc.get("gap") if suite else None,
@@ -326,9 +184,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _task(
-    request: HarnessRequest, name: str, length: int | None, tokenizer: Any, seed: int, text: str
-) -> tuple[Any, Any]:
+def _task(request: LmEval, name: str, length: int | None, tokenizer: Any, seed: int, text: str) -> tuple[Any, Any]:
     """A loaded task and the manager that knows it."""
     from lm_eval.tasks import TaskManager
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ Ids = tuple[int, ...]
 
 
 @torch.inference_mode()
-def score(model: Any, requests: Sequence[Request], *, batch_tokens: int = 8192) -> list[Answer]:
+def score(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
     """Sum of ln p over each continuation, and whether it is the greedy one, in the order of the requests.
 
     Computes what lm-eval's `HFLM` does, with softmax in float32. Inputs that occur more than once, as with choices of
@@ -24,6 +30,7 @@ def score(model: Any, requests: Sequence[Request], *, batch_tokens: int = 8192) 
     Args:
         model: a causal language model of transformers, on any device.
         batch_tokens: tokens of a batch with its padding; a longer input is a batch of its own.
+        progress: called with (inputs done, inputs in all).
     """
     owners: dict[Ids, list[int]] = {}
     for number, request in enumerate(requests):
@@ -31,6 +38,7 @@ def score(model: Any, requests: Sequence[Request], *, batch_tokens: int = 8192) 
     device = model.device
     total = torch.zeros(len(requests), dtype=torch.float64, device=device)
     misses = torch.zeros(len(requests), dtype=torch.int64, device=device)
+    done = 0
     for inputs in _batches(sorted(owners, key=len, reverse=True), batch_tokens):
         longest = len(inputs[0])
         positions: list[int] = []
@@ -49,12 +57,22 @@ def score(model: Any, requests: Sequence[Request], *, batch_tokens: int = 8192) 
         chosen = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=1)
         total.index_add_(0, owner, chosen.double())
         misses.index_add_(0, owner, (logits.argmax(dim=1) != wanted).long())
+        done += len(inputs)
+        if progress is not None:
+            progress(done, len(owners))
     return list(zip(total.tolist(), (misses == 0).tolist(), strict=True))
 
 
-def answer(model: Any, asked: RequestFile, name: str, *, batch_tokens: int = 8192) -> AnswerFile:
+def answer(
+    model: Any,
+    asked: RequestFile,
+    name: str,
+    *,
+    batch_tokens: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> AnswerFile:
     """`score` all requests of a file, as a file that names the model, its precision and its device."""
-    answers = score(model, asked.requests, batch_tokens=batch_tokens)
+    answers = score(model, asked.requests, batch_tokens=batch_tokens, progress=progress)
     dtype = str(model.dtype).removeprefix("torch.")
     return AnswerFile(name, dtype, device_name(model.device), asked.key, tuple(answers))
 

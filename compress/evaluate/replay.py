@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
-from compress.evaluate.harness import HarnessRequest, TaskResult, check_request, run_on
+from compress.evaluate.harness import run_on
+from compress.evaluate.measures.lm_eval import LmEval
 from compress.evaluate.requests import Answer, AnswerFile, Request, RequestFile, check_answers
 from compress.evaluate.strict import Strict
+from compress.evaluate.task_result import TaskResult
 
 Key = tuple[str, int, int]
 
 
-def record(config: Any, tokenizer: Any, request: HarnessRequest, model_name: str) -> RequestFile:
+def record(config: Any, tokenizer: Any, request: LmEval, model_name: str) -> RequestFile:
     """All log-likelihood requests of a request's tasks, with token ids as lm-eval's `HFLM` makes them.
 
     Args:
@@ -31,12 +33,12 @@ def record(config: Any, tokenizer: Any, request: HarnessRequest, model_name: str
     Raises:
         UserError: no such task, one that generates or rolls, or an input beyond the model's context.
     """
-    check_request(request, None)
+    request.check(None)
     with torch.device("meta"):
         recorder = _Recorder(AutoModelForCausalLM.from_config(config), tokenizer, 1)
     for name in request.tasks:
         run_on(recorder, request, name)
-    return RequestFile(model_name, request.tasks, request.limit, tuple(recorder.found.values()))
+    return RequestFile(model_name, request.tasks, request.limit, tuple(recorder.recorded.values()))
 
 
 def replay(asked: RequestFile, answers: Sequence[Answer], include: str | None) -> list[TaskResult]:
@@ -49,8 +51,8 @@ def replay(asked: RequestFile, answers: Sequence[Answer], include: str | None) -
         UserError: answers are missing, or the tasks here ask something else than was recorded.
     """
     check_answers(answers, asked)
-    request = HarnessRequest(tasks=asked.tasks, include=include, limit=asked.limit)
-    check_request(request, None)
+    request = LmEval(tasks=asked.tasks, include=include, limit=asked.limit)
+    request.check(None)
     player = _Player(dict(zip(map(_key, asked.requests), zip(asked.requests, answers, strict=True), strict=True)))
     return [run_on(player, request, name) for name in asked.tasks]
 
@@ -61,18 +63,15 @@ def compare_answers(asked: RequestFile, answered: Sequence[AnswerFile], include:
     Raises:
         UserError: as `replay`.
     """
-    variants = [VariantResult(name=each.name, tasks=replay(asked, each.answers, include)) for each in answered]
+    variants = [VariantResult(name=model.name, results=replay(asked, model.answers, include)) for model in answered]
     return Comparison(
         model=answered[0].name,
         fingerprint=f"requests {asked.key}",
-        dtype=", ".join(dict.fromkeys(each.dtype for each in answered)),
-        device=", ".join(dict.fromkeys(each.device for each in answered)),
+        dtype=", ".join(dict.fromkeys(model.dtype for model in answered)),
+        device=", ".join(dict.fromkeys(model.device for model in answered)),
         seed=0,
         batch_size=1,
-        perplexity=None,
-        recall=[],
-        lm_eval={"tasks": asked.tasks, "limit": asked.limit},
-        text=None,
+        asked=[{"measure": "lm_eval", "tasks": list(asked.tasks), "limit": asked.limit}],
         versions={"lm-eval": version("lm_eval")},
         variants=variants,
     )
@@ -92,7 +91,7 @@ def _other_kind(instances: Sequence[Any]) -> UserError:
         where=instances[0].task_name,
         expected="a task of multiple choice or of one continuation",
         found=instances[0].request_type,
-        fix="run this task with the model in memory: compress evaluate",
+        fix="run this task with the model in memory: compress eval MODEL --tasks NAME",
     )
 
 
@@ -101,7 +100,7 @@ class _Recorder(Strict):
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         super().__init__(model, tokenizer, batch_size)
-        self.found: dict[Key, Request] = {}
+        self.recorded: dict[Key, Request] = {}
         self._asked: list[Any] = []
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -112,7 +111,7 @@ class _Recorder(Strict):
         for instance, ((context, continuation), context_ids, ids) in zip(self._asked, requests, strict=True):
             self._fits(len(context_ids) + len(ids) - 1)
             key = task, doc, choice = _instance_key(instance)
-            self.found[key] = Request(task, doc, choice, context, continuation, tuple(context_ids), tuple(ids))
+            self.recorded[key] = Request(task, doc, choice, context, continuation, tuple(context_ids), tuple(ids))
         return [(0.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -138,7 +137,7 @@ class _Player(LM):
             raise UserError(
                 "the task asks something else than was recorded",
                 where=f"{instance.task_name}, item {instance.doc_id}, request {instance.idx}",
-                fix="make the requests again, with the task files and data that are here",
+                fix="record the requests again, with the task files and data that are here",
             )
         return known[1]
 

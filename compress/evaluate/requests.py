@@ -54,6 +54,17 @@ class RequestFile:
         """A hash of everything that answers depend on."""
         return key_of([astuple(request) for request in self.requests])
 
+    def summary(self) -> list[str]:
+        """Items, requests and tokens of every task and of all, a line each."""
+        lines = []
+        for task in (*self.tasks, "all"):
+            rows = [row for row in self.requests if task in ("all", row.task)]
+            read = sum(len(row.context_ids) + len(row.continuation_ids) - 1 for row in rows)
+            scored = sum(len(row.continuation_ids) for row in rows)
+            items = len({(row.task, row.doc) for row in rows})
+            lines.append(f"{task}: {items:,} items, {len(rows):,} requests, {read:,} tokens, {scored:,} of them scored")
+        return lines
+
     def write(self, path: Path) -> None:
         """Write gzipped JSON, the same bytes for the same requests."""
         head = {"schema": SCHEMA, "model": self.model, "tasks": self.tasks, "limit": self.limit}
@@ -113,7 +124,11 @@ def read_answers(path: Path, asked: RequestFile) -> AnswerFile:
         raise _unreadable("answers", path, error) from error
     check_answers(read.answers, asked, str(path))
     if read.requests != asked.key:
-        raise UserError("these answers are to other requests", where=str(path), fix="score the model again")
+        raise UserError(
+            "these answers are to other requests",
+            where=str(path),
+            fix="answer them again: compress eval MODEL --replay REQUESTS",
+        )
     return read
 
 
@@ -135,6 +150,6 @@ def _unreadable(what: str, path: Path, error: Exception) -> UserError:
     return UserError(
         f"the {what} cannot be read",
         where=str(path),
-        expected="a file of scripts/zero_shot.py",
+        expected="a file that `compress eval --record` or `--replay` wrote",
         found=str(error).splitlines()[0] if str(error) else type(error).__name__,
     )

@@ -15,6 +15,7 @@ from compress.export.metadata import front_matter
 from compress.export.native import layer_windows
 from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
+from compress.limits import SHOWN_LENGTHS
 from compress.models.load import DEMOS
 from compress.plan import Form, Plan, removal
 from compress.targets.target import StockForm
@@ -31,7 +32,6 @@ VLLM = {
     "Qwen2ForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
 }
-LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
 UNTRAINED = "The weights are those of the original model"
 TRAINED = "The weights were trained afterwards (recover.json)"
 
@@ -73,7 +73,9 @@ def render_card(
 
     costs = [
         {"length": length, "bytes": held(length), "dense": dense(length)}
-        for length in sorted({length for length in LENGTHS if length <= context} | {min(context, LENGTHS[-1])})
+        for length in sorted(
+            {length for length in SHOWN_LENGTHS if length <= context} | {min(context, SHOWN_LENGTHS[-1])}
+        )
     ]
     groups = sum(plan.kept_heads)
     windowed = plan.full_groups < groups

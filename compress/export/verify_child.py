@@ -5,7 +5,9 @@ Usage: python verify_child.py CHECKPOINT PROBE.safetensors RESULT.safetensors TH
 
 import importlib.abc
 import json
+import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -17,11 +19,10 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r} (refused: the checkpoint has to load without it)")
 
 
-def allocated(cache: Any) -> int:
-    """Bytes that a cache holds: what a paged one says, or the storages of the tensors in transformers' own."""
-    if hasattr(cache, "allocated_bytes"):
-        return cache.allocated_bytes()
-    return sum(tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values))
+def cache_bytes(cache: Any) -> int:
+    """`compress.models.cache_bytes`, whose file is read because the package cannot be imported here."""
+    path = Path(__file__).parents[1] / "models" / "cache_bytes.py"
+    return int(runpy.run_path(str(path))["cache_bytes"](cache))
 
 
 def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code: str) -> None:
@@ -58,7 +59,7 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
         before = getattr(model(ids[:1, :-1], use_cache=True, logits_to_keep=1), cache)
         result["step_logits"] = model(ids[:1, -1:], **{cache: before}).logits.float().contiguous()
         # A sliding layer of transformers holds all of the prompt until a step has followed it.
-        result["cache_bytes"] = torch.tensor(allocated(getattr(alone, cache) if code == "remote" else before))
+        result["cache_bytes"] = torch.tensor(cache_bytes(getattr(alone, cache) if code == "remote" else before))
         result["tokens"] = model.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
         ).contiguous()

@@ -12,15 +12,18 @@ import transformers
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-from compress.models.families import family_of, layers_of
+from compress.errors import UserError
+from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.prepared import attach, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
+from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over
 from compress.runtime.widths import Width, width_of
-from compress.targets.target import load_mixers, targets_of
+from compress.targets.target import Target, load_mixers, targets_of
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -28,23 +31,35 @@ def runtime_plan(plan: Plan) -> dict[str, Any]:
     return {"schema": 1, "layers": plan.runtime_layers()}
 
 
-def planned_model(model: Any, plan: Plan) -> Any:
+def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
     """A model that runs the plan on the very tensors of `model`, or on slices of them; `model` stays usable as it is.
 
     A plan that only removes the same numbers in every layer gives a stock model, of the same class or of its twin
-    (`Family.twin`), since there is nothing left for the runtime to do.
+    (`Family.twin`), since there is nothing left for the runtime to do. What the plan's mixers have of their own is what
+    was prepared for `model` (`prepared.attach`), or what their targets convert from its weights (`Target.initial`).
+
+    Args:
+        untrained: take the converted tensors also for targets that have to be trained.
 
     Raises:
-        UserError: the architecture is not supported, or cannot be pruned so.
+        UserError: the architecture is not supported, or cannot be pruned so; or a target that has to be trained was
+            not prepared.
         ValueError: the plan's layers or groups are not this model's.
     """
+    prepared = () if untrained else prepared_for(model)
     if plan.prunes:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
     planned = with_runtime_plan(model, runtime_plan(plan))
-    _convert(planned, plan)
+    attach(planned, prepared)
+    _fill_mixers(planned, plan, untrained=untrained)
     return planned
+
+
+def mixers_of(model: Any) -> list[Mixer]:
+    """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
+    return [mixer for kinds in getattr(model.base_model, "compress_kinds", ()) for mixer in kinds.mixers]
 
 
 def has_own_widths(model: Any) -> bool:
@@ -153,7 +168,7 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     """
     like = next(model.parameters())
     names: set[str] = set()
-    mixers = {mixer for kinds in getattr(made.base_model, "compress_kinds", ()) for mixer in kinds.mixers}
+    mixers = set(mixers_of(made))
     for path, module in made.named_modules():
         parameters = dict(module.named_parameters()) if module in mixers else {}
         if parameters and all(tensor.is_meta for tensor in parameters.values()):
@@ -163,30 +178,52 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
 
 
 @torch.no_grad()
-def _convert(planned: Any, plan: Plan, trained: Collection[Any] = ()) -> None:
-    """Give the mixers' parameters what their targets make of the model's attention (`Target.initial`).
+def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrained: bool = False) -> None:
+    """Give the mixers' parameters what was prepared for their targets, or what these make of the model's attention.
 
     Args:
-        trained: mixers that keep what they have.
+        kept: mixers that keep what they have.
+        untrained: convert also what has to be trained.
     """
-    body = planned.base_model
-    for kinds, groups, layer in zip(body.compress_kinds, plan.groups_that_stay(), layers_of(planned), strict=True):
-        attention = body.compress_family.attention_of(layer)
-        for mixer, members in zip(kinds.mixers, kinds.members, strict=True):
-            if mixer in trained or next(mixer.parameters(), None) is None:
+    options = {option.target: option for option in prepared_for(planned)}
+    for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
+        for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
+            if mixer in kept or next(mixer.parameters(), None) is None:
                 continue
-            made = [groups[number][0].initial(attention, number) for number in members]
-            for name in made[0]:
+            rows = []
+            for member in members:
+                group = layer.kept_groups[member]
+                target = layer.groups[group]
+                if target in options:
+                    rows.append(options[target].of(number, group))
+                elif target.objective is None or untrained:
+                    rows.append(target.initial(attention, member))
+                else:
+                    raise _unprepared(number, group, target)
+            for name in rows[0]:
                 parameter = mixer.get_parameter(name)
-                parameter.copy_(torch.stack([tensors[name] for tensors in made]).view_as(parameter))
+                parameter.copy_(torch.stack([tensors[name] for tensors in rows]).view_as(parameter))
+
+
+def _unprepared(layer: int, group: int, target: Target) -> UserError:
+    return UserError(
+        "the plan has a target that is trained before the search, and its tensors are not here",
+        where=f"layer {layer} group {group}: {target.words()}",
+        expected=f"tensors of `{target.target}`, as `compress prepare` leaves them in the run folder",
+        fix="use the checkpoint that was exported with this plan, or the recipe that made it",
+    )
 
 
 def set_plan(planned: Any, plan: Plan) -> None:
-    """Switch a planned model to another plan of the same model, in place; mixers that stay keep their parameters."""
-    before = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
+    """Switch a planned model to another plan of the same model, in place; mixers that stay keep their parameters.
+
+    Raises:
+        UserError: a target that has to be trained was not prepared.
+    """
+    before = set(mixers_of(planned))
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
-    _convert(planned, plan, before)
+    _fill_mixers(planned, plan, before)
 
 
 def read_mixers(planned: Any, folder: Path) -> None:
@@ -195,7 +232,7 @@ def read_mixers(planned: Any, folder: Path) -> None:
     Raises:
         ValueError: it lacks some.
     """
-    mixers = {mixer for kinds in planned.base_model.compress_kinds for mixer in kinds.mixers}
+    mixers = set(mixers_of(planned))
     names = {
         f"{path}.{name}"
         for path, module in planned.named_modules()

@@ -1,1 +1,1 @@
-"""Plots of a run as files, SVG and PNG, drawn with matplotlib where it is installed."""
+"""Figures, all drawn with matplotlib: as files of a run folder, and as SVG within the report."""

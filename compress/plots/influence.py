@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.plots.figure import new_figure, save
+from compress.plots.figure import new_figure, save, style
 from compress.profile.key import Key
 from compress.profile.store import Profile
 
@@ -52,28 +52,29 @@ def draw_influence(curves: Curves, path: Path) -> list[Path]:
     """A line a layer, coloured by depth, the legend for up to eight of them; the files."""
     from matplotlib import colormaps
 
-    figure = new_figure(7, 4.5)
-    axis = figure.subplots()
-    layers = sorted(curves.losses)
-    named = layers[:: -(-len(layers) // NAMED)] if layers else []
-    for number, layer in enumerate(layers):
-        colour = colormaps["viridis"](number / max(1, len(layers) - 1))
-        label = f"layer {layer}" if layer in named else None
-        axis.plot(curves.windows, curves.losses[layer], color=colour, linewidth=1, label=label)
-    axis.set_xscale("log", base=2)
-    doubled = [window for window in curves.windows if window > 0 and window & (window - 1) == 0]
-    axis.set_xticks(doubled, [f"{window:,}" for window in doubled])
-    # Losses span orders of magnitude, and signed ones may be below zero.
-    axis.set_yscale("symlog", linthresh=_smallest(curves))
-    if all(loss >= 0 for row in curves.losses.values() for loss in row):
-        axis.set_ylim(bottom=0)
-    axis.set(
-        title=f"influence lost at {curves.length:,} tokens, sink {curves.sink}, mean over head groups",
-        xlabel="window, tokens",
-        ylabel="predicted loss, nats",
-    )
-    if named:
-        axis.legend(fontsize=7)
+    with style():
+        figure = new_figure(7, 4.5)
+        axis = figure.subplots()
+        layers = sorted(curves.losses)
+        named = layers[:: -(-len(layers) // NAMED)] if layers else []
+        for number, layer in enumerate(layers):
+            colour = colormaps["viridis"](number / max(1, len(layers) - 1))
+            label = f"layer {layer}" if layer in named else None
+            axis.plot(curves.windows, curves.losses[layer], color=colour, linewidth=1, label=label)
+        axis.set_xscale("log", base=2)
+        doubled = [window for window in curves.windows if window > 0 and window & (window - 1) == 0]
+        axis.set_xticks(doubled, [f"{window:,}" for window in doubled])
+        # Losses span orders of magnitude, and signed ones may be below zero.
+        axis.set_yscale("symlog", linthresh=_smallest(curves))
+        if all(loss >= 0 for row in curves.losses.values() for loss in row):
+            axis.set_ylim(bottom=0)
+        axis.set(
+            title=f"influence lost at {curves.length:,} tokens, sink {curves.sink}, mean over head groups",
+            xlabel="window, tokens",
+            ylabel="predicted loss, nats",
+        )
+        if named:
+            axis.legend(fontsize=7)
     return save(figure, path)
 
 

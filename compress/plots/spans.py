@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compress.plan import Plan
-from compress.plots.figure import new_figure, save
+from compress.plots.figure import new_figure, save, style
 
 
 def span_map(plan: Plan, length: int) -> list[list[int]]:
@@ -21,17 +21,18 @@ def draw_spans(plans: Mapping[str, Plan], length: int, path: Path) -> list[Path]
     """Heat maps of plans by name, side by side on one scale; the files. Layers that slide by themselves carry an s."""
     models = [plan.model for plan in plans.values()]
     layers, groups = max(model.layers for model in models), max(model.kv_heads for model in models)
-    figure = new_figure(1.5 + len(plans) * max(2.2, 0.35 * groups), max(2.5, 1.5 + 0.16 * layers))
-    axes = figure.subplots(1, len(plans), squeeze=False)[0]
-    for axis, (name, plan) in zip(axes, plans.items(), strict=True):
-        shown = axis.imshow(span_map(plan, length), vmin=0, vmax=length, aspect="auto", cmap="viridis")
-        axis.set(title=name, xlabel="head group", xticks=range(plan.model.kv_heads))
-        axis.set_yticks(range(0, plan.model.layers, -(-plan.model.layers // 16)))
-        for layer, native in enumerate(plan.model.native_windows):
-            for group in range(plan.model.kv_heads if native is not None else 0):
-                axis.text(group, layer, "s", ha="center", va="center", color="white", fontsize=7)
-    axes[0].set_ylabel("layer")
-    slides = any(native is not None for model in models for native in model.native_windows)
-    what = f"tokens seen at {length:,}" + (" (s: the layer slides by itself)" if slides else "")
-    figure.colorbar(shown, ax=list(axes), label=what)
+    with style():
+        figure = new_figure(1.5 + len(plans) * max(2.2, 0.35 * groups), max(2.5, 1.5 + 0.16 * layers))
+        axes = figure.subplots(1, len(plans), squeeze=False)[0]
+        for axis, (name, plan) in zip(axes, plans.items(), strict=True):
+            shown = axis.imshow(span_map(plan, length), vmin=0, vmax=length, aspect="auto", cmap="viridis")
+            axis.set(title=name, xlabel="head group", xticks=range(plan.model.kv_heads))
+            axis.set_yticks(range(0, plan.model.layers, -(-plan.model.layers // 16)))
+            for layer, native in enumerate(plan.model.native_windows):
+                for group in range(plan.model.kv_heads if native is not None else 0):
+                    axis.text(group, layer, "s", ha="center", va="center", color="white", fontsize=7)
+        axes[0].set_ylabel("layer")
+        slides = any(native is not None for model in models for native in model.native_windows)
+        what = f"tokens seen at {length:,}" + (" (s: the layer slides by itself)" if slides else "")
+        figure.colorbar(shown, ax=list(axes), label=what)
     return save(figure, path)

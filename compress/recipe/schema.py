@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, create_model, field_validator
 
 import compress.data.tasks
+import compress.evaluate.measures
 import compress.profile
 import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
 from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
-from compress.evaluate.harness import HarnessRequest
-from compress.evaluate.latency import LatencyRequest
-from compress.evaluate.perplexity import PerplexityRequest
 from compress.limits import BATCH
-from compress.profile.heads.attention import Attention
-from compress.profile.heads.influence import Influence
-from compress.profile.heads.retrieval import Retrieval
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.search.budget.budget import Budget
 from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
 from compress.search.removal import PruningSolver
-from compress.search.solvers.moa import Moa
 from compress.train.settings import RecoverSettings
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
@@ -37,7 +31,9 @@ class CalibrationSection(Section):
     """The documents that heads are measured on."""
 
     text: TextSource = Field(default_factory=EmbeddedText, description="where the haystacks come from")
-    documents: Tasks = Field(min_length=1, description="what is profiled, one entry per task and length")
+    documents: Tasks = Field(
+        min_length=1, description="what is profiled, one entry per task and length; by default facts and plain text"
+    )
     training: Tasks = Field(
         (), description="what statistics that train, and refinement, learn from; without it, `documents`"
     )
@@ -51,18 +47,14 @@ class ProfileSection(Section):
     """What is measured."""
 
     statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
-        default_factory=lambda: (Influence(), Attention(), Retrieval()),
-        min_length=1,
-        description="statistics to take, one pass for all",
+        min_length=1, description="statistics to take; by default those that the solver reads"
     )
 
 
 class SearchSection(Section):
     """How the plan is decided."""
 
-    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(
-        default_factory=Moa, description="the method that decides"
-    )
+    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(description="the method that decides")
     budget: Budget = Field(description="what the plan may cost")
     refine: Refine | None = Field(None, description="exchanges between head groups by measured loss, afterwards")
 
@@ -81,18 +73,21 @@ class ExportSection(Section):
     )
 
 
-class EvaluateSection(Section):
+# One key for each registered measure.
+_Measures: Any = create_model(
+    "_Measures", __base__=Section, **{name: kind.key() for name, kind in registry.measures.items()}
+)
+
+
+class EvaluateSection(_Measures):
     """What the checkpoint is compared on; the dense model is always beside it."""
 
     compare: tuple[Baseline, ...] = Field(
         ("plan", "uniform"), description="plans beside the dense model, baselines at the plan's bytes"
     )
-    perplexity: PerplexityRequest | None = Field(None, description="leave it out to skip perplexity")
-    recall: Tasks = Field((), description="recall tasks, one entry per task and length")
-    lm_eval: HarnessRequest | None = Field(None, description="lm-eval tasks and long-context suites")
-    latency: LatencyRequest | None = Field(
-        None, description="time of a prefill and a decode step beside the dense model's"
-    )
+    if TYPE_CHECKING:
+        recall: Tasks = ()
+
     batch_size: int = Field(1, ge=1, le=BATCH, description="recall prompts answered at once; more is faster on a GPU")
 
     @field_validator("compare")
@@ -107,7 +102,7 @@ class Recipe(Outline):
     """One run, from the model to the numbers."""
 
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
-    profile: ProfileSection = Field(default_factory=ProfileSection, description=SECTIONS["profile"])
+    profile: ProfileSection = Field(description=SECTIONS["profile"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])
@@ -115,6 +110,8 @@ class Recipe(Outline):
 
     _text: str = PrivateAttr("")
     _source: Path = PrivateAttr(Path())
+    _words: str = PrivateAttr("")
+    _chosen: tuple[str, ...] = PrivateAttr(())
 
     @property
     def text(self) -> str:
@@ -125,6 +122,16 @@ class Recipe(Outline):
     def source(self) -> Path:
         """The file's path."""
         return self._source
+
+    @property
+    def words(self) -> str:
+        """How a command names the recipe: the file, and what `--set` changes in it."""
+        return self._words
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """What the recipe leaves out and was chosen for the model and this machine, a line for each part."""
+        return self._chosen
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""

@@ -19,7 +19,6 @@ from compress.profile.store import HEADER, Profile, read_profile
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
-BASELINES = ("uniform", "uniform-at-longest", "streaming", "random")
 MAKE = "compress run RECIPE makes one; compress eval MODEL --tasks ... makes another"
 
 
@@ -46,7 +45,6 @@ class Facts:
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
         stability: by importance statistic, how two corpora agree on it.
         form: of the checkpoint that the plan was exported to; None before it was.
-        plans: the plans of the evaluation's rows, by name, where they lie in the folder.
         environment: versions and devices of the last command that wrote there.
     """
 
@@ -55,7 +53,6 @@ class Facts:
     comparison: Comparison | None
     plan: Plan | None
     form: Form | None
-    plans: dict[str, Plan]
     statistics: dict[str, list[list[float]]]
     stability: dict[str, str]
     bench: BenchFile | None
@@ -95,16 +92,12 @@ def read_facts(folder: Path) -> Facts:
     recipe = folder / "recipe.yaml"
     chosen = read_plan(plan) if plan is not None else None
     profile = _profile(folder / "profile", chosen)
-    plans = {
-        path.stem: read_plan(path) for path in sorted((folder / "search").glob("*.json")) if path.stem in BASELINES
-    }
     return Facts(
         name=folder.resolve().name,
         path=folder,
         comparison=read_comparison(files["evaluation"]) if there["evaluation"] else None,
         plan=chosen,
         form=checkpoint_form(folder) or checkpoint_form(folder / "checkpoint"),
-        plans=plans | ({"plan": chosen} if chosen is not None else {}),
         statistics=_statistics(profile) if profile is not None else {},
         stability={name: found.line() for name, found in stabilities(profile).items()} if profile is not None else {},
         bench=bench,

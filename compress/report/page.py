@@ -8,8 +8,10 @@ from typing import Any
 
 import jinja2
 
+from compress.evaluate.tables import tables
 from compress.report import sections
 from compress.report.facts import Facts
+from compress.report.together import side_by_side
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -25,40 +27,34 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["size"] = _size
-    parts = [_part(facts) for facts in folders]
+    parts = [_part(facts, f"p{number}") for number, facts in enumerate(folders)]
+    quality = [
+        {"cost": section.cost, "charts": section.svgs(f"q{number}")}
+        for number, section in enumerate(sections.quality_charts(folders))
+    ]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         parts=parts,
-        charts=sections.drawn(sections.quality_against_bytes(folders)),
-        work=sections.drawn(sections.quality_against_work(folders)),
-        parameters=sections.drawn(sections.quality_against_parameters(folders)),
+        quality=quality,
+        side_by_side=side_by_side(folders),
         engines=sections.ENGINES,
         when=when,
         version=version,
     )
 
 
-def _part(facts: Facts) -> dict[str, Any]:
+def _part(facts: Facts, name: str) -> dict[str, Any]:
+    """What the template shows of one folder; `name` begins the ids of its charts' parts."""
     comparison = facts.comparison
     return {
         "facts": facts,
         "headline": sections.headline(facts),
-        "tables": [_table(table) for table in comparison.tables(depth=False)] if comparison is not None else [],
+        "tables": tables(comparison, parts=False) if comparison is not None else [],
         "costs": sections.costs(facts),
         "map": sections.head_map(facts),
-        "position": sections.perplexity_by_position(facts),
-        "recall": sections.recall_maps(facts),
-        "gaps": sections.gaps(facts),
-        "speed": sections.speed(facts),
-    }
-
-
-def _table(table: Any) -> dict[str, Any]:
-    """One rich table as heads and rows."""
-    return {
-        "title": str(table.title),
-        "heads": [str(column.header).replace("\n", " ") for column in table.columns],
-        "rows": list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)),
-        "caption": str(table.caption or ""),
+        "position": sections.by_position(facts, f"{name}position"),
+        "recall": sections.by_depth(facts),
+        "gaps": sections.by_gap(facts),
+        "speed": sections.speed(facts, f"{name}speed"),
     }
 
 

@@ -2,88 +2,85 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.bench.file import SideFigures
-from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, VariantResult
+from compress.evaluate.cell import Cell
+from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.tables import edge, mean_of, parts_of
+from compress.evaluate.units import unit_of
+from compress.limits import SHOWN_LENGTHS
 from compress.plan import Plan, removal
+from compress.plots.chart import Chart, Series, chart_svg
+from compress.plots.speed import speed_charts
 from compress.report.facts import Facts
-from compress.report.svg import Series, plot
 from compress.targets.full import FullGroup
 
-LENGTHS = (1024, 2048, 4096, 8192, 32768, 131072)
-MAPPED = 8192  # tokens at which the head map and the headline without an evaluation are
-BINS = 5
+MAP_LENGTH = 8192  # tokens that the head map, and the headline of a plan alone, are about
 
 
 def headline(facts: Facts) -> dict[str, Any]:
-    """The ratio that the page opens with, and its conditions."""
-    found: dict[str, Any] = {"name": facts.name, "model": None, "lines": []}
+    """The shares that the page opens with, and their conditions.
+
+    Returns:
+        `shares`: pairs of a share and what it is of, the most telling first; `lines`: sentences of quality and time.
+    """
     comparison, chosen = facts.comparison, facts.chosen
+    head: dict[str, Any] = {"name": facts.name, "model": None, "shares": _shares(facts), "lines": []}
     if comparison is not None:
-        found["model"] = comparison.model
-        found["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
-    lengths = sorted(chosen.kv_bytes) if chosen is not None else []
-    predicted = facts.plan.predicted if facts.plan is not None and facts.plan.prunes else None
-    if predicted is not None and predicted.parameters and predicted.dense_parameters:
-        found["share"] = predicted.parameters / predicted.dense_parameters
-        found["of"] = "of the parameters of the dense decoder layers"
-    elif comparison is not None and chosen is not None and lengths and lengths[-1] in comparison.dense.kv_bytes:
-        length = lengths[-1]
-        found["share"] = chosen.kv_bytes[length] / comparison.dense.kv_bytes[length]
-        found["of"] = f"of the dense KV cache at {length:,} tokens, in allocated pages"
-    elif facts.plan is not None:
-        plan = facts.plan
-        found["share"] = plan.cost(MAPPED, form=facts.form).held_bytes / plan.dense_cost(MAPPED).held_bytes
-        found["of"] = f"of the dense KV cache at {MAPPED:,} tokens, by the plan"
+        head["model"] = comparison.model
+        head["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
     left = removal(facts.plan) if facts.plan is not None else None
-    found["lines"] += [left] if left is not None else []
+    head["lines"] += [left] if left is not None else []
     if comparison is not None and chosen is not None:
-        found["lines"] += [*_perplexity_line(comparison, chosen), *_recall_lines(comparison, chosen)]
-        found["lines"] += _time_line(comparison, chosen)
+        head["lines"] += [line for cell in chosen.cells if (line := _line(comparison, chosen, cell))]
         drop = comparison.worst_drop(chosen)
         if drop is not None:
-            name, gap = drop
-            found["lines"].append(f"worst of {len(chosen.tasks)} tasks: {name} {gap.difference:+.3f} ± {gap.error:.3f}")
-    return found
+            cell, gap = drop
+            tasks = len(comparison.tasks())
+            head["lines"].append(f"worst of {tasks} tasks: {cell.label} {gap.difference:+.3f} ± {gap.error:.3f}")
+    return head
 
 
-def _perplexity_line(comparison: Comparison, chosen: VariantResult) -> list[str]:
-    dense = comparison.dense.perplexity
-    if dense is None or chosen.perplexity is None:
-        return []
-    ours = chosen.perplexity.perplexity
+def _shares(facts: Facts) -> list[tuple[float, str]]:
+    """What is left of the parameters, where any are removed, and of the cache at the longest measured length."""
+    plan, shares = facts.plan, []
+    predicted = plan.predicted if plan is not None and plan.prunes else None
+    if predicted is not None and predicted.parameters and predicted.dense_parameters:
+        share = predicted.parameters / predicted.dense_parameters
+        shares.append((share, "of the parameters of the dense decoder layers"))
+    held = [cell for cell in facts.chosen.cells if cell.label == "KV bytes"] if facts.chosen is not None else []
+    if held and facts.comparison is not None:
+        cell = max(held, key=lambda cell: cell.length or 0)
+        share_of_cache = cell.share(facts.comparison.dense.like(cell))
+        if share_of_cache is not None:
+            shares.append((share_of_cache, f"of the dense KV cache at {cell.length:,} tokens, as allocated"))
+    elif plan is not None:
+        share_of_cache = plan.cost(MAP_LENGTH, form=facts.form).held_bytes / plan.dense_cost(MAP_LENGTH).held_bytes
+        shares.append((share_of_cache, f"of the dense KV cache at {MAP_LENGTH:,} tokens, by the plan"))
+    return [pair for pair in shares if pair[0] != 1.0 or len(shares) == 1]
+
+
+def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
+    """A number in words: quality beside all other variants, a measured time as a share of the dense model's."""
+    if cell.part is not None or cell.table not in ("summary", "cost"):
+        return ""
+    unit, share = unit_of(cell.unit), cell.share(comparison.dense.like(cell))
+    if cell.table == "cost":
+        return f"{cell.title}: {share:.3f} of dense" if cell.dense is not None and share is not None else ""
+    if cell.axis:
+        return ""
+    change = f" ({unit.change(share)})" if unit.change is not None and share is not None else ""
     others = [
-        f"{row.name} {row.perplexity.perplexity:.3f}"
+        f"{row.name} {unit.write(other.value)}"
         for row in comparison.variants
-        if row.name != chosen.name and row.perplexity is not None
+        if row is not chosen and (other := row.like(cell)) is not None
     ]
-    return [
-        f"perplexity {ours:.3f} ({ours / dense.perplexity - 1:+.1%}); {', '.join(others)}; windows of "
-        f"{dense.length:,} tokens"
-    ]
-
-
-def _time_line(comparison: Comparison, chosen: VariantResult) -> list[str]:
-    found = chosen.latency
-    if found is None or chosen is comparison.dense:
-        return []
-    return [
-        f"time of a prefill of {found.length:,} tokens {found.prefill_share:.3f} of dense, of a decode step at batch "
-        f"{found.batch} {found.decode_share:.3f}"
-    ]
-
-
-def _recall_lines(comparison: Comparison, chosen: VariantResult) -> list[str]:
-    lines = []
-    for number, own in enumerate(chosen.recall):
-        others = [f"{row.name} {row.recall[number].accuracy:.2f}" for row in comparison.variants if row is not chosen]
-        lines.append(f"{own.task} at {own.length:,}: {own.accuracy:.2f}; {', '.join(others)}; {len(own.items)} prompts")
-    return lines
+    parts = [f"{cell.title}: {unit.write(cell.value)}{change}", ", ".join(others), cell.note]
+    return "; ".join(part for part in parts if part)
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
@@ -95,7 +92,7 @@ def costs(facts: Facts) -> list[dict[str, Any]]:
     if plan is None:
         return []
     rows = []
-    for length in LENGTHS:
+    for length in SHOWN_LENGTHS:
         used, dense = plan.cost(length, form=facts.form), plan.dense_cost(length)
         rows.append(
             {
@@ -134,183 +131,172 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
     for layer, native in enumerate(plan.model.native_windows):
         cells = []
         unit = plan.unit(layer, 2, "patched")
-        all_keys = FullGroup().cost(replace(unit, native=None), MAPPED)
+        all_keys = FullGroup().cost(replace(unit, native=None), MAP_LENGTH)
         for number, group in enumerate(plan.layers[layer].groups):
-            kept = min(1.0, group.cost(unit, MAPPED).held_bytes / all_keys.held_bytes)
+            kept = min(1.0, group.cost(unit, MAP_LENGTH).held_bytes / all_keys.held_bytes)
             what = group.words(native)
-            told = [
+            words = [
                 f"layer {layer}, group {number}: {what if group.removes else f'{group.target}, {what}'}",
-                f"keeps {kept:.0%} at {MAPPED:,} tokens",
+                f"keeps {kept:.0%} at {MAP_LENGTH:,} tokens",
                 *(f"{key} {values[layer][number]:.3g}" for key, values in facts.statistics.items()),
             ]
-            cells.append({"kept": kept, "target": group.target, "told": told, "level": round(kept * 10)})
+            cells.append({"kept": kept, "target": group.target, "words": words, "level": round(kept * 10)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
-    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAPPED}
+    return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}
 
 
 @dataclass(frozen=True)
-class Chart:
-    """One plot of quality: a point for every variant, over a share of what the dense model costs."""
+class ChartSection:
+    """Charts of quality over one cost.
 
-    title: str
-    x: str
-    y: str
-    series: list[Series]
+    Attributes:
+        cost: the cost, as the head of the section.
+        charts: one for each measure of quality and length.
+    """
 
+    cost: str
+    charts: list[Chart]
 
-def quality_against_bytes(all_facts: Sequence[Facts]) -> list[Chart]:
-    """One chart for perplexity and one for each recall task and suite, over the share of the dense KV bytes."""
-    return _quality_charts(all_facts, _share_of_bytes, "share of the dense KV bytes")
-
-
-def quality_against_work(all_facts: Sequence[Facts]) -> list[Chart]:
-    """The same over the pairs of query and key that a prefill computes."""
-    return _quality_charts(all_facts, _share_of_pairs, "share of the dense prefill's pairs of query and key")
+    def svgs(self, name: str) -> list[str]:
+        """The charts for a page; `name` begins the ids of their parts."""
+        return [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(self.charts)]
 
 
-def quality_against_parameters(all_facts: Sequence[Facts]) -> list[Chart]:
-    """The same over the parameters of the decoder layers, where heads or neurons were removed."""
-    pruned = [facts for facts in all_facts if facts.comparison is not None and facts.comparison.pruned]
-    return _quality_charts(pruned, _share_of_parameters, "share of the dense layers' parameters")
+def quality_charts(all_facts: Sequence[Facts]) -> list[ChartSection]:
+    """For every cost that differs between variants, a chart of each measure of quality over the share of dense."""
+    measured = [facts for facts in all_facts if facts.comparison is not None]
+    axes = {
+        cell.label: cell.axis
+        for facts in measured
+        if facts.comparison is not None
+        for row in facts.comparison.variants
+        for cell in row.cells
+        if cell.axis
+    }
+    sections = [ChartSection(label, _charts(measured, label, axis)) for label, axis in axes.items()]
+    return [section for section in sections if section.charts]
 
 
-def drawn(charts: Sequence[Chart]) -> list[str]:
-    """Charts as SVG text."""
-    return [plot(chart.series, title=chart.title, x=chart.x, y=chart.y) for chart in charts]
-
-
-def _share_of_bytes(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
-    assert facts.comparison is not None
-    if length is None:
-        return None
-    dense, used = facts.comparison.dense.kv_bytes.get(length), variant.kv_bytes.get(length)
-    return used / dense if dense and used else None
-
-
-def _share_of_parameters(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
-    assert facts.comparison is not None
-    dense, used = facts.comparison.dense.size, variant.size
-    return used.block_parameters / dense.block_parameters if dense is not None and used is not None else None
-
-
-def _share_of_pairs(facts: Facts, variant: VariantResult, length: int | None) -> float | None:
-    if length is None:
-        return None
-    if variant.name in ("dense", CONTROL_ROW):
-        return 1.0
-    plan = facts.plans.get(variant.name.removesuffix(UNTRAINED))
-    return None if plan is None else _prefill_share(plan, length)
-
-
-def _quality_charts(
-    all_facts: Sequence[Facts], share_of: Callable[[Facts, VariantResult, int | None], float | None], unit_of_x: str
-) -> list[Chart]:
-    charts: dict[str, list[Series]] = defaultdict(list)
-    units: dict[str, str] = {}
+def _charts(all_facts: Sequence[Facts], cost: str, axis: str) -> list[Chart]:
+    """Charts over one cost; none where every variant costs what the dense model costs."""
+    series: dict[tuple[str, int | None], list[Series]] = defaultdict(list)
+    titles: dict[tuple[str, int | None], tuple[str, str]] = {}
     for facts in all_facts:
-        if facts.comparison is None:
-            continue
+        assert facts.comparison is not None
         prefix = f"{facts.name}: " if len(all_facts) > 1 else ""
-        for variant in facts.comparison.variants:
-            for name, unit, length, value, error in _qualities(variant):
-                share = share_of(facts, variant, length)
-                if share is not None:
-                    units[name] = unit
-                    bars = None if error is None else [error]
-                    charts[name].append(Series(prefix + variant.name, [(share, value)], bars, line=False))
-    return [Chart(name, unit_of_x, units[name], series) for name, series in charts.items() if len(series) > 1]
+        for row in facts.comparison.variants:
+            for cell in _qualities(row):
+                share = _share_of(facts.comparison, row, cost, cell.length)
+                if share is None:
+                    continue
+                kind = f", {cell.interval_kind}" if cell.interval_kind else ""
+                titles[cell.label, cell.length] = (f"{cell.title}{kind}", cell.unit)
+                bars = None if cell.interval is None else [cell.interval]
+                points = [(share, cell.value)]
+                series[cell.label, cell.length].append(Series(prefix + row.name, points, bars, line=False))
+    shares = {one.points[0][0] for group in series.values() for one in group}
+    if shares <= {1.0}:
+        return []
+    charts = {key: group for key, group in series.items() if len(group) > 1}
+    return [Chart(titles[key][0], axis, titles[key][1], group) for key, group in charts.items()]
 
 
-Quality = tuple[str, str, int | None, float, tuple[float, float] | None]
+def _qualities(row: VariantResult) -> list[Cell]:
+    """The numbers of quality that have a length, and the mean of the tasks that have none."""
+    whole = [cell for cell in row.cells if cell.part is None and cell.table in ("summary", "task") and not cell.axis]
+    plain = [cell for cell in whole if cell.length is None]
+    cells = [cell for cell in whole if cell.length is not None]
+    if plain and all(cell.better == "higher" for cell in plain):
+        cells.append(mean_of(plain))
+    return cells
 
 
-def _qualities(variant: VariantResult) -> list[Quality]:
-    """(title, unit, tokens, value, interval) of all that has a length, and of the mean of the tasks that have none."""
-    found: list[Quality] = []
-    if variant.perplexity is not None:
-        length = variant.perplexity.length
-        found.append((f"perplexity at {length:,} tokens", "perplexity", length, variant.perplexity.perplexity, None))
-    for recall in variant.recall:
-        name = f"{recall.task} at {recall.length:,} tokens, Wilson's 95% interval"
-        found.append((name, "right answers", recall.length, recall.accuracy, recall.interval))
-    plain = [task for task in variant.tasks if task.length is None]
-    for task in variant.tasks:
-        if task.length is not None:
-            value, error = task.metrics[task.main()], 1.96 * task.errors.get(task.main(), 0.0)
-            title = f"{task.task}, 1.96 standard errors"
-            found.append((title, "score", task.length, value, (value - error, value + error)))
-    if plain and all(task.higher[task.main()] for task in plain):
-        value = math.fsum(task.metrics[task.main()] for task in plain) / len(plain)
-        error = 1.96 * math.hypot(*(task.errors.get(task.main(), 0.0) for task in plain)) / len(plain)
-        name = plain[0].task if len(plain) == 1 else f"mean of {len(plain)} tasks"
-        found.append((f"{name}, 1.96 standard errors", "score", None, value, (value - error, value + error)))
-    return found
+def _share_of(comparison: Comparison, row: VariantResult, cost: str, length: int | None) -> float | None:
+    """A variant's share of the dense model's cost at a length; None where it is not known there."""
+    cells = [cell for cell in row.cells if cell.label == cost and cell.length in (None, length)]
+    return cells[0].share(comparison.dense.like(cells[0])) if cells else None
 
 
-def perplexity_by_position(facts: Facts) -> str:
-    """Perplexity in ranges of the position, a line a variant."""
-    rows = facts.comparison.variants if facts.comparison else []
-    series = [
-        Series(row.name, [(float(bucket.end), bucket.perplexity) for bucket in row.perplexity.buckets])
-        for row in rows
-        if row.perplexity is not None
-    ]
-    return plot(series, title="perplexity by position", x="position up to", y="perplexity", logarithmic=True)
+def by_position(facts: Facts, name: str) -> list[str]:
+    """Quality in ranges of the position, a line a variant; `name` begins the ids of the charts' parts."""
+    comparison = facts.comparison
+    charts = []
+    for cell in _parted(comparison, "position"):
+        series = [
+            Series(row.name, [(part.high, own.value) for part, own in parts_of(row, cell, "position")])
+            for row in (comparison.variants if comparison is not None else [])
+        ]
+        charts.append(Chart(f"{cell.label} by position", "position up to", cell.unit, series, logarithmic=True))
+    return [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)]
 
 
-def recall_maps(facts: Facts) -> list[dict[str, Any]]:
+def by_depth(facts: Facts) -> list[dict[str, Any]]:
     """For every task with depths: a row for each variant and length, a column for each range of depth."""
-    tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for variant in facts.comparison.variants if facts.comparison else []:
-        for recall in variant.recall:
-            cells = [_cell(count, share) for _, _, count, share in recall.by_depth(BINS)]
-            tasks[recall.task].append({"variant": variant.name, "length": recall.length, "cells": cells})
-        for task in variant.tasks:
-            metric = task.main()
-            placed = [(item.depth, item.metrics[metric]) for item in task.samples if item.depth is not None]
-            if task.length is None or not placed:
-                continue
-            cells = []
-            for number in range(BINS):
-                own = [score for depth, score in placed if min(BINS - 1, int(depth * BINS)) == number]
-                cells.append(_cell(len(own), math.fsum(own) / len(own) if own else None))
-            name = task.task.removesuffix(f"_{task.length}")
-            tasks[name].append({"variant": variant.name, "length": task.length, "cells": cells})
-    heads = [f"{number / BINS:.1f} to {(number + 1) / BINS:.1f}" for number in range(BINS)]
+    comparison = facts.comparison
+    names: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    heads: dict[str, dict[tuple[float, float], None]] = defaultdict(dict)
+    for cell in _parted(comparison, "depth"):
+        for row in comparison.variants if comparison is not None else []:
+            parts = {(part.low, part.high): own for part, own in parts_of(row, cell, "depth")}
+            heads[cell.name] |= dict.fromkeys(parts)
+            names[cell.name].append({"variant": row.name, "length": cell.length, "parts": parts})
+    maps = []
+    for name, rows in names.items():
+        edges = sorted(heads[name])
+        for row_of_task in rows:
+            row_of_task["cells"] = [_shade(row_of_task["parts"].get(ends)) for ends in edges]
+        words = [f"{edge(low, 'depth')} to {edge(high, 'depth')}" for low, high in edges]
+        rows.sort(key=lambda row: int(row["length"] or 0))
+        maps.append({"task": name, "heads": words, "rows": rows})
+    return maps
+
+
+def _shade(cell: Cell | None) -> dict[str, Any]:
+    if cell is None:
+        return {"count": 0, "share": None, "level": None}
+    return {"count": cell.count, "share": cell.value, "level": round(min(1.0, max(0.0, cell.value)) * 10)}
+
+
+def by_gap(facts: Facts) -> list[dict[str, Any]]:
+    """Tasks by the tokens between the evidence and its question, in ranges that grow by four."""
+    comparison = facts.comparison
     return [
-        {"task": name, "heads": heads, "rows": sorted(rows, key=lambda row: int(row["length"]))}
-        for name, rows in tasks.items()
+        {
+            "variant": row.name,
+            "task": cell.label,
+            "cells": [(part.low, part.high, own.count, own.value) for part, own in parts_of(row, cell, "gap")],
+        }
+        for row in (comparison.variants if comparison is not None else [])
+        for cell in _parted(comparison, "gap")
     ]
 
 
-def _cell(count: int, share: float | None) -> dict[str, Any]:
-    return {"count": count, "share": share, "level": None if share is None else round(share * 10)}
+def _parted(comparison: Comparison | None, axis: str) -> list[Cell]:
+    """The dense model's cells that have parts on an axis."""
+    cells = comparison.dense.cells if comparison is not None else []
+    parted = {cell.key[:2] for cell in cells if cell.part is not None and cell.part.axis == axis}
+    return [cell for cell in cells if cell.part is None and cell.key[:2] in parted]
 
 
-def speed(facts: Facts) -> dict[str, Any] | None:
-    """Plots and tables of `bench.json`: speed-up against length, and whole models."""
+def speed(facts: Facts, name: str) -> dict[str, Any] | None:
+    """Charts and tables of `bench.json`: speed-up against length, and whole models.
+
+    Args:
+        name: begins the ids of the charts' parts.
+    """
     if facts.bench is None:
         return None
-    charts = []
-    for what in ("prefill", "decode"):
-        series: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in facts.bench.kernel:
-            if row.what == what:
-                series[f"plan {row.mix}, batch {row.batch}"].append((row.length, row.speedup))
-        lines = [Series(name, sorted(points)) for name, points in series.items()]
-        if lines:
-            title = f"{what}, attention alone: speed-up over the fastest dense"
-            charts.append(plot(lines, title=title, x="tokens", y="times", logarithmic=True, zero=True))
+    charts = speed_charts(facts.bench.kernel)
     rows = facts.bench.model_rows
     memory = [
         Series("plan", _gib_by_length([(row.length, row.plan) for row in rows])),
         Series("dense", _gib_by_length([(row.length, row.dense) for row in rows])),
     ]
     if len(rows) > 1:
-        charts.append(plot(memory, title="KV cache as allocated", x="tokens", y="GiB", logarithmic=True, zero=True))
+        charts.append(Chart("KV cache as allocated", "tokens", "GiB", memory, logarithmic=True, zero=True))
     return {
-        "charts": charts,
+        "charts": [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)],
         "models": rows,
         "break_even": facts.bench.break_even,
         "copy_bytes_per_s": facts.bench.copy_bytes_per_s,
@@ -322,21 +308,6 @@ def speed(facts: Facts) -> dict[str, Any] | None:
 
 def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float, float]]:
     return sorted((float(length), side.cache_bytes / 2**30) for length, side in sides)
-
-
-def gaps(facts: Facts) -> list[dict[str, Any]]:
-    """Associative recall by the tokens between a pair and its question, in ranges that grow by four."""
-    found = []
-    for variant in facts.comparison.variants if facts.comparison else []:
-        for task in variant.tasks:
-            placed = [(sample.gap, sample.metrics[task.main()]) for sample in task.samples if sample.gap is not None]
-            ranges: dict[int, list[float]] = defaultdict(list)
-            for gap, score in placed:
-                ranges[4 ** math.ceil(math.log(max(gap, 1), 4))].append(score)
-            if placed:
-                cells = [(high, len(own), math.fsum(own) / len(own)) for high, own in sorted(ranges.items())]
-                found.append({"variant": variant.name, "task": task.task, "cells": cells})
-    return found
 
 
 ENGINES = (

@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import Span
-from .triton_span import first_key, last_query, load_block, load_rule, load_run, sees, span_rules, store_block
+from .triton_span import first_key, last_query, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import backward_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,12 +44,21 @@ def _rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _score_gradient(b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, PRECISION: tl.constexpr):
-    """Weights and the gradient of the scores, each `[M, N]` float32."""
-    b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION) * (scale * LOG2E)
+def _score_gradient(
+    b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Weights and the gradient of the products of query and key, each `[M, N]` float32."""
+    b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
+    if CAPPED:
+        b_share = tanh(b_score * scale / cap)
+        b_score = b_share * (cap * LOG2E)
+        slope = scale * (1.0 - b_share * b_share)
+    else:
+        b_score = b_score * (scale * LOG2E)
+        slope = scale
     b_weight = tl.exp2(tl.where(m_seen, b_score - b_lse[:, None], float("-inf")))
     b_grad_weight = tl.dot(b_grad, b_value.T, input_precision=PRECISION)
-    return b_weight, b_weight * (b_grad_weight - b_delta[:, None]) * scale
+    return b_weight, b_weight * (b_grad_weight - b_delta[:, None]) * slope
 
 
 @triton.jit
@@ -66,6 +75,7 @@ def _keys(
     p_rows,  # [B, 3] int32
     columns,
     scale,
+    cap,
     query_b,
     query_h,
     query_t,
@@ -86,6 +96,7 @@ def _keys(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
@@ -114,7 +125,7 @@ def _keys(
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, j, sink, first_key(t, alpha, beta)) & m_t[:, None] & m_j[None, :]
         b_weight, b_grad_score = _score_gradient(
-            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, PRECISION
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
         )
         b_grad_value = tl.dot(b_weight.to(b_grad.dtype).T, b_grad, b_grad_value, input_precision=PRECISION)
         b_grad_key = tl.dot(b_grad_score.to(b_query.dtype).T, b_query, b_grad_key, input_precision=PRECISION)
@@ -136,6 +147,7 @@ def _queries(
     p_rows,  # [B, 3] int32
     columns,
     scale,
+    cap,
     query_b,
     query_h,
     query_t,
@@ -156,6 +168,7 @@ def _queries(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of (token, head of the group), over the key tiles that the forward pass visits."""
@@ -184,7 +197,9 @@ def _queries(
         b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, j, sink, first) & m_t[:, None]
-        _, b_grad_score = _score_gradient(b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, PRECISION)
+        _, b_grad_score = _score_gradient(
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
+        )
         b_grad_query = tl.dot(b_grad_score.to(b_key.dtype), b_key, b_grad_query, input_precision=PRECISION)
     store_block(p_grad_query, o_rows * DIM, b_grad_query, m_t, DIM, BLOCK_D)
 
@@ -199,13 +214,18 @@ def backward(
     spans: Sequence[Span],
     rows: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`; zero in columns that are no token.
+    cap: float | None = None,
+    extra: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`, and `extra` `[H]` if there is any.
+
+    They are zero in columns that are no token.
 
     Args:
         grad: gradient of `out`, `[B, H, T, D]`.
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
         rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
+        cap, extra: of `scores.Scores`.
 
     The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule.
     """
@@ -227,16 +247,23 @@ def backward(
         "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
         "BLOCK_M": config["block_m"],
         "BLOCK_N": config["block_n"],
+        "CAPPED": cap is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"],
         "num_stages": config["stages"],
     }
     strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
-    rest = (span_rules(tuple(spans), query.device), rows, columns, scale, *strides)
+    rest = (span_rules(tuple(spans), query.device), rows, columns, scale, 1.0 if cap is None else cap, *strides)
     _keys[(triton.cdiv(columns, config["block_n"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_key, grad_value, *rest, **shape
     )
     _queries[(triton.cdiv(columns * share, config["block_m"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_query, *rest, **shape
     )
-    return grad_query, grad_key, grad_value
+    grad_extra = None
+    if extra is not None:  # its weight times (0 - delta), as of a key whose value is zero
+        column = torch.arange(columns, device=rows.device)
+        live = (column >= rows[:, 1:2]) & (column < rows[:, 1:2] + rows[:, 2:])
+        weight = torch.exp2(extra.float()[:, None] * LOG2E.value - lse)
+        grad_extra = -torch.where(live[:, None], weight * delta, 0).sum((0, 2)).to(extra.dtype)
+    return grad_query, grad_key, grad_value, grad_extra

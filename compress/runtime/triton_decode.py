@@ -13,8 +13,9 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .pages import Pages
+from .scores import Scores
 from .span import PAGE, Span
-from .triton_span import first_key, load_block, load_rule, span_rules, store_block
+from .triton_span import first_key, load_block, load_rule, span_rules, store_block, tanh
 from .tuned import decode_config
 
 LOG2E = 1.4426950408889634
@@ -66,12 +67,14 @@ def _decode(
     p_table,  # [B, G, numbers] int32
     p_lengths,  # [B] int32, 0 where a sequence takes no part
     p_rules,  # [G, 3] int32: sink, alpha, beta units
+    p_extra,  # [H] the extra logit of every query head, where EXTRA
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
     segments,
     numbers,
     scale,
+    to_cap,  # factor on the scores before the cap, where CAPPED
     query_b,
     query_h,
     out_b,
@@ -88,6 +91,8 @@ def _decode(
     FEWEST: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXTRA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program walks an equal share of all pages; what it sees of a (sequence, group) is a piece.
@@ -132,6 +137,10 @@ def _decode(
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         top = tl.full([BLOCK_M], NEVER, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        if EXTRA:  # counted once, by the piece that the segment starts with
+            logit = tl.load(p_extra + head, mask=m_row, other=0.0).to(tl.float32) * 1.4426950408889634
+            top = tl.where(at == seg_start, logit, NEVER)
+            total += tl.where(at == seg_start, 1.0, 0.0)
         for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
             number = tl.where(i < sinks_g, i, i + skip)
             place = tl.load(p_held + number).to(tl.int64)
@@ -144,6 +153,8 @@ def _decode(
             b_value = load_block(p_values, o_slot * VALUE_DIM, m_seen, VALUE_DIM, BLOCK_V)
             # [BLOCK_M, PAGE]
             b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
+            if CAPPED:
+                b_score = tanh(b_score * to_cap)
             b_score = tl.where(m_seen[None, :], b_score, float("-inf"))
             b_best = tl.maximum(top, tl.max(b_score, 1) * scale)
             b_weight = tl.exp2(b_score * scale - b_best[:, None])
@@ -236,6 +247,7 @@ def decode(
     spans: Sequence[Span],
     *,
     scale: float | None = None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it."""
     batch, heads, dim = query.shape
@@ -249,6 +261,8 @@ def decode(
     parts, stats = workspace(query.device, programs * 2 * share, block_v)
     rules = span_rules(tuple(spans), query.device)
     out = query.new_empty(batch, heads, value_dim)
+    scale = dim**-0.5 if scale is None else scale
+    cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
     _decode[(programs,)](
         query,
         pages.keys,
@@ -256,12 +270,14 @@ def decode(
         pages.table,
         lengths,
         rules,
+        rules if extra is None else extra,
         out,
         parts,
         stats,
         batch * groups,
         pages.table.shape[-1],
-        (dim**-0.5 if scale is None else scale) * LOG2E,
+        (scale if cap is None else cap) * LOG2E,
+        0.0 if cap is None else scale / cap,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -278,6 +294,8 @@ def decode(
         FEWEST=config["fewest"],
         STAGES=config["stages"],
         OVERLAP=overlap,
+        CAPPED=cap is not None,
+        EXTRA=extra is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
     )

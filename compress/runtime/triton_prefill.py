@@ -15,7 +15,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span
-from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block
+from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
 LOG2E = 1.4426950408889634
@@ -23,13 +23,18 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; 
 
 
 @triton.jit
-def _accumulate(acc, top, total, query, key, value, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _accumulate(
+    acc, top, total, query, key, value, seen, scale, to_cap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax in base 2.
 
     Queries `[M, BLOCK_D]`, keys `[N, BLOCK_D]`, values `[N, BLOCK_V]`, `seen` `[M, N]` where MASKED; the sum of values
     so far `[M, BLOCK_V]`, the running maximum and the total of the weights, `[M]` each, in float32.
     """
     score = tl.dot(query, key.T, input_precision=PRECISION)  # [M, N]
+    if CAPPED:
+        score = tanh(score * to_cap)
     if MASKED:
         score = tl.where(seen, score, float("-inf"))
     best = tl.maximum(top, tl.max(score, 1) * scale)
@@ -52,11 +57,13 @@ def _forward(
     p_key_pages,  # [places, BLOCK_P, D]
     p_value_pages,  # [places, BLOCK_P, DV]
     p_table,  # [B, G, numbers] int32
+    p_extra,  # [H] the extra logit of every query head, where EXTRA
     numbers,
     tiles,
     batch,
     columns,
     scale,
+    to_cap,  # factor on the scores before the cap, where CAPPED
     query_b,
     query_h,
     query_t,
@@ -75,6 +82,8 @@ def _forward(
     RAGGED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXTRA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -110,6 +119,9 @@ def _forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], NEVER, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if EXTRA:  # as if of a key before all others, whose value is zero
+        top = tl.load(p_extra + head).to(tl.float32) * 1.4426950408889634
+        total += 1.0
 
     # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
     begin = tl.maximum(earliest - past, 0) // BLOCK_N
@@ -120,7 +132,9 @@ def _forward(
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         b_key = key_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
         b_value = value_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
-        acc, top, total = _accumulate(acc, top, total, b_query, b_key, b_value, None, scale, False, PRECISION)
+        acc, top, total = _accumulate(
+            acc, top, total, b_query, b_key, b_value, None, scale, to_cap, False, CAPPED, PRECISION
+        )
 
     sinks = tl.minimum((tl.minimum(tl.maximum(sink - past, 0), high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     left = inner - begin
@@ -134,7 +148,9 @@ def _forward(
             b_value = tl.where((column < count)[:, None], b_value, 0.0)
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, past + column, sink, first)
-        acc, top, total = _accumulate(acc, top, total, b_query, b_key, b_value, m_seen, scale, True, PRECISION)
+        acc, top, total = _accumulate(
+            acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
+        )
 
     if PAGED:
         o_slot = tl.arange(0, BLOCK_P)
@@ -153,7 +169,9 @@ def _forward(
             b_value = load_block(p_values, o_slot * VALUE_DIM, m_stored, VALUE_DIM, BLOCK_V)
             # [BLOCK_M, BLOCK_P]
             m_seen = m_stored[None, :] & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
-            acc, top, total = _accumulate(acc, top, total, b_query, b_key, b_value, m_seen, scale, True, PRECISION)
+            acc, top, total = _accumulate(
+                acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
+            )
 
     total = tl.where(m_token, total, 1.0)
     o_out = b.to(tl.int64) * out_b + o_column * out_t + head * out_h
@@ -169,13 +187,19 @@ def forward(
     value: torch.Tensor,
     spans: Sequence[Span],
     rows: torch.Tensor,
-    *,
     ragged: bool,
     pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scale: float,
+    *,
     keep_lse: bool,
+    cap: float | None = None,
+    extra: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`."""
+    """One launch, with the `cap` and `extra` of `scores.Scores`.
+
+    Returns:
+        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included.
+    """
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     share = heads // groups
@@ -198,11 +222,13 @@ def forward(
         key_pages,
         value_pages,
         table,
+        rows if extra is None else extra,
         table.shape[-1],
         tiles,
         batch,
         columns,
-        scale * LOG2E,
+        (scale if cap is None else cap) * LOG2E,
+        0.0 if cap is None else scale / cap,
         query.stride(0),
         query.stride(1),
         query.stride(2),
@@ -221,6 +247,8 @@ def forward(
         RAGGED=ragged,
         PAGED=pages is not None,
         KEEP_LSE=keep_lse,
+        CAPPED=cap is not None,
+        EXTRA=extra is not None,
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

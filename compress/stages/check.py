@@ -10,9 +10,7 @@ from typing import Any
 from compress.data.prompt import Task
 from compress.data.text import Part, Source, characters_for, split_text, tokenise
 from compress.errors import Problem, UserError
-from compress.evaluate.harness import check_request as check_harness
-from compress.evaluate.latency import check_latency
-from compress.evaluate.perplexity import check_request
+from compress.evaluate.measure import Reading, asked_for, texts_of
 from compress.models.load import check_model
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe
@@ -93,21 +91,20 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
 def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of what an evaluation asks for that need no text, by key."""
     context = getattr(config, "max_position_embeddings", None)
-    harness, timing = recipe.evaluate.lm_eval, recipe.evaluate.latency
     checks: list[tuple[str, Callable[[], Any]]] = []
-    if timing is not None:
-        checks.append(("evaluate.latency", functools.partial(check_latency, timing, context)))
-    if harness is not None:
-        checks.append(("evaluate.lm_eval", functools.partial(check_harness, harness, context)))
-        checks.append(("evaluate.lm_eval.include", harness.files))
+    for measure in asked_for(recipe.evaluate):
+        place = f"evaluate.{measure.registered}"
+        checks.append((place, functools.partial(measure.check, context)))
+        if measure.files_are:
+            checks.append((place, measure.files))
     return checks
 
 
 def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
     """Everything that reads a text, in the order of the stages."""
     context = getattr(config, "max_position_embeddings", None)
-    calibration, evaluate, request = recipe.calibration, recipe.evaluate, recipe.evaluate.perplexity
-    evaluated = request.text if request is not None else calibration.text
+    calibration, asked = recipe.calibration, asked_for(recipe.evaluate)
+    evaluated = texts_of(asked, calibration.text)
     uses: list[_Use] = []
 
     def add(label: str, source: Source, part: Part, place: str, tasks: Sequence[Task]) -> None:
@@ -121,15 +118,12 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
     if calibration.second is not None:
         add("second", calibration.second, "calibration", "calibration.documents", calibration.documents)
     add("held_out", calibration.text, "held_out", "calibration.held_out", calibration.held_out)
-    add("evaluation", evaluated, "evaluation", "evaluate.recall", evaluate.recall)
-    if request is not None:
-
-        def check_perplexity(ids: list[int]) -> None:
-            check_request(request, len(ids), context)
-
-        uses.append(
-            _Use("evaluation", evaluated, "evaluation", "evaluate.perplexity", request.tokens, check_perplexity)
-        )
+    for measure in asked:
+        for reading in measure.readings(recipe.seed):
+            if reading.tokens is not None:
+                source, place = reading.source or evaluated, f"evaluate.{measure.registered}{reading.place}"
+                fits = functools.partial(_fits, reading, tokenizer, context)
+                uses.append(_Use("evaluation", source, "evaluation", place, reading.tokens, fits))
     recover = recipe.recover
     if recover is not None:
         source, length = recover.text or calibration.text, recover.length
@@ -140,6 +134,10 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
 
         uses.append(_Use(label, source, "calibration", "recover", recover.text_tokens, windows))
     return uses
+
+
+def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: list[int]) -> None:
+    reading.check(tokenizer, ids, context)
 
 
 def _placed(problem: Problem, source: str, place: str) -> Problem:

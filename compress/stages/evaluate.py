@@ -7,19 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.evaluate.compare import Variant, compare
+from compress.evaluate.compare import compare
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, read_comparison
+from compress.evaluate.measure import Variant, asked_for
+from compress.evaluate.tables import markdown
 from compress.export.export import update_card
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
-from compress.plots.run import evaluation_plots
 from compress.recipe.schema import Recipe
+from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key
 from compress.stages.recover import recover_stage
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
+from compress.targets.cost import Cost
 from compress.train.recovery import read_recovered
 from compress.train.settings import RecoverSettings
 
@@ -37,20 +40,16 @@ def evaluate_stage(session: Session) -> Comparison:
     plan = search_stage(session, must_be_done=True)
     variants = _variants(session, plan, recover_stage(session, must_be_done=True))
     path = run.path / "evaluation.json"
-    section = recipe.evaluate
 
     def work() -> Comparison:
         with session.reporter.progress("evaluate") as report:
             comparison = compare(
                 session.loaded,
                 variants,
-                perplexity_request=section.perplexity,
-                recall_requests=section.recall,
-                recall_text=None if section.perplexity is not None else recipe.calibration.text,
-                harness_request=section.lm_eval,
-                latency_request=section.latency,
+                asked_for(recipe.evaluate),
+                text=recipe.calibration.text,
                 seed=recipe.seed,
-                batch_size=section.batch_size,
+                batch_size=recipe.evaluate.batch_size,
                 cache_dir=run.path / "evaluation",
                 progress=report,
             )
@@ -70,30 +69,16 @@ def evaluate_stage(session: Session) -> Comparison:
     return comparison
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables of a comparison in Markdown, with their conditions above and below."""
-    return "\n\n".join(_markdown_table(table) for table in comparison.tables())
-
-
-def _markdown_table(table: Any) -> str:
-    """One rich table in Markdown."""
-    heads = [str(column.header).replace("\n", " ") for column in table.columns]
-    cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    lines = [str(table.title), "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    lines += [f"| {' | '.join(row)} |" for row in zip(*cells, strict=True)]
-    return "\n".join([*lines, *(["", str(table.caption)] if table.caption else [])])
-
-
 def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Variant]:
     """The dense model, then what the recipe compares with it; with trained weights the plan before and after."""
     shape, model = session.shape, session.loaded.model
     settings = session.recipe.recover
     itemsize = model.dtype.itemsize
     evaluate = session.recipe.evaluate
-    asked = {task.length for task in evaluate.recall}
-    asked |= {evaluate.perplexity.length} if evaluate.perplexity is not None else set()
-    asked |= set(evaluate.lm_eval.lengths) if evaluate.lm_eval is not None and evaluate.lm_eval.suites else set()
-    lengths = sorted(asked)
+
+    def dense(length: int) -> Cost:
+        return shape.dense_cost(length, itemsize)
+
     plans: dict[str, Plan] = {"plan": plan}
     for name in evaluate.compare:
         if name != "plan":
@@ -104,20 +89,21 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:
         del plans["plan"]
-    dense = {length: shape.dense_cost(length, itemsize).held_bytes for length in lengths}
     variants = [Variant("dense", lambda: model, "dense", dense)]
     for label, entry in plans.items():
-        held = {length: entry.cost(length, itemsize).held_bytes for length in lengths}
 
         def build(entry: Plan = entry) -> Any:
             return planned_model(model, entry)
 
+        def cost(length: int, entry: Plan = entry) -> Cost:
+            return entry.cost(length, itemsize)
+
         if label == "plan" and weights is not None and settings is not None:
-            variants += _recovered(session, settings, weights, plan, build, held, dense)
+            variants += _recovered(session, settings, weights, plan, build, cost, dense)
         else:
             # Baselines are not trained: beside a trained plan their names say so.
             row = label if weights is None else f"{label}{UNTRAINED}"
-            variants.append(Variant(row, build, plan_key(entry), held))
+            variants.append(Variant(row, build, plan_key(entry), cost))
     return variants
 
 
@@ -127,13 +113,13 @@ def _recovered(
     weights: Path,
     plan: Plan,
     build: Callable[[], Any],
-    held: dict[int, int],
-    dense: dict[int, int],
+    cost: Callable[[int], Cost],
+    dense: Callable[[int], Cost],
 ) -> list[Variant]:
     """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
     key = plan_key(plan)
-    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", held)
-    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, held)]
+    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", cost)
+    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, cost)]
     if settings.control:
         control = weights / "control"
 

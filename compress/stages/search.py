@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
 from compress.plan import Plan, read_plan
-from compress.plots.run import search_plots
+from compress.report.plots import search_plots
 from compress.search.budget.budget import ceiling
 from compress.search.run import SearchResult, run_search
 from compress.stages.profile import profile_stage

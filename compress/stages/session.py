@@ -15,6 +15,8 @@ import yaml
 
 from compress.data.prompt import Task
 from compress.data.text import MOST, Part, Source, characters_for
+from compress.environment import environment
+from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
 from compress.models.load import LoadedModel, load_model
@@ -22,7 +24,6 @@ from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
-from compress.stages.environment import environment
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
 
@@ -57,6 +58,10 @@ class Session:
         for note in loaded.notes:
             self.reporter.say(f"  {note}")
         return loaded
+
+    def take_model(self, loaded: LoadedModel) -> None:
+        """Use a dense model that is in memory already: the same name, dtype and device."""
+        vars(self)["loaded"] = loaded
 
     @functools.cached_property
     def shape(self) -> ModelShape:
@@ -135,7 +140,7 @@ class Session:
             self.recipe.dtype,
             resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
-            self.resolved["evaluate"],
+            {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
             self._evaluated(),
             *self._trained(RECOVERED, CONTROL),
         )
@@ -157,19 +162,16 @@ class Session:
         return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
 
     def _evaluated(self) -> list[str]:
-        """Contents of the texts and task files that the evaluation reads."""
-        evaluate = self.recipe.evaluate
-        request, harness = evaluate.perplexity, evaluate.lm_eval
-        source = self.recipe.calibration.text if request is None else request.text
+        """Contents of the texts and files that the evaluation reads."""
+        asked = asked_for(self.recipe.evaluate)
+        text = texts_of(asked, self.recipe.calibration.text)
         contents = []
-        if request is not None:
-            contents.append(self.inputs.text(source, characters_for(request.tokens, "evaluation")))
-        if evaluate.recall:
-            contents.append(self._text(source, evaluate.recall, "evaluation"))
-        if harness is not None and harness.suites:
-            contents.append(self.inputs.text(source, MOST))
-        if harness is not None and harness.include is not None:
-            contents.append(self.inputs.files(f"task files: {harness.include}", harness.files))
+        for measure in asked:
+            for reading in measure.readings(self.recipe.seed):
+                count = MOST if reading.tokens is None else characters_for(reading.tokens, "evaluation")
+                contents.append(self.inputs.text(reading.source or text, count))
+            if measure.files_are:
+                contents.append(self.inputs.files(measure.files_are, measure.files))
         return contents
 
     def _text(self, source: Source, tasks: Sequence[Task], part: Part) -> str:

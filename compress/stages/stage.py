@@ -12,7 +12,6 @@ from compress.data.prompt import Task
 from compress.data.sample import TextSample
 from compress.data.text import Part, Source
 from compress.errors import UserError
-from compress.plots.figure import EXTRA
 from compress.stages.session import Session
 
 Result = TypeVar("Result")
@@ -72,7 +71,7 @@ def missing(session: Session, stage: str, where: Path) -> UserError:
     return UserError(
         f"the {stage} stage was run for an earlier form of this recipe" if older else f"the {stage} stage is missing",
         where=str(where),
-        fix=f"compress {stage} {session.recipe.source}, or all at once: compress run {session.recipe.source}",
+        fix=f"compress {stage} {session.recipe.words}, or all at once: compress run {session.recipe.words}",
     )
 
 
@@ -95,11 +94,7 @@ def documents_of(
 
 
 def draw(session: Session, plots: Callable[[Path], list[Path]]) -> None:
-    """Plots of a stage that is done; where matplotlib is missing, one line that says how to get it."""
-    try:
-        written = plots(session.run.path)
-    except ImportError:
-        session.reporter.say(f"plots: skipped, matplotlib is not installed ({EXTRA})")
-        return
+    """Plots of a stage that is done."""
+    written = plots(session.run.path)
     if written:
         session.reporter.say("plots: " + ", ".join(str(path) for path in written))

@@ -11,20 +11,23 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.families import layers_of
+from compress.models.planned import mixers_of
 from compress.train.settings import RecoverSettings
 
 
 def projections(model: nn.Module) -> list[str]:
-    """Full names of the linear modules inside the decoder layers, whatever they are called."""
+    """Full names of the linear modules inside the decoder layers, whatever they are called, but for mixers' own."""
+    of_mixers = {id(module) for mixer in mixers_of(model) for module in mixer.modules()}
     inside = {id(module) for layer in layers_of(model) for module in layer.modules() if isinstance(module, nn.Linear)}
+    inside -= of_mixers
     return [name for name, module in model.named_modules() if id(module) in inside]
 
 
 def attach(model: nn.Module, settings: RecoverSettings) -> LoraModel:
     """Put adapters into the model, in place: random A, zero B, so that it computes what it did before.
 
-    Only the adapters take gradients afterwards, and they are float32 on weights of any dtype. Draws from torch's
-    global generator.
+    Only the adapters, and what mixers have of their own, take gradients afterwards. Adapters are float32 on weights of
+    any dtype. Draws from torch's global generator.
 
     Raises:
         UserError: the decoder layers hold no linear projection.
@@ -39,7 +42,10 @@ def attach(model: nn.Module, settings: RecoverSettings) -> LoraModel:
         target_modules=names,
         bias="none",
     )
-    return LoraModel(model, config, "default")
+    adapted = LoraModel(model, config, "default")
+    for mixer in mixers_of(model):
+        mixer.requires_grad_(True)
+    return adapted
 
 
 @torch.no_grad()

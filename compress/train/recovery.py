@@ -17,13 +17,14 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
+from compress.models.planned import mixers_of
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
+from compress.runtime.step import Record
 from compress.train.curve import Curve
-from compress.train.loop import Learn, Progress, Settings, train
+from compress.train.loop import Learn, Progress, train
 from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs
-from compress.train.schedule import Schedule
 from compress.train.settings import RecoverSettings
 from compress.train.state import Partial, whole_weights
 from compress.train.windows import WindowBatches, Windows, check_windows
@@ -154,18 +155,22 @@ class _Student:
 
     def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
         """See `Trainee.run`."""
-        student = self._outputs(module, inputs)
+        record = Record()
+        # Only a model that carries a plan has mixers, which may report losses.
+        planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
+        student = {"logits": self._logits(module, {**inputs, **planned}), "record": record}
         if self.teacher is None:
             learn(student, None)
             return
         with torch.no_grad():
-            teacher = self._outputs(self.teacher, inputs)
+            teacher = {"logits": self._logits(self.teacher, inputs)}
         learn(student, teacher)
 
-    def _outputs(self, model: Any, inputs: Inputs) -> Any:
-        device = next(iter(inputs.values())).device
+    def _logits(self, model: Any, inputs: Inputs) -> torch.Tensor:
+        device = inputs["input_ids"].device
         with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            return model(**inputs, use_cache=False)
+            logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        return logits
 
 
 def autocast_dtype(settings: RecoverSettings, device: torch.device) -> torch.dtype | None:
@@ -224,14 +229,7 @@ def _train_and_merge(
             _Student(copied, teacher, low),
             settings.objectives,
             batches,
-            Settings(
-                seed=f"{seed}/recover",
-                schedule=Schedule.cosine(settings.rate, settings.step_count, settings.warmup),
-                weight_decay=settings.weight_decay,
-                clip=settings.clip,
-                save_every=settings.save_every,
-                advice="lower `recover.rate`, or set `recover.precision` to float32",
-            ),
+            settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
             accelerator,
             curve=curve,
@@ -258,17 +256,32 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     Frozen bfloat16 weights stay so where products are bfloat16 anyway; everything else is float32.
 
     Returns:
-        peft's model, or None where all weights train.
+        peft's model, or None where there are no adapters.
+
+    Raises:
+        UserError: nothing to train.
     """
     device = next(model.parameters()).device
-    low = autocast_dtype(settings, device) if settings.train == "lora" and not settings.shard else None
+    low = autocast_dtype(settings, device) if settings.train != "full" and not settings.shard else None
+    own = [weight for mixer in mixers_of(model) for weight in mixer.parameters()]
     for weight in model.parameters():
         if weight.dtype != low:
             weight.data = weight.data.float()
+    for weight in own if settings.train != "full" else model.parameters():
+        weight.data = weight.data.float().clone()  # another model may hold the same tensor
     if settings.train == "full":
-        for weight in model.parameters():
-            weight.data = weight.data.clone()  # another model may hold the same tensor
         model.requires_grad_(True)
+        return None
+    if settings.train == "mixers":
+        if not own:
+            raise UserError(
+                "the targets of the plan have no parameters of their own",
+                where="recover.train: mixers",
+                expected="`lora` or `full`, or a plan with targets that have some",
+            )
+        model.requires_grad_(False)
+        for weight in own:
+            weight.requires_grad_(True)
         return None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

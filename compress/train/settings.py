@@ -1,39 +1,28 @@
-"""What a recipe says under `recover:`."""
+"""What a recipe says under `prepare:` and `recover:`."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from compress.data.text import TextSource
-from compress.limits import BATCH, FACTOR, LONGEST, SEQUENCES, STEPS
+from compress.limits import BATCH, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
+from compress.targets.target import Target, parse_target
+from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
 from compress.train.objectives.objective import Objective
 from compress.train.objectives.text import Text
-
-# Neither changes what is trained: when it is saved, where it lies, what is recomputed, what is trained beside it.
-OUTSIDE = {"save_every", "shard", "checkpointing", "control"}
+from compress.train.schedule import Schedule
 
 
-class RecoverSettings(Method):
-    """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
+class TrainSettings(Method):
+    """What every training has: how much text, in which batches, and how fast it learns."""
 
-    train: Literal["lora", "full"] = Field(
-        "lora", description="low-rank updates of the linear projections, merged at the end, or all weights"
-    )
-    rank: int = Field(8, ge=1, le=65_536, description="rank of the updates (lora)")
-    alpha: float = Field(16.0, gt=0, le=FACTOR, description="the updates are scaled by alpha / rank (lora)")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the updates (lora)")
-    loss: Literal["text", "distill", "both"] = Field(
-        "text", description="next-token cross entropy, KL(dense || trained) at every token, or both weighed"
-    )
-    temperature: float = Field(
-        1.0, ge=0.01, le=100, description="of both distributions in the KL, which is scaled by its square"
-    )
-    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    outside: ClassVar[frozenset[str]] = frozenset({"save_every"})  # fields that what is trained does not depend on
+
     length: int = Field(512, ge=2, le=LONGEST, description="tokens in a sequence")
     batch_size: int = Field(16, ge=1, le=BATCH, description="sequences in an optimiser step, over all processes")
     micro_batch: int | None = Field(
@@ -44,25 +33,17 @@ class RecoverSettings(Method):
     )
     steps: int | None = Field(None, ge=1, le=STEPS, description="optimiser steps; this or `tokens`")
     tokens: int | None = Field(None, ge=1, description="tokens to train on, rounded up to whole steps")
-    rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
+    rate: float = Field(1e-3, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises; then cosine")
     weight_decay: float = Field(0.0, ge=0, le=FACTOR, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, le=FACTOR, description="largest norm of the gradient")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
-    )
     text: TextSource | None = Field(
         None, description="what is trained on, its calibration part; null is the recipe's calibration text"
     )
     save_every: int = Field(50, ge=1, le=STEPS, description="steps between two saved states to go on from")
-    checkpointing: bool | None = Field(
-        None, description="recompute layers in the backward pass; null does so where memory is short"
-    )
-    shard: bool = Field(False, description="spread weights over the GPUs (FSDP2); without it each has all of them")
-    control: bool = Field(False, description="train the dense model on the same batches, too, to compare with")
 
     @model_validator(mode="after")
-    def _consistent(self) -> RecoverSettings:
+    def _consistent(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("expected `steps` or `tokens`, one of them")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
@@ -86,6 +67,58 @@ class RecoverSettings(Method):
         """Tokens of text with which no sequence is trained on twice."""
         return self.step_count * self.batch_size * self.length
 
+    def facts(self) -> dict[str, Any]:
+        """All that the trained weights depend on, as plain values."""
+        return self.model_dump(mode="json", exclude=set(self.outside))
+
+    def loop(self, seed: str, advice: str) -> Settings:
+        """The same as the loop takes it; arguments as of `loop.Settings`."""
+        return Settings(
+            seed=seed,
+            schedule=Schedule.cosine(self.rate, self.step_count, self.warmup),
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            save_every=self.save_every,
+            advice=advice,
+        )
+
+
+class RecoverSettings(TrainSettings):
+    """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
+
+    outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control"})
+
+    train: Literal["lora", "full", "mixers"] = Field(
+        "lora",
+        description="low-rank updates of the linear projections, merged at the end; all weights; or only what targets "
+        "of the plan have of their own, which `lora` trains, too",
+    )
+    rank: int = Field(8, ge=1, le=65_536, description="rank of the updates (lora)")
+    alpha: float = Field(16.0, gt=0, le=FACTOR, description="the updates are scaled by alpha / rank (lora)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the updates (lora)")
+    loss: Literal["text", "distill", "both"] = Field(
+        "text", description="next-token cross entropy, KL(dense || trained) at every token, or both weighed"
+    )
+    temperature: float = Field(
+        1.0, ge=0.01, le=100, description="of both distributions in the KL, which is scaled by its square"
+    )
+    distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
+    )
+    checkpointing: bool | None = Field(
+        None, description="recompute layers in the backward pass; null does so where memory is short"
+    )
+    shard: bool = Field(False, description="spread weights over the GPUs (FSDP2); without it each has all of them")
+    control: bool = Field(False, description="train the dense model on the same batches, too, to compare with")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.control and self.train == "mixers":
+            raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
+        return self
+
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """What is minimised, and what is only recorded beside it (weight 0)."""
@@ -93,6 +126,21 @@ class RecoverSettings(Method):
         text = Text(weight=1 - share)
         return (text,) if self.loss == "text" else (text, Distill(weight=share, temperature=self.temperature))
 
-    def facts(self) -> dict[str, Any]:
-        """All that the trained weights depend on, as plain values."""
-        return self.model_dump(mode="json", exclude=OUTSIDE)
+
+class PrepareSettings(TrainSettings):
+    """Training of what targets have of their own, before the search, on the dense model's activations."""
+
+    targets: tuple[Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)], ...] = Field(
+        min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
+    )
+    rate: float = Field(0.01, gt=0, le=FACTOR, description="highest learning rate of AdamW")
+
+    @field_validator("targets")
+    @classmethod
+    def _trainable(cls, named: tuple[Target, ...]) -> tuple[Target, ...]:
+        if len(set(named)) < len(named):
+            raise ValueError("expected each target once")
+        for target in named:
+            if target.objective is None:
+                raise ValueError(f"`{target.target}` has nothing to train; it can be searched as it is")
+        return named

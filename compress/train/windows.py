@@ -12,13 +12,14 @@ import torch
 from compress.errors import UserError
 
 
-def check_windows(available: int, length: int, context: int | None) -> None:
+def check_windows(available: int, length: int, context: int | None, section: str = "recover") -> None:
     """Check that windows fit the model and the text.
 
     Args:
         available: tokens of the text.
         length: tokens in a window.
         context: the model's longest input; None where it has none.
+        section: of the recipe, for the message.
 
     Raises:
         UserError: a window is longer than the context or than the text.
@@ -26,17 +27,17 @@ def check_windows(available: int, length: int, context: int | None) -> None:
     if context is not None and length > context:
         raise UserError(
             "the training sequences are longer than the model's context",
-            where="recover.length",
+            where=f"{section}.length",
             expected=f"at most {context} tokens",
             found=f"{length}",
         )
     if available < length:
         raise UserError(
             "the training text is too short",
-            where="recover.text",
+            where=f"{section}.text",
             expected=f"at least one sequence of {length} tokens in the calibration part of the text",
             found=f"{available} tokens",
-            fix="give a longer text, or a smaller `recover.length`",
+            fix=f"give a longer text, or a smaller `{section}.length`",
         )
 
 
@@ -81,12 +82,13 @@ class WindowBatches:
     Args:
         sequences: in a batch, over all processes.
         most: sequences in one pass; None takes all of a process at once.
+        where: key of the recipe that says how many, for the message.
     """
 
     unit = "tokens"
 
-    def __init__(self, windows: Windows, sequences: int, most: int | None) -> None:
-        self.windows, self.sequences, self.most = windows, sequences, most
+    def __init__(self, windows: Windows, sequences: int, most: int | None, where: str = "recover.batch_size") -> None:
+        self.windows, self.sequences, self.most, self.where = windows, sequences, most, where
         self.size = sequences * windows.length
 
     def share(self, processes: int) -> int:
@@ -98,7 +100,7 @@ class WindowBatches:
         if self.sequences % processes:
             raise UserError(
                 "the batch does not divide among the processes",
-                where="recover.batch_size",
+                where=self.where,
                 expected=f"a multiple of {processes}",
                 found=f"{self.sequences}",
             )

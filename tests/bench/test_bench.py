@@ -10,14 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from compress.bench.check import check_kernels
-from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row, spans_of, visible_share
+from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row, spans_of, visible_share, with_mix
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row, side
 from compress.bench.report import break_even, model_lines
-from compress.bench.source import Source
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.models.pruning import Kept, prune
+from compress.models.source import ModelSource
 from compress.runtime.span import Span
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
@@ -70,9 +70,9 @@ def test_times_are_medians_between_their_quartiles() -> None:
 
 def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
     torch.manual_seed(0)
-    source = Source("tiny")
+    source = ModelSource("tiny")
     dense = source.dense(CPU, torch.float32)
-    planned, label = source.planned(dense, "A", 700)
+    planned, label = with_mix(dense, "A", 700), "A"
     row = model_row(dense, planned, source.name, label, 2, 700, steps=16)
     spans = spans_of(mix("A", 4, 700), 700)
     pages = sum(sum(span.reserved_pages(716)) for span in spans)
@@ -83,7 +83,7 @@ def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
 
 def test_a_pruned_model_is_timed_on_its_own_heads_and_all_is_put_back() -> None:
     torch.manual_seed(0)
-    dense = Source("tiny").dense(CPU, torch.float32)
+    dense = ModelSource("tiny").dense(CPU, torch.float32)
     pruned = copy.deepcopy(dense)
     prune(pruned, [Kept((0, 2), tuple(range(0, 128, 2)))] * 2)
     before = dense.config.to_dict(), dense.config._attn_implementation
@@ -105,9 +105,9 @@ def test_dense_time_is_not_told_of_layers_that_slide() -> None:
 
 def test_a_plan_of_full_groups_is_the_dense_model() -> None:
     torch.manual_seed(0)
-    source = Source("tiny")
+    source = ModelSource("tiny")
     dense = source.dense(CPU, torch.float32)
-    planned, _ = source.planned(dense, "full", 100)
+    planned = with_mix(dense, "full", 100)
     ids = torch.randint(256, (1, 100))
     with torch.inference_mode():
         torch.testing.assert_close(planned(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from compress.bench import kernel, memory
 from compress.bench.kernel import Shape
 from compress.bench.measure import Time
-from compress.bench.source import Source
 from compress.cli.app import app
+from compress.models.source import ModelSource
 from compress.runtime.span import Span
 from scripts import gpu_kernels
 
@@ -48,7 +48,7 @@ def test_rows_that_do_not_fit_are_not_begun(script: list[str], monkeypatch: pyte
 
 
 def test_the_batch_that_fits_is_measured(script: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = Source("tiny").dense(CPU, torch.float32)
+    dense = ModelSource("tiny").dense(CPU, torch.float32)
     holding(monkeypatch, memory.model_need(dense, 15, 64))
     found = dict(gpu_kernels.model_rows("tiny", 64))
     assert list(found) == ["model batch 1"] and found["model batch 1"]["decode_tokens_per_s"] > 0
@@ -85,7 +85,7 @@ def test_an_estimate_is_what_the_tensors_take() -> None:
 
 def test_the_card_of_80_gb_holds_one_long_prompt_and_not_sixteen() -> None:
     """As measured: 86.78 GiB with the weights, 14.96 GiB, of which a card of 80 GB has 79.1."""
-    dense = Source("llama-3-8b").dense(torch.device("meta"), torch.bfloat16)
+    dense = ModelSource("llama-3-8b").dense(torch.device("meta"), torch.bfloat16)
     weights = sum(weight.nbytes for weight in dense.parameters())
     sixteen, one = (weights + memory.model_need(dense, batch, 32768) for batch in (16, 1))
     assert sixteen / memory.GIB == pytest.approx(86.78, rel=0.02) and one / memory.GIB < 30

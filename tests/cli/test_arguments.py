@@ -72,6 +72,10 @@ WRONG: list[tuple[list[str], str]] = [
             ("--device", "gpu", "--device"),
             ("--seed", "-1", "--seed"),
             ("--include", NOWHERE, "--include"),
+            ("--measure", "[1", "--measure"),
+            ("--measure", "[1]", "NAME"),
+            ("--record", "", "--record"),
+            ("--replay", NOWHERE, "--record FILE"),
             ("--out", "pyproject.toml", "pyproject.toml"),
             ("--out", LONG, "too long"),
         ]
@@ -92,7 +96,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["inspect", "recipe.yaml"], "compress validate recipe.yaml"),
     (["inspect", "pyproject.toml"], "pyproject.toml"),
     (["inspect", "evaluation.json"], "compress report"),
-    (["inspect", "other.json"], "no plan"),
+    (["inspect", "other.json"], "not a plan"),
     (["inspect", NOWHERE], NOWHERE),
     (["inspect", "a\0b"], "no path"),
     (["inspect", LONG], "too long"),
@@ -101,6 +105,18 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", LONG], "too long"),
     (["report", "runs", "--out", "runs"], "is a folder"),
     (["report", "runs", "--plots", "pyproject.toml"], "is a file"),
+    (["report", "runs", "--cells", "cells.txt"], ".csv or .json"),
+    *(
+        ([command, "recipe.yaml", "--set", "search.budget.kv"], "not a setting")
+        for command in ("run", "profile", "search", "recover", "export", "eval", "validate")
+    ),
+    (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "changes a recipe"),
+    (["run", "recipe.yaml", "--set", "serach.budget.kv=1"], "did you mean `search`?"),
+    (["sweep", "recipe.yaml", "--set", "seed"], "key=value"),
+    (["sweep", "recipe.yaml", "--set", "seed=1", "--out", "pyproject.toml"], "pyproject.toml"),
+    (["sweep", "nowhere.yaml", "--set", "seed=1"], "no such recipe"),
+    (["sweep", "recipe.yaml", "--set", "model.x=1"], "no such key"),
+    (["sweep", "recipe.yaml"], "--set"),
     *(
         ([command, *words], told)
         for command in ("run", "profile", "search", "recover", "export", "validate")

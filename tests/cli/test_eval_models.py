@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
-from compress.evaluate import compare
+from compress.evaluate.measures import latency as module
 from compress.models.content import content_key
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -36,13 +36,13 @@ def evaluated(*words: Any) -> list[dict[str, Any]]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A number of each model that is timed, in order."""
     seen: list[float] = []
-    real: Any = vars(compare)["latency"]
+    real: Any = module.latency
 
     def latency(model: Any, dense: Any, request: Any) -> Any:
         seen.append(float(model.lm_head.weight.detach().sum()))
         return real(model, dense, request)
 
-    monkeypatch.setattr(compare, "latency", latency)
+    monkeypatch.setattr(module, "latency", latency)
     return seen
 
 

@@ -17,9 +17,7 @@ from typer.testing import CliRunner
 
 from compress import registry
 from compress.cli.app import app
-from compress.evaluate.harness import HarnessRequest
-from compress.evaluate.latency import LatencyRequest
-from compress.evaluate.perplexity import PerplexityRequest
+from compress.evaluate.measure import asked_for
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import Recipe
 from compress.search.budget.budget import Budget
@@ -67,6 +65,8 @@ evaluate:
   recall:
     - {{task: passkey, length: 192, count: 2}}
     - {{task: facts, length: 192, count: 2, wordings: evaluation, facts: 1, kinds: [place, time]}}
+  agreement: {{length: 64, windows: 1}}
+  flops: {{}}
   batch_size: 2
 """
 SOLVERS = (
@@ -140,8 +140,8 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     (SECTION, "dtype", "float32"): ("tests/export/test_export.py", r"loaded.model.dtype == torch.float32"),
     (SECTION, "dtype", "bfloat16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16"'),
     (SECTION, "dtype", "float16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16", "float16"\]'),
-    ("evaluate.harness.HarnessRequest", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
-    ("evaluate.latency.LatencyRequest", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
+    ("evaluate.measures.lm_eval.LmEval", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
+    ("evaluate.measures.latency.Latency", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
 }
 
@@ -214,6 +214,7 @@ def run(folder: Path, text: str, *commands: str) -> None:
     found: Recipe = load_recipe(recipe)
     unread = {class_name(type(found.export))}  # no command here exports
     RAN.update(value for value in named(found) if value[0] not in unread)
+    RAN.update((class_name(type(measure)), "", "") for measure in asked_for(found.evaluate))
 
 
 def test_spans(folder: Path) -> None:
@@ -249,9 +250,9 @@ def test_dtypes_and_a_dataset(folder: Path, dtype: str, monkeypatch: pytest.Monk
 
 
 def test_every_value_is_run_somewhere() -> None:
-    many = (registry.statistics, registry.solvers, registry.tasks, registry.sources)
+    many = (registry.statistics, registry.solvers, registry.tasks, registry.sources, registry.measures)
     classes: list[Any] = [method for table in many for _, method in table.items()]
-    classes += [Budget, Refine, RecoverSettings, PerplexityRequest, HarnessRequest, LatencyRequest]
+    classes += [Budget, Refine, RecoverSettings]
     seen: set[type] = {base for method in classes for base in method.__mro__[1:]}  # nobody names a base class
     wanted = {value for schema in [Recipe, *classes] for value in choices(schema, seen)}
     wanted |= {(class_name(schema), "", "") for schema in classes}

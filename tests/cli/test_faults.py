@@ -211,7 +211,6 @@ def test_a_staged_folder_that_cannot_be_put_in_place(
 
 
 def test_plots_that_a_kill_interrupted_are_drawn_again(copied: Path) -> None:
-    pytest.importorskip("matplotlib")
     plots = copied.parent / "run" / "plots"
     whole = contents(plots)
     for lost in (

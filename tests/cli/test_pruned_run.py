@@ -12,13 +12,13 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
-from compress.bench.source import Source
 from compress.cli.app import app
 from compress.models.load import load_model
+from compress.models.source import ModelSource
 from compress.plan import read_plan, removal
 from compress.recipe.load import load_recipe
 from compress.report.facts import read_facts
-from compress.report.sections import costs, head_map, headline, quality_against_parameters
+from compress.report.sections import costs, head_map, headline, quality_charts
 from compress.stages.evaluate import row_names
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import random_ids
@@ -62,6 +62,11 @@ def run(folder: Path, solver: str) -> str:
     return result.stderr
 
 
+def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation with each result under its measure."""
+    return [row | {result["measure"]: result for result in row["results"]} for row in evaluation["variants"]]
+
+
 def recipe_on(checkpoint: Path, folder: Path) -> Path:
     """A recipe of windows that starts from a checkpoint."""
     recipe = make_recipe(folder)
@@ -87,7 +92,7 @@ def by_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_row_has_its_exact_parameters_and_its_time(equal: Path) -> None:
-    rows = json.loads((equal / "run" / "evaluation.json").read_text())["variants"]
+    rows = rows_of(json.loads((equal / "run" / "evaluation.json").read_text()))
     assert [row["name"] for row in rows] == ROWS == row_names(load_recipe(equal / "recipe.yaml"))
     plan = read_plan(equal / "run" / "plan.json")
     small, whole = plan.predicted.parameters, plan.predicted.dense_parameters
@@ -121,20 +126,23 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     facts = read_facts(equal / "run")
     assert facts.plan is not None and facts.plan.predicted.parameters and facts.plan.predicted.dense_parameters
     found = headline(facts)
-    assert found["share"] == facts.plan.predicted.parameters / facts.plan.predicted.dense_parameters
+    share = facts.plan.predicted.parameters / facts.plan.predicted.dense_parameters
+    assert found["shares"][0] == (share, "of the parameters of the dense decoder layers")
     assert found["lines"][0] == removal(facts.plan) and any("decode step" in line for line in found["lines"])
     heads = head_map(facts)
     assert heads is not None
     cells = [cell for row in heads["layers"] for cell in row]
-    assert len(cells) == 6 and sum(cell["told"][0].endswith(": removed") for cell in cells) == 3
+    assert len(cells) == 6 and sum(cell["words"][0].endswith(": removed") for cell in cells) == 3
     assert {cell["level"] for cell in cells if cell["target"] == "pruned"} == {0}
     assert costs(facts)[0]["prefill_sparsity"] == costs(facts)[0]["decode_sparsity"] == 0.5
-    (chart,) = quality_against_parameters([facts])
+    (chart,) = next(each.charts for each in quality_charts([facts]) if each.cost == "parameters of the layers")
     shares = [one.points[0][0] for one in chart.series]
     assert [one.label for one in chart.series] == ROWS
-    assert shares == pytest.approx([1, found["share"], found["share"], 1, found["share"]])
+    assert shares == pytest.approx([1, share, share, 1, share])
     page = (equal / "run" / "report.html").read_text()
-    assert "Quality against parameters" in page and "of the parameters of the dense decoder layers" in page
+    assert (
+        "Quality against parameters of the layers" in page and "of the parameters of the dense decoder layers" in page
+    )
 
 
 def test_the_card_is_that_of_an_ordinary_model(equal: Path, by_layer: Path) -> None:
@@ -165,7 +173,7 @@ def test_a_checkpoint_with_widths_of_its_own_is_measured_beside_the_model_it_cam
     options = ["--latency", 64, "--batch", 2, "--device", "cpu", "--out", tmp_path / "eval", "--json"]
     result = call("eval", dense, checkpoint, *options)
     assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)["variants"]
+    rows = rows_of(json.loads(result.stdout))
     plan = read_plan(by_layer / "run" / "plan.json")
     assert rows[1]["size"]["block_parameters"] == plan.predicted.parameters
     told = call("eval", checkpoint, "--latency", 64)
@@ -187,12 +195,12 @@ def test_a_checkpoint_that_carries_a_plan_is_no_model_to_start_from(by_layer: Pa
 
 def test_the_bench_runs_a_checkpoint_as_it_is_meant_to(by_layer: Path) -> None:
     checkpoint = by_layer / "run" / "checkpoint"
-    source = Source(str(checkpoint))
+    source = ModelSource(str(checkpoint))
     assert source.has_own_widths
     own = source.carried(torch.device("cpu"), torch.float32)
     brought = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     ids = random_ids(2, 40)
     with torch.no_grad():
         assert torch.equal(own(ids).logits, brought(ids).logits)
-    assert not Source(str(by_layer / "model")).has_own_widths
+    assert not ModelSource(str(by_layer / "model")).has_own_widths
     assert load_model(str(by_layer / "model")).model.config.model_type == "llama"

@@ -1,8 +1,6 @@
 """The pipeline on a tiny model: stages in order, nothing done twice, nothing foreign touched."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +43,10 @@ def test_a_finished_run_is_not_repeated(copied: Path) -> None:
 
 
 def test_a_run_draws_its_plots(finished: Path) -> None:
-    pytest.importorskip("matplotlib")
     plots = finished.parent / "run" / "plots"
     names = {f"{name}.{kind}" for name in ("spans", "influence", "quality") for kind in ("svg", "png")}
     assert {path.name for path in plots.iterdir() if path.stat().st_size > 1000} == names
     assert "tokens seen at 320" in (plots / "spans.svg").read_text()
-
-
-def test_without_matplotlib_a_run_goes_on_and_says_so(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plots = copied.parent / "run" / "plots"
-    shutil.rmtree(plots, ignore_errors=True)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = call("run", copied)
-    assert result.exit_code == 0, result.output
-    skipped = "plots: skipped, matplotlib is not installed (in the clone: pip install -e '.[plots]')"
-    assert result.stderr.splitlines().count(skipped) == 2  # search and evaluate
-    assert not plots.exists()
 
 
 def test_a_changed_recipe_reruns_only_what_depends_on_it(copied: Path) -> None:

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from compress.cli import doctor, validate
 from compress.cli.app import app
-from compress.cli.tables import fitted, show
+from compress.cli.tables import fitted, rich_table, show
 from compress.evaluate.comparison import read_comparison
+from compress.evaluate.tables import tables
 
 WIDTHS = [40, 60, 80, None]
 
@@ -104,7 +105,8 @@ def test_names_in_brackets_are_no_markup() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_tables_of_an_evaluation(finished: Path, width: int | None) -> None:
-    for table in read_comparison(finished.parent / "run" / "evaluation.json").tables():
+    for grid in tables(read_comparison(finished.parent / "run" / "evaluation.json")):
+        table = rich_table(grid)
         text = printed(table, width)
         assert all(word in text for word in figures(table)), text
         if width is not None:

@@ -10,17 +10,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from compress.cli.tables import show
 from compress.data.continuation import Continuation
 from compress.data.key_value import KeyValue
 from compress.data.passkey import PassKey
 from compress.data.prompt import Task
 from compress.data.text import FileText, split_text, tokenise
 from compress.errors import UserError
-from compress.evaluate.compare import Variant, compare
+from compress.evaluate.compare import compare
 from compress.evaluate.comparison import Comparison, read_comparison
-from compress.evaluate.perplexity import PerplexityRequest, perplexity
+from compress.evaluate.measure import Measure, Variant
+from compress.evaluate.measures.perplexity import Perplexity, perplexity
+from compress.evaluate.measures.recall import Recall
+from compress.evaluate.tables import tables
+from compress.targets.cost import Cost
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
 
+COST = Cost(2**19, 2**19, 100, 1000)
 RECALL: list[Task] = [PassKey(length=200, count=3), KeyValue(length=240, count=2, lines=1)]
 
 
@@ -43,7 +49,7 @@ class Builder:
                 name,
                 lambda name=name: self.build(name),  # type: ignore[misc]
                 key=name,
-                kv_bytes={200: 2**20 if name == "dense" else 2**19},
+                cost=lambda length, name=name: COST * (2 if name == "dense" else 1),  # type: ignore[misc]
             )
             for name in names
         ]
@@ -54,15 +60,12 @@ class Builder:
 
 
 def run(source: FileText, folder: Path, builder: Builder, **changes: Any) -> Comparison:
-    options: dict[str, Any] = {
-        "perplexity_request": PerplexityRequest(text=source, length=200, windows=2),
-        "recall_requests": RECALL,
-        "recall_text": source,
-        "seed": 0,
-        "cache_dir": folder,
-    }
+    options: dict[str, Any] = {"text": source, "seed": 0, "cache_dir": folder}
+    asked: list[Measure] = list(changes.pop("windows", [Perplexity(text=source, length=200, windows=2)]))
+    asked += Recall.of(changes.pop("recall", RECALL))
     names = changes.pop("names", ("dense", "plan"))
-    return compare(changes.pop("loaded", None) or byte_loaded(), builder.variants(names), **options | changes)
+    loaded = changes.pop("loaded", None) or byte_loaded()
+    return compare(loaded, builder.variants(names), asked, **options | changes)
 
 
 def test_rows_are_what_each_model_does_on_the_evaluation_part(tmp_path: Path, source: FileText) -> None:
@@ -72,14 +75,13 @@ def test_rows_are_what_each_model_does_on_the_evaluation_part(tmp_path: Path, so
     assert [variant.name for variant in result.variants] == ["dense", "plan"]
     text = tokenise(byte_tokenizer(), split_text(source.load(), "evaluation"))
     for seed, variant in enumerate(result.variants):
-        own = perplexity(byte_model(seed), text, PerplexityRequest(text=source, length=200, windows=2))
-        assert variant.perplexity is not None
-        assert variant.perplexity.nll == pytest.approx(own.nll)
-        assert [(r.task, r.length, len(r.items)) for r in variant.recall] == [
+        own = perplexity(byte_model(seed), text, Perplexity(text=source, length=200, windows=2))
+        assert variant.of("perplexity")[0].nll == pytest.approx(own.nll)
+        assert [(r.task, r.length, len(r.items)) for r in variant.of("recall")] == [
             ("passkey", 200, 3),
             ("key_value", 240, 2),
         ]
-    expected = [[item.expected for item in result.variants[i].recall[0].items] for i in (0, 1)]
+    expected = [[item.expected for item in result.variants[i].of("recall")[0].items] for i in (0, 1)]
     assert expected[0] == expected[1]
     assert (result.model, result.dtype, result.device, result.seed) == ("tiny/bytes", "float32", "cpu", 0)
     assert reports[-1][:2] == (14, 14)
@@ -96,7 +98,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, source: FileText
     ]
     run(source, kept, builder, names=("dense", "plan", "uniform"))
     assert builder.built == ["dense", "plan", "uniform"]
-    run(source, kept, builder, recall_requests=[*RECALL, PassKey(length=220, count=1)])
+    run(source, kept, builder, recall=[*RECALL, PassKey(length=220, count=1)])
     assert builder.built == ["dense", "plan", "uniform", "dense", "plan"]
     run(source, kept, builder, seed=1)
     assert len(builder.built) == 7
@@ -111,7 +113,7 @@ def test_file_form_comes_back_the_same(tmp_path: Path, source: FileText) -> None
     path = tmp_path / "evaluation.json"
     result.write(path)
     assert read_comparison(path) == result
-    assert '"schema": 1' in path.read_text(encoding="utf-8")
+    assert '"schema": 2' in path.read_text(encoding="utf-8")
 
 
 def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
@@ -120,7 +122,7 @@ def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
         read_comparison(path)
     run(source, tmp_path / "kept", Builder()).write(path)
     text = path.read_text(encoding="utf-8")
-    for damaged in (text[:-40], text.replace('"schema": 1', '"schema": 2'), text.replace('"seed"', '"sede"')):
+    for damaged in (text[:-40], text.replace('"schema": 2', '"schema": 3'), text.replace('"seed"', '"sede"')):
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(UserError, match=r"evaluation\.json"):
             read_comparison(path)
@@ -128,8 +130,8 @@ def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
 
 def printed(result: Comparison) -> str:
     stream = io.StringIO()
-    for table in result.tables():
-        Console(file=stream, width=200, color_system=None).print(table)
+    for table in tables(result):
+        show(table, Console(file=stream, width=300, color_system=None))
     return " ".join(stream.getvalue().split())
 
 
@@ -147,29 +149,27 @@ def test_table_names_everything_a_reader_needs(tmp_path: Path, source: FileText)
         "0.00 (0.00 to 0.56)",
     ):
         assert part in text
-    plan, dense = result.variants[1].perplexity, result.dense.perplexity
-    assert plan is not None
-    assert dense is not None
+    dense, plan = (row.of("perplexity")[0] for row in result.variants)
     assert f"{dense.perplexity:.3f}" in text
     assert f"{plan.perplexity / dense.perplexity - 1:+.1%}" in text
 
 
 def test_either_half_may_be_left_out(tmp_path: Path, source: FileText) -> None:
-    alone = run(source, tmp_path / "a", Builder(), recall_requests=[])
+    alone = run(source, tmp_path / "a", Builder(), recall=[])
     assert alone.text is None
     assert "passkey" not in printed(alone)
-    recall_only = run(source, tmp_path / "b", Builder(), perplexity_request=None)
+    recall_only = run(source, tmp_path / "b", Builder(), windows=[])
     assert "perplexity" not in printed(recall_only)
 
 
 def test_requests_that_do_not_fit_are_refused_before_a_model_is_built(tmp_path: Path, source: FileText) -> None:
     builder = Builder()
     with pytest.raises(UserError, match="context"):
-        run(source, tmp_path, builder, recall_requests=[PassKey(length=5000, count=1)])
+        run(source, tmp_path, builder, recall=[PassKey(length=5000, count=1)])
     with pytest.raises(UserError, match="no right answer"):
-        run(source, tmp_path, builder, recall_requests=[Continuation(length=200, count=1)])
+        run(source, tmp_path, builder, recall=[Continuation(length=200, count=1)])
     with pytest.raises(UserError, match="too short"):
-        run(source, tmp_path, builder, perplexity_request=PerplexityRequest(text=source, length=2000, windows=500))
+        run(source, tmp_path, builder, windows=[Perplexity(text=source, length=2000, windows=500)])
     with pytest.raises(ValueError, match="`dense` first"):
         run(source, tmp_path, builder, names=("plan", "dense"))
     assert builder.built == []
@@ -177,21 +177,16 @@ def test_requests_that_do_not_fit_are_refused_before_a_model_is_built(tmp_path: 
 
 def test_positions_and_depths_are_printed_for_every_variant(tmp_path: Path, source: FileText) -> None:
     result = run(source, tmp_path / "kept", Builder())
-    main, positions, *depths = result.tables()
-    assert [str(table.title).split(",")[0] for table in depths] == [
-        "passkey at 200 by depth",
-        "key_value at 240 by depth",
-    ]
-    dense = result.dense.perplexity
-    assert dense is not None
-    cells = [list(column.cells) for column in positions.columns]
-    assert cells[0] == ["dense", "plan"] == list(main.columns[0].cells)
-    assert [column[0] for column in cells[1:]] == [f"{bucket.perplexity:.3f}" for bucket in dense.buckets]
-    prompts = [int(str(column.header).split("(")[1].rstrip(")")) for column in depths[0].columns[1:]]
+    main, positions, *depths = tables(result)
+    assert [table.title.split(",")[0] for table in depths] == ["passkey at 200 by depth", "key_value at 240 by depth"]
+    (dense,) = result.dense.of("perplexity")
+    assert [row[0] for row in positions.rows] == ["dense", "plan"] == [row[0] for row in main.rows]
+    assert positions.rows[0][1:] == [f"{bucket.perplexity:.3f}" for bucket in dense.buckets]
+    prompts = [int(column.head.split("(")[1].rstrip(")")) for column in depths[0].columns[1:]]
     assert sum(prompts) == 3
 
 
-@pytest.mark.parametrize("asked", [{"recall_requests": []}, {"perplexity_request": None}])
+@pytest.mark.parametrize("asked", [{"recall": []}, {"windows": []}])
 def test_a_token_without_an_embedding_is_told_before_anything_is_measured(
     asked: dict[str, Any], source: FileText, tmp_path: Path
 ) -> None:

@@ -14,14 +14,19 @@ pytest.importorskip("lm_eval")
 from compress.data.text import FileText
 from compress.errors import UserError
 from compress.evaluate import harness
-from compress.evaluate.compare import Variant, compare
-from compress.evaluate.harness import HarnessRequest, Sample, TaskResult, check_request, paired, run_task, suite_config
+from compress.evaluate.compare import compare
+from compress.evaluate.harness import run_task, suite_config
+from compress.evaluate.measure import Variant
+from compress.evaluate.measures.lm_eval import LmEval
+from compress.evaluate.paired import paired
 from compress.evaluate.suites.documents import documents
+from compress.evaluate.tables import tables
+from compress.evaluate.task_result import TaskResult
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
 
 
 def ran(folder: Path, name: str = "local_choice", **changes: Any) -> TaskResult:
-    request = HarnessRequest(tasks=(name,), include=str(folder), **changes)
+    request = LmEval(tasks=(name,), include=str(folder), **changes)
     return run_task(byte_model(), byte_tokenizer(), request, name, None, seed=0, text="")
 
 
@@ -92,11 +97,11 @@ def test_nothing_is_printed_beside_the_result(tasks: Path, capfd: pytest.Capture
 
 
 def test_what_is_too_long_is_refused(tasks: Path) -> None:
-    request = HarnessRequest(tasks=("local_choice",), include=str(tasks))
+    request = LmEval(tasks=("local_choice",), include=str(tasks))
     with pytest.raises(UserError, match="nothing is cut"):
         run_task(byte_model(context=4), byte_tokenizer(), request, "local_choice", None, seed=0, text="")
     with pytest.raises(UserError, match="nothing is cut"):
-        run_task(byte_model(context=1024), byte_tokenizer(), HarnessRequest(), "vt", 2000, seed=0, text=story())
+        run_task(byte_model(context=1024), byte_tokenizer(), LmEval(), "vt", 2000, seed=0, text=story())
 
 
 def test_unknown_names_are_told(tasks: Path) -> None:
@@ -105,9 +110,9 @@ def test_unknown_names_are_told(tasks: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         ran(tasks / "none")
     with pytest.raises(UserError, match="niah_single_1"):
-        check_request(HarnessRequest(suites=("niah_singel_1",)), None)
+        LmEval(suites=("niah_singel_1",)).check(None)
     with pytest.raises(UserError, match="context"):
-        check_request(HarnessRequest(suites=("vt",), lengths=(4096,)), 2048)
+        LmEval(suites=("vt",), lengths=(4096,)).check(2048)
 
 
 def test_missing_data_is_told(tasks: Path, tmp_path: Path) -> None:
@@ -117,16 +122,14 @@ def test_missing_data_is_told(tasks: Path, tmp_path: Path) -> None:
 
 
 def test_a_suite_runs_through_the_cache(tasks: Path) -> None:
-    found = run_task(byte_model(), byte_tokenizer(), HarnessRequest(count=2), "passkey", 600, seed=1, text=story())
+    found = run_task(byte_model(), byte_tokenizer(), LmEval(count=2), "passkey", 600, seed=1, text=story())
     assert found.generates and found.length == 600 and set(found.metrics) == {"score"}
     assert len(found.samples) == 2 and all(sample.depth is not None for sample in found.samples)
     assert found.errors["score"] == 0.0  # a random model finds nothing
 
 
 def test_a_suite_is_scored_without_the_cache(tasks: Path) -> None:
-    found = run_task(
-        byte_model(), byte_tokenizer(), HarnessRequest(count=3), "passkey:prefill", 600, seed=1, text=story()
-    )
+    found = run_task(byte_model(), byte_tokenizer(), LmEval(count=3), "passkey:prefill", 600, seed=1, text=story())
     assert found.task == "passkey_prefill_600" and not found.generates and found.main() == "acc"
     assert found.metrics == {"acc": 0.0} and len(found.samples) == 3
     config = suite_config("passkey:prefill", 600, 1, byte_tokenizer(), 1, story())
@@ -148,16 +151,12 @@ def test_variants_are_kept_and_paired(tasks: Path, tmp_path: Path) -> None:
         return Variant(name, build, key=name)
 
     def both() -> Any:
-        request = HarnessRequest(
-            tasks=("local_choice",), include=str(tasks), suites=("passkey",), lengths=(600,), count=2
-        )
+        request = LmEval(tasks=("local_choice",), include=str(tasks), suites=("passkey",), lengths=(600,), count=2)
         return compare(
             byte_loaded(),
             [variant("dense", 0), variant("plan", 1)],
-            perplexity_request=None,
-            recall_requests=[],
-            recall_text=FileText(path=str(text)),
-            harness_request=request,
+            [request],
+            text=FileText(path=str(text)),
             seed=0,
             cache_dir=tmp_path / "kept",
         )
@@ -168,25 +167,20 @@ def test_variants_are_kept_and_paired(tasks: Path, tmp_path: Path) -> None:
         update={"variants": [v.model_copy(update={"seconds": 0.0}) for v in first.variants]}
     )
     assert built == ["dense", "plan"]
-    gap = first.against_dense(first.variants[1], 0)
-    ours, dense = first.variants[1].tasks[0].metrics["acc_norm"], first.dense.tasks[0].metrics["acc_norm"]
+    gap = first.against_dense(first.variants[1], first.tasks()[0])
+    dense, ours = (row.of("lm_eval")[0].metrics["acc_norm"] for row in first.variants)
     assert gap is not None and gap.difference == pytest.approx(ours - dense)
     assert first.worst_drop(first.variants[1]) is not None
-    assert any("lm-eval" in str(table.title) for table in first.tables())
+    assert any("lm-eval" in table.title for table in tables(first))
 
 
 def test_paired_difference_by_hand() -> None:
-    def result(values: list[float]) -> TaskResult:
-        samples = [Sample(metrics={"acc": value}) for value in values]
-        facts: Any = {"task": "t", "version": "", "metrics": {"acc": 0.0}, "errors": {}, "higher": {"acc": True}}
-        return TaskResult(generates=False, samples=samples, **facts)
-
-    gap = paired(result([1, 0, 0, 1]), result([1, 1, 0, 1]), "acc")
+    gap = paired([1, 0, 0, 1], [1, 1, 0, 1])
     assert gap is not None and gap.difference == -0.25
     assert gap.error == pytest.approx(float(torch.tensor([0.0, -1.0, 0.0, 0.0]).std() / 2))
     assert not gap.significant
-    assert paired(result([1, 0]), result([1]), "acc") is None
-    assert paired(result([1, 0]), result([1, 1]), "f1") is None
+    assert paired([1, 0], [1]) is None
+    assert paired([1, float("nan")], [1, 1]) is None
 
 
 def test_items_are_sized_with_one_tokenizer_for_all(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +191,7 @@ def test_items_are_sized_with_one_tokenizer_for_all(tasks: Path, monkeypatch: py
         return documents(name, tokenizer, *rest)
 
     monkeypatch.setattr(harness, "documents", recorded)
-    own, shared, request = byte_tokenizer(begin=True), byte_tokenizer(), HarnessRequest(count=1)
+    own, shared, request = byte_tokenizer(begin=True), byte_tokenizer(), LmEval(count=1)
     run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story())
     run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story(), sizer=shared)
     assert set(map(id, sized[:1])) == {id(own)} and sized[-1] is shared

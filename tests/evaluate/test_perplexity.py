@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from compress.errors import UserError
-from compress.evaluate.perplexity import PerplexityRequest, bucket_edges, perplexity
+from compress.evaluate.measures.perplexity import Perplexity, bucket_edges, perplexity
 from tests.tiny import random_ids, tiny_model
 
 TEXT = random_ids(1, 3000).flatten().tolist()
@@ -27,9 +27,7 @@ def direct(model: Any, start: int, length: int) -> torch.Tensor:
 def test_windows_side_by_side() -> None:
     model = tiny_model("llama-gqa")
     steps: list[tuple[int, int]] = []
-    result = perplexity(
-        model, TEXT, PerplexityRequest(length=600, windows=3), progress=lambda *step: steps.append(step)
-    )
+    result = perplexity(model, TEXT, Perplexity(length=600, windows=3), progress=lambda *step: steps.append(step))
     losses = [direct(model, start, 600) for start in (0, 600, 1200)]
     expected = torch.cat(losses)
     assert result.tokens == 3 * 599 == len(expected)
@@ -45,7 +43,7 @@ def test_windows_side_by_side() -> None:
 
 def test_overlapping_windows_score_each_token_once_with_the_most_context() -> None:
     model = tiny_model("qwen3")
-    result = perplexity(model, TEXT, PerplexityRequest(length=300, windows=3, stride=100), edges=[0, 200, 300])
+    result = perplexity(model, TEXT, Perplexity(length=300, windows=3, stride=100), edges=[0, 200, 300])
     expected = torch.cat([direct(model, 0, 300), direct(model, 100, 300)[199:], direct(model, 200, 300)[199:]])
     assert result.tokens == 499 == len(expected)
     assert result.nll == pytest.approx(float(expected.sum()), rel=1e-6)
@@ -63,20 +61,20 @@ def test_only_a_slice_of_logits_exists_at_once() -> None:
     model = tiny_model("llama-gqa")
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
-    perplexity(model, TEXT, PerplexityRequest(length=700, windows=1))
+    perplexity(model, TEXT, Perplexity(length=700, windows=1))
     assert rows == [256, 256, 187]
 
 
 def test_what_does_not_fit_is_refused() -> None:
     model = tiny_model("llama-gqa")
     with pytest.raises(UserError) as error:
-        perplexity(model, TEXT[:500], PerplexityRequest(length=300, windows=2))
+        perplexity(model, TEXT[:500], Perplexity(length=300, windows=2))
     assert "at least 600 tokens" in str(error.value)
     assert "500 tokens" in str(error.value)
     with pytest.raises(UserError, match="context"):
-        perplexity(model, TEXT, PerplexityRequest(length=2000, windows=1))
+        perplexity(model, TEXT, Perplexity(length=2000, windows=1))
     with pytest.raises(ValidationError) as invalid:
-        PerplexityRequest(length=300, stride=301)
+        Perplexity(length=300, stride=301)
     assert invalid.value.errors()[0]["loc"] == ("stride",)
 
 
@@ -84,4 +82,4 @@ def test_nan_is_an_error() -> None:
     model = tiny_model("llama-gqa")
     model.lm_head.weight.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="window 0"):
-        perplexity(model, TEXT, PerplexityRequest(length=100, windows=1))
+        perplexity(model, TEXT, Perplexity(length=100, windows=1))

@@ -13,7 +13,9 @@ from compress.data.passkey import PassKey
 from compress.data.prompt import Prompt
 from compress.data.text import tokenise
 from compress.errors import UserError
-from compress.evaluate.recall import RecallItem, RecallResult, cache_bytes, is_right, recall, wilson
+from compress.evaluate.measures.recall import RecallItem, RecallResult, is_right, recall
+from compress.evaluate.paired import wilson
+from compress.models.cache_bytes import cache_bytes
 from compress.models.planned import planned_model
 from compress.runtime.modeling_compress import CACHE
 from compress.targets.cost import dense_kv_bytes
@@ -166,5 +168,5 @@ def test_by_depth() -> None:
         for depth, correct in ((0.0, True), (0.1, False), (0.5, True), (1.0, True))
     ]
     result = RecallResult(task="passkey", length=100, items=items)
-    assert result.by_depth(2) == [(0.0, 0.5, 2, 0.5), (0.5, 1.0, 2, 1.0)]
-    assert result.by_depth(4)[1] == (0.25, 0.5, 0, None)
+    parts = [(part.part.low, part.count, part.value) for part in result.cells() if part.part is not None]
+    assert parts == [(0.0, 2, 0.5), (0.4, 1, 1.0), (0.8, 1, 1.0)]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("lm_eval")
 
+from compress.cli.app import app
 from compress.errors import UserError
 from compress.evaluate.comparison import read_comparison
-from compress.evaluate.harness import HarnessRequest, Paired, averaged, run_task
+from compress.evaluate.harness import run_task
 from compress.evaluate.likelihood import score
+from compress.evaluate.measures.lm_eval import LmEval
+from compress.evaluate.paired import Paired, averaged
 from compress.evaluate.replay import compare_answers, record, replay
 from compress.evaluate.requests import AnswerFile, RequestFile
-from scripts.zero_shot import main
 from tests.data.language import byte_model, byte_tokenizer
 
 WORDS = """
@@ -42,7 +46,7 @@ def folder(tasks: Path) -> Path:
 
 
 def recorded(folder: Path, tokenizer: Any = None, context: int = 2048, **changes: Any) -> RequestFile:
-    request = HarnessRequest(**{"tasks": NAMES, "include": str(folder)} | changes)
+    request = LmEval(**{"tasks": NAMES, "include": str(folder)} | changes)
     return record(byte_model(context=context).config, tokenizer or byte_tokenizer(), request, "tiny")
 
 
@@ -51,7 +55,7 @@ def test_as_with_the_model_in_memory(folder: Path, begin: bool) -> None:
     model, tokenizer = byte_model(), byte_tokenizer(begin=begin)
     asked = recorded(folder, tokenizer, limit=6)
     found = replay(asked, score(model, asked.requests), str(folder))
-    request = HarnessRequest(tasks=NAMES, include=str(folder), limit=6)
+    request = LmEval(tasks=NAMES, include=str(folder), limit=6)
     choice, words = (run_task(model, tokenizer, request, name, None, seed=0, text="") for name in NAMES)
     assert found[0] == choice and 0 < choice.metrics["acc"] + choice.metrics["acc_norm"] < 2
     assert found[1].metrics == pytest.approx(words.metrics, rel=1e-4)
@@ -98,7 +102,7 @@ def test_what_cannot_be_recorded_is_told(folder: Path) -> None:
 def test_models_are_paired_over_the_items(folder: Path) -> None:
     asked = recorded(folder)
     comparison = compare_answers(asked, [by_hand(asked, "dense", 8), by_hand(asked, "pruned", 2)], str(folder))
-    words = comparison.against_dense(comparison.variants[1], 1)
+    words = comparison.against_dense(comparison.variants[1], comparison.tasks()[1])
     mean = comparison.average(comparison.variants[1])
     assert words is not None and words.difference == -0.75
     assert mean is not None and mean.difference == -0.375
@@ -112,23 +116,30 @@ def test_average_by_hand() -> None:
     assert mean.interval == pytest.approx((0.02 - 1.96 * 0.025, 0.02 + 1.96 * 0.025)) and not mean.significant
 
 
-def test_the_script_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked, include = str(tmp_path / "requests.json.gz"), ["--include", str(folder)]
+def test_the_command_from_end_to_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, include = tmp_path / "requests.json.gz", ["--include", folder]
     models = [tmp_path / "model0", tmp_path / "model1"]
     for seed, path in enumerate(models):
         byte_model(seed).save_pretrained(path)
         byte_tokenizer().save_pretrained(path)
-    assert main(["requests", "--model", str(models[0]), "--tasks", *NAMES, *include, "--out", asked]) == 0
-    assert "32 requests" in capsys.readouterr().out
-    for path in models:
-        score_it = ["score", asked, "--model", str(path), "--name", path.name, "--dtype", "float32", "--device", "cpu"]
-        assert main([*score_it, "--out", f"{path}.json"]) == 0
-    out = tmp_path / "comparison.json"
-    assert main(["finish", asked, f"{models[0]}.json", f"{models[1]}.json", *include, "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "model1: mean difference" in printed and "95%" in printed
-    read = read_comparison(out)
-    assert [variant.name for variant in read.variants] == ["model0", "model1"]
-    assert all(len(task.samples) == 8 for variant in read.variants for task in variant.tasks)
-    assert main(["finish", asked, asked, *include]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+
+    def call(*words: Any) -> Result:
+        return CliRunner().invoke(app, ["eval", *map(str, words), "--device", "cpu"])
+
+    recorded = call(models[0], "--tasks", ",".join(NAMES), *include, "--record", asked)
+    assert recorded.exit_code == 0 and "32 requests" in recorded.stdout, recorded.output
+    options = ["--replay", asked, "--out", tmp_path / "out"]
+    with monkeypatch.context() as without:
+        without.setattr(importlib.util, "find_spec", lambda name: None)
+        answered = call(*models, *options)
+        assert answered.exit_code == 0 and "lm-eval is not here" in answered.stderr, answered.output
+    files = sorted((tmp_path / "out").glob("answers-*.json"))
+    assert len(files) == 2 and not (tmp_path / "out" / "evaluation.json").exists()
+    counted = call(files[0], models[1], *options, *include)
+    assert counted.exit_code == 0 and "answered before" in counted.stderr, counted.output
+    assert "mean" in counted.stdout and "local_words" in counted.stdout
+    read = read_comparison(tmp_path / "out" / "evaluation.json")
+    assert [variant.name for variant in read.variants] == [str(path) for path in models]
+    assert all(cell.count == 8 for variant in read.variants for cell in variant.cells)
+    wrong = call(asked, *options, *include)
+    assert wrong.exit_code == 2

@@ -183,6 +183,38 @@ def plan_facts(path: Path) -> dict[str, Any]:
     return {"layers": [{"mlp": None, **layer} for layer in plan["layers"]], "predicted": predicted}
 
 
+def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in the form of the golden files: one field for each kind of measure."""
+
+    def results(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        own = [result for result in row["results"] if result["measure"] == name]
+        return [{key: value for key, value in result.items() if key != "measure"} for result in own]
+
+    def only(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+        return next(iter(results(row, name)), None)
+
+    requests = {name: [part for part in evaluation["asked"] if part["measure"] == name] for name in MEASURES}
+    asked: dict[str, Any] = {
+        name: {key: value for key, value in part[0].items() if key != "measure"} if part else None
+        for name, part in requests.items()
+    }
+    variants = []
+    for row in evaluation["variants"]:
+        kept = {"name": row["name"], "seconds": row["seconds"], "tasks": results(row, "lm_eval")}
+        kept |= {name: only(row, name) for name in ("size", "latency", "perplexity")}
+        held = only(row, "kv_bytes")
+        variants.append(kept | {"recall": results(row, "recall"), "kv_bytes": held["held"] if held else {}})
+    facts = {key: value for key, value in evaluation.items() if key != "asked"}
+    return (
+        facts
+        | asked
+        | {"schema": 1, "recall": [task for part in requests["recall"] for task in part["tasks"]], "variants": variants}
+    )
+
+
+MEASURES = ("perplexity", "recall", "lm_eval", "latency")
+
+
 def call(*words: Any) -> None:
     """Run a command; fails with what it printed."""
     done = CliRunner().invoke(app, [str(word) for word in words])
@@ -252,7 +284,7 @@ class Runs:
             "config": plain(config),
             "weights": weights,
             "checks": plain(checks),
-            "evaluation": plain(evaluation),
+            "evaluation": plain(evaluation_facts(evaluation)),
         }
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from compress.bench.source import Source
 from compress.cli.evaluate import _variants
 from compress.errors import UserError
 from compress.models.load import check_model, load_model, load_tokenizer
 from compress.models.planned import patched_model, planned_model
 from compress.models.shape import shape_of
+from compress.models.source import ModelSource
 from compress.plan import read_plan
 from tests.tiny import mixed_plan, tiny_model, tiny_tokenizer
 
@@ -69,14 +69,14 @@ def refused(action):
 @inputs("config-validate")
 def test_configurations_of_a_model(path, dense, tmp_path):
     folder = with_file(dense, tmp_path, "config.json", path.read_bytes())
-    for action in (check_model, load_model, Source):
+    for action in (check_model, load_model, ModelSource):
         assert "config" in refused(lambda action=action: action(str(folder)))
 
 
 @inputs("config-eval")
 def test_configurations_of_a_checkpoint(path, patched, tmp_path):
     folder = with_file(patched, tmp_path, "config.json", path.read_bytes())
-    message = refused(lambda: _variants([str(folder)], (), "float32", "cpu"))
+    message = refused(lambda: _variants([str(folder)], "float32", "cpu"))
     assert "config" in message
     refused(lambda: check_model(str(folder)))
 

@@ -10,19 +10,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from compress.bench.source import Source
 from compress.errors import UserError
 from compress.models.families import text_part_line
 from compress.models.folder import merge_line
 from compress.models.load import check_model, load_config, load_model
 from compress.models.planned import patched_model, planned_model
+from compress.models.source import ModelSource
 from compress.models.weights import INDEX, SINGLE
 from compress.plan import uniform_plan
 from compress.runtime.families import FAMILIES
 from compress.targets.full import FullGroup
 from tests.tiny import CONFIGS, SIZES, tiny_loaded, tiny_model, tiny_tokenizer
 
-READERS = (check_model, load_config, load_model, Source)
+READERS = (check_model, load_config, load_model, ModelSource)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_patched_checkpoint_of_pickles(tmp_path):
     patched_model(planned_model(loaded.model, plan), plan).save_pretrained(tmp_path)
     weights = tmp_path / SINGLE
     weights.rename(tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "no safetensors weights", readers=(Source,))
+    refused(tmp_path, "no safetensors weights", readers=(ModelSource,))
 
 
 @pytest.mark.parametrize("cut", [4, 100, -100])
@@ -317,7 +317,7 @@ def test_a_run_folder_is_told_apart_and_its_checkpoint_only_where_it_is_taken(tm
     message = refused(
         run / "checkpoint", "carries a plan already", "`compress eval`", readers=(check_model, load_model)
     )
-    assert Source(str(run / "checkpoint")).carries_plan
+    assert ModelSource(str(run / "checkpoint")).carries_plan
     loaded.model.save_pretrained(run / "checkpoint")  # as a native checkpoint
     assert "a recipe does not" not in refused(run, "this is a run folder", str(run / "checkpoint"))
 

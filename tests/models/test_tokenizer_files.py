@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from compress.data.passkey import PassKey
 from compress.data.prompt import Prompt
 from compress.errors import UserError
-from compress.evaluate.recall import recall
+from compress.evaluate.measures.recall import recall
 from compress.models.load import check_model, load_model, load_tokenizer
 from compress.models.tokenizer_files import same_tokenizer, write_tokenizer
 from compress.models.vocabulary import check_tokens, check_vocabulary

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,14 @@ from typer.testing import CliRunner
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.plan import make_plan, read_plan
+from compress.plots.chart import Chart, Series, chart_svg
 from compress.plots.influence import draw_influence, influence_curves
-from compress.plots.run import evaluation_plots, plots_side_by_side, span_length
 from compress.plots.spans import draw_spans, span_map
 from compress.profile.key import Key
 from compress.profile.store import Profile
 from compress.report.facts import read_facts
-from compress.report.sections import quality_against_bytes
+from compress.report.plots import evaluation_plots, plots_side_by_side, span_length
+from compress.report.sections import quality_charts
 from compress.targets.full import FullGroup
 from compress.targets.window import SpanGrid, WindowGroup
 from tests.report.common import PLAN, make_folder
@@ -76,7 +76,9 @@ def test_without_fixed_windows_there_are_no_curves(grid: SpanGrid | None) -> Non
 
 
 def test_charts_of_quality_have_every_variant_with_its_share_and_interval(tmp_path: Path) -> None:
-    charts = {chart.y: chart for chart in quality_against_bytes([read_facts(make_folder(tmp_path / "run"))])}
+    sections = {section.cost: section for section in quality_charts([read_facts(make_folder(tmp_path / "run"))])}
+    assert list(sections) == ["prefill pairs", "KV bytes"]
+    charts = {chart.y: chart for chart in sections["KV bytes"].charts}
     assert list(charts) == ["perplexity", "right answers", "score"]
     for chart in charts.values():
         assert [one.label for one in chart.series] == ["dense", "plan", "uniform"]
@@ -94,7 +96,6 @@ def test_the_spans_are_those_at_the_longest_length_of_the_budget(tmp_path: Path)
 
 
 def test_files_of_spans(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plans = {"one": sliding_plan(), "two": read_plan(PLAN)}
     svg, png = draw_spans(plans, 256, tmp_path / "a.b" / "spans")
     assert (svg.name, png.name) == ("spans.svg", "spans.png")
@@ -108,7 +109,6 @@ def test_files_of_spans(tmp_path: Path) -> None:
 
 
 def test_files_of_influence(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     curves = influence_curves(made_profile())
     assert curves is not None
     svg, png = draw_influence(curves, tmp_path / "influence")
@@ -120,17 +120,20 @@ def test_files_of_influence(tmp_path: Path) -> None:
 
 
 def test_files_of_quality(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     svg, png = evaluation_plots(make_folder(tmp_path / "run"))
     assert svg == tmp_path / "run" / "plots" / "quality.svg" and png.stat().st_size > 5_000
     text = labels(svg)
-    for word in ("perplexity at 2,048 tokens", "passkey at 2,048 tokens", "mqar_2048", "share of the dense KV bytes"):
+    for word in (
+        "perplexity at 2,048 tokens",
+        "passkey at 2,048 tokens",
+        "mqar at 2,048 tokens",
+        "share of the dense KV bytes",
+    ):
         assert word in text
-    assert all(text.split(" | ").count(name) == 3 for name in ("dense", "plan", "uniform"))
+    assert all(text.split(" | ").count(name) == 6 for name in ("dense", "plan", "uniform"))
 
 
 def test_several_folders_side_by_side(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     first, second = make_folder(tmp_path / "a-run"), make_folder(tmp_path / "other" / "a-run")
     third = tmp_path / "c-run"
     shutil.copytree(first, third)
@@ -147,11 +150,15 @@ def test_several_folders_side_by_side(tmp_path: Path) -> None:
     assert "c-run: plan" in labels(out / "quality.svg")
 
 
-def test_without_matplotlib_the_report_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = CliRunner().invoke(app, ["report", str(make_folder(tmp_path / "run")), "--plots", str(tmp_path)])
-    assert result.exit_code == 2 and "pip install -e '.[plots]'" in result.stderr
-    assert (tmp_path / "run" / "report.html").is_file()
+def test_charts_in_a_page_bring_nothing_with_them_and_are_the_same_every_time() -> None:
+    chart = Chart("a & b", "tokens", "times", [Series("one", [(1024, 1), (4096, 3)], [(0.5, 1.5), (2, 4)])], True)
+    first, other = chart_svg(chart, "a"), chart_svg(chart, "b")
+    assert first.startswith("<svg viewBox") and chart_svg(chart, "a") == first
+    assert "http" not in first and "url(" not in first and "metadata" not in first and "#0b5cad" not in first
+    assert ">1k<" in first and ">4k<" in first and "<title>a &amp; b</title>" in first and "var(--c0)" in first
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, other)]
+    assert ids[0] and not ids[0] & ids[1] and set(re.findall(r'href="#([^"]+)"', first)) <= ids[0]
+    assert chart_svg(Chart("none", "x", "y", [Series("one", [(1.0, float("inf"))])]), "c") == ""
 
 
 def test_folders_with_nothing_to_draw_are_an_error(tmp_path: Path) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 from compress.bench.kernel import Row
 from compress.bench.measure import Time
 from compress.evaluate.comparison import Comparison, VariantResult
-from compress.evaluate.harness import Sample, TaskResult
-from compress.evaluate.perplexity import Bucket, PerplexityResult
-from compress.evaluate.recall import RecallItem, RecallResult
+from compress.evaluate.measures.density import DensityResult, LengthDensity
+from compress.evaluate.measures.kv_bytes import KvBytesResult
+from compress.evaluate.measures.perplexity import Bucket, PerplexityResult
+from compress.evaluate.measures.recall import RecallItem, RecallResult
+from compress.evaluate.task_result import Item, TaskResult
 
 PLAN = Path(__file__).parents[2] / "profiles" / "smollm2-135m" / "quickstart.plan.json"
 
 
 def variant(name: str, share: float, right: int, nll: float) -> VariantResult:
     items = [RecallItem(depth=i / 10, expected="1", answer="1", correct=i < right) for i in range(10)]
-    samples = [Sample(metrics={"score": float(i < right)}, depth=i / 10, gap=4 + i * 30) for i in range(10)]
+    samples = [Item(metrics={"score": float(i < right)}, depth=i / 10, gap=4 + i * 30) for i in range(10)]
     facts: dict[str, Any] = {"version": "1.0", "generates": True, "length": 2048, "samples": samples}
     task = TaskResult(
         task="mqar_2048",
@@ -34,10 +36,13 @@ def variant(name: str, share: float, right: int, nll: float) -> VariantResult:
     )
     return VariantResult(
         name=name,
-        kv_bytes={2048: int(share * 2**20)},
-        perplexity=perplexity,
-        recall=[RecallResult(task="passkey", length=2048, items=items)],
-        tasks=[task],
+        results=[
+            DensityResult(densities={2048: LengthDensity(prefill=share, decode=share)}),
+            KvBytesResult(held={2048: int(share * 2**20)}),
+            perplexity,
+            RecallResult(task="passkey", length=2048, items=items, haystack="natural", batch_size=1),
+            task,
+        ],
     )
 
 
@@ -52,9 +57,7 @@ def make_folder(run: Path) -> Path:
         device="cpu",
         seed=0,
         batch_size=1,
-        perplexity={"length": 2048, "windows": 1},
-        recall=[{"task": "passkey", "length": 2048, "haystack": "natural", "count": 10}],
-        lm_eval={},
+        asked=[{"measure": "perplexity", "length": 2048, "windows": 1}],
         text={"source": "embedded"},
         versions={"torch": "2"},
         variants=[variant("dense", 1, 9, 250), variant("plan", 0.42, 8, 252), variant("uniform", 0.45, 3, 260)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -16,7 +17,6 @@ from compress.errors import UserError
 from compress.report.facts import read_facts
 from compress.report.page import render
 from compress.report.sections import costs, head_map
-from compress.report.svg import Series, plot
 from tests.report.common import PLAN, make_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,7 +35,7 @@ def test_every_part_is_there_and_nothing_from_outside(folder: Path) -> None:
         "passkey by length and depth",
         "Head map",
         "prefill sparsity",
-        "Associative recall by distance",
+        "By the gap to the evidence",
         "Speed and memory",
         "1,024 tokens",
         "Known limits",
@@ -57,8 +57,22 @@ def test_folders_side_by_side(folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(folder), str(other), "--out", str(tmp_path / "both.html")])
     assert result.exit_code == 0, result.output
     page = (tmp_path / "both.html").read_text(encoding="utf-8")
-    assert "2 folders side by side" in page and "b-run: plan" in page
+    assert "2 folders side by side" in page and "b-run: plan" in page and "2 evaluations" in page
     assert page.count("<h3>Head map</h3>") == 2
+
+
+def test_every_number_of_every_folder_as_a_file(folder: Path, tmp_path: Path) -> None:
+    for kind in ("csv", "json"):
+        options = ["--out", tmp_path / "page.html", "--cells", tmp_path / f"cells.{kind}"]
+        result = CliRunner().invoke(app, ["report", str(folder), *map(str, options)])
+        assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "cells.json").read_text())
+    row = next(row for row in records if row["variant"] == "plan" and row["label"] == "passkey" and not row["part"])
+    assert (row["folder"], row["length"], row["value"], row["count"]) == ("a-run", 2048, 0.8, 10)
+    assert row["difference"] == pytest.approx(-0.1) and row["better"] == "higher"
+    with (tmp_path / "cells.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(records) and rows[0].keys() == records[0].keys()
 
 
 def test_only_a_bench_or_only_a_plan(folder: Path) -> None:
@@ -78,7 +92,7 @@ def test_a_rule_by_length_is_told_and_costs_its_window(tmp_path: Path) -> None:
     assert next(row for row in costs(facts) if row["length"] == 8192)["share"] == 0.5
     found = head_map(facts)
     assert found is not None
-    told = found["layers"][0][0]["told"]
+    told = found["layers"][0][0]["words"]
     assert told[0].endswith("sink 0, window 0 + 0.5 of the length") and told[1] == "keeps 50% at 8,192 tokens"
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "plan.json")])
     assert "0|0+0.5N" in shown.stdout and "0|0+0.5t" not in shown.stdout
@@ -93,15 +107,6 @@ def test_wrong_folders_say_what_to_do(tmp_path: Path, folder: Path) -> None:
     (folder / "bench.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):
         read_facts(folder)
-
-
-def test_plot_has_its_points_in_place() -> None:
-    drawn = plot([Series("a", [(1024, 1), (4096, 3)])], title="t", x="x", y="y", logarithmic=True)
-    spots = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
-    assert spots[0][0] < spots[1][0] and spots[0][1] > spots[1][1]
-    assert ">1k<" in drawn and ">4k<" in drawn
-    assert plot([], title="t", x="x", y="y") == ""
-    assert "circle" in plot([Series("one", [(2.0, 5.0)])], title="t", x="x", y="y")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.bench.source import Source
 from compress.export.export import export_checkpoint
 from compress.export.layout import runtime_files
 from compress.models.planned import planned_model, set_plan, with_runtime_plan
+from compress.models.source import ModelSource
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, heads_of, take
@@ -239,10 +239,10 @@ def test_a_checkpoint_carries_its_file_and_its_parameters(model: Any, tmp_path: 
     assert torch.equal(out["logits1"], out["logits0"]) and torch.equal(out["text1"], out["text0"])
     assert torch.equal(out["text0"], same.generate(ids, max_new_tokens=6, do_sample=False))
     # The toolkit's own way to run a checkpoint beside the dense model on its weights.
-    source, place = Source(str(folder)), (torch.device("cpu"), torch.float32)
+    source, place = ModelSource(str(folder)), (torch.device("cpu"), torch.float32)
     dense = source.dense(*place)
     torch.testing.assert_close(logits(dense, ids), logits(tiny_model("llama-mha"), ids), **CLOSE)
-    for planned in (source.planned(dense, None, 0)[0], source.carried(*place)):
+    for planned in (source.planned(dense)[0], source.carried(*place)):
         torch.testing.assert_close(logits(planned, ids), logits(same, ids), **CLOSE)
 
 

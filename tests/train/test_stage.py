@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
 from compress.cli.recipe import opened
+from compress.evaluate.comparison import read_comparison
 from compress.runfolder import RunFolder
 from tests import processes
 from tests.cli.recipes import make_recipe
@@ -33,8 +34,8 @@ def recipe_of(folder: Path, section: str = SECTION) -> Path:
 
 def values(folder: Path) -> dict[str, float]:
     """Perplexity of every row."""
-    rows = json.loads((folder / "run" / "evaluation.json").read_text())["variants"]
-    return {row["name"]: row["perplexity"]["perplexity"] for row in rows}
+    rows = read_comparison(folder / "run" / "evaluation.json").variants
+    return {row.name: row.of("perplexity")[0].perplexity for row in rows}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ def planned() -> Any:
     dense = model_of()
     plan = mixed_plan(shape_of(dense))
     model = planned_model(dense, plan)
-    for row in model.config.compress_plan["layers"]:
+    other = copy.deepcopy(model.config.compress_plan)
+    for row in other["layers"]:
         for group in row["groups"]:
             if group["target"] == "window":
                 group.update(sink=1, alpha=5, beta=0.0)
-    model.set_plan(model.config.compress_plan)
+    model.set_plan(other)
     return model
 
 

@@ -77,7 +77,8 @@ class Effect(HeadStatistic):
         )
         placed = [number for number, target in enumerate(self.targets) if layer.window is None or target.as_built]
         alternatives = Alternatives(facts, [[self.targets[number]] * groups for number in placed])
-        for number, change in zip(placed, alternatives.changes(query, key, value, layer.scaling), strict=True):
+        changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores)
+        for number, change in zip(placed, changes, strict=True):
             effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
             sums["signed"][layer.layer, :, number] += effects.sum(1, dtype=torch.float64)
             sums["absolute"][layer.layer, :, number] += effects.abs().sum(1, dtype=torch.float64)

@@ -4,24 +4,141 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_field, field_validator
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.text import EmbeddedText, TextSource
+from compress.data.text import EmbeddedText, Source, TextSource
 from compress.errors import NotFiniteError, UserError
+from compress.evaluate.cell import Cell, Part
+from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.files import text_key
 from compress.limits import LONGEST, STEPS
-from compress.registry import Method
+from compress.registry import measures
 
 SLICE = 256  # rows of logits in memory at once
 FIRST_EDGE = 256
 
 
-class PerplexityRequest(Method):
-    """What to measure perplexity on. The evaluation part of the text is used, which calibration never sees."""
+def _exp(nats: float) -> float:
+    """e to a power; infinity where that is too large for a number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+class Bucket(BaseModel):
+    """Tokens at positions [start, end) of their window; `nll` is the sum of -ln p over them, in nats."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    nll: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood of a token."""
+        return _exp(self.nll / self.tokens)
+
+
+class PerplexityResult(Result):
+    """Perplexity of one model.
+
+    Attributes:
+        tokens: tokens that were scored; each weighs the same.
+        nll: sum of -ln p over them, nats.
+        window_nll: the same per window, for paired comparisons.
+        buckets: by position in the window; positions at which no token was scored are left out.
+    """
+
+    measure: Literal["perplexity"] = "perplexity"
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    stride: int = Field(ge=1)
+    windows: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    nll: float
+    window_nll: list[float]
+    buckets: list[Bucket]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood of a token."""
+        return _exp(self.nll / self.tokens)
+
+    def cells(self) -> list[Cell]:
+        """The whole, and the ranges of positions."""
+        return [
+            self._cell(self.perplexity, self.windows),
+            *(
+                self._cell(bucket.perplexity, bucket.tokens, Part("position", bucket.start, bucket.end))
+                for bucket in self.buckets
+            ),
+        ]
+
+    def _cell(self, value: float, count: int, part: Part | None = None) -> Cell:
+        return Cell(
+            "perplexity",
+            "perplexity",
+            value,
+            "lower",
+            length=self.length,
+            count=count,
+            part=part,
+            table="summary",
+            note=self.words(),
+        )
+
+    def words(self) -> str:
+        """Windows and tokens."""
+        return f"perplexity: {self.windows} windows of {self.length:,} tokens"
+
+
+def bucket_edges(length: int) -> list[int]:
+    """0, 256, 512, 1024, ... up to the length."""
+    edges = [0, FIRST_EDGE]
+    while edges[-1] < length:
+        edges.append(edges[-1] * 2)
+    return [*[edge for edge in edges if edge < length], length]
+
+
+def check_windows(where: str, length: int, needed: int, available: int, context: int | None) -> None:
+    """Check windows of `length` tokens, which cover `needed` tokens, against the text and the model.
+
+    Raises:
+        UserError: the text has too few tokens, or a window is longer than the model's context.
+    """
+    if context is not None and length > context:
+        raise UserError(
+            "the windows are longer than the model's context",
+            where=where,
+            expected=f"length of at most {context} tokens",
+            found=f"{length} tokens",
+        )
+    if needed > available:
+        raise UserError(
+            "the text is too short",
+            where=where,
+            expected=f"at least {needed} tokens in the evaluation part of the text",
+            found=f"{available} tokens",
+            fix="ask for fewer or shorter windows, or give a longer text",
+        )
+
+
+@measures.register("perplexity")
+class Perplexity(Measure):
+    """Perplexity of held-out text. The evaluation part of the text is used, which calibration never sees."""
+
+    result: ClassVar[type[Result]] = PerplexityResult
+    one_tokenizer: ClassVar[bool] = True
 
     text: TextSource = Field(EmbeddedText(), description="where the text comes from")
     length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
@@ -51,97 +168,42 @@ class PerplexityRequest(Method):
         """Tokens of the text that the windows cover."""
         return self.length + (self.windows - 1) * self.step
 
-
-def _exp(nats: float) -> float:
-    """e to a power; infinity where that is too large for a number."""
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
-
-
-class Bucket(BaseModel):
-    """Tokens at positions [start, end) of their window; `nll` is the sum of -ln p over them, in nats."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    start: int = Field(ge=0)
-    end: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    nll: float
-
-    @computed_field  # type: ignore[prop-decorator]
     @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood of a token."""
-        return _exp(self.nll / self.tokens)
+    def input_lengths(self) -> tuple[int, ...]:
+        return (self.length,)
 
-
-class PerplexityResult(BaseModel):
-    """Perplexity of one model.
-
-    Attributes:
-        tokens: tokens that were scored; each weighs the same.
-        nll: sum of -ln p over them, nats.
-        window_nll: the same per window, for paired comparisons.
-        buckets: by position in the window; positions at which no token was scored are left out.
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    length: int = Field(ge=1, le=MOST_TOKENS)
-    stride: int = Field(ge=1)
-    windows: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    nll: float
-    window_nll: list[float]
-    buckets: list[Bucket]
-
-    @computed_field  # type: ignore[prop-decorator]
     @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood of a token."""
-        return _exp(self.nll / self.tokens)
+    def haystacks(self) -> Source | None:
+        return self.text
 
+    def words(self) -> str:
+        return f"{self.windows} windows of {self.length:,} tokens"
 
-def bucket_edges(length: int) -> list[int]:
-    """0, 256, 512, 1024, ... up to the length."""
-    edges = [0, FIRST_EDGE]
-    while edges[-1] < length:
-        edges.append(edges[-1] * 2)
-    return [*[edge for edge in edges if edge < length], length]
+    def passes(self) -> str:
+        return f"{self.windows} forward"
 
+    def readings(self, seed: int) -> list[Reading]:
+        return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
 
-def check_request(request: PerplexityRequest, available: int, context: int | None) -> None:
-    """Check a request against the text and the model.
+    def jobs(self, setting: Setting) -> list[Job]:
+        ids = setting.tokens(self.text, self.tokens)
+        self._fits(len(ids), setting.context)
+        setting.check(ids, f"the {self.text.source} text of the perplexity")
+        facts = ["perplexity", self.model_dump(mode="json"), text_key(str(ids))]
+        return [Job("perplexity", facts, self.windows, partial(self._measured, ids))]
 
-    Raises:
-        UserError: the text has too few tokens, or a window is longer than the model's context.
-    """
-    needed = request.tokens
-    where = f"perplexity {request.length}"
-    if context is not None and request.length > context:
-        raise UserError(
-            "the windows are longer than the model's context",
-            where=where,
-            expected=f"length of at most {context} tokens",
-            found=f"{request.length} tokens",
-        )
-    if needed > available:
-        raise UserError(
-            "the text is too short",
-            where=where,
-            expected=f"at least {needed} tokens in the evaluation part of the text",
-            found=f"{available} tokens",
-            fix="ask for fewer or shorter windows, or give a longer text",
-        )
+    def _measured(self, ids: list[int], subject: Subject, step: Step) -> Result:
+        return perplexity(subject.model, ids, self, progress=step)
+
+    def _fits(self, available: int, context: int | None) -> None:
+        check_windows(f"perplexity {self.length}", self.length, self.tokens, available, context)
 
 
 @torch.inference_mode()
 def perplexity(
     model: Any,
     text: Sequence[int],
-    request: PerplexityRequest,
+    request: Perplexity,
     *,
     edges: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -160,7 +222,7 @@ def perplexity(
         UserError: the request does not fit the text or the model's context.
         NotFiniteError: a log-likelihood is not finite.
     """
-    check_request(request, len(text), getattr(model.config, "max_position_embeddings", None))
+    request._fits(len(text), getattr(model.config, "max_position_embeddings", None))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
     device = next(model.parameters()).device
     per_position = torch.zeros(request.length, dtype=torch.float64)

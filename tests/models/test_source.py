@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from compress.bench.source import Source
 from compress.errors import UserError
 from compress.models.planned import patched_model, planned_model
 from compress.models.shape import shape_of
+from compress.models.source import ModelSource
 from compress.plan import uniform_plan
 from compress.targets.window import WindowGroup
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
@@ -34,16 +34,16 @@ def plan_file(tmp_path, model, **change):
 
 
 def test_a_plan_of_these_weights_is_measured_in_every_precision(folder, tmp_path):
-    source = Source(str(folder), str(plan_file(tmp_path, tiny_model("llama-gqa"))))
+    source = ModelSource(str(folder), str(plan_file(tmp_path, tiny_model("llama-gqa"))))
     for dtype in (torch.float32, torch.bfloat16):
-        planned, name = source.planned(source.dense(CPU, dtype), None, 0)
+        planned, name = source.planned(source.dense(CPU, dtype))
         assert name == "plan.json" and planned.config.compress_plan
 
 
 def test_a_plan_of_other_weights_is_refused(folder, tmp_path):
-    source = Source(str(folder), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=7))))
+    source = ModelSource(str(folder), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=7))))
     with pytest.raises(UserError, match=r"fingerprint: the plan is for another model"):
-        source.planned(source.dense(CPU, torch.float32), None, 0)
+        source.planned(source.dense(CPU, torch.float32))
 
 
 def test_a_checkpoint_is_measured_with_a_plan_of_its_own_weights_only(folder, tmp_path):
@@ -51,30 +51,30 @@ def test_a_checkpoint_is_measured_with_a_plan_of_its_own_weights_only(folder, tm
     plan = uniform_plan(shape_of(model), WindowGroup(sink=4, alpha=30, beta=0.0))
     patched_model(planned_model(model, plan), plan).save_pretrained(tmp_path / "checkpoint")
     for seed, right in ((0, True), (7, False)):
-        source = Source(str(tmp_path / "checkpoint"), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=seed))))
+        source = ModelSource(str(tmp_path / "checkpoint"), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=seed))))
         dense = source.dense(CPU, torch.float32)
         if right:
-            assert source.planned(dense, None, 0)[1] == "plan.json"
+            assert source.planned(dense)[1] == "plan.json"
         else:
             with pytest.raises(UserError, match="plan is for another model"):
-                source.planned(dense, None, 0)
+                source.planned(dense)
 
 
 def test_random_weights_take_a_plan_of_their_sizes(tmp_path):
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict()))
-    source = Source(str(config), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=7))))
+    source = ModelSource(str(config), str(plan_file(tmp_path, tiny_model("llama-gqa", seed=7))))
     dense = source.dense(CPU, torch.float32)
-    assert source.planned(dense, None, 0)[1] == "plan.json"
-    source = Source(str(config), str(plan_file(tmp_path, tiny_model("llama-mha"))))
+    assert source.planned(dense)[1] == "plan.json"
+    source = ModelSource(str(config), str(plan_file(tmp_path, tiny_model("llama-mha"))))
     with pytest.raises(UserError, match=r"kv_heads: the plan is for another model"):
-        source.planned(dense, None, 0)
+        source.planned(dense)
 
 
-@pytest.mark.parametrize("reader", [lambda source: source.shape(), lambda source: source.layer(CPU, torch.float32)])
+@pytest.mark.parametrize("reader", [lambda source: source.config(), lambda source: source.layer(CPU, torch.float32)])
 def test_sizes_are_known_without_weights(folder, reader):
-    assert reader(Source(str(folder))) is not None
-    assert reader(Source("tiny")) is not None
+    assert reader(ModelSource(str(folder))) is not None
+    assert reader(ModelSource("tiny")) is not None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_damaged_configurations_are_told(tmp_path, content):
     path = tmp_path / "sizes.json"
     path.write_bytes(content)
     with pytest.raises(UserError):
-        Source(str(path)).shape()
+        ModelSource(str(path)).config()
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"intermediate_size": 2**31 - 1}])
@@ -105,12 +105,12 @@ def test_random_weights_that_no_memory_holds_are_refused_before_they_are_made(tm
     path = tmp_path / "sizes.json"
     path.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict() | change))
     with pytest.raises(UserError, match="more memory than there is"):
-        Source(str(path)).dense(CPU, torch.float32)
+        ModelSource(str(path)).dense(CPU, torch.float32)
 
 
 def test_no_file_of_that_name():
     with pytest.raises(UserError, match="is not there"):
-        Source("nowhere/config.json")
+        ModelSource("nowhere/config.json")
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 1), ("num_attention_heads", 2)])
@@ -121,4 +121,4 @@ def test_a_plan_that_its_own_configuration_contradicts_is_told(tmp_path, key, va
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError):
-        Source(str(tmp_path)).dense(CPU, torch.float32)
+        ModelSource(str(tmp_path)).dense(CPU, torch.float32)

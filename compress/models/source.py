@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint, a model with a plan, or random weights of a known shape, with its dense twin."""
+"""Which model is meant: a checkpoint, a model with a plan, or random weights of a known shape, and its dense twin."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from compress.bench.kernel import Shape, mix
-from compress.bench.model import random_model
-from compress.bench.shapes import SHAPES
 from compress.errors import UserError
 from compress.json_file import read_object
 from compress.models.carried import check_carried
 from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
+from compress.models.known_shapes import SHAPES
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
 from compress.models.memory import available_bytes
 from compress.models.planned import planned_model, read_mixers, with_runtime_plan
@@ -24,7 +22,6 @@ from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
 from compress.plan import read_plan
 from compress.runtime import modeling_compress
-from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.widths import Width
 from compress.targets.target import load_mixers, targets_of
 
@@ -32,7 +29,15 @@ META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
 
 
-class Source:
+def random_model(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of random weights for a configuration given as a dictionary, made on the device itself."""
+    known = dict(values)
+    config = AutoConfig.for_model(known.pop("model_type"), **known)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class ModelSource:
     """A model by name, loaded when it is asked for; its small files are checked at once.
 
     Args:
@@ -69,10 +74,9 @@ class Source:
         """What the tables call it."""
         return Path(self.spec).name if self.spec not in SHAPES else self.spec
 
-    def shape(self) -> Shape:
-        """Heads of one layer, without loading weights where the configuration says it."""
-        config = self._stock_config() if self.values or self.checkpoint else load_config(self.spec)
-        return Shape(self.name, config.num_attention_heads, groups_of(config), head_size_of(config))
+    def config(self) -> Any:
+        """The stock configuration, without loading weights."""
+        return self._stock_config() if self.values or self.checkpoint else load_config(self.spec)
 
     def dense(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The dense model; of an exported checkpoint, the stock architecture on its weights, without remote code.
@@ -165,13 +169,12 @@ class Source:
         known["model_type"] = known["model_type"].removeprefix("compress_")
         return random_model(known | {"num_hidden_layers": 1, "vocab_size": 256}, device, dtype)
 
-    def planned(self, dense: Any, name: str | None, length: int) -> tuple[Any, str]:
-        """The dense model's twin with its own plan, or with a named mix at a length; and what the tables call it."""
-        if name is not None:
-            config = dense.config
-            groups = [group.model_dump(mode="json") for group in mix(name, groups_of(config), length)]
-            layers = [{"groups": groups}] * config.num_hidden_layers
-            return with_runtime_plan(dense, {"schema": 1, "layers": layers}), name
+    def planned(self, dense: Any) -> tuple[Any, str]:
+        """The dense model's twin with the plan that was named or that the checkpoint carries; and its name in tables.
+
+        Raises:
+            UserError: there is no plan, or it is of another model.
+        """
         if self.plan_file is not None:
             # Random weights are nobody's: there only the sizes have to be those of the plan.
             plan = read_plan(self.plan_file, shape_of(dense), any_weights=self.random)

@@ -1,4 +1,4 @@
-"""The plots of a run folder, drawn from the files that its stages left there."""
+"""The plots of a run folder, and of several side by side, drawn from the files that the stages left there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from compress.bench.file import Tokens
 from compress.errors import UserError
 from compress.json_file import read_model
 from compress.plan import Plan, read_plan
+from compress.plots.chart import Chart, draw_charts
 from compress.plots.influence import draw_influence, influence_curves
-from compress.plots.quality import draw_quality
 from compress.plots.spans import draw_spans
 from compress.profile.store import read_profile
 from compress.report.facts import Facts, read_facts
+from compress.report.sections import quality_charts
 from compress.runfolder import RunFolder
 
 
@@ -44,7 +45,7 @@ def search_plots(folder: Path) -> list[Path]:
 
 def evaluation_plots(folder: Path) -> list[Path]:
     """`plots/quality`; the files."""
-    return draw_quality([read_facts(folder)], RunFolder(folder).plots / "quality")
+    return draw_charts(_all_charts([read_facts(folder)]), RunFolder(folder).plots / "quality")
 
 
 def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
@@ -62,11 +63,15 @@ def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
     written = []
     if plans:
         written += draw_spans(plans, max(_longest(plan) for plan in plans.values()), out / "spans")
-    written += draw_quality(folders, out / "quality")
+    written += draw_charts(_all_charts(folders), out / "quality")
     if not written:
         where = ", ".join(str(facts.path) for facts in folders)
         raise UserError("there is neither a plan nor an evaluation to draw", where=where)
     return written
+
+
+def _all_charts(folders: Sequence[Facts]) -> list[Chart]:
+    return [chart for section in quality_charts(folders) for chart in section.charts]
 
 
 def span_length(folder: Path) -> int:

@@ -1,0 +1,121 @@
+"""Top-1 agreement with the dense model: how often both would write the same next token, on held-out text."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from compress.bench.file import MOST_TOKENS
+from compress.data.text import TextSource
+from compress.errors import NotFiniteError
+from compress.evaluate.cell import STANDARD_ERRORS, Cell
+from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measures.perplexity import SLICE, check_windows
+from compress.files import text_key
+from compress.limits import LONGEST, STEPS
+from compress.registry import measures
+
+
+class AgreementResult(Result):
+    """Shares of positions with the same most likely token, one for each window."""
+
+    measure: Literal["agreement"] = "agreement"
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    shares: list[float] = Field(min_length=1)
+
+    def cells(self) -> list[Cell]:
+        """The mean over the windows, with its standard error."""
+        count = len(self.shares)
+        mean = sum(self.shares) / count
+        error = float(torch.tensor(self.shares, dtype=torch.float64).std()) / count**0.5 if count > 1 else None
+        return [
+            Cell(
+                "agreement",
+                "agreement",
+                mean,
+                "higher",
+                length=self.length,
+                interval=None if error is None else (mean - 1.96 * error, min(1.0, mean + 1.96 * error)),
+                interval_kind="" if error is None else STANDARD_ERRORS,
+                error=error,
+                count=count,
+                items=tuple(self.shares),
+                table="summary",
+                note=f"{count} windows",
+            )
+        ]
+
+    def words(self) -> str:
+        """What agrees, and over how much text."""
+        return f"agreement: same most likely token as the dense model, {len(self.shares)} windows"
+
+
+@measures.register("agreement")
+class Agreement(Measure):
+    """Share of positions at which a variant's most likely next token is the dense model's."""
+
+    result: ClassVar[type[Result]] = AgreementResult
+    one_tokenizer: ClassVar[bool] = True
+
+    text: TextSource | None = Field(None, description="where the text comes from; by default the evaluation's text")
+    length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
+    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
+
+    @property
+    def input_lengths(self) -> tuple[int, ...]:
+        """Tokens of a window."""
+        return (self.length,)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text that the windows cover."""
+        return self.length * self.windows
+
+    def words(self) -> str:
+        """Windows and tokens."""
+        return f"agreement on {self.windows} windows of {self.length:,} tokens"
+
+    def passes(self) -> str:
+        """Two forward passes a window."""
+        return f"{2 * self.windows} forward"
+
+    def readings(self, seed: int) -> list[Reading]:
+        """The windows."""
+        return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
+
+    def jobs(self, setting: Setting) -> list[Job]:
+        """One job, on the same windows for all variants."""
+        ids = setting.tokens(self.text or setting.text, self.tokens)
+        self._fits(len(ids), setting.context)
+        setting.check(ids, "the text of the agreement")
+        facts = ["agreement", self.model_dump(mode="json"), text_key(str(ids))]
+        return [Job("agreement", facts, self.windows, partial(self._measured, ids))]
+
+    def _fits(self, available: int, context: int | None) -> None:
+        check_windows(f"agreement {self.length}", self.length, self.tokens, available, context)
+
+    @torch.inference_mode()
+    def _measured(self, ids: list[int], subject: Subject, step: Step) -> Result:
+        shares = []
+        device = next(subject.dense.parameters()).device
+        for number in range(self.windows):
+            window = torch.tensor([ids[number * self.length : (number + 1) * self.length]], device=device)
+            same = _choices(subject.model, window) == _choices(subject.dense, window)
+            shares.append(float(same.double().mean()))
+            step(number + 1, self.windows)
+        return AgreementResult(length=self.length, shares=shares)
+
+
+def _choices(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """The most likely next token at every position of a window `[1, N]`, as `[N]` on the CPU."""
+    hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state[0]
+    head, parts = model.get_output_embeddings(), []
+    for start in range(0, len(hidden), SLICE):
+        logits = head(hidden[start : start + SLICE])
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError("the model's logits are not finite")
+        parts.append(logits.argmax(dim=-1).cpu())
+    return torch.cat(parts)

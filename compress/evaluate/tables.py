@@ -1,0 +1,197 @@
+"""The tables of a comparison, made of its cells alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from compress.evaluate.cell import Cell, Part
+from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.grid import Column, Grid
+from compress.evaluate.paired import Paired
+from compress.evaluate.units import unit_of
+from compress.registry import measures
+
+AXES = {
+    "position": "by position of the token in its window",
+    "depth": "by depth, 0 is the start (prompts)",
+    "gap": "by tokens between the evidence and its question (items)",
+}
+
+
+def tables(comparison: Comparison, parts: bool = True) -> list[Grid]:
+    """A table of quality and bytes, then costs, quality by position and depth, and tasks: what there is.
+
+    Args:
+        parts: whether to add the tables by depth; those by position are always there.
+    """
+    grids = [summary(comparison)]
+    if _tells(comparison):
+        grids.append(_wide(comparison, "cost", "parameters, time and operations"))
+    grids += [_ranges(comparison, cell, axis) for cell, axis in _ranged(comparison) if parts or axis == "position"]
+    return [*grids, _tasks(comparison)] if comparison.tasks() else grids
+
+
+def markdown(comparison: Comparison) -> str:
+    """All tables in Markdown, with their conditions above and below."""
+    return "\n\n".join(grid.markdown() for grid in tables(comparison))
+
+
+def summary(comparison: Comparison) -> Grid:
+    """One row a variant: bytes, and quality at every length."""
+    title = f"{comparison.model}, {comparison.dtype} on {comparison.device}, seed {comparison.seed}"
+    return _wide(comparison, "summary", title)
+
+
+def _cells(comparison: Comparison, table: str) -> list[Cell]:
+    """Cells of a table without their parts, in the order of the rows that have them, each once."""
+    cells = [cell for row in comparison.variants for cell in row.cells if cell.table == table and cell.part is None]
+    return list({cell.key: cell for cell in reversed(cells)}.values())[::-1]
+
+
+def _tells(comparison: Comparison) -> bool:
+    """Whether a cost was asked for, or differs between two variants."""
+    for row in comparison.variants:
+        for result in row.results:
+            costs = [cell for cell in result.cells() if cell.table == "cost"]
+            named = not measures[result.measure].always
+            if any(named or cell.share(comparison.dense.like(cell)) not in (None, 1.0) for cell in costs):
+                return True
+    return False
+
+
+def _wide(comparison: Comparison, table: str, title: str) -> Grid:
+    """A row for every variant, a column for every number, and for a perplexity one more with its change."""
+    chosen = _cells(comparison, table)
+    columns = [Column("variant", "name")]
+    for cell in chosen:
+        columns.append(Column(cell.name if cell.length is None else f"{cell.name}\nat {cell.length:,}"))
+        if unit_of(cell.unit).change is not None:
+            columns.append(Column("over\ndense"))
+    rows = [
+        [row.name, *(text for cell in chosen for text in texts(comparison, row, cell))] for row in comparison.variants
+    ]
+    words = [
+        result.words()
+        for result in comparison.dense.results
+        if any(cell.table == table for cell in result.cells()) and result.words()
+    ]
+    return Grid(title, columns, rows, "; ".join(dict.fromkeys(words)))
+
+
+def texts(comparison: Comparison, row: VariantResult, like: Cell) -> list[str]:
+    """A number in words with its interval, or its share of the dense model's; then its change, for a perplexity."""
+    cell, unit = row.like(like), unit_of(like.unit)
+    wide = unit.change is not None
+    if cell is None:
+        return [""] * (1 + wide)
+    text = unit.write(cell.value)
+    share = cell.share(comparison.dense.like(like))
+    if cell.interval is not None:
+        text += f" ({unit.write(cell.interval[0])} to {unit.write(cell.interval[1])})"
+    elif unit.share is not None and share is not None:
+        text += f" ({unit.share(share)})"
+    if unit.change is None:
+        return [text]
+    return [text, "" if row is comparison.dense or share is None else unit.change(share)]
+
+
+def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:
+    """Cells of the first table that have parts, with the axis of the parts."""
+    axes = {
+        (cell.label, cell.length): cell.part.axis
+        for cell in comparison.dense.cells
+        if cell.part is not None and cell.table == "summary"
+    }
+    found = [(cell, axes[cell.label, cell.length]) for cell in _cells(comparison, "summary") if cell.key[:2] in axes]
+    return sorted(found, key=lambda pair: list(AXES).index(pair[1]))
+
+
+def parts_of(row: VariantResult, cell: Cell, axis: str) -> list[tuple[Part, Cell]]:
+    """The ranges of a cell on one axis, in order."""
+    return [
+        (part.part, part)
+        for part in row.cells
+        if part.part is not None and part.part.axis == axis and part.key[:2] == cell.key[:2]
+    ]
+
+
+def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
+    """One number in ranges of an axis, a row a variant."""
+    of_dense = parts_of(comparison.dense, cell, axis)
+    counted = axis != "position"
+    columns = [Column("variant", "name")]
+    for part, own in of_dense:
+        columns.append(
+            Column(f"{edge(part.low, axis)} to {edge(part.high, axis)}" + (f" ({own.count})" if counted else ""))
+        )
+    rows = []
+    for row in comparison.variants:
+        values = [row.like(own) for _, own in of_dense]
+        texts = ["" if value is None else unit_of(value.unit).write(value.value) for value in values]
+        rows.append([row.name, *texts])
+    name = cell.name if cell.length is None or axis == "position" else f"{cell.name} at {cell.length:,}"
+    return Grid(f"{name} {AXES[axis]}", columns, rows)
+
+
+def edge(value: float, axis: str) -> str:
+    """An end of a range in words: shares of the input with one decimal, tokens whole."""
+    return f"{value:.1f}" if axis == "depth" else f"{value:,.0f}"
+
+
+def _tasks(comparison: Comparison) -> Grid:
+    """Tasks, a row for every task and variant, and at the end their means and what each variant lost most."""
+    grid = Grid(
+        "lm-eval tasks and suites",
+        [Column("task", "text"), Column("variant", "name"), Column("value"), Column("difference\nto dense")],
+        caption="standard errors behind the plus-minus signs; differences are paired over the same items, * where "
+        "one is more than 1.96 of its own standard errors",
+    )
+    variants = comparison.variants
+    for task in comparison.tasks():
+        about = [task.label, task.note]
+        for number, variant in enumerate(variants):
+            # With a single row both lines stand in one cell.
+            head = "\n".join(about) if len(variants) == 1 else about[number] if number < 2 else ""
+            cell = variant.like(task)
+            gap = comparison.against_dense(variant, task)
+            grid.rows.append(
+                [head, variant.name, "" if cell is None else _value(cell), "" if gap is None else _gap(gap)]
+            )
+        grid.sections.add(len(grid.rows) - 1)
+    if len(comparison.tasks()) > 1 and all(comparison.average(variant) for variant in variants[1:]):
+        means = [
+            mean_of([cell for task in comparison.tasks() if (cell := row.like(task)) is not None]) for row in variants
+        ]
+        for number, (variant, mean) in enumerate(zip(variants, means, strict=True)):
+            gap = comparison.average(variant)
+            grid.rows.append(
+                ["" if number else "mean", variant.name, f"{mean.value:.4g}", "" if gap is None else _gap(gap)]
+            )
+        grid.sections.add(len(grid.rows) - 1)
+    head = "lost most"
+    for variant in variants[1:]:
+        drop = comparison.worst_drop(variant)
+        if drop is not None:
+            grid.rows.append([head, variant.name, drop[0].label, f"{drop[1].difference:+.3f}"])
+            head = ""
+    return grid
+
+
+def _value(cell: Cell) -> str:
+    text = unit_of(cell.unit).write(cell.value)
+    return text if cell.error is None else f"{text} ± {cell.error:.3f}"
+
+
+def mean_of(cells: Sequence[Cell]) -> Cell:
+    """The mean of several tasks, each weighing the same; they share no items, so their errors are independent."""
+    count = len(cells)
+    value = math.fsum(cell.value for cell in cells) / count
+    error = 1.96 * math.hypot(*(cell.error or 0.0 for cell in cells)) / count
+    label = cells[0].label if count == 1 else f"mean of {count} tasks"
+    return replace(cells[0], label=label, value=value, interval=(value - error, value + error), items=None)
+
+
+def _gap(gap: Paired) -> str:
+    return f"{gap.difference:+.3f} ± {gap.error:.3f}{'*' if gap.significant else ''}"

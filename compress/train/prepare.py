@@ -1,0 +1,245 @@
+"""Trains what targets have of their own before the search, layer by layer on the dense model's activations.
+
+The dense model runs as it is, and every layer's mixer runs beside its attention on the same queries, keys, values and
+hidden states. A layer's loss runs its backward pass before the next layer begins, so that the activations of one layer
+are held at a time; no layer sees what another one's mixer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from compress.errors import UserError
+from compress.files import key_of
+from compress.json_file import read_sealed
+from compress.models.families import attentions_of
+from compress.models.planned import planned_model
+from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
+from compress.models.replaced import AttentionCall, replaced_attention
+from compress.models.vocabulary import check_tokens
+from compress.plan import ModelShape, uniform_plan
+from compress.registry import objectives
+from compress.runtime.step import Record, Step
+from compress.targets.target import Target
+from compress.train.curve import Curve
+from compress.train.loop import Learn, Progress, train
+from compress.train.objectives.objective import Inputs, Objective
+from compress.train.settings import PrepareSettings
+from compress.train.state import Partial
+from compress.train.windows import WindowBatches, Windows, check_windows
+from compress.versions import versions
+
+NAME = "compress_prepare"
+MEASURED = 4  # batches that the errors are measured on
+
+
+def prepare(
+    model: Any,
+    shape: ModelShape,
+    settings: PrepareSettings,
+    text_tokens: Sequence[int],
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Option]:
+    """Train every target of the settings for all head groups that may change; the dense model is left as it is.
+
+    `folder` gets a folder for each target (see `models.prepared`), with `loss.jsonl`, and `prepare.json` at the end.
+    A target that is finished, with the same settings, text and model, is not trained again, and an interrupted one
+    goes on from its last saved state. In several processes each calls this alike, and the main one writes.
+
+    Args:
+        text_tokens: token ids, cut into windows; the same in all processes.
+        seed: of the order of windows.
+        progress: called with (steps done, steps in all, what) in the main process.
+
+    Returns:
+        The records of the options by the names of their folders.
+
+    Raises:
+        UserError: a target without own parameters, or see `train`.
+        KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
+    """
+    check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None), "prepare")
+    check_tokens(text_tokens, model.config, "the text of the preparation")
+    windows = Windows(text_tokens, settings.length, seed)
+    batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, "prepare.batch_size")
+    accelerator = Accelerator(cpu=model.get_input_embeddings().weight.device.type == "cpu")
+    digest = windows.digest(settings.step_count, settings.batch_size)
+    common = settings.model_dump(mode="json", exclude={"targets", *settings.outside})
+    options = {}
+    for number, target in enumerate(settings.targets):
+        key = key_of("prepare", 1, common, target.model_dump(mode="json"), seed, shape.fingerprint, digest)
+        name = f"{target.target}-{key}"
+
+        def report(done: int, total: int, what: str, before: int = number) -> None:
+            if progress is not None:
+                progress(before * total + done, len(settings.targets) * total, what)
+
+        if not _finished(folder / name, key):
+            _train_option(
+                model, shape, target, settings, batches, folder / name, key, f"{seed}/prepare", accelerator, report
+            )
+        options[name] = read_option(folder / name)
+    if accelerator.is_main_process:
+        write_record(folder, options)
+    accelerator.wait_for_everyone()
+    return options
+
+
+def _finished(folder: Path, key: str) -> bool:
+    """Whether an option is there, with its tensors."""
+    record = read_sealed(folder / OPTION)
+    return record is not None and record.get("key") == key and (folder / TENSORS).is_file()
+
+
+def _train_option(
+    model: Any,
+    shape: ModelShape,
+    target: Target,
+    settings: PrepareSettings,
+    batches: WindowBatches,
+    folder: Path,
+    key: str,
+    seed: str,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    """Train one target, and write its option."""
+    objective: Objective = objectives[str(target.objective)]()
+    mixers = _Mixers(model, shape, target)
+    partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    loop = settings.loop(seed, "lower `prepare.rate`, or run the model in float32")
+    with mixers.beside_attention():
+        train(mixers, [objective], batches, loop, partial, accelerator, curve=curve, progress=progress)
+        errors = mixers.errors(batches, min(MEASURED, settings.step_count), accelerator)
+    if accelerator.is_main_process:
+        lines = curve.steps()
+        record = Option(
+            key=key,
+            target=target.model_dump(mode="json"),
+            objective={"name": objective.registered, **objective.model_dump(mode="json")},
+            steps=settings.step_count,
+            tokens=settings.step_count * batches.size,
+            first_loss=lines[0]["loss"],
+            last_loss=lines[-1]["loss"],
+            errors=errors,
+            seconds=round(sum(line["seconds"] for line in lines), 2),
+            sha256="",
+            versions=versions("accelerate"),
+        )
+        write_option(folder, record, mixers.tensors())
+        partial.remove()
+    accelerator.wait_for_everyone()
+
+
+class _Mixers(nn.Module):
+    """The mixers of one target in all layers that may change, and the dense model, which is no part of the module.
+
+    Raises:
+        UserError: the target's mixer has no parameters.
+    """
+
+    def __init__(self, model: Any, shape: ModelShape, target: Target) -> None:
+        super().__init__()
+        planned = planned_model(model, uniform_plan(shape, target), untrained=True)
+        self.layers = nn.ModuleDict()
+        for layer, (attention, native) in enumerate(zip(attentions_of(planned), shape.native_windows, strict=True)):
+            if native is None:
+                self.layers[str(layer)] = attention.compress_kinds.only.float()
+        if not list(self.parameters()):
+            raise UserError(
+                f"the target `{target.target}` has nothing to train",
+                where="prepare.targets",
+                expected="a target whose mixer has parameters",
+                fix="leave it out; a target without parameters of its own can be searched as it is",
+            )
+        self.requires_grad_(True)
+        self._model, self.shape = (model,), shape  # in a tuple, so that its weights are none of this module's
+        self._inputs: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._learn: Learn | None = None
+
+    @property
+    def module(self) -> _Mixers:
+        """See `Trainee`."""
+        return self
+
+    @contextmanager
+    def beside_attention(self) -> Iterator[None]:
+        """Run the mixers beside the dense model's attention while it is open."""
+        model = self._model[0]
+        with ExitStack() as undo:
+            undo.enter_context(replaced_attention(model, NAME, self._attend))
+            for layer, attention in enumerate(attentions_of(model)):
+                hook = attention.register_forward_pre_hook(self._keep_inputs(layer), with_kwargs=True)
+                undo.callback(hook.remove)
+            yield
+
+    def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
+        """See `Trainee.run`; `learn` is called for one layer after the other."""
+        self._learn = learn
+        try:
+            with torch.no_grad():
+                self._model[0].base_model(**inputs, use_cache=False)
+        finally:
+            self._learn = None
+            self._inputs.clear()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was trained, as an option keeps it."""
+        return {name.removeprefix("layers."): weight.detach() for name, weight in self.named_parameters()}
+
+    def errors(self, batches: WindowBatches, count: int, accelerator: Accelerator) -> list[list[float] | None]:
+        """See `Option.errors`, on the first `count` batches."""
+        shape = self.shape
+        device = next(self.parameters()).device
+        sums = torch.zeros(2, shape.layers, shape.kv_heads, dtype=torch.float64, device=device)
+
+        def add(student: Any, teacher: Any) -> None:
+            outputs, dense = student["outputs"].detach().float(), teacher["outputs"].float()
+            for place, values in ((0, outputs - dense), (1, dense)):
+                heads = values.square().sum((0, 1, 3), dtype=torch.float64)
+                sums[place, student["layer"]] += heads.view(shape.kv_heads, -1).sum(1)
+
+        self.eval()
+        for step in range(count):
+            for part in batches.passes(step, accelerator.num_processes)[accelerator.process_index]:
+                self.run(self, {name: value.to(device) for name, value in part.items()}, add)
+        sums = accelerator.reduce(sums, "sum")
+        errors = (sums[0] / sums[1].clamp(min=1e-12)).tolist()
+        return [row if native is None else None for row, native in zip(errors, shape.native_windows, strict=True)]
+
+    def _keep_inputs(self, layer: int) -> Callable[..., None]:
+        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self._inputs[layer] = hidden, kwargs.get("position_embeddings")
+
+        return keep
+
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
+        dense = call.dense()
+        if self._learn is None or str(call.layer) not in self.layers:
+            return dense
+        mixer: Any = self.layers[str(call.layer)]
+        batch, _, columns, _ = call.query.shape
+        step = Step.begin(None, None, batch, columns, call.query.device)
+        hidden, rotary = self._inputs.pop(call.layer)
+        step.hidden, step.rotary = hidden.float(), None if rotary is None else tuple(table.float() for table in rotary)
+        step.input_length, step.record = columns, Record()
+        query, key, value = call.query.float(), call.key.float(), call.value.float()
+        with torch.set_grad_enabled(self.training):
+            outputs = mixer.prefill(query, key, value, None, step, scale=call.scaling, dropout=0.0)
+            student = {"outputs": outputs, "layer": call.layer, "record": step.record}
+            self._learn(student, {"outputs": dense.transpose(1, 2)})
+        return dense

@@ -1,0 +1,131 @@
+"""Every registered measure on a tiny model: its cells, its file, and that what is kept is not measured again."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.data.passkey import PassKey
+from compress.data.text import FileText
+from compress.errors import UserError
+from compress.evaluate.compare import compare
+from compress.evaluate.comparison import Comparison, read_comparison
+from compress.evaluate.measure import Variant
+from compress.evaluate.tables import markdown, tables
+from compress.models.pruning import block_parameters
+from compress.registry import measures
+from compress.targets.cost import Cost
+from tests.data.language import byte_loaded, byte_model, story
+
+# What each measure is tried with, and the labels of its cells.
+MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "agreement": ({"length": 64, "windows": 2}, {"agreement"}),
+    "density": ({}, {"prefill pairs", "decode keys"}),
+    "flops": ({"lengths": (64,)}, {"prefill FLOPs"}),
+    "kv_bytes": ({}, {"KV bytes"}),
+    "latency": (
+        {"length": 32, "steps": 16},
+        {"prefill", "decode step, batch 1", "KV cache as allocated, batch 1"},
+    ),
+    "lm_eval": ({"suites": ("passkey",), "lengths": (600,), "count": 2}, {"passkey_600"}),
+    "perplexity": ({"length": 64, "windows": 2}, {"perplexity"}),
+    "recall": ({"tasks": (PassKey(length=200, count=2),)}, {"passkey"}),
+    "size": ({}, {"parameters", "parameters of the layers"}),
+}
+DENSE = Cost(held_bytes=2**20, read_bytes=2**20, keys=200, flops=4000)
+HALF = Cost(held_bytes=2**19, read_bytes=2**19, keys=50, flops=1000)
+
+
+def test_every_measure_is_in_the_matrix() -> None:
+    assert set(MATRIX) == set(measures)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(story(), encoding="utf-8")
+    return FileText(path=str(path))
+
+
+def compared(name: str, text: FileText, folder: Path, built: list[str]) -> Comparison:
+    def build(row: str) -> Any:
+        built.append(row)
+        return loaded.model if row == "dense" else byte_model(1)
+
+    keys, _ = MATRIX[name]
+    if "text" in measures[name].model_fields:
+        keys = keys | {"text": text}
+    loaded = byte_loaded()
+    variants = [
+        Variant(row, functools.partial(build, row), row, lambda length, cost=cost: cost)  # type: ignore[misc]
+        for row, cost in (("dense", DENSE), ("plan", HALF))
+    ]
+    asked = [measures[name](**keys), *([] if name == "perplexity" else [measures["perplexity"](text=text, length=64)])]
+    return compare(loaded, variants, asked, text=text, seed=0, cache_dir=folder / "kept")
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_measure_makes_cells_that_are_kept_and_shown(name: str, text: FileText, tmp_path: Path) -> None:
+    built: list[str] = []
+    first = compared(name, text, tmp_path, built)
+    labels = MATRIX[name][1]
+    for row in first.variants:
+        cells = [cell for result in row.of(name) for cell in result.cells()]
+        assert {cell.label for cell in cells if cell.part is None} == labels
+        assert all(cell.better in ("lower", "higher") and cell.value >= 0 for cell in cells)
+    first.write(tmp_path / "evaluation.json")
+    assert read_comparison(tmp_path / "evaluation.json") == first
+    words = markdown(first)
+    for cell in first.variants[1].cells:
+        shown = cell.table in ("summary", "task") and cell.part is None
+        assert not shown or cell.name in words or cell.label in words
+    assert {record["label"] for record in first.records()} >= labels and tables(first)[0].rows[1][0] == "plan"
+    kept = len(list((tmp_path / "kept").iterdir()))
+    again = compared(name, text, tmp_path, built)
+    assert len(list((tmp_path / "kept").iterdir())) == kept
+    for before, after in zip(first.variants, again.variants, strict=True):
+        assert before.results == after.results
+    if name != "flops":  # which counts the parameters of the model in memory
+        assert built == ["dense", "plan"]
+
+
+def cells_of(name: str, text: FileText, folder: Path) -> list[dict[str, float]]:
+    """Value by label of each row."""
+    rows = compared(name, text, folder, []).variants
+    return [{cell.label: cell.value for result in row.of(name) for cell in result.cells()} for row in rows]
+
+
+def test_flops_are_two_for_each_parameter_and_token_and_those_of_attention(text: FileText, tmp_path: Path) -> None:
+    dense, plan = cells_of("flops", text, tmp_path)
+    weights = 2 * 64 * block_parameters(byte_model())
+    assert (dense["prefill FLOPs"], plan["prefill FLOPs"]) == (weights + DENSE.flops, weights + HALF.flops)
+
+
+def test_densities_are_shares_of_the_dense_model(text: FileText, tmp_path: Path) -> None:
+    dense, plan = cells_of("density", text, tmp_path)
+    assert dense == {"prefill pairs": 1.0, "decode keys": 1.0}
+    assert plan == {"prefill pairs": 0.25, "decode keys": 0.25}
+
+
+def test_a_model_agrees_with_itself_and_less_with_another(text: FileText, tmp_path: Path) -> None:
+    dense, plan = cells_of("agreement", text, tmp_path)
+    assert dense["agreement"] == 1.0
+    ids = torch.tensor([byte_loaded().tokenizer(story())["input_ids"]])
+    with torch.no_grad():
+        one, two = (byte_model(seed)(ids[:, :64]).logits.argmax(-1) for seed in (0, 1))
+    assert 0 <= plan["agreement"] < 1 and bool((one != two).any())
+
+
+def test_what_does_not_fit_is_told_before_a_model_is_built(text: FileText, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="context"):
+        compare(
+            byte_loaded(),
+            [Variant("dense", lambda: pytest.fail("built"))],
+            [measures["agreement"](text=text, length=50_000)],
+            seed=0,
+            cache_dir=tmp_path,
+        )

@@ -1,0 +1,37 @@
+"""The example target of `scaled_mixer.py`; not in the registry but while its tests run."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from compress.targets.cost import Cost
+from compress.targets.target import Target
+from compress.targets.unit import Unit
+
+
+class ScaledGroup(Target):
+    """A window with a learned sharpness and a learned shift."""
+
+    runtime: ClassVar[str | None] = "tests.train.scaled_mixer"
+    noun: ClassVar[str] = "a scaled window"
+    objective: ClassVar[str | None] = "transfer"
+
+    target: Literal["scaled"] = "scaled"
+    window: int = Field(ge=1)
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """All pages are held; the parameters are few."""
+        held = -(-length // 64) * 64 * unit.token_bytes
+        keys = min(self.window, length)
+        return Cost(held, held, keys, 4 * unit.head_dim * unit.query_heads * keys * length, 1 + unit.head_dim)
+
+    def words(self, native: int | None = None) -> str:
+        """The window."""
+        return f"scaled window {self.window}"
+
+    def initial(self, attention: Any, group: int) -> dict[str, torch.Tensor]:
+        """The window as it is."""
+        return {"sharpness": torch.ones(()), "shift": torch.zeros(attention.head_dim)}

@@ -1,0 +1,157 @@
+"""Targets that are trained before the search: layer by layer on dense activations, resumable, and found by plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compress.errors import UserError
+from compress.models.planned import planned_model, set_plan
+from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
+from compress.models.shape import shape_of
+from compress.plan import make_plan, uniform_plan
+from compress.registry import targets
+from compress.runtime.mixer import MIXERS
+from compress.targets.full import FullGroup
+from compress.train.lora import projections
+from compress.train.prepare import prepare
+from compress.train.settings import PrepareSettings
+from tests.tiny import random_ids, tiny_model
+from tests.train.common import text, trained
+from tests.train.scaled import ScaledGroup
+
+SETTINGS: dict[str, Any] = {
+    "targets": [{"target": "scaled", "window": 4}],
+    "length": 32,
+    "batch_size": 4,
+    "steps": 8,
+    "rate": 0.05,
+    "warmup": 0.0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    targets.register("scaled")(ScaledGroup)
+    yield
+    targets._methods.pop("scaled")
+    MIXERS.pop("scaled")
+
+
+def prepared(model: Any, folder: Path, progress: Any = None, **changes: Any) -> Any:
+    settings = PrepareSettings.model_validate(SETTINGS | changes)
+    return prepare(model, shape_of(model), settings, text(), folder, seed=1, progress=progress)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+def test_training_brings_a_target_nearer_to_dense_attention(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    (record,) = prepared(model, tmp_path, steps=20).values()
+    (start,) = prepared(model, tmp_path / "start", steps=1, rate=1e-9).values()
+    windows = shape_of(model).native_windows
+    for native, first, last in zip(windows, start.errors, record.errors, strict=True):
+        assert (first is None) == (last is None) == (native is not None)
+        if first is not None and last is not None:
+            assert sum(last) < 0.97 * sum(first)
+    assert record.last_loss < record.first_loss
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert all(weight.requires_grad for weight in model.parameters()) and not model.training
+    (option,) = read_prepared(tmp_path)
+    free = {str(layer) for layer, native in enumerate(windows) if native is None}
+    assert {name.partition(".")[0] for name in option.tensors} == free
+    assert option.target == ScaledGroup(window=4) and option.errors.shape == (len(windows), 2)
+
+
+def test_a_window_that_hides_nothing_has_nothing_to_learn(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    (record,) = prepared(model, tmp_path, steps=1, targets=[{"target": "scaled", "window": 999}]).values()
+    assert record.first_loss < 1e-9
+
+
+def test_an_interrupted_preparation_ends_with_the_same_tensors_and_parts_change_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    two = [{"target": "scaled", "window": window} for window in (4, 6)]
+    whole = prepared(model, tmp_path / "whole", targets=two)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 13:  # in the second target
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(model, tmp_path / "parts", stop, targets=two, save_every=2)
+    assert not (tmp_path / "parts" / "prepare.json").exists()
+    seen: list[int] = []
+    parts = prepared(model, tmp_path / "parts", lambda done, *_: seen.append(done), targets=two, save_every=2)
+    assert seen == [13, 14, 15, 16]  # the first target is not trained again, the second goes on from its last state
+    assert {name: option.sha256 for name, option in parts.items()} == {
+        name: option.sha256 for name, option in whole.items()
+    }
+    assert not list((tmp_path / "parts").rglob("partial*"))
+    (small,) = prepared(model, tmp_path / "small", micro_batch=1).values()
+    first = next(iter(whole.values()))
+    torch.testing.assert_close(torch.tensor(small.errors), torch.tensor(first.errors), rtol=1e-3, atol=1e-3)
+
+
+def test_plans_find_what_was_prepared(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    shape, target = shape_of(model), ScaledGroup(window=4)
+    with pytest.raises(UserError, match="trained before the search, and its tensors are not here"):
+        planned_model(model, uniform_plan(shape, target))
+    prepared(model, tmp_path)
+    options = read_prepared(tmp_path)
+    attach(model, options)
+    full, ids = FullGroup(), random_ids(2, 40)
+    plan = make_plan(shape, [[full, target], [target, target], [full, full]], provenance={})
+    planned = planned_model(model, plan)
+    for layer, groups in ((0, [1]), (1, [0, 1])):
+        mixer = planned.model.layers[layer].self_attn.mixers["scaled"]
+        for name in ("sharpness", "shift"):
+            assert torch.equal(mixer.get_parameter(name), options[0].tensors[f"{layer}.{name}"][groups])
+    switched = planned_model(model, uniform_plan(shape, full))
+    set_plan(switched, plan)
+    with torch.no_grad():
+        assert torch.equal(switched(ids).logits, planned(ids).logits)
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    (name,) = prepared(model, tmp_path, steps=1)
+    path = tmp_path / name / TENSORS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="missing or were changed"):
+        read_prepared(tmp_path)
+    (tmp_path / name / OPTION).write_text("{")
+    with pytest.raises(UserError, match="record of a prepared target is damaged"):
+        read_prepared(tmp_path)
+    again = prepared(model, tmp_path, steps=1)
+    assert read_prepared(tmp_path)[0].record == again[name]
+
+
+def test_targets_without_parameters_are_refused() -> None:
+    with pytest.raises(ValidationError, match="`window` has nothing to train"):
+        PrepareSettings.model_validate(
+            SETTINGS | {"targets": [{"target": "window", "sink": 4, "alpha": 8, "beta": 0.0}]}
+        )
+
+
+@pytest.mark.parametrize("train", ["lora", "mixers"])
+def test_recovery_trains_what_targets_have_of_their_own(tmp_path: Path, train: str) -> None:
+    model = tiny_model("llama-gqa")
+    prepared(model, tmp_path / "options", steps=1)
+    attach(model, read_prepared(tmp_path / "options"))
+    planned = planned_model(model, uniform_plan(shape_of(model), ScaledGroup(window=4)))
+    before = {name: weight.clone() for name, weight in planned.state_dict().items()}
+    trained(tmp_path / "recover", planned, train=train, loss="distill", teacher=model, rate=0.003)
+    moved = {name for name, weight in planned.state_dict().items() if not torch.equal(weight, before[name])}
+    own = {name for name in before if ".mixers." in name}
+    assert moved == (own if train == "mixers" else own | {f"{name}.weight" for name in projections(planned)})
+    with pytest.raises(UserError, match="no parameters of their own"):
+        trained(tmp_path / "dense", model, train="mixers")
