@@ -255,7 +255,7 @@ def open_run(
             where=str(path),
             expected="no folder, an empty one, or an earlier run to go on with",
             found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
-            fix="change `output:` in the recipe, or pass --overwrite to write there nevertheless",
+            fix="change `output:` in the recipe, or pass --overwrite to write there anyway",
         )
     if is_run and before != model and not overwrite and not (before is None and empty):
         raise UserError(
