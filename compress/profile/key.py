@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from compress.errors import UserError
+
 if TYPE_CHECKING:
     from compress.targets.target import Target
 
@@ -45,11 +47,11 @@ class Key:
         """The key of a text form.
 
         Raises:
-            ValueError: the text is no key.
+            UserError: the text is no key.
         """
         found = _TEXT.fullmatch(text)
         if found is None:
-            raise ValueError(f"expected statistic.part.length, got {text!r}")
+            raise UserError("this names no tensor of a profile", expected="statistic.part.length", found=text)
         statistic, _, part = found["name"].partition(".")
         if statistic in _ALONE:
             statistic, part = _ALONE[statistic], found["name"]
