@@ -49,14 +49,14 @@ class Key:
         Raises:
             UserError: the text is no key.
         """
-        found = _TEXT.fullmatch(text)
-        if found is None:
+        parts = _TEXT.fullmatch(text)
+        if parts is None:
             raise UserError("this names no tensor of a profile", expected="statistic.part.length", found=text)
-        statistic, _, part = found["name"].partition(".")
+        statistic, _, part = parts["name"].partition(".")
         if statistic in _ALONE:
-            statistic, part = _ALONE[statistic], found["name"]
-        length = None if found["length"] is None else int(found["length"])
-        return cls(statistic, part, length, found["corpus"], found["target"])
+            statistic, part = _ALONE[statistic], parts["name"]
+        length = None if parts["length"] is None else int(parts["length"])
+        return cls(statistic, part, length, parts["corpus"], parts["target"])
 
     @property
     def name(self) -> str:

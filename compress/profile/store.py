@@ -121,10 +121,10 @@ class Profile:
         Raises:
             UserError: the profile has no such tensor; says which it has.
         """
-        found = self.find(key)
-        if found is None:
+        tensor = self.find(key)
+        if tensor is None:
             raise missing(key, self.tensors, str(self.folder))
-        return found
+        return tensor
 
     @property
     def priced(self) -> tuple[Target, ...]:

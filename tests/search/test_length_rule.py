@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from compress.errors import UserError
-from compress.registry import solvers
 from compress.profile.key import Key
+from compress.registry import solvers
 from compress.runtime.span import FULL, LengthSpan, Span
 from compress.search.choice.options import Objective, window_options
 from compress.search.problem import Problem
