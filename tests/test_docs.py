@@ -9,8 +9,6 @@ import pytest
 
 from compress import registry
 from compress.models.shape import shape_of
-from compress.profile.key import Key
-from compress.profile.run import run_profile
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts
 from compress.runtime.span import FULL, Span
 from compress.search.budget.budget import Budget
@@ -20,10 +18,10 @@ from compress.search.solvers.uniform import Uniform
 from compress.targets.full import FullGroup
 from compress.targets.target import parse_target
 from compress.targets.window import SpanGrid
-from tests.profile.common import documents
+from tests.profile.common import document, measure
 from tests.search.synthetic import FakeProfile
 from tests.test_house import shipped
-from tests.tiny import tiny_loaded, tiny_model
+from tests.tiny import tiny_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "adding.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -47,19 +45,12 @@ def test_examples_are_short() -> None:
     assert len(BLOCKS) == 4 and all(len(block.splitlines()) < 60 for block in BLOCKS)
 
 
-def test_the_statistic(examples: dict[str, Any], tmp_path: Path) -> None:
-    """Beside another one in a whole profile, which a solver then reads."""
-    loaded, measured = tiny_loaded("llama-gqa"), [examples["Peak"](), registry.statistics["hidden_mass"]()]
-    profile = run_profile(loaded, documents(), measured, tmp_path, seed=0)
-    for length in (70, 133):
-        found = profile.tensor(Key("peak", length=length))
-        assert found.shape == (loaded.shape.layers, loaded.shape.kv_heads)
-        assert bool((found > 1 / length).all()) and bool((found <= 1).all())
-    solver = registry.solvers["heads"](score="peak", sink=0, window=64)
-    assert solver.scores_read() == examples["Peak"].gives
-    problem = make_problem(Dense(loaded.shape, 4), profile, Budget(kv=0.5, lengths=(2048,)), solver)
-    (candidate,) = solver.solve(problem)
-    assert problem.fits(candidate.layers)
+def test_the_statistic(examples: dict[str, Any]) -> None:
+    model = tiny_model("llama-gqa")
+    found = measure(model, [examples["Peak"](), registry.statistics["attention"]()], document(90))["peak.90"]
+    shape = shape_of(model)
+    assert found.shape == (shape.layers, shape.kv_heads)
+    assert bool((found > 1 / 90).all()) and bool((found <= 1).all())
 
 
 def test_the_solver(examples: dict[str, Any]) -> None:
