@@ -11,6 +11,7 @@ from compress.cli import (
     evaluate,
     export,
     inspect,
+    prepare,
     profile,
     recipes,
     recover,
@@ -38,6 +39,7 @@ STAGES, FILES = "The whole run, and its stages", "Files and machine"
 for name, panel, command in (
     ("run", STAGES, run.run),
     ("profile", STAGES, profile.profile),
+    ("prepare", STAGES, prepare.prepare),
     ("search", STAGES, search.search),
     ("recover", STAGES, recover.recover),
     ("export", STAGES, export.export),

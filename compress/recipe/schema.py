@@ -25,7 +25,7 @@ from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
 from compress.search.removal import PruningSolver
 from compress.search.solvers.moa import Moa
-from compress.train.settings import RecoverSettings
+from compress.train.settings import PrepareSettings, RecoverSettings
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
 Tasks = tuple[Annotated[Task, registry.tasks], ...]
@@ -109,6 +109,7 @@ class Recipe(Outline):
 
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
     profile: ProfileSection = Field(default_factory=ProfileSection, description=SECTIONS["profile"])
+    prepare: PrepareSettings | None = Field(None, description=SECTIONS["prepare"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])

@@ -101,7 +101,7 @@ def recover(
         UserError: the text or the batch does not fit, weights cannot be spread here, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    follows = any(objective.needs_teacher for objective in settings.objectives)
+    follows = any(objective.needs_teacher for objective in settings.losses)
     if follows and teacher is None:
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if follows else None
@@ -227,7 +227,7 @@ def _train_and_merge(
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
             _Student(copied, teacher, low),
-            settings.objectives,
+            settings.losses,
             batches,
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,

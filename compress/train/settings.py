@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from compress import registry
 from compress.data.text import TextSource
 from compress.limits import BATCH, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
-from compress.targets.target import Target, parse_target
+from compress.targets.target import Target
 from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
 from compress.train.objectives.objective import Objective
@@ -103,6 +104,11 @@ class RecoverSettings(TrainSettings):
         1.0, ge=0.01, le=100, description="of both distributions in the KL, which is scaled by its square"
     )
     distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    objectives: tuple[Annotated[Objective, registry.objectives], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="losses in place of `loss`, each with its weight: `[{name: text}, {name: side, weight: 0.01}]`",
+    )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
@@ -113,15 +119,24 @@ class RecoverSettings(TrainSettings):
     shard: bool = Field(False, description="spread weights over the GPUs (FSDP2); without it each has all of them")
     control: bool = Field(False, description="train the dense model on the same batches, too, to compare with")
 
+    def facts(self) -> dict[str, Any]:
+        """See `TrainSettings.facts`; as before there were `objectives`, where there are none."""
+        facts = super().facts()
+        return facts if self.objectives else {key: value for key, value in facts.items() if key != "objectives"}
+
     @model_validator(mode="after")
     def _comparable(self) -> Self:
+        if len({objective.registered for objective in self.objectives}) < len(self.objectives):
+            raise ValueError("expected each objective once")
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
         return self
 
     @property
-    def objectives(self) -> tuple[Objective, ...]:
+    def losses(self) -> tuple[Objective, ...]:
         """What is minimised, and what is only recorded beside it (weight 0)."""
+        if self.objectives:
+            return self.objectives
         share = {"text": 0.0, "distill": 1.0, "both": self.distill_weight}[self.loss]
         text = Text(weight=1 - share)
         return (text,) if self.loss == "text" else (text, Distill(weight=share, temperature=self.temperature))
@@ -130,7 +145,7 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
-    targets: tuple[Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)], ...] = Field(
+    targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
     )
     rate: float = Field(0.01, gt=0, le=FACTOR, description="highest learning rate of AdamW")

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from compress.cli.app import app
+from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.models.planned import planned_model, set_plan
 from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
@@ -21,6 +24,7 @@ from compress.targets.full import FullGroup
 from compress.train.lora import projections
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
+from tests.cli.recipes import make_recipe
 from tests.tiny import random_ids, tiny_model
 from tests.train.common import text, trained
 from tests.train.scaled import ScaledGroup
@@ -155,3 +159,27 @@ def test_recovery_trains_what_targets_have_of_their_own(tmp_path: Path, train: s
     assert moved == (own if train == "mixers" else own | {f"{name}.weight" for name in projections(planned)})
     with pytest.raises(UserError, match="no parameters of their own"):
         trained(tmp_path / "dense", model, train="mixers")
+
+
+def test_the_stage_trains_once_and_follows_its_keys(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama-gqa"))
+    section = "prepare: {targets: [{target: scaled, window: 8}], length: 32, batch_size: 2, steps: 4, rate: 0.05}\n"
+    recipe.write_text(recipe.read_text() + section)
+    for command in ("validate", "profile"):
+        result = CliRunner().invoke(app, [command, str(recipe)])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["search", str(recipe)])
+    assert result.exit_code == 2 and f"compress prepare {recipe}" in result.stderr
+    result = CliRunner().invoke(app, ["prepare", str(recipe)])
+    folder = tmp_path / "run" / "options"
+    assert result.exit_code == 0 and result.stdout.strip() == str(folder)
+    assert "prepare: scaled window 8, 4 steps, 256 tokens" in result.stderr
+    again = CliRunner().invoke(app, ["prepare", str(recipe)])
+    assert "prepare: done before" in again.stderr
+    with opened(str(recipe)) as session:
+        keys = session.prepare_key(), session.profile_key(), session.search_key()
+    recipe.write_text(recipe.read_text().replace("rate: 0.05", "rate: 0.04"))
+    with opened(str(recipe)) as session:
+        assert session.prepare_key() != keys[0] and session.profile_key() == keys[1]
+    recipe.write_text(recipe.read_text().replace("window: 8", "windw: 8"))
+    assert "did you mean `window`?" in CliRunner().invoke(app, ["validate", str(recipe)]).stderr
