@@ -26,6 +26,7 @@ from compress.bench.kernel import Shape, mix, random_qkv, spans_of, visible_shar
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row
 from compress.bench.report import break_even, model_lines
+from compress.environment import environment
 from compress.files import write_json
 from compress.models.source import ModelSource, random_model
 from compress.plan import ModelShape
@@ -36,7 +37,6 @@ from compress.runtime import flash
 from compress.runtime.impl import IMPLS
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
-from compress.stages.environment import environment
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)

@@ -127,8 +127,13 @@ def families_table() -> str:
     lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
     for cells, names in alike.items():
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+    refused = (*("refused" for _ in columns[2:-1]), "-")
     for reason, names in by_reason(matrix["refused"]).items():
-        cells = (f"refused: {reason}", *("refused" for _ in columns[2:-1]), "-")
+        cells = (f"refused: {reason}", *refused)
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+    for text, names in by_reason(matrix["wrappers"]).items():
+        part = "" if text in matrix["families"] else "not "
+        cells = (f"refused, reads images, too: its text part (`{text}`) alone is {part}supported", *refused)
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -25,7 +25,15 @@ VERSIONS = [
     *("5.0.0", "5.1.0", "5.2.0", "5.4.0", "5.6.2", "5.8.1", "5.10.4"),
     *("5.12.1", "5.14.1", "5.16.1", "5.17.0", "5.20.2", "5.23.0", "5.24.0"),
 ]
-MODELS = ("gemma3", "llama-gqa", "ministral", "mistral", "phi3", "qwen2", "qwen3")  # of tests/tiny.py, one a family
+MODELS = (
+    "gemma3",
+    "llama-gqa",
+    "ministral",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)  # of tests/tiny.py, beside those of MORE
 CLOSE = 1e-4  # of the largest logit, in float32
 TOKENS, NEW = 301, 24
 
@@ -41,11 +49,11 @@ def write_checkpoints(folder: Path) -> list[Path]:
     from compress.plan import make_plan
     from compress.targets.full import FullGroup
     from compress.targets.window import WindowGroup
-    from tests.tiny import mixed_plan, tiny_model, tiny_tokenizer
+    from tests.tiny import MORE, mixed_plan, tiny_model, tiny_tokenizer
 
     torch.set_num_threads(1)
     written = []
-    for family in MODELS:
+    for family in (*MODELS, *MORE):
         loaded = LoadedModel(tiny_model(family), tiny_tokenizer(), family)
         shape = shape_of(loaded.model)
         slides = [WindowGroup(sink=0, alpha=50, beta=0.0), FullGroup(), FullGroup()]

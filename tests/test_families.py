@@ -20,7 +20,7 @@ from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
-from compress.models.families import REFUSED, check_pruning, family_of, layers_of
+from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
@@ -46,7 +46,7 @@ WHOLE = sorted(name for name in MORE if FAMILIES[name].whole is not None)
 NATIVE = sorted(name for name in MORE if FAMILIES[name].native is not None)
 
 
-def naive_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+def naive_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **others: Any) -> Any:
     """The family's own eager attention under an additive mask for every query head."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     count = query.shape[2]
@@ -57,7 +57,7 @@ def naive_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, sc
             masks[group, position, : min(sink, position + 1)] = 0
             masks[group, position, max(0, position + 1 - span) : position + 1] = 0
     masks = masks.repeat_interleave(query.shape[1] // key.shape[1], dim=0)[None]
-    return eager(module, query, key, value, masks, scaling=scaling, dropout=0.0)
+    return eager(module, query, key, value, masks, scaling=scaling, **others | {"dropout": 0.0})
 
 
 AttentionInterface.register("naive", naive_attention)
@@ -313,10 +313,20 @@ def test_a_refusal_names_its_reason(name: str) -> None:
 
 
 def test_a_wrapper_of_a_refused_text_model_names_the_reason() -> None:
-    config = AutoConfig.for_model("paligemma", text_config={"model_type": "gemma2"})
-    with pytest.raises(UserError, match="`paligemma` wraps a text model, `gemma2`") as caught:
+    config = AutoConfig.for_model("qwen2_vl")
+    with pytest.raises(UserError, match="`qwen2_vl` wraps a text model, `qwen2_vl_text`") as caught:
         family_of(config)
-    assert f"not supported either: {REFUSED['gemma2']}" in str(caught.value)
+    assert f"not supported either: {REFUSED['qwen2_vl_text']}" in str(caught.value)
+
+
+def test_wrappers_are_refused_and_their_text_models_named() -> None:
+    for name, text in WRAPPERS.items():
+        config = AutoConfig.for_model(name)
+        assert config.text_config.model_type == text
+        with pytest.raises(UserError) as caught:
+            family_of(config)
+        assert ("save its text part once" in str(caught.value)) == (text in FAMILIES)
+        assert text in FAMILIES or REFUSED[text] in str(caught.value)
 
 
 def test_the_doctor_lists_every_family_and_target() -> None:
@@ -330,5 +340,6 @@ def test_the_doctor_lists_every_family_and_target() -> None:
         assert (row["targets"]["pruned"] is None) == (FAMILIES[name].whole is None)
         assert row["architecture"] == FAMILIES[name].architecture and row["native"] == FAMILIES[name].native
     words = " ".join(CliRunner().invoke(app, ["doctor", "--families"]).stdout.split())
-    assert all(name in words for name in (*FAMILIES, *REFUSED))
-    assert "unless config.json says `use_qk_norm: false`" in words and "gemma2: its attention caps scores" in words
+    assert all(name in words for name in (*FAMILIES, *REFUSED, *WRAPPERS))
+    assert "gemma3, shieldgemma2: reads images, too; its text part alone is (gemma3_text)" in words
+    assert "unless config.json says `use_qk_norm: false`" in words and "its positions have three axes" in words

@@ -7,6 +7,7 @@ import re
 import time
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from compress import registry
 from compress.errors import UserError
+from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
 from compress.recipe.located_yaml import read_located
 from compress.recipe.read import parse_recipe
@@ -57,8 +59,8 @@ def test_defaults_are_written_out_and_read_back_the_same() -> None:
     recipe = read(MINIMAL)
     resolved = recipe.resolved()
     assert resolved["calibration"]["text"] == {"source": "embedded"}
-    assert [entry["name"] for entry in resolved["profile"]["statistics"]] == ["influence", "attention", "retrieval"]
-    assert resolved["search"]["solver"]["name"] == "moa"
+    assert [entry["name"] for entry in resolved["profile"]["statistics"]] == ["retrieval", "hidden_mass"]
+    assert resolved["search"]["solver"]["name"] == "moa" and resolved["search"]["solver"]["influence"] == "none"
     assert resolved["evaluate"]["compare"] == ["plan", "uniform"]
     again = read(json.dumps(resolved))
     assert again.resolved() == resolved
@@ -334,3 +336,96 @@ def test_a_recipe_that_is_not_utf_8_says_where(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.yaml").write_text(MINIMAL)
     with pytest.raises(UserError, match=r"it is a folder[\s\S]*did you mean `.*run/recipe.yaml`"):
         load_recipe(tmp_path / "run")
+
+
+def test_settings_take_the_place_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    settings = ["search.budget.kv=0.25", "calibration.documents[0].count=3", "export.form=auto", "seed=7"]
+    recipe = load_recipe(path, settings)
+    assert recipe.search.budget.kv == 0.25 and recipe.calibration.documents[0].count == 3
+    assert recipe.export.form == "auto" and recipe.seed == 7
+    assert recipe.words == f"{path} --set search.budget.kv=0.25 --set 'calibration.documents[0].count=3' " + (
+        "--set export.form=auto --set seed=7"
+    )
+    assert recipe.text.startswith(MINIMAL) and "# with --set search.budget.kv=0.25" in recipe.text
+    path.write_text(MINIMAL.replace("output: runs/x\n", ""))
+    assert load_recipe(path, ["output=runs/y"]).output == "runs/y"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("search.budget.kv", "--set: not a setting"),
+        ("search..kv=1", "--set: not a setting"),
+        ("search.budget.kv=1.5", "--set search.budget.kv: wrong value for `search.budget.kv`"),
+        ("search.budget.vk=0.5", "--set search.budget.vk: unknown key `search.budget.vk`"),
+        ("sarch.budget=1", "--set sarch.budget: unknown key `sarch`"),
+        ("calibration.documents[4].count=1", "`calibration.documents` is a list with 1 entries"),
+        ("model.name=x", "`model` is no mapping"),
+        ("seed=[1", "this is not YAML"),
+    ],
+)
+def test_a_wrong_setting(setting: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, [setting])
+    assert message in str(caught.value), str(caught.value)
+
+
+THREE = "model: demo/smollm2-135m\noutput: runs/x\nsearch: {budget: BUDGET}\n"
+
+
+def three_lines(budget: str, monkeypatch: pytest.MonkeyPatch, situation: Situation) -> Recipe:
+    monkeypatch.setattr(Situation, "of", classmethod(lambda cls, model, device: situation))
+    return parse_recipe(THREE.replace("{budget: BUDGET}", f"\n  budget: {budget}"), Path("r.yaml"))
+
+
+CPU = Situation(False, 2, 16 << 30, 8192, 135_000_000, 100_000)
+
+
+def test_three_lines_are_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = three_lines("{kv: 0.5}", monkeypatch, CPU)
+    assert recipe.search.budget.lengths == (2048,)
+    assert {task.length for task in recipe.calibration.documents} == {1024, 2048}
+    assert {task.task for task in recipe.calibration.documents} == {"facts", "continuation"}
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval", "hidden_mass"]
+    assert recipe.search.refine is not None and recipe.evaluate.recall
+    assert recipe.resolved()["evaluate"]["perplexity"]["length"] == 2048
+    assert any("1,024 tokens for each of 2 cores" in line for line in recipe.chosen)
+    again = parse_recipe(json.dumps(recipe.resolved()), Path("again.yaml"))
+    assert again.resolved() == recipe.resolved() and not again.chosen
+
+
+@pytest.mark.parametrize(
+    ("situation", "longest", "dtype"),
+    [
+        (CPU, 2048, "float32"),
+        (replace(CPU, cores=16), 8192, "float32"),
+        (replace(CPU, context=1000), 1000, "float32"),
+        (replace(CPU, parameters=7_000_000_000, memory=1 << 40), 512, "float32"),
+        (replace(CPU, gpu=True, memory=80 << 30), 8192, "bfloat16"),
+        (replace(CPU, gpu=True, memory=1 << 30), 4096, "bfloat16"),
+    ],
+)
+def test_lengths_follow_the_machine(
+    situation: Situation, longest: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = three_lines("{kv: 0.5}", monkeypatch, situation)
+    assert recipe.search.budget.lengths == (longest,) and recipe.dtype == dtype
+    assert max(task.length for task in recipe.calibration.documents) == longest
+
+
+def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = three_lines("{parameters: 0.8}", monkeypatch, CPU)
+    assert recipe.search.solver.registered == "amp" and recipe.search.refine is None
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["amp", "wanda_sp"]
+    assert recipe.evaluate.compare == ("plan", "random")
+    recipe = three_lines("{density: {512: 0.5}}", monkeypatch, CPU)
+    assert max(task.length for task in recipe.calibration.documents) == 512
+    recipe = three_lines("{kv: 0.5}\n  solver: {name: heads, score: retrieval}", monkeypatch, CPU)
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval"]
+    assert recipe.search.refine is None
+    with pytest.raises(UserError, match=r"unknown key `search\.budget\.vk`"):
+        three_lines("{vk: 0.5}", monkeypatch, CPU)

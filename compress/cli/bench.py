@@ -95,11 +95,11 @@ def measure(
 
     from compress.bench import kernel, measure, memory, report
     from compress.bench import model as whole
+    from compress.environment import environment
     from compress.models.load import DTYPES
     from compress.models.source import ModelSource
     from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
-    from compress.stages.environment import environment
 
     where = torch.device(resolve_device(device))
     try:

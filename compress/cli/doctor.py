@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.output import AsJson, Verbose
-from compress.stages.environment import environment, has_module, usable_cores
+from compress.environment import environment, has_module, usable_cores
 from compress.words import size
 
 # (package, from, below, newest that the tests passed with, what it is for); None where there is no bound.
@@ -47,6 +47,9 @@ def doctor(
             show(_families_table(matrix))
             for reason, names in by_reason(matrix["refused"]).items():
                 typer.echo(f"not supported: {', '.join(names)}: {reason}")
+            for text, names in by_reason(matrix["wrappers"]).items():
+                word = "its text part alone is" if text in matrix["families"] else "nor is its text part"
+                typer.echo(f"not supported: {', '.join(names)}: reads images, too; {word} ({text})")
         return
     report = examine()
     if as_json:
@@ -75,11 +78,14 @@ def examine() -> dict[str, Any]:
 
 
 def family_matrix() -> dict[str, Any]:
-    """What every family allows, from its row: by target None or the reason why not; and the refused ones' reasons."""
+    """What every family allows, from its row: by target None or the reason why not.
+
+    Beside it the refused ones' reasons, and the text models of models that read images, too.
+    """
     import compress.targets.full
     import compress.targets.pruned
     import compress.targets.window  # noqa: F401
-    from compress.models.families import REFUSED
+    from compress.models.families import REFUSED, WRAPPERS
     from compress.registry import targets
     from compress.runtime.families import FAMILIES
 
@@ -91,7 +97,7 @@ def family_matrix() -> dict[str, Any]:
         }
         for name, family in FAMILIES.items()
     }
-    return {"families": rows, "refused": dict(REFUSED)}
+    return {"families": rows, "refused": dict(REFUSED), "wrappers": dict(WRAPPERS)}
 
 
 def by_reason(refused: dict[str, str]) -> dict[str, list[str]]:

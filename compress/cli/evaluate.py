@@ -10,7 +10,7 @@ import typer
 
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, progress, say
-from compress.cli.recipe import Overwrite, opened
+from compress.cli.recipe import Overwrite, Settings, opened
 from compress.errors import UserError
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
@@ -28,6 +28,7 @@ def evaluate(
     what: Annotated[
         list[str], typer.Argument(metavar="RECIPE|MODEL...", help="A recipe, or models; the first is the dense one.")
     ],
+    settings: Settings = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, by commas.")] = None,
     include: Annotated[str | None, typer.Option(help="A folder of lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=STEPS, help="Only the first items of every task.")] = None,
@@ -82,7 +83,9 @@ def evaluate(
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
             )
-        comparison = _recipe(what[0], overwrite)
+        comparison = _recipe(what[0], settings, overwrite)
+    elif settings:
+        raise UserError("`--set` changes a recipe", where=settings[0], fix="name a recipe, or leave it out")
     elif record is not None:
         asked: dict[str, Any] = {"tasks": tasks}
         file = arguments.given_path(record, "--record")
@@ -231,8 +234,8 @@ def _folder_name(spec: str) -> str:
     return file_part(str(Path(spec).expanduser().resolve()))
 
 
-def _recipe(path: str, overwrite: bool) -> Comparison:
-    with opened(path, overwrite=overwrite) as session:
+def _recipe(path: str, settings: list[str] | None, overwrite: bool) -> Comparison:
+    with opened(path, settings, overwrite=overwrite) as session:
         from compress.stages.evaluate import evaluate_stage
 
         return evaluate_stage(session)

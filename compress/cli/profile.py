@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from compress.cli.output import Verbose
-from compress.cli.recipe import Fresh, Overwrite, RecipeFile, opened
+from compress.cli.recipe import Fresh, Overwrite, RecipeFile, Settings, opened
 
 
-def profile(recipe: RecipeFile, overwrite: Overwrite = False, fresh: Fresh = False, verbose: Verbose = False) -> None:
+def profile(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    verbose: Verbose = False,
+) -> None:
     """Measure what every head group does, on calibration documents. Goes on where it was interrupted."""
-    with opened(recipe, overwrite=overwrite, fresh=fresh) as session:
+    with opened(recipe, settings, overwrite=overwrite, fresh=fresh) as session:
         from compress.stages.profile import profile_stage
 
         profile_stage(session)

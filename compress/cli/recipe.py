@@ -29,13 +29,25 @@ Fresh = Annotated[
 ]
 
 
-def read_recipe(file: str) -> Recipe:
-    """The recipe of a command. Raises UserError for a wrong one."""
-    return load_recipe(arguments.recipe_file(file))
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one key of the recipe, as search.budget.kv=0.25; may be repeated.",
+    ),
+]
+
+
+def read_recipe(file: str, settings: list[str] | None = None) -> Recipe:
+    """The recipe of a command, with what `--set` changes. Raises UserError for a wrong one."""
+    return load_recipe(arguments.recipe_file(file), settings or ())
 
 
 @contextmanager
-def opened(file: str, *, overwrite: bool = False, fresh: bool = False, helpers: bool = False) -> Iterator[Session]:
+def opened(
+    file: str, settings: list[str] | None = None, *, overwrite: bool = False, fresh: bool = False, helpers: bool = False
+) -> Iterator[Session]:
     """The session of a command on a recipe, which holds its run folder.
 
     Args:
@@ -48,7 +60,7 @@ def opened(file: str, *, overwrite: bool = False, fresh: bool = False, helpers: 
     helper = is_helper()
     if helper and not helpers:
         raise typer.Exit()
-    recipe = read_recipe(file)
+    recipe = read_recipe(file, settings)
     from compress.stages.session import open_session  # imports torch, as reading the recipe has
 
     with open_session(recipe, Terminal(), overwrite=overwrite, fresh=fresh, helper=helper) as session:

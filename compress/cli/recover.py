@@ -5,16 +5,18 @@ from __future__ import annotations
 import typer
 
 from compress.cli.output import Verbose
-from compress.cli.recipe import Overwrite, RecipeFile, opened
+from compress.cli.recipe import Overwrite, RecipeFile, Settings, opened
 from compress.errors import UserError
 
 
-def recover(recipe: RecipeFile, overwrite: Overwrite = False, verbose: Verbose = False) -> None:
+def recover(
+    recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = False, verbose: Verbose = False
+) -> None:
     """Train the plan's model as `recover:` in the recipe says. Needs the plan. Prints the folder of the weights.
 
     An interrupted training goes on where it was saved. For several processes: torchrun -m compress recover RECIPE.
     """
-    with opened(recipe, overwrite=overwrite, helpers=True) as session:
+    with opened(recipe, settings, overwrite=overwrite, helpers=True) as session:
         from compress.stages.recover import recover_stage
 
         folder = recover_stage(session)

@@ -7,12 +7,13 @@ import time
 import typer
 
 from compress.cli.output import AsJson, Verbose, say
-from compress.cli.recipe import Fresh, Overwrite, RecipeFile, opened
+from compress.cli.recipe import Fresh, Overwrite, RecipeFile, Settings, opened
 from compress.words import duration, size
 
 
 def run(
     recipe: RecipeFile,
+    settings: Settings = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
     as_json: AsJson = False,
@@ -26,9 +27,9 @@ def run(
     from compress.cli.tables import show
 
     started = time.monotonic()
-    with opened(recipe, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+    with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.cli.report import write_report
-        from compress.stages.environment import peak_memory
+        from compress.environment import peak_memory
         from compress.stages.evaluate import evaluate_stage
         from compress.stages.export import check_target, export_stage
         from compress.stages.prepare import prepare_stage

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from compress.cli.output import AsJson, Terminal, Verbose, say
-from compress.cli.recipe import RecipeFile, read_recipe
+from compress.cli.recipe import RecipeFile, Settings, read_recipe
+from compress.words import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
     from compress.train.settings import TrainSettings
 
 
-def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Check a recipe against its model and texts, without loading weights, and print what a run would do.
 
     Makes every prompt as a run does, so a document that is too long, or a text that is too short, shows here.
     """
     from compress.cli.tables import show
 
-    loaded = read_recipe(recipe)
-    from compress.stages.check import check_run  # imports torch, as reading the recipe has
+    loaded = read_recipe(recipe, settings)
+    from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
+    from compress.stages.check import check_run
+    from compress.stages.device import resolve_device
+    from compress.stages.estimate import memory, seconds
 
     tokens = check_run(loaded, Terminal())
     if as_json:
@@ -38,12 +42,21 @@ def validate(recipe: RecipeFile, as_json: AsJson = False, verbose: Verbose = Fal
         return
     show(table(loaded))
     output = Path(loaded.output).expanduser()
-    typer.echo(f"model    {loaded.model}, {loaded.dtype}, device {loaded.device}")
+    device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
+    taken = seconds(loaded, situation, device)
+    for number, line in enumerate(loaded.chosen):
+        typer.echo(f"{'' if number else 'default':<9}{line}")
+    typer.echo(f"model    {loaded.model}, {loaded.dtype}, on {device}")
+    typer.echo(
+        f"takes    about {duration(sum(taken.values()))} on this machine ("
+        + ", ".join(f"{stage} {duration(spent)}" for stage, spent in taken.items())
+        + f") and {size(memory(loaded, situation))} of memory"
+    )
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
     typer.echo("         the weights; so is recover/, with a recovery), evaluation.json, plots/")
-    say("the recipe is valid")
+    say(f"the recipe is valid; start with: compress run {loaded.words}")
 
 
 def work(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:

@@ -14,10 +14,9 @@ from torch import nn
 from compress.errors import UserError, nearest
 from compress.runtime.families import FAMILIES, Family
 
-_CAPS = "its attention caps scores before the softmax (`attn_logit_softcapping`), which planned attention does not"
-_SINKS = "its heads have learned sink logits in the softmax, which planned attention does not know"
 _CHUNKS = "some of its layers attend within chunks, which no window is"
 _LATENT = "it caches latents in place of keys and values (MLA)"
+_AXES = "its positions have three axes (M-RoPE), and planned models count along one"
 _OWN = "its attention is its own code and does not call transformers' AttentionInterface"
 
 # Why an architecture is not supported, where that has been looked into: what would have to be built for it.
@@ -26,11 +25,34 @@ REFUSED = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "falcon": _OWN,
-    "gemma2": _CAPS,
-    "gpt_oss": _SINKS,
-    "llama4": _CHUNKS,
     "llama4_text": _CHUNKS,
     "opt": "its language model runs its inner decoder past the model that would hold the plan",
+    "qwen2_5_vl_text": _AXES,
+    "qwen2_vl_text": _AXES,
+    "qwen3_vl_text": _AXES,
+}
+
+# Models with parts that read images or sound around a text model, and the type of that text model where their
+# configuration names no other. They are refused whole; `wrapper` says how to take the text model out.
+WRAPPERS = {
+    "aya_vision": "cohere2",
+    "cohere2_vision": "cohere2",
+    "gemma3": "gemma3_text",
+    "idefics2": "mistral",
+    "idefics3": "llama",
+    "internvl": "qwen2",
+    "kimi_k25": "deepseek_v3",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "paligemma": "gemma",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "shieldgemma2": "gemma3_text",
+    "smolvlm": "llama",
 }
 
 

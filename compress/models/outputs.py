@@ -10,6 +10,7 @@ import torch
 from compress.errors import Problem, UserError
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, Mixer, heads_of, take
 from compress.runtime.reference import Rows
+from compress.runtime.scores import Scores
 from compress.runtime.step import Step
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
@@ -67,6 +68,7 @@ class Alternatives:
         value: torch.Tensor,
         scale: float,
         dense: torch.Tensor | None = None,
+        scores: Scores | None = None,
     ) -> Iterator[torch.Tensor]:
         """O_alternative - O_full for every plan, `[B, H, T, D]` in the dtype of the queries.
 
@@ -77,17 +79,25 @@ class Alternatives:
             key, value: `[B, G, T, D]`.
             scale: factor on the scores.
             dense: O_full as `full` gives it, where it is known already.
+            scores: what else the layer does to its scores.
         """
         if self.dense is None:
             return
-        dense = self.full(query, key, value, scale) if dense is None else dense
+        dense = self.full(query, key, value, scale, scores) if dense is None else dense
         for plan in self.plans:
-            yield plan.output(query, key, value, scale).sub_(dense)
+            yield plan.output(query, key, value, scale, scores).sub_(dense)
 
-    def full(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def full(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        scores: Scores | None = None,
+    ) -> torch.Tensor:
         """O_full, `[B, H, T, D]`; arguments as in `changes`."""
         assert self.dense is not None
-        return self.dense.output(query, key, value, scale)
+        return self.dense.output(query, key, value, scale, scores)
 
 
 class _Plan:
@@ -99,7 +109,9 @@ class _Plan:
         entries: list[Mapping[str, Any]] = [targets[group].model_dump(mode="json") for group in self.stays]
         self.kinds = Kinds(entries, facts) if entries else None
 
-    def output(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def output(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, scores: Scores | None
+    ) -> torch.Tensor:
         """`[B, H, T, D]`, new memory; zero where a group is removed."""
         batch, _, tokens, _ = query.shape
         out = torch.zeros_like(query[..., : value.shape[-1]])
@@ -107,6 +119,9 @@ class _Plan:
             return out
         rows = Rows.whole(batch, tokens)
         step = Step(None, rows, None, None, list(rows.count), tokens, input_length=tokens)
+        if scores is not None:
+            self.kinds.check_scores()
+            step.scores = scores.of(self.heads)
 
         def run(mixer: Mixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any) -> torch.Tensor:
             return mixer.prefill(q, k, v, None, step, scale=scale, dropout=0.0)

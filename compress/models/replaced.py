@@ -17,7 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from compress.errors import UserError
 from compress.models.families import layers_of
 from compress.runtime.attention import changing_arguments
-from compress.runtime.span import native_windows
+from compress.runtime.reference import prefill
+from compress.runtime.scores import Scores
+from compress.runtime.span import native_windows, own_span
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class AttentionCall:
         key, value: `[B, G, T, D]`, keys after RoPE.
         scaling: of the scores.
         window: the layer's own sliding window in tokens; None where it has none.
+        scores: what else the layer does to its scores; None for a plain softmax.
     """
 
     module: Any
@@ -40,10 +43,11 @@ class AttentionCall:
     value: torch.Tensor
     scaling: float
     window: int | None
+    scores: Scores | None = None
 
     def dense(self) -> torch.Tensor:
         """What the layer computes by itself: causal attention within its own window, `[B, H, T, D]`."""
-        return causal_attention(self.query, self.key, self.value, self.scaling, self.window)
+        return causal_attention(self.query, self.key, self.value, self.scaling, self.window, self.scores)
 
 
 Attend = Callable[[AttentionCall], torch.Tensor]
@@ -63,13 +67,16 @@ def attention_function(attend: Attend, windows: Mapping[int, int | None] | None 
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         refuse_arguments(module, others)
         layer = int(module.layer_idx)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = None if windows is None else windows[layer]
-        output = attend(AttentionCall(module, layer, query, key, value, scaling, window))
+        scores = Scores.given(softcap, s_aux)
+        output = attend(AttentionCall(module, layer, query, key, value, scaling, window, scores))
         return output.transpose(1, 2).contiguous(), None
 
     return attention
@@ -152,7 +159,12 @@ def answer_rows(answer: tuple[int, int], device: torch.device) -> torch.Tensor:
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Causal attention `[B, H, T, D]` without an N x N mask.
 
@@ -160,6 +172,8 @@ def causal_attention(
     """
     length = query.shape[2]
     grouped = query.shape[1] != key.shape[1]
+    if scores is not None:
+        return prefill(query, key, value, (own_span(window),) * key.shape[1], scale=scaling, scores=scores)
     if window is None or window >= length:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped

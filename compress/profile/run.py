@@ -73,6 +73,8 @@ def run_profile(
         check_inputs(group, statistics)
     check_corpora(statistics, second)
     grid = _grid(statistics)
+    lengths = [length for length in documents if documents[length]]
+    statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
     weight = loaded.model.get_input_embeddings().weight
     subject = Subject(loaded, loaded.shape, weight.device)
     trains = any(statistic.reads == "training" for statistic in statistics)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 
@@ -113,6 +113,10 @@ class Statistic(Method):
             if method is type(self):
                 return name
         raise LookupError(f"{type(self).__qualname__} is not registered")
+
+    def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
+        """The same with all parameters that depend on the model or on the profiled lengths, in tokens."""
+        return self
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.encodings import decode, wrong_byte
 from compress.errors import Problem, UserError, nearest
-from compress.recipe.located_yaml import MOST_CHARACTERS, LocatedYaml, read_located, shown, unknown_key
+from compress.recipe.located_yaml import (
+    MOST_CHARACTERS,
+    KeyPath,
+    LocatedYaml,
+    read_located,
+    shown,
+    unknown_key,
+)
 from compress.recipe.outline import REQUIRED, SECTIONS, Outline
 
 if TYPE_CHECKING:
@@ -17,8 +27,11 @@ if TYPE_CHECKING:
 MOST_BYTES = 4 * MOST_CHARACTERS
 
 
-def load_recipe(path: Path | str) -> Recipe:
+def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        settings: `KEY=VALUE` each, as `search.budget.kv=0.25`, which take the place of what the file has there.
 
     Raises:
         UserError: no such file, or everything that is wrong with it: each problem with file, line, column, key,
@@ -28,12 +41,40 @@ def load_recipe(path: Path | str) -> Recipe:
     path = Path(path)
     text = _text(path)
     located = read_located(text, str(path))
-    problems = [*located.problems, *outline_problems(located)]
+    problems = [*located.problems, *outline_problems(located, missing=not settings)]
+    if not problems:
+        problems = [problem for setting in settings for problem in put(located, setting)]
+        problems = problems or outline_problems(located)
     if problems:
         raise UserError(in_order(problems))
     from compress.recipe.read import parse_located
 
-    return parse_located(located, text, path)
+    if settings:
+        command = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        text = f"{text.rstrip()}\n# with {command}\n"
+        return parse_located(located, text, path, f"{path} {command}")
+    return parse_located(located, text, path, str(path))
+
+
+def put(located: LocatedYaml, setting: str) -> list[Problem]:
+    """Put one `KEY=VALUE` into the data of a recipe; what is wrong with it."""
+    key, sign, value = setting.partition("=")
+    parts = re.findall(r"([^.\[\]=]+)|\[(\d{1,9})\]", key)
+    whole = re.fullmatch(r"[^.\[\]=]+(\.[^.\[\]=]+|\[\d{1,9}\])*", key.strip())
+    if not sign or not whole:
+        return [
+            Problem("not a setting", "--set", "KEY=VALUE, as search.budget.kv=0.25", shown(setting), "quote the whole")
+        ]
+    path: KeyPath = tuple(int(number) if number else name.strip() for name, number in parts)
+    origin = f"--set {key.strip()}"
+    read = read_located(value, origin)
+    if read.problems:
+        return read.problems
+    try:
+        located.put(path, read.data, origin)
+    except LookupError as error:
+        return [Problem("there is no such key to set", origin, found=str(error.args[0]))]
+    return []
 
 
 def read_keys(path: Path | str) -> dict[str, Any]:
@@ -45,8 +86,12 @@ def read_keys(path: Path | str) -> dict[str, Any]:
     return dict(located.data)
 
 
-def outline_problems(located: LocatedYaml) -> list[Problem]:
-    """What is wrong with the keys of the top level."""
+def outline_problems(located: LocatedYaml, *, missing: bool = True) -> list[Problem]:
+    """What is wrong with the keys of the top level.
+
+    Args:
+        missing: whether keys have to be there.
+    """
     if not isinstance(located.data, dict):
         if located.problems:
             return []
@@ -58,12 +103,12 @@ def outline_problems(located: LocatedYaml) -> list[Problem]:
     descriptions = SECTIONS | {name: field.description for name, field in values.items()}
     required = [name for name, field in values.items() if field.is_required()] + list(REQUIRED)
     unknown = [unknown_key((key,), known, located) for key in located.data if key not in known]
-    missing = [
+    absent = [
         Problem(f"missing key `{name}`", located.where(()), expected=descriptions[name])
         for name in required
-        if name not in located.data
+        if missing and name not in located.data
     ]
-    return unknown + missing
+    return unknown + absent
 
 
 def in_order(problems: list[Problem]) -> list[Problem]:

@@ -45,14 +45,46 @@ class LocatedYaml:
     problems: list[Problem] = field(default_factory=list)
     _keys: dict[KeyPath, yaml.Mark] = field(default_factory=dict)
     _values: dict[KeyPath, yaml.Mark] = field(default_factory=dict)
+    _given: dict[KeyPath, str] = field(default_factory=dict)  # values that are not the file's, and where they are from
 
     def where(self, path: KeyPath, *, key: bool = False) -> str:
         """`file:line:column` of a value, or of its key; the nearest enclosing part where there is none."""
         for end in range(len(path), -1, -1):
+            if path[:end] in self._given:
+                return self._given[path[:end]]
             marks = self._keys if key and end == len(path) else self._values
             if path[:end] in marks:
                 return self.at(marks[path[:end]])
         return f"{self.name}:1:1"
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Set a value, with the mappings that lead to it where they are missing.
+
+        Args:
+            origin: what `where` says of the value from now on.
+
+        Raises:
+            LookupError: the path leads through something that has no such part; the message says what.
+        """
+        parent = self.data
+        for number, part in enumerate(path):
+            here, last = path[: number + 1], number + 1 == len(path)
+            if isinstance(parent, list) and isinstance(part, str) and part.isdecimal():
+                part = int(part)  # `documents.0.count` is `documents[0].count`
+            if isinstance(part, int):
+                if not isinstance(parent, list) or part >= len(parent):
+                    entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "no list"
+                    raise LookupError(f"`{key_path(path[:number])}` is {entries}")
+            elif not isinstance(parent, dict):
+                raise LookupError(f"`{key_path(path[:number])}` is no mapping")
+            elif not last and parent.get(part) is None:
+                parent[part] = {}
+                self._given[here] = origin
+            if last:
+                parent[part] = value
+            parent = parent[part]
+        self._given = {place: text for place, text in self._given.items() if place[: len(path)] != path}
+        self._given[path] = origin
 
     def at(self, mark: yaml.Mark) -> str:
         """`file:line:column` of a place that PyYAML marked."""

@@ -41,4 +41,4 @@ SECTIONS = {
     "export": "the form of the checkpoint",
     "evaluate": "what the checkpoint is compared on",
 }
-REQUIRED = ("calibration", "search")
+REQUIRED = ("search",)

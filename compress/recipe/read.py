@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from compress.errors import Problem, UserError, nearest
 from compress.recipe.checks import cross_checks
+from compress.recipe.defaults import Situation, filled, needs_model
 from compress.recipe.load import in_order, outline_problems
 from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, read_located, shown, unknown_key
 from compress.recipe.schema import Recipe
@@ -21,27 +22,40 @@ from compress.registry import Registry, typed
 
 def parse_recipe(text: str, path: Path) -> Recipe:
     """A recipe from its text; `path` is what problems name. Raises UserError."""
-    return parse_located(read_located(text, str(path)), text, path)
+    return parse_located(read_located(text, str(path)), text, path, str(path))
 
 
-def parse_located(located: LocatedYaml, text: str, path: Path) -> Recipe:
+def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Recipe:
     """A recipe from what `read_located` gave for its text.
+
+    Args:
+        words: how a command names the recipe, settings included.
 
     Raises:
         UserError: everything that is wrong with it, in the order of the file.
     """
     if not isinstance(located.data, dict):
         raise UserError([*located.problems, *outline_problems(located)])
+    recipe = _parsed(located, Situation.here("auto"), text, path, words)
+    if needs_model(located.data):
+        recipe = _parsed(located, Situation.of(recipe.model, recipe.device), text, path, words)
+    return recipe
+
+
+def _parsed(located: LocatedYaml, situation: Situation, text: str, path: Path, words: str) -> Recipe:
+    """A recipe with the defaults of a situation. Raises UserError."""
     # An empty section is one with its defaults only.
     sections = {name for name, field in Recipe.model_fields.items() if not field.is_required()}
-    data = {key: typed(value) for key, value in located.data.items() if value is not None or key not in sections}
+    given = {key: value for key, value in located.data.items() if value is not None or key not in sections}
+    data, chosen = filled(given, situation)
     recipe = None
     try:
-        recipe = Recipe.model_validate(data, strict=True)
+        recipe = Recipe.model_validate(typed(data), strict=True)
     except ValidationError as error:
-        problems = _merged(_problem(item, located) for item in error.errors(include_url=False) if not _counted(item))
+        items = error.errors(include_url=False)
+        problems = _merged(_problem(item, located, data) for item in items if not _counted(item))
     else:
-        recipe._text, recipe._source = text, path
+        recipe._text, recipe._source, recipe._words, recipe._chosen = text, path, words, chosen
         problems = []
         for keys, problem in cross_checks(recipe):
             problem.where = located.where(keys)
@@ -69,16 +83,16 @@ def _merged(problems: Iterator[Problem]) -> list[Problem]:
     return list(merged.values())
 
 
-def _problem(item: Any, located: LocatedYaml) -> Problem:
+def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
     """One of pydantic's errors in the project's words, at its place in the file."""
-    path = _place_in_file(located.data, item)
+    path = _place_in_file(data, item)
     kind, context = item["type"], item.get("ctx", {})
     where, wrong = located.where(path), f"wrong value for `{key_path(path)}`"
     if kind == "extra_forbidden":
-        owner, registry = _schema_at(located.data, path[:-1])
+        owner, registry = _schema_at(data, path[:-1])
         return unknown_key(path, [*_keys(owner), *([registry.key] if registry else [])], located)
     if kind == "missing":
-        owner, _ = _schema_at(located.data, path[:-1])
+        owner, _ = _schema_at(data, path[:-1])
         field = _fields(owner).get(str(path[-1]))
         where = located.where(path[:-1], key=True)
         return Problem(f"missing key `{key_path(path)}`", where, field.description if field else None)
@@ -95,16 +109,16 @@ def _problem(item: Any, located: LocatedYaml) -> Problem:
         expected = f"`{context['key']}: ...` and its parameters"
         fix = f"write `{{{context['key']}: {item['input']}}}`" if isinstance(item["input"], str) else None
     elif kind == "model_type":
-        expected = f"a mapping with the keys {', '.join(_keys(_schema_at(located.data, path)[0]))}"
+        expected = f"a mapping with the keys {', '.join(_keys(_schema_at(data, path)[0]))}"
     elif kind == "tuple_type":
-        registry = _schema_at(located.data, path)[1]
+        registry = _schema_at(data, path)[1]
         expected = f"a list, each entry `- {registry.key}: ...`" if registry else "a list"
     elif kind == "too_short":
         expected = "at least one entry"
     elif kind == "dict_type":
         expected = "a mapping"
     elif kind == "string_pattern_mismatch":
-        field = _fields(_schema_at(located.data, path[:-1])[0]).get(str(path[-1]))
+        field = _fields(_schema_at(data, path[:-1])[0]).get(str(path[-1]))
         expected = field.description if field and field.description else item["msg"]
     else:
         expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")

@@ -15,16 +15,12 @@ from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
 from compress.limits import BATCH
-from compress.profile.heads.attention import Attention
-from compress.profile.heads.influence import Influence
-from compress.profile.heads.retrieval import Retrieval
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.search.budget.budget import Budget
 from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
 from compress.search.removal import PruningSolver
-from compress.search.solvers.moa import Moa
 from compress.train.settings import PrepareSettings, RecoverSettings
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
@@ -35,7 +31,9 @@ class CalibrationSection(Section):
     """The documents that heads are measured on."""
 
     text: TextSource = Field(default_factory=EmbeddedText, description="where the haystacks come from")
-    documents: Tasks = Field(min_length=1, description="what is profiled, one entry per task and length")
+    documents: Tasks = Field(
+        min_length=1, description="what is profiled, one entry per task and length; by default facts and plain text"
+    )
     training: Tasks = Field(
         (), description="what statistics that train, and refinement, learn from; without it, `documents`"
     )
@@ -49,18 +47,14 @@ class ProfileSection(Section):
     """What is measured."""
 
     statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
-        default_factory=lambda: (Influence(), Attention(), Retrieval()),
-        min_length=1,
-        description="statistics to take, one pass for all",
+        min_length=1, description="statistics to take; by default those that the solver reads"
     )
 
 
 class SearchSection(Section):
     """How the plan is decided."""
 
-    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(
-        default_factory=Moa, description="the method that decides"
-    )
+    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(description="the method that decides")
     budget: Budget = Field(description="what the plan may cost")
     refine: Refine | None = Field(None, description="exchanges between head groups by measured loss, afterwards")
 
@@ -108,7 +102,7 @@ class Recipe(Outline):
     """One run, from the model to the numbers."""
 
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
-    profile: ProfileSection = Field(default_factory=ProfileSection, description=SECTIONS["profile"])
+    profile: ProfileSection = Field(description=SECTIONS["profile"])
     prepare: PrepareSettings | None = Field(None, description=SECTIONS["prepare"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
@@ -117,6 +111,8 @@ class Recipe(Outline):
 
     _text: str = PrivateAttr("")
     _source: Path = PrivateAttr(Path())
+    _words: str = PrivateAttr("")
+    _chosen: tuple[str, ...] = PrivateAttr(())
 
     @property
     def text(self) -> str:
@@ -127,6 +123,16 @@ class Recipe(Outline):
     def source(self) -> Path:
         """The file's path."""
         return self._source
+
+    @property
+    def words(self) -> str:
+        """How a command names the recipe: the file, and what `--set` changes in it."""
+        return self._words
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """What the recipe leaves out and was chosen for the model and this machine, a line for each part."""
+        return self._chosen
 
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""

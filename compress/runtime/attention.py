@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .mixer import Kinds, Mixer
 from .paged_cache import CacheLayer
 from .reference import Rows
+from .scores import Scores
 from .step import Step
 
 # Arguments of transformers' attention interface, and of models that hand them on to it, that change what attention
@@ -103,6 +104,8 @@ def plan_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     compress_step: Step | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[B, H, T, D]` and the new `[B, G, T, D]` to `[B, T, H, D]`.
@@ -123,6 +126,9 @@ def plan_attention(
     refuse_arguments(others)
     step = compress_step
     kinds = module.compress_kinds
+    step.scores = Scores.given(softcap, s_aux)
+    if step.scores is not None:
+        kinds.check_scores()
     if key.shape[1] != kinds.count:
         raise ValueError(
             f"layer {module.layer_idx} has {key.shape[1]} key/value heads here, and the plan {kinds.count}: a planned "

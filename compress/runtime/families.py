@@ -192,6 +192,7 @@ ROWS = (
     Family("ernie4_5", "Ernie4_5"),
     Family("exaone4", "Exaone4"),  # as Cohere 2
     Family("gemma", "Gemma"),
+    Family("gemma2", "Gemma2"),
     Family("gemma3_text", "Gemma3", "Gemma3Text", native="Gemma3ForCausalLM"),
     Family("glm", "Glm", projections={**ATTENTION, **GATE_UP}),
     Family("glm4", "Glm4", projections={**ATTENTION, **GATE_UP}),
@@ -213,6 +214,12 @@ ROWS = (
         projections=_neox("attention"),
         groups="num_attention_heads",
         narrows=("neuron",),
+    ),
+    Family(
+        "gpt_oss",
+        "GptOss",
+        projections=ATTENTION,
+        whole="every query head has a logit of its own beside its projections, and the gates of experts lie between",
     ),
     Family(
         "gptj",

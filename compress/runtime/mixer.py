@@ -115,12 +115,16 @@ class Mixer(nn.Module):
     Attributes:
         targets: names that the plan knows it by.
         needs_inputs: whether it reads `Step.hidden` and `Step.rotary`.
+        heads: the query heads of the layer that it runs.
+        knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
     needs_inputs: ClassVar[bool] = False
+    knows_scores: ClassVar[bool] = False
     by_length: bool = False
+    heads: tuple[int, ...] = ()
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__()
@@ -230,6 +234,8 @@ class Kinds:
             or kind([groups[number] for number in numbers], facts)
             for kind, numbers in members.items()
         )
+        for mixer, numbers in zip(self.mixers, self.members, strict=True):
+            mixer.heads = tuple(heads_of(numbers, facts.group_size))
         self.only = self.mixers[0] if len(self.mixers) == 1 else None
         self.group_size = facts.group_size
         self.key = json.dumps([list(groups), facts.native_window], sort_keys=True)
@@ -238,6 +244,15 @@ class Kinds:
     def needs_inputs(self) -> bool:
         """Whether a mixer reads the layer's input or its rotary tables."""
         return any(mixer.needs_inputs for mixer in self.mixers)
+
+    def check_scores(self) -> None:
+        """Raise ValueError where a layer does more with its scores than a softmax, and a mixer knows no more."""
+        for mixer in self.mixers:
+            if not mixer.knows_scores:
+                raise ValueError(
+                    f"a layer of this model caps its scores or has an extra logit in the softmax, which heads with the "
+                    f"target {mixer.targets[0]!r} do not"
+                )
 
     def states(self, max_length: int | None) -> tuple[State, ...]:
         """Empty states, one for every mixer."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from .impl import choose_impl
 from .mixer_span import SpanMixer
 from .pages import PagedState
-from .reference import ROWS, slots_of
+from .reference import ROWS, masked, slots_of
+from .scores import Scores
 from .span import FULL, AnySpan
 from .step import Step
 
@@ -55,7 +55,7 @@ class MaskedMixer(SpanMixer):
             old_keys, old_values, old_positions = stored(state, past)
             keys, values = torch.cat([old_keys, key], dim=2), torch.cat([old_values, value], dim=2)
             positions = torch.cat([old_positions, t], dim=1)
-        out = self.attend(query, keys, values, t, positions, scale, dropout)
+        out = self.attend(query, keys, values, t, positions, scale, dropout, self.scores(step))
         if state is not None:
             state.advance(step.gains)
             choose_impl(step.impl, query).store(key, value, state.pages(), rows, state.spans)
@@ -79,7 +79,7 @@ class MaskedMixer(SpanMixer):
         store_one = choose_impl(step.impl, query).store_one
         store_one(key[:, :, 0], value[:, :, 0], state.pages(), lengths, state.spans)
         keys, values, positions = stored(state, lengths)
-        return self.attend(query, keys, values, step.positions(query.device), positions, scale, 0.0)
+        return self.attend(query, keys, values, step.positions(query.device), positions, scale, 0.0, self.scores(step))
 
     def attend(
         self,
@@ -90,6 +90,7 @@ class MaskedMixer(SpanMixer):
         j: torch.Tensor,
         scale: float | None,
         dropout: float,
+        scores: Scores | None,
     ) -> torch.Tensor:
         """Attention of queries `[B, H, T, D]` at positions t `[B, T]` over keys `[B, G, M, D]` at j `[B, M]`.
 
@@ -108,9 +109,7 @@ class MaskedMixer(SpanMixer):
             known = (of >= 0) & (of <= at)
             seen = torch.stack([known & self.visible(at, of, group) for group in self.groups], dim=1)  # [B, G, T, M]
             seen = seen.repeat_interleave(self.facts.group_size, dim=1)
-            out = scaled_dot_product_attention(
-                query[:, :, rows], key, value, attn_mask=seen, scale=scale, dropout_p=dropout, enable_gqa=True
-            )
+            out = masked(query[:, :, rows], key, value, seen, scale, dropout, scores)
             outputs.append(out.masked_fill(~seen.any(-1, keepdim=True), 0))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 

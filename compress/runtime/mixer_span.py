@@ -10,6 +10,7 @@ import torch
 from .impl import choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .pages import PagedState
+from .scores import Scores
 from .span import AnySpan, Span, has_length_rule, span_of, spans_at
 from .step import Step
 
@@ -17,6 +18,8 @@ from .step import Step
 @register("full", "window")
 class SpanMixer(Mixer):
     """Every group sees the keys of its span, and its state holds the pages of that span."""
+
+    knows_scores = True
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
@@ -38,6 +41,10 @@ class SpanMixer(Mixer):
             return state.spans
         return self.fixed if step.input_length is None else spans_at([self.rules], step.input_length)[0]
 
+    def scores(self, step: Step) -> Scores | None:
+        """What the layer does to the scores of this mixer's heads."""
+        return None if step.scores is None else step.scores.of(self.heads)
+
     def prefill(
         self,
         query: torch.Tensor,
@@ -53,7 +60,9 @@ class SpanMixer(Mixer):
         impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
-        out = impl.prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+        out = impl.prefill(
+            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=self.scores(step)
+        )
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
@@ -76,4 +85,4 @@ class SpanMixer(Mixer):
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale)[:, None]
+        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import Pages
+from .scores import Scores, attend
 from .span import PAGE, Span, visible
 
 # Query rows a block. A window head computes at most this many keys more than it sees; a GPU wants larger blocks.
@@ -59,6 +60,7 @@ def prefill(
     pages: Pages | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Attention of T new columns over what is cached and themselves, differentiable.
 
@@ -70,6 +72,7 @@ def prefill(
             part in nothing and may hold anything.
         pages: what is cached of the positions before `past`; None when nothing is.
         scale: factor on the scores, 1 / sqrt(D) when None.
+        scores: what else is done to the scores of the H heads; None for a plain softmax.
 
     Returns:
         `[B, H, T, D]` in query's dtype; zero where a column is no token.
@@ -81,7 +84,7 @@ def prefill(
         alike.setdefault(run, []).append(row)
     if len(alike) == 1 and rows.is_whole(columns):
         history = _history(pages, list(range(batch)), spans, rows.past[0])
-        return _alike(query, key, value, spans, rows.past[0], history, scale, dropout)
+        return _alike(query, key, value, spans, rows.past[0], history, scale, dropout, scores)
     out = torch.zeros_like(query[..., : value.shape[-1]])
     for (past, start, count), members in alike.items():
         if count == 0:
@@ -89,7 +92,7 @@ def prefill(
         kept = slice(start, start + count)
         history = _history(pages, members, spans, past)
         part = [tensor[members][:, :, kept] for tensor in (query, key, value)]
-        out[members, :, kept] = _alike(part[0], part[1], part[2], spans, past, history, scale, dropout)
+        out[members, :, kept] = _alike(part[0], part[1], part[2], spans, past, history, scale, dropout, scores)
     return out
 
 
@@ -130,6 +133,7 @@ def _alike(
     history: History | None,
     scale: float | None,
     dropout: float,
+    scores: Scores | None,
 ) -> torch.Tensor:
     """`prefill` of sequences that are all at the same position and without padding."""
     count, groups = query.shape[2], key.shape[1]
@@ -142,7 +146,7 @@ def _alike(
     for span, members in together.items():
         heads = [head for group in members for head in range(group * share, (group + 1) * share)]
         q = query[:, heads]
-        if past == 0 and span.is_full:
+        if scores is None and past == 0 and span.is_full:
             out[:, heads] = scaled_dot_product_attention(
                 q, key[:, members], value[:, members], is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
             )
@@ -151,16 +155,27 @@ def _alike(
         for start in range(0, count, height):
             rows = torch.arange(past + start, past + min(start + height, count), device=query.device)
             k, v, positions = _keys_in_sight(key, value, members, span, past, start, len(rows), history)
-            out[:, heads, start : start + len(rows)] = scaled_dot_product_attention(
-                q[:, :, start : start + len(rows)],
-                k,
-                v,
-                attn_mask=span.visible(rows[:, None], positions[None, :]),
-                scale=scale,
-                dropout_p=dropout,
-                enable_gqa=True,
-            )
+            block, seen = q[:, :, start : start + len(rows)], span.visible(rows[:, None], positions[None, :])
+            own = None if scores is None else scores.of(heads)
+            out[:, heads, start : start + len(rows)] = masked(block, k, v, seen, scale, dropout, own)
     return out
+
+
+def masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float | None,
+    dropout: float,
+    scores: Scores | None,
+) -> torch.Tensor:
+    """Attention under a mask, with grouped heads: arguments as of `scores.attend`."""
+    if scores is not None:
+        return attend(query, key, value, seen, scores, scale=scale, dropout=dropout)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scale, dropout_p=dropout, enable_gqa=True
+    )
 
 
 def _keys_in_sight(
@@ -195,6 +210,7 @@ def decode(
     spans: Sequence[Span],
     *,
     scale: float | None = None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Attention of one token per sequence over the pages, the token's own key included.
 
@@ -204,6 +220,7 @@ def decode(
         lengths: `[B]` tokens of each sequence, this one included; its position is length - 1. A sequence of
             length 0 takes no part, and its output is zero.
         spans: one per head group.
+        scale, scores: as in `prefill`.
 
     Returns:
         `[B, H, D]` in query's dtype.
@@ -225,6 +242,10 @@ def decode(
     hidden = ~seen[..., None]
     key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P * 64, D]
     value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
+    if scores is not None:
+        seen = seen.repeat_interleave(heads // groups, dim=1)[:, :, None]
+        out = attend(query[:, :, None], key, value, seen, scores, scale=scale)
+        return out.reshape(batch, heads, -1).masked_fill((lengths == 0)[:, None, None], 0)
     q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
     out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
     return out.reshape(batch, heads, -1).masked_fill((lengths == 0)[:, None, None], 0)

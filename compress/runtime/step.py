@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .reference import Rows
+from .scores import Scores
 
 if TYPE_CHECKING:
     from .paged_cache import PagedCache
@@ -55,6 +56,7 @@ class Step:
         hidden: `[B, T, hidden size]`, the attention's input in the layer that runs now, where a mixer asks for it.
         rotary: cos and sin `[B or 1, T, rotated size]` in the layer that runs now, where a mixer asks for them and
             the layer has any.
+        scores: what the layer that runs now does to its scores; None for a plain softmax.
         record: where mixers report side losses and gates; None where nobody asked.
     """
 
@@ -71,6 +73,7 @@ class Step:
     stored: set[int] = field(default_factory=set)
     hidden: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    scores: Scores | None = None
     record: Record | None = None
 
     @staticmethod

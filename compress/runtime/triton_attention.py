@@ -17,6 +17,7 @@ from .flash import applies, attend
 from .pages import Pages
 from .reference import Rows
 from .reference import prefill as reference_prefill
+from .scores import Scores
 from .span import Span
 from .triton_backward import backward
 from .triton_decode import decode
@@ -52,16 +53,19 @@ class _Prefill(torch.autograd.Function):
         rows: torch.Tensor,
         ragged: bool,
         scale: float,
+        cap: float | None,
+        extra: torch.Tensor | None,
     ) -> torch.Tensor:
-        out, lse = forward(query, key, value, spans, rows, ragged=ragged, pages=None, scale=scale, keep_lse=True)
-        ctx.save_for_backward(query, key, value, rows, out, lse)
-        ctx.spans, ctx.scale = spans, scale
+        out, lse = forward(query, key, value, spans, rows, ragged, None, scale, keep_lse=True, cap=cap, extra=extra)
+        ctx.save_for_backward(query, key, value, rows, out, lse, extra)
+        ctx.spans, ctx.scale, ctx.cap = spans, scale, cap
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        query, key, value, rows, out, lse = ctx.saved_tensors
-        return (*backward(grads[0], query, key, value, out, lse, ctx.spans, rows, ctx.scale), None, None, None, None)
+        query, key, value, rows, out, lse, extra = ctx.saved_tensors
+        *found, of_extra = backward(grads[0], query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra)
+        return (*found, None, None, None, None, None, of_extra)
 
 
 def prefill(
@@ -74,25 +78,30 @@ def prefill(
     pages: Pages | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """As `reference.prefill`, which it calls for dropout, and for gradients over a cache."""
     batch, _, columns, dim = query.shape
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
+    tensors = (query, key, value, *(() if extra is None else (extra,)))
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if dropout > 0 or (trained and pages is not None):
-        return reference_prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+        return reference_prefill(
+            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=scores
+        )
     rows = rows or Rows.whole(batch, columns)
     scale = dim**-0.5 if scale is None else scale
     ragged = not rows.is_whole(columns)
     short = query.is_cuda and columns <= DENSE_UP_TO and not ragged and pages is None
-    if short and all(span.sees_all(columns) for span in spans):
+    if scores is None and short and all(span.sees_all(columns) for span in spans):
         # Nothing is hidden from anyone yet: the same function, and for short inputs PyTorch's launch is cheaper.
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     where = rows.tensor(query.device)
     query = query if query.stride(-1) == 1 else query.contiguous()
     if trained:
-        return _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale)
+        return _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale, cap, extra)
     cached = None if pages is None else (pages.keys, pages.values, pages.table)
-    return forward(query, key, value, spans, where, ragged=ragged, pages=cached, scale=scale, keep_lse=False)[0]
+    return forward(query, key, value, spans, where, ragged, cached, scale, keep_lse=False, cap=cap, extra=extra)[0]
 
 
 def prefill_or_flash(
@@ -105,13 +114,14 @@ def prefill_or_flash(
     pages: Pages | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """As `prefill`; long prompts without history and padding go through FlashAttention-4."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     whole = rows is None or rows.is_whole(query.shape[2])
-    if applies(query, key, value, plain=whole and pages is None and dropout == 0 and not trained):
+    if applies(query, key, value, plain=whole and pages is None and dropout == 0 and scores is None and not trained):
         return attend(query, key, value, spans, query.shape[-1] ** -0.5 if scale is None else scale)
-    return prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout)
+    return prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=scores)
 
 
 TRITON = (prefill, decode, store, store_one)

@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import Span
-from .triton_span import first_key, last_query, span_rules
+from .triton_span import first_key, last_query, span_rules, tanh
 from .tuned import backward_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,11 +28,18 @@ def _tile(ptr, b, head, column, mask, stride_b, stride_h, stride_t, DIM: tl.cons
 
 
 @triton.jit
-def _score_gradient(query, key, value, grad, lse, delta, seen, scale, PRECISION: tl.constexpr):
-    """Weights and the gradient of the scores, each `[rows, keys]` float32."""
-    score = tl.dot(query, key.T, input_precision=PRECISION) * (scale * LOG2E)
-    weight = tl.exp2(tl.where(seen, score - lse[:, None], float("-inf")))
-    return weight, weight * (tl.dot(grad, value.T, input_precision=PRECISION) - delta[:, None]) * scale
+def _score_gradient(
+    query, key, value, grad, lse, delta, seen, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Weights and the gradient of the products of query and key, each `[rows, keys]` float32."""
+    score = tl.dot(query, key.T, input_precision=PRECISION) * scale
+    slope = scale
+    if CAPPED:
+        share = tanh(score / cap)
+        score = cap * share
+        slope = scale * (1.0 - share * share)
+    weight = tl.exp2(tl.where(seen, score * LOG2E - lse[:, None], float("-inf")))
+    return weight, weight * (tl.dot(grad, value.T, input_precision=PRECISION) - delta[:, None]) * slope
 
 
 @triton.jit
@@ -49,6 +56,7 @@ def _keys(
     rows_ptr,
     columns,
     scale,
+    cap,
     query_b,
     query_h,
     query_t,
@@ -69,6 +77,7 @@ def _keys(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
@@ -102,7 +111,7 @@ def _keys(
         delta = tl.load(delta_ptr + at, mask=known, other=0.0)
         seen = (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first_key(t, alpha, beta)[:, None]))
         seen = seen & known[:, None] & live[None, :]
-        weight, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, PRECISION)
+        weight, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, cap, CAPPED, PRECISION)
         grad_value = tl.dot(weight.to(grad.dtype).T, grad, grad_value, input_precision=PRECISION)
         grad_key = tl.dot(grad_score.to(query.dtype).T, query, grad_key, input_precision=PRECISION)
     at = (b * GROUPS + g).to(tl.int64) * columns + start + j
@@ -127,6 +136,7 @@ def _queries(
     rows_ptr,
     columns,
     scale,
+    cap,
     query_b,
     query_h,
     query_t,
@@ -147,6 +157,7 @@ def _queries(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of (position, head of the group), over the key tiles that the forward pass visits."""
@@ -181,7 +192,7 @@ def _queries(
         key = _tile(key_ptr, b, g, start + j, live, key_b, key_g, key_t, DIM, BLOCK_D)
         value = _tile(value_ptr, b, g, start + j, live, value_b, value_g, value_t, VALUE_DIM, BLOCK_V)
         seen = (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None])) & known[:, None]
-        _, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, PRECISION)
+        _, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, cap, CAPPED, PRECISION)
         grad_query = tl.dot(grad_score.to(key.dtype), key, grad_query, input_precision=PRECISION)
     dims = tl.arange(0, BLOCK_D)
     where = grad_query_ptr + at[:, None] * DIM + dims[None, :]
@@ -198,13 +209,18 @@ def backward(
     spans: Sequence[Span],
     rows: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`; zero in columns that are no token.
+    cap: float | None = None,
+    extra: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`, and `extra` `[H]` if there is any.
+
+    They are zero in columns that are no token.
 
     Args:
         grad: gradient of `out`, `[B, H, T, D]`.
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
         rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
+        cap, extra: of `scores.Scores`.
 
     The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule.
     """
@@ -226,16 +242,23 @@ def backward(
         "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
         "BLOCK_M": config["block_m"],
         "BLOCK_N": config["block_n"],
+        "CAPPED": cap is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"],
         "num_stages": config["stages"],
     }
     strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
-    rest = (span_rules(tuple(spans), query.device), rows, columns, scale, *strides)
+    rest = (span_rules(tuple(spans), query.device), rows, columns, scale, 1.0 if cap is None else cap, *strides)
     _keys[(triton.cdiv(columns, config["block_n"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_key, grad_value, *rest, **shape
     )
     _queries[(triton.cdiv(columns * share, config["block_m"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_query, *rest, **shape
     )
-    return grad_query, grad_key, grad_value
+    grad_extra = None
+    if extra is not None:  # its weight times (0 - delta), as of a key whose value is zero
+        column = torch.arange(columns, device=rows.device)
+        live = (column >= rows[:, 1:2]) & (column < rows[:, 1:2] + rows[:, 2:])
+        weight = torch.exp2(extra.float()[:, None] * LOG2E.value - lse)
+        grad_extra = -torch.where(live[:, None], weight * delta, 0).sum((0, 2)).to(extra.dtype)
+    return grad_query, grad_key, grad_value, grad_extra

@@ -13,8 +13,9 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .pages import Pages
+from .scores import Scores
 from .span import PAGE, Span
-from .triton_span import first_key, span_rules
+from .triton_span import first_key, span_rules, tanh
 from .tuned import decode_config
 
 LOG2E = 1.4426950408889634
@@ -67,12 +68,14 @@ def _decode(
     table_ptr,  # [B, G, numbers] int32
     lengths_ptr,  # [B] int32, 0 where a sequence takes no part
     rules_ptr,  # [G, 3] int32: sink, alpha, beta units
+    extra_ptr,  # [H] the extra logit of every query head, where EXTRA
     out_ptr,  # [B, H, D]
     parts_ptr,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     stats_ptr,  # [programs, 2, 2, SHARE] float32: its running maximum and total
     segments,
     numbers,
     scale,
+    to_cap,  # factor on the scores before the cap, where CAPPED
     query_b,
     query_h,
     out_b,
@@ -89,6 +92,8 @@ def _decode(
     FEWEST: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXTRA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program walks an equal share of all pages; what it sees of a (sequence, group) is a piece.
@@ -137,6 +142,10 @@ def _decode(
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         top = tl.full([BLOCK_M], NEVER, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        if EXTRA:  # counted once, by the piece that the segment starts with
+            logit = tl.load(extra_ptr + head, mask=rows < SHARE, other=0.0).to(tl.float32) * 1.4426950408889634
+            top = tl.where(at == seg_start, logit, NEVER)
+            total += tl.where(at == seg_start, 1.0, 0.0)
         for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
             number = tl.where(i < sinks_g, i, i + skip)
             place = tl.load(held + number).to(tl.int64)
@@ -154,6 +163,8 @@ def _decode(
                 other=0.0,
             )
             score = tl.dot(query, key.T, input_precision=PRECISION)
+            if CAPPED:
+                score = tanh(score * to_cap)
             score = tl.where(seen[None, :], score, float("-inf"))
             best = tl.maximum(top, tl.max(score, 1) * scale)
             weight = tl.exp2(score * scale - best[:, None])
@@ -245,6 +256,7 @@ def decode(
     spans: Sequence[Span],
     *,
     scale: float | None = None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it."""
     batch, heads, dim = query.shape
@@ -258,6 +270,8 @@ def decode(
     parts, stats = workspace(query.device, programs * 2 * share, block_v)
     rules = span_rules(tuple(spans), query.device)
     out = query.new_empty(batch, heads, value_dim)
+    scale = dim**-0.5 if scale is None else scale
+    cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
     _decode[(programs,)](
         query,
         pages.keys,
@@ -265,12 +279,14 @@ def decode(
         pages.table,
         lengths,
         rules,
+        rules if extra is None else extra,
         out,
         parts,
         stats,
         batch * groups,
         pages.table.shape[-1],
-        (dim**-0.5 if scale is None else scale) * LOG2E,
+        (scale if cap is None else cap) * LOG2E,
+        0.0 if cap is None else scale / cap,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -287,6 +303,8 @@ def decode(
         FEWEST=config["fewest"],
         STAGES=config["stages"],
         OVERLAP=overlap,
+        CAPPED=cap is not None,
+        EXTRA=extra is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
     )

@@ -15,7 +15,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span
-from .triton_span import first_key, span_rules
+from .triton_span import first_key, span_rules, tanh
 from .tuned import prefill_config
 
 LOG2E = 1.4426950408889634
@@ -23,9 +23,24 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; 
 
 
 @triton.jit
-def _accumulate(acc, top, total, query, key, value, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _accumulate(
+    acc,
+    top,
+    total,
+    query,
+    key,
+    value,
+    seen,
+    scale,
+    to_cap,
+    MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One step of the online softmax in base 2: keys and values `[N, D]`; `seen` `[M, N]` where MASKED."""
     score = tl.dot(query, key.T, input_precision=PRECISION)
+    if CAPPED:
+        score = tanh(score * to_cap)
     if MASKED:
         score = tl.where(seen, score, float("-inf"))
     best = tl.maximum(top, tl.max(score, 1) * scale)
@@ -48,11 +63,13 @@ def _forward(
     key_pages_ptr,
     value_pages_ptr,
     table_ptr,  # [B, G, numbers] int32
+    extra_ptr,  # [H] the extra logit of every query head, where EXTRA
     numbers,
     tiles,
     batch,
     columns,
     scale,
+    to_cap,  # factor on the scores before the cap, where CAPPED
     query_b,
     query_h,
     query_t,
@@ -71,6 +88,8 @@ def _forward(
     RAGGED: tl.constexpr,
     PAGED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EXTRA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -112,6 +131,9 @@ def _forward(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], NEVER, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if EXTRA:  # as if of a key before all others, whose value is zero
+        top = tl.load(extra_ptr + head).to(tl.float32) * 1.4426950408889634
+        total += 1.0
 
     # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
     begin = tl.maximum(earliest - past, 0) // BLOCK_N
@@ -121,7 +143,7 @@ def _forward(
     for i in tl.range(inner, outer, num_stages=STAGES):
         key = key_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
         value = value_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
-        acc, top, total = _accumulate(acc, top, total, query, key, value, None, scale, False, PRECISION)
+        acc, top, total = _accumulate(acc, top, total, query, key, value, None, scale, to_cap, False, CAPPED, PRECISION)
 
     sinks = tl.minimum((tl.minimum(tl.maximum(sink - past, 0), high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     left = inner - begin
@@ -134,7 +156,7 @@ def _forward(
             value = tl.where((column < count)[:, None], value, 0.0)
         j = past + column
         seen = (j[None, :] <= position[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
-        acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, True, PRECISION)
+        acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, to_cap, True, CAPPED, PRECISION)
 
     if PAGED:
         slots = tl.arange(0, BLOCK_P)
@@ -158,7 +180,9 @@ def _forward(
                 other=0.0,
             )
             seen = (j[None, :] < past) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
-            acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, True, PRECISION)
+            acc, top, total = _accumulate(
+                acc, top, total, query, key, value, seen, scale, to_cap, True, CAPPED, PRECISION
+            )
 
     total = tl.where(live, total, 1.0)
     out = acc / total[:, None]
@@ -178,13 +202,19 @@ def forward(
     value: torch.Tensor,
     spans: Sequence[Span],
     rows: torch.Tensor,
-    *,
     ragged: bool,
     pages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scale: float,
+    *,
     keep_lse: bool,
+    cap: float | None = None,
+    extra: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`."""
+    """One launch, with the `cap` and `extra` of `scores.Scores`.
+
+    Returns:
+        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included.
+    """
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     share = heads // groups
@@ -207,11 +237,13 @@ def forward(
         key_pages,
         value_pages,
         table,
+        rows if extra is None else extra,
         table.shape[-1],
         tiles,
         batch,
         columns,
-        scale * LOG2E,
+        (scale if cap is None else cap) * LOG2E,
+        0.0 if cap is None else scale / cap,
         query.stride(0),
         query.stride(1),
         query.stride(2),
@@ -230,6 +262,8 @@ def forward(
         RAGGED=ragged,
         PAGED=pages is not None,
         KEEP_LSE=keep_lse,
+        CAPPED=cap is not None,
+        EXTRA=extra is not None,
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

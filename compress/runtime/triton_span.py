@@ -45,3 +45,9 @@ def span_rules(spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
     most = 1 << 30
     rules = [(min(s.sink, most), max(-most, min(s.alpha, most)), s.beta_units) for s in spans]
     return torch.tensor(rules, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def tanh(x):
+    """By way of an exponential, which may overflow to infinity: then it is 1."""
+    return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)

@@ -15,6 +15,7 @@ import yaml
 
 from compress.data.prompt import Task
 from compress.data.text import MOST, Part, Source, characters_for
+from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
@@ -24,7 +25,6 @@ from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, PREPARED, RECOVERED, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
-from compress.stages.environment import environment
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
 from compress.train.settings import TrainSettings
@@ -149,6 +149,7 @@ class Session:
             resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
             {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
+            *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
             self._evaluated(),
             *self._prepared(),
             *self._trained(RECOVERED, CONTROL),

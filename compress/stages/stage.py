@@ -72,7 +72,7 @@ def missing(session: Session, stage: str, where: Path) -> UserError:
     return UserError(
         f"the {stage} stage was run for an earlier form of this recipe" if older else f"the {stage} stage is missing",
         where=str(where),
-        fix=f"compress {stage} {session.recipe.source}, or all at once: compress run {session.recipe.source}",
+        fix=f"compress {stage} {session.recipe.words}, or all at once: compress run {session.recipe.words}",
     )
 
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
     from compress.runtime.families import Family
 
-# The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
-# whether keys come from its own sequence.
-PATTERNS = ("causal self", "bidirectional self", "causal cross", "bidirectional cross")
-
 
 @dataclass(frozen=True)
 class StockForm:
@@ -43,7 +39,6 @@ class Target(Method):
     Attributes:
         runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
             a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
-        patterns: those of `PATTERNS` in which the target can stand; each is tested.
         noun: what a group gets, for a count of such groups, for instance `a window`; empty takes the target's name.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
@@ -53,7 +48,6 @@ class Target(Method):
     """
 
     runtime: ClassVar[str | None] = None
-    patterns: ClassVar[tuple[str, ...]] = ("causal self",)
     noun: ClassVar[str] = ""
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False

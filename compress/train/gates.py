@@ -122,7 +122,7 @@ class Mixture(nn.Module):
             return output
         prefill = choose_impl("auto", call.query).prefill
         spans = (self.span,) * self.shape.kv_heads
-        streaming = prefill(call.query, call.key, call.value, spans, scale=call.scaling)
+        streaming = prefill(call.query, call.key, call.value, spans, scale=call.scaling, scores=call.scores)
         gate = self.gates[call.layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
         # In float32: a gate's gradient is the sum of a difference over all rows.
         difference = output.float() - streaming.float()

@@ -96,7 +96,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["inspect", "recipe.yaml"], "compress validate recipe.yaml"),
     (["inspect", "pyproject.toml"], "pyproject.toml"),
     (["inspect", "evaluation.json"], "compress report"),
-    (["inspect", "other.json"], "no plan"),
+    (["inspect", "other.json"], "not a plan"),
     (["inspect", NOWHERE], NOWHERE),
     (["inspect", "a\0b"], "no path"),
     (["inspect", LONG], "too long"),
@@ -106,6 +106,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", "runs", "--out", "runs"], "is a folder"),
     (["report", "runs", "--plots", "pyproject.toml"], "is a file"),
     (["report", "runs", "--cells", "cells.txt"], ".csv or .json"),
+    *(
+        ([command, "recipe.yaml", "--set", "search.budget.kv"], "not a setting")
+        for command in ("run", "profile", "search", "recover", "export", "eval", "validate")
+    ),
+    (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "changes a recipe"),
+    (["run", "recipe.yaml", "--set", "serach.budget.kv=1"], "did you mean `search`?"),
     (["sweep", "recipe.yaml", "--set", "seed"], "key=value"),
     (["sweep", "recipe.yaml", "--set", "seed=1", "--out", "pyproject.toml"], "pyproject.toml"),
     (["sweep", "nowhere.yaml", "--set", "seed=1"], "no such recipe"),

@@ -113,9 +113,9 @@ def test_doctor_reports_this_machine() -> None:
 
 
 def test_doctor_refuses_a_version_outside_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = __import__("compress.stages.environment", fromlist=["installed"]).installed
+    real = __import__("compress.environment", fromlist=["installed"]).installed
     monkeypatch.setattr(
-        "compress.stages.environment.installed", lambda name: "4.57.1" if name == "transformers" else real(name)
+        "compress.environment.installed", lambda name: "4.57.1" if name == "transformers" else real(name)
     )
     result = call("doctor", "--json")
     assert result.exit_code == 1

@@ -71,4 +71,4 @@ def test_wrong_folder(command: str, tmp_path: Path) -> None:
 
 def test_nothing_asked() -> None:
     result = CliRunner().invoke(app, ["eval", "demo/smollm2-135m"])
-    assert result.exit_code == 2 and "--tasks, --suites, --perplexity or --latency" in result.stderr
+    assert result.exit_code == 2 and "--tasks, --suites, --perplexity, --latency" in result.stderr

@@ -94,7 +94,7 @@ class Capture:
     def _attention(self, call: AttentionCall) -> torch.Tensor:
         """`[1, H, T, D]`; hands the layer on."""
         # Not `call`: what is handed to the backward pass may not keep what recomputed layers give up.
-        layer, scaling, window = call.layer, call.scaling, call.window
+        layer, scaling, window, scores = call.layer, call.scaling, call.window, call.scores
         output = call.dense()
         _check(output, layer, "the attention output")
 
@@ -102,7 +102,7 @@ class Capture:
             if slope is not None:
                 _check(slope, layer, "the gradient of the attention output")
                 slope = slope[0].float() / self._scale
-            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window, slope))
+            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window, slope, scores))
 
         if self.gradient:
             return tapped(output, hand_on, call.query, call.key, call.value)

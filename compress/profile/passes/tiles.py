@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from compress.runtime.scores import Scores
+
 # Bytes of one float32 strip. About ten strips live at a time; a CPU strip should stay in its cache, a GPU strip
 # should be large enough to hide the launches.
 STRIP_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -48,6 +50,7 @@ class LayerTensors:
         scaling: factor on the logits.
         window: sliding window of the architecture (query t sees key j when t - j < window), None without one.
         output_gradient: `[H, T, D]` dLoss/dO, before the output projection; None without a backward pass.
+        scores: what else the layer does to its scores; None for a plain softmax.
     """
 
     layer: int
@@ -57,6 +60,7 @@ class LayerTensors:
     scaling: float
     window: int | None = None
     output_gradient: torch.Tensor | None = None
+    scores: Scores | None = None
 
 
 @dataclass
@@ -166,13 +170,18 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
         logits = workspace.take("tile.logits", flat)
         torch.bmm(query[:, :, start:end].reshape(groups, -1, size), keys[:, :, key_start:end], out=logits)
         logits = logits.view(shape)
+        if layer.scores is not None:
+            logits = layer.scores.capped(logits)
         above = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)
         logits[..., columns - rows :].masked_fill_(above, -math.inf)
         if layer.window is not None:
             distance = torch.arange(start, end, device=device)[:, None] - torch.arange(key_start, end, device=device)
             logits.masked_fill_(distance >= layer.window, -math.inf)
         attention = workspace.take("tile.attention", shape)
-        torch.softmax(logits, -1, out=attention)
+        if layer.scores is None:
+            torch.softmax(logits, -1, out=attention)
+        else:
+            attention.copy_(layer.scores.softmax(logits.flatten(0, 1)).view(shape))
         attention.diagonal(start - key_start, -2, -1).clamp_(min=DIAGONAL_FLOOR)
         gradient = None
         if slope is not None and values is not None:

@@ -53,14 +53,15 @@ def sampled_effects(
         if call.window is not None:
             return call.dense()
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
+        scores = call.scores
         # The same code for all rules, so that a rule that hides nothing has no effect but rounding's.
         prefill = choose_impl("auto", query).prefill
-        output = prefill(query, key, value, (FULL,) * shape.kv_heads, scale=scaling)
+        output = prefill(query, key, value, (FULL,) * shape.kv_heads, scale=scaling, scores=scores)
         rows = current[0]
 
         def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
             for number, spans in enumerate(rules[layer]):
-                moved = prefill(q, k, v, tuple(spans), scale=scaling).sub_(o)
+                moved = prefill(q, k, v, tuple(spans), scale=scaling, scores=scores).sub_(o)
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 

@@ -1,0 +1,75 @@
+"""How scores become weights where that is more than a softmax: capped scores (Gemma 2), an extra logit (GPT-OSS)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .mixer import take
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a layer does with its scores before and in the softmax.
+
+    Attributes:
+        cap: a score s, scaled, becomes cap * tanh(s / cap); None leaves it.
+        extra: `[H]`, for every query head a learned logit that takes part in each of its softmaxes, and that no value
+            belongs to, so that the weights of the keys add up to less than one; None without.
+    """
+
+    cap: float | None = None
+    extra: torch.Tensor | None = None
+
+    @staticmethod
+    def given(cap: float | None, extra: torch.Tensor | None) -> Scores | None:
+        """From the arguments that attention is given; None where it is a plain softmax."""
+        return None if cap is None and extra is None else Scores(cap, extra)
+
+    def of(self, heads: Sequence[int]) -> Scores:
+        """Those of some query heads."""
+        return self if self.extra is None else Scores(self.cap, take(self.extra, heads, 0))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scaled scores of any shape, within the cap."""
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """The weights of the keys from scores within the cap, `[..., H, T, M]`; -inf for a key that is hidden."""
+        if self.extra is None:
+            return torch.softmax(logits, dim=-1)
+        extra = self.extra.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.softmax(torch.cat([logits, extra], dim=-1), dim=-1)[..., :-1]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scores: Scores,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """As `scaled_dot_product_attention` with a boolean mask and grouped heads, and with these scores.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key, value: `[B, G, M, D]`.
+        seen: broadcasts to `[B, H, T, M]`.
+        scale: 1 / sqrt(D) when None.
+
+    Returns:
+        `[B, H, T, D]` in the dtype of the values.
+    """
+    share = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    logits = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    # Not -inf: a query that sees no key would have NaN for weights and gradients.
+    logits = scores.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
+    weights = functional.dropout(scores.softmax(logits).masked_fill(~seen, 0), dropout)
+    return weights.to(value.dtype) @ value
