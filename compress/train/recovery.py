@@ -185,7 +185,7 @@ def autocast_dtype(settings: RecoverSettings, device: torch.device) -> torch.dty
 
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
-    """The processes of this training. Precision is handled here: accelerate would replace the model's forward method."""
+    """The processes of this training. Precision is handled here: accelerate would replace the forward method."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",

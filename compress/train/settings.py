@@ -115,7 +115,7 @@ class RecoverSettings(TrainSettings):
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="dtype of matrix products; auto is bfloat16 on a GPU that supports it; trained weights are always float32",
+        description="dtype of matrix products; auto is bfloat16 on a GPU that has it; trained weights are float32",
     )
     checkpointing: bool | None = Field(
         None, description="recompute layers in the backward pass; null does so if memory is short"
