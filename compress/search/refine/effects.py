@@ -25,6 +25,7 @@ from torch.nn import functional
 from compress.models.backward import recomputed
 from compress.models.families import layers_of
 from compress.models.outputs import Alternatives
+from compress.models.prepared import prepared_for
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
@@ -79,7 +80,7 @@ def all_effects(
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
         if layer not in alternatives:
             facts = LayerFacts(layer, query.shape[-1], 0, query.shape[1] // key.shape[1], None)
-            alternatives[layer] = Alternatives(facts, rules[layer])
+            alternatives[layer] = Alternatives(facts, rules[layer], prepared_for(model))
         others, rows = alternatives[layer], current[0]
         output = others.full(query, key, value, scaling, call.scores)
 
