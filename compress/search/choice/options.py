@@ -169,7 +169,8 @@ def window_options(
     spans, priced = _rules(problem, objectives, rule)
     targets: list[Target] = [FULL_GROUP if span.is_full else WindowGroup.of(span) for span in spans]
     losses = np.stack(
-        [rule_losses(_table(problem, each), rules) for each, rules in zip(objectives, priced, strict=True)], axis=-1
+        [rule_losses(_table(problem, objective), rules) for objective, rules in zip(objectives, priced, strict=True)],
+        axis=-1,
     )
     options = []
     for number, (layer, native) in enumerate(zip(problem.start, problem.shape.native_windows, strict=True)):
@@ -193,8 +194,8 @@ def _rules(
     grid, profiled = problem.grid, max(problem.lengths)
     if rule == "position":
         first, *rest = grid.rules(profiled)
-        rules = [first, *sorted(rest, key=lambda each: _careful(each.span))]
-        return [each.span for each in rules], [rules] * len(objectives)
+        rules = [first, *sorted(rest, key=lambda rule: _careful(rule.span))]
+        return [rule.span for rule in rules], [rules] * len(objectives)
     full, *windows = grid.length_spans(profiled, {*problem.lengths, *problem.budget_lengths})
     spans = [full, *sorted(windows, key=_careful)]
     at = [objective.length for objective in objectives]

@@ -160,7 +160,7 @@ class Loss:
             *all_effects(self.model, self.shape, self.divergence, moves.rules, moves.masks, samples, seed)
         )
         counts = Counter(document.task for document in documents)
-        weights = torch.tensor([self.scale[each.task] / counts[each.task] / (2 * samples) for each in documents])
+        weights = torch.tensor([self.scale[one.task] / counts[one.task] / (2 * samples) for one in documents])
         return (effects * weights.sqrt()[:, None]).flatten(0, 1)
 
 
