@@ -110,6 +110,13 @@ def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int
     return tuple(LayerPlan(**{**draft, "groups": tuple(draft["groups"])}) for draft in drafts)
 
 
+def losses_of(options: Sequence[Options], layers: Layers) -> NDArray[np.float64]:
+    """What the options of a plan lose together, by objective."""
+    chosen = [unit.choices.index(unit.unit.read(layers[unit.unit.place[0]])) for unit in options]
+    losses: NDArray[np.float64] = np.sum([unit.losses[i] for unit, i in zip(options, chosen, strict=True)], axis=0)
+    return losses
+
+
 def room(problem: Problem, options: Sequence[Options]) -> NDArray[np.int64]:
     """What some units may cost together in every row, beside what all plans cost: `[rows]`."""
     first = layers_of(problem, options, [0] * len(options))
