@@ -19,7 +19,7 @@ from compress.search.choice.options import layers_of
 from compress.search.dense import Dense
 from compress.search.problem import FULL_GROUP, Candidate, Layers, Problem
 from compress.search.refine.divergence import Divergence
-from compress.search.refine.effects import all_effects, drawn, sampled_effects
+from compress.search.refine.effects import drawn, sampled_effects
 from compress.search.refine.exchange import exchange
 from compress.search.refine.moves import Moves
 from compress.search.refine.refine import Loss, Refine, refine
@@ -94,7 +94,7 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
     rules: Any = [[[FULL_GROUP] * shape.kv_heads, narrow] for _ in range(shape.layers)]
     divergence = Divergence(model, DOCUMENTS[:2])
     layer = next(number for number, native in enumerate(shape.native_windows) if native is None)
-    effects = sampled_effects(model, shape, divergence, rules, 1, seed=3)[0]
+    effects = sampled_effects(model, shape, divergence, rules, {}, 1, seed=3)[0][0]
     assert bool((effects[..., 0] == 0).all())
     for number, native in enumerate(shape.native_windows):
         assert bool((effects[:, number] == 0).all()) == (native is not None)
@@ -131,7 +131,7 @@ def test_the_effect_of_removed_units_is_the_derivative_towards_nothing() -> None
     mask = torch.zeros(2, 64, dtype=torch.bool)
     mask[1, 10:40] = True
     rules: Any = [[[FULL_GROUP, PrunedGroup()]]] * shape.layers
-    groups, neurons = all_effects(model, shape, divergence, rules, {layer: mask}, 1, seed=3)
+    groups, neurons = sampled_effects(model, shape, divergence, rules, {layer: mask}, 1, seed=3)
     assert float(neurons[0, 0, layer, 0]) == 0 and not neurons[0, 0, [0, 2]].any()
     with torch.no_grad():
         labels = drawn(dict(divergence.answer_logits(model, [0]))[0], "3/0/0")

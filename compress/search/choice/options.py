@@ -179,15 +179,16 @@ def window_options(
         [rule_losses(_table(problem, objective), rules) for objective, rules in zip(objectives, priced, strict=True)],
         axis=-1,
     )
-    options = []
-    for number, (layer, native) in enumerate(zip(problem.start, problem.shape.native_windows, strict=True)):
-        costs = problem.costs(number, targets if native is None else targets[:1])
+    free, options = set(problem.free), []
+    for number, layer in enumerate(problem.start):
+        costs = problem.costs(number, targets)
         for group in layer.kept_groups:
-            unit = HeadGroup((number, group))
-            if native is None:
-                options.append(Options(unit, tuple(targets), losses[number, group], costs).kept())
+            place = (number, group)
+            if place in free:
+                options.append(Options(HeadGroup(place), tuple(targets), losses[number, group], costs).kept())
             else:
-                options.append(Options(unit, (FULL_GROUP,), np.zeros((1, len(objectives))), costs))
+                zero = np.zeros((1, len(objectives)))
+                options.append(Options(HeadGroup(place), (FULL_GROUP,), zero, costs[:1]))
     return options
 
 
