@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compress.errors import UserError
 from compress.plan import LayerPlan
+from compress.profile.key import Key
 from compress.runtime.span import AnySpan
 from compress.search.problem import FULL_GROUP, Layers, Place, Problem
 from compress.targets.target import Target
@@ -216,7 +217,7 @@ def _careful(span: AnySpan) -> tuple[float, int, int]:
 
 def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     """The loss of every rule, `[layers, kv_heads, sinks, betas, alphas]`."""
-    tables = [_checked(problem, f"{name}.{objective.length}", objective.length) for name, _ in objective.tables]
+    tables = [_checked(problem, Key.parse(name).at(objective.length), objective.length) for name, _ in objective.tables]
     if len(tables) == 1:
         return tables[0]
     # The first sink, beta and alpha are the smallest rule. Signed influence may be negative, so its size is taken.
@@ -235,7 +236,7 @@ def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     return total
 
 
-def _checked(problem: Problem, key: str, length: int) -> torch.Tensor:
+def _checked(problem: Problem, key: Key, length: int) -> torch.Tensor:
     """One rule table, checked against model and grid."""
     table = problem.profile.tensor(key)
     shape, grid = problem.shape, problem.grid
