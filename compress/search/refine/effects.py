@@ -38,13 +38,6 @@ Rules = Sequence[Sequence[Sequence[Target]]]
 
 
 def sampled_effects(
-    model: Any, shape: ModelShape, divergence: Divergence, rules: Rules, samples: int, seed: int
-) -> torch.Tensor:
-    """Effects of head groups `[samples, documents, layers, groups, rules]`, float32 on the CPU; see `all_effects`."""
-    return all_effects(model, shape, divergence, rules, {}, samples, seed)[0]
-
-
-def all_effects(
     model: Any,
     shape: ModelShape,
     divergence: Divergence,
