@@ -149,10 +149,6 @@ class Problem:
         """The same problem with the budget at some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
 
-    def without(self, kinds: Sequence[str]) -> Problem:
-        """The same problem without some kinds of budget."""
-        return replace(self, rows=tuple(row for row in self.rows if row.kind not in kinds))
-
     def compensated(self) -> Problem:
         """The same for plans whose projections all get biases, which the budget has to hold, too."""
         return replace(self, biased=True)

@@ -163,9 +163,9 @@ class Removal(Method):
         return options
 
 
-def counted(problem: Problem, unit: Any, steps: Sequence[int], losses: Sequence[float], each: int) -> Options:
+def counted(problem: Problem, unit: Any, steps: Sequence[int], losses: Sequence[float], parameters: int) -> Options:
     """How many of equal things stay, where each has so many parameters: one loss, and the costs of the parameters."""
-    costs: NDArray[np.int64] = np.stack([problem.parameters_cost(kept * each) for kept in steps])
+    costs: NDArray[np.int64] = np.stack([problem.parameters_cost(kept * parameters) for kept in steps])
     return Options(unit, tuple(steps), np.array(losses)[:, None], costs)
 
 
