@@ -5,16 +5,18 @@ from __future__ import annotations
 import typer
 
 from compress.cli.output import Verbose
-from compress.cli.recipe import Overwrite, RecipeFile, opened
+from compress.cli.recipe import Overwrite, RecipeFile, Settings, opened
 from compress.errors import UserError
 
 
-def prepare(recipe: RecipeFile, overwrite: Overwrite = False, verbose: Verbose = False) -> None:
+def prepare(
+    recipe: RecipeFile, settings: Settings = None, overwrite: Overwrite = False, verbose: Verbose = False
+) -> None:
     """Train targets that cannot be priced untrained, as `prepare:` in the recipe says. Prints the folder with them.
 
     An interrupted training goes on where it was saved. For several processes: torchrun -m compress prepare RECIPE.
     """
-    with opened(recipe, overwrite=overwrite, helpers=True) as session:
+    with opened(recipe, settings, overwrite=overwrite, helpers=True) as session:
         from compress.stages.prepare import prepare_stage
 
         if session.recipe.prepare is None:
