@@ -13,7 +13,7 @@ from compress.runtime.reference import Rows
 from compress.runtime.scores import Scores
 from compress.runtime.step import Step
 from compress.targets.full import FullGroup
-from compress.targets.target import Target
+from compress.targets.target import Target, load_mixers
 
 FULL = FullGroup()
 
@@ -27,6 +27,7 @@ def check_priced(targets: Sequence[Target], where: str) -> None:
     Raises:
         UserError: names each, and why.
     """
+    load_mixers(target.target for target in targets)
     problems = [
         Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
         for target in targets
@@ -57,6 +58,7 @@ class Alternatives:
     """
 
     def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]]) -> None:
+        load_mixers({target.target for plan in plans for target in plan})
         self.facts = facts
         self.plans = [_Plan(facts, plan) for plan in plans]
         self.dense = _Plan(facts, [FULL] * len(plans[0])) if plans else None
