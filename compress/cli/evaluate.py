@@ -78,7 +78,7 @@ def evaluate(
     if any(Path(name).suffix in arguments.RECIPES for name in what):
         if len(what) > 1:
             raise UserError(
-                "a recipe is evaluated alone, its models are in it",
+                "a recipe is evaluated on its own, because it names its models",
                 where=" ".join(what),
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",

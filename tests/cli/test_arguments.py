@@ -83,7 +83,7 @@ WRONG: list[tuple[list[str], str]] = [
     *(([command, NOWHERE], NOWHERE) for command in ("eval", "bench")),
     (["eval", NOWHERE, "--perplexity", "64"], NOWHERE),
     (["eval", "model", "model/", "--perplexity", "64"], "given twice"),
-    (["eval", "model", "recipe.yaml", "--perplexity", "64"], "evaluated alone"),
+    (["eval", "model", "recipe.yaml", "--perplexity", "64"], "evaluated on its own"),
     (["eval", "model", "/nowhere/x.gguf", "--perplexity", "64"], "/nowhere/x.gguf"),
     (["eval", "a\0b", "--perplexity", "64"], "no path"),
     (["eval", LONG, "--perplexity", "64"], "too long"),
