@@ -32,7 +32,6 @@ from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
@@ -133,8 +132,7 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
-    predicted = kv_bytes(spans, LENGTH, shape.head_dim, 4)
+    predicted = plan.cost(LENGTH, 4, form="patched").held_bytes
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)

@@ -18,7 +18,6 @@ from compress.evaluate.paired import wilson
 from compress.models.cache_bytes import cache_bytes
 from compress.models.planned import planned_model
 from compress.runtime.modeling_compress import CACHE
-from compress.targets.cost import dense_kv_bytes
 from tests.data.language import byte_model, byte_tokenizer, story
 from tests.tiny import mixed_plan, shape_of
 
@@ -123,7 +122,7 @@ def test_cache_bytes_are_those_that_the_cache_holds() -> None:
     # No token may end the answer early: the last one that is written has not been cached.
     model.generation_config.eos_token_id = None
     dense = recall(model, byte_tokenizer(), TASK, PROMPTS[:2], batch_size=2)
-    assert dense.cache_bytes == dense_kv_bytes(groups=4, length=299, head_dim=8, itemsize=4)
+    assert dense.cache_bytes == shape_of(model).dense_cost(299, 4).held_bytes
     plan = mixed_plan(shape_of(model))
     planned = planned_model(model, plan)
     planned.generation_config.eos_token_id = None

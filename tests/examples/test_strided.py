@@ -1,6 +1,6 @@
 """A newcomer's target, from its two files to a checkpoint: nothing in the package was touched for it.
 
-`strided.py` and `mixer_strided.py` are all there is, beside its line in the conformance matrix (`tests/test_conformance.py`).
+`strided.py` and `mixer_strided.py` are all there is, beside its line in the conformance matrix, `test_conformance.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress.plan import read_plan
 from compress.targets.full import FullGroup
 from compress.targets.unit import Unit
 from tests.cli.recipes import HEAD, make_recipe
-from tests.examples.strided import StridedGroup
+from tests.examples.strided import StridedGroup, StrideGrid
 from tests.examples.whole import reloads
 
 RECIPE = (
@@ -62,9 +62,10 @@ def test_a_cost_is_what_the_mask_says() -> None:
 def test_a_solver_chooses_it_within_the_budget(run: Path) -> None:
     plan = read_plan(run / "plan.json")
     chosen = {group for layer in plan.layers for group in layer.groups}
-    options = StridedGroup.options(Unit(2, 12), [320], StridedGroup.grid(windows=(16, 64), strides=(4, 16)))
+    options = StridedGroup.options(Unit(2, 12), [320], StrideGrid(windows=(16, 64), strides=(4, 16)))
     assert chosen & set(options) and chosen <= {*options, FullGroup()}
-    assert plan.predicted.kv_bytes[320] == plan.cost(320, 4).held_bytes <= plan.dense_cost(320, 4).held_bytes // 2
+    assert plan.predicted.of("kv")[320].plan == plan.cost(320, 4).held_bytes
+    assert plan.cost(320, 4).held_bytes <= plan.dense_cost(320, 4).held_bytes // 2
 
 
 def test_the_checkpoint_runs_where_the_package_is_not(run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ CHILD = Path(__file__).parents[1] / "reload_child.py"
 
 
 def reloads(checkpoint: Path, planned: Any, scratch: Path) -> None:
-    """Load a checkpoint where `compress` cannot be imported, save it again, load that; both compute what `planned` does.
+    """Load a checkpoint where `compress` cannot be imported, save and load it again; both compute what `planned` does.
 
     Args:
         scratch: an empty folder.
