@@ -106,7 +106,7 @@ TESTS = {
     "objective": {
         "distill": "train/test_recover.py",
         "gates": "profile/test_scores.py",
-        "side": "train/test_prepare.py",
+        "side": "train/test_side.py",
         "text": "train/test_recover.py",
         "transfer": "train/test_prepare.py",
     },
