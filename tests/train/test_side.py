@@ -17,7 +17,7 @@ def test_a_side_loss_is_summed_over_layers_and_takes_gradients() -> None:
     inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
     side = objectives["side"]()
     loss = side.loss({"record": record}, None, inputs)
-    assert side.count(inputs) == 10 and float(loss) == 10 * (4 + 9)
+    assert side.count(inputs) == 10 and loss.item() == 10 * (4 + 9)
     loss.backward()
     assert weights.grad is not None and weights.grad.tolist() == [40.0, 60.0]
     with pytest.raises(ValueError, match="no mixer reports a loss 'entropy'; reported: balance"):
