@@ -24,7 +24,6 @@ from compress.search.run import make_problem
 from compress.search.solver import Solver
 from compress.search.solvers.priced import Priced
 from compress.targets.full import FullGroup
-from compress.targets.target import parse_target
 from compress.targets.window import SpanGrid, WindowGroup
 from tests.examples.whole import reloads
 from tests.profile.common import document
@@ -96,7 +95,7 @@ def test_the_solver(examples: dict[str, Any], profile: Profile, tmp_path: Path) 
 
 def test_the_target_is_chosen_exported_and_reloaded(examples: dict[str, Any], profile: Profile, tmp_path: Path) -> None:
     options = {examples["RecentGroup"](tokens=LENGTH // part) for part in (8, 4, 2)}
-    assert set(profile.priced) == options == {parse_target(option.model_dump()) for option in options}
+    assert set(profile.priced) == options == {registry.targets.parse(option.model_dump()) for option in options}
     plan = plan_by(Priced(points=0), profile, 0.7)
     chosen = {group for layer in plan.layers for group in layer.groups}
     assert chosen & options and chosen <= {*options, FullGroup()}

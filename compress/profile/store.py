@@ -21,7 +21,8 @@ from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
 from compress.plan import ModelShape
 from compress.profile.key import Key
-from compress.targets.target import Target, parse_target
+from compress.registry import targets
+from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
 HEADER = "profile.json"
@@ -131,7 +132,7 @@ class Profile:
     def priced(self) -> tuple[Target, ...]:
         """The targets that the statistic `effect` priced; none without it."""
         entry = self.header.statistics.get("effect")
-        return () if entry is None else tuple(map(parse_target, entry.parameters["targets"]))
+        return () if entry is None else tuple(map(targets.parse, entry.parameters["targets"]))
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).

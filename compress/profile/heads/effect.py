@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced
@@ -27,7 +28,7 @@ from compress.profile.passes.tiles import LayerTensors
 from compress.profile.statistic import Item, Result, Results, Subject, Sums
 from compress.registry import statistics, targets
 from compress.runtime.mixer import LayerFacts
-from compress.targets.target import Target, parse_target
+from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ MOST = 1024  # targets at once: each is a pass over the attention of every sampl
 class Effect(HeadStatistic):
     """Loss that each of some targets costs each head group, to first order (needs a backward pass)."""
 
-    targets: tuple[Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)], ...] = Field(
+    targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         (),
         max_length=ENTRIES,
         description="the targets, as a plan has them, for instance `{target: window, sink: 64, alpha: 256, beta: 0}` "
