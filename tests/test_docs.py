@@ -15,6 +15,7 @@ from compress.models.planned import planned_model
 from compress.plan import Plan
 from compress.profile.heads.effect import Effect
 from compress.profile.heads.hidden_mass import HiddenMass
+from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.store import Profile
 from compress.runtime.mixer import MIXERS
@@ -79,7 +80,7 @@ def test_examples_are_short() -> None:
 
 
 def test_the_statistic(profile: Profile) -> None:
-    found = profile.tensor(f"peak.{LENGTH}")
+    found = profile.tensor(Key("peak", length=LENGTH))
     assert found.shape == (LOADED.shape.layers, LOADED.shape.kv_heads)
     assert bool((found > 1 / LENGTH).all()) and bool((found <= 1).all())
 
