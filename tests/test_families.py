@@ -23,7 +23,7 @@ from compress.export.native import native_model
 from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of, layers_of
 from compress.models.load import load_model
 from compress.models.planned import planned_model
-from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune, widths
+from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.passes.capture import Capture
@@ -237,12 +237,13 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
     zeroed, pruned, ids = with_biases(name), with_biases(name), random_ids(1, 40)
     units, before, width = parameters_per_unit(pruned), block_parameters(pruned), Width.of(pruned.config)
     kept = uneven(pruned.config)
-    left_over = widths(pruned.config, kept)
+    size = width.query_heads // width.groups
+    left_over = [Width(len(stays.query_heads(size)), len(stays.groups), len(stays.neurons)) for stays in kept]
     zero(zeroed, kept)
     assert not prune(pruned, kept)
     gone = 0
     for unit, left in zip(units, left_over, strict=True):
-        queries = left.groups * (width.query_heads // width.groups) - left.query_heads
+        queries = left.groups * size - left.query_heads
         gone += unit.removed(width.groups - left.groups, queries, width.neurons - left.neurons)
     assert before - block_parameters(pruned) == gone > 0
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)

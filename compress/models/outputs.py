@@ -75,7 +75,6 @@ class Alternatives:
     """
 
     def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]]) -> None:
-        load_mixers({target.target for plan in plans for target in plan})
         self.facts = facts
         self.plans = [_Plan(facts, plan) for plan in plans]
         self.dense = _Plan(facts, [FULL] * len(plans[0])) if plans else None
