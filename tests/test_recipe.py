@@ -236,14 +236,14 @@ def inner_numbers(
 
 
 # Checked by validators of their own, with shares up to 1 or the limits of lengths.
-ELSEWHERE = {("Budget", "kv"), ("Budget", "density"), ("SpanGrid", "betas")}
+ELSEWHERE = {("SpanGrid", "betas"), *(("Budget", kind) for kind in ("bytes_read", "density", "flops", "kv"))}
 ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue", "Facts")}
 # Nothing grows with them: shares to clip, weights of scores, layers of the model, full groups of a layer.
 HARMLESS = {
     ("Amp", "attention"),
     ("Allocated", "protect"),
     ("Amp", "protect"),
-    ("PruningSolver", "protect"),
+    ("UnitRemoval", "protect"),
     ("Heads", "score"),
     ("Layers", "score"),
     ("Heads", "most_per_layer"),

@@ -17,7 +17,7 @@ from compress.profile.key import Key
 from compress.registry import Method, statistics
 
 if TYPE_CHECKING:
-    from compress.data.sample import TextSample
+    from compress.data.sample import Sample
     from compress.models.load import LoadedModel
     from compress.plan import ModelShape
 
@@ -65,7 +65,7 @@ class Item:
         where: how it is called in messages.
     """
 
-    sample: TextSample
+    sample: Sample
     length: int
     corpus: int
     where: str

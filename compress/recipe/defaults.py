@@ -206,8 +206,10 @@ class Defaults:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
             return
-        search["solver"] = dict(BEST_SOLVER) | ({} if self.situation.gpu else {"points": 2})
-        self._note("solver", "moa, by attention mass and evidence that a rule hides: the best method measured")
+        removal = {"removal": {"importance": "taylor"}} if removes else {}
+        search["solver"] = dict(BEST_SOLVER) | removal | ({} if self.situation.gpu else {"points": 2})
+        also = ", and the loss that removal costs to first order" if removes else ""
+        self._note("solver", f"moa, by attention mass and evidence that a rule hides{also}: the best method measured")
         if "refine" not in search:
             search["refine"] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 3.0, "samples": 1}
             self._note("refine", f"{search['refine']['minutes']:g} minutes of exchanges by measured loss")

@@ -46,12 +46,10 @@ def headline(facts: Facts) -> dict[str, Any]:
 
 
 def _shares(facts: Facts) -> list[tuple[float, str]]:
-    """What is left of the parameters, where any are removed, and of the cache at the longest measured length."""
-    plan, shares = facts.plan, []
-    predicted = plan.predicted if plan is not None and plan.prunes else None
-    if predicted is not None and predicted.parameters and predicted.dense_parameters:
-        share = predicted.parameters / predicted.dense_parameters
-        shares.append((share, "of the parameters of the dense decoder layers"))
+    """What is left in every kind of the budget, by the plan, and of the cache at the longest measured length."""
+    plan = facts.plan
+    amounts = [] if plan is None else [amount for amount in plan.predicted.longest if amount.kind != "kv"]
+    shares = [(amount.share, f"of {amount.of}{amount.at}") for amount in amounts]
     held = [cell for cell in facts.chosen.cells if cell.label == "KV bytes"] if facts.chosen is not None else []
     if held and facts.comparison is not None:
         cell = max(held, key=lambda cell: cell.length or 0)
