@@ -48,6 +48,23 @@ def _refusal(target: Target) -> str | None:
     return None
 
 
+def facts_of(layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> LayerFacts:
+    """What mixers may ask about a layer.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key: `[B, G, T, D]`.
+        window: sliding window of the architecture in tokens; None without one.
+    """
+    return LayerFacts(
+        index=layer,
+        head_dim=query.shape[-1],
+        hidden_size=0,  # only mixers that read the layer's input ask for it, and those are refused
+        group_size=query.shape[1] // key.shape[1],
+        native_window=window,
+    )
+
+
 class Alternatives:
     """Outputs of one layer where its groups have other targets.
 
@@ -114,9 +131,8 @@ class _Plan:
     ) -> torch.Tensor:
         """`[B, H, T, D]`, new memory; zero where a group is removed."""
         batch, _, tokens, _ = query.shape
-        out = torch.zeros_like(query[..., : value.shape[-1]])
         if self.kinds is None:
-            return out
+            return torch.zeros_like(query[..., : value.shape[-1]])
         rows = Rows.whole(batch, tokens)
         step = Step(None, rows, None, None, list(rows.count), tokens, input_length=tokens)
         if scores is not None:
@@ -127,5 +143,11 @@ class _Plan:
             return mixer.prefill(q, k, v, None, step, scale=scale, dropout=0.0)
 
         q, k, v = take(query, self.heads, 1), take(key, self.stays, 1), take(value, self.stays, 1)
-        out[:, self.heads] = self.kinds.mix(q, k, v, None, run).transpose(1, 2)
+        alone = self.kinds.only
+        part = self.kinds.mix(q, k, v, None, run) if alone is None else run(alone, q, k, v, None)
+        part = part.transpose(1, 2)
+        if len(self.heads) == query.shape[1]:
+            return part
+        out = torch.zeros_like(query[..., : value.shape[-1]])
+        out[:, self.heads] = part
         return out

@@ -121,8 +121,8 @@ def run_profile(
         sha256="",
     )
     if processes.main:
-        tensors = {name: result.values for found in results.values() for name, result in found.items()}
-        write_profile(folder, header, tensors)
+        every = {key: result.values for tensors in results.values() for key, result in tensors.items()}
+        write_profile(folder, header, every)
         partial.remove()
     processes.wait()
     return read_profile(folder, subject.shape)

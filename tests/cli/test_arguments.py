@@ -111,6 +111,13 @@ WRONG: list[tuple[list[str], str]] = [
         for command in ("run", "profile", "search", "recover", "export", "eval", "validate")
     ),
     (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "changes a recipe"),
+    (["init", NOWHERE], NOWHERE),
+    (["init", "tiny", "--lengths", "1"], "--lengths"),
+    (["init", "tiny", "--kv", "[1"], "not YAML"),
+    (["init", "tiny", "--set", "seed"], "not a setting"),
+    (["init", "tiny", "--parameters"], "a kind of budget"),
+    (["init", "tiny", "--out", "pyproject.toml"], "a file of that name"),
+    (["init", "tiny", "--output", "", "--kv", "]"], "not YAML"),
     (["run", "recipe.yaml", "--set", "serach.budget.kv=1"], "did you mean `search`?"),
     (["sweep", "recipe.yaml", "--set", "seed"], "key=value"),
     (["sweep", "recipe.yaml", "--set", "seed=1", "--out", "pyproject.toml"], "pyproject.toml"),
