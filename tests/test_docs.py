@@ -16,7 +16,6 @@ from compress.search.dense import Dense
 from compress.search.run import make_problem
 from compress.search.solvers.uniform import Uniform
 from compress.targets.full import FullGroup
-from compress.targets.target import parse_target
 from compress.targets.window import SpanGrid
 from tests.profile.common import document, measure
 from tests.search.synthetic import FakeProfile
@@ -64,7 +63,7 @@ def test_the_solver(examples: dict[str, Any]) -> None:
 
 
 def test_the_target(examples: dict[str, Any]) -> None:
-    group = parse_target({"target": "recent", "tokens": 100})
+    group = registry.targets.parse({"target": "recent", "tokens": 100})
     assert group == examples["RecentGroup"](tokens=100)
     kinds = Kinds([group.model_dump(), {"target": "full"}], LayerFacts(0, 8, 32, 1, None))
     assert [mixer.rules for mixer in kinds.mixers] == [(Span(0, 100, 0.0),), (FULL,)]

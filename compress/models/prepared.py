@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from safetensors.torch import load, save
 from compress.errors import UserError
 from compress.files import write_bytes, write_text
 from compress.json_file import read_model, sealed
-from compress.targets.target import Target, parse_target
+from compress.registry import targets
+from compress.runtime.mixer import Mixer
+from compress.targets.target import Target
 
 RECORD, OPTION, TENSORS = "prepare.json", "option.json", "tensors.safetensors"
 AGAIN = "compress prepare RECIPE"
@@ -110,6 +112,14 @@ def prepared_for(model: Any) -> Prepared:
     return prepared
 
 
+@torch.no_grad()
+def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give a mixer's parameters what they have for each of its groups, by name, one group behind another."""
+    for name in groups[0]:
+        parameter = mixer.get_parameter(name)
+        parameter.copy_(torch.stack([tensors[name] for tensors in groups]).view_as(parameter))
+
+
 def write_option(folder: Path, record: Option, tensors: Mapping[str, torch.Tensor]) -> Option:
     """Write an option's tensors, then its record, which vouches for them; the record with its sha256."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
@@ -153,5 +163,5 @@ def read_prepared(folder: Path) -> Prepared:
                 found=f"sha256 {hashlib.sha256(data).hexdigest()}" if data else "no such file",
                 fix=AGAIN,
             )
-        options.append(PreparedOption(parse_target(option.target), option, load(data)))
+        options.append(PreparedOption(targets.parse(option.target), option, load(data)))
     return tuple(options)

@@ -13,20 +13,19 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    SerializeAsAny,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from compress import registry
 from compress.json_file import sealed
 from compress.plan.facts import ModelShape, Tokens
 from compress.targets.cost import Cost
-from compress.targets.target import StockForm, Target, parse_target
+from compress.targets.target import StockForm, Target
 from compress.targets.unit import LayerParameters, Unit
 
 SCHEMA: Literal[2] = 2  # of the file; `read.py` reads older ones
@@ -41,7 +40,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Group = Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)]
+Group = Annotated[Target, registry.targets]
 
 
 class Mlp(Strict):

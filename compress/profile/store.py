@@ -21,7 +21,8 @@ from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
 from compress.plan import ModelShape
 from compress.profile.key import Key
-from compress.targets.target import Target, parse_target
+from compress.registry import targets
+from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
 HEADER = "profile.json"
@@ -111,27 +112,26 @@ class Profile:
         """Span grid of the influence tables."""
         return self.header.grid
 
-    def find(self, key: Key | str) -> torch.Tensor | None:
-        """One tensor, by its key or the text of it; None where the profile has none of this key."""
-        return self.tensors.get(Key.parse(key) if isinstance(key, str) else key)
+    def find(self, key: Key) -> torch.Tensor | None:
+        """One tensor; None where the profile has none of this key."""
+        return self.tensors.get(key)
 
-    def tensor(self, key: Key | str) -> torch.Tensor:
-        """One tensor, by its key or the text of it.
+    def tensor(self, key: Key) -> torch.Tensor:
+        """One tensor.
 
         Raises:
             UserError: the profile has no such tensor; says which it has.
         """
-        key = Key.parse(key) if isinstance(key, str) else key
-        found = self.find(key)
-        if found is None:
+        tensor = self.find(key)
+        if tensor is None:
             raise missing(key, self.tensors, str(self.folder))
-        return found
+        return tensor
 
     @property
     def priced(self) -> tuple[Target, ...]:
         """The targets that the statistic `effect` priced; none without it."""
         entry = self.header.statistics.get("effect")
-        return () if entry is None else tuple(map(parse_target, entry.parameters["targets"]))
+        return () if entry is None else tuple(map(targets.parse, entry.parameters["targets"]))
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).
@@ -263,7 +263,7 @@ def _is_key(text: str, statistic: str) -> bool:
     """Whether a text is the key of a statistic's tensor."""
     try:
         return Key.parse(text).statistic == statistic
-    except ValueError:
+    except UserError:
         return False
 
 

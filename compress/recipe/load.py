@@ -88,8 +88,19 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     try:
         located.put(path, read.data, origin)
     except LookupError as error:
-        return [Problem("there is no such key to set", origin, found=str(error.args[0]))]
+        return [Problem("no such key can be set", origin, found=str(error.args[0]))]
     return []
+
+
+def read_settings(settings: Sequence[str]) -> Recipe:
+    """A recipe of nothing but settings, `KEY=VALUE` each. Raises UserError."""
+    located = LocatedYaml("the recipe", {})
+    problems = [problem for setting in settings for problem in put(located, setting)] or outline_problems(located)
+    if problems:
+        raise UserError(problems)
+    from compress.recipe.read import parse_located
+
+    return parse_located(located, "", Path("recipe.yaml"), "")
 
 
 def outline_problems(located: LocatedYaml, *, missing: bool = True) -> list[Problem]:

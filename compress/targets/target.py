@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.errors import nearest
 from compress.registry import Method, targets
 from compress.targets.cost import Cost
 from compress.targets.unit import Unit
@@ -112,24 +110,6 @@ class Target(Method):
             first axis. A parameter without an entry keeps what `Mixer.reset_parameters` gave it.
         """
         return {}
-
-
-def parse_target(value: Any) -> Any:
-    """A target from its plan form, `{"target": name, ...}`; anything that is none is left to pydantic.
-
-    Raises:
-        ValueError: no target of that name.
-    """
-    if not isinstance(value, dict) or "target" not in value:
-        return value
-    known = dict(targets.items())
-    name = value["target"]
-    if not isinstance(name, str) or name not in known:
-        hint = nearest(name, known)
-        raise ValueError(
-            f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
-        )
-    return known[name].model_validate(value, strict=True)
 
 
 def targets_of(plan: dict[str, Any]) -> set[str]:
