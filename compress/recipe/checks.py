@@ -121,7 +121,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "no statistic prices rules, of which a span search chooses",
+                "no statistic measures what span rules cost, which this solver needs",
                 expected="`influence`, `hidden_mass` or `retrieval`",
                 fix="add `{name: influence}`",
             ),
@@ -130,7 +130,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "the statistics price different span grids",
+                "the statistics use different span grids",
                 expected="one grid",
                 found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
                 fix="give every statistic the same `grid`, or leave it out everywhere",

@@ -21,7 +21,7 @@ from compress.search import baselines
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.search.solver import Solver
-from compress.train.settings import RecoverSettings
+from compress.train.settings import PrepareSettings, RecoverSettings
 
 if TYPE_CHECKING:
     Baseline = str
@@ -106,6 +106,7 @@ class Recipe(Outline):
 
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
     profile: ProfileSection = Field(description=SECTIONS["profile"])
+    prepare: PrepareSettings | None = Field(None, description=SECTIONS["prepare"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])
