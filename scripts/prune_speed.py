@@ -19,10 +19,14 @@ import transformers
 from compress.bench.model import model_row
 from compress.models.load import DTYPES
 from compress.models.planned import planned_model
-from compress.models.pruning import Kept, block_parameters
+from compress.models.pruning import block_parameters
+from compress.models.shape import shape_of
 from compress.models.source import ModelSource
 from compress.search.budget.budget import Budget
-from compress.search.prune import pruning_problem, random_candidate
+from compress.search.choice.removal import drawn
+from compress.search.dense import Dense
+from compress.search.problem import Candidate
+from compress.search.run import make_problem
 from compress.search.solvers.amp import Amp
 
 
@@ -30,6 +34,7 @@ class Nothing:
     """A profile without scores: only widths matter here."""
 
     lengths = ()
+    grid = None
 
     def tensor(self, key: str) -> torch.Tensor:
         """There is none."""
@@ -50,14 +55,15 @@ def main() -> None:
     torch.manual_seed(0)
     source = ModelSource(options.model)
     dense = source.dense(torch.device(options.device), DTYPES[options.dtype])
-    problem = pruning_problem(dense, Nothing(), Budget(parameters=options.keep))
+    sizes = Dense(shape_of(dense), dense.dtype.itemsize, dense)
+    problem = make_problem(sizes, Nothing(), Budget(parameters=options.keep), Amp())
     groups = problem.shape.kv_heads
     widths = Amp().widths(problem, min(round((1 - options.keep) * groups), groups - 1))
     if widths is None:
         raise SystemExit(f"no equal widths of all layers keep {options.keep:.0%} of the parameters")
-    like = [Kept(tuple(range(widths.groups)), tuple(range(widths.neurons)))] * problem.shape.layers
-    pruned = planned_model(dense, random_candidate(problem, like, 0).to_plan(problem, {}))
-    name = f"{widths.groups} of {groups} groups, {widths.neurons} of {problem.neurons} neurons"
+    layers = drawn(problem, [widths] * problem.shape.layers, 0)
+    pruned = planned_model(dense, Candidate(layers).to_plan(problem, {}))
+    name = f"{widths.groups} of {groups} groups, {widths.neurons} of {problem.sizes[0].neurons} neurons"
     row = model_row(dense, pruned, source.name, name, options.batch, options.length, options.steps)
     on_gpu = options.device.startswith("cuda")
     facts = {

@@ -17,6 +17,7 @@ import torch
 
 from compress.plan import ModelShape
 from compress.search.budget.budget import Budget
+from compress.search.dense import Dense
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa
 from compress.targets.window import SpanGrid
@@ -65,9 +66,10 @@ def main() -> None:
         noise = rng.lognormal(0, 0.2, size.shape)
         tensors[f"influence.absolute.{length}"] = torch.from_numpy(size * noise * hidden[None, None, None] ** fall)
     lengths = tuple(options.lengths)
-    problem = make_problem(shape, Tables(lengths, grid, tensors), Budget(kv=options.kv), 2)
+    solver = Moa(points=options.points)
+    problem = make_problem(Dense(shape, 2), Tables(lengths, grid, tensors), Budget(kv=options.kv), solver)
     started = time.monotonic()
-    plans = Moa(points=options.points).solve(problem)
+    plans = solver.solve(problem)
     spent = time.monotonic() - started
     rules = len(grid.rules(max(lengths)))
     gap = max(plan.gap or 0 for plan in plans)

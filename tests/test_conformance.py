@@ -26,6 +26,7 @@ from compress.registry import targets
 from compress.runtime.span import PAGE
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
+from tests.examples.strided import StridedGroup
 from tests.pruned import PRUNED, uneven_plan, with_biases
 from tests.tiny import FAMILIES, MIXED, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
 
@@ -38,6 +39,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TARGETS: dict[str, tuple[Target, ...]] = {
     "full": MIXED,
     "pruned": MIXED,
+    "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
     "window": MIXED,
 }
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")

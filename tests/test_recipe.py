@@ -46,7 +46,8 @@ def problems(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_read(path: Path) -> None:
+def test_shipped_recipes_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Situation, "of", classmethod(lambda cls, model, device: CPU))
     recipe = load_recipe(path)
     assert recipe.text == path.read_text(encoding="utf-8")
     calibration = recipe.resolved()["calibration"]
@@ -236,14 +237,14 @@ def inner_numbers(
 
 
 # Checked by validators of their own, with shares up to 1 or the limits of lengths.
-ELSEWHERE = {("Budget", "kv"), ("Budget", "density"), ("SpanGrid", "betas")}
+ELSEWHERE = {("SpanGrid", "betas"), *(("Budget", kind) for kind in ("bytes_read", "density", "flops", "kv"))}
 ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue", "Facts")}
 # Nothing grows with them: shares to clip, weights of scores, layers of the model, full groups of a layer.
 HARMLESS = {
     ("Amp", "attention"),
     ("Allocated", "protect"),
     ("Amp", "protect"),
-    ("PruningSolver", "protect"),
+    ("UnitRemoval", "protect"),
     ("Heads", "score"),
     ("Layers", "score"),
     ("Heads", "most_per_layer"),
@@ -390,7 +391,8 @@ def test_three_lines_are_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {task.length for task in recipe.calibration.documents} == {1024, 2048}
     assert {task.task for task in recipe.calibration.documents} == {"facts", "continuation"}
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval", "hidden_mass"]
-    assert recipe.search.refine is not None and recipe.evaluate.recall
+    assert recipe.search.refine is None and recipe.evaluate.recall
+    assert three_lines("{kv: 0.5}", monkeypatch, replace(CPU, gpu=True)).search.refine is not None
     assert recipe.resolved()["evaluate"]["perplexity"]["length"] == 2048
     assert any("1,024 tokens for each of 2 cores" in line for line in recipe.chosen)
     again = parse_recipe(json.dumps(recipe.resolved()), Path("again.yaml"))

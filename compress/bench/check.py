@@ -39,7 +39,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
         "decode": lambda: _decode(device, dtype),
         "store": lambda: _store(device, dtype),
     }
-    found = []
+    results = []
     for name, run in checks.items():
         try:
             explain_impl("triton", device, dtype, SHAPE.head_dim)
@@ -48,16 +48,16 @@ def check_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
             seconds = time.perf_counter() - start
         except Exception as failure:  # compilers raise what they like
             lines = str(failure).strip().splitlines() or [type(failure).__name__]
-            found.append(KernelCheck(name, False, refused=lines[0]))
+            results.append(KernelCheck(name, False, refused=lines[0]))
         else:
-            found.append(KernelCheck(name, error <= LIMIT[dtype], error, seconds))
+            results.append(KernelCheck(name, error <= LIMIT[dtype], error, seconds))
     reason = flash_refusal(device, dtype, SHAPE.head_dim)
-    found.append(KernelCheck("FlashAttention-4 for prefill", reason is None, refused=reason))
-    return found
+    results.append(KernelCheck("FlashAttention-4 for prefill", reason is None, refused=reason))
+    return results
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def _difference(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values.float() - expected.float()).norm() / expected.float().norm())
 
 
 def _prefill(device: torch.device, dtype: torch.dtype) -> float:
@@ -72,8 +72,10 @@ def _gradients(device: torch.device, dtype: torch.dtype) -> float:
     weight = torch.randn_like(leaves[0])
     grads = []
     for impl in ("triton", "reference"):
-        own = [tensor.detach().clone().requires_grad_() for tensor in leaves]
-        grads.append(torch.autograd.grad((IMPLS[impl].prefill(own[0], own[1], own[2], RULES) * weight).sum(), own))
+        copies = [tensor.detach().clone().requires_grad_() for tensor in leaves]
+        grads.append(
+            torch.autograd.grad((IMPLS[impl].prefill(copies[0], copies[1], copies[2], RULES) * weight).sum(), copies)
+        )
     return max(_difference(ours, expected) for ours, expected in zip(*grads, strict=True))
 
 

@@ -24,17 +24,17 @@ def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     FlashAttention-4 is among them where the package flash-attn-4 is installed and works.
     """
     causal = query.shape[2] > 1
-    found: dict[str, Attention] = {}
+    calls: dict[str, Attention] = {}
     for name, backend in (BACKENDS if query.is_cuda else ON_CPU).items():
         call = _by(backend, query, key, value, causal)
         if _runs(call):
-            found[name] = call
+            calls[name] = call
     four = flash_attention_4(query, key, value, causal) if query.is_cuda else None
     if four is not None and _runs(four):
-        found["flash-4"] = four
-    if not found:
+        calls["flash-4"] = four
+    if not calls:
         raise RuntimeError(f"no dense attention of PyTorch takes queries {tuple(query.shape)} of {query.dtype}")
-    return found
+    return calls
 
 
 def _by(backend: SDPBackend, query: Any, key: Any, value: Any, causal: bool) -> Attention:

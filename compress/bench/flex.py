@@ -15,7 +15,7 @@ from compress.runtime.span import Span
 def flex_mask(spans: Sequence[Span], share: int, length: int, device: torch.device, block: int = BLOCK) -> BlockMask:
     """Block lists in closed form and the rule itself; no mask over pairs of tokens is made."""
     blocks = blocks_of(spans, length, device, block)
-    each = lambda tensor: tensor.repeat_interleave(share, dim=0)[None]  # noqa: E731
+    per_head = lambda tensor: tensor.repeat_interleave(share, dim=0)[None]  # noqa: E731
     t = torch.arange(length, device=device)
     first = torch.stack([span.first(t) for span in spans]).to(torch.int32)
     sink = torch.tensor([min(span.sink, length) for span in spans], device=device)
@@ -25,10 +25,10 @@ def flex_mask(spans: Sequence[Span], share: int, length: int, device: torch.devi
         return (key <= query) & ((key < sink[group]) | (key >= first[group, query]))
 
     return BlockMask.from_kv_blocks(
-        each(blocks.part_count),
-        _padded(each(blocks.part), -(-length // block)),
-        each(blocks.full_count),
-        _padded(each(blocks.full), -(-length // block)),
+        per_head(blocks.part_count),
+        _padded(per_head(blocks.part), -(-length // block)),
+        per_head(blocks.full_count),
+        _padded(per_head(blocks.full), -(-length // block)),
         BLOCK_SIZE=block,
         mask_mod=rule,
         seq_lengths=(length, length),

@@ -33,23 +33,23 @@ def times(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.3
 
 def times_in_turn(calls: Mapping[str, Callable[[], Any]], device: torch.device, *, turns: int = 3) -> dict[str, Time]:
     """Time several calls against each other, each for .1 s a turn: a GPU that grows hot slows all of them alike."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    durations: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            found[name] += _durations(call, device, 0.1, 2, 100)
-    return {name: _summary(values) for name, values in found.items()}
+            durations[name] += _durations(call, device, 0.1, 2, 100)
+    return {name: _summary(values) for name, values in durations.items()}
 
 
 def _durations(call: Callable[[], Any], device: torch.device, seconds: float, least: int, most: int) -> list[float]:
     call()
     if device.type != "cuda":
-        found: list[float] = []
+        durations: list[float] = []
         end = time.perf_counter() + seconds
-        while len(found) < least or (time.perf_counter() < end and len(found) < most):
+        while len(durations) < least or (time.perf_counter() < end and len(durations) < most):
             began = time.perf_counter()
             call()
-            found.append((time.perf_counter() - began) * 1e3)
-        return found
+            durations.append((time.perf_counter() - began) * 1e3)
+        return durations
     torch.cuda.synchronize(device)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -71,8 +71,9 @@ def graphed_times(call: Callable[[], Any], device: torch.device, *, calls: int =
     if device.type != "cuda":
         return times(call, device, seconds=seconds)
     replay = graph_of(call, calls)
-    found = times(replay, device, seconds=seconds)
-    return Time(found.median / calls, found.lower / calls, found.upper / calls, found.repeats)
+    time_of_all = times(replay, device, seconds=seconds)
+    median, lower, upper = (value / calls for value in (time_of_all.median, time_of_all.lower, time_of_all.upper))
+    return Time(median, lower, upper, time_of_all.repeats)
 
 
 def graph_of(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
@@ -110,7 +111,7 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _summary(found: list[float]) -> Time:
-    values = torch.tensor(found, dtype=torch.float64)
+def _summary(durations: list[float]) -> Time:
+    values = torch.tensor(durations, dtype=torch.float64)
     lower, median, upper = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-    return Time(median, lower, upper, len(found))
+    return Time(median, lower, upper, len(durations))

@@ -170,13 +170,13 @@ def model_row(dense: Any, other: Any, shape: str, mix: str, batch: int, length: 
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
     plan = side(other, ids, steps, beside=dense)
-    found = side(dense, ids, steps, beside=other)
+    dense_side = side(dense, ids, steps, beside=other)
     release(device)
     token = ids[:, :1].contiguous()
     with torch.inference_mode(), _attention(dense, NONE):
         bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (other, dense)]
-    return ModelRow(shape, mix, batch, length, found, plan, bare, device.type == "cuda", *counts)
+    return ModelRow(shape, mix, batch, length, dense_side, plan, bare, device.type == "cuda", *counts)
 
 
 @torch.inference_mode()
@@ -194,22 +194,22 @@ def side(model: Any, ids: torch.Tensor, steps: int = 64, *, beside: Any = None) 
     """
     release(ids.device)
     if hasattr(model, "new_cache"):
-        found = _planned_side(model, ids, steps)
+        figures = _planned_side(model, ids, steps)
     else:
         _check_windows(model, ids.shape[1])
-        found = _dense_side(model, ids, steps)
-    if found.peak_bytes is None or beside is None:
-        return found
-    own = {weight.data_ptr() for weight in model.parameters()}
-    others = sum(weight.nbytes for weight in beside.parameters() if weight.data_ptr() not in own)
-    return replace(found, peak_bytes=found.peak_bytes - others)
+        figures = _dense_side(model, ids, steps)
+    if figures.peak_bytes is None or beside is None:
+        return figures
+    weights = {weight.data_ptr() for weight in model.parameters()}
+    others = sum(weight.nbytes for weight in beside.parameters() if weight.data_ptr() not in weights)
+    return replace(figures, peak_bytes=figures.peak_bytes - others)
 
 
 def _check_windows(model: Any, length: int) -> None:
     windows = [window for window in native_windows(model.config, model.config.num_hidden_layers) if window is not None]
     if windows and min(windows) < length:
         raise UserError(
-            "the dense model's time is not measured beyond the window that its layers slide over",
+            "the dense model can only be timed on prompts no longer than the sliding window of its layers",
             where=type(model).__name__,
             expected=f"prompts of at most {min(windows)} tokens",
             found=f"{length}",

@@ -10,12 +10,12 @@ GIB = 2**30
 
 def break_even(rows: list[Row], what: str) -> int | None:
     """The least measured length from which on the plan is never slower than the fastest dense attention."""
-    found = None
+    least = None
     for row in sorted((row for row in rows if row.what == what), key=lambda row: -row.length):
         if row.speedup < 1:
             break
-        found = row.length
-    return found
+        least = row.length
+    return least
 
 
 def kernel_lines(row: Row, copy: float) -> list[str]:

@@ -10,7 +10,9 @@ from compress.cli import (
     doctor,
     evaluate,
     export,
+    init,
     inspect,
+    methods,
     profile,
     recipes,
     recover,
@@ -22,7 +24,7 @@ from compress.cli import (
 )
 from compress.cli.output import guarded
 
-EPILOG = "Start with: compress run recipes/smollm2-quickstart.yaml"
+EPILOG = "Start with: compress init demo/smollm2-135m --kv 0.5, and compress run with the recipe that it writes"
 
 app = typer.Typer(
     name="compress",
@@ -36,6 +38,8 @@ app = typer.Typer(
 
 STAGES, FILES = "The whole run, and its stages", "Files and machine"
 for name, panel, command in (
+    ("init", STAGES, init.init),
+    ("validate", STAGES, validate.validate),
     ("run", STAGES, run.run),
     ("profile", STAGES, profile.profile),
     ("search", STAGES, search.search),
@@ -45,12 +49,13 @@ for name, panel, command in (
     ("sweep", STAGES, sweep.sweep),
     ("bench", STAGES, bench.bench),
     ("report", STAGES, report.report),
-    ("validate", FILES, validate.validate),
+    ("methods", FILES, methods.methods),
     ("inspect", FILES, inspect.inspect),
     ("recipes", FILES, recipes.recipes),
     ("doctor", FILES, doctor.doctor),
 ):
-    app.command(name, rich_help_panel=panel)(guarded(command))
+    open_ended = {"allow_extra_args": True, "ignore_unknown_options": True} if command is init.init else None
+    app.command(name, rich_help_panel=panel, context_settings=open_ended)(guarded(command))
 
 
 def _version(wanted: bool) -> None:

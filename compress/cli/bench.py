@@ -138,20 +138,20 @@ def measure(
         dense = (source.layer if kind == "layer" else base.dense)(where, DTYPES[dtype])
         label = f"{source.name}, one layer" if kind == "layer" else source.name
         wanted: list[str | None] = [*mixes] or [None]
-        for own in wanted:
+        for mix in wanted:
             for length in lengths:
-                title = f"{kind} {own or 'with its plan'}, batch {batch}, {length} tokens"
+                title = f"{kind} {mix or 'with its plan'}, batch {batch}, {length} tokens"
                 say(f"  {title}")
-                if own is not None:
-                    planned, plan_name = kernel.with_mix(dense, own, length), own
+                if mix is not None:
+                    planned, plan_name = kernel.with_mix(dense, mix, length), mix
                 elif dense_model is None:
                     planned, plan_name = source.planned(dense)
                 else:
                     planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
                 time_both = partial(whole.model_row, dense, planned, label, plan_name, batch, length)
-                found = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
-                models += [found] if found else []
+                timed = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
+                models += [timed] if timed else []
                 del planned, time_both
                 measure.release(where)
         del dense

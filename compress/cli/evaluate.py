@@ -78,7 +78,7 @@ def evaluate(
     if any(Path(name).suffix in arguments.RECIPES for name in what):
         if len(what) > 1:
             raise UserError(
-                "a recipe is evaluated alone, its models are in it",
+                "a recipe is evaluated on its own, because it names its models",
                 where=" ".join(what),
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
@@ -349,7 +349,7 @@ def _uniform(plan: Plan, shape: ModelShape, itemsize: int) -> Plan:
     from compress.plan import uniform_plan
     from compress.targets.window import WindowGroup
 
-    length = max(plan.predicted.kv_bytes, default=8192)
+    length = max(plan.predicted.lengths, default=8192)
     most = plan.cost(length, itemsize).held_bytes
     for window in range(length, 64, -64):
         beside = uniform_plan(shape, WindowGroup(sink=64, alpha=window, beta=0.0))

@@ -133,7 +133,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
-    for length in sorted({*SHOWN_LENGTHS, *plan.predicted.kv_bytes}):
+    for length in sorted({*SHOWN_LENGTHS, *plan.predicted.lengths}):
         used, dense = plan.cost(length, form=form).held_bytes, plan.dense_cost(length).held_bytes
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     show(costs)

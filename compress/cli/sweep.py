@@ -31,13 +31,10 @@ def sweep(
     combination that cannot be run is told at the end. Writes report.html, cells.csv and cells.json.
     """
     from compress.recipe.grid import axes_of, grid
-    from compress.recipe.load import read_keys
 
     axes = axes_of(values)
-    given = None if out is None else arguments.out_folder(out)
-    data = read_keys(Path(arguments.recipe_file(recipe)))
-    folder = given or Path(f"{data['output']}-sweep").expanduser()
-    points = grid(data, axes, str(folder))
+    given = None if out is None else str(arguments.out_folder(out))
+    folder, points = grid(Path(arguments.recipe_file(recipe)), axes, given)
     arguments.make_folder(folder)
     from compress.cli.report import write_cells, write_report
     from compress.stages.sweep import run_grid

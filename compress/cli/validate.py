@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from compress.data.prompt import Task
     from compress.recipe.schema import Recipe
-    from compress.search.budget.budget import Budget
 
 
 def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -95,7 +94,7 @@ def table(recipe: Recipe) -> Table:
     budget = recipe.search.budget
     result.add_row(
         "search",
-        f"{recipe.search.solver.registered}\nbudget {_kinds(budget)}"
+        f"{recipe.search.solver.registered}\nbudget {budget.words()}"
         + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
@@ -121,12 +120,6 @@ def table(recipe: Recipe) -> Table:
         f"{passes or 'none'} for each of these",
     )
     return result
-
-
-def _kinds(budget: Budget) -> str:
-    """The limits that are given, in words."""
-    given = {name: budget.model_dump(mode="json")[name] for name in ("kv", "density", "decode_time", "parameters")}
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in given.items() if value is not None)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

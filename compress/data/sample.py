@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.files import key_of
 
@@ -17,10 +17,13 @@ class Sample(ABC):
     """What all samples have in common; positions are those of the model's own sequence (tokens, patches).
 
     Attributes:
+        noun, unit: what a sample and a position are called in messages.
         evidence: half-open ranges of positions that the right outputs have to be read from; may be empty.
         task: name of the task that made it.
     """
 
+    noun: ClassVar[str]
+    unit: ClassVar[str]
     evidence: tuple[tuple[int, int], ...]
     task: str
 
@@ -36,8 +39,17 @@ class Sample(ABC):
 
     @property
     @abstractmethod
+    def facts(self) -> list[Any]:
+        """JSON values that say what the input is and what the loss is taken on."""
+
+    @property
     def key(self) -> str:
         """The same for the same input and loss, and for no other."""
+        return key_of(*self.facts)
+
+    @abstractmethod
+    def body(self, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments of the model without its head, for a batch of this sample alone."""
 
     @abstractmethod
     def inputs(self, device: torch.device) -> dict[str, Any]:
@@ -80,6 +92,9 @@ class TextSample(Sample):
         depth: where the evidence lies, 0 at the start to 1 just before the question; None without evidence.
     """
 
+    noun: ClassVar[str] = "document"
+    unit: ClassVar[str] = "tokens"
+
     tokens: tuple[int, ...]
     answer: tuple[int, int]
     evidence: tuple[tuple[int, int], ...] = ()
@@ -98,16 +113,21 @@ class TextSample(Sample):
         return self.answer[0] - 1, self.answer[1] - 1
 
     @property
-    def key(self) -> str:
-        """Of the tokens and of where the answer is."""
-        return key_of(self.tokens, self.answer)
+    def facts(self) -> list[Any]:
+        """The tokens, and where the answer is."""
+        return [self.tokens, self.answer]
+
+    def body(self, device: torch.device) -> dict[str, Any]:
+        """All tokens."""
+        import torch
+
+        return {"input_ids": torch.tensor([self.tokens], device=device), "use_cache": False}
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """All tokens, and logits for the rows that predict the answer only."""
         import torch
 
-        tokens = torch.tensor([self.tokens], device=device)
-        return {"input_ids": tokens, "logits_to_keep": torch.arange(*self.rows, device=device), "use_cache": False}
+        return self.body(device) | {"logits_to_keep": torch.arange(*self.rows, device=device)}
 
     def logits(self, output: Any) -> torch.Tensor:
         """`[rows, vocabulary]`."""

@@ -61,9 +61,10 @@ def compare(
     if not names or names[0] != "dense" or len(set(names)) != len(names):
         raise ValueError(f"expected different variants with `dense` first, got {names}")
     asked = sorted([*_always(asked), *asked], key=lambda measure: not measure.always)
-    if any(variant.tokenizer for variant in variants) and any(measure.one_tokenizer for measure in asked):
+    shared = sorted({measure.registered for measure in asked if measure.one_tokenizer})
+    if shared and any(variant.tokenizer for variant in variants):
         raise UserError(
-            "perplexity and recall compare models of one tokenizer",
+            f"models with different tokenizers cannot be compared by {', '.join(shared)}",
             fix="compare these models on lm-eval tasks and suites only",
         )
     lengths = tuple(sorted({length for measure in asked for length in measure.input_lengths}))

@@ -89,10 +89,10 @@ class Comparison(BaseModel):
         if len(set(keys)) < len(keys):
             raise ValueError("expected every number of a variant once")
         for row in self.variants:
-            for found, expected in zip(row.results, self.dense.results, strict=False):
-                numbers = [cell.key for cell in found.cells()]
-                if numbers and found.measure == expected.measure and numbers != [cell.key for cell in expected.cells()]:
-                    raise ValueError(f"variant `{row.name[:80]}`: other numbers of {found.measure} than the dense one")
+            for result, dense in zip(row.results, self.dense.results, strict=False):
+                numbers = [cell.key for cell in result.cells()]
+                if numbers and result.measure == dense.measure and numbers != [cell.key for cell in dense.cells()]:
+                    raise ValueError(f"variant `{row.name[:80]}`: other numbers of {result.measure} than the dense one")
             names = [[result.measure for result in part.results] for part in (row, self.dense)]
             if names[0] != names[1]:
                 raise ValueError(f"variant `{row.name[:80]}`: expected results of {names[1]}, got {names[0]}")
@@ -109,8 +109,8 @@ class Comparison(BaseModel):
 
     def against_dense(self, variant: VariantResult, cell: Cell) -> Paired | None:
         """Paired difference of a cell to the dense model's; None for the dense model, or where items are unknown."""
-        own = variant.like(cell)
-        return None if own is None or variant is self.dense else own.against(self.dense.like(cell))
+        mine = variant.like(cell)
+        return None if mine is None or variant is self.dense else mine.against(self.dense.like(cell))
 
     def tasks(self) -> list[Cell]:
         """The dense model's cells of tasks."""

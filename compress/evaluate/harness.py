@@ -36,23 +36,23 @@ def task_files(include: str) -> list[Path]:
     folder = Path(include).expanduser()
     if not folder.is_dir():
         raise UserError("no such folder of task files", where=include)
-    found: set[Path] = set()
+    files: set[Path] = set()
     for path in folder.rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:
-            found.add(path)
-        if len(found) > MOST_FILES:
+            files.add(path)
+        if len(files) > MOST_FILES:
             raise UserError(
-                "the folder of task files holds too much to be one",
+                "too many files for a folder of tasks",
                 where=include,
                 expected=f"at most {MOST_FILES:,} files",
                 fix="name a folder with the task files and their data alone",
             )
-    for path in sorted(found):
+    for path in sorted(files):
         if path.suffix in (".yaml", ".yml") and path.stat().st_size <= MOST_BYTES:
             named = DATA_FILE.findall(path.read_text(encoding="utf-8", errors="replace"))
             places = (Path.cwd(), path.resolve().parent, path.resolve().parent.parent)
-            found |= {place / name for name in named for place in places if (place / name).is_file()}
-    return sorted(found)
+            files |= {place / name for name in named for place in places if (place / name).is_file()}
+    return sorted(files)
 
 
 def run_task(
@@ -106,7 +106,7 @@ def run_on(
 
     task, manager = _task(request, name, length, sizer, seed, text)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found: Any = simple_evaluate(
+        report: Any = simple_evaluate(
             model=lm,
             tasks=[task],
             task_manager=manager,
@@ -114,13 +114,13 @@ def run_on(
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
         )
-    (key, values), *more = found["results"].items()
+    (key, values), *more = report["results"].items()
     if more:
-        raise UserError(f"`{name}` is a group of tasks", fix=f"name its tasks: {', '.join(found['results'])}")
-    return _result(key, length, values, found)
+        raise UserError(f"`{name}` is a group of tasks", fix=f"name its tasks: {', '.join(report['results'])}")
+    return _result(key, length, values, report)
 
 
-def _result(key: str, length: int | None, values: dict[str, Any], found: dict[str, Any]) -> TaskResult:
+def _result(key: str, length: int | None, values: dict[str, Any], report: dict[str, Any]) -> TaskResult:
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     higher: dict[str, bool] = {}
@@ -134,23 +134,23 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
             errors[label] = float(value)
         else:
             metrics[label] = float(value)
-            higher[label] = bool(found["higher_is_better"][key].get(metric, True))
+            higher[label] = bool(report["higher_is_better"][key].get(metric, True))
     suite = length is not None
-    own: dict[int, dict[str, float]] = {}
+    by_item: dict[int, dict[str, float]] = {}
     first: dict[int, Any] = {}
-    for sample in found["samples"][key]:  # once for every filter of the task
+    for sample in report["samples"][key]:  # once for every filter of the task
         number = int(sample["doc_id"])
         first.setdefault(number, sample)
         named = {name: sample.get(name) for name in sample["metrics"]}
-        own.setdefault(number, {}).update(
+        by_item.setdefault(number, {}).update(
             {_label(name, sample["filter"]): float(x) for name, x in named.items() if isinstance(x, (int, float))}
         )
     samples = []
-    for number in sorted(own):
+    for number in sorted(by_item):
         doc, written = first[number]["doc"], first[number]["filtered_resps"][0]
         samples.append(
             Item(
-                metrics=own[number],
+                metrics=by_item[number],
                 depth=doc.get("depth") if suite else None,
                 gap=doc.get("gap") if suite else None,
                 written=written if suite and isinstance(written, str) else None,
@@ -158,12 +158,12 @@ def _result(key: str, length: int | None, values: dict[str, Any], found: dict[st
         )
     return TaskResult(
         task=key,
-        version=str(found["versions"].get(key, "")),
+        version=str(report["versions"].get(key, "")),
         metrics=metrics,
         errors=errors,
         higher=higher,
         length=length,
-        generates=found["configs"][key]["output_type"] == "generate_until",
+        generates=report["configs"][key]["output_type"] == "generate_until",
         samples=samples,
     )
 
@@ -229,7 +229,7 @@ def _root(entry: Any, include: str | None) -> Path:
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if not isinstance(files, dict) or entry.yaml_path is None:
         return Path.cwd()
-    names = [name for each in files.values() for name in ([each] if isinstance(each, str) else each)]
+    names = [name for entry in files.values() for name in ([entry] if isinstance(entry, str) else entry)]
     folders = [Path.cwd(), Path(entry.yaml_path).resolve().parent, Path(entry.yaml_path).resolve().parent.parent]
     for folder in folders:
         if all((folder / name).is_file() or "://" in name for name in names):

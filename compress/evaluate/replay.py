@@ -135,7 +135,7 @@ class _Player(LM):
         known = self.known.get(_instance_key(instance))
         if known is None or (known[0].context, known[0].continuation) != tuple(instance.args):
             raise UserError(
-                "the task asks something else than was recorded",
+                "this task's requests differ from the recorded ones",
                 where=f"{instance.task_name}, item {instance.doc_id}, request {instance.idx}",
                 fix="record the requests again, with the task files and data that are here",
             )

@@ -100,12 +100,12 @@ def read_requests(path: Path) -> RequestFile:
         UserError: no such file, or not one of ours.
     """
     try:
-        found = _of_schema(parse_json(gzip.decompress(path.read_bytes())))
+        content = _of_schema(parse_json(gzip.decompress(path.read_bytes())))
         rows = tuple(
             Request(task, doc, choice, context, continuation, tuple(context_ids), tuple(ids))
-            for task, doc, choice, context, continuation, context_ids, ids in found["requests"]
+            for task, doc, choice, context, continuation, context_ids, ids in content["requests"]
         )
-        return RequestFile(found["model"], tuple(found["tasks"]), found["limit"], rows)
+        return RequestFile(content["model"], tuple(content["tasks"]), content["limit"], rows)
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
         raise _unreadable("requests", path, error) from error
 
@@ -117,15 +117,15 @@ def read_answers(path: Path, asked: RequestFile) -> AnswerFile:
         UserError: no such file, not one of ours, or answers to other requests.
     """
     try:
-        found = _of_schema(parse_json(path.read_bytes(), finite=False))
-        answers = tuple((float(value), bool(greedy)) for value, greedy in found["answers"])
-        read = AnswerFile(found["name"], found["dtype"], found["device"], found["requests"], answers)
+        content = _of_schema(parse_json(path.read_bytes(), finite=False))
+        answers = tuple((float(value), bool(greedy)) for value, greedy in content["answers"])
+        read = AnswerFile(content["name"], content["dtype"], content["device"], content["requests"], answers)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable("answers", path, error) from error
     check_answers(read.answers, asked, str(path))
     if read.requests != asked.key:
         raise UserError(
-            "these answers are to other requests",
+            "these answers belong to other requests",
             where=str(path),
             fix="answer them again: compress eval MODEL --replay REQUESTS",
         )
@@ -136,14 +136,17 @@ def check_answers(answers: Sequence[Answer], asked: RequestFile, where: str | No
     """Refuse answers that are not one to each request."""
     if len(answers) != len(asked.requests):
         raise UserError(
-            "not every request has its answer", where=where, expected=f"{len(asked.requests)}", found=f"{len(answers)}"
+            "the number of answers differs from the number of requests",
+            where=where,
+            expected=f"{len(asked.requests)}",
+            found=f"{len(answers)}",
         )
 
 
-def _of_schema(found: Any) -> Any:
-    if found["schema"] != SCHEMA:
-        raise ValueError(f"schema {found['schema']}, expected {SCHEMA}")
-    return found
+def _of_schema(content: Any) -> Any:
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"schema {content['schema']}, expected {SCHEMA}")
+    return content
 
 
 def _unreadable(what: str, path: Path, error: Exception) -> UserError:

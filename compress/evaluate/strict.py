@@ -12,7 +12,7 @@ from compress.errors import UserError
 
 
 class Strict(HFLM):
-    """Inputs that are too long are an error: lm-eval cuts them on the left, which takes needles away."""
+    """Refuses inputs that are too long; lm-eval would cut them on the left and so remove what a suite has hidden."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         # The paged cache and the dense one are compared as they are; a cache of logits by prefix would hide them.
@@ -25,15 +25,15 @@ class Strict(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-        found = super().tok_batch_encode(strings, *args, **kwargs)
-        self._fits(int(found[1].sum(dim=1).max()), left_truncate_len)
-        return found
+        encoded = super().tok_batch_encode(strings, *args, **kwargs)
+        self._fits(int(encoded[1].sum(dim=1).max()), left_truncate_len)
+        return encoded
 
     def _fits(self, tokens: int, most: int | None = None) -> None:
         most = self.max_length if most is None else most
         if tokens > most:
             raise UserError(
-                "an input is longer than the model's context, and nothing is cut",
+                "an input is longer than the model's context, and inputs are never shortened",
                 expected=f"at most {most} tokens before the answer",
                 found=f"{tokens} tokens",
                 fix="take a shorter task, or a model with a longer context",

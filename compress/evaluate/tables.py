@@ -104,8 +104,8 @@ def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:
         for cell in comparison.dense.cells
         if cell.part is not None and cell.table == "summary"
     }
-    found = [(cell, axes[cell.label, cell.length]) for cell in _cells(comparison, "summary") if cell.key[:2] in axes]
-    return sorted(found, key=lambda pair: list(AXES).index(pair[1]))
+    parted = [(cell, axes[cell.label, cell.length]) for cell in _cells(comparison, "summary") if cell.key[:2] in axes]
+    return sorted(parted, key=lambda pair: list(AXES).index(pair[1]))
 
 
 def parts_of(row: VariantResult, cell: Cell, axis: str) -> list[tuple[Part, Cell]]:
@@ -122,13 +122,15 @@ def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
     of_dense = parts_of(comparison.dense, cell, axis)
     counted = axis != "position"
     columns = [Column("variant", "name")]
-    for part, own in of_dense:
+    for part, cell_of_part in of_dense:
         columns.append(
-            Column(f"{edge(part.low, axis)} to {edge(part.high, axis)}" + (f" ({own.count})" if counted else ""))
+            Column(
+                f"{edge(part.low, axis)} to {edge(part.high, axis)}" + (f" ({cell_of_part.count})" if counted else "")
+            )
         )
     rows = []
     for row in comparison.variants:
-        values = [row.like(own) for _, own in of_dense]
+        values = [row.like(cell_of_part) for _, cell_of_part in of_dense]
         texts = ["" if value is None else unit_of(value.unit).write(value.value) for value in values]
         rows.append([row.name, *texts])
     name = cell.name if cell.length is None or axis == "position" else f"{cell.name} at {cell.length:,}"

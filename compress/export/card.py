@@ -81,9 +81,8 @@ def render_card(
     windowed = plan.full_groups < groups
     changed = [group for row in plan.groups_that_stay() for group, native in row if group.stock(native) != StockForm()]
     predicted = plan.predicted
-    longest = max(set(predicted.kv_bytes) & set(predicted.dense_kv_bytes), default=None)
-    if longest is not None:
-        share = held(longest) / dense(longest)
+    if predicted.lengths:
+        share = held(predicted.lengths[-1]) / dense(predicted.lengths[-1])
     else:
         share = costs[-1]["bytes"] / costs[-1]["dense"]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -167,11 +166,15 @@ def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, load
 
 
 def _ratio(plan: Plan, share: float) -> str:
-    """What the title says the plan keeps."""
-    left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
-    if plan.prunes and left is not None and whole:
-        return f"{left / whole:.0%} of the decoder layers' parameters"
-    return f"{share:.0%} of the KV cache"
+    """What the title says the plan keeps, of every kind that it saves anything in.
+
+    Args:
+        share: of the KV cache, in the form of the checkpoint.
+    """
+    kept = [f"{amount.share:.0%} of {amount.of}" for amount in plan.predicted.longest if amount.kind != "kv"]
+    windowed = not plan.as_built
+    parts = [f"{share:.0%} of the KV cache"] if windowed or not kept else []
+    return " and ".join([*parts, *kept])
 
 
 def _changed(plan: Plan, windowed: bool, patched: bool) -> str:

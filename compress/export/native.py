@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 
 from compress.errors import UserError
 from compress.models.families import family_of
-from compress.models.planned import config_fields, has_own_widths, on_weights_of
-from compress.plan import Plan
+from compress.models.planned import config_fields, has_own_widths, kept_units, on_weights_of
+from compress.models.pruning import is_uniform
+from compress.plan import Form, Plan
+from compress.runtime.widths import Width
 from compress.targets.target import StockForm, Target
 
 FIX = "search with `solver: {name: layers, sink: 0}`, or write `export: {form: patched}`, which holds every plan"
@@ -44,6 +46,20 @@ def layer_windows(plan: Plan) -> list[int | None]:
             common = common or (layer, first.window)
         forms.append(first)
     return [form.window for form in forms]
+
+
+def form_for(plan: Plan, config: Any, asked: Literal["patched", "native", "auto"]) -> Form:
+    """The form in which an export of a plan ends, so that what it costs can be told before it is written.
+
+    Args:
+        config: of the dense model.
+        asked: what the recipe asks for; a plan that has no native form, as a baseline may be, is taken as patched.
+    """
+    family = family_of(config)
+    if asked == "patched" or plan.stock() is None or not (plan.as_built or family.native):
+        return "patched"
+    kept = kept_units(plan, Width.of(config).neurons) if plan.prunes else []
+    return "native" if not kept or is_uniform(config, kept) or family.twin else "patched"
 
 
 def native_model(planned: Any, plan: Plan) -> Any:

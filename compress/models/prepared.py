@@ -20,7 +20,8 @@ from safetensors.torch import load, save
 from compress.errors import UserError
 from compress.files import write_bytes, write_text
 from compress.json_file import read_model, sealed
-from compress.targets.target import Target, parse_target
+from compress.registry import targets
+from compress.targets.target import Target
 
 RECORD, OPTION, TENSORS = "prepare.json", "option.json", "tensors.safetensors"
 AGAIN = "compress prepare RECIPE"
@@ -153,5 +154,5 @@ def read_prepared(folder: Path) -> Prepared:
                 found=f"sha256 {hashlib.sha256(data).hexdigest()}" if data else "no such file",
                 fix=AGAIN,
             )
-        options.append(PreparedOption(parse_target(option.target), option, load(data)))
+        options.append(PreparedOption(targets.parse(option.target), option, load(data)))
     return tuple(options)

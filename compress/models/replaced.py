@@ -153,11 +153,6 @@ def _closed(*_: Any, **__: Any) -> None:
     raise RuntimeError("this attention function belongs to a measurement that has ended")
 
 
-def answer_rows(answer: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """The rows whose logits predict the answer's tokens [start, end): start - 1 to end - 2."""
-    return torch.arange(answer[0] - 1, answer[1] - 1, device=device)
-
-
 def causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,

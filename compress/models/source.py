@@ -147,8 +147,8 @@ class ModelSource:
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         folder = Path(self.spec).expanduser()
         with quiet():
-            model, told = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
-        check_loaded(self.spec, told)
+            model, loading = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
+        check_loaded(self.spec, loading)
         return model.to(device).eval()
 
     def _stock_config(self) -> Any:

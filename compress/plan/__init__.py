@@ -3,10 +3,11 @@
 from compress.plan.build import make_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape
 from compress.plan.read import read_plan
-from compress.plan.schema import Form, Group, LayerPlan, Mlp, OutputBias, Plan, Predicted
-from compress.plan.words import removal
+from compress.plan.schema import Amount, Form, Group, LayerPlan, Mlp, OutputBias, Plan, Predicted
+from compress.plan.words import amount_line, removal
 
 __all__ = [
+    "Amount",
     "Form",
     "Group",
     "LayerPlan",
@@ -15,6 +16,7 @@ __all__ = [
     "OutputBias",
     "Plan",
     "Predicted",
+    "amount_line",
     "make_plan",
     "plan_of_layers",
     "read_plan",

@@ -6,11 +6,13 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from compress.errors import Problem, UserError
 from compress.json_file import CHECKSUM, checksum_of, read_object, validated
 from compress.plan.build import count_problems
-from compress.plan.facts import ModelShape
-from compress.plan.schema import SCHEMA, Plan
+from compress.plan.facts import ModelShape, Tokens
+from compress.plan.schema import SCHEMA, Bytes, Form, Plan, Strict
 
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
@@ -26,10 +28,47 @@ def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool
     return problems
 
 
-def _in_present_form(raw: dict[str, Any]) -> dict[str, Any]:
-    """A plan file's content as the present schema has it. Schema 1 knew neither the form of the checkpoint nor the
-    size of the numbers that its bytes are of; all else is as it was."""
-    return {**raw, "schema": SCHEMA} if raw.get("schema") == 1 else raw
+class _PredictedBefore(Strict):
+    """What was predicted before it was listed by kind of budget."""
+
+    form: Form | None = None
+    itemsize: int | None = Field(default=None, ge=1)
+    kv_bytes: dict[Tokens, Bytes] = Field(default_factory=dict)
+    dense_kv_bytes: dict[Tokens, Bytes] = Field(default_factory=dict)
+    loss: float | None = None
+    parameters: int | None = Field(default=None, ge=0)
+    dense_parameters: int | None = Field(default=None, ge=1)
+
+    def amounts(self) -> list[dict[str, Any]]:
+        """The same by kind."""
+        held = {"kind": "kv", "unit": "bytes", "of": "the dense KV bytes"}
+        rows: list[dict[str, Any]] = [
+            {**held, "length": length, "plan": size, "dense": self.dense_kv_bytes[length]}
+            for length, size in self.kv_bytes.items()
+            if length in self.dense_kv_bytes
+        ]
+        if self.parameters is not None and self.dense_parameters is not None:
+            words = {"kind": "parameters", "unit": "parameters", "of": "the decoder layers' parameters"}
+            rows.append({**words, "length": None, "plan": self.parameters, "dense": self.dense_parameters})
+        return rows
+
+
+def _in_present_form(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """A plan file's content as the present schema has it.
+
+    Schema 1 knew neither the form of the checkpoint nor the size of the numbers that its bytes are of, and files had
+    KV bytes and parameters by name where they now list costs by kind of budget.
+
+    Raises:
+        UserError: what was predicted is damaged.
+    """
+    raw = {**raw, "schema": SCHEMA} if raw.get("schema") == 1 else raw
+    predicted = raw.get("predicted")
+    if not isinstance(predicted, dict) or not predicted.keys() & {"kv_bytes", "parameters"}:
+        return raw
+    before = validated(_PredictedBefore, predicted, "the plan", f"{where}: predicted")
+    kept = {"form": before.form, "itemsize": before.itemsize, "loss": before.loss}
+    return {**raw, "predicted": {**kept, "amounts": before.amounts()}}
 
 
 def read_plan(path: Path | str, shape: ModelShape | None = None, *, any_weights: bool = False) -> Plan:
@@ -48,7 +87,7 @@ def read_plan(path: Path | str, shape: ModelShape | None = None, *, any_weights:
     raw = read_object(path, "the plan", fix="run `compress search`")
     checked = CHECKSUM in raw
     checksum = raw.pop(CHECKSUM, None)
-    plan = validated(Plan, _in_present_form(raw), "the plan", str(path))
+    plan = validated(Plan, _in_present_form(raw, str(path)), "the plan", str(path))
     problems = count_problems(plan, str(path))
     if checked and checksum != checksum_of(raw):
         problems.append(

@@ -13,20 +13,19 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    SerializeAsAny,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from compress import registry
 from compress.json_file import sealed
 from compress.plan.facts import ModelShape, Tokens
 from compress.targets.cost import Cost
-from compress.targets.target import StockForm, Target, parse_target
+from compress.targets.target import StockForm, Target
 from compress.targets.unit import LayerParameters, Unit
 
 SCHEMA: Literal[2] = 2  # of the file; `read.py` reads older ones
@@ -41,7 +40,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Group = Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)]
+Group = Annotated[Target, registry.targets]
 
 
 class Mlp(Strict):
@@ -150,25 +149,64 @@ class LayerPlan(Strict):
         return {key: value for key, value in written.items() if value is not None}
 
 
+class Amount(Strict):
+    """What a plan costs in one kind of budget, beside the dense model.
+
+    Attributes:
+        kind: of budget, by its registered name.
+        unit: what one is called, for instance `bytes`.
+        of: what `dense` is, for instance `the dense KV bytes`.
+        length: of the sequence in tokens; None where the cost depends on none.
+        plan, dense: whole numbers of the unit.
+    """
+
+    kind: str
+    unit: str
+    of: str
+    length: Tokens | None = None
+    plan: int = Field(ge=0)
+    dense: int = Field(ge=0)
+
+    @property
+    def share(self) -> float:
+        """The plan's of the dense model's."""
+        return self.plan / self.dense if self.dense else 1.0
+
+    @property
+    def at(self) -> str:
+        """The length in words, behind a blank; nothing without one."""
+        return "" if self.length is None else f" at {self.length:,} tokens"
+
+
 class Predicted(Strict):
     """What the search expects of the plan.
 
     Attributes:
-        form: of the checkpoint whose cache `kv_bytes` are of; None where nobody said, as in files of schema 1.
-        itemsize: bytes of one cached number in `kv_bytes` and `dense_kv_bytes`; None likewise.
-        kv_bytes, dense_kv_bytes: bytes of one sequence by its length in tokens.
+        form: of the checkpoint whose cache `amounts` are of; None where nobody said, as in files of schema 1.
+        itemsize: bytes of one cached number in them; None likewise.
+        amounts: what the plan costs in every kind of the budget, in KV bytes, and in parameters where it removes any.
         loss: in the unit of the solver, which `provenance` names.
-        parameters, dense_parameters: of the decoder layers, for a plan that removes any.
     """
 
     form: Form | None = None
     itemsize: int | None = Field(default=None, ge=1)
-
-    kv_bytes: dict[Tokens, Bytes] = {}
-    dense_kv_bytes: dict[Tokens, Bytes] = {}
+    amounts: tuple[Amount, ...] = ()
     loss: float | None = None
-    parameters: int | None = Field(default=None, ge=0)
-    dense_parameters: int | None = Field(default=None, ge=1)
+
+    def of(self, kind: str) -> dict[int | None, Amount]:
+        """The amounts of one kind, by length; empty where nothing was predicted."""
+        return {amount.length: amount for amount in self.amounts if amount.kind == kind}
+
+    @property
+    def lengths(self) -> list[int]:
+        """All lengths that something was predicted for, in tokens, ascending."""
+        return sorted({amount.length for amount in self.amounts if amount.length is not None})
+
+    @property
+    def longest(self) -> list[Amount]:
+        """Of every kind the amount at its longest length, the smallest share first."""
+        last = {amount.kind: amount for amount in sorted(self.amounts, key=lambda amount: amount.length or 0)}
+        return sorted(last.values(), key=lambda amount: amount.share)
 
 
 def _named(model: ModelShape) -> ModelShape:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compress.plan.schema import Plan
+from compress.plan.schema import Amount, Plan
+from compress.words import size
 
 
 def removal(plan: Plan) -> str | None:
@@ -10,7 +11,6 @@ def removal(plan: Plan) -> str | None:
     if not plan.prunes:
         return None
     model = plan.model
-    left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
     parts = [
         f"{sum(plan.kept_heads)} of {model.layers * model.kv_heads} head groups",
         f"{sum(plan.kept_queries)} of {model.layers * model.query_heads} query heads",
@@ -21,6 +21,14 @@ def removal(plan: Plan) -> str | None:
         span = f"{min(known):,}" if len(set(known)) == 1 else f"{min(known):,} to {max(known):,}"
         untouched = len(neurons) - len(known)
         parts.append(f"{span} neurons a layer" + (f", all of them in {untouched} layers" if untouched else ""))
-    if left is None or not whole:
+    amount = plan.predicted.of("parameters").get(None)
+    if amount is None:
         return f"{', '.join(parts)} stay"
-    return f"{left:,} of {whole:,} parameters of the decoder layers stay ({left / whole:.2%}): {', '.join(parts)}"
+    counted = f"{amount.plan:,} of {amount.dense:,} parameters of the decoder layers stay ({amount.share:.2%})"
+    return f"{counted}: {', '.join(parts)}"
+
+
+def amount_line(amount: Amount) -> str:
+    """What a plan costs in one kind of budget, as a share and in numbers."""
+    unit = f"{amount.plan:,} {amount.unit}" if amount.unit != "bytes" else size(amount.plan)
+    return f"{unit}{amount.at}, {amount.share:.1%} of {amount.of}"

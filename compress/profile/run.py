@@ -16,6 +16,7 @@ from compress.plan import ModelShape
 from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
 from compress.profile.passes.base import Samples
+from compress.profile.passes.samples import queue_of
 from compress.profile.processes import find_processes
 from compress.profile.statistic import Progress, Results, Statistic, Subject
 from compress.profile.store import (
@@ -47,20 +48,20 @@ def run_profile(
     """Profile a model and write `profile.json` and `statistics.safetensors`.
 
     Meanwhile the sums so far are written to `profile.partial`; a later call with the same model, statistics and
-    documents continues there and gives the same bits. A finished profile of the same run is read and returned.
+    samples continues there and gives the same bits. A finished profile of the same run is read and returned.
 
     Under `torchrun` every process calls this with the same arguments and one folder that all of them see. The
-    documents are dealt out; only the main process writes, and all return the same profile.
+    samples are dealt out; only the main process writes, and all return the same profile.
 
     Args:
         loaded: the model.
-        documents: length in tokens -> documents of that length or shorter, each with an answer.
+        documents: length in tokens -> samples of that length or shorter.
         statistics: at least one, no two of one name.
         folder: where the profile lies; made if need be.
         seed: noted in the profile; only statistics that train have anything random.
-        training: documents of the statistics that train; none takes `documents`.
-        second: documents of another corpus, for importance statistics beside `documents`.
-        progress: called with (documents done, documents in all, message), first before any document.
+        training: samples of the statistics that train; none takes `documents`.
+        second: samples of another corpus, for importance statistics beside `documents`.
+        progress: called with (samples done, samples in all, message), first before any sample.
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles`.
 
@@ -74,6 +75,8 @@ def run_profile(
         check_inputs(group, statistics)
     check_corpora(statistics, second)
     grid = _grid(statistics)
+    lengths = [length for length in documents if documents[length]]
+    statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
     weight = loaded.model.get_input_embeddings().weight
     subject = Subject(loaded, loaded.shape, weight.device)
     trains = any(statistic.reads == "training" for statistic in statistics)
@@ -139,7 +142,7 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
     """Refuse what cannot be profiled, all problems at once.
 
     Raises:
-        UserError: no statistic or one twice; no document, one too long, or one without an answer behind a prompt.
+        UserError: no statistic or one twice; no sample, one too long, or one with nothing to predict.
     """
     problems = []
     names = [statistic.name for statistic in statistics]
@@ -147,25 +150,17 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
         problems.append(Problem("statistics: expected at least one, each once", found=", ".join(names) or "none"))
     if not any(documents.values()):
         problems.append(Problem("there are no documents to profile", fix="add `documents:` to the recipe"))
-    for length, group in sorted(documents.items()):
-        for number, document in enumerate(group):
-            where = f"document {number + 1} of {length} tokens"
-            start, end = document.answer
-            if document.length > length:
-                problems.append(
-                    Problem("longer than its length", where, f"at most {length} tokens", f"{document.length} tokens")
-                )
-            if not 0 < start < end <= document.length:
-                problems.append(
-                    Problem(
-                        "no answer behind a prompt",
-                        where,
-                        f"a range in 1 to {document.length}",
-                        f"[{start}, {end})",
-                    )
-                )
-            if any(not 0 <= low < high <= document.length for low, high in document.evidence):
-                problems.append(Problem("evidence outside the document", where, found=str(document.evidence)))
+    for item in queue_of(documents):
+        sample, (first, end) = item.sample, item.sample.rows
+        if sample.length > item.length:
+            expected, found = f"at most {item.length} {sample.unit}", f"{sample.length} {sample.unit}"
+            problems.append(Problem("longer than its length", item.where, expected, found))
+        if not 0 <= first < end <= sample.length:
+            problems.append(
+                Problem("nothing to predict", item.where, f"outputs in 0 to {sample.length}", f"[{first}, {end})")
+            )
+        if any(not 0 <= low < high <= sample.length for low, high in sample.evidence):
+            problems.append(Problem("evidence outside the sample", item.where, found=str(sample.evidence)))
     if problems:
         raise UserError(problems)
 
@@ -213,8 +208,7 @@ def run_key(
 
 def _facts(documents: Samples) -> list[Any]:
     return [
-        [length, [[document.tokens, document.answer, document.evidence] for document in documents[length]]]
-        for length in sorted(documents)
+        [length, [[*sample.facts, sample.evidence] for sample in documents[length]]] for length in sorted(documents)
     ]
 
 

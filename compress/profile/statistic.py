@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 
@@ -17,7 +17,7 @@ from compress.profile.key import Key
 from compress.registry import Method, statistics
 
 if TYPE_CHECKING:
-    from compress.data.sample import TextSample
+    from compress.data.sample import Sample
     from compress.models.load import LoadedModel
     from compress.plan import ModelShape
 
@@ -65,7 +65,7 @@ class Item:
         where: how it is called in messages.
     """
 
-    sample: TextSample
+    sample: Sample
     length: int
     corpus: int
     where: str
@@ -113,6 +113,10 @@ class Statistic(Method):
             if method is type(self):
                 return name
         raise LookupError(f"{type(self).__qualname__} is not registered")
+
+    def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
+        """The same with all parameters that depend on the model or on the profiled lengths, in tokens."""
+        return self
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""

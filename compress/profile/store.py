@@ -21,6 +21,7 @@ from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
 from compress.plan import ModelShape
 from compress.profile.key import Key
+from compress.registry import targets
 from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
@@ -126,6 +127,12 @@ class Profile:
         if found is None:
             raise missing(key, self.tensors, str(self.folder))
         return found
+
+    @property
+    def priced(self) -> tuple[Target, ...]:
+        """The targets that the statistic `effect` priced; none without it."""
+        entry = self.header.statistics.get("effect")
+        return () if entry is None else tuple(map(targets.parse, entry.parameters["targets"]))
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).

@@ -11,8 +11,7 @@ from compress.limits import DOCUMENT_TOKENS
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
 from compress.registry import Method, statistics
-from compress.search.checks import kind_problems
-from compress.search.problem import Solver
+from compress.search.checks import section_problems
 
 Finding = tuple[KeyPath, Problem]  # the key that it is about, and the problem without a place
 
@@ -29,7 +28,7 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
     """All problems of a recipe whose keys are each right; those that only a search would find out after the others."""
     plain = [*_repeated(recipe), *_too_many_documents(recipe), *_no_right_answer(recipe), *_missing_scores(recipe)]
     return plain or [
-        *kind_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine),
+        *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine),
         *_grids(recipe),
         *_second(recipe),
         *_nothing_to_train_on(recipe),
@@ -122,7 +121,8 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
 def _grids(recipe: Recipe) -> Iterator[Finding]:
     """A search of spans chooses from one grid of rules."""
     grids = {each.registered: each.grid for each in recipe.profile.statistics if hasattr(each, "grid")}
-    if isinstance(recipe.search.solver, Solver) and not grids:
+    solver = recipe.search.solver
+    if solver.spans and not grids and "targets" not in solver.scores_read().values():
         yield (
             ("profile", "statistics"),
             Problem(

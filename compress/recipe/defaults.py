@@ -1,9 +1,9 @@
 """What a recipe leaves out: lengths, documents, statistics, solver, refinement and evaluation, by model and machine.
 
 The defaults are the best that was measured (profiles/README.md): attention mass and evidence that a rule hides, no
-gradients, refined by the measured loss, on documents that ask for many kinds of things. What a recipe names stays as
-it is, and brings no default with it that was chosen for something else: with documents of its own the lengths are
-theirs, and with a solver of its own nothing is refined unless the recipe says so.
+gradients, on documents that ask for many kinds of things, refined by the measured loss where the machine is quick
+enough. What a recipe names stays as it is, and brings no default with it that was chosen for something else: with
+documents of its own the lengths are theirs, and with a solver of its own nothing is refined unless the recipe says so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LONGEST = 8192  # tokens that are profiled by default, where the machine allows 
 LEAST = 512
 PER_CORE = 1024  # tokens for each core, for a model of `SMALL` parameters
 SMALL = 200_000_000
+REFINING = 8  # cores from which on a plan is refined by default
 CLOSEST = 256  # tokens in which several facts have room
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
@@ -206,11 +207,18 @@ class Defaults:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
             return
-        search["solver"] = dict(BEST_SOLVER) | ({} if self.situation.gpu else {"points": 2})
-        self._note("solver", "moa, by attention mass and evidence that a rule hides: the best method measured")
-        if "refine" not in search:
-            search["refine"] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 3.0, "samples": 1}
+        removal = {"removal": {"importance": "taylor"}} if removes else {}
+        search["solver"] = dict(BEST_SOLVER) | removal | ({} if self.situation.gpu else {"points": 2})
+        also = ", and the loss that removal costs to first order" if removes else ""
+        self._note("solver", f"moa, by attention mass and evidence that a rule hides{also}: the best method measured")
+        if "refine" in search:
+            return
+        if self.situation.gpu or self.situation.cores >= REFINING:
+            search["refine"] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
             self._note("refine", f"{search['refine']['minutes']:g} minutes of exchanges by measured loss")
+        else:
+            few = f"none, which on {self.situation.cores} cores would take longer than all else"
+            self._note("refine", f"{few}; --set 'search.refine={{minutes: 30, samples: 1}}' adds it")
 
     def _statistics(self, search: dict[str, Any]) -> None:
         """Those that the solver reads; for one that reads none, a table of span rules."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from compress.errors import UserError
+from compress.recipe.load import read_keys
 
 LONGEST = 120  # characters of a point's name
 MOST = 1000  # points of a grid
@@ -33,8 +34,8 @@ class Point:
     text: str
 
 
-def axes_of(given: Sequence[str]) -> dict[str, list[Any]]:
-    """Values by dotted key.
+def axes_of(given: Sequence[str]) -> dict[str, list[str]]:
+    """Values by key, as they were written.
 
     Args:
         given: `key=value,value...` each; values are YAML, and commas inside brackets, braces and quotes belong to them.
@@ -42,44 +43,45 @@ def axes_of(given: Sequence[str]) -> dict[str, list[Any]]:
     Raises:
         UserError: not of this form, or a key twice.
     """
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, list[str]] = {}
     for text in given:
         key, equals, values = text.partition("=")
         if not equals or not key or not values:
             raise UserError("a key without values", where=f"--set {text}", expected="key=value or key=value,value,...")
         if key in axes:
-            raise UserError(
-                "a key is set twice", where=f"--set {text}", fix="give all of its values at once, by commas"
-            )
-        axes[key] = [_value(value, text) for value in split(values)]
+            raise UserError("a key is set twice", where=f"--set {text}", fix="give all of its values at once")
+        axes[key] = split(values)
     return axes
 
 
-def grid(data: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], output: str) -> list[Point]:
+def grid(path: Path, axes: Mapping[str, Sequence[str]], output: str | None) -> tuple[Path, list[Point]]:
     """Every combination of the values.
 
     Args:
-        data: the recipe's keys.
-        axes: values by dotted key.
-        output: the folder below which every point gets a run folder of its own.
+        path: the recipe.
+        axes: values by key.
+        output: the folder below which every point gets a run folder; None stands for the recipe's output and `-sweep`.
+
+    Returns:
+        That folder, and the points.
 
     Raises:
-        UserError: a value twice, too many combinations, or a key whose parent is no mapping or list.
+        UserError: a value twice, too many combinations, or a recipe, key or value that is wrong.
     """
     points: dict[str, Point] = {}
-    for values_of in itertools.islice(itertools.product(*axes.values()), MOST + 1):
-        settings = dict(zip(axes, values_of, strict=True))
-        name = _name(settings)
-        changed = copy.deepcopy(dict(data))
-        for key, value in settings.items():
-            put(changed, key, copy.deepcopy(value))
-        changed["output"] = f"{output}/{name}"
+    folder = Path(output or f"{read_keys(path)['output']}-sweep").expanduser()
+    for values in itertools.islice(itertools.product(*axes.values()), MOST + 1):
+        settings = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        data = read_keys(path, settings)
+        parsed = {key: yaml.safe_load(value) for key, value in zip(axes, values, strict=True)}
+        name = _name(parsed)
         if name in points:
-            raise UserError("the same value twice", where=", ".join(f"{k}={v}" for k, v in settings.items()))
-        points[name] = Point(name, settings, yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
+            raise UserError("the same value twice", where=" ".join(settings))
+        data["output"] = str(folder / name)
+        points[name] = Point(name, parsed, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
     if len(points) > MOST:
         raise UserError("too many recipes", where="--set", expected=f"at most {MOST:,} combinations")
-    return list(points.values())
+    return folder, list(points.values())
 
 
 def split(values: str) -> list[str]:
@@ -101,53 +103,11 @@ def split(values: str) -> list[str]:
     return parts
 
 
-def _value(text: str, given: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError("a value is not YAML", where=f"--set {given}", found=str(error).splitlines()[0]) from None
-
-
-def put(data: Any, key: str, value: Any) -> None:
-    """Set a dotted key; mappings on the way are made, entries of a list are named by their number.
-
-    Raises:
-        UserError: what is on the way is neither a mapping nor a list that has such an entry.
-    """
-    *parents, last = key.split(".")
-    for number, part in enumerate(parents):
-        here = ".".join(parents[: number + 1])
-        if isinstance(data, dict):
-            if data.get(part) is None:
-                data[part] = {}
-            data = data[part]
-        else:
-            data = _entry(data, part, here)
-    if isinstance(data, dict):
-        data[last] = value
-    elif isinstance(data, list) and last.isdecimal() and int(last) < len(data):
-        data[int(last)] = value
-    else:
-        raise _no_place(key)
-
-
-def _entry(data: Any, part: str, here: str) -> Any:
-    if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
-        return data[int(part)]
-    raise _no_place(here)
-
-
-def _no_place(key: str) -> UserError:
-    return UserError(
-        "there is no such key in the recipe", where=f"--set {key}", expected="keys by dots, entries of a list by number"
-    )
-
-
 def _name(settings: Mapping[str, Any]) -> str:
     """Keys and values as the name of a folder: `solver-moa_kv-0.5`."""
-    lasts = [key.rpartition(".")[2] for key in settings]
+    lasts = [re.split(r"[.\[]", key)[-1].rstrip("]") for key in settings]
     parts = [
-        f"{key if lasts.count(last) > 1 else last}-{short(value)}"
+        f"{short(key) if lasts.count(last) > 1 else last}-{short(value)}"
         for (key, value), last in zip(settings.items(), lasts, strict=True)
     ]
     return "_".join(parts)[:LONGEST] or "recipe"

@@ -39,6 +39,27 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
             and all others after the methods, and torch with them, are imported.
     """
     path = Path(path)
+    text, located = _located(path, settings)
+    from compress.recipe.read import parse_located
+
+    if settings:
+        command = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        text = f"{text.rstrip()}\n# with {command}\n"
+        return parse_located(located, text, path, f"{path} {command}")
+    return parse_located(located, text, path, str(path))
+
+
+def read_keys(path: Path | str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe file as plain data, with those of `settings`; only the top level is checked.
+
+    Raises:
+        UserError: no such file, or what is wrong with its outline or with a setting.
+    """
+    return dict(_located(Path(path), settings)[1].data)
+
+
+def _located(path: Path, settings: Sequence[str]) -> tuple[str, LocatedYaml]:
+    """A recipe's text, and its data with the settings put in. Raises UserError."""
     text = _text(path)
     located = read_located(text, str(path))
     problems = [*located.problems, *outline_problems(located, missing=not settings)]
@@ -47,13 +68,7 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
         problems = problems or outline_problems(located)
     if problems:
         raise UserError(in_order(problems))
-    from compress.recipe.read import parse_located
-
-    if settings:
-        command = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-        text = f"{text.rstrip()}\n# with {command}\n"
-        return parse_located(located, text, path, f"{path} {command}")
-    return parse_located(located, text, path, str(path))
+    return text, located
 
 
 def put(located: LocatedYaml, setting: str) -> list[Problem]:
@@ -77,13 +92,15 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     return []
 
 
-def read_keys(path: Path | str) -> dict[str, Any]:
-    """The keys of a recipe file as plain data, checked as far as the top level goes. Raises UserError."""
-    located = read_located(_text(Path(path)), str(path))
-    problems = [*located.problems, *outline_problems(located)]
+def read_settings(settings: Sequence[str]) -> Recipe:
+    """A recipe of nothing but settings, `KEY=VALUE` each. Raises UserError."""
+    located = LocatedYaml("the recipe", {})
+    problems = [problem for setting in settings for problem in put(located, setting)] or outline_problems(located)
     if problems:
-        raise UserError(in_order(problems))
-    return dict(located.data)
+        raise UserError(problems)
+    from compress.recipe.read import parse_located
+
+    return parse_located(located, "", Path("recipe.yaml"), "")
 
 
 def outline_problems(located: LocatedYaml, *, missing: bool = True) -> list[Problem]:

@@ -18,9 +18,8 @@ from compress.limits import BATCH
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
 from compress.search.budget.budget import Budget
-from compress.search.problem import Solver
 from compress.search.refine.refine import Refine
-from compress.search.removal import PruningSolver
+from compress.search.solver import Solver
 from compress.train.settings import RecoverSettings
 
 Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
@@ -54,9 +53,9 @@ class ProfileSection(Section):
 class SearchSection(Section):
     """How the plan is decided."""
 
-    solver: Annotated[Solver | PruningSolver, registry.solvers] = Field(description="the method that decides")
+    solver: Annotated[Solver, registry.solvers] = Field(description="the method that decides")
     budget: Budget = Field(description="what the plan may cost")
-    refine: Refine | None = Field(None, description="exchanges between head groups by measured loss, afterwards")
+    refine: Refine | None = Field(None, description="exchanges between units by measured loss, afterwards")
 
 
 class ExportSection(Section):

@@ -99,7 +99,9 @@ def read_facts(folder: Path) -> Facts:
         plan=chosen,
         form=checkpoint_form(folder) or checkpoint_form(folder / "checkpoint"),
         statistics=_statistics(profile) if profile is not None else {},
-        stability={name: found.line() for name, found in stabilities(profile).items()} if profile is not None else {},
+        stability={name: agreement.line() for name, agreement in stabilities(profile).items()}
+        if profile is not None
+        else {},
         bench=bench,
         environment=environment or (bench.shown_environment() if bench is not None else {}),
         recipe=_text(recipe) if recipe.is_file() else None,
@@ -118,13 +120,13 @@ def _profile(folder: Path, plan: Plan | None) -> Profile | None:
     if not (folder / HEADER).is_file():
         return None
     profile = read_profile(folder)
-    found = profile.header.model
-    if plan is not None and (found.layers, found.kv_heads) != (plan.model.layers, plan.model.kv_heads):
+    measured = profile.header.model
+    if plan is not None and (measured.layers, measured.kv_heads) != (plan.model.layers, plan.model.kv_heads):
         raise UserError(
             "the profile and the plan are of different models",
             where=str(folder),
             expected=f"{plan.model.layers} layers of {plan.model.kv_heads} head groups, as the plan has",
-            found=f"{found.layers} layers of {found.kv_heads}",
+            found=f"{measured.layers} layers of {measured.kv_heads}",
             fix="run the recipe again: compress run RECIPE",
         )
     return profile

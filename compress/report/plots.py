@@ -21,12 +21,20 @@ from compress.report.sections import quality_charts
 from compress.runfolder import RunFolder
 
 
+class _Limit(BaseModel):
+    """One constraint of the budget."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    length: Tokens | None
+
+
 class _Report(BaseModel):
     """What plots read of `search/pareto.json`."""
 
     model_config = ConfigDict(extra="ignore")
 
-    limits: dict[Tokens, Any] = Field(min_length=1)
+    limits: dict[Tokens, Any] | list[_Limit] = Field(min_length=1)
 
 
 def search_plots(folder: Path) -> list[Path]:
@@ -77,9 +85,11 @@ def _all_charts(folders: Sequence[Facts]) -> list[Chart]:
 def span_length(folder: Path) -> int:
     """The longest length of the budget, in tokens."""
     path = folder / "search" / "pareto.json"
-    return max(read_model(_Report, path, "the report of the search", fix="compress search RECIPE").limits)
+    limits = read_model(_Report, path, "the report of the search", fix="compress search RECIPE").limits
+    lengths = list(limits) if isinstance(limits, dict) else [row.length for row in limits if row.length is not None]
+    return max(lengths)
 
 
 def _longest(plan: Plan) -> int:
     """The longest length that the plan's predictions are for; 8192 for one written by hand."""
-    return max(plan.predicted.kv_bytes, default=8192)
+    return max(plan.predicted.lengths, default=8192)

@@ -46,12 +46,10 @@ def headline(facts: Facts) -> dict[str, Any]:
 
 
 def _shares(facts: Facts) -> list[tuple[float, str]]:
-    """What is left of the parameters, where any are removed, and of the cache at the longest measured length."""
-    plan, shares = facts.plan, []
-    predicted = plan.predicted if plan is not None and plan.prunes else None
-    if predicted is not None and predicted.parameters and predicted.dense_parameters:
-        share = predicted.parameters / predicted.dense_parameters
-        shares.append((share, "of the parameters of the dense decoder layers"))
+    """What is left in every kind of the budget, by the plan, and of the cache at the longest measured length."""
+    plan = facts.plan
+    amounts = [] if plan is None else [amount for amount in plan.predicted.longest if amount.kind != "kv"]
+    shares = [(amount.share, f"of {amount.of}{amount.at}") for amount in amounts]
     held = [cell for cell in facts.chosen.cells if cell.label == "KV bytes"] if facts.chosen is not None else []
     if held and facts.comparison is not None:
         cell = max(held, key=lambda cell: cell.length or 0)
@@ -224,7 +222,7 @@ def by_position(facts: Facts, name: str) -> list[str]:
     charts = []
     for cell in _parted(comparison, "position"):
         series = [
-            Series(row.name, [(part.high, own.value) for part, own in parts_of(row, cell, "position")])
+            Series(row.name, [(part.high, inside.value) for part, inside in parts_of(row, cell, "position")])
             for row in (comparison.variants if comparison is not None else [])
         ]
         charts.append(Chart(f"{cell.label} by position", "position up to", cell.unit, series, logarithmic=True))
@@ -238,7 +236,7 @@ def by_depth(facts: Facts) -> list[dict[str, Any]]:
     heads: dict[str, dict[tuple[float, float], None]] = defaultdict(dict)
     for cell in _parted(comparison, "depth"):
         for row in comparison.variants if comparison is not None else []:
-            parts = {(part.low, part.high): own for part, own in parts_of(row, cell, "depth")}
+            parts = {(part.low, part.high): inside for part, inside in parts_of(row, cell, "depth")}
             heads[cell.name] |= dict.fromkeys(parts)
             names[cell.name].append({"variant": row.name, "length": cell.length, "parts": parts})
     maps = []
@@ -265,7 +263,7 @@ def by_gap(facts: Facts) -> list[dict[str, Any]]:
         {
             "variant": row.name,
             "task": cell.label,
-            "cells": [(part.low, part.high, own.count, own.value) for part, own in parts_of(row, cell, "gap")],
+            "cells": [(part.low, part.high, inside.count, inside.value) for part, inside in parts_of(row, cell, "gap")],
         }
         for row in (comparison.variants if comparison is not None else [])
         for cell in _parted(comparison, "gap")
@@ -312,8 +310,8 @@ def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float
 
 ENGINES = (
     ("transformers, trust_remote_code=True", "runs the plan: prefill, decode, padding, several turns, generate"),
-    ("transformers, attn_implementation='sdpa' or another", "runs the dense model: right answers, nothing saved"),
-    ("vLLM, SGLang, TensorRT-LLM", "put their own attention in its place: the dense model, nothing saved"),
-    ("llama.cpp and other GGUF engines", "know nothing of the plan: the dense model"),
-    ("assisted (speculative) decoding", "refused with a message: a freed page cannot come back"),
+    ("transformers, attn_implementation='sdpa' or another", "runs the dense model: correct output, but no savings"),
+    ("vLLM, SGLang, TensorRT-LLM", "use their own attention, so they run the dense model and save nothing"),
+    ("llama.cpp and other GGUF engines", "ignore the plan and run the dense model"),
+    ("assisted (speculative) decoding", "refused with a message, because freed cache pages cannot be restored"),
 )

@@ -33,10 +33,10 @@ def side_by_side(folders: Sequence[Facts]) -> Grid | None:
     for name, comparison in measured:
         for row in comparison.variants:
             words = [" ".join(filter(None, texts(comparison, row, cell))) for cell in chosen.values()]
-            told = (row.name, *words)
-            if row is comparison.dense and told in seen:
+            shown = (row.name, *words)
+            if row is comparison.dense and shown in seen:
                 continue
-            seen.add(told)
+            seen.add(shown)
             grid.rows.append([name, row.name, *words])
         grid.sections.add(len(grid.rows) - 1)
     return grid

@@ -13,47 +13,66 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import Span
-from .triton_span import first_key, last_query, span_rules, tanh
+from .triton_span import first_key, last_query, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import backward_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(ptr, b, head, column, mask, stride_b, stride_h, stride_t, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `[rows, BLOCK_D]` of `[B, heads, T, D]`, zero where masked: what is no token may hold NaN."""
-    dims = tl.arange(0, BLOCK_D)
-    at = b.to(tl.int64) * stride_b + head * stride_h + column.to(tl.int64) * stride_t
-    return tl.load(ptr + at[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0.0)
+def _column(b, head, column, stride_b, stride_h, stride_t):
+    """Offsets of the given columns of one sequence and head of `[B, heads, T, ...]`."""
+    return b.to(tl.int64) * stride_b + head * stride_h + column.to(tl.int64) * stride_t
+
+
+@triton.jit
+def _place(p_rules, p_rows, GROUPS: tl.constexpr):
+    """The sequence and group of a program, the group's rule, and the sequence's first column and tokens."""
+    b = tl.program_id(1) // GROUPS
+    g = tl.program_id(1) % GROUPS
+    sink, alpha, beta = load_rule(p_rules, g)
+    _, start, count = load_run(p_rows, b)
+    return b, g, sink, alpha, beta, start, count
+
+
+@triton.jit
+def _rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Position and query head of a tile's rows, the heads of a group together, and which are tokens: `[M]` each."""
+    o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = o_packed // SHARE
+    return t, g * SHARE + o_packed % SHARE, t < count
 
 
 @triton.jit
 def _score_gradient(
-    query, key, value, grad, lse, delta, seen, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
+    b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Weights and the gradient of the products of query and key, each `[rows, keys]` float32."""
-    score = tl.dot(query, key.T, input_precision=PRECISION) * scale
-    slope = scale
+    """Weights and the gradient of the products of query and key, each `[M, N]` float32."""
+    b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
     if CAPPED:
-        share = tanh(score / cap)
-        score = cap * share
-        slope = scale * (1.0 - share * share)
-    weight = tl.exp2(tl.where(seen, score * LOG2E - lse[:, None], float("-inf")))
-    return weight, weight * (tl.dot(grad, value.T, input_precision=PRECISION) - delta[:, None]) * slope
+        b_share = tanh(b_score * scale / cap)
+        b_score = b_share * (cap * LOG2E)
+        slope = scale * (1.0 - b_share * b_share)
+    else:
+        b_score = b_score * (scale * LOG2E)
+        slope = scale
+    b_weight = tl.exp2(tl.where(m_seen, b_score - b_lse[:, None], float("-inf")))
+    b_grad_weight = tl.dot(b_grad, b_value.T, input_precision=PRECISION)
+    return b_weight, b_weight * (b_grad_weight - b_delta[:, None]) * slope
 
 
 @triton.jit
 def _keys(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    grad_ptr,
-    lse_ptr,  # [B, H, T]
-    delta_ptr,  # [B, H, T]
-    grad_key_ptr,
-    grad_value_ptr,
-    rules_ptr,
-    rows_ptr,
+    p_query,  # [B, H, T, D]
+    p_key,  # [B, G, T, D]
+    p_value,  # [B, G, T, DV]
+    p_grad,  # [B, H, T, DV]
+    p_lse,  # [B, H, T] float32
+    p_delta,  # [B, H, T] float32
+    p_grad_key,  # [B, G, T, D] contiguous
+    p_grad_value,  # [B, G, T, DV] contiguous
+    p_rules,  # [G, 3] int32
+    p_rows,  # [B, 3] int32
     columns,
     scale,
     cap,
@@ -81,59 +100,51 @@ def _keys(
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
-    b = tl.program_id(1) // GROUPS
-    g = tl.program_id(1) % GROUPS
-    sink = tl.load(rules_ptr + g * 3)
-    alpha = tl.load(rules_ptr + g * 3 + 1)
-    beta = tl.load(rules_ptr + g * 3 + 2)
-    start = tl.load(rows_ptr + b * 3 + 1)
-    count = tl.load(rows_ptr + b * 3 + 2)
+    b, g, sink, alpha, beta, start, count = _place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_N
     if low >= count:
         return
+    # [BLOCK_N]
     j = low + tl.arange(0, BLOCK_N)
-    live = j < count
-    key = _tile(key_ptr, b, g, start + j, live, key_b, key_g, key_t, DIM, BLOCK_D)
-    value = _tile(value_ptr, b, g, start + j, live, value_b, value_g, value_t, VALUE_DIM, BLOCK_V)
+    m_j = j < count
+    # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+    b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
+    b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
     last = last_query(tl.minimum(low + BLOCK_N, count) - 1, alpha, beta)
     last = tl.minimum(tl.where(low < sink, count - 1, last), count - 1)
-    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_grad_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for tile in range(low * SHARE // BLOCK_M, ((last + 1) * SHARE + BLOCK_M - 1) // BLOCK_M):
-        packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        t = packed // SHARE
-        head = g * SHARE + packed % SHARE
-        known = t < count
-        query = _tile(query_ptr, b, head, start + t, known, query_b, query_h, query_t, DIM, BLOCK_D)
-        grad = _tile(grad_ptr, b, head, start + t, known, grad_b, grad_h, grad_t, VALUE_DIM, BLOCK_V)
-        at = (b * GROUPS * SHARE + head).to(tl.int64) * columns + start + t
-        lse = tl.load(lse_ptr + at, mask=known, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=known, other=0.0)
-        seen = (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first_key(t, alpha, beta)[:, None]))
-        seen = seen & known[:, None] & live[None, :]
-        weight, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, cap, CAPPED, PRECISION)
-        grad_value = tl.dot(weight.to(grad.dtype).T, grad, grad_value, input_precision=PRECISION)
-        grad_key = tl.dot(grad_score.to(query.dtype).T, query, grad_key, input_precision=PRECISION)
-    at = (b * GROUPS + g).to(tl.int64) * columns + start + j
-    dims = tl.arange(0, BLOCK_D)
-    where = grad_key_ptr + at[:, None] * DIM + dims[None, :]
-    tl.store(where, grad_key.to(grad_key_ptr.dtype.element_ty), mask=live[:, None] & (dims < DIM)[None, :])
-    dims = tl.arange(0, BLOCK_V)
-    where = grad_value_ptr + at[:, None] * VALUE_DIM + dims[None, :]
-    tl.store(where, grad_value.to(grad_value_ptr.dtype.element_ty), mask=live[:, None] & (dims < VALUE_DIM)[None, :])
+        # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
+        t, head, m_t = _rows(tile, g, count, SHARE, BLOCK_M)
+        b_query = load_block(p_query, _column(b, head, start + t, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+        b_grad = load_block(p_grad, _column(b, head, start + t, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+        o_rows = _column(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
+        b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
+        b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
+        # [BLOCK_M, BLOCK_N]
+        m_seen = sees(t, j, sink, first_key(t, alpha, beta)) & m_t[:, None] & m_j[None, :]
+        b_weight, b_grad_score = _score_gradient(
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
+        )
+        b_grad_value = tl.dot(b_weight.to(b_grad.dtype).T, b_grad, b_grad_value, input_precision=PRECISION)
+        b_grad_key = tl.dot(b_grad_score.to(b_query.dtype).T, b_query, b_grad_key, input_precision=PRECISION)
+    o_rows = _column(b, g, start + j, GROUPS * columns, columns, 1)
+    store_block(p_grad_key, o_rows * DIM, b_grad_key, m_j, DIM, BLOCK_D)
+    store_block(p_grad_value, o_rows * VALUE_DIM, b_grad_value, m_j, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
 def _queries(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_query_ptr,
-    rules_ptr,
-    rows_ptr,
+    p_query,  # [B, H, T, D]
+    p_key,  # [B, G, T, D]
+    p_value,  # [B, G, T, DV]
+    p_grad,  # [B, H, T, DV]
+    p_lse,  # [B, H, T] float32
+    p_delta,  # [B, H, T] float32
+    p_grad_query,  # [B, H, T, D] contiguous
+    p_rules,  # [G, 3] int32
+    p_rows,  # [B, 3] int32
     columns,
     scale,
     cap,
@@ -160,43 +171,37 @@ def _queries(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of BLOCK_M rows of (position, head of the group), over the key tiles that the forward pass visits."""
-    b = tl.program_id(1) // GROUPS
-    g = tl.program_id(1) % GROUPS
-    sink = tl.load(rules_ptr + g * 3)
-    alpha = tl.load(rules_ptr + g * 3 + 1)
-    beta = tl.load(rules_ptr + g * 3 + 2)
-    start = tl.load(rows_ptr + b * 3 + 1)
-    count = tl.load(rows_ptr + b * 3 + 2)
+    """dQ of BLOCK_M rows of (token, head of the group), over the key tiles that the forward pass visits."""
+    b, g, sink, alpha, beta, start, count = _place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_M // SHARE
     if low >= count:
         return
     high = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
-    packed = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = packed // SHARE
-    head = g * SHARE + packed % SHARE
-    known = t < count
-    query = _tile(query_ptr, b, head, start + t, known, query_b, query_h, query_t, DIM, BLOCK_D)
-    grad = _tile(grad_ptr, b, head, start + t, known, grad_b, grad_h, grad_t, VALUE_DIM, BLOCK_V)
-    at = (b * GROUPS * SHARE + head).to(tl.int64) * columns + start + t
-    lse = tl.load(lse_ptr + at, mask=known, other=0.0)
-    delta = tl.load(delta_ptr + at, mask=known, other=0.0)
+    # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
+    t, head, m_t = _rows(tl.program_id(0), g, count, SHARE, BLOCK_M)
+    b_query = load_block(p_query, _column(b, head, start + t, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+    b_grad = load_block(p_grad, _column(b, head, start + t, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+    o_rows = _column(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
+    b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
+    b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
     first = first_key(t, alpha, beta)
     begin = first_key(low, alpha, beta) // BLOCK_N
     end = (high + BLOCK_N) // BLOCK_N
     sinks = tl.minimum((tl.minimum(sink, high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
-    grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(sinks + end - begin):
+        # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         j = tl.where(i < sinks, i, begin + i - sinks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        live = j < count
-        key = _tile(key_ptr, b, g, start + j, live, key_b, key_g, key_t, DIM, BLOCK_D)
-        value = _tile(value_ptr, b, g, start + j, live, value_b, value_g, value_t, VALUE_DIM, BLOCK_V)
-        seen = (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None])) & known[:, None]
-        _, grad_score = _score_gradient(query, key, value, grad, lse, delta, seen, scale, cap, CAPPED, PRECISION)
-        grad_query = tl.dot(grad_score.to(key.dtype), key, grad_query, input_precision=PRECISION)
-    dims = tl.arange(0, BLOCK_D)
-    where = grad_query_ptr + at[:, None] * DIM + dims[None, :]
-    tl.store(where, grad_query.to(grad_query_ptr.dtype.element_ty), mask=known[:, None] & (dims < DIM)[None, :])
+        m_j = j < count
+        b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
+        b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
+        # [BLOCK_M, BLOCK_N]
+        m_seen = sees(t, j, sink, first) & m_t[:, None]
+        _, b_grad_score = _score_gradient(
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
+        )
+        b_grad_query = tl.dot(b_grad_score.to(b_key.dtype), b_key, b_grad_query, input_precision=PRECISION)
+    store_block(p_grad_query, o_rows * DIM, b_grad_query, m_t, DIM, BLOCK_D)
 
 
 def backward(

@@ -15,7 +15,7 @@ except ImportError as error:
 from .pages import Pages
 from .scores import Scores
 from .span import PAGE, Span
-from .triton_span import first_key, span_rules, tanh
+from .triton_span import first_key, load_block, load_rule, span_rules, store_block, tanh
 from .tuned import decode_config
 
 LOG2E = 1.4426950408889634
@@ -33,8 +33,8 @@ def _bounds(length, sink, alpha, beta, PAGE: tl.constexpr):
 
 @triton.jit
 def _work(
-    lengths_ptr,
-    rules_ptr,
+    p_lengths,  # [B] int32
+    p_rules,  # [G, 3] int32
     segments,
     most,
     GROUPS: tl.constexpr,
@@ -44,15 +44,14 @@ def _work(
 ):
     """Pages of every segment, a (sequence, group), and how many of `most` programs share them.
 
+    End of the sink's pages, start of the window's and the number of both, `[BLOCK_S]` each; all pages; the programs.
     Program p walks pages [pages * p // programs, pages * (p + 1) // programs) of all segments in a row.
     """
     every = tl.arange(0, BLOCK_S)
     known = every < segments
     group = every % GROUPS
-    length = tl.load(lengths_ptr + every // GROUPS, mask=known, other=0)
-    sink = tl.load(rules_ptr + group * 3)
-    alpha = tl.load(rules_ptr + group * 3 + 1)
-    beta = tl.load(rules_ptr + group * 3 + 2)
+    length = tl.load(p_lengths + every // GROUPS, mask=known, other=0)
+    sink, alpha, beta = load_rule(p_rules, group)
     sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
     counts = tl.where(known & (length > 0), sinks + end - start, 0)
     pages = tl.sum(counts, 0).to(tl.int64)
@@ -62,16 +61,16 @@ def _work(
 
 @triton.jit
 def _decode(
-    query_ptr,  # [B, H, D]
-    key_pages_ptr,  # [places, PAGE, D]
-    value_pages_ptr,
-    table_ptr,  # [B, G, numbers] int32
-    lengths_ptr,  # [B] int32, 0 where a sequence takes no part
-    rules_ptr,  # [G, 3] int32: sink, alpha, beta units
-    extra_ptr,  # [H] the extra logit of every query head, where EXTRA
-    out_ptr,  # [B, H, D]
-    parts_ptr,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
-    stats_ptr,  # [programs, 2, 2, SHARE] float32: its running maximum and total
+    p_query,  # [B, H, D]
+    p_key_pages,  # [places, PAGE, D]
+    p_value_pages,  # [places, PAGE, DV]
+    p_table,  # [B, G, numbers] int32
+    p_lengths,  # [B] int32, 0 where a sequence takes no part
+    p_rules,  # [G, 3] int32: sink, alpha, beta units
+    p_extra,  # [H] the extra logit of every query head, where EXTRA
+    p_out,  # [B, H, DV]
+    p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
+    p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
     segments,
     numbers,
     scale,
@@ -105,7 +104,7 @@ def _decode(
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
     sinks, start, counts, pages, programs = _work(
-        lengths_ptr, rules_ptr, segments, tl.num_programs(0), GROUPS, BLOCK_S, PAGE, FEWEST
+        p_lengths, p_rules, segments, tl.num_programs(0), GROUPS, BLOCK_S, PAGE, FEWEST
     )
     if program >= programs:
         return
@@ -114,11 +113,9 @@ def _decode(
     stop = (pages * (program + 1) // programs).to(tl.int32)
     mine = at
 
-    rows = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    value_dims = tl.arange(0, BLOCK_V)
-    slots = tl.arange(0, PAGE)
-    real = (rows < SHARE)[:, None]
+    o_row = tl.arange(0, BLOCK_M)  # query heads of a group
+    m_row = o_row < SHARE
+    o_slot = tl.arange(0, PAGE)
     while at < stop:
         s = tl.sum((ends <= at).to(tl.int32), 0)
         this = every == s
@@ -126,73 +123,64 @@ def _decode(
         seg_start = seg_end - tl.sum(tl.where(this, counts, 0), 0)
         b = s // GROUPS
         g = s % GROUPS
-        n_tokens = tl.load(lengths_ptr + b)
-        sink_g = tl.load(rules_ptr + g * 3)
-        first = first_key(n_tokens - 1, tl.load(rules_ptr + g * 3 + 1), tl.load(rules_ptr + g * 3 + 2))
+        n_tokens = tl.load(p_lengths + b)
+        sink, alpha, beta = load_rule(p_rules, g)
+        first = first_key(n_tokens - 1, alpha, beta)
         sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
         skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
         piece_end = tl.minimum(stop, seg_end)
-        head = g * SHARE + rows
-        query = tl.load(
-            query_ptr + b.to(tl.int64) * query_b + head[:, None] * query_h + dims[None, :],
-            mask=real & (dims < DIM)[None, :],
-            other=0.0,
-        )
-        held = table_ptr + s.to(tl.int64) * numbers
+        head = g * SHARE + o_row
+        # [BLOCK_M, BLOCK_D]
+        b_query = load_block(p_query + b.to(tl.int64) * query_b, head * query_h, m_row, DIM, BLOCK_D)
+        p_held = p_table + s.to(tl.int64) * numbers
+        # [BLOCK_M, BLOCK_V], [BLOCK_M], [BLOCK_M]
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         top = tl.full([BLOCK_M], NEVER, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         if EXTRA:  # counted once, by the piece that the segment starts with
-            logit = tl.load(extra_ptr + head, mask=rows < SHARE, other=0.0).to(tl.float32) * 1.4426950408889634
+            logit = tl.load(p_extra + head, mask=m_row, other=0.0).to(tl.float32) * 1.4426950408889634
             top = tl.where(at == seg_start, logit, NEVER)
             total += tl.where(at == seg_start, 1.0, 0.0)
         for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
             number = tl.where(i < sinks_g, i, i + skip)
-            place = tl.load(held + number).to(tl.int64)
-            j = number * PAGE + slots
-            seen = (j < n_tokens) & ((j < sink_g) | (j >= first))
+            place = tl.load(p_held + number).to(tl.int64)
+            # [PAGE], [PAGE, BLOCK_D], [PAGE, BLOCK_V]
+            j = number * PAGE + o_slot
+            m_seen = (j < n_tokens) & ((j < sink) | (j >= first))
             # Slots that hold no visible token may hold anything, NaN included.
-            key = tl.load(
-                key_pages_ptr + place * PAGE * DIM + slots[:, None] * DIM + dims[None, :],
-                mask=seen[:, None] & (dims < DIM)[None, :],
-                other=0.0,
-            )
-            value = tl.load(
-                value_pages_ptr + place * PAGE * VALUE_DIM + slots[:, None] * VALUE_DIM + value_dims[None, :],
-                mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :],
-                other=0.0,
-            )
-            score = tl.dot(query, key.T, input_precision=PRECISION)
+            b_key = load_block(p_key_pages + place * PAGE * DIM, o_slot * DIM, m_seen, DIM, BLOCK_D)
+            p_values = p_value_pages + place * PAGE * VALUE_DIM
+            b_value = load_block(p_values, o_slot * VALUE_DIM, m_seen, VALUE_DIM, BLOCK_V)
+            # [BLOCK_M, PAGE]
+            b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
             if CAPPED:
-                score = tanh(score * to_cap)
-            score = tl.where(seen[None, :], score, float("-inf"))
-            best = tl.maximum(top, tl.max(score, 1) * scale)
-            weight = tl.exp2(score * scale - best[:, None])
-            shrink = tl.exp2(top - best)
-            acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
-            total = total * shrink + tl.sum(weight, 1)
-            top = best
-        out_at = out_ptr + b.to(tl.int64) * out_b + head[:, None] * out_h + value_dims[None, :]
-        keep = real & (value_dims < VALUE_DIM)[None, :]
+                b_score = tanh(b_score * to_cap)
+            b_score = tl.where(m_seen[None, :], b_score, float("-inf"))
+            b_best = tl.maximum(top, tl.max(b_score, 1) * scale)
+            b_weight = tl.exp2(b_score * scale - b_best[:, None])
+            b_shrink = tl.exp2(top - b_best)
+            acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc * b_shrink[:, None], input_precision=PRECISION)
+            total = total * b_shrink + tl.sum(b_weight, 1)
+            top = b_best
         if (at == seg_start) & (piece_end == seg_end):
-            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
+            p_row = p_out + b.to(tl.int64) * out_b
+            store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
-            spot = part * SHARE + rows
-            tl.store(parts_ptr + spot[:, None] * BLOCK_V + value_dims[None, :], acc, mask=real)
-            tl.store(stats_ptr + part * 2 * SHARE + rows, top, mask=rows < SHARE)
-            tl.store(stats_ptr + (part * 2 + 1) * SHARE + rows, total, mask=rows < SHARE)
+            store_block(p_parts, (part * SHARE + o_row) * BLOCK_V, acc, m_row, BLOCK_V, BLOCK_V)
+            tl.store(p_stats + part * 2 * SHARE + o_row, top, mask=m_row)
+            tl.store(p_stats + (part * 2 + 1) * SHARE + o_row, total, mask=m_row)
         at = piece_end
 
 
 @triton.jit
 def _join(
-    out_ptr,
-    parts_ptr,
-    stats_ptr,
-    lengths_ptr,
-    rules_ptr,
+    p_out,  # [B, H, DV]
+    p_parts,  # [programs, 2, SHARE, BLOCK_V] float32
+    p_stats,  # [programs, 2, 2, SHARE] float32
+    p_lengths,  # [B] int32
+    p_rules,  # [G, 3] int32
     segments,
     most,
     out_b,
@@ -213,13 +201,14 @@ def _join(
     h = tl.program_id(1)
     every = tl.arange(0, BLOCK_S)
     # None of this is a result of `_decode`, so it is known before that has ended.
-    _, _, counts, pages, programs = _work(lengths_ptr, rules_ptr, segments, most, GROUPS, BLOCK_S, PAGE, FEWEST)
+    _, _, counts, pages, programs = _work(p_lengths, p_rules, segments, most, GROUPS, BLOCK_S, PAGE, FEWEST)
     start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
     count = tl.sum(tl.where(every == s, counts, 0), 0)
-    dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    out = out_ptr + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
+    # [BLOCK_C]
+    o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
     if count == 0:  # a sequence that takes no part
-        tl.store(out + dims, tl.zeros([BLOCK_C], out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
+        tl.store(p_row + o_dims, tl.zeros([BLOCK_C], p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
         return
     one = (((start + 1) * programs - 1) // pages).to(tl.int32)  # the programs that walk the first and the last page
     last = (((start + count) * programs - 1) // pages).to(tl.int32)
@@ -233,20 +222,22 @@ def _join(
     top = tl.full([1], NEVER, tl.float32)
     total = tl.zeros([1], tl.float32)
     for base in range(one, last + 1, BLOCK_R):
+        # [BLOCK_R]
         p = base + tl.arange(0, BLOCK_R)
-        ok = p <= last
+        m_p = p <= last
         part = p * 2 + tl.where(p == one, first_slot, 0)
-        tops = tl.load(stats_ptr + part * 2 * SHARE + h, mask=ok, other=NEVER)
-        totals = tl.load(stats_ptr + (part * 2 + 1) * SHARE + h, mask=ok, other=0.0)
-        at = (part * SHARE + h)[:, None] * BLOCK_V + dims[None, :]
-        piece = tl.load(parts_ptr + at, mask=ok[:, None], other=0.0)
-        best = tl.maximum(top, tl.max(tops, 0))
-        shrink = tl.exp2(top - best)
-        weight = tl.exp2(tops - best)
-        acc = acc * shrink + tl.sum(piece * weight[:, None], 0)
-        total = total * shrink + tl.sum(totals * weight, 0)
-        top = best
-    tl.store(out + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < VALUE_DIM)
+        b_tops = tl.load(p_stats + part * 2 * SHARE + h, mask=m_p, other=NEVER)
+        b_totals = tl.load(p_stats + (part * 2 + 1) * SHARE + h, mask=m_p, other=0.0)
+        # [BLOCK_R, BLOCK_C]
+        o_parts = (part * SHARE + h)[:, None] * BLOCK_V + o_dims[None, :]
+        b_parts = tl.load(p_parts + o_parts, mask=m_p[:, None], other=0.0)
+        b_best = tl.maximum(top, tl.max(b_tops, 0))
+        b_shrink = tl.exp2(top - b_best)
+        b_weight = tl.exp2(b_tops - b_best)
+        acc = acc * b_shrink + tl.sum(b_parts * b_weight[:, None], 0)
+        total = total * b_shrink + tl.sum(b_totals * b_weight, 0)
+        top = b_best
+    tl.store(p_row + o_dims, (acc / total).to(p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
 
 
 def decode(

@@ -15,7 +15,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span
-from .triton_span import first_key, span_rules, tanh
+from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
 LOG2E = 1.4426950408889634
@@ -24,21 +24,15 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; 
 
 @triton.jit
 def _accumulate(
-    acc,
-    top,
-    total,
-    query,
-    key,
-    value,
-    seen,
-    scale,
-    to_cap,
-    MASKED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax in base 2: keys and values `[N, D]`; `seen` `[M, N]` where MASKED."""
-    score = tl.dot(query, key.T, input_precision=PRECISION)
+    acc, top, total, query, key, value, seen, scale, to_cap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax in base 2.
+
+    Queries `[M, BLOCK_D]`, keys `[N, BLOCK_D]`, values `[N, BLOCK_V]`, `seen` `[M, N]` where MASKED; the sum of values
+    so far `[M, BLOCK_V]`, the running maximum and the total of the weights, `[M]` each, in float32.
+    """
+    score = tl.dot(query, key.T, input_precision=PRECISION)  # [M, N]
     if CAPPED:
         score = tanh(score * to_cap)
     if MASKED:
@@ -53,17 +47,17 @@ def _accumulate(
 
 @triton.jit
 def _forward(
-    query_ptr,
-    key_desc,
-    value_desc,
-    out_ptr,
-    lse_ptr,
-    rules_ptr,  # [G, 4] int32: group, sink, alpha, beta units; the groups in the order of their launch
-    rows_ptr,  # [B, 3] int32: position of the first new token, first valid column, valid columns
-    key_pages_ptr,
-    value_pages_ptr,
-    table_ptr,  # [B, G, numbers] int32
-    extra_ptr,  # [H] the extra logit of every query head, where EXTRA
+    p_query,  # [B, H, T, D]
+    key_tiles,  # descriptor of [B, G, T, D], tiles [BLOCK_N, BLOCK_D]
+    value_tiles,  # descriptor of [B, G, T, DV], tiles [BLOCK_N, BLOCK_V]
+    p_out,  # [B, H, T, DV]
+    p_lse,  # [B, H, T] float32
+    p_order,  # [G, 4] int32: group, sink, alpha, beta units; the groups in the order of their launch
+    p_rows,  # [B, 3] int32: position of the first new token, first valid column, valid columns
+    p_key_pages,  # [places, BLOCK_P, D]
+    p_value_pages,  # [places, BLOCK_P, DV]
+    p_table,  # [B, G, numbers] int32
+    p_extra,  # [H] the extra logit of every query head, where EXTRA
     numbers,
     tiles,
     batch,
@@ -93,46 +87,40 @@ def _forward(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile: BLOCK_M rows of (position, head of the group), the heads of a group next to each other."""
+    """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other."""
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
     tile = tiles - 1 - item % tiles
     b = (item // tiles) % batch
-    order = item // (tiles * batch)
-    g = tl.load(rules_ptr + order * 4)
-    sink = tl.load(rules_ptr + order * 4 + 1)
-    alpha = tl.load(rules_ptr + order * 4 + 2)
-    beta = tl.load(rules_ptr + order * 4 + 3)
-    past = tl.load(rows_ptr + b * 3)
-    start = tl.load(rows_ptr + b * 3 + 1)
-    count = tl.load(rows_ptr + b * 3 + 2)
+    p_rule = p_order + item // (tiles * batch) * 4
+    g = tl.load(p_rule)
+    sink, alpha, beta = load_rule(p_rule + 1, 0)
+    past, start, count = load_run(p_rows, b)
     low = tile * BLOCK_M // SHARE
     if low >= count:
         return
     high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
 
-    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    local = packed // SHARE
-    head = g * SHARE + packed % SHARE
-    live = local < count
-    position = past + local
-    dims = tl.arange(0, BLOCK_D)
-    value_dims = tl.arange(0, BLOCK_V)
-    place = (start + local).to(tl.int64)
-    query = tl.load(
-        query_ptr + b.to(tl.int64) * query_b + place[:, None] * query_t + head[:, None] * query_h + dims[None, :],
-        mask=live[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    )
-    first = first_key(position, alpha, beta)
+    # [BLOCK_M]
+    o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_token = o_packed // SHARE
+    head = g * SHARE + o_packed % SHARE
+    m_token = o_token < count
+    t = past + o_token
+    o_column = (start + o_token).to(tl.int64)
+    # [BLOCK_M, BLOCK_D]
+    o_query = b.to(tl.int64) * query_b + o_column * query_t + head * query_h
+    b_query = load_block(p_query, o_query, m_token, DIM, BLOCK_D)
+    first = first_key(t, alpha, beta)
     earliest = first_key(past + low, alpha, beta)
     latest = first_key(past + high, alpha, beta)
 
+    # [BLOCK_M, BLOCK_V], [BLOCK_M], [BLOCK_M]
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     top = tl.full([BLOCK_M], NEVER, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if EXTRA:  # as if of a key before all others, whose value is zero
-        top = tl.load(extra_ptr + head).to(tl.float32) * 1.4426950408889634
+        top = tl.load(p_extra + head).to(tl.float32) * 1.4426950408889634
         total += 1.0
 
     # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
@@ -141,59 +129,56 @@ def _forward(
     inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) + BLOCK_N - 1) // BLOCK_N, begin), end)
     outer = tl.maximum((low + 1) // BLOCK_N, inner)
     for i in tl.range(inner, outer, num_stages=STAGES):
-        key = key_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
-        value = value_desc.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
-        acc, top, total = _accumulate(acc, top, total, query, key, value, None, scale, to_cap, False, CAPPED, PRECISION)
+        # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+        b_key = key_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        b_value = value_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        acc, top, total = _accumulate(
+            acc, top, total, b_query, b_key, b_value, None, scale, to_cap, False, CAPPED, PRECISION
+        )
 
     sinks = tl.minimum((tl.minimum(tl.maximum(sink - past, 0), high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     left = inner - begin
     for i in tl.range(0, sinks + left + end - outer, num_stages=STAGES):
         number = tl.where(i < sinks, i, tl.where(i < sinks + left, begin + i - sinks, outer + i - sinks - left))
+        # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         column = number * BLOCK_N + tl.arange(0, BLOCK_N)
-        key = key_desc.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
-        value = value_desc.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        b_key = key_tiles.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        b_value = value_tiles.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
         if RAGGED:  # columns behind the sequence's end may hold anything, NaN included
-            value = tl.where((column < count)[:, None], value, 0.0)
-        j = past + column
-        seen = (j[None, :] <= position[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
-        acc, top, total = _accumulate(acc, top, total, query, key, value, seen, scale, to_cap, True, CAPPED, PRECISION)
+            b_value = tl.where((column < count)[:, None], b_value, 0.0)
+        # [BLOCK_M, BLOCK_N]
+        m_seen = sees(t, past + column, sink, first)
+        acc, top, total = _accumulate(
+            acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
+        )
 
     if PAGED:
-        slots = tl.arange(0, BLOCK_P)
+        o_slot = tl.arange(0, BLOCK_P)
         pages_end = (past + BLOCK_P - 1) // BLOCK_P
         sinks = tl.minimum((tl.minimum(sink, past) + BLOCK_P - 1) // BLOCK_P, pages_end)
         begin = tl.minimum(tl.maximum(earliest // BLOCK_P, sinks), pages_end)
-        held = table_ptr + (b * GROUPS + g).to(tl.int64) * numbers
+        p_held = p_table + (b * GROUPS + g).to(tl.int64) * numbers
         for i in tl.range(0, sinks + pages_end - begin, num_stages=STAGES):
             number = tl.where(i < sinks, i, begin + i - sinks)
-            page = tl.load(held + number).to(tl.int64)
-            j = number * BLOCK_P + slots
-            stored = (j < past)[:, None]
-            key = tl.load(
-                key_pages_ptr + page * BLOCK_P * DIM + slots[:, None] * DIM + dims[None, :],
-                mask=stored & (dims < DIM)[None, :],
-                other=0.0,
-            )
-            value = tl.load(
-                value_pages_ptr + page * BLOCK_P * VALUE_DIM + slots[:, None] * VALUE_DIM + value_dims[None, :],
-                mask=stored & (value_dims < VALUE_DIM)[None, :],
-                other=0.0,
-            )
-            seen = (j[None, :] < past) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+            place = tl.load(p_held + number).to(tl.int64)
+            # [BLOCK_P], [BLOCK_P, BLOCK_D], [BLOCK_P, BLOCK_V]
+            j = number * BLOCK_P + o_slot
+            m_stored = j < past
+            b_key = load_block(p_key_pages + place * BLOCK_P * DIM, o_slot * DIM, m_stored, DIM, BLOCK_D)
+            p_values = p_value_pages + place * BLOCK_P * VALUE_DIM
+            b_value = load_block(p_values, o_slot * VALUE_DIM, m_stored, VALUE_DIM, BLOCK_V)
+            # [BLOCK_M, BLOCK_P]
+            m_seen = m_stored[None, :] & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
             acc, top, total = _accumulate(
-                acc, top, total, query, key, value, seen, scale, to_cap, True, CAPPED, PRECISION
+                acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
             )
 
-    total = tl.where(live, total, 1.0)
-    out = acc / total[:, None]
-    tl.store(
-        out_ptr + b.to(tl.int64) * out_b + place[:, None] * out_t + head[:, None] * out_h + value_dims[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=live[:, None] & (value_dims < VALUE_DIM)[None, :],
-    )
+    total = tl.where(m_token, total, 1.0)
+    o_out = b.to(tl.int64) * out_b + o_column * out_t + head * out_h
+    store_block(p_out, o_out, acc / total[:, None], m_token, VALUE_DIM, BLOCK_V)
     if KEEP_LSE:
-        at = (b * GROUPS * SHARE + head).to(tl.int64) * columns + place
-        tl.store(lse_ptr + at, top + tl.log2(total), mask=live)
+        o_lse = (b * GROUPS * SHARE + head).to(tl.int64) * columns + o_column
+        tl.store(p_lse + o_lse, top + tl.log2(total), mask=m_token)
 
 
 def forward(

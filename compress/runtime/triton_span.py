@@ -1,4 +1,8 @@
-"""The span rule inside a Triton kernel: the same integers as `span.py`, which a test compares it with."""
+"""What all kernels share: the span rule, the same integers as `span.py`, and blocks of the tensors of a layer.
+
+Names in the kernels: `p_` a pointer, `o_` offsets, `m_` a mask, `b_` a block that was loaded. There are B sequences, H
+query heads, G head groups and T columns; a key has D numbers and a value DV, blocks BLOCK_D and BLOCK_V, powers of two.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,41 @@ def last_query(key, alpha, beta_units):
     last = tl.where(beta_units == _UNIT, tl.where(key + alpha < 0, -1, _NO_END), last)
     # Division in a kernel rounds towards zero; only a negative quotient, which the maximum drops, differs.
     return tl.minimum(tl.maximum(last, key), _NO_END).to(tl.int32)
+
+
+@triton.jit
+def load_rule(p_rules, g):
+    """Sink, alpha and beta units of group g, from `span_rules`, `[G, 3]` int32."""
+    return tl.load(p_rules + g * 3), tl.load(p_rules + g * 3 + 1), tl.load(p_rules + g * 3 + 2)
+
+
+@triton.jit
+def load_run(p_rows, b):
+    """Position of sequence b's first new token, its first column and its number of columns, from `[B, 3]` int32."""
+    return tl.load(p_rows + b * 3), tl.load(p_rows + b * 3 + 1), tl.load(p_rows + b * 3 + 2)
+
+
+@triton.jit
+def sees(t, j, sink, first):
+    """Which keys j `[N]` the queries at t `[M]` see, whose windows start at `first` `[M]`: `[M, N]`."""
+    return (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+
+
+@triton.jit
+def load_block(p_base, o_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A block `[rows, BLOCK]` of rows of DIM numbers that start at `o_rows`; zero where masked, which may hold NaN."""
+    o_dims = tl.arange(0, BLOCK)
+    return tl.load(
+        p_base + o_rows[:, None] + o_dims[None, :], mask=m_rows[:, None] & (o_dims < DIM)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def store_block(p_base, o_rows, block, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block `[rows, BLOCK]` to rows of DIM numbers that start at `o_rows`, in the dtype that is there."""
+    o_dims = tl.arange(0, BLOCK)
+    m_block = m_rows[:, None] & (o_dims < DIM)[None, :]
+    tl.store(p_base + o_rows[:, None] + o_dims[None, :], block.to(p_base.dtype.element_ty), mask=m_block)
 
 
 @lru_cache(maxsize=4096)

@@ -15,18 +15,18 @@ except ImportError as error:
 from .pages import Pages
 from .reference import Rows
 from .span import PAGE, Span
-from .triton_span import first_key, span_rules
+from .triton_span import first_key, load_block, load_rule, load_run, span_rules, store_block
 
 
 @triton.jit
 def _store(
-    key_ptr,  # [B, G, T, D]
-    value_ptr,
-    key_pages_ptr,
-    value_pages_ptr,
-    table_ptr,  # [B, G, numbers] int32
-    rows_ptr,  # [B, 3] int32: past, start, count; with ONE [B] lengths, the new token included
-    rules_ptr,  # [G, 3] int32
+    p_key,  # [B, G, T, D]
+    p_value,  # [B, G, T, DV]
+    p_key_pages,  # [places, PAGE, D]
+    p_value_pages,  # [places, PAGE, DV]
+    p_table,  # [B, G, numbers] int32
+    p_rows,  # [B, 3] int32: past, start, count; with ONE [B] lengths, the new token included
+    p_rules,  # [G, 3] int32
     numbers,
     key_b,
     key_g,
@@ -46,32 +46,28 @@ def _store(
     b = tl.program_id(1) // GROUPS
     g = tl.program_id(1) % GROUPS
     if ONE:
-        total = tl.load(rows_ptr + b)
+        total = tl.load(p_rows + b)
         past = total - 1
         start = 0
         count = tl.minimum(total, 1)
     else:
-        past = tl.load(rows_ptr + b * 3)
-        start = tl.load(rows_ptr + b * 3 + 1)
-        count = tl.load(rows_ptr + b * 3 + 2)
+        past, start, count = load_run(p_rows, b)
         total = past + count
-    local = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    number = (past + local) // PAGE
-    sinks = (tl.minimum(tl.load(rules_ptr + g * 3), total) + PAGE - 1) // PAGE
-    window = first_key(total - 1, tl.load(rules_ptr + g * 3 + 1), tl.load(rules_ptr + g * 3 + 2)) // PAGE
-    held = (local < count) & ((number < sinks) | (number >= window)) & (number < numbers)
-    place = tl.load(table_ptr + tl.program_id(1).to(tl.int64) * numbers + number, mask=held, other=0).to(tl.int64)
-    slot = place * PAGE + (past + local) % PAGE
-    dims = tl.arange(0, BLOCK_D)
-    column = (start + local).to(tl.int64)[:, None]
-    key_mask = held[:, None] & (dims < DIM)[None, :]
-    at = b.to(tl.int64) * key_b + g * key_g + column * key_t + dims[None, :]
-    key = tl.load(key_ptr + at, mask=key_mask)
-    tl.store(key_pages_ptr + slot[:, None] * DIM + dims[None, :], key, mask=key_mask)
-    value_mask = held[:, None] & (dims < VALUE_DIM)[None, :]
-    at = b.to(tl.int64) * value_b + g * value_g + column * value_t + dims[None, :]
-    value = tl.load(value_ptr + at, mask=value_mask)
-    tl.store(value_pages_ptr + slot[:, None] * VALUE_DIM + dims[None, :], value, mask=value_mask)
+    sink, alpha, beta = load_rule(p_rules, g)
+    sinks = (tl.minimum(sink, total) + PAGE - 1) // PAGE
+    window = first_key(total - 1, alpha, beta) // PAGE
+    # [BLOCK_T]
+    o_token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    number = (past + o_token) // PAGE
+    m_held = (o_token < count) & ((number < sinks) | (number >= window)) & (number < numbers)
+    place = tl.load(p_table + tl.program_id(1).to(tl.int64) * numbers + number, mask=m_held, other=0).to(tl.int64)
+    slot = place * PAGE + (past + o_token) % PAGE
+    column = (start + o_token).to(tl.int64)
+    # [BLOCK_T, BLOCK_D]
+    b_key = load_block(p_key, b.to(tl.int64) * key_b + g * key_g + column * key_t, m_held, DIM, BLOCK_D)
+    store_block(p_key_pages, slot * DIM, b_key, m_held, DIM, BLOCK_D)
+    b_value = load_block(p_value, b.to(tl.int64) * value_b + g * value_g + column * value_t, m_held, VALUE_DIM, BLOCK_D)
+    store_block(p_value_pages, slot * VALUE_DIM, b_value, m_held, VALUE_DIM, BLOCK_D)
 
 
 def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:

@@ -1,65 +1,52 @@
-"""What does not go together in a recipe, and would otherwise show only in a profile or a search."""
+"""What of a recipe's search section does not go together: its solver, its budget and its refinement."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import compress.search.solvers  # noqa: F401  (importing the package registers its solvers)
-from compress.errors import Problem, UserError
-from compress.registry import solvers
-from compress.search.problem import Solver, solver_name
-from compress.search.removal import PruningSolver
+from compress.errors import Problem
+from compress.search.budget.budget import Budget
+from compress.search.refine.refine import Refine
+from compress.search.solver import Solver
 
-
-def parse_solver(value: Any) -> Any:
-    """A `Solver` or `PruningSolver` from its recipe form, `{name: moa, points: 4}`; either is returned as it is.
-
-    Raises:
-        UserError: no name, or an unknown one.
-        pydantic.ValidationError: a wrong parameter.
-    """
-    if isinstance(value, Solver | PruningSolver):
-        return value
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise UserError(
-            "the solver has no name",
-            where="search.solver",
-            expected=f"a mapping with name: one of {', '.join(solvers)}",
-            found=repr(value),
-        )
-    fields = {key: item for key, item in value.items() if key != "name"}
-    solver: Solver | PruningSolver = solvers[value["name"]](**fields)
-    return solver
+Finding = tuple[tuple[str | int, ...], Problem]
 
 
-def kind_problems(solver: Any, budget: Any, refine: Any) -> list[tuple[tuple[str | int, ...], Problem]]:
+def section_problems(solver: Solver, budget: Budget, refine: Refine | None) -> list[Finding]:
     """What of a search section does not go together: its solver, its budget and its refinement."""
-    prunes = isinstance(solver, PruningSolver)
-    problems: list[tuple[tuple[str | int, ...], Problem]] = []
-    if isinstance(solver, Solver | PruningSolver) and prunes != (getattr(budget, "parameters", None) is not None):
-        problems.append(
-            (
-                ("search",),
-                Problem(
-                    "the solver and the budget do not belong together",
-                    "search",
-                    "`budget: {parameters: ...}` for this solver"
-                    if prunes
-                    else "a solver that prunes, as `amp`, for `budget: {parameters: ...}`",
-                    f"solver `{solver_name(solver)}`",
-                ),
+    problems: list[Finding] = []
+    usable, given = solver.budgets(), list(budget.given())
+    for name in given:
+        if name not in usable:
+            problems.append(
+                (
+                    ("search", "budget", name),
+                    Problem(
+                        "this solver cannot meet this kind of budget",
+                        f"search.budget.{name}",
+                        f"{_listed(usable)} for `{solver.registered}`",
+                        f"`{name}`",
+                        "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as `model`"
+                        if solver.spans
+                        else "take `moa` with a `removal`, which removes heads and neurons beside windows",
+                    ),
+                )
             )
-        )
-    if prunes and refine is not None:
+    if not solver.spans and not problems and not set(usable) & set(given):
+        problems.append((("search",), Problem("the solver has no budget to meet", "search.budget", _listed(usable))))
+    if not solver.spans and refine is not None:
         problems.append(
             (
                 ("search", "refine"),
                 Problem(
-                    "refinement exchanges spans, and a pruned plan has none",
+                    "refinement exchanges spans, and this solver chooses none",
                     "search.refine",
-                    fix="leave it out; search spans afterwards with the pruned checkpoint as `model`",
+                    fix="leave it out, or take `moa` with a `removal`",
                 ),
             )
         )
     return problems
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)

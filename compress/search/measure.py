@@ -1,4 +1,4 @@
-"""Chooses among plans by measured loss, with every measurement on disk at once so that an interrupt loses none."""
+"""Measures plans: every loss is on disk at once, so that an interrupt loses none; the best of measured plans."""
 
 from __future__ import annotations
 
@@ -10,9 +10,39 @@ from typing import Any
 from compress.data.sample import Sample
 from compress.files import append_line, key_of
 from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
+from compress.models.planned import planned_model, set_plan
 from compress.plan import Plan
 
 Progress = Callable[[int, int, str], None]
+
+
+class Planned:
+    """A dense model under one plan after another, on its own weights.
+
+    Plans that leave the same heads and neurons share a model, whose plan is switched in place.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.dense = model
+        self._plan: Plan | None = None
+        self._model: Any = None
+
+    def of(self, plan: Plan | None) -> Any:
+        """The model of a plan, until the next call; None is the dense model."""
+        if plan is None:
+            return self.dense
+        if self._plan is None or not hasattr(self._model, "set_plan") or _widths(plan) != _widths(self._plan):
+            self._model = None  # before the next one takes memory
+            self._model = planned_model(self.dense, plan)
+        elif plan.layers != self._plan.layers:
+            set_plan(self._model, plan)
+        self._plan = plan
+        return self._model
+
+
+def _widths(plan: Plan) -> list[Any]:
+    """What a plan leaves of every layer, and adds to it."""
+    return [(layer.kept_groups, layer.queries, layer.mlp, layer.bias) for layer in plan.layers]
 
 
 def plan_key(plan: Plan | None) -> str:

@@ -6,7 +6,7 @@ The model is built without weights, and where a profile would be asked for score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +18,13 @@ from compress.models.load import DTYPES
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
 from compress.runtime.widths import Width
-from compress.search.budget.budget import Budget, check_lengths
-from compress.search.budget.step_time import step_bytes
-from compress.search.checks import parse_solver
-from compress.search.prune import pruning_problem
-from compress.search.removal import PruningSolver
-from compress.search.run import SearchSection, make_problem, no_start, solve_baselines
+from compress.search.baselines import baselines_of
+from compress.search.budget.budget import check_lengths
+from compress.search.dense import Dense
+from compress.search.run import SearchSection, make_problem, no_start
 
 if TYPE_CHECKING:
+    from compress.targets.target import Target
     from compress.targets.window import SpanGrid
 
 ANY_BANDWIDTH = 1e12  # bytes per second; shares do not depend on it
@@ -39,6 +38,11 @@ class _Zeros:
     neurons: int
     lengths: Sequence[int]
     grid: SpanGrid | None
+    priced: Sequence[Target]
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """Zeros, for a target that is to be priced."""
+        return torch.zeros(self.shape.layers, self.shape.kv_heads)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Zeros in the shape that a solver expects under this key."""
@@ -67,33 +71,27 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used, or
             widths that the architecture cannot have.
     """
-    budget: Budget = section.budget
-    solver = parse_solver(section.solver)
+    solver, budget = section.solver, section.budget
     check_lengths(budget, getattr(config, "max_position_embeddings", None))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
-    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid)
-    if isinstance(solver, PruningSolver):
+    priced = next((statistic.targets for statistic in statistics if "effect.absolute" in statistic.gives), ())
+    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced)
+    if solver.removes:
         check_pruning(config)
         check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
         _check_biases(config, solver)
-        problem = pruning_problem(model, profile, budget, shape)
-        nothing = [0.0] * int(config.hidden_size)
-        solver.solve(replace(problem, outputs=lambda *_: (nothing, nothing)))
-        return
-    itemsize, step = DTYPES[dtype].itemsize, None
-    if budget.decode_time is not None:
-        step = budget.step_time(shape, itemsize, profile.lengths, step_bytes(model), ANY_BANDWIDTH)
-    spans = make_problem(shape, profile, budget, itemsize, step)
-    solver.check(spans)
-    if section.refine is not None and "uniform" not in solve_baselines(spans):
+    dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
+    problem = make_problem(dense, profile, budget, solver)
+    solver.check(problem)
+    if section.refine is not None and "uniform" not in baselines_of(solver, problem):
         raise no_start()
 
 
-def _check_biases(config: Any, solver: PruningSolver) -> None:
-    if solver.compensate and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
+def _check_biases(config: Any, solver: Any) -> None:
+    if getattr(solver, "compensate", False) and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
         raise UserError(
             "this architecture has no biases behind o_proj and down_proj, which compensation needs",
             where="search.solver.compensate",

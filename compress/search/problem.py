@@ -1,20 +1,26 @@
-"""What every solver gets and gives: the search problem, a candidate plan, and the base class of solvers."""
+"""The search problem: a model, what its profile measured, the constraints; and a candidate, which is a whole plan."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.plan import Group, Plan, Predicted, make_plan
-from compress.registry import Method, solvers
-from compress.runtime.span import FULL, AnySpan, Span
-from compress.search.budget.budget import dense_bytes, effective_spans
-from compress.search.budget.step_time import TimeLimit
-from compress.targets.cost import kv_bytes, page_bytes, visible_keys
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import UserError
+from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
+from compress.search.budget.kind import Row
+from compress.search.budget.kv import Kv
+from compress.search.budget.parameters import Parameters
+from compress.search.dense import Dense
+from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
+from compress.targets.target import Target
+from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
 
 if TYPE_CHECKING:
@@ -22,172 +28,280 @@ if TYPE_CHECKING:
 
     from compress.plan import ModelShape
 
-Decision = tuple[tuple[AnySpan, ...], ...]
+Layers = tuple[LayerPlan, ...]
+Amounts = NDArray[np.int64]
+Place = tuple[int, int]
+FULL_GROUP = FullGroup()
+
+
+class ProfileLike(Protocol):
+    """What a search reads of a profile."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Profiled lengths in tokens."""
+
+    @property
+    def grid(self) -> SpanGrid | None:
+        """The grid of the rule tables, None when none were profiled."""
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor of the profile, for instance `influence.absolute.2048` or `amp.heads`."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One constraint: what all head groups together may cost at one length, in whole numbers.
+class Problem:
+    """What a solver is asked: the cheapest loss within every row.
 
     Attributes:
-        kind: what is counted for every group, cache pages or the keys that the last query sees.
-        most: the sum that is allowed.
+        dense: the model.
+        profile: what was measured.
+        rows: the constraints.
+        base: what is decided before the search, layer by layer; None where everything is as in the dense model.
+        biased: whether every projection has a bias, as after a compensation.
     """
 
-    kind: Literal["pages", "keys"]
-    length: int
-    most: int
-
-    def cost(self, span: AnySpan) -> int:
-        """What one head group of this span costs."""
-        return (
-            span.at_length(self.length).page_count(self.length)
-            if self.kind == "pages"
-            else visible_keys(span, self.length)
-        )
-
-
-@dataclass(frozen=True)
-class SearchProblem:
-    """One model, what its profile measured, and the budget.
-
-    Attributes:
-        grid: the rules that the profile priced.
-        lengths: profiled lengths in tokens, ascending.
-        tensor: reads a tensor of the profile by key, for instance `influence.absolute.2048`.
-        limits: KV bytes that the budget's `kv` allows for one sequence, by length in tokens.
-        itemsize: bytes of one cached number.
-        key_limits: keys that the last query may see over all head groups (`density`), by length.
-        times: the limit of the decode time, which is one of KV bytes, too; None without one.
-    """
-
-    shape: ModelShape
-    grid: SpanGrid
-    lengths: tuple[int, ...]
-    tensor: Callable[[str], torch.Tensor]
-    limits: Mapping[int, int]
-    itemsize: int
-    key_limits: Mapping[int, int] = field(default_factory=dict)
-    times: TimeLimit | None = None
+    dense: Dense
+    profile: ProfileLike
+    rows: tuple[Row, ...]
+    base: Layers | None = None
+    biased: bool = False
+    _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def byte_limits(self) -> dict[int, int]:
-        """KV bytes allowed for one sequence by `kv` and `decode_time` together, by length, ascending."""
-        timed = self.times.limits if self.times is not None else {}
-        return {
-            length: min(limits[length] for limits in (self.limits, timed) if length in limits)
-            for length in sorted({*self.limits, *timed})
-        }
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return self.dense.shape
 
     @property
-    def rows(self) -> list[Row]:
-        """Every constraint: whole cache pages by length, then visible keys by length."""
-        page = page_bytes(self.shape.head_dim, self.itemsize)
-        pages = [Row("pages", length, limit // page) for length, limit in self.byte_limits.items()]
-        return pages + [Row("keys", length, limit) for length, limit in sorted(self.key_limits.items())]
+    def lengths(self) -> tuple[int, ...]:
+        """Profiled lengths in tokens, ascending."""
+        return tuple(sorted(self.profile.lengths))
 
     @property
     def budget_lengths(self) -> list[int]:
-        """The lengths at which anything is limited, ascending."""
-        return sorted({row.length for row in self.rows})
+        """Lengths in tokens at which anything is limited, ascending; the profiled ones where no kind has lengths."""
+        return sorted({row.length for row in self.rows if row.length is not None}) or list(self.lengths)
 
-    def only(self, lengths: Sequence[int]) -> SearchProblem:
+    @property
+    def grid(self) -> SpanGrid:
+        """The windows that the profile priced.
+
+        Raises:
+            UserError: it priced none.
+        """
+        if self.profile.grid is None:
+            raise UserError(
+                "no statistic of the profile prices rules",
+                where="profile.statistics",
+                expected="`influence` or `hidden_mass`",
+                fix="add one of them to the recipe and profile again",
+            )
+        return self.profile.grid
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Parameters by what they go with, layer by layer (`LayerParameters`)."""
+        return self.dense.biased_sizes if self.biased else self.dense.sizes
+
+    @property
+    def queries(self) -> int:
+        """Query heads of a group of the dense model."""
+        return self.shape.query_heads // self.shape.kv_heads
+
+    @property
+    def score_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the scores of query heads `[layers, groups, query heads a group]`, and of neurons `[layers, neurons]`."""
+        shape = self.shape
+        return (shape.layers, shape.kv_heads, self.queries), (shape.layers, self.sizes[0].neurons)
+
+    def row(self, kind: str) -> Row | None:
+        """The one row of a kind of budget that has no lengths; None where that kind is not limited."""
+        return next((row for row in self.rows if row.kind == kind), None)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the decoder layers with nothing removed."""
+        groups = self.shape.kv_heads
+        return sum(size.rest + groups * size.group + size.neurons * size.neuron for size in self.sizes)
+
+    @property
+    def parameters_limit(self) -> int:
+        """How many parameters the decoder layers may have.
+
+        Raises:
+            UserError: the budget does not say.
+        """
+        row = self.row("parameters")
+        if row is None:
+            raise UserError(
+                "the budget does not say how many parameters may stay",
+                where="search.budget",
+                expected="`parameters`, for a solver that removes heads and neurons",
+            )
+        return row.limit
+
+    def only(self, lengths: Sequence[int]) -> Problem:
         """The same problem with the budget at some of its lengths."""
-        return replace(
-            self,
-            limits={length: limit for length, limit in self.limits.items() if length in lengths},
-            key_limits={length: limit for length, limit in self.key_limits.items() if length in lengths},
-            times=None if self.times is None else self.times.only(lengths),
+        return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
+
+    def without(self, kinds: Sequence[str]) -> Problem:
+        """The same problem without some kinds of budget."""
+        return replace(self, rows=tuple(row for row in self.rows if row.kind not in kinds))
+
+    def compensated(self) -> Problem:
+        """The same for plans whose projections all get biases, which the budget has to hold, too."""
+        return replace(self, biased=True)
+
+    @functools.cached_property
+    def start(self) -> Layers:
+        """What is decided before the search: `base`, or the dense model."""
+        return self.base or (LayerPlan(groups=(FULL_GROUP,) * self.shape.kv_heads),) * self.shape.layers
+
+    @functools.cached_property
+    def free(self) -> tuple[Place, ...]:
+        """(layer, group) of every head group that may change: it stays, and its layer does not slide by itself."""
+        return tuple(
+            (number, group)
+            for number, (layer, native) in enumerate(zip(self.start, self.shape.native_windows, strict=True))
+            if native is None
+            for group in layer.kept_groups
         )
 
-    def kv_bytes(self, decision: Decision, lengths: Sequence[int] | None = None) -> dict[int, int]:
-        """KV bytes of a decision, by length; at the budget's lengths by default."""
-        spans = effective_spans(self.shape, decision)
-        return {
-            length: kv_bytes(spans, length, self.shape.head_dim, self.itemsize)
-            for length in lengths or self.budget_lengths
-        }
+    def unit(self, number: int, layer: LayerPlan | None = None) -> Unit:
+        """A head group of a layer, with the query heads that `layer` leaves it, those of `start` by default."""
+        layer = self.start[number] if layer is None else layer
+        kept = self.queries if layer.queries is None else len(layer.queries) // len(layer.kept_groups)
+        unit = replace(self.shape.unit(number, self.dense.itemsize), query_heads=kept)
+        if not self.dense.removes:
+            return unit
+        size = self.sizes[number]
+        return replace(unit, parameters=size.group - (self.queries - kept) * size.query)
 
-    def fits(self, decision: Decision) -> bool:
-        """Whether a decision meets the budget in every row."""
-        counts = Counter(span for row in effective_spans(self.shape, decision) for span in row)
-        return all(sum(number * row.cost(span) for span, number in counts.items()) <= row.most for row in self.rows)
+    def costs(self, number: int, targets: Sequence[Target], layer: LayerPlan | None = None) -> Amounts:
+        """What a head group of a layer costs under each target, in every row: `[targets, rows]`."""
+        unit = self.unit(number, layer)
+        return np.array([self._cost(unit, target) for target in targets], dtype=np.int64).reshape(-1, len(self.rows))
+
+    def _cost(self, unit: Unit, target: Target) -> tuple[int, ...]:
+        known = self._costs.get((unit, target))
+        if known is None:
+            by_length = {row.length: target.cost(unit, row.length or 1) for row in self.rows}
+            known = self._costs[unit, target] = tuple(row.cost(by_length[row.length]) for row in self.rows)
+        return known
+
+    def parameters_cost(self, count: int) -> Amounts:
+        """What so many parameters cost in every row, `[rows]`."""
+        return np.array([row.cost(Cost(parameters=count)) for row in self.rows], dtype=np.int64)
+
+    def total(self, layers: Sequence[LayerPlan]) -> Amounts:
+        """What all units of some layers cost together in every row, `[rows]`."""
+        amounts, parameters = np.zeros(len(self.rows), dtype=np.int64), 0
+        for number, layer in enumerate(layers):
+            unit = self.unit(number, layer)
+            for target, count in Counter(layer.groups).items():
+                amounts += np.array(self._cost(unit, target), dtype=np.int64) * count
+            if self.dense.removes:
+                size = self.sizes[number]
+                neurons = size.neurons if layer.mlp is None else layer.mlp.kept
+                parameters += size.rest + neurons * size.neuron
+        return amounts + self.parameters_cost(parameters)
+
+    @property
+    def limits(self) -> Amounts:
+        """What is allowed in every row, `[rows]`."""
+        return np.array([row.most for row in self.rows], dtype=np.int64)
+
+    def amounts(self, cost: Callable[[int], Cost], removes: bool) -> Iterator[Amount]:
+        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any.
+
+        Args:
+            cost: of the plan, by length in tokens.
+        """
+        lengths = {*self.budget_lengths, *self.lengths}
+        rows = {(row.kind, row.length): row for row in self.rows}
+        for length in lengths:
+            rows.setdefault(("kv", length), Kv.row(length, 1.0, self.dense))
+        if removes:
+            rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
+        for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):
+            amount = row.amount_of(cost(row.length or min(lengths)))
+            if amount is not None:
+                yield amount
+
+    def fits(self, layers: Sequence[LayerPlan]) -> bool:
+        """Whether a plan meets the budget in every row."""
+        return bool((self.total(layers) <= self.limits).all())
+
+    def with_targets(self, choose: Callable[[Place], Target]) -> Layers:
+        """The layers of `start` with a target for every head group that may change."""
+        rows = [list(layer.groups) for layer in self.start]
+        for layer, group in self.free:
+            rows[layer][group] = choose((layer, group))
+        return tuple(
+            layer.model_copy(update={"groups": tuple(row)}) for layer, row in zip(self.start, rows, strict=True)
+        )
+
+    def uniform(self, target: Target) -> Layers:
+        """One target for every head group that may change."""
+        return self.with_targets(lambda place: target)
+
+
+def smallest_window(grid: SpanGrid) -> Target:
+    """The target of a grid that costs least, in every kind and at every length.
+
+    Pages and visible keys grow with sink, beta and alpha, so it is the smallest in all three.
+    """
+    windows = [rule.span for rule in grid.rules(1) if not rule.span.is_full]
+    return WindowGroup.of(windows[0]) if windows else FULL_GROUP
 
 
 @dataclass(frozen=True)
-class CandidatePlan:
-    """One decision of a solver.
+class Candidate:
+    """One decision of a solver: a whole plan.
 
     Attributes:
-        decision: span of every head group, `[layers][kv_heads]`; FULL in layers that slide by themselves.
-        losses: predicted loss by objective, for instance `{"absolute.2048": 0.3}`; empty for a baseline.
-        gap: how far the solved objective is from the proven optimum at most, relative; None for a baseline.
+        layers: the decision; in layers that slide by themselves groups are full or removed.
+        losses: predicted loss by objective, for instance `{"absolute.2048": 0.3}`; empty where none was predicted.
+        gap: how far the solved objective is from the proven optimum at most, relative; None where none was solved.
         note: which of the solver's questions this plan answers.
+        importance: the statistic that ranked what is removed; None where nothing is, or it was drawn.
     """
 
-    decision: Decision
-    losses: dict[str, float] = field(default_factory=dict)
+    layers: Layers
+    losses: Mapping[str, float] = field(default_factory=dict)
     gap: float | None = None
     note: str = ""
+    importance: str | None = None
 
-    def groups(self) -> list[list[Group]]:
-        """The targets of the plan file."""
-        return [[group_of(span) for span in row] for row in self.decision]
+    @property
+    def targets(self) -> list[list[Target]]:
+        """What every head group becomes, `[layers][groups]`."""
+        return [list(layer.groups) for layer in self.layers]
 
-    def to_plan(self, problem: SearchProblem, provenance: dict[str, Any]) -> Plan:
-        """The plan file of this decision, with its KV bytes at the budget's and the profiled lengths.
+    @property
+    def biased(self) -> bool:
+        """Whether something is added in place of what is removed."""
+        return any(layer.bias is not None for layer in self.layers)
 
-        Under a `decode_time` the provenance also has the predicted times.
-        """
-        lengths = sorted({*problem.budget_lengths, *problem.lengths})
-        sizes = problem.kv_bytes(self.decision, lengths)
-        if problem.times is not None:
-            provenance = {**provenance, "decode_time": problem.times.report(sizes)}
-        predicted = Predicted(
-            kv_bytes=sizes,
-            dense_kv_bytes={length: dense_bytes(problem.shape, length, problem.itemsize) for length in lengths},
-            loss=list(self.losses.values())[-1] if self.losses else None,
-        )
-        return make_plan(problem.shape, self.groups(), predicted=predicted, provenance=provenance)
+    def to_plan(self, problem: Problem, provenance: Mapping[str, Any]) -> Plan:
+        """The plan file of this decision, with what it costs at the budget's and the profiled lengths."""
+        plan = plan_of_layers(problem.shape, self.layers, provenance=dict(provenance))
+        dense = problem.dense
+        sizes = (dense.biased_sizes if self.biased else dense.sizes) if dense.removes else None
 
+        @functools.cache
+        def cost(length: int) -> Cost:
+            return plan.cost(length, dense.itemsize, sizes=sizes)
 
-def group_of(span: AnySpan) -> Group:
-    """The plan's target for a span."""
-    if span.is_full:
-        return FullGroup()
-    return WindowGroup(sink=span.sink, alpha=span.alpha, beta=span.beta, rule=span.rule)
-
-
-def positional(decision: Sequence[Sequence[AnySpan]]) -> tuple[tuple[Span, ...], ...] | None:
-    """The decision when all of its rules go by position; None when one goes by the length of the input."""
-    spans = tuple(tuple(span for span in row if span.rule == "position") for row in decision)
-    return spans if [len(row) for row in spans] == [len(row) for row in decision] else None
-
-
-def uniform_decision(shape: ModelShape, span: Span) -> Decision:
-    """One span in every head group, except in layers that slide by themselves."""
-    return tuple((span if native is None else FULL,) * shape.kv_heads for native in shape.native_windows)
-
-
-class Solver(Method):
-    """Base of every solver: its fields are recipe keys, and `solve` answers a problem."""
-
-    def check(self, problem: SearchProblem) -> None:
-        """Raise UserError where no plan meets the budget whatever the profile's tables say; `tensor` gives none."""
-        if "rules" not in self.scores_read().values():
-            self.solve(problem)
-
-    @abstractmethod
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
-        """One or more plans that meet the budget at every length, none dominated by another.
-
-        The same problem gives the same plans. Which of several is used is decided by measurement afterwards.
-
-        Raises:
-            UserError: no plan meets the budget, or the profile lacks a statistic that the solver needs.
-        """
-
-
-def solver_name(solver: Method) -> str:
-    """The name under which a solver's class is registered."""
-    return next(name for name, known in solvers.items() if known is type(solver))
+        reports: dict[str, Any] = {}
+        for row in problem.rows:
+            report = row.report(cost)
+            if report is not None and row.kind in reports:
+                reports[row.kind]["rows"] += report["rows"]
+            elif report is not None:
+                reports[row.kind] = report
+        amounts = tuple(problem.amounts(cost, plan.prunes))
+        loss = list(self.losses.values())[-1] if self.losses else None
+        predicted = Predicted(form=plan.form, itemsize=dense.itemsize, amounts=amounts, loss=loss)
+        return plan.model_copy(update={"predicted": predicted, "provenance": plan.provenance | reports})

@@ -12,6 +12,7 @@ from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, rea
 from compress.evaluate.measure import Variant, asked_for
 from compress.evaluate.tables import markdown
 from compress.export.export import update_card
+from compress.export.native import form_for
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
@@ -96,7 +97,8 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
             return planned_model(model, entry)
 
         def cost(length: int, entry: Plan = entry) -> Cost:
-            return entry.cost(length, itemsize)
+            form = form_for(entry, model.config, session.recipe.export.form)
+            return entry.cost(length, itemsize, form=form)
 
         if label == "plan" and weights is not None and settings is not None:
             variants += _recovered(session, settings, weights, plan, build, cost, dense)

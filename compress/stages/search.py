@@ -6,12 +6,11 @@ from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
 from compress.plan import Plan, read_plan
 from compress.report.plots import search_plots
-from compress.search.budget.budget import ceiling
 from compress.search.run import SearchResult, run_search
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, draw, missing, require, timed
-from compress.words import duration, size
+from compress.words import duration
 
 SPANS = "spans.svg"  # written last of the stage's plots: where it is, all are
 
@@ -46,13 +45,6 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         raise missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
-    budget = recipe.search.budget
-    if profile.grid is not None and budget.parameters is None:
-        itemsize = session.loaded.model.dtype.itemsize
-        lengths = budget.limits(session.shape, itemsize, profile.lengths)
-        line = ceiling(session.shape, profile.grid, lengths, itemsize)
-        if line is not None:
-            say(f"search: {line}")
 
     def work() -> SearchResult:
         held_out = documents_of(session, recipe.calibration.held_out, "held_out")
@@ -72,6 +64,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 refine_documents=learnt,
                 seed=recipe.seed,
                 bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
+                say=lambda line: say(f"search: {line}"),
             )
 
     (run.plots / SPANS).unlink(missing_ok=True)
@@ -85,20 +78,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
             + ("" if refined["steps"] else NO_STEPS[refined["exhausted"]])
         )
     say(f"search: {result.report['why']}")
-    if plan.predicted.parameters is not None and plan.predicted.dense_parameters is not None:
-        left, whole = plan.predicted.parameters, plan.predicted.dense_parameters
-        allowed = budget.most_parameters(whole)
-        say(
-            f"search: {left:,} of {whole:,} parameters of the decoder layers stay, {left / whole:.2%}, "
-            f"{(allowed - left) / whole:.2%} below the budget"
-        )
-    for length, held in sorted(plan.predicted.kv_bytes.items()):
-        dense = plan.predicted.dense_kv_bytes[length]
-        say(f"search: KV cache at {length:,} tokens {size(held)}, {held / dense:.1%} of the dense model's")
-    for row in plan.provenance.get("decode_time", {}).get("rows", []):
-        say(
-            f"search: decode step at {row['length']:,} tokens, batch {row['batch']}: {row['ms']:.3g} ms predicted, "
-            f"dense {row['dense_ms']:.3g} ms, {row['share']:.1%}"
-        )
+    for line in result.lines:
+        say(f"search: {line}")
     draw(session, search_plots)
     return plan

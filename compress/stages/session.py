@@ -141,6 +141,7 @@ class Session:
             resolve_device(self.recipe.device).partition(":")[0],
             self.recipe.seed,
             {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
+            *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
             self._evaluated(),
             *self._trained(RECOVERED, CONTROL),
         )

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
+from itertools import accumulate
 
-import torch
-
-from compress.runtime.span import PAGE, AnySpan, Span, spans_at
+from compress.runtime.span import BETA_UNIT, PAGE, AnySpan, Span, spans_at
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,42 @@ def prefill_density(spans: Iterable[Iterable[AnySpan]], length: int) -> float:
     return seen / (counts.total() * length * (length + 1) / 2)
 
 
-@lru_cache(maxsize=4096)
 def visible_pairs(span: Span, length: int) -> int:
-    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head."""
-    if span.is_full:
-        return length * (length + 1) // 2
-    t = torch.arange(length)
-    first = span.first(t)
-    return int((t + 1 - first + first.clamp(max=span.sink)).sum())
+    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head.
+
+    The query at u - 1 sees min(u, sink + max(1, alpha + floor(beta u))) keys. The second number grows no faster than
+    the first, so the first is the smaller one up to some u; what is behind is a sum of known form.
+    """
+
+    def window(u: int) -> int:
+        return span.alpha + u * span.beta_units // BETA_UNIT
+
+    low, high = 0, length  # the last u whose query sees every key before it
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle <= span.sink + max(1, window(middle)) else (low, middle - 1)
+    grows = low + 1  # the first u from which on the window has more than the query's own key
+    if span.alpha < 1:
+        steps = (1 - span.alpha) * BETA_UNIT
+        grows = max(grows, -(-steps // span.beta_units)) if span.beta_units else length + 1
+    grows = min(grows, length + 1)
+    own, wider = grows - low - 1, length - grows + 1
+    growth = floor_sum(length, span.beta_units) - floor_sum(grows - 1, span.beta_units)
+    return low * (low + 1) // 2 + (own + wider) * span.sink + own + wider * span.alpha + growth
+
+
+def floor_sum(count: int, units: int) -> int:
+    """The sum of floor(u x units / 1024) over u from 1 to `count`: whole periods of 1024 numbers, and the rest."""
+    periods, rest = divmod(count, BETA_UNIT)
+    sums = _floor_sums(units)
+    whole = periods * sums[-1] + BETA_UNIT * units * periods * (periods - 1) // 2
+    return whole + sums[rest] + rest * periods * units
+
+
+@lru_cache(maxsize=BETA_UNIT + 1)
+def _floor_sums(units: int) -> list[int]:
+    """The same for every count of 0 to 1024."""
+    return [0, *accumulate(u * units // BETA_UNIT for u in range(1, BETA_UNIT + 1))]
 
 
 def visible_keys(span: AnySpan, length: int) -> int:

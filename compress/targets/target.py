@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import reprlib
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.errors import nearest
 from compress.registry import Method, targets
 from compress.targets.cost import Cost
 from compress.targets.unit import Unit
@@ -18,10 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from compress.runtime.families import Family
-
-# The kinds of attention that CAB distinguishes (arXiv 2210.07661): whether a query sees what comes after it, and
-# whether keys come from its own sequence.
-PATTERNS = ("causal self", "bidirectional self", "causal cross", "bidirectional cross")
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,6 @@ class Target(Method):
     Attributes:
         runtime: the module that registers the target's mixer (`compress.runtime.mixer`), which a checkpoint carries:
             a file of `compress/runtime/`, or of another package. None for a target that leaves nothing to run.
-        patterns: those of `PATTERNS` in which the target can stand; each is tested.
         noun: what a group gets, for a count of such groups, for instance `a window`; empty takes the target's name.
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
@@ -53,7 +46,6 @@ class Target(Method):
     """
 
     runtime: ClassVar[str | None] = None
-    patterns: ClassVar[tuple[str, ...]] = ("causal self",)
     noun: ClassVar[str] = ""
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
@@ -118,24 +110,6 @@ class Target(Method):
             first axis. A parameter without an entry keeps what `Mixer.reset_parameters` gave it.
         """
         return {}
-
-
-def parse_target(value: Any) -> Any:
-    """A target from its plan form, `{"target": name, ...}`; anything that is none is left to pydantic.
-
-    Raises:
-        ValueError: no target of that name.
-    """
-    if not isinstance(value, dict) or "target" not in value:
-        return value
-    known = dict(targets.items())
-    name = value["target"]
-    if not isinstance(name, str) or name not in known:
-        hint = nearest(name, known)
-        raise ValueError(
-            f"unknown target {reprlib.repr(name)}, expected one of {', '.join(known)}" + (f"; {hint}" if hint else "")
-        )
-    return known[name].model_validate(value, strict=True)
 
 
 def targets_of(plan: dict[str, Any]) -> set[str]:

@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from compress.data.sample import TextSample
+from compress.data.sample import Sample
 from compress.models.backward import recomputed
-from compress.models.replaced import AttentionCall, answer_rows, replaced_attention
+from compress.models.replaced import AttentionCall, replaced_attention
 from compress.plan import ModelShape
 from compress.runtime.impl import choose_impl
 from compress.runtime.span import Span
@@ -34,7 +34,7 @@ SAVE_EVERY = 25  # steps
 def train_gates(
     model: Any,
     shape: ModelShape,
-    queue: Sequence[TextSample],
+    queue: Sequence[Sample],
     span: Span,
     schedule: Schedule,
     penalty: float,
@@ -76,7 +76,7 @@ class _Draws:
 
     unit = "documents"
 
-    def __init__(self, queue: Sequence[TextSample], seed: int, processes: int) -> None:
+    def __init__(self, queue: Sequence[Sample], seed: int, processes: int) -> None:
         self.queue, self.seed, self.size = queue, seed, processes
 
     def passes(self, step: int, processes: int) -> list[list[Inputs]]:
@@ -102,7 +102,7 @@ class Mixture(nn.Module):
         self.shape, self.span = shape, span
         self._model = (model,)  # in a tuple, so that its weights are none of this module's
         self._mixing = True
-        self._dense: dict[TextSample, torch.Tensor] = {}
+        self._dense: dict[Sample, torch.Tensor] = {}
 
     @property
     def module(self) -> Mixture:
@@ -140,9 +140,8 @@ class Mixture(nn.Module):
         gates = self.gates[self.free[:, None].expand_as(self.gates)]
         learn({"states": states, "gates": gates}, {"states": self._dense[document].to(states.device)})
 
-    def _last_states(self, document: TextSample) -> torch.Tensor:
-        """Hidden states behind the final norm on the rows that predict the answer, `[rows, hidden]`."""
-        tokens = torch.tensor([document.tokens[: document.answer[1]]], device=self.gates.device)
-        states = self._model[0].base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        rows: torch.Tensor = states[0, answer_rows(document.answer, self.gates.device)]
+    def _last_states(self, sample: Sample) -> torch.Tensor:
+        """Hidden states behind the final norm on the rows that the loss is taken on, `[rows, hidden]`."""
+        states = self._model[0].base_model(**sample.body(self.gates.device)).last_hidden_state
+        rows: torch.Tensor = states[0, slice(*sample.rows)]
         return rows

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from compress import registry
 from compress.data.text import TextSource
 from compress.limits import BATCH, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
-from compress.targets.target import Target, parse_target
+from compress.targets.target import Target
 from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
 from compress.train.objectives.objective import Objective
@@ -130,7 +131,7 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
-    targets: tuple[Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)], ...] = Field(
+    targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
     )
     rate: float = Field(0.01, gt=0, le=FACTOR, description="highest learning rate of AdamW")

@@ -99,7 +99,7 @@ def test_a_pruned_model_is_timed_on_its_own_heads_and_all_is_put_back() -> None:
 def test_dense_time_is_not_told_of_layers_that_slide() -> None:
     model = tiny_model("mistral-sliding")
     assert side(model, torch.zeros(1, 50, dtype=torch.long), 16).prefill > 0
-    with pytest.raises(UserError, match="beyond the window"):
+    with pytest.raises(UserError, match="no longer than the sliding window"):
         side(model, torch.zeros(1, 51, dtype=torch.long), 16)
 
 

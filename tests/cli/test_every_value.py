@@ -143,6 +143,9 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     ("evaluate.measures.lm_eval.LmEval", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
     ("evaluate.measures.latency.Latency", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
+    ("search.solvers.priced.Priced", "", ""): ("tests/search/test_mixed.py", r"solver: \{name: priced"),
+    ("search.solvers.priced.Priced", "part", "absolute"): ("tests/search/test_solvers.py", r"solvers.parse"),
+    ("search.solvers.priced.Priced", "part", "signed"): ("tests/search/test_mixed.py", r"part: signed"),
 }
 
 

@@ -95,7 +95,8 @@ def test_every_row_has_its_exact_parameters_and_its_time(equal: Path) -> None:
     rows = rows_of(json.loads((equal / "run" / "evaluation.json").read_text()))
     assert [row["name"] for row in rows] == ROWS == row_names(load_recipe(equal / "recipe.yaml"))
     plan = read_plan(equal / "run" / "plan.json")
-    small, whole = plan.predicted.parameters, plan.predicted.dense_parameters
+    amount = plan.predicted.of("parameters")[None]
+    small, whole = amount.plan, amount.dense
     assert [row["size"]["block_parameters"] for row in rows] == [whole, small, small, whole, small]
     checkpoint = transformers.AutoModelForCausalLM.from_pretrained(equal / "run" / "checkpoint")
     assert rows[1]["size"]["parameters"] == sum(weight.numel() for weight in checkpoint.parameters())
@@ -124,10 +125,10 @@ def test_the_commands_tell_of_removed_heads(equal: Path) -> None:
 
 def test_the_report_opens_with_parameters(equal: Path) -> None:
     facts = read_facts(equal / "run")
-    assert facts.plan is not None and facts.plan.predicted.parameters and facts.plan.predicted.dense_parameters
+    assert facts.plan is not None
     found = headline(facts)
-    share = facts.plan.predicted.parameters / facts.plan.predicted.dense_parameters
-    assert found["shares"][0] == (share, "of the parameters of the dense decoder layers")
+    share = facts.plan.predicted.of("parameters")[None].share
+    assert found["shares"][0] == (share, "of the decoder layers' parameters")
     assert found["lines"][0] == removal(facts.plan) and any("decode step" in line for line in found["lines"])
     heads = head_map(facts)
     assert heads is not None
@@ -140,9 +141,7 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     assert [one.label for one in chart.series] == ROWS
     assert shares == pytest.approx([1, share, share, 1, share])
     page = (equal / "run" / "report.html").read_text()
-    assert (
-        "Quality against parameters of the layers" in page and "of the parameters of the dense decoder layers" in page
-    )
+    assert "Quality against parameters of the layers" in page and "of the decoder layers&#39; parameters" in page
 
 
 def test_the_card_is_that_of_an_ordinary_model(equal: Path, by_layer: Path) -> None:
@@ -175,7 +174,7 @@ def test_a_checkpoint_with_widths_of_its_own_is_measured_beside_the_model_it_cam
     assert result.exit_code == 0, result.output
     rows = rows_of(json.loads(result.stdout))
     plan = read_plan(by_layer / "run" / "plan.json")
-    assert rows[1]["size"]["block_parameters"] == plan.predicted.parameters
+    assert rows[1]["size"]["block_parameters"] == plan.predicted.of("parameters")[None].plan
     told = call("eval", checkpoint, "--latency", 64)
     assert told.exit_code == 2 and "compress eval DENSE CHECKPOINT" in told.stderr
     bench = ["bench", checkpoint, "--what", "model", "--lengths", 64, "--dtype", "float32", "--device", "cpu"]

@@ -23,7 +23,8 @@ def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
     assert list(RunFolder(run).stages()) == ["profile", "search", "export", "evaluate"]
     assert json.loads((run / "environment.json").read_text())["versions"]["torch"]
     plan = json.loads((run / "plan.json").read_text())
-    assert plan["predicted"]["kv_bytes"]["320"] <= 0.8 * plan["predicted"]["dense_kv_bytes"]["320"]
+    (held,) = [row for row in plan["predicted"]["amounts"] if (row["kind"], row["length"]) == ("kv", 320)]
+    assert held["plan"] <= 0.8 * held["dense"]
     numbers = json.loads((run / "evaluation.json").read_text())
     assert [row["name"] for row in numbers["variants"]] == ["dense", "plan", "uniform"]
     card = (run / "checkpoint" / "README.md").read_text()
@@ -162,16 +163,16 @@ def test_a_part_local_model_is_told_what_it_has_to_give(tmp_path: Path) -> None:
     assert call("profile", recipe).exit_code == 0
     # Tokens at 320: dense 5 x 64 + 320; at least a page in each window, and in the full layer one more for the sink.
     told = (
-        "search: 5 of 6 layers slide by themselves and stay as they are; only the full ones (1) have anything to give. "
-        "The smallest share of the dense KV bytes that any plan reaches is 0.7 at 320 tokens"
+        "search: 5 of 6 layers slide by themselves and stay as they are; only the 1 full-attention layer can be "
+        "compressed. The least that any plan takes is 0.7 of the dense KV bytes at 320 tokens"
     )
     result = call("search", recipe)
     assert result.exit_code == 0, result.output
-    assert told in result.stderr and result.stderr.index(told) < result.stderr.index("search: starting")
+    assert told in result.stderr and result.stderr.index(told) < result.stderr.index("search: pareto")
     layers = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
     sliding = [group["target"] for layer in layers[:5] for group in layer["groups"]]
     assert set(sliding) == {"full"} and {group["target"] for group in layers[5]["groups"]} != {"full"}
-    assert "5 of 6 layers slide by themselves" in call("inspect", tmp_path / "run").stdout
+    assert "5 of 6 layers have a sliding window" in call("inspect", tmp_path / "run").stdout
 
     recipe.write_text(recipe.read_text().replace("kv: 0.8", "kv: 0.69"))
     result = call("search", recipe)

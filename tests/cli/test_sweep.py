@@ -36,17 +36,32 @@ def test_values_are_separated_outside_of_brackets() -> None:
     assert split("[1, [2, 3]],'a,b'") == ["[1, [2, 3]]", "'a,b'"]
 
 
-def test_a_grid_is_every_combination() -> None:
-    data = {"output": "runs/a", "search": {"budget": {"kv": 0.5}}, "list": [{"length": 1}]}
-    given = ["search.budget.kv=0.5,0.25", "list.0.length=8,16", "search.solver={name: moa, points: 1}", "new.key=true"]
-    points = grid(data, axes_of(given), "out")
-    assert len(points) == 4 and len({point.name for point in points}) == 4
+OUTLINE = """\
+model: some/model
+output: runs/a
+calibration: {documents: [{length: 1}]}
+search: {budget: {kv: 0.5}}
+"""
+
+
+@pytest.fixture
+def outline(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(OUTLINE)
+    return path
+
+
+def test_a_grid_is_every_combination(outline: Path) -> None:
+    documents = "calibration.documents[0].length=8,16"
+    given = ["search.budget.kv=0.5,0.25", documents, "search.solver={name: moa, points: 1}", "evaluate.flops={}"]
+    folder, points = grid(outline, axes_of(given), None)
+    assert folder == Path("runs/a-sweep") and len(points) == 4 and len({point.name for point in points}) == 4
     first = yaml.safe_load(points[0].text)
-    assert first["output"] == f"out/{points[0].name}" == "out/kv-0.5_length-8_solver-moa-points-1_key-True"
+    assert first["output"] == f"runs/a-sweep/{points[0].name}"
+    assert points[0].name.startswith("kv-0.5_length-8_solver-moa-points-1")
     assert first["search"] == {"budget": {"kv": 0.5}, "solver": {"name": "moa", "points": 1}}
-    assert first["list"] == [{"length": 8}] and first["new"] == {"key": True}
-    assert points[3].settings["search.budget.kv"] == 0.25 and points[3].settings["list.0.length"] == 16
-    assert data["search"] == {"budget": {"kv": 0.5}}
+    assert first["calibration"] == {"documents": [{"length": 8}]} and first["evaluate"] == {"flops": {}}
+    assert list(points[3].settings.values())[:2] == [0.25, 16]
 
 
 @pytest.mark.parametrize(
@@ -54,16 +69,17 @@ def test_a_grid_is_every_combination() -> None:
     [
         (["kv"], "without values"),
         (["kv="], "without values"),
-        (["a.b=1", "a.b=2"], "set twice"),
+        (["seed=1", "seed=2"], "set twice"),
         (["seed=1,1"], "same value twice"),
-        (["list.7.length=1"], "no such key"),
+        (["calibration.documents[7].length=1"], "no such key"),
         (["output.x=1"], "no such key"),
-        (["seed={a"], "not YAML"),
+        (["seed={a"], "--set seed"),
+        (["nosuch=1"], "nosuch"),
     ],
 )
-def test_what_is_no_grid_is_told(given: list[str], told: str) -> None:
+def test_what_is_no_grid_is_told(given: list[str], told: str, outline: Path) -> None:
     with pytest.raises(UserError, match=told):
-        grid({"output": "runs/a", "list": [{"length": 1}]}, axes_of(given), "out")
+        grid(outline, axes_of(given), "out")
 
 
 def test_a_sweep_runs_every_recipe_and_repeats_nothing(tmp_path: Path) -> None:

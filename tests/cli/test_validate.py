@@ -71,8 +71,13 @@ def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:
         (SOLVER, "solver: {name: layers}", "", "add `{name: retrieval}`"),
         (INFLUENCE, INFLUENCE + "    - {name: hidden_mass}\n", "", "different span grids"),
         (INFLUENCE, INFLUENCE + "    - {name: gates}\n", "", "no documents of task `passkeys` to train on"),
-        (f"{SOLVER}\n  {BUDGET}", "solver: {name: uniform}\n  budget: {parameters: 0.5}", "", "do not belong together"),
-        (SOLVER, "solver: {name: amp}", "", "do not belong together|is not measured"),
+        (
+            f"{SOLVER}\n  {BUDGET}",
+            "solver: {name: uniform}\n  budget: {parameters: 0.5}",
+            "",
+            "cannot meet this kind of budget",
+        ),
+        (SOLVER, "solver: {name: amp}", "", "cannot meet this kind of budget|is not measured"),
         (SOLVER, f"{SOLVER}\n  refine: {{weights: {{passkey: 2}}}}", "", "no documents of task passkey to weigh"),
         ("  held_out:", "  second: {source: embedded}\n  held_out:", "", "no statistic is measured on a second corpus"),
         # Files.
@@ -108,7 +113,7 @@ def test_what_heads_retrieve_is_asked_for_with_documents_that_hide_nothing(made:
     [
         ("{name: amp, importance: magnitude}", 0.001, "neurons a layer stay at least"),
         ("{name: allocated, importance: magnitude}", 0.001, "no widths meet the budget"),
-        ("{name: amp, importance: magnitude, protect: [9]}", 0.7, "no such layer to protect"),
+        ("{name: amp, importance: magnitude, protect: [9]}", 0.7, "names a layer that does not exist"),
         ("{name: amp, importance: magnitude, compensate: true}", 0.7, "`magnitude.head_means`, which is not measured"),
     ],
 )

@@ -98,9 +98,9 @@ def test_nothing_is_printed_beside_the_result(tasks: Path, capfd: pytest.Capture
 
 def test_what_is_too_long_is_refused(tasks: Path) -> None:
     request = LmEval(tasks=("local_choice",), include=str(tasks))
-    with pytest.raises(UserError, match="nothing is cut"):
+    with pytest.raises(UserError, match="never shortened"):
         run_task(byte_model(context=4), byte_tokenizer(), request, "local_choice", None, seed=0, text="")
-    with pytest.raises(UserError, match="nothing is cut"):
+    with pytest.raises(UserError, match="never shortened"):
         run_task(byte_model(context=1024), byte_tokenizer(), LmEval(), "vt", 2000, seed=0, text=story())
 
 

@@ -98,8 +98,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     answers = ((-1.0, False),) * len(LENGTHS)
     other = replace(asked, requests=(*asked.requests[:-1], replace(asked.requests[-1], continuation_ids=(5, 5))))
     AnswerFile("dense", "float32", "cpu", other.key, answers).write(path)
-    with pytest.raises(UserError, match="to other requests"):
+    with pytest.raises(UserError, match="belong to other requests"):
         read_answers(path, asked)
     AnswerFile("dense", "float32", "cpu", asked.key, answers[1:]).write(path)
-    with pytest.raises(UserError, match="not every request"):
+    with pytest.raises(UserError, match="number of answers differs"):
         read_answers(path, asked)

@@ -11,7 +11,10 @@ from pydantic import ValidationError
 
 from compress.errors import UserError
 from compress.evaluate.measures.perplexity import Perplexity, bucket_edges, perplexity
-from tests.tiny import random_ids, tiny_model
+from compress.models.planned import planned_model
+from compress.plan import uniform_plan
+from compress.targets.full import FullGroup
+from tests.tiny import random_ids, shape_of, tiny_model
 
 TEXT = random_ids(1, 3000).flatten().tolist()
 
@@ -41,6 +44,15 @@ def test_windows_side_by_side() -> None:
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_what_a_model_does_to_its_logits_is_done(family: str) -> None:
+    """These divide or multiply them by a number of their configuration."""
+    dense = tiny_model(family)
+    for model in (dense, planned_model(dense, uniform_plan(shape_of(dense), FullGroup()))):
+        result = perplexity(model, TEXT, Perplexity(length=300, windows=1))
+        assert result.nll == pytest.approx(float(direct(dense, 0, 300).sum()), rel=1e-5)
+
+
 def test_overlapping_windows_score_each_token_once_with_the_most_context() -> None:
     model = tiny_model("qwen3")
     result = perplexity(model, TEXT, Perplexity(length=300, windows=3, stride=100), edges=[0, 200, 300])
@@ -60,7 +72,7 @@ def test_bucket_edges() -> None:
 def test_only_a_slice_of_logits_exists_at_once() -> None:
     model = tiny_model("llama-gqa")
     rows = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[-2]))
     perplexity(model, TEXT, Perplexity(length=700, windows=1))
     assert rows == [256, 256, 187]
 

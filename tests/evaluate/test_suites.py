@@ -59,7 +59,7 @@ def test_too_short_a_length_says_so() -> None:
 
 
 def test_too_little_text_says_so() -> None:
-    with pytest.raises(UserError, match="too little material"):
+    with pytest.raises(UserError, match="too short to fill"):
         SUITES["niah_single_2"].items(byte_tokenizer(), LENGTH, 1, 0, story(20))
 
 

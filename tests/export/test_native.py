@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 
 from compress.errors import UserError
 from compress.export.export import export_checkpoint
-from compress.export.native import layer_windows, native_model
+from compress.export.native import form_for, layer_windows, native_model
 from compress.export.verify import verify_checkpoint
 from compress.models.load import LoadedModel, load_model
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
-from compress.plan import ModelShape, Plan, make_plan, uniform_plan
+from compress.plan import LayerPlan, Mlp, ModelShape, Plan, make_plan, plan_of_layers, uniform_plan
 from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import CONFIGS, SIZES, mixed_plan, random_ids, tiny_loaded, tiny_model, tiny_tokenizer
 
@@ -293,3 +294,27 @@ def test_a_missing_tensor_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not those of its architecture") as caught:
         verify_checkpoint(tmp_path / "new", planned_model(model, plan), loaded.tokenizer, plan, native=True)
     assert "layers.2.self_attn.k_proj.bias" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama-gqa", "phi3", "qwen2-part-sliding"])
+def test_the_form_is_known_before_the_export(family: str) -> None:
+    model = tiny_model(family)
+    shape = shape_of(model)
+    whole = LayerPlan(groups=(FullGroup(),) * shape.kv_heads)
+    fewer = LayerPlan(groups=(FullGroup(),) * (shape.kv_heads - 1) + (PrunedGroup(),))
+    narrow = LayerPlan(groups=whole.groups, mlp=Mlp.of(range(model.config.intermediate_size // 2)))
+    plans = [plan_of_layers(shape, [row] * shape.layers) for row in (whole, fewer, narrow)]
+    plans += [
+        plan_of_layers(shape, [narrow, *[whole] * (shape.layers - 1)]),
+        windows_and_full(shape),
+        mixed_plan(shape),
+    ]
+    for plan in plans:
+        assert form_for(plan, model.config, "patched") == "patched"
+        try:
+            native_model(planned_model(model, plan), plan)
+        except UserError:
+            expected = "patched"
+        else:
+            expected = "native"
+        assert form_for(plan, model.config, "auto") == form_for(plan, model.config, "native") == expected, plan.layers

@@ -14,20 +14,18 @@ from compress.models.load import LoadedModel, load_model
 from compress.models.planned import kept_units, planned_model
 from compress.models.shape import shape_of
 from compress.plan import Plan, read_plan, uniform_plan
-from compress.search.budget.budget import Budget
-from compress.search.prune import pruning_problem
-from compress.search.removal import PruningSolver
 from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
+from compress.search.solvers.ranked import Ranked
 from compress.targets.window import WindowGroup
 from tests.pruned import zero
-from tests.search.test_pruning import Scored
+from tests.search.test_pruning import Scored, problem_of
 from tests.tiny import SIZES, random_ids, tiny_loaded, tiny_tokenizer
 
 
-def plan_for(loaded: Any, solver: PruningSolver) -> Plan:
+def plan_for(loaded: Any, solver: Ranked) -> Plan:
     """A plan that keeps 70% of the parameters."""
-    problem = pruning_problem(loaded.model, Scored(loaded.model, *solver.statistics_read()), Budget(parameters=0.7))
+    problem = problem_of(loaded.model, Scored(loaded.model, *solver.statistics_read()), 0.7)
     return solver.solve(problem)[0].to_plan(problem, {"solver": {"name": "amp", **solver.model_dump(mode="json")}})
 
 
@@ -45,7 +43,8 @@ def test_equal_widths_are_a_stock_checkpoint(family: str, tmp_path: Path) -> Non
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, planned_model(loaded.model, plan)(ids).logits)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{plan.predicted.parameters:,} of {plan.predicted.dense_parameters:,} parameters" in card
+    amount = plan.predicted.of("parameters")[None]
+    assert f"{amount.plan:,} of {amount.dense:,} parameters" in card
     assert "trust_remote_code=True" not in card
 
 
@@ -130,4 +129,4 @@ def test_pruned_checkpoint_gets_spans_and_tells_of_both(tmp_path: Path) -> None:
     export_checkpoint(again, spans, tmp_path / "both")
     assert read_plan(tmp_path / "both" / "compress_plan.base.json") == first
     card = (tmp_path / "both" / "README.md").read_text()
-    assert f"{first.predicted.parameters:,} of" in card and "compressed before" in card
+    assert f"{first.predicted.of('parameters')[None].plan:,} of" in card and "compressed before" in card

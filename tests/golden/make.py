@@ -128,7 +128,6 @@ PRUNERS: dict[str, tuple[str, str]] = {
     "allocated": ("{name: allocated, importance: magnitude}", "{parameters: 0.7}"),
     "flap": ("{name: allocated, importance: flap, normalise: standard, compensate: true}", "{parameters: 0.75}"),
 }
-SINCE_SCHEMA_2 = ("form", "itemsize")  # which say what the bytes are of; schema 1 wrote `mlp: null`, too
 TIMES = ("seconds", "time", "created", "versions", "tool", "version", "fingerprint", "checksum", "sha256")
 
 
@@ -179,8 +178,46 @@ def plain(value: Any) -> Any:
 def plan_facts(path: Path) -> dict[str, Any]:
     """The decision of a plan file and what it expects, without the model's fingerprint."""
     plan = json.loads(path.read_text(encoding="utf-8"))
-    predicted = {key: value for key, value in plan["predicted"].items() if key not in SINCE_SCHEMA_2}
+    predicted = {"loss": plan["predicted"]["loss"], **named(plan["predicted"]["amounts"])}
     return {"layers": [{"mlp": None, **layer} for layer in plan["layers"]], "predicted": predicted}
+
+
+def named(amounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What plans cost, by the names that files had before they listed it by kind of budget."""
+    held = {str(row["length"]): row for row in amounts if row["kind"] == "kv"}
+    left = next((row for row in amounts if row["kind"] == "parameters"), {"plan": None, "dense": None})
+    return {
+        "kv_bytes": {length: row["plan"] for length, row in held.items()},
+        "dense_kv_bytes": {length: row["dense"] for length, row in held.items()},
+        "parameters": left["plan"],
+        "dense_parameters": left["dense"],
+    }
+
+
+def row_facts(row: dict[str, Any]) -> dict[str, Any]:
+    """One plan of `pareto.json`, likewise."""
+    facts = named(row["amounts"])
+    kept = {key: value for key, value in row.items() if key != "amounts"}
+    kept["kv_bytes"] = facts["kv_bytes"]
+    kept["kv_share"] = {length: size / facts["dense_kv_bytes"][length] for length, size in facts["kv_bytes"].items()}
+    if facts["parameters"] is not None:
+        kept["parameters"] = facts["parameters"]
+        kept["parameters_share"] = facts["parameters"] / facts["dense_parameters"]
+    return kept
+
+
+def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The constraints of a search, by length, as `pareto.json` had them before it listed them."""
+    words = {"bytes": "share", "keys": "density"}
+    found: dict[str, Any] = {}
+    for row in rows:
+        limit, dense, unit = row["limit"], row["dense"], row["unit"]
+        if row["length"] is None:
+            found |= {unit: limit, f"dense_{unit}": dense}
+        else:
+            shares = {f"limit_{words[unit]}": limit / dense, f"smallest_{words[unit]}": row["smallest"] / dense}
+            found[str(row["length"])] = {f"dense_{unit}": dense, f"limit_{unit}": limit, **shares}
+    return found
 
 
 def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -264,8 +301,8 @@ class Runs:
         call("search", self.recipe)
         found = {path.stem: plan_facts(path) for path in sorted((self.run / "search" / "plans").glob("*.json"))}
         pareto = json.loads((self.run / "search" / "pareto.json").read_text(encoding="utf-8"))
-        rows = [plain(row) for row in [*pareto["plans"], *pareto["baselines"]]]
-        return {"chosen": pareto["chosen"], "limits": pareto["limits"], "rows": rows, "plans": found}
+        rows = [plain(row_facts(row)) for row in [*pareto["plans"], *pareto["baselines"]]]
+        return {"chosen": pareto["chosen"], "limits": limits(pareto["limits"]), "rows": rows, "plans": found}
 
     def checkpoint(self) -> dict[str, Any]:
         """Weights, configuration and behaviour of the exported checkpoint, and its evaluation."""

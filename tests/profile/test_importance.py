@@ -14,7 +14,6 @@ from compress.plan import ModelShape
 from compress.profile.heads.attention import Attention
 from compress.profile.partial import Partial
 from compress.profile.passes import Run, projections
-from compress.profile.passes.samples import queue_of
 from compress.profile.processes import Processes
 from compress.profile.run import measure_all, run_profile
 from compress.profile.units.amp import Amp
@@ -32,7 +31,7 @@ from tests.tiny import tiny_loaded, tiny_model
 
 ALL = [Amp(), WandaSp(), Flap(), Taylor(), Magnitude()]
 DOCUMENTS = {48: [document(48, seed=5), document(31, answer=3, seed=6)], 20: [document(20, seed=7)]}
-QUEUE = [item.sample for item in queue_of(DOCUMENTS)]
+QUEUE = [*DOCUMENTS[20], *DOCUMENTS[48]]
 Table = dict[str, torch.Tensor]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from compress.profile.key import Key, target_form
-from compress.targets.target import parse_target
+from compress.registry import targets
 from compress.targets.window import WindowGroup
 
 WINDOW = target_form(WindowGroup(sink=64, alpha=-64, beta=0.125))
@@ -26,7 +26,7 @@ def test_a_key_has_one_text(text: str) -> None:
 
 def test_the_form_of_a_target_does_not_depend_on_how_it_was_written() -> None:
     assert WINDOW == "window alpha=-64 beta=0.125 sink=64"
-    assert target_form(parse_target({"beta": 0, "alpha": 64, "sink": 0, "target": "window"})) == target_form(
+    assert target_form(targets.parse({"beta": 0, "alpha": 64, "sink": 0, "target": "window"})) == target_form(
         WindowGroup(sink=0, alpha=64, beta=0.0, rule="position")
     )
     assert target_form(WindowGroup(sink=0, alpha=64, beta=0.0, rule="length")).endswith('rule="length" sink=0')

@@ -1,19 +1,22 @@
 """What every registered statistic must do. A new statistic is one more entry in STATISTICS."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import compress.profile  # noqa: F401  (registers every statistic)
+from compress.data.sample import Sample
 from compress.models.shape import shape_of
 from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.statistic import Statistic
 from compress.registry import statistics
 from tests.profile.common import GRID, documents, tensor_bytes
-from tests.tiny import tiny_loaded
+from tests.tiny import random_ids, tiny_loaded
 
 STATISTICS: dict[str, dict[str, Any]] = {
     "amp": {"neurons": "contribution"},
@@ -112,6 +115,64 @@ def test_interrupted_run_gives_the_same_bits(name: str, tmp_path: Path) -> None:
         assert seen == [2, 3]
     assert not list(tmp_path.glob("*/*.partial"))
     assert tensor_bytes(tmp_path / "parts") == tensor_bytes(tmp_path / "whole")
+
+
+@dataclass(frozen=True)
+class Picture(Sample):
+    """What is no text to a profile: one class to tell from an input of patches, which stand in the place of tokens."""
+
+    patches: tuple[int, ...]
+    label: int
+    evidence: tuple[tuple[int, int], ...] = ((3, 9),)
+    task: str = "pictures"
+    noun: ClassVar[str] = "picture"
+    unit: ClassVar[str] = "patches"
+
+    @property
+    def length(self) -> int:
+        return len(self.patches)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.length - 1, self.length
+
+    @property
+    def facts(self) -> list[Any]:
+        return [self.patches, self.label]
+
+    def body(self, device: torch.device) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([self.patches], device=device), "use_cache": False}
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        return self.body(device)
+
+    def logits(self, output: Any) -> torch.Tensor:
+        last: torch.Tensor = output.logits[0, -1:, :10]
+        return last
+
+    def targets(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor([self.label], device=device)
+
+    @classmethod
+    def together(cls, samples: Sequence[Any], device: torch.device) -> dict[str, Any]:
+        raise NotImplementedError
+
+    logits_of = together  # type: ignore[assignment]
+
+
+def test_nothing_asks_for_tokens(tmp_path: Path) -> None:
+    pictures = {64: [Picture(tuple(random_ids(1, 64, seed)[0].tolist()), seed) for seed in (1, 2)]}
+    seen: list[str] = []
+    profile = run_profile(
+        tiny_loaded("llama-gqa"),
+        pictures,
+        [make(name) for name in STATISTICS],
+        tmp_path,
+        seed=0,
+        progress=lambda done, total, message: seen.append(message),
+    )
+    assert {key.statistic for key in profile.tensors} == set(STATISTICS) and set(profile.header.loss) == {64}
+    assert any(message.startswith("picture 2 of 64 patches, loss ") for message in seen)
 
 
 @every

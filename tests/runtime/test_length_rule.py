@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from compress.models.planned import planned_model
 from compress.plan import Plan, make_plan
 from compress.runtime.span import FULL, AnySpan, LengthSpan, Span, has_length_rule, spans_at, spans_of_plan
-from compress.search.problem import group_of
 from compress.targets.cost import decode_density, kv_bytes, prefill_density
+from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from tests.tiny import random_ids, shape_of, spans_of, tiny_model
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -24,7 +25,7 @@ INPUT, MORE = 150, 90
 
 
 def plan_of(rows: Any) -> Plan:
-    return make_plan(SHAPE, [[group_of(span) for span in row] for row in rows])
+    return make_plan(SHAPE, [[FullGroup() if span.is_full else WindowGroup.of(span) for span in row] for row in rows])
 
 
 def fixed_plan(rows: Any, length: int) -> Plan:

@@ -22,6 +22,7 @@ from compress.runtime.mixer import Kinds
 from compress.runtime.span import Span
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
+from compress.targets.window import WindowGroup
 from compress.train.gates import Mixture
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -111,7 +112,8 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
         with pytest.raises(UserError, match=says), Mixture(dense, shape, Span(4, 8, 0.0)).mixed_attention():
             dense(IDS)
         with pytest.raises(UserError, match=says):
-            sampled_effects(dense, shape, divergence, [[[Span(4, 8, 0.0)] * 2]] * 3, samples=1, seed=0)
+            narrow = WindowGroup(sink=4, alpha=8, beta=0.0)
+            sampled_effects(dense, shape, divergence, [[[narrow] * 2]] * 3, samples=1, seed=0)
         for bench in (DENSE, NONE):
             dense.set_attn_implementation(bench)
             dense.config.bench_backend = []

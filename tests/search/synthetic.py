@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from compress.plan import ModelShape
 from compress.search.budget.budget import Budget
-from compress.search.problem import SearchProblem
+from compress.search.dense import Dense
+from compress.search.problem import Candidate, Problem
 from compress.search.run import make_problem
-from compress.targets.window import SpanGrid
+from compress.search.solvers.moa import Moa
+from compress.targets.window import SpanGrid, WindowGroup
 
 ITEMSIZE = 2
 SMALL = SpanGrid(betas=(0.0, 0.25, 0.5, 1.0))
@@ -29,6 +32,17 @@ class FakeProfile:
 
     def tensor(self, key: str) -> torch.Tensor:
         return self.tensors[key]
+
+    @property
+    def priced(self) -> tuple[WindowGroup, ...]:
+        """Fixed windows of the grid, as `effect` would price them."""
+        grid = self.grid or SMALL
+        return tuple(WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0) for alpha in (64, 128, 256))
+
+    def effect(self, target: Any, length: int, part: str = "absolute") -> torch.Tensor:
+        """What the tables say of such a window."""
+        table = self.tensors[f"influence.{part}.{length}"][:, :, 0, 0]
+        return table[..., target.alpha // 64 - 1] if target in self.priced else torch.zeros_like(table[..., 0])
 
 
 def make_shape(
@@ -77,6 +91,44 @@ def random_profile(shape: ModelShape, lengths: tuple[int, ...], grid: SpanGrid =
     return FakeProfile(lengths, grid, tensors)
 
 
+class Weights:
+    """What a search asks a model for its size: so many bytes that a decode step reads."""
+
+    def __init__(self, size: int) -> None:
+        self.weight = torch.empty(size, dtype=torch.int8, device="meta")
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.weight]
+
+    def get_input_embeddings(self) -> Weights:
+        return self
+
+    get_output_embeddings = get_input_embeddings
+
+
+def dense_of(shape: ModelShape, weights: int = 100_000, bandwidth: float = 1e9) -> Dense:
+    """A dense model that does not exist."""
+    return Dense(shape, ITEMSIZE, Weights(weights), bandwidth=lambda: bandwidth)
+
+
+def problem_of(
+    shape: ModelShape, grid: SpanGrid, lengths: tuple[int, ...], tensors: Any, limits: Mapping[int, int]
+) -> Any:
+    """A problem with KV bytes as limits, which need not be possible to meet."""
+    dense = dense_of(shape)
+    return Problem(dense, FakeProfile(lengths, grid, tensors), Budget(kv=dict(limits)).rows(dense, lengths))
+
+
+def limits_of(problem: Problem, kind: str = "kv") -> dict[int, int]:
+    """What a kind of budget allows, by length."""
+    return {row.length: row.limit for row in problem.rows if row.kind == kind and row.length is not None}
+
+
+def held_bytes(problem: Problem, layers: Any, length: int) -> int:
+    """KV bytes of a decision."""
+    return Candidate(layers).to_plan(problem, {}).cost(length, problem.dense.itemsize).held_bytes
+
+
 def random_problem(
     kv: float | dict[int, float] = 0.5,
     *,
@@ -85,10 +137,10 @@ def random_problem(
     lengths: tuple[int, ...] | None = None,
     grid: SpanGrid = SMALL,
     seed: int = 0,
-) -> SearchProblem:
+) -> Any:
     """A problem over `random_profile`."""
-    shape = shape or make_shape()
-    return budget_problem(Budget(kv=kv, lengths=lengths), shape=shape, profiled=profiled, grid=grid, seed=seed)
+    budget: Any = Budget(kv=kv, lengths=lengths)
+    return budget_problem(budget, shape=shape, profiled=profiled, grid=grid, seed=seed)
 
 
 def budget_problem(
@@ -99,12 +151,11 @@ def budget_problem(
     grid: SpanGrid = SMALL,
     seed: int = 0,
     weights: int = 100_000,
-) -> SearchProblem:
+) -> Any:
     """A problem over `random_profile` with any kinds of budget.
 
     Args:
         weights: bytes that a decode step reads besides the cache, for the roofline.
     """
     shape = shape or make_shape()
-    step = None if budget.decode_time is None else budget.step_time(shape, ITEMSIZE, profiled, weights, 1e9)
-    return make_problem(shape, random_profile(shape, profiled, grid, seed), budget, ITEMSIZE, step)
+    return make_problem(dense_of(shape, weights), random_profile(shape, profiled, grid, seed), budget, Moa())

@@ -1,37 +1,47 @@
 """The budget: its forms, the bytes and keys it allows, and what it says when nothing fits."""
 
-from dataclasses import replace
-
 import pytest
-import torch
 from pydantic import ValidationError
 
 from compress.errors import UserError
-from compress.runtime.span import FULL, Span
-from compress.search.budget.budget import Budget, check_feasible, dense_bytes, rule_bytes, rule_keys, smallest_bytes
-from compress.targets.cost import decode_density, visible_keys
-from compress.targets.window import SpanGrid
-from tests.search.synthetic import ITEMSIZE, SMALL, budget_problem, make_shape, random_problem
+from compress.models.pruning import block_parameters
+from compress.plan import ModelShape
+from compress.registry import budget_kinds
+from compress.runtime.span import Span
+from compress.search.budget.budget import Budget
+from compress.search.dense import Dense
+from compress.search.problem import FULL_GROUP, Problem, smallest_window
+from compress.targets.cost import Cost
+from compress.targets.window import SpanGrid, WindowGroup
+from tests.search.synthetic import ITEMSIZE, SMALL, FakeProfile, budget_problem, dense_of, make_shape, random_problem
+from tests.tiny import shape_of, tiny_model
 
 SHAPE = make_shape()  # 3 layers x 2 groups of head size 16: a token costs 6 * 2 * 16 * 2 = 384 bytes
 
 
+def limits(budget: Budget, profiled: tuple[int, ...] = (), shape: ModelShape = SHAPE) -> dict[int | None, int]:
+    """What a budget of one kind allows, by length."""
+    return {row.length: row.limit for row in budget.rows(dense_of(shape), profiled)}
+
+
 def test_limits_are_shares_of_the_dense_bytes() -> None:
-    assert Budget(kv=0.5, lengths=(1024, 512)).limits(SHAPE, ITEMSIZE, (1,)) == {512: 98_304, 1024: 196_608}
-    assert Budget(kv=0.25).limits(SHAPE, ITEMSIZE, (100,)) == {100: 9_600}
-    assert Budget(kv={1024: 0.5, 2048: 500_000}).limits(SHAPE, ITEMSIZE, ()) == {1024: 196_608, 2048: 500_000}
+    assert limits(Budget(kv=0.5, lengths=(1024, 512))) == {512: 98_304, 1024: 196_608}
+    assert limits(Budget(kv=0.25), (100,)) == {100: 9_600}
+    assert limits(Budget(kv={1024: 0.5, 2048: 500_000})) == {1024: 196_608, 2048: 500_000}
+    assert limits(Budget(bytes_read=0.5, lengths=(512,))) == {512: 98_304}
+    (row,) = Budget(kv={64: 10_000}).rows(dense_of(SHAPE), ())
+    assert (row.step, row.most) == (64 * 64, 2) and row.cost(Cost(held_bytes=8192)) == 2
 
 
 def test_a_share_of_one_covers_whole_pages() -> None:
-    limits = Budget(kv=1.0, lengths=(65,)).limits(SHAPE, ITEMSIZE, ())
-    assert limits == {65: 128 * 384}
-    assert limits[65] > dense_bytes(SHAPE, 65, ITEMSIZE) == 65 * 384
+    assert limits(Budget(kv=1.0, lengths=(65,))) == {65: 128 * 384}
+    assert dense_of(SHAPE).cost(65).held_bytes == 65 * 384
 
 
 def test_layers_that_slide_cost_their_window() -> None:
-    shape = make_shape(3, 2, (100, None, None))
-    assert dense_bytes(shape, 1000, ITEMSIZE) == (100 + 2 * 1000) * 128
-    assert rule_bytes(shape, FULL, 1024, ITEMSIZE) == (Span(0, 100, 0.0).page_count(1024) * 64 + 2 * 1024) * 128
+    dense = dense_of(make_shape(3, 2, (100, None, None)))
+    assert dense.cost(1000).held_bytes == (100 + 2 * 1000) * 128
+    assert dense.cost(1024, paged=True).held_bytes == (Span(0, 100, 0.0).page_count(1024) * 64 + 2 * 1024) * 128
 
 
 def test_half_of_the_bytes_is_the_default_of_a_budget_without_any_kind() -> None:
@@ -42,16 +52,25 @@ def test_half_of_the_bytes_is_the_default_of_a_budget_without_any_kind() -> None
 
 
 def test_density_counts_the_keys_that_the_last_query_sees() -> None:
-    assert Budget(density=0.5).key_limits(SHAPE, (100, 512)) == {100: 300, 512: 1536}
-    assert Budget(density={512: 0.25, 64: 1}).key_limits(SHAPE, ()) == {64: 384, 512: 768}
+    assert limits(Budget(density=0.5), (100, 512)) == {100: 300, 512: 1536}
+    assert limits(Budget(density={512: 0.25, 64: 1})) == {64: 384, 512: 768}
     sliding = make_shape(3, 2, (100, None, None))
-    assert rule_keys(sliding, FULL, 1000) == 2 * (100 + 2 * 1000)
-    assert Budget(density=0.5).key_limits(sliding, (1000,)) == {1000: 2100}
-    for span in (Span(4, 100, 0.25), Span(64, 64, 0.0), FULL):
-        for length in (1, 63, 130, 1000):
-            t, j = torch.tensor(length - 1), torch.arange(length)
-            assert visible_keys(span, length) == int(span.visible(t, j).sum())
-            assert decode_density([[span] * 2] * 3, length) == rule_keys(SHAPE, span, length) / (6 * length)
+    assert dense_of(sliding).cost(1000).keys == 2 * (100 + 2 * 1000)
+    assert limits(Budget(density=0.5), (1000,), sliding) == {1000: 2100}
+
+
+@pytest.mark.parametrize("removes", [False, True])
+def test_flops_are_those_of_visible_pairs_and_of_parameters(removes: bool) -> None:
+    model = tiny_model("llama-gqa")
+    dense = Dense(shape_of(model), 4, model, removes)
+    (row,) = Budget(flops={100: 0.8}).rows(dense, ())
+    pairs = 4 * dense.shape.head_dim * dense.shape.query_heads * dense.shape.layers * 100 * 101 // 2
+    whole = pairs + 2 * 100 * block_parameters(model)
+    assert row.dense == whole and row.limit == int(0.8 * whole)
+    problem = Problem(dense, FakeProfile((100,), SMALL, {}), (row,))
+    assert row.amount(int(problem.total(problem.start)[0])) == whole
+    narrow = problem.uniform(WindowGroup(sink=0, alpha=1, beta=0.0))
+    assert whole - row.amount(int(problem.total(narrow)[0])) == pairs - pairs * 2 // 101
 
 
 def test_budget_reads_strict_json() -> None:
@@ -73,7 +92,8 @@ def test_budget_reads_strict_json() -> None:
         ({"weights": 1}, "Extra inputs"),
         ({"parameters": 0}, "greater than 0"),
         ({"parameters": 1.5}, "a share in \\(0, 1\\] or a whole number"),
-        ({"parameters": 0.5, "kv": 0.5}, "it stands alone"),
+        ({"flops": 1.5}, "half of them is 0.5"),
+        ({"bytes_read": {512: 1.5}}, "whole bytes"),
         ({"density": 1.2}, "half of them is 0.5"),
         ({"density": {512: 2}}, "at length 512: expected a share"),
         ({"density": {512: 0.5}, "kv": 0.5, "lengths": [1024]}, "lengths of `density`"),
@@ -108,7 +128,8 @@ def test_every_kind_that_cannot_be_met_is_named_with_a_share_that_can() -> None:
     with pytest.raises(UserError) as error:
         budget_problem(Budget(**kinds, lengths=(512,)))
     assert len(error.value.problems) == 3
-    for name, problem in zip(kinds, error.value.problems, strict=True):
+    for problem in error.value.problems:
+        name = str(problem.where).rpartition(".")[2]
         share = float(str(problem.expected).split("at least ")[1].split(" ")[0])
         kinds[name] = share
         with pytest.raises(UserError) as tighter:
@@ -119,15 +140,23 @@ def test_every_kind_that_cannot_be_met_is_named_with_a_share_that_can() -> None:
     budget_problem(Budget(**kinds, lengths=(512,)))
 
 
+def test_kinds_hold_together_and_every_kind_is_a_field_with_words() -> None:
+    budget = Budget(kv=0.5, parameters=0.9, flops=0.8)
+    assert budget.given() == {"flops": 0.8, "kv": 0.5, "parameters": 0.9}
+    assert budget.words() == "flops 0.8, kv 0.5, parameters 0.9"
+    for name, kind in budget_kinds.items():
+        assert Budget.model_fields[name].description and kind.registered == name and kind.reads
+
+
 def test_the_smallest_rule_of_a_grid_without_windows_is_full() -> None:
     only_full = SpanGrid(betas=(1.0,))
-    assert smallest_bytes(SHAPE, only_full, 512, ITEMSIZE) == dense_bytes(SHAPE, 512, ITEMSIZE)
-    check_feasible(replace(random_problem(0.5), grid=only_full, limits={512: dense_bytes(SHAPE, 512, ITEMSIZE)}))
+    assert smallest_window(only_full) == FULL_GROUP
+    budget_problem(Budget(kv=1.0, lengths=(512,)), grid=only_full)
 
 
 @pytest.mark.parametrize("length", [64, 100, 512, 1000])
 def test_no_rule_of_the_grid_is_cheaper_than_the_smallest(length: int) -> None:
     grid = SpanGrid(sinks=(4, 128), betas=(0.125, 0.5), alpha_min=-64)
-    cheapest = min(rule_bytes(SHAPE, rule.span, length, ITEMSIZE) for rule in grid.rules(2000))
-    assert smallest_bytes(SHAPE, grid, length, ITEMSIZE) == cheapest
-    assert smallest_bytes(SHAPE, SMALL, length, ITEMSIZE) <= dense_bytes(SHAPE, -(-length // 64) * 64, ITEMSIZE)
+    unit = SHAPE.unit(0, ITEMSIZE)
+    costs = [target.cost(unit, length).held_bytes for target in WindowGroup.options(unit, [2000], grid)]
+    assert smallest_window(grid).cost(unit, length).held_bytes == min(costs)

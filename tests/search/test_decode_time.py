@@ -1,6 +1,7 @@
 """Decode time: curves, the roofline, tables of `compress bench`, and the KV bytes that follow from a share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.errors import UserError
-from compress.search.budget.budget import Budget, dense_bytes
-from compress.search.budget.step_time import Curve, roofline, step_bytes
-from compress.search.checks import parse_solver
-from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape
-from tests.tiny import tiny_model
+from compress.registry import solvers
+from compress.search.budget.budget import Budget
+from compress.search.budget.decode_time import step_time
+from compress.search.budget.step_time import Curve, roofline
+from compress.search.dense import Dense
+from compress.search.problem import Candidate, Problem
+from compress.search.solvers.frontier import UnitRemoval
+from compress.targets.window import WindowGroup
+from tests.search.synthetic import budget_problem, dense_of, held_bytes, limits_of, make_shape, random_profile
+from tests.tiny import shape_of, tiny_model
 
 SHAPE = make_shape()  # 384 bytes a token, see test_budget
 TOKEN = 384
@@ -59,19 +65,39 @@ def test_the_roofline_is_bytes_over_bandwidth() -> None:
     assert "2 GB/s (test)" in step.source
 
 
+def allowed_bytes(budget: Budget, **given: Any) -> dict[int, int]:
+    return limits_of(budget_problem(budget, **given), "decode_time")
+
+
 def test_the_share_holds_at_the_tightest_batch_size_and_does_not_depend_on_the_bandwidth() -> None:
     budget = Budget(decode_time=0.8, batch_sizes=(1, 4), lengths=(512,))
     problem = budget_problem(budget, weights=100_000)
     dense = 512 * TOKEN
     allowed = {batch: (0.8 * (100_000 + batch * dense) - 100_000) / batch for batch in (1, 4)}
-    assert problem.byte_limits == {512: int(min(allowed.values()))} == {512: int(allowed[1])}
-    slower = budget.step_time(SHAPE, ITEMSIZE, (), 100_000, 3.7e6)
-    limit = budget.time_limit(SHAPE, ITEMSIZE, (), slower)
-    assert limit is not None and limit.limits == problem.byte_limits
+    assert limits_of(problem, "decode_time") == {512: int(min(allowed.values()))} == {512: int(allowed[1])}
+    slower = Problem(problem.dense, problem.profile, budget.rows(dense_of(SHAPE, 100_000, 3.7e6), ()))
+    assert limits_of(slower, "decode_time") == limits_of(problem, "decode_time")
     both = budget_problem(Budget(decode_time=0.8, kv=0.5, lengths=(512,)))
-    assert both.byte_limits == {512: dense // 2} and budget_problem(budget).only([1]).rows == []
+    assert limits_of(both) == {512: dense // 2} and budget_problem(budget).only([1]).rows == ()
     with pytest.raises(UserError, match="no bandwidth is known"):
-        budget.step_time(SHAPE, ITEMSIZE, (), 1)
+        budget.rows(replace(dense_of(SHAPE), bandwidth=None), ())
+
+
+def test_the_roofline_counts_the_weights_that_a_plan_removes() -> None:
+    model = tiny_model("llama-gqa")
+    dense = Dense(shape_of(model), 4, model, removes=True, bandwidth=lambda: 1e9)
+    rows: Any = Budget(decode_time=0.9, batch_sizes=(1, 4), lengths=(320,)).rows(dense, ())
+    problem = Problem(dense, random_profile(dense.shape, (320,)), rows)
+    read = dense.cost(320).read_bytes
+    least = UnitRemoval().least(problem, problem.uniform(WindowGroup(sink=64, alpha=64, beta=0.0)))
+    for batch, row, amount in zip((1, 4), rows, problem.total(least), strict=True):
+        assert row.limit == int(0.9 * (dense.step_weights + batch * read) - dense.step_weights) + row.weights
+        plan = Candidate(least).to_plan(problem, {})
+        cost = plan.cost(320, 4, sizes=dense.sizes)
+        (times,) = [each for each in plan.provenance["decode_time"]["rows"] if each["batch"] == batch]
+        lighter = 4 * (dense.parameters - cost.parameters)
+        expected = (dense.step_weights - lighter + batch * cost.read_bytes) / (dense.step_weights + batch * read)
+        assert times["share"] == pytest.approx(expected) == pytest.approx(row.time_share(int(amount)))
 
 
 def test_weights_count_once_and_a_table_that_is_looked_up_counts_nothing() -> None:
@@ -82,27 +108,27 @@ def test_weights_count_once_and_a_table_that_is_looked_up_counts_nothing() -> No
         expected = 4 * sum(weight.numel() for weight in own)
         if model.get_output_embeddings().weight is embedding:
             expected += 4 * embedding.numel()
-        assert step_bytes(model) == expected
+        assert Dense(shape_of(model), 4, model).step_weights == expected
 
 
 def test_a_table_gives_the_bytes_whose_time_is_the_share(tmp_path: Path) -> None:
     tables = tuple(write_table(tmp_path / f"{batch}.json", rows_of(batch)) for batch in (1, 4))
     budget = Budget(decode_time=0.9, batch_sizes=(1, 4), cost_table=tables, lengths=(512,))
     problem = budget_problem(budget)
-    dense = dense_bytes(SHAPE, 512, ITEMSIZE)
+    dense = 512 * TOKEN
     allowed = {batch: (0.9 * (REST + DENSE * batch * dense) - REST) / PLAN / batch for batch in (1, 4)}
-    assert problem.byte_limits[512] == pytest.approx(min(allowed.values()), abs=1)
-    plans = parse_solver({"name": "moa"}).solve(problem)
+    assert limits_of(problem, "decode_time")[512] == pytest.approx(min(allowed.values()), abs=1)
+    plans = solvers.parse({"name": "moa"}).solve(problem)
     for plan in plans:
         told = plan.to_plan(problem, {}).provenance["decode_time"]
         assert "8 measured rows" in told["source"] and "bfloat16 on a GPU" in told["source"]
-        size = problem.kv_bytes(plan.decision)[512]
+        size = held_bytes(problem, plan.layers, 512)
         for row in told["rows"]:
             assert row["dense_ms"] == pytest.approx(REST + DENSE * row["batch"] * dense)
             assert row["ms"] == pytest.approx(REST + PLAN * row["batch"] * size)
             assert row["ms"] <= 0.9 * row["dense_ms"] + 1e-12
     one = Budget(decode_time=0.9, cost_table=tables[0], lengths=(512,))
-    assert budget_problem(one).byte_limits[512] == pytest.approx(allowed[1], abs=1)
+    assert allowed_bytes(one)[512] == pytest.approx(allowed[1], abs=1)
 
 
 def test_a_table_in_another_dtype_counts_in_the_searched_one(tmp_path: Path) -> None:
@@ -113,9 +139,7 @@ def test_a_table_in_another_dtype_counts_in_the_searched_one(tmp_path: Path) -> 
         double.append({**row, **sides})
     table = write_table(tmp_path / "32.json", double, dtype="float32")
     same = write_table(tmp_path / "16.json", rows_of(1))
-    limits = [
-        budget_problem(Budget(decode_time=0.9, cost_table=name, lengths=(512,))).byte_limits for name in (table, same)
-    ]
+    limits = [allowed_bytes(Budget(decode_time=0.9, cost_table=name, lengths=(512,))) for name in (table, same)]
     assert limits[0] == limits[1]
 
 
@@ -124,8 +148,7 @@ def test_where_plans_are_slower_than_the_dense_model_only_a_share_of_one_passes(
     table = write_table(tmp_path / "slow.json", slow)
     with pytest.raises(UserError, match="nothing measured is faster than the dense model"):
         budget_problem(Budget(decode_time=0.99, cost_table=table, lengths=(512,)))
-    problem = budget_problem(Budget(decode_time=1.0, cost_table=table, lengths=(512,)))
-    assert problem.byte_limits == {512: 512 * TOKEN}
+    assert allowed_bytes(Budget(decode_time=1.0, cost_table=table, lengths=(512,))) == {512: 512 * TOKEN}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +195,7 @@ def test_the_file_that_the_bench_writes_is_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     shape = make_shape(2, 4, head_dim=8)
     budget = Budget(decode_time=0.5, batch_sizes=(2,), cost_table=str(tmp_path / "bench.json"), lengths=(100,))
-    step = budget.step_time(shape, torch.float32.itemsize, (), 0)
+    step = step_time(budget, Dense(shape, torch.float32.itemsize), (100,))
     rows = json.loads((tmp_path / "bench.json").read_text())["model_rows"]
     assert len(rows) == 2 and step.rest[2] in [row["without_attention"]["median"] for row in rows]
     assert step.plan[2].bytes.tolist() == sorted(row["plan"]["cache_bytes"] for row in rows)

@@ -6,29 +6,26 @@ import numpy as np
 import pytest
 
 from compress.errors import UserError
+from compress.registry import solvers
 from compress.runtime.span import FULL, LengthSpan, Span
-from compress.search.checks import parse_solver
-from compress.search.choice.options import Objective, build_candidates
-from compress.search.problem import SearchProblem
+from compress.search.choice.options import Objective, window_options
+from compress.search.problem import Problem
 from compress.targets.window import SpanGrid
-from tests.search.synthetic import ITEMSIZE, FakeProfile, influence_table, make_shape, random_problem
+from tests.search.synthetic import held_bytes, influence_table, limits_of, make_shape, problem_of, random_problem
 from tests.search.test_solvers import PROBLEMS, allocated
-from tests.tiny import spans_of
 
 SIGNED = SpanGrid(sinks=(0, 70), betas=(0.0, 0.25, 0.5, 1.0), alpha_min=-192)
 
 
-def only_fixed(problem: SearchProblem) -> SearchProblem:
+def only_fixed(problem: Problem) -> Problem:
     """The same problem where the grid has nothing but fixed windows above 0, and the tables no other column."""
     grid = problem.grid.fixed()
     first = (grid.alpha_min - problem.grid.alpha_min) // 64
     tables = {
-        f"influence.absolute.{length}": problem.tensor(f"influence.absolute.{length}")[:, :, :, :1, first:]
+        f"influence.absolute.{length}": problem.profile.tensor(f"influence.absolute.{length}")[:, :, :, :1, first:]
         for length in problem.lengths
     }
-    return SearchProblem(
-        problem.shape, grid, problem.lengths, FakeProfile((), grid, tables).tensor, problem.limits, ITEMSIZE
-    )
+    return problem_of(problem.shape, grid, problem.lengths, tables, limits_of(problem))
 
 
 @pytest.mark.parametrize("lengths", [(512,), (320, 448), (333, 501)])
@@ -38,13 +35,14 @@ def test_losses_are_the_influence_that_the_window_hides(lengths: tuple[int, ...]
     influence = {length: np.tril(rng.random((2, 1, length, length))) for length in lengths}
     tables = {f"influence.absolute.{each}": influence_table(found, SIGNED, each) for each, found in influence.items()}
     limits = dict.fromkeys((300, 700), 10**9)
-    problem = SearchProblem(shape, SIGNED, lengths, FakeProfile(lengths, SIGNED, tables).tensor, limits, ITEMSIZE)
-    candidates = build_candidates(
+    problem = problem_of(shape, SIGNED, lengths, tables, limits)
+    options = window_options(
         problem, [Objective((("influence.absolute", 1.0),), length) for length in lengths], "length"
     )
-    assert {type(span) for each in candidates for span in each.spans} == {Span, LengthSpan}
-    for each in candidates:
-        for number, span in enumerate(each.spans):
+    spans = [[target.span() for target in each.choices] for each in options]
+    assert {type(span) for row in spans for span in row} == {Span, LengthSpan}
+    for each, row in zip(options, spans, strict=True):
+        for number, span in enumerate(row):
             assert each.costs[number].tolist() == [span.at_length(length).page_count(length) for length in (300, 700)]
             for column, length in enumerate(lengths):
                 if span.is_full:
@@ -55,7 +53,7 @@ def test_losses_are_the_influence_that_the_window_hides(lengths: tuple[int, ...]
                 window = length if window >= length else window // 64 * 64
                 t, j = np.arange(length)[:, None], np.arange(length)[None]
                 hidden = (j <= t) & (j >= span.sink) & (t - j >= window)
-                expected = influence[length][each.layer, each.group][hidden].sum()
+                expected = influence[length][each.unit.place][hidden].sum()
                 assert each.losses[number, column] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -81,48 +79,43 @@ def test_the_grid_has_what_the_paper_has() -> None:
 def test_at_one_length_growing_rules_are_fixed_windows(grid: SpanGrid, kv: float) -> None:
     problem = random_problem(kv, profiled=(512,), grid=grid)
     objective = Objective((("influence.absolute", 1.0),), 512)
-    both = [build_candidates(problem, [objective], "length")]
-    both.append(build_candidates(only_fixed(problem), [objective]))
+    both = [window_options(problem, [objective], "length")]
+    both.append(window_options(only_fixed(problem), [objective]))
     for mine, fixed in zip(*both, strict=True):
         rows = [
-            {span.at_length(512): loss[0] for span, loss in zip(group.spans, group.losses, strict=True)}
+            {target.span().at_length(512): loss[0] for target, loss in zip(group.choices, group.losses, strict=True)}
             for group in (mine, fixed)
         ]
         assert rows[0] == rows[1]
         assert len(rows[0]) > 3
-    (found,) = parse_solver({"name": "moa", "rule": "length", "gap": 0}).solve(problem)
-    (same,) = parse_solver({"name": "moa", "gap": 0}).solve(only_fixed(problem))
+    (found,) = solvers.parse({"name": "moa", "rule": "length", "gap": 0}).solve(problem)
+    (same,) = solvers.parse({"name": "moa", "gap": 0}).solve(only_fixed(problem))
     assert found.losses == pytest.approx(same.losses, rel=1e-6)
     assert found.losses["absolute.512"] > 0
-    assert any(isinstance(span, LengthSpan) for row in found.decision for span in row)
+    assert any(group.by_length for row in found.targets for group in row)
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
 def test_plans_meet_the_budget_at_every_length(case: str) -> None:
     problem = PROBLEMS[case]()
-    for plan in parse_solver({"name": "moa", "rule": "length"}).solve(problem):
-        for length, limit in problem.limits.items():
-            assert problem.kv_bytes(plan.decision)[length] == allocated(problem.shape, plan, length) <= limit
-        written = plan.to_plan(problem, {})
-        assert spans_of(written) == [
-            list(row) if native is None else [Span(0, native, 0.0)] * len(row)
-            for row, native in zip(plan.decision, problem.shape.native_windows, strict=True)
-        ]
+    for plan in solvers.parse({"name": "moa", "rule": "length"}).solve(problem):
+        for length, limit in limits_of(problem).items():
+            assert held_bytes(problem, plan.layers, length) == allocated(problem.shape, plan, length) <= limit
 
 
 def test_grids_that_price_no_fixed_window_are_refused() -> None:
     for grid in (SpanGrid(betas=(0.25, 0.5)), SpanGrid(alpha_min=-128, alpha_max=0)):
         problem = random_problem(0.9, grid=grid)
         with pytest.raises(UserError, match="no fixed windows, and rules by length are priced by them"):
-            parse_solver({"name": "moa", "rule": "length"}).solve(problem)
+            solvers.parse({"name": "moa", "rule": "length"}).solve(problem)
     tight = random_problem(0.5, grid=SIGNED)
-    tight = SearchProblem(tight.shape, SIGNED, tight.lengths, tight.tensor, {512: 100}, ITEMSIZE)
+    tight = problem_of(tight.shape, SIGNED, tight.lengths, tight.profile.tensors, {512: 100})
     with pytest.raises(UserError, match="no plan meets the budget at length 512"):
-        parse_solver({"name": "moa", "rule": "length"}).solve(tight)
+        solvers.parse({"name": "moa", "rule": "length"}).solve(tight)
 
 
 def test_the_default_is_the_rule_by_position() -> None:
     problem = random_problem(0.4)
-    default = parse_solver({"name": "moa"}).solve(problem)
-    assert default == parse_solver({"name": "moa", "rule": "position"}).solve(problem)
-    assert all(isinstance(span, Span) for plan in default for row in plan.decision for span in row)
+    default = solvers.parse({"name": "moa"}).solve(problem)
+    assert default == solvers.parse({"name": "moa", "rule": "position"}).solve(problem)
+    assert not any(group.by_length for plan in default for row in plan.targets for group in row)

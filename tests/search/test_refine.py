@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,16 +13,21 @@ from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.runtime.reference import prefill
-from compress.runtime.span import FULL, Span
+from compress.runtime.span import Span
 from compress.search.budget.budget import Budget
-from compress.search.problem import CandidatePlan, SearchProblem, positional, uniform_decision
+from compress.search.choice.options import layers_of
+from compress.search.dense import Dense
+from compress.search.problem import FULL_GROUP, Candidate, Layers, Problem
 from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import drawn, sampled_effects
-from compress.search.refine.exchange import Decision, exchange
-from compress.search.refine.refine import Loss, Refine, refine, rules_of
+from compress.search.refine.exchange import exchange
+from compress.search.refine.moves import Moves
+from compress.search.refine.refine import Loss, Refine, refine
 from compress.search.run import make_problem, run_search
+from compress.search.solvers.moa import Moa
 from compress.search.solvers.uniform import Uniform
 from compress.stages.search import NO_STEPS
+from compress.targets.window import WindowGroup
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
 from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
@@ -40,15 +46,14 @@ DOCUMENTS = [
 QUICK = Refine(minutes=5, samples=2)
 
 
-def setting(family: str = "llama-gqa", kv: float = 0.5) -> tuple[Any, SearchProblem, Decision]:
+def setting(family: str = "llama-gqa", kv: float = 0.5) -> tuple[Any, Problem, Layers]:
     """Dense model, problem and the uniform plan of the budget."""
     loaded = tiny_loaded(family)
     shape = shape_of(loaded.model)
-    problem = make_problem(shape, random_profile(shape, (320, 448)), Budget(kv=kv, lengths=(448,)), 4)
+    budget = Budget(kv=kv, lengths=(448,))
+    problem = make_problem(Dense(shape, 4, loaded.model), random_profile(shape, (320, 448)), budget, Moa())
     (uniform,) = Uniform(elastic=False).solve(problem)
-    decision = positional(uniform.decision)
-    assert decision is not None
-    return loaded, problem, decision
+    return loaded, problem, uniform.layers
 
 
 def test_divergence_is_zero_for_the_dense_model_and_below_that_of_the_whole_vocabulary(
@@ -59,7 +64,7 @@ def test_divergence_is_zero_for_the_dense_model_and_below_that_of_the_whole_voca
     divergence = Divergence(model, DOCUMENTS)
     assert all(abs(value) < 1e-5 for value in divergence.measure(model).values())
     _, problem, uniform = setting()
-    planned = planned_model(model, CandidatePlan(uniform).to_plan(problem, {}))
+    planned = planned_model(model, Candidate(uniform).to_plan(problem, {}))
     found = divergence.measure(planned)
     for number, each in enumerate(DOCUMENTS):
         tokens = torch.tensor([each.tokens])
@@ -84,7 +89,8 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
     """Against a finite difference: one group's output moved by a thousandth of the way from full to the rule's."""
     loaded, problem, _ = setting(family, 0.9)
     model, shape = loaded.model.double(), problem.shape
-    rules = [[[FULL] * shape.kv_heads, [Span(8, 20, 0.0), Span(8, 60, 0.0)]] for _ in range(shape.layers)]
+    narrow = [WindowGroup(sink=8, alpha=alpha, beta=0.0) for alpha in (20, 60)]
+    rules: Any = [[[FULL_GROUP] * shape.kv_heads, narrow] for _ in range(shape.layers)]
     divergence = Divergence(model, DOCUMENTS[:2])
     layer = next(number for number, native in enumerate(shape.native_windows) if native is None)
     effects = sampled_effects(model, shape, divergence, rules, 1, seed=3)[0]
@@ -97,11 +103,11 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
     def moved(step: float, group: int, number: int) -> float:
         def attention(call: AttentionCall) -> torch.Tensor:
             q, k, v = call.query, call.key, call.value
-            own = FULL if call.window is None else Span(0, call.window, 0.0)
+            own = Span() if call.window is None else Span(0, call.window, 0.0)
             out = prefill(q, k, v, [own] * shape.kv_heads, scale=call.scaling)
             if call.layer == layer:
                 other = [own] * shape.kv_heads
-                other[group] = rules[layer][1][group]
+                other[group] = narrow[group].span()  # type: ignore[assignment]
                 out = out + step * (prefill(q, k, v, other, scale=call.scaling) - out)
             return out
 
@@ -129,60 +135,57 @@ def test_the_quadratic_model_is_the_divergence_of_small_changes() -> None:
     """A plan that hides little, against many samples: the model's loss is the measured one to within its noise."""
     loaded, problem, uniform = setting()
     loss = Loss(loaded.model, problem, DOCUMENTS, QUICK, uniform)
-    little = tuple((Span(64, 320, 0.0), FULL) for _ in uniform)
-    rules = [[[FULL] * len(row), list(row)] for row in little]
-    effects = loss.quadratic(rules, samples=40, seed=0)
-    modelled = float(effects[..., 1].sum((1, 2)).square().sum())
+    little = problem.with_targets(lambda p: FULL_GROUP if p[1] else WindowGroup(sink=64, alpha=320, beta=0.0))
+    moves = Moves.of(problem, little)
+    effects = loss.quadratic(moves, samples=40, seed=0)
+    columns = np.cumsum([0, *(len(unit.choices) for unit in moves.units[:-1])]) + moves.options_of(little)
+    modelled = float(effects[:, columns].sum(1).square().sum())
     measured = loss.total(loss.by_task(little))
     assert modelled == pytest.approx(measured, rel=0.5)
 
 
-def cost(effects: torch.Tensor, picks: list[list[int]], believed: float) -> float:
+def cost(effects: np.ndarray, columns: np.ndarray, believed: float) -> float:
     """The model's loss of a choice, term by term."""
-    chosen = torch.stack([effects[:, i, j, pick] for i, row in enumerate(picks) for j, pick in enumerate(row)])
-    gram = (chosen @ chosen.T).double()
+    chosen = effects[:, columns]
+    gram = chosen.T @ chosen
     return float(believed * gram.sum() + (1 - believed) * gram.diagonal().sum())
 
 
 @pytest.mark.parametrize("believed", [0.0, 0.5, 1.0])
 def test_an_exchange_lowers_the_model_within_budget_and_radius(believed: float) -> None:
     _, problem, uniform = setting()
-    rules = rules_of(problem, uniform)
-    torch.manual_seed(0)
-    shape = problem.shape
-    effects = torch.randn(30, shape.layers, shape.kv_heads, len(rules[0]))
-    for i, row in enumerate(uniform):  # a rule that stands twice, as its own and as one of the windows, is one rule
-        for j, span in enumerate(row):
-            effects[:, i, j, -1] = effects[:, i, j, [each[j] for each in rules[i]].index(span)]
-    lasts = []
-    for radius in (1, 2, shape.layers * shape.kv_heads):
-        found, before, after = exchange(problem, uniform, rules, effects, radius, believed)
-        changed = sum(a != b for row in zip(uniform, found, strict=True) for a, b in zip(*row, strict=True))
-        assert problem.fits(found) and changed <= radius and after <= before
-        own, new = (
-            [[[r[g] for r in rules[i]].index(row[g]) for g in range(len(row))] for i, row in enumerate(each)]
-            for each in (uniform, found)
-        )
-        assert before == pytest.approx(cost(effects, own, believed), rel=1e-4)
-        assert after == pytest.approx(cost(effects, new, believed), rel=1e-4)
+    moves = Moves.of(problem, uniform)
+    sizes = [len(unit.choices) for unit in moves.units]
+    start = np.cumsum([0, *sizes[:-1]])
+    effects = np.random.default_rng(0).normal(size=(30, sum(sizes)))
+    for first, unit in zip(start, moves.units, strict=True):  # a rule that stands twice is one rule
+        effects[:, first + len(unit.choices) - 1] = effects[:, first + unit.choices.index(unit.choices[-1])]
+    now, lasts = moves.options_of(uniform), []
+    assert layers_of(moves.problem, moves.units, now) == uniform
+    for radius in (1, 2, len(moves.units)):
+        choice, before, after = exchange(moves.problem, moves.units, now, effects, radius, believed)
+        assert problem.fits(layers_of(moves.problem, moves.units, choice))
+        assert sum(a != b for a, b in zip(choice, now, strict=True)) <= radius and after <= before
+        assert before == pytest.approx(cost(effects, start + now, believed), rel=1e-4)
+        assert after == pytest.approx(cost(effects, start + choice, believed), rel=1e-4)
         lasts.append(after)
     assert lasts == sorted(lasts, reverse=True) and lasts[-1] < lasts[0]
 
 
 def test_an_exchange_takes_from_one_group_to_give_to_another() -> None:
     _, problem, uniform = setting()
-    rules = rules_of(problem, uniform)
-    effects = torch.zeros(1, problem.shape.layers, problem.shape.kv_heads, len(rules[0]))
-    effects[0, 0, 0, 1:] = 1.0  # the first group needs to be full; nobody else needs anything
-    found, before, after = exchange(problem, uniform, rules, effects, 4, 1.0)
-    assert found[0][0] == FULL and problem.fits(found) and before == 1 and after == 0
-    assert exchange(problem, uniform, rules, effects, 1, 1.0) == (uniform, 1.0, 1.0)  # nobody may give up pages
+    moves = Moves.of(problem, uniform)
+    effects = np.zeros((1, sum(len(unit.choices) for unit in moves.units)))
+    effects[0, 1 : len(moves.units[0].choices)] = 1.0  # the first group needs to be full; nobody else needs anything
+    now = moves.options_of(uniform)
+    choice, before, after = exchange(moves.problem, moves.units, now, effects, 4, 1.0)
+    layers = layers_of(moves.problem, moves.units, choice)
+    assert layers[0].groups[0] == FULL_GROUP and problem.fits(layers) and before == 1 and after == 0
+    assert exchange(moves.problem, moves.units, now, effects, 1, 1.0) == (now, 1.0, 1.0)  # nobody may give up pages
 
 
-def starts(problem: SearchProblem, uniform: Decision) -> dict[str, Decision]:
-    narrow = positional(uniform_decision(problem.shape, Span(64, 64, 0.0)))
-    assert narrow is not None
-    return {"narrow": narrow, "uniform": uniform}
+def starts(problem: Problem, uniform: Layers) -> dict[str, Layers]:
+    return {"narrow": problem.uniform(WindowGroup(sink=64, alpha=64, beta=0.0)), "uniform": uniform}
 
 
 def run(folder: Path, settings: Refine = QUICK, **given: Any) -> Any:
@@ -194,12 +197,12 @@ def run(folder: Path, settings: Refine = QUICK, **given: Any) -> Any:
 
 def test_refinement_lowers_the_measured_loss_within_the_budget(tmp_path: Path) -> None:
     state, problem = run(tmp_path)
-    assert state.start in ("narrow", "uniform") and problem.fits(state.spans())
+    assert state.start in ("narrow", "uniform") and problem.fits(state.layers())
     assert state.loss < state.first <= 1.0 + 1e-9
     loaded, _, uniform = setting()
     loss = Loss(loaded.model, problem, DOCUMENTS, QUICK, uniform)
     assert loss.total(loss.by_task(uniform)) == pytest.approx(1.0)
-    assert loss.total(loss.by_task(state.spans())) == pytest.approx(state.loss, rel=1e-4)
+    assert loss.total(loss.by_task(state.layers())) == pytest.approx(state.loss, rel=1e-4)
     assert all(value <= state.most[task] for task, value in state.tasks.items())
     kept = [row["loss"] for row in state.history if row.get("kept")]
     assert kept == sorted(kept, reverse=True) and kept[-1] == state.loss and state.radius < 1
@@ -209,10 +212,11 @@ def test_no_task_pays_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A measurement in which one task always gets worse keeps nothing, and makes that task count for more."""
     measured = Loss.by_task
 
-    def paying(self: Loss, decision: Decision) -> dict[str, float]:
-        found = measured(self, decision)
-        starts_ = starts(self.problem, setting()[2]).values()
-        return found if decision in starts_ else {**found, "text": 1e3, "passkey": 0.0}
+    _, problem, uniform = setting()
+
+    def paying(self: Loss, layers: Layers) -> dict[str, float]:
+        found = measured(self, layers)
+        return found if layers in starts(problem, uniform).values() else {**found, "text": 1e3, "passkey": 0.0}
 
     monkeypatch.setattr(Loss, "by_task", paying)
     state, _ = run(tmp_path, Refine(minutes=5, samples=1, weights={"text": 1e-6}))
@@ -249,7 +253,7 @@ def test_a_weight_of_no_task_is_refused(tmp_path: Path) -> None:
 
 def test_a_search_refines_and_says_so(tmp_path: Path) -> None:
     loaded = tiny_loaded("llama-gqa")
-    section = Section({"name": "moa", "points": 0}, Budget(kv=0.5, lengths=(448,)), QUICK)
+    section = Section(Moa(points=0), Budget(kv=0.5, lengths=(448,)), QUICK)
     profile = random_profile(shape_of(loaded.model), (320, 448))
     result = run_search(loaded, profile, [], section, tmp_path, refine_documents=DOCUMENTS)
     assert result.report["chosen"] == "refined" and "uniform plan's" in result.report["why"]
@@ -269,7 +273,7 @@ def test_a_refinement_says_whether_the_time_or_the_tries_ended(tmp_path: Path) -
     assert ended.step == 0 and not ended.exhausted
     # Where the model likes nothing better there is no exchange to measure, and time is left.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.search.refine.refine.exchange", lambda problem, decision, *_: (decision, 1.0, 1.0))
+        patch.setattr("compress.search.refine.refine.exchange", lambda problem, units, now, *_: (now, 1.0, 1.0))
         tried, _ = run(tmp_path / "tries", Refine(minutes=5, samples=1))
     assert tried.step == 0 and tried.exhausted and tried.seconds < 300
     assert "no exchange within the budget" in NO_STEPS[tried.exhausted] and "time ended" in NO_STEPS[ended.exhausted]

@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compress.search.choice.knapsack
-from compress.runtime.span import FULL
 from compress.search.choice.knapsack import Knapsack
-from compress.search.choice.options import GroupCandidates
+from compress.search.choice.options import HeadGroup, Options
 from compress.search.choice.pareto import pareto_front
 
 
-def random_candidates(seed: int, groups: int, rules: int, objectives: int, signed: bool) -> list[GroupCandidates]:
+def random_candidates(seed: int, groups: int, rules: int, objectives: int, signed: bool) -> list[Options]:
     """Rules that cost more the less they lose, with noise; the first is free of loss and the dearest."""
     rng = np.random.default_rng(seed)
     found = []
@@ -24,15 +23,15 @@ def random_candidates(seed: int, groups: int, rules: int, objectives: int, signe
         losses = np.sort(rng.random((rules, objectives)), axis=0) * rng.random(objectives) * 10
         losses += rng.random((rules, objectives)) - (0.8 if signed else 0)
         losses[0] = 0
-        found.append(GroupCandidates(0, group, (FULL,) * rules, losses, pages))
+        found.append(Options(HeadGroup((0, group)), (None,) * rules, losses, pages))
     return found
 
 
 def brute_force(
-    candidates: list[GroupCandidates], limits: list[int], weights: np.ndarray, upper: dict[int, float]
+    candidates: list[Options], limits: list[int], weights: np.ndarray, upper: dict[int, float]
 ) -> float | None:
     best = None
-    for choice in itertools.product(*(range(len(each.spans)) for each in candidates)):
+    for choice in itertools.product(*(range(len(each.choices)) for each in candidates)):
         pages = sum(each.costs[index] for each, index in zip(candidates, choice, strict=True))
         losses = sum(each.losses[index] for each, index in zip(candidates, choice, strict=True))
         if (pages <= limits).all() and all(losses[key] <= bound for key, bound in upper.items()):
@@ -124,7 +123,7 @@ def test_the_front_is_not_dominated_and_has_the_extremes(objectives: int, seed: 
 
 def test_objectives_that_agree_cost_no_extra_solves(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = [
-        GroupCandidates(each.layer, each.group, each.spans, np.repeat(each.losses, 2, axis=1), each.costs)
+        Options(each.unit, each.choices, np.repeat(each.losses, 2, axis=1), each.costs)
         for each in random_candidates(0, 10, 6, 1, False)
     ]
     knapsack = Knapsack(candidates, [90, 90])

@@ -1,24 +1,31 @@
 """What every registered solver of spans has to do; test_pruning.py has those that prune. A new one needs no line."""
 
 import itertools
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
-import compress.search.checks
+import compress.search.solvers
 from compress.errors import UserError
 from compress.plan import ModelShape
 from compress.registry import solvers
-from compress.runtime.span import FULL, PAGE, Span, spans_of_plan
+from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
-from compress.search.checks import parse_solver
-from compress.search.problem import CandidatePlan, Solver, solver_name
-from compress.targets.full import FullGroup
+from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.targets.window import WindowGroup
-from tests.search.synthetic import ITEMSIZE, budget_problem, make_shape, random_problem
+from tests.search.synthetic import (
+    ITEMSIZE,
+    budget_problem,
+    dense_of,
+    held_bytes,
+    limits_of,
+    make_shape,
+    problem_of,
+    random_problem,
+)
 
-assert compress.search.checks
-every_solver = pytest.mark.parametrize("name", [name for name, kind in solvers.items() if issubclass(kind, Solver)])
+assert compress.search.solvers
+every_solver = pytest.mark.parametrize("name", [name for name in solvers if solvers.parse({"name": name}).spans])
 
 PROBLEMS = {
     "half": lambda: random_problem(0.5),
@@ -38,17 +45,16 @@ PROBLEMS = {
 }
 
 
-def make(name: str) -> Solver:
-    """A solver with its defaults."""
-    return parse_solver({"name": name})
+def make(name: str, **fields: Any) -> Any:
+    """A solver, with its defaults where no field is given."""
+    return solvers.parse({"name": name, **fields})
 
 
-def allocated(shape: ModelShape, plan: CandidatePlan, length: int) -> int:
-    """Bytes of the cache by the runtime's own rule, from the plan as it would be written."""
-    layers = [{"groups": [group.model_dump() for group in row]} for row in plan.groups()]
-    spans = spans_of_plan({"layers": layers}, list(shape.native_windows))
-    pages = sum(span.at_length(length).page_count(length) for row in spans for span in row)
-    return pages * PAGE * 2 * shape.head_dim * ITEMSIZE
+def allocated(shape: ModelShape, plan: Candidate, length: int) -> int:
+    """Bytes of the cache by the runtime's own rule."""
+    groups = [(group, native) for row, native in zip(plan.targets, shape.native_windows, strict=True) for group in row]
+    spans: Any = [group.span(native) for group, native in groups]  # type: ignore[attr-defined]
+    return sum(span.at_length(length).page_count(length) for span in spans) * PAGE * 2 * shape.head_dim * ITEMSIZE
 
 
 @every_solver
@@ -58,27 +64,23 @@ def test_plans_are_whole_and_within_the_budget(name: str, case: str) -> None:
     plans = make(name).solve(problem)
     assert plans
     for plan in plans:
-        groups = plan.groups()
-        assert [len(row) for row in groups] == [problem.shape.kv_heads] * problem.shape.layers
-        for row, native in zip(groups, problem.shape.native_windows, strict=True):
-            assert all(isinstance(group, FullGroup | WindowGroup) for group in row)
+        assert [len(row) for row in plan.targets] == [problem.shape.kv_heads] * problem.shape.layers
+        for row, native in zip(plan.targets, problem.shape.native_windows, strict=True):
+            assert all(group.target in ("full", "window") for group in row)
             if native is not None:
-                assert all(group.target == "full" for group in row)
-        for length, limit in problem.byte_limits.items():
-            assert allocated(problem.shape, plan, length) <= limit
-            assert problem.kv_bytes(plan.decision)[length] == allocated(problem.shape, plan, length)
+                assert all(group == FULL_GROUP for group in row)
         written = plan.to_plan(problem, {})
-        assert written.predicted.kv_bytes.keys() == {*problem.budget_lengths, *problem.lengths}
-        for length, limit in problem.key_limits.items():
-            seen = written.cost(length).keys
-            assert round(seen) <= limit
+        assert written.predicted.of("kv").keys() == {*problem.budget_lengths, *problem.lengths}
+        for limit, spent in zip(problem.rows, problem.total(plan.layers), strict=True):
+            cost = written.cost(limit.length, ITEMSIZE)
+            assert cost.held_bytes == allocated(problem.shape, plan, limit.length)
+            assert limit.amount(int(spent)) == limit.amount(limit.cost(cost)) <= limit.limit
         times = written.provenance.get("decode_time", {"rows": []})["rows"]
+        timed = [row for row in problem.rows if row.kind == "decode_time"]
         assert [(row["length"], row["batch"]) for row in times] == [
-            (length, batch)
-            for length in (problem.times.limits if problem.times else ())
-            for batch in (problem.times.batch_sizes if problem.times else ())
+            (row.length, batch) for row in timed for batch in row.batches
         ]
-        assert all(row["share"] <= problem.times.share + 1e-12 for row in times if problem.times)
+        assert all(row["share"] <= timed[0].most_time + 1e-12 for row in times)
         assert all(loss == loss for loss in plan.losses.values())
         assert plan.gap is None or plan.gap >= 0
 
@@ -95,7 +97,7 @@ def test_the_dense_budget_loses_nothing(name: str, lengths: tuple[int, ...]) -> 
     best = min(make(name).solve(problem), key=lambda plan: sum(plan.losses.values()))
     assert all(loss == pytest.approx(0, abs=1e-9) for loss in best.losses.values())
     if not best.losses:
-        assert all(span == FULL for row in best.decision for span in row)
+        assert best.layers == problem.start
 
 
 @every_solver
@@ -103,7 +105,7 @@ def test_the_dense_budget_loses_nothing(name: str, lengths: tuple[int, ...]) -> 
 def test_a_share_of_one_of_another_kind_loses_nothing(name: str, kind: str) -> None:
     problem = budget_problem(Budget(**{kind: 1.0}), profiled=(320, 450))
     plans = make(name).solve(problem)
-    assert any(all(span == FULL for row in plan.decision for span in row) for plan in plans) or any(
+    assert any(plan.layers == problem.start for plan in plans) or any(
         plan.losses and max(plan.losses.values()) == pytest.approx(0, abs=1e-9) for plan in plans
     )
 
@@ -111,7 +113,7 @@ def test_a_share_of_one_of_another_kind_loses_nothing(name: str, kind: str) -> N
 @every_solver
 def test_a_model_that_slides_everywhere_is_left_alone(name: str) -> None:
     problem = random_problem(1.0, shape=make_shape(2, 2, (100, 100)))
-    assert [plan.decision for plan in make(name).solve(problem)] == [((FULL, FULL), (FULL, FULL))]
+    assert [plan.layers for plan in make(name).solve(problem)] == [problem.start]
 
 
 @every_solver
@@ -126,11 +128,12 @@ def test_no_plan_is_dominated(name: str) -> None:
 @every_solver
 def test_an_impossible_budget_is_an_error(name: str) -> None:
     problem = random_problem(0.5)
-    tight = replace(problem, limits={512: 100})
+    grid, profile = problem.grid, problem.profile
     with pytest.raises(UserError, match=r"budget"):
-        make(name).solve(tight)
+        make(name).solve(problem_of(problem.shape, grid, problem.lengths, profile.tensors, {512: 100}))
+    dense = dense_of(problem.shape)
     with pytest.raises(UserError, match=r"budget"):
-        make(name).solve(replace(problem, key_limits={512: 100}))
+        make(name).solve(Problem(dense, profile, Budget(density={512: 0.03}).rows(dense, ())))
 
 
 @every_solver
@@ -138,7 +141,7 @@ def test_parameters_are_described(name: str) -> None:
     for field in solvers[name].model_fields.values():
         assert field.description
     assert solvers[name].__doc__
-    assert solver_name(make(name)) == name
+    assert make(name).registered == name
 
 
 @pytest.mark.parametrize("name", ["uniform", "streaming"])
@@ -146,65 +149,53 @@ def test_parameters_are_described(name: str) -> None:
 def test_a_uniform_window_is_as_large_as_the_budget_allows(name: str, case: str) -> None:
     problem = PROBLEMS[case]()
     (plan,) = make(name).solve(problem)
-    span = next(
-        row[0] for row, native in zip(plan.decision, problem.shape.native_windows, strict=True) if native is None
-    )
-    assert span.sink == {"uniform": 64, "streaming": 4}[name]
-    larger = Span(span.sink, span.alpha + PAGE, span.beta)
-    decision = tuple(
-        (larger if native is None else FULL,) * problem.shape.kv_heads for native in problem.shape.native_windows
-    )
-    assert not problem.fits(decision)
+    layer, group = problem.free[0]
+    window = plan.layers[layer].groups[group]
+    assert window.sink == {"uniform": 64, "streaming": 4}[name]
+    larger = window.model_copy(update={"alpha": window.alpha + PAGE})
+    assert plan.layers == problem.uniform(window) and not problem.fits(problem.uniform(larger))
 
 
 def test_uniform_uses_the_budget_at_every_length() -> None:
     problem = random_problem(0.5, lengths=(1024, 2048))
     (plan,) = make("uniform").solve(problem)
-    for length, size in problem.kv_bytes(plan.decision).items():
+    for length in (1024, 2048):
+        size = held_bytes(problem, plan.layers, length)
         # A larger window at 2048 would need a negative alpha to stay within the budget at 1024.
-        assert problem.limits[length] * 15 // 16 <= size <= problem.limits[length]
-    (fixed,) = parse_solver({"name": "uniform", "elastic": False}).solve(problem)
-    assert fixed.decision[0][0] == Span(64, 448, 0.0)
+        assert limits_of(problem)[length] * 15 // 16 <= size <= limits_of(problem)[length]
+    (fixed,) = make("uniform", elastic=False).solve(problem)
+    assert fixed.targets[0][0] == WindowGroup(sink=64, alpha=448, beta=0.0)
     (longest,) = make("uniform").solve(problem.only([2048]))
-    assert longest.decision[0][0] == Span(64, 960, 0.0)
+    assert longest.targets[0][0] == WindowGroup(sink=64, alpha=960, beta=0.0)
     (streaming,) = make("streaming").solve(problem.only([2048]))
-    assert streaming.decision[0][0] == Span(4, 960, 0.0)
-
-
-def test_parse_solver_says_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="did you mean `uniform`"):
-        parse_solver({"name": "unifrm"})
-    with pytest.raises(UserError, match="no name"):
-        parse_solver({"points": 3})
-    solver = make("moa")
-    assert parse_solver(solver) is solver
+    assert streaming.targets[0][0] == WindowGroup(sink=4, alpha=960, beta=0.0)
 
 
 def test_heads_of_the_highest_score_are_full() -> None:
     problem = random_problem(0.75, shape=make_shape(6, 3), profiled=(512, 1024), lengths=(1024,))
-    (plan,) = parse_solver({"name": "heads", "window": 128}).solve(problem)
-    full = {(i, j) for i, row in enumerate(plan.decision) for j, span in enumerate(row) if span == FULL}
-    score = (problem.tensor("retrieval.512") + problem.tensor("retrieval.1024")).double()
+    (plan,) = make("heads", window=128).solve(problem)
+    full = {(i, j) for i, row in enumerate(plan.targets) for j, span in enumerate(row) if span == FULL_GROUP}
+    score = (problem.profile.tensor("retrieval.512") + problem.profile.tensor("retrieval.1024")).double()
     ranked = sorted(((i, j) for i in range(6) for j in range(3)), key=lambda place: -float(score[place]))
     assert 0 < len(full) < 18 and full == set(ranked[: len(full)])
     assert f"{len(full)} of 18 groups full by retrieval" in plan.note
-    windows = {span for row in plan.decision for span in row if span != FULL}
+    windows = {span for row in plan.targets for span in row if span != FULL_GROUP}
     (window,) = windows
-    wider = Span(window.sink, window.alpha + PAGE, 0.0)
-    assert not problem.fits(tuple(tuple(wider if span == window else span for span in row) for row in plan.decision))
-    (capped,) = parse_solver({"name": "heads", "window": 128, "most_per_layer": 1}).solve(problem)
-    assert max(sum(span == FULL for span in row) for row in capped.decision) == 1
+    wider = window.model_copy(update={"alpha": window.alpha + PAGE})
+    assert not problem.fits(problem.with_targets(lambda place: FULL_GROUP if place in full else wider))
+    (capped,) = make("heads", window=128, most_per_layer=1).solve(problem)
+    assert max(sum(span == FULL_GROUP for span in row) for row in capped.targets) == 1
     with pytest.raises(UserError, match="no `peak`"):
-        parse_solver({"name": "heads", "score": "peak"}).solve(problem)
+        make("heads", score="peak").solve(problem)
 
 
 @pytest.mark.parametrize("order", ["score", "first", "last", "spread"])
 def test_layers_are_wholly_full_or_one_window(order: str) -> None:
     problem = random_problem(0.6, shape=make_shape(8, 2), profiled=(512, 1024), lengths=(1024,))
-    (plan,) = parse_solver({"name": "layers", "order": order, "window": 128}).solve(problem)
-    assert all(len(set(row)) == 1 for row in plan.decision)
-    full = [layer for layer, row in enumerate(plan.decision) if row[0] == FULL]
-    assert 0 < len(full) < 8 and len({row[0] for row in plan.decision}) == 2
+    (plan,) = make("layers", order=order, window=128).solve(problem)
+    assert all(len(set(row)) == 1 for row in plan.targets)
+    full = [layer for layer, row in enumerate(plan.targets) if row[0] == FULL_GROUP]
+    assert 0 < len(full) < 8 and len({row[0] for row in plan.targets}) == 2
     if order == "first":
         assert full == list(range(len(full)))
     if order == "last":
@@ -212,5 +203,5 @@ def test_layers_are_wholly_full_or_one_window(order: str) -> None:
     if order == "spread":
         assert max(later - earlier for earlier, later in itertools.pairwise(full)) <= -(-8 // len(full)) + 1
     if order == "score":
-        score = (problem.tensor("retrieval.512") + problem.tensor("retrieval.1024")).double().mean(1)
+        score = (problem.profile.tensor("retrieval.512") + problem.profile.tensor("retrieval.1024")).double().mean(1)
         assert full == sorted(score.argsort(descending=True)[: len(full)].tolist())

@@ -12,8 +12,9 @@ from compress.bench.file import MOST_TOKENS
 from compress.data.text import TextSource
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import STANDARD_ERRORS, Cell
+from compress.evaluate.logits import logits_in_slices
 from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
-from compress.evaluate.measures.perplexity import SLICE, check_windows
+from compress.evaluate.measures.perplexity import check_windows
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.registry import measures
@@ -102,7 +103,7 @@ class Agreement(Measure):
         shares = []
         device = next(subject.dense.parameters()).device
         for number in range(self.windows):
-            window = torch.tensor([ids[number * self.length : (number + 1) * self.length]], device=device)
+            window = torch.tensor(ids[number * self.length : (number + 1) * self.length], device=device)
             same = _choices(subject.model, window) == _choices(subject.dense, window)
             shares.append(float(same.double().mean()))
             step(number + 1, self.windows)
@@ -110,11 +111,9 @@ class Agreement(Measure):
 
 
 def _choices(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """The most likely next token at every position of a window `[1, N]`, as `[N]` on the CPU."""
-    hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state[0]
-    head, parts = model.get_output_embeddings(), []
-    for start in range(0, len(hidden), SLICE):
-        logits = head(hidden[start : start + SLICE])
+    """The most likely next token at every position of a window `[N]`, as `[N]` on the CPU."""
+    parts = []
+    for _, logits in logits_in_slices(model, window, range(len(window))):
         if not bool(torch.isfinite(logits).all()):
             raise NotFiniteError("the model's logits are not finite")
         parts.append(logits.argmax(dim=-1).cpu())

@@ -53,9 +53,9 @@ class LatencyResult(Result):
         ]
         cells = []
         for label, unit, name, table in rows:
-            own, dense = getattr(self.own, name), getattr(self.dense, name)
-            if own is not None and dense is not None:
-                cells.append(Cell(label, unit, own, "lower", length=self.length, dense=dense, table=table))
+            mine, theirs = getattr(self.own, name), getattr(self.dense, name)
+            if mine is not None and theirs is not None:
+                cells.append(Cell(label, unit, mine, "lower", length=self.length, dense=theirs, table=table))
         return cells
 
     def words(self) -> str:

@@ -107,12 +107,12 @@ class LmEval(Measure):
 
     def _job(self, name: str, length: int | None, seed: int, text: str) -> Job:
         label = name if length is None else f"{name} at {length}"
-        own: dict[str, Any] = {"limit": self.limit, "batch_size": self.batch_size}
+        settings: dict[str, Any] = {"limit": self.limit, "batch_size": self.batch_size}
         if length is None:
-            own["include"] = [(str(path), file_key(path)) for path in self.files()]
+            settings["include"] = [(str(path), file_key(path)) for path in self.files()]
         else:
-            own = {"count": self.count, "batch_size": self.batch_size, "text": text_key(text)}
-        facts = ["task", name, length, own, seed if length is not None else None, version("lm_eval")]
+            settings = {"count": self.count, "batch_size": self.batch_size, "text": text_key(text)}
+        facts = ["task", name, length, settings, seed if length is not None else None, version("lm_eval")]
         return Job(label, facts, 1, partial(self._measured, name, length, seed, text))
 
     def _measured(self, name: str, length: int | None, seed: int, text: str, subject: Subject, step: Step) -> Result:

@@ -15,12 +15,12 @@ from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, Source, TextSource
 from compress.errors import NotFiniteError, UserError
 from compress.evaluate.cell import Cell, Part
+from compress.evaluate.logits import logits_in_slices
 from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.registry import measures
 
-SLICE = 256  # rows of logits in memory at once
 FIRST_EDGE = 256
 
 
@@ -258,11 +258,8 @@ def perplexity(
 
 def _losses(model: Any, tokens: torch.Tensor, first: int) -> torch.Tensor:
     """-ln p of tokens[first:] given all tokens before each, float64 `[N - first]` on the CPU."""
-    hidden = model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    head = model.get_output_embeddings()
     parts = []
-    for start in range(first - 1, len(tokens) - 1, SLICE):
-        end = min(start + SLICE, len(tokens) - 1)
-        logits = head(hidden[start:end]).float()
-        parts.append(torch.nn.functional.cross_entropy(logits, tokens[start + 1 : end + 1], reduction="none").cpu())
+    for part, logits in logits_in_slices(model, tokens, range(first - 1, len(tokens) - 1)):
+        targets = tokens[part.start + 1 : part.stop + 1]
+        parts.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu())
     return torch.cat(parts).double()

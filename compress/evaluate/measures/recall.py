@@ -21,6 +21,7 @@ from compress.models.cache_bytes import cache_bytes
 from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
 
+Tasks = tuple[Annotated[Task, tasks], ...]
 DEPTHS = tuple(number / 5 for number in range(6))
 
 
@@ -118,12 +119,12 @@ class Recall(Measure):
     result: ClassVar[type[Result]] = RecallResult
     one_tokenizer: ClassVar[bool] = True
 
-    tasks: tuple[Annotated[Task, tasks], ...]
+    tasks: Tasks = Field(description="recall tasks, one entry per task and length")
 
     @classmethod
     def key(cls) -> tuple[Any, Any]:
         """A list of tasks."""
-        return tuple[Annotated[Task, tasks], ...], Field((), description="recall tasks, one entry per task and length")
+        return Tasks, Field((), description="recall tasks, one entry per task and length")
 
     @classmethod
     def of(cls, value: Any) -> list[Measure]:

@@ -20,12 +20,12 @@ POWER = 0.01
 @lru_cache(maxsize=8)
 def _single(tokenizer: Any) -> tuple[str, ...]:
     """Words of four letters or more that the tokenizer writes as one token behind a space."""
-    found = []
+    words = []
     for token in range(len(tokenizer)):
         word = tokenizer.decode([token])
         if word[:1] == " " and len(word) > 4 and word[1:].isascii() and word[1:].isalpha() and word[1:].islower():
-            found.append(word[1:])
-    return tuple(sorted(set(found)))
+            words.append(word[1:])
+    return tuple(sorted(set(words)))
 
 
 @register("mqar", 4, words_in_order, "after MQAR, Zoology, arXiv 2312.04927")

@@ -48,12 +48,12 @@ def topics(room: Room, rng: random.Random) -> Item:
     rng.shuffle(known)
     offset = rng.randrange(len(room.sentences))
     talk = room.sentences[offset:] + room.sentences[:offset]
-    each = 8  # sentences of an answer
+    sentences = 8  # sentences of an answer
 
     def build(n: int) -> str:
         record = " ".join(
             f"USER: I would like to discuss the topic of {known[i]}. ASSISTANT: Sure! "
-            + " ".join(talk[(i * each + k) % len(talk)] for k in range(each))
+            + " ".join(talk[(i * sentences + k) % len(talk)] for k in range(sentences))
             for i in range(n + 1)
         )
         return TOPICS.format(count=n + 1, record=record)

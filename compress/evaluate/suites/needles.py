@@ -74,7 +74,7 @@ def _maker(task: Needles) -> Callable[[Room, random.Random], Item]:
             if key not in keys:
                 keys.append(key)
         values = [[draw(task.value, rng) for _ in range(task.values)] for _ in keys]
-        pairs = [(key, value) for key, own in zip(keys, values, strict=True) for value in own]
+        pairs = [(key, value) for key, answers_of_key in zip(keys, values, strict=True) for value in answers_of_key]
         depths = [rng.random() for _ in pairs]
         needles = [
             (depth, SENTENCE.format(kind=task.value, key=key, value=value))
@@ -103,7 +103,7 @@ def _maker(task: Needles) -> Callable[[Room, random.Random], Item]:
             return form.format(kind=kind, asked=asked, context=spread(parts(n), needles, glue))
 
         most = len(room.sentences) if task.haystack == "text" else room.tokens
-        answers = tuple(value for own in values[: task.queries] for value in own)
+        answers = tuple(value for answers_of_key in values[: task.queries] for value in answers_of_key)
         return Item(build(room.largest(build, most)), answers, depths[0] if len(answers) == 1 else None)
 
     return make

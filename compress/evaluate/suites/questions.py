@@ -73,7 +73,7 @@ def questions(room: Room, rng: random.Random) -> Item:
             others.append(passage(rng)[0])
         place = round(depth * n)
         documents = [*others[:place], text, *others[place:n]]
-        context = "\n\n".join(f"Document {number}:\n{each}" for number, each in enumerate(documents, 1))
+        context = "\n\n".join(f"Document {number}:\n{document}" for number, document in enumerate(documents, 1))
         return PROMPT.format(context=context, question=question)
 
     return Item(build(room.largest(build, room.tokens)), (answer,), depth)

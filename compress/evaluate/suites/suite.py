@@ -61,7 +61,7 @@ class Room:
         if high == most and self.size(build(most)) <= self.tokens:
             if self.size(build(most)) < 0.9 * self.tokens:
                 raise UserError(
-                    "there is too little material to fill the length",
+                    "the text is too short to fill the length",
                     where=self.name,
                     expected=f"at least {self.tokens} tokens",
                     found=f"{self.size(build(most))} tokens",
@@ -89,20 +89,20 @@ def any_of(written: str, answers: Sequence[str]) -> float:
 
 def last_number(written: str, answers: Sequence[str]) -> float:
     """1 when the last whole number written is the answer (LongEval lines)."""
-    found = re.findall(r"\d+", written)
-    return float(bool(found) and found[-1] == answers[0])
+    numbers = re.findall(r"\d+", written)
+    return float(bool(numbers) and numbers[-1] == answers[0])
 
 
 def first_number(written: str, answers: Sequence[str]) -> float:
     """1 when the first whole number written is the answer."""
-    found = re.search(r"\d+", written)
-    return float(found is not None and found.group() == answers[0])
+    number = re.search(r"\d+", written)
+    return float(number is not None and number.group() == answers[0])
 
 
 def words_in_order(written: str, answers: Sequence[str]) -> float:
     """Share of the answers that are written in their places, one word each."""
-    found = written.split()
-    return sum(word == answer for word, answer in zip(found, answers, strict=False)) / len(answers)
+    words = written.split()
+    return sum(word == answer for word, answer in zip(words, answers, strict=False)) / len(answers)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ def sentences_of(text: str) -> list[str]:
 
 def spread(parts: Sequence[str], inserted: Sequence[tuple[float, str]], glue: str = " ") -> str:
     """`parts` with sentences inserted at depths between 0 and 1, all joined by `glue`."""
-    found, done = [], 0
+    pieces, done = [], 0
     for depth, sentence in sorted(inserted, key=lambda pair: pair[0]):
         place = round(depth * len(parts))
-        found += [*parts[done:place], sentence]
+        pieces += [*parts[done:place], sentence]
         done = place
-    return glue.join([*found, *parts[done:]])
+    return glue.join([*pieces, *parts[done:]])

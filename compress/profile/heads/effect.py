@@ -11,41 +11,84 @@ priced in the same unit, and may be weighed against each other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import Field, ValidationError, model_validator
 
+from compress import registry
+from compress.errors import UserError
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.statistic import Item, Result, Results, Subject, Sums
-from compress.registry import statistics
+from compress.registry import statistics, targets
 from compress.runtime.mixer import LayerFacts
-from compress.targets.target import Target, parse_target
+from compress.targets.target import Target
+from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
+
+
+MOST = 1024  # targets at once: each is a pass over the attention of every sample
 
 
 @statistics.register("effect")
 class Effect(HeadStatistic):
     """Loss that each of some targets costs each head group, to first order (needs a backward pass)."""
 
-    targets: tuple[Annotated[SerializeAsAny[Target], BeforeValidator(parse_target)], ...] = Field(
-        min_length=1,
+    targets: tuple[Annotated[Target, registry.targets], ...] = Field(
+        (),
         max_length=ENTRIES,
         description="the targets, as a plan has them, for instance `{target: window, sink: 64, alpha: 256, beta: 0}` "
         "or `{target: pruned}`",
+    )
+    options: dict[str, dict[str, Any] | None] = Field(
+        {},
+        description="besides them all options of a target, by its name, with the fields of its grid or null for its "
+        "defaults, for instance `{window: {sinks: [64], betas: [0], alpha_max: 1024}}`",
     )
 
     needs_gradient: ClassVar[bool] = True
     tiled: ClassVar[bool] = False
     unit: ClassVar[str] = "change of the mean answer cross-entropy, nats"
     gives: ClassVar[Mapping[str, str]] = {"effect.absolute": "targets", "effect.signed": "targets"}
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if not self.targets and not self.options:
+            raise ValueError("expected one or more `targets` or `options`")
+        for name, grid in self.options.items():
+            if name not in targets:
+                raise ValueError(f"options: unknown target {name!r}, expected one of {', '.join(targets)}")
+            _grid(name, grid)
+        return self
+
+    def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
+        """With the options as targets, those of a layer that does not slide by itself.
+
+        Raises:
+            UserError: they are too many.
+        """
+        unit = Unit(shape.group_size, shape.head_dim)
+        every = list(self.targets)
+        for name, grid in self.options.items():
+            every += targets[name].options(unit, lengths, _grid(name, grid))
+        chosen = tuple(target for target in dict.fromkeys(every) if target.removes or not target.as_built)
+        if len(chosen) > MOST:
+            raise UserError(
+                "too many targets to price",
+                where="profile.statistics.effect.options",
+                expected=f"at most {MOST}",
+                found=f"{len(chosen)}",
+                fix="give the grids fewer values, or larger steps",
+            )
+        return self.model_copy(update={"targets": chosen, "options": {}})
 
     def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
         """`absolute` and `signed`, (layer, group) for every target; 0 in layers that slide by themselves, where a
@@ -89,3 +132,21 @@ class Effect(HeadStatistic):
             key.to(target): Result(values[..., number].clone(), ("layer", "group"), table.unit)
             for number, target in enumerate(self.targets)
         }
+
+
+def _grid(name: str, fields: dict[str, Any] | None) -> Any:
+    """What a target's `options` take, from the fields that a recipe gives; None takes the target's defaults.
+
+    Raises:
+        ValueError: the target has no grid, or the fields are not those of it.
+    """
+    if fields is None:
+        return None
+    kind = targets[name].grid
+    if kind is None:
+        raise ValueError(f"options: `{name}` has no grid to choose from; write null")
+    try:
+        return kind.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        places = ((".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False))
+        raise ValueError("; ".join(f"options.{name}.{place}: {message}" for place, message in places)) from None

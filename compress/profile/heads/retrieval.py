@@ -43,7 +43,7 @@ class Retrieval(HeadStatistic):
         """(layer, group), and what each rule is expected to hide of it, `lost` (layer, group, sink, beta, alpha): means
         over answer rows, query heads and samples with evidence.
 
-        The rows are answer_start - 1 to answer_end - 2, those whose logits predict the answer tokens. A length
+        The rows are `Sample.rows`, of text those whose logits predict the answer tokens. A length
         none of whose samples has evidence gives no tensor.
         """
         return {"": Table(self.unit), "lost": rule_table(self.grid, length, self.unit)}
@@ -57,13 +57,12 @@ class Retrieval(HeadStatistic):
         sample = item.sample
         if not sample.evidence:
             return
-        answer_start, answer_end = sample.answer
-        first = max(answer_start - 1, tile.row_start)
-        end = min(answer_end - 1, tile.row_end)
+        first_answer, end_answer = sample.rows
+        first, end = max(first_answer, tile.row_start), min(end_answer, tile.row_end)
         if first >= end:
             return
         rows = slice(first - tile.row_start, end - tile.row_start)
-        weight = 1 / ((answer_end - answer_start) * tile.attention.shape[1])
+        weight = 1 / ((end_answer - first_answer) * tile.attention.shape[1])
         mass = torch.zeros(tile.attention.shape[0], end - first, dtype=torch.float64, device=tile.attention.device)
         for start, stop in sample.evidence:
             columns = slice(int(tile.column(start)), int(tile.column(stop)))

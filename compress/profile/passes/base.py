@@ -12,9 +12,9 @@ from compress.profile.processes import Processes
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
 
 if TYPE_CHECKING:
-    from compress.data.sample import TextSample
+    from compress.data.sample import Sample
 
-Samples = Mapping[int, Sequence["TextSample"]]
+Samples = Mapping[int, Sequence["Sample"]]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs a document through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
+"""Runs a sample through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
 
 The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same with
 SDPA and keeps what statistics need. With gradients the layers arrive in backward order, inside the backward pass: a
@@ -19,15 +19,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from compress.errors import UserError
-from compress.models.backward import loss_scale, recomputed
-from compress.models.replaced import AttentionCall, answer_rows, replaced_attention, tapped
+from compress.models.backward import differentiable, loss_scale, recomputed
+from compress.models.replaced import AttentionCall, replaced_attention, tapped
 from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
-    from compress.data.sample import TextSample
+    from compress.data.sample import Sample
 
 NAME = "compress_profile"
 
@@ -35,17 +34,17 @@ Consume = Callable[[LayerTensors], None]
 
 
 class Capture:
-    """Context manager in which `run` passes documents through a model.
+    """Context manager in which `run` passes samples through a model.
 
     While it is open the model is in eval mode, its weights need no gradient and its attention is the one described
     above; on leaving, also by an exception, all of that is as it was. One capture can be open at a time.
 
     Args:
-        model: a causal language model of a supported family.
-        consume: called once per layer and document.
+        model: of a supported family.
+        consume: called once per layer and sample.
         gradient: run a backward pass and give `output_gradient`.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations; None
-            decides per document from an estimate and the free memory. The numbers are the same.
+            decides per sample from an estimate and the free memory. The numbers are the same.
     """
 
     def __init__(self, model: Any, consume: Consume, *, gradient: bool, checkpointing: bool | None = None) -> None:
@@ -58,6 +57,8 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._undo.enter_context(replaced_attention(self.model, NAME, self._attention))
+        if self.gradient:
+            self._undo.enter_context(differentiable(self.model))
         return self
 
     def __exit__(
@@ -65,29 +66,24 @@ class Capture:
     ) -> None:
         self._undo.close()
 
-    def run(self, sample: TextSample) -> float | None:
+    def run(self, sample: Sample) -> float | None:
         """Pass one sample through the model.
 
         Returns:
-            The loss in nats per answer token, None without a backward pass.
+            The mean loss in nats, None without a backward pass.
 
         Raises:
             UserError: attention outputs or gradients that are not finite; names the layer.
         """
         weight = self.model.get_input_embeddings().weight
-        tokens = torch.tensor([sample.tokens], device=weight.device)
-        start, end = sample.answer
         if not self.gradient:
             with torch.no_grad():
-                last = torch.tensor([end - 1], device=tokens.device)
-                self.model(input_ids=tokens, logits_to_keep=last, use_cache=False)
+                self.model.base_model(**sample.body(weight.device))
             return None
         self._scale = loss_scale(weight.dtype)
         with torch.enable_grad(), recomputed(self.model, sample.length, chosen=self.checkpointing):
-            embeddings = self.model.get_input_embeddings()(tokens).detach().requires_grad_()
-            rows = answer_rows(sample.answer, tokens.device)
-            logits = self.model(inputs_embeds=embeddings, logits_to_keep=rows, use_cache=False).logits[0]
-            loss = functional.cross_entropy(logits.float(), tokens[0, start:end])
+            total, count = sample.loss(self.model(**sample.inputs(weight.device)))
+            loss = total / count
             (loss * self._scale).backward()
         return float(loss.detach())
 

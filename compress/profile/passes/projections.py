@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from compress.models.backward import loss_scale, recomputed
 from compress.models.families import check_reading
-from compress.models.replaced import answer_rows, frozen
+from compress.models.replaced import frozen
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
 from compress.profile.passes.samples import Read, SamplePass
@@ -72,20 +71,18 @@ class _Reader:
 
     def read(self, item: Item, sheet: Sheet) -> None:
         """See `samples.Read`."""
-        self.sheet = sheet
-        sample = item.sample
-        weight = self.subject.model.get_input_embeddings().weight
-        tokens = torch.tensor([sample.tokens], device=weight.device)
+        self.sheet, sample, model = sheet, item.sample, self.subject.model
+        weight = model.get_input_embeddings().weight
         if not self.gradient:
-            last = torch.tensor([sample.length - 1], device=tokens.device)
-            with torch.no_grad():
-                self._logits(tokens, last)
+            with torch.no_grad(), self._taking():
+                model.base_model(**sample.body(weight.device))
             return
         scale = loss_scale(weight.dtype)
         self._drop_gradients()
-        with torch.enable_grad(), recomputed(self.subject.model, sample.length, chosen=self.checkpointing):
-            logits = self._logits(tokens, answer_rows(sample.answer, tokens.device))
-            loss = functional.cross_entropy(logits.float(), tokens[0, slice(*sample.answer)], reduction="sum")
+        with torch.enable_grad(), recomputed(model, sample.length, chosen=self.checkpointing):
+            with self._taking():
+                output = model(**sample.inputs(weight.device))
+            loss, _ = sample.loss(output)
             (loss * scale).backward()
         for layer in self.subject.units:
             for name, module in layer.projections.items():
@@ -96,14 +93,14 @@ class _Reader:
                     if statistic.needs_gradient:
                         statistic.add_gradient(sums[layer.index], name, gradient)
 
-    def _logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`[rows, vocabulary]`; what the projections read is only taken meanwhile, and not when recomputed."""
+    @contextmanager
+    def _taking(self) -> Iterator[None]:
+        """What the projections read is only taken meanwhile, and not where a layer is computed again."""
         self._forward = True
         try:
-            logits: torch.Tensor = self.subject.model(input_ids=tokens, logits_to_keep=rows, use_cache=False).logits[0]
+            yield
         finally:
             self._forward = False
-        return logits
 
     def _hook(self, layer: LayerUnits, kind: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

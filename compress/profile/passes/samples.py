@@ -84,10 +84,9 @@ class SamplePass(Pass):
 
 def queue_of(*corpora: Samples) -> list[Item]:
     """All samples, corpus after corpus, by length."""
+    behind = ("", ", second corpus")
     return [
-        Item(
-            sample, length, corpus, f"document {number + 1} of {length} tokens" + (", second corpus" if corpus else "")
-        )
+        Item(sample, length, corpus, f"{sample.noun} {number + 1} of {length} {sample.unit}{behind[corpus]}")
         for corpus, samples in enumerate(corpora)
         for length in sorted(samples)
         for number, sample in enumerate(samples[length])

@@ -89,7 +89,7 @@ class UnitStatistic(SummedStatistic):
 
     def count(self, item: Item) -> Mapping[str, int]:
         """Tokens and answer tokens."""
-        start, end = item.sample.answer
+        start, end = item.sample.rows
         return {"tokens": item.sample.length, "answers": end - start}
 
     def bad_place(self, place: int, name: str, total: torch.Tensor) -> tuple[str, int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -60,7 +60,8 @@ class StepTime:
 
     * a table (`measured`): times of the whole model as `compress bench` measured them, plan and dense apart;
     * a roofline (`roofline`): the weights' bytes and the KV bytes over one bandwidth. Shares of the dense time then do
-      not depend on the bandwidth, which only turns them into milliseconds.
+      not depend on the bandwidth, which only turns them into milliseconds, and a plan gains by the weights that it
+      removes.
 
     Attributes:
         rest: time of everything but attention, by batch size.
@@ -68,6 +69,7 @@ class StepTime:
             searched model's dtype.
         unit_ms: milliseconds of one unit of these times.
         source: where the figures are from, in words.
+        weights_count: whether a removed byte of weights saves the time of a byte; a table measured no such model.
     """
 
     rest: Mapping[int, float]
@@ -75,13 +77,15 @@ class StepTime:
     dense: Mapping[int, Curve]
     unit_ms: float
     source: str
+    weights_count: bool = False
 
-    def planned(self, size: int, batch: int) -> float:
-        """Time of a plan that holds `size` KV bytes for one sequence."""
-        return self.rest[batch] + self.plan[batch].time(size * batch)
+    def planned(self, size: int, batch: int, removed: int = 0) -> float:
+        """Time of a plan that reads `size` KV bytes for one sequence and lacks `removed` bytes of weights."""
+        rest = self.rest[batch] - (removed if self.weights_count else 0)
+        return rest + self.plan[batch].time(size * batch)
 
     def as_is(self, size: int, batch: int) -> float:
-        """Time of the dense model, which holds `size` KV bytes for one sequence."""
+        """Time of the dense model, which reads `size` KV bytes for one sequence."""
         return self.rest[batch] + self.dense[batch].time(size * batch)
 
     def most_bytes(self, share: float, dense: int, batch: int) -> int:
@@ -89,51 +93,6 @@ class StepTime:
         left = share * self.as_is(dense, batch) - self.rest[batch]
         # A time that is met exactly must not be missed by the last digit of a division.
         return math.floor(self.plan[batch].most_bytes(left) / batch + 1e-6)
-
-
-@dataclass(frozen=True)
-class TimeLimit:
-    """The budget `decode_time` at its lengths.
-
-    Attributes:
-        share: of the dense model's step time, above 0 and up to 1.
-        dense: KV bytes of the dense model for one sequence, by length in tokens.
-        limits: KV bytes for one sequence up to which the share holds at every batch size, by length.
-    """
-
-    share: float
-    step: StepTime
-    batch_sizes: tuple[int, ...]
-    dense: Mapping[int, int]
-    limits: Mapping[int, int]
-
-    def only(self, lengths: Sequence[int]) -> TimeLimit:
-        """The same at some of the lengths."""
-        return replace(self, limits={length: size for length, size in self.limits.items() if length in lengths})
-
-    def share_of(self, size: int, length: int) -> float:
-        """Share of the dense time that a plan of `size` KV bytes takes, at the batch size where it is largest."""
-        return max(
-            self.step.planned(size, batch) / self.step.as_is(self.dense[length], batch) for batch in self.batch_sizes
-        )
-
-    def report(self, sizes: Mapping[int, int]) -> dict[str, Any]:
-        """Predicted times of a plan with these KV bytes by length, beside the dense model's."""
-        rows = []
-        for length in self.limits:
-            for batch in self.batch_sizes:
-                own, dense = self.step.planned(sizes[length], batch), self.step.as_is(self.dense[length], batch)
-                times = {"ms": own * self.step.unit_ms, "dense_ms": dense * self.step.unit_ms, "share": own / dense}
-                rows.append({"length": length, "batch": batch, **times})
-        return {"source": self.step.source, "rows": rows}
-
-
-def step_bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights that a decode step reads: all parameters, but of an embedding that is only looked up nothing."""
-    every = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    found: Any = model
-    embedding, head = found.get_input_embeddings().weight, found.get_output_embeddings().weight
-    return every - (0 if head is embedding else embedding.numel() * embedding.element_size())
 
 
 def roofline(weights: int, bandwidth: float, batch_sizes: Sequence[int], how: str) -> StepTime:
@@ -146,7 +105,7 @@ def roofline(weights: int, bandwidth: float, batch_sizes: Sequence[int], how: st
     """
     line = dict.fromkeys(batch_sizes, Curve([(0.0, 0.0), (1.0, 1.0)]))
     source = f"roofline: {weights:,} bytes of weights, and the KV bytes, at {bandwidth / 1e9:.4g} GB/s ({how})"
-    return StepTime(dict.fromkeys(batch_sizes, float(weights)), line, line, 1e3 / bandwidth, source)
+    return StepTime(dict.fromkeys(batch_sizes, float(weights)), line, line, 1e3 / bandwidth, source, weights_count=True)
 
 
 def measured(

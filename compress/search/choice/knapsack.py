@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack behind a search: one rule per head group, several budgets, a proven optimality gap."""
+"""The multiple-choice knapsack behind a search: one option per unit, several budgets, a proven optimality gap."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scipy.sparse import csr_matrix
 
 Vector = NDArray[np.float64]
 
-ZERO = 1e-6  # losses below this share of what the rules can lose at all count as nothing when a gap is relative
+ZERO = 1e-6  # losses below this share of what the options can lose at all count as nothing when a gap is relative
 MILP_SCALE = 1e4  # HiGHS stops at an absolute gap of 1e-6; in these units that is far below ZERO
 
 
 class Choices(Protocol):
-    """What one thing can become: losses `[choices, objectives]` and costs `[choices, rows]`."""
+    """What one unit can become: losses `[choices, objectives]` and costs `[choices, rows]`."""
 
     @property
     def losses(self) -> Vector:
@@ -32,10 +32,10 @@ class Choices(Protocol):
 
 @dataclass(frozen=True)
 class Solution:
-    """One rule per head group.
+    """One option per unit.
 
     Attributes:
-        choice: index into each group's candidates, `[groups]`.
+        choice: index into each unit's options, `[units]`.
         losses: sum of the losses by objective, `[objectives]`.
         objective: the weighted sum that was minimised, each objective divided by its scale.
         bound: no choice has a smaller objective; proven by Lagrangian duality or by the MILP's dual bound.
@@ -55,7 +55,7 @@ class Knapsack:
     Solved with HiGHS: the LP relaxation gives multipliers, whose Lagrangian bound holds whatever the solver's
     tolerances; a rounded and repaired choice gives a first solution; a MILP closes what is left of the gap over
     the columns whose reduced cost lets them be part of a better solution, which keeps 80 layers x 8 groups x
-    hundreds of rules small. A choice is checked in whole pages and keys, never by the solver's own numbers.
+    hundreds of rules small. A choice is checked in whole numbers, never by the solver's own.
     """
 
     def __init__(self, candidates: Sequence[Choices], limits: Sequence[int]) -> None:
@@ -142,7 +142,7 @@ class Knapsack:
     def _repair(
         self, choice: NDArray[np.int64], cost: Vector, rows: Vector, limits: Vector
     ) -> NDArray[np.int64] | None:
-        """Swap rules, the cheapest relief first, until every limit holds, then spend what is left; None if stuck."""
+        """Swap options, the cheapest relief first, until every limit holds, then spend what is left; None if stuck."""
         choice = choice.copy()
         norm = np.maximum(np.abs(limits), 1.0)
         tolerance = 1e-9 * norm

@@ -1,18 +1,20 @@
-"""The rules worth considering for each head group, with their losses and costs, dominated ones removed exactly."""
+"""Options: what each unit can become, with losses and costs, dominated ones removed exactly; windows of head groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UserError
-from compress.runtime.span import FULL, AnySpan, own_span
-from compress.search.problem import SearchProblem
-from compress.targets.window import Rule
+from compress.plan import LayerPlan
+from compress.runtime.span import AnySpan
+from compress.search.problem import FULL_GROUP, Layers, Place, Problem
+from compress.targets.target import Target
+from compress.targets.window import Rule, WindowGroup
 
 if TYPE_CHECKING:
     import torch
@@ -42,21 +44,77 @@ class Objective:
         return f"{'+'.join(name.removeprefix('influence.') for name, _ in self.tables)}.{self.length}"
 
 
+class Decided(Protocol):
+    """What a decision is about: a head group, the heads of a layer, or its neurons."""
+
+    @property
+    def place(self) -> Place:
+        """Index of the layer, and of the unit in it."""
+
+    def put(self, draft: dict[str, Any], choice: Any) -> None:
+        """Write a choice into the fields of a `LayerPlan`; `groups` is a list."""
+
+    def read(self, layer: LayerPlan) -> Any:
+        """The choice that a layer has made."""
+
+
 @dataclass(frozen=True)
-class GroupCandidates:
-    """The rules of one head group that no other rule beats everywhere.
+class HeadGroup:
+    """One head group; a choice is its target."""
+
+    place: Place
+
+    def put(self, draft: dict[str, Any], choice: Target) -> None:
+        """The target of the group."""
+        draft["groups"][self.place[1]] = choice
+
+    def read(self, layer: LayerPlan) -> Target:
+        """The target of the group."""
+        return layer.groups[self.place[1]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one unit can become: options with their losses and costs.
 
     Attributes:
-        spans: the rules; FULL is always among them.
-        losses: `[rules, objectives]`, in the table's unit.
-        costs: `[rules, rows]`, what the group costs in every row of the budget (`SearchProblem.rows`).
+        unit: what the decision is about.
+        choices: what the unit can become, as it reads them.
+        losses: `[choices, objectives]`, in the unit of the objective.
+        costs: `[choices, rows]`, what the unit costs in every row of the problem.
     """
 
-    layer: int
-    group: int
-    spans: tuple[AnySpan, ...]
+    unit: Decided
+    choices: tuple[Any, ...]
     losses: NDArray[np.float64]
     costs: NDArray[np.int64]
+
+    def kept(self, always: int = 0) -> Options:
+        """Without the options that another one beats in every loss and cost; the one at `always` stays."""
+        index = nondominated(np.concatenate([self.losses, self.costs], axis=1))
+        index = np.union1d(index, [always])
+        return Options(self.unit, tuple(self.choices[i] for i in index), self.losses[index], self.costs[index])
+
+    def with_choice(self, choice: Any, losses: Sequence[float], costs: Sequence[int]) -> Options:
+        """With one option more, the last."""
+        return Options(
+            self.unit, (*self.choices, choice), np.vstack([self.losses, losses]), np.vstack([self.costs, costs])
+        )
+
+
+def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int]) -> Layers:
+    """The layers of a problem with one choice of every unit, by index."""
+    drafts = [{**dict(layer), "groups": list(layer.groups)} for layer in problem.start]
+    for unit, index in zip(options, choice, strict=True):
+        unit.unit.put(drafts[unit.unit.place[0]], unit.choices[index])
+    return tuple(LayerPlan(**{**draft, "groups": tuple(draft["groups"])}) for draft in drafts)
+
+
+def room(problem: Problem, options: Sequence[Options]) -> NDArray[np.int64]:
+    """What some units may cost together in every row, beside what all plans cost: `[rows]`."""
+    first = layers_of(problem, options, [0] * len(options))
+    fixed = problem.total(first) - np.sum([unit.costs[0] for unit in options], axis=0)
+    return problem.limits - fixed
 
 
 def nondominated(rows: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -93,10 +151,10 @@ def rule_losses(table: torch.Tensor, rules: Sequence[Rule]) -> NDArray[np.float6
     return losses
 
 
-def build_candidates(
-    problem: SearchProblem, objectives: Sequence[Objective], rule: Literal["position", "length"] = "position"
-) -> list[GroupCandidates]:
-    """Candidates of every head group, layer by layer.
+def window_options(
+    problem: Problem, objectives: Sequence[Objective], rule: Literal["position", "length"] = "position"
+) -> list[Options]:
+    """Full attention and the windows of the grid for every head group that stays, layer by layer.
 
     A layer with a sliding window of its own has only `full`, which there means the model's own window.
 
@@ -108,30 +166,25 @@ def build_candidates(
         UserError: a table is missing, does not have the shape that model and grid ask for, or is not finite, or
             there are no fixed windows to price rules by length with.
     """
-    shape = problem.shape
-    every, priced = _rules(problem, objectives, rule)
+    spans, priced = _rules(problem, objectives, rule)
+    targets: list[Target] = [FULL_GROUP if span.is_full else WindowGroup.of(span) for span in spans]
     losses = np.stack(
         [rule_losses(_table(problem, each), rules) for each, rules in zip(objectives, priced, strict=True)], axis=-1
     )
-    costs = costs_of(every, problem)
-    candidates = []
-    for layer, native in enumerate(shape.native_windows):
-        for group in range(shape.kv_heads):
-            if native is not None:
-                zero = np.zeros((1, len(objectives)))
-                candidates.append(GroupCandidates(layer, group, (FULL,), zero, costs_of([own_span(native)], problem)))
-                continue
-            own = losses[layer, group]
-            kept = nondominated(np.concatenate([own, costs], axis=1))
-            if kept[0] != 0:
-                kept = np.concatenate([[0], kept])
-            spans = tuple(every[index] for index in kept)
-            candidates.append(GroupCandidates(layer, group, spans, own[kept], costs[kept]))
-    return candidates
+    options = []
+    for number, (layer, native) in enumerate(zip(problem.start, problem.shape.native_windows, strict=True)):
+        costs = problem.costs(number, targets if native is None else targets[:1])
+        for group in layer.kept_groups:
+            unit = HeadGroup((number, group))
+            if native is None:
+                options.append(Options(unit, tuple(targets), losses[number, group], costs).kept())
+            else:
+                options.append(Options(unit, (FULL_GROUP,), np.zeros((1, len(objectives))), costs))
+    return options
 
 
 def _rules(
-    problem: SearchProblem, objectives: Sequence[Objective], rule: Literal["position", "length"]
+    problem: Problem, objectives: Sequence[Objective], rule: Literal["position", "length"]
 ) -> tuple[list[AnySpan], list[list[Rule]]]:
     """The spans to choose from, full attention first, and for every objective the rules that price them there.
 
@@ -152,12 +205,7 @@ def _careful(span: AnySpan) -> tuple[float, int, int]:
     return -span.beta, -span.alpha, -span.sink
 
 
-def costs_of(spans: Sequence[AnySpan], problem: SearchProblem) -> NDArray[np.int64]:
-    """What each span costs a head group in every row of the budget, `[spans, rows]`."""
-    return np.array([[row.cost(span) for row in problem.rows] for span in spans], dtype=np.int64)
-
-
-def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:
+def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     """The loss of every rule, `[layers, kv_heads, sinks, betas, alphas]`."""
     tables = [_checked(problem, f"{name}.{objective.length}", objective.length) for name, _ in objective.tables]
     if len(tables) == 1:
@@ -178,9 +226,9 @@ def _table(problem: SearchProblem, objective: Objective) -> torch.Tensor:
     return total
 
 
-def _checked(problem: SearchProblem, key: str, length: int) -> torch.Tensor:
+def _checked(problem: Problem, key: str, length: int) -> torch.Tensor:
     """One rule table, checked against model and grid."""
-    table = problem.tensor(key)
+    table = problem.profile.tensor(key)
     shape, grid = problem.shape, problem.grid
     expected = (
         shape.layers,

@@ -1,85 +1,131 @@
-"""What rules do together to a model's predictions: a quadratic model of the divergence, from sampled gradients.
+"""What options do together to a model's predictions: a quadratic model of the divergence, from sampled gradients.
 
 The divergence KL(dense || planned) is smallest, and its gradient zero, at the dense model, so first-order scores say
 nothing about it. To second order it is half the Fisher information of the change: with labels y drawn from the dense
 model's own predictions in R rows, and s = d sum_rows -log p(y) / dO,
 
-    KL, mean over the rows  =  1/2 E_y [ (1 / sqrt(R)  sum over groups  s . (O_rule - O_full))^2 ].
+    KL, mean over the rows  =  1/2 E_y [ (1 / sqrt(R)  sum over units  s . (O_option - O_dense))^2 ].
 
-One backward pass gives s for all heads, and exact attention under a rule gives O_rule - O_full, so a pass over a
-document yields one number for every group and rule, its effect. Effects of groups add up before the square: two
-groups that hide the same thing are worse than twice one, and some that err in opposite ways are better.
+One backward pass gives s for all heads and neurons. Exact attention under a target gives O_option - O_dense of a head
+group, -O_dense where the group is removed; a removed neuron's output is zero, too. So a pass over a document yields one
+number for every unit and option, its effect. Effects of units add up before the square: two groups that hide the same
+thing are worse than twice one, and some that err in opposite ways are better.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from compress.models.backward import recomputed
+from compress.models.families import layers_of
+from compress.models.outputs import Alternatives
+from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
-from compress.runtime.impl import choose_impl
-from compress.runtime.span import FULL, Span
+from compress.runtime.mixer import LayerFacts
 from compress.search.refine.divergence import Divergence
+from compress.targets.target import Target
 
 NAME = "compress_effects"
 
-Rules = Sequence[Sequence[Sequence[Span]]]
+Rules = Sequence[Sequence[Sequence[Target]]]
 
 
 def sampled_effects(
     model: Any, shape: ModelShape, divergence: Divergence, rules: Rules, samples: int, seed: int
 ) -> torch.Tensor:
-    """Effects `[samples, documents, layers, groups, rules]` float32 on the CPU, in square roots of 2 nats.
+    """Effects of head groups `[samples, documents, layers, groups, rules]`, float32 on the CPU; see `all_effects`."""
+    return all_effects(model, shape, divergence, rules, {}, samples, seed)[0]
+
+
+def all_effects(
+    model: Any,
+    shape: ModelShape,
+    divergence: Divergence,
+    rules: Rules,
+    masks: Mapping[int, torch.Tensor],
+    samples: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Effects of what head groups can become, and of what may be removed of MLPs, in square roots of 2 nats.
 
     Args:
         model: the dense model.
         divergence: its documents.
-        rules: `[layers][rules][groups]`; 0 for layers that slide by themselves.
+        rules: targets `[layers][rules][groups]`; the effect is 0 in layers that slide by themselves.
+        masks: by layer, which neurons each option removes, `[options, neurons]`.
         samples: passes over every document, each with labels of its own.
         seed: of the labels.
+
+    Returns:
+        `[samples, documents, layers, groups, rules]` and `[samples, documents, layers, options]`, float32 on the CPU.
     """
-    count = len(divergence.documents)
-    device = divergence.device
+    count, device = len(divergence.documents), divergence.device
+    options = max((len(mask) for mask in masks.values()), default=0)
     effects = torch.zeros(samples, count, shape.layers, shape.kv_heads, len(rules[0]), device=device)
+    of_neurons = torch.zeros(samples, count, shape.layers, options, device=device)
     current: list[torch.Tensor] = []
+    alternatives: dict[int, Alternatives] = {}
 
     def attention(call: AttentionCall) -> torch.Tensor:
         if call.window is not None:
             return call.dense()
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
-        scores = call.scores
-        # The same code for all rules, so that a rule that hides nothing has no effect but rounding's.
-        prefill = choose_impl("auto", query).prefill
-        output = prefill(query, key, value, (FULL,) * shape.kv_heads, scale=scaling, scores=scores)
-        rows = current[0]
+        if layer not in alternatives:
+            facts = LayerFacts(layer, query.shape[-1], 0, query.shape[1] // key.shape[1], None)
+            alternatives[layer] = Alternatives(facts, rules[layer])
+        others, rows = alternatives[layer], current[0]
+        output = others.full(query, key, value, scaling, call.scores)
 
         def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
-            for number, spans in enumerate(rules[layer]):
-                moved = prefill(q, k, v, tuple(spans), scale=scaling, scores=scores).sub_(o)
+            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o, scores=call.scores)):
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 
         return tapped(output, add, query, key, value, output)
 
-    with replaced_attention(model, NAME, attention), differentiable_inputs(model), torch.enable_grad():
+    def tap_neurons(layer: int, mask: torch.Tensor) -> Any:
+        removed = mask.to(device, torch.float32)
+
+        def before(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            rows = current[1]
+
+            def add(hidden: torch.Tensor, slope: torch.Tensor) -> None:
+                neurons = torch.einsum("btn,btn->bn", slope.float(), hidden.float())
+                rows[:, layer, : len(removed)] = -(neurons @ removed.T)
+
+            return (tapped(inputs[0], add, inputs[0]), *inputs[1:])
+
+        _, down = output_projections(layers_of(model)[layer], model.config)
+        return down.register_forward_pre_hook(before)
+
+    with (
+        replaced_attention(model, NAME, attention),
+        differentiable_inputs(model),
+        torch.enable_grad(),
+        ExitStack() as hooks,
+    ):
+        for layer, mask in masks.items():
+            hooks.callback(tap_neurons(layer, mask).remove)
         for sample in range(samples):
             for members in divergence.batches(range(count)):
-                current[:] = [effects.new_zeros(len(members), *effects.shape[2:])]
                 positions = sum(divergence.documents[number].length for number in members)
+                shapes = effects.shape[2:], of_neurons.shape[2:]
+                current[:] = [effects.new_zeros(len(members), *sizes) for sizes in shapes]
                 with recomputed(model, positions):
                     losses = [
                         label_loss(rows, f"{seed}/{sample}/{number}")
                         for number, rows in divergence.answer_logits(model, members)
                     ]
                     torch.stack(losses).sum().backward()
-                effects[sample, members] = current[0]
-    return effects.cpu()
+                effects[sample, members], of_neurons[sample, members] = current
+    return effects.cpu(), of_neurons.cpu()
 
 
 def label_loss(logits: torch.Tensor, seed: str) -> torch.Tensor:

@@ -13,11 +13,13 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.registry import solvers
-from compress.search.removal import MULTIPLES, TOLERANCE, PrunedCandidate, PruningProblem, PruningSolver, Widths
+from compress.search.choice.removal import MULTIPLES, TOLERANCE, Widths
+from compress.search.problem import Candidate, Problem
+from compress.search.solvers.ranked import Ranked
 
 
 @solvers.register("amp")
-class Amp(PruningSolver):
+class Amp(Ranked):
     """The lowest scores of every layer go, the same numbers in each, so that a stock checkpoint holds the result."""
 
     attention: Annotated[
@@ -28,52 +30,51 @@ class Amp(PruningSolver):
         ),
     ] = None
 
-    def ranked_by(self, name: str, problem: PruningProblem) -> list[PrunedCandidate]:
-        """One candidate for every different number of heads that meets the budget; see `PruningSolver.solve`."""
-        problem = self.counted(problem)
-        removed = 1 - problem.most / problem.block
-        shares = (removed,) if self.attention is None else self.attention
-        units = problem.shape.kv_heads if self.unit == "group" else problem.share
+    def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
+        """One candidate for every different number of heads that meets the budget; see `Ranked.solve`."""
+        limit, dense = problem.parameters_limit, problem.dense.parameters
+        shares = (1 - limit / dense,) if self.attention is None else self.attention
+        units = problem.shape.kv_heads if self.unit == "group" else problem.queries
         counts = sorted({min(max(round(share * units), 0), units - 1) for share in shares})
-        found = []
+        alone = self.protected(problem.shape.layers)
+        candidates = []
         for count in counts:
             widths = self.widths(problem, count)
             if widths is not None:
                 word = "head groups" if self.unit == "group" else "query heads of every group"
-                gone = f"{problem.neurons - widths.neurons} of {problem.neurons} neurons"
-                note = f"{count} of {units} {word} and {gone} removed"
-                alone = self.protected(problem.shape.layers)
-                whole = Widths(problem.shape.kv_heads, problem.share, problem.neurons)
-                rows = [whole if layer in alone else widths for layer in range(problem.shape.layers)]
-                found.append(self.candidate(name, problem, rows, note))
-        if not found:
+                neurons = problem.sizes[0].neurons
+                note = f"{count} of {units} {word} and {neurons - widths.neurons} of {neurons} neurons removed"
+                rows = [Widths.whole(problem, n) if n in alone else widths for n in range(problem.shape.layers)]
+                candidates.append(self.candidate(name, problem, rows, note))
+        if not candidates:
             raise UserError(
                 "no equal widths of all layers meet the budget",
                 where="search.budget.parameters",
-                expected=f"at most {problem.most:,} parameters of the decoder layers",
-                found=f"{self.least_neurons(problem)} neurons a layer stay at least (`floor`)",
+                expected=f"at most {limit:,} parameters of the decoder layers",
+                found=f"{self.least_neurons(problem.sizes[0].neurons)} neurons a layer stay at least (`floor`)",
                 fix="raise the budget, lower `floor`, or remove more heads (`attention`)",
             )
-        return found
+        return candidates
 
-    def widths(self, problem: PruningProblem, count: int) -> Widths | None:
+    def widths(self, problem: Problem, count: int) -> Widths | None:
         """The widest MLPs within the budget when `count` units of every attention go; None when there are none."""
         alone = self.protected(problem.shape.layers)
         rows = [sizes for layer, sizes in enumerate(problem.sizes) if layer not in alone]
+        whole, limit = problem.sizes[0].neurons, problem.parameters_limit
         if self.unit == "group":
-            groups, queries = problem.shape.kv_heads - count, problem.share
+            groups, queries = problem.shape.kv_heads - count, problem.queries
             heads = sum(sizes.removed(count, 0, 0) for sizes in rows)
         else:
-            groups, queries = problem.shape.kv_heads, problem.share - count
+            groups, queries = problem.shape.kv_heads, problem.queries - count
             heads = sum(sizes.removed(0, groups * count, 0) for sizes in rows)
         one = sum(sizes.neuron for sizes in rows)
-        missing = problem.whole - problem.most - heads
-        most = problem.neurons - max(0, -(-missing // one)) if one else problem.neurons
+        missing = problem.parameters - limit - heads
+        most = whole - max(0, -(-missing // one)) if one else whole
         multiples = MULTIPLES if self.multiple is None else (self.multiple,)
         for multiple in multiples:
-            neurons = problem.neurons if most == problem.neurons else most // multiple * multiple
-            below = (problem.neurons - neurons) * one - missing
-            exact = below <= TOLERANCE * problem.most
-            if (exact or multiple == multiples[-1]) and neurons >= self.least_neurons(problem):
+            neurons = whole if most == whole else most // multiple * multiple
+            below = (whole - neurons) * one - missing
+            exact = below <= TOLERANCE * limit
+            if (exact or multiple == multiples[-1]) and neurons >= self.least_neurons(whole):
                 return Widths(groups, queries, neurons)
         return None

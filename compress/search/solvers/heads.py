@@ -7,7 +7,7 @@ retrieval score that is measured once on recall documents costs seconds.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,9 +15,11 @@ from pydantic import Field
 from compress.errors import UserError
 from compress.limits import LONGEST
 from compress.registry import solvers
-from compress.runtime.span import FULL, PAGE, Span
-from compress.search.problem import CandidatePlan, Decision, SearchProblem, Solver
+from compress.runtime.span import PAGE
+from compress.search.problem import FULL_GROUP, Candidate, Layers, Place, Problem
+from compress.search.solver import Solver
 from compress.search.solvers.uniform import Uniform
+from compress.targets.window import WindowGroup
 
 
 @solvers.register("heads")
@@ -47,82 +49,90 @@ class Heads(Solver):
         """Those that rank."""
         return dict.fromkeys([self.score] if isinstance(self.score, str) else self.score, "groups")
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+    def solve(self, problem: Problem) -> list[Candidate]:
         """One plan, with the scores on both sides of the cut; see `Solver.solve`.
 
         Raises:
             UserError: not even the smallest windows fit, or the profile has no such score.
         """
-        (least,) = Uniform(sink=self.sink, elastic=False).solve(problem)
-        free = [row for row, native in zip(least.decision, problem.shape.native_windows, strict=True) if native is None]
-        if not free or free[0][0] == FULL:
-            return [CandidatePlan(least.decision, note="full everywhere")]
+        window = widest(problem, self.sink, self.window)
+        if window is None:
+            return [Candidate(problem.start, note="full everywhere")]
         score = self.scores(problem)
-        groups = [
-            (layer, group)
-            for layer, native in enumerate(problem.shape.native_windows)
-            if native is None
-            for group in range(problem.shape.kv_heads)
-        ]
-        ranked = sorted(groups, key=lambda place: (-float(score[place]), place))
-        window = Span(self.sink, min(self.window, free[0][0].alpha), 0.0)
-        chosen: list[tuple[int, int]] = []
+        ranked = sorted(problem.free, key=lambda place: (-float(score[place]), place))
+        chosen: list[Place] = []
         for place in ranked:
             full = self.most_per_layer is None or sum(layer == place[0] for layer, _ in chosen) < self.most_per_layer
             if full and problem.fits(decide(problem, {*chosen, place}, window)):
                 chosen.append(place)
-        while len(chosen) < len(groups):
-            wider = Span(self.sink, window.alpha + PAGE, 0.0)
-            if wider.alpha > max(problem.budget_lengths) or not problem.fits(decide(problem, set(chosen), wider)):
-                break
-            window = wider
-        return [CandidatePlan(decide(problem, set(chosen), window), note=self._note(score, ranked, chosen))]
+        return [Candidate(widened(problem, set(chosen), window), note=self._note(score, ranked, chosen))]
 
-    def scores(self, problem: SearchProblem) -> torch.Tensor:
+    def scores(self, problem: Problem) -> torch.Tensor:
         """`[layers, groups]`; of each statistic the mean over the profiled lengths that have it."""
         if isinstance(self.score, str):
             return score_of(problem, self.score)
         parts = [weight * _relative(score_of(problem, name)) for name, weight in self.score.items()]
         return torch.stack(parts).sum(0)
 
-    def _note(self, score: torch.Tensor, ranked: list[tuple[int, int]], chosen: list[tuple[int, int]]) -> str:
+    def _note(self, score: torch.Tensor, ranked: list[Place], chosen: list[Place]) -> str:
         rest = [place for place in ranked if place not in chosen]
         last = min((float(score[place]) for place in chosen), default=float("nan"))
         first = max((float(score[place]) for place in rest), default=float("nan"))
-        told = self.score if isinstance(self.score, str) else " + ".join(self.score)
-        return f"{len(chosen)} of {len(ranked)} groups full by {told}; at the cut {last:.3g} and {first:.3g}"
+        names = self.score if isinstance(self.score, str) else " + ".join(self.score)
+        return f"{len(chosen)} of {len(ranked)} groups full by {names}; at the cut {last:.3g} and {first:.3g}"
 
 
-def score_of(problem: SearchProblem, name: str) -> torch.Tensor:
+def score_of(problem: Problem, name: str) -> torch.Tensor:
     """One statistic of the profile, `[layers, groups]` float64: the mean over the lengths that have it.
 
     Raises:
         UserError: no length has it, or it is not one number a group.
     """
-    found = []
+    values = []
     for length in problem.lengths:
         try:
-            found.append(problem.tensor(f"{name}.{length}").double())
+            values.append(problem.profile.tensor(f"{name}.{length}").double())
         except (UserError, KeyError):  # a length without recall documents has no such tensor
             continue
-    if not found or found[0].ndim != 2:
+    if not values or values[0].ndim != 2:
         raise UserError(
             f"the profile has no `{name}` with one number for every head group",
             where="search.solver.score",
             expected="retrieval, gates, output_error, entropy or sink_mass, and its statistic in `profile.statistics`",
         )
-    return torch.stack(found).mean(0)
+    return torch.stack(values).mean(0)
 
 
 def _relative(score: torch.Tensor) -> torch.Tensor:
     return score / score.abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def decide(problem: SearchProblem, full: set[tuple[int, int]], window: Span) -> Decision:
-    """Everything for the groups of `full` and for layers that slide by themselves, the window for all others."""
-    return tuple(
-        tuple(
-            FULL if native is not None or (layer, group) in full else window for group in range(problem.shape.kv_heads)
-        )
-        for layer, native in enumerate(problem.shape.native_windows)
-    )
+def widest(problem: Problem, sink: int, most: int) -> WindowGroup | None:
+    """The window of at most `most` tokens that all groups may have at once; None where all may see everything.
+
+    Raises:
+        UserError: not even the smallest windows fit.
+    """
+    (least,) = Uniform(sink=sink, elastic=False).solve(problem)
+    if not problem.free or least.layers == problem.start:
+        return None
+    layer, group = problem.free[0]
+    largest: Any = least.layers[layer].groups[group]
+    return WindowGroup(sink=sink, alpha=min(most, largest.alpha), beta=0.0)
+
+
+def widened(problem: Problem, full: set[Place], window: WindowGroup) -> Layers:
+    """The decision with the largest window, a page more at a time, that the budget has room for."""
+    decision = decide(problem, full, window)
+    while len(full) < len(problem.free):
+        window = window.model_copy(update={"alpha": window.alpha + PAGE})
+        wider = decide(problem, full, window)
+        if window.alpha > max(problem.budget_lengths) or not problem.fits(wider):
+            break
+        decision = wider
+    return decision
+
+
+def decide(problem: Problem, full: set[Place], window: WindowGroup) -> Layers:
+    """Everything for the groups of `full`, the window for all others that may change."""
+    return problem.with_targets(lambda place: FULL_GROUP if place in full else window)

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from compress.limits import LONGEST
 from compress.registry import solvers
-from compress.runtime.span import FULL, PAGE, Span
-from compress.search.problem import CandidatePlan, SearchProblem, Solver
-from compress.search.solvers.heads import Heads, decide
-from compress.search.solvers.uniform import Uniform
+from compress.runtime.span import PAGE
+from compress.search.problem import Candidate, Place, Problem
+from compress.search.solver import Solver
+from compress.search.solvers.heads import Heads, decide, widened, widest
 
 
 @solvers.register("layers")
@@ -34,41 +34,37 @@ class Layers(Solver):
         """As `heads`, where the order is that of the score."""
         return Heads(score=self.score).scores_read() if self.order == "score" else {}
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+    def solve(self, problem: Problem) -> list[Candidate]:
         """One plan; see `Solver.solve`.
 
         Raises:
             UserError: not even the smallest windows fit, or the profile has no such score.
         """
-        (least,) = Uniform(sink=self.sink, elastic=False).solve(problem)
-        own = [layer for layer, native in enumerate(problem.shape.native_windows) if native is None]
-        if not own or least.decision[own[0]][0] == FULL:
-            return [CandidatePlan(least.decision, note="full everywhere")]
-        window = Span(self.sink, min(self.window, least.decision[own[0]][0].alpha), 0.0)
-        every = range(problem.shape.kv_heads)
+        window = widest(problem, self.sink, self.window)
+        if window is None:
+            return [Candidate(problem.start, note="full everywhere")]
         chosen: list[int] = []
-        for layer in self._ranked(problem, own):
-            if problem.fits(decide(problem, {(each, group) for each in [*chosen, layer] for group in every}, window)):
-                chosen.append(layer)
-            elif self.order != "score":
-                break
-        full = {(layer, group) for layer in chosen for group in every}
-        while len(chosen) < len(own):
-            wider = Span(self.sink, window.alpha + PAGE, 0.0)
-            if wider.alpha > max(problem.budget_lengths) or not problem.fits(decide(problem, full, wider)):
-                break
-            window = wider
-        return [CandidatePlan(decide(problem, full, window), note=f"full layers {sorted(chosen)}")]
 
-    def _ranked(self, problem: SearchProblem, own: list[int]) -> list[int]:
+        def full() -> set[Place]:
+            return {place for place in problem.free if place[0] in chosen}
+
+        for layer in self._ranked(problem, sorted({layer for layer, _ in problem.free})):
+            chosen.append(layer)
+            if not problem.fits(decide(problem, full(), window)):
+                chosen.pop()
+                if self.order != "score":
+                    break
+        return [Candidate(widened(problem, full(), window), note=f"full layers {sorted(chosen)}")]
+
+    def _ranked(self, problem: Problem, layers: list[int]) -> list[int]:
         if self.order == "first":
-            return own
+            return layers
         if self.order == "last":
-            return own[::-1]
+            return layers[::-1]
         if self.order == "spread":  # halves, quarters, eighths, ... of the depth
-            return sorted(own, key=lambda layer: (_level(own.index(layer), len(own)), layer))
+            return sorted(layers, key=lambda layer: (_level(layers.index(layer), len(layers)), layer))
         score = Heads(score=self.score).scores(problem).mean(1)
-        return sorted(own, key=lambda layer: (-float(score[layer]), layer))
+        return sorted(layers, key=lambda layer: (-float(score[layer]), layer))
 
 
 def _level(index: int, count: int) -> int:

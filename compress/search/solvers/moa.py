@@ -7,22 +7,19 @@ figures.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.limits import FACTOR, SECONDS
+from compress.limits import FACTOR
 from compress.registry import solvers
-from compress.search.budget.budget import check_feasible
-from compress.search.choice.knapsack import Knapsack
-from compress.search.choice.options import Objective, build_candidates
-from compress.search.choice.pareto import pareto_front
-from compress.search.problem import CandidatePlan, SearchProblem, Solver
+from compress.search.choice.options import Objective, Options, window_options
+from compress.search.problem import Layers, Problem, smallest_window
+from compress.search.solvers.frontier import Frontier
 
 
 @solvers.register("moa")
-class Moa(Solver):
+class Moa(Frontier):
     """Chooses a span for every head group so that the influence lost is least, as a Pareto set over lengths.
 
     There is no limit on the distinct rules of a layer, and no lower bound on what a plan uses of the budget.
@@ -55,14 +52,6 @@ class Moa(Solver):
             "the paper, which allows no chunks, no further turns and no batch of inputs of different lengths"
         ),
     ] = "position"
-    points: Annotated[
-        int,
-        Field(
-            ge=0, le=1000, description="epsilon-constraint problems solved besides the extreme plans of every length"
-        ),
-    ] = 4
-    gap: Annotated[float, Field(ge=0, lt=1, description="relative optimality gap at which a solve may stop")] = 0.01
-    time_limit: Annotated[float, Field(gt=0, le=SECONDS, description="seconds for the whole Pareto set")] = 120.0
 
     @model_validator(mode="after")
     def _something_to_weigh(self) -> Moa:
@@ -78,27 +67,22 @@ class Moa(Solver):
         return tuple({**every, **self.tables}.items())
 
     def scores_read(self) -> dict[str, str]:
-        """The tables that are minimised."""
-        return {name: "rules" for name, _ in self.weighed()}
+        """The tables that are minimised, and the statistic that says what may be removed."""
+        return {name: "rules" for name, _ in self.weighed()} | super().scores_read()
 
-    def check(self, problem: SearchProblem) -> None:
-        """Whether the smallest rule meets the budget; see `Solver.check`."""
+    def smallest(self, problem: Problem) -> Layers:
+        """Under the smallest rule everywhere, with all removed that may be; see `Solver.smallest`."""
         grid = problem.grid if self.rule == "position" else problem.grid.fixed()  # the smallest rule is among these
-        check_feasible(replace(problem, grid=grid))
+        layers = problem.uniform(smallest_window(grid))
+        return layers if self.removal is None else self.removal.least(problem, layers)
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
-        """The Pareto set over the profiled lengths; see `Solver.solve`."""
-        self.check(problem)
-        objectives = [Objective(self.weighed(), length) for length in problem.lengths]
-        candidates = build_candidates(problem, objectives, self.rule)
-        knapsack = Knapsack(candidates, [row.most for row in problem.rows])
-        names = [objective.name for objective in objectives]
-        front = pareto_front(knapsack, names=names, points=self.points, gap=self.gap, time_limit=self.time_limit)
-        plans = []
-        for solution, question in front:
-            spans = [group.spans[index] for group, index in zip(candidates, solution.choice, strict=True)]
-            width = problem.shape.kv_heads
-            decision = tuple(tuple(spans[start : start + width]) for start in range(0, len(spans), width))
-            losses = {objective.name: float(loss) for objective, loss in zip(objectives, solution.losses, strict=True)}
-            plans.append(CandidatePlan(decision, losses, solution.gap, question))
-        return plans
+    def objectives(self, problem: Problem) -> list[str]:
+        """One for every profiled length."""
+        return [objective.name for objective in self._objectives(problem)]
+
+    def group_options(self, problem: Problem) -> list[Options]:
+        """Full attention and the windows of the grid; see `window_options`."""
+        return window_options(problem, self._objectives(problem), self.rule)
+
+    def _objectives(self, problem: Problem) -> list[Objective]:
+        return [Objective(self.weighed(), length) for length in problem.lengths]

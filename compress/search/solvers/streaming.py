@@ -8,7 +8,8 @@ from pydantic import Field
 
 from compress.limits import LONGEST
 from compress.registry import solvers
-from compress.search.problem import CandidatePlan, SearchProblem, Solver
+from compress.search.problem import Candidate, Problem
+from compress.search.solver import Solver
 from compress.search.solvers.uniform import Uniform
 
 
@@ -21,7 +22,7 @@ class Streaming(Solver):
 
     sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 4
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+    def solve(self, problem: Problem) -> list[Candidate]:
         """One plan; see `Solver.solve`."""
         (plan,) = Uniform(sink=self.sink, elastic=False).solve(problem)
         return [plan]

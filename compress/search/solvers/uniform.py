@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from compress.errors import UserError
 from compress.limits import LONGEST
 from compress.registry import solvers
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, own_span
-from compress.search.problem import CandidatePlan, SearchProblem, Solver, uniform_decision
+from compress.runtime.span import BETA_UNIT, PAGE
+from compress.search.problem import Candidate, Problem
+from compress.search.solver import Solver
+from compress.targets.pruned import PrunedGroup
+from compress.targets.window import WindowGroup
 
 
 @solvers.register("uniform")
@@ -28,10 +33,10 @@ class Uniform(Solver):
         bool, Field(description="let the window grow with the position when the budget has several lengths")
     ] = True
 
-    def solve(self, problem: SearchProblem) -> list[CandidatePlan]:
+    def solve(self, problem: Problem) -> list[Candidate]:
         """One plan; see `Solver.solve`."""
-        if problem.fits(uniform_decision(problem.shape, FULL)):
-            return [CandidatePlan(uniform_decision(problem.shape, FULL), note="full everywhere")]
+        if problem.fits(problem.start):
+            return [Candidate(problem.start, note="full everywhere")]
         betas = range(BETA_UNIT) if self.elastic and len(problem.budget_lengths) > 1 else range(1)
         fitting = list(largest_windows(problem, self.sink, betas))
         if not fitting:
@@ -39,22 +44,22 @@ class Uniform(Solver):
                 f"no uniform window with a sink of {self.sink} tokens meets the budget",
                 where="search.budget",
                 expected="room for the sink and one page of 64 tokens in every head group",
-                found=", ".join(f"{row.most:,} {row.kind} at length {row.length}" for row in problem.rows),
+                found=", ".join(f"{row.limit:,} {row.unit} at length {row.length}" for row in problem.rows),
                 fix="raise the budget, or budget at longer inputs",
             )
-        lengths, rows = problem.budget_lengths, problem.rows
+        lengths, most = problem.budget_lengths, np.maximum(problem.limits, 1)
 
-        def merit(span: Span) -> tuple[float, int, int, float]:
-            used = min(row.cost(span) / max(row.most, 1) for row in rows)
+        def merit(window: WindowGroup) -> tuple[float, int, int, float]:
+            span: Any = window.span()
+            used = float((problem.costs(problem.free[0][0], [window])[0] / most).min())
             pages = sum(span.page_count(length) for length in lengths)
             seen = sum(min(span.length(length), length) for length in lengths)
             return used, pages, seen, -span.beta
 
-        best = max(fitting, key=merit)
-        return [CandidatePlan(uniform_decision(problem.shape, best), note="largest uniform window")]
+        return [Candidate(problem.uniform(max(fitting, key=merit)), note="largest uniform window")]
 
 
-def largest_windows(problem: SearchProblem, sink: int, betas: range) -> Iterator[Span]:
+def largest_windows(problem: Problem, sink: int, betas: range) -> Iterator[WindowGroup]:
     """For every beta (in 1/1024), the window with the largest alpha in whole pages that meets the budget.
 
     A page more of alpha is a page more of cache, and 64 keys, in every head group until everything is visible, so each
@@ -62,29 +67,28 @@ def largest_windows(problem: SearchProblem, sink: int, betas: range) -> Iterator
     alpha (which would hide their neighbours from the first tokens), or when less than a page is seen at the shortest
     length.
     """
-    free = sum(native is None for native in problem.shape.native_windows) * problem.shape.kv_heads
-    if free == 0:
+    if not problem.free:
         return
-    natives = [native for native in problem.shape.native_windows if native is not None]
-    # What one head group may cost in every row, after the layers that slide by themselves.
-    room = []
-    for row in problem.rows:
-        taken = problem.shape.kv_heads * sum(row.cost(own_span(native)) for native in natives)
-        room.append((row, (row.most - taken) // free))
+    # Layers that agree in what a group costs, by one of them, and how many groups they have.
+    layers = {problem.unit(layer): layer for layer, _ in problem.free}
+    counts = Counter(problem.unit(layer) for layer, _ in problem.free)
+    removed = problem.total(problem.uniform(PrunedGroup()))
 
-    def fits(span: Span) -> bool:
-        return all(row.cost(span) <= most for row, most in room)
+    def fits(window: WindowGroup) -> bool:
+        amounts = sum(problem.costs(layers[unit], [window])[0] * count for unit, count in counts.items())
+        return bool((removed + amounts <= problem.limits).all())
 
     lengths = problem.budget_lengths
     for units in betas:
-        beta = units / BETA_UNIT
         low, high = -1, -(-lengths[-1] // PAGE)
         while low < high:
             middle = (low + high + 1) // 2
-            if fits(Span(sink, middle * PAGE, beta)):
+            if fits(WindowGroup(sink=sink, alpha=middle * PAGE, beta=units / BETA_UNIT)):
                 low = middle
             else:
                 high = middle - 1
-        span = Span(sink, low * PAGE, beta)
-        if low >= 0 and span.length(lengths[0] - 1) >= PAGE:
-            yield span
+        if low >= 0:
+            window = WindowGroup(sink=sink, alpha=low * PAGE, beta=units / BETA_UNIT)
+            span: Any = window.span()
+            if span.length(lengths[0] - 1) >= PAGE:
+                yield window

@@ -1,0 +1,52 @@
+"""`compress methods`: what a recipe may name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from compress.cli.output import AsJson, Verbose
+
+
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="statistics, solvers, targets, tasks, measures, ...")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of that kind.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """List what is registered: all kinds, the methods of one kind, or one method with its keys and its source."""
+    from compress.recipe.catalogue import entries, entry, kinds
+
+    if kind is None:
+        known = kinds()
+        if as_json:
+            typer.echo(json.dumps({each: [one.name for one in found] for each, found in known.items()}, indent=1))
+            return
+        for each, found in known.items():
+            typer.echo(f"{each:<14}{', '.join(one.name for one in found)}")
+        typer.echo("\ncompress methods KIND says what each of a kind is, compress methods KIND NAME has its keys")
+        return
+    shown = entries(kind) if name is None else [entry(kind, name)]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in shown], indent=1))
+        return
+    if name is None:
+        width = max((len(one.name) for one in shown), default=0) + 2
+        for one in shown:
+            source = f" ({', '.join(one.sources)})" if one.sources else ""
+            typer.echo(f"{one.name:<{width}}{one.line}{source}")
+        return
+    for one in shown:
+        typer.echo(f"{one.name}: {one.text}")
+        for key in one.parameters:
+            typer.echo(f"\n  {key.name}: {key.kind}, {_default(key.default)}")
+            typer.echo(f"    {key.description}")
+        if one.sources:
+            typer.echo(f"\nsource: {', '.join(one.sources)}")
+
+
+def _default(default: str) -> str:
+    return default if default == "required" else f"default {default}"

@@ -1,0 +1,166 @@
+"""What is registered, kind by kind, with fields, defaults and sources: made from the registries and their classes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+import compress.recipe.schema
+import compress.targets
+import compress.train.objectives  # noqa: F401  (importing a package registers its methods)
+from compress import registry
+from compress.errors import UserError, nearest
+from compress.evaluate.suites import SUITES
+from compress.registry import Method, Registry
+from compress.runtime.families import FAMILIES
+
+# Where the work that a method is taken from is named in a docstring.
+_SOURCE = re.compile(r"arXiv:?\s?\d{4}\.\d{4,5}")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One key of a method.
+
+    Attributes:
+        kind: what may stand there, in words.
+        default: as in YAML; `required` where there is none.
+    """
+
+    name: str
+    kind: str
+    default: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method.
+
+    Attributes:
+        line: what it is, in a sentence.
+        text: all that its class and its file say of it.
+        sources: the papers that are named there.
+    """
+
+    name: str
+    line: str
+    text: str
+    sources: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+
+
+def tables() -> dict[str, Registry[Any]]:
+    """All registries, by the plural that they are called by."""
+    return {name: table for name, table in vars(registry).items() if isinstance(table, Registry)}
+
+
+def kinds() -> dict[str, list[Entry]]:
+    """All entries by kind, in the plural that the registries are called by."""
+    found = {name: [_entry(key, method) for key, method in table.items()] for name, table in tables().items()}
+    suites = [
+        Entry(name, *_texts(suite.make), sources=tuple(filter(None, [suite.source]))) for name, suite in SUITES.items()
+    ]
+    return found | {"suites": suites, "families": [_family(row) for _, row in sorted(FAMILIES.items())]}
+
+
+def entries(kind: str) -> list[Entry]:
+    """The entries of one kind. Raises UserError for a kind that there is not."""
+    known = kinds()
+    names = {name: name for name in known} | {name.removesuffix("s"): name for name in known}
+    names |= {"family": "families", "budget": "budget_kinds", "budgets": "budget_kinds"}
+    if names.get(kind) not in known:
+        raise UserError(
+            "there is no such kind of method",
+            where=kind,
+            expected=f"one of {', '.join(known)}",
+            fix=nearest(kind, names),
+        )
+    return known[names[kind]]
+
+
+def entry(kind: str, name: str) -> Entry:
+    """One entry. Raises UserError for a kind or a name that there is not."""
+    known = {each.name: each for each in entries(kind)}
+    if name not in known:
+        raise UserError(
+            "nothing of that name is registered",
+            where=f"{kind} {name}",
+            expected=f"one of {', '.join(known)}",
+            fix=nearest(name, known),
+        )
+    return known[name]
+
+
+def _entry(name: str, method: type[Method]) -> Entry:
+    text = "\n\n".join(part for part in (_doc(method), _doc(sys.modules[method.__module__])) if part)
+    parameters = tuple(parameter(key, field) for key, field in method.model_fields.items())
+    return Entry(name, _doc(method).split("\n\n")[0].replace("\n", " "), text, _sources(text), parameters)
+
+
+def _family(row: Any) -> Entry:
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    said = [f"{name}: {value}" for name, value in values.items() if value not in (None, "", (), {}) and name != "name"]
+    pruned = "windows, and heads and neurons removed" if row.whole is None else f"windows; {row.whole}"
+    return Entry(row.model_type, f"{row.name}: {pruned}", "\n".join(said))
+
+
+def _texts(function: Any) -> tuple[str, str]:
+    text = _doc(function) or _doc(sys.modules[function.__module__])
+    return text.split("\n\n")[0].replace("\n", " "), text
+
+
+def _doc(thing: Any) -> str:
+    return inspect.cleandoc(vars(thing).get("__doc__") or "")
+
+
+def _sources(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_SOURCE.findall(text)))
+
+
+def parameter(name: str, field: FieldInfo) -> Parameter:
+    """A field of a class, in words."""
+    default = "required" if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
+    return Parameter(field.alias or name, words_of(field.annotation), default, field.description or "")
+
+
+def as_yaml(value: Any) -> str:
+    """A value as a recipe would have it, in one line."""
+    if isinstance(value, Method) and value.registered:
+        return f"{{name: {value.registered}}}"
+    if isinstance(value, BaseModel):
+        return as_yaml({key: getattr(value, key) for key in type(value).model_fields})
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {as_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def words_of(annotation: Any) -> str:
+    """A type as people say it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        table = next((mark for mark in arguments[1:] if isinstance(mark, Registry)), None)
+        return f"a {table.kind}" if table else words_of(arguments[0])
+    if origin is Literal:
+        return " | ".join(as_yaml(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(map(words_of, arguments)))
+    if origin in (tuple, list):
+        return f"list of {words_of(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {words_of(arguments[0])} to {words_of(arguments[1])}"
+    names = {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}
+    if annotation in names:
+        return names[annotation]
+    return "mapping" if isinstance(annotation, type) and issubclass(annotation, BaseModel) else str(annotation)

@@ -1,0 +1,150 @@
+"""What a refinement may change: targets of head groups, and, where a search removes, groups and neurons themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress.plan import LayerPlan
+from compress.runtime.span import PAGE
+from compress.search.choice.options import HeadGroup, Options
+from compress.search.choice.removal import PRUNED, Neurons, counted
+from compress.search.problem import FULL_GROUP, Layers, Problem
+from compress.targets.target import Target
+from compress.targets.window import WindowGroup
+
+STEPS = (-4, -2, -1, 1, 2, 4)  # of a 32nd of the neurons, that a layer may have more or fewer at once
+LEAST = 10  # at least one in so many neurons stays
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The units of a plan and their options, and what effects have to be known of.
+
+    Attributes:
+        problem: with the plan as its start.
+        units: what can change; head groups, then MLPs. Their losses are left out.
+        rules: targets `[layers][rules][groups]`; the options of a head group are some of its column.
+        picked: by head group, the first units, which rules are its options; the other units are MLPs.
+        masks: by layer, the neurons that each step removes `[steps, neurons]`.
+    """
+
+    problem: Problem
+    units: list[Options]
+    rules: list[list[list[Target]]]
+    picked: list[list[int]]
+    masks: dict[int, torch.Tensor]
+
+    @staticmethod
+    def of(problem: Problem, layers: Layers, importance: str | None = None) -> Moves:
+        """The moves from a plan within the budget.
+
+        Args:
+            importance: the statistic that ranks neurons; without one nothing is removed or comes back.
+        """
+        problem = replace(problem, base=layers)
+        rules = rules_of(problem, layers)
+        units, picked = [], list[list[int]]()
+        for number, (layer, native) in enumerate(zip(layers, problem.shape.native_windows, strict=True)):
+            if native is not None:
+                continue
+            for group in range(problem.shape.kv_heads):
+                # Where nothing may be removed, what is removed stays so. The first group of a layer always stays.
+                keeps = group == layer.kept_groups[0]
+                if layer.groups[group].removes and importance is None:
+                    continue
+                column = [row[group] for row in rules[number]]
+                rows = [index for index, target in enumerate(column) if not (keeps and target.removes)]
+                targets = [column[index] for index in rows]
+                costs = problem.costs(number, targets, layer)
+                losses = np.zeros((len(targets), 1))
+                units.append(Options(HeadGroup((number, group)), tuple(targets), losses, costs))
+                picked.append(rows)
+        masks = {}
+        if importance is not None:
+            scores = problem.profile.tensor(f"{importance}.neurons").double()
+            for number, layer in enumerate(layers):
+                unit, steps = _neuron_steps(number, layer, scores[number])
+                units.append(counted(problem, unit, steps, [0.0] * len(steps), problem.sizes[number].neuron))
+                masks[number] = _removed(unit.order, steps)
+        return Moves(problem, units, rules, picked, masks)
+
+    def options_of(self, layers: Sequence[LayerPlan]) -> list[int]:
+        """The option of every unit, by index."""
+        return [unit.choices.index(unit.unit.read(layers[unit.unit.place[0]])) for unit in self.units]
+
+    def columns(self, groups: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:
+        """The effects of all options of all units `[samples, documents, columns]`.
+
+        Args:
+            groups: `[samples, documents, layers, groups, rules]`.
+            neurons: `[samples, documents, layers, steps]`.
+        """
+        of_groups, of_neurons = self.units[: len(self.picked)], self.units[len(self.picked) :]
+        parts = [
+            groups[:, :, unit.unit.place[0], unit.unit.place[1], rows]
+            for unit, rows in zip(of_groups, self.picked, strict=True)
+        ]
+        parts += [neurons[:, :, unit.unit.place[0], : len(unit.choices)] for unit in of_neurons]
+        return torch.cat(parts, -1)
+
+
+def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:
+    """Targets to think of, `[layers][rules][groups]`: full, removed where that is allowed, windows, and the group's own
+    last. Where the profile priced no rules, the targets that it did price are in the place of the windows.
+    """
+    groups = problem.shape.kv_heads
+    first: list[list[Target]] = [[FULL_GROUP] * groups]
+    if problem.dense.removes:
+        first.append([PRUNED] * groups)
+    profile: Any = problem.profile
+    if profile.grid is None:
+        first += [[target] * groups for target in profile.priced if not target.removes]
+        return [[*first, list(layer.groups)] for layer in layers]
+    return [[*first, *_windows(problem, layer.groups), list(layer.groups)] for layer in layers]
+
+
+def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
+    """Windows in steps of about a half, `[rules][groups]`, with the group's own sink and growth; with the grid's first
+    sink where the group has no window.
+    """
+    grid, longest = problem.grid, max(problem.budget_lengths)
+    alphas, alpha = [], max(grid.alpha_min, PAGE)
+    while alpha < longest:
+        alphas.append(alpha)
+        alpha = max(alpha + PAGE, round(alpha * 2**0.5 / PAGE) * PAGE)
+
+    def window(target: Target, alpha: int) -> Target:
+        if target.as_built:
+            return WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0)
+        changed: Target = target.model_copy(update={"alpha": alpha})
+        return changed
+
+    return [[window(target, alpha) for target in targets] for alpha in alphas]
+
+
+def _neuron_steps(number: int, layer: LayerPlan, scores: torch.Tensor) -> tuple[Neurons, list[int]]:
+    """How many neurons of a layer may stay: those that do, some more or fewer, all. The best of the others come first.
+
+    Args:
+        scores: `[neurons]`.
+    """
+    whole = len(scores)
+    kept = set(range(whole) if layer.mlp is None else layer.mlp.indices())
+    order = sorted(range(whole), key=lambda neuron: (neuron not in kept, -float(scores[neuron]), neuron))
+    step = max(1, whole // 32 // 8 * 8)
+    least = min(len(kept), max(1, whole // LEAST))
+    counts = {len(kept), whole, *(len(kept) + times * step for times in STEPS)}
+    return Neurons((number, 0), tuple(order)), sorted(count for count in counts if least <= count <= whole)
+
+
+def _removed(order: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+    """Which neurons each step removes, `[steps, neurons]`."""
+    mask = torch.zeros(len(steps), len(order), dtype=torch.bool)
+    for row, kept in enumerate(steps):
+        mask[row, list(order[kept:])] = True
+    return mask

@@ -1,0 +1,90 @@
+"""What every solver is: a registered method whose fields are recipe keys, and which answers a problem."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from compress.errors import UserError
+from compress.registry import Method, budget_kinds
+from compress.search.problem import Candidate, Layers, Problem, smallest_window
+
+
+class Solver(Method):
+    """Base of every solver: its fields are recipe keys, and `solve` answers a problem.
+
+    Attributes:
+        stem: what its plans are called in a run folder, with a number behind.
+    """
+
+    stem: ClassVar[str] = "pareto"
+
+    @property
+    def spans(self) -> bool:
+        """Whether it chooses among the targets of head groups that stay."""
+        return True
+
+    @property
+    def removes(self) -> bool:
+        """Whether it removes heads and neurons."""
+        return False
+
+    def budgets(self) -> list[str]:
+        """The kinds of budget that it can meet: what counts parameters alone only by removing, all others by spans."""
+        return [
+            name
+            for name, kind in budget_kinds.items()
+            if (self.removes if set(kind.reads) == {"parameters"} else self.spans)
+        ]
+
+    @property
+    def ranks(self) -> str | None:
+        """The statistic that says what heads and neurons are worth, the first of several; None where none is read."""
+        return next((name for name, form in self.scores_read().items() if form == "units"), None)
+
+    def smallest(self, problem: Problem) -> Layers:
+        """The plan that costs least of all that it may choose, in every row."""
+        return problem.uniform(smallest_window(problem.grid))
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a budget that no plan meets whatever the profile says, of which only zeros are known here.
+
+        Raises:
+            UserError: a problem for every row that even the smallest plan exceeds.
+        """
+        if self.spans:
+            check_rows(problem, self.smallest(problem), self.removes)
+        if "rules" not in self.scores_read().values():
+            self.solve(problem)
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> list[Candidate]:
+        """One or more plans that meet the budget in every row, none dominated by another.
+
+        The same problem gives the same plans. Which of several is used is decided by measurement afterwards.
+
+        Raises:
+            UserError: no plan meets the budget, or the profile lacks a statistic that the solver needs.
+        """
+
+
+def check_rows(problem: Problem, smallest: Layers, removes: bool) -> None:
+    """Raise one UserError with a problem for every row that the smallest plan exceeds.
+
+    Args:
+        removes: whether that plan removes all that may be removed.
+    """
+    least = "which the smallest rule of the profile's span grid takes in every head group"
+    if removes:
+        least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
+        least += "neurons (`floor`) take"
+    if any(problem.shape.native_windows):
+        least += ", beside the layers that slide by themselves"
+    amounts = problem.total(smallest)
+    problems = [
+        row.too_tight(int(amount), least)
+        for row, amount in zip(problem.rows, amounts, strict=True)
+        if amount > row.most
+    ]
+    if problems:
+        raise UserError(problems)

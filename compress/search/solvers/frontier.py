@@ -1,0 +1,161 @@
+"""What the solvers share that choose an option for every unit under all budgets at once, as a Pareto set over lengths.
+
+With `removal` head groups and neurons may be removed in the same plan. Two kinds of loss then stand in one sum: what a
+target costs a group that stays, and what a removed unit was worth, from an importance statistic. Both are first-order
+estimates, mostly in units of their own, so the scores of units are scaled by what both know, the loss of head groups
+that are removed: where that is not priced as a target, removing every head group is taken to lose what the smallest
+target loses in every head group. Neurons are scaled alike, so the statistic must measure heads and neurons in one unit,
+as `taylor` does (nats). What a removed unit counts beside a hidden key is not known better than to a factor before it
+is measured: every one of `weights` gives plans of its own, and the loss on held-out documents chooses.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from compress.limits import FACTOR, SECONDS
+from compress.search.choice.knapsack import Knapsack
+from compress.search.choice.options import Options, layers_of, room
+from compress.search.choice.pareto import pareto_front
+from compress.search.choice.removal import PRUNED, Removal
+from compress.search.problem import Candidate, Problem
+from compress.search.solver import Solver, check_rows
+
+
+class UnitRemoval(Removal):
+    """The removal of head groups and neurons beside windows; the group of the highest score of a layer stays."""
+
+    importance: Annotated[
+        str,
+        Field(
+            min_length=1, description="the statistic that says what heads and neurons are worth, in one unit for both"
+        ),
+    ] = "taylor"
+    weights: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=FACTOR)], ...],
+        Field(
+            min_length=1,
+            max_length=16,
+            description="what a removed unit counts beside hidden keys; several are several plans, of which held-out "
+            "loss chooses",
+        ),
+    ] = (0.25, 1.0, 4.0)
+
+    def options(
+        self,
+        problem: Problem,
+        stay: Sequence[Options],
+        weight: float,
+        priced: NDArray[np.float64] | None,
+    ) -> list[Options]:
+        """The options of head groups with `pruned` among them, then those of neurons, all losses in one unit.
+
+        Args:
+            stay: what head groups that stay can become.
+            weight: one of `weights`.
+            priced: what a group loses that is removed, `[layers, groups, objectives]`; None where that is not known.
+        """
+        heads, neurons = self.scores(self.importance, problem)
+        groups = heads.sum(-1)  # what query heads lose adds up
+        alone = self.protected(problem.shape.layers)
+        free = [unit for unit in stay if len(unit.choices) > 1]
+        if priced is None:
+            lost = np.sum([unit.losses[unit.costs.sum(1).argmin()] for unit in free], axis=0)
+        else:
+            lost = np.sum([priced[unit.unit.place] for unit in free], axis=0)
+        worth = sum(float(groups[unit.unit.place]) for unit in free)
+        usable = worth > 0 and bool(np.all(lost))
+        scale = weight * (np.abs(lost) / worth if usable else np.ones(stay[0].losses.shape[1]))
+        options = []
+        for unit in stay:
+            layer, group = unit.unit.place
+            if layer in alone or group == int(groups[layer].argmax()):
+                options.append(unit)
+            else:
+                loss = float(groups[layer, group]) * scale if priced is None else weight * priced[layer, group]
+                options.append(unit.with_choice(PRUNED, loss.tolist(), [0] * unit.costs.shape[1]).kept())
+        for unit in self.neuron_options(problem, neurons):
+            options.append(replace(unit, losses=unit.losses * scale))
+        return options
+
+
+class Frontier(Solver):
+    """Base of these solvers: a subclass says what head groups that stay can become, and what that loses."""
+
+    removal: UnitRemoval | None = Field(
+        None, description="remove head groups and neurons in the same plan; null removes nothing"
+    )
+    points: Annotated[
+        int,
+        Field(
+            ge=0, le=1000, description="epsilon-constraint problems solved besides the extreme plans of every length"
+        ),
+    ] = 4
+    gap: Annotated[float, Field(ge=0, lt=1, description="relative optimality gap at which a solve may stop")] = 0.01
+    time_limit: Annotated[float, Field(gt=0, le=SECONDS, description="seconds for the whole Pareto set")] = 120.0
+
+    @property
+    def removes(self) -> bool:
+        """Where the recipe asks for it."""
+        return self.removal is not None
+
+    @abstractmethod
+    def objectives(self, problem: Problem) -> list[str]:
+        """What losses are called, one for every length that is weighed."""
+
+    @abstractmethod
+    def group_options(self, problem: Problem) -> list[Options]:
+        """What the head groups that stay can become, in the order of the layers.
+
+        Raises:
+            UserError: the profile does not say what that loses.
+        """
+
+    def removal_losses(self, problem: Problem) -> NDArray[np.float64] | None:
+        """What a head group loses that is removed, `[layers, groups, objectives]`; None where nothing says it."""
+        return None
+
+    def scores_read(self) -> dict[str, str]:
+        """The statistic that says what may be removed."""
+        return {} if self.removal is None else {self.removal.importance: "units"}
+
+    def solve(self, problem: Problem) -> list[Candidate]:
+        """The Pareto set over the objectives; see `Solver.solve`."""
+        check_rows(problem, self.smallest(problem), self.removes)
+        stay = self.group_options(problem)
+        if self.removal is None:
+            return self._front(problem, stay)
+        priced, plans = self.removal_losses(problem), []
+        for weight in self.removal.weights:
+            for plan in self._front(problem, self.removal.options(problem, stay, weight, priced)):
+                note = f"{plan.note}, removed units count {weight:g}"
+                plans.append(replace(plan, note=note, importance=self.removal.importance))
+        return plans
+
+    def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
+        """The plans of one weighing of the losses."""
+        names = self.objectives(problem)
+        share = 1 if self.removal is None else len(self.removal.weights)
+        front = pareto_front(
+            Knapsack(options, room(problem, options).tolist()),
+            names=names,
+            points=self.points,
+            gap=self.gap,
+            time_limit=self.time_limit / share,
+        )
+        return [
+            Candidate(
+                layers_of(problem, options, solution.choice.tolist()),
+                dict(zip(names, map(float, solution.losses), strict=True)),
+                solution.gap,
+                question,
+            )
+            for solution, question in front
+        ]

@@ -1,0 +1,47 @@
+"""What a search says in sentences: how much a model has to give, and what the plan costs in every kind of budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.plan import Plan, amount_line
+from compress.search.budget.kind import Row, rounded_up
+from compress.search.problem import Problem
+
+
+def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
+    """How much a model that is part local has to give; None where no layer slides by itself.
+
+    Args:
+        smallest: what the smallest plan costs in every row, in steps.
+    """
+    sliding = sum(native is not None for native in problem.shape.native_windows)
+    if not sliding:
+        return None
+    shares = [
+        f"{rounded_up(row.share(int(amount))):g} of {row.of}"
+        + ("" if row.length is None else f" at {row.length:,} tokens")
+        for row, amount in zip(problem.rows, smallest, strict=True)
+    ]
+    full = problem.shape.layers - sliding
+    return (
+        f"{sliding} of {problem.shape.layers} layers slide by themselves and stay as they are; only the {full} "
+        f"full-attention layer{'' if full == 1 else 's'} can be compressed. The least that any plan takes is "
+        f"{', '.join(shares)}"
+    )
+
+
+def cost_lines(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """What a plan costs in every kind, beside the dense model and the budget, a sentence each."""
+    limits = {(row.kind, row.length): row for row in rows}
+    lines = []
+    for amount in plan.predicted.amounts:
+        row = limits.get((amount.kind, amount.length))
+        below = "" if row is None else f", {(row.limit - amount.plan) / amount.dense:.2%} below the budget"
+        lines.append(amount_line(amount) + below)
+    for times in plan.provenance.get("decode_time", {}).get("rows", []):
+        lines.append(
+            f"decode step at {times['length']:,} tokens, batch {times['batch']}: {times['ms']:.3g} ms predicted, "
+            f"dense {times['dense_ms']:.3g} ms, {times['share']:.1%}"
+        )
+    return lines

@@ -1,0 +1,75 @@
+"""From a model's name to a recipe that explains itself; and what a recipe may name."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from compress import registry
+from compress.cli.app import app
+from compress.evaluate.suites import SUITES
+from compress.recipe.catalogue import kinds
+from compress.recipe.load import load_recipe
+from compress.runtime.families import FAMILIES
+from tests.cli.recipes import make_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recipe(tmp_path_factory.mktemp("init")).parent / "model"
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("budget", [("--kv", "0.5"), ("--density=0.6", "--lengths", "512"), ("--parameters", "0.8")])
+def test_a_recipe_of_a_name(budget: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    result = call("init", model, *budget, "--out", file, "--output", tmp_path / "run", "--set", "device=cpu")
+    assert result.exit_code == 0 and f"compress run {file}" in result.stderr, result.output
+    recipe = load_recipe(file)
+    assert not recipe.chosen, "nothing is left to be chosen"
+    kind = budget[0].removeprefix("--").partition("=")[0]
+    assert getattr(recipe.search.budget, kind) == float(re.sub(r"--\w+=", "", budget[-1 if kind != "density" else 0]))
+    keys = [line for line in file.read_text().splitlines() if re.match(r" *\w+:", line)]
+    comments = [line for line in file.read_text().splitlines() if line.lstrip().startswith("#")]
+    assert len(comments) > 0.7 * len(keys)
+    again = call("init", model, "--out", file)
+    assert again.exit_code == 2 and "a file of that name" in again.stderr
+
+
+def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "three.yaml"
+    recipe.write_text(f"model: {model}\noutput: {tmp_path / 'run'}\nsearch: {{budget: {{kv: 0.5}}}}\n")
+    result = call("validate", recipe)
+    assert result.exit_code == 0, result.output
+    assert "the model's context is 1,024" in result.stdout
+    assert re.search(r"takes +about .* and .* of memory", result.stdout)
+
+
+def test_everything_registered_is_listed_with_its_keys() -> None:
+    listed = kinds()
+    for name, table in vars(registry).items():
+        if isinstance(table, registry.Registry):
+            assert [entry.name for entry in listed[name]] == list(table), name
+    assert [entry.name for entry in listed["suites"]] == list(SUITES)
+    assert {entry.name for entry in listed["families"]} == set(FAMILIES)
+    for kind, entries in listed.items():
+        for entry in entries:
+            assert entry.line, (kind, entry.name)
+            wordless = [key.name for key in entry.parameters if not key.description]
+            assert not [key for key in wordless if key != "target"], (kind, entry.name, wordless)
+
+
+def test_methods_are_shown() -> None:
+    assert "hidden_mass" in call("methods").stdout
+    assert "2406.14909" in call("methods", "solvers").stdout
+    shown = call("methods", "solvers", "moa").stdout
+    assert "retrieval: number, default 0.0" in shown and "weight of the evidence" in shown
+    assert json.loads(call("methods", "tasks", "facts", "--json").stdout)[0]["parameters"][0]["name"] == "task"
+    wrong = call("methods", "solver", "mao")
+    assert wrong.exit_code == 2 and "did you mean `moa`?" in wrong.stderr
+    assert "did you mean `solvers`?" in call("methods", "solvrs").stderr
