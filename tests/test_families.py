@@ -207,6 +207,24 @@ def test_a_profile_computes_what_the_model_computes(name: str) -> None:
     assert [layer.window for layer in layers] == list(reversed(shape_of(model).native_windows))
 
 
+@pytest.mark.parametrize("name", sorted(name for name in MORE if not FAMILIES[name].hands_on))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_hand_nothing_on_are_computed_again(name: str, reentrant: bool) -> None:
+    dense, ids = tiny_model(name), random_ids(2, 80)
+    model = planned_model(dense, mixed_plan(shape_of(dense)))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        # Two passes before the backward pass: each layer is computed again for its own.
+        losses = [model(inputs_embeds=embeddings * scale, labels=ids, use_cache=False).loss for scale in (1, 2)]
+        torch.stack(losses).sum().backward()
+        found.append(embeddings.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["olmo2", "mixtral"])
 def test_a_checkpoint_comes_back(name: str, tmp_path: Path) -> None:
     """From a stock folder, as its files have the weights (experts one by one), to a checkpoint and back."""
