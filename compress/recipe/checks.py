@@ -90,7 +90,7 @@ def _no_right_answer(recipe: Recipe) -> Iterator[Finding]:
             yield (
                 ("evaluate", "recall", number),
                 Problem(
-                    f"`evaluate.recall[{number}]` has no right answer to compare with",
+                    f"`evaluate.recall[{number}]` has no right answer to compare answers with",
                     expected="a task that hides something: passkey or key_value",
                     found=task.task,
                 ),
@@ -126,7 +126,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "no statistic prices rules, of which a span search chooses",
+                "no statistic measures what span rules cost, which this solver needs",
                 expected="`influence`, `hidden_mass` or `retrieval`",
                 fix="add `{name: influence}`",
             ),
@@ -135,7 +135,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "the statistics price different span grids",
+                "the statistics use different span grids",
                 expected="one grid",
                 found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
                 fix="give every statistic the same `grid`, or leave it out everywhere",

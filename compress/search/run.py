@@ -154,7 +154,7 @@ def run_search(
     smallest = problem.total(solver.smallest(problem))
     documents = list(_flat(held_out_documents))
 
-    candidates = {f"{solver.stem}-{number}": each for number, each in enumerate(solver.solve(problem))}
+    candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
     baselines = dict(baselines_of(solver, problem))
     refined = None
     if section.refine is not None:
@@ -278,8 +278,8 @@ def write_result(
 
     Files of an earlier search that this one does not write are removed.
     """
-    wanted = {folder / "search" / "plans" / f"{name}.json": each.to_json() for name, each in plans.items()}
-    wanted |= {folder / "search" / f"{name}.json": each.to_json() for name, each in baselines.items()}
+    wanted = {folder / "search" / "plans" / f"{name}.json": candidate.to_json() for name, candidate in plans.items()}
+    wanted |= {folder / "search" / f"{name}.json": baseline.to_json() for name, baseline in baselines.items()}
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
         if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()
