@@ -22,6 +22,7 @@ from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
 from compress.models.source import ModelSource
+from compress.profile.key import Key
 from compress.search.budget.budget import Budget
 from compress.search.choice.removal import drawn
 from compress.search.dense import Dense
@@ -36,7 +37,10 @@ class Nothing:
     lengths = ()
     grid = None
 
-    def tensor(self, key: str) -> torch.Tensor:
+    def find(self, key: Key) -> None:
+        """There is none."""
+
+    def tensor(self, key: Key) -> torch.Tensor:
         """There is none."""
         raise KeyError(key)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.run import make_problem
@@ -31,9 +32,13 @@ class Tables:
     grid: SpanGrid
     tensors: dict[str, torch.Tensor]
 
-    def tensor(self, key: str) -> torch.Tensor:
+    def find(self, key: Key) -> torch.Tensor | None:
+        """The table of a key; None where there is none."""
+        return self.tensors.get(str(key))
+
+    def tensor(self, key: Key) -> torch.Tensor:
         """The table of a key."""
-        return self.tensors[key]
+        return self.tensors[str(key)]
 
 
 def main() -> None:

@@ -50,20 +50,6 @@ def recomputed(
         yield chosen
 
 
-@contextmanager
-def differentiable(model: Any) -> Iterator[None]:
-    """Gradients flow from the input embeddings on, also where no weight needs one."""
-
-    def begin(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_() if torch.is_grad_enabled() else output
-
-    hook = model.get_input_embeddings().register_forward_hook(begin)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def activation_bytes(model: Any, tokens: int, itemsize: int) -> int:
     """Estimated bytes that autograd keeps of a forward pass when weights need no gradient.
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from compress.errors import UserError
+
 if TYPE_CHECKING:
     from compress.targets.target import Target
 
@@ -45,16 +47,16 @@ class Key:
         """The key of a text form.
 
         Raises:
-            ValueError: the text is no key.
+            UserError: the text is no key.
         """
-        found = _TEXT.fullmatch(text)
-        if found is None:
-            raise ValueError(f"expected statistic.part.length, got {text!r}")
-        statistic, _, part = found["name"].partition(".")
+        parts = _TEXT.fullmatch(text)
+        if parts is None:
+            raise UserError("this names no tensor of a profile", expected="statistic.part.length", found=text)
+        statistic, _, part = parts["name"].partition(".")
         if statistic in _ALONE:
-            statistic, part = _ALONE[statistic], found["name"]
-        length = None if found["length"] is None else int(found["length"])
-        return cls(statistic, part, length, found["corpus"], found["target"])
+            statistic, part = _ALONE[statistic], parts["name"]
+        length = None if parts["length"] is None else int(parts["length"])
+        return cls(statistic, part, length, parts["corpus"], parts["target"])
 
     @property
     def name(self) -> str:

@@ -43,9 +43,9 @@ class Partial:
         self.losses: list[tuple[int, float]] = []
         self.done: dict[str, dict[str, Results]] = {}
         self._states: dict[str, State] = {}
-        found = read_partial(folder / NAME, key)
-        if found is not None and found[0].get("form") == FORM:
-            self._restore(*found)
+        earlier = read_partial(folder / NAME, key)
+        if earlier is not None and earlier[0].get("form") == FORM:
+            self._restore(*earlier)
 
     def state(self, step: str) -> State | None:
         """Notes and tensors of an interrupted step, once; None where there are none."""
@@ -89,7 +89,7 @@ class Partial:
         for statistics in self.done.values():
             for results in statistics.values():
                 tensors |= {f"done/{key}": result.values for key, result in results.items()}
-        notes["states"] = {step: own for step, (own, _) in states.items()}
+        notes["states"] = {step: step_notes for step, (step_notes, _) in states.items()}
         for step, (_, held) in states.items():
             tensors |= {f"{step}/{name}": tensor.contiguous() for name, tensor in held.items()}
         write_partial(self.folder / NAME, self.key, notes, tensors)
@@ -105,10 +105,10 @@ class Partial:
                 }
                 for name, declared in statistics.items()
             }
-        for step, own in notes["states"].items():
+        for step, step_notes in notes["states"].items():
             start = f"{step}/"
             held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-            self._states[step] = (own, held)
+            self._states[step] = (step_notes, held)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Processes:
             for tensor in tensors:
                 distributed.broadcast(tensor, source)
 
-    def share(self, value: Any, source: int) -> Any:
+    def broadcast(self, value: Any, source: int) -> Any:
         """What process `source` has as `value`, in every process; it has to be picklable."""
         if self.world == 1:
             return value

@@ -112,21 +112,20 @@ class Profile:
         """Span grid of the influence tables."""
         return self.header.grid
 
-    def find(self, key: Key | str) -> torch.Tensor | None:
-        """One tensor, by its key or the text of it; None where the profile has none of this key."""
-        return self.tensors.get(Key.parse(key) if isinstance(key, str) else key)
+    def find(self, key: Key) -> torch.Tensor | None:
+        """One tensor; None where the profile has none of this key."""
+        return self.tensors.get(key)
 
-    def tensor(self, key: Key | str) -> torch.Tensor:
-        """One tensor, by its key or the text of it.
+    def tensor(self, key: Key) -> torch.Tensor:
+        """One tensor.
 
         Raises:
             UserError: the profile has no such tensor; says which it has.
         """
-        key = Key.parse(key) if isinstance(key, str) else key
-        found = self.find(key)
-        if found is None:
+        tensor = self.find(key)
+        if tensor is None:
             raise missing(key, self.tensors, str(self.folder))
-        return found
+        return tensor
 
     @property
     def priced(self) -> tuple[Target, ...]:
@@ -264,7 +263,7 @@ def _is_key(text: str, statistic: str) -> bool:
     """Whether a text is the key of a statistic's tensor."""
     try:
         return Key.parse(text).statistic == statistic
-    except ValueError:
+    except UserError:
         return False
 
 

@@ -17,6 +17,7 @@ from compress.models.families import check_pruning, check_reading
 from compress.models.load import DTYPES
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
@@ -44,7 +45,11 @@ class _Zeros:
         """Zeros, for a target that is to be priced."""
         return torch.zeros(self.shape.layers, self.shape.kv_heads)
 
-    def tensor(self, key: str) -> torch.Tensor:
+    def find(self, key: Key) -> torch.Tensor:
+        """As `tensor`: all that a solver asks for is there."""
+        return self.tensor(key)
+
+    def tensor(self, key: Key) -> torch.Tensor:
         """Zeros in the shape that a solver expects under this key."""
         shape = self.shape
         heads = (shape.layers, shape.kv_heads, shape.query_heads // shape.kv_heads)
@@ -54,7 +59,7 @@ class _Zeros:
             "head_means": (*heads, shape.head_dim),
             "neuron_means": (shape.layers, self.neurons),
         }
-        return torch.zeros(sizes.get(key.rpartition(".")[2], (shape.layers, shape.kv_heads)))
+        return torch.zeros(sizes.get(key.part, (shape.layers, shape.kv_heads)))
 
 
 def check_search(config: Any, dtype: str, section: SearchSection, statistics: Sequence[Any], lengths: set[int]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
+from compress.profile.key import Key
 from compress.search.budget.kind import Row
 from compress.search.budget.kv import Kv
 from compress.search.budget.parameters import Parameters
@@ -45,8 +46,11 @@ class ProfileLike(Protocol):
     def grid(self) -> SpanGrid | None:
         """The grid of the rule tables, None when none were profiled."""
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """One tensor of the profile, for instance `influence.absolute.2048` or `amp.heads`."""
+    def find(self, key: Key) -> torch.Tensor | None:
+        """One tensor of the profile; None where it has none of this key."""
+
+    def tensor(self, key: Key) -> torch.Tensor:
+        """One tensor of the profile. Raises UserError where it has none of this key."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,6 @@ class Problem:
     def only(self, lengths: Sequence[int]) -> Problem:
         """The same problem with the budget at some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
-
-    def without(self, kinds: Sequence[str]) -> Problem:
-        """The same problem without some kinds of budget."""
-        return replace(self, rows=tuple(row for row in self.rows if row.kind not in kinds))
 
     def compensated(self) -> Problem:
         """The same for plans whose projections all get biases, which the budget has to hold, too."""

@@ -12,7 +12,7 @@ from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.plan import Plan
-from compress.search.baselines import baselines_of, drawn_baseline
+from compress.search.baselines import DRAWN, baselines_of, drawn_baseline
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
 from compress.search.dense import Dense
@@ -154,7 +154,7 @@ def run_search(
     smallest = problem.total(solver.smallest(problem))
     documents = list(_flat(held_out_documents))
 
-    candidates = {f"{solver.stem}-{number}": each for number, each in enumerate(solver.solve(problem))}
+    candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
     baselines = dict(baselines_of(solver, problem))
     refined = None
     if section.refine is not None:
@@ -202,10 +202,10 @@ def run_search(
     # Without held-out documents only the refinement has measured anything.
     chosen = REFINED if refined is not None and not losses else choose(plans, losses)
     if solver.removes:
-        baselines["random"] = drawn_baseline(problem, candidates[chosen], seed)
-        compared["random"] = baseline("random", baselines["random"])
+        baselines[DRAWN] = drawn_baseline(problem, candidates[chosen], seed)
+        compared[DRAWN] = baseline(DRAWN, baselines[DRAWN])
         if documents:
-            losses |= measure({"random": compared["random"]}, documents, loss, log, progress)
+            losses |= measure({DRAWN: compared[DRAWN]}, documents, loss, log, progress)
     measured = {
         "held_out_documents": len(documents),
         "response_loss": losses.get(chosen),
@@ -278,8 +278,8 @@ def write_result(
 
     Files of an earlier search that this one does not write are removed.
     """
-    wanted = {folder / "search" / "plans" / f"{name}.json": each.to_json() for name, each in plans.items()}
-    wanted |= {folder / "search" / f"{name}.json": each.to_json() for name, each in baselines.items()}
+    wanted = {folder / "search" / "plans" / f"{name}.json": candidate.to_json() for name, candidate in plans.items()}
+    wanted |= {folder / "search" / f"{name}.json": baseline.to_json() for name, baseline in baselines.items()}
     for old in [*(folder / "search").glob("*.json"), *(folder / "search" / "plans").glob("*.json")]:
         if old not in wanted and old.name not in ("pareto.json", "refine.json"):
             old.unlink()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from compress.errors import UserError
 from compress.profile.key import Key, target_form
 from compress.registry import targets
 from compress.targets.window import WindowGroup
@@ -34,7 +35,7 @@ def test_the_form_of_a_target_does_not_depend_on_how_it_was_written() -> None:
 
 @pytest.mark.parametrize("text", ["", "70", "a..b", "a.70.71", "two words"])
 def test_what_is_no_key_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"statistic\.part\.length"):
+    with pytest.raises(UserError, match=r"statistic\.part\.length"):
         Key.parse(text)
 
 

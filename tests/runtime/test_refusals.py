@@ -113,7 +113,7 @@ def test_every_attention_function_refuses_what_a_layer_hands_it(dense: Any, mode
             dense(IDS)
         with pytest.raises(UserError, match=says):
             narrow = WindowGroup(sink=4, alpha=8, beta=0.0)
-            sampled_effects(dense, shape, divergence, [[[narrow] * 2]] * 3, samples=1, seed=0)
+            sampled_effects(dense, shape, divergence, [[[narrow] * 2]] * 3, {}, samples=1, seed=0)
         for bench in (DENSE, NONE):
             dense.set_attn_implementation(bench)
             dense.config.bench_backend = []

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
@@ -30,8 +31,11 @@ class FakeProfile:
     grid: SpanGrid | None
     tensors: dict[str, torch.Tensor]
 
-    def tensor(self, key: str) -> torch.Tensor:
-        return self.tensors[key]
+    def find(self, key: Key) -> torch.Tensor | None:
+        return self.tensors.get(str(key))
+
+    def tensor(self, key: Key) -> torch.Tensor:
+        return self.tensors[str(key)]
 
     @property
     def priced(self) -> tuple[WindowGroup, ...]:

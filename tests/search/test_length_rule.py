@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from compress.errors import UserError
+from compress.profile.key import Key
 from compress.registry import solvers
 from compress.runtime.span import FULL, LengthSpan, Span
 from compress.search.choice.options import Objective, window_options
@@ -22,7 +23,9 @@ def only_fixed(problem: Problem) -> Problem:
     grid = problem.grid.fixed()
     first = (grid.alpha_min - problem.grid.alpha_min) // 64
     tables = {
-        f"influence.absolute.{length}": problem.profile.tensor(f"influence.absolute.{length}")[:, :, :, :1, first:]
+        f"influence.absolute.{length}": problem.profile.tensor(Key("influence", "absolute", length))[
+            :, :, :, :1, first:
+        ]
         for length in problem.lengths
     }
     return problem_of(problem.shape, grid, problem.lengths, tables, limits_of(problem))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import UserError
+from compress.profile.key import Key
 from compress.runtime.span import Span
 from compress.search.budget.budget import Budget
 from compress.search.choice.options import Objective, layers_of, nondominated, room, rule_losses, window_options
@@ -73,7 +74,7 @@ def test_rows_of_keys_stand_beside_those_of_pages() -> None:
             keys = [int(span.visible(torch.tensor(n - 1), torch.arange(n)).sum()) for n in (400, 512)]
             assert costs.tolist() == [*keys, span.page_count(500)]
         # A rule that was left out is beaten in loss and in every cost by one that was kept.
-        tensor = problem.profile.tensor("influence.absolute.512")
+        tensor = problem.profile.tensor(Key.parse("influence.absolute.512"))
         table = rule_losses(tensor, problem.grid.rules(512))[each.unit.place]
         kept = np.concatenate([each.losses, each.costs], axis=1)
         targets = [FULL_GROUP if span.is_full else WindowGroup.of(span) for span in spans]
@@ -84,14 +85,14 @@ def test_rows_of_keys_stand_beside_those_of_pages() -> None:
 def test_full_stays_where_signed_influence_says_that_hiding_helps() -> None:
     problem = random_problem(0.8)
     objective = Objective((("influence.signed", 1.0),), 512)
-    table = {"influence.signed.512": -problem.profile.tensor("influence.signed.512").abs()}
+    table = {"influence.signed.512": -problem.profile.tensor(Key.parse("influence.signed.512")).abs()}
     better = problem_of(problem.shape, problem.grid, (512,), table, {512: 10**9})
     assert all(FULL_GROUP in each.choices for each in window_options(better, [objective]))
 
 
 def test_a_table_that_does_not_fit_is_an_error() -> None:
     problem = random_problem(0.8)
-    own = problem.profile.tensor("influence.absolute.512")
+    own = problem.profile.tensor(Key.parse("influence.absolute.512"))
     for table, says in [(torch.zeros(3, 2, 1, 4, 2), "does not fit"), (torch.full_like(own, torch.nan), "not finite")]:
         wrong = problem_of(problem.shape, problem.grid, (512,), {"influence.absolute.512": table}, {512: 10**9})
         with pytest.raises(UserError, match=says):

@@ -12,6 +12,7 @@ from compress.models.planned import planned_model, pruned_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
 from compress.plan import Mlp, read_plan
+from compress.profile.key import Key
 from compress.search.budget.budget import Budget
 from compress.search.choice.removal import Widths, drawn, pick
 from compress.search.dense import Dense
@@ -44,8 +45,12 @@ class Scored:
             f"{name}.neuron_means": torch.randn(shape.layers, size, generator=generator),
         }
 
-    def tensor(self, key: str) -> torch.Tensor:
-        return self.tensors[key]
+    def find(self, key: Key) -> torch.Tensor | None:
+        """The table of a key; None where there is none."""
+        return self.tensors.get(str(key))
+
+    def tensor(self, key: Key) -> torch.Tensor:
+        return self.tensors[str(key)]
 
 
 def problem_of(model: Any, profile: Any, share: float) -> Problem:

@@ -27,6 +27,7 @@ from compress.search.run import make_problem, run_search
 from compress.search.solvers.moa import Moa
 from compress.search.solvers.uniform import Uniform
 from compress.stages.search import NO_STEPS
+from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import random_profile
 from tests.search.test_search import Section
@@ -93,7 +94,7 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
     rules: Any = [[[FULL_GROUP] * shape.kv_heads, narrow] for _ in range(shape.layers)]
     divergence = Divergence(model, DOCUMENTS[:2])
     layer = next(number for number, native in enumerate(shape.native_windows) if native is None)
-    effects = sampled_effects(model, shape, divergence, rules, 1, seed=3)[0]
+    effects = sampled_effects(model, shape, divergence, rules, {}, 1, seed=3)[0][0]
     assert bool((effects[..., 0] == 0).all())
     for number, native in enumerate(shape.native_windows):
         assert bool((effects[:, number] == 0).all()) == (native is not None)
@@ -120,6 +121,41 @@ def test_an_effect_is_the_derivative_towards_the_rule(family: str) -> None:
         for number in (0, 1):
             slope = (moved(1e-3, group, number) - moved(-1e-3, group, number)) / 2e-3
             assert float(effects[number, layer, group, 1]) == pytest.approx(slope, rel=0.02, abs=1e-3)
+
+
+def test_the_effect_of_removed_units_is_the_derivative_towards_nothing() -> None:
+    """Of neurons and of a head group, against a finite difference: their outputs shrink by a thousandth."""
+    loaded, problem, _ = setting()
+    model, shape = loaded.model.double(), problem.shape
+    divergence, layer = Divergence(model, DOCUMENTS[:1]), 1
+    mask = torch.zeros(2, 64, dtype=torch.bool)
+    mask[1, 10:40] = True
+    rules: Any = [[[FULL_GROUP, PrunedGroup()]]] * shape.layers
+    groups, neurons = sampled_effects(model, shape, divergence, rules, {layer: mask}, 1, seed=3)
+    assert float(neurons[0, 0, layer, 0]) == 0 and not neurons[0, 0, [0, 2]].any()
+    with torch.no_grad():
+        labels = drawn(dict(divergence.answer_logits(model, [0]))[0], "3/0/0")
+
+    def moved(module: Any, units: slice, step: float) -> float:
+        def shrink(_: Any, inputs: Any) -> Any:
+            hidden = inputs[0].clone()
+            hidden[..., units] *= 1 - step
+            return (hidden, *inputs[1:])
+
+        handle = module.register_forward_pre_hook(shrink)
+        with torch.no_grad():
+            rows = dict(divergence.answer_logits(model, [0]))[0]
+        handle.remove()
+        return float(torch.nn.functional.cross_entropy(rows, labels, reduction="sum")) / len(labels) ** 0.5
+
+    block = model.model.layers[layer]
+    half = shape.head_dim * shape.query_heads // 2
+    for module, units, effect in [
+        (block.mlp.down_proj, slice(10, 40), neurons[0, 0, layer, 1]),
+        (block.self_attn.o_proj, slice(half, 2 * half), groups[0, 0, layer, 1, 0]),
+    ]:
+        slope = (moved(module, units, 1e-3) - moved(module, units, -1e-3)) / 2e-3
+        assert float(effect) == pytest.approx(slope, rel=0.02, abs=1e-3)
 
 
 def test_labels_are_drawn_from_the_predictions() -> None:

@@ -8,6 +8,7 @@ import pytest
 import compress.search.solvers
 from compress.errors import UserError
 from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.registry import solvers
 from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
@@ -175,7 +176,9 @@ def test_heads_of_the_highest_score_are_full() -> None:
     problem = random_problem(0.75, shape=make_shape(6, 3), profiled=(512, 1024), lengths=(1024,))
     (plan,) = make("heads", window=128).solve(problem)
     full = {(i, j) for i, row in enumerate(plan.targets) for j, span in enumerate(row) if span == FULL_GROUP}
-    score = (problem.profile.tensor("retrieval.512") + problem.profile.tensor("retrieval.1024")).double()
+    score = (
+        problem.profile.tensor(Key("retrieval", length=512)) + problem.profile.tensor(Key("retrieval", length=1024))
+    ).double()
     ranked = sorted(((i, j) for i in range(6) for j in range(3)), key=lambda place: -float(score[place]))
     assert 0 < len(full) < 18 and full == set(ranked[: len(full)])
     assert f"{len(full)} of 18 groups full by retrieval" in plan.note
@@ -203,5 +206,5 @@ def test_layers_are_wholly_full_or_one_window(order: str) -> None:
     if order == "spread":
         assert max(later - earlier for earlier, later in itertools.pairwise(full)) <= -(-8 // len(full)) + 1
     if order == "score":
-        score = (problem.profile.tensor("retrieval.512") + problem.profile.tensor("retrieval.1024")).double().mean(1)
+        score = sum(problem.profile.tensor(Key("retrieval", length=length)) for length in (512, 1024)).double().mean(1)
         assert full == sorted(score.argsort(descending=True)[: len(full)].tolist())

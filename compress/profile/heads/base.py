@@ -90,14 +90,14 @@ class HeadStatistic(SummedStatistic):
     def results(self, totals: Sequence[tuple[dict[int, Sums], Counter[str]]], subject: Subject) -> Results:
         """Means over samples; a tensor for which no sample counted is left out."""
         ((sums, counts),) = totals
-        found: Results = {}
+        means: Results = {}
         for length, parts in sums.items():
             for part, table in self.tables(subject.shape, length).items():
                 number = counts[f"{length}/*"] or counts[f"{length}/{part}"]
                 if number:
                     values = (parts[part] / number).float().cpu()
-                    found |= self.named(Key(self.name, part, length), table, values)
-        return found
+                    means |= self.named(Key(self.name, part, length), table, values)
+        return means
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
         """The results that one table gives; a single one, but for statistics that split theirs."""

@@ -21,13 +21,12 @@ from pydantic import Field, ValidationError, model_validator
 from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
-from compress.models.outputs import Alternatives, check_priced
+from compress.models.outputs import Alternatives, check_priced, facts_of
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.statistic import Item, Result, Results, Subject, Sums
 from compress.registry import statistics, targets
-from compress.runtime.mixer import LayerFacts
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 
@@ -111,13 +110,7 @@ class Effect(HeadStatistic):
         assert slope is not None
         query, key, value = (tensor[None].float() for tensor in (layer.query, layer.key, layer.value))
         groups = key.shape[1]
-        facts = LayerFacts(
-            index=layer.layer,
-            head_dim=query.shape[-1],
-            hidden_size=0,  # only mixers that read the layer's input ask for it, and those are refused
-            group_size=query.shape[1] // groups,
-            native_window=layer.window,
-        )
+        facts = facts_of(layer.layer, query, key, layer.window)
         placed = [number for number, target in enumerate(self.targets) if layer.window is None or target.as_built]
         alternatives = Alternatives(facts, [[self.targets[number]] * groups for number in placed])
         changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores)

@@ -54,9 +54,9 @@ class OutputError(HeadStatistic):
 
     def close(self, sums: dict[int, Sums], item: Item) -> None:
         """The relative error of a sample counts once."""
-        own = sums[item.length]
-        own[""] /= own["output"].clamp(min=torch.finfo(torch.float64).tiny)
-        own["output"].zero_()
+        squares = sums[item.length]
+        squares[""] /= squares["output"].clamp(min=torch.finfo(torch.float64).tiny)
+        squares["output"].zero_()
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
         """The error alone."""

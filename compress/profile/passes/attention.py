@@ -53,13 +53,13 @@ class Feed:
 
     def layer(self, tensors: LayerTensors) -> None:
         """Take one layer."""
-        own = [
+        fed = [
             (statistic, sums[self.item.length])
             for statistic, sums in zip(self.statistics, self.sheet.sums, strict=True)
         ]
-        for statistic, sums in own:
+        for statistic, sums in fed:
             statistic.add_layer(sums, tensors, self.item)
-        tiled = [(statistic, sums) for statistic, sums in own if statistic.tiled]
+        tiled = [(statistic, sums) for statistic, sums in fed if statistic.tiled]
         if tiled:
             for tile in tiles(tensors, self.workspace, self.strip_bytes):
                 for statistic, sums in tiled:

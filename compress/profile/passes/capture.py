@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.errors import UserError
-from compress.models.backward import differentiable, loss_scale, recomputed
-from compress.models.replaced import AttentionCall, replaced_attention, tapped
+from compress.models.backward import loss_scale, recomputed
+from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Capture:
     def __enter__(self) -> Capture:
         self._undo.enter_context(replaced_attention(self.model, NAME, self._attention))
         if self.gradient:
-            self._undo.enter_context(differentiable(self.model))
+            self._undo.enter_context(differentiable_inputs(self.model))
         return self
 
     def __exit__(

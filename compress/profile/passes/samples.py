@@ -51,8 +51,8 @@ class SamplePass(Pass):
             done = notes["done"]
             for number, total in enumerate(totals):
                 start = f"{number}/"
-                own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-                total.restore(own, notes["counts"][number])
+                held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+                total.restore(held, notes["counts"][number])
         run.processes.wait()
         run.report(done, len(queue), "continuing" if done else "starting")
         every = max(1, math.ceil(sum(total.size() for total in totals) / SAVE_BYTES))
@@ -111,8 +111,8 @@ def _take(batch: Sequence[Item], totals: Sequence[Sheet], run: Run, statistics: 
             mine.close(batch[processes.rank])
     for source, item in enumerate(batch):
         # All processes stop together: none may wait for one that has stopped.
-        if (found := processes.share(problems, source)) is not None:
-            raise UserError(found)
+        if (refused := processes.broadcast(problems, source)) is not None:
+            raise UserError(refused)
         sheet = mine if source == processes.rank else Sheet(statistics, run.subject, [item.length])
         processes.spread([*(total for _, total in sheet.tensors()), sheet.loss], source)
         sheet.check_finite(item.where)

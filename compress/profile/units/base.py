@@ -102,12 +102,12 @@ class UnitStatistic(SummedStatistic):
         Raises:
             UserError: a score that is NaN or infinite.
         """
-        found = {Key(self.name, part): values for part, values in self._scores(totals, subject).items()}
+        tensors = {Key(self.name, part): values for part, values in self._scores(totals, subject).items()}
         if len(totals) > 1:
             for corpus, total in zip(CORPORA, totals, strict=True):
                 scores = self._scores([total], subject)
-                found |= {Key(self.name, part, corpus=corpus): scores[part] for part in SCORES}
-        return {key: Result(values, AXES[key.part], self.unit_of(key.part)) for key, values in found.items()}
+                tensors |= {Key(self.name, part, corpus=corpus): scores[part] for part in SCORES}
+        return {key: Result(values, AXES[key.part], self.unit_of(key.part)) for key, values in tensors.items()}
 
     def _scores(
         self, totals: Sequence[tuple[dict[int, Sums], Counter[str]]], subject: Subject

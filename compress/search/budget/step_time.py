@@ -155,19 +155,19 @@ def measured(
     plan: dict[int, Curve] = {}
     dense: dict[int, Curve] = {}
     for batch in batch_sizes:
-        own = [(scale, row) for scale, row in rows if row.batch == batch]
-        spent = sorted(row.without_attention.median for _, row in own)
+        of_batch = [(scale, row) for scale, row in rows if row.batch == batch]
+        spent = sorted(row.without_attention.median for _, row in of_batch)
         rest[batch] = spent[len(spent) // 2]
         for curves, sides in (
-            (plan, [(scale, row.plan) for scale, row in own]),
-            (dense, [(scale, row.dense) for scale, row in own]),
+            (plan, [(scale, row.plan) for scale, row in of_batch]),
+            (dense, [(scale, row.dense) for scale, row in of_batch]),
         ):
             points = [(side.cache_bytes * scale, side.decode.median - rest[batch]) for scale, side in sides]
             curves[batch] = Curve(points)
         low, high = dense[batch].bytes[0], dense[batch].bytes[-1]
         outside = [f"{length:,}" for length, size in sizes.items() if not low <= size * batch <= high]
         if outside:
-            measured_at = sorted({row.length for _, row in own})
+            measured_at = sorted({row.length for _, row in of_batch})
             raise UserError(
                 f"the dense model was not measured around the length {', '.join(outside)} at batch size {batch}",
                 where=where,

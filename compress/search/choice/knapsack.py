@@ -112,10 +112,10 @@ class Knapsack:
             # below cannot beat `best`, or is bounded by `lagrangian` + `reach`.
             reach = min(reach, objective - lagrangian)
             columns = np.flatnonzero(reduced <= reach)
-            found, proof = self._milp(columns, cost, rows, limits, gap, left)
+            choice, proof = self._milp(columns, cost, rows, limits, gap, left)
             complete = len(columns) == len(cost) or reach >= objective - lagrangian
-            if found is not None and cost[found].sum() < objective:
-                best = found
+            if choice is not None and cost[choice].sum() < objective:
+                best = choice
             bound = max(bound, proof if len(columns) == len(cost) else min(proof, lagrangian + reach))
             if complete:
                 break

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compress.errors import UserError
 from compress.plan import LayerPlan
+from compress.profile.key import Key
 from compress.runtime.span import AnySpan
 from compress.search.problem import FULL_GROUP, Layers, Place, Problem
 from compress.targets.target import Target
@@ -110,6 +111,13 @@ def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int
     return tuple(LayerPlan(**{**draft, "groups": tuple(draft["groups"])}) for draft in drafts)
 
 
+def losses_of(options: Sequence[Options], layers: Layers) -> NDArray[np.float64]:
+    """What the options of a plan lose together, by objective."""
+    chosen = [unit.choices.index(unit.unit.read(layers[unit.unit.place[0]])) for unit in options]
+    losses: NDArray[np.float64] = np.sum([unit.losses[i] for unit, i in zip(options, chosen, strict=True)], axis=0)
+    return losses
+
+
 def room(problem: Problem, options: Sequence[Options]) -> NDArray[np.int64]:
     """What some units may cost together in every row, beside what all plans cost: `[rows]`."""
     first = layers_of(problem, options, [0] * len(options))
@@ -169,17 +177,19 @@ def window_options(
     spans, priced = _rules(problem, objectives, rule)
     targets: list[Target] = [FULL_GROUP if span.is_full else WindowGroup.of(span) for span in spans]
     losses = np.stack(
-        [rule_losses(_table(problem, each), rules) for each, rules in zip(objectives, priced, strict=True)], axis=-1
+        [rule_losses(_table(problem, objective), rules) for objective, rules in zip(objectives, priced, strict=True)],
+        axis=-1,
     )
-    options = []
-    for number, (layer, native) in enumerate(zip(problem.start, problem.shape.native_windows, strict=True)):
-        costs = problem.costs(number, targets if native is None else targets[:1])
+    free, options = set(problem.free), []
+    for number, layer in enumerate(problem.start):
+        costs = problem.costs(number, targets)
         for group in layer.kept_groups:
-            unit = HeadGroup((number, group))
-            if native is None:
-                options.append(Options(unit, tuple(targets), losses[number, group], costs).kept())
+            place = (number, group)
+            if place in free:
+                options.append(Options(HeadGroup(place), tuple(targets), losses[number, group], costs).kept())
             else:
-                options.append(Options(unit, (FULL_GROUP,), np.zeros((1, len(objectives))), costs))
+                zero = np.zeros((1, len(objectives)))
+                options.append(Options(HeadGroup(place), (FULL_GROUP,), zero, costs[:1]))
     return options
 
 
@@ -193,8 +203,8 @@ def _rules(
     grid, profiled = problem.grid, max(problem.lengths)
     if rule == "position":
         first, *rest = grid.rules(profiled)
-        rules = [first, *sorted(rest, key=lambda each: _careful(each.span))]
-        return [each.span for each in rules], [rules] * len(objectives)
+        rules = [first, *sorted(rest, key=lambda rule: _careful(rule.span))]
+        return [rule.span for rule in rules], [rules] * len(objectives)
     full, *windows = grid.length_spans(profiled, {*problem.lengths, *problem.budget_lengths})
     spans = [full, *sorted(windows, key=_careful)]
     at = [objective.length for objective in objectives]
@@ -207,7 +217,7 @@ def _careful(span: AnySpan) -> tuple[float, int, int]:
 
 def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     """The loss of every rule, `[layers, kv_heads, sinks, betas, alphas]`."""
-    tables = [_checked(problem, f"{name}.{objective.length}", objective.length) for name, _ in objective.tables]
+    tables = [_checked(problem, Key.parse(name).at(objective.length), objective.length) for name, _ in objective.tables]
     if len(tables) == 1:
         return tables[0]
     # The first sink, beta and alpha are the smallest rule. Signed influence may be negative, so its size is taken.
@@ -226,7 +236,7 @@ def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     return total
 
 
-def _checked(problem: Problem, key: str, length: int) -> torch.Tensor:
+def _checked(problem: Problem, key: Key, length: int) -> torch.Tensor:
     """One rule table, checked against model and grid."""
     table = problem.profile.tensor(key)
     shape, grid = problem.shape, problem.grid

@@ -38,7 +38,7 @@ def pareto_front(
     """
     count = len(knapsack.scale)
     deadline = time.monotonic() + time_limit
-    found: list[tuple[Solution, str]] = []
+    front: list[tuple[Solution, str]] = []
     total = 1 if count == 1 else count + 1 + points
     done = 0
 
@@ -46,19 +46,19 @@ def pareto_front(
         nonlocal done
         left = deadline - time.monotonic()
         done += 1
-        if left > 0 or not found:
-            share = left / max(total - done + 1, 1) if found else left
-            # An even share each, but nobody waits on less than a few seconds: most problems need far less.
-            solution = knapsack.solve(weights, gap=gap, time_limit=max(share, min(left, 5.0)), upper=upper)
+        if left > 0 or not front:
+            seconds = left / max(total - done + 1, 1) if front else left
+            # An even part each, but nobody waits on less than a few seconds: most problems need far less.
+            solution = knapsack.solve(weights, gap=gap, time_limit=max(seconds, min(left, 5.0)), upper=upper)
             if solution is not None:
-                found.append((solution, question))
+                front.append((solution, question))
 
     identity = np.eye(count)
     for objective in range(count):
         ask(np.maximum(identity[objective], AUGMENT), f"least {names[objective]}")
     if count > 1:
         ask(np.full(count, 1 / count), "least mean over " + ", ".join(names))
-        losses = np.stack([solution.losses for solution, _ in found])
+        losses = np.stack([solution.losses for solution, _ in front])
         low, high = losses.min(0), losses.max(0)
         traded = high - low > np.maximum(gap * np.abs(low), 1e-9 * knapsack.scale)
         if traded.any():
@@ -74,8 +74,8 @@ def pareto_front(
                     ask(
                         np.maximum(identity[primary], AUGMENT), f"least {names[primary]} with the others bounded", upper
                     )
-    losses = np.stack([solution.losses for solution, _ in found])
-    return [found[index] for index in nondominated(losses)]
+    losses = np.stack([solution.losses for solution, _ in front])
+    return [front[index] for index in nondominated(losses)]
 
 
 def _spread(count: int, dimensions: int) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from pydantic import Field
 from compress.errors import UserError
 from compress.limits import LONGEST
 from compress.plan import LayerPlan, Mlp
+from compress.profile.key import Key
 from compress.registry import Method
 from compress.search.choice.options import Options
 from compress.search.problem import Layers, Place, Problem
@@ -131,7 +132,7 @@ class Removal(Method):
         Raises:
             UserError: the profile has no such scores, or they do not fit the model.
         """
-        heads, neurons = (problem.profile.tensor(f"{name}.{kind}").double() for kind in ("heads", "neurons"))
+        heads, neurons = (problem.profile.tensor(Key(name, part)).double() for part in ("heads", "neurons"))
         expected = problem.score_shapes
         if (tuple(heads.shape), tuple(neurons.shape)) != expected:
             raise UserError(
@@ -162,9 +163,9 @@ class Removal(Method):
         return options
 
 
-def counted(problem: Problem, unit: Any, steps: Sequence[int], losses: Sequence[float], each: int) -> Options:
+def counted(problem: Problem, unit: Any, steps: Sequence[int], losses: Sequence[float], parameters: int) -> Options:
     """How many of equal things stay, where each has so many parameters: one loss, and the costs of the parameters."""
-    costs: NDArray[np.int64] = np.stack([problem.parameters_cost(kept * each) for kept in steps])
+    costs: NDArray[np.int64] = np.stack([problem.parameters_cost(kept * parameters) for kept in steps])
     return Options(unit, tuple(steps), np.array(losses)[:, None], costs)
 
 

@@ -72,18 +72,18 @@ class Divergence:
     @torch.no_grad()
     def measure(self, model: Any, numbers: Sequence[int] | None = None) -> dict[int, float]:
         """The divergence of a planned model on each document, by its number."""
-        found: dict[int, float] = {}
+        values: dict[int, float] = {}
         for members in self.batches(range(len(self.documents)) if numbers is None else numbers):
             for number, rows in self.answer_logits(model, members):
-                found[number] = float(self.of_rows(number, rows))
-        return found
+                values[number] = float(self.of_rows(number, rows))
+        return values
 
-    def by_task(self, found: Mapping[int, float]) -> dict[str, float]:
+    def by_task(self, measured: Mapping[int, float]) -> dict[str, float]:
         """Mean over the documents of each task."""
         values: dict[str, list[float]] = {}
-        for number, value in sorted(found.items()):
+        for number, value in sorted(measured.items()):
             values.setdefault(self.documents[number].task, []).append(value)
-        return {task: sum(each) / len(each) for task, each in values.items()}
+        return {task: sum(losses) / len(losses) for task, losses in values.items()}
 
 
 def _shares(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,11 @@ from torch.nn import functional
 
 from compress.models.backward import recomputed
 from compress.models.families import layers_of
-from compress.models.outputs import Alternatives
+from compress.models.outputs import Alternatives, facts_of
+from compress.models.prepared import prepared_for
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
-from compress.runtime.mixer import LayerFacts
 from compress.search.refine.divergence import Divergence
 from compress.targets.target import Target
 
@@ -38,13 +38,6 @@ Rules = Sequence[Sequence[Sequence[Target]]]
 
 
 def sampled_effects(
-    model: Any, shape: ModelShape, divergence: Divergence, rules: Rules, samples: int, seed: int
-) -> torch.Tensor:
-    """Effects of head groups `[samples, documents, layers, groups, rules]`, float32 on the CPU; see `all_effects`."""
-    return all_effects(model, shape, divergence, rules, {}, samples, seed)[0]
-
-
-def all_effects(
     model: Any,
     shape: ModelShape,
     divergence: Divergence,
@@ -77,14 +70,15 @@ def all_effects(
         if call.window is not None:
             return call.dense()
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
+        scores = call.scores  # not `call`: what recomputed layers give up may not be kept until the backward pass
         if layer not in alternatives:
-            facts = LayerFacts(layer, query.shape[-1], 0, query.shape[1] // key.shape[1], None)
-            alternatives[layer] = Alternatives(facts, rules[layer])
+            facts = facts_of(layer, query, key, None)
+            alternatives[layer] = Alternatives(facts, rules[layer], prepared_for(model))
         others, rows = alternatives[layer], current[0]
-        output = others.full(query, key, value, scaling, call.scores)
+        output = others.full(query, key, value, scaling, scores)
 
         def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
-            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o, scores=call.scores)):
+            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o, scores=scores)):
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.search.choice.options import Options, layers_of, room
-from compress.search.problem import Layers, Problem
+from compress.search.choice.options import Options, room
+from compress.search.problem import Problem
 
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -45,11 +45,6 @@ def exchange(
         for pick in picks:
             chosen[table.unit[pick]] = pick
     return (chosen - table.start).tolist(), before, table.loss(chosen)
-
-
-def with_choices(problem: Problem, layers: Layers, units: Sequence[Options], choice: Sequence[int]) -> Layers:
-    """Some layers with other options of their units."""
-    return layers_of(replace(problem, base=layers), units, choice)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from compress.plan import LayerPlan
+from compress.profile.key import Key
 from compress.runtime.span import PAGE
 from compress.search.choice.options import HeadGroup, Options
 from compress.search.choice.removal import PRUNED, Neurons, counted
@@ -66,7 +67,7 @@ class Moves:
                 picked.append(rows)
         masks = {}
         if importance is not None:
-            scores = problem.profile.tensor(f"{importance}.neurons").double()
+            scores = problem.profile.tensor(Key(importance, "neurons")).double()
             for number, layer in enumerate(layers):
                 unit, steps = _neuron_steps(number, layer, scores[number])
                 units.append(counted(problem, unit, steps, [0.0] * len(steps), problem.sizes[number].neuron))

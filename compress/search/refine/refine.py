@@ -35,7 +35,7 @@ from compress.search.choice.options import layers_of
 from compress.search.measure import Planned
 from compress.search.problem import Layers, Problem
 from compress.search.refine.divergence import Divergence
-from compress.search.refine.effects import all_effects
+from compress.search.refine.effects import sampled_effects
 from compress.search.refine.exchange import exchange
 from compress.search.refine.moves import Moves
 
@@ -157,10 +157,10 @@ class Loss:
         """Effects `[samples x documents, columns]` whose summed squares over units model the loss."""
         documents = self.divergence.documents
         effects = moves.columns(
-            *all_effects(self.model, self.shape, self.divergence, moves.rules, moves.masks, samples, seed)
+            *sampled_effects(self.model, self.shape, self.divergence, moves.rules, moves.masks, samples, seed)
         )
         counts = Counter(document.task for document in documents)
-        weights = torch.tensor([self.scale[each.task] / counts[each.task] / (2 * samples) for each in documents])
+        weights = torch.tensor([self.scale[one.task] / counts[one.task] / (2 * samples) for one in documents])
         return (effects * weights.sqrt()[:, None]).flatten(0, 1)
 
 

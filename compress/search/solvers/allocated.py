@@ -70,9 +70,9 @@ class Allocated(Ranked):
         for layer, sizes in enumerate(problem.sizes):
             steps = (units,) if layer in alone else tuple(range(1, units + 1))
             ranked = scores[layer].view(-1, units).sort(dim=1, descending=True).values
-            each = sizes.group if by_group else sizes.query * problem.shape.kv_heads
+            parameters = sizes.group if by_group else sizes.query * problem.shape.kv_heads
             losses = [float(ranked[:, count:].sum()) for count in steps]
-            options.append(counted(problem, None, steps, losses, each))
+            options.append(counted(problem, None, steps, losses, parameters))
         return options
 
     def _compared(
@@ -88,7 +88,7 @@ class Allocated(Ranked):
             heads, neurons = _standardised(heads), _standardised(neurons)
             lowest = torch.minimum(heads.min(), neurons.min())
             by_group = self.unit == "group"
-            sizes = [(each.group if by_group else each.query, each.neuron) for each in problem.sizes]
+            sizes = [(size.group if by_group else size.query, size.neuron) for size in problem.sizes]
             weights = torch.tensor(sizes, dtype=heads.dtype)
             return (heads - lowest) * weights[:, :1], (neurons - lowest) * weights[:, 1:]
         return heads, neurons

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from compress.limits import FACTOR, SECONDS
 from compress.search.choice.knapsack import Knapsack
-from compress.search.choice.options import Options, layers_of, room
+from compress.search.choice.options import Options, layers_of, losses_of, room
 from compress.search.choice.pareto import pareto_front
 from compress.search.choice.removal import PRUNED, Removal
 from compress.search.problem import Candidate, Problem
@@ -80,7 +80,7 @@ class UnitRemoval(Removal):
                 options.append(unit)
             else:
                 loss = float(groups[layer, group]) * scale if priced is None else weight * priced[layer, group]
-                options.append(unit.with_choice(PRUNED, loss.tolist(), [0] * unit.costs.shape[1]).kept())
+                options.append(unit.with_choice(PRUNED, loss.tolist(), [0] * unit.costs.shape[1]))
         for unit in self.neuron_options(problem, neurons):
             options.append(replace(unit, losses=unit.losses * scale))
         return options
@@ -133,10 +133,13 @@ class Frontier(Solver):
         if self.removal is None:
             return self._front(problem, stay)
         priced, plans = self.removal_losses(problem), []
+        plain = self.removal.options(problem, stay, 1.0, priced)
         for weight in self.removal.weights:
-            for plan in self._front(problem, self.removal.options(problem, stay, weight, priced)):
+            options = self.removal.options(problem, stay, weight, priced)
+            for plan in self._front(problem, [unit.kept() for unit in options]):
                 note = f"{plan.note}, removed units count {weight:g}"
-                plans.append(replace(plan, note=note, importance=self.removal.importance))
+                losses = dict(zip(plan.losses, losses_of(plain, plan.layers).tolist(), strict=True))
+                plans.append(replace(plan, note=note, losses=losses, importance=self.removal.importance))
         return plans
 
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.limits import LONGEST
+from compress.profile.key import Key
 from compress.registry import solvers
 from compress.runtime.span import PAGE
 from compress.search.problem import FULL_GROUP, Candidate, Layers, Place, Problem
@@ -88,12 +89,8 @@ def score_of(problem: Problem, name: str) -> torch.Tensor:
     Raises:
         UserError: no length has it, or it is not one number a group.
     """
-    values = []
-    for length in problem.lengths:
-        try:
-            values.append(problem.profile.tensor(f"{name}.{length}").double())
-        except (UserError, KeyError):  # a length without recall documents has no such tensor
-            continue
+    found = [problem.profile.find(Key.parse(name).at(length)) for length in problem.lengths]
+    values = [tensor.double() for tensor in found if tensor is not None]
     if not values or values[0].ndim != 2:
         raise UserError(
             f"the profile has no `{name}` with one number for every head group",

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from compress.plan import OutputBias
+from compress.profile.key import Key
 from compress.search.choice.removal import Removal, Widths, pick
 from compress.search.problem import Candidate, Layers, Problem
 from compress.search.solver import Solver
@@ -115,8 +116,8 @@ class Ranked(Removal, Solver):
 
     def _compensated(self, name: str, problem: Problem, layers: Layers) -> Layers:
         """With what the removed units gave in the mean, behind both projections (arXiv 2312.11983)."""
-        heads = problem.profile.tensor(f"{name}.head_means").double().clone()
-        neurons = problem.profile.tensor(f"{name}.neuron_means").double().clone()
+        heads = problem.profile.tensor(Key(name, "head_means")).double().clone()
+        neurons = problem.profile.tensor(Key(name, "neuron_means")).double().clone()
         rows = []
         for number, layer in enumerate(layers):
             queries = [group * problem.queries + head for group in layer.kept_groups for head in range(problem.queries)]
