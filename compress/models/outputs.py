@@ -14,7 +14,7 @@ from compress.runtime.reference import Rows
 from compress.runtime.scores import Scores
 from compress.runtime.step import Step
 from compress.targets.full import FullGroup
-from compress.targets.target import Target
+from compress.targets.target import Target, load_mixers
 
 FULL = FullGroup()
 
@@ -28,6 +28,7 @@ def check_priced(targets: Sequence[Target], where: str) -> None:
     Raises:
         UserError: names each, and why.
     """
+    load_mixers(target.target for target in targets)
     problems = [
         Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
         for target in targets

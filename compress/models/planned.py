@@ -117,7 +117,7 @@ def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
     """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights.
 
     Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
-    stay (`Width.in_plan` has the rest).
+    stay, and the numbers of query heads and neurons.
     """
     load_mixers(targets_of(plan))
     family = family_of(model.config)
