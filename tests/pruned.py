@@ -30,7 +30,7 @@ def with_biases(family: str) -> Any:
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
+            torch.nn.init.normal_(weight, std=0.25)
     return model
 
 

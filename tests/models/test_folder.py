@@ -300,10 +300,10 @@ def test_a_wrapper_is_named_and_the_printed_command_takes_its_text_model_out(nam
 
 
 def test_a_wrapper_of_a_text_model_that_is_not_supported(tmp_path):
-    config = transformers.LlavaConfig(text_config={"model_type": "gpt2"})
+    config = transformers.LlavaConfig(text_config={"model_type": "opt"})
     config.save_pretrained(tmp_path)
     save_file({"x": torch.zeros(2)}, tmp_path / SINGLE, {"format": "pt"})
-    message = refused(tmp_path, "`gpt2` is not supported either", readers=(check_model, load_model))
+    message = refused(tmp_path, "`opt` is not supported either", readers=(check_model, load_model))
     assert all(family in message for family in FAMILIES) and "text-part" not in message
 
 
