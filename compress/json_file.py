@@ -260,11 +260,11 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def parse_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The objects of JSONL text; lines that are none, as an interrupt leaves them, are skipped."""
+def parse_lines(lines: Iterable[str], *, finite: bool = True) -> Iterator[dict[str, Any]]:
+    """The objects of JSONL text, without lines that are none (an interrupt leaves such); `finite`: `parse_json`."""
     for line in lines:
         try:
-            value = parse_json(line)
+            value = parse_json(line, finite=finite)
         except JsonError:
             continue
         if isinstance(value, dict):
@@ -284,15 +284,17 @@ def append_entry(path: Path, entry: Mapping[str, Any], *, checked: bool = False)
     append_line(path, json.dumps({**plain, CHECKSUM: checksum_of(plain)} if checked else plain))
 
 
-def read_entries(path: Path, *, checked: bool = False) -> Iterator[dict[str, Any]]:
+def read_entries(path: Path, *, checked: bool = False, finite: bool = True) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, none where there is no file; damaged lines are skipped.
 
     Args:
         checked: take only lines whose checksum is right, without it.
+        finite: skip lines with NaN or Infinity.
     """
     if not path.is_file():
         return
-    for entry in parse_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for entry in parse_lines(lines, finite=finite):
         if not checked:
             yield entry
             continue

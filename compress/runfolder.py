@@ -9,7 +9,8 @@ model.json             the name of the model, which decides whether a folder can
 environment.json       versions, devices and threads of the last command
 stages.json            what is done, and a key of all that it depended on
 log.jsonl              one line per event, appended
-calibration/  profile/  search/  plan.json  recover/  checkpoint/  evaluation/  evaluation.json  plots/  report.html
+calibration/  profile/  options/  search/  plan.json  recover/  checkpoint/
+evaluation/  evaluation.json  plots/  report.html
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ STAGES = "stages.json"
 MODEL = "model.json"
 LOG = "log.jsonl"
 LOCK = ".lock"
+PREPARED = "options/prepare.json"  # what was trained before the search
 RECOVERED, CONTROL = "recover/recover.json", "recover/control/recover.json"  # records of what was trained
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.
@@ -41,6 +43,7 @@ OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", "in
 BEGUN: dict[str, Any] = {"key": None, "seconds": 0.0, "made": []}  # a stage that is not finished
 ARTIFACTS = (
     "calibration",
+    "options",
     "profile",
     "search",
     "plan.json",
@@ -255,7 +258,7 @@ def open_run(
             where=str(path),
             expected="no folder, an empty one, or an earlier run to go on with",
             found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
-            fix="change `output:` in the recipe, or pass --overwrite to write there nevertheless",
+            fix="change `output:` in the recipe, or pass --overwrite to write there anyway",
         )
     if is_run and before != model and not overwrite and not (before is None and empty):
         raise UserError(

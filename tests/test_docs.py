@@ -1,72 +1,110 @@
-"""The worked examples of docs/adding.md run as they stand, and the support matrix says what the code says."""
+"""The worked examples of docs/adding.md run as they stand, from profile to checkpoint."""
 
 import re
+import sys
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compress import registry
-from compress.models.shape import shape_of
-from compress.runtime.mixer import MIXERS, Kinds, LayerFacts
-from compress.runtime.span import FULL, Span
+from compress.export.export import export_checkpoint
+from compress.models.planned import planned_model
+from compress.plan import Plan
+from compress.profile.heads.effect import Effect
+from compress.profile.heads.hidden_mass import HiddenMass
+from compress.profile.key import Key
+from compress.profile.run import run_profile
+from compress.profile.store import Profile
+from compress.runtime.mixer import MIXERS
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.run import make_problem
-from compress.search.solvers.uniform import Uniform
+from compress.search.solver import Solver
+from compress.search.solvers.priced import Priced
 from compress.targets.full import FullGroup
-from compress.targets.window import SpanGrid
-from tests.profile.common import document, measure
-from tests.search.synthetic import FakeProfile
+from compress.targets.window import SpanGrid, WindowGroup
+from tests.examples.whole import reloads
+from tests.profile.common import document
 from tests.test_house import shipped
-from tests.tiny import tiny_model
+from tests.tiny import tiny_loaded
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = re.findall(r"```python\n(.*?)```", (DOCS / "adding.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+LENGTH = 192
+LOADED = tiny_loaded("llama-gqa")
 
 
-@pytest.fixture
-def examples() -> Iterator[dict[str, Any]]:
-    """All examples executed, and taken out of the registries afterwards."""
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """All examples executed, the mixer as the module that its target names; taken out of the registries afterwards."""
     tables = {name: table for name, table in vars(registry).items() if isinstance(table, registry.Registry)}
     before = {name: dict(table._methods) for name, table in tables.items()}
     found: dict[str, Any] = {"__name__": "docs_example"}
-    for block in BLOCKS:
+    *blocks, mixer = BLOCKS
+    for block in blocks:
         exec(compile(block, "docs/adding.md", "exec"), found)
+    path = tmp_path_factory.mktemp("runtime") / "mixer_recent.py"
+    path.write_text(mixer)
+    name = found["RecentGroup"].runtime
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
     yield found
-    for name, methods in before.items():
-        getattr(registry, name)._methods = methods
+    for kind, methods in before.items():
+        getattr(registry, kind)._methods = methods
     MIXERS.pop("recent")
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def profile(examples: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A profile of the example's statistic, of what all options of the example's target cost, and of windows."""
+    statistics = [examples["Peak"](), Effect(options={"recent": None}), HiddenMass(grid=SpanGrid(sinks=(0,)))]
+    return run_profile(LOADED, {LENGTH: [document(LENGTH)]}, statistics, tmp_path_factory.mktemp("profile"), seed=0)
+
+
+def plan_by(solver: Solver, profile: Profile, kv: float) -> Plan:
+    """The first plan of a solver."""
+    problem = make_problem(Dense(LOADED.shape, 4), profile, Budget(kv=kv, lengths=(LENGTH,)), solver)
+    plan = solver.solve(problem)[0].to_plan(problem, {"made by": "tests"})
+    assert plan.cost(LENGTH, 4).held_bytes <= kv * plan.dense_cost(LENGTH, 4).held_bytes
+    return plan
 
 
 def test_examples_are_short() -> None:
     assert len(BLOCKS) == 4 and all(len(block.splitlines()) < 60 for block in BLOCKS)
 
 
-def test_the_statistic(examples: dict[str, Any]) -> None:
-    model = tiny_model("llama-gqa")
-    found = measure(model, [examples["Peak"](), registry.statistics["attention"]()], document(90))["peak.90"]
-    shape = shape_of(model)
-    assert found.shape == (shape.layers, shape.kv_heads)
-    assert bool((found > 1 / 90).all()) and bool((found <= 1).all())
+def test_the_statistic(profile: Profile) -> None:
+    found = profile.tensor(Key("peak", length=LENGTH))
+    assert found.shape == (LOADED.shape.layers, LOADED.shape.kv_heads)
+    assert bool((found > 1 / LENGTH).all()) and bool((found <= 1).all())
 
 
-def test_the_solver(examples: dict[str, Any]) -> None:
-    shape = shape_of(tiny_model("llama-gqa"))
-    dense = shape.dense_cost(2048, 4).held_bytes
-    problem = make_problem(Dense(shape, 4), FakeProfile((2048,), SpanGrid(), {}), Budget(kv=0.8), Uniform())
-    (candidate,) = examples["Layerwise"](every=2).solve(problem)
-    plan = candidate.to_plan(problem, {})
-    assert plan.layers[0].groups == (FullGroup(),) * shape.kv_heads and plan.layers[1].groups[0].sink == 64
-    assert 0.7 * dense < plan.predicted.of("kv")[2048].plan <= 0.8 * dense
+def test_the_solver(examples: dict[str, Any], profile: Profile, tmp_path: Path) -> None:
+    plan = plan_by(examples["Layerwise"](every=2, sink=0), profile, 0.8)
+    groups = [set(layer.groups) for layer in plan.layers]
+    assert groups[0] == groups[2] == {FullGroup()}
+    assert groups[1] == {WindowGroup(sink=0, alpha=64, beta=0.0)}
+    report = export_checkpoint(LOADED, plan, tmp_path / "checkpoint")
+    assert report.checks.cache_bytes == report.checks.predicted_bytes
 
 
-def test_the_target(examples: dict[str, Any]) -> None:
-    group = registry.targets.parse({"target": "recent", "tokens": 100})
-    assert group == examples["RecentGroup"](tokens=100)
-    kinds = Kinds([group.model_dump(), {"target": "full"}], LayerFacts(0, 8, 32, 1, None))
-    assert [mixer.rules for mixer in kinds.mixers] == [(Span(0, 100, 0.0),), (FULL,)]
+def test_the_target_is_chosen_exported_and_reloaded(examples: dict[str, Any], profile: Profile, tmp_path: Path) -> None:
+    options = {examples["RecentGroup"](tokens=LENGTH // part) for part in (8, 4, 2)}
+    assert set(profile.priced) == options == {registry.targets.parse(option.model_dump()) for option in options}
+    plan = plan_by(Priced(points=0), profile, 0.7)
+    chosen = {group for layer in plan.layers for group in layer.groups}
+    assert chosen & options and chosen <= {*options, FullGroup()}
+    report = export_checkpoint(LOADED, plan, tmp_path / "checkpoint")
+    assert report.checks.cache_bytes == report.checks.predicted_bytes < report.checks.dense_bytes
+    assert (tmp_path / "checkpoint" / "mixer_recent.py").is_file()
+    (tmp_path / "again").mkdir()
+    reloads(tmp_path / "checkpoint", planned_model(LOADED.model, plan), tmp_path / "again")
 
 
 def test_the_support_matrix_names_what_the_code_has() -> None:

@@ -24,15 +24,15 @@ from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
+from compress.models.replaced import causal_attention
 from compress.models.units import units_of
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.passes.capture import Capture
-from compress.profile.passes.tiles import LayerTensors
+from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.runtime import modeling_compress
 from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
-from compress.targets.cost import kv_bytes
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
@@ -133,19 +133,18 @@ def test_family(name: str) -> None:
 
     cache = model.new_cache()
     logits(model, ids[:1], **{CACHE: cache})
-    spans = [kinds.only.rules for kinds in model.base_model.compress_kinds]
-    predicted = kv_bytes(spans, LENGTH, shape.head_dim, 4)
+    predicted = plan.cost(LENGTH, 4, form="patched").held_bytes
     assert cache.allocated_bytes() == cache.held_bytes() == predicted
 
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[1, :70], mask[1, :70] = 0, 0
     together = logits(model, padded, attention_mask=mask)
     torch.testing.assert_close(together[1:, 70:], logits(model, ids[1:, 70:]), **CLOSE)
-    arguments: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
-    cached = model.generate(padded, **arguments)
-    assert torch.equal(cached, model.generate(padded, use_cache=False, **arguments))
-    beams = arguments | {"max_new_tokens": 3, "num_beams": 2}
-    assert torch.equal(model.generate(padded, **beams), model.generate(padded, use_cache=False, **beams))
+    prompt = padded[:, 60:160]
+    for more in ({"max_new_tokens": 5}, {"max_new_tokens": 3, "num_beams": 2}):
+        arguments: dict[str, Any] = {"do_sample": False, "attention_mask": mask[:, 60:160], **more}
+        cached = model.generate(prompt, **arguments)
+        assert torch.equal(cached, model.generate(prompt, use_cache=False, **arguments))
 
 
 ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)
@@ -197,7 +196,31 @@ def test_a_profile_computes_what_the_model_computes(name: str) -> None:
     expected = torch.nn.functional.cross_entropy(logits(model, ids)[0, 59:89], ids[0, 60:])
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert [layer.layer for layer in layers] == [2, 1, 0]
+    for layer in layers if layers[0].scores is not None else ():
+        query, key, value = (x[None] for x in (layer.query, layer.key, layer.value))
+        with torch.no_grad():
+            dense = causal_attention(query, key, value, layer.scaling, layer.window, layer.scores)
+            strips = [tile.attention @ tile.value[:, None] for tile in tiles(layer, Workspace(dense.device))]
+        torch.testing.assert_close(torch.cat(strips, dim=2).flatten(0, 1), dense[0], **CLOSE)
     assert [layer.window for layer in layers] == list(reversed(shape_of(model).native_windows))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MORE if not FAMILIES[name].hands_on))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_hand_nothing_on_are_computed_again(name: str, reentrant: bool) -> None:
+    dense, ids = tiny_model(name), random_ids(2, 80)
+    model = planned_model(dense, mixed_plan(shape_of(dense)))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        # Two passes before the backward pass: each layer is computed again for its own.
+        losses = [model(inputs_embeds=embeddings * scale, labels=ids, use_cache=False).loss for scale in (1, 2)]
+        torch.stack(losses).sum().backward()
+        found.append(embeddings.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["olmo2", "mixtral"])
@@ -238,12 +261,15 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(MORE, name, MORE[name] | dict(FAMILIES[name].whole_unless))
     zeroed, pruned, ids = with_biases(name), with_biases(name), random_ids(1, 40)
     units, before, width = parameters_per_unit(pruned), block_parameters(pruned), Width.of(pruned.config)
-    kept, share = uneven(pruned.config), width.query_heads // width.groups
+    kept = uneven(pruned.config)
+    size = width.query_heads // width.groups
+    left_over = [Width(len(stays.query_heads(size)), len(stays.groups), len(stays.neurons)) for stays in kept]
     zero(zeroed, kept)
     assert not prune(pruned, kept)
     gone = 0
-    for unit, (groups, queries, neurons) in zip(units, (layer.widths(share) for layer in kept), strict=True):
-        gone += unit.removed(width.groups - groups, groups * share - queries, width.neurons - neurons)
+    for unit, left in zip(units, left_over, strict=True):
+        queries = left.groups * size - left.query_heads
+        gone += unit.removed(width.groups - left.groups, queries, width.neurons - left.neurons)
     assert before - block_parameters(pruned) == gone > 0
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
     with pytest.raises(UserError, match="pruned already"):

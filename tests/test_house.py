@@ -1,15 +1,17 @@
-"""One door for every question: no code outside of targets/ and runtime/ asks which target it has before it."""
+"""One door for every question: no code asks which target or method it has before it, and each of them is tested."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-import compress.targets
+import compress.recipe.schema
 from compress import registry
 from compress.registry import Method
 from compress.runtime.mixer import MIXERS
@@ -24,15 +26,21 @@ def shipped(table: registry.Registry[Method]) -> dict[str, type[Method]]:
     return {name: method for name, method in table.items() if method.__module__.partition(".")[0] == "compress"}
 
 
+def tables() -> dict[str, registry.Registry[Method]]:
+    """Every registry, by what it has."""
+    return {table.kind: table for table in vars(registry).values() if isinstance(table, registry.Registry)}
+
+
 def kinds() -> set[str]:
-    """Names of the classes of targets, mixers and spans, with their bases."""
-    classes = [*shipped(registry.targets).values(), *MIXERS.values()]
-    bases = {base for kind in classes for base in inspect.getmro(kind) if base.__module__.startswith("compress.")}
-    return {base.__name__ for base in bases if base is not Method} | {"Span", "LengthSpan", "AnySpan"}
+    """Names of the classes of all that is registered, of mixers and of spans, with their bases."""
+    classes: list[type] = [method for table in tables().values() for method in shipped(table).values()]
+    bases = {base for kind in [*classes, *MIXERS.values()] for base in inspect.getmro(kind)}
+    names = {base.__name__ for base in bases if base.__module__.startswith("compress.") and base is not Method}
+    return names | {"Span", "LengthSpan", "AnySpan"}
 
 
 def questions(tree: ast.AST, names: set[str], classes: set[str]) -> Iterator[tuple[int, str]]:
-    """Lines that ask for a class of `classes`, or compare the name of a target."""
+    """Lines that ask for a class of `classes`, or compare the name of a target, one of `names`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "type"):
             asked = {part.id for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Name)}
@@ -66,7 +74,7 @@ def test_the_question_is_found(code: str) -> None:
     assert list(questions(ast.parse(code), set(shipped(registry.targets)), kinds()))
 
 
-def test_no_code_asks_which_target_it_has_before_it() -> None:
+def test_no_code_asks_which_target_or_method_it_has_before_it() -> None:
     names, classes = set(shipped(registry.targets)), kinds()
     assert {"full", "window", "pruned"} <= names and {"Target", "SpanTarget", "SpanMixer", "State"} - classes == {
         "State"
@@ -77,3 +85,54 @@ def test_no_code_asks_which_target_it_has_before_it() -> None:
         for line, text in questions(ast.parse(path.read_text(encoding="utf-8")), names, classes)
     ]
     assert not found, "\n".join(found)
+
+
+# What is registered -> the table of the tests that has an entry for each, on which its whole contract is tried.
+MATRICES = {
+    "target": ("tests.test_conformance", "TARGETS"),
+    "statistic": ("tests.profile.test_matrix", "STATISTICS"),
+    "measure": ("tests.evaluate.test_measures", "MATRIX"),
+}
+# Or the tests of each, which name it.
+TESTS = {
+    "kind of budget": {
+        "bytes_read": "search/test_budget.py",
+        "decode_time": "search/test_decode_time.py",
+        "density": "search/test_budget.py",
+        "flops": "search/test_budget.py",
+        "kv": "search/test_budget.py",
+        "parameters": "search/test_pruning.py",
+    },
+    "objective": {
+        "distill": "train/test_recover.py",
+        "gates": "profile/test_scores.py",
+        "side": "train/test_side.py",
+        "text": "train/test_recover.py",
+        "transfer": "train/scaled.py",
+    },
+    "solver": {
+        "allocated": "search/test_pruning.py",
+        "amp": "search/test_pruning.py",
+        "heads": "search/test_solvers.py",
+        "layers": "search/test_solvers.py",
+        "moa": "search/test_search.py",
+        "priced": "test_docs.py",
+        "streaming": "search/test_solvers.py",
+        "uniform": "search/test_solvers.py",
+    },
+    "task": dict.fromkeys(("continuation", "facts", "key_value", "passkey", "passkeys"), "data/test_tasks.py"),
+    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py"),
+}
+
+
+def test_every_registered_method_is_in_its_matrix() -> None:
+    """A family that is registered and not in its matrix fails `test_every_family_has_a_tiny_model`."""
+    registered = {kind: set(shipped(table)) for kind, table in tables().items()}
+    listed = {kind: set(getattr(import_module(module), name)) for kind, (module, name) in MATRICES.items()}
+    listed["target"] &= registered["target"]  # and an example that only tests register
+    assert registered == listed | {kind: set(files) for kind, files in TESTS.items()}
+    for files in TESTS.values():
+        for name, file in files.items():
+            text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+            word = name.replace("_", "_?")
+            assert re.search(rf"\b{word}\b", text, flags=re.IGNORECASE), f"{file} does not try {name}"

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UserError
+from compress.json_file import sealed
 from compress.plan import Plan, make_plan, read_plan, uniform_plan
 from compress.runtime.span import FULL, LengthSpan, Span
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
+from tests.pruned import uneven_plan
 from tests.tiny import mixed_plan, shape_of, spans_of, tiny_model
 
 
@@ -132,3 +134,23 @@ def test_wrong_counts_and_missing_files(tmp_path, shape):
         read_plan(path)
     with pytest.raises(UserError, match="wrong number of layers"):
         make_plan(shape, [[FullGroup()] * 2])
+
+
+def test_a_plan_of_schema_1_is_the_same_plan(tmp_path):
+    model = tiny_model("llama-gqa")
+    plan, shape = uneven_plan(model), shape_of(model)
+    raw = json.loads(plan.to_json())
+    del raw["checksum"]
+    assert raw["schema"] == 2
+    sizes = {"kv_bytes": {"200": 600}, "dense_kv_bytes": {"200": 1200}, "parameters": 70, "dense_parameters": 100}
+    older = {**raw, "schema": 1, "predicted": {**sizes, "loss": 0.5}}
+    older["layers"] = [{"mlp": None, **layer} for layer in raw["layers"]]
+    path = tmp_path / "plan.json"
+    path.write_text(sealed(older))
+    found = read_plan(path, shape)
+    assert (found.model, found.layers, found.provenance) == (plan.model, plan.layers, plan.provenance)
+    assert found.predicted.of("kv")[200].share == 0.5 and found.predicted.of("parameters")[None].plan == 70
+    assert read_plan(write(path, found), shape) == found and json.loads(path.read_text())["schema"] == 2
+    path.write_text(json.dumps({**raw, "schema": 3}))
+    with pytest.raises(UserError, match="schema"):
+        read_plan(path)

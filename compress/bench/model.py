@@ -73,6 +73,13 @@ class DenseLayer(CacheLayerMixin):
 
 
 def _dense(call: AttentionCall) -> torch.Tensor:
+    if call.scores is not None:
+        raise UserError(
+            "PyTorch's dense attention caps no scores and has no extra logit in its softmax",
+            where=type(call.module).__name__,
+            expected="a model whose attention is a plain softmax",
+            fix="write `--what kernel`, which needs no dense model",
+        )
     query, key, value = call.query, call.key, call.value
     with sdpa_kernel(call.module.config.bench_backend):
         causal = query.shape[2] > 1

@@ -25,12 +25,12 @@ def given_path(text: str, where: str) -> Path:
         UserError: no system takes such a path.
     """
     if not text.strip() or "\0" in text:
-        raise UserError("this is no path", where=where, found=repr(text), fix="name a file or a folder")
+        raise UserError("not a path", where=where, found=repr(text), fix="name a file or a folder")
     try:
         path = Path(text).expanduser()
         path.exists()
     except RuntimeError as error:
-        raise UserError("this is no path", where=where, found=text, fix="write the home folder out") from error
+        raise UserError("not a path", where=where, found=text, fix="write the home folder out") from error
     except OSError as error:
         raise refusal("this path cannot be used", text if len(text) < 100 else f"{text[:97]}...", error) from error
     return path

@@ -63,7 +63,7 @@ def guarded(command: Command) -> Command:
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             _show(verbose)
-            say(f"\ninterrupted; what is done is kept. {_again(options)}")
+            say(f"\ninterrupted; finished work is saved. {_again(options)}")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # who read the output has enough of it; click ends with 1
             raise
@@ -71,7 +71,7 @@ def guarded(command: Command) -> Command:
             raise
         except Exception as error:
             _show(verbose)
-            typer.echo(_told(error, options), err=True)
+            typer.echo(_sentence_for(error, options), err=True)
             refused = system_error(error)
             raise typer.Exit(1 if refused is None or refused.errno == errno.ENOMEM else 2) from None
 
@@ -98,7 +98,7 @@ def _signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _told(error: Exception, options: dict[str, Any]) -> str:
+def _sentence_for(error: Exception, options: dict[str, Any]) -> str:
     """A sentence for an exception that no part of the project expected."""
     refused = system_error(error)
     if refused is not None:

@@ -21,11 +21,13 @@ RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a
 Overwrite = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Write into an output folder that holds something else.", rich_help_panel="Danger"
+        "--overwrite",
+        help="Write into an output folder that holds something else.",
+        rich_help_panel="Danger",
     ),
 ]
 Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Throw away what is done and start again.", rich_help_panel="Danger")
+    bool, typer.Option("--fresh", help="Delete earlier results and start again.", rich_help_panel="Danger")
 ]
 
 

@@ -19,7 +19,7 @@ def run(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Profile, search, recover, export, evaluate and report, and print what was kept and lost.
+    """Profile, prepare, search, recover, export, evaluate and report, and print what was kept and lost.
 
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
@@ -32,15 +32,18 @@ def run(
         from compress.environment import peak_memory
         from compress.stages.evaluate import evaluate_stage
         from compress.stages.export import check_target, export_stage
+        from compress.stages.prepare import prepare_stage
         from compress.stages.profile import profile_stage
         from compress.stages.recover import recover_stage
         from compress.stages.search import search_stage
 
         if session.helper:
+            prepare_stage(session)
             recover_stage(session)
             return
         check_target(session, overwrite)
         profile_stage(session)
+        prepare_stage(session)
         search_stage(session)
         recover_stage(session)
         checkpoint = export_stage(session, overwrite=overwrite)

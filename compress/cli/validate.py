@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from compress.data.prompt import Task
     from compress.recipe.schema import Recipe
+    from compress.train.settings import TrainSettings
 
 
 def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -70,6 +71,10 @@ def work(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def _batches(settings: TrainSettings) -> str:
+    return f"{settings.step_count:,} steps of {settings.batch_size} x {settings.length:,} tokens"
+
+
 def table(recipe: Recipe) -> Table:
     """The stages with their method, what they read, and the model passes that they take."""
     from rich.table import Table
@@ -91,6 +96,9 @@ def table(recipe: Recipe) -> Table:
         _lines(parts["profile"]),
         f"{documents} forward{' and backward' if gradient else ''}, and their answers",
     )
+    if recipe.prepare is not None:
+        targets = "\n".join(target.words() for target in recipe.prepare.targets)
+        result.add_row("prepare", targets, _batches(recipe.prepare), "training, layer by layer")
     budget = recipe.search.budget
     result.add_row(
         "search",
@@ -101,9 +109,11 @@ def table(recipe: Recipe) -> Table:
     )
     recover = recipe.recover
     if recover is not None:
-        size = f"{recover.step_count:,} steps of {recover.batch_size} x {recover.length:,} tokens"
-        method = f"{recover.train}, loss {recover.loss}"
-        result.add_row("recover", method, size, f"training{' of plan and dense model' if recover.control else ''}")
+        losses = "+".join(objective.registered for objective in recover.objectives) or recover.loss
+        method = f"{recover.train}, loss {losses}"
+        result.add_row(
+            "recover", method, _batches(recover), f"training{' of plan and dense model' if recover.control else ''}"
+        )
     export = recipe.export
     result.add_row(
         "export",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compress.data.answers import answer
-from compress.data.continuation import Continuation
 from compress.data.prompt import Prompt, Task
 from compress.data.sample import TextSample
 from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
@@ -103,16 +102,7 @@ def _answer(model: Any, request: Task, prompt: Prompt, seed: int) -> tuple[int, 
     """The answer that the request asks for."""
     if request.answer == "text":
         return prompt.reference
-    if isinstance(request, Continuation):
-        return answer(
-            model,
-            prompt.tokens,
-            prompt.budget,
-            decoding=request.decoding,
-            temperature=request.temperature,
-            seed=seed,
-        )
-    return answer(model, prompt.tokens, prompt.budget)
+    return answer(model, prompt.tokens, prompt.budget, **request.answering(seed))
 
 
 def _text_of(documents: Sequence[TextSample]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,10 @@ class Continuation(Task):
         "sample", description="how the dense model answers; greedy answers of small models soon repeat themselves"
     )
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of `sample`")
+
+    def answering(self, seed: int) -> dict[str, Any]:
+        """Drawn or greedy, as the fields say."""
+        return {"decoding": self.decoding, "temperature": self.temperature, "seed": seed}
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
         """Prompts without evidence; the reference is the text itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -75,6 +75,10 @@ class Task(Method):
         "model",
         description="whose answer a calibration document carries: the dense model's own, or the right one of the text",
     )
+
+    def answering(self, seed: int) -> dict[str, Any]:
+        """Arguments of `answer`, for a model's own answer to a prompt; greedy unless a task says otherwise."""
+        return {}
 
     @property
     def label(self) -> str:

@@ -6,12 +6,9 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from pydantic import ValidationError
 
 from compress.data.calibration import Loaded, Progress
@@ -24,6 +21,7 @@ from compress.evaluate.names import file_part
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
 from compress.registry import measures
+from compress.versions import versions
 
 SCHEMA = 1  # of the kept measurements
 
@@ -83,11 +81,7 @@ def compare(
         bench = _Bench(Subject(variant, variants[0], loaded.model, loaded.tokenizer), cache_dir, facts, meter)
         results = [bench.result(measure, job) for measure, job in jobs]
         rows.append(VariantResult(name=variant.name, results=results, seconds=round(bench.seconds, 2)))
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    packages = dict.fromkeys(name for measure in asked for name in measure.packages())
     reads = [reading for measure in asked for reading in measure.readings(seed)]
     return Comparison(
         model=loaded.name,
@@ -98,7 +92,7 @@ def compare(
         batch_size=batch_size,
         asked=[{"measure": measure.registered} | measure.model_dump(mode="json") for measure in asked],
         text=setting.text.model_dump(mode="json") if any(reading.source is None for reading in reads) else None,
-        versions=versions | {name: version(name) for measure in asked for name in measure.packages()},
+        versions={"python": platform.python_version(), **versions(*packages)},
         variants=rows,
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.evaluate.labels import distinct_labels
+
 LISTS = {"recall": "recall", "tasks": "lm_eval"}  # fields with several results of a variant, and their measures
 SINGLE = ("size", "latency", "perplexity")
 REQUESTS = ("perplexity", "recall", "lm_eval", "latency")
@@ -19,12 +21,16 @@ def from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
     if value.get("schema") != 1:
         return value
     kept = {key: part for key, part in value.items() if key not in (*REQUESTS, "schema", "variants")}
-    recalls = _listed(value, "recall")
+    recalls = [_object(request, "recall") for request in _listed(value, "recall")]
+    labels = distinct_labels([str(request.get("task")) for request in recalls], recalls)
     return {
         **kept,
         "schema": 2,
         "asked": [{"measure": "kv_bytes"}, {"measure": "size"}, *_asked(value)],
-        "variants": [_variant(row, recalls, value.get("batch_size")) for row in _listed(value, "variants")],
+        "variants": [
+            _variant(row, list(zip(labels, recalls, strict=True)), value.get("batch_size"))
+            for row in _listed(value, "variants")
+        ],
     }
 
 
@@ -39,7 +45,7 @@ def _asked(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     return asked
 
 
-def _variant(row: Any, recalls: list[Any], batch_size: Any) -> Any:
+def _variant(row: Any, recalls: list[tuple[str, Mapping[str, Any]]], batch_size: Any) -> Any:
     if not isinstance(row, Mapping):
         return row
     results: list[dict[str, Any]] = [{"measure": "kv_bytes", "held": row.get("kv_bytes", {})}]
@@ -52,7 +58,8 @@ def _variant(row: Any, recalls: list[Any], batch_size: Any) -> Any:
             if name == "recall":
                 if len(_listed(row, key)) != len(recalls):
                     raise ValueError(f"variants: expected {len(recalls)} results of recall, got {len(row[key])}")
-                more = {"haystack": _object(recalls[number], "recall").get("haystack", ""), "batch_size": batch_size}
+                label, request = recalls[number]
+                more = {"task": label, "haystack": request.get("haystack", ""), "batch_size": batch_size}
             results.append({"measure": name, **_object(result, key), **more})
     known = {"kv_bytes", *SINGLE, *LISTS}
     return {key: part for key, part in row.items() if key not in known} | {"results": results}

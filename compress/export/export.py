@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import transformers
-
-import compress
 from compress.errors import UserError
 from compress.export.card import render_card
 from compress.export.finite import check_weights, to_dtype
@@ -31,6 +27,7 @@ from compress.models.planned import patched_model, planned_model
 from compress.models.tokenizer_files import write_tokenizer
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
+from compress.versions import versions
 
 PLAN = "compress_plan.json"
 BASE_PLAN = "compress_plan.base.json"  # of the model it was made from, where that is a checkpoint of ours
@@ -176,11 +173,7 @@ def _write_card(
         itemsize=weight.itemsize,
         context=int(model.config.max_position_embeddings),
         checks=checks,
-        versions={
-            "compress": compress.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        versions=versions(),
         recipe=recipe,
         table=table,
         trained=(folder / RECORD).is_file(),

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from compress.errors import Problem, UserError
+from compress.models.prepared import Prepared, fill
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, Mixer, heads_of, take
 from compress.runtime.reference import Rows
 from compress.runtime.scores import Scores
 from compress.runtime.step import Step
 from compress.targets.full import FullGroup
-from compress.targets.target import Target
+from compress.targets.target import Target, load_mixers
 
 FULL = FullGroup()
 
@@ -27,6 +28,7 @@ def check_priced(targets: Sequence[Target], where: str) -> None:
     Raises:
         UserError: names each, and why.
     """
+    load_mixers(target.target for target in targets)
     problems = [
         Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
         for target in targets
@@ -71,11 +73,15 @@ class Alternatives:
     Args:
         facts: about the layer.
         plans: each names one target a group.
+        prepared: where the tensors of targets are that were trained before.
+
+    Raises:
+        UserError: a target has tensors of its own, and they were not prepared.
     """
 
-    def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]]) -> None:
+    def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]], prepared: Prepared = ()) -> None:
         self.facts = facts
-        self.plans = [_Plan(facts, plan) for plan in plans]
+        self.plans = [_Plan(facts, plan, prepared) for plan in plans]
         self.dense = _Plan(facts, [FULL] * len(plans[0])) if plans else None
 
     def changes(
@@ -120,11 +126,24 @@ class Alternatives:
 class _Plan:
     """One target for every group of a layer."""
 
-    def __init__(self, facts: LayerFacts, targets: Sequence[Target]) -> None:
+    def __init__(self, facts: LayerFacts, targets: Sequence[Target], prepared: Prepared = ()) -> None:
         self.stays = [group for group, target in enumerate(targets) if not target.removes]
         self.heads = heads_of(self.stays, facts.group_size)
         entries: list[Mapping[str, Any]] = [targets[group].model_dump(mode="json") for group in self.stays]
         self.kinds = Kinds(entries, facts) if entries else None
+        options = {option.target: option for option in prepared}
+        for mixer, members in zip(self.kinds.mixers, self.kinds.members, strict=True) if self.kinds else ():
+            if next(mixer.parameters(), None) is not None:
+                groups = [self.stays[member] for member in members]
+                if missing := [targets[group] for group in groups if targets[group] not in options]:
+                    raise UserError(
+                        f"the target `{missing[0].target}` cannot be priced by its output",
+                        where=f"layer {facts.index}",
+                        found="it has tensors of its own, which were not prepared",
+                        fix="name it under `prepare.targets`",
+                    )
+                fill(mixer, [options[targets[group]].of(facts.index, group) for group in groups])
+                mixer.requires_grad_(False)
 
     def output(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, scores: Scores | None
@@ -140,6 +159,7 @@ class _Plan:
             step.scores = scores.of(self.heads)
 
         def run(mixer: Mixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Any) -> torch.Tensor:
+            mixer.to(q.device)
             return mixer.prefill(q, k, v, None, step, scale=scale, dropout=0.0)
 
         q, k, v = take(query, self.heads, 1), take(key, self.stays, 1), take(value, self.stays, 1)

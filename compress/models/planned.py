@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
-from compress.models.prepared import attach, prepared_for
+from compress.models.prepared import attach, fill, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.weights import weight_files
 from compress.plan import Plan
@@ -117,7 +117,7 @@ def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
     """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights.
 
     Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
-    stay (`Width.in_plan` has the rest).
+    stay, and the numbers of query heads and neurons.
     """
     load_mixers(targets_of(plan))
     family = family_of(model.config)
@@ -177,7 +177,6 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     return names
 
 
-@torch.no_grad()
 def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrained: bool = False) -> None:
     """Give the mixers' parameters what was prepared for their targets, or what these make of the model's attention.
 
@@ -200,9 +199,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
                     rows.append(target.initial(attention, member))
                 else:
                     raise _unprepared(number, group, target)
-            for name in rows[0]:
-                parameter = mixer.get_parameter(name)
-                parameter.copy_(torch.stack([tensors[name] for tensors in rows]).view_as(parameter))
+            fill(mixer, rows)
 
 
 def _unprepared(layer: int, group: int, target: Target) -> UserError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from compress.errors import UserError
 from compress.files import write_bytes, write_text
 from compress.json_file import read_model, sealed
 from compress.registry import targets
+from compress.runtime.mixer import Mixer
 from compress.targets.target import Target
 
 RECORD, OPTION, TENSORS = "prepare.json", "option.json", "tensors.safetensors"
@@ -109,6 +110,14 @@ def prepared_for(model: Any) -> Prepared:
     """What a model carries; nothing where nothing was prepared."""
     prepared: Prepared = getattr(model, _PLACE, ())
     return prepared
+
+
+@torch.no_grad()
+def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give a mixer's parameters what they have for each of its groups, by name, one group behind another."""
+    for name in groups[0]:
+        parameter = mixer.get_parameter(name)
+        parameter.copy_(torch.stack([tensors[name] for tensors in groups]).view_as(parameter))
 
 
 def write_option(folder: Path, record: Option, tensors: Mapping[str, torch.Tensor]) -> Option:

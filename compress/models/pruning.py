@@ -43,10 +43,6 @@ class Kept:
             return self.queries
         return tuple(group * group_size + head for group in self.groups for head in range(group_size))
 
-    def widths(self, group_size: int) -> tuple[int, int, int]:
-        """Numbers of head groups, query heads and neurons."""
-        return len(self.groups), len(self.query_heads(group_size)), len(self.neurons)
-
 
 def widths(config: Any, kept: Sequence[Kept]) -> list[Width]:
     """The width of every layer after `prune`, from the dense configuration."""
@@ -133,7 +129,7 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
 
     With one width in all layers its configuration follows, and it saves as a stock checkpoint. With several the
     configuration keeps the dense sizes, and the layers carry their own: such a model runs in memory, and is saved by
-    way of `with_runtime_plan` with a plan that says the widths (`Width.in_plan`).
+    way of `with_runtime_plan` with a plan that says the widths.
 
     Args:
         model: with one width in all layers, as its configuration says.

@@ -78,22 +78,22 @@ def load_trained(model: Any, folder: Path) -> Any:
         files = sorted(set(names))
     else:
         files = ["model.safetensors"]
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
             raise UserError("there are no trained weights", where=str(folder / name), fix=AGAIN)
         try:
-            found |= load_file(folder / name)
+            tensors |= load_file(folder / name)
         except SafetensorError as error:
             raise UserError(
                 "the trained weights are damaged", where=str(folder / name), found=str(error), fix=AGAIN
             ) from None
     expected = own_tensors(model)
-    problems = _problems(expected, found, str(folder))
+    problems = _problems(expected, tensors, str(folder))
     if problems:
         raise UserError(problems)
     parameters = dict(model.named_parameters())
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         placed = tensor.to(expected[name].device)
         if name in parameters:
             parameters[name].data = placed
@@ -103,21 +103,21 @@ def load_trained(model: Any, folder: Path) -> Any:
     return model
 
 
-def _problems(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> list[Problem]:
+def _problems(expected: dict[str, torch.Tensor], read: dict[str, torch.Tensor], where: str) -> list[Problem]:
     problems = [
         Problem(f"the trained weights lack `{name}`", where, _form(tensor), "nothing")
         for name, tensor in expected.items()
-        if name not in found
+        if name not in read
     ]
     problems += [
-        Problem(f"the trained weights have `{name}`, which the model has not", where, "nothing", _form(tensor))
-        for name, tensor in found.items()
+        Problem(f"the trained weights have `{name}`, which the model does not have", where, "nothing", _form(tensor))
+        for name, tensor in read.items()
         if name not in expected
     ]
     problems += [
-        Problem(f"`{name}` does not fit", where, _form(tensor), _form(found[name]))
+        Problem(f"`{name}` does not fit", where, _form(tensor), _form(read[name]))
         for name, tensor in expected.items()
-        if name in found and _form(found[name]) != _form(tensor)
+        if name in read and _form(read[name]) != _form(tensor)
     ]
     return problems
 

@@ -62,7 +62,8 @@ def chart_svg(chart: Chart, name: str) -> str:
     if not any(one.points for one in map(_finite, chart.series)):
         return ""
     with style():
-        figure = new_figure(5.6, 3.6)
+        figure = new_figure(5.6, 3.6, layout=None)  # a constrained layout draws everything several times
+        figure.subplots_adjust(left=0.14, right=0.97, bottom=0.15, top=0.91)
         figure.patch.set_alpha(0)
         axis = figure.subplots()
         axis.patch.set_alpha(0)

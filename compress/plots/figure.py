@@ -7,7 +7,7 @@ import re
 from contextlib import AbstractContextManager
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compress.files import write_bytes
 
@@ -39,11 +39,11 @@ def style() -> AbstractContextManager[Any]:
     )
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     """An empty figure, in inches, to be drawn on within `style`. It belongs to no window and to no global state."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save(figure: Any, path: Path) -> list[Path]:

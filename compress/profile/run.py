@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.errors import Problem, UserError
+from compress.files import digest_of
 from compress.models.load import LoadedModel
 from compress.plan import ModelShape
 from compress.profile.partial import Partial
@@ -203,7 +202,7 @@ def run_key(
         facts |= {"training": _facts(training), "seed": seed}
     if second and any(second.values()):
         facts |= {"second": _facts(second)}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest_of(facts)
 
 
 def _facts(documents: Samples) -> list[Any]:

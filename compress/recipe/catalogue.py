@@ -66,11 +66,11 @@ def tables() -> dict[str, Registry[Any]]:
 
 def kinds() -> dict[str, list[Entry]]:
     """All entries by kind, in the plural that the registries are called by."""
-    found = {name: [_entry(key, method) for key, method in table.items()] for name, table in tables().items()}
+    known = {name: [_entry(key, method) for key, method in table.items()] for name, table in tables().items()}
     suites = [
         Entry(name, *_texts(suite.make), sources=tuple(filter(None, [suite.source]))) for name, suite in SUITES.items()
     ]
-    return found | {"suites": suites, "families": [_family(row) for _, row in sorted(FAMILIES.items())]}
+    return known | {"suites": suites, "families": [_family(row) for _, row in sorted(FAMILIES.items())]}
 
 
 def entries(kind: str) -> list[Entry]:
@@ -80,7 +80,7 @@ def entries(kind: str) -> list[Entry]:
     names |= {"family": "families", "budget": "budget_kinds", "budgets": "budget_kinds"}
     if names.get(kind) not in known:
         raise UserError(
-            "there is no such kind of method",
+            "unknown kind of method",
             where=kind,
             expected=f"one of {', '.join(known)}",
             fix=nearest(kind, names),
@@ -93,7 +93,7 @@ def entry(kind: str, name: str) -> Entry:
     known = {each.name: each for each in entries(kind)}
     if name not in known:
         raise UserError(
-            "nothing of that name is registered",
+            "unknown method",
             where=f"{kind} {name}",
             expected=f"one of {', '.join(known)}",
             fix=nearest(name, known),

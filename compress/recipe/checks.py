@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from compress.data.prompt import Task
-from compress.errors import Problem, nearest
+from compress.data.prompt import Task, check_scored
+from compress.errors import Problem, UserError, nearest
 from compress.limits import DOCUMENT_TOKENS
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
@@ -86,15 +86,10 @@ def _too_many_documents(recipe: Recipe) -> Iterator[Finding]:
 
 def _no_right_answer(recipe: Recipe) -> Iterator[Finding]:
     for number, task in enumerate(recipe.evaluate.recall):
-        if not task.hides:
-            yield (
-                ("evaluate", "recall", number),
-                Problem(
-                    f"`evaluate.recall[{number}]` has no right answer to compare with",
-                    expected="a task that hides something: passkey or key_value",
-                    found=task.task,
-                ),
-            )
+        try:
+            check_scored(task)
+        except UserError as error:
+            yield ("evaluate", "recall", number), error.problems[0]
 
 
 def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
@@ -126,7 +121,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "no statistic prices rules, of which a span search chooses",
+                "no statistic measures what span rules cost, which this solver needs",
                 expected="`influence`, `hidden_mass` or `retrieval`",
                 fix="add `{name: influence}`",
             ),
@@ -135,7 +130,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("profile", "statistics"),
             Problem(
-                "the statistics price different span grids",
+                "the statistics use different span grids",
                 expected="one grid",
                 found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
                 fix="give every statistic the same `grid`, or leave it out everywhere",

@@ -88,7 +88,7 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     try:
         located.put(path, read.data, origin)
     except LookupError as error:
-        return [Problem("there is no such key to set", origin, found=str(error.args[0]))]
+        return [Problem("no such key can be set", origin, found=str(error.args[0]))]
     return []
 
 

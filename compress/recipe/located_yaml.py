@@ -76,7 +76,7 @@ class LocatedYaml:
                     entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "no list"
                     raise LookupError(f"`{key_path(path[:number])}` is {entries}")
             elif not isinstance(parent, dict):
-                raise LookupError(f"`{key_path(path[:number])}` is no mapping")
+                raise LookupError(f"`{key_path(path[:number])}` is not a mapping")
             elif not last and parent.get(part) is None:
                 parent[part] = {}
                 self._given[here] = origin
@@ -135,7 +135,7 @@ def read_located(text: str, name: str) -> LocatedYaml:
     if len(text) > MOST_CHARACTERS:
         found = f"{len(text):,} characters"
         result.problems.append(
-            Problem("the file is too large to be one of settings", name, f"at most {MOST_CHARACTERS:,}", found)
+            Problem("the file is too large for a settings file", name, f"at most {MOST_CHARACTERS:,}", found)
         )
         return result
     try:
@@ -155,7 +155,7 @@ def read_located(text: str, name: str) -> LocatedYaml:
         where = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         character = error.character if isinstance(error.character, int) else ord(error.character)
         found = f"the character U+{character:04X}"
-        result.problems.append(Problem("this is not YAML: a character that no text has", where, found=found))
+        result.problems.append(Problem("this is not YAML: a character that text cannot contain", where, found=found))
     except (yaml.YAMLError, ValueError) as error:
         result.problems.append(Problem(f"this is not YAML: {str(error).splitlines()[0]}", name))
     if result.problems and result.data is None:
@@ -192,7 +192,7 @@ class _Reader:
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str | int | float) or isinstance(key, bool):
                 found = str(key_node.value)[:60] if isinstance(key_node, yaml.ScalarNode) else "a list or a mapping"
-                self._problem("a key has to be a text or a number", key_node, found=found)
+                self._problem("a key must be text or a number", key_node, found=found)
                 continue
             here = (*path, str(key))
             # `1`, `1.0` and `"1"` are one key to everything that reads numbers as keys.
@@ -214,7 +214,7 @@ class _Reader:
         text = str(node.value)
         wrong = _NO_TEXT.search(text)
         if wrong is not None:
-            self._problem("a character that no text has", node, found=f"U+{ord(wrong.group()):04X}")
+            self._problem("a character that text cannot contain", node, found=f"U+{ord(wrong.group()):04X}")
             return ""
         quoted = node.style in ("'", '"', "|", ">")
         if node.tag in _PLAIN:
@@ -228,12 +228,12 @@ class _Reader:
     def _number(self, node: yaml.ScalarNode, text: str) -> Any:
         """What PyYAML makes of a number, a boolean or nothing, within the limits."""
         if len(text) > 10 * MOST_DIGITS:
-            self._problem("a number of too many digits", node, f"at most {MOST_DIGITS}", f"{len(text):,} characters")
+            self._problem("a number with too many digits", node, f"at most {MOST_DIGITS}", f"{len(text):,} characters")
             return 0
         try:
             value = self.loader.construct_object(node)
         except (ValueError, KeyError, IndexError, OverflowError):
-            self._problem(f"this is no {node.tag.removeprefix(_TAG)}", node, found=text[:60])
+            self._problem(f"not a valid {node.tag.removeprefix(_TAG)}", node, found=text[:60])
             return 0
         return self._finite(node, value)
 
@@ -242,7 +242,7 @@ class _Reader:
             self._problem("a number that is not finite", node, "a finite number", str(node.value)[:60])
             return 0
         if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
-            self._problem("a number of too many digits", node, f"at most {MOST_DIGITS}", str(node.value)[:60])
+            self._problem("a number with too many digits", node, f"at most {MOST_DIGITS}", str(node.value)[:60])
             return 0
         return value
 
@@ -253,7 +253,7 @@ class _Reader:
         if self.values > MOST_VALUES or self.characters > MOST_CHARACTERS:
             raise _TooMuch(
                 Problem(
-                    "the file is too large to be one of settings",
+                    "the file is too large for a settings file",
                     self.result.at(node.start_mark),
                     expected=f"at most {MOST_VALUES:,} values and {MOST_CHARACTERS:,} characters, aliases written out",
                     found="more than that",
@@ -263,7 +263,7 @@ class _Reader:
 
     def _tag(self, node: yaml.Node) -> None:
         tag = node.tag.replace(_TAG, "!!")
-        self._problem("tags are not read here", node, "a plain value", f"`{tag[:60]}`", "remove the tag")
+        self._problem("tags are not supported", node, "a plain value", f"`{tag[:60]}`", "remove the tag")
 
     def _problem(
         self, what: str, node: yaml.Node, expected: str | None = None, found: str | None = None, fix: str | None = None

@@ -35,6 +35,7 @@ class Outline(Section):
 SECTIONS = {
     "calibration": "the documents that heads are measured on",
     "profile": "what is measured",
+    "prepare": "training of targets that cannot be priced untrained; leave it out where there are none",
     "search": "how the plan is decided",
     "recover": "training of the plan's model; leave it out to train nothing",
     "export": "the form of the checkpoint",

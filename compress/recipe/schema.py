@@ -17,12 +17,16 @@ from compress.data.text import EmbeddedText, TextSource
 from compress.limits import BATCH
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
+from compress.search import baselines
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.search.solver import Solver
-from compress.train.settings import RecoverSettings
+from compress.train.settings import PrepareSettings, RecoverSettings
 
-Baseline = Literal["plan", "uniform", "uniform-at-longest", "streaming", "random"]
+if TYPE_CHECKING:
+    Baseline = str
+else:
+    Baseline = Literal[("plan", *baselines.NAMES)]
 Tasks = tuple[Annotated[Task, registry.tasks], ...]
 
 
@@ -102,6 +106,7 @@ class Recipe(Outline):
 
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
     profile: ProfileSection = Field(description=SECTIONS["profile"])
+    prepare: PrepareSettings | None = Field(None, description=SECTIONS["prepare"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])

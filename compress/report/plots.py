@@ -79,7 +79,7 @@ def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:
 
 
 def _all_charts(folders: Sequence[Facts]) -> list[Chart]:
-    return [chart for section in quality_charts(folders) for chart in section.charts]
+    return [chart for section in quality_charts(folders, tabled=True) for chart in section.charts]
 
 
 def span_length(folder: Path) -> int:

@@ -161,8 +161,12 @@ class ChartSection:
         return [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(self.charts)]
 
 
-def quality_charts(all_facts: Sequence[Facts]) -> list[ChartSection]:
-    """For every cost that differs between variants, a chart of each measure of quality over the share of dense."""
+def quality_charts(all_facts: Sequence[Facts], *, tabled: bool = False) -> list[ChartSection]:
+    """For every cost that differs between variants, a chart of each measure of quality over the share of dense.
+
+    Args:
+        tabled: only over costs that the tables show.
+    """
     measured = [facts for facts in all_facts if facts.comparison is not None]
     axes = {
         cell.label: cell.axis
@@ -170,7 +174,7 @@ def quality_charts(all_facts: Sequence[Facts]) -> list[ChartSection]:
         if facts.comparison is not None
         for row in facts.comparison.variants
         for cell in row.cells
-        if cell.axis
+        if cell.axis and (cell.table is not None or not tabled)
     }
     sections = [ChartSection(label, _charts(measured, label, axis)) for label, axis in axes.items()]
     return [section for section in sections if section.charts]

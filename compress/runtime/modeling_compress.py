@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import LlamaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -312,10 +313,20 @@ def _leave_step(attention: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -
     attention.compress_step = kwargs.get("compress_step")
 
 
+# The steps of passes that may be computed again in the backward pass, where no hook before a layer runs: by the rotary
+# table of the pass, which its layers share and which lives as long as what is computed again.
+_STEPS = WeakTensorKeyDictionary()
+
+
 def _take_step(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before attention: the step is its argument, and is held no longer than that."""
-    step, attention.compress_step = attention.compress_step, None
-    return args, kwargs | {"compress_step": step} if step is not None else kwargs
+    """Before attention: the step is its argument."""
+    step, attention.compress_step = vars(attention).get("compress_step"), None
+    table = kwargs["position_embeddings"][0]
+    if step is None:
+        step = _STEPS.get(table)
+    elif attention.training or torch.is_grad_enabled():
+        _STEPS[table] = step
+    return args, kwargs if step is None else kwargs | {"compress_step": step}
 
 
 def _no_cache(cache: Any) -> bool:

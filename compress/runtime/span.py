@@ -229,19 +229,3 @@ def has_length_rule(spans: Iterable[Iterable[AnySpan]]) -> bool:
 def spans_at(spans: Iterable[Iterable[AnySpan]], length: int) -> list[list[Span]]:
     """The spans `[layers][groups]` as they are for an input of `length` tokens."""
     return [[span.at_length(length) for span in row] for row in spans]
-
-
-def spans_of_plan(plan: dict[str, Any], native_windows: list[int | None]) -> list[list[AnySpan]]:
-    """The span of every head group of a plan, `[layers][groups]`.
-
-    Args:
-        plan: `plan.json` as a dictionary, already checked by whoever wrote it.
-        native_windows: per layer, the sliding window that the architecture itself has; None without one.
-
-    Raises:
-        ValueError: a target that has no span.
-    """
-    return [
-        [span_of(group, native) for group in layer["groups"]]
-        for layer, native in zip(plan["layers"], native_windows, strict=True)
-    ]

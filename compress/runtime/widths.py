@@ -55,10 +55,6 @@ class Width:
             raise ValueError(f"query heads: {width.query_heads} do not divide among {groups} key/value heads")
         return width
 
-    def in_plan(self) -> dict[str, Any]:
-        """What a plan's layer says of it beside its `groups`."""
-        return {"query_heads": self.query_heads, "mlp": {"kept": self.neurons}}
-
     def fields(self, config: Any) -> dict[str, int]:
         """Under the names that a configuration and its stock modules use."""
         row = row_of(config)

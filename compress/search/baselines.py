@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from compress.errors import UserError
@@ -13,6 +13,15 @@ from compress.search.solvers.amp import Amp
 from compress.search.solvers.streaming import Streaming
 from compress.search.solvers.uniform import Uniform
 
+# The uniform plans by name: their solver, and the problem that it is to solve.
+UNIFORM: dict[str, Callable[[Problem], tuple[Solver, Problem]]] = {
+    "uniform": lambda problem: (Uniform(), problem),
+    "uniform-at-longest": lambda problem: (Uniform(), problem.only([max(problem.budget_lengths)])),
+    "streaming": lambda problem: (Streaming(), problem),
+}
+DRAWN = "random"
+NAMES = (*UNIFORM, DRAWN)
+
 
 def uniform_baselines(problem: Problem) -> dict[str, Candidate]:
     """Uniform plans within the budget, by name.
@@ -21,13 +30,9 @@ def uniform_baselines(problem: Problem) -> dict[str, Candidate]:
     bytes at the longest length alone: the strongest uniform plan there, which may exceed the budget at shorter
     lengths (with one length it is `uniform`). A baseline that no window fits is left out.
     """
-    asked: dict[str, tuple[Solver, Problem]] = {
-        "uniform": (Uniform(), problem),
-        "uniform-at-longest": (Uniform(), problem.only([max(problem.budget_lengths)])),
-        "streaming": (Streaming(), problem),
-    }
     plans = {}
-    for name, (solver, task) in asked.items():
+    for name, solved in UNIFORM.items():
+        solver, task = solved(problem)
         try:
             (plans[name],) = solver.solve(task)
         except UserError:

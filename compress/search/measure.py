@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.data.sample import Sample
-from compress.files import append_line, key_of
-from compress.json_file import CHECKSUM, JsonError, checksum_of, parse_json, unsealed
+from compress.files import key_of
+from compress.json_file import append_entry, read_entries
 from compress.models.planned import planned_model, set_plan
 from compress.plan import Plan
 
@@ -50,14 +49,6 @@ def plan_key(plan: Plan | None) -> str:
     return "dense" if plan is None else key_of(plan.model_dump(mode="json", by_alias=True)["layers"])
 
 
-def _entry(line: str) -> dict[str, Any] | None:
-    """A measurement; None where the line is torn or changed, so that it is measured again."""
-    try:
-        return unsealed(parse_json(line, finite=False))
-    except JsonError:
-        return None
-
-
 class LossLog:
     """Append-only JSONL file of losses, one line for each plan and document.
 
@@ -71,11 +62,9 @@ class LossLog:
         self.path = path
         self.context = context
         self._losses: dict[tuple[str, str], float] = {}
-        if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            for entry in map(_entry, text.splitlines()):
-                if entry is not None and entry["context"] == self.context:
-                    self._losses[entry["plan"], entry["document"]] = entry["loss"]
+        for entry in read_entries(path, checked=True, finite=False):
+            if entry["context"] == self.context:
+                self._losses[entry["plan"], entry["document"]] = entry["loss"]
 
     def get(self, plan: str, document: str) -> float | None:
         """The loss of a plan on a document, None when it was not measured yet."""
@@ -84,7 +73,7 @@ class LossLog:
     def put(self, plan: str, document: str, loss: float) -> None:
         """Add a measurement; it is in the file when this returns."""
         entry = {"context": self.context, "plan": plan, "document": document, "loss": loss}
-        append_line(self.path, json.dumps({**entry, CHECKSUM: checksum_of(entry)}))
+        append_entry(self.path, entry, checked=True)
         self._losses[plan, document] = loss
 
 

@@ -81,6 +81,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
+    statistics = [statistic.resolved(shape, sorted(lengths)) for statistic in statistics]
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
     priced = next((statistic.targets for statistic in statistics if "effect.absolute" in statistic.gives), ())
     profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced)

@@ -12,7 +12,7 @@ from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.plan import Plan
-from compress.search.baselines import baselines_of, drawn_baseline
+from compress.search.baselines import DRAWN, baselines_of, drawn_baseline
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
 from compress.search.dense import Dense
@@ -202,10 +202,10 @@ def run_search(
     # Without held-out documents only the refinement has measured anything.
     chosen = REFINED if refined is not None and not losses else choose(plans, losses)
     if solver.removes:
-        baselines["random"] = drawn_baseline(problem, candidates[chosen], seed)
-        compared["random"] = baseline("random", baselines["random"])
+        baselines[DRAWN] = drawn_baseline(problem, candidates[chosen], seed)
+        compared[DRAWN] = baseline(DRAWN, baselines[DRAWN])
         if documents:
-            losses |= measure({"random": compared["random"]}, documents, loss, log, progress)
+            losses |= measure({DRAWN: compared[DRAWN]}, documents, loss, log, progress)
     measured = {
         "held_out_documents": len(documents),
         "response_loss": losses.get(chosen),

@@ -124,16 +124,17 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
                 source, place = reading.source or evaluated, f"evaluate.{measure.registered}{reading.place}"
                 fits = functools.partial(_fits, reading, tokenizer, context)
                 uses.append(_Use("evaluation", source, "evaluation", place, reading.tokens, fits))
-    recover = recipe.recover
-    if recover is not None:
-        source, length = recover.text or calibration.text, recover.length
-        label = "recovery" if recover.text else "calibration"
-
-        def windows(ids: list[int]) -> None:
-            check_windows(len(ids), length, context)
-
-        uses.append(_Use(label, source, "calibration", "recover", recover.text_tokens, windows))
+    for section, settings in (("prepare", recipe.prepare), ("recover", recipe.recover)):
+        if settings is not None:
+            fits = functools.partial(_windows_fit, settings.length, context, section)
+            label = section if settings.text else "calibration"
+            source = settings.text or calibration.text
+            uses.append(_Use(label, source, "calibration", section, settings.text_tokens, fits))
     return uses
+
+
+def _windows_fit(length: int, context: int | None, section: str, ids: list[int]) -> None:
+    check_windows(len(ids), length, context, section)
 
 
 def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: list[int]) -> None:

@@ -33,7 +33,7 @@ class Inputs:
         self.path = folder / RECORD
         self.reporter = reporter
         self.keeps = keeps
-        self._found: dict[str, str] = {}
+        self._contents: dict[str, str] = {}
         self._stamps: dict[str, Any] = {}
         self._again: dict[str, tuple[Callable[[], Any], Callable[[], str]]] = {}
 
@@ -73,7 +73,7 @@ class Inputs:
         """Raise UserError where an input is another than when the command began."""
         for label, (stamp, read) in self._again.items():
             try:
-                changed = stamp() != self._stamps[label] and read() != self._found[label]
+                changed = stamp() != self._stamps[label] and read() != self._contents[label]
             except UserError:
                 continue  # it is gone; what was made of it is of the one that was there
             if changed:
@@ -87,31 +87,31 @@ class Inputs:
     def _hash(
         self, label: str, stamp: Callable[[], Any], read: Callable[[], str], first: Callable[[], str] | None = None
     ) -> str:
-        if label in self._found:
-            return self._found[label]
+        if label in self._contents:
+            return self._contents[label]
         recorded = self._recorded()
         try:
             self._stamps[label] = stamp()
-            found = (first or read)()
+            content = (first or read)()
         except UserError as error:
             if label not in recorded:
                 raise
             problem = error.problems[0]
             self.reporter.say(f"{problem.where}: {problem.what}; taken as unchanged since it was read last")
-            self._found[label] = recorded[label]
+            self._contents[label] = recorded[label]
             return recorded[label]
-        self._found[label] = found
+        self._contents[label] = content
         self._again[label] = (stamp, read)
-        if self.keeps and recorded.get(label) != found:
-            write_json(self.path, {"schema": SCHEMA, "inputs": recorded | {label: found}})
-        return found
+        if self.keeps and recorded.get(label) != content:
+            write_json(self.path, {"schema": SCHEMA, "inputs": recorded | {label: content}})
+        return content
 
     def _recorded(self) -> dict[str, str]:
         """What an earlier command kept; nothing where that is damaged."""
         try:
             data = parse_json(self.path.read_bytes())
-            found = data["inputs"] if data["schema"] == SCHEMA else {}
-            return {label: value for label, value in found.items() if isinstance(value, str)}
+            kept = data["inputs"] if data["schema"] == SCHEMA else {}
+            return {label: value for label, value in kept.items() if isinstance(value, str)}
         except (OSError, JsonError, KeyError, TypeError, AttributeError):
             return {}
 

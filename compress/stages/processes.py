@@ -42,8 +42,8 @@ def launch() -> Launch | None:
 
 def is_helper() -> bool:
     """Whether this process only trains: it prints nothing, and writes nothing."""
-    found = launch()
-    return found is not None and found.rank > 0
+    started = launch()
+    return started is not None and started.rank > 0
 
 
 @contextmanager
@@ -53,20 +53,20 @@ def together(device: str) -> Iterator[None]:
     Args:
         device: where this process trains; `cpu` connects by gloo, a GPU by nccl.
     """
-    found = launch()
-    if found is None:
+    started = launch()
+    if started is None:
         yield
         return
     import torch
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(True)
-    os.environ.update(found.variables)
+    os.environ.update(started.variables)
     try:
         PartialState(cpu=device == "cpu", timeout=PATIENCE)
         yield
     finally:
-        for name in found.variables:
+        for name in started.variables:
             os.environ.pop(name, None)
     torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(True)

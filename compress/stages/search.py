@@ -7,6 +7,7 @@ from compress.data.sample import Sample
 from compress.plan import Plan, read_plan
 from compress.report.plots import search_plots
 from compress.search.run import SearchResult, run_search
+from compress.stages.prepare import prepare_stage
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, draw, missing, require, timed
@@ -34,7 +35,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         require(session, "search")
     elif not run.may_be_done("search", session.outline(session.search_key)):
-        require(session, "profile")
+        require(session, "profile", *(["prepare"] if recipe.prepare is not None else []))
+    prepare_stage(session, must_be_done=True)
     key = session.search_key()
     if run.stage_done("search", key):
         if not must_be_done:

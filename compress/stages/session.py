@@ -20,12 +20,14 @@ from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
 from compress.models.load import LoadedModel, load_model
+from compress.models.prepared import attach
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
-from compress.runfolder import CONTROL, RECOVERED, RunFolder, open_run, stage_key
+from compress.runfolder import CONTROL, PREPARED, RECOVERED, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
+from compress.train.settings import TrainSettings
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Session:
 
     def take_model(self, loaded: LoadedModel) -> None:
         """Use a dense model that is in memory already: the same name, dtype and device."""
+        attach(loaded.model, ())  # what another run prepared
         vars(self)["loaded"] = loaded
 
     @functools.cached_property
@@ -98,6 +101,10 @@ class Session:
         """Hashes of all that the recipe names besides the model."""
         return Inputs(self.run.path, self.reporter, keeps=not self.helper)
 
+    def prepare_key(self) -> str:
+        """All that the tensors of prepared targets depend on."""
+        return stage_key("prepare", self.fingerprint, *self._training(self.recipe.prepare))
+
     def profile_key(self) -> str:
         """All that a profile depends on."""
         calibration = self.resolved["calibration"]
@@ -123,11 +130,12 @@ class Session:
         held_out = self.resolved["calibration"]["held_out"]
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
-        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables)
+        prepared = self._prepared()
+        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables, *prepared)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
-        plan, trained = self._content(self.run.plan), self._trained(RECOVERED)
+        plan, trained = self._content(self.run.plan), [*self._prepared(), *self._trained(RECOVERED)]
         return stage_key("export", plan, self.recipe.dtype, self.resolved["export"], *trained)
 
     def evaluate_key(self) -> str:
@@ -143,19 +151,21 @@ class Session:
             {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
             *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
             self._evaluated(),
+            *self._prepared(),
             *self._trained(RECOVERED, CONTROL),
         )
 
     def recover_key(self) -> str:
         """All that the trained weights of the plan depend on."""
-        return stage_key("recover", self._content(self.run.plan), *self._training())
+        return stage_key(
+            "recover", self._content(self.run.plan), *self._prepared(), *self._training(self.recipe.recover)
+        )
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""
-        return stage_key("control", self.fingerprint, *self._training())
+        return stage_key("control", self.fingerprint, *self._training(self.recipe.recover))
 
-    def _training(self) -> list[Any]:
-        settings = self.recipe.recover
+    def _training(self, settings: TrainSettings | None) -> list[Any]:
         if settings is None:
             raise ValueError("the recipe trains nothing")
         source = settings.text or self.recipe.calibration.text
@@ -178,6 +188,10 @@ class Session:
     def _text(self, source: Source, tasks: Sequence[Task], part: Part) -> str:
         """The content that some tasks read of a text."""
         return self.inputs.text(source, characters_for(max((task.length for task in tasks), default=0), part))
+
+    def _prepared(self) -> list[str]:
+        """What came of the preparation, where the recipe has one."""
+        return [self._content(self.run.path / PREPARED)] if self.recipe.prepare is not None else []
 
     def _trained(self, *records: str) -> list[str]:
         """What came of the recovery, where the recipe has one."""

@@ -47,6 +47,7 @@ def require(session: Session, *stages: str) -> None:
     """
     run = session.run
     places = {
+        "prepare": (session.prepare_key, run.path / "options"),
         "profile": (session.profile_key, run.profile),
         "search": (session.search_key, run.plan),
         "recover": (session.recover_key, run.path / "recover"),

@@ -16,6 +16,7 @@ from compress.recipe.schema import Recipe
 from compress.runfolder import RunFolder
 from compress.stages.evaluate import evaluate_stage
 from compress.stages.export import export_stage
+from compress.stages.prepare import prepare_stage
 from compress.stages.profile import profile_stage
 from compress.stages.recover import recover_stage
 from compress.stages.reporter import Reporter
@@ -76,6 +77,9 @@ def _run(session: Session, earlier: Sequence[RunFolder], export: bool) -> None:
             _take(run.path / name, session.run.path / name)
     _share(session, "profile", session.profile_key, earlier)
     profile_stage(session)
+    if session.recipe.prepare is not None:
+        _share(session, "prepare", session.prepare_key, earlier)
+    prepare_stage(session)
     _share(session, "search", session.search_key, earlier)
     search_stage(session)
     if session.recipe.recover is not None:

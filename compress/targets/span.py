@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
+from itertools import accumulate
 from typing import ClassVar
 
-from compress.runtime.span import PAGE, AnySpan
-from compress.targets.cost import Cost, visible_keys, visible_pairs
+from compress.runtime.span import BETA_UNIT, PAGE, AnySpan, Span
+from compress.targets.cost import Cost
 from compress.targets.target import StockForm, Target
 from compress.targets.unit import Unit
 
@@ -78,3 +80,48 @@ class SpanTarget(Target):
     def by_length(self) -> bool:
         """Whether the window is worked out from the length of the input."""
         return self.span().rule == "length"
+
+
+def visible_pairs(span: Span, length: int) -> int:
+    """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head.
+
+    The query at u - 1 sees min(u, sink + max(1, alpha + floor(beta u))) keys. The second number grows no faster than
+    the first, so the first is the smaller one up to some u; what is behind is a sum of known form.
+    """
+
+    def window(u: int) -> int:
+        return span.alpha + u * span.beta_units // BETA_UNIT
+
+    low, high = 0, length  # the last u whose query sees every key before it
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle <= span.sink + max(1, window(middle)) else (low, middle - 1)
+    grows = low + 1  # the first u from which on the window has more than the query's own key
+    if span.alpha < 1:
+        steps = (1 - span.alpha) * BETA_UNIT
+        grows = max(grows, -(-steps // span.beta_units)) if span.beta_units else length + 1
+    grows = min(grows, length + 1)
+    own, wider = grows - low - 1, length - grows + 1
+    growth = floor_sum(length, span.beta_units) - floor_sum(grows - 1, span.beta_units)
+    return low * (low + 1) // 2 + (own + wider) * span.sink + own + wider * span.alpha + growth
+
+
+def floor_sum(count: int, units: int) -> int:
+    """The sum of floor(u x units / 1024) over u from 1 to `count`: whole periods of 1024 numbers, and the rest."""
+    periods, rest = divmod(count, BETA_UNIT)
+    sums = _floor_sums(units)
+    whole = periods * sums[-1] + BETA_UNIT * units * periods * (periods - 1) // 2
+    return whole + sums[rest] + rest * periods * units
+
+
+@lru_cache(maxsize=BETA_UNIT + 1)
+def _floor_sums(units: int) -> list[int]:
+    """The same for every count of 0 to 1024."""
+    return [0, *accumulate(u * units // BETA_UNIT for u in range(1, BETA_UNIT + 1))]
+
+
+def visible_keys(span: AnySpan, length: int) -> int:
+    """Keys that the query at the end of `length` tokens sees in one head group."""
+    fixed = span.at_length(length)
+    first = int(fixed.first(length - 1))
+    return length - first + min(fixed.sink, first)

@@ -26,6 +26,7 @@ from compress.models.replaced import AttentionCall, replaced_attention
 from compress.models.vocabulary import check_tokens
 from compress.plan import ModelShape, uniform_plan
 from compress.registry import objectives
+from compress.runtime.mixer import Kinds
 from compress.runtime.step import Record, Step
 from compress.targets.target import Target
 from compress.train.curve import Curve
@@ -155,8 +156,10 @@ class _Mixers(nn.Module):
         super().__init__()
         planned = planned_model(model, uniform_plan(shape, target), untrained=True)
         self.layers = nn.ModuleDict()
+        self._kinds: dict[int, Kinds] = {}
         for layer, (attention, native) in enumerate(zip(attentions_of(planned), shape.native_windows, strict=True)):
             if native is None:
+                self._kinds[layer] = attention.compress_kinds
                 self.layers[str(layer)] = attention.compress_kinds.only.float()
         if not list(self.parameters()):
             raise UserError(
@@ -237,6 +240,9 @@ class _Mixers(nn.Module):
         hidden, rotary = self._inputs.pop(call.layer)
         step.hidden, step.rotary = hidden.float(), None if rotary is None else tuple(table.float() for table in rotary)
         step.input_length, step.record = columns, Record()
+        if call.scores is not None:
+            self._kinds[call.layer].check_scores()
+            step.scores = call.scores
         query, key, value = call.query.float(), call.key.float(), call.value.float()
         with torch.set_grad_enabled(self.training):
             outputs = mixer.prefill(query, key, value, None, step, scale=call.scaling, dropout=0.0)

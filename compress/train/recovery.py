@@ -101,7 +101,7 @@ def recover(
         UserError: the text or the batch does not fit, weights cannot be spread here, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    follows = any(objective.needs_teacher for objective in settings.objectives)
+    follows = any(objective.needs_teacher for objective in settings.losses)
     if follows and teacher is None:
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if follows else None
@@ -120,7 +120,11 @@ def recover(
         folder.mkdir(exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         if partial.foreign and progress is not None:
-            progress(0, steps, "starting anew: the saved state is of another training or an earlier version")
+            progress(
+                0,
+                steps,
+                "starting from the beginning: the saved state belongs to another training or an earlier version",
+            )
     accelerator.wait_for_everyone()
     _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
     if accelerator.is_main_process:
@@ -181,7 +185,7 @@ def autocast_dtype(settings: RecoverSettings, device: torch.device) -> torch.dty
 
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
-    """The processes of this training. Precision is our own matter: accelerate's would replace the model's forward."""
+    """The processes of this training. Precision is handled here: accelerate would replace the forward method."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
@@ -190,7 +194,10 @@ def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator
     )
     if settings.shard and accelerator.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            "weights are spread over GPUs only", where="recover.shard", expected="false", found="processes on a CPU"
+            "weights can be spread over GPUs only",
+            where="recover.shard",
+            expected="false where the processes run on a CPU",
+            found="true",
         )
     return accelerator
 
@@ -222,12 +229,12 @@ def _train_and_merge(
     low = autocast_dtype(settings, next(model.parameters()).device)
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
-    share = batches.share(accelerator.num_processes)
-    tokens = min(settings.micro_batch or share, share) * settings.length
+    sequences = batches.share(accelerator.num_processes)
+    tokens = min(settings.micro_batch or sequences, sequences) * settings.length
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
             _Student(copied, teacher, low),
-            settings.objectives,
+            settings.losses,
             batches,
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
@@ -263,24 +270,24 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     """
     device = next(model.parameters()).device
     low = autocast_dtype(settings, device) if settings.train != "full" and not settings.shard else None
-    own = [weight for mixer in mixers_of(model) for weight in mixer.parameters()]
+    of_mixers = [weight for mixer in mixers_of(model) for weight in mixer.parameters()]
     for weight in model.parameters():
         if weight.dtype != low:
             weight.data = weight.data.float()
-    for weight in own if settings.train != "full" else model.parameters():
+    for weight in of_mixers if settings.train != "full" else model.parameters():
         weight.data = weight.data.float().clone()  # another model may hold the same tensor
     if settings.train == "full":
         model.requires_grad_(True)
         return None
     if settings.train == "mixers":
-        if not own:
+        if not of_mixers:
             raise UserError(
                 "the targets of the plan have no parameters of their own",
                 where="recover.train: mixers",
                 expected="`lora` or `full`, or a plan with targets that have some",
             )
         model.requires_grad_(False)
-        for weight in own:
+        for weight in of_mixers:
             weight.requires_grad_(True)
         return None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -30,7 +30,8 @@ class TrainSettings(Method):
         None,
         ge=1,
         le=BATCH,
-        description="sequences in a pass of one process; null is all of its share; less needs less memory",
+        description="sequences that a process passes through the model at once; null takes all that it has; fewer need "
+        "less memory",
     )
     steps: int | None = Field(None, ge=1, le=STEPS, description="optimiser steps; this or `tokens`")
     tokens: int | None = Field(None, ge=1, description="tokens to train on, rounded up to whole steps")
@@ -39,16 +40,18 @@ class TrainSettings(Method):
     weight_decay: float = Field(0.0, ge=0, le=FACTOR, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, le=FACTOR, description="largest norm of the gradient")
     text: TextSource | None = Field(
-        None, description="what is trained on, its calibration part; null is the recipe's calibration text"
+        None, description="text to train on, its calibration part; null takes the recipe's calibration text"
     )
-    save_every: int = Field(50, ge=1, le=STEPS, description="steps between two saved states to go on from")
+    save_every: int = Field(
+        50, ge=1, le=STEPS, description="steps between saved states, from which an interrupted training resumes"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("expected `steps` or `tokens`, one of them")
+            raise ValueError("expected either `steps` or `tokens`")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
-            raise ValueError(f"expected a micro_batch of at most the batch_size {self.batch_size}")
+            raise ValueError(f"expected `micro_batch` to be at most `batch_size`, which is {self.batch_size}")
         if self.step_count > STEPS or self.step_count * self.batch_size > SEQUENCES:
             raise ValueError(
                 f"expected at most {STEPS:,} steps and {SEQUENCES:,} sequences, got {self.step_count:,} steps of "
@@ -98,34 +101,51 @@ class RecoverSettings(TrainSettings):
     alpha: float = Field(16.0, gt=0, le=FACTOR, description="the updates are scaled by alpha / rank (lora)")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout before the updates (lora)")
     loss: Literal["text", "distill", "both"] = Field(
-        "text", description="next-token cross entropy, KL(dense || trained) at every token, or both weighed"
+        "text", description="next-token cross entropy, KL(dense || trained) at every token, or the weighted sum of both"
     )
     temperature: float = Field(
         1.0, ge=0.01, le=100, description="of both distributions in the KL, which is scaled by its square"
     )
     distill_weight: float = Field(0.5, ge=0, le=1, description="weight of the KL in `both`; the text has the rest")
+    objectives: tuple[Annotated[Objective, registry.objectives], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="losses in place of `loss`, each with its weight: `[{name: text}, {name: side, weight: 0.01}]`",
+    )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the passes; auto is bfloat16 on a GPU that has it; trained weights are float32 anyway"
+        "auto",
+        description="dtype of matrix products; auto is bfloat16 on a GPU that has it; trained weights are float32",
     )
     checkpointing: bool | None = Field(
-        None, description="recompute layers in the backward pass; null does so where memory is short"
+        None, description="recompute layers in the backward pass; null does so if memory is short"
     )
-    shard: bool = Field(False, description="spread weights over the GPUs (FSDP2); without it each has all of them")
-    control: bool = Field(False, description="train the dense model on the same batches, too, to compare with")
+    shard: bool = Field(
+        False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"
+    )
+    control: bool = Field(False, description="also train the dense model on the same batches, as a comparison")
+
+    def facts(self) -> dict[str, Any]:
+        """See `TrainSettings.facts`; as before there were `objectives`, where there are none."""
+        facts = super().facts()
+        return facts if self.objectives else {key: value for key, value in facts.items() if key != "objectives"}
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
+        if len({objective.registered for objective in self.objectives}) < len(self.objectives):
+            raise ValueError("expected each objective once")
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
         return self
 
     @property
-    def objectives(self) -> tuple[Objective, ...]:
+    def losses(self) -> tuple[Objective, ...]:
         """What is minimised, and what is only recorded beside it (weight 0)."""
-        share = {"text": 0.0, "distill": 1.0, "both": self.distill_weight}[self.loss]
-        text = Text(weight=1 - share)
-        return (text,) if self.loss == "text" else (text, Distill(weight=share, temperature=self.temperature))
+        if self.objectives:
+            return self.objectives
+        kl = {"text": 0.0, "distill": 1.0, "both": self.distill_weight}[self.loss]
+        text = Text(weight=1 - kl)
+        return (text,) if self.loss == "text" else (text, Distill(weight=kl, temperature=self.temperature))
 
 
 class PrepareSettings(TrainSettings):

@@ -1,4 +1,4 @@
-"""Notes the wish to stop (SIGTERM, SIGINT), so that training ends between two steps."""
+"""Notes a request to stop (SIGTERM, SIGINT), so that training ends between two steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def noted_signals() -> Iterator[Callable[[], bool]]:
-    """Yields whether a signal came. A second one acts as it did before; outside the main thread none is noted.
+    """Yields a function that says whether a signal came. Outside the main thread none is noted.
 
-    One that came too late to be asked for is sent again at the end, to act as it did before.
+    A second signal acts as it did before. A first one that arrives after the last call of the function is raised again
+    at the end, and acts as it did before.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

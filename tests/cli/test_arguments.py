@@ -85,7 +85,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["eval", "model", "model/", "--perplexity", "64"], "given twice"),
     (["eval", "model", "recipe.yaml", "--perplexity", "64"], "evaluated on its own"),
     (["eval", "model", "/nowhere/x.gguf", "--perplexity", "64"], "/nowhere/x.gguf"),
-    (["eval", "a\0b", "--perplexity", "64"], "no path"),
+    (["eval", "a\0b", "--perplexity", "64"], "not a path"),
     (["eval", LONG, "--perplexity", "64"], "too long"),
     (["eval", "runs", "--perplexity", "64"], "run folder"),
     (["bench", "runs", "--mix", "A"], "run folder"),
@@ -98,7 +98,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["inspect", "evaluation.json"], "compress report"),
     (["inspect", "other.json"], "not a plan"),
     (["inspect", NOWHERE], NOWHERE),
-    (["inspect", "a\0b"], "no path"),
+    (["inspect", "a\0b"], "not a path"),
     (["inspect", LONG], "too long"),
     (["report", NOWHERE], NOWHERE),
     (["report", "pyproject.toml"], "a file"),
@@ -108,7 +108,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", "runs", "--cells", "cells.txt"], ".csv or .json"),
     *(
         ([command, "recipe.yaml", "--set", "search.budget.kv"], "not a setting")
-        for command in ("run", "profile", "search", "recover", "export", "eval", "validate")
+        for command in ("run", "profile", "prepare", "search", "recover", "export", "eval", "validate")
     ),
     (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "changes a recipe"),
     (["init", NOWHERE], NOWHERE),
@@ -134,7 +134,7 @@ WRONG: list[tuple[list[str], str]] = [
             (["unknown.yaml"], "did you mean `calibration`?"),
             (["list.yaml"], "a mapping of keys"),
             (["binary.yaml"], "UTF-8"),
-            (["a\0b.yaml"], "no path"),
+            (["a\0b.yaml"], "not a path"),
             ([LONG], "too long"),
             (["recipe.yaml", "--nosuch"], "--nosuch"),
             ([], "RECIPE"),

@@ -138,7 +138,7 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version_and_no_arguments() -> None:
     assert call("--version").stdout.strip() == f"compress {__version__}"
-    assert "quickstart" in call().output
+    assert "compress init" in call().output
 
 
 def test_two_runs_of_one_folder(copied: Path) -> None:

@@ -12,9 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.evaluate.comparison import read_comparison
 from compress.evaluate.measures import latency as module
 from compress.models.content import content_key
-from tests.tiny import tiny_model, tiny_tokenizer
+from compress.plan import uniform_plan
+from compress.targets.window import WindowGroup
+from tests.tiny import shape_of, tiny_model, tiny_tokenizer
 
 
 def model_in(folder: Path, seed: int = 0) -> Path:
@@ -101,3 +104,29 @@ def test_a_key_of_a_model_is_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text("{}")
     assert content_key(str(tmp_path / "a")) != folder
     assert content_key("some/model") != content_key("other/model")
+
+
+def test_a_plan_file_is_a_row_with_the_uniform_window_of_its_bytes(tmp_path: Path) -> None:
+    model = model_in(tmp_path / "model")
+    plan = uniform_plan(shape_of(tiny_model("llama-gqa")), WindowGroup(sink=4, alpha=256, beta=0.0))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    words = ["eval", model, tmp_path / "plan.json", "--uniform", "--measure", "flops: {lengths: [1024, 2048]}"]
+    options = ["--device", "cpu", "--out", tmp_path / "out", "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, *options]])
+    assert result.exit_code == 0, result.output
+    names = ["dense", str(tmp_path / "plan.json"), f"uniform beside {tmp_path / 'plan.json'}"]
+    rows = read_comparison(tmp_path / "out" / "evaluation.json").variants
+    assert [row.name for row in rows] == names
+    held = [row.of("kv_bytes")[0].held[2048] for row in rows]
+    assert held[0] > held[1] >= held[2] > 0 and held[1] == plan.cost(2048, 4).held_bytes
+    flops = [row.of("flops")[0].prefill for row in rows]
+    assert flops[0][2048] > flops[1][2048] > flops[1][1024]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("nosuch: {}", "unknown measure"), ("agreement: {windows: 2}", "length"), ("recall: [{task: passkey}]", "length")],
+)
+def test_a_wrong_measure_is_told(asked: str, told: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["eval", str(model_in(tmp_path / "model")), "--measure", asked])
+    assert result.exit_code == 2 and told in result.stderr, result.output

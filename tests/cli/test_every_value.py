@@ -133,6 +133,7 @@ TRAININGS = (
 SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
+    (SETTINGS, "train", "mixers"): ("tests/train/test_prepare.py", r'"mixers"'),
     (SETTINGS, "shard", True): ("tests/train/test_resume.py", r'"shard": True'),
     (SECTION, "form", "patched"): ("tests/export/test_native.py", r'form="auto"[\s\S]*"form patched" in lines'),
     (SECTION, "form", "native"): ("tests/export/test_native.py", r'form="native"'),

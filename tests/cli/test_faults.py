@@ -152,7 +152,7 @@ def test_what_ends_a_process_from_outside_ends_a_command_orderly(capsys: pytest.
         before = signal.getsignal(number)
         with pytest.raises(typer.Exit) as caught:
             guarded(work)()
-        assert caught.value.exit_code == 130 and "interrupted; what is done is kept" in capsys.readouterr().err
+        assert caught.value.exit_code == 130 and "interrupted; finished work is saved" in capsys.readouterr().err
         assert signal.getsignal(number) is before
     assert len(tidied) == 3
 

@@ -25,7 +25,7 @@ def test_runs(line: str, copied: Path, tmp_path: Path, monkeypatch: pytest.Monke
     own = line.replace("recipes/smollm2-quickstart.yaml", str(copied))
     own = own.replace("runs/smollm2-quickstart", str(copied.parent / "run")).replace("llama-3-8b", "tiny")
     own = own.replace("runs/smollm2-amp", str(copied.parent / "run"))
-    own = own.replace("demo/smollm2-135m", str(copied.parent / "model"))
+    own = own.replace("demo/smollm2-135m", str(copied.parent / "model")).replace("kv=0.5,0.25", "kv=0.8,0.7")
     words = shlex.split(own)[1:]
     if words[0] == "bench":
         words += ["--lengths", "128"]

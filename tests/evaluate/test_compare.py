@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,21 @@ def test_a_token_without_an_embedding_is_told_before_anything_is_measured(
     with pytest.raises(UserError, match="a token that the model has no embedding for"):
         run(source, tmp_path, builder, loaded=loaded, **asked)
     assert not builder.built
+
+
+def test_published_evaluations_of_the_first_form_are_read(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "profiles" / "smollm2-135m"
+    record = json.loads((folder / "quickstart.measured.json").read_text(encoding="utf-8"))
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(record["comparisons"][0]), encoding="utf-8")
+    result = read_comparison(path)
+    rows = {row[0]: row[1:] for row in tables(result)[0].rows}
+    assert rows["plan 0"] == ["22.50 MiB (50%)", "11.398", "+1.3%", "0.96 (0.87 to 0.99)"]
+    assert "50 prompts in natural text" in tables(result)[0].caption
+    result.write(path)
+    assert read_comparison(path) == result
+    damages: list[dict[str, Any]] = [{"recall": 7}, {"recall": []}, {"variants": [7]}, {"perplexity": 3}]
+    for damage in damages:
+        path.write_text(json.dumps(record["comparisons"][0] | damage), encoding="utf-8")
+        with pytest.raises(UserError, match="the comparison"):
+            read_comparison(path)

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from compress.data.continuation import Continuation
+from compress.data.facts import Facts
 from compress.data.passkey import PassKey
 from compress.data.prompt import Prompt
 from compress.data.text import tokenise
 from compress.errors import UserError
-from compress.evaluate.measures.recall import RecallItem, RecallResult, is_right, recall
+from compress.evaluate.earlier import from_schema_1
+from compress.evaluate.labels import distinct_labels
+from compress.evaluate.measures.recall import Recall, RecallItem, RecallResult, is_right, recall
 from compress.evaluate.paired import wilson
 from compress.models.cache_bytes import cache_bytes
 from compress.models.planned import planned_model
 from compress.runtime.modeling_compress import CACHE
-from compress.targets.cost import dense_kv_bytes
 from tests.data.language import byte_model, byte_tokenizer, story
 from tests.tiny import mixed_plan, shape_of
 
@@ -123,7 +125,7 @@ def test_cache_bytes_are_those_that_the_cache_holds() -> None:
     # No token may end the answer early: the last one that is written has not been cached.
     model.generation_config.eos_token_id = None
     dense = recall(model, byte_tokenizer(), TASK, PROMPTS[:2], batch_size=2)
-    assert dense.cache_bytes == dense_kv_bytes(groups=4, length=299, head_dim=8, itemsize=4)
+    assert dense.cache_bytes == shape_of(model).dense_cost(299, 4).held_bytes
     plan = mixed_plan(shape_of(model))
     planned = planned_model(model, plan)
     planned.generation_config.eos_token_id = None
@@ -170,3 +172,34 @@ def test_by_depth() -> None:
     result = RecallResult(task="passkey", length=100, items=items)
     parts = [(part.part.low, part.count, part.value) for part in result.cells() if part.part is not None]
     assert parts == [(0.0, 2, 0.5), (0.4, 1, 1.0), (0.8, 1, 1.0)]
+
+
+def test_tasks_that_differ_only_in_a_setting_have_labels_of_their_own() -> None:
+    natural = PassKey(length=256, count=2)
+    tasks: list[Any] = [
+        natural,
+        natural.model_copy(update={"haystack": "filler"}),
+        natural.model_copy(update={"digits": 7, "haystack": "filler"}),
+        natural.model_copy(update={"length": 512}),
+        Facts(length=900, count=2, kinds=("word",)),
+        Facts(length=900, count=2, kinds=("word",), wordings="evaluation"),
+    ]
+    labels = distinct_labels([task.label for task in tasks], [task.model_dump() for task in tasks])
+    assert labels == [
+        *("passkey", "passkey, filler", "passkey, filler, digits 7", "passkey"),
+        *("facts word", "facts word, evaluation"),
+    ]
+    assert "2 x passkey, filler of 256 tokens" in Recall(tasks=tuple(tasks)).words()
+
+
+def test_an_evaluation_of_the_first_form_tells_two_tasks_of_one_name_apart() -> None:
+    request = {"task": "passkey", "length": 256, "count": 1, "haystack": "natural"}
+    result = {"task": "passkey", "length": 256, "items": []}
+    value = {
+        "schema": 1,
+        "batch_size": 1,
+        "recall": [request, request | {"haystack": "filler"}],
+        "variants": [{"name": "dense", "recall": [result, result]}],
+    }
+    (row,) = from_schema_1(value)["variants"]
+    assert [part["task"] for part in row["results"][1:]] == ["passkey", "passkey, filler"]

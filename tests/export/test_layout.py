@@ -95,7 +95,7 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "stablelm"])
 def test_a_model_is_copied_and_pickled(family: str) -> None:
     dense = tiny_model(family)
     model, ids = planned_model(dense, mixed_plan(shape_of(dense))), random_ids(1, 90)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from compress.models.planned import planned_model
 from compress.plan import Plan, make_plan
-from compress.runtime.span import FULL, AnySpan, LengthSpan, Span, has_length_rule, spans_at, spans_of_plan
-from compress.targets.cost import decode_density, kv_bytes, prefill_density
+from compress.runtime.span import FULL, AnySpan, LengthSpan, Span, has_length_rule, span_of, spans_at
 from compress.targets.full import FullGroup
+from compress.targets.unit import Unit
 from compress.targets.window import WindowGroup
 from tests.tiny import random_ids, shape_of, spans_of, tiny_model
 
@@ -54,7 +54,8 @@ def test_the_last_row_is_that_of_the_rule_by_position(sink: int, alpha: int, uni
     by_position = Span(sink, alpha, beta)
     assert by_position.at_length(length) is by_position
     assert fixed.first(length - 1) == by_position.first(length - 1)
-    assert kv_bytes([[LengthSpan(sink, alpha, beta)]], length, 1, 1) == kv_bytes([[fixed]], length, 1, 1)
+    group = WindowGroup.of(LengthSpan(sink, alpha, beta))
+    assert group.cost(Unit(1, 1), length) == WindowGroup.of(fixed).cost(Unit(1, 1), length)
 
 
 def test_parameters_have_the_limits_of_a_span() -> None:
@@ -90,15 +91,14 @@ def test_tokens_after_the_input_see_its_window(mixed: Any, reserved: int | None)
     ids = random_ids(2, INPUT + MORE)
     cache = model.new_cache(reserved)
     parts = [logits(model, ids[:, :INPUT], past_key_values=cache)]
-    predicted = kv_bytes(rows, INPUT, SHAPE.head_dim, 4)
+    predicted = plan_of(rows).cost(INPUT, 4).held_bytes
     assert cache.held_bytes() == 2 * predicted
     if reserved is None:
         assert cache.allocated_bytes() == 2 * predicted
     parts += [logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(INPUT, INPUT + MORE)]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(fixed, ids), **CLOSE)
-    windows = spans_at(rows, INPUT)
-    assert cache.held_bytes() == 2 * kv_bytes(windows, INPUT + MORE, SHAPE.head_dim, 4)
-    assert cache.held_bytes() < 2 * kv_bytes(rows, INPUT + MORE, SHAPE.head_dim, 4)  # no room is made for more input
+    assert cache.held_bytes() == 2 * fixed_plan(rows, INPUT).cost(INPUT + MORE, 4).held_bytes
+    assert cache.held_bytes() < 2 * plan_of(rows).cost(INPUT + MORE, 4).held_bytes  # no room is made for more input
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
@@ -155,14 +155,14 @@ def test_sequences_of_different_lengths_are_refused_and_equal_ones_padded(mixed:
 
 
 def test_costs_are_those_of_the_window_at_the_length() -> None:
-    rows: list[tuple[AnySpan, ...]] = [RULES, (FULL, Span(4, 30, 0.25))]
+    rows: list[tuple[AnySpan, ...]] = [RULES, (FULL, Span(4, 30, 0.25)), RULES]
     assert has_length_rule(rows) and not has_length_rule(spans_at(rows, 10))
     for length in (1, 100, 1000):
-        for cost in (prefill_density, decode_density):
-            assert cost(rows, length) == cost(spans_at(rows, length), length)
+        assert plan_of(rows).cost(length) == fixed_plan(rows, length).cost(length)
     # Half of a long input for every row is more than a window that grows to it.
-    assert prefill_density([[LengthSpan(0, 0, 0.5)]], 1000) == pytest.approx(0.75, abs=0.01)
-    assert prefill_density([[Span(0, 0, 0.5)]], 1000) == pytest.approx(0.5, abs=0.01)
+    for span, density in ((LengthSpan(0, 0, 0.5), 0.75), (Span(0, 0, 0.5), 0.5)):
+        pairs = WindowGroup.of(span).cost(Unit(1, 1), 1000).flops / FullGroup().cost(Unit(1, 1), 1000).flops
+        assert pairs == pytest.approx(density, abs=0.01)
 
 
 def test_a_plan_says_its_rule_only_where_it_is_by_length() -> None:
@@ -172,4 +172,4 @@ def test_a_plan_says_its_rule_only_where_it_is_by_length() -> None:
     assert written[1]["groups"][1] == {"target": "window", "sink": 4, "alpha": 30, "beta": 0.25}
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     assert spans_of(plan) == [[*RULES], [FULL, Span(4, 30, 0.25)], [*RULES]]
-    assert spans_of_plan({"layers": written}, [None] * 3) == spans_of(plan)
+    assert [[span_of(group, None) for group in layer["groups"]] for layer in written] == spans_of(plan)

@@ -61,7 +61,7 @@ def registered() -> Iterator[None]:
     targets.register("toy")(ToyGroup)
     yield
     targets._methods.pop("toy")
-    MIXERS.pop("toy")
+    MIXERS.pop("toy", None)
 
 
 def plan_of(dense: Any) -> Plan:
@@ -244,6 +244,21 @@ def test_a_checkpoint_carries_its_file_and_its_parameters(model: Any, tmp_path: 
     torch.testing.assert_close(logits(dense, ids), logits(tiny_model("llama-mha"), ids), **CLOSE)
     for planned in (source.planned(dense)[0], source.carried(*place)):
         torch.testing.assert_close(logits(planned, ids), logits(same, ids), **CLOSE)
+
+
+def test_files_beside_a_mixer_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it imports, in their own package or in the runtime."""
+    package = tmp_path / "another_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "another_mixer.py").write_text("from .its_rule import RULE\n")
+    (package / "its_rule.py").write_text("from compress.runtime.span import FULL as RULE\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ToyGroup, "runtime", "another_package.another_mixer")
+    files = runtime_files({"layers": [{"groups": [{"target": "toy"}]}]})
+    assert files["its_rule.py"] == "from .span import FULL as RULE\n" and "span.py" in files
+    assert "\nfrom .another_mixer import" in files["modeling_compress.py"]  # imported, so that it registers
+    assert "\n    from .its_rule import" in files["modeling_compress.py"]  # named, so that it is copied
 
 
 def test_a_file_that_a_checkpoint_cannot_carry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

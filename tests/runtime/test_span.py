@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, native_windows, spans_of_plan
+from compress.runtime.span import BETA_UNIT, FULL, PAGE, Span, native_windows, span_of
 
 spans = st.builds(
     Span,
@@ -80,17 +80,12 @@ def test_impossible_parameters_are_refused(parameters: tuple[int, int, float], m
         Span(*parameters)
 
 
-def test_plan_to_spans_keeps_the_architectures_own_window() -> None:
-    plan = {
-        "layers": [
-            {"groups": [{"target": "full"}]},
-            {"groups": [{"target": "full"}]},
-            {"groups": [{"target": "window", "sink": 4, "alpha": 8, "beta": 0.5}]},
-        ]
-    }
-    assert spans_of_plan(plan, [None, 50, None]) == [[FULL], [Span(0, 50, 0.0)], [Span(4, 8, 0.5)]]
+def test_a_full_group_keeps_the_architectures_own_window() -> None:
+    assert span_of({"target": "full"}, None) == FULL
+    assert span_of({"target": "full"}, 50) == Span(0, 50, 0.0)
+    assert span_of({"target": "window", "sink": 4, "alpha": 8, "beta": 0.5}, 50) == Span(4, 8, 0.5)
     with pytest.raises(ValueError, match="the target 'pruned' has no span"):
-        spans_of_plan({"layers": [{"groups": [{"target": "pruned"}]}]}, [None])
+        span_of({"target": "pruned"}, None)
 
 
 def test_native_windows_reads_both_forms() -> None:

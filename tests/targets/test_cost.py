@@ -12,8 +12,8 @@ from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters, parameters_per_unit
 from compress.plan import LayerPlan, Mlp, Plan, plan_of_layers
 from compress.registry import targets
-from compress.runtime.span import PAGE
-from compress.targets.cost import Cost, kv_bytes, stock_kv_bytes
+from compress.runtime.span import PAGE, Span
+from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
 from compress.targets.span import SpanTarget
@@ -86,8 +86,10 @@ def test_a_pruned_plan_counts_what_is_left(family: str, plan_of: Callable[[Any],
     cost = plan.cost(200, 4, sizes=sizes)
     assert cost.parameters == block_parameters(made)
     assert plan.form == ("native" if plan_of is halved else "patched")
-    tokens = stock_kv_bytes(plan.model.native_windows, plan.kept_heads, 200, plan.model.head_dim, 4)
-    pages = kv_bytes(spans_of(plan), 200, plan.model.head_dim, 4)
+    token = 2 * plan.model.head_dim * 4
+    pages = sum(span.page_count(200) for row in spans_of(plan) for span in row if isinstance(span, Span)) * PAGE * token
+    windows = [200 if window is None else window for window in plan.model.native_windows]
+    tokens = sum(heads * window for heads, window in zip(plan.kept_heads, windows, strict=True)) * token
     assert cost.held_bytes == (tokens if plan_of is halved else pages)
     assert plan.cost(200, 4, form="patched").held_bytes == pages
     if plan_of is uneven_plan:
@@ -99,7 +101,7 @@ def test_a_pruned_plan_counts_what_is_left(family: str, plan_of: Callable[[Any],
 def test_a_plan_of_windows_costs_what_the_runtime_allocates() -> None:
     plan = mixed_plan(shape_of(tiny_model("gemma3")))
     assert plan.form == "patched" and plan.stock() is None
-    assert plan.cost(200, 4).held_bytes == kv_bytes(spans_of(plan), 200, 16, 4)
-    assert plan.dense_cost(200, 4).held_bytes == stock_kv_bytes((50, None, 50), 2, 200, 16, 4)
+    assert plan.cost(200, 4).held_bytes == plan.cost(200, 4, form="patched").held_bytes
+    assert plan.dense_cost(200, 4).held_bytes == (50 + 200 + 50) * 2 * (2 * 16 * 4)
     with pytest.raises(ValueError, match="no stock architecture"):
         plan.cost(200, form="native")

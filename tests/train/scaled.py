@@ -1,4 +1,4 @@
-"""The example target of `scaled_mixer.py`; not in the registry but while its tests run."""
+"""The example target of `scaled_mixer.py`, and a solver that takes it; registered only while their tests run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from compress.models.prepared import prepared_for
+from compress.search.problem import Candidate, Place, Problem
+from compress.search.solver import Solver
 from compress.targets.cost import Cost
+from compress.targets.full import FullGroup
 from compress.targets.target import Target
 from compress.targets.unit import Unit
+from compress.targets.window import WindowGroup
 
 
 class ScaledGroup(Target):
@@ -23,10 +28,8 @@ class ScaledGroup(Target):
     window: int = Field(ge=1)
 
     def cost(self, unit: Unit, length: int) -> Cost:
-        """All pages are held; the parameters are few."""
-        held = -(-length // 64) * 64 * unit.token_bytes
-        keys = min(self.window, length)
-        return Cost(held, held, keys, 4 * unit.head_dim * unit.query_heads * keys * length, 1 + unit.head_dim)
+        """That of the window, and a few parameters."""
+        return WindowGroup(sink=0, alpha=self.window, beta=0.0).cost(unit, length) + Cost(parameters=1 + unit.head_dim)
 
     def words(self, native: int | None = None) -> str:
         """The window."""
@@ -35,3 +38,20 @@ class ScaledGroup(Target):
     def initial(self, attention: Any, group: int) -> dict[str, torch.Tensor]:
         """The window as it is."""
         return {"sharpness": torch.ones(()), "shift": torch.zeros(attention.head_dim)}
+
+
+class LeastError(Solver):
+    """Turns head groups into what was prepared for them, those of the least error first, until the budget is met."""
+
+    def solve(self, problem: Problem) -> list[Candidate]:
+        """One plan."""
+        options = prepared_for(problem.dense.model)
+        if not options:  # a check before anything is trained
+            return [Candidate(problem.start)]
+        errors, chosen = options[0].errors, set[Place]()
+        for place in sorted(problem.free, key=lambda place: float(errors[place])):
+            chosen.add(place)
+            layers = problem.with_targets(lambda place: options[0].target if place in chosen else FullGroup())
+            if problem.fits(layers):
+                break
+        return [Candidate(layers, note=f"{len(chosen)} of {len(problem.free)} groups")]

@@ -10,6 +10,7 @@ from torch import nn
 
 from compress.runtime.mixer import LayerFacts, register
 from compress.runtime.mixer_masked import MaskedMixer
+from compress.runtime.span import AnySpan, Span
 
 
 @register("scaled")
@@ -28,6 +29,9 @@ class ScaledMixer(MaskedMixer):
 
     def visible(self, t: torch.Tensor, j: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
         return t - j < group["window"]
+
+    def span(self, group: Mapping[str, Any]) -> AnySpan:
+        return Span(0, group["window"], 0.0)
 
     def attend(self, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         heads = self.facts.group_size

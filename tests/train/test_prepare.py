@@ -9,21 +9,27 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from compress.cli.app import app
+from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.models.planned import planned_model, set_plan
 from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
 from compress.models.shape import shape_of
-from compress.plan import make_plan, uniform_plan
-from compress.registry import targets
+from compress.plan import make_plan, read_plan, uniform_plan
+from compress.registry import solvers, targets
+from compress.runfolder import RunFolder
 from compress.runtime.mixer import MIXERS
 from compress.targets.full import FullGroup
 from compress.train.lora import projections
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
+from tests.cli.recipes import make_recipe
 from tests.tiny import random_ids, tiny_model
 from tests.train.common import text, trained
-from tests.train.scaled import ScaledGroup
+from tests.train.scaled import LeastError, ScaledGroup
 
 SETTINGS: dict[str, Any] = {
     "targets": [{"target": "scaled", "window": 4}],
@@ -38,8 +44,10 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     targets.register("scaled")(ScaledGroup)
+    solvers.register("least-error")(LeastError)
     yield
     targets._methods.pop("scaled")
+    solvers._methods.pop("least-error")
     MIXERS.pop("scaled")
 
 
@@ -155,3 +163,62 @@ def test_recovery_trains_what_targets_have_of_their_own(tmp_path: Path, train: s
     assert moved == (own if train == "mixers" else own | {f"{name}.weight" for name in projections(planned)})
     with pytest.raises(UserError, match="no parameters of their own"):
         trained(tmp_path / "dense", model, train="mixers")
+
+
+def test_the_stage_trains_once_and_follows_its_keys(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama-gqa"))
+    section = "prepare: {targets: [{target: scaled, window: 8}], length: 32, batch_size: 2, steps: 4, rate: 0.05}\n"
+    recipe.write_text(recipe.read_text() + section)
+    for command in ("validate", "profile"):
+        result = CliRunner().invoke(app, [command, str(recipe)])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["search", str(recipe)])
+    assert result.exit_code == 2 and f"compress prepare {recipe}" in result.stderr
+    result = CliRunner().invoke(app, ["prepare", str(recipe)])
+    folder = tmp_path / "run" / "options"
+    assert result.exit_code == 0 and result.stdout.strip() == str(folder)
+    assert "prepare: scaled window 8, 4 steps, 256 tokens" in result.stderr
+    again = CliRunner().invoke(app, ["prepare", str(recipe)])
+    assert "prepare: done before" in again.stderr
+    with opened(str(recipe)) as session:
+        keys = session.prepare_key(), session.profile_key(), session.search_key()
+    recipe.write_text(recipe.read_text().replace("rate: 0.05", "rate: 0.04"))
+    with opened(str(recipe)) as session:
+        assert session.prepare_key() != keys[0] and session.profile_key() == keys[1]
+    recipe.write_text(recipe.read_text().replace("window: 8", "windw: 8"))
+    assert "did you mean `window`?" in CliRunner().invoke(app, ["validate", str(recipe)]).stderr
+
+
+def test_prepare_search_export_reload(tmp_path: Path) -> None:
+    """The whole run with a target that is trained first, through the command line, and its checkpoint by itself."""
+    recipe = make_recipe(tmp_path, tiny_model("llama-gqa"))
+    text = recipe.read_text().replace("solver: {name: moa, points: 1}", "solver: {name: least-error}")
+    section = "prepare: {targets: [{target: scaled, window: 64}], length: 128, batch_size: 2, steps: 6, rate: 0.05}\n"
+    recipe.write_text(text + section)
+    result = CliRunner().invoke(app, ["run", str(recipe)])
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    assert list(RunFolder(run).stages()) == ["profile", "prepare", "search", "export", "evaluate"]
+    plan = read_plan(run / "plan.json")
+    chosen = [(n, g) for n, layer in enumerate(plan.layers) for g, group in enumerate(layer.groups) if group.objective]
+    assert 0 < len(chosen) < 6
+    (option,) = read_prepared(run / "options")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    attach(dense, (option,))
+    ids = random_ids(1, 300)
+    model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", trust_remote_code=True).eval()
+    layer, group = chosen[0]
+    mixer = model.model.layers[layer].self_attn.mixers["scaled"]
+    place = [g for n, g in chosen if n == layer].index(group)
+    assert torch.equal(mixer.shift[place], option.tensors[f"{layer}.shift"][group])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, planned_model(dense, plan)(ids).logits, rtol=1e-4, atol=1e-4)
+        cache = model(ids, use_cache=True).past_key_values
+    assert cache.held_bytes() == plan.cost(300, 4).held_bytes
+    # What was trained is part of what the later stages depend on.
+    again = CliRunner().invoke(app, ["run", str(recipe)])
+    assert again.exit_code == 0 and again.output.count("done before") == 5
+    (run / "options" / "prepare.json").write_text((run / "options" / "prepare.json").read_text() + " ")
+    with opened(str(recipe)) as session:
+        assert not session.run.stage_done("search", session.search_key())
+        assert not session.run.stage_done("export", session.export_key())

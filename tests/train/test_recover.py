@@ -246,7 +246,7 @@ def test_weights_of_another_model_are_refused_with_all_reasons(tmp_path: Path) -
     assert "lack `model.layers.0.self_attn.q_proj.bias`" in told and "`model.layers.2.mlp.up_proj.weight` does" in told
     with pytest.raises(UserError, match=r"`model.norm.weight` does not fit"):
         load_trained(pruned_model().bfloat16(), tmp_path)
-    with pytest.raises(UserError, match=r"which the model has not"):
+    with pytest.raises(UserError, match=r"which the model does not have"):
         load_trained(model_of(tie_word_embeddings=True), tmp_path)
     with pytest.raises(UserError, match="no trained weights"):
         load_trained(model_of(), tmp_path / "nowhere")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress.partial import read_partial
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
 from compress.train.state import POINTER, Partial
@@ -115,6 +116,21 @@ def test_a_signal_that_came_too_late_is_not_lost(number: signal.Signals) -> None
 
 def _stop_at_once() -> Any:
     return contextlib.nullcontext(lambda: True)
+
+
+def test_a_state_has_the_form_of_earlier_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and moments by name: a training that an earlier version left goes on. One of another plan begins anew."""
+    monkeypatch.setattr("compress.train.loop.noted_signals", _stop_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, train="full")
+    content = read_partial(tmp_path / "partial-1-0", json.loads((tmp_path / POINTER).read_text())["key"])
+    names = [name for name, _ in pruned_model().named_parameters()]
+    parts = ("weight", "step", "exp_avg", "exp_avg_sq")
+    assert content is not None and set(content[1]) == {f"{part}/{name}" for part in parts for name in names}
+    monkeypatch.undo()
+    lines: list[str] = []
+    recover(pruned_model(), settings(), text(), tmp_path, seed=4, progress=lambda done, total, what: lines.append(what))
+    assert "the saved state belongs to another training" in lines[0] and len(lines) == 7
 
 
 def test_a_state_is_replaced_by_the_next_one(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_mistakes_in_the_section_are_told_where_they_are(tmp_path: Path) -> None
     told = call("validate", recipe).stderr
     assert "did you mean `steps`?" in told and "did you mean `distill`?" in told
     recipe = recipe_of(tmp_path, "recover: {length: 32}\n")
-    assert "`steps` or `tokens`, one of them" in call("validate", recipe).stderr
+    assert "expected either `steps` or `tokens`" in call("validate", recipe).stderr
     recipe = recipe_of(tmp_path, "recover: {length: 32, steps: 2, text: {source: file, path: gone.txt}}\n")
     assert "gone.txt: the text file cannot be read" in call("validate", recipe).stderr
     recipe = recipe_of(tmp_path, "recover: {length: 1025, steps: 2}\n")

@@ -14,6 +14,7 @@ from compress.bench.file import MOST_TOKENS
 from compress.data.prompt import Prompt, Task, check_scored
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell, by_part
+from compress.evaluate.labels import distinct_labels
 from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.paired import wilson
 from compress.files import text_key
@@ -138,7 +139,13 @@ class Recall(Measure):
 
     def words(self) -> str:
         """Prompts, task and length."""
-        return "\n".join(f"{task.count} x {task.label} of {task.length:,} tokens" for task in self.tasks)
+        return "\n".join(
+            f"{task.count} x {label} of {task.length:,} tokens"
+            for label, task in zip(self._labels(), self.tasks, strict=True)
+        )
+
+    def _labels(self) -> list[str]:
+        return distinct_labels([task.label for task in self.tasks], [task.model_dump() for task in self.tasks])
 
     def passes(self) -> str:
         """One generation a prompt."""
@@ -160,21 +167,25 @@ class Recall(Measure):
         """One job for each task, on the same prompts for all variants."""
         tokens = setting.tokens(setting.text, max(self.input_lengths))
         jobs = []
-        for task in self.tasks:
+        for label, task in zip(self._labels(), self.tasks, strict=True):
             prompts = self._prompts(setting.seed, task, setting.loaded.tokenizer, tokens, setting.context)
             for prompt in prompts:
                 setting.check(prompt.tokens, f"a prompt of {task.name}")
             asked = text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
             facts = ["recall", task.model_dump(mode="json"), asked, setting.batch_size]
-            run = partial(self._measured, task, prompts, setting.batch_size)
-            jobs.append(Job(task.name, facts, len(prompts), run))
+            facts += [label] if label != task.label else []
+            run = partial(self._measured, label, task, prompts, setting.batch_size)
+            jobs.append(Job(f"{label} {task.length}", facts, len(prompts), run))
         return jobs
 
     def _prompts(self, seed: int, task: Task, tokenizer: Any, tokens: list[int], context: int | None) -> list[Prompt]:
         return task.make(tokenizer, tokens, f"{seed}/evaluation", context=context)
 
-    def _measured(self, task: Task, prompts: list[Prompt], batch_size: int, subject: Subject, step: Step) -> Result:
-        return recall(subject.model, subject.sizer, task, prompts, batch_size=batch_size, progress=step)
+    def _measured(
+        self, label: str, task: Task, prompts: list[Prompt], batch_size: int, subject: Subject, step: Step
+    ) -> Result:
+        result = recall(subject.model, subject.sizer, task, prompts, batch_size=batch_size, progress=step)
+        return result.model_copy(update={"task": label})
 
 
 @torch.inference_mode()

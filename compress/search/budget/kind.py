@@ -37,7 +37,7 @@ class Row:
         dense: what the dense model costs.
         counts: fields of `Cost`, and how often each counts.
         fixed: what every plan costs besides.
-        step: what every cost is a multiple of, for instance the bytes of a cache page: small numbers solve faster.
+        step: what costs are counted in, for instance the bytes of a cache page: small numbers solve faster.
     """
 
     kind: str
@@ -56,8 +56,8 @@ class Row:
         return (self.limit - self.fixed) // self.step
 
     def cost(self, cost: Cost) -> int:
-        """What a cost counts in this row, in steps."""
-        return int(sum(getattr(cost, name) * times for name, times in self.counts)) // self.step
+        """What a cost counts in this row, in steps; a part of a step counts as one."""
+        return -(-int(sum(getattr(cost, name) * times for name, times in self.counts)) // self.step)
 
     def amount(self, steps: int) -> int:
         """What a plan costs whose units cost so many steps, in the row's unit."""

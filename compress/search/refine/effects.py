@@ -25,6 +25,7 @@ from torch.nn import functional
 from compress.models.backward import recomputed
 from compress.models.families import layers_of
 from compress.models.outputs import Alternatives, facts_of
+from compress.models.prepared import prepared_for
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.plan import ModelShape
@@ -71,7 +72,8 @@ def sampled_effects(
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
         scores = call.scores  # not `call`: what recomputed layers give up may not be kept until the backward pass
         if layer not in alternatives:
-            alternatives[layer] = Alternatives(facts_of(layer, query, key, None), rules[layer])
+            facts = facts_of(layer, query, key, None)
+            alternatives[layer] = Alternatives(facts, rules[layer], prepared_for(model))
         others, rows = alternatives[layer], current[0]
         output = others.full(query, key, value, scaling, scores)
 

@@ -1,0 +1,107 @@
+"""Every objective: parts of a batch add up to the whole, whatever their sizes; and recovery with objectives by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import compress.train.objectives  # noqa: F401  (importing the package registers them)
+from compress.registry import objectives
+from compress.runtime.step import Record
+from compress.train.settings import RecoverSettings
+from tests.train.common import model_of, settings, trained
+
+Outputs = Callable[[slice], dict[str, Any]]
+
+
+def logits(seed: int) -> Outputs:
+    torch.manual_seed(seed)
+    values = torch.randn(6, 5, 11)
+    return lambda rows: {"logits": values[rows]}
+
+
+def layer(seed: int) -> Outputs:
+    torch.manual_seed(seed)
+    values = torch.randn(6, 5, 4, 8)
+    return lambda rows: {"outputs": values[rows]}
+
+
+def balanced(rows: slice) -> dict[str, Any]:
+    record = Record()
+    for value in (0.25, 0.5):  # as two layers report it
+        record.add_loss("balance", torch.tensor(value))
+    return {"record": record}
+
+
+def states(seed: int) -> Outputs:
+    """Of one document, which is never split."""
+    torch.manual_seed(seed)
+    values = torch.randn(4, 8)
+    return lambda rows: {"states": values, "gates": torch.full((3,), 0.5)}
+
+
+# What the trained and the dense model give; every registered objective has a line.
+CASES: dict[str, tuple[Outputs, Outputs]] = {
+    "text": (logits(0), logits(1)),
+    "distill": (logits(0), logits(1)),
+    "transfer": (layer(0), layer(1)),
+    "side": (balanced, balanced),
+    "gates": (states(0), states(1)),
+}
+
+
+def test_every_objective_has_a_case() -> None:
+    assert set(objectives) == set(CASES)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_parts_of_a_batch_add_up(name: str) -> None:
+    objective, (student, teacher) = objectives[name](), CASES[name]
+    ids = torch.randint(0, 11, (6, 5), generator=torch.Generator().manual_seed(2))
+
+    def terms(*parts: slice) -> tuple[int, torch.Tensor]:
+        counts, losses = [], []
+        for rows in parts:
+            inputs = {"input_ids": ids[rows]}
+            counts.append(objective.count(inputs))
+            losses.append(objective.loss(student(rows), teacher(rows), inputs))
+        return sum(counts), torch.stack(losses).sum()
+
+    whole = terms(slice(0, 6))
+    assert whole[0] > 0 and whole[1] > 0
+    if name != "gates":
+        for parts in ((slice(0, 3), slice(3, 6)), (slice(0, 1), slice(1, 6))):
+            count, loss = terms(*parts)
+            assert count == whole[0]
+            torch.testing.assert_close(loss, whole[1])
+
+
+def test_gates_stay_between_streaming_and_full() -> None:
+    gates = nn.Parameter(torch.tensor([-0.5, 0.25, 1.5]))
+    objectives["gates"]().constrain({"gates": gates})
+    assert gates.tolist() == [0.0, 0.25, 1.0]
+
+
+def test_a_side_loss_that_nobody_reports_is_refused() -> None:
+    with pytest.raises(ValueError, match="no mixer reports a loss 'balance'; reported: none"):
+        objectives["side"]().loss({"record": Record()}, None, {"input_ids": torch.zeros(1, 2)})
+
+
+def test_recovery_takes_objectives_by_name(tmp_path: Path) -> None:
+    both = [{"name": "text", "weight": 0.25}, {"name": "distill", "weight": 0.75, "temperature": 2.0}]
+    words = trained(tmp_path / "a", loss="both", distill_weight=0.75, temperature=2.0, teacher=model_of())[1]
+    named = trained(tmp_path / "b", objectives=both, teacher=model_of())[1]
+    assert named.sha256 == words.sha256 and named.settings["objectives"] == both
+    with pytest.raises(ValueError, match="each objective once"):
+        settings(objectives=[both[0], both[0]])
+
+
+def test_objectives_by_name_change_no_key_of_a_training_without_them() -> None:
+    facts = settings().facts()
+    assert "objectives" not in facts and facts.keys() < RecoverSettings.model_fields.keys()
+    assert "objectives" in settings(objectives=[{"name": "text"}]).facts()
