@@ -136,7 +136,8 @@ class Frontier(Solver):
         priced, plans = self.removal_losses(problem), []
         plain = self.removal.options(problem, stay, 1.0, priced)
         ways = [
-            (options, f"removed units count {weight:g}") for weight, options in self._weighed(problem, stay, priced)
+            (self.removal.options(problem, stay, weight, priced), f"removed units count {weight:g}")
+            for weight in self.removal.weights
         ]
         ways.append(([*stay, *plain[len(stay) :]], "neurons alone removed"))
         for options, how in ways:
