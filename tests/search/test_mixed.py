@@ -78,7 +78,7 @@ def test_a_plan_windows_and_prunes_at_once_within_both_budgets(run: Path) -> Non
         assert flops <= limits["flops"]["limit"] < limits["flops"]["dense"]
         windows = any(group.target == "window" for layer in plan.layers for group in layer.groups)
         mixed += windows and plan.prunes
-    assert mixed == len(report["plans"]) == 3  # two weights of removal, and the refined one
+    assert mixed == len(report["plans"]) == 4  # two weights of removal, neurons alone, and the refined one
     assert report["refine"]["loss"] <= report["refine"]["start_loss"]
     names = {row["name"] for row in report["baselines"]}
     assert {"uniform", "streaming", "random"} <= names

@@ -6,7 +6,8 @@ estimates, mostly in units of their own, so the scores of units are scaled by wh
 that are removed: where that is not priced as a target, removing every head group is taken to lose what the smallest
 target loses in every head group. Neurons are scaled alike, so the statistic must measure heads and neurons in one unit,
 as `taylor` does (nats). What a removed unit counts beside a hidden key is not known better than to a factor before it
-is measured: every one of `weights` gives plans of its own, and the loss on held-out documents chooses.
+is measured: every one of `weights` gives plans of its own, and so does keeping all head groups, which models of few
+groups need; the loss on held-out documents chooses.
 """
 
 from __future__ import annotations
@@ -134,10 +135,14 @@ class Frontier(Solver):
             return self._front(problem, stay)
         priced, plans = self.removal_losses(problem), []
         plain = self.removal.options(problem, stay, 1.0, priced)
-        for weight in self.removal.weights:
-            options = self.removal.options(problem, stay, weight, priced)
+        ways = [
+            (self.removal.options(problem, stay, weight, priced), f"removed units count {weight:g}")
+            for weight in self.removal.weights
+        ]
+        ways.append(([*stay, *plain[len(stay) :]], "neurons alone removed"))
+        for options, how in ways:
             for plan in self._front(problem, [unit.kept() for unit in options]):
-                note = f"{plan.note}, removed units count {weight:g}"
+                note = f"{plan.note}, {how}"
                 losses = dict(zip(plan.losses, losses_of(plain, plan.layers).tolist(), strict=True))
                 plans.append(replace(plan, note=note, losses=losses, importance=self.removal.importance))
         return plans
@@ -145,7 +150,7 @@ class Frontier(Solver):
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""
         names = self.objectives(problem)
-        share = 1 if self.removal is None else len(self.removal.weights)
+        share = 1 if self.removal is None else len(self.removal.weights) + 1
         front = pareto_front(
             Knapsack(options, room(problem, options).tolist()),
             names=names,
