@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from .span import kept_table
+
 if TYPE_CHECKING:
     from .step import Step
 
@@ -308,5 +310,4 @@ def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor
 
 @lru_cache(maxsize=4096)
 def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # kept for passes with gradients, too
-        return torch.tensor(numbers, dtype=torch.long, device=device)
+    return kept_table(numbers, device, torch.long)

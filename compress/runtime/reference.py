@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import Pages
 from .scores import Scores, attend
-from .span import PAGE, Span, visible
+from .span import PAGE, Span, kept_table, visible
 
 # Query rows a block. A window head computes at most this many keys more than it sees; a GPU wants larger blocks.
 ROWS = {"cpu": 256, "cuda": 1024}
@@ -47,7 +47,7 @@ class Rows:
 
 @lru_cache(maxsize=64)
 def _on_device(rows: Rows, device: torch.device) -> torch.Tensor:
-    return torch.tensor([rows.past, rows.start, rows.count], dtype=torch.int32, device="cpu").T.contiguous().to(device)
+    return kept_table(list(zip(rows.past, rows.start, rows.count, strict=True)), device)
 
 
 def prefill(

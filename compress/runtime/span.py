@@ -12,6 +12,15 @@ PAGE = 64  # tokens in one cache page
 BETA_UNIT = 1024  # beta is a multiple of 1/1024, so that S(t) is the same integer in Python, torch and a kernel
 
 
+def kept_table(rows: Any, device: torch.device | str, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A tensor of integers that is made once and kept for later passes.
+
+    Autograd saves such tensors, and would refuse one that an earlier pass in inference mode had made.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class Span:
     """What the query at position t (from 0) sees: key j <= t when

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .span import PAGE, Span
+from .span import PAGE, Span, kept_table
 from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
@@ -272,4 +272,4 @@ def launch_order(spans: tuple[Span, ...], length: int, device: torch.device) -> 
     rules = span_rules(spans, torch.device("cpu"))
     work = [span.sink + length - span.first(length - 1) for span in spans]
     order = sorted(range(len(spans)), key=lambda group: -work[group])
-    return torch.tensor([[group, *rules[group].tolist()] for group in order], dtype=torch.int32, device=device)
+    return kept_table([[group, *rules[group].tolist()] for group in order], device)

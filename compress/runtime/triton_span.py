@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .span import BETA_UNIT, NO_END, Span
+from .span import BETA_UNIT, NO_END, Span, kept_table
 
 _UNIT = tl.constexpr(BETA_UNIT)
 _NO_END = tl.constexpr(NO_END)
@@ -83,7 +83,7 @@ def span_rules(spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
     """
     most = 1 << 30
     rules = [(min(s.sink, most), max(-most, min(s.alpha, most)), s.beta_units) for s in spans]
-    return torch.tensor(rules, dtype=torch.int32, device=device)
+    return kept_table(rules, device)
 
 
 @triton.jit

@@ -285,3 +285,16 @@ def test_the_interpreter_is_not_taken_by_itself() -> None:
         choose_impl("triton", torch.zeros(1, 1, 1, 512, device=DEVICE))
     with pytest.raises(ValueError, match="flash was asked for, but"):
         choose_impl("flash", query)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_a_pass_in_inference_mode_leaves_nothing_that_gradients_refuse(impl: str) -> None:
+    spans = [Span(7, 19, 0.25), Span(2, 23, 0.0)]  # of no other test, so that the tables of the rules are made here
+    query, key, value = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    with torch.inference_mode():
+        before = IMPLS[impl].prefill(query, key, value, spans)
+    query.requires_grad_()
+    out = IMPLS[impl].prefill(query, key, value, spans)
+    out.sum().backward()
+    assert torch.equal(out.detach(), before)
+    assert query.grad is not None and bool(query.grad.isfinite().all())
