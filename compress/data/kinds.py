@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from compress.data.prompt import random_number
+
 if TYPE_CHECKING:
     import random
 
@@ -107,17 +109,12 @@ LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 LIST_LINES = 5
 
 
-def _digits(rng: random.Random, count: int) -> str:
-    """`count` digits, the first of which is not 0."""
-    return str(rng.randrange(10 ** (count - 1), 10**count))
-
-
 def _number(rng: random.Random, _: Vocabulary) -> Value:
-    return Value(_digits(rng, rng.randint(4, 6)))
+    return Value(random_number(rng, rng.randint(4, 6)))
 
 
 def _telephone(rng: random.Random, _: Vocabulary) -> Value:
-    return Value(f"{_digits(rng, 3)}-{_digits(rng, 3)}-{_digits(rng, 4)}")
+    return Value(f"{random_number(rng, 3)}-{random_number(rng, 3)}-{random_number(rng, 4)}")
 
 
 def _word(rng: random.Random, words: Vocabulary) -> Value:
@@ -133,7 +130,7 @@ def _date(rng: random.Random, _: Vocabulary) -> Value:
 
 
 def _identifier(rng: random.Random, _: Vocabulary) -> Value:
-    return Value(f"{''.join(rng.choices(LETTERS, k=3))}-{_digits(rng, 3)}{rng.choice(LETTERS)}")
+    return Value(f"{''.join(rng.choices(LETTERS, k=3))}-{random_number(rng, 3)}{rng.choice(LETTERS)}")
 
 
 def _line(rng: random.Random, words: Vocabulary) -> Value:

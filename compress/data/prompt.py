@@ -190,11 +190,16 @@ class RecallTask(Task):
         return self.answer_tokens
 
 
+def random_number(rng: random.Random, digits: int) -> str:
+    """A random number of `digits` digits that does not start with 0."""
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+
 class NumberTask(RecallTask):
     """Parameters of the tasks whose answer is a number."""
 
     digits: int = Field(5, ge=1, le=12, description="digits of the hidden number")
 
     def number(self, rng: random.Random) -> str:
-        """A random number of `digits` digits that does not start with 0."""
-        return str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
+        """See `random_number`."""
+        return random_number(rng, self.digits)
