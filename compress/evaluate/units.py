@@ -41,6 +41,8 @@ UNITS = {
     "right answers": Unit(lambda value: f"{value:.2f}"),
     "agreement": Unit(lambda value: f"{value:.3f}"),
     "score": Unit(lambda value: f"{value:.4g}"),
+    "nats": Unit(lambda value: f"{value:+.4f}"),
+    "relative error": Unit(lambda value: f"{value:.1e}"),
 }
 
 
