@@ -21,7 +21,7 @@ class Layout:
     that the first of them lies in. All that follows is one page of keys and one page of queries after another.
 
     Attributes:
-        past, start, count: `[B, 1]`, of the whole pass, as in `Rows`.
+        past, start: `[B, 1]`, of the whole pass, as in `Rows`.
         after, until: `[B, 1]`, positions of the first of these queries and of the one behind the last.
         begin: `[B, G]`, position of the first key.
         keys: `[B, G]`, how many keys there are from there.
@@ -30,14 +30,12 @@ class Layout:
         pages: pages of queries, P.
         chunk: `[B, G, P]`, which of the N + 1 states the queries of a page read: the one before their boundary.
         last: `[B, G]`, which of the states is the one for the next pass.
-        slice_from: where no column is padding, nothing is cached and all groups begin alike, the column of the first key,
-            so that all of this is a slice; None elsewhere.
-        empty: whether no query reads a state that holds anything.
+        slice_from: the column of the first key where no column is padding, nothing is cached and all groups begin
+            alike, so that all of this is a slice; None elsewhere.
     """
 
     past: torch.Tensor
     start: torch.Tensor
-    count: torch.Tensor
     after: torch.Tensor
     until: torch.Tensor
     begin: torch.Tensor
@@ -48,7 +46,6 @@ class Layout:
     chunk: torch.Tensor
     last: torch.Tensor
     slice_from: int | None
-    empty: bool
 
     def keys_of(self, new: torch.Tensor, pages: Pages | None, pool: torch.Tensor | None) -> torch.Tensor:
         """Of every key `[B, G, 64 * N, D]` what `new` `[B, G, T, D]` has of the columns, and `pool` of what is cached.
@@ -89,7 +86,7 @@ class Layout:
         return self.page + torch.arange(self.pages * PAGE, device=device)
 
     def columns_of(self, paged: torch.Tensor, columns: int) -> torch.Tensor:
-        """The inverse of `queries_of`: `[B, H, 64 * P, E]` to `[B, H, T, E]`; zero where a column is no query of these."""
+        """The inverse of `queries_of`: `[B, H, 64 * P, E]` to `[B, H, T, E]`; zero where a column is none of these."""
         if self.slice_from is not None:
             return paged[:, :, :columns]
         position = self.past - self.start + torch.arange(columns, device=paged.device)  # [B, T]
@@ -102,7 +99,7 @@ class Layout:
 def layouts(
     rows: Rows, spans: tuple[Span, ...], columns: int, alone: bool, longest: int, device: torch.device
 ) -> tuple[Layout, ...]:
-    """The layouts of a pass, one for every `longest` tokens of each sequence, so that states of a part are held at once.
+    """The layouts of a pass, one for every `longest` tokens of each sequence: the states of one are held at a time.
 
     Args:
         spans: one per head group, of whole pages.
@@ -145,8 +142,8 @@ def _layout(
     bounds = torch.stack([span.boundary(t) for span in spans], dim=1)
     chunk = ((bounds - torch.tensor(begin)[..., None]) // PAGE).clamp(0, chunks)
     last = [[(b - a) // PAGE for a, b in zip(*row, strict=True)] for row in zip(begin, final, strict=True)]
-    whole = parts == 1 and not any(rows.past) and rows.is_whole(columns) and len({*sum(begin, [])}) == 1
-    sinks = [span.sink for span in spans]
+    alike = len({first for row in begin for first in row}) == 1
+    whole = parts == 1 and not any(rows.past) and rows.is_whole(columns) and alike
 
     def table(values: object) -> torch.Tensor:
         return kept_table(values, device, torch.long)
@@ -155,7 +152,10 @@ def _layout(
         return table(values)[:, None]
 
     return Layout(
-        *map(column, (rows.past, rows.start, rows.count, after, until)),
+        past=column(rows.past),
+        start=column(rows.start),
+        after=column(after),
+        until=column(until),
         begin=table(begin),
         keys=table(keys),
         chunks=chunks,
@@ -164,5 +164,22 @@ def _layout(
         chunk=table(chunk.tolist()).view(len(page), len(spans), pages),
         last=table(last),
         slice_from=begin[0][0] if whole else None,
-        empty=not alone and all(row == sinks for row in final),
     )
+
+
+@lru_cache(maxsize=256)
+def waiting(rows: Rows, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+    """The new tokens of a pass that stay in pages until a state takes them in, for every sequence and group.
+
+    Returns:
+        `[K, 4]`: sequence, group, column, position.
+    """
+    found = [torch.empty(0, 4, dtype=torch.long)]
+    for row, (past, start, count) in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
+        for group, span in enumerate(spans):
+            first = max(past, span.boundary(past + count - 1))
+            positions = torch.arange(first, max(first, past + count))
+            places = torch.tensor([row, group]).expand(len(positions), 2)
+            found.append(torch.cat([places, (positions - past + start)[:, None], positions[:, None]], dim=1))
+    with torch.inference_mode(False):
+        return torch.cat(found).to(device)

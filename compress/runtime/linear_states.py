@@ -1,7 +1,7 @@
-"""States of linear attention in plain PyTorch: chunked, recurrent and parallel form of one function, the specification.
+"""States of linear attention in plain PyTorch, the specification: chunked, recurrent and parallel form of one function.
 
-A state is a matrix that keys write into and queries read from. Two rules write, with a decay a <= 1 a token that is kept
-as its logarithm:
+A state is a matrix that keys write into and queries read from. Two rules write, with a decay a <= 1 a token that is
+kept as its logarithm:
 
     add     S <- a S + k [v, 1]^T                          the last column sums the keys: the normaliser
             (arXiv 2006.16236; with a decay arXiv 2307.08621, 2401.04658)

@@ -14,8 +14,9 @@ from .linear_states import wide
 class FeatureMap(nn.Module):
     """What turns queries and keys into features, whose products stand for the weights of a softmax.
 
-    Every query head has a projection of its own, and every head group one for its keys, which all its query heads share:
-    the state is one a group. A subclass has `@register_map("name")`; it says how projected numbers become features.
+    Every query head has a projection of its own, and every head group one for its keys, which all its query heads
+    share: the state is one a group. A subclass has `@register_map("name")`, and says how projected numbers become
+    features.
 
     Args:
         groups: head groups; share: query heads of each.

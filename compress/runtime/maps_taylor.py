@@ -1,4 +1,4 @@
-"""The feature map of Based (arXiv 2402.18668): the exponential's Taylor series of second order, on small projections."""
+"""The feature map of Based (arXiv 2402.18668): the exponential's Taylor series to second order, of few numbers."""
 
 from __future__ import annotations
 

@@ -123,16 +123,23 @@ class Mixer(nn.Module):
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
-    needs_inputs: ClassVar[bool] = False
-    knows_scores: ClassVar[bool] = False
+    needs_inputs: bool = False
+    knows_scores: bool = False
     by_length: bool = False
     heads: tuple[int, ...] = ()
 
     @classmethod
     def form(cls, group: Mapping[str, Any]) -> str:
-        """A name for what the plan's entry of a group says about the mixer's parameters and its code, of letters, digits
-        and `_`; groups of a layer with different forms get mixers of their own. Empty where there is one form only."""
+        """A name, of letters, digits and `_`, for what a group's entry in the plan says about parameters and code.
+
+        Groups of a layer with different forms get mixers of their own. Empty where there is one form only.
+        """
         return ""
+
+    @classmethod
+    def reads_inputs(cls, group: Mapping[str, Any]) -> bool:
+        """`needs_inputs` of a mixer of groups with this entry."""
+        return cls.needs_inputs
 
     @property
     def name(self) -> str:

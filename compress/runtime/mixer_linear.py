@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from .impl import choose_impl
-from .linear_layout import Layout, layouts
+from .linear_layout import Layout, layouts, waiting
 from .linear_states import Rule, chunk_states, own_chunk, read, state_columns, wide
 from .maps import MAPS, FeatureMap
 from .maps_cosine import Cosine
@@ -23,7 +23,7 @@ from .maps_random import RandomFeatures
 from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
-from .mixer import LayerFacts, State, register
+from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
@@ -66,7 +66,7 @@ class LinearState(PagedState):
             float32, a logarithm of a decay first where tokens have their own, then a write strength.
     """
 
-    gates: torch.Tensor | None
+    gates: torch.Tensor | None = None
 
     def __init__(
         self, rules: Sequence[AnySpan], max_length: int | None, shape: tuple[int, int], gates: int = 0
@@ -89,11 +89,11 @@ class LinearState(PagedState):
         """Keep the gates `[B, G, T, n]` of the new tokens whose pages are held, once `advance` has counted them."""
         if gates is None:
             return
-        for row, (past, start, count) in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
-            for group, span in enumerate(self.spans):
-                first = max(past, int(span.boundary(past + count - 1)))
-                positions = torch.arange(first, past + count, device=gates.device)
-                self._put(gates[row, group, positions - past + start], row, group, positions)
+        assert self.gates is not None
+        row, group, column, position = waiting(rows, self.spans, gates.device).unbind(1)
+        place = self.pages().table[row, group, position // PAGE].long()
+        new = gates[row, group, column].detach().to(self.gates.dtype)
+        self.gates.view(-1, self.width)[place * PAGE + position % PAGE] = new
 
     def store_one_gate(self, gates: torch.Tensor | None, lengths: torch.Tensor) -> None:
         """The same for one token a sequence, `[B, G, 1, n]`, as in `reference.store_one`; waits for no device."""
@@ -111,17 +111,12 @@ class LinearState(PagedState):
         else:
             flat[slots] = torch.where(here, gates[:, :, 0].to(flat.dtype), flat[slots])
 
-    def _put(self, gates: torch.Tensor, row: int, group: int, positions: torch.Tensor) -> None:
-        assert self.gates is not None
-        places = self.pages().table[row, group][positions // PAGE].long()
-        self.gates.view(-1, self.width)[places * PAGE + positions % PAGE] = gates.detach().to(self.gates.dtype)
-
 
 @register("linear")
 class LinearMixer(SpanMixer):
     """Softmax over the keys in sight joined with a linear state over the others, or a linear state over all keys.
 
-    With p the page of a query, the softmax sees what a `Span` of whole pages shows to p, and the state sums over exactly
+    With p the page of a query, the softmax sees what a `Span` of whole pages shows to p, and the state sums over just
     the keys that it hides; decays in the state count up to there. A group that is `alone` has no softmax: its queries
     read the state and the keys of their own page by the same rule.
 
@@ -144,7 +139,7 @@ class LinearMixer(SpanMixer):
         self.log_decays = tuple(-entry["slope"] for entry in groups) if group["decay"] == "fixed" else None
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
-        self.needs_inputs = not self.shared or self.gate_count > 0
+        self.needs_inputs = self.reads_inputs(group)
         self.branches: Branches = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
@@ -167,6 +162,11 @@ class LinearMixer(SpanMixer):
         words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
         words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
         return "_".join(str(word) for word in words if word)
+
+    @classmethod
+    def reads_inputs(cls, group: Mapping[str, Any]) -> bool:
+        """Gates of tokens and of outputs come from the layer's input."""
+        return group["out"] == "added" or group["decay"] == "token"
 
     def _gates(self) -> list[str]:
         """Names of what every token has beside its key."""
@@ -206,7 +206,7 @@ class LinearMixer(SpanMixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: LinearState | None,
+        state: Any,
         step: Step,
         *,
         scale: float | None,
@@ -251,7 +251,7 @@ class LinearMixer(SpanMixer):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        state: LinearState,
+        state: Any,
         step: Step,
         *,
         scale: float | None,
@@ -361,7 +361,7 @@ class LinearMixer(SpanMixer):
         else:
             held = state.tensors["state"]
         total = None
-        for layout in layouts(rows, self.fixed, columns, self.alone, SEGMENT, query.device):
+        for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
             found = layout.columns_of(found, columns)
             total = found if total is None else total + found
@@ -382,14 +382,15 @@ class LinearMixer(SpanMixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for the queries of a layout, by pages, `[B, H, 64 * P, E]`."""
         device = query.device
-        pools = (None, None, None) if state is None else (state.keys, state.values, state.gates if gates is not None else None)
-        k = layout.keys_of(key, pages, pools[0])
-        v = layout.keys_of(value, pages, pools[1])
+        k = layout.keys_of(key, pages, None if state is None else state.keys)
+        v = layout.keys_of(value, pages, None if state is None else state.values)
         absent = torch.arange(k.shape[2], device=device) >= layout.keys[..., None]
         k, v = (x.masked_fill(absent[..., None], 0) for x in (k, v))
         gated = None
         if gates is not None:
-            gated = layout.keys_of(gates, pages, pools[2]).masked_fill(absent[..., None], 0)
+            gated = layout.keys_of(gates, pages, None if state is None else state.gates).masked_fill(
+                absent[..., None], 0
+            )
         options = self._options(gated, layout.keys)
         positional = self.map.positional
         k = self.map.of_key(k, scale, layout.key_positions(device) if positional else None)
@@ -413,12 +414,14 @@ class LinearMixer(SpanMixer):
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Queries of heads without a softmax: their page's keys are those of the chunk that they read before."""
-        def pages_of(x: torch.Tensor) -> torch.Tensor:
-            chunks = x.unflatten(2, (-1, PAGE))
-            number = layout.chunk.clamp(max=max(chunks.shape[2] - 1, 0))
-            return chunks.gather(2, number[(...,) + (None,) * (chunks.dim() - 3)].expand(-1, -1, -1, *chunks.shape[3:])).flatten(2, 3)
 
-        own = dict(options, count=None)
+        def pages_of(x: torch.Tensor) -> torch.Tensor:
+            chunks = x.unflatten(2, (-1, PAGE))  # [B, G, N, 64], or with numbers behind
+            number = layout.chunk.clamp(max=max(chunks.shape[2] - 1, 0))
+            number = number.view(*number.shape, *(1,) * (chunks.dim() - 3))
+            return chunks.gather(2, number.expand(-1, -1, -1, *chunks.shape[3:])).flatten(2, 3)
+
+        own = {**options, "count": None}
         # Keys behind the last one are zeros here, which write nothing, and whose decay no earlier query reads.
         for name in ("log_decay", "strength"):
             if own.get(name) is not None and own[name].dim() == 3:
@@ -444,16 +447,16 @@ class LinearMixer(SpanMixer):
         A growing state knows on the host whether there is any; a reserved one always computes, and waits for nothing.
         """
         if state.max_length is None and step.gains is not None:
-            ends = [(length, span) for length, gain in zip(state.lengths, step.gains, strict=True) if gain for span in state.spans]
-            if all(span.boundary(length) == span.boundary(length - 1) for length, span in ends):
+            new = [length for length, gain in zip(state.lengths, step.gains, strict=True) if gain]
+            if all(span.boundary(t) == span.boundary(t - 1) for t in new for span in state.spans):
                 return
         t = lengths.long()[:, None] - 1
         rules = tuple((span.sink, span.alpha, span.beta_units) for span in state.spans)
         sink, alpha, beta = _on_device(rules, lengths.device, torch.long).unbind(1)
-        old, new = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
+        before, after = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
         held = state.tensors["state"]
-        count = torch.where((new > old) & (t >= 0), PAGE, 0)
-        held.copy_(self._take_page(state, held, old // PAGE, count, scale))
+        count = torch.where((after > before) & (t >= 0), PAGE, 0)
+        held.copy_(self._take_page(state, held, before // PAGE, count, scale))
 
     def _take_page(
         self, state: LinearState, held: torch.Tensor, number: torch.Tensor, count: torch.Tensor, scale: float

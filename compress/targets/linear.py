@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
 from compress.runtime.linear_states import state_columns
-from compress.runtime.mixer_linear import MAPS
+from compress.runtime.maps import MAPS
+from compress.runtime.mixer_linear import KNOWN
 from compress.runtime.span import NO_END, PAGE, Span
 from compress.targets.cost import Cost
 from compress.targets.span import visible_keys, visible_pairs
@@ -19,13 +20,15 @@ from compress.targets.unit import Unit
 
 Rule = Literal["add", "delta"]
 MOST_FEATURES = 1 << 14
-MAP_NAMES = ", ".join(sorted(MAPS))
+MAP_NAMES = ", ".join(sorted(name for name, made in MAPS.items() if made in KNOWN))
 
 
 class LinearGrid(Method):
     """The linear heads to choose from: every rule and map behind every window."""
 
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1, description="how keys are written into the state")] = ("add",)
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1, description="how keys are written into the state")] = (
+        "add",
+    )
     maps: Annotated[
         tuple[str, ...],
         Field(min_length=1, max_length=ENTRIES, description=f"feature maps of the rule `add`: {MAP_NAMES}"),
@@ -36,7 +39,9 @@ class LinearGrid(Method):
     ] = (4,)
     alphas: Annotated[
         tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...],
-        Field(min_length=1, max_length=ENTRIES, description="windows in tokens; the state stands for what is before them"),
+        Field(
+            min_length=1, max_length=ENTRIES, description="windows in tokens; the state stands for what is before them"
+        ),
     ] = (64,)
 
 
@@ -178,10 +183,10 @@ class LinearGroup(Target):
     def rule_text(self) -> str:
         """Window and state."""
         return (
-            "with p the first position of the query's page of 64 tokens, the query sees key j by softmax when `j` is in "
-            "the pages of the first `sink` tokens or not before the page of `p + 1 - max(1, floor(alpha + beta * (p + 1)))`. "
-            "All keys between are summed up in a state of constant size, which the query reads; with `alone` there is no "
-            "softmax, and the state stands for all keys."
+            "with p the first position of the query's page of 64 tokens, the query sees key j by softmax when `j` is "
+            "in the pages of the first `sink` tokens or not before the page of position "
+            "`p + 1 - max(1, floor(alpha + beta * (p + 1)))`. All keys between are summed up in a state of constant "
+            "size, which the query reads; with `alone` there is no softmax, and the state stands for all keys."
         )
 
     @classmethod
@@ -201,6 +206,8 @@ class LinearGroup(Target):
 
 
 def lightning_slopes(heads: int, layer: int, layers: int) -> list[float]:
-    """The slopes of TransNormerLLM and Lightning Attention (arXiv 2307.14995): 2^(-8 h / heads) of head h from 1, less in
-    later layers, and next to none in the last."""
+    """The slopes of TransNormerLLM and Lightning Attention (arXiv 2307.14995) of the heads of a layer.
+
+    Head h, counted from 1, has 2^(-8 h / heads), less in later layers, and next to none in the last.
+    """
     return [2 ** (-8 * (head + 1) / heads) * (1 - layer / max(layers - 1, 1) + 1e-5) for head in range(heads)]
