@@ -25,6 +25,7 @@ from compress.plan import Plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
 from tests.pruned import PRUNED, uneven_plan, with_biases
@@ -38,6 +39,14 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 # grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
 TARGETS: dict[str, tuple[Target, ...]] = {
     "full": MIXED,
+    "linear": (
+        LinearGroup(alpha=1),
+        LinearGroup(map="elu", alone=True, decay="token"),
+        LinearGroup(sink=4, alpha=20, beta=0.25, map="relu", decay="fixed", slope=0.01),
+        FullGroup(),
+        LinearGroup(rule="delta", alone=True),
+        LinearGroup(rule="delta", decay="token", sink=70, alpha=40),
+    ),
     "pruned": MIXED,
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
     "window": MIXED,

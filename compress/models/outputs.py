@@ -45,7 +45,7 @@ def _refusal(target: Target) -> str | None:
         return "it is trained before it is of use"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
-    if MIXERS[target.target].needs_inputs:
+    if MIXERS[target.target].reads_inputs(target.model_dump(mode="json")):
         return "it reads the input of its layer, which this statistic does not keep"
     return None
 

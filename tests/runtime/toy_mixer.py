@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class ToyMixer(MaskedMixer):
     Outputs are multiplied by a gate of the layer's input and the position, and by the mean gate of all tokens so far.
     """
 
-    needs_inputs: ClassVar[bool] = True
+    needs_inputs = True
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
