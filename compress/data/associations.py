@@ -1,8 +1,8 @@
 """Associations of words said once and asked for later, at distances that follow one law: MQAR in a model's own words.
 
-Multi-query associative recall (Zoology, arXiv 2312.04927) trains small models on it. Here a pretrained model reads it: keys
-and values are words of one token, the context is `k1 v1 k2 v2 ...`, each key comes again once among other words, and the
-model has to say its value there. A value follows its key in the text both times, so that the text obeys its own rule.
+Multi-query associative recall (Zoology, arXiv 2312.04927) trains small models on it. Here a pretrained model reads it:
+keys and values are words of one token, the context is `k1 v1 k2 v2 ...`, each key comes again once among other words,
+and the model has to say its value there. A value follows its key both times, so that the text obeys its own rule.
 """
 
 from __future__ import annotations

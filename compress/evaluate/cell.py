@@ -45,8 +45,8 @@ class Cell:
         place: layer and head group that it is of, the group None for a whole layer; None for the model. Numbers with a
             place are in a table of the variant's own, and in no other.
         table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`),
-            of the table of branches (`branches`), a row of the last table with its difference to dense (`task`), or only
-            in charts and files (None).
+            of the table of branches (`branches`), a row of the last table with its difference to dense (`task`), or
+            only in charts and files (None).
         axis: for a cost, the words of an axis that quality is drawn over: `share of the dense KV bytes`.
         dense: the dense model's number where it was measured beside this one, and not in the dense variant's row.
         note: what has to be known of the number: the metric, how many items.

@@ -60,9 +60,15 @@ def _tells(comparison: Comparison) -> bool:
         for result in row.results:
             costs = [cell for cell in result.cells() if cell.table == "cost"]
             named = not measures[result.measure].always
-            if any(named or cell.share(comparison.dense.like(cell)) not in (None, 1.0) for cell in costs):
+            if any(named or _differs(comparison, cell) for cell in costs):
                 return True
     return False
+
+
+def _differs(comparison: Comparison, cell: Cell) -> bool:
+    """Whether a cost is another than the dense model's, or one that the dense model does not have."""
+    dense = comparison.dense.like(cell)
+    return dense is None or cell.share(dense) not in (None, 1.0)
 
 
 def _wide(comparison: Comparison, table: str, title: str) -> Grid:
@@ -145,7 +151,7 @@ def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
 
 
 def _places(row: VariantResult) -> list[Grid]:
-    """For every measure with numbers of layers or head groups: a row a layer, a column a group, its numbers in a cell."""
+    """For every measure with numbers of layers or head groups: a row a layer, a column a group, numbers in a cell."""
     grids = []
     for result in row.results:
         placed = {(cell.place, cell.label): cell for cell in result.cells() if cell.place is not None}

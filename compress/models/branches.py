@@ -1,8 +1,8 @@
 """Switches off branches of heads that have several, to see which of them does the work.
 
 A head group behind a window has the window's softmax and a state for the keys before it. A mixer whose groups have such
-branches says so by an attribute `branches`: one of `both`, `window`, `linear` and `none`, for all of its groups or a tuple
-with one for each. It is a setting for measurements, which no checkpoint has.
+branches says so by an attribute `branches`: one of `both`, `window`, `linear` and `none`, for all of its groups, or a
+tuple with one for each. It is a setting for measurements, which no checkpoint has.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ class BranchesResult(Result):
     length: int = Field(ge=1, le=MOST_TOKENS)
     windows: int = Field(ge=1)
     dense: float | None = None
-    whole: list[Whole] = []
-    units: list[Unit] = []
+    whole: list[Whole] = Field(default_factory=list)
+    units: list[Unit] = Field(default_factory=list)
 
     def cells(self) -> list[Cell]:
         """Perplexities of the model, also by position, and what each unit loses without a branch, in nats a token."""
@@ -90,7 +90,15 @@ class BranchesResult(Result):
         label = f"perplexity, {WORDS[branches]}"
         table: Literal["branches"] = "branches"
         return Cell(
-            label, "perplexity", value, "lower", length=self.length, part=part, table=table, dense=dense, note=self.words()
+            label,
+            "perplexity",
+            value,
+            "lower",
+            length=self.length,
+            part=part,
+            table=table,
+            dense=dense,
+            note=self.words(),
         )
 
     def words(self) -> str:
@@ -111,7 +119,7 @@ def _perplexity(nll: float, tokens: int) -> float:
 
 @measures.register("branches")
 class BranchesMeasure(Measure):
-    """Perplexity with all branches of converted heads, the window alone, the state alone, and none; also head by head."""
+    """Perplexity with all branches of converted heads, window alone, state alone, and none; also head by head."""
 
     result: ClassVar[type[Result]] = BranchesResult
     one_tokenizer: ClassVar[bool] = True

@@ -94,8 +94,8 @@ class DistanceResult(Result):
         """What inside and beyond mean, and how many answers there are."""
         counts = ", ".join(f"{cell.count} {cell.label.split()[-2]}" for cell in self.cells() if cell.part is None)
         return (
-            f"{self.task} at {self.length:,}: {counts}; inside: all of the evidence lies within {self.window} tokens of "
-            f"the answer, beyond: all of it at least {self.window + PAGE} tokens before; Wilson's 95% interval"
+            f"{self.task} at {self.length:,}: {counts}; inside: all of the evidence lies within {self.window} tokens "
+            f"of the answer, beyond: all of it at least {self.window + PAGE} tokens before; Wilson's 95% interval"
         )
 
 
@@ -167,7 +167,9 @@ class Distance(Measure):
             prompts = [prompt for group in asked for prompt in group.prompts]
             for prompt in prompts:
                 setting.check(prompt.tokens, "a prompt of the distances")
-            facts = self._facts("passkey", length, text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts])))
+            facts = self._facts(
+                "passkey", length, text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
+            )
             run = partial(self._pass_keys, length, asked, setting.batch_size)
             jobs.append(Job(f"pass keys by distance {length}", [*facts, setting.batch_size], len(prompts), run))
             texts = self._texts(setting.seed, length, setting.reader.tokenizer)
@@ -181,9 +183,7 @@ class Distance(Measure):
     def _facts(self, kind: str, length: int, asked: str) -> list[Any]:
         return ["distance", kind, length, self.window, asked]
 
-    def _keys(
-        self, seed: int, length: int, tokenizer: Any, text: Sequence[int], context: int | None
-    ) -> list[_Asked]:
+    def _keys(self, seed: int, length: int, tokenizer: Any, text: Sequence[int], context: int | None) -> list[_Asked]:
         """Pass keys just before the question, and pass keys that no window of the size reaches, evenly spread.
 
         Raises:
@@ -221,9 +221,7 @@ class Distance(Measure):
         rng = random.Random(f"{seed}/evaluation/associations/{length}")
         return associations(tokenizer, words_of(tokenizer), length, self.pairs, self.texts, rng)
 
-    def _pass_keys(
-        self, length: int, asked: Sequence[_Asked], batch_size: int, subject: Subject, step: Step
-    ) -> Result:
+    def _pass_keys(self, length: int, asked: Sequence[_Asked], batch_size: int, subject: Subject, step: Step) -> Result:
         items: list[Recalled] = []
         for group in asked:
             before = len(items)
@@ -245,7 +243,7 @@ class Distance(Measure):
         items: list[Recalled] = []
         for number, text in enumerate(texts):
             ids = torch.tensor(text.tokens, device=device)
-            written = {}
+            written: dict[int, int] = {}
             asked = {query.position: query for query in text.queries}
             for part, logits in logits_in_slices(subject.model, ids, range(min(asked), max(asked) + 1)):
                 if not bool(torch.isfinite(logits).all()):

@@ -1,7 +1,7 @@
 """How far decoding drifts: a state that takes in token after token, against the same sums in float64.
 
-Sums in a short format stop growing: a bfloat16 normaliser of Hedgehog features is 44% low after 2,048 tokens, and the outputs
-are 79% wrong. A state is float32 for that reason, and this measure shows that it is enough, on the model's own features.
+Sums in a short format stop growing: a bfloat16 normaliser of Hedgehog features is 44% low after 2,048 tokens, and the
+outputs are 79% wrong. A state is float32 for that reason; this shows if that is enough on the model's own features.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class DriftResult(Result):
     def words(self) -> str:
         """What the error is of."""
         return (
-            f"decode drift: largest relative error of what a head reads from its float32 state in {self.length:,} decoded "
-            "tokens, against float64"
+            f"decode drift: largest relative error of what a head reads from its float32 state in {self.length:,} "
+            "decoded tokens, against float64"
         )
 
 
@@ -122,12 +122,13 @@ def _beside(model: Any, layers: dict[int, float]) -> Iterator[None]:
             def prefill(
                 query: Any, key: Any, value: Any, state: Any, step: Pass, place: Any = place, **options: Any
             ) -> Any:
+                vars(place.mixer).pop("prefill")  # the copies that are compared are plain mixers
                 found = drift(place.mixer, query, key, value, step, options["scale"])
                 layers[place.layer] = max(found, layers.get(place.layer, 0.0))
-                return type(place.mixer).prefill(place.mixer, query, key, value, state, step, **options)
+                return place.mixer.prefill(query, key, value, state, step, **options)
 
             place.mixer.prefill = prefill
-            undo.callback(delattr, place.mixer, "prefill")
+            undo.callback(vars(place.mixer).pop, "prefill", None)
         yield
 
 
@@ -137,9 +138,9 @@ def drift(
 ) -> float:
     """Largest relative error of what the heads of a mixer read from their states while tokens are decoded.
 
-    The first token of every page is decoded, which takes in a page that leaves the window, and the rest of a page follows at
-    once: the states are the same as of decoding every token, at a thirtieth of the calls. All is in float32 but for the
-    comparison, one pass in float64 over the same queries, keys and values.
+    The first token of every page is decoded, which takes in a page that leaves the window, and the rest of a page
+    follows at once: the states are those of decoding every token, at a thirtieth of the calls. All is in float32 but
+    for what it is compared with, one pass in float64 over the same queries, keys and values.
 
     Args:
         query: `[1, H, N, D]`; key, value: `[1, G, N, D]`.
