@@ -44,6 +44,12 @@ class Scores:
         extra = self.extra.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
         return torch.softmax(torch.cat([logits, extra], dim=-1), dim=-1)[..., :-1]
 
+    def weights(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The weights of the keys from scaled scores `[..., H, T, M]`, zero where `seen` says that a key is hidden."""
+        # Not -inf: a query that sees no key would have NaN for weights and gradients.
+        logits = self.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
+        return self.softmax(logits).masked_fill(~seen, 0)
+
 
 def attend(
     query: torch.Tensor,
@@ -69,7 +75,5 @@ def attend(
     share = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
     logits = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    # Not -inf: a query that sees no key would have NaN for weights and gradients.
-    logits = scores.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
-    weights = functional.dropout(scores.softmax(logits).masked_fill(~seen, 0), dropout)
+    weights = functional.dropout(scores.weights(logits, seen), dropout)
     return weights.to(value.dtype) @ value
