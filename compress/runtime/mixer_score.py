@@ -151,14 +151,15 @@ class ScoreMixer(SpanMixer):
             t: `[B, T]` positions, -1 where there is no token.
         """
         size, group = self.facts.group_size, self.groups[members[0]]
-        mine = take(query, heads_of(members, size), 1).float()
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        mine = take(query, heads_of(members, size), 1).to(dtype)
         if is_cosine(group["score"]):
             mine = functional.normalize(mine, dim=-1, eps=EPSILON)
         rules = _rules(tuple(self.fixed[member] for member in members), query.device)
-        count = keys_seen(t[:, None], *rules).clamp(min=1).float()  # [B, groups, T]
+        count = keys_seen(t[:, None], *rules).clamp(min=1).to(dtype)  # [B, groups, T]
         scale = self.facts.head_dim**-0.5 if scale is None else scale
         by_row = row_scale(group, count, self.facts.head_dim, scale)
-        factor = take(self.log_temperature, members, 0).float().exp()[None, :, :, None]  # [1, groups, heads, 1]
+        factor = take(self.log_temperature, members, 0).to(dtype).exp()[None, :, :, None]  # [1, groups, heads, 1]
         factor = factor * (by_row[:, :, None] if isinstance(by_row, torch.Tensor) else by_row)
         return (mine * factor.flatten(1, 2)[..., None]).to(query.dtype)
 
@@ -166,7 +167,9 @@ class ScoreMixer(SpanMixer):
         """Keys `[B, G, T, D]` as they are scored and stored: of unit length where scores are cosines."""
         if not any(self.cosine):
             return key
-        unit = functional.normalize(key.float(), dim=-1, eps=EPSILON).to(key.dtype)
+        unit = functional.normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1, eps=EPSILON).to(
+            key.dtype
+        )
         return unit if all(self.cosine) else torch.where(_which(self.cosine, key.device)[:, None, None], unit, key)
 
     def _function(self, members: Sequence[int]) -> ScoreFunction | None:
@@ -188,9 +191,9 @@ class ScoreMixer(SpanMixer):
 
 @lru_cache(maxsize=1024)
 def _rules(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Sink, alpha and beta units of spans, `[spans, 1]` each."""
-    rules = kept_table([(span.sink, span.alpha, span.beta_units) for span in spans], device, torch.long)
-    return rules[:, :1], rules[:, 1:2], rules[:, 2:]
+    """Sink, alpha, beta units and granule of spans, `[spans, 1]` each."""
+    rules = [(span.sink, span.alpha, span.beta_units, span.granule) for span in spans]
+    return kept_table(rules, device, torch.long).T[:, :, None].unbind()
 
 
 @lru_cache(maxsize=1024)

@@ -48,7 +48,7 @@ class ScoreFunction(Scores):
         return ScoreFunction(name=self.name, bias=bias, length=self.length, power=self.power)
 
     def weights(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """The weights of the keys from scores `[..., H, T, M]`; zero where `seen`, which broadcasts, hides a key."""
+        """See `Scores.weights`."""
         if self.name == "sigmoid":
             return self._sigmoid(logits, seen)
         if self.name == "softmax":

@@ -23,18 +23,18 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum before any key; finite, so that
 
 
 @triton.jit
-def _bounds(length, sink, alpha, beta, PAGE: tl.constexpr):
+def _bounds(length, sink, alpha, beta, mask, PAGE: tl.constexpr):
     """`span.page_bounds`: end of the sink's pages, start and end of the window's."""
     end = (length + PAGE - 1) // PAGE
     sinks = (tl.minimum(sink, length) + PAGE - 1) // PAGE
-    start = tl.maximum(tl.minimum(first_key(length - 1, alpha, beta) // PAGE, end), sinks)
+    start = tl.maximum(tl.minimum(first_key(length - 1, alpha, beta, mask) // PAGE, end), sinks)
     return sinks, start, end
 
 
 @triton.jit
 def _work(
     p_lengths,  # [B] int32
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     segments,
     most,
     GROUPS: tl.constexpr,
@@ -51,8 +51,8 @@ def _work(
     known = every < segments
     group = every % GROUPS
     length = tl.load(p_lengths + every // GROUPS, mask=known, other=0)
-    sink, alpha, beta = load_rule(p_rules, group)
-    sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
+    sink, alpha, beta, mask = load_rule(p_rules, group)
+    sinks, start, end = _bounds(length, sink, alpha, beta, mask, PAGE)
     counts = tl.where(known & (length > 0), sinks + end - start, 0)
     pages = tl.sum(counts, 0).to(tl.int64)
     programs = tl.minimum((pages + FEWEST - 1) // FEWEST, most)  # each has a page, so each arrives
@@ -66,7 +66,7 @@ def _decode(
     p_value_pages,  # [places, PAGE, DV]
     p_table,  # [B, G, numbers] int32
     p_lengths,  # [B] int32, 0 where a sequence takes no part
-    p_rules,  # [G, 3] int32: sink, alpha, beta units
+    p_rules,  # [G, 4] int32: sink, alpha, beta units, mask
     p_extra,  # [H] the extra logit of every query head, where EXTRA
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
@@ -124,8 +124,8 @@ def _decode(
         b = s // GROUPS
         g = s % GROUPS
         n_tokens = tl.load(p_lengths + b)
-        sink, alpha, beta = load_rule(p_rules, g)
-        first = first_key(n_tokens - 1, alpha, beta)
+        sink, alpha, beta, mask = load_rule(p_rules, g)
+        first = first_key(n_tokens - 1, alpha, beta, mask)
         sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
         skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
         piece_end = tl.minimum(stop, seg_end)
@@ -180,7 +180,7 @@ def _join(
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32
     p_stats,  # [programs, 2, 2, SHARE] float32
     p_lengths,  # [B] int32
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     segments,
     most,
     out_b,
