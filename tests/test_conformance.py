@@ -310,7 +310,7 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_decode_step_lives_in_a_cuda_graph() -> None:
-    from compress.bench.measure import graph_of
+    from compress.models.graph import graph_of
 
     model = planned_model(tiny_model("llama-gqa").cuda(), mixed_plan(shape_of(tiny_model("llama-gqa"))))
     ids = random_ids(2, 60).cuda()
