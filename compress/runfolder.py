@@ -36,6 +36,7 @@ MODEL = "model.json"
 LOG = "log.jsonl"
 LOCK = ".lock"
 PREPARED = "options/prepare.json"  # what was trained before the search
+EFFECTS = "options/effect"  # what that costs the loss, in the form of a profile
 RECOVERED, CONTROL = "recover/recover.json", "recover/control/recover.json"  # records of what was trained
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.
