@@ -120,7 +120,8 @@ def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
         alpha = max(alpha + PAGE, round(alpha * 2**0.5 / PAGE) * PAGE)
 
     def window(target: Target, alpha: int) -> Target:
-        if target.as_built or target.objective is not None:
+        fixed = target.objective is not None or "alpha" not in type(target).model_fields
+        if target.as_built or fixed:
             return WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0)
         changed: Target = target.model_copy(update={"alpha": alpha})
         return changed
