@@ -42,7 +42,7 @@ def _refusal(target: Target) -> str | None:
     if target.removes:
         return None
     if target.objective is not None:
-        return "it is trained before it is of use"
+        return "it has to be trained before it is useful"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
     if MIXERS[target.target].needs_inputs:
@@ -139,7 +139,7 @@ class _Plan:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
                         where=f"layer {facts.index}",
-                        found="it has tensors of its own, which were not prepared",
+                        found="the target has trained tensors, and they were not prepared",
                         fix="name it under `prepare.targets`",
                     )
                 fill(mixer, [options[targets[group]].of(facts.index, group) for group in groups])
