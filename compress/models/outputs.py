@@ -44,7 +44,7 @@ def _refusal(target: Target, prepared: Prepared) -> str | None:
     if target.removes:
         return None
     if target.has_to_be_prepared and target not in [option.target for option in prepared]:
-        return "it is trained before it is of use: name it under `prepare.targets`, with `prepare.effect: true`"
+        return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
     return None
@@ -153,7 +153,7 @@ class _Plan:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
                         where=f"layer {facts.index}",
-                        found="it has tensors of its own, which were not prepared",
+                        found="the target has trained tensors, and they were not prepared",
                         fix="name it under `prepare.targets`",
                     )
                 known = [options.get(targets[group]) for group in groups]
