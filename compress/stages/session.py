@@ -111,6 +111,21 @@ class Session:
         """All that the tensors of prepared targets depend on."""
         return stage_key("prepare", self.fingerprint, *self._training(self.recipe.prepare))
 
+    def effect_key(self) -> str:
+        """All that the measured effects of prepared targets depend on."""
+        section, calibration = self.recipe.calibration, self.resolved["calibration"]
+        text = self._text(section.text, section.documents, "calibration")
+        return stage_key(
+            "effect",
+            self.fingerprint,
+            *self._prepared(),
+            text,
+            calibration["text"],
+            calibration["documents"],
+            self.recipe.seed,
+            self.recipe.dtype,
+        )
+
     def profile_key(self) -> str:
         """All that a profile depends on."""
         calibration = self.resolved["calibration"]
@@ -137,7 +152,9 @@ class Session:
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
         prepared = self._prepared()
-        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables, *prepared)
+        priced = ["effect"] if self.recipe.prepare is not None and self.recipe.prepare.effect else []
+        search = self.resolved["search"]
+        return stage_key("search", self.profile_key(), held_out, text, search, tables, *prepared, *priced)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
