@@ -216,6 +216,7 @@ def backward(
     scale: float,
     cap: float | None = None,
     extra: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`, and `extra` `[H]` if there is any.
 
@@ -226,14 +227,18 @@ def backward(
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
         rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
         cap, extra: of `scores.Scores`.
+        grad_lse: gradient of the natural log-sum-exp, `[B, H, T]`; None where nothing was made of it.
 
-    The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule.
+    The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule. The slope of the
+    log-sum-exp by a score is the weight of its key, so its gradient enters as a part of `delta`.
     """
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     share = heads // groups
     delta = (grad.float() * out.float()).sum(-1)
+    if grad_lse is not None:
+        delta = (delta - grad_lse).contiguous()
     grad_query = torch.zeros(batch, heads, columns, dim, dtype=query.dtype, device=query.device)
     grad_key = torch.zeros(batch, groups, columns, dim, dtype=key.dtype, device=key.device)
     grad_value = torch.zeros(batch, groups, columns, value_dim, dtype=value.dtype, device=value.device)

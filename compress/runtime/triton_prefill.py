@@ -198,7 +198,8 @@ def forward(
     """One launch, with the `cap` and `extra` of `scores.Scores`.
 
     Returns:
-        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included.
+        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
+        -inf where a column is no token.
     """
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
@@ -210,6 +211,8 @@ def forward(
     make = query.new_zeros if ragged else query.new_empty
     out = make(batch, columns, heads, value_dim).transpose(1, 2)
     lse = query.new_empty((batch, heads, columns) if keep_lse else (1,), dtype=torch.float32)
+    if ragged and keep_lse:
+        lse.fill_(float("-inf"))
     key_pages, value_pages, table = pages if pages is not None else (key, value, rows)
     _forward[(tiles * batch * groups,)](
         query,

@@ -15,7 +15,7 @@ from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SPANS = (Span(4, 40, 0.0, PAGE), Span(), Span(2, 9, 0.25), Span(0, -20, 0.5, PAGE))
+SPANS = (Span(0, 9, 0.25, PAGE), Span(4, 20, 0.25))
 EMPTY = float("-inf")
 
 
@@ -38,26 +38,26 @@ def whole(query: Any, key: Any, value: Any, spans: Any, scores: Scores | None = 
     return weights @ value / total[..., None], total.log()
 
 
-@pytest.mark.parametrize("scores", [False, True])
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize(("impl", "scores"), [("reference", False), ("reference", True), ("triton", True)])
 def test_prefill_keeps_the_log_sum_exp_and_its_gradients(impl: str, scores: bool) -> None:
-    share, length, rows = 2, 150, Rows((0, 0), (0, 17), (150, 101))
+    share, length, first, last = 2, 131, 17, 40
+    rows = Rows((0, 0), (0, first), (length, last - first))
     exact = [drawn(2, heads, length, 24, seed=heads) for heads in (len(SPANS) * share, len(SPANS), len(SPANS))]
     exact += [drawn(len(SPANS) * share)]
     weight, slope = drawn(2, len(SPANS) * share, length, 24, seed=5), drawn(2, len(SPANS) * share, length, seed=6)
     dtype = torch.float64 if impl == "reference" else torch.float32
     leaves = [x.to(dtype) for x in exact]
     for x in leaves[:3]:
-        x[1, :, :17] = x[1, :, 118:] = torch.nan
+        x[1, :, :first] = x[1, :, last:] = torch.nan
     for x in leaves + exact:
         x.requires_grad_()
     given = Scores(3.0, leaves[3]) if scores else None
     out, lse = IMPLS[impl].prefill(*leaves[:3], SPANS, rows=rows, scores=given, keep_lse=True)
-    assert bool((lse[1, :, :17] == EMPTY).all() & (lse[1, :, 118:] == EMPTY).all() & (out[1, :, :17] == 0).all())
-    loss = (out * weight).sum() + (lse * slope)[0].sum() + (lse * slope)[1, :, 17:118].sum()
+    assert bool((lse[1, :, :first] == EMPTY).all() & (lse[1, :, last:] == EMPTY).all() & (out[1, :, :first] == 0).all())
+    loss = (out * weight).sum() + (lse * slope)[0].sum() + (lse * slope)[1, :, first:last].sum()
     found = torch.autograd.grad(loss, leaves[: 4 if scores else 3])
     expected_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
-    for row, (start, stop) in enumerate(((0, 150), (17, 118))):
+    for row, (start, stop) in enumerate(((0, length), (first, last))):
         part: Any = [x[row : row + 1, :, start:stop] for x in exact[:3]]
         expected = whole(part[0], part[1], part[2], SPANS, Scores(3.0, exact[3]) if scores else None)
         torch.testing.assert_close(out[row, :, start:stop].double(), expected[0][0], rtol=1e-4, atol=1e-5)
@@ -69,10 +69,10 @@ def test_prefill_keeps_the_log_sum_exp_and_its_gradients(impl: str, scores: bool
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
-def test_decode_keeps_it_and_parts_of_the_pages_join_to_the_whole(impl: str) -> None:
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_decode_keeps_it(impl: str) -> None:
     lengths, share = [200, 0, 64, 129], 2
-    query, key, value = (drawn(4, heads, 200, 16, seed=heads).float() for heads in (len(SPANS) * share, 4, 4))
+    query, key, value = (drawn(4, heads, 200, 16, seed=heads).float() for heads in (len(SPANS) * share, 2, 2))
     state = PagedState(SPANS)
     state.begin(key, value)
     state.advance(lengths)
@@ -95,16 +95,17 @@ def test_decode_keeps_it_and_parts_of_the_pages_join_to_the_whole(impl: str) -> 
             torch.testing.assert_close(lse[row].double(), expected[1][0, :, -1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_a_softmax_is_the_join_of_its_parts(impl: str) -> None:
     full, near = Span(), Span(0, 70, 0.0, PAGE)
-    query, key, value = (drawn(1, heads, 300, 16, seed=heads).float() for heads in (2, 1, 1))
+    length = 200
+    query, key, value = (drawn(1, heads, length, 16, seed=heads).float() for heads in (2, 1, 1))
     prefill = IMPLS[impl].prefill
     expected = prefill(query, key, value, [full], keep_lse=True)
     out, lse = prefill(query, key, value, [near], keep_lse=True)
     # What the window hides, by itself: the keys before the boundary of every page of queries.
     rest, rest_lse = torch.zeros_like(out), torch.full_like(lse, EMPTY)
-    for t in range(300):
+    for t in range(length):
         if (stop := near.boundary(t)) > 0:
             logits = query[..., t, :] @ key[0, 0, :stop].T / 4
             rest[..., t, :], rest_lse[..., t] = logits.softmax(-1) @ value[0, 0, :stop], logits.logsumexp(-1)
