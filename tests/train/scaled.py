@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from compress.models.prepared import prepared_for
+from compress.registry import solvers, targets
+from compress.runtime.mixer import MIXERS
 from compress.search.problem import Candidate, Place, Problem
 from compress.search.solver import Solver
 from compress.targets.cost import Cost
@@ -55,3 +59,19 @@ class LeastError(Solver):
             if problem.fits(layers):
                 break
         return [Candidate(layers, note=f"{len(chosen)} of {len(problem.free)} groups")]
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """The target, its mixer and the solver can be named while it is open."""
+    from tests.train.scaled_mixer import ScaledMixer
+
+    targets.register("scaled")(ScaledGroup)
+    solvers.register("least-error")(LeastError)
+    MIXERS["scaled"] = ScaledMixer
+    try:
+        yield
+    finally:
+        targets._methods.pop("scaled")
+        solvers._methods.pop("least-error")
+        MIXERS.pop("scaled")

@@ -19,17 +19,16 @@ from compress.models.planned import planned_model, set_plan
 from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
 from compress.models.shape import shape_of
 from compress.plan import make_plan, read_plan, uniform_plan
-from compress.registry import solvers, targets
 from compress.runfolder import RunFolder
-from compress.runtime.mixer import MIXERS
 from compress.targets.full import FullGroup
 from compress.train.lora import projections
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
 from tests.cli.recipes import make_recipe
 from tests.tiny import random_ids, tiny_model
+from tests.train import scaled
 from tests.train.common import text, trained
-from tests.train.scaled import LeastError, ScaledGroup
+from tests.train.scaled import ScaledGroup
 
 SETTINGS: dict[str, Any] = {
     "targets": [{"target": "scaled", "window": 4}],
@@ -43,12 +42,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    targets.register("scaled")(ScaledGroup)
-    solvers.register("least-error")(LeastError)
-    yield
-    targets._methods.pop("scaled")
-    solvers._methods.pop("least-error")
-    MIXERS.pop("scaled")
+    with scaled.registered():
+        yield
 
 
 def prepared(model: Any, folder: Path, progress: Any = None, **changes: Any) -> Any:
