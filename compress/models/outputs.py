@@ -42,7 +42,7 @@ def _refusal(target: Target) -> str | None:
     if target.removes:
         return None
     if target.has_to_be_prepared:
-        return "it is trained before it is of use"
+        return "it has to be trained before it is useful"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
     if MIXERS[target.target].needs_inputs:
@@ -140,7 +140,7 @@ class _Plan:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
                         where=f"layer {facts.index}",
-                        found="it has tensors of its own, which were not prepared",
+                        found="the target has trained tensors, and they were not prepared",
                         fix="name it under `prepare.targets`",
                     )
                 known = [options.get(targets[group]) for group in groups]

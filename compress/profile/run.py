@@ -153,13 +153,18 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
         sample, (first, end) = item.sample, item.sample.rows
         if sample.length > item.length:
             expected, found = f"at most {item.length} {sample.unit}", f"{sample.length} {sample.unit}"
-            problems.append(Problem("longer than its length", item.where, expected, found))
+            problems.append(Problem("the sample is longer than its length says", item.where, expected, found))
         if not 0 <= first < end <= sample.length:
             problems.append(
-                Problem("nothing to predict", item.where, f"outputs in 0 to {sample.length}", f"[{first}, {end})")
+                Problem(
+                    "the sample predicts nothing",
+                    item.where,
+                    f"outputs in 0 to {sample.length}",
+                    f"[{first}, {end})",
+                )
             )
         if any(not 0 <= low < high <= sample.length for low, high in sample.evidence):
-            problems.append(Problem("evidence outside the sample", item.where, found=str(sample.evidence)))
+            problems.append(Problem("the evidence lies outside the sample", item.where, found=str(sample.evidence)))
     if problems:
         raise UserError(problems)
 

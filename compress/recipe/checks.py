@@ -180,7 +180,7 @@ def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("search", "solver"),
             Problem(
-                "the solver reads what heads retrieve, and no document hides anything to retrieve",
+                "the solver uses what heads retrieve, but no calibration document hides anything to retrieve",
                 expected="a task as `passkey` among `calibration.documents`"
                 + (", at every length" if everywhere else ""),
                 found=f"none at {', '.join(f'{length:,} tokens' for length in sorted(lacking))}",

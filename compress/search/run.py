@@ -22,6 +22,7 @@ from compress.search.refine.refine import Refine, State, refine
 from compress.search.response import response_loss
 from compress.search.solver import Solver, check_rows
 from compress.search.words import cost_lines, sliding_line
+from compress.words import counted
 
 REFINED = "refined"
 
@@ -103,8 +104,8 @@ def explain(
         predicted = all(candidate.losses for candidate in candidates.values())
         least = "has the lowest predicted loss at the longest profiled length" if predicted else "is the first"
         return (
-            f"{chosen} {least}, of {len(candidates)} plan(s): {note}; there are no held-out documents to measure a "
-            "response loss on"
+            f"{chosen} {least}, of {counted(len(candidates), 'plan')}: {note}; there are no held-out documents to "
+            "measure a response loss on"
         )
     others = [losses[name] for name in candidates if name != chosen]
     why = f"{chosen} ({note}) has the lowest measured response loss, {losses[chosen]:.4f} nats"

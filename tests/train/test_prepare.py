@@ -104,7 +104,7 @@ def test_an_interrupted_preparation_ends_with_the_same_tensors_and_parts_change_
 def test_plans_find_what_was_prepared(tmp_path: Path) -> None:
     model = tiny_model("llama-gqa")
     shape, target = shape_of(model), ScaledGroup(window=4)
-    with pytest.raises(UserError, match="trained before the search, and its tensors are not here"):
+    with pytest.raises(UserError, match="tensors of a trained target of the plan are missing"):
         planned_model(model, uniform_plan(shape, target))
     prepared(model, tmp_path)
     options = read_prepared(tmp_path)

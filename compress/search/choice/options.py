@@ -226,7 +226,7 @@ def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     for table, size, (name, weight) in zip(tables, sizes, objective.tables, strict=True):
         if not size > 0:
             raise UserError(
-                f"no rule loses anything in `{name}`, so there is nothing to weigh",
+                f"every rule costs nothing in `{name}`, so this table cannot rank rules",
                 where=f"profile: {name}.{objective.length}",
                 expected="documents on which the smallest rule of the grid loses something; for `retrieval.lost` "
                 "recall documents whose evidence lies beyond the smallest window",
