@@ -116,6 +116,7 @@ TESTS = {
         "allocated": "search/test_pruning.py",
         "amp": "search/test_pruning.py",
         "heads": "search/test_solvers.py",
+        "keep": "search/test_prepared.py",
         "layers": "search/test_solvers.py",
         "moa": "search/test_search.py",
         "priced": "test_docs.py",

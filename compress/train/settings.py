@@ -167,7 +167,14 @@ class RecoverSettings(TrainSettings):
                 raise ValueError(f"`{objective.registered}` is a loss of single layers, which `prepare` takes")
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
+        if self.window_control and (self.train == "mixers" or any(self.window_dropout)):
+            raise ValueError("windows by themselves have no mixers to train, and cannot be left out: no `window_control`")
         return self
+
+    @property
+    def controls(self) -> list[str]:
+        """What is trained beside the plan, as a comparison: the dense model, and the plan without its states."""
+        return ["control"] * self.control + ["windows"] * self.window_control
 
     @property
     def losses(self) -> tuple[Objective, ...]:
@@ -183,6 +190,7 @@ class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
     newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto"}
+    outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect"}
 
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
@@ -207,6 +215,19 @@ class PrepareSettings(TrainSettings):
     def objectives_of(self, target: Target) -> tuple[Objective, ...]:
         """What is minimised for a target."""
         return self.objectives or (registry.objectives[str(target.objective)](),)
+
+    effect: bool = Field(
+        False,
+        description="afterwards measure what each target, so trained, costs the loss to first order on the calibration "
+        "documents, as the statistic `effect` does for others; needs a backward pass",
+    )
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """What a solver may read of it, with its form, as of a statistic (`gives`)."""
+        return {"error": "prepared"} | (
+            {"effect.absolute": "targets", "effect.signed": "targets"} if self.effect else {}
+        )
 
     @field_validator("targets")
     @classmethod

@@ -68,3 +68,10 @@ def window_dropped(model: Any, numbers: Sequence[int]) -> Iterator[None]:
     finally:
         for mixer, branches in zip(mixers, before, strict=True):
             mixer.branches = branches
+
+
+def windows_only(model: Any) -> Any:
+    """The model, whose linear heads have only their windows from now on, until it is let go."""
+    for mixer in two_branched(model):
+        mixer.branches = "window"
+    return model
