@@ -168,7 +168,9 @@ class RecoverSettings(TrainSettings):
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
         if self.window_control and (self.train == "mixers" or any(self.window_dropout)):
-            raise ValueError("windows by themselves have no mixers to train, and cannot be left out: no `window_control`")
+            raise ValueError(
+                "windows by themselves have no mixers to train, and cannot be left out: no `window_control`"
+            )
         return self
 
     @property
