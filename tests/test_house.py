@@ -114,6 +114,7 @@ TESTS = {
         "allocated": "search/test_pruning.py",
         "amp": "search/test_pruning.py",
         "heads": "search/test_solvers.py",
+        "keep": "search/test_prepared.py",
         "layers": "search/test_solvers.py",
         "moa": "search/test_search.py",
         "priced": "test_docs.py",
@@ -121,7 +122,8 @@ TESTS = {
         "uniform": "search/test_solvers.py",
     },
     "task": dict.fromkeys(("continuation", "facts", "key_value", "passkey", "passkeys"), "data/test_tasks.py"),
-    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py"),
+    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py")
+    | {"generated": "data/test_generated.py"},
 }
 
 

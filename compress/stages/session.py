@@ -14,6 +14,7 @@ import transformers
 import yaml
 
 from compress.data.prompt import Task
+from compress.data.reader import Progress, Reader
 from compress.data.text import MOST, Part, Source, characters_for
 from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
@@ -101,9 +102,29 @@ class Session:
         """Hashes of all that the recipe names besides the model."""
         return Inputs(self.run.path, self.reporter, keeps=not self.helper)
 
+    def reader(self, progress: Progress | None) -> Reader:
+        """Reads texts for the model; what this writes is kept beside the documents that it answers."""
+        say = (lambda line: None) if self.helper else self.reporter.say
+        return Reader(self.loaded, self.recipe.seed, self.run.path / "calibration", progress, say)
+
     def prepare_key(self) -> str:
         """All that the tensors of prepared targets depend on."""
         return stage_key("prepare", self.fingerprint, *self._training(self.recipe.prepare))
+
+    def effect_key(self) -> str:
+        """All that the measured effects of prepared targets depend on."""
+        section, calibration = self.recipe.calibration, self.resolved["calibration"]
+        text = self._text(section.text, section.documents, "calibration")
+        return stage_key(
+            "effect",
+            self.fingerprint,
+            *self._prepared(),
+            text,
+            calibration["text"],
+            calibration["documents"],
+            self.recipe.seed,
+            self.recipe.dtype,
+        )
 
     def profile_key(self) -> str:
         """All that a profile depends on."""
@@ -131,7 +152,9 @@ class Session:
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
         prepared = self._prepared()
-        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables, *prepared)
+        priced = ["effect"] if self.recipe.prepare is not None and self.recipe.prepare.effect else []
+        search = self.resolved["search"]
+        return stage_key("search", self.profile_key(), held_out, text, search, tables, *prepared, *priced)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""

@@ -123,7 +123,7 @@ def recover(
             progress(
                 0,
                 steps,
-                "starting from the beginning: the saved state belongs to another training or an earlier version",
+                "starting again, because the saved state belongs to another training or an earlier version",
             )
     accelerator.wait_for_everyone()
     _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
@@ -194,7 +194,7 @@ def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator
     )
     if settings.shard and accelerator.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            "weights can be spread over GPUs only",
+            "weights can only be spread over GPUs",
             where="recover.shard",
             expected="false where the processes run on a CPU",
             found="true",

@@ -151,10 +151,24 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
+    outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect"}
+
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
     )
     rate: float = Field(0.01, gt=0, le=FACTOR, description="highest learning rate of AdamW")
+    effect: bool = Field(
+        False,
+        description="afterwards measure what each target, so trained, costs the loss to first order on the calibration "
+        "documents, as the statistic `effect` does for others; needs a backward pass",
+    )
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """What a solver may read of it, with its form, as of a statistic (`gives`)."""
+        return {"error": "prepared"} | (
+            {"effect.absolute": "targets", "effect.signed": "targets"} if self.effect else {}
+        )
 
     @field_validator("targets")
     @classmethod

@@ -19,6 +19,7 @@ SOLVER = "solver: {name: moa, points: 1}"
 BUDGET = "budget: {kv: 0.8, lengths: [320]}"
 PASSKEY = "{task: passkey, length: 320, count: 1, haystack: filler}"
 LONG = PASSKEY.replace("320", "2000")
+OWN = "search:", "recover: {steps: 1, length: 80, text: {source: generated, tokens: %s}}\nsearch:"
 NO_TEXT = "{source: file, path: FOLDER/none.txt}"
 
 
@@ -86,6 +87,10 @@ def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:
         (PERPLEXITY, "lm_eval: {tasks: [mine], include: FOLDER/none}", "evaluate.lm_eval", "no such folder of task"),
         (PERPLEXITY, f"perplexity: {{text: {NO_TEXT}, length: 64}}", "none.txt", "cannot be read"),
         ("search:", f"recover: {{steps: 1, text: {NO_TEXT}}}\nsearch:", "none.txt", "cannot be read"),
+        # Text that the model writes.
+        (OWN[0], OWN[1] % "9000, length: 2048", "recover", "longer than its context"),
+        (OWN[0], OWN[1] % 8_000_000_000, "", "for too long"),
+        (OWN[0], OWN[1] % 60, "recover.text", "at least one sequence of 80 tokens"),
     ],
 )
 def test_what_a_run_would_stumble_over_is_found_before(
@@ -101,7 +106,7 @@ def test_what_heads_retrieve_is_asked_for_with_documents_that_hide_nothing(made:
     retrieval = (ATTENTION, ATTENTION + "    - {name: retrieval, grid: {sinks: [4]}}\n")
     heads = (SOLVER, "solver: {name: heads, score: retrieval}")
     result = validate(made, tmp_path, retrieval, heads)
-    assert result.exit_code == 2 and "no document hides anything to retrieve" in result.stderr
+    assert result.exit_code == 2 and "no calibration document hides anything to retrieve" in result.stderr
     hidden = ("    - {task: continuation, length: 320, count: 1, answer_tokens: 16}", f"    - {PASSKEY}")
     assert validate(made, tmp_path, retrieval, heads, hidden).exit_code == 0
     result = validate(made, tmp_path, retrieval, (SOLVER, "solver: {name: moa, retrieval: 1.0}"), hidden)
@@ -141,7 +146,7 @@ def test_a_search_refuses_a_budget_beyond_the_context(made: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (b'{"text": "w5 w6"}\n{"text": "w5 \\ud800"}\n', ":2: half a surrogate pair"),
+        (b'{"text": "w5 w6"}\n{"text": "w5 \\ud800"}\n', ":2: half of a surrogate pair"),
         (b'{"text": "w5 w6"}\n{"text": 5}\n', ":2: `text` is not text"),
         (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
         (b'{"text": "w5"}\n{"text": "\xff"}\n', "not UTF-8 in line 2, byte 25 of the file"),

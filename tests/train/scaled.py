@@ -1,4 +1,4 @@
-"""The example target of `scaled_mixer.py`, and a solver that takes it; registered only while their tests run."""
+"""The example target of `scaled_mixer.py`; registered only while its tests run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from compress.models.prepared import prepared_for
-from compress.search.problem import Candidate, Place, Problem
-from compress.search.solver import Solver
 from compress.targets.cost import Cost
-from compress.targets.full import FullGroup
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 from compress.targets.window import WindowGroup
@@ -38,20 +34,3 @@ class ScaledGroup(Target):
     def initial(self, attention: Any, group: int) -> dict[str, torch.Tensor]:
         """The window as it is."""
         return {"sharpness": torch.ones(()), "shift": torch.zeros(attention.head_dim)}
-
-
-class LeastError(Solver):
-    """Turns head groups into what was prepared for them, those of the least error first, until the budget is met."""
-
-    def solve(self, problem: Problem) -> list[Candidate]:
-        """One plan."""
-        options = prepared_for(problem.dense.model)
-        if not options:  # a check before anything is trained
-            return [Candidate(problem.start)]
-        errors, chosen = options[0].errors, set[Place]()
-        for place in sorted(problem.free, key=lambda place: float(errors[place])):
-            chosen.add(place)
-            layers = problem.with_targets(lambda place: options[0].target if place in chosen else FullGroup())
-            if problem.fits(layers):
-                break
-        return [Candidate(layers, note=f"{len(chosen)} of {len(problem.free)} groups")]
