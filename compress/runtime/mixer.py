@@ -136,11 +136,6 @@ class Mixer(nn.Module):
         """
         return ""
 
-    @classmethod
-    def reads_inputs(cls, group: Mapping[str, Any]) -> bool:
-        """`needs_inputs` of a mixer of groups with this entry."""
-        return cls.needs_inputs
-
     @property
     def name(self) -> str:
         """What the layer knows this mixer by: its target and the form of its groups."""

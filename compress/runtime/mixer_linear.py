@@ -129,6 +129,8 @@ class LinearMixer(SpanMixer):
         branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
+    needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
+
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
         group, count, share = groups[0], len(groups), facts.group_size
@@ -139,7 +141,7 @@ class LinearMixer(SpanMixer):
         self.log_decays = tuple(-entry["slope"] for entry in groups) if group["decay"] == "fixed" else None
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
-        self.needs_inputs = self.reads_inputs(group)
+        self.needs_inputs = not self.shared or self.gate_count > 0
         self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
@@ -162,11 +164,6 @@ class LinearMixer(SpanMixer):
         words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
         words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
         return "_".join(str(word) for word in words if word)
-
-    @classmethod
-    def reads_inputs(cls, group: Mapping[str, Any]) -> bool:
-        """Gates of tokens and of outputs come from the layer's input."""
-        return group["out"] == "added" or group["decay"] == "token"
 
     def _gates(self) -> list[str]:
         """Names of what every token has beside its key."""

@@ -53,6 +53,15 @@ class Scores:
         extra = self.extra.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
         return torch.cat([logits, extra], dim=-1)
 
+    def within(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Scaled scores `[..., H, T, M]` as they are compared: within the cap, and very low where a key is hidden."""
+        # Not -inf: a query that sees no key would have NaN for weights and gradients.
+        return self.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
+
+    def weights(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The weights of the keys from what `within` gives, zero where `seen` says that a key is hidden."""
+        return self.softmax(logits).masked_fill(~seen, 0)
+
 
 def attend(
     query: torch.Tensor,
@@ -81,9 +90,7 @@ def attend(
     key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
     dtype = torch.promote_types(query.dtype, torch.float32)
     products = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
-    logits = products * (query.shape[-1] ** -0.5 if scale is None else scale)
-    # Not -inf: a query that sees no key would have NaN for weights and gradients.
-    logits = scores.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
-    weights = functional.dropout(scores.softmax(logits).masked_fill(~seen, 0), dropout)
+    logits = scores.within(products * (query.shape[-1] ** -0.5 if scale is None else scale), seen)
+    weights = functional.dropout(scores.weights(logits, seen), dropout)
     lse = scores.log_total(logits).masked_fill(~seen.any(-1), float("-inf")) if keep_lse else None
     return weights.to(value.dtype) @ value, lse

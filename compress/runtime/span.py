@@ -110,6 +110,10 @@ class Span:
         """Boolean mask of the rule; t and j are integer positions that broadcast against each other."""
         return visible(t, j, self.sink, self.alpha, self.beta_units, self.granule)
 
+    def keys_seen(self, t: int | torch.Tensor) -> Any:
+        """How many keys the query at position t sees."""
+        return keys_seen(t, self.sink, self.alpha, self.beta_units, self.granule)
+
     def pages(self, length: int) -> list[int]:
         """Numbers of the pages that a cache of `length` tokens holds, ascending.
 
@@ -202,6 +206,13 @@ def first_key(t: Any, alpha: Any, beta_units: Any, granule: Any = 1) -> Any:
         return first_key(t & -granule, alpha, beta_units) & -granule
     first = t + 1 - span_length(t, alpha, beta_units)
     return first.clamp(min=0) if isinstance(first, torch.Tensor) else max(0, first)
+
+
+def keys_seen(t: Any, sink: Any, alpha: Any, beta_units: Any, granule: Any = 1) -> Any:
+    """Keys that the query at t sees, from integers or integer tensors: the window's, and the sink's before it."""
+    first = first_key(t, alpha, beta_units, granule)
+    before = sink - (sink - first) * (sink > first)  # the smaller of the two
+    return t + 1 - first + before
 
 
 def last_query(j: Any, alpha: Any, beta_units: Any, granule: int = 1) -> Any:

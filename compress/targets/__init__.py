@@ -1,5 +1,5 @@
 """What a head group can become. Importing this package registers every target."""
 
-from compress.targets import full, linear, pruned, window
+from compress.targets import aaren, full, linear, pruned, score, window
 
-__all__ = ["full", "linear", "pruned", "window"]
+__all__ = ["aaren", "full", "linear", "pruned", "score", "window"]

@@ -127,6 +127,4 @@ def _floor_sums(units: int) -> list[int]:
 
 def visible_keys(span: AnySpan, length: int) -> int:
     """Keys that the query at the end of `length` tokens sees in one head group."""
-    fixed = span.at_length(length)
-    first = int(fixed.first(length - 1))
-    return length - first + min(fixed.sink, first)
+    return int(span.at_length(length).keys_seen(length - 1))

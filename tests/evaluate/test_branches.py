@@ -247,7 +247,7 @@ def test_a_state_in_float32_does_not_drift_and_one_in_bfloat16_does(model: Any, 
     assert drift(mixer, query, key, value, step, None) > 1e-4
 
 
-def test_bytes_of_states_and_from_where_they_pay(plan: Plan, text: FileText, tmp_path: Path) -> None:
+def test_bytes_of_states_and_from_where_they_pay(plan: Plan, model: Any, tmp_path: Path) -> None:
     shape, unit = byte_loaded().shape, plan.unit(0, 4, "patched")
     states = states_of(plan, 4)
     assert states is not None and states.groups == 3
@@ -266,7 +266,9 @@ def test_bytes_of_states_and_from_where_they_pay(plan: Plan, text: FileText, tmp
 
     dense = Variant("dense", lambda: byte_loaded().model, cost=lambda length: plan.dense_cost(length, 4))
     asked = [measures["density"]()]
-    found = compare(byte_loaded(), [dense, Variant("plan", lambda: None, cost=cost)], asked, seed=0, cache_dir=tmp_path)
+    found = compare(
+        byte_loaded(), [dense, Variant("plan", lambda: model, cost=cost)], asked, seed=0, cache_dir=tmp_path
+    )
     cells = {cell.label: cell.value for cell in found.variants[1].of("state_bytes")[0].cells()}
     assert cells == {"bytes of states": states.bytes, "fewer bytes than dense from": 192}
     assert not found.dense.of("state_bytes")[0].cells() and "192 tokens" in markdown(found)

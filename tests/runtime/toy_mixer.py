@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.runtime.mixer import LayerFacts, State, register
+from compress.runtime.mixer import LayerFacts, register
 from compress.runtime.mixer_masked import MaskedMixer
 from compress.runtime.pages import PagedState
 from compress.runtime.step import Step
@@ -20,17 +20,6 @@ class ToyState(PagedState):
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
         super().begin(key, value)
         self.tensors["sum"] = value.new_zeros(key.shape[0], len(self.rules), dtype=torch.float32)
-
-    def select(self, rows: Sequence[int]) -> None:
-        kept = self.tensors["sum"][list(rows)]
-        super().select(rows)
-        self.tensors["sum"] = kept
-
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes() + State.allocated_bytes(self)
-
-    def held_bytes(self) -> int:
-        return super().held_bytes() + State.held_bytes(self)
 
 
 @register("toy")
