@@ -26,6 +26,7 @@ from compress.registry import targets
 from compress.runtime.span import PAGE
 from compress.targets.aaren import AarenGroup
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
@@ -50,6 +51,14 @@ SCORED = (
 TARGETS: dict[str, tuple[Target, ...]] = {
     "aaren": SCORED,
     "full": MIXED,
+    "linear": (
+        LinearGroup(alpha=1),
+        LinearGroup(map="elu", alone=True, decay="token"),
+        LinearGroup(sink=4, alpha=20, beta=0.25, map="relu", decay="fixed", slope=0.01),
+        FullGroup(),
+        LinearGroup(rule="delta", alone=True),
+        LinearGroup(rule="delta", decay="token", sink=70, alpha=40),
+    ),
     "pruned": MIXED,
     "score": SCORED,
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
