@@ -106,9 +106,11 @@ TESTS = {
     "objective": {
         "distill": "train/test_recover.py",
         "gates": "profile/test_scores.py",
+        "parts": "train/test_hidden.py",
         "side": "train/test_side.py",
         "text": "train/test_recover.py",
         "transfer": "train/scaled.py",
+        "weights": "train/test_hidden.py",
     },
     "solver": {
         "allocated": "search/test_pruning.py",

@@ -24,7 +24,7 @@ from compress.models.load import LoadedModel, load_model
 from compress.models.prepared import attach
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
-from compress.runfolder import CONTROL, PREPARED, RECOVERED, RunFolder, open_run, stage_key
+from compress.runfolder import CONTROL, PREPARED, RECOVERED, WINDOWS, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
@@ -175,7 +175,7 @@ class Session:
             *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
             self._evaluated(),
             *self._prepared(),
-            *self._trained(RECOVERED, CONTROL),
+            *self._trained(RECOVERED, CONTROL, *([WINDOWS] if self._has_windows else [])),
         )
 
     def recover_key(self) -> str:
@@ -183,6 +183,14 @@ class Session:
         return stage_key(
             "recover", self._content(self.run.plan), *self._prepared(), *self._training(self.recipe.recover)
         )
+
+    def windows_key(self) -> str:
+        """All that the trained weights of the plan without its states depend on."""
+        return stage_key("windows", self.recover_key())
+
+    @property
+    def _has_windows(self) -> bool:
+        return self.recipe.recover is not None and self.recipe.recover.window_control
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from compress.registry import targets
+from compress.runtime.mixer import MIXERS
 from compress.targets.cost import Cost
 from compress.targets.target import Target
 from compress.targets.unit import Unit
@@ -34,3 +38,17 @@ class ScaledGroup(Target):
     def initial(self, attention: Any, group: int) -> dict[str, torch.Tensor]:
         """The window as it is."""
         return {"sharpness": torch.ones(()), "shift": torch.zeros(attention.head_dim)}
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """The target and its mixer can be named while it is open."""
+    from tests.train.scaled_mixer import ScaledMixer
+
+    targets.register("scaled")(ScaledGroup)
+    MIXERS["scaled"] = ScaledMixer
+    try:
+        yield
+    finally:
+        targets._methods.pop("scaled")
+        MIXERS.pop("scaled")

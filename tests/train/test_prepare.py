@@ -23,9 +23,7 @@ from compress.plan import make_plan, read_plan, uniform_plan
 from compress.profile.heads.effect import Effect
 from compress.profile.run import run_profile
 from compress.profile.store import read_profile
-from compress.registry import targets
 from compress.runfolder import RunFolder
-from compress.runtime.mixer import MIXERS
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
 from compress.train.lora import projections
@@ -34,6 +32,7 @@ from compress.train.settings import PrepareSettings
 from tests.cli.recipes import make_recipe
 from tests.profile.common import documents
 from tests.tiny import random_ids, tiny_loaded, tiny_model
+from tests.train import scaled
 from tests.train.common import text, trained
 from tests.train.scaled import ScaledGroup
 from tests.train.scaled_mixer import ScaledMixer
@@ -50,10 +49,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    targets.register("scaled")(ScaledGroup)
-    yield
-    targets._methods.pop("scaled")
-    MIXERS.pop("scaled")
+    with scaled.registered():
+        yield
 
 
 def prepared(model: Any, folder: Path, progress: Any = None, **changes: Any) -> Any:
