@@ -60,8 +60,8 @@ class Subject:
 
     @cached_property
     def reach(self) -> list[torch.Tensor]:
-        """W_o^T W_o of every layer over all query heads of a group, `[groups, head_dim, head_dim]` float64: of a value v,
-        its heads add to the hidden state what has the summed squares v^T reach v.
+        """W_o^T W_o of every layer over the query heads of a group, `[groups, head_dim, head_dim]` float64: of a value,
+        v, they add to the hidden state what has the summed squares v^T reach v.
 
         Raises:
             UserError: the projections of the architecture are not understood.
