@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
 from compress.evaluate.cell import Cell
 from compress.evaluate.earlier import from_schema_1
 from compress.evaluate.measure import Result
