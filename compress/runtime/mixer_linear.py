@@ -126,7 +126,7 @@ class LinearMixer(SpanMixer):
     for the delta rule `strength` and `strength_bias` likewise.
 
     Attributes:
-        branches: which of the two branches count; for measurements, and saved nowhere.
+        branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
@@ -142,7 +142,7 @@ class LinearMixer(SpanMixer):
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
         self.needs_inputs = not self.shared or self.gate_count > 0
-        self.branches: Branches = "both"
+        self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
             self.gain = nn.Parameter(torch.empty(count, share))
@@ -281,16 +281,31 @@ class LinearMixer(SpanMixer):
 
     def joined(self, parts: Parts) -> torch.Tensor:
         """The heads' outputs, `[B, H, T, V]`."""
-        window = parts.out is not None and self.branches in ("both", "window")
-        linear = self.branches in ("both", "linear")
-        out = parts.out if parts.out is not None and window else torch.zeros_like(parts.num)
-        if not linear:
-            return out
+        parts = parts if self.branches == "both" else self._counting(parts)
         if parts.log_den is None:
-            return wide(out) + parts.num
+            return parts.num if parts.out is None else wide(parts.out) + parts.num
         assert parts.log_gain is not None
-        lse = parts.lse if parts.lse is not None and window else torch.full_like(parts.log_den, float("-inf"))
+        out = torch.zeros_like(parts.num) if parts.out is None else parts.out
+        lse = torch.full_like(parts.log_den, float("-inf")) if parts.lse is None else parts.lse
         return merge(out, lse, parts.num, parts.log_den, parts.log_gain)
+
+    def _counting(self, parts: Parts) -> Parts:
+        """What counts of the parts: those of other branches are empty."""
+        groups, share = len(self.groups), self.facts.group_size
+        chosen = (self.branches,) * groups if isinstance(self.branches, str) else self.branches
+        device = parts.num.device
+
+        def without(branch: str, part: torch.Tensor | None, empty: float) -> torch.Tensor | None:
+            if part is None:
+                return None
+            off = torch.tensor([kind not in ("both", branch) for kind in chosen], device=device)
+            off = off.repeat_interleave(share)[:, None]
+            return part.masked_fill(off[..., None] if part.dim() == 4 else off, empty)
+
+        num = without("linear", parts.num, 0)
+        assert num is not None
+        out, lse = without("window", parts.out, 0), without("window", parts.lse, float("-inf"))
+        return Parts(out, lse, num, without("linear", parts.log_den, float("-inf")), parts.log_gain)
 
     def gates_of(self, step: Step) -> torch.Tensor | None:
         """What every new token has beside its key, `[B, G, T, n]`: see `LinearState`; None without any."""
@@ -432,7 +447,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            log_decay = _on_device(self.log_decays, count.device, torch.float32)
+            log_decay = _on_device(self.log_decays, count.device, torch.float64)
         if self.rule == "delta":
             assert gates is not None
             strength = gates[..., -1]
@@ -474,11 +489,3 @@ class LinearMixer(SpanMixer):
 def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A small table, sent to the device once."""
     return kept_table(rows, device, dtype)
-
-
-def set_branches(mixers: Sequence[Any], branches: Branches) -> list[LinearMixer]:
-    """Let only some branches of all linear heads among mixers count; those heads' mixers."""
-    linear = [mixer for mixer in mixers if isinstance(mixer, LinearMixer)]
-    for mixer in linear:
-        mixer.branches = branches
-    return linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from compress.runtime.linear_states import recurrent
 from compress.runtime.maps import MAPS
 from compress.runtime.mixer import Kinds, LayerFacts
-from compress.runtime.mixer_linear import LinearMixer, set_branches
+from compress.runtime.mixer_linear import Branches, LinearMixer
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.span import PAGE
 from compress.runtime.step import Step
@@ -98,19 +98,21 @@ def naive(mixer: LinearMixer, tensors: list[torch.Tensor]) -> torch.Tensor:
             outputs.append(weights @ v / weights.sum(-1, keepdim=True))
             continue
         out = torch.softmax((q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf), -1).nan_to_num(0) @ v
-        for at in t:
-            kept = slice(span.sink, int(boundary[at]))
-            if kept.stop <= kept.start:
-                continue
+        pieces = []
+        for stop in [tokens] if mixer.alone else sorted({*boundary.tolist()}):
+            kept = slice(span.sink, stop)
             options: dict[str, Any] = {"log_decay": log_decay[:, None, kept], "rule": mixer.rule}
-            options["strength"] = strength[:, None, kept]
             rows = phi_k[:, group : group + 1, kept], v[:, None, kept]
-            state = recurrent(rows[0], *rows, **options)[1][:, 0, :, :DIM]
-            found = (phi_q[:, head, at, None] @ state)[:, 0]
-            found = found / torch.sqrt(found.square().mean(-1, keepdim=True) + 1e-6)
-            gate = torch.sigmoid(hidden[:, at] @ mixer.gate[group, number] + mixer.gate_bias[group, number])
-            out[:, at] += gate[:, None] * found * mixer.norm[group, number]
-        outputs.append(out)
+            if kept.stop <= kept.start:
+                pieces.append(torch.zeros_like(out[:, boundary == stop]))
+                continue
+            each, state = recurrent(phi_q[:, head, None, kept], *rows, strength=strength[:, None, kept], **options)
+            found = each[:, 0] if mixer.alone else phi_q[:, head, boundary == stop] @ state[:, 0]
+            pieces.append(found[..., :DIM])
+        found = torch.cat(pieces, dim=1)
+        found = found / torch.sqrt(found.square().mean(-1, keepdim=True) + 1e-6)
+        gate = torch.sigmoid(hidden @ mixer.gate[group, number] + mixer.gate_bias[group, number])
+        outputs.append(out + gate[..., None] * found * mixer.norm[group, number])
     return torch.stack(outputs, dim=2)
 
 
@@ -162,7 +164,7 @@ def test_chunks_and_steps_of_a_padded_batch_are_one_pass_over_each_sequence(form
     for x in tensors[:3]:
         x.masked_fill_(~valid[:, None, :, None], torch.nan)
     tensors[3].masked_fill_(~valid[..., None], torch.nan)
-    cuts = [0, 61, 129, *range(130, 140), 250, *range(251, 262), *range(310, TOKENS + 1)]
+    cuts = [0, 61, 129, *range(130, 134), 250, *range(254, 259), *range(318, 323), TOKENS]
     found, cache = run(kinds, tensors, cuts, valid, reserve)
     for row in range(4):
         alone = [x[row : row + 1, ..., valid[row], :] for x in tensors]
@@ -192,9 +194,12 @@ def test_branches_can_be_left_out(form: str) -> None:
     mixer, _ = mixer_of(FORMS[form])
     tensors = inputs(1)
     outputs = {}
-    for branches in ("both", "window", "linear", "none"):
-        assert set_branches([mixer], branches) == [mixer]
+    for branches in get_args(Branches):
+        mixer.branches = branches
         outputs[branches] = whole(mixer, tensors)
+    mixer.branches = ("window", "linear")  # of each group
+    heads = [outputs["window"][:, :, :SHARE], outputs["linear"][:, :, SHARE:]]
+    assert torch.equal(whole(mixer, tensors), torch.cat(heads, dim=2))
     assert not outputs["none"].any()
     early, late = slice(0, PAGE), slice(3 * PAGE, None)  # before and behind the first hidden key
     assert torch.equal(outputs["both"][:, early], outputs["window"][:, early])
@@ -227,7 +232,7 @@ def test_gradients_are_those_of_the_definition(form: str) -> None:
     )
     for name, mine, theirs in zip(["query", "key", "value", *names], found, expected, strict=True):
         assert theirs is not None and theirs.abs().max() > 0, name
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", sorted(MAPS))
@@ -255,9 +260,10 @@ def test_maps(name: str) -> None:
         "none": q @ k.mT,
     }
     if name == "random":
+        query, key, scores = query / 3, key / 3, scores / 9
         many = MAPS[name](GROUPS, SHARE, DIM, 4096)
         estimate = many.of_query(query, scale)[:, 0] @ many.of_key(key, scale)[:, 0].mT
-        torch.testing.assert_close(estimate, scores.exp(), rtol=0.2, atol=0.0)
+        torch.testing.assert_close(estimate, scores.exp(), rtol=0.1, atol=0.0)
     else:
         torch.testing.assert_close(found, expected[name])
     if made.positive:
