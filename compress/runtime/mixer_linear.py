@@ -372,6 +372,8 @@ class LinearMixer(SpanMixer):
             held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
         else:
             held = state.tensors["state"]
+            if torch.is_grad_enabled():  # autograd may keep it, and it is overwritten once the pass has read it
+                held = held.clone()
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)

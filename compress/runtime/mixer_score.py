@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .impl import Impl, choose_impl
+from .impl import choose_impl
 from .mixer import LayerFacts, heads_of, register, take
 from .mixer_span import SpanMixer
 from .pages import PagedState, Pages
@@ -76,7 +76,7 @@ class ScoreMixer(SpanMixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
-        rows = step.rows
+        impl, rows = choose_impl(step.impl, query), step.rows
         assert rows is not None and step.gains is not None
         t = step.positions(query.device)
         if not rows.is_whole(query.shape[2]):  # what is no token may hold NaN, and its gradients are not to
@@ -86,7 +86,6 @@ class ScoreMixer(SpanMixer):
         pages = state.pages() if state is not None and any(rows.past) else None
         outs = []
         for members in self.alike:
-            impl = self._impl(members, step, query)
             outs.append(
                 impl.prefill(
                     self._queries(query, t, members, scale),
@@ -102,7 +101,7 @@ class ScoreMixer(SpanMixer):
             )
         if state is not None:
             state.advance(step.gains)
-            choose_impl(step.impl, query).store(key, value, state.pages(), rows, self.fixed)
+            impl.store(key, value, state.pages(), rows, self.fixed)
         return self._in_order(outs)
 
     def decode(
@@ -116,15 +115,15 @@ class ScoreMixer(SpanMixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
+        impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
-        choose_impl(step.impl, query).store_one(self._keys(key)[:, :, 0], value[:, :, 0], pages, lengths, self.fixed)
+        impl.store_one(self._keys(key)[:, :, 0], value[:, :, 0], pages, lengths, self.fixed)
         t = step.positions(query.device)
         outs = []
         for members in self.alike:
-            impl = self._impl(members, step, query)
             outs.append(
                 impl.decode(
                     self._queries(query, t, members, scale)[:, :, 0],
@@ -136,10 +135,6 @@ class ScoreMixer(SpanMixer):
                 )[:, None]
             )
         return self._in_order(outs)
-
-    def _impl(self, members: Sequence[int], step: Step, query: torch.Tensor) -> Impl:
-        """What runs some groups: the kernels where they have the function, else plain PyTorch."""
-        return choose_impl(step.impl if self.groups[members[0]]["score"] == "ssmax" else "reference", query)
 
     def _queries(
         self, query: torch.Tensor, t: torch.Tensor, members: Sequence[int], scale: float | None

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from .mixer import take
-from .scores import Scores
+from .scores import Form, Scores
 
 FLAT = 1e-3  # LSSAR: a row whose largest weight is within this share of its mean is too flat to be told apart
 LONG_ROW = 3  # LSSAR: keys up to which nothing is taken from a row
@@ -41,6 +41,14 @@ class ScoreFunction(Scores):
     bias: torch.Tensor | None = None
     length: int | None = None
     power: int = 1
+
+    @property
+    def form(self) -> Form | None:
+        """See `Scores.form`: LSSAR has to see a row's sum before it weighs a key, which no kernel here does."""
+        if self.name == "sigmoid":
+            assert self.bias is not None
+            return Form(None, self.bias, 2) if self.length is None else Form(None, self.bias - math.log(self.length), 1)
+        return {"softmax": Form(), "lssa": Form(score=3)}.get(self.name)
 
     def of(self, heads: Sequence[int]) -> ScoreFunction:
         """Those of some query heads."""

@@ -1,270 +1,226 @@
-"""Linear heads: what a mixer computes is its definition over all pairs, in one pass, in chunks and token by token."""
+"""Heads with a linear state against one matrix of all pairs: ragged batches, chunks, turns, decoding and gradients."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from compress.runtime.linear_states import recurrent
-from compress.runtime.maps import MAPS
+from compress.runtime.attention import plan_attention
 from compress.runtime.mixer import Kinds, LayerFacts
-from compress.runtime.mixer_linear import Branches, LinearMixer
+from compress.runtime.mixer_linear import LinearMixer
 from compress.runtime.paged_cache import PagedCache
-from compress.runtime.span import PAGE
 from compress.runtime.step import Step
-from compress.targets.linear import LinearGroup, lightning_slopes
+from compress.targets.linear import LinearGroup
 
-GROUPS, SHARE, DIM, HIDDEN, TOKENS = 2, 2, 6, 10, 333
-FACTS = LayerFacts(index=0, head_dim=DIM, hidden_size=HIDDEN, group_size=SHARE, native_window=None)
-
-# Two groups of one form each: windows and slopes may differ.
-FORMS: dict[str, tuple[dict[str, Any], ...]] = {
-    "hedgehog": ({"alpha": 1}, {"sink": 70, "alpha": 40, "beta": 0.25}),
-    "hedgehog, 8 features, decay of tokens": tuple({"features": 8, "decay": "token", "alpha": a} for a in (1, 64)),
-    "hedgehog, alone": ({"alone": True},) * 2,
-    "elu, fixed decay": tuple({"map": "elu", "decay": "fixed", "slope": s, "alpha": 30} for s in (0.001, 0.5)),
-    "elu, alone, fixed decay": tuple({"map": "elu", "decay": "fixed", "slope": s, "alone": True} for s in (0.01, 2)),
-    "cosine": ({"map": "cosine", "reach": 500}, {"map": "cosine", "reach": 500, "alpha": 100}),
-    "silu, added, alone": tuple(
-        {"map": "silu", "out": "added", "decay": "fixed", "slope": s, "alone": True} for s in lightning_slopes(2, 0, 2)
-    ),
-    "delta": ({"rule": "delta"}, {"rule": "delta", "sink": 4, "alpha": 1}),
-    "delta, decay of tokens, alone": ({"rule": "delta", "decay": "token", "alone": True},) * 2,
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GROUPS, SHARE, DIM, HIDDEN, COLUMNS = 2, 2, 8, 6, 210
+FACTS = LayerFacts(0, DIM, HIDDEN, SHARE, None)
+SPANS: Any = ({"sink": 4, "alpha": 20, "beta": 0.25}, {"sink": 0, "alpha": 1})
+CASES: dict[str, dict[str, Any]] = {
+    "hedgehog": {},
+    "exp": {"map": "hedgehog_exp", "decay": "token"},
+    "lightning": {"map": "silu", "decay": "fixed", "slope": 1 / 64, "out": "added"},
+    "cosine": {"map": "cosine", "reach": 512, "decay": "fixed", "slope": 1 / 128},
+    "delta": {"rule": "delta", "decay": "token"},
+    "alone": {"map": "elu", "decay": "fixed", "slope": 1 / 16, "alone": True},
+    "delta-alone": {"rule": "delta", "decay": "token", "alone": True},
+    "scores": {"map": "taylor", "features": 1 + 4 + 16},
 }
 
 
-def mixer_of(entries: tuple[dict[str, Any], ...], dtype: torch.dtype = torch.float64) -> tuple[LinearMixer, Kinds]:
-    """A mixer with random parameters."""
-    groups = [LinearGroup.model_validate(entry).model_dump(mode="json") for entry in entries]
+def kinds_of(case: str) -> tuple[Kinds, LinearMixer]:
+    """The mixer of a layer, in float64 and with parameters of which none is where it starts."""
+    groups = []
+    for number, span in enumerate(SPANS):
+        given = {"target": "linear", **CASES[case], **({} if CASES[case].get("alone") else span)}
+        if "slope" in given:
+            given["slope"] *= 1 + number
+        groups.append(LinearGroup.model_validate(given).model_dump(mode="json"))
     kinds = Kinds(groups, FACTS)
-    (mixer,) = kinds.mixers
-    assert isinstance(mixer, LinearMixer)
-    torch.manual_seed(1)
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, parameter.detach().mean().item(), 0.4)
-    return mixer.to(dtype), kinds
-
-
-def inputs(batch: int, tokens: int = TOKENS, dtype: torch.dtype = torch.float64, seed: int = 2) -> list[torch.Tensor]:
-    """Query, key, value and hidden states."""
-    torch.manual_seed(seed)
-    sizes = [(GROUPS * SHARE, tokens, DIM), (GROUPS, tokens, DIM), (GROUPS, tokens, DIM), (tokens, HIDDEN)]
-    return [torch.randn(batch, *size, dtype=torch.float64).to(dtype) for size in sizes]
-
-
-def whole(mixer: LinearMixer, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The mixer's output in one pass without a cache, `[B, T, H, D]`."""
-    query, key, value, hidden = tensors
-    step = Step.begin(None, None, len(query), query.shape[2], query.device)
-    step.hidden = hidden
-    return mixer.prefill(query, key, value, None, step, scale=None, dropout=0.0)
-
-
-def naive(mixer: LinearMixer, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The definition, pair by pair, `[B, T, H, D]`."""
-    query, key, value, hidden = tensors
-    tokens, scale = query.shape[2], DIM**-0.5
-    t = torch.arange(tokens)
-    phi_q = mixer.map.of_query(query, scale, t[None, None])
-    phi_k = mixer.map.of_key(key, scale, t[None, None])
-    outputs = []
-    for head in range(GROUPS * SHARE):
-        group, number = divmod(head, SHARE)
-        span = mixer.fixed[group]
-        q, k, v = query[:, head], key[:, group], value[:, group]
-        log_decay = torch.zeros(len(q), tokens, dtype=q.dtype)
-        if mixer.log_decays is not None:
-            log_decay += mixer.log_decays[group]
-        if mixer.token_decay:
-            gate = hidden @ mixer.get_parameter("decay")[group] + mixer.get_parameter("decay_bias")[group]
-            log_decay = torch.log(torch.sigmoid(-gate))
-        strength = torch.ones_like(log_decay)
-        if mixer.rule == "delta":
-            gate = hidden @ mixer.get_parameter("strength")[group] + mixer.get_parameter("strength_bias")[group]
-            strength = torch.sigmoid(gate)
-        boundary = t + 1 if mixer.alone else span.boundary(t)
-        hides = (t[None] >= span.sink) & (t[None] < boundary[:, None])
-        seen = (t[None] <= t[:, None]) & ~hides
-        if mixer.shared:
-            passed = log_decay.cumsum(-1)
-            left = torch.exp(passed[:, (boundary - 1).clamp(min=0), None] - passed[:, None, :])
-            weights = (phi_q[:, head] @ phi_k[:, group].transpose(-1, -2) * left).masked_fill(~hides, 0)
-            gain = mixer.gain[group, number] + q @ mixer.gain_query[group, number]
-            weights = weights * torch.exp(gain)[..., None]
-            weights = weights + torch.exp(q @ k.transpose(-1, -2) * scale).masked_fill(~seen, 0)
-            outputs.append(weights @ v / weights.sum(-1, keepdim=True))
-            continue
-        out = torch.softmax((q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf), -1).nan_to_num(0) @ v
-        pieces = []
-        for stop in [tokens] if mixer.alone else sorted({*boundary.tolist()}):
-            kept = slice(span.sink, stop)
-            options: dict[str, Any] = {"log_decay": log_decay[:, None, kept], "rule": mixer.rule}
-            rows = phi_k[:, group : group + 1, kept], v[:, None, kept]
-            if kept.stop <= kept.start:
-                pieces.append(torch.zeros_like(out[:, boundary == stop]))
-                continue
-            each, state = recurrent(phi_q[:, head, None, kept], *rows, strength=strength[:, None, kept], **options)
-            found = each[:, 0] if mixer.alone else phi_q[:, head, boundary == stop] @ state[:, 0]
-            pieces.append(found[..., :DIM])
-        found = torch.cat(pieces, dim=1)
-        found = found / torch.sqrt(found.square().mean(-1, keepdim=True) + 1e-6)
-        gate = torch.sigmoid(hidden @ mixer.gate[group, number] + mixer.gate_bias[group, number])
-        outputs.append(out + gate[..., None] * found * mixer.norm[group, number])
-    return torch.stack(outputs, dim=2)
-
-
-@pytest.mark.parametrize("form", sorted(set(FORMS) - {"delta", "delta, decay of tokens, alone", "silu, added, alone"}))
-def test_shared_states_are_the_definition(form: str) -> None:
-    mixer, _ = mixer_of(FORMS[form])
-    tensors = inputs(2)
-    torch.testing.assert_close(whole(mixer, tensors), naive(mixer, tensors), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("form", ["delta", "delta, decay of tokens, alone", "silu, added, alone"])
-def test_added_states_are_the_definition(form: str) -> None:
-    mixer, _ = mixer_of(FORMS[form])
-    tensors = inputs(1, 3 * PAGE + 9)
-    with torch.no_grad():
-        found, expected = whole(mixer, tensors), naive(mixer, tensors)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def run(
-    kinds: Kinds, tensors: list[torch.Tensor], cuts: list[int], valid: torch.Tensor | None, reserve: int | None
-) -> tuple[torch.Tensor, PagedCache]:
-    """Outputs of passes over the columns between `cuts`, on one cache."""
-    cache, mixer = PagedCache([kinds], reserve), kinds.mixers[0]
-    outputs = []
-    for first, last in pairwise(cuts):
-        query, key, value = (x[:, :, first:last] for x in tensors[:3])
-        here = None if valid is None else valid[:, first:last]
+    assert isinstance(kinds.only, LinearMixer)
+    generator = torch.Generator().manual_seed(1)
+    kinds.only.to(DEVICE, torch.float64)
+    for name, parameter in kinds.only.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(DEVICE)
         with torch.no_grad():
-            step = Step.begin(cache, here, len(query), last - first, query.device)
-            step.hidden = tensors[3][:, first:last]
-            cache.paged[0].update(key, value)
-            if step.lengths is not None:
-                outputs.append(mixer.decode(query, key, value, cache.paged[0].states[0], step, scale=None))
-            else:
-                state = cache.paged[0].states[0]
-                outputs.append(mixer.prefill(query, key, value, state, step, scale=None, dropout=0.0))
-            step.end()
-    return torch.cat(outputs, dim=1), cache
+            if name == "decay_bias":
+                parameter.fill_(-3.0)  # so that a decay can be told from none
+            parameter.add_(0.3 * noise)
+    return kinds, kinds.only
 
 
-@pytest.mark.parametrize("reserve", [None, TOKENS])
-@pytest.mark.parametrize("form", FORMS)
-def test_chunks_and_steps_of_a_padded_batch_are_one_pass_over_each_sequence(form: str, reserve: int | None) -> None:
-    mixer, kinds = mixer_of(FORMS[form], torch.float32)
-    tensors = inputs(4, dtype=torch.float32)
-    valid = torch.ones(4, TOKENS, dtype=torch.bool)
-    valid[1, :70], valid[2, 100:150], valid[3, 1:] = False, False, False  # before, between, and only one token
-    for x in tensors[:3]:
-        x.masked_fill_(~valid[:, None, :, None], torch.nan)
-    tensors[3].masked_fill_(~valid[..., None], torch.nan)
-    cuts = [0, 61, 129, *range(130, 134), 250, *range(254, 259), *range(318, 323), TOKENS]
-    found, cache = run(kinds, tensors, cuts, valid, reserve)
-    for row in range(4):
-        alone = [x[row : row + 1, ..., valid[row], :] for x in tensors]
-        exact = whole(mixer.double(), [x.double() for x in alone])
-        mixer.float()
-        torch.testing.assert_close(found[row : row + 1, valid[row]].double(), exact, rtol=1e-5, atol=1e-5)
-    assert not found[~valid].any()
-    if reserve is None:
-        target = LinearGroup.model_validate(FORMS[form][0])
-        state = cache.paged[0].states[0].tensors["state"]
-        assert state.dtype == torch.float32
-        assert state[0, 0].numel() * 4 == target.state_bytes(DIM)
+NO_SCORES: tuple[Any, Any] = (None, None)
 
 
-def test_a_state_starts_in_the_way_of_a_pass_and_ends_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, kinds = mixer_of(FORMS["hedgehog"])
-    tensors = inputs(2)
-    expected = whole(mixer, tensors)
-    monkeypatch.setattr("compress.runtime.mixer_linear.SEGMENT", 2 * PAGE)
-    torch.testing.assert_close(whole(mixer, tensors), expected, rtol=1e-12, atol=1e-12)
-    found, _ = run(kinds, tensors, [0, 100, TOKENS], None, None)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def naive(mixer: Any, sequence: list[torch.Tensor], scores: tuple[Any, Any] = NO_SCORES) -> torch.Tensor:
+    """One sequence `[H, T, D]`, `[G, T, D]`, `[T, hidden]` of tokens alone, from matrices of all pairs: `[H, T, D]`."""
+    (query, key, value, hidden), (cap, extra) = sequence, scores
+    tokens, scale = query.shape[1], DIM**-0.5
+    at = torch.arange(tokens, device=DEVICE)
+    phi_query = mixer.map.of_query(query[None], scale, at)[0]
+    phi_key = mixer.map.of_key(key[None], scale, at)[0]
+    outputs = []
+    for head in range(query.shape[0]):
+        group, own = divmod(head, SHARE)
+        entry = mixer.groups[group]
+        # The window of the page's first query, opened to whole pages; the rest is what the state stands for.
+        first = []
+        for t in range(tokens):
+            asked = t // 64 * 64
+            window = max(1, int(entry["alpha"] + entry["beta"] * (asked + 1)))
+            first.append(max(0, asked + 1 - window) // 64 * 64)
+        sink = -(-entry["sink"] // 64) * 64
+        edge = torch.tensor(first, device=DEVICE)[:, None]
+        causal = at[None, :] <= at[:, None]
+        hidden_keys = causal if entry["alone"] else causal & (at[None, :] >= sink) & (at[None, :] < edge)
+        # What comes before a query in the state: the keys up to `stop`.
+        stop = [t + 1 if entry["alone"] else max(first[t], sink) for t in range(tokens)]
+        decay = torch.zeros(tokens, dtype=torch.float64, device=DEVICE)
+        if entry["decay"] == "fixed":
+            decay = decay - entry["slope"]
+        if entry["decay"] == "token":
+            decay = torch.nn.functional.logsigmoid(-(hidden @ mixer.decay[group] + mixer.decay_bias[group]))
+        passed = torch.cat([decay.new_zeros(1), decay.cumsum(0)])
+        if entry["rule"] == "add":
+            end = torch.tensor([min(each, tokens) for each in stop], device=DEVICE)
+            left = torch.exp((passed[end][:, None] - passed[None, 1:]).masked_fill(~hidden_keys, 0))
+            weights = (phi_query[head] @ phi_key[group].T * left).masked_fill(~hidden_keys, 0)
+            num, den = weights @ value[group], weights.sum(-1)
+        else:
+            strength = torch.sigmoid(hidden @ mixer.strength[group] + mixer.strength_bias[group])
+            state = torch.zeros(phi_key.shape[-1], DIM, dtype=torch.float64, device=DEVICE)
+            start = 0 if entry["alone"] else sink
+            states = {start: state}
+            for t in range(start, tokens):
+                state = torch.exp(decay[t]) * state
+                k = phi_key[group, t]
+                state = state + strength[t] * torch.outer(k, value[group, t] - state.T @ k)
+                states[t + 1] = state
+            num = torch.stack([phi_query[head, t] @ states[max(start, stop[t])] for t in range(tokens)])
+            den = torch.zeros(tokens, dtype=torch.float64, device=DEVICE)
+        logits = query[head] @ key[group].T * scale
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        seen = torch.zeros_like(causal) if entry["alone"] else causal & ~hidden_keys
+        mass = logits.exp() * seen
+        total = mass.sum(-1) + (0 if extra is None else extra[head].exp())
+        if mixer.shared:
+            gain = torch.exp(mixer.gain[group, own] + query[head] @ mixer.gain_query[group, own])
+            outputs.append((mass @ value[group] + gain[:, None] * num) / (total + gain * den)[:, None])
+        else:
+            gate = torch.sigmoid(hidden @ mixer.gate[group, own] + mixer.gate_bias[group, own])
+            normed = num / (num.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm[group, own]
+            window = 0 if entry["alone"] else mass @ value[group] / total[:, None]
+            outputs.append(window + gate[:, None] * normed)
+    return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("form", ["hedgehog", "delta"])
-def test_branches_can_be_left_out(form: str) -> None:
-    mixer, _ = mixer_of(FORMS[form])
-    tensors = inputs(1)
-    outputs = {}
-    for branches in get_args(Branches):
-        mixer.branches = branches
-        outputs[branches] = whole(mixer, tensors)
-    mixer.branches = ("window", "linear")  # of each group
-    heads = [outputs["window"][:, :, :SHARE], outputs["linear"][:, :, SHARE:]]
-    assert torch.equal(whole(mixer, tensors), torch.cat(heads, dim=2))
-    assert not outputs["none"].any()
-    early, late = slice(0, PAGE), slice(3 * PAGE, None)  # before and behind the first hidden key
-    assert torch.equal(outputs["both"][:, early], outputs["window"][:, early])
-    assert not outputs["linear"][:, early].any()
-    for branches in ("window", "linear"):
-        assert (outputs["both"] - outputs[branches])[:, late].abs().max() > 1e-3
-    if form == "delta":
-        torch.testing.assert_close(outputs["window"] + outputs["linear"], outputs["both"])
+def inputs() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Query, key, value and hidden states of three sequences, and which columns are tokens; the others hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, GROUPS * SHARE, COLUMNS, DIM), (3, GROUPS, COLUMNS, DIM), (3, GROUPS, COLUMNS, DIM))
+    made = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE) for shape in shapes]
+    made.append(torch.randn(3, COLUMNS, HIDDEN, generator=generator, dtype=torch.float64).to(DEVICE))
+    mask = torch.ones(3, COLUMNS, dtype=torch.bool, device=DEVICE)
+    mask[1, :9] = mask[1, 120:131] = False  # padding before the first turn, and after it
+    mask[2, 3:110:5] = mask[2, 190:] = False  # between tokens, and at the end
+    absent = ~mask[..., None]
+    return [
+        *(x.masked_fill(absent[:, None], torch.nan) for x in made[:3]),
+        made[3].masked_fill(absent, torch.nan),
+    ], mask
 
 
-def test_a_delta_group_starts_as_its_window() -> None:
-    groups = [LinearGroup(rule="delta", alpha=1).model_dump(mode="json")] * 2
-    (mixer,) = Kinds(groups, FACTS).mixers
-    assert isinstance(mixer, LinearMixer)
-    tensors = inputs(1, dtype=torch.float32)
-    start = whole(mixer, tensors)
-    mixer.branches = "window"
-    assert torch.equal(start, whole(mixer, tensors))
+def tokens_of(made: list[torch.Tensor], mask: torch.Tensor, row: int) -> list[torch.Tensor]:
+    """What `naive` takes of one sequence."""
+    return [*(x[row][:, mask[row]] for x in made[:3]), made[3][row][mask[row]]]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_those_of_the_definition(form: str) -> None:
-    mixer, _ = mixer_of(FORMS[form])
-    names = [name for name, _ in mixer.named_parameters()]
-    tensors = [x.requires_grad_() for x in inputs(1, 2 * PAGE + 3)]
-    weight = torch.randn(1, 2 * PAGE + 3, GROUPS * SHARE, DIM, dtype=torch.float64)
-    wanted = [*tensors[:3], *mixer.parameters()]
-    found, expected = (
-        torch.autograd.grad((run(mixer, tensors) * weight).sum(), wanted, allow_unused=True) for run in (whole, naive)
-    )
-    for name, mine, theirs in zip(["query", "key", "value", *names], found, expected, strict=True):
-        assert theirs is not None and theirs.abs().max() > 0, name
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+def run(kinds: Kinds, made: Any, mask: Any, cuts: list[int], reserve: Any, cached: bool, scores: Any) -> torch.Tensor:
+    """`[B, H, T, D]` from the columns in chunks."""
+    cache = PagedCache([kinds], reserve) if cached else None
+    return feed(kinds, cache, made, mask, [0, *cuts, COLUMNS], scores)
 
 
-@pytest.mark.parametrize("name", sorted(MAPS))
-def test_maps(name: str) -> None:
-    made = MAPS[name](GROUPS, SHARE, DIM, None, reach=100)
-    query, key = inputs(1, 5, torch.float32)[:2]
-    t, scale = torch.arange(5)[None, None], DIM**-0.5
-    phi_q, phi_k = made.of_query(query, scale, t), made.of_key(key, scale, t)
-    assert phi_q.shape == (1, GROUPS * SHARE, 5, made.features) and phi_k.shape == (1, GROUPS, 5, made.features)
-    assert phi_q.dtype == made.of_query(query.bfloat16(), scale, t).dtype == torch.float32
-    found = phi_q[:, 0] @ phi_k[:, 0].transpose(-1, -2)
-    q, k = query[:, 0], key[:, 0]
-    scores = q @ k.transpose(-1, -2) * scale
-    distance = torch.arange(5)[:, None] - torch.arange(5)
-    cut = (q[..., None, :].relu() * k[:, None].relu()).sum(-1)
-    expected = {
-        "elu": (1 + torch.nn.functional.elu(q)) @ (1 + torch.nn.functional.elu(k)).transpose(-1, -2),
-        "relu": cut,
-        "cosine": cut * torch.cos(distance * (torch.pi / 200)),
-        "hedgehog": q.softmax(-1) @ k.softmax(-1).mT + (-q).softmax(-1) @ (-k).softmax(-1).mT,
-        "hedgehog_exp": 2 * torch.cosh((q[..., None, :] + k[:, None]) * scale**0.5).sum(-1),
-        "taylor": 1 + scores + scores.square() / 2,  # of head sizes up to 16 the projection is all of them
-        "unit": torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).mT,
-        "silu": torch.nn.functional.silu(q) @ torch.nn.functional.silu(k).mT,
-        "none": q @ k.mT,
-    }
-    if name == "random":
-        query, key, scores = query / 3, key / 3, scores / 9
-        many = MAPS[name](GROUPS, SHARE, DIM, 4096)
-        estimate = many.of_query(query, scale)[:, 0] @ many.of_key(key, scale)[:, 0].mT
-        torch.testing.assert_close(estimate, scores.exp(), rtol=0.1, atol=0.0)
-    else:
-        torch.testing.assert_close(found, expected[name])
-    if made.positive:
-        assert (found >= 0).all()
+def feed(
+    kinds: Kinds, cache: Any, made: Any, mask: torch.Tensor, cuts: list[int], scores: tuple[Any, Any] = NO_SCORES
+) -> torch.Tensor:
+    """The columns from the first cut to the last, a pass from each to the next."""
+    module: Any = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
+    outputs = []
+    for start, stop in pairwise(cuts):
+        query, key, value = (x[:, :, start:stop] for x in made[:3])
+        valid = mask[:, start:stop]
+        step = Step.begin(cache, None if valid.all() else valid, 3, stop - start, query.device)
+        step.impl, step.hidden = "reference", made[3][:, start:stop]
+        if cache is not None:
+            key, value = cache.update(key, value, 0)
+        arguments: Any = {"compress_step": step, "softcap": scores[0], "s_aux": scores[1]}
+        outputs.append(plan_attention(module, query, key, value, None, **arguments)[0].transpose(1, 2))
+        step.end()
+    return torch.cat(outputs, dim=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_to_the_end_is_the_matrix_of_all_pairs(case: str) -> None:
+    kinds, mixer = kinds_of(case)
+    made, mask = inputs()
+    extra = torch.linspace(-1, 1, GROUPS * SHARE, dtype=torch.float64, device=DEVICE)
+    scores: Any = (2.0, extra) if case == "scores" else (None, None)
+    with torch.no_grad():
+        expected = [naive(mixer, tokens_of(made, mask, row), scores) for row in range(3)]
+        steps, turns = [*range(124, 136), *range(189, 195)], [1, 2, 5, 70, 128, 131]
+        ways: Any = (([], None, False), (turns, None, True), (steps, None, True), (steps, COLUMNS, True))
+        for cuts, reserve, cached in ways:
+            found = run(kinds, made, mask, cuts, reserve, cached, scores)
+            for row in range(3):
+                torch.testing.assert_close(found[row][:, mask[row]], expected[row], rtol=1e-8, atol=1e-9)
+                assert bool((found[row][:, ~mask[row]] == 0).all())
+
+
+CACHED = ("exp", "delta")
+
+
+@pytest.mark.parametrize("case", ["hedgehog", "alone", *CACHED])
+def test_gradients_are_those_of_the_matrix(case: str) -> None:
+    kinds, mixer = kinds_of(case)
+    made, mask = inputs()
+    leaves = [x.requires_grad_() for x in made]
+    weight = torch.randn(3, GROUPS * SHARE, COLUMNS, DIM, dtype=torch.float64, device=DEVICE)
+    found = run(kinds, leaves, mask, [], None, case in CACHED, NO_SCORES)
+    expected = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    loss = expected
+    for row in range(3):
+        one = mask[row]
+        part = naive(mixer, tokens_of(leaves, mask, row))
+        expected = expected + (part * weight[row][:, one]).sum()
+        loss = loss + (found[row][:, one] * weight[row][:, one]).sum()
+    wanted = torch.autograd.grad(expected, [*leaves, *mixer.parameters()], allow_unused=True)
+    got = torch.autograd.grad(loss, [*leaves, *mixer.parameters()], allow_unused=True)
+    for name, a, b in zip(["q", "k", "v", "hidden", *dict(mixer.named_parameters())], got, wanted, strict=True):
+        a, b = (torch.zeros(()) if x is None else x for x in (a, b))
+        assert bool(a.isfinite().all()), name
+        torch.testing.assert_close(a, b.expand_as(a), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(("case", "reserve"), [("exp", None), ("exp", 256), ("delta-alone", None)])
+def test_sequences_are_reordered_with_their_states(
+    case: str, reserve: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.runtime.mixer_linear.SEGMENT", 64)
+    kinds, mixer = kinds_of(case)
+    made, mask = inputs()
+    cache, order = PagedCache([kinds], reserve), torch.tensor([2, 0, 0], device=DEVICE)
+    with torch.no_grad():
+        feed(kinds, cache, made, mask, [0, 130, 133])
+        cache.reorder_cache(order)
+        found = feed(kinds, cache, [x[order] for x in made], mask[order], [133, *range(189, 195)])
+        for row, one in enumerate(order.tolist()):
+            tokens = mask[one, :194]
+            part = tokens_of([*(x[:, :, :194] for x in made[:3]), made[3][:, :194]], mask[:, :194], one)
+            late = tokens[133:]
+            expected = naive(mixer, part)[:, -int(late.sum()) :]
+            torch.testing.assert_close(found[row][:, late], expected, rtol=1e-8, atol=1e-9)

@@ -121,6 +121,37 @@ def test_every_way_to_the_end_is_the_naive_formula(max_length: int | None) -> No
         torch.testing.assert_close(run(kinds, qkv, cuts, max_length=max_length), expected, rtol=1e-4, atol=1e-5)
 
 
+KERNELS = (GROUPS[2], GROUPS[4], GROUPS[0])  # the functions that have one: a sigmoid with either bias, and LSSA
+
+
+def test_the_kernels_are_the_naive_formula() -> None:
+    kinds, qkv = layer(KERNELS), [tensor[:, : tensor.shape[1] // 2] for tensor in random_qkv(1, 85)]
+    expected = naive(kinds, qkv, KERNELS).float()
+    for cuts, max_length in (((), None), ((70, *range(83, 85)), 90)):
+        found = run(kinds, qkv, cuts, impl="triton", max_length=max_length)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_of_the_kernels_are_those_of_the_reference() -> None:
+    kinds, slopes = layer(KERNELS), []
+    for impl in ("reference", "triton"):
+        qkv = [tensor[:, : tensor.shape[1] // 2].clone() for tensor in random_qkv(2, 45)]
+        if impl == "triton":
+            for tensor in qkv:
+                tensor[1, :, :4] = tensor[1, :, 41:] = math.nan
+        query, key, value = (tensor.requires_grad_() for tensor in qkv)
+        leaves = [query, key, value, *kinds.mixers[0].parameters()]
+        valid = torch.ones(2, 45, dtype=torch.bool)
+        valid[1, :4] = valid[1, 41:] = False
+        step = Step.begin(None, valid, 2, 45, query.device)
+        step.impl = impl
+        out = kinds.mixers[0].prefill(query, key, value, None, step, scale=None, dropout=0.0)
+        weight = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(5))
+        slopes.append((out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)))
+    for expected, found in zip(*slopes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_padding_changes_nothing() -> None:
     kinds, qkv = layer(), random_qkv(3)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
