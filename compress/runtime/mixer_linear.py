@@ -281,31 +281,24 @@ class LinearMixer(SpanMixer):
 
     def joined(self, parts: Parts) -> torch.Tensor:
         """The heads' outputs, `[B, H, T, V]`."""
-        parts = parts if self.branches == "both" else self._counting(parts)
+        if isinstance(self.branches, str):
+            return self._joined(parts, self.branches)
+        made = {branches: self._joined(parts, branches) for branches in set(self.branches)}
+        share = self.facts.group_size
+        heads = [made[name][:, group * share : (group + 1) * share] for group, name in enumerate(self.branches)]
+        return torch.cat(heads, dim=1)
+
+    def _joined(self, parts: Parts, branches: Branches) -> torch.Tensor:
+        window = parts.out is not None and branches in ("both", "window")
+        linear = branches in ("both", "linear")
+        out = parts.out if parts.out is not None and window else torch.zeros_like(parts.num)
+        if not linear:
+            return out
         if parts.log_den is None:
-            return parts.num if parts.out is None else wide(parts.out) + parts.num
+            return wide(out) + parts.num
         assert parts.log_gain is not None
-        out = torch.zeros_like(parts.num) if parts.out is None else parts.out
-        lse = torch.full_like(parts.log_den, float("-inf")) if parts.lse is None else parts.lse
+        lse = parts.lse if parts.lse is not None and window else torch.full_like(parts.log_den, float("-inf"))
         return merge(out, lse, parts.num, parts.log_den, parts.log_gain)
-
-    def _counting(self, parts: Parts) -> Parts:
-        """What counts of the parts: those of other branches are empty."""
-        groups, share = len(self.groups), self.facts.group_size
-        chosen = (self.branches,) * groups if isinstance(self.branches, str) else self.branches
-        device = parts.num.device
-
-        def without(branch: str, part: torch.Tensor | None, empty: float) -> torch.Tensor | None:
-            if part is None:
-                return None
-            off = torch.tensor([kind not in ("both", branch) for kind in chosen], device=device)
-            off = off.repeat_interleave(share)[:, None]
-            return part.masked_fill(off[..., None] if part.dim() == 4 else off, empty)
-
-        num = without("linear", parts.num, 0)
-        assert num is not None
-        out, lse = without("window", parts.out, 0), without("window", parts.lse, float("-inf"))
-        return Parts(out, lse, num, without("linear", parts.log_den, float("-inf")), parts.log_gain)
 
     def gates_of(self, step: Step) -> torch.Tensor | None:
         """What every new token has beside its key, `[B, G, T, n]`: see `LinearState`; None without any."""
