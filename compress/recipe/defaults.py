@@ -185,7 +185,7 @@ class Defaults:
         if windows:
             for share, facts, digits, plain in MIX if many else MIX_OF_FEW_CORES:
                 if longest // share >= CLOSEST or share == 1:
-                    documents += _asked(longest // share, facts, digits, digits) + [_text(longest // share, plain)]
+                    documents += [*_asked(longest // share, facts, digits, digits), _text(longest // share, plain)]
             if many:
                 documents += _asked(longest, 2, 2, haystack="filler")
                 lengths = [longest // share for share in (4, 2, 1) if longest // share >= CLOSEST or share == 1]
@@ -193,7 +193,7 @@ class Defaults:
                     training.append(_facts(length, 24, answer="text"))
                     if length >= ROOMY:
                         training.append({"task": "passkeys", "length": length, "count": 8, "answer": "text"})
-                    held_out += _asked(length, 4, 2, 2) + [_text(length, 3)]
+                    held_out += [*_asked(length, 4, 2, 2), _text(length, 3)]
                 held_out += _asked(longest, 2, 2, haystack="filler")
             else:
                 held_out = [*_asked(longest, 3, 1), _text(longest, 2)]
