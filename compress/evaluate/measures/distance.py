@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -117,7 +117,7 @@ class Distance(Measure):
     result: ClassVar[type[Result]] = DistanceResult
     one_tokenizer: ClassVar[bool] = True
 
-    lengths: tuple[int, ...] = Field(
+    lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
         (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the inputs"
     )
     window: int = Field(
