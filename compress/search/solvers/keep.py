@@ -61,6 +61,19 @@ class Keep(Solver):
         names = [self.statistic] if isinstance(self.statistic, str) else self.statistic
         return {name: "prepared" if name == ERROR else "groups" for name in names}
 
+    def words(self) -> str:
+        """How many stay full, and by what."""
+        many = "as many as the budget holds" if self.share is None else f"{self.share:.0%}"
+        return f"{self.registered}: {many} of the {self._units} full, by {self._ranked_by}"
+
+    @property
+    def _units(self) -> str:
+        return "groups" if self.level == "group" else "layers"
+
+    @property
+    def _ranked_by(self) -> str:
+        return self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
+
     def choices(self, problem: Problem) -> list[Target]:
         """What groups that are not kept may become.
 
@@ -132,9 +145,7 @@ class Keep(Solver):
 
     def _note(self, problem: Problem, places: Sequence[Sequence[Place]], count: int, target: Target) -> str:
         score = self._scores(problem, target)
-        names = self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
-        what = "groups" if self.level == "group" else "layers"
-        note = f"{count} of {len(places)} {what} full by {names}, the others {target.words()}"
+        note = f"{count} of {len(places)} {self._units} full by {self._ranked_by}, the others {target.words()}"
         if 0 < count < len(places):
             note += f"; at the cut {_mean(score, places[count - 1]):.3g} and {_mean(score, places[count]):.3g}"
         return note
