@@ -56,7 +56,7 @@ def _tells(comparison: Comparison) -> bool:
         for result in row.results:
             costs = [cell for cell in result.cells() if cell.table == "cost"]
             named = not measures[result.measure].always
-            if any(named or cell.share(comparison.dense.like(cell)) not in (None, 1.0) for cell in costs):
+            if any(named or cell.fraction(comparison.dense.like(cell)) not in (None, 1.0) for cell in costs):
                 return True
     return False
 
@@ -87,14 +87,14 @@ def texts(comparison: Comparison, row: VariantResult, like: Cell) -> list[str]:
     if cell is None:
         return [""] * (1 + wide)
     text = unit.write(cell.value)
-    share = cell.share(comparison.dense.like(like))
+    fraction = cell.fraction(comparison.dense.like(like))
     if cell.interval is not None:
         text += f" ({unit.write(cell.interval[0])} to {unit.write(cell.interval[1])})"
-    elif unit.share is not None and share is not None:
-        text += f" ({unit.share(share)})"
+    elif unit.fraction is not None and fraction is not None:
+        text += f" ({unit.fraction(fraction)})"
     if unit.change is None:
         return [text]
-    return [text, "" if row is comparison.dense or share is None else unit.change(share)]
+    return [text, "" if row is comparison.dense or fraction is None else unit.change(fraction)]
 
 
 def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:

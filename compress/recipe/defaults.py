@@ -179,14 +179,14 @@ class Defaults:
         training: list[dict[str, Any]] = []
         if windows:
             shares = ((4, 20, 8), (2, 14, 6), (1, 16, 6)) if many else ((2, 3, 2), (1, 6, 3))
-            for share, facts, plain in shares:
-                if longest // share >= CLOSEST or share == 1:
-                    documents += [_facts(longest // share, facts), _text(longest // share, plain)]
+            for divisor, facts, plain in shares:
+                if longest // divisor >= CLOSEST or divisor == 1:
+                    documents += [_facts(longest // divisor, facts), _text(longest // divisor, plain)]
             held_out = [_facts(longest, 14 if many else 4), _text(longest, 6 if many else 2)]
             if many:
                 documents.append(_facts(longest, 4, haystack="filler"))
                 held_out.append(_facts(longest, 4, haystack="filler"))
-                training = [_facts(longest // share, 32, answer="text") for share in (4, 2, 1)]
+                training = [_facts(longest // divisor, 32, answer="text") for divisor in (4, 2, 1)]
         if removes:
             length = min(512, longest)
             whole = {"task": "continuation", "answer": "text"}

@@ -75,10 +75,10 @@ class Effect(HeadStatistic):
             UserError: they are too many.
         """
         unit = Unit(shape.group_size, shape.head_dim)
-        every = list(self.targets)
+        priced = list(self.targets)
         for name, grid in self.options.items():
-            every += targets[name].options(unit, lengths, _grid(name, grid))
-        chosen = tuple(target for target in dict.fromkeys(every) if target.removes or not target.as_built)
+            priced += targets[name].options(unit, lengths, _grid(name, grid))
+        chosen = tuple(target for target in dict.fromkeys(priced) if target.removes or not target.as_built)
         if len(chosen) > MOST:
             raise UserError(
                 "too many targets to price",

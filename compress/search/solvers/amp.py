@@ -35,7 +35,7 @@ class Amp(Ranked):
         limit, dense = problem.parameters_limit, problem.dense.parameters
         shares = (1 - limit / dense,) if self.attention is None else self.attention
         units = problem.shape.kv_heads if self.unit == "group" else problem.queries
-        counts = sorted({min(max(round(share * units), 0), units - 1) for share in shares})
+        counts = sorted({min(max(round(fraction * units), 0), units - 1) for fraction in shares})
         alone = self.protected(problem.shape.layers)
         candidates = []
         for count in counts:

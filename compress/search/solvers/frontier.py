@@ -150,13 +150,13 @@ class Frontier(Solver):
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""
         names = self.objectives(problem)
-        share = 1 if self.removal is None else len(self.removal.weights) + 1
+        fronts = 1 if self.removal is None else len(self.removal.weights) + 1
         front = pareto_front(
             Knapsack(options, room(problem, options).tolist()),
             names=names,
             points=self.points,
             gap=self.gap,
-            time_limit=self.time_limit / share,
+            time_limit=self.time_limit / fronts,
         )
         return [
             Candidate(
