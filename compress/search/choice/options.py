@@ -75,6 +75,21 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class GroupsOfLayer:
+    """All head groups of a layer that stay; a choice is one target for all of them."""
+
+    place: Place
+
+    def put(self, draft: dict[str, Any], choice: Target) -> None:
+        """The target of every group that is not removed."""
+        draft["groups"][:] = [group if group.removes else choice for group in draft["groups"]]
+
+    def read(self, layer: LayerPlan) -> Target:
+        """The target of the groups."""
+        return layer.groups[layer.kept_groups[0]]
+
+
+@dataclass(frozen=True)
 class Options:
     """What one unit can become: options with their losses and costs.
 
@@ -101,6 +116,22 @@ class Options:
         return Options(
             self.unit, (*self.choices, choice), np.vstack([self.losses, losses]), np.vstack([self.costs, costs])
         )
+
+
+def by_layer(options: Sequence[Options]) -> list[Options]:
+    """The options of whole layers, from those of their head groups, which may choose the same targets."""
+    layers: dict[int, list[Options]] = {}
+    for unit in options:
+        layers.setdefault(unit.unit.place[0], []).append(unit)
+    return [
+        Options(
+            GroupsOfLayer((layer, 0)),
+            units[0].choices,
+            np.sum([unit.losses for unit in units], axis=0),
+            np.sum([unit.costs for unit in units], axis=0),
+        )
+        for layer, units in layers.items()
+    ]
 
 
 def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int]) -> Layers:
