@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
 from compress.models.load import load_config
+from compress.models.shape import shape_without_weights
+from compress.plan import ModelShape
 from compress.registry import solvers, statistics
 
 LONGEST = 8192  # tokens that are profiled by default, where the machine allows it
@@ -41,6 +43,8 @@ class Situation:
         context: longest input of the model in tokens, None without a limit.
         parameters: of the model.
         activations: bytes that a forward pass takes for each token in float32, about.
+        shape: of the model, without its fingerprint; None of a machine alone.
+        hidden, intermediate: width of the model's hidden states and of its MLPs.
     """
 
     gpu: bool = False
@@ -49,6 +53,9 @@ class Situation:
     context: int | None = None
     parameters: int = 0
     activations: int = 0
+    shape: ModelShape | None = None
+    hidden: int = 0
+    intermediate: int = 0
 
     @classmethod
     def here(cls, device: str) -> Situation:
@@ -67,8 +74,7 @@ class Situation:
         Raises:
             UserError: no such model, or its configuration cannot be used.
         """
-        context, parameters, activations = _sizes(model)
-        return replace(cls.here(device), context=context, parameters=parameters, activations=activations)
+        return replace(cls.here(device), **_sizes(model))
 
     @property
     def longest(self) -> int:
@@ -98,13 +104,21 @@ class Situation:
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(model: str) -> tuple[int | None, int, int]:
-    """Context in tokens, parameters, and bytes of activations for a token, of a model by its configuration."""
-    config = load_config(model)
+def _sizes(name: str) -> dict[str, Any]:
+    """What a `Situation` says of a model, by its configuration."""
+    config = load_config(name)
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    width = max(int(config.hidden_size), int(getattr(config, "intermediate_size", 0) or 0))
-    return getattr(config, "max_position_embeddings", None), parameters, 16 * 4 * width
+        model = AutoModelForCausalLM.from_config(config)
+    hidden = int(config.hidden_size)
+    intermediate = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
+    return {
+        "context": getattr(config, "max_position_embeddings", None),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "activations": 16 * 4 * max(hidden, intermediate),
+        "shape": shape_without_weights(model),
+        "hidden": hidden,
+        "intermediate": intermediate,
+    }
 
 
 @dataclass

@@ -72,6 +72,10 @@ class Effect(HeadStatistic):
             _grid(name, grid)
         return self
 
+    def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
+        """All targets that it prices; see `Statistic.alternatives`."""
+        return len(self.resolved(shape, lengths).targets)
+
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """With the options as targets, those of a layer that does not slide by itself.
 

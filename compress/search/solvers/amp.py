@@ -30,6 +30,10 @@ class Amp(Ranked):
         ),
     ] = None
 
+    def most_plans(self, lengths: int) -> int:
+        """One for each statistic and number of heads; see `Solver.most_plans`."""
+        return len(self.statistics_read()) * len(self.attention or (None,))
+
     def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
         """One candidate for every different number of heads that meets the budget; see `Ranked.solve`."""
         limit, dense = problem.parameters_limit, problem.dense.parameters

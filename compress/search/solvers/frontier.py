@@ -147,6 +147,11 @@ class Frontier(Solver):
                 plans.append(replace(plan, note=note, losses=losses, importance=self.removal.importance))
         return plans
 
+    def most_plans(self, lengths: int) -> int:
+        """Every length alone, their mean and the points, once for each weight of what is removed, and without that."""
+        fronts = 1 if self.removal is None else len(self.removal.weights) + 1
+        return fronts * (1 if lengths == 1 else lengths + 1 + self.points)
+
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""
         names = self.objectives(problem)
