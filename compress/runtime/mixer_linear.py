@@ -442,7 +442,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            log_decay = _on_device(self.log_decays, count.device, torch.float32)
+            log_decay = _on_device(self.log_decays, count.device, torch.float64)
         if self.rule == "delta":
             assert gates is not None
             strength = gates[..., -1]
