@@ -25,6 +25,11 @@ class Width:
     groups: int
     neurons: int
 
+    @property
+    def queries(self) -> int:
+        """Query heads of a group."""
+        return self.query_heads // self.groups
+
     @staticmethod
     def of(config: Any) -> Width:
         """The width that a configuration gives a layer."""
