@@ -219,7 +219,6 @@ def _keys(text: str) -> dict[str, Any]:
 
 def _named(text: str) -> list[Measure]:
     """The measures of one `--measure`. Raises UserError."""
-    import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
     from compress.json_file import validated
     from compress.registry import measures
 
@@ -372,6 +371,8 @@ def _other(spec: str, tokenizer: Any) -> Any:
     """What makes a model's tokenizer; None where it is the dense model's."""
     from compress.models.load import load_tokenizer
 
-    own = load_tokenizer(spec)
-    same = own.get_vocab() == tokenizer.get_vocab() and own(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
-    return None if same else lambda: own
+    other = load_tokenizer(spec)
+    same = (
+        other.get_vocab() == tokenizer.get_vocab() and other(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
+    )
+    return None if same else lambda: other

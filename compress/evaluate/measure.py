@@ -27,7 +27,11 @@ class Result(BaseModel):
     measure: str
 
     def cells(self) -> list[Cell]:
-        """The numbers; the same cells in the same order for every variant, or none where there is no number."""
+        """The numbers, in the same order for every variant.
+
+        Variants have the same cells as the dense one, or none where there is no number. Where the dense one has none,
+        as numbers of what only plans have, each has cells of its own.
+        """
         raise NotImplementedError
 
     def words(self) -> str:
@@ -135,6 +139,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a measure passes through every variant: `count` inputs, each with so many tokens written behind it."""
+
+    length: int
+    count: int
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class Reading:
     """A part of a text that a measure reads.
 
@@ -187,6 +200,10 @@ class Measure(Method):
     def haystacks(self) -> Source | None:
         """The text that it names and that the whole evaluation takes for haystacks, too; None names none."""
         return None
+
+    def inputs(self) -> list[Inputs]:
+        """What passes through a variant, as far as it is known beforehand; an estimate of the time counts it."""
+        return []
 
     def words(self) -> str:
         """What it reads, in a few words; empty where it reads nothing."""

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
 from compress.models.load import load_config
+from compress.models.shape import shape_without_weights
+from compress.plan import ModelShape
 from compress.registry import solvers, statistics
 
 LONGEST = 8192  # tokens that are profiled by default, where the machine allows it
@@ -24,7 +26,12 @@ LEAST = 512
 PER_CORE = 1024  # tokens for each core, for a model of `SMALL` parameters
 SMALL = 200_000_000
 REFINING = 8  # cores from which on a plan is refined by default
-CLOSEST = 256  # tokens in which several facts have room
+CLOSEST = 256  # tokens in which a fact has room
+ROOMY = 4 * CLOSEST  # tokens in which several facts, or pass keys, have room
+
+# Documents of one length, a share of the longest: its divisor, then facts, pass keys and as many lines, and plain text.
+MIX = ((4, 12, 4, 8), (2, 8, 3, 6), (1, 10, 4, 6))
+MIX_OF_FEW_CORES = ((2, 2, 1, 2), (1, 4, 1, 3))
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
 PRUNER = {"name": "amp", "importance": ["amp", "wanda_sp"], "group_score": "mean", "attention": [0.0, 0.3]}
@@ -41,6 +48,8 @@ class Situation:
         context: longest input of the model in tokens, None without a limit.
         parameters: of the model.
         activations: bytes that a forward pass takes for each token in float32, about.
+        shape: of the model, without its fingerprint; None of a machine alone.
+        hidden, intermediate: width of the model's hidden states and of its MLPs.
     """
 
     gpu: bool = False
@@ -49,6 +58,9 @@ class Situation:
     context: int | None = None
     parameters: int = 0
     activations: int = 0
+    shape: ModelShape | None = None
+    hidden: int = 0
+    intermediate: int = 0
 
     @classmethod
     def here(cls, device: str) -> Situation:
@@ -67,8 +79,7 @@ class Situation:
         Raises:
             UserError: no such model, or its configuration cannot be used.
         """
-        context, parameters, activations = _sizes(model)
-        return replace(cls.here(device), context=context, parameters=parameters, activations=activations)
+        return replace(cls.here(device), **_sizes(model))
 
     @property
     def longest(self) -> int:
@@ -98,13 +109,21 @@ class Situation:
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(model: str) -> tuple[int | None, int, int]:
-    """Context in tokens, parameters, and bytes of activations for a token, of a model by its configuration."""
-    config = load_config(model)
+def _sizes(name: str) -> dict[str, Any]:
+    """What a `Situation` says of a model, by its configuration."""
+    config = load_config(name)
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    width = max(int(config.hidden_size), int(getattr(config, "intermediate_size", 0) or 0))
-    return getattr(config, "max_position_embeddings", None), parameters, 16 * 4 * width
+        model = AutoModelForCausalLM.from_config(config)
+    hidden = int(config.hidden_size)
+    intermediate = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
+    return {
+        "context": getattr(config, "max_position_embeddings", None),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "activations": 16 * 4 * max(hidden, intermediate),
+        "shape": shape_without_weights(model),
+        "hidden": hidden,
+        "intermediate": intermediate,
+    }
 
 
 @dataclass
@@ -136,7 +155,7 @@ class Defaults:
             self._lengths(budget, windows)
             self._documents(calibration, self._longest(budget), removes, windows)
         if search.get("solver") is None:
-            self._solver(search, removes, windows)
+            self._solver(search, removes, windows, whole)
         self._statistics(search)
         if self.data.get("evaluate") is None:
             self._evaluation(self._longest(budget) if whole else self._profiled(), removes, windows)
@@ -178,15 +197,20 @@ class Defaults:
         held_out: list[dict[str, Any]] = []
         training: list[dict[str, Any]] = []
         if windows:
-            shares = ((4, 20, 8), (2, 14, 6), (1, 16, 6)) if many else ((2, 3, 2), (1, 6, 3))
-            for share, facts, plain in shares:
-                if longest // share >= CLOSEST or share == 1:
-                    documents += [_facts(longest // share, facts), _text(longest // share, plain)]
-            held_out = [_facts(longest, 14 if many else 4), _text(longest, 6 if many else 2)]
+            for divisor, facts, digits, plain in MIX if many else MIX_OF_FEW_CORES:
+                if longest // divisor >= CLOSEST or divisor == 1:
+                    documents += [*_asked(longest // divisor, facts, digits, digits), _text(longest // divisor, plain)]
             if many:
-                documents.append(_facts(longest, 4, haystack="filler"))
-                held_out.append(_facts(longest, 4, haystack="filler"))
-                training = [_facts(longest // share, 32, answer="text") for share in (4, 2, 1)]
+                documents += _asked(longest, 2, 2, haystack="filler")
+                lengths = [longest // divisor for divisor in (4, 2, 1) if longest // divisor >= CLOSEST or divisor == 1]
+                for length in lengths:
+                    training.append(_facts(length, 24, answer="text"))
+                    if length >= ROOMY:
+                        training.append({"task": "passkeys", "length": length, "count": 8, "answer": "text"})
+                    held_out += [*_asked(length, 4, 2, 2), _text(length, 3)]
+                held_out += _asked(longest, 2, 2, haystack="filler")
+            else:
+                held_out = [*_asked(longest, 3, 1), _text(longest, 2)]
         if removes:
             length = min(512, longest)
             whole = {"task": "continuation", "answer": "text"}
@@ -202,7 +226,7 @@ class Defaults:
             "documents", f"{count} to profile, of many kinds, and {sum(t['count'] for t in held_out)} to choose by"
         )
 
-    def _solver(self, search: dict[str, Any], removes: bool, windows: bool) -> None:
+    def _solver(self, search: dict[str, Any], removes: bool, windows: bool, whole: bool) -> None:
         if removes and not windows:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
@@ -214,7 +238,8 @@ class Defaults:
         if "refine" in search:
             return
         if self.situation.gpu or self.situation.cores >= REFINING:
-            search["refine"] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
+            effort: dict[str, Any] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
+            search["refine"] = effort | ({"weights": {"facts": 2.0}} if whole else {})
             self._note("refine", f"{search['refine']['minutes']:g} minutes of exchanges by measured loss")
         else:
             few = f"none, which on {self.situation.cores} cores would take longer than all else"
@@ -255,8 +280,15 @@ class Defaults:
 
 def _facts(length: int, count: int, **more: str) -> dict[str, Any]:
     """Documents that ask for one of several facts; fewer facts where they would fill the text."""
-    few = {} if length >= 4 * CLOSEST else {"facts": 1}
+    few = {} if length >= ROOMY else {"facts": 1}
     return {"task": "facts", "length": length, "count": count, **few, **more}
+
+
+def _asked(length: int, facts: int, passkeys: int, lines: int = 0, **more: str) -> list[dict[str, Any]]:
+    """Documents that ask for a fact, a pass key, or one of two lines."""
+    counts = {"passkey": passkeys, "key_value": lines}
+    digits = [{"task": task, "length": length, "count": count, **more} for task, count in counts.items() if count]
+    return [_facts(length, facts, **more), *digits]
 
 
 def _text(length: int, count: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from compress.evaluate.tables import edge, mean_of, parts_of
 from compress.evaluate.units import unit_of
 from compress.limits import SHOWN_LENGTHS
 from compress.plan import Plan, removal
+from compress.plan.states import states_of
 from compress.plots.chart import Chart, Series, chart_svg
 from compress.plots.speed import speed_charts
 from compress.report.facts import Facts
@@ -49,11 +50,11 @@ def _shares(facts: Facts) -> list[tuple[float, str]]:
     """What is left in every kind of the budget, by the plan, and of the cache at the longest measured length."""
     plan = facts.plan
     amounts = [] if plan is None else [amount for amount in plan.predicted.longest if amount.kind != "kv"]
-    shares = [(amount.share, f"of {amount.of}{amount.at}") for amount in amounts]
+    shares = [(amount.fraction, f"of {amount.of}{amount.at}") for amount in amounts]
     held = [cell for cell in facts.chosen.cells if cell.label == "KV bytes"] if facts.chosen is not None else []
     if held and facts.comparison is not None:
         cell = max(held, key=lambda cell: cell.length or 0)
-        share_of_cache = cell.share(facts.comparison.dense.like(cell))
+        share_of_cache = cell.fraction(facts.comparison.dense.like(cell))
         if share_of_cache is not None:
             shares.append((share_of_cache, f"of the dense KV cache at {cell.length:,} tokens, as allocated"))
     elif plan is not None:
@@ -66,12 +67,12 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
     """A number in words: quality beside all other variants, a measured time as a share of the dense model's."""
     if cell.part is not None or cell.table not in ("summary", "cost"):
         return ""
-    unit, share = unit_of(cell.unit), cell.share(comparison.dense.like(cell))
+    unit, fraction = unit_of(cell.unit), cell.fraction(comparison.dense.like(cell))
     if cell.table == "cost":
-        return f"{cell.title}: {share:.3f} of dense" if cell.dense is not None and share is not None else ""
+        return f"{cell.title}: {fraction:.3f} of dense" if cell.dense is not None and fraction is not None else ""
     if cell.axis:
         return ""
-    change = f" ({unit.change(share)})" if unit.change is not None and share is not None else ""
+    change = f" ({unit.change(fraction)})" if unit.change is not None and fraction is not None else ""
     others = [
         f"{row.name} {unit.write(other.value)}"
         for row in comparison.variants
@@ -79,6 +80,12 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
     ]
     parts = [f"{cell.title}: {unit.write(cell.value)}{change}", ", ".join(others), cell.note]
     return "; ".join(part for part in parts if part)
+
+
+def states(facts: Facts) -> str | None:
+    """What the plan's states take, in a sentence; None where it has none."""
+    found = None if facts.plan is None else states_of(facts.plan, form=facts.form)
+    return None if found is None else found.words
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
@@ -189,13 +196,13 @@ def _charts(all_facts: Sequence[Facts], cost: str, axis: str) -> list[Chart]:
         prefix = f"{facts.name}: " if len(all_facts) > 1 else ""
         for row in facts.comparison.variants:
             for cell in _qualities(row):
-                share = _share_of(facts.comparison, row, cost, cell.length)
-                if share is None:
+                fraction = _share_of(facts.comparison, row, cost, cell.length)
+                if fraction is None:
                     continue
                 kind = f", {cell.interval_kind}" if cell.interval_kind else ""
                 titles[cell.label, cell.length] = (f"{cell.title}{kind}", cell.unit)
                 bars = None if cell.interval is None else [cell.interval]
-                points = [(share, cell.value)]
+                points = [(fraction, cell.value)]
                 series[cell.label, cell.length].append(Series(prefix + row.name, points, bars, line=False))
     shares = {one.points[0][0] for group in series.values() for one in group}
     if shares <= {1.0}:
@@ -217,7 +224,7 @@ def _qualities(row: VariantResult) -> list[Cell]:
 def _share_of(comparison: Comparison, row: VariantResult, cost: str, length: int | None) -> float | None:
     """A variant's share of the dense model's cost at a length; None where it is not known there."""
     cells = [cell for cell in row.cells if cell.label == cost and cell.length in (None, length)]
-    return cells[0].share(comparison.dense.like(cells[0])) if cells else None
+    return cells[0].fraction(comparison.dense.like(cells[0])) if cells else None
 
 
 def by_position(facts: Facts, name: str) -> list[str]:
@@ -231,6 +238,26 @@ def by_position(facts: Facts, name: str) -> list[str]:
         ]
         charts.append(Chart(f"{cell.label} by position", "position up to", cell.unit, series, logarithmic=True))
     return [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)]
+
+
+def layer_charts(comparison: Comparison | None) -> list[Chart]:
+    """Numbers of layers and head groups, layer by layer: a chart for each measure and variant that has some."""
+    charts = []
+    for row in comparison.variants if comparison is not None else ():
+        for result in row.results:
+            series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+            placed = [cell for cell in result.cells() if cell.place is not None]
+            for cell in placed:
+                if cell.place is not None:
+                    series[cell.label][cell.place[0]].append(cell.value)
+            lines = [
+                Series(label, [(float(layer), sum(values) / len(values)) for layer, values in sorted(layers.items())])
+                for label, layers in series.items()
+            ]
+            if lines:
+                title = f"{row.name}: {result.measure}, mean of a layer's groups"
+                charts.append(Chart(title, "layer", placed[0].unit, lines))
+    return charts
 
 
 def by_depth(facts: Facts) -> list[dict[str, Any]]:
@@ -275,8 +302,9 @@ def by_gap(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _parted(comparison: Comparison | None, axis: str) -> list[Cell]:
-    """The dense model's cells that have parts on an axis."""
-    cells = comparison.dense.cells if comparison is not None else []
+    """The cells that have parts on an axis, each once."""
+    rows = comparison.variants if comparison is not None else []
+    cells = list({cell.key: cell for row in reversed(rows) for cell in reversed(row.cells)}.values())[::-1]
     parted = {cell.key[:2] for cell in cells if cell.part is not None and cell.part.axis == axis}
     return [cell for cell in cells if cell.part is None and cell.key[:2] in parted]
 
@@ -310,6 +338,17 @@ def speed(facts: Facts, name: str) -> dict[str, Any] | None:
 
 def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float, float]]:
     return sorted((float(length), side.cache_bytes / 2**30) for length, side in sides)
+
+
+def engines(folders: Sequence[Facts]) -> list[tuple[str, str]]:
+    """What each engine does with a plan; one that has states cannot run elsewhere at all."""
+    if not any(states(facts) is not None for facts in folders):
+        return list(ENGINES)
+    lost = (
+        "cannot serve heads with a state: they know no such heads, and their dense attention, on weights that were "
+        "trained for the state, is another model"
+    )
+    return [*ENGINES, ("all of these but the first, for heads with a state of constant size", lost)]
 
 
 ENGINES = (

@@ -12,6 +12,21 @@ from .mixer import take
 
 
 @dataclass(frozen=True)
+class Form:
+    """Scores as the kernels take them.
+
+    Attributes:
+        cap: of `Scores`.
+        by_head: `[H]`, the extra logits, or the biases of a sigmoid.
+        score: number of the score function (triton_scores.py), 0 for the softmax.
+    """
+
+    cap: float | None = None
+    by_head: torch.Tensor | None = None
+    score: int = 0
+
+
+@dataclass(frozen=True)
 class Scores:
     """What a layer does with its scores before and in the softmax.
 
@@ -32,6 +47,11 @@ class Scores:
     def of(self, heads: Sequence[int]) -> Scores:
         """Those of some query heads."""
         return self if self.extra is None else Scores(self.cap, take(self.extra, heads, 0))
+
+    @property
+    def form(self) -> Form | None:
+        """For the kernels; None where they do not have it."""
+        return Form(self.cap, self.extra)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Scaled scores of any shape, within the cap."""
@@ -86,8 +106,8 @@ def attend(
         `[B, H, T, D]` in the dtype of the values, and if kept the log-sum-exp of every row `[B, H, T]` in float32 at
         least, before dropout and with the extra logit; -inf where nothing is seen.
     """
-    share = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
     dtype = torch.promote_types(query.dtype, torch.float32)
     products = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
     logits = scores.within(products * (query.shape[-1] ** -0.5 if scale is None else scale), seen)
