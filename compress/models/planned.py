@@ -17,7 +17,7 @@ from compress.models.families import attentions_of, family_of, layers_of
 from compress.models.prepared import attach, fill, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.weights import weight_files
-from compress.plan import LayerPlan, Plan
+from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import head_size_of
 from compress.runtime.mixer import Mixer
@@ -189,27 +189,23 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
         for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
             if mixer in kept or next(mixer.parameters(), None) is None:
                 continue
-            rows, heads = [], []
+            rows = []
             for member in members:
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
                 if target in options:
-                    rows.append(options[target].of(number, group))
-                    heads.append(_kept_heads(plan, layer, group))
+                    trained = options[target].of(number, group)
+                    if layer.queries is not None:
+                        share = plan.model.group_size
+                        stay = [query % share for query in layer.queries if query // share == group]
+                        for name in trained.keys() & set(mixer.by_query):
+                            trained[name] = trained[name].view(share, -1)[stay].flatten()
+                    rows.append(trained)
                 elif untrained or not target.has_to_be_prepared:
                     rows.append(target.initial(attention, member))
-                    heads.append(None)
                 else:
                     raise _unprepared(number, group, target)
-            fill(mixer, rows, heads)
-
-
-def _kept_heads(plan: Plan, layer: LayerPlan, group: int) -> list[int] | None:
-    """The query heads of a group that stay, by their numbers in it; None where all do."""
-    if layer.queries is None:
-        return None
-    size = plan.model.group_size
-    return [head % size for head in layer.queries if head // size == group]
+            fill(mixer, rows)
 
 
 def _unprepared(layer: int, group: int, target: Target) -> UserError:

@@ -85,10 +85,11 @@ class PreparedOption:
         return torch.tensor([[math.nan] * groups if row is None else row for row in self.record.errors])
 
     def of(self, layer: int, group: int) -> dict[str, torch.Tensor]:
-        """The part of a head group of the dense model in the mixer's parameters, by name."""
-        start, groups = f"{layer}.", self.errors.shape[1]
+        """The part of a head group of the dense model in the mixer's parameters, by name; flat."""
+        start = f"{layer}."
+        groups = self.errors.shape[1]
         return {
-            name.removeprefix(start): tensor[group] if len(tensor) == groups else tensor.reshape(groups, -1)[group]
+            name.removeprefix(start): tensor.reshape(groups, -1)[group]
             for name, tensor in self.tensors.items()
             if name.startswith(start)
         }
@@ -112,22 +113,11 @@ def prepared_for(model: Any) -> Prepared:
 
 
 @torch.no_grad()
-def fill(
-    mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]], heads: Sequence[Sequence[int] | None] | None = None
-) -> None:
-    """Give a mixer's parameters what they have for each of its groups, by name; the others keep what they have.
-
-    Args:
-        heads: for every group which of its query heads stay, by their numbers in the group; None where all do. What a
-            parameter has for each query head, behind its groups, is then that of these.
-    """
+def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give a mixer's parameters what they have for each of its groups, by name; the others keep what they have."""
     for number, tensors in enumerate(groups):
-        kept = None if heads is None else heads[number]
         for name, tensor in tensors.items():
-            place = mixer.get_parameter(name).view(len(groups), -1)[number]
-            if kept is not None and tensor.numel() > place.numel():
-                tensor = tensor[list(kept)]
-            place.copy_(tensor.flatten())
+            mixer.get_parameter(name).view(len(groups), -1)[number] = tensor.flatten()
 
 
 def write_option(folder: Path, record: Option, tensors: Mapping[str, torch.Tensor]) -> Option:

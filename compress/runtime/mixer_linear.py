@@ -147,6 +147,7 @@ class LinearMixer(SpanMixer):
         branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
+    by_query = ("map.query", "map.query_bias", "gain", "gain_query", "norm", "gate", "gate_bias")
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
