@@ -274,7 +274,7 @@ class LinearMixer(SpanMixer):
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
         q = self.map.of_query(query, self._scale(scale), positions)
         k = self.map.of_key(key, self._scale(scale), positions)
-        return Features(q, k, log_decay, None if self.alone else self.fixed)
+        return Features(q, k, log_decay, None if self.alone else tuple(self.fixed))
 
     def decode(
         self,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.registry import objectives
-from compress.train.objectives.hidden import Hidden
+from compress.train.objectives.hidden import Hidden, Mass
 from compress.train.objectives.weights import decayed, hidden_keys
 from tests.train.hybrid import BATCH, HEADS, LENGTH, SPANS, Hybrid
 
@@ -45,7 +45,7 @@ def test_weights_are_the_divergence_of_all_weights_by_the_chain_rule() -> None:
 
 @pytest.mark.parametrize("name", ["parts", "weights", "transfer"])
 @pytest.mark.parametrize("form", ["divergence", "log"])
-def test_the_exact_state_has_nothing_to_learn_and_any_other_has(name: str, form: str) -> None:
+def test_the_exact_state_has_nothing_to_learn_and_any_other_has(name: str, form: Mass) -> None:
     fields: dict[str, Any] = {"part": "state"} if name == "transfer" else {"form": form}
     fields |= {"queries": None} if name == "weights" else {}
     objective = objectives[name](**fields)
