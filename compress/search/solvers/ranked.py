@@ -64,6 +64,10 @@ class Ranked(Removal, Solver):
         """The statistics that rank."""
         return (self.importance,) if isinstance(self.importance, str) else self.importance
 
+    def most_plans(self, lengths: int) -> int:
+        """One for each statistic; see `Solver.most_plans`."""
+        return len(self.statistics_read())
+
     def scores_read(self) -> dict[str, str]:
         """Those that rank, and the mean inputs that compensate."""
         means = {f"{name}.head_means": "means" for name in self.statistics_read() if self.compensate}
