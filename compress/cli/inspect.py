@@ -210,7 +210,7 @@ def _print_options(folder: Path, as_json: bool) -> None:
     lengths = effects.lengths if effects is not None else ()
     table = Table(
         title="prepared targets",
-        caption="error: of a head group's outputs, squared, over the squared outputs; effect: what the loss rises by to "
+        caption="error: of a head group's outputs, squared, over the squared outputs; effect: the rise of the loss to "
         "first order, nats, mean over head groups",
         box=None,
     )
