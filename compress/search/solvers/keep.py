@@ -57,7 +57,6 @@ class Keep(Solver):
     )
 
     def scores_read(self) -> dict[str, str]:
-        """Those that rank."""
         names = [self.statistic] if isinstance(self.statistic, str) else self.statistic
         return {name: "prepared" if name == ERROR else "groups" for name in names}
 
@@ -100,7 +99,6 @@ class Keep(Solver):
         return _plan(problem, [] if self.share is None else places[: self._count(places)], target)
 
     def least_words(self) -> str:
-        """See `Solver.least_words`."""
         full = "" if not self.share else f" beside {self.share:.0%} of them full (`share`)"
         return f"which the cheapest target takes in every head group{full}"
 

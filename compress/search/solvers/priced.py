@@ -80,7 +80,6 @@ class Priced(Frontier):
         return layers if self.removal is None else self.removal.least(problem, layers)
 
     def least_words(self) -> str:
-        """See `Solver.least_words`."""
         if self.removes:
             return "which one head group a layer under the cheapest target and the least neurons (`floor`) take"
         return "which the cheapest of the targets takes in every head group"
