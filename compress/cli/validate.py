@@ -30,15 +30,19 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.cli.tables import show
 
     loaded = read_recipe(recipe, settings)
+    import torch
+
     from compress.data.sampled import check_time
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
     from compress.stages.check import check_run
     from compress.stages.device import resolve_device
     from compress.stages.estimate import memory, seconds
+    from compress.stages.speeds import measure_speeds
 
     tokens = check_run(loaded, Terminal())
     device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
-    taken = seconds(loaded, situation, device)
+    speeds = measure_speeds(device, getattr(torch, loaded.dtype), situation.hidden, situation.intermediate)
+    taken = seconds(loaded, situation, speeds, device)
     check_time(taken.get("text", 0.0))
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
@@ -53,6 +57,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
         + ", ".join(f"{stage} {duration(spent)}" for stage, spent in taken.items())
         + f") and {size(memory(loaded, situation))} of memory"
     )
+    typer.echo(f"         while it does nothing else: {speeds.words()}, as just measured")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
@@ -100,11 +105,12 @@ def table(recipe: Recipe) -> Table:
     )
     if recipe.prepare is not None:
         targets = "\n".join(target.words() for target in recipe.prepare.targets)
-        result.add_row("prepare", targets, _batches(recipe.prepare), "training, layer by layer")
+        priced = f", then {documents} forward and backward" if recipe.prepare.effect else ""
+        result.add_row("prepare", targets, _batches(recipe.prepare), f"training, layer by layer{priced}")
     budget = recipe.search.budget
     result.add_row(
         "search",
-        f"{recipe.search.solver.registered}\nbudget {budget.words()}"
+        f"{recipe.search.solver.words()}\nbudget {budget.words()}"
         + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",

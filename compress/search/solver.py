@@ -42,6 +42,10 @@ class Solver(Method):
             if (self.removes if set(kind.reads) == {"parameters"} else self.spans)
         ]
 
+    def most_plans(self, lengths: int) -> int:
+        """Plans that `solve` gives at most, of a profile with so many lengths; an estimate of the time counts them."""
+        return 1
+
     @property
     def ranks(self) -> str | None:
         """The statistic that says what heads and neurons are worth, the first of several; None where none is read."""
@@ -50,6 +54,10 @@ class Solver(Method):
     def smallest(self, problem: Problem) -> Layers:
         """The plan that costs least of all that it may choose, in every row."""
         return problem.uniform(smallest_window(problem.grid))
+
+    def words(self) -> str:
+        """What it decides, in a few words, for a list of stages; its name where that says enough."""
+        return self.registered
 
     def choices(self, problem: Problem) -> Sequence[Target]:
         """Targets that it may choose beside windows, whose bytes the budget is to count exactly."""

@@ -132,18 +132,15 @@ class Distance(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of the inputs."""
         return self.lengths
 
     def words(self) -> str:
-        """What is asked, by length."""
         return "\n".join(
             f"distance: 2 x {self.count} pass keys, {self.texts} x {self.pairs} words at {length:,} tokens"
             for length in self.lengths
         )
 
     def passes(self) -> str:
-        """Generations and forward passes."""
         lengths = len(self.lengths)
         return f"{2 * self.count * lengths} generations, {self.texts * lengths} forward"
 

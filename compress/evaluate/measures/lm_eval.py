@@ -11,12 +11,14 @@ from pydantic import Field
 
 from compress.errors import UserError, nearest
 from compress.evaluate.harness import EXTRA, PREFILL, run_task, task_files
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.suites import SUITES
 from compress.evaluate.task_result import TaskResult
 from compress.files import file_key, text_key
 from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
 from compress.registry import PathText, measures
+
+SUITE_ANSWER = 24  # tokens that an item of a suite generates, about
 
 
 @measures.register("lm_eval")
@@ -49,11 +51,13 @@ class LmEval(Measure):
         ]
 
     def words(self) -> str:
-        """The names of tasks and suites."""
         return "\n".join([*self.tasks, *self.suites])
 
+    def inputs(self) -> list[Inputs]:
+        """The items of the suites; those of tasks are only known once these are loaded."""
+        return [Inputs(length, self.count * len(self.suites), SUITE_ANSWER) for length in self.lengths]
+
     def passes(self) -> str:
-        """As many as the tasks take."""
         return "the tasks"
 
     def check(self, context: int | None) -> None:
@@ -84,7 +88,6 @@ class LmEval(Measure):
 
     @property
     def files_are(self) -> str:
-        """Task files, and where they come from."""
         return "" if self.include is None else f"task files: {self.include}"
 
     def files(self) -> list[Path]:
@@ -96,7 +99,6 @@ class LmEval(Measure):
         return task_files(self.include) if self.include is not None else []
 
     def packages(self) -> list[str]:
-        """lm-eval."""
         return ["lm-eval"]
 
     def jobs(self, setting: Setting) -> list[Job]:

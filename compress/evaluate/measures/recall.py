@@ -15,7 +15,7 @@ from compress.data.prompt import Prompt, Task, check_scored
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell, by_part
 from compress.evaluate.labels import distinct_labels
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.models.cache_bytes import cache_bytes
@@ -23,6 +23,7 @@ from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
 
 Tasks = tuple[Annotated[Task, tasks], ...]
+WRITTEN = 12  # tokens of an answer, about
 DEPTHS = tuple(number / 5 for number in range(6))
 
 
@@ -124,7 +125,6 @@ class Recall(Measure):
 
     @classmethod
     def key(cls) -> tuple[Any, Any]:
-        """A list of tasks."""
         return Tasks, Field((), description="recall tasks, one entry per task and length")
 
     @classmethod
@@ -134,11 +134,9 @@ class Recall(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of a prompt with its answer."""
         return tuple(task.length for task in self.tasks)
 
     def words(self) -> str:
-        """Prompts, task and length."""
         return "\n".join(
             f"{task.count} x {label} of {task.length:,} tokens"
             for label, task in zip(self._labels(), self.tasks, strict=True)
@@ -147,17 +145,17 @@ class Recall(Measure):
     def _labels(self) -> list[str]:
         return distinct_labels([task.label for task in self.tasks], [task.model_dump() for task in self.tasks])
 
+    def inputs(self) -> list[Inputs]:
+        return [Inputs(task.length, task.count, WRITTEN) for task in self.tasks]
+
     def passes(self) -> str:
-        """One generation a prompt."""
         return f"{sum(task.count for task in self.tasks)} generations"
 
     def check(self, context: int | None) -> None:
-        """Refuse tasks without a right answer."""
         for task in self.tasks:
             check_scored(task)
 
     def readings(self, seed: int) -> list[Reading]:
-        """The haystacks of every task."""
         return [
             Reading(None, task.length, partial(self._prompts, seed, task), f"[{number}]")
             for number, task in enumerate(self.tasks)

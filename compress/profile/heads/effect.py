@@ -72,6 +72,10 @@ class Effect(HeadStatistic):
             _grid(name, grid)
         return self
 
+    def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
+        """All targets that it prices; see `Statistic.alternatives`."""
+        return len(self.resolved(shape, lengths).targets)
+
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """With the options as targets, those of a layer that does not slide by itself.
 
@@ -79,10 +83,10 @@ class Effect(HeadStatistic):
             UserError: they are too many.
         """
         unit = Unit(shape.group_size, shape.head_dim)
-        every = list(self.targets)
+        priced = list(self.targets)
         for name, grid in self.options.items():
-            every += targets[name].options(unit, lengths, _grid(name, grid))
-        chosen = tuple(target for target in dict.fromkeys(every) if target.removes or not target.as_built)
+            priced += targets[name].options(unit, lengths, _grid(name, grid))
+        chosen = tuple(target for target in dict.fromkeys(priced) if target.removes or not target.as_built)
         if len(chosen) > MOST:
             raise UserError(
                 "too many targets to price",
@@ -111,22 +115,18 @@ class Effect(HeadStatistic):
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
-        """See `Statistic.learnt`."""
         return tuple(option for option in prepared if option.target in self.targets)
 
     @property
     def needs_inputs(self) -> bool:
-        """Where the mixer of a target does."""
         return reads_inputs(self.targets)
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        """Price all targets on the rows of one layer."""
         for number, signed, absolute in effects_of(layer, self.targets, self._prepared):
             sums["signed"][layer.layer, :, number] += signed
             sums["absolute"][layer.layer, :, number] += absolute
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
-        """A tensor (layer, group) for each target."""
         return {
             key.to(target): Result(values[..., number].clone(), ("layer", "group"), table.unit)
             for number, target in enumerate(self.targets)

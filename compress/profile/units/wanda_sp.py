@@ -21,10 +21,8 @@ class WandaSp(ColumnStatistic):
     unit: ClassVar[str] = "|weight| x root mean square input"
     gives: ClassVar[Mapping[str, str]] = {"wanda_sp": "units"}
 
-    def each(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Squares."""
+    def term(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.square()
 
     def score(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         return mean.sqrt() * weight.abs().sum(0, dtype=torch.float64)

@@ -31,12 +31,16 @@ class Amp(Ranked):
         ),
     ] = None
 
+    def most_plans(self, lengths: int) -> int:
+        """One for each statistic and number of heads; see `Solver.most_plans`."""
+        return len(self.statistics_read()) * len(self.attention or (None,))
+
     def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
         """One candidate for every different number of heads that meets the budget; see `Ranked.solve`."""
         limit, dense = problem.parameters_limit, problem.dense.parameters
         shares = (1 - limit / dense,) if self.attention is None else self.attention
         units = problem.shape.kv_heads if self.unit == "group" else problem.queries
-        counts = sorted({min(max(round(share * units), 0), units - 1) for share in shares})
+        counts = sorted({min(max(round(fraction * units), 0), units - 1) for fraction in shares})
         alone = self.protected(problem.shape.layers)
         candidates = []
         for count in counts:

@@ -61,10 +61,10 @@ class Moa(Frontier):
 
     def weighed(self) -> tuple[tuple[str, float], ...]:
         """The rule tables that are minimised, with their weights."""
-        every = {} if self.influence == "none" else {f"influence.{self.influence}": 1.0}
+        weights = {} if self.influence == "none" else {f"influence.{self.influence}": 1.0}
         if self.retrieval > 0:
-            every["retrieval.lost"] = self.retrieval
-        return tuple({**every, **self.tables}.items())
+            weights["retrieval.lost"] = self.retrieval
+        return tuple({**weights, **self.tables}.items())
 
     def scores_read(self) -> dict[str, str]:
         """The tables that are minimised, and the statistic that says what may be removed."""
@@ -77,7 +77,6 @@ class Moa(Frontier):
         return layers if self.removal is None else self.removal.least(problem, layers)
 
     def objectives(self, problem: Problem) -> list[str]:
-        """One for every profiled length."""
         return [objective.name for objective in self._objectives(problem)]
 
     def group_options(self, problem: Problem) -> list[Options]:

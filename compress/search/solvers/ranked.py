@@ -52,17 +52,18 @@ class Ranked(Removal, Solver):
 
     @property
     def spans(self) -> bool:
-        """Groups that stay are as they are."""
         return False
 
     @property
     def removes(self) -> bool:
-        """Heads and neurons."""
         return True
 
     def statistics_read(self) -> tuple[str, ...]:
         """The statistics that rank."""
         return (self.importance,) if isinstance(self.importance, str) else self.importance
+
+    def most_plans(self, lengths: int) -> int:
+        return len(self.statistics_read())
 
     def scores_read(self) -> dict[str, str]:
         """Those that rank, and the mean inputs that compensate."""
