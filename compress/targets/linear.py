@@ -112,6 +112,11 @@ class LinearGroup(Target):
             raise ValueError("a group that is alone has no window: leave out sink, alpha and beta")
         return self
 
+    @property
+    def objective(self) -> str:  # type: ignore[override]
+        """The parts of the attention where they have one normaliser; an added state has no weights to match."""
+        return "parts" if self.out == "shared" else "transfer"
+
     def span(self) -> Span:
         """The keys in the softmax, by whole pages; of a group that is alone, those that its cache holds."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)
@@ -164,7 +169,6 @@ class LinearGroup(Target):
         return unit.parameters + own
 
     def words(self, native: int | None = None) -> str:
-        """The state, and the window before it."""
         made = [f"{self.map} map" if self.rule == "add" else "delta rule"]
         if self.features is not None:
             made.append(f"{self.features} features")
@@ -177,13 +181,11 @@ class LinearGroup(Target):
         return f"sink {self.sink}, window {self.alpha}{grows}, before it {linear}"
 
     def short(self, native: int | None = None) -> str:
-        """`L`, and the window as of the target `window`."""
         if self.alone:
             return "L"
         return f"L {self.sink}|{self.alpha}{f'+{self.beta:g}t' if self.beta else ''}"
 
     def rule_text(self) -> str:
-        """Window and state."""
         return (
             "with p the first position of the query's page of 64 tokens, the query sees key j by softmax when `j` is "
             "in the pages of the first `sink` tokens or not before the page of position "
