@@ -85,7 +85,7 @@ def hedgehog(mixer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor
 
 
 def random_features(mixer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """The mean over features w of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2), of q and k over the fourth root of D."""
+    """The mean of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2) over features w, q and k over the fourth root of D."""
     features = []
     for x, weight in ((query, mixer.map.query[0, 0]), (key, mixer.map.key[0])):
         x = x / DIM**0.25
