@@ -25,6 +25,7 @@ from compress.plan import Plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
 from compress.targets.full import FullGroup
+from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
 from tests.pruned import PRUNED, uneven_plan, with_biases
@@ -39,6 +40,12 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TARGETS: dict[str, tuple[Target, ...]] = {
     "full": MIXED,
     "pruned": MIXED,
+    "score": (
+        ScoreGroup(score="sigmoid", sink=4, alpha=60, beta=0.0),
+        ScoreGroup(score="ssmax", reference=256, alpha=20, beta=0.5),
+        FullGroup(),
+        ScoreGroup(score="lssar", power=3),
+    ),
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
     "window": MIXED,
 }
@@ -303,7 +310,7 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_decode_step_lives_in_a_cuda_graph() -> None:
-    from compress.bench.measure import graph_of
+    from compress.models.graph import graph_of
 
     model = planned_model(tiny_model("llama-gqa").cuda(), mixed_plan(shape_of(tiny_model("llama-gqa"))))
     ids = random_ids(2, 60).cuda()

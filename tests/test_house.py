@@ -121,7 +121,8 @@ TESTS = {
         "uniform": "search/test_solvers.py",
     },
     "task": dict.fromkeys(("continuation", "facts", "key_value", "passkey", "passkeys"), "data/test_tasks.py"),
-    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py"),
+    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py")
+    | {"generated": "data/test_generated.py"},
 }
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from compress.models.graph import graph_of
+
 
 @dataclass(frozen=True)
 class Time:
@@ -74,21 +76,6 @@ def graphed_times(call: Callable[[], Any], device: torch.device, *, calls: int =
     time_of_all = times(replay, device, seconds=seconds)
     median, lower, upper = (value / calls for value in (time_of_all.median, time_of_all.lower, time_of_all.upper))
     return Time(median, lower, upper, time_of_all.repeats)
-
-
-def graph_of(call: Callable[[], Any], calls: int = 1) -> Callable[[], None]:
-    """Capture `calls` calls in one CUDA graph, after three to warm up; the replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            call()
-    return graph.replay
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**31) -> float:

@@ -16,9 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.bench.dense import BACKENDS, ON_CPU, dense_attention
-from compress.bench.measure import Time, graph_of, peak_bytes, release, times
+from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
+from compress.models.graph import graph_of
 from compress.models.replaced import AttentionCall, attention_function
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE

@@ -30,19 +30,21 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.cli.tables import show
 
     loaded = read_recipe(recipe, settings)
+    from compress.data.sampled import check_time
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
     from compress.stages.check import check_run
     from compress.stages.device import resolve_device
     from compress.stages.estimate import memory, seconds
 
     tokens = check_run(loaded, Terminal())
+    device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
+    taken = seconds(loaded, situation, device)
+    check_time(taken.get("text", 0.0))
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
         return
     show(table(loaded))
     output = Path(loaded.output).expanduser()
-    device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
-    taken = seconds(loaded, situation, device)
     for number, line in enumerate(loaded.chosen):
         typer.echo(f"{'' if number else 'default':<9}{line}")
     typer.echo(f"model    {loaded.model}, {loaded.dtype}, on {device}")

@@ -7,34 +7,21 @@ at a quarter of the cache, retrieval rose from .27 to .87 with the first and to 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from compress.data.answers import answer
 from compress.data.prompt import Prompt, Task
+from compress.data.reader import Loaded, Progress, Reader
 from compress.data.sample import TextSample
-from compress.data.text import Part, TextSource, characters_for, split_text, tokenise
+from compress.data.text import Part, TextSource
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
 from compress.models.vocabulary import check_tokens
-from compress.plan import ModelShape
 
 SCHEMA = 1
-Progress = Callable[[int, int, str], None]  # done, total, what
-
-
-class Loaded(Protocol):
-    """What is needed of a `LoadedModel`."""
-
-    model: Any
-    tokenizer: Any
-    name: str
-
-    @property
-    def shape(self) -> ModelShape:
-        """Sizes and fingerprint."""
 
 
 def calibration_documents(
@@ -66,12 +53,11 @@ def calibration_documents(
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     longest = max((request.length for request in requests), default=0)
-    part = split_text(text.load(characters_for(longest, split)), split)
-    tokens = tokenise(tokenizer, part)
-    check_tokens(tokens, model.config, text.source)
+    part = text.read(Reader(loaded, seed, cache_dir, progress), split, longest)
+    check_tokens(part.ids, model.config, text.source)
     context = getattr(model.config, "max_position_embeddings", None)
     seeds = f"{seed}/{split}"
-    prompts = [request.make(tokenizer, tokens, seeds, context=context) for request in requests]
+    prompts = [request.make(tokenizer, part.ids, seeds, context=context) for request in requests]
     for request, asked in zip(requests, prompts, strict=True):
         for prompt in asked:
             check_tokens(prompt.tokens, model.config, f"a prompt of {request.name}")
@@ -79,7 +65,7 @@ def calibration_documents(
     documents: dict[int, list[TextSample]] = {}
     done, total = 0, sum(map(len, prompts))
     for request, asked in zip(requests, prompts, strict=True):
-        facts = [SCHEMA, fingerprint, dtype, text_key(part), split, seed, request.model_dump(mode="json")]
+        facts = [SCHEMA, fingerprint, dtype, part.key, split, seed, request.model_dump(mode="json")]
         # The tokens themselves are part of the key: another tokenizer, or another wording, makes other documents.
         key = key_of(facts, [prompt.tokens for prompt in asked])
         path = cache_dir / f"{split}-{request.task}-{request.length}-{key}.jsonl"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,11 +17,13 @@ from pydantic import Field
 
 from compress.encodings import MARK, encoding_of, wrong_byte
 from compress.errors import UserError, nearest
-from compress.files import file_stamp
+from compress.files import file_stamp, text_key
 from compress.registry import Method, PathText, sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from compress.data.reader import Reader
 
 Part = Literal["calibration", "held_out", "evaluation"]
 
@@ -55,10 +57,62 @@ class Excerpt:
     used: str | None = None
 
 
+@dataclass(frozen=True)
+class PartText:
+    """A part of a text, as a model reads it.
+
+    Attributes:
+        ids: token ids.
+        key: stands for the content in the keys of what is made of it.
+    """
+
+    ids: Sequence[int]
+    key: str
+
+
 class Source(Method):
-    """Base of the text sources."""
+    """Base of the text sources. What reads a text has a `Reader`, for sources whose text a model writes."""
 
     source: str = Field(description="name of the source")
+
+    @abstractmethod
+    def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
+        """A part of the text, or of as much of it as a request for `tokens` tokens of it can use.
+
+        Raises:
+            UserError: the text cannot be read, written or tokenised.
+        """
+
+    @abstractmethod
+    def whole(self, reader: Reader) -> str:
+        """The text for what cuts its own pieces of it. Raises UserError: as `read`."""
+
+    @abstractmethod
+    def known(self, most: int = MOST) -> Excerpt:
+        """What is known without a model and stands for the text in the keys of stages, up to `most` characters.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+
+    @abstractmethod
+    def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
+        """Token ids that a part will have, as far as its text is `known`; others stand for those that are not."""
+
+    def check(self, context: int | None) -> None:
+        """Check it against the model's longest input in tokens, None without one. Raises UserError."""
+
+    def written(self, part: Part) -> int:
+        """Tokens of a part that the model writes."""
+        return 0
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """What changes when the content may have changed, at no cost; None where nothing is known."""
+        return None
+
+
+class StoredText(Source):
+    """Base of the sources whose text is there before any model is."""
 
     @abstractmethod
     def excerpt(self, most: int = MOST) -> Excerpt:
@@ -68,13 +122,26 @@ class Source(Method):
         """The text of `excerpt`."""
         return self.excerpt(most).text
 
-    def stamp(self) -> tuple[int, ...] | None:
-        """What changes when the content may have changed, at no cost; None where nothing is known."""
-        return None
+    def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
+        """As `Source.read`."""
+        text = split_text(self.load(characters_for(tokens, part)), part)
+        return PartText(tokenise(reader.tokenizer, text), text_key(text))
+
+    def whole(self, reader: Reader) -> str:
+        """All parts together."""
+        return self.load()
+
+    def known(self, most: int = MOST) -> Excerpt:
+        """The text itself."""
+        return self.excerpt(most)
+
+    def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
+        """Those of the part."""
+        return tokenise(tokenizer, split_text(known, part))
 
 
 @sources.register("embedded")
-class EmbeddedText(Source):
+class EmbeddedText(StoredText):
     """Text that every Python installation carries: `pydoc_data.topics`, about 465,000 characters of the language
     reference. Its wording follows the Python version, so figures on it name that version."""
 
@@ -98,7 +165,7 @@ class EmbeddedText(Source):
 
 
 @sources.register("file")
-class FileText(Source):
+class FileText(StoredText):
     """A text file, or a JSONL file with one text a line.
 
     UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one. The mark is no part of the text, and every
@@ -185,7 +252,7 @@ class FileText(Source):
 
 
 @sources.register("dataset")
-class DatasetText(Source):
+class DatasetText(StoredText):
     """A Hugging Face dataset. Needs the package `datasets`; code that a dataset carries is never run."""
 
     source: Literal["dataset"] = Field("dataset", description="a Hugging Face dataset")
@@ -409,15 +476,6 @@ def _agreement(
         if run == 2 * AGREEMENT:
             return number - AGREEMENT, other - AGREEMENT  # type: ignore[operator]
     return None
-
-
-def part_of(tokenizer: PreTrainedTokenizerBase, source: TextSource, part: Part, tokens: int) -> list[int]:
-    """Token ids of a part of a text, or of as much of it as a request for `tokens` tokens of it can use.
-
-    Raises:
-        UserError: the text cannot be read or tokenised.
-    """
-    return tokenise(tokenizer, split_text(source.load(characters_for(tokens, part)), part))
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

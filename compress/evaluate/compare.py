@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.data.calibration import Loaded, Progress
+from compress.data.reader import Loaded, Progress, Reader
 from compress.data.text import EmbeddedText, Source
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult
@@ -66,7 +66,8 @@ def compare(
             fix="compare these models on lm-eval tasks and suites only",
         )
     lengths = tuple(sorted({length for measure in asked for length in measure.input_lengths}))
-    setting = Setting(loaded, texts_of(asked, text or EmbeddedText()), seed, batch_size, lengths)
+    reader = Reader(loaded, seed, cache_dir, progress)
+    setting = Setting(reader, texts_of(asked, text or EmbeddedText()), seed, batch_size, lengths)
     for measure in asked:
         measure.check(setting.context)
     jobs = [(measure, job) for measure in asked for job in measure.jobs(setting)]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.data.calibration import Loaded
-from compress.data.text import Source, part_of
+from compress.data.reader import Reader
+from compress.data.text import Source
 from compress.evaluate.cell import Cell
 from compress.models.vocabulary import check_tokens
 from compress.registry import Method, measures
@@ -89,12 +89,12 @@ class Setting:
     """What holds for all variants of one comparison.
 
     Attributes:
-        loaded: the dense model.
+        reader: reads texts for the dense model.
         text: where haystacks, and measures without a text of their own, take their text from.
         lengths: tokens of the inputs of all measures, ascending; costs are predicted at these.
     """
 
-    loaded: Loaded
+    reader: Reader
     text: Source
     seed: int
     batch_size: int
@@ -103,15 +103,15 @@ class Setting:
     @property
     def context(self) -> int | None:
         """The dense model's longest input in tokens; None where it has no limit."""
-        return getattr(self.loaded.model.config, "max_position_embeddings", None)
+        return getattr(self.reader.loaded.model.config, "max_position_embeddings", None)
 
-    def tokens(self, source: Source, count: int) -> list[int]:
+    def tokens(self, source: Source, count: int) -> Sequence[int]:
         """Token ids of the evaluation part of a text, as far as a request for `count` of them can use it."""
-        return part_of(self.loaded.tokenizer, source, "evaluation", count)
+        return self.reader.ids(source, "evaluation", count)
 
     def check(self, tokens: Sequence[int], what: str) -> None:
         """Raise UserError where the model has no embedding for one of the tokens; `what` names the text."""
-        check_tokens(tokens, self.loaded.model.config, what)
+        check_tokens(tokens, self.reader.loaded.model.config, what)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Reading:
 
     source: Source | None
     tokens: int | None
-    check: Callable[[Any, list[int], int | None], Any] = lambda tokenizer, tokens, context: None
+    check: Callable[[Any, Sequence[int], int | None], Any] = lambda tokenizer, tokens, context: None
     place: str = ""
 
 

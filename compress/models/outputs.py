@@ -41,7 +41,7 @@ def check_priced(targets: Sequence[Target], where: str) -> None:
 def _refusal(target: Target) -> str | None:
     if target.removes:
         return None
-    if target.objective is not None:
+    if target.has_to_be_prepared:
         return "it is trained before it is of use"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
@@ -135,14 +135,22 @@ class _Plan:
         for mixer, members in zip(self.kinds.mixers, self.kinds.members, strict=True) if self.kinds else ():
             if next(mixer.parameters(), None) is not None:
                 groups = [self.stays[member] for member in members]
-                if missing := [targets[group] for group in groups if targets[group] not in options]:
+                lacking = [targets[group] for group in groups if targets[group] not in options]
+                if missing := [target for target in lacking if not target.untrained]:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
                         where=f"layer {facts.index}",
                         found="it has tensors of its own, which were not prepared",
                         fix="name it under `prepare.targets`",
                     )
-                fill(mixer, [options[targets[group]].of(facts.index, group) for group in groups])
+                known = [options.get(targets[group]) for group in groups]
+                fill(
+                    mixer,
+                    [
+                        option.of(facts.index, group) if option else {}
+                        for option, group in zip(known, groups, strict=True)
+                    ],
+                )
                 mixer.requires_grad_(False)
 
     def output(

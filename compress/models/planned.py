@@ -195,7 +195,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
                 target = layer.groups[group]
                 if target in options:
                     rows.append(options[target].of(number, group))
-                elif target.objective is None or untrained:
+                elif untrained or not target.has_to_be_prepared:
                     rows.append(target.initial(attention, member))
                 else:
                     raise _unprepared(number, group, target)

@@ -114,10 +114,10 @@ def prepared_for(model: Any) -> Prepared:
 
 @torch.no_grad()
 def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Give a mixer's parameters what they have for each of its groups, by name, one group behind another."""
-    for name in groups[0]:
-        parameter = mixer.get_parameter(name)
-        parameter.copy_(torch.stack([tensors[name] for tensors in groups]).view_as(parameter))
+    """Give a mixer's parameters what they have for each of its groups, by name; the others keep what they have."""
+    for number, tensors in enumerate(groups):
+        for name, tensor in tensors.items():
+            mixer.get_parameter(name).view(len(groups), -1)[number] = tensor.flatten()
 
 
 def write_option(folder: Path, record: Option, tensors: Mapping[str, torch.Tensor]) -> Option:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, create_model, field_validator
 
+import compress.data.generated
 import compress.data.tasks
 import compress.evaluate.measures
 import compress.profile

@@ -98,6 +98,8 @@ class Family:
             heads, where the family's own configuration does not; with the configuration's fields that make it so.
         whole: why heads and neurons cannot be removed; None where they can.
         whole_unless: fields of the configuration with whose values `whole` does not hold; it always does without.
+        scores: what the layers do with their scores beside the softmax, which only some mixers know
+            (`Mixer.knows_scores`); None where they do nothing.
         narrows: the kinds of units that the configuration can say fewer of: `query`, with a head size that is not
             hidden size / heads, and `neuron`. With fewer of the others a model is in the patched form.
     """
@@ -117,6 +119,7 @@ class Family:
     twin_fields: Mapping[str, Any] = field(default_factory=dict)
     whole: str | None = None
     whole_unless: Mapping[str, Any] = field(default_factory=dict)
+    scores: str | None = None
     narrows: tuple[str, ...] = ("query", "neuron")
 
     @property
@@ -192,7 +195,7 @@ ROWS = (
     Family("ernie4_5", "Ernie4_5"),
     Family("exaone4", "Exaone4"),  # as Cohere 2
     Family("gemma", "Gemma"),
-    Family("gemma2", "Gemma2"),
+    Family("gemma2", "Gemma2", scores="its layers cap their scores before the softmax"),
     Family("gemma3_text", "Gemma3", "Gemma3Text", native="Gemma3ForCausalLM"),
     Family("glm", "Glm", projections={**ATTENTION, **GATE_UP}),
     Family("glm4", "Glm4", projections={**ATTENTION, **GATE_UP}),
@@ -220,6 +223,7 @@ ROWS = (
         "GptOss",
         projections=ATTENTION,
         whole="every query head has a logit of its own beside its projections, and the gates of experts lie between",
+        scores="every query head has a logit of its own in the softmax",
     ),
     Family(
         "gptj",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .span import Span, first_key
+from .span import Span
 
 BLOCK = 128  # tokens of a tile on both sides, what FlashAttention-4 takes on Hopper for head sizes up to 128
 DIMS = (64, 96, 128)
@@ -64,7 +64,8 @@ def _window(span: Span, length: int) -> int | None:
     """The window in tokens that this rule is at this length, None for everything, `LISTED` for all other rules."""
     if span.sees_all(length):
         return None
-    return span.alpha if span.sink == 0 and span.beta == 0 and span.alpha > 0 else LISTED
+    plain = span.sink == 0 and span.beta == 0 and span.granule == 1
+    return span.alpha if plain and span.alpha > 0 else LISTED
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _make_arguments(rules: tuple[Span | None, ...], share: int, length: int, dev
         block_size=(BLOCK, BLOCK),
     )
     t = torch.arange(-(-length // BLOCK) * BLOCK, device=device)  # a tile's last rows may lie behind the end
-    first = torch.stack([first_key(t, span.alpha, span.beta_units) for span in spans]).to(torch.int32)
+    first = torch.stack([span.first(t) for span in spans]).to(torch.int32)
     sink = torch.tensor([min(span.sink, length) for span in spans], dtype=torch.int32, device=device)
     return lists, [first.repeat_interleave(share, dim=0).contiguous(), sink.repeat_interleave(share).contiguous()]
 

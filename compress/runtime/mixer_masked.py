@@ -109,7 +109,7 @@ class MaskedMixer(SpanMixer):
             known = (of >= 0) & (of <= at)
             seen = torch.stack([known & self.visible(at, of, group) for group in self.groups], dim=1)  # [B, G, T, M]
             seen = seen.repeat_interleave(self.facts.group_size, dim=1)
-            out = masked(query[:, :, rows], key, value, seen, scale, dropout, scores)
+            out, _ = masked(query[:, :, rows], key, value, seen, scale, dropout, scores)
             outputs.append(out.masked_fill(~seen.any(-1, keepdim=True), 0))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -61,7 +62,8 @@ def prefill(
     scale: float | None = None,
     dropout: float = 0.0,
     scores: Scores | None = None,
-) -> torch.Tensor:
+    keep_lse: bool = False,
+) -> Any:
     """Attention of T new columns over what is cached and themselves, differentiable.
 
     Args:
@@ -73,9 +75,13 @@ def prefill(
         pages: what is cached of the positions before `past`; None when nothing is.
         scale: factor on the scores, 1 / sqrt(D) when None.
         scores: what else is done to the scores of the H heads; None for a plain softmax.
+        keep_lse: return the log-sum-exp of every row as well, which other parts of the same softmax are joined by
+            (merge.py).
 
     Returns:
-        `[B, H, T, D]` in query's dtype; zero where a column is no token.
+        `[B, H, T, D]` in query's dtype; zero where a column is no token. With `keep_lse` also `[B, H, T]` in float32 at
+        least: the natural logarithm of the row's sum of exponentials, the extra logit of `scores` included, and
+        -inf where a column is no token. It has gradients, too.
     """
     batch, _, columns, _ = query.shape
     rows = rows or Rows.whole(batch, columns)
@@ -84,16 +90,26 @@ def prefill(
         alike.setdefault(run, []).append(row)
     if len(alike) == 1 and rows.is_whole(columns):
         history = _history(pages, list(range(batch)), spans, rows.past[0])
-        return _alike(query, key, value, spans, rows.past[0], history, scale, dropout, scores)
-    out = torch.zeros_like(query[..., : value.shape[-1]])
+        out, lse = _alike(query, key, value, spans, rows.past[0], history, scale, dropout, scores, keep_lse)
+        return (out, lse) if keep_lse else out
+    out, lse = torch.zeros_like(query[..., : value.shape[-1]]), _no_mass(query) if keep_lse else None
     for (past, start, count), members in alike.items():
         if count == 0:
             continue
         kept = slice(start, start + count)
         history = _history(pages, members, spans, past)
         part = [tensor[members][:, :, kept] for tensor in (query, key, value)]
-        out[members, :, kept] = _alike(part[0], part[1], part[2], spans, past, history, scale, dropout, scores)
-    return out
+        found, own = _alike(part[0], part[1], part[2], spans, past, history, scale, dropout, scores, keep_lse)
+        out[members, :, kept] = found
+        if lse is not None and own is not None:
+            lse[members, :, kept] = own
+    return out if lse is None else (out, lse)
+
+
+def _no_mass(query: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of queries `[..., D]` that see no key: -inf, in float32 at least."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_full(query.shape[:-1], float("-inf"), dtype=dtype)
 
 
 History = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -134,11 +150,12 @@ def _alike(
     scale: float | None,
     dropout: float,
     scores: Scores | None,
-) -> torch.Tensor:
+    keep_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`prefill` of sequences that are all at the same position and without padding."""
     count, groups = query.shape[2], key.shape[1]
     share = query.shape[1] // groups
-    out = torch.empty_like(query[..., : value.shape[-1]])
+    out, lse = torch.empty_like(query[..., : value.shape[-1]]), _no_mass(query) if keep_lse else None
     # Groups that see the same keys of these queries are computed together.
     together: dict[Span, list[int]] = {}
     for group, span in enumerate(spans):
@@ -146,7 +163,7 @@ def _alike(
     for span, members in together.items():
         heads = [head for group in members for head in range(group * share, (group + 1) * share)]
         q = query[:, heads]
-        if scores is None and past == 0 and span.is_full:
+        if scores is None and lse is None and past == 0 and span.is_full:
             out[:, heads] = scaled_dot_product_attention(
                 q, key[:, members], value[:, members], is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
             )
@@ -157,8 +174,11 @@ def _alike(
             k, v, positions = _keys_in_sight(key, value, members, span, past, start, len(rows), history)
             block, seen = q[:, :, start : start + len(rows)], span.visible(rows[:, None], positions[None, :])
             own = None if scores is None else scores.of(heads)
-            out[:, heads, start : start + len(rows)] = masked(block, k, v, seen, scale, dropout, own)
-    return out
+            found, own_lse = masked(block, k, v, seen, scale, dropout, own, keep_lse)
+            out[:, heads, start : start + len(rows)] = found
+            if lse is not None and own_lse is not None:
+                lse[:, heads, start : start + len(rows)] = own_lse
+    return out, lse
 
 
 def masked(
@@ -169,13 +189,15 @@ def masked(
     scale: float | None,
     dropout: float,
     scores: Scores | None,
-) -> torch.Tensor:
-    """Attention under a mask, with grouped heads: arguments as of `scores.attend`."""
-    if scores is not None:
-        return attend(query, key, value, seen, scores, scale=scale, dropout=dropout)
-    return scaled_dot_product_attention(
+    keep_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention under a mask, with grouped heads: arguments and results as of `scores.attend`."""
+    if scores is not None or keep_lse:
+        return attend(query, key, value, seen, scores or Scores(), scale=scale, dropout=dropout, keep_lse=keep_lse)
+    out = scaled_dot_product_attention(
         query, key, value, attn_mask=seen, scale=scale, dropout_p=dropout, enable_gqa=True
     )
+    return out, None
 
 
 def _keys_in_sight(
@@ -211,7 +233,8 @@ def decode(
     *,
     scale: float | None = None,
     scores: Scores | None = None,
-) -> torch.Tensor:
+    keep_lse: bool = False,
+) -> Any:
     """Attention of one token per sequence over the pages, the token's own key included.
 
     Args:
@@ -220,17 +243,18 @@ def decode(
         lengths: `[B]` tokens of each sequence, this one included; its position is length - 1. A sequence of
             length 0 takes no part, and its output is zero.
         spans: one per head group.
-        scale, scores: as in `prefill`.
+        scale, scores, keep_lse: as in `prefill`.
 
     Returns:
-        `[B, H, D]` in query's dtype.
+        `[B, H, D]` in query's dtype; with `keep_lse` also the log-sum-exp `[B, H]`, -inf for a sequence of length 0.
     """
     batch, heads, _ = query.shape
     groups = len(spans)
     positions = torch.arange(pages.table.shape[-1] * PAGE, device=query.device)
-    rules = [(span.sink, span.alpha, span.beta_units) for span in spans]
-    sink, alpha, beta_units = torch.tensor(rules, device=query.device).T[:, :, None]  # each [G, 1]
-    seen = visible(lengths[:, None, None].long() - 1, positions, sink, alpha, beta_units)  # [B, G, numbers * 64]
+    rules = torch.tensor([(span.sink, span.alpha, span.beta_units, span.granule) for span in spans])
+    sink, alpha, beta_units, granule = rules.to(query.device).T[:, :, None]  # each [G, 1]
+    last = lengths[:, None, None].long() - 1
+    seen = visible(last, positions, sink, alpha, beta_units, granule)  # [B, G, numbers * 64]
     # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs.
     by_page = seen.unflatten(-1, (-1, PAGE))
     in_sight = by_page.any(-1)
@@ -242,13 +266,15 @@ def decode(
     hidden = ~seen[..., None]
     key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P * 64, D]
     value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
-    if scores is not None:
+    absent, lse = (lengths == 0)[:, None, None], None
+    if scores is not None or keep_lse:
         seen = seen.repeat_interleave(heads // groups, dim=1)[:, :, None]
-        out = attend(query[:, :, None], key, value, seen, scores, scale=scale)
-        return out.reshape(batch, heads, -1).masked_fill((lengths == 0)[:, None, None], 0)
-    q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
-    out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
-    return out.reshape(batch, heads, -1).masked_fill((lengths == 0)[:, None, None], 0)
+        out, lse = attend(query[:, :, None], key, value, seen, scores or Scores(), scale=scale, keep_lse=keep_lse)
+    else:
+        q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
+        out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
+    out = out.reshape(batch, heads, -1).masked_fill(absent, 0)
+    return out if lse is None else (out, lse[..., 0].masked_fill(absent[..., 0], float("-inf")))
 
 
 def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:

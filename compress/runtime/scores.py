@@ -41,8 +41,26 @@ class Scores:
         """The weights of the keys from scores within the cap, `[..., H, T, M]`; -inf for a key that is hidden."""
         if self.extra is None:
             return torch.softmax(logits, dim=-1)
+        return torch.softmax(self._with_extra(logits), dim=-1)[..., :-1]
+
+    def log_total(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logarithm of what `softmax` divides by, `[..., H, T]`."""
+        return torch.logsumexp(logits if self.extra is None else self._with_extra(logits), dim=-1)
+
+    def _with_extra(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[..., H, T, M + 1]`, the extra logit last."""
+        assert self.extra is not None
         extra = self.extra.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
-        return torch.softmax(torch.cat([logits, extra], dim=-1), dim=-1)[..., :-1]
+        return torch.cat([logits, extra], dim=-1)
+
+    def within(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Scaled scores `[..., H, T, M]` as they are compared: within the cap, and very low where a key is hidden."""
+        # Not -inf: a query that sees no key would have NaN for weights and gradients.
+        return self.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
+
+    def weights(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The weights of the keys from what `within` gives, zero where `seen` says that a key is hidden."""
+        return self.softmax(logits).masked_fill(~seen, 0)
 
 
 def attend(
@@ -54,7 +72,8 @@ def attend(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:
+    keep_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `scaled_dot_product_attention` with a boolean mask and grouped heads, and with these scores.
 
     Args:
@@ -64,12 +83,14 @@ def attend(
         scale: 1 / sqrt(D) when None.
 
     Returns:
-        `[B, H, T, D]` in the dtype of the values.
+        `[B, H, T, D]` in the dtype of the values, and if kept the log-sum-exp of every row `[B, H, T]` in float32 at
+        least, before dropout and with the extra logit; -inf where nothing is seen.
     """
     share = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
-    logits = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    # Not -inf: a query that sees no key would have NaN for weights and gradients.
-    logits = scores.capped(logits).masked_fill(~seen, torch.finfo(logits.dtype).min)
-    weights = functional.dropout(scores.softmax(logits).masked_fill(~seen, 0), dropout)
-    return weights.to(value.dtype) @ value
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    products = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
+    logits = scores.within(products * (query.shape[-1] ** -0.5 if scale is None else scale), seen)
+    weights = functional.dropout(scores.weights(logits, seen), dropout)
+    lse = scores.log_total(logits).masked_fill(~seen.any(-1), float("-inf")) if keep_lse else None
+    return weights.to(value.dtype) @ value, lse

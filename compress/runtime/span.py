@@ -31,10 +31,16 @@ class Span:
     never moves back: what is evicted is never needed again, and one-shot prefill, chunked prefill, many
     turns and decoding compute the same function.
 
+    With `granule` 64 the rule moves by whole pages: all queries of a page, those at 64 p to 64 p + 63, have the window
+    of the first of them, opened down to the start of a page, and the sink is rounded up to whole pages. What such
+    a group does not see are then the keys of the pages that its cache has freed, and `boundary` moves by at most one
+    page from one page of queries to the next.
+
     Args:
         sink: tokens at the start of the sequence that stay visible, >= 0.
         alpha: fixed part of the span in tokens; may be negative.
         beta: share of the position added to the span, 0 <= beta <= 1, a multiple of 1/1024.
+        granule: tokens by which the edge of the window moves: 1, or those of a page, 64.
 
     Raises:
         ValueError: a parameter is outside its range.
@@ -45,8 +51,11 @@ class Span:
     sink: int = 0
     alpha: int = 0
     beta: float = 1.0
+    granule: int = 1
 
     def __post_init__(self) -> None:
+        if self.granule not in (1, PAGE):
+            raise ValueError(f"granule: expected 1 or {PAGE} tokens, got {self.granule}")
         if self.sink != int(self.sink) or self.sink < 0:
             raise ValueError(f"sink: expected a whole number of tokens >= 0, got {self.sink}")
         if self.alpha != int(self.alpha):
@@ -56,6 +65,8 @@ class Span:
         if self.beta * BETA_UNIT != int(self.beta * BETA_UNIT):
             nearest = round(self.beta * BETA_UNIT) / BETA_UNIT
             raise ValueError(f"beta: expected a multiple of 1/{BETA_UNIT}, got {self.beta}; the nearest is {nearest}")
+        if self.granule > 1:
+            object.__setattr__(self, "sink", -(-self.sink // self.granule) * self.granule)
 
     @property
     def beta_units(self) -> int:
@@ -65,7 +76,7 @@ class Span:
     @property
     def is_full(self) -> bool:
         """True when every query sees every earlier key."""
-        return self.beta == 1 and self.alpha >= 0
+        return self.beta == 1 and -self.alpha < self.granule
 
     def at_length(self, length: int) -> Span:
         """Itself: the rule by position does not ask how long the input is."""
@@ -81,15 +92,27 @@ class Span:
 
     def first(self, t: int | torch.Tensor) -> Any:
         """The first key of the window of the query at position t (keys before `sink` are visible besides)."""
-        return first_key(t, self.alpha, self.beta_units)
+        return first_key(t, self.alpha, self.beta_units, self.granule)
+
+    def boundary(self, t: int | torch.Tensor) -> Any:
+        """Where the keys end that the query at position t does not see any more: they are `sink` <= j < boundary.
+
+        It never moves back, and is `sink` while there are none; a state that stands for them sums over exactly these.
+        """
+        first = self.first(t)
+        return first.clamp(min=self.sink) if isinstance(first, torch.Tensor) else max(first, self.sink)
 
     def last_query(self, j: int | torch.Tensor) -> Any:
         """The last query whose window holds key j, at least j itself; `NO_END` where all later ones do."""
-        return last_query(j, self.alpha, self.beta_units)
+        return last_query(j, self.alpha, self.beta_units, self.granule)
 
     def visible(self, t: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """Boolean mask of the rule; t and j are integer positions that broadcast against each other."""
-        return visible(t, j, self.sink, self.alpha, self.beta_units)
+        return visible(t, j, self.sink, self.alpha, self.beta_units, self.granule)
+
+    def keys_seen(self, t: int | torch.Tensor) -> Any:
+        """How many keys the query at position t sees."""
+        return keys_seen(t, self.sink, self.alpha, self.beta_units, self.granule)
 
     def pages(self, length: int) -> list[int]:
         """Numbers of the pages that a cache of `length` tokens holds, ascending.
@@ -119,11 +142,13 @@ class Span:
     def reserved_pages(self, max_length: int) -> tuple[int, int]:
         """Pages that hold any cache of up to `max_length` tokens: those of the sink, and a ring for the window.
 
-        A window of S tokens lies on at most (S + 62) // 64 + 1 pages, and S never shrinks.
+        A window of S tokens lies on at most (S + 62) // 64 + 1 pages, and S never shrinks. A rule by pages takes no
+        more, with the S of the first query of a page.
         """
         total = -(-max_length // PAGE)
         sinks = -(-min(self.sink, max_length) // PAGE)
-        return sinks, min(total - sinks, (min(self.length(max_length - 1), max_length) + PAGE - 2) // PAGE + 1)
+        longest = self.length((max_length - 1) & -self.granule)
+        return sinks, min(total - sinks, (min(longest, max_length) + PAGE - 2) // PAGE + 1)
 
 
 @dataclass(frozen=True)
@@ -172,18 +197,34 @@ def span_length(t: Any, alpha: Any, beta_units: Any) -> Any:
     return span.clamp(min=1) if isinstance(span, torch.Tensor) else max(1, span)
 
 
-def first_key(t: Any, alpha: Any, beta_units: Any) -> Any:
-    """First key of the window, t + 1 - S(t) but not below 0, from integers or integer tensors that broadcast."""
+def first_key(t: Any, alpha: Any, beta_units: Any, granule: Any = 1) -> Any:
+    """First key of the window, t + 1 - S(t) but not below 0, from integers or integer tensors that broadcast.
+
+    With a granule, a power of two, t and the result are rounded down to a multiple of it.
+    """
+    if isinstance(granule, torch.Tensor) or granule != 1:
+        return first_key(t & -granule, alpha, beta_units) & -granule
     first = t + 1 - span_length(t, alpha, beta_units)
     return first.clamp(min=0) if isinstance(first, torch.Tensor) else max(0, first)
 
 
-def last_query(j: Any, alpha: Any, beta_units: Any) -> Any:
+def keys_seen(t: Any, sink: Any, alpha: Any, beta_units: Any, granule: Any = 1) -> Any:
+    """Keys that the query at t sees, from integers or integer tensors: the window's, and the sink's before it."""
+    first = first_key(t, alpha, beta_units, granule)
+    before = sink - (sink - first) * (sink > first)  # the smaller of the two
+    return t + 1 - first + before
+
+
+def last_query(j: Any, alpha: Any, beta_units: Any, granule: int = 1) -> Any:
     """The inverse of `first_key`: the greatest t with first_key(t) <= j, for a key j (int or tensor) of one rule.
 
     u = t + 1 has first <= j while u - floor(beta u) - alpha <= j, that is while
     u <= floor(1024 (j + alpha) / (1024 - beta units)). Every query sees at least itself, so t >= j always does.
+    With a granule that holds for the last key and the first query of each: the last key of j's granule decides, and
+    all queries of a granule see what its first one sees.
     """
+    if granule != 1:
+        return last_query(j | (granule - 1), alpha, beta_units) | (granule - 1)
     if beta_units == BETA_UNIT:
         never = j + alpha < 0
         return torch.where(never, j, NO_END) if isinstance(j, torch.Tensor) else j if never else NO_END
@@ -191,9 +232,12 @@ def last_query(j: Any, alpha: Any, beta_units: Any) -> Any:
     return torch.maximum(last, j) if isinstance(j, torch.Tensor) else max(last, j)
 
 
-def visible(t: torch.Tensor, j: torch.Tensor, sink: Any, alpha: Any, beta_units: Any) -> torch.Tensor:
-    """Boolean mask of the rule; positions and parameters are integers or integer tensors that broadcast."""
-    return (j <= t) & ((j < sink) | (j >= first_key(t, alpha, beta_units)))
+def visible(t: torch.Tensor, j: torch.Tensor, sink: Any, alpha: Any, beta_units: Any, granule: Any = 1) -> torch.Tensor:
+    """Boolean mask of the rule; positions and parameters are integers or integer tensors that broadcast.
+
+    With a granule the sink has to be a multiple of it, as in `Span`.
+    """
+    return (j <= t) & ((j < sink) | (j >= first_key(t, alpha, beta_units, granule)))
 
 
 def native_windows(config: Any, layers: int) -> list[int | None]:

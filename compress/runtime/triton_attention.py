@@ -26,6 +26,7 @@ from .triton_store import store, store_one
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_DIM = 256
+LN2 = 0.6931471805599453
 DENSE_UP_TO = 4096  # tokens; an H200 breaks even between 2,048 and 8,192
 
 
@@ -55,17 +56,23 @@ class _Prefill(torch.autograd.Function):
         scale: float,
         cap: float | None,
         extra: torch.Tensor | None,
-    ) -> torch.Tensor:
+        keep_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
         out, lse = forward(query, key, value, spans, rows, ragged, None, scale, keep_lse=True, cap=cap, extra=extra)
         ctx.save_for_backward(query, key, value, rows, out, lse, extra)
         ctx.spans, ctx.scale, ctx.cap = spans, scale, cap
-        return out
+        return out, lse * LN2 if keep_lse else None
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value, rows, out, lse, extra = ctx.saved_tensors
-        *found, of_extra = backward(grads[0], query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra)
-        return (*found, None, None, None, None, None, of_extra)
+        grad, grad_lse = grads
+        grad = torch.zeros_like(out) if grad is None else grad  # nothing was made of the output itself
+        *found, of_extra = backward(
+            grad, query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra, grad_lse
+        )
+        return (*found, None, None, None, None, None, of_extra, None)
 
 
 def prefill(
@@ -79,29 +86,31 @@ def prefill(
     scale: float | None = None,
     dropout: float = 0.0,
     scores: Scores | None = None,
-) -> torch.Tensor:
+    keep_lse: bool = False,
+) -> Any:
     """As `reference.prefill`, which it calls for dropout, and for gradients over a cache."""
     batch, _, columns, dim = query.shape
     cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
     tensors = (query, key, value, *(() if extra is None else (extra,)))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if dropout > 0 or (trained and pages is not None):
-        return reference_prefill(
-            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=scores
-        )
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": scores, "keep_lse": keep_lse}
+        return reference_prefill(query, key, value, spans, rows=rows, pages=pages, **options)
     rows = rows or Rows.whole(batch, columns)
     scale = dim**-0.5 if scale is None else scale
     ragged = not rows.is_whole(columns)
     short = query.is_cuda and columns <= DENSE_UP_TO and not ragged and pages is None
-    if scores is None and short and all(span.sees_all(columns) for span in spans):
+    if scores is None and short and not keep_lse and all(span.sees_all(columns) for span in spans):
         # Nothing is hidden from anyone yet: the same function, and for short inputs PyTorch's launch is cheaper.
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     where = rows.tensor(query.device)
     query = query if query.stride(-1) == 1 else query.contiguous()
     if trained:
-        return _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale, cap, extra)
+        out, lse = _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale, cap, extra, keep_lse)
+        return (out, lse) if keep_lse else out
     cached = None if pages is None else (pages.keys, pages.values, pages.table)
-    return forward(query, key, value, spans, where, ragged, cached, scale, keep_lse=False, cap=cap, extra=extra)[0]
+    out, lse = forward(query, key, value, spans, where, ragged, cached, scale, keep_lse=keep_lse, cap=cap, extra=extra)
+    return (out, lse * LN2) if keep_lse else out
 
 
 def prefill_or_flash(
@@ -115,13 +124,16 @@ def prefill_or_flash(
     scale: float | None = None,
     dropout: float = 0.0,
     scores: Scores | None = None,
-) -> torch.Tensor:
-    """As `prefill`; long prompts without history and padding go through FlashAttention-4."""
+    keep_lse: bool = False,
+) -> Any:
+    """As `prefill`; long prompts without history and padding go through FlashAttention-4, unless `keep_lse` is set."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     whole = rows is None or rows.is_whole(query.shape[2])
-    if applies(query, key, value, plain=whole and pages is None and dropout == 0 and scores is None and not trained):
+    plain = whole and pages is None and dropout == 0 and scores is None and not trained and not keep_lse
+    if applies(query, key, value, plain=plain):
         return attend(query, key, value, spans, query.shape[-1] ** -0.5 if scale is None else scale)
-    return prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=scores)
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": scores, "keep_lse": keep_lse}
+    return prefill(query, key, value, spans, rows=rows, pages=pages, **options)
 
 
 TRITON = (prefill, decode, store, store_one)

@@ -27,12 +27,12 @@ def _column(b, head, column, stride_b, stride_h, stride_t):
 
 @triton.jit
 def _place(p_rules, p_rows, GROUPS: tl.constexpr):
-    """The sequence and group of a program, the group's rule, and the sequence's first column and tokens."""
+    """The sequence and group of a program, the group's rule (`load_rule`), the sequence's first column and tokens."""
     b = tl.program_id(1) // GROUPS
     g = tl.program_id(1) % GROUPS
-    sink, alpha, beta = load_rule(p_rules, g)
+    sink, alpha, beta, mask = load_rule(p_rules, g)
     _, start, count = load_run(p_rows, b)
-    return b, g, sink, alpha, beta, start, count
+    return b, g, sink, alpha, beta, mask, start, count
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _keys(
     p_delta,  # [B, H, T] float32
     p_grad_key,  # [B, G, T, D] contiguous
     p_grad_value,  # [B, G, T, DV] contiguous
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     p_rows,  # [B, 3] int32
     columns,
     scale,
@@ -100,7 +100,7 @@ def _keys(
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
-    b, g, sink, alpha, beta, start, count = _place(p_rules, p_rows, GROUPS)
+    b, g, sink, alpha, beta, mask, start, count = _place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_N
     if low >= count:
         return
@@ -110,7 +110,7 @@ def _keys(
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
     b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
     b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
-    last = last_query(tl.minimum(low + BLOCK_N, count) - 1, alpha, beta)
+    last = last_query(tl.minimum(low + BLOCK_N, count) - 1, alpha, beta, mask)
     last = tl.minimum(tl.where(low < sink, count - 1, last), count - 1)
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -123,7 +123,7 @@ def _keys(
         b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
         b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
         # [BLOCK_M, BLOCK_N]
-        m_seen = sees(t, j, sink, first_key(t, alpha, beta)) & m_t[:, None] & m_j[None, :]
+        m_seen = sees(t, j, sink, first_key(t, alpha, beta, mask)) & m_t[:, None] & m_j[None, :]
         b_weight, b_grad_score = _score_gradient(
             b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
         )
@@ -143,7 +143,7 @@ def _queries(
     p_lse,  # [B, H, T] float32
     p_delta,  # [B, H, T] float32
     p_grad_query,  # [B, H, T, D] contiguous
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     p_rows,  # [B, 3] int32
     columns,
     scale,
@@ -172,7 +172,7 @@ def _queries(
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of (token, head of the group), over the key tiles that the forward pass visits."""
-    b, g, sink, alpha, beta, start, count = _place(p_rules, p_rows, GROUPS)
+    b, g, sink, alpha, beta, mask, start, count = _place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_M // SHARE
     if low >= count:
         return
@@ -184,8 +184,8 @@ def _queries(
     o_rows = _column(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
     b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
     b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
-    first = first_key(t, alpha, beta)
-    begin = first_key(low, alpha, beta) // BLOCK_N
+    first = first_key(t, alpha, beta, mask)
+    begin = first_key(low, alpha, beta, mask) // BLOCK_N
     end = (high + BLOCK_N) // BLOCK_N
     sinks = tl.minimum((tl.minimum(sink, high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     b_grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -216,6 +216,7 @@ def backward(
     scale: float,
     cap: float | None = None,
     extra: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`, and `extra` `[H]` if there is any.
 
@@ -226,14 +227,18 @@ def backward(
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
         rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
         cap, extra: of `scores.Scores`.
+        grad_lse: gradient of the natural log-sum-exp, `[B, H, T]`; None where nothing was made of it.
 
-    The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule.
+    The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule. The slope of the
+    log-sum-exp by a score is the weight of its key, so its gradient enters as a part of `delta`.
     """
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     share = heads // groups
     delta = (grad.float() * out.float()).sum(-1)
+    if grad_lse is not None:
+        delta = (delta - grad_lse).contiguous()
     grad_query = torch.zeros(batch, heads, columns, dim, dtype=query.dtype, device=query.device)
     grad_key = torch.zeros(batch, groups, columns, dim, dtype=key.dtype, device=key.device)
     grad_value = torch.zeros(batch, groups, columns, value_dim, dtype=value.dtype, device=value.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,22 +20,23 @@ from .triton_span import first_key, load_block, load_rule, span_rules, store_blo
 from .tuned import decode_config
 
 LOG2E = 1.4426950408889634
+_LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e30)  # running maximum before any key; finite, so that no NaN arises
 
 
 @triton.jit
-def _bounds(length, sink, alpha, beta, PAGE: tl.constexpr):
+def _bounds(length, sink, alpha, beta, mask, PAGE: tl.constexpr):
     """`span.page_bounds`: end of the sink's pages, start and end of the window's."""
     end = (length + PAGE - 1) // PAGE
     sinks = (tl.minimum(sink, length) + PAGE - 1) // PAGE
-    start = tl.maximum(tl.minimum(first_key(length - 1, alpha, beta) // PAGE, end), sinks)
+    start = tl.maximum(tl.minimum(first_key(length - 1, alpha, beta, mask) // PAGE, end), sinks)
     return sinks, start, end
 
 
 @triton.jit
 def _work(
     p_lengths,  # [B] int32
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     segments,
     most,
     GROUPS: tl.constexpr,
@@ -51,8 +53,8 @@ def _work(
     known = every < segments
     group = every % GROUPS
     length = tl.load(p_lengths + every // GROUPS, mask=known, other=0)
-    sink, alpha, beta = load_rule(p_rules, group)
-    sinks, start, end = _bounds(length, sink, alpha, beta, PAGE)
+    sink, alpha, beta, mask = load_rule(p_rules, group)
+    sinks, start, end = _bounds(length, sink, alpha, beta, mask, PAGE)
     counts = tl.where(known & (length > 0), sinks + end - start, 0)
     pages = tl.sum(counts, 0).to(tl.int64)
     programs = tl.minimum((pages + FEWEST - 1) // FEWEST, most)  # each has a page, so each arrives
@@ -66,11 +68,12 @@ def _decode(
     p_value_pages,  # [places, PAGE, DV]
     p_table,  # [B, G, numbers] int32
     p_lengths,  # [B] int32, 0 where a sequence takes no part
-    p_rules,  # [G, 3] int32: sink, alpha, beta units
+    p_rules,  # [G, 4] int32: sink, alpha, beta units, mask
     p_extra,  # [H] the extra logit of every query head, where EXTRA
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
+    p_lse,  # [B, H] float32, the natural log-sum-exp, where KEEP_LSE
     segments,
     numbers,
     scale,
@@ -93,6 +96,7 @@ def _decode(
     OVERLAP: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
+    KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program walks an equal share of all pages; what it sees of a (sequence, group) is a piece.
@@ -124,8 +128,8 @@ def _decode(
         b = s // GROUPS
         g = s % GROUPS
         n_tokens = tl.load(p_lengths + b)
-        sink, alpha, beta = load_rule(p_rules, g)
-        first = first_key(n_tokens - 1, alpha, beta)
+        sink, alpha, beta, mask = load_rule(p_rules, g)
+        first = first_key(n_tokens - 1, alpha, beta, mask)
         sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
         skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
         piece_end = tl.minimum(stop, seg_end)
@@ -165,6 +169,8 @@ def _decode(
         if (at == seg_start) & (piece_end == seg_end):
             p_row = p_out + b.to(tl.int64) * out_b
             store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
+            if KEEP_LSE:
+                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * _LN2, mask=m_row)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
@@ -179,8 +185,9 @@ def _join(
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32
     p_stats,  # [programs, 2, 2, SHARE] float32
+    p_lse,  # [B, H] float32, where KEEP_LSE
     p_lengths,  # [B] int32
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     segments,
     most,
     out_b,
@@ -195,6 +202,7 @@ def _join(
     PAGE: tl.constexpr,
     FEWEST: tl.constexpr,
     OVERLAP: tl.constexpr,
+    KEEP_LSE: tl.constexpr,
 ):
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
     s = tl.program_id(0)
@@ -207,7 +215,10 @@ def _join(
     # [BLOCK_C]
     o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
+    p_total = p_lse + (s // GROUPS) * GROUPS * SHARE + (s % GROUPS) * SHARE + h
     if count == 0:  # a sequence that takes no part
+        if KEEP_LSE:
+            tl.store(p_total, float("-inf"))
         tl.store(p_row + o_dims, tl.zeros([BLOCK_C], p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
         return
     one = (((start + 1) * programs - 1) // pages).to(tl.int32)  # the programs that walk the first and the last page
@@ -238,6 +249,8 @@ def _join(
         total = total * b_shrink + tl.sum(b_totals * b_weight, 0)
         top = b_best
     tl.store(p_row + o_dims, (acc / total).to(p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
+    if KEEP_LSE:  # the same number from all programs of a head
+        tl.store(p_total, tl.sum((top + tl.log2(total)) * _LN2, 0))
 
 
 def decode(
@@ -248,7 +261,8 @@ def decode(
     *,
     scale: float | None = None,
     scores: Scores | None = None,
-) -> torch.Tensor:
+    keep_lse: bool = False,
+) -> Any:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it."""
     batch, heads, dim = query.shape
     groups = len(spans)
@@ -261,6 +275,7 @@ def decode(
     parts, stats = workspace(query.device, programs * 2 * share, block_v)
     rules = span_rules(tuple(spans), query.device)
     out = query.new_empty(batch, heads, value_dim)
+    lse = query.new_empty(batch, heads, dtype=torch.float32) if keep_lse else stats
     scale = dim**-0.5 if scale is None else scale
     cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
     _decode[(programs,)](
@@ -274,6 +289,7 @@ def decode(
         out,
         parts,
         stats,
+        lse,
         batch * groups,
         pages.table.shape[-1],
         (scale if cap is None else cap) * LOG2E,
@@ -296,6 +312,7 @@ def decode(
         OVERLAP=overlap,
         CAPPED=cap is not None,
         EXTRA=extra is not None,
+        KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
     )
@@ -306,6 +323,7 @@ def decode(
         out,
         parts,
         stats,
+        lse,
         lengths,
         rules,
         batch * groups,
@@ -322,10 +340,11 @@ def decode(
         PAGE=PAGE,
         FEWEST=config["fewest"],
         OVERLAP=overlap,
+        KEEP_LSE=keep_lse,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),
     )
-    return out
+    return (out, lse) if keep_lse else out
 
 
 _WORKSPACES: dict[tuple[torch.device, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}

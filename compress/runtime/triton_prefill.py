@@ -52,7 +52,7 @@ def _forward(
     value_tiles,  # descriptor of [B, G, T, DV], tiles [BLOCK_N, BLOCK_V]
     p_out,  # [B, H, T, DV]
     p_lse,  # [B, H, T] float32
-    p_order,  # [G, 4] int32: group, sink, alpha, beta units; the groups in the order of their launch
+    p_order,  # [G, 5] int32: group, sink, alpha, beta units, mask; the groups in the order of their launch
     p_rows,  # [B, 3] int32: position of the first new token, first valid column, valid columns
     p_key_pages,  # [places, BLOCK_P, D]
     p_value_pages,  # [places, BLOCK_P, DV]
@@ -92,9 +92,9 @@ def _forward(
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
     tile = tiles - 1 - item % tiles
     b = (item // tiles) % batch
-    p_rule = p_order + item // (tiles * batch) * 4
+    p_rule = p_order + item // (tiles * batch) * 5
     g = tl.load(p_rule)
-    sink, alpha, beta = load_rule(p_rule + 1, 0)
+    sink, alpha, beta, mask = load_rule(p_rule + 1, 0)
     past, start, count = load_run(p_rows, b)
     low = tile * BLOCK_M // SHARE
     if low >= count:
@@ -111,9 +111,9 @@ def _forward(
     # [BLOCK_M, BLOCK_D]
     o_query = b.to(tl.int64) * query_b + o_column * query_t + head * query_h
     b_query = load_block(p_query, o_query, m_token, DIM, BLOCK_D)
-    first = first_key(t, alpha, beta)
-    earliest = first_key(past + low, alpha, beta)
-    latest = first_key(past + high, alpha, beta)
+    first = first_key(t, alpha, beta, mask)
+    earliest = first_key(past + low, alpha, beta, mask)
+    latest = first_key(past + high, alpha, beta, mask)
 
     # [BLOCK_M, BLOCK_V], [BLOCK_M], [BLOCK_M]
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -198,7 +198,8 @@ def forward(
     """One launch, with the `cap` and `extra` of `scores.Scores`.
 
     Returns:
-        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included.
+        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
+        -inf where a column is no token.
     """
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
@@ -210,6 +211,8 @@ def forward(
     make = query.new_zeros if ragged else query.new_empty
     out = make(batch, columns, heads, value_dim).transpose(1, 2)
     lse = query.new_empty((batch, heads, columns) if keep_lse else (1,), dtype=torch.float32)
+    if ragged and keep_lse:
+        lse.fill_(float("-inf"))
     key_pages, value_pages, table = pages if pages is not None else (key, value, rows)
     _forward[(tiles * batch * groups,)](
         query,
@@ -268,7 +271,7 @@ def _descriptor(tensor: torch.Tensor, block: int, width: int) -> TensorDescripto
 
 @lru_cache(maxsize=4096)
 def launch_order(spans: tuple[Span, ...], length: int, device: torch.device) -> torch.Tensor:
-    """Groups and their rules `[G, 4]` int32, the group with the most work first, so that short tiles fill the end."""
+    """Groups and their rules `[G, 5]` int32, the group with the most work first, so that short tiles fill the end."""
     rules = span_rules(spans, torch.device("cpu"))
     work = [span.sink + length - span.first(length - 1) for span in spans]
     order = sorted(range(len(spans)), key=lambda group: -work[group])

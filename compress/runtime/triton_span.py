@@ -23,27 +23,30 @@ _NO_END = tl.constexpr(NO_END)
 
 
 @triton.jit
-def first_key(position, alpha, beta_units):
+def first_key(position, alpha, beta_units, mask):
     """`span.first_key`: the first key of the window; positions below 2^31 / 1024 tokens."""
+    position = position & mask
     length = tl.maximum(alpha + ((position + 1) * beta_units) // _UNIT, 1)
-    return tl.maximum(position + 1 - length, 0)
+    return tl.maximum(position + 1 - length, 0) & mask
 
 
 @triton.jit
-def last_query(key, alpha, beta_units):
+def last_query(key, alpha, beta_units, mask):
     """`span.last_query`; a rule with beta = 1 never ends, or sees itself alone."""
+    key = key | ~mask
     # 64 bits: 1024 times a position.
     rest = tl.maximum(_UNIT - beta_units, 1)
     last = (_UNIT * (key + alpha).to(tl.int64)) // rest - 1
     last = tl.where(beta_units == _UNIT, tl.where(key + alpha < 0, -1, _NO_END), last)
     # Division in a kernel rounds towards zero; only a negative quotient, which the maximum drops, differs.
-    return tl.minimum(tl.maximum(last, key), _NO_END).to(tl.int32)
+    return tl.minimum(tl.maximum(last, key), _NO_END).to(tl.int32) | ~mask
 
 
 @triton.jit
 def load_rule(p_rules, g):
-    """Sink, alpha and beta units of group g, from `span_rules`, `[G, 3]` int32."""
-    return tl.load(p_rules + g * 3), tl.load(p_rules + g * 3 + 1), tl.load(p_rules + g * 3 + 2)
+    """Sink, alpha, beta units and mask of group g, from `span_rules`, `[G, 4]` int32."""
+    p_rule = p_rules + g * 4
+    return tl.load(p_rule), tl.load(p_rule + 1), tl.load(p_rule + 2), tl.load(p_rule + 3)
 
 
 @triton.jit
@@ -77,12 +80,13 @@ def store_block(p_base, o_rows, block, m_rows, DIM: tl.constexpr, BLOCK: tl.cons
 
 @lru_cache(maxsize=4096)
 def span_rules(spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
-    """The rules of a layer's groups as a kernel reads them, `[G, 3]` int32: sink, alpha, beta in units.
+    """The rules of a layer's groups as a kernel reads them, `[G, 4]` int32: sink, alpha, beta in units, and a mask.
 
-    sink and alpha are held below 2^30, which no position reaches.
+    sink and alpha are held below 2^30, which no position reaches. The mask rounds a position down to the rule's
+    granule: -granule, whose lower bits are zero.
     """
     most = 1 << 30
-    rules = [(min(s.sink, most), max(-most, min(s.alpha, most)), s.beta_units) for s in spans]
+    rules = [(min(s.sink, most), max(-most, min(s.alpha, most)), s.beta_units, -s.granule) for s in spans]
     return kept_table(rules, device)
 
 

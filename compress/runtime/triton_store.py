@@ -26,7 +26,7 @@ def _store(
     p_value_pages,  # [places, PAGE, DV]
     p_table,  # [B, G, numbers] int32
     p_rows,  # [B, 3] int32: past, start, count; with ONE [B] lengths, the new token included
-    p_rules,  # [G, 3] int32
+    p_rules,  # [G, 4] int32
     numbers,
     key_b,
     key_g,
@@ -53,9 +53,9 @@ def _store(
     else:
         past, start, count = load_run(p_rows, b)
         total = past + count
-    sink, alpha, beta = load_rule(p_rules, g)
+    sink, alpha, beta, mask = load_rule(p_rules, g)
     sinks = (tl.minimum(sink, total) + PAGE - 1) // PAGE
-    window = first_key(total - 1, alpha, beta) // PAGE
+    window = first_key(total - 1, alpha, beta, mask) // PAGE
     # [BLOCK_T]
     o_token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     number = (past + o_token) // PAGE

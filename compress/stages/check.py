@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.data.prompt import Task
-from compress.data.text import Part, Source, characters_for, split_text, tokenise
+from compress.data.text import Part, Source, characters_for
 from compress.errors import Problem, UserError
 from compress.evaluate.measure import Reading, asked_for, texts_of
 from compress.models.load import check_model
@@ -22,14 +22,14 @@ from compress.train.windows import check_windows
 
 
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """What reads a part of a text.
 
     Attributes:
         label: how the printed line names the part.
         place: the recipe's key.
         tokens: of the part that are needed.
-        check: called with the token ids of the part, raises UserError where they do not do.
+        check: called with the token ids of the part (`Source.foreseen`), raises UserError where they do not do.
     """
 
     label: str
@@ -37,7 +37,7 @@ class _Use:
     part: Part
     place: str
     tokens: int
-    check: Callable[[list[int]], Any]
+    check: Callable[[Sequence[int]], Any]
 
 
 def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
@@ -62,26 +62,28 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
     noted("search", lambda: check_search(model.config, recipe.dtype, section, recipe.profile.statistics, lengths))
     for place, check in _requests(recipe, model.config):
         noted(place, check)
-    uses = _uses(recipe, model.tokenizer, model.config)
+    uses = uses_of(recipe, model.tokenizer, model.config)
+    context = getattr(model.config, "max_position_embeddings", None)
     most: dict[str, int] = {}
     for use in uses:
         name = use.source.model_dump_json()
         most[name] = max(most.get(name, 0), characters_for(use.tokens, use.part))
     tokens: dict[str, int] = {}
     texts: dict[str, str] = {}
-    parts: dict[tuple[str, Part], list[int]] = {}
+    parts: dict[tuple[str, Part], Sequence[int]] = {}
     for use in uses:
         name = use.source.model_dump_json()
         if name not in texts:
-            excerpt = use.source.excerpt(most[name])
+            noted(use.place, functools.partial(use.source.check, context))
+            excerpt = use.source.known(most[name])
             if excerpt.used is not None:
                 reporter.say(f"text: {input_name(use.source)}: {excerpt.used}")
             texts[name] = excerpt.text
         if (name, use.part) not in parts:
-            parts[name, use.part] = tokenise(model.tokenizer, split_text(texts[name], use.part))
+            parts[name, use.part] = use.source.foreseen(model.tokenizer, texts[name], use.part)
         ids = parts[name, use.part]
         check_tokens(ids, model.config, f"{recipe.source}: the text of {use.place}")
-        tokens.setdefault(use.label, len(ids))
+        tokens.setdefault(use.label, max(len(ids), use.source.written(use.part)))
         noted(use.place, functools.partial(use.check, ids))
     if problems:
         raise UserError(problems)
@@ -100,18 +102,18 @@ def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]
     return checks
 
 
-def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
-    """Everything that reads a text, in the order of the stages."""
+def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[Use]:
+    """Everything that reads a text, in the order of the stages; the model's facts are needed for `Use.check` alone."""
     context = getattr(config, "max_position_embeddings", None)
     calibration, asked = recipe.calibration, asked_for(recipe.evaluate)
     evaluated = texts_of(asked, calibration.text)
-    uses: list[_Use] = []
+    uses: list[Use] = []
 
     def add(label: str, source: Source, part: Part, place: str, tasks: Sequence[Task]) -> None:
         for number, task in enumerate(tasks):
             seed = f"{recipe.seed}/{part}"
             check = functools.partial(task.make, tokenizer, seed=seed, context=context)
-            uses.append(_Use(label, source, part, f"{place}[{number}]", task.length, check))
+            uses.append(Use(label, source, part, f"{place}[{number}]", task.length, check))
 
     add("calibration", calibration.text, "calibration", "calibration.documents", calibration.documents)
     add("calibration", calibration.text, "calibration", "calibration.training", calibration.training)
@@ -123,21 +125,21 @@ def _uses(recipe: Recipe, tokenizer: Any, config: Any) -> list[_Use]:
             if reading.tokens is not None:
                 source, place = reading.source or evaluated, f"evaluate.{measure.registered}{reading.place}"
                 fits = functools.partial(_fits, reading, tokenizer, context)
-                uses.append(_Use("evaluation", source, "evaluation", place, reading.tokens, fits))
+                uses.append(Use("evaluation", source, "evaluation", place, reading.tokens, fits))
     for section, settings in (("prepare", recipe.prepare), ("recover", recipe.recover)):
         if settings is not None:
             fits = functools.partial(_windows_fit, settings.length, context, section)
             label = section if settings.text else "calibration"
             source = settings.text or calibration.text
-            uses.append(_Use(label, source, "calibration", section, settings.text_tokens, fits))
+            uses.append(Use(label, source, "calibration", section, settings.text_tokens, fits))
     return uses
 
 
-def _windows_fit(length: int, context: int | None, section: str, ids: list[int]) -> None:
+def _windows_fit(length: int, context: int | None, section: str, ids: Sequence[int]) -> None:
     check_windows(len(ids), length, context, section)
 
 
-def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: list[int]) -> None:
+def _fits(reading: Reading, tokenizer: Any, context: int | None, ids: Sequence[int]) -> None:
     reading.check(tokenizer, ids, context)
 
 

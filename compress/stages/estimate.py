@@ -12,6 +12,7 @@ from compress.evaluate.comparison import CONTROL_ROW
 from compress.evaluate.measure import asked_for
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
+from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 
 # Forward passes that one profiled sample costs, with and without gradients: the tables of rules are most of it.
@@ -19,6 +20,8 @@ PROFILED, WITH_GRADIENTS = 2.5, 5.0
 TRAINED = 3.0  # forward passes of a training step
 EFFICIENCY = {"cpu": 0.7, "cuda": 0.3}  # of a model's passes, against one large product of matrices
 STEP = {"cpu": 0.03, "cuda": 0.03}  # seconds of a decoded token besides its arithmetic
+# Documents that a model writes at once, and seconds of a step of all of them besides its arithmetic.
+WRITING = {"cpu": (16, 0.06), "cuda": (512, 0.005)}
 EXPORT = 30.0  # seconds, most of them in a fresh process that imports torch
 TRIED = 4  # plans and baselines that a search measures besides the points of the Pareto set
 SIZE, REPEATS = {"cpu": 768, "cuda": 8192}, 5
@@ -55,11 +58,14 @@ def seconds(recipe: Recipe, situation: Situation, device: str) -> dict[str, floa
     calibration, evaluate, search = recipe.calibration, recipe.evaluate, recipe.search
     passes = WITH_GRADIENTS if any(each.needs_gradient for each in recipe.profile.statistics) else PROFILED
     documents = [*calibration.documents, *calibration.training]
+    stages: dict[str, float] = {}
+    written = {(use.source.model_dump_json(), use.part): use.source.written(use.part) for use in uses_of(recipe)}
+    if total := sum(written.values()):
+        at_once, step = WRITING.get(kind, WRITING["cpu"])
+        stages["text"] = total * (token + step / at_once)
     plans = int(getattr(search.solver, "points", 0)) + TRIED
-    stages = {
-        "profile": answering(documents) + passes * token * _tokens(calibration.documents),
-        "search": answering(calibration.held_out, 1.0 + plans),
-    }
+    stages["profile"] = answering(documents) + passes * token * _tokens(calibration.documents)
+    stages["search"] = answering(calibration.held_out, 1.0 + plans)
     if search.refine is not None:
         stages["search"] += 60 * search.refine.minutes
     rows = row_names(recipe)

@@ -45,7 +45,7 @@ class Inputs:
         """
 
         def read(aloud: bool = False) -> str:
-            excerpt = source.excerpt(most)
+            excerpt = source.known(most)
             if aloud and excerpt.used is not None:
                 self.reporter.say(f"text: {input_name(source)}: {excerpt.used}")
             return text_key(excerpt.text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from compress.data.text import part_of
 from compress.models.prepared import Option, attach, prepared_for, read_prepared
 from compress.runfolder import PREPARED
 from compress.stages.device import resolve_device
@@ -38,8 +37,8 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
     source = settings.text or session.recipe.calibration.text
 
     def work() -> dict[str, Option]:
-        tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
         with session.reporter.progress("prepare") as report:
+            tokens = session.reader(report).ids(source, "calibration", settings.text_tokens)
             return prepare(
                 session.loaded.model,
                 session.shape,

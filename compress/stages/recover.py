@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.data.text import part_of
 from compress.models.planned import planned_model
 from compress.runfolder import CONTROL, RECOVERED
 from compress.stages.device import resolve_device
@@ -70,8 +69,8 @@ def _train(
     source = settings.text or session.recipe.calibration.text
 
     def work() -> Recovered:
-        tokens = part_of(session.loaded.tokenizer, source, "calibration", settings.text_tokens)
         with session.reporter.progress(stage) as report:
+            tokens = session.reader(report).ids(source, "calibration", settings.text_tokens)
             return recover(
                 build(),
                 settings,

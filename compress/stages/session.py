@@ -14,6 +14,7 @@ import transformers
 import yaml
 
 from compress.data.prompt import Task
+from compress.data.reader import Progress, Reader
 from compress.data.text import MOST, Part, Source, characters_for
 from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
@@ -100,6 +101,11 @@ class Session:
     def inputs(self) -> Inputs:
         """Hashes of all that the recipe names besides the model."""
         return Inputs(self.run.path, self.reporter, keeps=not self.helper)
+
+    def reader(self, progress: Progress | None) -> Reader:
+        """Reads texts for the model; what this writes is kept beside the documents that it answers."""
+        say = (lambda line: None) if self.helper else self.reporter.say
+        return Reader(self.loaded, self.recipe.seed, self.run.path / "calibration", progress, say)
 
     def prepare_key(self) -> str:
         """All that the tensors of prepared targets depend on."""

@@ -86,8 +86,13 @@ def visible_pairs(span: Span, length: int) -> int:
     """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head.
 
     The query at u - 1 sees min(u, sink + max(1, alpha + floor(beta u))) keys. The second number grows no faster than
-    the first, so the first is the smaller one up to some u; what is behind is a sum of known form.
+    the first, so the first is the smaller one up to some u; what is behind is a sum of known form. Where the rule moves
+    by pages, the queries of a page have one window each, and the pages are added up.
     """
+    if span.granule > 1:
+        starts = range(0, length, span.granule)
+        hidden = sum((span.boundary(t) - span.sink) * min(span.granule, length - t) for t in starts)
+        return length * (length + 1) // 2 - hidden
 
     def window(u: int) -> int:
         return span.alpha + u * span.beta_units // BETA_UNIT
@@ -122,6 +127,4 @@ def _floor_sums(units: int) -> list[int]:
 
 def visible_keys(span: AnySpan, length: int) -> int:
     """Keys that the query at the end of `length` tokens sees in one head group."""
-    fixed = span.at_length(length)
-    first = int(fixed.first(length - 1))
-    return length - first + min(fixed.sink, first)
+    return int(span.at_length(length).keys_seen(length - 1))

@@ -42,7 +42,9 @@ class Target(Method):
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
         grid: the class of what `options` takes as `grid`; None where there is nothing to say.
-        objective: name of the training objective of a target that cannot be priced untrained; None of any other.
+        objective: name of the objective that trains before the search what the target has of its own; None where it
+            has nothing.
+        untrained: whether it is of use as it starts, so that nobody has to prepare it.
     """
 
     runtime: ClassVar[str | None] = None
@@ -51,8 +53,14 @@ class Target(Method):
     as_built: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
     objective: ClassVar[str | None] = None
+    untrained: ClassVar[bool] = False
 
     target: str
+
+    @property
+    def has_to_be_prepared(self) -> bool:
+        """Whether it cannot be used before its objective has been trained."""
+        return self.objective is not None and not self.untrained
 
     @classmethod
     def refusal(cls, family: Family) -> str | None:

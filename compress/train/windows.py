@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from compress.errors import UserError
@@ -53,7 +54,7 @@ class Windows:
     def __init__(self, tokens: Sequence[int], length: int, seed: int) -> None:
         self.length = length
         self.count = len(tokens) // length
-        self.table = torch.tensor(list(tokens[: self.count * length])).view(self.count, length)
+        self.table = torch.from_numpy(np.array(tokens[: self.count * length], dtype=np.int64)).view(self.count, length)
         self.seed = seed
         self._order = functools.lru_cache(maxsize=2)(self._draw)
 

@@ -57,6 +57,33 @@ def test_a_changed_recipe_reruns_only_what_depends_on_it(copied: Path) -> None:
     assert "export: done before" in result.stderr and "evaluate: starting" in result.stderr
 
 
+def test_text_that_the_model_writes(copied: Path) -> None:
+    own = "{source: generated, tokens: 96, length: 32}"
+    recipe = copied.read_text().replace(
+        "search:", f"recover: {{steps: 2, length: 24, batch_size: 2, text: {own}}}\nsearch:"
+    )
+    copied.write_text(recipe.replace("text: *text, length: 256", f"text: {own}, length: 20"))
+    result = call("validate", copied)
+    assert result.exit_code == 0 and "recover 96 tokens" in result.stdout and "(text 0." in result.stdout, result.output
+    for command, again in (("recover", False), ("recover", True), ("eval", False), ("eval", True)):
+        result = call(command, copied)
+        assert result.exit_code == 0, result.output
+        assert ("done before" in result.stderr) is again
+        assert ("text: the model wrote 96 tokens (calibration)" in result.stderr) is (
+            command == "recover" and not again
+        )
+    run = copied.parent / "run"
+    parts = {path.parent.parent.name: path for path in run.glob("*/generated-*/*.int32")}
+    assert {name: (path.name, path.stat().st_size) for name, path in parts.items()} == {
+        "calibration": ("calibration-0000000.int32", 4 * 96),
+        "evaluation": ("evaluation-0000000.int32", 4 * 64),
+    }
+    trained = (run / "recover" / "recover.json").read_text()
+    copied.write_text(copied.read_text().replace("tokens: 96, length: 32", "tokens: 97, length: 32"))
+    assert "recover: starting" in call("recover", copied).stderr
+    assert json.loads((run / "recover" / "recover.json").read_text())["tokens"] == json.loads(trained)["tokens"] == 96
+
+
 def test_stages_one_by_one_and_what_is_missing(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     for command, missing in (("search", "profile"), ("export", "search"), ("eval", "search")):

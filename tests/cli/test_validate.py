@@ -19,6 +19,7 @@ SOLVER = "solver: {name: moa, points: 1}"
 BUDGET = "budget: {kv: 0.8, lengths: [320]}"
 PASSKEY = "{task: passkey, length: 320, count: 1, haystack: filler}"
 LONG = PASSKEY.replace("320", "2000")
+OWN = "search:", "recover: {steps: 1, length: 80, text: {source: generated, tokens: %s}}\nsearch:"
 NO_TEXT = "{source: file, path: FOLDER/none.txt}"
 
 
@@ -86,6 +87,10 @@ def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:
         (PERPLEXITY, "lm_eval: {tasks: [mine], include: FOLDER/none}", "evaluate.lm_eval", "no such folder of task"),
         (PERPLEXITY, f"perplexity: {{text: {NO_TEXT}, length: 64}}", "none.txt", "cannot be read"),
         ("search:", f"recover: {{steps: 1, text: {NO_TEXT}}}\nsearch:", "none.txt", "cannot be read"),
+        # Text that the model writes.
+        (OWN[0], OWN[1] % "9000, length: 2048", "recover", "longer than its context"),
+        (OWN[0], OWN[1] % 8_000_000_000, "", "for too long"),
+        (OWN[0], OWN[1] % 60, "recover.text", "at least one sequence of 80 tokens"),
     ],
 )
 def test_what_a_run_would_stumble_over_is_found_before(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS, choose_impl
 from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.mixer_span import SpanMixer
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.pages import PagedState, Pages
 from compress.runtime.reference import Rows, prefill
@@ -36,6 +37,7 @@ spans = st.builds(
     sink=st.sampled_from([0, 1, 4, 63, 64, 65, 130]),
     alpha=st.integers(-100, 250),
     beta=st.integers(0, BETA_UNIT).map(lambda units: units / BETA_UNIT),
+    granule=st.sampled_from([1, PAGE]),
 )
 
 
@@ -62,9 +64,13 @@ class Module:
 
 
 def kinds_of(rule: list[Span], group_size: int = 1) -> Kinds:
-    """The mixers of a layer with a window group for every span."""
+    """The mixer of a layer with a window group for every span."""
     groups = [{"target": "window", "sink": span.sink, "alpha": span.alpha, "beta": span.beta} for span in rule]
-    return Kinds(groups, LayerFacts(0, HEAD_DIM, 4 * HEAD_DIM, group_size, None))
+    kinds = Kinds(groups, LayerFacts(0, HEAD_DIM, 4 * HEAD_DIM, group_size, None))
+    assert isinstance(kinds.only, SpanMixer)
+    kinds.only.rules = tuple(rule)  # a window group has no granule
+    kinds.only.fixed = list(rule)
+    return kinds
 
 
 def state_of(cache: PagedCache) -> PagedState:
@@ -193,7 +199,7 @@ def test_decode_ignores_what_lies_in_unused_slots(impl: str) -> None:
 
 @pytest.mark.parametrize(("share", "length", "dim"), [(1, 77, 8), (2, 130, 24), (7, 33, 16)])
 def test_kernel_gradients_are_those_of_the_reference(share: int, length: int, dim: int) -> None:
-    rule = [Span(4, 20, 0.25), Span(), Span(70, -5, 0.5), Span(0, 9, 0.0)]
+    rule = [Span(4, 20, 0.25), Span(), Span(70, -5, 0.5), Span(0, 9, 0.0, PAGE)]
     rows = Rows((0, 0), (0, 5), (length, length - 12))  # the second sequence is padded on both sides
     generator = torch.Generator(DEVICE).manual_seed(length)
     make = lambda heads: torch.randn(2, heads, length, dim, generator=generator)  # noqa: E731

@@ -1,5 +1,9 @@
 """The span rule: what it sees, that its edge never moves back, and which pages it holds."""
 
+import random
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -13,16 +17,23 @@ spans = st.builds(
     sink=st.integers(0, 200),
     alpha=st.integers(-300, 500),
     beta=st.integers(0, BETA_UNIT).map(lambda units: units / BETA_UNIT),
+    granule=st.sampled_from([1, PAGE]),
 )
 
 
-def sees(span: Span, t: int, j: int) -> bool:
-    """The rule as DESIGN states it, in Python's exact rational arithmetic."""
+def row_of(span: Span, t: int, length: int) -> list[bool]:
+    """What the query at t sees of `length` keys, as the rule's docstring states it, in exact rational arithmetic."""
     from fractions import Fraction
     from math import floor
 
-    length = max(1, floor(span.alpha + Fraction(span.beta) * (t + 1)))
-    return j <= t and (j < span.sink or t - j < length)
+    unit = span.granule
+    asked = t // unit * unit
+    window = max(1, floor(span.alpha + Fraction(span.beta) * (asked + 1)))
+    # A key is in sight where the first query of the granule sees a key at or before the end of the key's granule.
+    return [
+        j <= t and (j // unit < -(-span.sink // unit) or asked - (j // unit * unit + unit - 1) < window)
+        for j in range(length)
+    ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -30,7 +41,7 @@ def sees(span: Span, t: int, j: int) -> bool:
 def test_mask_is_the_stated_rule(span: Span, length: int) -> None:
     positions = torch.arange(length)
     mask = span.visible(positions[:, None], positions[None, :])
-    expected = torch.tensor([[sees(span, t, j) for j in range(length)] for t in range(length)])
+    expected = torch.tensor([row_of(span, t, length) for t in range(length)])
     assert torch.equal(mask, expected)
     assert mask.diagonal().all()
 
@@ -45,9 +56,12 @@ def test_sees_all_is_the_causal_mask(span: Span, length: int) -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(spans, st.integers(0, 100_000))
 def test_first_visible_key_never_moves_back(span: Span, t: int) -> None:
-    assert span.first(t) <= span.first(t + 1) <= span.first(t) + 1
+    assert span.first(t) <= span.first(t + 1) <= span.first(t) + span.granule
     assert span.length(t + 1) <= span.length(t) + 1
     assert int(span.first(torch.tensor(t))) == span.first(t)
+    assert int(span.boundary(torch.tensor(t))) == span.boundary(t) == max(span.first(t), span.sink)
+    if span.first(t + 1) != span.first(t):
+        assert (t + 1) % span.granule == span.first(t + 1) % span.granule == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -58,6 +72,52 @@ def test_pages_are_those_with_a_token_in_sight(span: Span, length: int) -> None:
     expected = sorted({int(j) // PAGE for j in tokens[in_sight]})
     assert span.pages(length) == expected
     assert span.page_count(length) == len(expected)
+
+
+def naive_pages(sink: int, alpha: int, units: int, length: int) -> torch.Tensor:
+    """The mask `[T, T]` of a rule by pages, from the words of the rule and pages of queries and keys alone."""
+    pages = -(-length // PAGE)
+    seen = torch.zeros(pages, pages, dtype=torch.bool)
+    for page in range(pages):
+        t = page * PAGE
+        window = max(1, alpha + (t + 1) * units // 1024)
+        oldest = min(j for j in range(t + 1) if t - j < window)
+        for other in range(page + 1):
+            seen[page, other] = other * PAGE < sink or other >= oldest // PAGE
+    return seen.repeat_interleave(PAGE, 0).repeat_interleave(PAGE, 1)[:length, :length].tril()
+
+
+def test_a_rule_by_pages_hides_what_its_cache_has_freed() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        sink, alpha, units = draw.choice([0, 1, 4, 64, 100]), draw.randint(-300, 300), draw.randint(0, 1024)
+        length = draw.randint(1, 600)
+        span = Span(sink, alpha, units / 1024, PAGE)
+        t = torch.arange(length)
+        mask = naive_pages(sink, alpha, units, length)
+        assert torch.equal(span.visible(t[:, None], t), mask)
+        assert span.sees_all(length) == torch.equal(mask, torch.ones_like(mask).tril())
+        plain = Span(sink, alpha, units / 1024)
+        sinks, ring = span.reserved_pages(length)
+        assert ring <= max(1, plain.reserved_pages(length)[1])
+        # However the tokens come, what was summed and what is held are all keys, each once, and whole pages.
+        cuts = sorted(draw.sample(range(1, length), min(length - 1, draw.randint(0, 5))))
+        done = span.boundary(0)
+        assert done == span.sink
+        for start, stop in pairwise([0, *cuts, length]):
+            held = set(span.pages(start)) if start else set()
+            boundary = span.boundary(stop - 1)
+            assert boundary % PAGE == 0 and done <= boundary
+            fresh = range(done // PAGE, boundary // PAGE)
+            assert all(page in held for page in fresh if page * PAGE < start)
+            if stop == start + 1:
+                assert len(fresh) <= 1 and (not fresh or start % PAGE == 0)
+            done = boundary
+            hidden = torch.zeros(stop, dtype=torch.bool)
+            hidden[min(span.sink, stop) : done] = True
+            assert torch.equal(~mask[stop - 1, :stop], hidden)
+            assert {*span.pages(stop)} == {int(j) // PAGE for j in (~hidden).nonzero()}
+            assert len([page for page in span.pages(stop) if page >= sinks]) <= ring
 
 
 def test_full_and_streaming_are_special_cases() -> None:
@@ -73,9 +133,10 @@ def test_full_and_streaming_are_special_cases() -> None:
         ((0, 0, 1.5), "beta: expected 0 <= beta <= 1, got 1.5"),
         ((0, 0, 0.1), "the nearest is 0.099609375"),
         ((0, 0.5, 0.0), "alpha: expected a whole number"),
+        ((0, 0, 0.0, 32), "granule: expected 1 or 64 tokens, got 32"),
     ],
 )
-def test_impossible_parameters_are_refused(parameters: tuple[int, int, float], message: str) -> None:
+def test_impossible_parameters_are_refused(parameters: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Span(*parameters)
 
@@ -106,9 +167,9 @@ def test_a_window_longer_than_the_model_has_positions_is_none() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(-300, 300), st.integers(0, BETA_UNIT), st.integers(0, 400))
-def test_last_query_is_the_inverse_of_first(alpha: int, units: int, j: int) -> None:
-    span = Span(0, alpha, units / BETA_UNIT)
+@given(st.integers(-300, 300), st.integers(0, BETA_UNIT), st.integers(0, 400), st.sampled_from([1, PAGE]))
+def test_last_query_is_the_inverse_of_first(alpha: int, units: int, j: int, granule: int) -> None:
+    span = Span(0, alpha, units / BETA_UNIT, granule)
     last = span.last_query(j)
     assert last >= j
     end = min(last, j + 5000)
@@ -119,9 +180,8 @@ def test_last_query_is_the_inverse_of_first(alpha: int, units: int, j: int) -> N
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(0, 200), st.integers(-300, 300), st.integers(0, BETA_UNIT), st.integers(1, 700))
-def test_pages_stay_until_the_length_that_is_said(sink: int, alpha: int, units: int, length: int) -> None:
-    span = Span(sink, alpha, units / BETA_UNIT)
+@given(spans, st.integers(1, 700))
+def test_pages_stay_until_the_length_that_is_said(span: Span, length: int) -> None:
     until = span.same_pages_until(length)
     assert until >= length
     assert all(span.pages(other) == span.pages(length) for other in range(length, until + 1))

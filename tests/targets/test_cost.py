@@ -16,7 +16,7 @@ from compress.runtime.span import PAGE, Span
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
-from compress.targets.span import SpanTarget
+from compress.targets.span import SpanTarget, visible_keys, visible_pairs
 from compress.targets.target import StockForm
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
@@ -36,6 +36,14 @@ def test_a_group_costs_what_its_rule_says(group: SpanTarget, length: int) -> Non
     assert cost.held_bytes == cost.read_bytes == pages * PAGE * 2 * 16 * 2
     assert cost.keys == int(seen[-1].sum())
     assert cost.flops == 4 * 16 * 3 * int(seen.sum())
+
+
+@pytest.mark.parametrize("span", [Span(4, 30, 0.25, PAGE), Span(0, -10, 1.0, PAGE), Span(0, -900, 0.75, PAGE)])
+def test_a_rule_by_pages_is_counted_pair_by_pair(span: Span) -> None:
+    for length in (1, 64, 65, 300):
+        t = torch.arange(length)
+        seen = span.visible(t[:, None], t)
+        assert visible_pairs(span, length) == int(seen.sum()) and visible_keys(span, length) == int(seen[-1].sum())
 
 
 def test_costs_add_up() -> None:

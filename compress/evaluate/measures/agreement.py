@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -99,7 +100,7 @@ class Agreement(Measure):
         check_windows(f"agreement {self.length}", self.length, self.tokens, available, context)
 
     @torch.inference_mode()
-    def _measured(self, ids: list[int], subject: Subject, step: Step) -> Result:
+    def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         shares = []
         device = next(subject.dense.parameters()).device
         for number in range(self.windows):

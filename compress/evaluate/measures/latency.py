@@ -103,7 +103,7 @@ class Latency(Measure):
     def jobs(self, setting: Setting) -> list[Job]:
         self.check(setting.context)
         # Of another machine or torch the times are measured again.
-        device = setting.loaded.model.device
+        device = setting.reader.loaded.model.device
         machine = [device_name(device), torch.get_num_threads(), torch.__version__]
         return [Job("latency", ["latency", self.model_dump(mode="json"), machine], 1, self._measured)]
 

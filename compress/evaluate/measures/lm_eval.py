@@ -102,7 +102,7 @@ class LmEval(Measure):
     def jobs(self, setting: Setting) -> list[Job]:
         """One job for each task, and for each suite and length."""
         self.check(setting.context)
-        text = setting.text.load() if self.suites else ""
+        text = setting.text.whole(setting.reader) if self.suites else ""
         return [self._job(name, length, setting.seed, text) for name, length in self.task_keys()]
 
     def _job(self, name: str, length: int | None, seed: int, text: str) -> Job:

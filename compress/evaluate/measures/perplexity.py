@@ -192,7 +192,7 @@ class Perplexity(Measure):
         facts = ["perplexity", self.model_dump(mode="json"), text_key(str(ids))]
         return [Job("perplexity", facts, self.windows, partial(self._measured, ids))]
 
-    def _measured(self, ids: list[int], subject: Subject, step: Step) -> Result:
+    def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         return perplexity(subject.model, ids, self, progress=step)
 
     def _fits(self, available: int, context: int | None) -> None:

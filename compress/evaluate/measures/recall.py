@@ -168,7 +168,7 @@ class Recall(Measure):
         tokens = setting.tokens(setting.text, max(self.input_lengths))
         jobs = []
         for label, task in zip(self._labels(), self.tasks, strict=True):
-            prompts = self._prompts(setting.seed, task, setting.loaded.tokenizer, tokens, setting.context)
+            prompts = self._prompts(setting.seed, task, setting.reader.tokenizer, tokens, setting.context)
             for prompt in prompts:
                 setting.check(prompt.tokens, f"a prompt of {task.name}")
             asked = text_key(str([(prompt.tokens, prompt.budget) for prompt in prompts]))
@@ -178,7 +178,9 @@ class Recall(Measure):
             jobs.append(Job(f"{label} {task.length}", facts, len(prompts), run))
         return jobs
 
-    def _prompts(self, seed: int, task: Task, tokenizer: Any, tokens: list[int], context: int | None) -> list[Prompt]:
+    def _prompts(
+        self, seed: int, task: Task, tokenizer: Any, tokens: Sequence[int], context: int | None
+    ) -> list[Prompt]:
         return task.make(tokenizer, tokens, f"{seed}/evaluation", context=context)
 
     def _measured(

@@ -1,0 +1,116 @@
+"""Text that the dense model writes itself, so that training needs no corpus and a small one is not learnt by heart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from compress.data.text import MOST, PATTERN, Excerpt, Part, PartText, Source, TextSource, tokenise
+from compress.errors import UserError
+from compress.limits import BATCH, LONGEST
+from compress.registry import sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from compress.data.reader import Reader
+
+FORESEEN = 2**22  # tokens that stand for those of a text, at most
+MOST_WRITTEN = 2**33  # tokens, which take 32 GiB on the disk
+
+
+@sources.register("generated")
+class GeneratedText(Source):
+    """Documents that the dense model writes, as LLM-QAT does (arXiv 2305.17888).
+
+    A document begins with a random word of the vocabulary, goes on with a few most likely tokens, and then with tokens
+    drawn from the model's own distribution. The random beginning makes documents differ, the likely tokens behind it
+    turn an unlikely word into the beginning of a sentence, and drawing keeps the model from repeating itself: of the
+    three ways that LLM-QAT compares, this one loses least. Nothing cuts the distribution's tail (LLM-QAT draws with the
+    library's settings of its time, of the 50 most likely), so that what is distilled on is what the model would say.
+    """
+
+    source: Literal["generated"] = Field("generated", description="text that the dense model writes itself")
+    tokens: int = Field(
+        ge=1,
+        le=MOST_WRITTEN,
+        description="tokens of the calibration part; those held out and for evaluation have half as many, of their own "
+        "documents",
+    )
+    length: int = Field(
+        1024, ge=16, le=LONGEST, description="tokens of a document; behind an end of text another one begins in it"
+    )
+    greedy: int = Field(4, ge=0, le=1024, description="most likely tokens behind the random first one of a document")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of all tokens behind these")
+    batch: int | None = Field(
+        None, ge=1, le=BATCH, description="documents written at once; null takes what the device has room for"
+    )
+    given: TextSource | None = Field(None, description="another text to mix in; its parts stay apart, too")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="of `tokens`, written by the model; the rest is the given text, as far as it reaches"
+    )
+
+    @model_validator(mode="after")
+    def _mixed(self) -> GeneratedText:
+        if (self.given is None) != (self.share == 1):
+            raise ValueError("expected both or neither of `given` and a `share` below 1")
+        return self
+
+    def size(self, part: Part) -> int:
+        """Tokens of a part."""
+        return math.ceil(self.tokens * PATTERN.count(part) / PATTERN.count("calibration"))
+
+    def written(self, part: Part) -> int:
+        """Tokens of a part that the model writes."""
+        return math.ceil(self.size(part) * self.share)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that a written document depends on besides the model, its seed and its number."""
+        return {"length": self.length, "greedy": self.greedy, "temperature": self.temperature}
+
+    def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
+        """All that there is of a part, whatever is asked for: the model's documents, then the given text.
+
+        Raises:
+            UserError: as `sampled`, or of the given text.
+        """
+        from compress.data.sampled import sampled
+
+        own, key = sampled(reader, self, part, self.written(part))
+        if self.given is None:
+            return PartText(own, key)
+        room = self.size(part) - len(own)
+        other = self.given.read(reader, part, room)
+        own.extend(other.ids[:room])
+        return PartText(own, f"{key} {other.key}")
+
+    def whole(self, reader: Reader) -> str:
+        """The part for evaluation, in words, without special tokens."""
+        ids = self.read(reader, "evaluation", self.size("evaluation")).ids
+        return str(reader.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def known(self, most: int = MOST) -> Excerpt:
+        """What was asked for, and the given text: keys have the model and its seed besides."""
+        asked = self.model_dump_json(exclude={"batch"})
+        if self.given is None:
+            return Excerpt(asked)
+        given = self.given.known(most)
+        return Excerpt(asked + given.text, given.used)
+
+    def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
+        """As many tokens as there will be, all of them the same, and not more than documents can use."""
+        return tokenise(tokenizer, " the")[:1] * min(self.size(part), FORESEEN)
+
+    def check(self, context: int | None) -> None:
+        """Check the length of the documents. Raises UserError."""
+        if context is not None and self.length > context:
+            raise UserError(
+                "the documents that the model is to write are longer than its context",
+                where="source: generated",
+                expected=f"length of at most {context} tokens",
+                found=f"{self.length}",
+            )

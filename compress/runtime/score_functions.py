@@ -1,0 +1,106 @@
+"""Score functions in place of the softmax: sigmoid, LSSA and LSSAR, on a matrix of scores.
+
+A row has n keys that it sees. Its scores q . k arrive scaled: by the temperature of its head, and for LSSA and LSSAR as
+log D . log n . cos(q, k).
+
+    sigmoid (arXiv 2409.04431)   sigma(s + b), b = bias - log n, or bias - log N with one length N for all rows; no sum
+    LSSA (arXiv 2501.13428)      softplus(s) / sum of the row
+    LSSAR (the same)             x = n . LSSA - O with O = 1, but 0 where n <= 3; relu(x)^p / sum of the row
+    SSMax (arXiv 2501.19399)     softmax(s_h . log n . s), which is a factor on the query: `softmax`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .mixer import take
+from .scores import Scores
+
+FLAT = 1e-3  # LSSAR: a row whose largest weight is within this share of its mean is too flat to be told apart
+LONG_ROW = 3  # LSSAR: keys up to which nothing is taken from a row
+
+
+@dataclass(frozen=True)
+class ScoreFunction(Scores):
+    """How scaled scores of some query heads become weights.
+
+    Attributes:
+        name: `sigmoid`, `lssa`, `lssar` or `softmax`.
+        bias: `[H]`, added to the scores of a query head (sigmoid).
+        length: N, where the bias takes log N from every row; None for log n, the row's own.
+        power: p of LSSAR.
+    """
+
+    name: str = "softmax"
+    bias: torch.Tensor | None = None
+    length: int | None = None
+    power: int = 1
+
+    def of(self, heads: Sequence[int]) -> ScoreFunction:
+        """Those of some query heads."""
+        bias = None if self.bias is None else take(self.bias, heads, 0)
+        return ScoreFunction(name=self.name, bias=bias, length=self.length, power=self.power)
+
+    def weights(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """See `Scores.weights`."""
+        if self.name == "sigmoid":
+            return self._sigmoid(logits, seen)
+        if self.name == "softmax":
+            return super().weights(logits, seen)
+        soft = functional.softplus(logits).masked_fill(~seen, 0)
+        lssa = soft / soft.sum(-1, keepdim=True).clamp(min=torch.finfo(soft.dtype).tiny)
+        return lssa if self.name == "lssa" else self._reweighted(lssa, seen)
+
+    def _sigmoid(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        if self.length is None:
+            off = seen.sum(-1, keepdim=True).clamp(min=1).to(logits.dtype).log()
+        else:
+            off = logits.new_tensor(math.log(self.length))
+        bias = 0 if self.bias is None else self.bias.to(logits.dtype)[:, None, None]
+        return torch.sigmoid(logits + bias - off).masked_fill(~seen, 0)
+
+    def _reweighted(self, lssa: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """LSSAR from the weights of LSSA.
+
+        relu(x)^p overflows float32 from x = 370 with p = 15, so the largest x of a row is taken out before; a row where
+        no x is above 0 but for rounding, as of equal keys, keeps the weights of LSSA.
+        """
+        count = seen.sum(-1, keepdim=True)
+        excess = functional.relu(count * lssa - (count > LONG_ROW).to(lssa.dtype)).masked_fill(~seen, 0)
+        most = excess.detach().amax(-1, keepdim=True)
+        flat = most < FLAT
+        powers = (excess / most.masked_fill(flat, 1)) ** self.power
+        # A flat row has a sum of 1 here, so that no gradient of the branch that is not taken is NaN.
+        total = powers.sum(-1, keepdim=True).masked_fill(flat, 1)
+        return torch.where(flat, lssa, powers / total)
+
+
+def function_of(group: Any, bias: torch.Tensor) -> ScoreFunction | None:
+    """The function of a plan's `score` entry with the biases of its heads `[H]`; None where it is a plain softmax."""
+    name = group["score"]
+    if name == "ssmax":
+        return None
+    if name == "sigmoid":
+        length = group["reference"] if group["bias"] == "constant" else None
+        return ScoreFunction(name=name, bias=bias, length=length)
+    return ScoreFunction(name=name, power=group["power"] if name == "lssar" else 1)
+
+
+def is_cosine(name: str) -> bool:
+    """Whether the score of a `score` entry is the cosine of query and key, so that keys are normalised."""
+    return name in ("lssa", "lssar")
+
+
+def row_scale(group: Any, count: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor | float:
+    """The factor on q . k (or on the cosine) of rows that see `count` keys, float32, without the head's temperature."""
+    if group["score"] == "ssmax":
+        return count.log() * (scale / math.log(group["reference"]))
+    if is_cosine(group["score"]):
+        return count.log() * math.log(head_dim)
+    return scale

@@ -1,0 +1,153 @@
+"""Text that the model writes itself: drawn as a step-by-step reference draws it, kept, gone on with, and kept apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import compress.data.sampled as sampled_module
+from compress.data.generated import GeneratedText
+from compress.data.reader import Reader
+from compress.data.sampled import RECORD, _noise, _Vocabulary, check_time
+from compress.data.text import FileText
+from compress.errors import NotFiniteError, UserError
+from tests.data.language import byte_loaded, byte_tokenizer, story
+
+LENGTH = 24
+ENDS = [2, *range(200, 240)]  # many, so that documents end and begin again
+
+
+def loaded(begin: bool = False, seed: int = 0) -> Any:
+    made: Any = byte_loaded(seed)
+    made.model.generation_config.eos_token_id = ENDS
+    if begin:
+        made.tokenizer = byte_tokenizer(begin=True)
+    return made
+
+
+def request(tokens: int = 5 * LENGTH, **fields: Any) -> GeneratedText:
+    return GeneratedText(tokens=tokens, length=LENGTH, **{"greedy": 2, "temperature": 1.5, **fields})
+
+
+def reader(folder: Path, model: Any = None, **options: Any) -> Reader:
+    return Reader(model or loaded(), 7, folder, **options)
+
+
+def reference(made: Any, seed: str, asked: GeneratedText) -> list[int]:
+    """One document, a whole pass for every token, in float64 where it is drawn."""
+    words = _Vocabulary(made.model, made.tokenizer, torch.device("cpu"))
+    noise = _noise(seed, LENGTH).tolist()
+    ids: list[int] = []
+    forced: list[int | None] = []
+    age = 0
+    while len(ids) < LENGTH:
+        place = len(ids)
+        forced = [*words.lead.tolist(), None]
+        if age < len(forced):
+            token = forced[age]
+            chosen = token if token is not None else int(words.begins[int(noise[place] * len(words.begins))])
+        else:
+            logits = made.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            logits[words.banned] = -torch.inf
+            mass = (logits / asked.temperature).softmax(-1).cumsum(-1)
+            likely = age < len(forced) + asked.greedy
+            chosen = int(logits.argmax()) if likely else int((mass > noise[place] * mass[-1]).nonzero()[0])
+        age = 0 if chosen in ENDS and age >= len(forced) else age + 1
+        ids.append(chosen)
+    return ids
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@torch.no_grad()
+def test_documents_are_those_of_a_pass_for_every_token(tmp_path: Path, begin: bool) -> None:
+    made, asked = loaded(begin), request()
+    ids = list(asked.read(reader(tmp_path, made), "calibration", 10).ids)
+    assert len(ids) == 5 * LENGTH
+    for number in range(5):
+        assert ids[number * LENGTH : (number + 1) * LENGTH] == reference(made, f"7/calibration/{number}", asked)
+    inside = [ids[i + 1] for i in range(len(ids) - 1) if ids[i] in ENDS and (i + 1) % LENGTH]
+    assert len(inside) > 3, "no document ended, so that none began again"
+    assert all(token == 1 for token in inside) is begin
+    assert 0 not in ids, "a special token that ends nothing"
+
+
+def test_what_is_there_is_not_written_again_and_more_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    write = sampled_module._Writer.write
+
+    def counted(self: Any, seeds: list[str], report: Any) -> torch.Tensor:
+        if len(calls) == 2 and stop:
+            raise KeyboardInterrupt
+        calls.append(len(seeds))
+        return write(self, seeds, report)
+
+    monkeypatch.setattr(sampled_module._Writer, "write", counted)
+    stop = True
+    lines: list[str] = []
+    reports: list[tuple[int, int, str]] = []
+    door = reader(tmp_path, say=lines.append, progress=lambda *report: reports.append(report))
+    with pytest.raises(KeyboardInterrupt):
+        door.ids(request(batch=2), "calibration", 1)
+    stop = False
+    ids = list(door.ids(request(batch=3), "calibration", 1))
+    assert calls == [2, 2, 1] and reports[-1] == (5 * LENGTH, 5 * LENGTH, "text")
+    assert list(door.ids(request(batch=1), "calibration", 1)) == ids and calls == [2, 2, 1]
+    assert list(door.ids(request(7 * LENGTH - 5), "calibration", 1))[: len(ids)] == ids and calls == [2, 2, 1, 2]
+    assert [line.rpartition(" in ")[0] for line in lines] == [
+        f"text: the model wrote {count} tokens (calibration)" for count in (LENGTH, 2 * LENGTH)
+    ]
+
+    (folder,) = tmp_path.iterdir()
+    part = folder / "calibration-0000002.int32"
+    part.write_bytes(b"\0" * part.stat().st_size)
+    again = list(door.ids(request(7 * LENGTH - 5), "calibration", 1))
+    assert again[: len(ids)] == ids and sum(calls) == 7 + 5  # the damaged batch and all behind it
+    assert (folder / RECORD).is_file() and not list(folder.glob(".*"))
+    # Other parts, seeds and settings are other documents, and half as many are held out.
+    held_out = door.ids(request(), "held_out", 1)
+    assert len(held_out) == 5 * LENGTH / 2 and not set(ids[1:LENGTH]) >= set(held_out[1:LENGTH])
+    for other in (Reader(loaded(), 8, tmp_path), reader(tmp_path, loaded(seed=1))):
+        assert list(other.ids(request(), "calibration", 1)) != ids
+    assert list(door.ids(request(greedy=0), "calibration", 1)) != ids
+
+
+def test_a_share_is_mixed_with_a_given_text(tmp_path: Path) -> None:
+    path = tmp_path / "story.txt"
+    path.write_text(story(), encoding="utf-8")
+    given = FileText(path=str(path))
+    door, mixed = reader(tmp_path / "kept"), request(8 * LENGTH, given=given, share=0.25)
+    whole = given.read(door, "calibration", 6 * LENGTH)
+    made = mixed.read(door, "calibration", 1)
+    own = request(2 * LENGTH).read(door, "calibration", 1)
+    assert list(made.ids) == [*own.ids, *whole.ids[: 6 * LENGTH]]
+    assert made.key not in (own.key, whole.key) and own.key in made.key and whole.key in made.key
+    assert mixed.written("calibration") == 2 * LENGTH and mixed.written("evaluation") == LENGTH
+    assert story()[:100] in mixed.known().text and mixed.known().text != given.known().text
+    assert request(batch=2).known() == request().known() != request(greedy=3).known()
+    assert len(mixed.foreseen(door.tokenizer, "", "calibration")) == 8 * LENGTH
+    ids = list(request(8 * LENGTH).read(door, "evaluation", 1).ids)
+    assert request(8 * LENGTH).whole(door) == byte_tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fields in ({"share": 0.5}, {"given": FileText(path="a.txt")}, {"tokens": 2**34}, {"length": 15}):
+        with pytest.raises(ValidationError):
+            GeneratedText(**{"tokens": 100, **fields})
+    with pytest.raises(UserError, match="longer than its context"):
+        request().check(LENGTH - 1)
+    request().check(LENGTH)
+    with pytest.raises(UserError, match=r"about 200 hours on this machine"):
+        check_time(200 * 3600)
+    broken = loaded()
+    broken.model.lm_head.weight.data[0] = float("nan")
+    with pytest.raises(NotFiniteError):
+        reader(tmp_path, broken).ids(request(), "calibration", 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match="no room for the text"):
+        reader(tmp_path).ids(request(greedy=1), "calibration", 1)
