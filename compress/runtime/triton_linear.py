@@ -1,9 +1,10 @@
 """Additive linear attention in Triton: chunk states of the keys, and their read-out merged with a window's softmax.
 
-Keys come as a stream of features that is cut into chunks of 64 tokens, and chunks into segments of four. One launch sums
-every segment by itself, one runs over the segments and leaves the state before each of them, and one reads: a query takes
-the state of its segment, and the chunks between that state and its own boundary as products with their keys. So what lies
-in memory between the launches is one float32 state for 256 tokens, and nothing walks along the sequence but that sum.
+Keys come as a stream of features that is cut into chunks of 64 tokens, and chunks into segments of four. One launch
+sums every segment by itself, one runs over the segments and leaves the state before each of them, and one reads: a
+query takes the state of its segment, and the chunks between that state and its own boundary as products with their
+keys. So what lies in memory between the launches is one float32 state for 256 tokens, and nothing walks along the
+sequence but that sum.
 
 Queries are worked on in pages of 64 positions, because all queries of a page read the state at the same chunk.
 
@@ -13,8 +14,7 @@ segments. A slot is a state `[F, DV]` and behind it its normaliser `[F]`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .reference import Rows
 from .span import PAGE, kept_table
 from .tuned import linear_config
 
-SEGMENT = 4  # chunks; states are kept in between, so twice as many halve their bytes and double the products with keys
+SEGMENT = 4  # chunks; twice as many halve the bytes of the states in between, and double the products with keys
 
 
 @triton.jit
@@ -75,10 +75,16 @@ def inner(
 ):  # fmt: skip
     """Products of rows of DIM numbers with others, `[ROWS, COLUMNS]` float32."""
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for at in tl.static_range(0, DIM, BLOCK):
-        b_left = load_part(p_left, o_left, m_left, at, DIM, BLOCK)
-        b_right = load_part(p_right, o_right, m_right, at, DIM, BLOCK)
-        product = tl.dot(b_left, b_right.T, product, input_precision=PRECISION)
+    if DIM <= 2 * BLOCK:
+        for at in tl.static_range(0, DIM, BLOCK):
+            b_left = load_part(p_left, o_left, m_left, at, DIM, BLOCK)
+            b_right = load_part(p_right, o_right, m_right, at, DIM, BLOCK)
+            product = tl.dot(b_left, b_right.T, product, input_precision=PRECISION)
+    else:  # a loop that stays one, so that shared memory need not hold all blocks
+        for at in tl.range(0, DIM, BLOCK, num_stages=2):
+            b_left = load_part(p_left, o_left, m_left, at, DIM, BLOCK)
+            b_right = load_part(p_right, o_right, m_right, at, DIM, BLOCK)
+            product = tl.dot(b_left, b_right.T, product, input_precision=PRECISION)
     return product
 
 
@@ -282,12 +288,16 @@ def _read(
     DECAY: tl.constexpr,
     OWN: tl.constexpr,
     MERGE: tl.constexpr,
+    MEAN: tl.constexpr,
     KEEP: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V numbers of the outputs of HEADS heads for one page of queries; those that are no token are left alone."""
+    """BLOCK_V numbers of the outputs of HEADS heads for one page of queries; those that are no token are left alone.
+
+    With MEAN what is read is divided by the sum of its weights, and with MERGE joined with the window's output.
+    """
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
     page = tl.program_id(0) // sets
@@ -313,10 +323,11 @@ def _read(
         # [rows, BLOCK_F], [BLOCK_F, BLOCK_V], [BLOCK_F]
         b_query = load_part(p_query, o_query, m_row, at_f, FEATURES, BLOCK_F)
         b_state = load_state(p_state, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
-        o_f = at_f + tl.arange(0, BLOCK_F)
-        b_norm = tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)
         acc = dot_wide(b_query, b_state, acc, SPLIT, PRECISION)
-        mass += tl.sum(b_query.to(tl.float32) * b_norm[None, :], 1)
+        if MEAN:
+            o_f = at_f + tl.arange(0, BLOCK_F)
+            b_norm = tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)
+            mass += tl.sum(b_query.to(tl.float32) * b_norm[None, :], 1)
     if DECAY:
         reach = row_decay(p_decays, chunk, token, SEGMENT, OWN, PAGE)
         acc = acc * tl.exp(reach)[:, None]
@@ -342,9 +353,11 @@ def _read(
         mass += tl.sum(b_weight, 1)
         acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc, input_precision=PRECISION)
 
-    some = mass > 0
-    total = tl.where(some, mass, 1.0)
-    out = tl.where(some[:, None], acc / total[:, None], 0.0)
+    out = acc
+    if MEAN:
+        some = mass > 0
+        total = tl.where(some, mass, 1.0)
+        out = tl.where(some[:, None], acc / total[:, None], 0.0)
     o_number = (b * GROUPS * SHARE + head) * columns + column
     if MERGE:
         b_lse = tl.load(p_lse + o_number, mask=m_row, other=0.0)
@@ -354,9 +367,8 @@ def _read(
         b_window = load_part(p_window, o_window, m_row, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
         out = share[:, None] * b_window + (1.0 - share)[:, None] * out
     store_part(p_out, b * out_b + head * out_h + column * out_t, out, m_row, at_v, VALUE_DIM, BLOCK_V)
-    if KEEP:
-        if at_v == 0:
-            tl.store(p_mass + o_number, mass, mask=m_row)
+    if KEEP and at_v == 0:
+        tl.store(p_mass + o_number, mass, mask=m_row)
 
 
 @dataclass(frozen=True)
@@ -373,6 +385,7 @@ class Layout:
         sums: `[B, G, S * 256]` float32: sums of the logarithms of decays from the start of each segment; None without.
         totals: `[B, G, S]` float32: those of whole segments, of the tokens that go into the state.
         own: whether queries see the keys of their own chunk up to themselves, for heads without a window.
+        segment: SEGMENT, chunks.
     """
 
     rows: Rows
@@ -384,22 +397,16 @@ class Layout:
     sums: torch.Tensor | None
     totals: torch.Tensor | None
     own: bool
+    segment: int
 
     @property
     def segments(self) -> int:
         """S."""
-        return (self.first.shape[-1] - 1) // SEGMENT - 1
+        return (self.first.shape[-1] - 1) // self.segment - 1
 
     def decays(self, instead: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`sums` and `totals`; another tensor, which no kernel reads, where there are no decays."""
         return (instead, instead) if self.sums is None or self.totals is None else (self.sums, self.totals)
-
-
-@lru_cache(maxsize=64)
-def runs_of(rows: Rows, device: torch.device) -> torch.Tensor:
-    """`Layout.runs`, made once for the layers of a pass."""
-    runs = zip(rows.past, rows.start, rows.count, strict=True)
-    return kept_table([(past % PAGE, start, count) for past, start, count in runs], device)
 
 
 def query_pages(rows: Rows) -> int:
@@ -414,10 +421,10 @@ def layout(
     *,
     count: torch.Tensor | None = None,
     absorbed: torch.Tensor | None = None,
-    log_decay: torch.Tensor | None = None,
     own: bool = False,
+    segment: int = SEGMENT,
 ) -> Layout:
-    """The layout of a pass.
+    """The layout of a pass, without decays.
 
     Args:
         rows: which columns are tokens.
@@ -425,39 +432,38 @@ def layout(
         stream: M, columns of the stream of keys.
         count: `[B, G]` tokens of the stream, M everywhere when None.
         absorbed: `[B, G]` tokens of it that the last state holds, whole chunks; all when None.
-        log_decay: `[B, G, M]` or `[G]`, logarithms of decays, at most 0.
-        own: see `Layout`.
+        own, segment: see `Layout`.
     """
-    batch, groups, pages = chunk.shape
-    segments = max(1, -(-stream // (SEGMENT * PAGE)))
-    chunk = chunk.to(torch.int32).contiguous()
-    steps = _numbers((segments + 1) * SEGMENT + 1, chunk.device).expand(batch, groups, -1).contiguous()
-    first = torch.searchsorted(chunk, steps, out_int32=True)
-    if count is None:
-        count = chunk.new_full((batch, groups), stream)
-    absorbed = count if absorbed is None else absorbed
-    sums = totals = None
-    if log_decay is not None:
-        length = SEGMENT * PAGE
-        decay = log_decay.detach().float()
-        decay = (decay[:, None] if decay.dim() == 1 else decay).expand(batch, groups, stream)
-        decay = decay.masked_fill(_numbers(stream, chunk.device) >= count[..., None], 0)
-        decay = torch.nn.functional.pad(decay, (0, segments * length - stream))
-        sums = decay.unflatten(-1, (segments, length)).cumsum(-1)
-        held = (absorbed[..., None] - _numbers(segments, chunk.device) * length).clamp(0, length)
-        totals = torch.nn.functional.pad(sums, (1, 0)).gather(-1, held[..., None].long())[..., 0].contiguous()
-        sums = sums.flatten(-2).contiguous()
-    tokens = torch.stack([count, absorbed], dim=-1).to(torch.int32).contiguous()
-    return Layout(rows, runs_of(rows, chunk.device), pages, chunk, tokens, first, sums, totals, own)
+    with torch.inference_mode(False):  # it is kept for later passes
+        batch, groups, pages = chunk.shape
+        segments = max(1, -(-stream // (segment * PAGE)))
+        chunk = chunk.to(torch.int32).contiguous()
+        steps = torch.arange((segments + 1) * segment + 1, dtype=torch.int32, device=chunk.device)
+        first = torch.searchsorted(chunk, steps.expand(batch, groups, -1).contiguous(), out_int32=True)
+        if count is None:
+            count = chunk.new_full((batch, groups), stream)
+        absorbed = count if absorbed is None else absorbed
+        tokens = torch.stack([count, absorbed], dim=-1).to(torch.int32).contiguous()
+        runs = zip(rows.past, rows.start, rows.count, strict=True)
+        table = kept_table([(past % PAGE, start, count) for past, start, count in runs], chunk.device)
+    return Layout(rows, table, pages, chunk, tokens, first, None, None, own, segment)
 
 
-@lru_cache(maxsize=64)
-def _numbers(count: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(count, dtype=torch.int32, device=device)
+def with_decays(where: Layout, log_decay: torch.Tensor, stream: int) -> Layout:
+    """A layout with the decays of a stream of M tokens, logarithms at most 0: `[B, G, M]`, or `[G]` for all tokens."""
+    batch, groups = where.tokens.shape[:2]
+    segments, length = where.segments, where.segment * PAGE
+    decay = log_decay.detach().float()
+    decay = (decay[:, None] if decay.dim() == 1 else decay).expand(batch, groups, stream)
+    decay = decay.masked_fill(torch.arange(stream, device=decay.device) >= where.tokens[..., :1], 0)
+    decay = torch.nn.functional.pad(decay, (0, segments * length - stream))
+    sums = decay.unflatten(-1, (segments, length)).cumsum(-1)
+    held = where.tokens[..., 1:] - torch.arange(segments, device=decay.device) * length
+    totals = torch.nn.functional.pad(sums, (1, 0)).gather(-1, held.clamp(0, length)[..., None].long())[..., 0]
+    return replace(where, sums=sums.flatten(-2).contiguous(), totals=totals.contiguous())
 
 
-def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int) -> dict[str, Any]:
+def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int, where: Layout) -> dict[str, Any]:
     """Block sizes of the launch of that name in `linear_config`, and what else launches share."""
     features, value_dim = query.shape[-1], value.shape[-1]
     config = linear_config(value.itemsize, value.device)[what]
@@ -468,7 +474,9 @@ def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int) ->
         "VALUE_DIM": value_dim,
         "BLOCK_F": max(16, min(config["features"], triton.next_power_of_2(features))),
         "BLOCK_V": max(16, min(config["values"], triton.next_power_of_2(value_dim))),
-        "SEGMENT": SEGMENT,
+        "SEGMENT": where.segment,
+        "DECAY": where.sums is not None,
+        "OWN": where.own,
         "PAGE": PAGE,
         "STAGES": config["stages"],
         "PRECISION": "ieee" if value.dtype == torch.float32 else "tf32",
@@ -486,9 +494,7 @@ def strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def segment_states(
-    key: torch.Tensor, value: torch.Tensor, first: torch.Tensor | None, where: Layout
-) -> torch.Tensor:
+def segment_states(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor | None, where: Layout) -> torch.Tensor:
     """The state before every segment and after the last, `[B, G, S + 1, F * DV + F]` float32."""
     batch, groups, _, features = key.shape
     value_dim, segments = value.shape[-1], where.segments
@@ -498,7 +504,7 @@ def segment_states(
     else:
         states[:, :, 0, : features * value_dim] = first[..., :value_dim].flatten(2)
         states[:, :, 0, features * value_dim :] = first[..., value_dim]
-    opts = options("sums", key, value, groups)
+    opts = options("sums", key, value, groups, where)
     blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
     sums, totals = where.decays(states)
     _outer[(segments, blocks, batch * groups)](
@@ -517,8 +523,6 @@ def segment_states(
         segments,
         *strides(key, value),
         KEYS=True,
-        DECAY=where.sums is not None,
-        OWN=where.own,
         **opts,
     )
     running(states, where, reverse=False)
@@ -557,16 +561,18 @@ def read(
     where: Layout,
     window: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     *,
+    mean: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, H, T, DV]` in value's dtype, and if kept the sums of weights in the state `[B, H, T]`."""
+    """Outputs `[B, H, T, DV]`, in value's dtype or without `mean` in float32, and if kept the sums of weights."""
     batch, heads, columns, _ = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     make = value.new_empty if where.rows.is_whole(columns) else value.new_zeros
-    out = make(batch, columns, heads, value_dim).transpose(1, 2)
+    out = make(batch, columns, heads, value_dim, dtype=value.dtype if mean else torch.float32).transpose(1, 2)
+    keep = keep and mean
     mass = states.new_zeros((batch, heads, columns) if keep else (1,))
     share = heads // groups
-    opts, at_once = options("read", query, value, groups), heads_at_once("read", share, value)
+    opts, at_once = options("read", query, value, groups, where), heads_at_once("read", share, value)
     over, lse, gain = (out, mass, mass) if window is None else window
     _read[(where.pages * (share // at_once), triton.cdiv(value_dim, opts["BLOCK_V"]), batch * groups)](
         query,
@@ -587,9 +593,8 @@ def read(
         where.segments,
         *strides(query, key, value, over, out),
         HEADS=at_once,
-        DECAY=where.sums is not None,
-        OWN=where.own,
         MERGE=window is not None,
+        MEAN=mean,
         KEEP=keep,
         SPLIT=value.dtype == torch.bfloat16,
         **opts,
@@ -609,14 +614,15 @@ class _Linear(torch.autograd.Function):
         lse: torch.Tensor | None,
         log_gain: torch.Tensor | None,
         where: Layout,
+        mean: bool,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states = segment_states(key, value, first, where)
         window = None if out is None or lse is None or log_gain is None else (out, lse, log_gain)
-        result, mass = read(query, key, value, states, where, window, keep=keep)
+        result, mass = read(query, key, value, states, where, window, mean=mean, keep=keep)
         if keep:
             ctx.save_for_backward(query, key, value, states, out, lse, log_gain, result, mass)
-            ctx.where, ctx.first = where, first is not None
+            ctx.where, ctx.mean, ctx.first = where, mean, first is not None
         ctx.set_materialize_grads(False)
         return result, last_state(states, key.shape[-1], value.shape[-1])
 
@@ -624,8 +630,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         from .triton_linear_backward import backward
 
-        found = backward(grads[0], grads[1], *ctx.saved_tensors, ctx.where, with_first=ctx.first)
-        return (*found, None, None)
+        found = backward(grads[0], grads[1], *ctx.saved_tensors, ctx.where, mean=ctx.mean, with_first=ctx.first)
+        return (*found, None, None, None)
 
 
 def additive(
@@ -634,25 +640,33 @@ def additive(
     value: torch.Tensor,
     first: torch.Tensor | None,
     where: Layout,
+    *,
+    log_decay: torch.Tensor | None = None,
+    mean: bool = True,
     window: tuple[torch.Tensor, torch.Tensor] | None = None,
     log_gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Additive linear attention of T new columns, differentiable in all but `where`.
+    """Additive linear attention of T new columns, differentiable in all but `where` and `log_decay`.
 
     Args:
         query: features `[B, H, T, F]`.
         key: features `[B, G, M, F]` of the stream of keys, which starts at a whole page.
-        value: `[B, G, M, DV]`; its dtype is that of the products.
+        value: `[B, G, M, DV]`; the features are rounded to its dtype, but for float16, where all is in float32.
         first: the state before the stream, `[B, G, F, DV + 1]` float32; None when it is empty.
         where: what `layout` made.
+        log_decay: see `with_decays`.
+        mean: divide by the sum of the weights; else the result is the sum itself, in float32.
         window: output `[B, H, T, DV]` and natural log-sum-exp `[B, H, T]` of the softmax over the keys in sight, which
-            the result is merged with as by `merge.merge`; None for heads without one.
-        log_gain: `[B, H, T]` or what broadcasts to it, float32: logarithm of the factor on the state's weights, with
-            the decay from the state's boundary to the query.
+            the mean is merged with as by `merge.merge`; None for heads without one.
+        log_gain: `[B, H, T]` or what broadcasts to it, float32: logarithm of the factor on the state's weights.
 
     Returns:
         `[B, H, T, DV]`, zero in columns that are no token, and the last state `[B, G, F, DV + 1]` float32.
     """
+    dtype = value.dtype
+    if dtype == torch.float16:
+        value = value.float()
+        window = None if window is None else (window[0].float(), window[1])
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = lse = gain = None
@@ -660,7 +674,9 @@ def additive(
         out = window[0] if window[0].stride(-1) == 1 else window[0].contiguous()
         lse = window[1].float().contiguous()
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
+    if log_decay is not None:
+        where = with_decays(where, log_decay, key.shape[2])
     given = (query, key, value, first, out, lse, gain)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    found: tuple[torch.Tensor, torch.Tensor] = _Linear.apply(*given, where, keep)
-    return found
+    found, last = _Linear.apply(*given, where, mean, keep)
+    return found.to(dtype) if mean else found, last

@@ -1,4 +1,4 @@
-"""Gradients of additive linear attention: rows first, then states by a sum that runs backwards, queries, keys, values."""
+"""Gradients of additive linear attention: of rows, of states by a sum that runs backwards, of queries, keys, values."""
 
 from __future__ import annotations
 
@@ -327,6 +327,87 @@ def _keys(
         store_part(p_rows, j * to_t, acc, m_j, at, FEATURES, BLOCK_F)
 
 
+def of_states(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    states: torch.Tensor,
+    where: Layout,
+) -> torch.Tensor:
+    """What the queries of every segment add to the gradient of the state before it, in slots like `states`.
+
+    Args:
+        grad: `[B, H, T, DV]`, of what queries read.
+        weight, extra: `[B, H, T]` float32, the factor on `grad` for values, and the gradient of the normaliser.
+    """
+    batch, heads, columns, features = query.shape
+    groups, value_dim = states.shape[1], value.shape[-1]
+    opts = options("sums", query, value, groups, where)
+    blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
+    sums, totals = where.decays(states)
+    found = torch.empty_like(states)
+    _outer[(where.segments + 1, blocks, batch * groups)](
+        query,
+        grad,
+        weight,
+        extra,
+        sums,
+        totals,
+        found,
+        where.runs,
+        where.first,
+        where.chunk,
+        where.pages,
+        columns,
+        where.segments,
+        *strides(query, grad),
+        KEYS=False,
+        **opts,
+    )
+    return found
+
+
+def of_queries(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    where: Layout,
+) -> torch.Tensor:
+    """The gradient of the queries `[B, H, T, F]`; arguments as of `of_states` and `triton_linear.read`."""
+    batch, heads, columns, features = query.shape
+    groups = key.shape[1]
+    opts = options("gradients", query, value, groups, where)
+    at_once = heads_at_once("gradients", heads // groups, value)
+    found = torch.zeros_like(query)
+    _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
+        grad,
+        key,
+        value,
+        where.decays(states)[0],
+        states,
+        weight,
+        extra,
+        where.chunk,
+        where.runs,
+        where.tokens,
+        found,
+        where.pages,
+        columns,
+        where.segments,
+        *strides(grad, key, value, found),
+        HEADS=at_once,
+        SPLIT=value.dtype == torch.bfloat16,
+        **opts,
+    )
+    return found
+
+
 def backward(
     grad: torch.Tensor | None,
     grad_last: torch.Tensor | None,
@@ -341,96 +422,59 @@ def backward(
     mass: torch.Tensor,
     where: Layout,
     *,
+    mean: bool,
     with_first: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of query, key, value, first, window, lse and gain, from those of `additive`'s two results.
 
-    Zero in columns that are no token. `grad` and `grad_last` are None where nothing depends on that result.
+    Zero in columns that are no token; `mean` as in the forward pass.
+    `grad` and `grad_last` are None where nothing depends on that result.
     """
     batch, heads, columns, features = query.shape
     groups, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    segments, pages, merged = where.segments, where.pages, window is not None
-    grad = torch.zeros_like(out) if grad is None else grad if grad.stride(-1) == 1 else grad.contiguous()
+    pages, merged = where.pages, window is not None
+    grad = torch.zeros_like(out) if grad is None else grad
+    grad = grad.to(value.dtype) if grad.stride(-1) == 1 else grad.to(value.dtype).contiguous()
     grad_window = torch.zeros_like(window) if window is not None else None
     grad_lse = torch.zeros_like(mass) if merged else None
-    weight, extra = torch.zeros_like(mass), torch.zeros_like(mass)
+    weight, extra = (mass.new_zeros(batch, heads, columns) for _ in range(2))
     over, to = (out, out) if window is None or grad_window is None else (window, grad_window)
-    _rows[(pages, batch * heads)](
-        grad,
-        out,
-        over,
-        mass if lse is None else lse,
-        mass if gain is None else gain,
-        mass,
-        where.runs,
-        to,
-        mass if grad_lse is None else grad_lse,
-        weight,
-        extra,
-        columns,
-        heads,
-        *strides(grad, out, over, to),
-        VALUE_DIM=value_dim,
-        BLOCK_V=min(64, max(16, triton.next_power_of_2(value_dim))),
-        PAGE=PAGE,
-        MERGE=merged,
-        num_warps=4,
-    )
+    if mean:
+        _rows[(pages, batch * heads)](
+            grad,
+            out,
+            over,
+            mass if lse is None else lse,
+            mass if gain is None else gain,
+            mass,
+            where.runs,
+            to,
+            mass if grad_lse is None else grad_lse,
+            weight,
+            extra,
+            columns,
+            heads,
+            *strides(grad, out, over, to),
+            VALUE_DIM=value_dim,
+            BLOCK_V=min(64, max(16, triton.next_power_of_2(value_dim))),
+            PAGE=PAGE,
+            MERGE=merged,
+            num_warps=4,
+        )
+    else:
+        weight.fill_(1)
 
-    sums, totals = where.decays(states)
-    kinds = {"DECAY": where.sums is not None, "OWN": where.own}
-    grad_states = torch.empty_like(states)
-    opts = options("sums", query, value, groups)
-    blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
-    _outer[(segments + 1, blocks_f * blocks_v, batch * groups)](
-        query,
-        grad,
-        weight,
-        extra,
-        sums,
-        totals,
-        grad_states,
-        where.runs,
-        where.first,
-        where.chunk,
-        pages,
-        columns,
-        segments,
-        *strides(query, grad),
-        KEYS=False,
-        **kinds,
-        **opts,
-    )
+    grad_states = of_states(grad, query, value, weight, extra, states, where)
     if grad_last is not None:
         grad_states[:, :, -1, : features * value_dim] += grad_last[..., :value_dim].flatten(2)
         grad_states[:, :, -1, features * value_dim :] += grad_last[..., value_dim]
     running(grad_states, where, reverse=True)
 
-    split = value.dtype == torch.bfloat16
-    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    opts, at_once = options("gradients", query, value, groups), heads_at_once("gradients", heads // groups, value)
+    grad_query = of_queries(grad, query, key, value, states, weight, extra, where)
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    sums, totals = where.decays(states)
+    opts = options("gradients", query, value, groups, where)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
-    _queries[(pages * (heads // groups // at_once), blocks_f, batch * groups)](
-        grad,
-        key,
-        value,
-        sums,
-        states,
-        weight,
-        extra,
-        where.chunk,
-        where.runs,
-        where.tokens,
-        grad_query,
-        pages,
-        columns,
-        segments,
-        *strides(grad, key, value, grad_query),
-        HEADS=at_once,
-        SPLIT=split,
-        **kinds,
-        **opts,
-    )
     for values, blocks, target in ((False, blocks_f, grad_key), (True, blocks_v, grad_value)):
         _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
             query,
@@ -449,11 +493,10 @@ def backward(
             target,
             pages,
             columns,
-            segments,
+            where.segments,
             *strides(query, key, value, grad, target),
             VALUES=values,
-            SPLIT=split,
-            **kinds,
+            SPLIT=value.dtype == torch.bfloat16,
             **opts,
         )
     grad_first = None
