@@ -479,7 +479,7 @@ def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int, wh
         "OWN": where.own,
         "PAGE": PAGE,
         "STAGES": config["stages"],
-        "PRECISION": "ieee" if value.dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"],
     }
 

@@ -150,7 +150,7 @@ def read_one(
         MERGE=window is not None,
         MEAN=mean,
         SPLIT=dtype == torch.bfloat16,
-        PRECISION="ieee",
+        PRECISION="tf32x3",
         num_warps=config["warps"],
     )
     return out
@@ -285,7 +285,7 @@ def absorb(
         BLOCK_W=block_w,
         BLOCK_V=block_v,
         PAGE=PAGE,
-        PRECISION="ieee",
+        PRECISION="tf32x3",
         num_warps=8 if block_w > 128 else 4,
         **options,
     )

@@ -192,7 +192,7 @@ def _walk(
         REVERSE=reverse,
         STAGES=config["stages"],
         SPLIT=kept.dtype == torch.bfloat16,
-        PRECISION="ieee",
+        PRECISION="tf32x3",
         num_warps=config["warps"],
     )
 
@@ -224,7 +224,7 @@ def _chunk_writes(
         BLOCK_V=block_v,
         PAGE=PAGE,
         DECAY=where.sums is not None,
-        PRECISION="ieee",
+        PRECISION="tf32x3",
         num_warps=4,
     )
     return written, erased, kept

@@ -170,7 +170,7 @@ def _launch(
         BIASED=bias is not None,
         BACKWARD=grad is not None,
         SPLIT=rows.dtype == torch.bfloat16,
-        PRECISION="ieee",
+        PRECISION="tf32x3",
         num_warps=8 if block_w > 128 else 4,
     )
 
