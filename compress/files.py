@@ -20,11 +20,11 @@ from compress.errors import UserError
 PART = re.compile(r"\..+?(?:\.(\d+))?\.part")  # .NAME.PROCESS.part, the process being the writer's
 SCRATCH = "compress-"  # what temporary folders begin with
 
-_RIGHTS = ("it may not be written", "check the rights of the file and of its folder")
+_RIGHTS = ("permission to write is denied", "check the rights of the file and of its folder")
 _HANDLES = ("too many files are open", "raise the limit, for instance `ulimit -n 4096`, or end other programs")
-_OTHER_KIND = ("something else is there under that name", "move it away, or name another place")
+_OTHER_KIND = ("the path exists already and is of another kind", "move it away, or name another place")
 _GONE = (
-    "it is not there: it, or the folder it belongs in, was moved or deleted",
+    "the file or its folder does not exist; it was moved or deleted",
     "check the path, and that nothing moves or deletes the folder while the command runs",
 )
 _WORDS = {
@@ -33,10 +33,10 @@ _WORDS = {
     errno.EFBIG: ("the file would be larger than this system allows", "raise the limit (`ulimit -f`)"),
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
-    errno.EROFS: ("the disk can only be read", "name a place on a disk that can be written"),
+    errno.EROFS: ("the disk is read-only", "name a place on a writable disk"),
     errno.ENOENT: _GONE,
     errno.ESTALE: _GONE,
-    errno.ENOTDIR: ("a part of the path is a file and no folder", "name another place"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another place"),
     errno.EISDIR: _OTHER_KIND,
     errno.EEXIST: _OTHER_KIND,
     errno.ENOTEMPTY: _OTHER_KIND,
@@ -44,8 +44,8 @@ _WORDS = {
     errno.EMFILE: _HANDLES,
     errno.ENFILE: _HANDLES,
     errno.ENAMETOOLONG: ("the name is too long for this system", "choose a shorter name"),
-    errno.ELOOP: ("it is a symbolic link, and nothing is written through one", "remove the link"),
-    errno.EIO: ("the disk reports an error of its own", "check the disk"),
+    errno.ELOOP: ("the path is a symbolic link, which compress does not write through", "remove the link"),
+    errno.EIO: ("the disk reports an input/output error", "check the disk"),
     errno.ENOMEM: ("there is not enough memory", "end other programs"),
 }
 _IN_TEXT = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers tell of it

@@ -64,7 +64,7 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise JsonError("half a character: \\ud800 to \\udfff stand in pairs only") from None
+            raise JsonError("half of a surrogate pair: \\ud800 to \\udfff stand in pairs only") from None
     return value
 
 
@@ -72,7 +72,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, count = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise JsonError(f"the key {_short(twice)} is there {'twice' if count == 2 else f'{count} times'}")
+        raise JsonError(f"the key {_short(twice)} is given {'twice' if count == 2 else f'{count} times'}")
     return found
 
 
@@ -90,7 +90,7 @@ def _finite(digits: str) -> float:
 
 
 def _constant(name: str) -> NoReturn:
-    raise JsonError(f"{name} is no number")
+    raise JsonError(f"{name} is not a number")
 
 
 def _check_depth(value: Any) -> None:
@@ -131,7 +131,7 @@ def read_bytes(path: Path, what: str, *, fix: str | None = None, most: int = MOS
         with path.open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise UserError(f"{what} is not there", where=str(path), fix=fix) from None
+        raise UserError(f"{what} is missing", where=str(path), fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         found = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{what} cannot be read", where=str(path), found=found, fix=fix) from None

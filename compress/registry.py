@@ -18,7 +18,7 @@ def _usable(path: str) -> str:
     try:
         parts = Path(path).expanduser().parts
     except RuntimeError:
-        raise ValueError(f"expected a path; nobody here has the home folder of `{path.split('/')[0][:60]}`") from None
+        raise ValueError(f"expected a path; this machine has no user `{path.split('/')[0][:60]}`") from None
     if any(len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in parts):
         raise ValueError(f"expected a path; a name in it has more than {LONGEST_NAME} bytes")
     return path

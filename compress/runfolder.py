@@ -36,7 +36,9 @@ MODEL = "model.json"
 LOG = "log.jsonl"
 LOCK = ".lock"
 PREPARED = "options/prepare.json"  # what was trained before the search
+EFFECTS = "options/effect"  # what that costs the loss, in the form of a profile
 RECOVERED, CONTROL = "recover/recover.json", "recover/control/recover.json"  # records of what was trained
+WINDOWS = "recover/windows/recover.json"  # of the plan without the states of its linear heads
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.
 OPENING = {"recipe.yaml", "recipe.resolved.yaml", MODEL, "environment.json", "inputs.json", STAGES, LOG}
@@ -192,7 +194,7 @@ class RunFolder:
             holder = file.read(64).strip()
             if holder and not holder.isdigit():
                 raise UserError(
-                    "a file is in the place of the run folder's lock",
+                    "a file that compress did not write has the name of the run folder's lock",
                     where=str(self.path / LOCK),
                     expected="no such file, or one that this program wrote",
                     fix="move the file away",
@@ -242,7 +244,7 @@ def open_run(
             run of this model.
     """
     if "\0" in str(path):
-        raise UserError("a path has no character 0 in it", where=repr(str(path)), fix="change `output:`")
+        raise UserError("the path contains a NUL character", where=repr(str(path)), fix="change `output:`")
     try:
         if path.exists() and not path.is_dir():
             raise UserError("the output is a file", where=str(path), expected="a folder", fix="change `output:`")

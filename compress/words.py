@@ -13,6 +13,11 @@ def size(count: int | float) -> str:
     return f"{value:.2f} GiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as `1 weight` and `3 weights`; for nouns whose plural ends in s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 60:

@@ -29,6 +29,7 @@ from compress.search.dense import Dense
 from compress.search.problem import Candidate
 from compress.search.run import make_problem
 from compress.search.solvers.amp import Amp
+from compress.targets.target import Target
 
 
 class Nothing:
@@ -36,6 +37,7 @@ class Nothing:
 
     lengths = ()
     grid = None
+    priced = ()
 
     def find(self, key: Key) -> None:
         """There is none."""
@@ -43,6 +45,10 @@ class Nothing:
     def tensor(self, key: Key) -> torch.Tensor:
         """There is none."""
         raise KeyError(key)
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """There is none."""
+        raise KeyError(target)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa
+from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
 
@@ -31,6 +32,7 @@ class Tables:
     lengths: tuple[int, ...]
     grid: SpanGrid
     tensors: dict[str, torch.Tensor]
+    priced: tuple[Target, ...] = ()
 
     def find(self, key: Key) -> torch.Tensor | None:
         """The table of a key; None where there is none."""
@@ -39,6 +41,10 @@ class Tables:
     def tensor(self, key: Key) -> torch.Tensor:
         """The table of a key."""
         return self.tensors[str(key)]
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """There is none."""
+        raise KeyError(target)
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ from compress.models.planned import planned_model
 from compress.plan import Plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
+from compress.targets.aaren import AarenGroup
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
@@ -35,24 +37,36 @@ LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
+# Two targets in one cell: each of the three models has both.
+SCORED = (
+    ScoreGroup(score="sigmoid", sink=4, alpha=60, beta=0.0),
+    AarenGroup(),
+    ScoreGroup(score="ssmax", reference=256, alpha=20, beta=0.5),
+    FullGroup(),
+    ScoreGroup(score="lssar", power=3),
+)
+
 # The groups that the layers of a plan cycle through to try each registered target. Three models stand for all: one with
 # grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
 TARGETS: dict[str, tuple[Target, ...]] = {
+    "aaren": SCORED,
     "full": MIXED,
-    "pruned": MIXED,
-    "score": (
-        ScoreGroup(score="sigmoid", sink=4, alpha=60, beta=0.0),
-        ScoreGroup(score="ssmax", reference=256, alpha=20, beta=0.5),
+    "linear": (
+        LinearGroup(alpha=1),
+        LinearGroup(map="elu", alone=True, decay="token"),
+        LinearGroup(sink=4, alpha=20, beta=0.25, map="relu", decay="fixed", slope=0.01),
         FullGroup(),
-        ScoreGroup(score="lssar", power=3),
+        LinearGroup(rule="delta", alone=True),
+        LinearGroup(rule="delta", decay="token", sink=70, alpha=40),
     ),
+    "pruned": MIXED,
+    "score": SCORED,
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
     "window": MIXED,
 }
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
-CELLS = {
-    f"{base}, {target}": (base, groups) for target, groups in TARGETS.items() if groups is not MIXED for base in BASES
-}
+OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
+CELLS = {f"{base}, {target}": (base, groups) for groups, target in OTHERS.items() for base in BASES}
 MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED), *CELLS]
 
 

@@ -73,7 +73,7 @@ def test_lines_are_added_to_a_regular_file_only(tmp_path: Path) -> None:
         append_line(tmp_path / "link", "x")
     assert target.read_text() == "years"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="something else is there"):
+    with pytest.raises(UserError, match="the path exists already"):
         append_line(tmp_path / "pipe", "x")  # and does not wait for a reader
 
 
@@ -82,11 +82,11 @@ WORDS = {
     errno.EDQUOT: "quota",
     errno.EACCES: "check the rights",
     errno.EPERM: "check the rights",
-    errno.EROFS: "can only be read",
+    errno.EROFS: "read-only",
     errno.ENOENT: "moved or deleted",
     errno.EMFILE: "too many files",
     errno.ENFILE: "too many files",
-    errno.EIO: "the disk reports an error",
+    errno.EIO: "the disk reports an input/output error",
     errno.ENAMETOOLONG: "too long",
 }
 

@@ -106,14 +106,17 @@ TESTS = {
     "objective": {
         "distill": "train/test_recover.py",
         "gates": "profile/test_scores.py",
+        "parts": "train/test_hidden.py",
         "side": "train/test_side.py",
         "text": "train/test_recover.py",
         "transfer": "train/scaled.py",
+        "weights": "train/test_hidden.py",
     },
     "solver": {
         "allocated": "search/test_pruning.py",
         "amp": "search/test_pruning.py",
         "heads": "search/test_solvers.py",
+        "keep": "search/test_prepared.py",
         "layers": "search/test_solvers.py",
         "moa": "search/test_search.py",
         "priced": "test_docs.py",

@@ -20,14 +20,14 @@ from compress.json_file import MOST_DEPTH, JsonError, parse_json, read_object, r
         (b"[" * (MOST_DEPTH + 2) + b"]" * (MOST_DEPTH + 2), "nested too deeply"),
         (b"9" * 6_000, "a whole number of 6,000 digits"),
         (b"-" + b"9" * 4_301, "a whole number of"),
-        (b'{"a": NaN}', "NaN is no number"),
-        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b'{"a": 1e999}', "too large"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is given twice"),
         (b'{"a": "\xff"}', "byte 7 is 0xff"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-        (rb'{"a": "\ud800"}', "half a character"),
-        (rb'{"\udc00": 1}', "half a character"),
+        (rb'{"a": "\ud800"}', "half of a surrogate pair"),
+        (rb'{"\udc00": 1}', "half of a surrogate pair"),
         (b"", "line 1, column 1"),
     ],
 )
@@ -53,7 +53,7 @@ def test_an_object_is_expected(content: bytes, tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text("[" + "0," * 50 + "0]")
     for path, says in (
-        (tmp_path / "none.json", "the file is not there"),
+        (tmp_path / "none.json", "the file is missing"),
         (tmp_path, "the file cannot be read"),
         (tmp_path / "a\0b", "the file cannot be read"),
         (tmp_path / "large.json", "at most 100 bytes"),

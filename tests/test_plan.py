@@ -127,7 +127,7 @@ def test_wrong_counts_and_missing_files(tmp_path, shape):
         "wrong number of layers",
         "wrong number of head groups",
     ]
-    with pytest.raises(UserError, match="the plan is not there"):
+    with pytest.raises(UserError, match="the plan is missing"):
         read_plan(tmp_path / "nothing.json")
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError, match="the plan is damaged"):

@@ -286,8 +286,8 @@ def test_every_number_has_a_limit() -> None:
         ("budget:", "refine: {minutes: 1.0e+300}\n  budget:", "less than or equal to 100000"),
         ("budget:", "refine: {weights: {passkey: 0}}\n  budget:", "greater than 0"),
         ("count: 1", "count: 1, digits: .inf", "not finite"),
-        ("output: runs/x", "output: ~nobody-of-this-name/x", "home folder of `~nobody-of-this-name`"),
-        ("demo/smollm2-135m", "~nobody-of-this-name/x", "home folder"),
+        ("output: runs/x", "output: ~nobody-of-this-name/x", "has no user `~nobody-of-this-name`"),
+        ("demo/smollm2-135m", "~nobody-of-this-name/x", "has no user"),
         ("output: runs/x", f"output: runs/{'x' * 300}", "more than 255 bytes"),
         ("model:", f"evaluate: {{lm_eval: {{include: '{'x' * 300}'}}}}\nmodel:", "more than 255 bytes"),
         ("kv: 0.5", f"decode_time: 0.5, cost_table: ['{'x' * 300}']", "more than 255 bytes"),
@@ -329,7 +329,7 @@ def test_a_recipe_that_is_not_utf_8_says_where(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not UTF-16-LE in line 2, byte 18"):
         load_recipe(path)
     path.write_bytes(b"#" * 1_000_000)
-    with pytest.raises(UserError, match="too large to be a recipe"):
+    with pytest.raises(UserError, match="too large for a recipe"):
         load_recipe(path)
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe("a\0b.yaml")

@@ -27,11 +27,11 @@ def bench(
     ] = None,
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
-    batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Sequences of a decode step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Sequences in a decode step.")] = 1,
     impl: Annotated[str, typer.Option(help="auto, reference, triton or flash.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Seed of random weights and inputs.")] = 0,
     out: Annotated[str | None, typer.Option(help="A folder for bench.json and bench.png.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -50,21 +50,21 @@ def bench(
     if dense is not None:
         arguments.model(dense, "--dense")
     if mixes and plan is not None:
-        raise UserError("a plan and a named plan are given", where="--mix", fix="leave out --mix or --plan")
+        raise UserError("--mix and --plan cannot be combined", where="--mix", fix="leave out --mix or --plan")
     if not mixes:  # kernels and single layers are measured with a named plan
         kinds = [kind for kind in kinds if kind == "model"]
         if not kinds:
             raise UserError(
-                "kernels and layers are measured with a named plan",
+                "kernels and single layers can only be measured with a named plan",
                 where="--mix",
                 expected="A, B or full",
                 found="none",
                 fix="add --mix A, or measure --what model",
             )
     elif dense is not None:
-        raise UserError("a named plan is measured on the model itself", where="--dense", fix="leave out one of the two")
+        raise UserError("--mix and --dense cannot be combined", where="--dense", fix="leave out --mix or --dense")
     if dense is not None and plan is not None:
-        raise UserError("a plan.json is measured on the model itself", where="--dense", fix="leave out one of the two")
+        raise UserError("--plan and --dense cannot be combined", where="--dense", fix="leave out --plan or --dense")
     folder = None if out is None else arguments.out_folder(out)
     report = measure(model, plan, mixes, kinds, sizes, batch, impl, device, dtype, seed, dense)
     if folder is not None:
@@ -106,7 +106,10 @@ def measure(
         explain_impl(impl, where, DTYPES[dtype], 128)
     except ValueError as error:
         raise UserError(
-            "this attention cannot run here", where="--impl", found=str(error), fix="use auto or reference"
+            "this implementation cannot run here",
+            where="--impl",
+            found=str(error),
+            fix="use auto or reference",
         ) from error
     torch.manual_seed(seed)
     source = ModelSource(model, plan)

@@ -36,24 +36,24 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Tokens of the suites' items, by commas.")] = "2048",
     count: Annotated[int, typer.Option(min=1, max=DOCUMENTS, help="Items of each suite and length.")] = 20,
     perplexity: Annotated[
-        int | None, typer.Option(min=2, max=LONGEST, help="Perplexity in windows of so many tokens.")
+        int | None, typer.Option(min=2, max=LONGEST, help="Perplexity in windows of this many tokens.")
     ] = None,
     latency: Annotated[
-        int | None, typer.Option(min=2, max=LONGEST, help="Time prefill and decode behind so many tokens.")
+        int | None,
+        typer.Option(min=2, max=LONGEST, help="Time the prefill of this many tokens, and decode steps after it."),
     ] = None,
     measure: Annotated[
         list[str] | None,
         typer.Option(metavar="YAML", help="As in a recipe: 'agreement: {length: 512}'. Repeatable."),
     ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, max=BATCH, help="Inputs at once, in decode steps that are timed, too.")
-    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Inputs per batch, also in timed decode steps.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the suites.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Seed of the suites' items.")] = 0,
     out: Annotated[str | None, typer.Option(help="The folder for the results; runs/eval-MODEL by default.")] = None,
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="Beside each plan, the uniform window of no more bytes.")
+        bool,
+        typer.Option("--uniform", help="Also measure the largest uniform window that takes no more bytes than a plan."),
     ] = False,
     record: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the requests of --tasks there (.json.gz), run no model.")
@@ -68,8 +68,8 @@ def evaluate(
     """Measure what a model keeps: a recipe's plan beside the dense model, or any models on the same tasks.
 
     A checkpoint of this project is measured beside the dense model on its own weights, without running its code;
-    a plan.json behind the first model is that model with the plan.
-    What was measured before with the same weights, task and seed is read and not measured again.
+    a plan.json after the first model stands for that model with the plan.
+    Results for the same weights, task and seed are kept and not measured again.
 
     Where lm-eval or its data cannot be installed: --record writes the requests elsewhere, and --replay answers them.
     """
@@ -85,7 +85,11 @@ def evaluate(
             )
         comparison = _recipe(what[0], settings, overwrite)
     elif settings:
-        raise UserError("`--set` changes a recipe", where=settings[0], fix="name a recipe, or leave it out")
+        raise UserError(
+            "`--set` can only change a recipe",
+            where=settings[0],
+            fix="name a recipe, or leave it out",
+        )
     elif record is not None:
         asked: dict[str, Any] = {"tasks": tasks}
         file = arguments.given_path(record, "--record")

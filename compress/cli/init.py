@@ -20,7 +20,7 @@ def init(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="demo/smollm2-135m, a hub id, a folder or a .gguf file")
     ],
-    kv: Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the KV cache's bytes that stays.")] = None,
+    kv: Annotated[str | None, typer.Option(metavar="SHARE", help="Share of the KV cache's bytes to keep.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Input lengths in tokens, by commas; chosen by default.")] = None,
     settings: Settings = None,
     output: Annotated[str | None, typer.Option(help="The run folder; runs/MODEL by default.")] = None,

@@ -13,7 +13,7 @@ from compress.cli.output import AsJson, Verbose
 from compress.errors import UserError
 from compress.json_file import read_object
 from compress.limits import SHOWN_LENGTHS
-from compress.words import duration, size
+from compress.words import counted, duration, size
 
 if TYPE_CHECKING:
     from compress.plan import Form, Plan
@@ -181,7 +181,9 @@ def _print_checkpoint(folder: Path) -> None:
     from compress.json_file import read_object
 
     weights = sorted(folder.glob("*.safetensors"))
-    typer.echo(f"{folder}: {len(weights)} weight file(s), {size(sum(path.stat().st_size for path in weights))}")
+    typer.echo(
+        f"{folder}: {counted(len(weights), 'weight file')}, {size(sum(path.stat().st_size for path in weights))}"
+    )
     checks = folder / "compress_checks.json"
     if checks.is_file():
         verified = read_object(checks, "the record of the verification", fix="export again")

@@ -23,11 +23,13 @@ def methods(
     if kind is None:
         known = kinds()
         if as_json:
-            typer.echo(json.dumps({each: [one.name for one in found] for each, found in known.items()}, indent=1))
+            typer.echo(json.dumps({plural: [one.name for one in rows] for plural, rows in known.items()}, indent=1))
             return
-        for each, found in known.items():
-            typer.echo(f"{each:<14}{', '.join(one.name for one in found)}")
-        typer.echo("\ncompress methods KIND says what each of a kind is, compress methods KIND NAME has its keys")
+        for plural, rows in known.items():
+            typer.echo(f"{plural:<14}{', '.join(one.name for one in rows)}")
+        typer.echo(
+            "\ncompress methods KIND describes every method of a kind; compress methods KIND NAME lists the keys of one"
+        )
         return
     shown = entries(kind) if name is None else [entry(kind, name)]
     if as_json:

@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ENDING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-DEFECT = "this should not have happened, it is a defect of compress"  # what begins the sentence of a foreign exception
+DEFECT = "this is a bug in compress"  # what begins the sentence of a foreign exception
 QUIET_SECONDS = 20.0  # between two progress lines where there is no terminal
 
 

@@ -10,7 +10,7 @@ import typer
 from compress.cli import arguments
 from compress.cli.output import Verbose, say
 from compress.errors import UserError
-from compress.words import size
+from compress.words import counted, size
 
 
 def report(
@@ -118,4 +118,4 @@ def write_report(folders: list[Path], path: Path) -> None:
     facts = [read_facts(folder) for folder in folders]
     page = render(facts, date.today().isoformat(), __version__)
     write_text(path, page)
-    say(f"report: {len(facts)} folder(s), {size(len(page.encode()))}")
+    say(f"report: {counted(len(facts), 'folder')}, {size(len(page.encode()))}")

@@ -49,7 +49,7 @@ def sweep(
         _show(folder, folders, as_json)
     say(f"sweep: {len(done)} of {len(points)} done" + (f"; {folder / 'report.html'}" if folders else ""))
     if failed:
-        say(f"sweep: not done: {', '.join(failed)}; what was wrong stands above, and the same command tries them again")
+        say(f"sweep: not done: {', '.join(failed)}; the reasons are above, and the same command tries these again")
         raise typer.Exit(2)
 
 

@@ -185,7 +185,7 @@ class FileText(StoredText):
         """
         path = Path(self.path).expanduser()
         if path.suffix not in (".txt", ".jsonl"):
-            raise UserError("not a kind of text file that is read here", where=self.path, expected="*.txt or *.jsonl")
+            raise UserError("this kind of text file is not supported", where=self.path, expected="*.txt or *.jsonl")
         try:
             with path.open("rb") as raw:
                 encoding = encoding_of(raw.read(4))
@@ -275,9 +275,9 @@ class DatasetText(StoredText):
             ) from error
         if int(datasets.__version__.split(".")[0]) < 4:
             raise UserError(
-                "this version of datasets may run code that a dataset carries",
+                "this version of the package datasets can run code from a dataset",
                 where=self.id,
-                expected="datasets 4 or later, which cannot",
+                expected="datasets 4 or later, which does not run code from datasets",
                 found=datasets.__version__,
                 fix="pip install -U 'datasets>=4'",
             )
@@ -340,7 +340,7 @@ def _check_characters(text: str, where: str, *, lines: bool = False) -> None:
     except UnicodeEncodeError as error:
         place = f"{where}:{text.count(chr(10), 0, error.start) + 1}" if lines else where
         raise UserError(
-            "half a surrogate pair, which is no character",
+            "half of a surrogate pair, which is not a character",
             where=place,
             expected="whole characters: \\ud800 to \\udfff stand in pairs only",
             found=f"\\u{ord(text[error.start]):04x} at character {error.start:,} of the text",
@@ -352,10 +352,10 @@ def _check_characters(text: str, where: str, *, lines: bool = False) -> None:
 
 def _nul(where: str) -> UserError:
     return UserError(
-        "a NUL character, which no text has",
+        "a NUL character, which a text cannot contain",
         where=where,
         expected="UTF-8, or UTF-16 with a byte order mark",
-        found="bytes of another encoding, or of no text",
+        found="bytes of another encoding, or a binary file",
         fix="save it as UTF-8",
     )
 

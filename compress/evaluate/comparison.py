@@ -21,6 +21,7 @@ from compress.registry import measures
 MOST_BYTES = 256 << 20  # every item of every task of every variant is in it
 UNTRAINED = " before recovery"  # behind the name of a row that was not trained, beside one that was
 CONTROL_ROW = "dense, recovered"
+WINDOWS_ROW = "windows only, recovered"
 
 if TYPE_CHECKING:
     AnyResult = Result

@@ -235,7 +235,7 @@ def _root(entry: Any, include: str | None) -> Path:
         if all((folder / name).is_file() or "://" in name for name in names):
             return folder
     raise UserError(
-        "the task's data files are not there",
+        "the task's data files are missing",
         where=entry.name,
         expected=f"{', '.join(names)} in the current folder, in {include} or beside it",
     )

@@ -125,7 +125,7 @@ def read_answers(path: Path, asked: RequestFile) -> AnswerFile:
     check_answers(read.answers, asked, str(path))
     if read.requests != asked.key:
         raise UserError(
-            "these answers belong to other requests",
+            "the answers belong to other requests",
             where=str(path),
             fix="answer them again: compress eval MODEL --replay REQUESTS",
         )

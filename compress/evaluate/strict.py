@@ -36,5 +36,5 @@ class Strict(HFLM):
                 "an input is longer than the model's context, and inputs are never shortened",
                 expected=f"at most {most} tokens before the answer",
                 found=f"{tokens} tokens",
-                fix="take a shorter task, or a model with a longer context",
+                fix="use a shorter task, or a model with a longer context",
             )

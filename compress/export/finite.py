@@ -11,7 +11,7 @@ import torch
 
 from compress.errors import UserError
 
-PLAIN = "write `export: {dtype: bfloat16}`, which reaches as far as float32, or `{dtype: float32}`"
+PLAIN = "write `export: {dtype: bfloat16}`, which has the range of float32, or `{dtype: float32}`"
 DAMAGED = "check the download, or the training that these weights come from"
 
 

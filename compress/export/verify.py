@@ -140,16 +140,16 @@ def verify_checkpoint(
     tolerance = relative * float(expected.abs().max())
     if not difference <= tolerance:
         raise UserError(
-            "the reloaded checkpoint computes other logits than the model in memory",
+            "the reloaded checkpoint computes different logits than the model in memory",
             where=str(folder),
             expected=f"at most {tolerance:.2e} apart",
             found=f"{difference:.2e}",
         )
     if not torch.allclose(result["hidden"], hidden, rtol=0, atol=relative * float(hidden.abs().max())):
-        raise UserError("AutoModel loads other weights than AutoModelForCausalLM", where=str(folder))
+        raise UserError("AutoModel loads different weights than AutoModelForCausalLM", where=str(folder))
     if not torch.equal(result["tokens"], tokens):
         raise UserError(
-            "the reloaded checkpoint generates another text than the model in memory",
+            "the reloaded checkpoint generates a different text than the model in memory",
             where=str(folder),
             expected=str(tokens[0, length:].tolist()),
             found=str(result["tokens"][0, length:].tolist()),
@@ -160,7 +160,7 @@ def verify_checkpoint(
     allocated = int(result["cache_bytes"])
     if abs(allocated - predicted) > slack:
         raise UserError(
-            f"the reloaded checkpoint's cache holds other bytes than the plan predicts at {length} tokens",
+            f"the reloaded checkpoint's cache does not hold the bytes that the plan predicts at {length} tokens",
             where=str(folder),
             expected=f"{predicted:,} bytes" + (", to within two pages a head group" if slack else ""),
             found=f"{allocated:,} bytes",

@@ -34,10 +34,10 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "initializer_r
 FLOATS = [name for name in ("float64", "float32", "float16", "bfloat16") if hasattr(torch, name)]
 # Calling conventions and leftovers of training that a configuration may say, and what this project sets instead.
 REPAIRS: dict[str, tuple[Any, str]] = {
-    "return_dict": (True, "models are called for their named outputs"),
-    "output_attentions": (False, "attention weights are not returned"),
-    "output_hidden_states": (False, "hidden states are returned where they are asked for"),
-    "use_cache": (True, "a training left it, and the cache is what a plan makes small"),
+    "return_dict": (True, "compress reads the outputs of a model by name"),
+    "output_attentions": (False, "compressed attention cannot return its weights"),
+    "output_hidden_states": (False, "hidden states are returned only where a caller asks for them"),
+    "use_cache": (True, "training leaves this switched off, and a plan is about the cache"),
 }
 
 
@@ -103,7 +103,7 @@ def check_values(values: dict[str, Any], where: str) -> None:
         if (values.get("max_position_embeddings") or LEAST_CONTEXT) < LEAST_CONTEXT:
             wrong("max_position_embeddings", f"{LEAST_CONTEXT} tokens or more: a checkpoint is verified on that many")
     if problems:
-        problems[-1].fix = "mend config.json, or get it again"
+        problems[-1].fix = "correct config.json, or download it again"
         raise UserError(problems)
 
 
@@ -124,7 +124,7 @@ def refuse_plan(values: dict[str, Any], folder: Path, spec: str) -> None:
         return
     recipe = folder / "recipe.yaml"
     raise UserError(
-        "this checkpoint carries a plan already, in the patched form",
+        "this checkpoint already carries a plan, in the patched form",
         where=spec,
         expected="a dense model, or a checkpoint in the native form",
         fix=f"name the model that it was made from{f', which {recipe} says' if recipe.is_file() else ''}; "

@@ -21,12 +21,12 @@ DROPPED = {
     "cache_config": "a checkpoint makes its own cache",
     "max_cache_len": "a checkpoint makes its own cache",
     "output_attentions": "a checkpoint has no attention weights to return",
-    "custom_generate": "a checkpoint runs no code of others",
+    "custom_generate": "a checkpoint runs only its own code",
     "use_mtp": "a checkpoint has no heads that predict several tokens",
-    "speculation_type": "a checkpoint drafts no tokens of its own",
-    "assistant_early_exit": "a checkpoint drafts no tokens of its own",
-    "prompt_lookup_num_tokens": "the cache of a plan cannot take back tokens that were drafted",
-    "compile_config": "a checkpoint is compiled where the user asks for it",
+    "speculation_type": "a checkpoint does not draft tokens",
+    "assistant_early_exit": "a checkpoint does not draft tokens",
+    "prompt_lookup_num_tokens": "the cache of a plan cannot remove drafted tokens",
+    "compile_config": "a checkpoint is compiled only when the user asks for it",
 }
 ONE_ID = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 IGNORED = ("transformers_version", "_from_model_config", "_commit_hash", "_original_object_hash")
@@ -65,11 +65,11 @@ def repaired(values: dict[str, Any], where: str) -> tuple[GenerationConfig, list
         if key in DROPPED and kept[key] is not False:
             drop(key, DROPPED[key])
         elif key == "use_cache" and kept[key] is False:
-            drop(key, "the cache is what a plan makes small")
+            drop(key, "a plan is about the cache, so it stays on")
         elif key.startswith("__") or callable(getattr(GenerationConfig, key, None)):
-            drop(key, "it is no setting")
+            drop(key, "it is not a setting")
         elif key in ONE_ID and isinstance(kept[key], list) and kept[key]:
-            told = f"`{key}: {_short(kept[key])}` is a list: its first token is taken"
+            told = f"`{key}: {_short(kept[key])}` is a list, of which the first token is used"
             lines.append(f"{Path(where).name}: {told}")
             kept[key] = kept[key][0]
     _check_ids(kept, where)
@@ -135,18 +135,18 @@ def _check_ids(kept: dict[str, Any], where: str) -> None:
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if key in kept and not all(type(number) is int for number in ids):
             raise UserError(
-                f"`{key}` is not the number of a token", where=where, expected="a whole number", found=_short(value)
+                f"`{key}` is not a token number", where=where, expected="a whole number", found=_short(value)
             )
 
 
 def _refused(where: str, error: Exception) -> UserError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return UserError(
-        "transformers does not take this generation config",
+        "transformers rejects this generation config",
         where=where,
         expected="settings that `GenerationConfig` loads and `generate` runs with",
         found=" ".join(lines)[:300] or type(error).__name__,
-        fix="mend the setting, or remove the file: the special tokens of config.json hold then",
+        fix="correct the setting, or remove the file; the special tokens of config.json are then used",
     )
 
 

@@ -57,9 +57,9 @@ class _Reader:
                 for _ in range(count):
                     self.skip(self.number("<Q"))
             else:
-                raise ValueError(f"an array of type {inner}, which there is not")
+                raise ValueError(f"an array of the unknown type {inner}")
         else:
-            raise ValueError(f"a value of type {kind}, which there is not")
+            raise ValueError(f"a value of the unknown type {kind}")
 
 
 def read_gguf(path: Path) -> Tensors:
@@ -84,7 +84,7 @@ def read_gguf(path: Path) -> Tensors:
 def _tensors(header: _Reader) -> Tensors:
     version = header.number("<I")
     if version not in VERSIONS:
-        raise ValueError(f"version {version}, and versions {' and '.join(map(str, VERSIONS))} are read")
+        raise ValueError(f"version {version}; only versions {' and '.join(map(str, VERSIONS))} can be read")
     tensors, entries = header.number("<Q"), header.number("<Q")
     for _ in range(entries):
         header.text()
@@ -98,6 +98,6 @@ def _tensors(header: _Reader) -> Tensors:
         kind, start = header.number("<I"), header.number("<Q")
         most = MOST_PER_BYTE * (len(header.data) - start)
         if math.prod(shape) > most:
-            raise ValueError(f"tensor `{name[:60]}` of shape {shape} lies behind the end of the file")
+            raise ValueError(f"tensor `{name[:60]}` of shape {shape} lies beyond the end of the file")
         found[name] = str(kind), shape[::-1]
     return found

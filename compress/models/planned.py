@@ -204,7 +204,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
 
 def _unprepared(layer: int, group: int, target: Target) -> UserError:
     return UserError(
-        "the plan has a target that is trained before the search, and its tensors are not here",
+        "the tensors of a trained target of the plan are missing",
         where=f"layer {layer} group {group}: {target.words()}",
         expected=f"tensors of `{target.target}`, as `compress prepare` leaves them in the run folder",
         fix="use the checkpoint that was exported with this plan, or the recipe that made it",

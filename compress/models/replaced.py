@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from compress.errors import UserError
-from compress.models.families import layers_of
+from compress.models.families import attentions_of, layers_of
 from compress.runtime.attention import changing_arguments
 from compress.runtime.reference import prefill
 from compress.runtime.scores import Scores
@@ -34,6 +34,8 @@ class AttentionCall:
         scaling: of the scores.
         window: the layer's own sliding window in tokens; None where it has none.
         scores: what else the layer does to its scores; None for a plain softmax.
+        hidden: input of the attention module `[B, T, hidden size]`, where it is kept (`replaced_attention`).
+        rotary: cosines and sines of the layer `[B, T, D]`, likewise; None in a layer without them.
     """
 
     module: Any
@@ -44,6 +46,8 @@ class AttentionCall:
     scaling: float
     window: int | None
     scores: Scores | None = None
+    hidden: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dense(self) -> torch.Tensor:
         """What the layer computes by itself: causal attention within its own window, `[B, H, T, D]`."""
@@ -51,13 +55,17 @@ class AttentionCall:
 
 
 Attend = Callable[[AttentionCall], torch.Tensor]
+Inputs = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]]  # hidden and rotary, by layer
 
 
-def attention_function(attend: Attend, windows: Mapping[int, int | None] | None = None) -> Callable[..., Any]:
+def attention_function(
+    attend: Attend, windows: Mapping[int, int | None] | None = None, inputs: Inputs | None = None
+) -> Callable[..., Any]:
     """An attention function of transformers' interface from one of a call, which returns outputs `[B, H, T, D]`.
 
     Args:
         windows: the layers' own sliding windows; None hands on none.
+        inputs: where `kept_inputs` puts what the modules get; None hands on none.
     """
 
     def attention(
@@ -76,7 +84,8 @@ def attention_function(attend: Attend, windows: Mapping[int, int | None] | None 
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = None if windows is None else windows[layer]
         scores = Scores.given(softcap, s_aux)
-        output = attend(AttentionCall(module, layer, query, key, value, scaling, window, scores))
+        hidden, rotary = (None, None) if inputs is None else inputs.pop(layer)
+        output = attend(AttentionCall(module, layer, query, key, value, scaling, window, scores, hidden, rotary))
         return output.transpose(1, 2).contiguous(), None
 
     return attention
@@ -96,11 +105,27 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_attention(model: Any, name: str, attend: Attend) -> Iterator[None]:
+def kept_inputs(model: Any) -> Iterator[Inputs]:
+    """What the attention modules get, by layer, from their call on until their attention function takes it."""
+    inputs: Inputs = {}
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        inputs[int(module.layer_idx)] = hidden, kwargs.get("position_embeddings")
+
+    with ExitStack() as hooks:
+        for attention in attentions_of(model):
+            hooks.callback(attention.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield inputs
+
+
+@contextmanager
+def replaced_attention(model: Any, name: str, attend: Attend, *, inputs: bool = False) -> Iterator[None]:
     """Run `model` on another attention function, without any mask tensor; causality and padding are its own matter.
 
     Args:
         name: what the function is registered as; one user of a name at a time.
+        inputs: hand on what the attention modules get, too.
     """
     windows = dict(enumerate(native_windows(model.config, len(layers_of(model)))))
     with ExitStack() as undo:
@@ -108,7 +133,8 @@ def replaced_attention(model: Any, name: str, attend: Attend) -> Iterator[None]:
         undo.callback(model.set_attn_implementation, model.config._attn_implementation)
         # The registered function would keep whatever it is bound to, and with it the model, alive.
         undo.callback(AttentionInterface.register, name, _closed)
-        AttentionInterface.register(name, attention_function(attend, windows))
+        kept = undo.enter_context(kept_inputs(model)) if inputs else None
+        AttentionInterface.register(name, attention_function(attend, windows, kept))
         AttentionMaskInterface.register(name, _no_mask)
         model.set_attn_implementation(name)
         yield

@@ -111,7 +111,7 @@ class ModelSource:
         needed, free = (none + layers * (one - none)) * dtype.itemsize, available_bytes(device)
         if free is not None and needed > free:
             raise UserError(
-                "random weights of this shape take more memory than there is",
+                "random weights of this shape need more memory than is available",
                 where=self.spec,
                 expected=f"at most {free:,} bytes on {device}",
                 found=f"{needed:,} bytes, {layers:,} layers",

@@ -77,7 +77,7 @@ def write_tokenizer(source: Path | None, tokenizer: Any, folder: Path, config: A
     for name in names:
         (folder / name).unlink()
     tokenizer.save_pretrained(folder)
-    say("the tokenizer is saved anew: copies of its files would be read as another one")
+    say("the tokenizer was saved again, because copies of its files would load as a different tokenizer")
 
 
 def _forget_code(folder: Path, say: Say) -> None:

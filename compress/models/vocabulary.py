@@ -34,7 +34,7 @@ def check_vocabulary(tokenizer: Any, config: Any, where: str) -> list[str]:
             "model.resize_token_embeddings(len(tokenizer)), and train the new rows",
         )
     names = ", ".join(sorted(beyond)[:3])
-    return [f"the tokenizer has special tokens that the model has no embedding for; no text may have them: {names}"]
+    return [f"special tokens of the tokenizer have no embedding in the model and must not occur in a text: {names}"]
 
 
 def check_tokens(tokens: Sequence[int], config: Any, where: str) -> None:

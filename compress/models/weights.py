@@ -19,7 +19,7 @@ MOST_NAME = 255  # bytes, on every usual file system
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 POINTER = b"version https://git-lfs.github.com/spec/"
 
-AGAIN = "get the file again: a download was not finished, or the file was damaged"
+AGAIN = "download the file again; the download was interrupted, or the file was damaged"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype, as safetensors names it, and shape, by name
 
 
@@ -37,7 +37,7 @@ def refuse_pointer(path: Path) -> None:
         return  # told when it is read
     if pointer:
         raise UserError(
-            "the file is a Git LFS pointer, the content was not fetched",
+            "the file is a Git LFS pointer, and its content was not downloaded",
             where=str(path),
             fix=f"git -C {path.parent} lfs pull (needs git-lfs), or download the model with: hf download NAME",
         )
@@ -91,9 +91,9 @@ def weight_files(folder: Path, named: Any = None) -> list[Path]:
     lacking = [path.name for path in paths if not path.is_file()]
     if lacking:
         raise UserError(
-            f"{len(lacking)} of the {len(paths)} weight files are not there",
+            f"{len(lacking)} of the {len(paths)} weight files are missing",
             where=str(folder),
-            expected=f"what {first.name} names",
+            expected=f"every file that {first.name} lists",
             found=f"without {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}",
             fix="download the rest of the model: hf download NAME --local-dir FOLDER goes on where it stopped",
         )
@@ -142,7 +142,7 @@ def _check_inside(name: Any, where: str, suffixes: tuple[str, ...]) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or "\0" in name or os.path.isabs(name):
         raise UserError(
-            "a weight file lies outside the model's folder", where=where, found=repr(name)[:80], fix="mend the name"
+            "a weight file lies outside the model's folder", where=where, found=repr(name)[:80], fix="correct the name"
         )
 
 

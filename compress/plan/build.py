@@ -104,4 +104,4 @@ def _pruning_problems(layer: LayerPlan, model: ModelShape, here: str) -> list[Pr
     ascending = sorted(set(layer.queries)) == list(layer.queries)
     if ascending and set(counts) == set(kept) and len(set(counts.values())) == 1:
         return []
-    return [Problem("these query heads cannot stay", f"{here}.queries", expected, f"{list(layer.queries)}")]
+    return [Problem("these query heads cannot be kept", f"{here}.queries", expected, f"{list(layer.queries)}")]

@@ -51,7 +51,7 @@ class Key:
         """
         parts = _TEXT.fullmatch(text)
         if parts is None:
-            raise UserError("this names no tensor of a profile", expected="statistic.part.length", found=text)
+            raise UserError("this is not the name of a profile tensor", expected="statistic.part.length", found=text)
         statistic, _, part = parts["name"].partition(".")
         if statistic in _ALONE:
             statistic, part = _ALONE[statistic], parts["name"]

@@ -11,6 +11,7 @@ import torch
 from compress.errors import Problem, UserError
 from compress.files import digest_of
 from compress.models.load import LoadedModel
+from compress.models.prepared import prepared_for
 from compress.plan import ModelShape
 from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
@@ -87,6 +88,9 @@ def run_profile(
         training=training if trains else None,
         seed=seed if trains else None,
         second=second,
+        learnt=[
+            option.record.sha256 for statistic in statistics for option in statistic.learnt(prepared_for(loaded.model))
+        ],
     )
     processes = find_processes(subject.device)
     finished = _finished(folder, key, subject.shape)
@@ -153,13 +157,18 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
         sample, (first, end) = item.sample, item.sample.rows
         if sample.length > item.length:
             expected, found = f"at most {item.length} {sample.unit}", f"{sample.length} {sample.unit}"
-            problems.append(Problem("longer than its length", item.where, expected, found))
+            problems.append(Problem("the sample is longer than its length says", item.where, expected, found))
         if not 0 <= first < end <= sample.length:
             problems.append(
-                Problem("nothing to predict", item.where, f"outputs in 0 to {sample.length}", f"[{first}, {end})")
+                Problem(
+                    "the sample predicts nothing",
+                    item.where,
+                    f"outputs in 0 to {sample.length}",
+                    f"[{first}, {end})",
+                )
             )
         if any(not 0 <= low < high <= sample.length for low, high in sample.evidence):
-            problems.append(Problem("evidence outside the sample", item.where, found=str(sample.evidence)))
+            problems.append(Problem("the evidence lies outside the sample", item.where, found=str(sample.evidence)))
     if problems:
         raise UserError(problems)
 
@@ -188,9 +197,10 @@ def run_key(
     training: Samples | None = None,
     seed: int | None = None,
     second: Samples | None = None,
+    learnt: Sequence[str] = (),
 ) -> str:
     """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, what
-    statistics that train learn from, and a second corpus."""
+    statistics that train learn from, a second corpus, and the tensors of prepared targets."""
     facts = {
         "schema": 1,
         "fingerprint": shape.fingerprint,
@@ -202,6 +212,8 @@ def run_key(
         facts |= {"training": _facts(training), "seed": seed}
     if second and any(second.values()):
         facts |= {"second": _facts(second)}
+    if learnt:
+        facts |= {"prepared": list(learnt)}
     return digest_of(facts)
 
 

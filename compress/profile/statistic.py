@@ -19,6 +19,7 @@ from compress.registry import Method, statistics
 if TYPE_CHECKING:
     from compress.data.sample import Sample
     from compress.models.load import LoadedModel
+    from compress.models.prepared import Prepared
     from compress.plan import ModelShape
 
 # What a statistic is taken from: queries, keys and values of attention; inputs and gradients of the projections; the
@@ -117,6 +118,10 @@ class Statistic(Method):
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """The same with all parameters that depend on the model or on the profiled lengths, in tokens."""
         return self
+
+    def learnt(self, prepared: Prepared) -> Prepared:
+        """What it reads of the targets that were prepared for the model."""
+        return ()
 
     def parameters(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""

@@ -21,6 +21,7 @@ FORMS = {
     "groups": "one number for every head group",
     "rules": "a table of span rules",
     "targets": "what each of some targets costs every head group",
+    "prepared": "how wrong each prepared target is in every head group",
 }
 
 
@@ -97,6 +98,8 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
     measured: dict[str, str] = {}
     for statistic in recipe.profile.statistics:
         measured |= statistic.gives
+    if recipe.prepare is not None:
+        measured |= recipe.prepare.measured
     owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
     for name, form in recipe.search.solver.scores_read().items():
         if measured.get(name) == form:
@@ -107,8 +110,12 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
             what, found = f"the solver cannot use `{name}`", f"{name}, {FORMS[measured[name]]}"
         else:
             what, found = f"the solver reads `{name}`, which is not measured", name
+            if fix is None and form == "prepared":
+                fix = "add a section `prepare` with the targets"
             if fix is None and name in owners and owners[name][1].gives[name] == form:
                 fix = f"add `{{name: {owners[name][0]}}}` to `profile.statistics`"
+                if recipe.prepare is not None and form == "targets":
+                    fix += ", or `effect: true` to `prepare`"
         expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
         yield ("search", "solver"), Problem(what, None, expected, found, fix)
 
@@ -180,7 +187,7 @@ def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("search", "solver"),
             Problem(
-                "the solver reads what heads retrieve, and no document hides anything to retrieve",
+                "the solver uses what heads retrieve, but no calibration document hides anything to retrieve",
                 expected="a task as `passkey` among `calibration.documents`"
                 + (", at every length" if everywhere else ""),
                 found=f"none at {', '.join(f'{length:,} tokens' for length in sorted(lacking))}",

@@ -88,7 +88,7 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     try:
         located.put(path, read.data, origin)
     except LookupError as error:
-        return [Problem("no such key can be set", origin, found=str(error.args[0]))]
+        return [Problem("this key cannot be set", origin, found=str(error.args[0]))]
     return []
 
 
@@ -157,9 +157,7 @@ def _text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError("the recipe cannot be read", where=str(path), found=reason) from None
     if len(data) > MOST_BYTES:
-        raise UserError(
-            "the file is too large to be a recipe", where=str(path), expected=f"at most {MOST_BYTES:,} bytes"
-        )
+        raise UserError("the file is too large for a recipe", where=str(path), expected=f"at most {MOST_BYTES:,} bytes")
     try:
         return decode(data)
     except UnicodeDecodeError:

@@ -73,7 +73,7 @@ class LocatedYaml:
                 part = int(part)  # `documents.0.count` is `documents[0].count`
             if isinstance(part, int):
                 if not isinstance(parent, list) or part >= len(parent):
-                    entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "no list"
+                    entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "not a list"
                     raise LookupError(f"`{key_path(path[:number])}` is {entries}")
             elif not isinstance(parent, dict):
                 raise LookupError(f"`{key_path(path[:number])}` is not a mapping")

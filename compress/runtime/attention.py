@@ -78,7 +78,7 @@ NAME = f"compress_{_HASH[:12]}"
 def install(module: Any, kinds: Kinds) -> None:
     """Give an attention module its mixers, whose parameters become its own, and hand them its inputs if they ask."""
     module.compress_kinds = kinds
-    module.mixers = nn.ModuleDict({mixer.targets[0]: mixer for mixer in kinds.mixers})
+    module.mixers = nn.ModuleDict({mixer.name: mixer for mixer in kinds.mixers})
     handle = vars(module).pop("compress_hook", None)
     if handle is not None:
         handle.remove()

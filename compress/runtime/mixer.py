@@ -104,7 +104,7 @@ class Mixer(nn.Module):
     """What the head groups of one kind do in one layer, in prefill and in decoding.
 
     A subclass has `@register("name of the target")`. Its parameters are those of the target: they are in the model's
-    state dict as `...self_attn.mixers.<first name>.<parameter>`, are saved with the checkpoint, and may be trained.
+    state dict as `...self_attn.mixers.<name>.<parameter>`, are saved with the checkpoint, and may be trained.
     Where a target converts them from the dense weights, their first axis is the mixer's groups.
 
     Outputs may depend on the token and those before it alone, so that prefill in one pass, in chunks and token by token
@@ -123,10 +123,23 @@ class Mixer(nn.Module):
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
-    needs_inputs: ClassVar[bool] = False
-    knows_scores: ClassVar[bool] = False
+    needs_inputs: bool = False
+    knows_scores: bool = False
     by_length: bool = False
     heads: tuple[int, ...] = ()
+
+    @classmethod
+    def form(cls, group: Mapping[str, Any]) -> str:
+        """A name, of letters, digits and `_`, for what a group's entry in the plan says about parameters and code.
+
+        Groups of a layer with different forms get mixers of their own. Empty where there is one form only.
+        """
+        return ""
+
+    @property
+    def name(self) -> str:
+        """What the layer knows this mixer by: its target and the form of its groups."""
+        return "_".join(filter(None, (self.targets[0], self.form(self.groups[0]))))
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__()
@@ -224,17 +237,18 @@ class Kinds:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts, before: Sequence[Mixer] = ()) -> None:
-        members: dict[type[Mixer], list[int]] = {}
+        members: dict[tuple[type[Mixer], str], list[int]] = {}
         for number, group in enumerate(groups):
             if group["target"] not in MIXERS:
                 raise ValueError(f"layer {facts.index} group {number}: this runtime has no target {group['target']!r}")
-            members.setdefault(MIXERS[group["target"]], []).append(number)
+            kind = MIXERS[group["target"]]
+            members.setdefault((kind, kind.form(group)), []).append(number)
         self.count = len(groups)
         self.members = tuple(map(tuple, members.values()))
         self.mixers: tuple[Mixer, ...] = tuple(
             _unchanged(before, kind, [groups[number] for number in numbers], facts)
             or kind([groups[number] for number in numbers], facts)
-            for kind, numbers in members.items()
+            for (kind, _), numbers in members.items()
         )
         for mixer, numbers in zip(self.mixers, self.members, strict=True):
             mixer.heads = tuple(heads_of(numbers, facts.group_size))

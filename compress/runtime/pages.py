@@ -41,7 +41,12 @@ class PagedState(State):
     Args:
         rules: which keys each group needs; those by length are resolved before the first token.
         max_length: tokens to reserve for; None grows.
+
+    Attributes:
+        pooled: names of the attributes that are pools `[pages, 64, ...]`; a subclass may keep more beside the keys.
     """
+
+    pooled: tuple[str, ...] = ("keys", "values")
 
     def __init__(self, rules: Sequence[AnySpan], max_length: int | None = None) -> None:
         self.rules = tuple(rules)
@@ -53,6 +58,8 @@ class PagedState(State):
         super().reset()
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
+        for name in self.pooled:
+            setattr(self, name, None)
         self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages in the order of Span.pages
         self._free: list[int] = []
         self._turns: list[int] = []  # per sequence, the length up to which its pages stay the same
@@ -111,16 +118,19 @@ class PagedState(State):
             self._table = table.to(self.device)
         return Pages(self.keys, self.values, self._table)
 
+    def pools(self) -> dict[str, torch.Tensor]:
+        """All pools by their names; none before the first token."""
+        return {name: pool for name in self.pooled if (pool := getattr(self, name)) is not None}
+
     def allocated_bytes(self) -> int:
-        """Bytes of the pools as allocated, keys and values."""
-        return sum(pool.untyped_storage().nbytes() for pool in (self.keys, self.values) if pool is not None)
+        """Bytes of the pools as allocated, and of what is kept beside the pages."""
+        return super().allocated_bytes() + sum(pool.untyped_storage().nbytes() for pool in self.pools().values())
 
     def held_bytes(self) -> int:
-        """Bytes of the pages in use; `allocated_bytes` less the free list."""
-        if self.keys is None or self.values is None:
-            return 0
+        """The same without the free list: the pages in use."""
         used = sum(span.page_count(length) for span in self.spans for length in self.lengths)
-        return used * PAGE * (self.keys.shape[-1] * self.keys.itemsize + self.values.shape[-1] * self.values.itemsize)
+        slot = sum(pool.shape[-1] * pool.itemsize for pool in self.pools().values())
+        return super().held_bytes() + used * PAGE * slot
 
     def _turn(self, row: int, new: int) -> None:
         """Bring one sequence to a length at which it holds other pages than before."""
@@ -145,15 +155,15 @@ class PagedState(State):
         """Add `count` pages to the pools; exactly as many as are missing, since an idle page is memory nobody saved."""
         if count <= 0:
             return
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
         size = self.keys.shape[0]
-        self.keys = torch.cat([self.keys, self.keys.new_zeros(count, *self.keys.shape[1:])])
-        self.values = torch.cat([self.values, self.values.new_zeros(count, *self.values.shape[1:])])
+        for name, pool in self.pools().items():
+            setattr(self, name, torch.cat([pool, pool.new_zeros(count, *pool.shape[1:])]))
         self._free += range(size, size + count)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make the batch the given sequences, in this order; one that is named twice is copied."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
         if self.max_length is not None:
             reserved = self.keys.shape[0] // len(self.lengths)
             places = [place for row in rows for place in range(row * reserved, (row + 1) * reserved)]
@@ -162,16 +172,17 @@ class PagedState(State):
             places = [place for row in rows for table in self.tables[row] for place in table]
             self._table = None
         order = torch.tensor(places, dtype=torch.long, device=self.device)
-        self.keys, self.values = self.keys[order], self.values[order]
+        for name, pool in self.pools().items():
+            setattr(self, name, pool[order])
         fresh = iter(range(len(places)))
         self.tables = [[[next(fresh) for _ in table] for table in self.tables[row]] for row in rows]
-        self.lengths = [self.lengths[row] for row in rows]
         self._turns = [self._turns[row] for row in rows]
         self._free = []
+        super().select(rows)
 
     def fill(self, row: int, single: State) -> None:
         """Copy the one sequence of a reserved state into this one: reserved pools have sequence behind sequence."""
         assert isinstance(single, PagedState) and self.max_length == single.max_length is not None
-        for pool, source in ((self.keys, single.keys), (self.values, single.values)):
-            assert pool is not None and source is not None
-            pool[row * len(source) : (row + 1) * len(source)] = source
+        for name, source in single.pools().items():
+            getattr(self, name)[row * len(source) : (row + 1) * len(source)] = source
+        super().fill(row, single)

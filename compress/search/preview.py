@@ -6,7 +6,7 @@ The model is built without weights, and where a profile would be asked for score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
 from compress.search.dense import Dense
 from compress.search.run import SearchSection, make_problem, no_start
+from compress.train.settings import PrepareSettings
 
 if TYPE_CHECKING:
     from compress.targets.target import Target
@@ -62,7 +63,22 @@ class _Zeros:
         return torch.zeros(sizes.get(key.part, (shape.layers, shape.kv_heads)))
 
 
-def check_search(config: Any, dtype: str, section: SearchSection, statistics: Sequence[Any], lengths: set[int]) -> None:
+@dataclass(frozen=True)
+class _Untrained:
+    """A target that is to be prepared."""
+
+    target: Target
+    errors: torch.Tensor
+
+
+def check_search(
+    config: Any,
+    dtype: str,
+    section: SearchSection,
+    statistics: Sequence[Any],
+    lengths: set[int],
+    prepare: PrepareSettings | None = None,
+) -> None:
     """Whether a search of this model can end with a plan, as far as that does not depend on what is measured.
 
     Args:
@@ -71,6 +87,7 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         section: the recipe's search section.
         statistics: what the recipe measures.
         lengths: that it profiles, in tokens.
+        prepare: what it trains before the search.
 
     Raises:
         UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used, or
@@ -90,7 +107,10 @@ def check_search(config: Any, dtype: str, section: SearchSection, statistics: Se
         check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
         _check_biases(config, solver)
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
-    problem = make_problem(dense, profile, budget, solver)
+    trained = () if prepare is None else prepare.targets
+    prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
+    effects = replace(profile, priced=trained) if prepare is not None and prepare.effect else None
+    problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
     solver.check(problem)
     if section.refine is not None and "uniform" not in baselines_of(solver, problem):
         raise no_start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.plan import ModelShape
+    from compress.targets.unit import LayerParameters
 
 Layers = tuple[LayerPlan, ...]
 Amounts = NDArray[np.int64]
@@ -52,6 +54,28 @@ class ProfileLike(Protocol):
     def tensor(self, key: Key) -> torch.Tensor:
         """One tensor of the profile. Raises UserError where it has none of this key."""
 
+    @property
+    def priced(self) -> Sequence[Target]:
+        """The targets that the statistic `effect` priced; none without it."""
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """What a target costs every head group at a length, `[layers, groups]` in nats, 0 for one that changes nothing.
+
+        Raises UserError where it was not priced.
+        """
+
+
+class Trained(Protocol):
+    """What a search reads of a target that was trained before it (`models.prepared.PreparedOption`)."""
+
+    @property
+    def target(self) -> Target:
+        """The target."""
+
+    @property
+    def errors(self) -> torch.Tensor:
+        """Relative squared error of the outputs of every head group, `[layers, groups]`; NaN where it has no place."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -63,6 +87,9 @@ class Problem:
         rows: the constraints.
         base: what is decided before the search, layer by layer; None where everything is as in the dense model.
         biased: whether every projection has a bias, as after a compensation.
+        prepared: targets that were trained before the search.
+        effects: what these cost the loss to first order, at the profiled lengths; None where that was not measured.
+        counted: targets whose costs the rows count exactly, see `counting`.
     """
 
     dense: Dense
@@ -70,6 +97,9 @@ class Problem:
     rows: tuple[Row, ...]
     base: Layers | None = None
     biased: bool = False
+    prepared: tuple[Trained, ...] = ()
+    effects: ProfileLike | None = None
+    counted: tuple[Target, ...] = ()
     _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -104,8 +134,40 @@ class Problem:
         return self.profile.grid
 
     @property
-    def sizes(self) -> tuple[Any, ...]:
-        """Parameters by what they go with, layer by layer (`LayerParameters`)."""
+    def priced(self) -> tuple[Target, ...]:
+        """The targets whose effect on the loss is known: those of the profile, then those that were prepared."""
+        prepared = () if self.effects is None else self.effects.priced
+        return tuple(dict.fromkeys((*self.profile.priced, *prepared)))
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        """What a target costs every head group at a profiled length, `[layers, groups]` in nats.
+
+        Raises:
+            UserError: it was not priced.
+        """
+        prepared = self.effects is not None and target in self.effects.priced
+        return (self.effects if self.effects is not None and prepared else self.profile).effect(target, length, part)
+
+    def error(self, target: Target) -> torch.Tensor:
+        """How wrong the outputs of every head group are under a target after its preparation, `[layers, groups]`.
+
+        Raises:
+            UserError: it was not prepared.
+        """
+        for option in self.prepared:
+            if option.target == target:
+                return option.errors
+        raise UserError(
+            f"the error of `{target.target}` is not known: it was not prepared",
+            where="search.solver",
+            expected="one of " + (", ".join(option.target.words() for option in self.prepared) or "none: no `prepare`"),
+            found=target.words(),
+            fix="name it under `prepare.targets`",
+        )
+
+    @property
+    def sizes(self) -> tuple[LayerParameters, ...]:
+        """Parameters by what they go with, layer by layer."""
         return self.dense.biased_sizes if self.biased else self.dense.sizes
 
     @property
@@ -148,6 +210,22 @@ class Problem:
     def only(self, lengths: Sequence[int]) -> Problem:
         """The same problem with the budget at some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
+
+    def counting(self, targets: Sequence[Target]) -> Problem:
+        """The same problem, whose rows count exactly what these targets cost.
+
+        Rows of bytes count whole cache pages, which windows fill. A constant state is no whole number of them: the step
+        is then the largest number of bytes that divides both.
+        """
+        problem = replace(self, counted=tuple(targets))
+        return replace(problem, rows=tuple(map(problem._exactly, self.rows)))
+
+    def _exactly(self, row: Row) -> Row:
+        if row.step == 1 or not self.counted:
+            return row
+        units = {self.unit(layer) for layer, _ in self.free}
+        costs = (target.cost(unit, row.length or 1) for target in self.counted for unit in units)
+        return replace(row, step=math.gcd(row.step, *map(row.exact, costs)))
 
     def compensated(self) -> Problem:
         """The same for plans whose projections all get biases, which the budget has to hold, too."""
@@ -221,7 +299,7 @@ class Problem:
         lengths = {*self.budget_lengths, *self.lengths}
         rows = {(row.kind, row.length): row for row in self.rows}
         for length in lengths:
-            rows.setdefault(("kv", length), Kv.row(length, 1.0, self.dense))
+            rows.setdefault(("kv", length), self._exactly(Kv.row(length, 1.0, self.dense)))
         if removes:
             rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
         for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):

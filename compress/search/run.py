@@ -11,17 +11,19 @@ from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
+from compress.models.prepared import prepared_for
 from compress.plan import Plan
-from compress.search.baselines import DRAWN, baselines_of, drawn_baseline
+from compress.search.baselines import DRAWN, INTERLEAVED, baselines_of, drawn_baseline, drawn_places, interleaved
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
 from compress.search.dense import Dense
 from compress.search.measure import LossLog, Planned, Progress, best_plan, measure
-from compress.search.problem import Candidate, Layers, Problem, ProfileLike
+from compress.search.problem import Candidate, Layers, Problem, ProfileLike, Trained
 from compress.search.refine.refine import Refine, State, refine
 from compress.search.response import response_loss
 from compress.search.solver import Solver, check_rows
 from compress.search.words import cost_lines, sliding_line
+from compress.words import counted
 
 REFINED = "refined"
 
@@ -65,23 +67,30 @@ def make_problem(
     budget: Budget,
     solver: Solver,
     say: Callable[[str], None] = lambda line: None,
+    *,
+    prepared: Sequence[Trained] = (),
+    effects: ProfileLike | None = None,
 ) -> Problem:
     """The problem of a model, a profile and a budget, for a solver.
 
     Args:
         say: told first how much a model has to give that is part local.
+        prepared: targets that were trained before.
+        effects: what these cost the loss to first order, None where that was not measured.
 
     Raises:
         UserError: the budget needs what is missing (see `Budget.rows`), the profile has no table of rules, or no plan
             that the solver may choose meets the budget.
     """
     dense = replace(dense, removes=solver.removes)
-    problem = Problem(dense, profile, budget.rows(dense, sorted(profile.lengths)))
+    rows = budget.rows(dense, sorted(profile.lengths))
+    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects)
+    problem = problem.counting(solver.choices(problem))
     smallest = solver.smallest(problem)
     if (line := sliding_line(problem, problem.total(smallest).tolist())) is not None:
         say(line)
     if solver.spans:
-        check_rows(problem, smallest, solver.removes)
+        check_rows(problem, smallest, solver.least_words())
     return problem
 
 
@@ -103,8 +112,8 @@ def explain(
         predicted = all(candidate.losses for candidate in candidates.values())
         least = "has the lowest predicted loss at the longest profiled length" if predicted else "is the first"
         return (
-            f"{chosen} {least}, of {len(candidates)} plan(s): {note}; there are no held-out documents to measure a "
-            "response loss on"
+            f"{chosen} {least}, of {counted(len(candidates), 'plan')}: {note}; there are no held-out documents to "
+            "measure a response loss on"
         )
     others = [losses[name] for name in candidates if name != chosen]
     why = f"{chosen} ({note}) has the lowest measured response loss, {losses[chosen]:.4f} nats"
@@ -126,6 +135,7 @@ def run_search(
     seed: int = 0,
     bandwidth: Callable[[], float] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    effects: ProfileLike | None = None,
 ) -> SearchResult:
     """Search, refine where asked, choose by measured response loss; write `plan.json` and `search/` of the run folder.
 
@@ -141,6 +151,8 @@ def run_search(
         bandwidth: measures the device's bandwidth in bytes per second, for a `decode_time` that names neither a table
             nor a bandwidth.
         say: told at the start how much a model has to give that is part local.
+        effects: what the targets that `loaded` carries prepared cost the loss to first order, None where that was not
+            measured.
 
     Raises:
         UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
@@ -150,7 +162,7 @@ def run_search(
         raise UserError([problem for _, problem in wrong])
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
-    problem = make_problem(dense, profile, budget, solver, say)
+    problem = make_problem(dense, profile, budget, solver, say, prepared=prepared_for(loaded.model), effects=effects)
     smallest = problem.total(solver.smallest(problem))
     documents = list(_flat(held_out_documents))
 
@@ -201,11 +213,10 @@ def run_search(
         losses = measure({"dense": None, **plans, **compared}, documents, loss, log, progress)
     # Without held-out documents only the refinement has measured anything.
     chosen = REFINED if refined is not None and not losses else choose(plans, losses)
-    if solver.removes:
-        baselines[DRAWN] = drawn_baseline(problem, candidates[chosen], seed)
-        compared[DRAWN] = baseline(DRAWN, baselines[DRAWN])
+    for name, candidate in _like(solver, problem, candidates[chosen], seed).items():
+        baselines[name], compared[name] = candidate, baseline(name, candidate)
         if documents:
-            losses |= measure({DRAWN: compared[DRAWN]}, documents, loss, log, progress)
+            losses |= measure({name: compared[name]}, documents, loss, log, progress)
     measured = {
         "held_out_documents": len(documents),
         "response_loss": losses.get(chosen),
@@ -234,6 +245,17 @@ def run_search(
         report["refine"] = refined.summary()
     write_result(folder, report, plan, plans, compared)
     return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
+
+
+def _like(solver: Solver, problem: Problem, chosen: Candidate, seed: int) -> dict[str, Candidate]:
+    """The baselines that are made of the chosen plan, by name."""
+    if solver.removes:
+        return {DRAWN: drawn_baseline(problem, chosen, seed)}
+    trained = any(group.objective is not None for layer in chosen.layers for group in layer.groups)
+    if not (trained or solver.placed):
+        return {}
+    hybrid = interleaved(problem, chosen)
+    return {DRAWN: drawn_places(problem, chosen, seed), **({} if hybrid is None else {INTERLEAVED: hybrid})}
 
 
 def _starts(

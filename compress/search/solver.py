@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from compress.errors import UserError
 from compress.registry import Method, budget_kinds
 from compress.search.problem import Candidate, Layers, Problem, smallest_window
+from compress.targets.target import Target
 
 
 class Solver(Method):
@@ -15,9 +17,12 @@ class Solver(Method):
 
     Attributes:
         stem: what its plans are called in a run folder, with a number behind.
+        placed: whether its plans are compared with the same targets in drawn places, and in whole layers; those with
+            trained targets always are.
     """
 
     stem: ClassVar[str] = "pareto"
+    placed: ClassVar[bool] = False
 
     @property
     def spans(self) -> bool:
@@ -46,6 +51,17 @@ class Solver(Method):
         """The plan that costs least of all that it may choose, in every row."""
         return problem.uniform(smallest_window(problem.grid))
 
+    def choices(self, problem: Problem) -> Sequence[Target]:
+        """Targets that it may choose beside windows, whose bytes the budget is to count exactly."""
+        return ()
+
+    def least_words(self) -> str:
+        """What the smallest plan is, in words."""
+        if not self.removes:
+            return "which the smallest rule of the profile's span grid takes in every head group"
+        least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
+        return least + "neurons (`floor`) take"
+
     def check(self, problem: Problem) -> None:
         """Refuse a budget that no plan meets whatever the profile says, of which only zeros are known here.
 
@@ -53,7 +69,7 @@ class Solver(Method):
             UserError: a problem for every row that even the smallest plan exceeds.
         """
         if self.spans:
-            check_rows(problem, self.smallest(problem), self.removes)
+            check_rows(problem, self.smallest(problem), self.least_words())
         if "rules" not in self.scores_read().values():
             self.solve(problem)
 
@@ -68,16 +84,12 @@ class Solver(Method):
         """
 
 
-def check_rows(problem: Problem, smallest: Layers, removes: bool) -> None:
+def check_rows(problem: Problem, smallest: Layers, least: str) -> None:
     """Raise one UserError with a problem for every row that the smallest plan exceeds.
 
     Args:
-        removes: whether that plan removes all that may be removed.
+        least: what that plan is, in words.
     """
-    least = "which the smallest rule of the profile's span grid takes in every head group"
-    if removes:
-        least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
-        least += "neurons (`floor`) take"
     if any(problem.shape.native_windows):
         least += ", beside the layers that slide by themselves"
     amounts = problem.total(smallest)

@@ -59,7 +59,8 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
             problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
 
     lengths, section = {task.length for task in recipe.calibration.documents}, recipe.search
-    noted("search", lambda: check_search(model.config, recipe.dtype, section, recipe.profile.statistics, lengths))
+    measured, prepare = recipe.profile.statistics, recipe.prepare
+    noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
     for place, check in _requests(recipe, model.config):
         noted(place, check)
     uses = uses_of(recipe, model.tokenizer, model.config)

@@ -23,7 +23,7 @@ def resolve_device(name: str) -> str:
     kind, _, number = name.partition(":")
     if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):
         raise UserError(
-            f"there is no device `{name}` on this machine",
+            f"this machine has no device `{name}`",
             expected="auto, or one of " + ", ".join(kind for kind, present in there.items() if present),
             fix="`compress doctor` lists the devices",
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from compress.data.prompt import Task
-from compress.evaluate.comparison import CONTROL_ROW
+from compress.evaluate.comparison import CONTROL_ROW, WINDOWS_ROW
 from compress.evaluate.measure import asked_for
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
@@ -71,7 +71,7 @@ def seconds(recipe: Recipe, situation: Situation, device: str) -> dict[str, floa
     rows = row_names(recipe)
     if recipe.recover is not None:
         trained = recipe.recover.step_count * recipe.recover.batch_size * recipe.recover.length
-        stages["recover"] = TRAINED * token * trained * (2 if CONTROL_ROW in rows else 1)
+        stages["recover"] = TRAINED * token * trained * (1 + (CONTROL_ROW in rows) + (WINDOWS_ROW in rows))
     stages["export"] = EXPORT
     windows = sum(int(getattr(measure, "tokens", 0)) for measure in asked_for(evaluate))
     stages["evaluate"] = len(rows) * (token * windows + answering(evaluate.recall))

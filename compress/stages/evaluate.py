@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.evaluate.compare import compare
-from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, Comparison, read_comparison
+from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, WINDOWS_ROW, Comparison, read_comparison
 from compress.evaluate.measure import Variant, asked_for
 from compress.evaluate.tables import markdown
 from compress.export.export import update_card
@@ -26,6 +26,7 @@ from compress.stages.stage import draw, require_weights, timed
 from compress.targets.cost import Cost
 from compress.train.recovery import read_recovered
 from compress.train.settings import RecoverSettings
+from compress.train.window_dropout import windows_only
 
 QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all are
 
@@ -129,6 +130,13 @@ def _recovered(
             return load_trained(copy.deepcopy(session.loaded.model), control)
 
         rows.append(Variant(CONTROL_ROW, build_control, read_recovered(control).sha256, dense))
+    if settings.window_control:
+        windows = weights / "windows"
+
+        def build_windows() -> Any:
+            return load_trained(windows_only(build()), windows)
+
+        rows.append(Variant(WINDOWS_ROW, build_windows, read_recovered(windows).sha256, cost))
     return rows
 
 
@@ -141,4 +149,5 @@ def row_names(recipe: Recipe) -> list[str]:
         if recipe.recover is not None:
             names.append(f"{name}{UNTRAINED}")
             names += [CONTROL_ROW] if name == "plan" and recipe.recover.control else []
+            names += [WINDOWS_ROW] if name == "plan" and recipe.recover.window_control else []
     return names

@@ -78,7 +78,7 @@ class Inputs:
                 continue  # it is gone; what was made of it is of the one that was there
             if changed:
                 raise UserError(
-                    "an input of this stage was changed while it ran, so its result does not count",
+                    "an input of this stage changed while the stage ran, so its result is discarded",
                     where=label,
                     expected="the content that was there when the command began",
                     fix="run the same command again",
@@ -97,7 +97,7 @@ class Inputs:
             if label not in recorded:
                 raise
             problem = error.problems[0]
-            self.reporter.say(f"{problem.where}: {problem.what}; taken as unchanged since it was read last")
+            self.reporter.say(f"{problem.where}: {problem.what}; it counts as unchanged since it was last read")
             self._contents[label] = recorded[label]
             return recorded[label]
         self._contents[label] = content

@@ -1,13 +1,16 @@
-"""The prepare stage: trains targets that cannot be priced untrained, and lets the dense model carry what came of it."""
+"""The prepare stage: trains targets that cannot be priced untrained, and then prices them."""
 
 from __future__ import annotations
 
 from compress.models.prepared import Option, attach, prepared_for, read_prepared
-from compress.runfolder import PREPARED
+from compress.profile.heads.effect import Effect
+from compress.profile.run import run_profile
+from compress.profile.store import Profile, read_profile
+from compress.runfolder import EFFECTS, PREPARED
 from compress.stages.device import resolve_device
 from compress.stages.processes import together
 from compress.stages.session import Session
-from compress.stages.stage import missing, timed
+from compress.stages.stage import documents_of, missing, timed
 from compress.train.prepare import prepare
 from compress.words import duration
 
@@ -15,8 +18,9 @@ from compress.words import duration
 def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
     """Train the recipe's `prepare:`, or take what was trained before; nothing where the recipe has none.
 
-    Afterwards the dense model of the session carries the tensors, so that plans with these targets find them.
-    In a launch of several processes all of them call this, and wait here for the main one.
+    Afterwards the dense model of the session carries the tensors, so that plans with these targets find them, and with
+    `effect: true` what the targets cost the loss is measured. In a launch of several processes all of them call this,
+    and wait here for the main one, which measures alone.
 
     Args:
         must_be_done: only read what is there.
@@ -60,3 +64,45 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                     f"{option.first_loss:.4g} to {option.last_loss:.4g}, {duration(option.seconds)}"
                 )
     attach(session.loaded.model, read_prepared(folder))
+    if not session.helper:
+        effects_stage(session)
+
+
+def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | None:
+    """What the prepared targets, which the model carries, cost the loss to first order, in the form of a profile.
+
+    They are priced as the statistic `effect` prices others, on the same documents, in `options/effect`. An interrupted
+    measurement goes on where it was.
+
+    Args:
+        must_be_done: only read what is there.
+
+    Returns:
+        None where the recipe does not ask for it (`prepare.effect`).
+
+    Raises:
+        UserError: not done although it must be, or it failed (see `run_profile`).
+    """
+    settings = session.recipe.prepare
+    if settings is None or not settings.effect:
+        return None
+    run, recipe, say = session.run, session.recipe, session.reporter.say
+    folder = run.path / EFFECTS
+    if run.stage_done("effect", session.effect_key()):
+        if not must_be_done:
+            say(f"effect: done before, {folder}")
+        return read_profile(folder, session.shape)
+    if must_be_done:
+        raise missing(session, "prepare", folder)
+
+    def work() -> Profile:
+        documents = documents_of(session, recipe.calibration.documents, "calibration")
+        with session.reporter.progress("effect") as report:
+            statistic = Effect(targets=settings.targets)
+            return run_profile(session.loaded, documents, [statistic], folder, seed=recipe.seed, progress=report)
+
+    effects = timed(session, "effect", session.effect_key, [EFFECTS], work)
+    for target in settings.targets:
+        losses = [f"{float(effects.effect(target, length).mean()):.3g} at {length:,}" for length in effects.lengths]
+        say(f"effect: {target.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
+    return effects

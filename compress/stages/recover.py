@@ -1,4 +1,4 @@
-"""The recover stage: trains the plan's model, and the dense one beside it if asked to."""
+"""The recover stage: trains the plan's model, and what it is compared with beside it if asked to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.models.planned import planned_model
-from compress.runfolder import CONTROL, RECOVERED
+from compress.runfolder import CONTROL, RECOVERED, WINDOWS
 from compress.stages.device import resolve_device
 from compress.stages.processes import together
 from compress.stages.search import search_stage
@@ -16,6 +16,7 @@ from compress.stages.session import Session
 from compress.stages.stage import missing, timed
 from compress.train.recovery import Recovered, recover
 from compress.train.settings import RecoverSettings
+from compress.train.window_dropout import windows_only
 from compress.words import duration
 
 
@@ -37,7 +38,8 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
     folder = run.path / "recover"
     if must_be_done:
         done = run.stage_done("recover", session.recover_key())
-        if not done or (settings.control and not run.stage_done("control", session.control_key())):
+        keys = {"control": session.control_key, "windows": session.windows_key}
+        if not done or not all(run.stage_done(name, keys[name]()) for name in settings.controls):
             raise missing(session, "recover", folder)
         return folder
     with together(resolve_device(session.recipe.device)):
@@ -50,6 +52,9 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
         if settings.control:
             key, control = session.control_key, folder / "control"
             _train(session, settings, "control", key, control, CONTROL, lambda: copy.deepcopy(session.loaded.model))
+        if settings.window_control:
+            key, windows = session.windows_key, folder / "windows"
+            _train(session, settings, "windows", key, windows, WINDOWS, lambda: windows_only(planned()))
     return folder
 
 

@@ -7,7 +7,7 @@ from compress.data.sample import Sample
 from compress.plan import Plan, read_plan
 from compress.report.plots import search_plots
 from compress.search.run import SearchResult, run_search
-from compress.stages.prepare import prepare_stage
+from compress.stages.prepare import effects_stage, prepare_stage
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, draw, missing, require, timed
@@ -47,6 +47,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     if must_be_done:
         raise missing(session, "search", run.plan)
     profile = profile_stage(session, must_be_done=True)
+    effects = effects_stage(session, must_be_done=True)
 
     def work() -> SearchResult:
         held_out = documents_of(session, recipe.calibration.held_out, "held_out")
@@ -67,6 +68,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 seed=recipe.seed,
                 bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
                 say=lambda line: say(f"search: {line}"),
+                effects=effects,
             )
 
     (run.plots / SPANS).unlink(missing_ok=True)

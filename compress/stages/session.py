@@ -24,7 +24,7 @@ from compress.models.load import LoadedModel, load_model
 from compress.models.prepared import attach
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
-from compress.runfolder import CONTROL, PREPARED, RECOVERED, RunFolder, open_run, stage_key
+from compress.runfolder import CONTROL, PREPARED, RECOVERED, WINDOWS, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
 from compress.stages.reporter import Reporter
@@ -111,6 +111,21 @@ class Session:
         """All that the tensors of prepared targets depend on."""
         return stage_key("prepare", self.fingerprint, *self._training(self.recipe.prepare))
 
+    def effect_key(self) -> str:
+        """All that the measured effects of prepared targets depend on."""
+        section, calibration = self.recipe.calibration, self.resolved["calibration"]
+        text = self._text(section.text, section.documents, "calibration")
+        return stage_key(
+            "effect",
+            self.fingerprint,
+            *self._prepared(),
+            text,
+            calibration["text"],
+            calibration["documents"],
+            self.recipe.seed,
+            self.recipe.dtype,
+        )
+
     def profile_key(self) -> str:
         """All that a profile depends on."""
         calibration = self.resolved["calibration"]
@@ -137,7 +152,9 @@ class Session:
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
         prepared = self._prepared()
-        return stage_key("search", self.profile_key(), held_out, text, self.resolved["search"], tables, *prepared)
+        priced = ["effect"] if self.recipe.prepare is not None and self.recipe.prepare.effect else []
+        search = self.resolved["search"]
+        return stage_key("search", self.profile_key(), held_out, text, search, tables, *prepared, *priced)
 
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
@@ -158,7 +175,7 @@ class Session:
             *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
             self._evaluated(),
             *self._prepared(),
-            *self._trained(RECOVERED, CONTROL),
+            *self._trained(RECOVERED, CONTROL, *([WINDOWS] if self._has_windows else [])),
         )
 
     def recover_key(self) -> str:
@@ -166,6 +183,14 @@ class Session:
         return stage_key(
             "recover", self._content(self.run.plan), *self._prepared(), *self._training(self.recipe.recover)
         )
+
+    def windows_key(self) -> str:
+        """All that the trained weights of the plan without its states depend on."""
+        return stage_key("windows", self.recover_key())
+
+    @property
+    def _has_windows(self) -> bool:
+        return self.recipe.recover is not None and self.recipe.recover.window_control
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""

@@ -52,17 +52,18 @@ def require(session: Session, *stages: str) -> None:
         "search": (session.search_key, run.plan),
         "recover": (session.recover_key, run.path / "recover"),
         "control": (session.control_key, run.path / "recover"),
+        "windows": (session.windows_key, run.path / "recover"),
     }
     for stage in stages:
         key, where = places[stage]
         if not run.may_be_done(stage, session.outline(key)):
-            raise missing(session, "recover" if stage == "control" else stage, where)
+            raise missing(session, "recover" if stage in ("control", "windows") else stage, where)
 
 
 def require_weights(session: Session) -> None:
     """`require` for the stages whose results a checkpoint, or its evaluation, is made of."""
     settings = session.recipe.recover
-    trained = [] if settings is None else ["recover", *(["control"] if settings.control else [])]
+    trained = [] if settings is None else ["recover", *settings.controls]
     require(session, "search", *trained)
 
 

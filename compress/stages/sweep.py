@@ -79,6 +79,8 @@ def _run(session: Session, earlier: Sequence[RunFolder], export: bool) -> None:
     profile_stage(session)
     if session.recipe.prepare is not None:
         _share(session, "prepare", session.prepare_key, earlier)
+        if session.recipe.prepare.effect:
+            _share(session, "effect", session.effect_key, earlier)
     prepare_stage(session)
     _share(session, "search", session.search_key, earlier)
     search_stage(session)

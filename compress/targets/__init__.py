@@ -1,5 +1,5 @@
 """What a head group can become. Importing this package registers every target."""
 
-from compress.targets import full, pruned, score, window
+from compress.targets import aaren, full, linear, pruned, score, window
 
-__all__ = ["full", "pruned", "score", "window"]
+__all__ = ["aaren", "full", "linear", "pruned", "score", "window"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from compress.limits import LONGEST
 from compress.registry import Method, targets
 from compress.runtime.span import NO_END, Span
+from compress.targets.cost import Cost
 from compress.targets.span import SpanTarget
 from compress.targets.target import StockForm, Target
 from compress.targets.unit import Unit
@@ -102,6 +104,12 @@ class ScoreGroup(SpanTarget):
     def span(self, native: int | None = None) -> Span:
         """The span beside the score."""
         return Span(self.sink, self.alpha, self.beta)
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """As of a window, with the temperatures and biases of its query heads among the parameters."""
+        cost = super().cost(unit, length)
+        own = unit.query_heads * (2 if self.score == "sigmoid" else 1)
+        return replace(cost, parameters=cost.parameters + own) if unit.parameters else cost
 
     def words(self, native: int | None = None) -> str:
         """Score and span."""

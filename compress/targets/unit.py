@@ -31,6 +31,12 @@ class Unit:
         """Bytes of one token's key and value."""
         return 2 * self.head_dim * self.itemsize
 
+    @property
+    def hidden_size(self) -> int:
+        """Size of the layer's input, by the group's parameters: 2 x head_dim x hidden a query head and for key and
+        value, and fewer biases than that; 0 where they are not counted."""
+        return self.parameters // ((2 * self.query_heads + 2) * self.head_dim)
+
 
 class LayerParameters(NamedTuple):
     """Parameters of one decoder layer, by what they go with; biases included.

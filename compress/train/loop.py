@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from compress.train.state import Store, capture, restore
 from compress.train.stop import noted_signals
 
 Progress = Callable[[int, int, str], None]
-Learn = Callable[[Any, Any], None]
+Learn = Callable[..., None]
 
 
 class Trainee(Protocol):
@@ -45,7 +45,8 @@ class Trainee(Protocol):
     def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
         """Run a part of a batch, and call `learn(student, teacher)` with the outputs, which runs the backward pass.
 
-        It may be called several times, with the outputs of one layer after the other, whose losses add up.
+        It may be called several times, with the outputs of one layer after the other, whose losses add up. Outputs of
+        some sequences only come with their own inputs, `learn(student, teacher, inputs)`.
 
         Args:
             module: the trainee's own, or what spreads its weights over processes.
@@ -98,12 +99,14 @@ def train(
     *,
     curve: Curve | None = None,
     progress: Progress | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Any:
     """Train in place, and go on from a saved state if there is one.
 
     Args:
         curve: gets a line a step; None keeps none.
         progress: called in the main process with (steps done, steps in all, losses and speed).
+        rates: factors on the learning rate by the names of parameters; 1 for those that are not named.
 
     Returns:
         The module as it was trained: the trainee's own, or what its weights are spread over processes in.
@@ -115,7 +118,12 @@ def train(
     module, steps = trainee.module, settings.schedule.steps
     trained = {name: weight for objective in objectives for name, weight in objective.trained(module).items()}
     device = next(iter(trained.values())).device
-    optimiser: Any = torch.optim.AdamW(trained.values(), lr=settings.schedule.rate, weight_decay=settings.weight_decay)
+    factors = sorted({(rates or {}).get(name, 1.0) for name in trained})
+    groups = [
+        {"params": [weight for name, weight in trained.items() if (rates or {}).get(name, 1.0) == factor]}
+        for factor in factors
+    ]
+    optimiser: Any = torch.optim.AdamW(groups, lr=settings.schedule.rate, weight_decay=settings.weight_decay)
     spread = accelerator.distributed_type == DistributedType.FSDP
     if spread:
         module, prepared = accelerator.prepare(module, optimiser)
@@ -125,7 +133,7 @@ def train(
     saved = store.read()
     if saved is not None and (curve is None or len(curve.steps()) >= saved[0]):  # else steps are lost, and made again
         first = saved[0]
-        restore(saved[1], module, trained, optimiser)
+        restore(saved[1], module, optimiser)
     del saved
     if accelerator.is_main_process and curve is not None:
         curve.cut(first)
@@ -137,8 +145,8 @@ def train(
         began = time.perf_counter()
         for step in range(first, steps):
             started = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = settings.schedule(step)
+            for group, factor in zip(optimiser.param_groups, factors, strict=True):
+                group["lr"] = factor * settings.schedule(step)
             optimiser.zero_grad()
             sums = passes.run(batches.passes(step, accelerator.num_processes), f"{settings.seed}/{step}")
             if not spread:
@@ -220,11 +228,11 @@ class _Passes:
         # Spread weights get the mean gradient over processes; the loss is already a share of the whole batch's mean.
         factor = self.accelerator.num_processes if self.spread else 1
 
-        def learn(student: Any, teacher: Any) -> None:
+        def learn(student: Any, teacher: Any, some: Inputs = inputs) -> None:
             loss: torch.Tensor | None = None
             for number, objective in enumerate(self.objectives):
                 with nullcontext() if objective.weight else torch.no_grad():
-                    total = objective.loss(student, teacher, inputs)
+                    total = objective.loss(student, teacher, some)
                 sums[number] += total.detach()
                 if objective.weight:
                     term = objective.weight / self.counts[number] * total

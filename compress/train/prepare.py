@@ -22,11 +22,12 @@ from compress.json_file import read_sealed
 from compress.models.families import attentions_of
 from compress.models.planned import planned_model
 from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
-from compress.models.replaced import AttentionCall, replaced_attention
+from compress.models.replaced import AttentionCall, causal_attention, replaced_attention
 from compress.models.vocabulary import check_tokens
 from compress.plan import ModelShape, uniform_plan
-from compress.registry import objectives
+from compress.runtime.impl import choose_impl
 from compress.runtime.mixer import Kinds
+from compress.runtime.span import Span
 from compress.runtime.step import Record, Step
 from compress.targets.target import Target
 from compress.train.curve import Curve
@@ -75,7 +76,7 @@ def prepare(
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, "prepare.batch_size")
     accelerator = Accelerator(cpu=model.get_input_embeddings().weight.device.type == "cpu")
     digest = windows.digest(settings.step_count, settings.batch_size)
-    common = settings.model_dump(mode="json", exclude={"targets", *settings.outside})
+    common = {name: value for name, value in settings.facts().items() if name != "targets"}
     options = {}
     for number, target in enumerate(settings.targets):
         key = key_of("prepare", 1, common, target.model_dump(mode="json"), seed, shape.fingerprint, digest)
@@ -115,22 +116,22 @@ def _train_option(
     progress: Progress,
 ) -> None:
     """Train one target, and write its option."""
-    objective: Objective = objectives[str(target.objective)]()
-    mixers = _Mixers(model, shape, target)
+    losses = settings.objectives_of(target)
+    mixers = _Mixers(model, shape, target, losses, settings.low(model.get_input_embeddings().weight.device))
     partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     loop = settings.loop(seed, "lower `prepare.rate`, or run the model in float32")
     with mixers.beside_attention():
-        train(mixers, [objective], batches, loop, partial, accelerator, curve=curve, progress=progress)
+        train(mixers, losses, batches, loop, partial, accelerator, curve=curve, progress=progress)
         errors = mixers.errors(batches, min(MEASURED, settings.step_count), accelerator)
     if accelerator.is_main_process:
         lines = curve.steps()
         record = Option(
             key=key,
             target=target.model_dump(mode="json"),
-            objective={"name": objective.registered, **objective.model_dump(mode="json")},
+            objective=_named(losses[0]) if len(losses) == 1 else {"objectives": [_named(one) for one in losses]},
             steps=settings.step_count,
             tokens=settings.step_count * batches.size,
             first_loss=lines[0]["loss"],
@@ -145,14 +146,31 @@ def _train_option(
     accelerator.wait_for_everyone()
 
 
+def _named(objective: Objective) -> dict[str, Any]:
+    return {"name": objective.registered, **objective.model_dump(mode="json")}
+
+
 class _Mixers(nn.Module):
     """The mixers of one target in all layers that may change, and the dense model, which is no part of the module.
 
+    Parameters, and what a mixer accumulates, are float32; queries, keys and values are what the model computes in.
+
+    Args:
+        losses: what is minimised, which says what of a layer it asks for.
+        low: the dtype of the dense model's matrix products below that of its weights, if any.
+
     Raises:
-        UserError: the target's mixer has no parameters.
+        UserError: the target's mixer has no parameters, or has not what the losses ask for.
     """
 
-    def __init__(self, model: Any, shape: ModelShape, target: Target) -> None:
+    def __init__(
+        self,
+        model: Any,
+        shape: ModelShape,
+        target: Target,
+        losses: Sequence[Objective] = (),
+        low: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         planned = planned_model(model, uniform_plan(shape, target), untrained=True)
         self.layers = nn.ModuleDict()
@@ -168,7 +186,18 @@ class _Mixers(nn.Module):
                 expected="a target whose mixer has parameters",
                 fix="leave it out; a target without parameters of its own can be searched as it is",
             )
+        self._apart = any(objective.needs_parts for objective in losses)
+        self._features = any(objective.needs_features for objective in losses)
+        asked = {"parts": self._apart, "features": self._features}
+        for name in (name for name, needed in asked.items() if needed):
+            if not all(hasattr(mixer, name) for mixer in self.layers.values()):
+                raise UserError(
+                    f"the objective asks for the {name} of hybrid heads, which `{target.target}` does not have",
+                    where="prepare.objectives",
+                    expected="`transfer`",
+                )
         self.requires_grad_(True)
+        self._low = low
         self._model, self.shape = (model,), shape  # in a tuple, so that its weights are none of this module's
         self._inputs: dict[int, tuple[torch.Tensor, Any]] = {}
         self._learn: Learn | None = None
@@ -193,7 +222,8 @@ class _Mixers(nn.Module):
         """See `Trainee.run`; `learn` is called for one layer after the other."""
         self._learn = learn
         try:
-            with torch.no_grad():
+            kind = inputs["input_ids"].device.type
+            with torch.no_grad(), torch.autocast(kind, self._low or torch.bfloat16, enabled=self._low is not None):
                 self._model[0].base_model(**inputs, use_cache=False)
         finally:
             self._learn = None
@@ -216,6 +246,7 @@ class _Mixers(nn.Module):
                 sums[place, student["layer"]] += heads.view(shape.kv_heads, -1).sum(1)
 
         self.eval()
+        self._apart = False  # the outputs alone
         for step in range(count):
             for part in batches.passes(step, accelerator.num_processes)[accelerator.process_index]:
                 self.run(self, {name: value.to(device) for name, value in part.items()}, add)
@@ -231,21 +262,44 @@ class _Mixers(nn.Module):
         return keep
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
-        dense = call.dense()
+        hidden, rotary = self._inputs.pop(call.layer, (None, None))
         if self._learn is None or str(call.layer) not in self.layers:
-            return dense
+            return call.dense()
         mixer: Any = self.layers[str(call.layer)]
         batch, _, columns, _ = call.query.shape
-        step = Step.begin(None, None, batch, columns, call.query.device)
-        hidden, rotary = self._inputs.pop(call.layer)
-        step.hidden, step.rotary = hidden.float(), None if rotary is None else tuple(table.float() for table in rotary)
-        step.input_length, step.record = columns, Record()
-        if call.scores is not None:
-            self._kinds[call.layer].check_scores()
-            step.scores = call.scores
-        query, key, value = call.query.float(), call.key.float(), call.value.float()
-        with torch.set_grad_enabled(self.training):
-            outputs = mixer.prefill(query, key, value, None, step, scale=call.scaling, dropout=0.0)
-            student = {"outputs": outputs, "layer": call.layer, "record": step.record}
-            self._learn(student, {"outputs": dense.transpose(1, 2)})
-        return dense
+        with torch.autocast(call.query.device.type, enabled=False):
+            dtype = call.value.dtype  # as in a planned model, whatever autocast and RoPE made of the others
+            query, key, value = call.query.to(dtype), call.key.to(dtype), call.value
+            step = Step.begin(None, None, batch, columns, query.device)
+            step.input_length, step.record = columns, Record()
+            if mixer.needs_inputs:
+                step.hidden, step.rotary = hidden, rotary
+            if call.scores is not None:
+                self._kinds[call.layer].check_scores()
+                step.scores = call.scores
+            teacher = self._teacher(query, key, value, call)
+            with torch.set_grad_enabled(self.training):
+                student: dict[str, Any] = {"layer": call.layer, "record": step.record}
+                options = {"scale": call.scaling, "dropout": 0.0}
+                if self._apart:
+                    student["parts"] = mixer.parts(query, key, value, None, step, **options)
+                    if self._features:
+                        student["features"] = mixer.features(query, key, step, scale=call.scaling)
+                else:
+                    student["outputs"] = mixer.prefill(query, key, value, None, step, **options)
+                self._learn(student, teacher)
+        return teacher["outputs"].transpose(1, 2)
+
+    def _teacher(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+    ) -> dict[str, Any]:
+        """What the layer's own attention gives: outputs `[B, T, H, D]`, and what objectives of parts ask for beside."""
+        if not self._apart:
+            outputs = causal_attention(query, key, value, call.scaling, call.window, call.scores)
+            return {"outputs": outputs.transpose(1, 2)}
+        prefill = choose_impl("auto", query).prefill
+        everything = (Span(),) * key.shape[1]
+        outputs, lse = prefill(query, key, value, everything, scale=call.scaling, scores=call.scores, keep_lse=True)
+        size = value.float().square().mean((2, 3)).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        beside = {"query": query, "key": key, "scaling": call.scaling}
+        return {"outputs": outputs.transpose(1, 2), "lse": lse, "size": size, **beside}

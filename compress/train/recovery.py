@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
 from compress.models.planned import mixers_of
+from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
 from compress.runtime.step import Record
@@ -27,10 +29,12 @@ from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs
 from compress.train.settings import RecoverSettings
 from compress.train.state import Partial, whole_weights
+from compress.train.window_dropout import DroppedWindows, window_dropped
 from compress.train.windows import WindowBatches, Windows, check_windows
 from compress.versions import versions
 
 RECORD = "recover.json"
+LOGITS_BYTES = 2**30  # of the float32 logits that losses are taken on at once
 
 
 class Recovered(BaseModel):
@@ -123,7 +127,7 @@ def recover(
             progress(
                 0,
                 steps,
-                "starting from the beginning: the saved state belongs to another training or an earlier version",
+                "starting again, because the saved state belongs to another training or an earlier version",
             )
     accelerator.wait_for_everyone()
     _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
@@ -152,36 +156,84 @@ def recover(
 
 
 class _Student:
-    """A model that is trained, and the dense one that it may follow."""
+    """A model that is trained, and the dense one that it may follow.
 
-    def __init__(self, model: Any, teacher: Any, dtype: torch.dtype | None) -> None:
-        self.module, self.teacher, self.dtype = model, teacher, dtype
+    Where all losses are of logits, and those of a pass are large, the head runs on some sequences at a time, and so do
+    the losses: their gradients meet in the last hidden states, whose backward pass comes last.
+
+    Args:
+        whole: never do so.
+    """
+
+    def __init__(self, model: Any, teacher: Any, dtype: torch.dtype | None, *, whole: bool) -> None:
+        self.module, self.teacher, self.dtype, self.whole = model, teacher, dtype, whole
 
     def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
         """See `Trainee.run`."""
         record = Record()
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
-        student = {"logits": self._logits(module, {**inputs, **planned}), "record": record}
-        if self.teacher is None:
-            learn(student, None)
-            return
-        with torch.no_grad():
-            teacher = {"logits": self._logits(self.teacher, inputs)}
-        learn(student, teacher)
+        given = {"input_ids": inputs["input_ids"]}
+        with window_dropped(self.module, inputs.get("dropped", ())):
+            if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
+                self._run_in_parts(module, given, planned, learn, parts)
+                return
+            student = {"logits": self._logits(module, {**given, **planned}), "record": record}
+            if self.teacher is None:
+                learn(student, None)
+                return
+            with torch.no_grad():
+                teacher = {"logits": self._logits(self.teacher, given)}
+            learn(student, teacher)
+
+    def _parts(self, ids: torch.Tensor) -> int:
+        """How many parts the sequences of a pass are split into, so that the logits of each have few bytes."""
+        sequences = max(1, LOGITS_BYTES // (4 * ids.shape[1] * len(self.module.get_output_embeddings().weight)))
+        return math.ceil(len(ids) / sequences)
+
+    def _run_in_parts(self, module: Any, inputs: Inputs, planned: Inputs, learn: Learn, parts: int) -> None:
+        with self._autocast(inputs):
+            states = self._states(module, {**inputs, **planned})
+            with torch.no_grad():
+                dense = None if self.teacher is None else self._states(self.teacher, inputs)
+        leaf = states.detach().requires_grad_()
+        for rows in torch.arange(len(leaf)).tensor_split(parts):
+            place = slice(int(rows[0]), int(rows[-1]) + 1)
+            with self._autocast(inputs):
+                logits = module.get_output_embeddings()(leaf[place])
+                with torch.no_grad():
+                    other = None if dense is None else self.teacher.get_output_embeddings()(dense[place])
+            learn(
+                {"logits": logits},
+                None if other is None else {"logits": other},
+                {name: value[place] for name, value in inputs.items()},
+            )
+        if leaf.grad is not None:
+            states.backward(leaf.grad)
+
+    @staticmethod
+    def _states(model: Any, inputs: Inputs) -> torch.Tensor:
+        states: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+        return states
 
     def _logits(self, model: Any, inputs: Inputs) -> torch.Tensor:
-        device = inputs["input_ids"].device
-        with torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with self._autocast(inputs):
             logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
 
+    def _autocast(self, inputs: Inputs) -> torch.autocast:
+        kind = inputs["input_ids"].device.type
+        return torch.autocast(kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
-def autocast_dtype(settings: RecoverSettings, device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products below float32; None where all is float32."""
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if settings.precision == "bfloat16" else None
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether a model's logits are its output embeddings on the last hidden states, without a scale or a cap."""
+    table = model.get_input_embeddings().weight
+    ids = torch.arange(min(8, len(table)), device=table.device)[None]  # one alone may be padding, whose states are 0
+    with frozen(model):
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.equal(model.get_output_embeddings()(states), model(input_ids=ids, use_cache=False).logits)
 
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
@@ -194,7 +246,7 @@ def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator
     )
     if settings.shard and accelerator.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            "weights can be spread over GPUs only",
+            "weights can only be spread over GPUs",
             where="recover.shard",
             expected="false where the processes run on a CPU",
             found="true",
@@ -226,14 +278,17 @@ def _train_and_merge(
     """Train and leave plain modules behind. A model that is to be spread is trained as a copy: nothing undoes that."""
     spread = accelerator.distributed_type == DistributedType.FSDP
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    low = autocast_dtype(settings, next(model.parameters()).device)
+    low = settings.low(next(model.parameters()).device)
+    whole = spread or not all(objective.of_logits for objective in settings.losses)
+    whole = whole or not all(has_plain_head(each) for each in (model, teacher) if each is not None)
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
+    batches = DroppedWindows.of(batches, copied, settings, f"{seed}/windows")
     sequences = batches.share(accelerator.num_processes)
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
-            _Student(copied, teacher, low),
+            _Student(copied, teacher, low, whole=whole),
             settings.losses,
             batches,
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
@@ -241,6 +296,7 @@ def _train_and_merge(
             accelerator,
             curve=curve,
             progress=progress,
+            rates=_rates(copied, settings),
         )
     if spread:
         tensors = whole_weights(trained)
@@ -257,6 +313,15 @@ def _train_and_merge(
     model.requires_grad_(True).eval()
 
 
+def _rates(model: Any, settings: RecoverSettings) -> dict[str, float]:
+    """Factors on the learning rate by names of parameters: of what the mixers have of their own."""
+    if settings.mixer_rate is None:
+        return {}
+    of_mixers = {id(weight) for mixer in mixers_of(model) for weight in mixer.parameters()}
+    factor = settings.mixer_rate / settings.rate
+    return {name: factor for name, weight in model.named_parameters() if id(weight) in of_mixers}
+
+
 def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     """Bring weights into the dtype they are trained in, and choose what takes gradients.
 
@@ -269,7 +334,7 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
         UserError: nothing to train.
     """
     device = next(model.parameters()).device
-    low = autocast_dtype(settings, device) if settings.train != "full" and not settings.shard else None
+    low = settings.low(device) if settings.train != "full" and not settings.shard else None
     of_mixers = [weight for mixer in mixers_of(model) for weight in mixer.parameters()]
     for weight in model.parameters():
         if weight.dtype != low:

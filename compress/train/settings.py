@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from compress import registry
@@ -19,10 +21,17 @@ from compress.train.objectives.text import Text
 from compress.train.schedule import Schedule
 
 
+def _once(named: Sequence[Objective]) -> None:
+    if len({objective.registered for objective in named}) < len(named):
+        raise ValueError("expected each objective once")
+
+
 class TrainSettings(Method):
     """What every training has: how much text, in which batches, and how fast it learns."""
 
     outside: ClassVar[frozenset[str]] = frozenset({"save_every"})  # fields that what is trained does not depend on
+    # Fields that a training without them did not have yet, and what they are then: its key stays what it was.
+    newer: ClassVar[dict[str, Any]] = {}
 
     length: int = Field(512, ge=2, le=LONGEST, description="tokens in a sequence")
     batch_size: int = Field(16, ge=1, le=BATCH, description="sequences in an optimiser step, over all processes")
@@ -41,6 +50,10 @@ class TrainSettings(Method):
     clip: float = Field(1.0, gt=0, le=FACTOR, description="largest norm of the gradient")
     text: TextSource | None = Field(
         None, description="text to train on, its calibration part; null takes the recipe's calibration text"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of matrix products; auto is bfloat16 on a GPU that has it; trained weights are float32",
     )
     save_every: int = Field(
         50, ge=1, le=STEPS, description="steps between saved states, from which an interrupted training resumes"
@@ -72,8 +85,15 @@ class TrainSettings(Method):
         return self.step_count * self.batch_size * self.length
 
     def facts(self) -> dict[str, Any]:
-        """All that the trained weights depend on, as plain values."""
-        return self.model_dump(mode="json", exclude=set(self.outside))
+        """All that the trained weights depend on, as plain values; newer fields only where they say something."""
+        facts = self.model_dump(mode="json", exclude=set(self.outside))
+        return {name: value for name, value in facts.items() if name not in self.newer or value != self.newer[name]}
+
+    def low(self, device: torch.device) -> torch.dtype | None:
+        """The dtype of matrix products below float32 on a device; None where all is float32."""
+        if self.precision == "auto":
+            return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if self.precision == "bfloat16" else None
 
     def loop(self, seed: str, advice: str) -> Settings:
         """The same as the loop takes it; arguments as of `loop.Settings`."""
@@ -90,7 +110,8 @@ class TrainSettings(Method):
 class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
-    outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control"})
+    outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control", "window_control"})
+    newer: ClassVar[dict[str, Any]] = {"objectives": [], "mixer_rate": None, "window_dropout": []}
 
     train: Literal["lora", "full", "mixers"] = Field(
         "lora",
@@ -113,9 +134,17 @@ class RecoverSettings(TrainSettings):
         description="losses in place of `loss`, each with its weight: `[{name: text}, {name: side, weight: 0.01}]`",
     )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="dtype of matrix products; auto is bfloat16 on a GPU that has it; trained weights are float32",
+    mixer_rate: float | None = Field(
+        None,
+        gt=0,
+        le=FACTOR,
+        description="highest learning rate of what targets of the plan have of their own; null takes `rate`",
+    )
+    window_dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="how often a layer's linear heads are trained without their window, so that the state has to do "
+        "its work: shares of the passes, each for an equal part of the training, for instance `[0.2, 0.1, 0]`",
     )
     checkpointing: bool | None = Field(
         None, description="recompute layers in the backward pass; null does so if memory is short"
@@ -124,19 +153,30 @@ class RecoverSettings(TrainSettings):
         False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"
     )
     control: bool = Field(False, description="also train the dense model on the same batches, as a comparison")
-
-    def facts(self) -> dict[str, Any]:
-        """See `TrainSettings.facts`; as before there were `objectives`, where there are none."""
-        facts = super().facts()
-        return facts if self.objectives else {key: value for key, value in facts.items() if key != "objectives"}
+    window_control: bool = Field(
+        False,
+        description="also train the plan without the states of its linear heads on the same batches, as a comparison: "
+        "what their windows are worth by themselves",
+    )
 
     @model_validator(mode="after")
     def _comparable(self) -> Self:
-        if len({objective.registered for objective in self.objectives}) < len(self.objectives):
-            raise ValueError("expected each objective once")
+        _once(self.objectives)
+        for objective in self.objectives:
+            if objective.of_layer:
+                raise ValueError(f"`{objective.registered}` is a loss of single layers, which `prepare` takes")
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
+        if self.window_control and (self.train == "mixers" or any(self.window_dropout)):
+            raise ValueError(
+                "windows by themselves have no mixers to train, and cannot be left out: no `window_control`"
+            )
         return self
+
+    @property
+    def controls(self) -> list[str]:
+        """What is trained beside the plan, as a comparison: the dense model, and the plan without its states."""
+        return ["control"] * self.control + ["windows"] * self.window_control
 
     @property
     def losses(self) -> tuple[Objective, ...]:
@@ -151,10 +191,45 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
+    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto"}
+    outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect"}
+
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
     )
     rate: float = Field(0.01, gt=0, le=FACTOR, description="highest learning rate of AdamW")
+    objectives: tuple[Annotated[Objective, registry.objectives], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="losses of a layer in place of the targets' own, each with its weight: `[{name: weights}]`",
+    )
+
+    @field_validator("objectives")
+    @classmethod
+    def _of_layers(cls, named: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        _once(named)
+        for objective in named:
+            if not objective.of_layer:
+                known = ", ".join(f"`{name}`" for name, kind in registry.objectives.items() if kind.of_layer)
+                raise ValueError(f"`{objective.registered}` is no loss of a layer; expected one of {known}")
+        return named
+
+    def objectives_of(self, target: Target) -> tuple[Objective, ...]:
+        """What is minimised for a target."""
+        return self.objectives or (registry.objectives[str(target.objective)](),)
+
+    effect: bool = Field(
+        False,
+        description="afterwards measure what each target, so trained, costs the loss to first order on the calibration "
+        "documents, as the statistic `effect` does for others; needs a backward pass",
+    )
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """What a solver may read of it, with its form, as of a statistic (`gives`)."""
+        return {"error": "prepared"} | (
+            {"effect.absolute": "targets", "effect.signed": "targets"} if self.effect else {}
+        )
 
     @field_validator("targets")
     @classmethod

@@ -44,11 +44,13 @@ def capture(module: nn.Module, names: Collection[str], optimiser: torch.optim.Op
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(
-    tensors: Mapping[str, torch.Tensor], module: nn.Module, names: Collection[str], optimiser: torch.optim.Optimizer
-) -> None:
+def restore(tensors: Mapping[str, torch.Tensor], module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """Put back what `capture` gave."""
-    parts: dict[str, Any] = {name: {} for name in names}
+    named = {id(weight): name for name, weight in module.named_parameters()}
+    groups = [
+        {**group, "params": [named[id(weight)] for weight in group["params"]]} for group in optimiser.param_groups
+    ]
+    parts: dict[str, Any] = {name: {} for group in groups for name in group["params"]}
     weights: dict[str, Any] = {}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
@@ -58,7 +60,7 @@ def restore(
             parts[name][part] = tensor
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(module, weights, options=options)
-    state: Any = {"state": parts, "param_groups": [{**optimiser.param_groups[0], "params": list(names)}]}
+    state: Any = {"state": parts, "param_groups": groups}
     set_optimizer_state_dict(module, optimiser, state, options=options)
 
 

@@ -171,7 +171,7 @@ def test_a_text_replaced_while_a_stage_runs_does_not_count(tmp_path: Path) -> No
         key()
         text.touch()
         timed(session, "first", key, [], lambda: None)  # another time, the same content
-        with pytest.raises(UserError, match="changed while it ran"):
+        with pytest.raises(UserError, match="changed while the stage ran"):
             timed(session, "profile", key, [], lambda: text.write_text("w5 " * 8000))
         assert list(session.run.stages()) == ["first"]
 

@@ -54,7 +54,7 @@ def fewer_weights(folder: Path) -> None:
     ("damage", "word"),
     [
         (more_tokens, "no embedding for"),
-        (fewer_weights, "does not hold all weights"),
+        (fewer_weights, "more weights than the weight files hold"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "an adapter lies beside the model"),
         (lambda folder: edit(folder / "generation_config.json", num_return_sequences=4), "num_return_sequences"),
         (lambda folder: edit(folder / "config.json", max_position_embeddings=16), "max_position_embeddings"),

@@ -106,7 +106,7 @@ def test_what_heads_retrieve_is_asked_for_with_documents_that_hide_nothing(made:
     retrieval = (ATTENTION, ATTENTION + "    - {name: retrieval, grid: {sinks: [4]}}\n")
     heads = (SOLVER, "solver: {name: heads, score: retrieval}")
     result = validate(made, tmp_path, retrieval, heads)
-    assert result.exit_code == 2 and "no document hides anything to retrieve" in result.stderr
+    assert result.exit_code == 2 and "no calibration document hides anything to retrieve" in result.stderr
     hidden = ("    - {task: continuation, length: 320, count: 1, answer_tokens: 16}", f"    - {PASSKEY}")
     assert validate(made, tmp_path, retrieval, heads, hidden).exit_code == 0
     result = validate(made, tmp_path, retrieval, (SOLVER, "solver: {name: moa, retrieval: 1.0}"), hidden)
@@ -146,7 +146,7 @@ def test_a_search_refuses_a_budget_beyond_the_context(made: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (b'{"text": "w5 w6"}\n{"text": "w5 \\ud800"}\n', ":2: half a surrogate pair"),
+        (b'{"text": "w5 w6"}\n{"text": "w5 \\ud800"}\n', ":2: half of a surrogate pair"),
         (b'{"text": "w5 w6"}\n{"text": 5}\n', ":2: `text` is not text"),
         (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
         (b'{"text": "w5"}\n{"text": "\xff"}\n', "not UTF-8 in line 2, byte 25 of the file"),

@@ -77,7 +77,7 @@ def test_files(tmp_path: Path) -> None:
         ("a.txt", b" \n", "text", "holds no text"),
         ("a.jsonl", b'{"text": null}\n', "text", ":1: `text` is not text"),
         ("a.jsonl", b'{"text": ["x"]}\n', "text", ":1: `text` is not text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud800b"}\n', "text", ":2: half a surrogate pair"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud800b"}\n', "text", ":2: half of a surrogate pair"),
         ("a.jsonl", b'{"text": "\\udc00\\ud800"}\n', "text", "\\udc00 at character 0"),
         ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "text", ":2: the line is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "text", ":1: the line is not JSON"),
@@ -178,7 +178,7 @@ def test_a_dataset_is_read_as_far_as_it_is_used(monkeypatch: pytest.MonkeyPatch)
     excerpt = DatasetText(id="a/b").excerpt(200_000)
     assert excerpt.used is not None and "of 1,000,000,000 rows" in excerpt.used
     monkeypatch.setattr(Long, "__iter__", lambda self: iter([{"text": "x"}, {"text": "\ud800"}]))
-    with pytest.raises(UserError, match="a/b: row 1: half a surrogate pair"):
+    with pytest.raises(UserError, match="a/b: row 1: half of a surrogate pair"):
         DatasetText(id="a/b").load()
 
 
@@ -261,7 +261,7 @@ def test_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no network"):
         DatasetText(id="a/b").load()
     _install(monkeypatch, __version__="3.6.0", load_dataset=offline)
-    with pytest.raises(UserError, match="may run code"):
+    with pytest.raises(UserError, match="can run code"):
         DatasetText(id="a/b").load()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install"):

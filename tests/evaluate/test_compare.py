@@ -119,7 +119,7 @@ def test_file_form_comes_back_the_same(tmp_path: Path, source: FileText) -> None
 
 def test_damaged_files_are_refused(tmp_path: Path, source: FileText) -> None:
     path = tmp_path / "evaluation.json"
-    with pytest.raises(UserError, match="the comparison is not there"):
+    with pytest.raises(UserError, match="the comparison is missing"):
         read_comparison(path)
     run(source, tmp_path / "kept", Builder()).write(path)
     text = path.read_text(encoding="utf-8")

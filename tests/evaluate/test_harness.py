@@ -117,7 +117,7 @@ def test_unknown_names_are_told(tasks: Path) -> None:
 
 def test_missing_data_is_told(tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "items.jsonl").unlink()
-    with pytest.raises(UserError, match="data files are not there"):
+    with pytest.raises(UserError, match="data files are missing"):
         ran(tasks)
 
 

@@ -87,12 +87,12 @@ def test_verification_notices_other_weights_and_other_plans(tmp_path):
     planned = planned_model(loaded.model, plan)
     with torch.no_grad():
         planned.model.layers[1].mlp.up_proj.weight.add_(0.05)
-    with pytest.raises(UserError, match="other logits than the model in memory"):
+    with pytest.raises(UserError, match="different logits than the model in memory"):
         verify_checkpoint(tmp_path / "new", planned, loaded.tokenizer, plan)
     with torch.no_grad():
         planned.model.layers[1].mlp.up_proj.weight.sub_(0.05)
     smaller = uniform_plan(shape, WindowGroup(sink=0, alpha=64, beta=0))
-    with pytest.raises(UserError, match="cache holds other bytes than the plan predicts"):
+    with pytest.raises(UserError, match="cache does not hold the bytes that the plan predicts"):
         verify_checkpoint(tmp_path / "new", planned_model(loaded.model, plan), loaded.tokenizer, smaller)
 
 

@@ -78,7 +78,7 @@ def test_shards_load_and_links_out_of_the_folder_are_read(shards, tmp_path):
 
 def test_a_missing_shard(shards):
     sorted(shards.glob("*.safetensors"))[1].unlink()
-    refused(shards, "weight files are not there", "model-00002-of", "goes on where it stopped")
+    refused(shards, "weight files are missing", "model-00002-of", "goes on where it stopped")
 
 
 def test_a_shard_that_is_a_git_lfs_pointer(shards):
@@ -102,7 +102,7 @@ def test_any_file_that_is_a_git_lfs_pointer(folder, name):
         ("deep/../../outside.safetensors", ("outside the model's folder",)),
         ("..\\outside.safetensors", ("outside the model's folder",)),
         ("/etc/passwd.safetensors", ("outside the model's folder",)),
-        ("not-there.safetensors", ("not there",)),
+        ("not-there.safetensors", ("are missing",)),
         (["a", "list"], ("not the name of a file",)),
         (7, ("not the name of a file",)),
     ],
@@ -148,7 +148,7 @@ def test_a_patched_checkpoint_of_pickles(tmp_path):
 def test_weights_that_are_cut_short(folder, cut):
     data = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(data[:cut])
-    refused(folder, "weight file is damaged", SINGLE, "get the file again")
+    refused(folder, "weight file is damaged", SINGLE, "download the file again")
 
 
 def test_a_header_that_is_no_header(folder):
@@ -178,9 +178,9 @@ def test_whole_numbers_without_a_word_about_them(folder):
     [
         ({"num_hidden_layers": 10**9}, ("more layers than the weights", "num_hidden_layers: 3")),
         ({"num_hidden_layers": 4}, ("more layers than the weights",)),
-        ({"hidden_size": 1 << 24, "head_dim": 12}, ("more numbers than the weight files",)),
-        ({"intermediate_size": 10**9}, ("more numbers than the weight files", "58")),
-        ({"vocab_size": 2**31 - 1}, ("more numbers than the weight files",)),
+        ({"hidden_size": 1 << 24, "head_dim": 12}, ("more weights than the weight files",)),
+        ({"intermediate_size": 10**9}, ("more weights than the weight files", "58")),
+        ({"vocab_size": 2**31 - 1}, ("more weights than the weight files",)),
         ({"num_attention_heads": 2**30, "num_key_value_heads": 2**30}, ("config",)),
         ({"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, ("config",)),
         ({"num_key_value_heads": 3}, ("num_key_value_heads", "a divisor of the 4 heads")),
@@ -315,7 +315,7 @@ def test_a_run_folder_is_told_apart_and_its_checkpoint_only_where_it_is_taken(tm
     message = refused(run, "this is a run folder", "`models/tiny` is its dense model", "`compress eval`")
     assert f"its checkpoint is `{run / 'checkpoint'}`" in message and "a recipe does not" in message
     message = refused(
-        run / "checkpoint", "carries a plan already", "`compress eval`", readers=(check_model, load_model)
+        run / "checkpoint", "already carries a plan", "`compress eval`", readers=(check_model, load_model)
     )
     assert ModelSource(str(run / "checkpoint")).carries_plan
     loaded.model.save_pretrained(run / "checkpoint")  # as a native checkpoint

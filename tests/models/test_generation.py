@@ -61,7 +61,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
         {"output_scores": True, "return_dict_in_generate": True},
         None,
     ),
-    ({"use_cache": False}, {}, "makes small"),
+    ({"use_cache": False}, {}, "stays on"),
     ({"prompt_lookup_num_tokens": 3}, {}, "drafted"),
     ({"num_assistant_tokens": 7, "is_assistant": False}, {"num_assistant_tokens": 7, "is_assistant": False}, None),
     ({"length_penalty": 0.8, "early_stopping": True}, {}, "num_beams"),
@@ -72,7 +72,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"pad_token_id": [4, 5]}, {"pad_token_id": 4}, "is a list"),
     ({"pad_token_id": -1}, {"pad_token_id": None}, "no token has this number"),
     ({"a_publishers_own_key": {"deep": [1]}}, {"a_publishers_own_key": {"deep": [1]}}, None),
-    ({"validate": "x", "save_pretrained": 1}, {}, "it is no setting"),
+    ({"validate": "x", "save_pretrained": 1}, {}, "it is not a setting"),
     ({"max_length": 4096, "max_new_tokens": 7}, {"max_length": 4096, "max_new_tokens": 7}, None),
 ]
 

@@ -104,12 +104,12 @@ def test_damaged_configurations_are_told(tmp_path, content):
 def test_random_weights_that_no_memory_holds_are_refused_before_they_are_made(tmp_path, change):
     path = tmp_path / "sizes.json"
     path.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict() | change))
-    with pytest.raises(UserError, match="more memory than there is"):
+    with pytest.raises(UserError, match="more memory than is available"):
         ModelSource(str(path)).dense(CPU, torch.float32)
 
 
 def test_no_file_of_that_name():
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="is missing"):
         ModelSource("nowhere/config.json")
 
 

@@ -150,11 +150,7 @@ def test_a_profile_says_what_a_target_costs(tmp_path: Path, example: Target) -> 
 
 
 def test_what_has_no_output_to_compare_is_refused(tmp_path: Path, example: Target) -> None:
-    mixer = MIXERS["third"]
-    mixer.needs_inputs = True
-    with pytest.raises(UserError, match="`third` cannot be priced by its output"):
-        run_profile(tiny_loaded("llama-gqa"), documents(), [Effect(targets=(example,))], tmp_path, seed=0)
-    del MIXERS["third"]
+    mixer = MIXERS.pop("third")
     with pytest.raises(UserError, match="the runtime has no mixer for it"):
         run_profile(tiny_loaded("llama-gqa"), documents(), [Effect(targets=(example,))], tmp_path, seed=0)
     MIXERS["third"] = mixer

@@ -243,6 +243,34 @@ def test_a_window_frees_its_pages_and_the_pool_does_not_grow() -> None:
     assert len(state_of(cache).tables[0][0]) == rule[0].page_count(1500)
 
 
+@pytest.mark.parametrize("max_length", [None, 200])
+def test_a_page_is_there_until_the_step_that_hides_it_has_begun(max_length: int | None) -> None:
+    rule = [Span(4, 40, 0.0, PAGE), Span(0, 1, 0.0, PAGE), Span(0, -30, 0.5, PAGE)]
+    qkv = random_qkv(2, 3, 1, 200, seed=6)
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[1, :9] = False
+    out, cache = run(rule, [x[:, :, :125] for x in qkv], [], mask[:, :125], max_length=max_length)
+    outputs, left = [out], []
+    for column in range(125, 200):
+        state = state_of(cache)
+        pages = state.pages()
+        for row, length in enumerate(state.lengths):
+            for group, span in enumerate(rule):
+                old, new = span.boundary(length - 1), span.boundary(length)
+                if new > old:  # what is hidden from the next token on, a whole page
+                    assert new - old == PAGE and length % PAGE == 0
+                    place, start = pages.table[row, group, old // PAGE], old + 9 * row
+                    assert torch.equal(pages.keys[place], qkv[1][row, group, start : start + PAGE])
+                    assert torch.equal(pages.values[place], qkv[2][row, group, start : start + PAGE])
+                    left.append((row, group, old))
+        outputs.append(attend(rule, [x[:, :, column : column + 1] for x in qkv], cache, impl="reference"))
+    assert left == [(0, 1, 64), (0, 2, 0), (1, 1, 64), (1, 2, 0), (0, 0, 64), (0, 1, 128)]
+    found = torch.cat(outputs, dim=2)
+    for row in range(2):
+        alone: Any = tuple(x[row : row + 1, :, mask[row]] for x in qkv)
+        torch.testing.assert_close(found[row : row + 1, :, mask[row]], naive(alone, rule), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("max_length", [None, 256])
 def test_sequences_can_be_selected_repeated_and_reordered(max_length: int | None) -> None:
     rule = [Span(4, 40, 0.0), Span()]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from compress.runtime.mixer import LayerFacts, State, register
+from compress.runtime.mixer import LayerFacts, register
 from compress.runtime.mixer_masked import MaskedMixer
 from compress.runtime.pages import PagedState
 from compress.runtime.step import Step
@@ -21,17 +21,6 @@ class ToyState(PagedState):
         super().begin(key, value)
         self.tensors["sum"] = value.new_zeros(key.shape[0], len(self.rules), dtype=torch.float32)
 
-    def select(self, rows: Sequence[int]) -> None:
-        kept = self.tensors["sum"][list(rows)]
-        super().select(rows)
-        self.tensors["sum"] = kept
-
-    def allocated_bytes(self) -> int:
-        return super().allocated_bytes() + State.allocated_bytes(self)
-
-    def held_bytes(self) -> int:
-        return super().held_bytes() + State.held_bytes(self)
-
 
 @register("toy")
 class ToyMixer(MaskedMixer):
@@ -40,7 +29,7 @@ class ToyMixer(MaskedMixer):
     Outputs are multiplied by a gate of the layer's input and the position, and by the mean gate of all tokens so far.
     """
 
-    needs_inputs: ClassVar[bool] = True
+    needs_inputs = True
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)

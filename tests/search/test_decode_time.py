@@ -180,7 +180,7 @@ def test_files_that_are_not_there_no_json_or_do_not_go_together(tmp_path: Path) 
 
     first = write_table(tmp_path / "1.json", rows_of(1))
     (tmp_path / "torn.json").write_text("{")
-    with pytest.raises(UserError, match="the cost table is not there"):
+    with pytest.raises(UserError, match="the cost table is missing"):
         asked(first, str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="the cost table is damaged"):
         asked(first, str(tmp_path / "torn.json"))

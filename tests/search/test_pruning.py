@@ -23,6 +23,7 @@ from compress.search.solvers.allocated import Allocated
 from compress.search.solvers.amp import Amp
 from compress.search.solvers.moa import Moa
 from compress.search.solvers.ranked import Ranked
+from compress.targets.target import Target
 from tests.profile.common import document
 from tests.tiny import random_ids, tiny_loaded, tiny_model
 
@@ -32,6 +33,7 @@ class Scored:
 
     lengths = (64,)
     grid = None
+    priced = ()
 
     def __init__(self, model: Any, name: str = "amp") -> None:
         shape = shape_of(model)
@@ -51,6 +53,9 @@ class Scored:
 
     def tensor(self, key: Key) -> torch.Tensor:
         return self.tensors[str(key)]
+
+    def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
+        raise KeyError(target)
 
 
 def problem_of(model: Any, profile: Any, share: float) -> Problem:

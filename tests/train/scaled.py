@@ -1,17 +1,17 @@
-"""The example target of `scaled_mixer.py`, and a solver that takes it; registered only while their tests run."""
+"""The example target of `scaled_mixer.py`; registered only while its tests run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from compress.models.prepared import prepared_for
-from compress.search.problem import Candidate, Place, Problem
-from compress.search.solver import Solver
+from compress.registry import targets
+from compress.runtime.mixer import MIXERS
 from compress.targets.cost import Cost
-from compress.targets.full import FullGroup
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 from compress.targets.window import WindowGroup
@@ -40,18 +40,15 @@ class ScaledGroup(Target):
         return {"sharpness": torch.ones(()), "shift": torch.zeros(attention.head_dim)}
 
 
-class LeastError(Solver):
-    """Turns head groups into what was prepared for them, those of the least error first, until the budget is met."""
+@contextmanager
+def registered() -> Iterator[None]:
+    """The target and its mixer can be named while it is open."""
+    from tests.train.scaled_mixer import ScaledMixer
 
-    def solve(self, problem: Problem) -> list[Candidate]:
-        """One plan."""
-        options = prepared_for(problem.dense.model)
-        if not options:  # a check before anything is trained
-            return [Candidate(problem.start)]
-        errors, chosen = options[0].errors, set[Place]()
-        for place in sorted(problem.free, key=lambda place: float(errors[place])):
-            chosen.add(place)
-            layers = problem.with_targets(lambda place: options[0].target if place in chosen else FullGroup())
-            if problem.fits(layers):
-                break
-        return [Candidate(layers, note=f"{len(chosen)} of {len(problem.free)} groups")]
+    targets.register("scaled")(ScaledGroup)
+    MIXERS["scaled"] = ScaledMixer
+    try:
+        yield
+    finally:
+        targets._methods.pop("scaled")
+        MIXERS.pop("scaled")

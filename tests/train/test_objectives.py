@@ -15,6 +15,7 @@ from compress.registry import objectives
 from compress.runtime.step import Record
 from compress.train.settings import RecoverSettings
 from tests.train.common import model_of, settings, trained
+from tests.train.hybrid import Hybrid, of_rows
 
 Outputs = Callable[[slice], dict[str, Any]]
 
@@ -45,11 +46,19 @@ def states(seed: int) -> Outputs:
     return lambda rows: {"states": values, "gates": torch.full((3,), 0.5)}
 
 
+def hybrid(part: str) -> Outputs:
+    """Of a layer of hybrid heads, or of full attention in their place."""
+    given = getattr(Hybrid(), part)
+    return lambda rows: of_rows(given, rows)
+
+
 # What the trained and the dense model give; every registered objective has a line.
 CASES: dict[str, tuple[Outputs, Outputs]] = {
     "text": (logits(0), logits(1)),
     "distill": (logits(0), logits(1)),
     "transfer": (layer(0), layer(1)),
+    "parts": (hybrid("student"), hybrid("teacher")),
+    "weights": (hybrid("student"), hybrid("teacher")),
     "side": (balanced, balanced),
     "gates": (states(0), states(1)),
 }

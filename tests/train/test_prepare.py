@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,22 @@ from compress.models.planned import planned_model, set_plan
 from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
 from compress.models.shape import shape_of
 from compress.plan import make_plan, read_plan, uniform_plan
-from compress.registry import solvers, targets
+from compress.profile.heads.effect import Effect
+from compress.profile.run import run_profile
+from compress.profile.store import read_profile
 from compress.runfolder import RunFolder
-from compress.runtime.mixer import MIXERS
 from compress.targets.full import FullGroup
+from compress.targets.window import WindowGroup
 from compress.train.lora import projections
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
 from tests.cli.recipes import make_recipe
-from tests.tiny import random_ids, tiny_model
+from tests.profile.common import documents
+from tests.tiny import random_ids, tiny_loaded, tiny_model
+from tests.train import scaled
 from tests.train.common import text, trained
-from tests.train.scaled import LeastError, ScaledGroup
+from tests.train.scaled import ScaledGroup
+from tests.train.scaled_mixer import ScaledMixer
 
 SETTINGS: dict[str, Any] = {
     "targets": [{"target": "scaled", "window": 4}],
@@ -43,12 +49,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    targets.register("scaled")(ScaledGroup)
-    solvers.register("least-error")(LeastError)
-    yield
-    targets._methods.pop("scaled")
-    solvers._methods.pop("least-error")
-    MIXERS.pop("scaled")
+    with scaled.registered():
+        yield
 
 
 def prepared(model: Any, folder: Path, progress: Any = None, **changes: Any) -> Any:
@@ -109,7 +111,7 @@ def test_an_interrupted_preparation_ends_with_the_same_tensors_and_parts_change_
 def test_plans_find_what_was_prepared(tmp_path: Path) -> None:
     model = tiny_model("llama-gqa")
     shape, target = shape_of(model), ScaledGroup(window=4)
-    with pytest.raises(UserError, match="trained before the search, and its tensors are not here"):
+    with pytest.raises(UserError, match="tensors of a trained target of the plan are missing"):
         planned_model(model, uniform_plan(shape, target))
     prepared(model, tmp_path)
     options = read_prepared(tmp_path)
@@ -125,6 +127,41 @@ def test_plans_find_what_was_prepared(tmp_path: Path) -> None:
     set_plan(switched, plan)
     with torch.no_grad():
         assert torch.equal(switched(ids).logits, planned(ids).logits)
+
+
+def test_what_a_prepared_target_costs_the_loss_is_that_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained `scaled` is a window; with a mixer that reads its layer's input, which is there then."""
+    loaded, window = tiny_loaded("llama-gqa"), WindowGroup(sink=0, alpha=16, beta=0.0)
+    target = ScaledGroup(window=16)
+    statistic = Effect(targets=(window, target))
+    with pytest.raises(UserError, match="name it under `prepare"):
+        run_profile(loaded, documents(), [statistic], tmp_path / "profile", seed=0)
+    prepared(loaded.model, tmp_path / "start", targets=[target.model_dump()], steps=1, rate=1e-9)
+    prepared(loaded.model, tmp_path / "end", targets=[target.model_dump()], steps=8)
+    seen: list[tuple[int, ...]] = []
+
+    def prefill(self: ScaledMixer, *tensors: Any, **options: Any) -> torch.Tensor:
+        step = tensors[4]
+        seen.append((*step.hidden.shape, *step.rotary[0].shape))
+        return run(self, *tensors, **options)
+
+    run = ScaledMixer.prefill
+    attach(loaded.model, read_prepared(tmp_path / "start"))
+    start = run_profile(loaded, documents(), [statistic], tmp_path / "profile", seed=0)
+    for length in start.lengths:
+        torch.testing.assert_close(start.effect(target, length), start.effect(window, length), rtol=1e-3, atol=1e-6)
+    monkeypatch.setattr(ScaledMixer, "needs_inputs", True)
+    monkeypatch.setattr(ScaledMixer, "prefill", prefill)
+    again = run_profile(loaded, documents(), [statistic], tmp_path / "again", seed=0)
+    assert again.header.key == start.header.key and torch.equal(again.effect(target, 70), start.effect(target, 70))
+    assert (1, 70, 48, 1, 70, 12) in seen
+    # Other tensors are another measurement, and other numbers.
+    attach(loaded.model, read_prepared(tmp_path / "end"))
+    end = run_profile(loaded, documents(), [statistic], tmp_path / "profile", seed=0)
+    assert end.header.key != start.header.key and torch.equal(end.effect(window, 70), start.effect(window, 70))
+    assert not torch.allclose(end.effect(target, 70), start.effect(target, 70), rtol=1e-2)
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
@@ -192,16 +229,27 @@ def test_the_stage_trains_once_and_follows_its_keys(tmp_path: Path) -> None:
 def test_prepare_search_export_reload(tmp_path: Path) -> None:
     """The whole run with a target that is trained first, through the command line, and its checkpoint by itself."""
     recipe = make_recipe(tmp_path, tiny_model("llama-gqa"))
-    text = recipe.read_text().replace("solver: {name: moa, points: 1}", "solver: {name: least-error}")
+    text = recipe.read_text().replace("solver: {name: moa, points: 1}", "solver: {name: priced, points: 1}")
     section = "prepare: {targets: [{target: scaled, window: 64}], length: 128, batch_size: 2, steps: 6, rate: 0.05}\n"
     recipe.write_text(text + section)
+    refused = CliRunner().invoke(app, ["validate", str(recipe)])
+    assert refused.exit_code == 2 and "or `effect: true` to `prepare`" in " ".join(refused.stderr.split())
+    recipe.write_text(text + section.replace("steps: 6", "steps: 6, effect: true"))
     result = CliRunner().invoke(app, ["run", str(recipe)])
     assert result.exit_code == 0, result.output
     run = tmp_path / "run"
-    assert list(RunFolder(run).stages()) == ["profile", "prepare", "search", "export", "evaluate"]
+    assert list(RunFolder(run).stages()) == ["profile", "prepare", "effect", "search", "export", "evaluate"]
     plan = read_plan(run / "plan.json")
     chosen = [(n, g) for n, layer in enumerate(plan.layers) for g, group in enumerate(layer.groups) if group.objective]
     assert 0 < len(chosen) < 6
+    effects = read_profile(run / "options" / "effect")
+    assert "effect: scaled window 64, nats to first order" in result.stderr
+    report = json.loads((run / "search" / "pareto.json").read_text())
+    predicted = next(row["predicted_losses"] for row in report["plans"] if row["name"] == report["chosen"])
+    for length in (192, 320):
+        lost = effects.effect(ScaledGroup(window=64), length)
+        assert predicted[f"effect.absolute.{length}"] == pytest.approx(sum(float(lost[place]) for place in chosen))
+    assert {row["name"] for row in report["baselines"]} >= {"uniform", "random", "interleaved"}
     (option,) = read_prepared(run / "options")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     attach(dense, (option,))
@@ -217,7 +265,7 @@ def test_prepare_search_export_reload(tmp_path: Path) -> None:
     assert cache.held_bytes() == plan.cost(300, 4).held_bytes
     # What was trained is part of what the later stages depend on.
     again = CliRunner().invoke(app, ["run", str(recipe)])
-    assert again.exit_code == 0 and again.output.count("done before") == 5
+    assert again.exit_code == 0 and again.output.count("done before") == 6
     (run / "options" / "prepare.json").write_text((run / "options" / "prepare.json").read_text() + " ")
     with opened(str(recipe)) as session:
         assert not session.run.stage_done("search", session.search_key())

@@ -16,9 +16,9 @@ from compress.train.settings import RecoverSettings
 from tests.tiny import mixed_plan, random_ids, shape_of
 from tests.train.common import model_of, settings, trained
 
-# What has tests of its own: the text and the control are the stage's, spread weights need several processes, and
-# test_objectives.py has the losses by name.
-ELSEWHERE = {"text", "control", "shard", "objectives"}
+# What has tests of its own: the text and the controls are the stage's, spread weights need several processes,
+# test_objectives.py has the losses by name, and test_joint.py what targets with parameters of their own ask for.
+ELSEWHERE = {"text", "control", "window_control", "shard", "objectives", "mixer_rate", "window_dropout"}
 CHANGES: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 1.0},
     {"dropout": 0.3},

@@ -48,6 +48,11 @@ class HeadStatistic(SummedStatistic):
     reads: ClassVar[Reads] = "attention"
     tiled: ClassVar[bool] = True
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether `add_layer` reads what the attention modules get, `LayerTensors.hidden` and `rotary`."""
+        return False
+
     @abstractmethod
     def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
         """The tensors at a length in tokens, by `Key.part`."""

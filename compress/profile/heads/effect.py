@@ -6,7 +6,8 @@ come from the runtime's own mixers. Summed over the rows and the query heads of 
 derivative of the loss where O_full moves towards O_target; `effect.absolute` sums the sizes, as attention influence
 does, since rows that gain do not make up for rows that lose at other inputs. For a window it is what
 `influence.joint` is; a removed group has O_target = 0. So windows, removal and any target that the runtime has are
-priced in the same unit, and may be weighed against each other.
+priced in the same unit, and may be weighed against each other. A target that has to be trained first is priced with the
+tensors that were prepared for the model, after the preparation.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
-from compress.models.outputs import Alternatives, check_priced, facts_of
+from compress.models.outputs import Alternatives, check_priced, facts_of, reads_inputs
+from compress.models.prepared import Prepared, prepared_for
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
@@ -57,6 +59,8 @@ class Effect(HeadStatistic):
     tiled: ClassVar[bool] = False
     unit: ClassVar[str] = "change of the mean answer cross-entropy, nats"
     gives: ClassVar[Mapping[str, str]] = {"effect.absolute": "targets", "effect.signed": "targets"}
+
+    _prepared: Prepared = PrivateAttr(())
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -101,19 +105,33 @@ class Effect(HeadStatistic):
         Raises:
             UserError: a target that cannot be priced.
         """
-        check_priced(self.targets, "profile.statistics.effect.targets")
+        prepared = prepared_for(subject.model)
+        check_priced(self.targets, "profile.statistics.effect.targets", prepared)
+        self._prepared = self.learnt(prepared)
         return super().begin(subject, lengths)
+
+    def learnt(self, prepared: Prepared) -> Prepared:
+        """See `Statistic.learnt`."""
+        return tuple(option for option in prepared if option.target in self.targets)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Where the mixer of a target does."""
+        return reads_inputs(self.targets)
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
         """Price all targets on the rows of one layer, in float32."""
         slope = layer.output_gradient
         assert slope is not None
         query, key, value = (tensor[None].float() for tensor in (layer.query, layer.key, layer.value))
+        hidden = None if layer.hidden is None else layer.hidden[None].float()
+        rotary = None if layer.rotary is None else (layer.rotary[0][None].float(), layer.rotary[1][None].float())
         groups = key.shape[1]
-        facts = facts_of(layer.layer, query, key, layer.window)
+        facts = facts_of(layer.layer, query, key, layer.window, hidden)
         placed = [number for number, target in enumerate(self.targets) if layer.window is None or target.as_built]
-        alternatives = Alternatives(facts, [[self.targets[number]] * groups for number in placed])
-        changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores)
+        plans = [[self.targets[number]] * groups for number in placed]
+        alternatives = Alternatives(facts, plans, self._prepared)
+        changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores, inputs=(hidden, rotary))
         for number, change in zip(placed, changes, strict=True):
             effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
             sums["signed"][layer.layer, :, number] += effects.sum(1, dtype=torch.float64)

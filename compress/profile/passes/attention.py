@@ -26,8 +26,10 @@ class AttentionPass(SamplePass):
     def reader(self, run: Run, statistics: Sequence[HeadStatistic]) -> Iterator[Read]:
         """See `SamplePass.reader`."""
         gradient = any(statistic.needs_gradient for statistic in statistics)
+        inputs = any(statistic.needs_inputs for statistic in statistics)
         feed = Feed(statistics, Workspace(run.subject.device), run.strip_bytes)
-        with Capture(run.subject.model, feed.layer, gradient=gradient, checkpointing=run.checkpointing) as capture:
+        model, checkpointing = run.subject.model, run.checkpointing
+        with Capture(model, feed.layer, gradient=gradient, checkpointing=checkpointing, inputs=inputs) as capture:
 
             def read(item: Item, sheet: Sheet) -> float | None:
                 feed.item, feed.sheet = item, sheet

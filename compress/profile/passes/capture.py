@@ -45,10 +45,14 @@ class Capture:
         gradient: run a backward pass and give `output_gradient`.
         checkpointing: recompute each decoder layer in the backward pass instead of keeping its activations; None
             decides per sample from an estimate and the free memory. The numbers are the same.
+        inputs: give what the attention modules get, too.
     """
 
-    def __init__(self, model: Any, consume: Consume, *, gradient: bool, checkpointing: bool | None = None) -> None:
+    def __init__(
+        self, model: Any, consume: Consume, *, gradient: bool, checkpointing: bool | None = None, inputs: bool = False
+    ) -> None:
         self.model = model
+        self.inputs = inputs
         self.consume = consume
         self.gradient = gradient
         self.checkpointing = checkpointing
@@ -56,7 +60,7 @@ class Capture:
         self._scale = 1.0
 
     def __enter__(self) -> Capture:
-        self._undo.enter_context(replaced_attention(self.model, NAME, self._attention))
+        self._undo.enter_context(replaced_attention(self.model, NAME, self._attention, inputs=self.inputs))
         if self.gradient:
             self._undo.enter_context(differentiable_inputs(self.model))
         return self
@@ -94,15 +98,25 @@ class Capture:
         output = call.dense()
         _check(output, layer, "the attention output")
 
-        def hand_on(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None) -> None:
+        read = [call.query, call.key, call.value]
+        if call.hidden is not None:
+            read += [call.hidden, *(call.rotary or ())]
+
+        def hand_on(*tensors: torch.Tensor | None) -> None:
+            query, key, value, *inputs = (tensor[0] for tensor in tensors[:-1] if tensor is not None)
+            slope = tensors[-1]
             if slope is not None:
                 _check(slope, layer, "the gradient of the attention output")
                 slope = slope[0].float() / self._scale
-            self.consume(LayerTensors(layer, query[0], key[0], value[0], scaling, window, slope, scores))
+            taken = LayerTensors(layer, query, key, value, scaling, window, slope, scores)
+            if inputs:
+                taken.hidden, *rotary = inputs
+                taken.rotary = (rotary[0], rotary[1]) if rotary else None
+            self.consume(taken)
 
         if self.gradient:
-            return tapped(output, hand_on, call.query, call.key, call.value)
-        hand_on(call.query, call.key, call.value, None)
+            return tapped(output, hand_on, *read)
+        hand_on(*read, None)
         return output
 
 

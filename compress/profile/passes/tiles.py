@@ -51,6 +51,8 @@ class LayerTensors:
         window: sliding window of the architecture (query t sees key j when t - j < window), None without one.
         output_gradient: `[H, T, D]` dLoss/dO, before the output projection; None without a backward pass.
         scores: what else the layer does to its scores; None for a plain softmax.
+        hidden: `[T, hidden size]` input of the attention module, where a statistic reads it (`Capture.inputs`).
+        rotary: cosines and sines `[T, D]`, likewise; None in a layer without them.
     """
 
     layer: int
@@ -61,6 +63,8 @@ class LayerTensors:
     window: int | None = None
     output_gradient: torch.Tensor | None = None
     scores: Scores | None = None
+    hidden: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass

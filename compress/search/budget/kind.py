@@ -57,7 +57,11 @@ class Row:
 
     def cost(self, cost: Cost) -> int:
         """What a cost counts in this row, in steps; a part of a step counts as one."""
-        return -(-int(sum(getattr(cost, name) * times for name, times in self.counts)) // self.step)
+        return -(-self.exact(cost) // self.step)
+
+    def exact(self, cost: Cost) -> int:
+        """The same in the row's unit, nothing rounded."""
+        return int(sum(getattr(cost, name) * times for name, times in self.counts))
 
     def amount(self, steps: int) -> int:
         """What a plan costs whose units cost so many steps, in the row's unit."""

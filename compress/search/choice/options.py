@@ -75,6 +75,21 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class GroupsOfLayer:
+    """All head groups of a layer that stay; a choice is one target for all of them."""
+
+    place: Place
+
+    def put(self, draft: dict[str, Any], choice: Target) -> None:
+        """The target of every group that is not removed."""
+        draft["groups"][:] = [group if group.removes else choice for group in draft["groups"]]
+
+    def read(self, layer: LayerPlan) -> Target:
+        """The target of the groups."""
+        return layer.groups[layer.kept_groups[0]]
+
+
+@dataclass(frozen=True)
 class Options:
     """What one unit can become: options with their losses and costs.
 
@@ -101,6 +116,22 @@ class Options:
         return Options(
             self.unit, (*self.choices, choice), np.vstack([self.losses, losses]), np.vstack([self.costs, costs])
         )
+
+
+def by_layer(options: Sequence[Options]) -> list[Options]:
+    """The options of whole layers, from those of their head groups, which may choose the same targets."""
+    layers: dict[int, list[Options]] = {}
+    for unit in options:
+        layers.setdefault(unit.unit.place[0], []).append(unit)
+    return [
+        Options(
+            GroupsOfLayer((layer, 0)),
+            units[0].choices,
+            np.sum([unit.losses for unit in units], axis=0),
+            np.sum([unit.costs for unit in units], axis=0),
+        )
+        for layer, units in layers.items()
+    ]
 
 
 def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int]) -> Layers:
@@ -226,7 +257,7 @@ def _table(problem: Problem, objective: Objective) -> torch.Tensor:
     for table, size, (name, weight) in zip(tables, sizes, objective.tables, strict=True):
         if not size > 0:
             raise UserError(
-                f"no rule loses anything in `{name}`, so there is nothing to weigh",
+                f"every rule costs nothing in `{name}`, so this table cannot rank rules",
                 where=f"profile: {name}.{objective.length}",
                 expected="documents on which the smallest rule of the grid loses something; for `retrieval.lost` "
                 "recall documents whose evidence lies beyond the smallest window",

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from compress.models.backward import recomputed
 from compress.models.families import layers_of
-from compress.models.outputs import Alternatives, facts_of
+from compress.models.outputs import Alternatives, facts_of, reads_inputs
 from compress.models.prepared import prepared_for
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
@@ -65,24 +65,30 @@ def sampled_effects(
     of_neurons = torch.zeros(samples, count, shape.layers, options, device=device)
     current: list[torch.Tensor] = []
     alternatives: dict[int, Alternatives] = {}
+    inputs = reads_inputs({target for row in rules for targets in row for target in targets})
 
     def attention(call: AttentionCall) -> torch.Tensor:
         if call.window is not None:
             return call.dense()
         query, key, value, scaling, layer = call.query, call.key, call.value, call.scaling, call.layer
         scores = call.scores  # not `call`: what recomputed layers give up may not be kept until the backward pass
+        read = () if call.hidden is None else (call.hidden, *(call.rotary or ()))
         if layer not in alternatives:
-            facts = facts_of(layer, query, key, None)
+            facts = facts_of(layer, query, key, None, call.hidden)
             alternatives[layer] = Alternatives(facts, rules[layer], prepared_for(model))
         others, rows = alternatives[layer], current[0]
         output = others.full(query, key, value, scaling, scores)
 
-        def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, slope: torch.Tensor) -> None:
-            for number, moved in enumerate(others.changes(q, k, v, scaling, dense=o, scores=scores)):
+        def add(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, *more: torch.Tensor) -> None:
+            *given, slope = more
+            hidden = given[0] if given else None
+            rotary = (given[1], given[2]) if len(given) == 3 else None
+            changes = others.changes(q, k, v, scaling, dense=o, scores=scores, inputs=(hidden, rotary))
+            for number, moved in enumerate(changes):
                 heads = torch.einsum("bhtd,bhtd->bh", slope.float(), moved.float())
                 rows[:, layer, :, number] = heads.view(heads.shape[0], shape.kv_heads, -1).sum(-1)
 
-        return tapped(output, add, query, key, value, output)
+        return tapped(output, add, query, key, value, output, *read)
 
     def tap_neurons(layer: int, mask: torch.Tensor) -> Any:
         removed = mask.to(device, torch.float32)
@@ -100,7 +106,7 @@ def sampled_effects(
         return down.register_forward_pre_hook(before)
 
     with (
-        replaced_attention(model, NAME, attention),
+        replaced_attention(model, NAME, attention, inputs=inputs),
         differentiable_inputs(model),
         torch.enable_grad(),
         ExitStack() as hooks,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,23 +94,24 @@ class Moves:
 
 
 def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:
-    """Targets to think of, `[layers][rules][groups]`: full, removed where that is allowed, windows, and the group's own
-    last. Where the profile priced no rules, the targets that it did price are in the place of the windows.
+    """Targets to think of, `[layers][rules][groups]`: full, removed where allowed, what was prepared, windows, and
+    the group's own last. Where the profile priced no rules, the targets that it did price are in place of the windows.
     """
     groups = problem.shape.kv_heads
     first: list[list[Target]] = [[FULL_GROUP] * groups]
     if problem.dense.removes:
         first.append([PRUNED] * groups)
-    profile: Any = problem.profile
-    if profile.grid is None:
-        first += [[target] * groups for target in profile.priced if not target.removes]
+    prepared = [option.target for option in problem.prepared]
+    first += [[target] * groups for target in prepared]
+    if problem.profile.grid is None:
+        first += [[target] * groups for target in problem.profile.priced if not target.removes]
         return [[*first, list(layer.groups)] for layer in layers]
     return [[*first, *_windows(problem, layer.groups), list(layer.groups)] for layer in layers]
 
 
 def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
     """Windows in steps of about a half, `[rules][groups]`, with the group's own sink and growth; with the grid's first
-    sink where the group has no window.
+    sink where the group has no window, or one behind which something was trained for it as it is.
     """
     grid, longest = problem.grid, max(problem.budget_lengths)
     alphas, alpha = [], max(grid.alpha_min, PAGE)
@@ -120,7 +120,8 @@ def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
         alpha = max(alpha + PAGE, round(alpha * 2**0.5 / PAGE) * PAGE)
 
     def window(target: Target, alpha: int) -> Target:
-        if target.as_built:
+        fixed = target.objective is not None or "alpha" not in type(target).model_fields
+        if target.as_built or fixed:
             return WindowGroup(sink=grid.sinks[0], alpha=alpha, beta=0.0)
         changed: Target = target.model_copy(update={"alpha": alpha})
         return changed

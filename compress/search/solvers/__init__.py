@@ -3,6 +3,7 @@
 import compress.search.solvers.allocated
 import compress.search.solvers.amp
 import compress.search.solvers.heads
+import compress.search.solvers.keep
 import compress.search.solvers.layers
 import compress.search.solvers.moa
 import compress.search.solvers.priced

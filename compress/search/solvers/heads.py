@@ -7,6 +7,7 @@ retrieval score that is measured once on recall documents costs seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -70,10 +71,7 @@ class Heads(Solver):
 
     def scores(self, problem: Problem) -> torch.Tensor:
         """`[layers, groups]`; of each statistic the mean over the profiled lengths that have it."""
-        if isinstance(self.score, str):
-            return score_of(problem, self.score)
-        parts = [weight * _relative(score_of(problem, name)) for name, weight in self.score.items()]
-        return torch.stack(parts).sum(0)
+        return weighed(self.score, lambda name: score_of(problem, name))
 
     def _note(self, score: torch.Tensor, ranked: list[Place], chosen: list[Place]) -> str:
         rest = [place for place in ranked if place not in chosen]
@@ -81,6 +79,17 @@ class Heads(Solver):
         first = max((float(score[place]) for place in rest), default=float("nan"))
         names = self.score if isinstance(self.score, str) else " + ".join(self.score)
         return f"{len(chosen)} of {len(ranked)} groups full by {names}; at the cut {last:.3g} and {first:.3g}"
+
+
+def weighed(score: str | Mapping[str, float], read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """One score, or several with weights, each divided by its mean over groups, `[layers, groups]`.
+
+    Args:
+        read: gives one score by its name.
+    """
+    if isinstance(score, str):
+        return read(score)
+    return torch.stack([weight * _relative(read(name)) for name, weight in score.items()]).sum(0)
 
 
 def score_of(problem: Problem, name: str) -> torch.Tensor:
@@ -95,7 +104,8 @@ def score_of(problem: Problem, name: str) -> torch.Tensor:
         raise UserError(
             f"the profile has no `{name}` with one number for every head group",
             where="search.solver.score",
-            expected="retrieval, gates, output_error, entropy or sink_mass, and its statistic in `profile.statistics`",
+            expected="retrieval, ar_loss, state_rank, gates, output_error, entropy or sink_mass, and its statistic in "
+            "`profile.statistics`",
         )
     return torch.stack(values).mean(0)
 

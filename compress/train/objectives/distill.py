@@ -34,6 +34,7 @@ class Distill(Objective):
     )
 
     needs_teacher: ClassVar[bool] = True
+    of_logits: ClassVar[bool] = True
 
     def count(self, inputs: Inputs) -> int:
         """Tokens."""

@@ -24,12 +24,20 @@ class Objective(Method):
 
     Attributes:
         needs_teacher: whether it reads what the teacher gives.
+        of_logits: whether it reads logits and token ids alone, sequence by sequence.
+        of_layer: whether it is a loss of one layer, which `prepare` takes, and not one of a whole model.
+        needs_parts: of a layer's loss, whether it asks for the softmax and the state of its heads apart.
+        needs_features: likewise, whether it asks for the features that the state's weights are made of.
         unit: of the loss a term.
     """
 
     weight: float = Field(1.0, ge=0, le=FACTOR, description="weight in the sum of losses; 0 only records it")
 
     needs_teacher: ClassVar[bool] = False
+    of_logits: ClassVar[bool] = False
+    of_layer: ClassVar[bool] = False
+    needs_parts: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
     unit: ClassVar[str] = "nats a token"
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -24,6 +24,8 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 @objectives.register("text")
 class Text(Objective):
     """Cross entropy of the text that is trained on, at every token behind the first of a sequence."""
+
+    of_logits: ClassVar[bool] = True
 
     def count(self, inputs: Inputs) -> int:
         """Tokens that are predicted."""

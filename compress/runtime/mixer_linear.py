@@ -1,0 +1,484 @@
+"""The mixer of `linear` groups: a state of constant size for the keys that a window hides, or for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .impl import choose_impl
+from .linear_layout import Layout, layouts, waiting
+from .linear_states import Rule, chunk_states, own_chunk, read, state_columns, wide
+from .maps import MAPS, FeatureMap
+from .maps_cosine import Cosine
+from .maps_elu import Elu
+from .maps_hedgehog import Hedgehog, HedgehogExp
+from .maps_plain import Plain, Silu, UnitLength
+from .maps_random import RandomFeatures
+from .maps_relu import Relu
+from .maps_taylor import Taylor
+from .merge import log_mass, merge
+from .mixer import LayerFacts, register
+from .mixer_span import SpanMixer
+from .pages import PagedState
+from .reference import Rows
+from .span import PAGE, AnySpan, Span, first_key, kept_table
+from .step import Step
+
+KNOWN = (Cosine, Elu, Hedgehog, HedgehogExp, Plain, RandomFeatures, Relu, Silu, Taylor, UnitLength)
+SEGMENT = 8192  # tokens whose chunk states are held at once
+EPS = 1e-6  # of the norm behind a state without normaliser
+
+Branches = Literal["both", "window", "linear", "none"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the branches of some query heads give, before they are joined.
+
+    Attributes:
+        out: of the softmax over the keys in sight, `[B, H, T, V]`; None for heads without one.
+        lse: the log-sum-exp of its scores, `[B, H, T]`, -inf where nothing is seen.
+        num: of the state, `[B, H, T, V]` in float32 at least: the sum of weighted values, or what is added to `out`.
+        log_den: logarithm of the state's sum of weights, `[B, H, T]`; -inf where it is empty. None where the state is
+            added.
+        log_gain: logarithm of the factor on the state's weights beside the softmax's, `[B, H, T]`; None likewise.
+    """
+
+    out: torch.Tensor | None
+    lse: torch.Tensor | None
+    num: torch.Tensor
+    log_den: torch.Tensor | None
+    log_gain: torch.Tensor | None
+
+
+class LinearState(PagedState):
+    """The pages of the keys in sight, and `tensors["state"]`, `[B, G, F, E]` float32, for those before them.
+
+    Args:
+        shape: F and E.
+        gates: numbers that every token has beside its key until it goes into the state: `gates` `[pages, 64, n]`
+            float32, a logarithm of a decay first where tokens have their own, then a write strength.
+    """
+
+    gates: torch.Tensor | None = None
+
+    def __init__(
+        self, rules: Sequence[AnySpan], max_length: int | None, shape: tuple[int, int], gates: int = 0
+    ) -> None:
+        self.shape, self.width = shape, gates
+        if gates:
+            self.pooled = ("keys", "values", "gates")
+        super().__init__(rules, max_length)
+
+    def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Empty pools and states; a cache in float64 has its states in float64, too."""
+        super().begin(key, value)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        self.tensors["state"] = value.new_zeros(key.shape[0], len(self.rules), *self.shape, dtype=dtype)
+        if self.width:
+            assert self.keys is not None
+            self.gates = value.new_zeros(self.keys.shape[0], PAGE, self.width, dtype=dtype)
+
+    def store_gates(self, gates: torch.Tensor | None, rows: Rows) -> None:
+        """Keep the gates `[B, G, T, n]` of the new tokens whose pages are held, once `advance` has counted them."""
+        if gates is None:
+            return
+        assert self.gates is not None
+        row, group, column, position = waiting(rows, self.spans, gates.device).unbind(1)
+        place = self.pages().table[row, group, position // PAGE].long()
+        new = gates[row, group, column].detach().to(self.gates.dtype)
+        self.gates.view(-1, self.width)[place * PAGE + position % PAGE] = new
+
+    def store_one_gate(self, gates: torch.Tensor | None, lengths: torch.Tensor) -> None:
+        """The same for one token a sequence, `[B, G, 1, n]`, as in `reference.store_one`; waits for no device."""
+        if gates is None:
+            return
+        pool, pages = self.gates, self.pages()
+        assert pool is not None
+        last = (lengths.long() - 1).clamp(min=0)[:, None, None]
+        place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
+        slots = place * PAGE + last[..., 0] % PAGE
+        flat, here = pool.view(-1, pool.shape[-1]), (lengths > 0)[:, None, None]
+        if self.max_length is None:  # where a sequence has no page yet its place is another's
+            kept = here.expand_as(gates[:, :, 0])[..., 0]
+            flat[slots[kept]] = gates[:, :, 0][kept].to(flat.dtype)
+        else:
+            flat[slots] = torch.where(here, gates[:, :, 0].to(flat.dtype), flat[slots])
+
+
+@register("linear")
+class LinearMixer(SpanMixer):
+    """Softmax over the keys in sight joined with a linear state over the others, or a linear state over all keys.
+
+    With p the page of a query, the softmax sees what a `Span` of whole pages shows to p, and the state sums over just
+    the keys that it hides; decays in the state count up to there. A group that is `alone` has no softmax: its queries
+    read the state and the keys of their own page by the same rule.
+
+    Parameters, with G groups of R query heads: `map.*`; for a shared normaliser `gain` `[G, R]` and `gain_query`
+    `[G, R, D]`, which give log g = gain + gain_query . q; for an added state `norm` `[G, R, V]`, `gate`
+    `[G, R, hidden]` and `gate_bias` `[G, R]`; with decays of tokens `decay` `[G, hidden]` and `decay_bias` `[G]`, and
+    for the delta rule `strength` and `strength_bias` likewise.
+
+    Attributes:
+        branches: which of the two branches count; for measurements, and saved nowhere.
+    """
+
+    needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
+        super().__init__(groups, facts)
+        group, count, share = groups[0], len(groups), facts.group_size
+        self.rule: Rule = group["rule"]
+        self.alone: bool = group["alone"]
+        self.shared = group["out"] == "shared"
+        self.token_decay = group["decay"] == "token"
+        self.log_decays = tuple(-entry["slope"] for entry in groups) if group["decay"] == "fixed" else None
+        self.knows_scores = not self.alone
+        self.gate_count = self.token_decay + (self.rule == "delta")
+        self.needs_inputs = not self.shared or self.gate_count > 0
+        self.branches: Branches = "both"
+        self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
+        if self.shared:
+            self.gain = nn.Parameter(torch.empty(count, share))
+            self.gain_query = nn.Parameter(torch.empty(count, share, facts.head_dim))
+        else:
+            self.norm = nn.Parameter(torch.empty(count, share, facts.head_dim))
+            self.gate = nn.Parameter(torch.empty(count, share, facts.hidden_size))
+            self.gate_bias = nn.Parameter(torch.empty(count, share))
+        for name in self._gates():
+            self.register_parameter(name, nn.Parameter(torch.empty(count, facts.hidden_size)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count)))
+        self.reset_parameters()
+
+    @classmethod
+    def form(cls, group: Mapping[str, Any]) -> str:
+        """Everything but the span and the slope."""
+        words = [group["map"], group["features"] or "", "" if group["rule"] == "add" else group["rule"]]
+        words.append("" if group["decay"] == "none" else group["decay"])
+        words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
+        words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
+        return "_".join(str(word) for word in words if word)
+
+    def _gates(self) -> list[str]:
+        """Names of what every token has beside its key."""
+        return ["decay"] * self.token_decay + ["strength"] * (self.rule == "delta")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A map that is the identity and gains of 1; an added state that adds nothing yet, unless it is alone."""
+        super().reset_parameters()
+        if self.shared:
+            self.gain.zero_()
+            self.gain_query.zero_()
+        else:
+            self.norm.fill_(float(self.alone))
+            self.gate.zero_()
+            self.gate_bias.zero_()
+        for name in self._gates():
+            self.get_parameter(name).zero_()
+            # Half of what a token writes is kept for some 2,000 tokens; half of the difference is written.
+            self.get_parameter(f"{name}_bias").fill_(-8.0 if name == "decay" else 0.0)
+
+    def span(self, group: Mapping[str, Any]) -> AnySpan:
+        """The keys in sight, by whole pages; those of a query's own page where it is alone."""
+        return Span(group["sink"], group["alpha"], group["beta"], granule=PAGE)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a state."""
+        return state_columns(self.rule, self.facts.head_dim)
+
+    def state(self, max_length: int | None) -> LinearState:
+        """Pages and states."""
+        return LinearState(self.rules, max_length, (self.map.features, self.columns), self.gate_count)
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Any,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As `Mixer.prefill`."""
+        assert step.rows is not None and step.gains is not None
+        parts = self.parts(query, key, value, state, step, scale=scale, dropout=dropout)
+        return self.joined(parts).to(query.dtype).transpose(1, 2)
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: LinearState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float = 0.0,
+    ) -> Parts:
+        """What the branches give, and the tokens are written into the state; arguments as of `Mixer.prefill`."""
+        impl, rows = choose_impl(step.impl, query), step.rows
+        assert rows is not None and step.gains is not None
+        spans = self.fixed
+        pages = state.pages() if state is not None and any(rows.past) else None
+        out = lse = None
+        if not self.alone:
+            options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
+            out, lse = impl.prefill(query, key, value, spans, rows=rows, pages=pages, keep_lse=True, **options)
+        gates = self.gates_of(step)
+        found, last = self._read_new(query, key, value, gates, state, rows, pages, self._scale(scale))
+        if state is not None:
+            state.advance(step.gains)
+            impl.store(key, value, state.pages(), rows, spans)
+            state.store_gates(gates, rows)
+            state.tensors["state"].copy_(last.detach())
+        return self._parts(out, lse, query, found, step, step.positions(query.device) < 0)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: Any,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """As `Mixer.decode`."""
+        assert step.lengths is not None
+        impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
+        self._absorb(state, lengths, step, self._scale(scale))
+        if step.gains is not None:
+            state.advance(step.gains)
+        pages, gates = state.pages(), self.gates_of(step)
+        impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
+        state.store_one_gate(gates, lengths)
+        out = lse = None
+        if not self.alone:
+            options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
+            out, lse = impl.decode(query[:, :, 0], pages, lengths, state.spans, keep_lse=True, **options)
+            out, lse = out[:, :, None], lse[:, :, None]
+        held = state.tensors["state"]
+        if self.alone:  # with the keys of the page that the token lies in
+            count = torch.where(lengths > 0, (lengths - 1) % PAGE + 1, 0)[:, None].expand(-1, held.shape[1])
+            number = (lengths.long() - 1).clamp(min=0)[:, None].expand(-1, held.shape[1]) // PAGE
+            held = self._take_page(state, held, number, count, self._scale(scale))
+        positions = step.positions(query.device)
+        q = self.map.of_query(query, self._scale(scale), positions[:, None])
+        found = q.to(held.dtype).unflatten(1, (held.shape[1], -1)).flatten(2, 3) @ held  # [B, G, R, E]
+        found = found.flatten(1, 2)[:, :, None]
+        parts = self._parts(out, lse, query, found, step, positions < 0)
+        return self.joined(parts).to(query.dtype).transpose(1, 2)
+
+    def joined(self, parts: Parts) -> torch.Tensor:
+        """The heads' outputs, `[B, H, T, V]`."""
+        window = parts.out is not None and self.branches in ("both", "window")
+        linear = self.branches in ("both", "linear")
+        out = parts.out if parts.out is not None and window else torch.zeros_like(parts.num)
+        if not linear:
+            return out
+        if parts.log_den is None:
+            return wide(out) + parts.num
+        assert parts.log_gain is not None
+        lse = parts.lse if parts.lse is not None and window else torch.full_like(parts.log_den, float("-inf"))
+        return merge(out, lse, parts.num, parts.log_den, parts.log_gain)
+
+    def gates_of(self, step: Step) -> torch.Tensor | None:
+        """What every new token has beside its key, `[B, G, T, n]`: see `LinearState`; None without any."""
+        if not self.gate_count:
+            return None
+        hidden, found = self._hidden(step), []
+        for name in self._gates():
+            weight, bias = (self.get_parameter(full).to(hidden.dtype) for full in (name, f"{name}_bias"))
+            logit = functional.linear(hidden, weight, bias).transpose(1, 2)
+            found.append(-functional.softplus(logit) if name == "decay" else logit.sigmoid())
+        return torch.stack(found, dim=-1)
+
+    def _parts(
+        self,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        query: torch.Tensor,
+        found: torch.Tensor,
+        step: Step,
+        absent: torch.Tensor,
+    ) -> Parts:
+        """`Parts` from what was found in the states, `[B, H, T, E]`; `absent` `[B, T]` are no tokens."""
+        groups, share = len(self.groups), self.facts.group_size
+        absent = absent[:, None]
+        if self.shared:
+            num, den = found[..., :-1], found[..., -1].masked_fill(absent, 0)
+            num = num.masked_fill(absent[..., None], 0)
+            q = wide(query).masked_fill(absent[..., None], 0).unflatten(1, (groups, share))
+            turned = (q * self.gain_query[:, :, None].to(q.dtype)).sum(-1)
+            log_gain = (self.gain[..., None].to(q.dtype) + turned).flatten(1, 2)
+            return Parts(out, lse, num, log_mass(den), log_gain)
+        hidden = self._hidden(step)
+        weight, bias = self.gate.flatten(0, 1).to(hidden.dtype), self.gate_bias.flatten().to(hidden.dtype)
+        logit = functional.linear(hidden, weight, bias)
+        gate = logit.sigmoid().transpose(1, 2)[..., None]  # [B, H, T, 1]
+        found = found[..., : self.facts.head_dim]
+        normed = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + EPS)
+        num = gate * normed * self.norm.flatten(0, 1)[:, None].to(found.dtype)
+        return Parts(out, lse, num.masked_fill(absent[..., None], 0), None, None)
+
+    def _hidden(self, step: Step) -> torch.Tensor:
+        """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
+        assert step.hidden is not None
+        absent = step.positions(step.hidden.device) < 0
+        return wide(step.hidden).masked_fill(absent[..., None], 0)
+
+    def _scale(self, scale: float | None) -> float:
+        return self.facts.head_dim**-0.5 if scale is None else scale
+
+    def _read_new(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor | None,
+        state: LinearState | None,
+        rows: Rows,
+        pages: Any,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`."""
+        columns = query.shape[2]
+        if state is None:
+            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
+        else:
+            held = state.tensors["state"]
+        total = None
+        for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
+            found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
+            found = layout.columns_of(found, columns)
+            total = found if total is None else total + found
+        assert total is not None
+        return total, held
+
+    def _read_part(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor | None,
+        state: LinearState | None,
+        held: torch.Tensor,
+        pages: Any,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the queries of a layout, by pages, `[B, H, 64 * P, E]`."""
+        device = query.device
+        k = layout.keys_of(key, pages, None if state is None else state.keys)
+        v = layout.keys_of(value, pages, None if state is None else state.values)
+        absent = torch.arange(k.shape[2], device=device) >= layout.keys[..., None]
+        k, v = (x.masked_fill(absent[..., None], 0) for x in (k, v))
+        gated = None
+        if gates is not None:
+            gated = layout.keys_of(gates, pages, None if state is None else state.gates).masked_fill(
+                absent[..., None], 0
+            )
+        options = self._options(gated, layout.keys)
+        positional = self.map.positional
+        k = self.map.of_key(k, scale, layout.key_positions(device) if positional else None)
+        states = chunk_states(k, v, held, **options)
+        q = layout.queries_of(query)
+        q = self.map.of_query(q, scale, layout.query_positions(device)[:, None] if positional else None)
+        if self.alone:
+            found = self._own(layout, q, k, v, states, options)
+        else:
+            found = read(q, states, layout.chunk)
+        last = layout.last[..., None, None, None].expand(-1, -1, 1, *states.shape[3:])
+        return found, states.gather(2, last)[:, :, 0]
+
+    def _own(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        states: torch.Tensor,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Queries of heads without a softmax: their page's keys are those of the chunk that they read before."""
+
+        def pages_of(x: torch.Tensor) -> torch.Tensor:
+            chunks = x.unflatten(2, (-1, PAGE))  # [B, G, N, 64], or with numbers behind
+            number = layout.chunk.clamp(max=max(chunks.shape[2] - 1, 0))
+            number = number.view(*number.shape, *(1,) * (chunks.dim() - 3))
+            return chunks.gather(2, number.expand(-1, -1, -1, *chunks.shape[3:])).flatten(2, 3)
+
+        own = {**options, "count": None}
+        # Keys behind the last one are zeros here, which write nothing, and whose decay no earlier query reads.
+        for name in ("log_decay", "strength"):
+            if own.get(name) is not None and own[name].dim() == 3:
+                own[name] = pages_of(own[name])
+        return own_chunk(query, pages_of(key), pages_of(value), states, layout.chunk, **own)
+
+    def _options(self, gates: torch.Tensor | None, count: torch.Tensor) -> dict[str, Any]:
+        """Arguments of `chunk_states` beside keys and values; gates `[B, G, M, n]`."""
+        log_decay = strength = None
+        if self.token_decay:
+            assert gates is not None
+            log_decay = gates[..., 0]
+        elif self.log_decays is not None:
+            log_decay = _on_device(self.log_decays, count.device, torch.float32)
+        if self.rule == "delta":
+            assert gates is not None
+            strength = gates[..., -1]
+        return {"rule": self.rule, "count": count, "log_decay": log_decay, "strength": strength}
+
+    def _absorb(self, state: LinearState, lengths: torch.Tensor, step: Step, scale: float) -> None:
+        """Bring the page that leaves the sight of the new token into the state, while its keys are still there.
+
+        A growing state knows on the host whether there is any; a reserved one always computes, and waits for nothing.
+        """
+        if state.max_length is None and step.gains is not None:
+            new = [length for length, gain in zip(state.lengths, step.gains, strict=True) if gain]
+            if all(span.boundary(t) == span.boundary(t - 1) for t in new for span in state.spans):
+                return
+        t = lengths.long()[:, None] - 1
+        rules = tuple((span.sink, span.alpha, span.beta_units) for span in state.spans)
+        sink, alpha, beta = _on_device(rules, lengths.device, torch.long).unbind(1)
+        before, after = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
+        held = state.tensors["state"]
+        count = torch.where((after > before) & (t >= 0), PAGE, 0)
+        held.copy_(self._take_page(state, held, before // PAGE, count, scale))
+
+    def _take_page(
+        self, state: LinearState, held: torch.Tensor, number: torch.Tensor, count: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """States `[B, G, F, E]` after the first `count` `[B, G]` tokens of the cached pages `number` `[B, G]`."""
+        pages = state.pages()
+        number = number.clamp(max=pages.table.shape[-1] - 1)
+        place = pages.table.long().gather(2, number[..., None])[..., 0].clamp(min=0)
+        absent = (torch.arange(PAGE, device=held.device) >= count[..., None])[..., None]
+        key, value = (pool[place].masked_fill(absent, 0) for pool in (pages.keys, pages.values))
+        gates = None if state.gates is None or not self.gate_count else state.gates[place]
+        positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
+        k = self.map.of_key(key, scale, positions if self.map.positional else None)
+        return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
+
+
+@lru_cache(maxsize=1024)
+def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A small table, sent to the device once."""
+    return kept_table(rows, device, dtype)
+
+
+def set_branches(mixers: Sequence[Any], branches: Branches) -> list[LinearMixer]:
+    """Let only some branches of all linear heads among mixers count; those heads' mixers."""
+    linear = [mixer for mixer in mixers if isinstance(mixer, LinearMixer)]
+    for mixer in linear:
+        mixer.branches = branches
+    return linear
