@@ -289,14 +289,15 @@ def _read(
     OWN: tl.constexpr,
     MERGE: tl.constexpr,
     MEAN: tl.constexpr,
-    KEEP: tl.constexpr,
+    MASS: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of HEADS heads for one page of queries; those that are no token are left alone.
 
-    With MEAN what is read is divided by the sum of its weights, and with MERGE joined with the window's output.
+    With MASS the sums of the weights are written as well. With MEAN what is read is divided by them, and with MERGE
+    joined with the window's output.
     """
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
@@ -324,7 +325,7 @@ def _read(
         b_query = load_part(p_query, o_query, m_row, at_f, FEATURES, BLOCK_F)
         b_state = load_state(p_state, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
         acc = dot_wide(b_query, b_state, acc, SPLIT, PRECISION)
-        if MEAN:
+        if MASS:
             o_f = at_f + tl.arange(0, BLOCK_F)
             b_norm = tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)
             mass += tl.sum(b_query.to(tl.float32) * b_norm[None, :], 1)
@@ -367,7 +368,7 @@ def _read(
         b_window = load_part(p_window, o_window, m_row, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
         out = share[:, None] * b_window + (1.0 - share)[:, None] * out
     store_part(p_out, b * out_b + head * out_h + column * out_t, out, m_row, at_v, VALUE_DIM, BLOCK_V)
-    if KEEP and at_v == 0:
+    if MASS and at_v == 0:
         tl.store(p_mass + o_number, mass, mask=m_row)
 
 
@@ -562,18 +563,18 @@ def read(
     window: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     *,
     mean: bool,
-    keep: bool,
+    mass: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, H, T, DV]`, in value's dtype or without `mean` in float32, and if kept the sums of weights."""
+    """Outputs `[B, H, T, DV]`, in value's dtype or without `mean` in float32, and with `mass` the sums of weights."""
     batch, heads, columns, _ = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     make = value.new_empty if where.rows.is_whole(columns) else value.new_zeros
     out = make(batch, columns, heads, value_dim, dtype=value.dtype if mean else torch.float32).transpose(1, 2)
-    keep = keep and mean
-    mass = states.new_zeros((batch, heads, columns) if keep else (1,))
+    make_mass = states.new_empty if where.rows.is_whole(columns) else states.new_zeros
+    masses = make_mass((batch, heads, columns) if mass else (1,))
     share = heads // groups
     opts, at_once = options("read", query, value, groups, where), heads_at_once("read", share, value)
-    over, lse, gain = (out, mass, mass) if window is None else window
+    over, lse, gain = (out, masses, masses) if window is None else window
     _read[(where.pages * (share // at_once), triton.cdiv(value_dim, opts["BLOCK_V"]), batch * groups)](
         query,
         key,
@@ -587,7 +588,7 @@ def read(
         lse,
         gain,
         out,
-        mass,
+        masses,
         where.pages,
         columns,
         where.segments,
@@ -595,11 +596,11 @@ def read(
         HEADS=at_once,
         MERGE=window is not None,
         MEAN=mean,
-        KEEP=keep,
+        MASS=mass,
         SPLIT=value.dtype == torch.bfloat16,
         **opts,
     )
-    return out, mass
+    return out, masses
 
 
 class _Linear(torch.autograd.Function):
@@ -615,23 +616,22 @@ class _Linear(torch.autograd.Function):
         log_gain: torch.Tensor | None,
         where: Layout,
         mean: bool,
-        keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         states = segment_states(key, value, first, where)
         window = None if out is None or lse is None or log_gain is None else (out, lse, log_gain)
-        result, mass = read(query, key, value, states, where, window, mean=mean, keep=keep)
-        if keep:
-            ctx.save_for_backward(query, key, value, states, out, lse, log_gain, result, mass)
-            ctx.where, ctx.mean, ctx.first = where, mean, first is not None
+        result, mass = read(query, key, value, states, where, window, mean=mean, mass=True)
+        ctx.save_for_backward(query, key, value, states, out, lse, log_gain, result if mean else None, mass)
+        ctx.where, ctx.first = where, first is not None
+        if mean:
+            ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)
-        return result, last_state(states, key.shape[-1], value.shape[-1])
+        return result, mass, last_state(states, key.shape[-1], value.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         from .triton_linear_backward import backward
 
-        found = backward(grads[0], grads[1], *ctx.saved_tensors, ctx.where, mean=ctx.mean, with_first=ctx.first)
-        return (*found, None, None, None)
+        return (*backward(*grads, *ctx.saved_tensors, ctx.where, with_first=ctx.first), None, None)
 
 
 def additive(
@@ -645,23 +645,24 @@ def additive(
     mean: bool = True,
     window: tuple[torch.Tensor, torch.Tensor] | None = None,
     log_gain: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Additive linear attention of T new columns, differentiable in all but `where` and `log_decay`.
 
     Args:
         query: features `[B, H, T, F]`.
-        key: features `[B, G, M, F]` of the stream of keys, which starts at a whole page.
+        key: features `[B, G, M, F]` of the stream of keys, which starts at a whole page; M > 0.
         value: `[B, G, M, DV]`; the features are rounded to its dtype, but for float16, where all is in float32.
         first: the state before the stream, `[B, G, F, DV + 1]` float32; None when it is empty.
         where: what `layout` made.
         log_decay: see `with_decays`.
-        mean: divide by the sum of the weights; else the result is the sum itself, in float32.
+        mean: divide by the sums of the weights; else the result is the weighted sum, in float32.
         window: output `[B, H, T, DV]` and natural log-sum-exp `[B, H, T]` of the softmax over the keys in sight, which
             the mean is merged with as by `merge.merge`; None for heads without one.
         log_gain: `[B, H, T]` or what broadcasts to it, float32: logarithm of the factor on the state's weights.
 
     Returns:
-        `[B, H, T, DV]`, zero in columns that are no token, and the last state `[B, G, F, DV + 1]` float32.
+        `[B, H, T, DV]` and the sums of weights `[B, H, T]` float32, which have a gradient without `mean`; both zero in
+        columns that are no token. Then the last state, `[B, G, F, DV + 1]` float32.
     """
     dtype = value.dtype
     if dtype == torch.float16:
@@ -676,7 +677,5 @@ def additive(
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
     if log_decay is not None:
         where = with_decays(where, log_decay, key.shape[2])
-    given = (query, key, value, first, out, lse, gain)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    found, last = _Linear.apply(*given, where, mean, keep)
-    return found.to(dtype) if mean else found, last
+    found, mass, last = _Linear.apply(query, key, value, first, out, lse, gain, where, mean)
+    return found.to(dtype) if mean else found, mass, last

@@ -342,7 +342,7 @@ def of_states(
         grad: `[B, H, T, DV]`, of what queries read.
         weight, extra: `[B, H, T]` float32, the factor on `grad` for values, and the gradient of the normaliser.
     """
-    batch, heads, columns, features = query.shape
+    batch, _, columns, features = query.shape
     groups, value_dim = states.shape[1], value.shape[-1]
     opts = options("sums", query, value, groups, where)
     blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
@@ -410,6 +410,7 @@ def of_queries(
 
 def backward(
     grad: torch.Tensor | None,
+    grad_mass: torch.Tensor | None,
     grad_last: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -418,28 +419,34 @@ def backward(
     window: torch.Tensor | None,
     lse: torch.Tensor | None,
     gain: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     mass: torch.Tensor,
     where: Layout,
     *,
-    mean: bool,
     with_first: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of query, key, value, first, window, lse and gain, from those of `additive`'s two results.
+    """Gradients of query, key, value, first, window, lse and gain, from those of the results of `additive`.
 
-    Zero in columns that are no token; `mean` as in the forward pass.
-    `grad` and `grad_last` are None where nothing depends on that result.
+    Zero in columns that are no token.
+
+    Args:
+        grad, grad_mass, grad_last: None where nothing depends on that result.
+        states, mass: what the forward pass kept.
+        out: its result, where that is a mean; None where it is a sum.
     """
     batch, heads, columns, features = query.shape
     groups, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     pages, merged = where.pages, window is not None
-    grad = torch.zeros_like(out) if grad is None else grad
-    grad = grad.to(value.dtype) if grad.stride(-1) == 1 else grad.to(value.dtype).contiguous()
+    grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_window = torch.zeros_like(window) if window is not None else None
     grad_lse = torch.zeros_like(mass) if merged else None
-    weight, extra = (mass.new_zeros(batch, heads, columns) for _ in range(2))
-    over, to = (out, out) if window is None or grad_window is None else (window, grad_window)
-    if mean:
+    weight = torch.zeros_like(mass)
+    extra = torch.zeros_like(mass) if grad_mass is None else grad_mass.float().contiguous()
+    if out is None:
+        weight.fill_(1)
+    else:
+        over, to = (out, out) if window is None or grad_window is None else (window, grad_window)
         _rows[(pages, batch * heads)](
             grad,
             out,
@@ -461,8 +468,6 @@ def backward(
             MERGE=merged,
             num_warps=4,
         )
-    else:
-        weight.fill_(1)
 
     grad_states = of_states(grad, query, value, weight, extra, states, where)
     if grad_last is not None:

@@ -20,6 +20,7 @@ from .triton_linear_features import KINDS, activate, project, root, sides
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 
+
 @triton.jit
 def _read_one(
     p_query,  # [B, H, F] features

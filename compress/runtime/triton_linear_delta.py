@@ -1,9 +1,10 @@
 """The gated delta rule in Triton: what each chunk writes, the states along the chunks, and their gradients.
 
-With L the logarithm of the decays since the chunk began, b the write strengths and S the state before the chunk, a chunk
-writes U = V' - K' S where (V', K') = (I + tril(b K K^T e^{L_i - L_j}, -1))^-1 b (V, e^L K), and leaves
-e^{L_C} S + (e^{L_C - L} K)^T U (Gated DeltaNet, arXiv 2412.06464). The inverse of every chunk is found by itself; the states follow each other.
-Gradients run backwards along the chunks in a kernel; those inside a chunk are computed anew in plain PyTorch.
+With L the logarithm of the decays since the chunk began, b the write strengths and S the state before the chunk, a
+chunk writes U = V' - K' S where (V', K') = (I + tril(b K K^T e^{L_i - L_j}, -1))^-1 b (V, e^L K), and leaves
+e^{L_C} S + (e^{L_C - L} K)^T U (Gated DeltaNet, arXiv 2412.06464). The inverse of every chunk is found by itself; the
+states follow each other. Gradients run backwards along the chunks in a kernel; those inside a chunk are computed anew
+in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ class _Delta(torch.autograd.Function):
             states[:, :, 0, : features * value_dim] = first.flatten(2)
         _walk(written, erased, kept, states, where, reverse=False)
         plain = replace(where, sums=None, totals=None)  # the queries read where the states are
-        result, _ = read(query, key, value, states, plain, None, mean=False, keep=False)
+        result, _ = read(query, key, value, states, plain, None, mean=False, mass=False)
         ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept)
         ctx.where, ctx.first = where, first is not None
         ctx.set_materialize_grads(False)
@@ -317,7 +318,7 @@ def gated_delta(
     log_decay: torch.Tensor | None,
     strength: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What T new columns read by the gated delta rule, q^T S at the boundary of each, differentiable in all but `where`.
+    """What T new columns read by the gated delta rule, q^T S at the boundary of each; has all gradients.
 
     Args:
         query: features `[B, H, T, F]`.

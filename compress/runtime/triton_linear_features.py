@@ -86,8 +86,11 @@ def _features(
     p_rows,  # [B, heads, T, D]
     p_map,  # [heads, D, WIDTH]
     p_bias,  # [heads, WIDTH], where BIASED
+    p_gain,  # [heads], where GAIN
+    p_turn,  # [heads, D], where GAIN
     p_grad,  # [B, heads, T, SIDES * WIDTH] where BACKWARD
     p_to,  # [B, heads, T, SIDES * WIDTH] the features, or with BACKWARD [B, heads, T, WIDTH] the projection's gradient
+    p_gains,  # [B, heads, T] float32, where GAIN
     columns,
     heads,
     root,
@@ -106,10 +109,11 @@ def _features(
     BLOCK_W: tl.constexpr,
     BIASED: tl.constexpr,
     BACKWARD: tl.constexpr,
+    GAIN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK tokens of one head."""
+    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number."""
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -134,16 +138,27 @@ def _features(
     else:
         for side in tl.static_range(SIDES):
             store_part(p_to + side * WIDTH, o_to * SIDES * WIDTH, activate(x, side, m_w, KIND), m_t, 0, WIDTH, BLOCK_W)
+    if GAIN:
+        gain = tl.zeros([BLOCK], tl.float32) + tl.load(p_gain + h).to(tl.float32)
+        for at in tl.static_range(0, DIM, BLOCK_D):
+            b_row = load_part(p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, at, DIM, BLOCK_D).to(tl.float32)
+            o_d = at + tl.arange(0, BLOCK_D)
+            b_turn = tl.load(p_turn + h * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
+            gain += tl.sum(b_row * b_turn[None, :], 1)
+        tl.store(p_gains + o_to, gain, mask=m_t)
 
 
 def _launch(
     rows: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    turn: torch.Tensor | None,
     kind: str,
     scale: float,
     grad: torch.Tensor | None,
     to: torch.Tensor,
+    gains: torch.Tensor | None,
 ) -> None:
     batch, heads, columns, dim = rows.shape
     width = weight.shape[-1]
@@ -153,8 +168,11 @@ def _launch(
         rows,
         weight,
         weight if bias is None else bias,
+        weight if gain is None else gain,
+        weight if turn is None else turn,
         over,
         to,
+        to if gains is None else gains,
         columns,
         heads,
         root(kind, scale),
@@ -169,6 +187,7 @@ def _launch(
         BLOCK_W=block_w,
         BIASED=bias is not None,
         BACKWARD=grad is not None,
+        GAIN=gains is not None,
         SPLIT=rows.dtype == torch.bfloat16,
         PRECISION="tf32x3",
         num_warps=8 if block_w > 128 else 4,
@@ -178,40 +197,73 @@ def _launch(
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, scale: float
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight, bias)
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        turn: torch.Tensor | None,
+        kind: str,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(rows, weight, bias, gain, turn)
         ctx.kind, ctx.scale = kind, scale
+        ctx.set_materialize_grads(False)
         to = rows.new_empty(*rows.shape[:3], sides(kind) * weight.shape[-1])
-        _launch(rows, weight, bias, kind, scale, None, to)
-        return to
+        gains = None if gain is None else rows.new_empty(rows.shape[:3], dtype=torch.float32)
+        _launch(rows, weight, bias, gain, turn, kind, scale, None, to, gains)
+        return to, gains
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        rows, weight, bias = ctx.saved_tensors
-        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        projected = rows.new_empty(*rows.shape[:3], weight.shape[-1])
-        _launch(rows, weight, bias, ctx.kind, ctx.scale, grad, projected)
-        of_rows = projected @ weight.to(projected.dtype).transpose(-1, -2) if ctx.needs_input_grad[0] else None
-        of_weight = of_bias = None
-        if ctx.needs_input_grad[1]:
-            taken = rows.transpose(0, 1).flatten(1, 2).transpose(-1, -2), projected.transpose(0, 1).flatten(1, 2)
-            of_weight = torch.bmm(*taken).to(weight.dtype)  # [heads, D, width]
-        if bias is not None and ctx.needs_input_grad[2]:
-            of_bias = projected.float().sum((0, 2)).to(bias.dtype)
-        return of_rows, of_weight, of_bias, None, None
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        rows, weight, bias, gain, turn = ctx.saved_tensors
+        grad, of_gains = grads
+        of_rows = of_weight = of_bias = of_gain = of_turn = None
+        by_head = rows.transpose(0, 1).flatten(1, 2)  # [heads, B * T, D]
+        if grad is not None:
+            grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+            projected = rows.new_empty(*rows.shape[:3], weight.shape[-1])
+            _launch(rows, weight, bias, None, None, ctx.kind, ctx.scale, grad, projected, None)
+            if ctx.needs_input_grad[0]:
+                of_rows = projected @ weight.to(projected.dtype).transpose(-1, -2)
+            if ctx.needs_input_grad[1]:
+                of_weight = torch.bmm(by_head.transpose(-1, -2), projected.transpose(0, 1).flatten(1, 2))
+                of_weight = of_weight.to(weight.dtype)
+            if bias is not None and ctx.needs_input_grad[2]:
+                of_bias = projected.float().sum((0, 2)).to(bias.dtype)
+        if of_gains is not None and gain is not None and turn is not None:
+            of_gain = of_gains.sum((0, 2)).to(gain.dtype)
+            flat = of_gains.transpose(0, 1).flatten(1, 2)[:, None].to(rows.dtype)
+            of_turn = torch.bmm(flat, by_head)[:, 0].to(turn.dtype)
+            if ctx.needs_input_grad[0]:
+                through = (of_gains[..., None] * turn[:, None].float()).to(rows.dtype)
+                of_rows = through if of_rows is None else of_rows + through
+        return of_rows, of_weight, of_bias, of_gain, of_turn, None, None
 
 
 def features(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, scale: float
-) -> torch.Tensor:
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    scale: float,
+    gain: torch.Tensor | None = None,
+    turn: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features `[B, heads, T, F]` of queries or keys `[B, heads, T, D]` in their dtype, differentiable.
 
     Args:
         weight, bias: the map's projection, `[heads, D, width]` and `[heads, width]`.
         kind: name of the map, one of `KINDS`.
         scale: the factor on the scores of a softmax.
+        gain, turn: `[heads]` and `[heads, D]`, where the second result is asked for.
+
+    Returns:
+        The features, and gain + turn . row of every row, `[B, heads, T]` float32, or None.
     """
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    found: torch.Tensor = _Features.apply(rows, weight.contiguous(), bias, kind, scale)
+    turn = None if turn is None else turn.contiguous()
+    found: tuple[torch.Tensor, torch.Tensor | None] = _Features.apply(
+        rows, weight.contiguous(), bias, gain, turn, kind, scale
+    )
     return found
