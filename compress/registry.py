@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -60,21 +61,33 @@ class Registry(Generic[T]):
 
     Args:
         kind: what one is called in messages.
+        home: the module whose import registers what the toolkit has; it is imported when something is looked up, so
+            that no reader of a registry can find it half filled.
         key: names the method in its written form.
     """
 
-    def __init__(self, kind: str, key: str = "name") -> None:
+    def __init__(self, kind: str, home: str, key: str = "name") -> None:
         self.kind = kind
         self.key = key
-        self._methods: dict[str, type[T]] = {}
+        self._home: str | None = home
+        self._registered: dict[str, type[T]] = {}
+
+    @property
+    def _methods(self) -> dict[str, type[T]]:
+        """All methods by name, those of the toolkit included."""
+        home, self._home = self._home, None  # modules of the home may themselves look something up
+        if home is not None:
+            import_module(home)
+        return self._registered
 
     def register(self, name: str) -> Callable[[Named], Named]:
         """Class decorator. Raises ValueError when the name is taken by another class."""
 
         def add(method: Named) -> Named:
-            if name in self._methods and self._methods[name].__qualname__ != method.__qualname__:
+            known = self._registered.get(name)
+            if known is not None and known.__qualname__ != method.__qualname__:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._methods[name] = method  # type: ignore[assignment]  # the registry's base class is not known here
+            self._registered[name] = method  # type: ignore[assignment]  # the registry's base class is not known here
             method.registered = name
             return method
 
@@ -152,11 +165,11 @@ def typed(value: Any) -> Any:
     return tuple(typed(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-statistics: Registry[Any] = Registry("statistic")
-solvers: Registry[Any] = Registry("solver")
-targets: Registry[Any] = Registry("target", key="target")
-tasks: Registry[Any] = Registry("task", key="task")
-sources: Registry[Any] = Registry("text source", key="source")
-budget_kinds: Registry[Any] = Registry("kind of budget")
-measures: Registry[Any] = Registry("measure")
-objectives: Registry[Any] = Registry("objective")
+statistics: Registry[Any] = Registry("statistic", "compress.profile")
+solvers: Registry[Any] = Registry("solver", "compress.search.solvers")
+targets: Registry[Any] = Registry("target", "compress.targets", key="target")
+tasks: Registry[Any] = Registry("task", "compress.data.tasks", key="task")
+sources: Registry[Any] = Registry("text source", "compress.data.sources", key="source")
+budget_kinds: Registry[Any] = Registry("kind of budget", "compress.search.budget")
+measures: Registry[Any] = Registry("measure", "compress.evaluate.measures")
+objectives: Registry[Any] = Registry("objective", "compress.train.objectives")

@@ -55,7 +55,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     spec.loader.exec_module(sys.modules[name])
     yield found
     for kind, methods in before.items():
-        getattr(registry, kind)._methods = methods
+        getattr(registry, kind)._registered = methods
     MIXERS.pop("recent")
     del sys.modules[name]
 

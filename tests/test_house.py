@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -140,3 +141,19 @@ def test_every_registered_method_is_in_its_matrix() -> None:
             text = (Path(__file__).parent / file).read_text(encoding="utf-8")
             word = name.replace("_", "_?")
             assert re.search(rf"\b{word}\b", text, flags=re.IGNORECASE), f"{file} does not try {name}"
+
+
+def test_a_registry_is_whole_from_the_first_look_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks need not have imported the methods: `compress eval` once knew two of five tasks."""
+    (tmp_path / "home_of_methods.py").write_text(
+        "from compress.registry import Method\n"
+        "from tests.test_house import TABLE\n"
+        "assert not list(TABLE)\n"
+        "TABLE.register('first')(type('First', (Method,), {}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    table: registry.Registry[Method] = registry.Registry("thing", "home_of_methods")
+    monkeypatch.setattr("tests.test_house.TABLE", table, raising=False)
+    assert "home_of_methods" not in sys.modules
+    assert "first" in table and table.parse({"name": "first"}).registered == "first"
+    assert all(table._home is None or import_module(table._home) for table in tables().values())

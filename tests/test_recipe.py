@@ -390,7 +390,7 @@ def test_three_lines_are_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = three_lines("{kv: 0.5}", monkeypatch, CPU)
     assert recipe.search.budget.lengths == (2048,)
     assert {task.length for task in recipe.calibration.documents} == {1024, 2048}
-    assert {task.task for task in recipe.calibration.documents} == {"facts", "continuation"}
+    assert {task.task for task in recipe.calibration.documents} == {"facts", "passkey", "key_value", "continuation"}
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval", "hidden_mass"]
     assert recipe.search.refine is None and recipe.evaluate.recall
     assert three_lines("{kv: 0.5}", monkeypatch, replace(CPU, gpu=True)).search.refine is not None

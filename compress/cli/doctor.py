@@ -82,7 +82,6 @@ def family_matrix() -> dict[str, Any]:
 
     Beside it the refused ones' reasons, and the text models of models that read images, too.
     """
-    import compress.targets  # noqa: F401  (importing a package registers its methods)
     from compress.models.families import REFUSED, WRAPPERS
     from compress.registry import targets
     from compress.runtime.families import FAMILIES

@@ -219,7 +219,6 @@ def _keys(text: str) -> dict[str, Any]:
 
 def _named(text: str) -> list[Measure]:
     """The measures of one `--measure`. Raises UserError."""
-    import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
     from compress.json_file import validated
     from compress.registry import measures
 

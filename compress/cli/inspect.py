@@ -103,6 +103,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
 
     from compress.cli.tables import show
     from compress.plan import removal
+    from compress.plan.states import states_of
 
     model = plan.model
     typer.echo(
@@ -137,6 +138,9 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         used, dense = plan.cost(length, form=form).held_bytes, plan.dense_cost(length).held_bytes
         costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
     show(costs)
+    states = states_of(plan, form=form)
+    if states is not None:
+        typer.echo(states.words)
     typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:

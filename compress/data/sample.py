@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from compress.data.repeats import pairs, repeats
 from compress.files import key_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ class Sample(ABC):
     @abstractmethod
     def logits_of(cls, samples: Sequence[Any], output: Any) -> list[torch.Tensor]:
         """`logits` of each sample of a batch."""
+
+    def pairs(self) -> Mapping[tuple[int, int], int]:
+        """How often each pair of neighbouring tokens is in it; of what is no text nothing."""
+        return {}
+
+    def repeats(self, elsewhere: Mapping[tuple[int, int], int], most: int) -> Sample | None:
+        """The same input with the loss on what can be looked up in it (`data.repeats`); of what is no text, itself.
+
+        Args:
+            elsewhere: pairs of other samples.
+
+        Returns:
+            None where nothing can be looked up.
+        """
+        return self
 
     def loss(self, output: Any) -> tuple[torch.Tensor, int]:
         """Cross-entropy in nats over the rows of a model's output, summed, and the number of rows."""
@@ -140,6 +156,15 @@ class TextSample(Sample):
 
         return torch.tensor(self.tokens[self.answer[0] : self.answer[1]], device=device)
 
+    def pairs(self) -> Mapping[tuple[int, int], int]:
+        """See `Sample.pairs`."""
+        return pairs(self.tokens)
+
+    def repeats(self, elsewhere: Mapping[tuple[int, int], int], most: int) -> Sample | None:
+        """See `Sample.repeats`."""
+        places = repeats(self.tokens, elsewhere, most)
+        return Repeats(self.tokens, self.answer, places=tuple(places)) if places else None
+
     @classmethod
     def together(cls, samples: Sequence[TextSample], device: torch.device) -> dict[str, Any]:
         """All tokens, and logits from the first row that predicts an answer on."""
@@ -154,3 +179,31 @@ class TextSample(Sample):
         """`[rows, vocabulary]` each."""
         length = samples[0].length
         return [output.logits[i, sample.rows[0] - length : sample.rows[1] - length] for i, sample in enumerate(samples)]
+
+
+@dataclass(frozen=True)
+class Repeats(TextSample):
+    """A text with the loss on some of its tokens, wherever they stand; it is run alone.
+
+    Attributes:
+        places: positions of these tokens, all above 0.
+    """
+
+    places: tuple[int, ...] = ()
+
+    @property
+    def facts(self) -> list[Any]:
+        """The tokens, and which the loss is taken on."""
+        return [self.tokens, self.places]
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """All tokens, and logits for the rows before those tokens."""
+        import torch
+
+        return self.body(device) | {"logits_to_keep": torch.tensor(self.places, device=device) - 1}
+
+    def targets(self, device: torch.device) -> torch.Tensor:
+        """These tokens."""
+        import torch
+
+        return torch.tensor([self.tokens[place] for place in self.places], device=device)

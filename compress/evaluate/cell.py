@@ -42,8 +42,11 @@ class Cell:
         count: items, prompts or windows that it comes from.
         items: the outcome of every item where the value is their mean, so that two variants can be paired.
         part: the range of items that it is limited to; None for the whole.
+        place: layer and head group that it is of, the group None for a whole layer; None for the model. Numbers with a
+            place are in a table of the variant's own, and in no other.
         table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`),
-            a row of the last table with its difference to dense (`task`), or only in charts and files (None).
+            of the table of branches (`branches`), a row of the last table with its difference to dense (`task`), or
+            only in charts and files (None).
         axis: for a cost, the words of an axis that quality is drawn over: `share of the dense KV bytes`.
         dense: the dense model's number where it was measured beside this one, and not in the dense variant's row.
         note: what has to be known of the number: the metric, how many items.
@@ -60,15 +63,16 @@ class Cell:
     count: int | None = None
     items: tuple[float, ...] | None = None
     part: Part | None = None
-    table: Literal["summary", "cost", "task"] | None = None
+    place: tuple[int, int | None] | None = None
+    table: Literal["summary", "cost", "branches", "task"] | None = None
     axis: str = ""
     dense: float | None = None
     note: str = ""
 
     @property
-    def key(self) -> tuple[str, int | None, Part | None]:
+    def key(self) -> tuple[str, int | None, Part | None, tuple[int, int | None] | None]:
         """What the same cells of two variants have in common."""
-        return self.label, self.length, self.part
+        return self.label, self.length, self.part, self.place
 
     @property
     def name(self) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-import compress.evaluate.measures  # noqa: F401  (importing the package registers the measures)
 from compress.evaluate.cell import Cell
 from compress.evaluate.earlier import from_schema_1
 from compress.evaluate.measure import Result
@@ -91,8 +90,8 @@ class Comparison(BaseModel):
             raise ValueError("expected every number of a variant once")
         for row in self.variants:
             for result, dense in zip(row.results, self.dense.results, strict=False):
-                numbers = [cell.key for cell in result.cells()]
-                if numbers and result.measure == dense.measure and numbers != [cell.key for cell in dense.cells()]:
+                numbers, known = ([cell.key for cell in each.cells()] for each in (result, dense))
+                if numbers and known and result.measure == dense.measure and numbers != known:
                     raise ValueError(f"variant `{row.name[:80]}`: other numbers of {result.measure} than the dense one")
             names = [[result.measure for result in part.results] for part in (row, self.dense)]
             if names[0] != names[1]:
@@ -138,12 +137,13 @@ class Comparison(BaseModel):
     def _record(self, variant: VariantResult, cell: Cell) -> dict[str, Any]:
         low, high = cell.interval if cell.interval is not None else (None, None)
         gap = self.against_dense(variant, cell)
-        part = cell.part
+        part, place = cell.part, cell.place
+        where = "" if place is None else f"layer {place[0]}" + ("" if place[1] is None else f" group {place[1]}")
         return {
             "variant": variant.name,
             "label": cell.label,
             "length": cell.length,
-            "part": "" if part is None else f"{part.axis} {part.low:g} to {part.high:g}",
+            "part": where if part is None else f"{part.axis} {part.low:g} to {part.high:g}",
             "value": cell.value if math.isfinite(cell.value) else None,
             "unit": cell.unit,
             "better": cell.better,

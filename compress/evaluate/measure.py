@@ -27,7 +27,11 @@ class Result(BaseModel):
     measure: str
 
     def cells(self) -> list[Cell]:
-        """The numbers; the same cells in the same order for every variant, or none where there is no number."""
+        """The numbers, in the same order for every variant.
+
+        Variants have the same cells as the dense one, or none where there is no number. Where the dense one has none,
+        as numbers of what only plans have, each has cells of its own.
+        """
         raise NotImplementedError
 
     def words(self) -> str:

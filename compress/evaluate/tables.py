@@ -29,7 +29,10 @@ def tables(comparison: Comparison, parts: bool = True) -> list[Grid]:
     grids = [summary(comparison)]
     if _tells(comparison):
         grids.append(_wide(comparison, "cost", "parameters, time and operations"))
+    if _cells(comparison, "branches"):
+        grids.append(_wide(comparison, "branches", "which branch of the converted heads does the work"))
     grids += [_ranges(comparison, cell, axis) for cell, axis in _ranged(comparison) if parts or axis == "position"]
+    grids += [grid for row in comparison.variants for grid in _places(row)]
     return [*grids, _tasks(comparison)] if comparison.tasks() else grids
 
 
@@ -47,6 +50,7 @@ def summary(comparison: Comparison) -> Grid:
 def _cells(comparison: Comparison, table: str) -> list[Cell]:
     """Cells of a table without their parts, in the order of the rows that have them, each once."""
     cells = [cell for row in comparison.variants for cell in row.cells if cell.table == table and cell.part is None]
+    cells = [cell for cell in cells if cell.place is None]
     return list({cell.key: cell for cell in reversed(cells)}.values())[::-1]
 
 
@@ -56,25 +60,31 @@ def _tells(comparison: Comparison) -> bool:
         for result in row.results:
             costs = [cell for cell in result.cells() if cell.table == "cost"]
             named = not measures[result.measure].always
-            if any(named or cell.share(comparison.dense.like(cell)) not in (None, 1.0) for cell in costs):
+            if any(named or _differs(comparison, cell) for cell in costs):
                 return True
     return False
+
+
+def _differs(comparison: Comparison, cell: Cell) -> bool:
+    """Whether a cost is another than the dense model's, or one that the dense model does not have."""
+    dense = comparison.dense.like(cell)
+    return dense is None or cell.share(dense) not in (None, 1.0)
 
 
 def _wide(comparison: Comparison, table: str, title: str) -> Grid:
     """A row for every variant, a column for every number, and for a perplexity one more with its change."""
     chosen = _cells(comparison, table)
+    shown = [row for row in comparison.variants if table != "branches" or any(map(row.like, chosen))]
     columns = [Column("variant", "name")]
     for cell in chosen:
         columns.append(Column(cell.name if cell.length is None else f"{cell.name}\nat {cell.length:,}"))
         if unit_of(cell.unit).change is not None:
             columns.append(Column("over\ndense"))
-    rows = [
-        [row.name, *(text for cell in chosen for text in texts(comparison, row, cell))] for row in comparison.variants
-    ]
+    rows = [[row.name, *(text for cell in chosen for text in texts(comparison, row, cell))] for row in shown]
     words = [
         result.words()
-        for result in comparison.dense.results
+        for row in shown
+        for result in row.results
         if any(cell.table == table for cell in result.cells()) and result.words()
     ]
     return Grid(title, columns, rows, "; ".join(dict.fromkeys(words)))
@@ -98,13 +108,15 @@ def texts(comparison: Comparison, row: VariantResult, like: Cell) -> list[str]:
 
 
 def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:
-    """Cells of the first table that have parts, with the axis of the parts."""
+    """Cells of the first table and of that of branches that have parts, with the axis of the parts."""
     axes = {
         (cell.label, cell.length): cell.part.axis
-        for cell in comparison.dense.cells
-        if cell.part is not None and cell.table == "summary"
+        for row in comparison.variants
+        for cell in row.cells
+        if cell.part is not None and cell.table in ("summary", "branches")
     }
-    parted = [(cell, axes[cell.label, cell.length]) for cell in _cells(comparison, "summary") if cell.key[:2] in axes]
+    whole = [*_cells(comparison, "summary"), *_cells(comparison, "branches")]
+    parted = [(cell, axes[cell.label, cell.length]) for cell in whole if cell.key[:2] in axes]
     return sorted(parted, key=lambda pair: list(AXES).index(pair[1]))
 
 
@@ -119,7 +131,8 @@ def parts_of(row: VariantResult, cell: Cell, axis: str) -> list[tuple[Part, Cell
 
 def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
     """One number in ranges of an axis, a row a variant."""
-    of_dense = parts_of(comparison.dense, cell, axis)
+    measured = [row for row in comparison.variants if row.like(cell) is not None]
+    of_dense = parts_of(measured[0], cell, axis)
     counted = axis != "position"
     columns = [Column("variant", "name")]
     for part, cell_of_part in of_dense:
@@ -129,12 +142,35 @@ def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
             )
         )
     rows = []
-    for row in comparison.variants:
+    for row in measured:
         values = [row.like(cell_of_part) for _, cell_of_part in of_dense]
         texts = ["" if value is None else unit_of(value.unit).write(value.value) for value in values]
         rows.append([row.name, *texts])
     name = cell.name if cell.length is None or axis == "position" else f"{cell.name} at {cell.length:,}"
     return Grid(f"{name} {AXES[axis]}", columns, rows)
+
+
+def _places(row: VariantResult) -> list[Grid]:
+    """For every measure with numbers of layers or head groups: a row a layer, a column a group, numbers in a cell."""
+    grids = []
+    for result in row.results:
+        placed = {(cell.place, cell.label): cell for cell in result.cells() if cell.place is not None}
+        if not placed:
+            continue
+        labels = list(dict.fromkeys(label for _, label in placed))
+        layers = sorted({place[0] for place, _ in placed})
+        groups = sorted({place[1] for place, _ in placed}, key=lambda group: -1 if group is None else group)
+        grid = Grid(
+            f"{row.name}: {', '.join(labels)}",
+            [Column("layer"), *(Column("all groups" if group is None else f"group {group}") for group in groups)],
+            caption=f"in a cell: {' / '.join(labels)}; {result.words()}" if len(labels) > 1 else result.words(),
+        )
+        for layer in layers:
+            found = [[placed.get(((layer, group), label)) for label in labels] for group in groups]
+            texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in found]
+            grid.rows.append([str(layer), *texts])
+        grids.append(grid)
+    return grids
 
 
 def edge(value: float, axis: str) -> str:

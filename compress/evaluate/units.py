@@ -41,6 +41,9 @@ UNITS = {
     "right answers": Unit(lambda value: f"{value:.2f}"),
     "agreement": Unit(lambda value: f"{value:.3f}"),
     "score": Unit(lambda value: f"{value:.4g}"),
+    "tokens": Unit(lambda value: f"{value:,.0f} tokens"),
+    "nats": Unit(lambda value: f"{value:+.4f}"),
+    "relative error": Unit(lambda value: f"{value:.1e}"),
 }
 
 

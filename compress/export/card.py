@@ -18,6 +18,7 @@ from compress.export.verify import Checks
 from compress.limits import SHOWN_LENGTHS
 from compress.models.load import DEMOS
 from compress.plan import Form, Plan, removal
+from compress.plan.states import States, states_of
 from compress.targets.target import StockForm
 
 QWEN = (
@@ -78,6 +79,7 @@ def render_card(
         )
     ]
     groups = sum(plan.kept_heads)
+    states = states_of(plan, itemsize, form)
     windowed = plan.full_groups < groups
     changed = [group for row in plan.groups_that_stay() for group, native in row if group.stock(native) != StockForm()]
     predicted = plan.predicted
@@ -88,7 +90,7 @@ def render_card(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts: dict[str, Any] = {
         "plan": plan,
-        "metadata": front_matter(source, _tags(plan, windowed)),
+        "metadata": front_matter(source, _tags(plan, windowed, states)),
         "title": source.get("base_model") or (name if name in DEMOS else Path(name).name),
         "dtype": dtype,
         "base": base,
@@ -97,7 +99,7 @@ def render_card(
         "base_removed": None if base is None else removal(base),
         "windowed": windowed,
         "by_layer": len(plan.widths) > 1,
-        "form": _form(plan, windowed, windows, checks.loaded_as),
+        "form": _form(plan, windowed, windows, checks.loaded_as, states),
         "ratio": _ratio(plan, share),
         "changed": _changed(plan, windowed, windows is None),
         "windows": windows,
@@ -106,6 +108,8 @@ def render_card(
         "kinds": Counter(group.noun or f"`{group.target}`" for group in changed),
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
+        "states": states,
+        "trained": trained,
         "costs": costs,
         "checks": checks,
         "versions": versions,
@@ -136,12 +140,14 @@ def tried(architecture: str, *, besides: str) -> dict[str, Any]:
     }
 
 
-def _tags(plan: Plan, windowed: bool) -> list[str]:
+def _tags(plan: Plan, windowed: bool, states: States | None) -> list[str]:
     tags = ["compress"]
     if plan.prunes:
         tags.append("pruning")
     if windowed or not plan.prunes:
         tags += ["sparse-attention", "kv-cache"]
+    if states is not None:
+        tags.append("linear-attention")
     return tags
 
 
@@ -151,7 +157,9 @@ def _fence(text: str) -> str:
     return "`" * max(3, longest + 1)
 
 
-def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, loaded_as: str) -> str:
+def _form(
+    plan: Plan, windowed: bool, windows: Sequence[int | None] | None, loaded_as: str, states: States | None
+) -> str:
     """What the checkpoint is, behind the name and sizes of its model; `windows` is None for the patched form."""
     if windows is not None and any(window is not None for window in windows):
         return (
@@ -162,6 +170,8 @@ def _form(plan: Plan, windowed: bool, windows: Sequence[int | None] | None, load
     parts = ["a width of its own for every layer"] if len(plan.widths) > 1 else []
     if windowed or not plan.prunes:
         parts.append("a span of its own for every key/value head")
+    if states is not None:
+        parts.append("states of constant size for the keys that some of them hide")
     return f"with {' and '.join(parts)}" if parts else f"as {loaded_as}, which brings its own code"
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 
 from compress.errors import UserError
+from compress.models.families import layers_of
+from compress.models.pruning import output_projections
 from compress.models.units import LayerUnits, units_of
 from compress.profile.key import Key
 from compress.registry import Method, statistics
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     from compress.models.prepared import Prepared
     from compress.plan import ModelShape
 
-# What a statistic is taken from: queries, keys and values of attention; inputs and gradients of the projections; the
-# weights alone; or a training of its own.
-Reads = Literal["attention", "projections", "weights", "training"]
+# What a statistic is taken from: queries, keys and values of attention, where the loss is that of the answers, or that
+# of what can be looked up in the context; inputs and gradients of the projections; the weights alone; or a training of
+# its own.
+Reads = Literal["attention", "repeats", "projections", "weights", "training"]
 
 # Sums by name, of one place: a profiled length (statistics of head groups) or a layer (those of heads and neurons).
 Sums = dict[str, torch.Tensor]
@@ -54,6 +57,21 @@ class Subject:
     def units(self) -> list[LayerUnits]:
         """Heads and neurons of every layer. Raises UserError where the projections are not understood."""
         return units_of(self.model)
+
+    @cached_property
+    def reach(self) -> list[torch.Tensor]:
+        """W_o^T W_o of every layer over the query heads of a group, `[groups, head_dim, head_dim]` float64: of a value,
+        v, they add to the hidden state what has the summed squares v^T reach v.
+
+        Raises:
+            UserError: the projections of the architecture are not understood.
+        """
+        shape, reach = self.shape, []
+        for layer in layers_of(self.model):
+            weight = output_projections(layer, self.model.config)[0].weight.detach().double()
+            heads = weight.view(weight.shape[0], shape.kv_heads, -1, shape.head_dim)
+            reach.append(torch.einsum("ogqd,ogqe->gde", heads, heads).to(self.device))
+        return reach
 
 
 @dataclass(frozen=True)

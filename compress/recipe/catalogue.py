@@ -14,9 +14,6 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-import compress.recipe.schema
-import compress.targets
-import compress.train.objectives  # noqa: F401  (importing a package registers its methods)
 from compress import registry
 from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES

@@ -24,7 +24,12 @@ LEAST = 512
 PER_CORE = 1024  # tokens for each core, for a model of `SMALL` parameters
 SMALL = 200_000_000
 REFINING = 8  # cores from which on a plan is refined by default
-CLOSEST = 256  # tokens in which several facts have room
+CLOSEST = 256  # tokens in which a fact has room
+ROOMY = 4 * CLOSEST  # tokens in which several facts, or pass keys, have room
+
+# Documents of one length, a share of the longest: its divisor, then facts, pass keys and as many lines, and plain text.
+MIX = ((4, 12, 4, 8), (2, 8, 3, 6), (1, 10, 4, 6))
+MIX_OF_FEW_CORES = ((2, 2, 1, 2), (1, 4, 1, 3))
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
 PRUNER = {"name": "amp", "importance": ["amp", "wanda_sp"], "group_score": "mean", "attention": [0.0, 0.3]}
@@ -136,7 +141,7 @@ class Defaults:
             self._lengths(budget, windows)
             self._documents(calibration, self._longest(budget), removes, windows)
         if search.get("solver") is None:
-            self._solver(search, removes, windows)
+            self._solver(search, removes, windows, whole)
         self._statistics(search)
         if self.data.get("evaluate") is None:
             self._evaluation(self._longest(budget) if whole else self._profiled(), removes, windows)
@@ -178,15 +183,20 @@ class Defaults:
         held_out: list[dict[str, Any]] = []
         training: list[dict[str, Any]] = []
         if windows:
-            shares = ((4, 20, 8), (2, 14, 6), (1, 16, 6)) if many else ((2, 3, 2), (1, 6, 3))
-            for share, facts, plain in shares:
+            for share, facts, digits, plain in MIX if many else MIX_OF_FEW_CORES:
                 if longest // share >= CLOSEST or share == 1:
-                    documents += [_facts(longest // share, facts), _text(longest // share, plain)]
-            held_out = [_facts(longest, 14 if many else 4), _text(longest, 6 if many else 2)]
+                    documents += [*_asked(longest // share, facts, digits, digits), _text(longest // share, plain)]
             if many:
-                documents.append(_facts(longest, 4, haystack="filler"))
-                held_out.append(_facts(longest, 4, haystack="filler"))
-                training = [_facts(longest // share, 32, answer="text") for share in (4, 2, 1)]
+                documents += _asked(longest, 2, 2, haystack="filler")
+                lengths = [longest // share for share in (4, 2, 1) if longest // share >= CLOSEST or share == 1]
+                for length in lengths:
+                    training.append(_facts(length, 24, answer="text"))
+                    if length >= ROOMY:
+                        training.append({"task": "passkeys", "length": length, "count": 8, "answer": "text"})
+                    held_out += [*_asked(length, 4, 2, 2), _text(length, 3)]
+                held_out += _asked(longest, 2, 2, haystack="filler")
+            else:
+                held_out = [*_asked(longest, 3, 1), _text(longest, 2)]
         if removes:
             length = min(512, longest)
             whole = {"task": "continuation", "answer": "text"}
@@ -202,7 +212,7 @@ class Defaults:
             "documents", f"{count} to profile, of many kinds, and {sum(t['count'] for t in held_out)} to choose by"
         )
 
-    def _solver(self, search: dict[str, Any], removes: bool, windows: bool) -> None:
+    def _solver(self, search: dict[str, Any], removes: bool, windows: bool, whole: bool) -> None:
         if removes and not windows:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
@@ -214,7 +224,8 @@ class Defaults:
         if "refine" in search:
             return
         if self.situation.gpu or self.situation.cores >= REFINING:
-            search["refine"] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
+            effort: dict[str, Any] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
+            search["refine"] = effort | ({"weights": {"facts": 2.0}} if whole else {})
             self._note("refine", f"{search['refine']['minutes']:g} minutes of exchanges by measured loss")
         else:
             few = f"none, which on {self.situation.cores} cores would take longer than all else"
@@ -255,8 +266,15 @@ class Defaults:
 
 def _facts(length: int, count: int, **more: str) -> dict[str, Any]:
     """Documents that ask for one of several facts; fewer facts where they would fill the text."""
-    few = {} if length >= 4 * CLOSEST else {"facts": 1}
+    few = {} if length >= ROOMY else {"facts": 1}
     return {"task": "facts", "length": length, "count": count, **few, **more}
+
+
+def _asked(length: int, facts: int, passkeys: int, lines: int = 0, **more: str) -> list[dict[str, Any]]:
+    """Documents that ask for a fact, a pass key, or one of two lines."""
+    counts = {"passkey": passkeys, "key_value": lines}
+    digits = [{"task": task, "length": length, "count": count, **more} for task, count in counts.items() if count]
+    return [_facts(length, facts, **more), *digits]
 
 
 def _text(length: int, count: int) -> dict[str, Any]:

@@ -7,11 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, create_model, field_validator
 
-import compress.data.generated
-import compress.data.tasks
-import compress.evaluate.measures
-import compress.profile
-import compress.search.solvers  # noqa: F401  (importing a package registers its methods)
 from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource

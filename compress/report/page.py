@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from compress.evaluate.tables import tables
+from compress.plots.chart import chart_svg
 from compress.report import sections
 from compress.report.facts import Facts
 from compress.report.together import side_by_side
@@ -36,7 +37,7 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         parts=parts,
         quality=quality,
         side_by_side=side_by_side(folders),
-        engines=sections.ENGINES,
+        engines=sections.engines(folders),
         when=when,
         version=version,
     )
@@ -50,6 +51,10 @@ def _part(facts: Facts, name: str) -> dict[str, Any]:
         "headline": sections.headline(facts),
         "tables": tables(comparison, parts=False) if comparison is not None else [],
         "costs": sections.costs(facts),
+        "states": sections.states(facts),
+        "layers": [
+            chart_svg(chart, f"{name}layers{number}") for number, chart in enumerate(sections.layer_charts(comparison))
+        ],
         "map": sections.head_map(facts),
         "position": sections.by_position(facts, f"{name}position"),
         "recall": sections.by_depth(facts),

@@ -17,7 +17,7 @@ from compress.plots.influence import draw_influence, influence_curves
 from compress.plots.spans import draw_spans
 from compress.profile.store import read_profile
 from compress.report.facts import Facts, read_facts
-from compress.report.sections import quality_charts
+from compress.report.sections import layer_charts, quality_charts
 from compress.runfolder import RunFolder
 
 
@@ -52,8 +52,13 @@ def search_plots(folder: Path) -> list[Path]:
 
 
 def evaluation_plots(folder: Path) -> list[Path]:
-    """`plots/quality`; the files."""
-    return draw_charts(_all_charts([read_facts(folder)]), RunFolder(folder).plots / "quality")
+    """`plots/layers`, where something was measured layer by layer, and `plots/quality`; the files.
+
+    Written in this order: where `quality.svg` is, all are.
+    """
+    facts, plots = read_facts(folder), RunFolder(folder).plots
+    written = draw_charts(layer_charts(facts.comparison), plots / "layers")
+    return written + draw_charts(_all_charts([facts]), plots / "quality")
 
 
 def plots_side_by_side(folders: Sequence[Facts], out: Path) -> list[Path]:

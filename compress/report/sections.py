@@ -14,6 +14,7 @@ from compress.evaluate.tables import edge, mean_of, parts_of
 from compress.evaluate.units import unit_of
 from compress.limits import SHOWN_LENGTHS
 from compress.plan import Plan, removal
+from compress.plan.states import states_of
 from compress.plots.chart import Chart, Series, chart_svg
 from compress.plots.speed import speed_charts
 from compress.report.facts import Facts
@@ -79,6 +80,12 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
     ]
     parts = [f"{cell.title}: {unit.write(cell.value)}{change}", ", ".join(others), cell.note]
     return "; ".join(part for part in parts if part)
+
+
+def states(facts: Facts) -> str | None:
+    """What the plan's states take, in a sentence; None where it has none."""
+    found = None if facts.plan is None else states_of(facts.plan, form=facts.form)
+    return None if found is None else found.words
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:
@@ -233,6 +240,26 @@ def by_position(facts: Facts, name: str) -> list[str]:
     return [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)]
 
 
+def layer_charts(comparison: Comparison | None) -> list[Chart]:
+    """Numbers of layers and head groups, layer by layer: a chart for each measure and variant that has some."""
+    charts = []
+    for row in comparison.variants if comparison is not None else ():
+        for result in row.results:
+            series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+            placed = [cell for cell in result.cells() if cell.place is not None]
+            for cell in placed:
+                if cell.place is not None:
+                    series[cell.label][cell.place[0]].append(cell.value)
+            lines = [
+                Series(label, [(float(layer), sum(values) / len(values)) for layer, values in sorted(layers.items())])
+                for label, layers in series.items()
+            ]
+            if lines:
+                title = f"{row.name}: {result.measure}, mean of a layer's groups"
+                charts.append(Chart(title, "layer", placed[0].unit, lines))
+    return charts
+
+
 def by_depth(facts: Facts) -> list[dict[str, Any]]:
     """For every task with depths: a row for each variant and length, a column for each range of depth."""
     comparison = facts.comparison
@@ -275,8 +302,9 @@ def by_gap(facts: Facts) -> list[dict[str, Any]]:
 
 
 def _parted(comparison: Comparison | None, axis: str) -> list[Cell]:
-    """The dense model's cells that have parts on an axis."""
-    cells = comparison.dense.cells if comparison is not None else []
+    """The cells that have parts on an axis, each once."""
+    rows = comparison.variants if comparison is not None else []
+    cells = list({cell.key: cell for row in reversed(rows) for cell in reversed(row.cells)}.values())[::-1]
     parted = {cell.key[:2] for cell in cells if cell.part is not None and cell.part.axis == axis}
     return [cell for cell in cells if cell.part is None and cell.key[:2] in parted]
 
@@ -310,6 +338,17 @@ def speed(facts: Facts, name: str) -> dict[str, Any] | None:
 
 def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float, float]]:
     return sorted((float(length), side.cache_bytes / 2**30) for length, side in sides)
+
+
+def engines(folders: Sequence[Facts]) -> list[tuple[str, str]]:
+    """What each engine does with a plan; one that has states cannot run elsewhere at all."""
+    if not any(states(facts) is not None for facts in folders):
+        return list(ENGINES)
+    lost = (
+        "cannot serve heads with a state: they know no such heads, and their dense attention, on weights that were "
+        "trained for the state, is another model"
+    )
+    return [*ENGINES, ("all of these but the first, for heads with a state of constant size", lost)]
 
 
 ENGINES = (

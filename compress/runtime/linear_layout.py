@@ -167,7 +167,7 @@ def _layout(
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # shared by the layers of a pass; one has as many rows as the windows have tokens
 def waiting(rows: Rows, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
     """The new tokens of a pass that stay in pages until a state takes them in, for every sequence and group.
 

@@ -18,10 +18,10 @@ class RandomFeatures(FeatureMap):
     def start(self, head_dim: int, width: int) -> torch.Tensor:
         """Orthogonal columns with the lengths of normally distributed ones."""
         generator = torch.Generator().manual_seed(0)
-        blocks = [
-            torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, device="cpu")).Q
-            for _ in range(-(-width // head_dim))
-        ]
+        blocks = []
+        for _ in range(-(-width // head_dim)):
+            factors = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, device="cpu"))
+            blocks.append(factors.Q * factors.R.diagonal().sign())  # without which the directions are not even
         lengths = torch.randn(head_dim, width, generator=generator, device="cpu").norm(dim=0)
         return torch.cat(blocks, dim=1)[:, :width] * lengths
 

@@ -126,7 +126,7 @@ class LinearMixer(SpanMixer):
     for the delta rule `strength` and `strength_bias` likewise.
 
     Attributes:
-        branches: which of the two branches count; for measurements, and saved nowhere.
+        branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
@@ -142,7 +142,7 @@ class LinearMixer(SpanMixer):
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
         self.needs_inputs = not self.shared or self.gate_count > 0
-        self.branches: Branches = "both"
+        self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
             self.gain = nn.Parameter(torch.empty(count, share))
@@ -359,8 +359,16 @@ class LinearMixer(SpanMixer):
 
     def joined(self, parts: Parts) -> torch.Tensor:
         """The heads' outputs, `[B, H, T, V]`."""
-        window = parts.out is not None and self.branches in ("both", "window")
-        linear = self.branches in ("both", "linear")
+        if isinstance(self.branches, str):
+            return self._joined(parts, self.branches)
+        made = {branches: self._joined(parts, branches) for branches in set(self.branches)}
+        share = self.facts.group_size
+        heads = [made[name][:, group * share : (group + 1) * share] for group, name in enumerate(self.branches)]
+        return torch.cat(heads, dim=1)
+
+    def _joined(self, parts: Parts, branches: Branches) -> torch.Tensor:
+        window = parts.out is not None and branches in ("both", "window")
+        linear = branches in ("both", "linear")
         out = parts.out if parts.out is not None and window else torch.zeros_like(parts.num)
         if not linear:
             return out
@@ -435,6 +443,8 @@ class LinearMixer(SpanMixer):
             held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
         else:
             held = state.tensors["state"]
+            if torch.is_grad_enabled():  # autograd may keep it, and it is overwritten once the pass has read it
+                held = held.clone()
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
@@ -552,7 +562,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            log_decay = _on_device(self.log_decays, count.device, torch.float32)
+            log_decay = _on_device(self.log_decays, count.device, torch.float64)
         if self.rule == "delta":
             assert gates is not None
             strength = gates[..., -1]
@@ -601,11 +611,3 @@ class LinearMixer(SpanMixer):
 def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A small table, sent to the device once."""
     return kept_table(rows, device, dtype)
-
-
-def set_branches(mixers: Sequence[Any], branches: Branches) -> list[LinearMixer]:
-    """Let only some branches of all linear heads among mixers count; those heads' mixers."""
-    linear = [mixer for mixer in mixers if isinstance(mixer, LinearMixer)]
-    for mixer in linear:
-        mixer.branches = branches
-    return linear

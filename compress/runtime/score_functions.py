@@ -12,7 +12,7 @@ log D . log n . cos(q, k).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from .mixer import take
-from .scores import Scores
+from .scores import Form, Scores
 
 FLAT = 1e-3  # LSSAR: a row whose largest weight is within this share of its mean is too flat to be told apart
 LONG_ROW = 3  # LSSAR: keys up to which nothing is taken from a row
@@ -41,6 +41,14 @@ class ScoreFunction(Scores):
     bias: torch.Tensor | None = None
     length: int | None = None
     power: int = 1
+
+    @property
+    def form(self) -> Form | None:
+        """See `Scores.form`: LSSAR has to see a row's sum before it weighs a key, which no kernel here does."""
+        if self.name == "sigmoid":
+            assert self.bias is not None
+            return Form(None, self.bias, 2) if self.length is None else Form(None, self.bias - math.log(self.length), 1)
+        return {"softmax": Form(), "lssa": Form(score=3)}.get(self.name)
 
     def of(self, heads: Sequence[int]) -> ScoreFunction:
         """Those of some query heads."""
@@ -81,26 +89,24 @@ class ScoreFunction(Scores):
         return torch.where(flat, lssa, powers / total)
 
 
-def function_of(group: Any, bias: torch.Tensor) -> ScoreFunction | None:
+def function_of(group: Mapping[str, Any], bias: torch.Tensor | None) -> ScoreFunction | None:
     """The function of a plan's `score` entry with the biases of its heads `[H]`; None where it is a plain softmax."""
     name = group["score"]
     if name == "ssmax":
         return None
-    if name == "sigmoid":
-        length = group["reference"] if group["bias"] == "constant" else None
-        return ScoreFunction(name=name, bias=bias, length=length)
-    return ScoreFunction(name=name, power=group["power"] if name == "lssar" else 1)
+    length = group["reference"] if name == "sigmoid" and group["bias"] == "constant" else None
+    return ScoreFunction(name=name, bias=bias, length=length, power=group["power"] if name == "lssar" else 1)
 
 
-def is_cosine(name: str) -> bool:
-    """Whether the score of a `score` entry is the cosine of query and key, so that keys are normalised."""
-    return name in ("lssa", "lssar")
+def is_cosine(group: Mapping[str, Any]) -> bool:
+    """Whether a `score` entry scores by the cosine of query and key."""
+    return group["score"] in ("lssa", "lssar")
 
 
-def row_scale(group: Any, count: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor | float:
-    """The factor on q . k (or on the cosine) of rows that see `count` keys, float32, without the head's temperature."""
+def row_scale(group: Mapping[str, Any], count: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor:
+    """The factor on q . k (or on the cosine) of rows that see `count` keys, without the head's temperature."""
     if group["score"] == "ssmax":
         return count.log() * (scale / math.log(group["reference"]))
-    if is_cosine(group["score"]):
+    if is_cosine(group):
         return count.log() * math.log(head_dim)
-    return scale
+    return torch.full_like(count, scale)

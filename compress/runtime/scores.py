@@ -12,6 +12,21 @@ from .mixer import take
 
 
 @dataclass(frozen=True)
+class Form:
+    """Scores as the kernels take them.
+
+    Attributes:
+        cap: of `Scores`.
+        by_head: `[H]`, the extra logits, or the biases of a sigmoid.
+        score: number of the score function (triton_scores.py), 0 for the softmax.
+    """
+
+    cap: float | None = None
+    by_head: torch.Tensor | None = None
+    score: int = 0
+
+
+@dataclass(frozen=True)
 class Scores:
     """What a layer does with its scores before and in the softmax.
 
@@ -32,6 +47,11 @@ class Scores:
     def of(self, heads: Sequence[int]) -> Scores:
         """Those of some query heads."""
         return self if self.extra is None else Scores(self.cap, take(self.extra, heads, 0))
+
+    @property
+    def form(self) -> Form | None:
+        """For the kernels; None where they do not have it."""
+        return Form(self.cap, self.extra)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Scaled scores of any shape, within the cap."""

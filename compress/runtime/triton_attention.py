@@ -17,7 +17,7 @@ from .flash import applies, attend
 from .pages import Pages
 from .reference import Rows
 from .reference import prefill as reference_prefill
-from .scores import Scores
+from .scores import Form, Scores
 from .span import Span
 from .triton_backward import backward
 from .triton_decode import decode
@@ -56,12 +56,14 @@ class _Prefill(torch.autograd.Function):
         scale: float,
         cap: float | None,
         extra: torch.Tensor | None,
+        score: int,
         keep_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        out, lse = forward(query, key, value, spans, rows, ragged, None, scale, keep_lse=True, cap=cap, extra=extra)
+        options: dict[str, Any] = {"cap": cap, "extra": extra, "score": score}
+        out, lse = forward(query, key, value, spans, rows, ragged, None, scale, keep_lse=True, **options)
         ctx.save_for_backward(query, key, value, rows, out, lse, extra)
-        ctx.spans, ctx.scale, ctx.cap = spans, scale, cap
+        ctx.spans, ctx.scale, ctx.cap, ctx.score = spans, scale, cap, score
         return out, lse * LN2 if keep_lse else None
 
     @staticmethod
@@ -70,9 +72,9 @@ class _Prefill(torch.autograd.Function):
         grad, grad_lse = grads
         grad = torch.zeros_like(out) if grad is None else grad  # nothing was made of the output itself
         *found, of_extra = backward(
-            grad, query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra, grad_lse
+            grad, query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra, grad_lse, ctx.score
         )
-        return (*found, None, None, None, None, None, of_extra, None)
+        return (*found, None, None, None, None, None, of_extra, None, None)
 
 
 def prefill(
@@ -88,13 +90,14 @@ def prefill(
     scores: Scores | None = None,
     keep_lse: bool = False,
 ) -> Any:
-    """As `reference.prefill`, which it calls for dropout, and for gradients over a cache."""
+    """As `reference.prefill`, which it calls for dropout, gradients over a cache, and scores without a kernel."""
     batch, _, columns, dim = query.shape
-    cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
-    tensors = (query, key, value, *(() if extra is None else (extra,)))
+    form = Form() if scores is None else scores.form
+    tensors = (query, key, value, *(() if form is None or form.by_head is None else (form.by_head,)))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if dropout > 0 or (trained and pages is not None):
-        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": scores, "keep_lse": keep_lse}
+    options: dict[str, Any]
+    if form is None or dropout > 0 or (trained and pages is not None):
+        options = {"scale": scale, "dropout": dropout, "scores": scores, "keep_lse": keep_lse}
         return reference_prefill(query, key, value, spans, rows=rows, pages=pages, **options)
     rows = rows or Rows.whole(batch, columns)
     scale = dim**-0.5 if scale is None else scale
@@ -106,10 +109,13 @@ def prefill(
     where = rows.tensor(query.device)
     query = query if query.stride(-1) == 1 else query.contiguous()
     if trained:
-        out, lse = _Prefill.apply(query, key, value, tuple(spans), where, ragged, scale, cap, extra, keep_lse)
+        out, lse = _Prefill.apply(
+            query, key, value, tuple(spans), where, ragged, scale, form.cap, form.by_head, form.score, keep_lse
+        )
         return (out, lse) if keep_lse else out
     cached = None if pages is None else (pages.keys, pages.values, pages.table)
-    out, lse = forward(query, key, value, spans, where, ragged, cached, scale, keep_lse=keep_lse, cap=cap, extra=extra)
+    options = {"keep_lse": keep_lse, "cap": form.cap, "extra": form.by_head, "score": form.score}
+    out, lse = forward(query, key, value, spans, where, ragged, cached, scale, **options)
     return (out, lse * LN2) if keep_lse else out
 
 

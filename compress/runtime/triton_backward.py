@@ -13,6 +13,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import Span
+from .triton_scores import row_shift, sigmoid, unnormed
 from .triton_span import first_key, last_query, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import backward_config
 
@@ -45,20 +46,33 @@ def _rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _score_gradient(
-    b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr
-):
+    b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, shift,
+    CAPPED: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Weights and the gradient of the products of query and key, each `[M, N]` float32."""
     b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
-    if CAPPED:
-        b_share = tanh(b_score * scale / cap)
-        b_score = b_share * (cap * LOG2E)
-        slope = scale * (1.0 - b_share * b_share)
+    if SCORE == 0:
+        if CAPPED:
+            b_share = tanh(b_score * scale / cap)
+            b_score = b_share * (cap * LOG2E)
+            slope = scale * (1.0 - b_share * b_share)
+        else:
+            b_score = b_score * (scale * LOG2E)
+            slope = scale
+        b_weight = tl.exp2(tl.where(m_seen, b_score - b_lse[:, None], float("-inf")))
+        b_grad_weight = tl.dot(b_grad, b_value.T, input_precision=PRECISION)
+        b_grad_score = b_weight * (b_grad_weight - b_delta[:, None]) * slope
     else:
-        b_score = b_score * (scale * LOG2E)
-        slope = scale
-    b_weight = tl.exp2(tl.where(m_seen, b_score - b_lse[:, None], float("-inf")))
-    b_grad_weight = tl.dot(b_grad, b_value.T, input_precision=PRECISION)
-    return b_weight, b_weight * (b_grad_weight - b_delta[:, None]) * slope
+        b_score = b_score * (scale * LOG2E) + shift[:, None]
+        b_weight = tl.where(m_seen, unnormed(b_score, SCORE), 0.0)
+        b_grad_weight = tl.dot(b_grad, b_value.T, input_precision=PRECISION)
+        if SCORE == 3:  # softplus over its sum: the slope of the softplus is the sigmoid
+            b_weight = b_weight * tl.exp2(-b_lse)[:, None]
+            slope = tl.where(m_seen, sigmoid(b_score), 0.0) * tl.exp2(-b_lse)[:, None] * (scale * LOG2E)
+            b_grad_score = slope * (b_grad_weight - b_delta[:, None])
+        else:
+            b_grad_score = b_weight * (1.0 - b_weight) * b_grad_weight * scale
+    return b_weight, b_grad_score
 
 
 @triton.jit
@@ -73,6 +87,7 @@ def _keys(
     p_grad_value,  # [B, G, T, DV] contiguous
     p_rules,  # [G, 4] int32
     p_rows,  # [B, 3] int32
+    p_bias,  # [H], with SCORE 1 and 2
     columns,
     scale,
     cap,
@@ -97,6 +112,7 @@ def _keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
@@ -123,9 +139,11 @@ def _keys(
         b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
         b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
         # [BLOCK_M, BLOCK_N]
-        m_seen = sees(t, j, sink, first_key(t, alpha, beta, mask)) & m_t[:, None] & m_j[None, :]
+        first = first_key(t, alpha, beta, mask)
+        m_seen = sees(t, j, sink, first) & m_t[:, None] & m_j[None, :]
+        shift = row_shift(p_bias, head, m_t, t, first, sink, SCORE)
         b_weight, b_grad_score = _score_gradient(
-            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, shift, CAPPED, SCORE, PRECISION
         )
         b_grad_value = tl.dot(b_weight.to(b_grad.dtype).T, b_grad, b_grad_value, input_precision=PRECISION)
         b_grad_key = tl.dot(b_grad_score.to(b_query.dtype).T, b_query, b_grad_key, input_precision=PRECISION)
@@ -143,8 +161,10 @@ def _queries(
     p_lse,  # [B, H, T] float32
     p_delta,  # [B, H, T] float32
     p_grad_query,  # [B, H, T, D] contiguous
+    p_grad_shift,  # [B, H, T] float32, with SCORE 1 and 2
     p_rules,  # [G, 4] int32
     p_rows,  # [B, 3] int32
+    p_bias,  # [H], with SCORE 1 and 2
     columns,
     scale,
     cap,
@@ -169,6 +189,7 @@ def _queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of (token, head of the group), over the key tiles that the forward pass visits."""
@@ -189,6 +210,8 @@ def _queries(
     end = (high + BLOCK_N) // BLOCK_N
     sinks = tl.minimum((tl.minimum(sink, high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
     b_grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_grad_shift = tl.zeros([BLOCK_M], tl.float32)
+    shift = row_shift(p_bias, head, m_t, t, first, sink, SCORE)
     for i in range(sinks + end - begin):
         # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         j = tl.where(i < sinks, i, begin + i - sinks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -198,10 +221,14 @@ def _queries(
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, j, sink, first) & m_t[:, None]
         _, b_grad_score = _score_gradient(
-            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, CAPPED, PRECISION
+            b_query, b_key, b_value, b_grad, b_lse, b_delta, m_seen, scale, cap, shift, CAPPED, SCORE, PRECISION
         )
+        if (SCORE == 1) | (SCORE == 2):
+            b_grad_shift += tl.sum(b_grad_score, 1)
         b_grad_query = tl.dot(b_grad_score.to(b_key.dtype), b_key, b_grad_query, input_precision=PRECISION)
     store_block(p_grad_query, o_rows * DIM, b_grad_query, m_t, DIM, BLOCK_D)
+    if (SCORE == 1) | (SCORE == 2):
+        tl.store(p_grad_shift + o_rows, b_grad_shift / scale, mask=m_t)
 
 
 def backward(
@@ -217,6 +244,7 @@ def backward(
     cap: float | None = None,
     extra: torch.Tensor | None = None,
     grad_lse: torch.Tensor | None = None,
+    score: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of query `[B, H, T, D]`, key and value `[B, G, T, D]`, and `extra` `[H]` if there is any.
 
@@ -226,7 +254,7 @@ def backward(
         grad: gradient of `out`, `[B, H, T, D]`.
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
         rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
-        cap, extra: of `scores.Scores`.
+        cap, extra, score: as of the forward kernel.
         grad_lse: gradient of the natural log-sum-exp, `[B, H, T]`; None where nothing was made of it.
 
     The formulas are those of FlashAttention-2 (arXiv 2307.08691), with the tiles of the span rule. The slope of the
@@ -242,6 +270,7 @@ def backward(
     grad_query = torch.zeros(batch, heads, columns, dim, dtype=query.dtype, device=query.device)
     grad_key = torch.zeros(batch, groups, columns, dim, dtype=key.dtype, device=key.device)
     grad_value = torch.zeros(batch, groups, columns, value_dim, dtype=value.dtype, device=value.device)
+    grad_shift = delta if score == 0 else torch.zeros_like(delta)
     config = backward_config(max(dim, value_dim), query.device)
     shape = {
         "SHARE": share,
@@ -253,20 +282,25 @@ def backward(
         "BLOCK_M": config["block_m"],
         "BLOCK_N": config["block_n"],
         "CAPPED": cap is not None,
+        "SCORE": score,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"],
         "num_stages": config["stages"],
     }
     strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
-    rest = (span_rules(tuple(spans), query.device), rows, columns, scale, 1.0 if cap is None else cap, *strides)
+    rules = span_rules(tuple(spans), query.device)
+    bias = rules if extra is None else extra
+    rest = (rules, rows, bias, columns, scale, 1.0 if cap is None else cap, *strides)
     _keys[(triton.cdiv(columns, config["block_n"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_key, grad_value, *rest, **shape
     )
     _queries[(triton.cdiv(columns * share, config["block_m"]), batch * groups)](
-        query, key, value, grad, lse, delta, grad_query, *rest, **shape
+        query, key, value, grad, lse, delta, grad_query, grad_shift, *rest, **shape
     )
     grad_extra = None
-    if extra is not None:  # its weight times (0 - delta), as of a key whose value is zero
+    if extra is not None and score != 0:
+        grad_extra = grad_shift.sum((0, 2)).to(extra.dtype)
+    elif extra is not None:  # its weight times (0 - delta), as of a key whose value is zero
         column = torch.arange(columns, device=rows.device)
         live = (column >= rows[:, 1:2]) & (column < rows[:, 1:2] + rows[:, 2:])
         weight = torch.exp2(extra.float()[:, None] * LOG2E.value - lse)

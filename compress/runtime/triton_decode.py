@@ -14,8 +14,10 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .pages import Pages
-from .scores import Scores
+from .reference import decode as reference_decode
+from .scores import Form, Scores
 from .span import PAGE, Span
+from .triton_scores import row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, span_rules, store_block, tanh
 from .tuned import decode_config
 
@@ -69,7 +71,7 @@ def _decode(
     p_table,  # [B, G, numbers] int32
     p_lengths,  # [B] int32, 0 where a sequence takes no part
     p_rules,  # [G, 4] int32: sink, alpha, beta units, mask
-    p_extra,  # [H] the extra logit of every query head, where EXTRA
+    p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
@@ -96,6 +98,7 @@ def _decode(
     OVERLAP: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
+    SCORE: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -145,6 +148,11 @@ def _decode(
             logit = tl.load(p_extra + head, mask=m_row, other=0.0).to(tl.float32) * 1.4426950408889634
             top = tl.where(at == seg_start, logit, NEVER)
             total += tl.where(at == seg_start, 1.0, 0.0)
+        shift = row_shift(p_extra, head, m_row, n_tokens - 1, first, sink, SCORE)
+        if SCORE != 0:  # pieces add up as they are: the maximum is 0, and the total of a sigmoid is counted once
+            top = tl.zeros([BLOCK_M], tl.float32)
+            if SCORE != 3:
+                total += tl.where(at == seg_start, 1.0, 0.0)
         for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
             number = tl.where(i < sinks_g, i, i + skip)
             place = tl.load(p_held + number).to(tl.int64)
@@ -157,15 +165,21 @@ def _decode(
             b_value = load_block(p_values, o_slot * VALUE_DIM, m_seen, VALUE_DIM, BLOCK_V)
             # [BLOCK_M, PAGE]
             b_score = tl.dot(b_query, b_key.T, input_precision=PRECISION)
-            if CAPPED:
-                b_score = tanh(b_score * to_cap)
-            b_score = tl.where(m_seen[None, :], b_score, float("-inf"))
-            b_best = tl.maximum(top, tl.max(b_score, 1) * scale)
-            b_weight = tl.exp2(b_score * scale - b_best[:, None])
-            b_shrink = tl.exp2(top - b_best)
-            acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc * b_shrink[:, None], input_precision=PRECISION)
-            total = total * b_shrink + tl.sum(b_weight, 1)
-            top = b_best
+            if SCORE == 0:
+                if CAPPED:
+                    b_score = tanh(b_score * to_cap)
+                b_score = tl.where(m_seen[None, :], b_score, float("-inf"))
+                b_best = tl.maximum(top, tl.max(b_score, 1) * scale)
+                b_weight = tl.exp2(b_score * scale - b_best[:, None])
+                b_shrink = tl.exp2(top - b_best)
+                acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc * b_shrink[:, None], input_precision=PRECISION)
+                total = total * b_shrink + tl.sum(b_weight, 1)
+                top = b_best
+            else:
+                b_weight = tl.where(m_seen[None, :], unnormed(b_score * scale + shift[:, None], SCORE), 0.0)
+                acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc, input_precision=PRECISION)
+                if SCORE == 3:
+                    total += tl.sum(b_weight, 1)
         if (at == seg_start) & (piece_end == seg_end):
             p_row = p_out + b.to(tl.int64) * out_b
             store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
@@ -263,7 +277,10 @@ def decode(
     scores: Scores | None = None,
     keep_lse: bool = False,
 ) -> Any:
-    """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it."""
+    """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
+
+    Scores that the kernels do not have go to the reference.
+    """
     batch, heads, dim = query.shape
     groups = len(spans)
     value_dim = pages.values.shape[-1]
@@ -277,7 +294,10 @@ def decode(
     out = query.new_empty(batch, heads, value_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32) if keep_lse else stats
     scale = dim**-0.5 if scale is None else scale
-    cap, extra = (None, None) if scores is None else (scores.cap, scores.extra)
+    form = Form() if scores is None else scores.form
+    if form is None:
+        return reference_decode(query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse)
+    cap, extra = form.cap, form.by_head
     _decode[(programs,)](
         query,
         pages.keys,
@@ -311,7 +331,8 @@ def decode(
         STAGES=config["stages"],
         OVERLAP=overlap,
         CAPPED=cap is not None,
-        EXTRA=extra is not None,
+        EXTRA=extra is not None and form.score == 0,
+        SCORE=form.score,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span, kept_table
+from .triton_scores import row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
@@ -24,25 +25,36 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; 
 
 @triton.jit
 def _accumulate(
-    acc, top, total, query, key, value, seen, scale, to_cap,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    acc, top, total, query, key, value, seen, scale, to_cap, shift,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax in base 2.
+    """One step of the online softmax in base 2, or of another score function (triton_scores.py).
 
     Queries `[M, BLOCK_D]`, keys `[N, BLOCK_D]`, values `[N, BLOCK_V]`, `seen` `[M, N]` where MASKED; the sum of values
-    so far `[M, BLOCK_V]`, the running maximum and the total of the weights, `[M]` each, in float32.
+    so far `[M, BLOCK_V]`, the running maximum and the total of the weights, `[M]` each, in float32. The softmax has
+    no `shift` `[M]`.
     """
     score = tl.dot(query, key.T, input_precision=PRECISION)  # [M, N]
-    if CAPPED:
-        score = tanh(score * to_cap)
-    if MASKED:
-        score = tl.where(seen, score, float("-inf"))
-    best = tl.maximum(top, tl.max(score, 1) * scale)
-    weight = tl.exp2(score * scale - best[:, None])
-    shrink = tl.exp2(top - best)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
-    return acc, best, total * shrink + tl.sum(weight, 1)
+    if SCORE == 0:
+        if CAPPED:
+            score = tanh(score * to_cap)
+        if MASKED:
+            score = tl.where(seen, score, float("-inf"))
+        best = tl.maximum(top, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - best[:, None])
+        shrink = tl.exp2(top - best)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        total = total * shrink + tl.sum(weight, 1)
+    else:
+        best = top
+        weight = unnormed(score * scale + shift[:, None], SCORE)
+        if MASKED:
+            weight = tl.where(seen, weight, 0.0)
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        if SCORE == 3:
+            total += tl.sum(weight, 1)
+    return acc, best, total
 
 
 @triton.jit
@@ -57,7 +69,7 @@ def _forward(
     p_key_pages,  # [places, BLOCK_P, D]
     p_value_pages,  # [places, BLOCK_P, DV]
     p_table,  # [B, G, numbers] int32
-    p_extra,  # [H] the extra logit of every query head, where EXTRA
+    p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
     numbers,
     tiles,
     batch,
@@ -84,6 +96,7 @@ def _forward(
     KEEP_LSE: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
+    SCORE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -122,6 +135,11 @@ def _forward(
     if EXTRA:  # as if of a key before all others, whose value is zero
         top = tl.load(p_extra + head).to(tl.float32) * 1.4426950408889634
         total += 1.0
+    shift = row_shift(p_extra, head, m_token, t, first, sink, SCORE)
+    if SCORE != 0:
+        top = tl.zeros([BLOCK_M], tl.float32)
+        if SCORE != 3:
+            total += 1.0
 
     # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
     begin = tl.maximum(earliest - past, 0) // BLOCK_N
@@ -133,7 +151,7 @@ def _forward(
         b_key = key_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
         b_value = value_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
         acc, top, total = _accumulate(
-            acc, top, total, b_query, b_key, b_value, None, scale, to_cap, False, CAPPED, PRECISION
+            acc, top, total, b_query, b_key, b_value, None, scale, to_cap, shift, False, CAPPED, SCORE, PRECISION
         )
 
     sinks = tl.minimum((tl.minimum(tl.maximum(sink - past, 0), high + 1) + BLOCK_N - 1) // BLOCK_N, begin)
@@ -149,7 +167,7 @@ def _forward(
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, past + column, sink, first)
         acc, top, total = _accumulate(
-            acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
+            acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, shift, True, CAPPED, SCORE, PRECISION
         )
 
     if PAGED:
@@ -170,7 +188,7 @@ def _forward(
             # [BLOCK_M, BLOCK_P]
             m_seen = m_stored[None, :] & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
             acc, top, total = _accumulate(
-                acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, True, CAPPED, PRECISION
+                acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, shift, True, CAPPED, SCORE, PRECISION
             )
 
     total = tl.where(m_token, total, 1.0)
@@ -194,8 +212,9 @@ def forward(
     keep_lse: bool,
     cap: float | None = None,
     extra: torch.Tensor | None = None,
+    score: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch, with the `cap` and `extra` of `scores.Scores`.
+    """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
     Returns:
         Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
@@ -251,7 +270,8 @@ def forward(
         PAGED=pages is not None,
         KEEP_LSE=keep_lse,
         CAPPED=cap is not None,
-        EXTRA=extra is not None,
+        EXTRA=extra is not None and score == 0,
+        SCORE=score,
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

@@ -17,6 +17,7 @@ class Cost:
         flops: of scores and weighted values in a prefill of the sequence: 4 x head_dim for every query head and every
             visible pair of query and key. Projections are counted by `parameters`.
         parameters: of the decoder layers; 0 where they were not counted.
+        state_bytes: of `held_bytes`, those of states, which do not grow with the length.
     """
 
     held_bytes: int = 0
@@ -24,6 +25,7 @@ class Cost:
     keys: int = 0
     flops: int = 0
     parameters: int = 0
+    state_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))

@@ -24,7 +24,13 @@ from tests.data.language import byte_loaded, byte_model, story
 # What each measure is tried with, and the labels of its cells.
 MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
     "agreement": ({"length": 64, "windows": 2}, {"agreement"}),
+    "branches": ({"length": 64, "windows": 2}, set()),
     "density": ({}, {"prefill pairs", "decode keys"}),
+    "distance": (
+        {"lengths": (500,), "window": 128, "count": 2, "texts": 4, "pairs": 4},
+        {"pass key inside 128", "pass key beyond 128", "words inside 128", "words beyond 128"},
+    ),
+    "drift": ({"length": 128}, set()),
     "flops": ({"lengths": (64,)}, {"prefill FLOPs"}),
     "kv_bytes": ({}, {"KV bytes"}),
     "latency": (
@@ -34,6 +40,7 @@ MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
     "lm_eval": ({"suites": ("passkey",), "lengths": (600,), "count": 2}, {"passkey_600"}),
     "perplexity": ({"length": 64, "windows": 2}, {"perplexity"}),
     "recall": ({"tasks": (PassKey(length=200, count=2),)}, {"passkey"}),
+    "state_bytes": ({}, set()),
     "size": ({}, {"parameters", "parameters of the layers"}),
 }
 DENSE = Cost(held_bytes=2**20, read_bytes=2**20, keys=200, flops=4000)

@@ -18,7 +18,9 @@ from compress.export.metadata import hub_id, source_metadata
 from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
 from compress.plan import Mlp, Plan, make_plan
+from compress.plan.states import states_of
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, shape_of, tiny_model
 
@@ -212,3 +214,17 @@ def test_the_card_says_what_vllm_does_with_native_windows(family: str, words: st
 def test_the_table_of_versions_is_whole() -> None:
     table = json.loads(card_module.VERSIONS.read_text(encoding="utf-8"))
     assert table["rows"] and all(row["same"] or row["message"] for row in table["rows"])
+
+
+def test_the_card_of_linear_heads_says_what_the_state_is_and_who_cannot_serve_it() -> None:
+    linear = LinearGroup(alpha=64)
+    plan = make_plan(shape_of(tiny_model("llama-gqa")), [[linear, FullGroup()], [linear] * 2, [FullGroup()] * 2])
+    text = " ".join(card("tiny", plan, trained=True).split())
+    states = states_of(plan, 4)
+    assert states is not None and states.words in text and f"{states.pays_from} tokens on" in text
+    assert "A state is a matrix in float32" in text and "summed up in a state of constant size" in text
+    assert "cannot serve it: its attention has no such states" in text and "another model" in text
+    assert "linear-attention" in of_card(card("tiny", plan))["tags"]
+    assert "another model" not in card("tiny", plan)
+    plain = card("tiny")
+    assert "linear-attention" not in plain and "state" not in plain.partition("## What runs it")[0]

@@ -31,8 +31,10 @@ GRID = SpanGrid(sinks=(0, 5), betas=(0.0, 0.125, 0.4140625, 0.75, 1.0), alpha_mi
 
 
 def document(length: int, answer: int = 7, seed: int = 1, evidence: tuple[tuple[int, int], ...] = ()) -> TextSample:
-    """Random tokens, the last `answer` of them the answer."""
-    return TextSample(tuple(random_ids(1, length, seed)[0].tolist()), (length - answer, length), evidence)
+    """Random tokens, the last `answer` of them the answer; two of these repeat two of the start."""
+    tokens = random_ids(1, length, seed)[0].tolist()
+    tokens[-3:-1] = tokens[5:7]
+    return TextSample(tuple(tokens), (length - answer, length), evidence)
 
 
 def documents() -> dict[int, list[TextSample]]:
@@ -58,10 +60,15 @@ def results(sheet: Sheet, subject: Subject) -> Table:
 
 @contextmanager
 def feeding(
-    statistics: list[HeadStatistic], doc: TextSample, shape: ModelShape, length: int | None, strip_bytes: int | None
+    statistics: list[HeadStatistic],
+    doc: TextSample,
+    shape: ModelShape,
+    length: int | None,
+    strip_bytes: int | None,
+    model: Any = None,
 ) -> Iterator[tuple[Feed, Table]]:
     """What takes the layers of one document, and the results, which are there afterwards."""
-    subject, found = subject_of(None, shape), Table()
+    subject, found = subject_of(model, shape), Table()
     item = Item(doc, length or doc.length, 0, "document 1")
     sheet, total = (Sheet(statistics, subject, [item.length]) for _ in range(2))
     feed = Feed(statistics, Workspace(), strip_bytes)
@@ -80,9 +87,10 @@ def take_layer(
     *,
     length: int | None = None,
     strip_bytes: int | None = None,
+    model: Any = None,
 ) -> Table:
     """Results over one document that is one layer."""
-    with feeding([statistic], document(layer.query.shape[1]), shape, length, strip_bytes) as (feed, found):
+    with feeding([statistic], document(layer.query.shape[1]), shape, length, strip_bytes, model) as (feed, found):
         feed.layer(layer)
     return found
 
@@ -99,7 +107,7 @@ def measure(
     """Results of one document, straight from a capture and sums."""
     shape, gradient = shape_of(model), any(statistic.needs_gradient for statistic in statistics)
     with (
-        feeding(statistics, doc, shape, length, strip_bytes) as (feed, found),
+        feeding(statistics, doc, shape, length, strip_bytes, model) as (feed, found),
         Capture(model, feed.layer, gradient=gradient, checkpointing=checkpointing) as capture,
     ):
         capture.run(doc)

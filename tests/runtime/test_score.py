@@ -49,9 +49,14 @@ def layer(groups: Any = GROUPS, seed: int = 0) -> Kinds:
     kinds = Kinds([group.model_dump() for group in groups], LayerFacts(0, DIM, DIM, SHARE, None))
     generator = torch.Generator(DEVICE).manual_seed(seed)
     with torch.no_grad():
-        for weight in kinds.mixers[0].parameters():
+        for weight in parameters(kinds):
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
     return kinds
+
+
+def parameters(kinds: Kinds) -> list[torch.nn.Parameter]:
+    """Of all mixers."""
+    return [weight for mixer in kinds.mixers for weight in mixer.parameters()]
 
 
 def random_qkv(batch: int = 2, length: int = LENGTH, seed: int = 1) -> list[torch.Tensor]:
@@ -63,19 +68,25 @@ def random_qkv(batch: int = 2, length: int = LENGTH, seed: int = 1) -> list[torc
 def naive(kinds: Kinds, qkv: Any, groups: Any = GROUPS) -> torch.Tensor:
     """`[B, H, T, D]` from the table of formulas, on N x N scores in float64."""
     query, key, value = (tensor.double() for tensor in qkv)
-    mixer: Any = kinds.mixers[0]
+    owners = {
+        number: (mixer, own)
+        for mixer, row in zip(kinds.mixers, kinds.members, strict=True)
+        for own, number in enumerate(row)
+    }
     position, outs = torch.arange(query.shape[2]), []
     for head in range(query.shape[1]):
         number, place = divmod(head, SHARE)
         group = groups[number]
+        mixer: Any = owners[number][0]
+        own = owners[number][1]
         seen = group.span().visible(position[:, None], position)
         n = seen.sum(1, keepdim=True).double()
-        temperature = mixer.log_temperature[number, place].double().exp()
+        temperature = mixer.log_temperature[own, place].double().exp()
         q, k, v = query[:, head], key[:, number], value[:, number]
         dot = q @ k.transpose(-1, -2)
         if group.score == "sigmoid":
             off = n.log() if group.bias == "position" else math.log(group.reference)
-            weights = 1 / (1 + torch.exp(off - mixer.bias[number, place] - temperature * dot / DIM**0.5)) * seen
+            weights = 1 / (1 + torch.exp(off - mixer.bias[own, place] - temperature * dot / DIM**0.5)) * seen
         elif group.score == "ssmax":
             factor = temperature / math.log(group.reference)
             weights = torch.exp(factor * n.log() * dot / DIM**0.5) * seen
@@ -91,12 +102,17 @@ def naive(kinds: Kinds, qkv: Any, groups: Any = GROUPS) -> torch.Tensor:
     return torch.stack(outs, dim=1)
 
 
+def attended(kinds: Kinds, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
+    """A pass of the layer, `[B, H, T, D]`."""
+    module: Any = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
+    return plan_attention(module, query, key, value, None, compress_step=step)[0].transpose(1, 2)
+
+
 def run(
     kinds: Kinds, qkv: Any, cuts: Any = (), mask: torch.Tensor | None = None, impl: str = "reference", **options: Any
 ) -> torch.Tensor:
     """Feed the columns in chunks through the attention function and its cache, `[B, H, T, D]`."""
     cache, outs = PagedCache([kinds], **options), []
-    module: Any = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
     length = qkv[0].shape[2]
     with torch.no_grad():
         for start, stop in pairwise((0, *cuts, length)):
@@ -105,7 +121,7 @@ def run(
             step = Step.begin(cache, valid, len(query), stop - start, query.device)
             step.impl = impl
             key, value = cache.update(key, value, 0)
-            outs.append(plan_attention(module, query, key, value, None, compress_step=step)[0].transpose(1, 2))
+            outs.append(attended(kinds, query, key, value, step))
             step.end()
     return torch.cat(outs, dim=2)
 
@@ -119,6 +135,37 @@ def test_every_way_to_the_end_is_the_naive_formula(max_length: int | None) -> No
     expected = naive(kinds, qkv).float()
     for cuts in CUTS:
         torch.testing.assert_close(run(kinds, qkv, cuts, max_length=max_length), expected, rtol=1e-4, atol=1e-5)
+
+
+KERNELS = (GROUPS[2], GROUPS[4], GROUPS[0])  # the functions that have one: a sigmoid with either bias, and LSSA
+
+
+def test_the_kernels_are_the_naive_formula() -> None:
+    kinds, qkv = layer(KERNELS), [tensor[:, : tensor.shape[1] // 2] for tensor in random_qkv(1, 85)]
+    expected = naive(kinds, qkv, KERNELS).float()
+    for cuts, max_length in (((), None), ((70, *range(83, 85)), 90)):
+        found = run(kinds, qkv, cuts, impl="triton", max_length=max_length)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_of_the_kernels_are_those_of_the_reference() -> None:
+    kinds, slopes = layer(KERNELS), []
+    for impl in ("reference", "triton"):
+        qkv = [tensor[:, : tensor.shape[1] // 2].clone() for tensor in random_qkv(2, 45)]
+        if impl == "triton":
+            for tensor in qkv:
+                tensor[1, :, :4] = tensor[1, :, 41:] = math.nan
+        query, key, value = (tensor.requires_grad_() for tensor in qkv)
+        leaves = [query, key, value, *parameters(kinds)]
+        valid = torch.ones(2, 45, dtype=torch.bool)
+        valid[1, :4] = valid[1, 41:] = False
+        step = Step.begin(None, valid, 2, 45, query.device)
+        step.impl = impl
+        out = attended(kinds, query, key, value, step)
+        weight = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(5))
+        slopes.append((out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)))
+    for expected, found in zip(*slopes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_padding_changes_nothing() -> None:
@@ -135,12 +182,12 @@ def test_padding_changes_nothing() -> None:
 def test_gradients_are_those_of_the_naive_formula() -> None:
     kinds, qkv = layer(), [tensor.requires_grad_() for tensor in random_qkv(1, 61)]
     query, key, value = qkv
-    leaves = [*qkv, *kinds.mixers[0].parameters()]
+    leaves = [*qkv, *parameters(kinds)]
     weight = torch.randn(1, len(GROUPS) * SHARE, 61, DIM, generator=torch.Generator(DEVICE).manual_seed(5))
     expected = torch.autograd.grad((naive(kinds, qkv) * weight).sum(), leaves)
     step = Step.begin(None, None, 1, 61, weight.device)
-    out = kinds.mixers[0].prefill(query, key, value, None, step, scale=None, dropout=0.0)
-    for found, known in zip(torch.autograd.grad((out.transpose(1, 2) * weight).sum(), leaves), expected, strict=True):
+    out = attended(kinds, query, key, value, step)
+    for found, known in zip(torch.autograd.grad((out * weight).sum(), leaves), expected, strict=True):
         torch.testing.assert_close(found, known, rtol=2e-3, atol=2e-4)
 
 

@@ -1,4 +1,4 @@
-"""Bytes of KV cache of one sequence, as the plan predicts them and the runtime allocates them."""
+"""Bytes of KV cache of one sequence, pages and states, as the plan predicts them and the runtime allocates them."""
 
 from __future__ import annotations
 

@@ -43,10 +43,12 @@ class HeadStatistic(SummedStatistic):
 
     Attributes:
         tiled: whether `add` is called; without any such statistic no tile is computed.
+        needs_lse: whether `add` reads `Tile.lse`.
     """
 
     reads: ClassVar[Reads] = "attention"
     tiled: ClassVar[bool] = True
+    needs_lse: ClassVar[bool] = False
 
     @property
     def needs_inputs(self) -> bool:

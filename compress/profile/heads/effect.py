@@ -13,7 +13,7 @@ tensors that were prepared for the model, after the preparation.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
@@ -120,22 +120,10 @@ class Effect(HeadStatistic):
         return reads_inputs(self.targets)
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        """Price all targets on the rows of one layer, in float32."""
-        slope = layer.output_gradient
-        assert slope is not None
-        query, key, value = (tensor[None].float() for tensor in (layer.query, layer.key, layer.value))
-        hidden = None if layer.hidden is None else layer.hidden[None].float()
-        rotary = None if layer.rotary is None else (layer.rotary[0][None].float(), layer.rotary[1][None].float())
-        groups = key.shape[1]
-        facts = facts_of(layer.layer, query, key, layer.window, hidden)
-        placed = [number for number, target in enumerate(self.targets) if layer.window is None or target.as_built]
-        plans = [[self.targets[number]] * groups for number in placed]
-        alternatives = Alternatives(facts, plans, self._prepared)
-        changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores, inputs=(hidden, rotary))
-        for number, change in zip(placed, changes, strict=True):
-            effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
-            sums["signed"][layer.layer, :, number] += effects.sum(1, dtype=torch.float64)
-            sums["absolute"][layer.layer, :, number] += effects.abs().sum(1, dtype=torch.float64)
+        """Price all targets on the rows of one layer."""
+        for number, signed, absolute in effects_of(layer, self.targets, self._prepared):
+            sums["signed"][layer.layer, :, number] += signed
+            sums["absolute"][layer.layer, :, number] += absolute
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
         """A tensor (layer, group) for each target."""
@@ -143,6 +131,33 @@ class Effect(HeadStatistic):
             key.to(target): Result(values[..., number].clone(), ("layer", "group"), table.unit)
             for number, target in enumerate(self.targets)
         }
+
+
+def effects_of(
+    layer: LayerTensors, targets: Sequence[Target], prepared: Prepared = ()
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """What targets change in the loss to first order, in float32.
+
+    Args:
+        layer: with the gradient.
+        prepared: where the tensors of targets are that were trained before.
+
+    Yields:
+        Index of a target that has a place in the layer, sum over rows and query heads `[groups]`, and sum of the sizes.
+    """
+    slope = layer.output_gradient
+    assert slope is not None
+    query, key, value = (tensor[None].float() for tensor in (layer.query, layer.key, layer.value))
+    hidden = None if layer.hidden is None else layer.hidden[None].float()
+    rotary = None if layer.rotary is None else (layer.rotary[0][None].float(), layer.rotary[1][None].float())
+    groups = key.shape[1]
+    facts = facts_of(layer.layer, query, key, layer.window, hidden)
+    placed = [number for number, target in enumerate(targets) if layer.window is None or target.as_built]
+    alternatives = Alternatives(facts, [[targets[number]] * groups for number in placed], prepared)
+    changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores, inputs=(hidden, rotary))
+    for number, change in zip(placed, changes, strict=True):
+        effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
+        yield number, effects.sum(1, dtype=torch.float64), effects.abs().sum(1, dtype=torch.float64)
 
 
 def _grid(name: str, fields: dict[str, Any] | None) -> Any:

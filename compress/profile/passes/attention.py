@@ -33,9 +33,13 @@ class AttentionPass(SamplePass):
 
             def read(item: Item, sheet: Sheet) -> float | None:
                 feed.item, feed.sheet = item, sheet
-                return capture.run(item.sample)
+                return self.run(capture, item, statistics)
 
             yield read
+
+    def run(self, capture: Capture, item: Item, statistics: Sequence[HeadStatistic]) -> float | None:
+        """Pass one sample through the model; its mean loss in nats, None without a backward pass."""
+        return capture.run(item.sample)
 
 
 class Feed:
@@ -63,6 +67,7 @@ class Feed:
             statistic.add_layer(sums, tensors, self.item)
         tiled = [(statistic, sums) for statistic, sums in fed if statistic.tiled]
         if tiled:
-            for tile in tiles(tensors, self.workspace, self.strip_bytes):
+            keep_lse = any(statistic.needs_lse for statistic, _ in tiled)
+            for tile in tiles(tensors, self.workspace, self.strip_bytes, keep_lse=keep_lse):
                 for statistic, sums in tiled:
                     statistic.add(sums, tile, self.item)

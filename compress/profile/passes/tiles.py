@@ -80,6 +80,8 @@ class Tile:
             visible its value means nothing (and the attention there is 0).
         value: `[G, K, D]` float32 values of the keys.
         workspace: scratch for statistics; names starting with `tile.` are taken.
+        window: sliding window of the architecture in tokens; None without one.
+        lse: `[G, Q, R]` float32 log-sum-exp of the scores of every row, in nats; None where nobody asked for it.
     """
 
     layer: int
@@ -89,6 +91,8 @@ class Tile:
     gradient: torch.Tensor | None
     value: torch.Tensor
     workspace: Workspace
+    window: int | None = None
+    lse: torch.Tensor | None = None
     _prefix: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -105,6 +109,12 @@ class Tile:
     def positions(self) -> torch.Tensor:
         """`[R]` int64 positions of the rows."""
         return torch.arange(self.row_start, self.row_end, device=self.attention.device)
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """`[R]` int64, how many keys each row sees."""
+        before = self.positions + 1
+        return before if self.window is None else before.clamp(max=self.window)
 
     def column(self, key: int | torch.Tensor) -> torch.Tensor:
         """Index into prefix sums `[..., K + 1]` at which exactly the keys before position `key` are summed."""
@@ -145,7 +155,9 @@ def strips(length: int, heads: int, window: int | None, budget: int) -> Iterator
         start = end
 
 
-def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = None) -> Iterator[Tile]:
+def tiles(
+    layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = None, *, keep_lse: bool = False
+) -> Iterator[Tile]:
     """The tiles of one layer in row order. A tile's tensors live until the next one is asked for.
 
     A strip holds all keys of its rows, so its softmax is complete: subtracting the row's maximum and dividing by
@@ -155,6 +167,7 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
         layer: tensors of one sequence without padding.
         workspace: scratch buffers, reused from tile to tile and layer to layer.
         strip_bytes: bytes of one float32 strip; default by device (`STRIP_BYTES`).
+        keep_lse: give `Tile.lse`, too.
     """
     heads, length, size = layer.query.shape
     groups = layer.key.shape[0]
@@ -181,7 +194,9 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
         if layer.window is not None:
             distance = torch.arange(start, end, device=device)[:, None] - torch.arange(key_start, end, device=device)
             logits.masked_fill_(distance >= layer.window, -math.inf)
-        attention = workspace.take("tile.attention", shape)
+        attention, lse = workspace.take("tile.attention", shape), None
+        if keep_lse:
+            lse = _log_total(layer, logits)
         if layer.scores is None:
             torch.softmax(logits, -1, out=attention)
         else:
@@ -192,4 +207,33 @@ def tiles(layer: LayerTensors, workspace: Workspace, strip_bytes: int | None = N
             gradient = workspace.take("tile.logits", flat)
             torch.bmm(slope[:, :, start:end].reshape(groups, -1, size), values[:, :, key_start:end], out=gradient)
             gradient = gradient.view(shape)
-        yield Tile(layer.layer, start, key_start, attention, gradient, value[:, key_start:end], workspace)
+        seen = value[:, key_start:end]
+        yield Tile(layer.layer, start, key_start, attention, gradient, seen, workspace, layer.window, lse)
+
+
+def _log_total(layer: LayerTensors, logits: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of every row of `[G, Q, R, K]` scores, with what else takes part in the softmax."""
+    if layer.scores is None:
+        return torch.logsumexp(logits, -1)
+    return layer.scores.log_total(logits.flatten(0, 1)).view(logits.shape[:-1])
+
+
+def attention_rows(layer: LayerTensors, positions: torch.Tensor) -> torch.Tensor:
+    """The attention of some rows to all keys, `[G, Q, rows, T]` float32; 0 where a key is not visible.
+
+    Args:
+        positions: `[rows]` of the queries.
+    """
+    heads, length, size = layer.query.shape
+    groups = layer.key.shape[0]
+    query = layer.query[:, positions].float().mul(layer.scaling)
+    logits = query.view(groups, -1, size) @ layer.key.float().transpose(1, 2)
+    logits = logits.view(groups, heads // groups, len(positions), length)
+    if layer.scores is not None:
+        logits = layer.scores.capped(logits)
+    distance = positions[:, None] - torch.arange(length, device=positions.device)
+    hidden = distance < 0 if layer.window is None else (distance < 0) | (distance >= layer.window)
+    logits.masked_fill_(hidden, -math.inf)
+    if layer.scores is None:
+        return torch.softmax(logits, -1)
+    return layer.scores.softmax(logits.flatten(0, 1)).view(logits.shape)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
-import compress.search.budget  # noqa: F401  (importing the package registers the kinds)
 from compress.errors import Problem, UserError
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, budget_kinds

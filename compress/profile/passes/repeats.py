@@ -1,0 +1,36 @@
+"""The pass over attention with the loss on tokens that can be looked up in their context, not on answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress.profile.passes.attention import AttentionPass
+from compress.profile.passes.base import Run
+from compress.profile.passes.capture import Capture
+from compress.profile.passes.samples import Read
+from compress.profile.statistic import Item, Reads
+
+if TYPE_CHECKING:
+    from compress.profile.heads.ar_loss import ArLoss
+
+
+class RepeatsPass(AttentionPass):
+    """Feeds statistics of head groups with the gradients of that loss; a sample without such tokens is left out."""
+
+    reads: ClassVar[Reads] = "repeats"
+
+    @contextmanager
+    def reader(self, run: Run, statistics: Sequence[Any]) -> Iterator[Read]:
+        """See `SamplePass.reader`."""
+        for statistic in statistics:
+            statistic.know([sample for samples in run.corpora[0].values() for sample in samples])
+        with super().reader(run, statistics) as read:
+            yield read
+
+    def run(self, capture: Capture, item: Item, statistics: Sequence[ArLoss]) -> None:  # type: ignore[override]
+        """Pass one sample through the model. Its loss is not that of the profile, so none is given."""
+        (sample,) = {statistic.looked_up(item.sample) for statistic in statistics}
+        if sample is not None:
+            capture.run(sample)
