@@ -343,7 +343,7 @@ class LinearMixer(SpanMixer):
         positions: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """The end of `decode` by kernels: `held` `[B, G, F, E]` is read, and joined with the softmax's `[B, H, 1, V]`."""
+        """The end of `decode` by kernels: `held` `[B, G, F, E]` is read, and joined with the softmax's part."""
         where = positions[:, None] if self.map.positional else None
         q, log_gain = kernels.query_features(self.map, self.groups[0]["map"], query, scale, where, self._gains())
         options: dict[str, Any] = {"mean": self.shared}

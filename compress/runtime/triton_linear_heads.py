@@ -47,7 +47,7 @@ def query_features(
     positions: torch.Tensor | None,
     gain: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features `[B, H, T, F]` of queries `[B, H, T, D]`, and the logarithms of gains `[B, H, T]` where they are asked for.
+    """Features `[B, H, T, F]` of queries `[B, H, T, D]`, and where they are asked for logarithms of gains `[B, H, T]`.
 
     Args:
         made, kind: the map and its name.
