@@ -53,8 +53,8 @@ _IN_TEXT = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers t
 
 def words_of(error: OSError) -> tuple[str, str]:
     """What the operating system refused, and what to do about it, in plain words."""
-    told = (error.strerror or str(error) or type(error).__name__, "check the path and its rights")
-    return _WORDS.get(error.errno or 0, told)
+    unknown = (error.strerror or str(error) or type(error).__name__, "check the path and its rights")
+    return _WORDS.get(error.errno or 0, unknown)
 
 
 def system_error(error: BaseException) -> OSError | None:
@@ -67,8 +67,8 @@ def system_error(error: BaseException) -> OSError | None:
 
 def refusal(what: str, where: Path | str, error: OSError) -> UserError:
     """The error to raise for a user when the operating system refuses something."""
-    found, fix = words_of(error)
-    return UserError(what, where=str(where), found=found, fix=fix)
+    reason, fix = words_of(error)
+    return UserError(what, where=str(where), found=reason, fix=fix)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -200,10 +200,10 @@ def sync_folder(folder: Path) -> None:
 def file_stamp(path: Path) -> tuple[int, ...] | None:
     """Size, time of the last change, and number of a file, which change with its content; None where there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def digest_of(content: Any) -> str:

@@ -69,11 +69,11 @@ def parse_json(data: bytes | str, *, finite: bool = True) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         twice, count = Counter(key for key, _ in pairs).most_common(1)[0]
         raise JsonError(f"the key {_short(twice)} is given {'twice' if count == 2 else f'{count} times'}")
-    return found
+    return members
 
 
 def _whole(digits: str) -> int:
@@ -133,8 +133,8 @@ def read_bytes(path: Path, what: str, *, fix: str | None = None, most: int = MOS
     except FileNotFoundError:
         raise UserError(f"{what} is missing", where=str(path), fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        found = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{what} cannot be read", where=str(path), found=found, fix=fix) from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{what} cannot be read", where=str(path), found=reason, fix=fix) from None
     if len(data) > most:
         raise UserError(
             f"{what} is too large",
@@ -212,17 +212,17 @@ def read_model(
 
 
 def _problems(error: ValidationError, what: str, where: str, fix: str | None) -> list[Problem]:
-    found = error.errors(include_url=False)
+    errors = error.errors(include_url=False)
     problems = [
         Problem(
             f"{what}: {item['msg'].removeprefix('Value error, ')}",
             f"{where}: {'.'.join(str(part) for part in item['loc'])}" if item["loc"] else where,
             found=_short(item["input"]),
         )
-        for item in found[:MOST_PROBLEMS]
+        for item in errors[:MOST_PROBLEMS]
     ]
-    if len(found) > MOST_PROBLEMS:
-        problems.append(Problem(f"{what}: {len(found) - MOST_PROBLEMS:,} more problems", where))
+    if len(errors) > MOST_PROBLEMS:
+        problems.append(Problem(f"{what}: {len(errors) - MOST_PROBLEMS:,} more problems", where))
     problems[-1].fix = fix
     return problems
 

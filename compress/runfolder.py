@@ -98,10 +98,10 @@ class RunFolder:
         try:
             data = parse_json((self.path / STAGES).read_bytes())
             stages = data["stages"]
-            found = {name: dict(entry) for name, entry in stages.items()} if data["schema"] == SCHEMA else {}
+            entries = {name: dict(entry) for name, entry in stages.items()} if data["schema"] == SCHEMA else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return {name: entry for name, entry in found.items() if _is_stage(entry)}
+        return {name: entry for name, entry in entries.items() if _is_stage(entry)}
 
     def stage_done(self, name: str, key: str) -> bool:
         """Whether a stage was finished with this key and what it made is still there."""
@@ -168,8 +168,8 @@ class RunFolder:
         if self._lock is None:
             return
         try:
-            found = (self.path / LOCK).stat()
-            same = (found.st_dev, found.st_ino) == self._lock
+            status = (self.path / LOCK).stat()
+            same = (status.st_dev, status.st_ino) == self._lock
         except FileNotFoundError:
             same = False
         if not same:
@@ -309,14 +309,14 @@ def _entries(path: Path) -> list[str]:
 def _model_of(path: Path) -> str | None:
     """The model that a run folder is about; None when that cannot be read."""
     try:
-        found = parse_json((path / MODEL).read_bytes())["model"]
-        return found if isinstance(found, str) else None
+        model = parse_json((path / MODEL).read_bytes())["model"]
+        return model if isinstance(model, str) else None
     except (OSError, JsonError, KeyError, TypeError):
         pass
     try:  # from before `model.json` was the first to be written
         text = (path / "recipe.resolved.yaml").read_text(encoding="utf-8")
         line = re.search(r"^model: .*$", text, re.MULTILINE)
-        found = yaml.safe_load(line[0])["model"] if line else None
-        return found if isinstance(found, str) else None
+        model = yaml.safe_load(line[0])["model"] if line else None
+        return model if isinstance(model, str) else None
     except (OSError, ValueError, yaml.YAMLError):
         return None

@@ -31,7 +31,16 @@ from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
 from tests.pruned import PRUNED, uneven_plan, with_biases
-from tests.tiny import FAMILIES, MIXED, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
+from tests.tiny import (
+    FAMILIES,
+    MIXED,
+    attach_as_they_start,
+    mixed_plan,
+    random_ids,
+    shape_of,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -92,6 +101,7 @@ def planned_from(name: str) -> tuple[LoadedModel, Plan]:
     base, groups = CELLS.get(name, (name, MIXED))
     family, _, pruned = base.partition(", ")
     model = with_biases(family) if pruned else tiny_model(family)
+    attach_as_they_start(model, groups)
     plan = uneven_plan(model, groups) if pruned else mixed_plan(shape_of(model), groups)
     return LoadedModel(model, tiny_tokenizer(), f"tiny/{family}"), plan
 

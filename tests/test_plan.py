@@ -149,7 +149,7 @@ def test_a_plan_of_schema_1_is_the_same_plan(tmp_path):
     path.write_text(sealed(older))
     found = read_plan(path, shape)
     assert (found.model, found.layers, found.provenance) == (plan.model, plan.layers, plan.provenance)
-    assert found.predicted.of("kv")[200].share == 0.5 and found.predicted.of("parameters")[None].plan == 70
+    assert found.predicted.of("kv")[200].fraction == 0.5 and found.predicted.of("parameters")[None].plan == 70
     assert read_plan(write(path, found), shape) == found and json.loads(path.read_text())["schema"] == 2
     path.write_text(json.dumps({**raw, "schema": 3}))
     with pytest.raises(UserError, match="schema"):

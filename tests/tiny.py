@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from compress.models.load import LoadedModel
+from compress.models.planned import planned_model
+from compress.models.prepared import Option, PreparedOption, attach
 from compress.models.shape import shape_of
-from compress.plan import ModelShape, Plan, make_plan
+from compress.plan import ModelShape, Plan, make_plan, uniform_plan
 from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
 from compress.targets.span import SpanTarget
@@ -197,6 +199,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_loaded(family: str) -> LoadedModel:
     """Model and tokenizer as `load_model` returns them."""
     return LoadedModel(tiny_model(family), tiny_tokenizer(), f"tiny/{family}")
+
+
+def attach_as_they_start(model: Any, targets: Sequence[Target]) -> None:
+    """Let a model carry what targets that have to be prepared start with, as if it had been trained."""
+    shape, options = shape_of(model), []
+    for target in dict.fromkeys(target for target in targets if target.has_to_be_prepared):
+        started = planned_model(model, uniform_plan(shape, target), untrained=True)
+        free = [layer for layer, native in enumerate(shape.native_windows) if native is None]
+        tensors = {
+            f"{layer}.{name}": weight.detach()
+            for layer in free
+            for name, weight in started.base_model.compress_kinds[layer].only.named_parameters()
+        }
+        errors = [[0.0] * shape.kv_heads if native is None else None for native in shape.native_windows]
+        facts: dict[str, Any] = {"key": "", "objective": {}, "steps": 1, "tokens": 1, "first_loss": 0, "last_loss": 0}
+        facts |= {"target": target.model_dump(mode="json"), "seconds": 0, "sha256": "", "versions": {}}
+        options.append(PreparedOption(target, Option(**facts, errors=errors), tensors))
+    attach(model, tuple(options))
 
 
 def mixed_plan(shape: ModelShape, targets: Sequence[Target] = MIXED) -> Plan:

@@ -12,16 +12,18 @@ from compress.runtime.flash import BLOCK, blocks_of
 from compress.runtime.span import Span
 
 
-def flex_mask(spans: Sequence[Span], share: int, length: int, device: torch.device, block: int = BLOCK) -> BlockMask:
+def flex_mask(
+    spans: Sequence[Span], group_size: int, length: int, device: torch.device, block: int = BLOCK
+) -> BlockMask:
     """Block lists in closed form and the rule itself; no mask over pairs of tokens is made."""
     blocks = blocks_of(spans, length, device, block)
-    per_head = lambda tensor: tensor.repeat_interleave(share, dim=0)[None]  # noqa: E731
+    per_head = lambda tensor: tensor.repeat_interleave(group_size, dim=0)[None]  # noqa: E731
     t = torch.arange(length, device=device)
     first = torch.stack([span.first(t) for span in spans]).to(torch.int32)
     sink = torch.tensor([min(span.sink, length) for span in spans], device=device)
 
     def rule(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        group = head // share
+        group = head // group_size
         return (key <= query) & ((key < sink[group]) | (key >= first[group, query]))
 
     return BlockMask.from_kv_blocks(

@@ -22,9 +22,9 @@ def kernel_lines(row: Row, copy: float) -> list[str]:
     """One row of the kernel table."""
     if row.kept_bytes is not None:
         rate = row.kept_bytes / row.plan.median * 1e3
-        share = f"{rate / 1e9:.0f} GB/s, {rate / copy:.2f} of a copy"
+        against_bound = f"{rate / 1e9:.0f} GB/s, {rate / copy:.2f} of a copy"
     else:
-        share = f"{row.speedup * row.fraction:.2f} of 1 / density"
+        against_bound = f"{row.speedup * row.fraction:.2f} of 1 / density"
     dense = row.dense[row.fastest]
     return [
         row.what,
@@ -35,7 +35,7 @@ def kernel_lines(row: Row, copy: float) -> list[str]:
         f"{dense.median:.4g} {row.fastest}",
         f"{row.fraction:.4f}",
         f"{row.speedup:.2f}",
-        share,
+        against_bound,
     ]
 
 

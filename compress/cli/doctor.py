@@ -69,8 +69,8 @@ def examine() -> dict[str, Any]:
     facts = environment()
     checks = [_package(facts, *window) for window in WINDOWS]
     for package, module, use, fix in OPTIONAL:
-        found = facts["versions"].get(package) if has_module(module) else None
-        checks.append(_check(package, found is not None, found or "not installed", use, fix, needed=False))
+        version = facts["versions"].get(package) if has_module(module) else None
+        checks.append(_check(package, version is not None, version or "not installed", use, fix, needed=False))
     checks += [_folder(name, path) for name, path in _folders().items()]
     if facts["gpus"]:
         checks += _kernels()
@@ -99,10 +99,10 @@ def family_matrix() -> dict[str, Any]:
 
 def by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
     """Reasons, and the names that each holds for."""
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name, reason in refused.items():
-        found.setdefault(reason, []).append(name)
-    return found
+        names_of.setdefault(reason, []).append(name)
+    return names_of
 
 
 def _families_table(matrix: dict[str, Any]) -> Any:
@@ -125,7 +125,7 @@ def _kernels() -> list[dict[str, Any]]:
 
     from compress.bench.check import check_kernels
 
-    found = []
+    rows = []
     for check in check_kernels(torch.device("cuda")):
         text = check.refused or "installed; used for prompts from 16,384 tokens"
         if check.error is not None:
@@ -134,26 +134,26 @@ def _kernels() -> list[dict[str, Any]]:
         fix = (
             "pip install --pre 'flash-attn-4[cu13]'" if "FlashAttention" in check.name else "see compress doctor --json"
         )
-        found.append(_check(f"kernel: {check.name}", check.ok, text, use, fix, needed=False))
-    return found
+        rows.append(_check(f"kernel: {check.name}", check.ok, text, use, fix, needed=False))
+    return rows
 
 
-def _check(name: str, ok: bool, found: str, use: str, fix: str | None = None, *, needed: bool = True) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "needed": needed, "found": found, "use": use, "fix": None if ok else fix}
+def _check(name: str, ok: bool, state: str, use: str, fix: str | None = None, *, needed: bool = True) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "needed": needed, "found": state, "use": use, "fix": None if ok else fix}
 
 
 def _package(
     facts: dict[str, Any], package: str, lowest: str, below: str | None, tested: str | None, use: str
 ) -> dict[str, Any]:
     """One package against its window of versions."""
-    found = facts["versions"].get(package)
+    version = facts["versions"].get(package)
     window = f">={lowest}" + (f",<{below}" if below else "")
-    if found is None:
+    if version is None:
         return _check(package, False, "not installed", use, f"pip install '{package}{window}'")
-    here = release(found)
+    here = release(version)
     ok = here >= release(lowest) and (below is None or here < release(below))
     newer = tested is not None and here[:2] > release(tested)[:2]
-    text = f"{found}, needs {window}" + (", newer than what is tested" if ok and newer else "")
+    text = f"{version}, needs {window}" + (", newer than what is tested" if ok and newer else "")
     return _check(package, ok, text, use, f"pip install '{package}{window}'")
 
 

@@ -371,6 +371,8 @@ def _other(spec: str, tokenizer: Any) -> Any:
     """What makes a model's tokenizer; None where it is the dense model's."""
     from compress.models.load import load_tokenizer
 
-    own = load_tokenizer(spec)
-    same = own.get_vocab() == tokenizer.get_vocab() and own(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
-    return None if same else lambda: own
+    other = load_tokenizer(spec)
+    same = (
+        other.get_vocab() == tokenizer.get_vocab() and other(SENTENCE)["input_ids"] == tokenizer(SENTENCE)["input_ids"]
+    )
+    return None if same else lambda: other

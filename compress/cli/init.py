@@ -57,15 +57,15 @@ def init(
 
 def _others(words: list[str]) -> list[str]:
     """`--KIND VALUE` or `--KIND=VALUE` of other kinds of budget, as settings."""
-    found: list[str] = []
+    settings: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, sign, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name or (not sign and not rest):
             raise UserError("not an option", where=word, expected="a kind of budget and its value, as --parameters 0.8")
-        found.append(f"{name.replace('-', '_')}={value if sign else rest.pop(0)}")
-    return found
+        settings.append(f"{name.replace('-', '_')}={value if sign else rest.pop(0)}")
+    return settings
 
 
 def _words(context: typer.Context, model: str) -> list[str]:

@@ -102,9 +102,9 @@ def _sentence_for(error: Exception, options: dict[str, Any]) -> str:
     """A sentence for an exception that no part of the project expected."""
     refused = system_error(error)
     if refused is not None:
-        found, fix = words_of(refused)
+        refused_because, fix = words_of(refused)
         names = [os.fspath(name) for name in (refused.filename, refused.filename2) if isinstance(name, str | bytes)]
-        return f"{os.fsdecode(names[0]) if names else 'the system'}: {found}; {fix}. {_again(options)}"
+        return f"{os.fsdecode(names[0]) if names else 'the system'}: {refused_because}; {fix}. {_again(options)}"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "not enough memory" in text or "out of memory" in text:
         return f"there is not enough memory; use a smaller model, shorter lengths or another device ({text[:200]})"

@@ -87,10 +87,10 @@ def write_cells(folders: list[Path], path: Path, settings: dict[str, dict[str, A
 
     facts = [read_facts(folder) for folder in folders]
     records = [
-        {"folder": each.name, **(settings or {}).get(each.name, {}), **record}
-        for each in facts
-        if each.comparison is not None
-        for record in each.comparison.records()
+        {"folder": folder.name, **(settings or {}).get(folder.name, {}), **record}
+        for folder in facts
+        if folder.comparison is not None
+        for record in folder.comparison.records()
     ]
     if not records:
         raise UserError(

@@ -64,6 +64,6 @@ def _show(folder: Path, folders: list[Path], as_json: bool) -> None:
 
     facts = [read_facts(path) for path in folders]
     together = side_by_side(facts)
-    alone = [grid for each in facts if each.comparison is not None for grid in tables(each.comparison)]
+    alone = [grid for folder in facts if folder.comparison is not None for grid in tables(folder.comparison)]
     for table in [together] if together is not None else alone:
         show(table)

@@ -30,15 +30,19 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.cli.tables import show
 
     loaded = read_recipe(recipe, settings)
+    import torch
+
     from compress.data.sampled import check_time
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
     from compress.stages.check import check_run
     from compress.stages.device import resolve_device
     from compress.stages.estimate import memory, seconds
+    from compress.stages.speeds import measure_speeds
 
     tokens = check_run(loaded, Terminal())
     device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
-    taken = seconds(loaded, situation, device)
+    speeds = measure_speeds(device, getattr(torch, loaded.dtype), situation.hidden, situation.intermediate)
+    taken = seconds(loaded, situation, speeds, device)
     check_time(taken.get("text", 0.0))
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
@@ -53,6 +57,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
         + ", ".join(f"{stage} {duration(spent)}" for stage, spent in taken.items())
         + f") and {size(memory(loaded, situation))} of memory"
     )
+    typer.echo(f"         while it does nothing else: {speeds.words()}, as just measured")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")

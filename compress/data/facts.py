@@ -61,9 +61,9 @@ class Facts(RecallTask):
         depths = self.depths(rng)
         made = [self._document(frame, asked[i % len(asked)], rng) for i in range(self.count)]
         sizes = [self.length - frame.overhead(needles, question) - budget for needles, question, _, _, budget in made]
-        found = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
+        texts = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
         prompts = []
-        for (needles, question, expected, reference, budget), hay, depth in zip(made, found, depths, strict=True):
+        for (needles, question, expected, reference, budget), hay, depth in zip(made, texts, depths, strict=True):
             places = [depth, *(rng.random() for _ in needles[1:])]
             tokens, ranges = frame.insert(hay, list(zip(places, needles, strict=True)), question)
             prompts.append(Prompt(tokens, budget, tuple(reference), (ranges[0],), self.task, expected, depth))

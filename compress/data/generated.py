@@ -80,13 +80,13 @@ class GeneratedText(Source):
         """
         from compress.data.sampled import sampled
 
-        own, key = sampled(reader, self, part, self.written(part))
+        sample, key = sampled(reader, self, part, self.written(part))
         if self.given is None:
-            return PartText(own, key)
-        room = self.size(part) - len(own)
+            return PartText(sample, key)
+        room = self.size(part) - len(sample)
         other = self.given.read(reader, part, room)
-        own.extend(other.ids[:room])
-        return PartText(own, f"{key} {other.key}")
+        sample.extend(other.ids[:room])
+        return PartText(sample, f"{key} {other.key}")
 
     def whole(self, reader: Reader) -> str:
         """The part for evaluation, in words, without special tokens."""

@@ -41,9 +41,9 @@ class PassKey(NumberTask):
             self.length - frame.overhead([needle], question) - budget
             for needle, budget in zip(needles, budgets, strict=True)
         ]
-        found = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
+        texts = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
         prompts = []
-        for i, hay in enumerate(found):
+        for i, hay in enumerate(texts):
             tokens, evidence = frame.insert(hay, [(depths[i], needles[i])], question)
             prompts.append(
                 Prompt(tokens, budgets[i], tuple(references[i]), tuple(evidence), self.task, keys[i], depths[i])

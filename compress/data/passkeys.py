@@ -62,8 +62,8 @@ class PassKeys(Task):
             )
         low, high = self.depth
         prompts = []
-        found = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
-        for (needles, question, reference), hay in zip(made, found, strict=True):
+        texts = haystacks(self.haystack, tokenizer, text, sizes, rng, self.name)
+        for (needles, question, reference), hay in zip(made, texts, strict=True):
             places = [rng.uniform(low, high) for _ in needles]
             tokens, ranges = frame.insert(hay, list(zip(places, needles, strict=True)), question)
             prompts.append(Prompt(tokens, len(reference), tuple(reference), tuple(ranges), self.task))

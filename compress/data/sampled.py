@@ -244,9 +244,9 @@ class _Writer:
         self.vocabulary = _Vocabulary(loaded.model, loaded.tokenizer, self.device)
         weights = next(loaded.model.parameters())
         cache = loaded.shape.dense_cost(request.length, weights.dtype.itemsize).held_bytes
-        each = cache + 24 * len(self.vocabulary.banned)  # logits, their distribution and its sum, in float32
+        row_bytes = cache + 24 * len(self.vocabulary.banned)  # logits, their distribution and its sum, in float32
         free = available_bytes(self.device)
-        room = AT_ONCE.get(self.device.type, 16) if free is None else int(SHARE_OF_MEMORY * free / each)
+        room = AT_ONCE.get(self.device.type, 16) if free is None else int(SHARE_OF_MEMORY * free / row_bytes)
         self.at_once = request.batch or max(1, min(room, AT_ONCE.get(self.device.type, 16)))
 
     @torch.inference_mode()

@@ -199,7 +199,7 @@ class FileText(StoredText):
                     text = file.read(most + 1)
                     more = len(text) > most
                     _check_characters(text, self.path, lines=True)
-                share = raw.tell() / max(1, path.stat().st_size)
+                fraction = raw.tell() / max(1, path.stat().st_size)
         except UnicodeDecodeError as error:
             with path.open("rb") as whole:
                 raise UserError(
@@ -210,11 +210,11 @@ class FileText(StoredText):
                     fix="save it as UTF-8",
                 ) from error
         except (OSError, ValueError) as error:
-            found = getattr(error, "strerror", None) or str(error)
-            raise UserError("the text file cannot be read", where=self.path, found=found) from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError("the text file cannot be read", where=self.path, found=reason) from error
         if not text.strip():
             raise UserError("the file holds no text", where=self.path)
-        return _cut(text, most, f"about {share:.2%} of the file") if more else Excerpt(text)
+        return _cut(text, most, f"about {fraction:.2%} of the file") if more else Excerpt(text)
 
     def stamp(self) -> tuple[int, ...] | None:
         """Of the file."""
@@ -305,14 +305,14 @@ TextSource = Annotated[Source, sources]
 
 def _joined(texts: Iterable[str], most: int) -> tuple[str, bool]:
     """Texts joined by blank lines until there are more than `most` characters; whether there are."""
-    found: list[str] = []
+    joined: list[str] = []
     size = 0
     for text in texts:
-        found.append(text)
+        joined.append(text)
         size += len(text) + 2
         if size > most + 2:
-            return "\n\n".join(found)[: most + 1], True
-    return "\n\n".join(found) + "\n", False
+            return "\n\n".join(joined)[: most + 1], True
+    return "\n\n".join(joined) + "\n", False
 
 
 def _cut(text: str, most: int, of: str) -> Excerpt:
@@ -397,9 +397,9 @@ def _sections(text: str) -> list[str]:
     while start < len(text):
         end = start + size
         for mark in ("\n\n", "\n", " "):
-            found = text.find(mark, end, end + size // 2)
-            if found >= 0:
-                end = found + len(mark)
+            position = text.find(mark, end, end + size // 2)
+            if position >= 0:
+                end = position + len(mark)
                 break
         sections.append(text[start:end])
         start = end

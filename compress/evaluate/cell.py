@@ -84,7 +84,7 @@ class Cell:
         """Label and length in words."""
         return self.label if self.length is None else f"{self.name} at {self.length:,} tokens"
 
-    def share(self, dense: Cell | None) -> float | None:
+    def fraction(self, dense: Cell | None) -> float | None:
         """Of the dense model's number; None where there is none, or it is zero."""
         base = self.dense if self.dense is not None else None if dense is None else dense.value
         return self.value / base if base else None

@@ -152,7 +152,7 @@ class Comparison(BaseModel):
             "interval": cell.interval_kind,
             "error": cell.error,
             "count": cell.count,
-            "share_of_dense": cell.share(self.dense.like(cell)),
+            "share_of_dense": cell.fraction(self.dense.like(cell)),
             "difference": None if gap is None else gap.difference,
             "difference_error": None if gap is None else gap.error,
         }

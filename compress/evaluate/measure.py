@@ -139,6 +139,15 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a measure passes through every variant: `count` inputs, each with so many tokens written behind it."""
+
+    length: int
+    count: int
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class Reading:
     """A part of a text that a measure reads.
 
@@ -191,6 +200,10 @@ class Measure(Method):
     def haystacks(self) -> Source | None:
         """The text that it names and that the whole evaluation takes for haystacks, too; None names none."""
         return None
+
+    def inputs(self) -> list[Inputs]:
+        """What passes through a variant, as far as it is known beforehand; an estimate of the time counts it."""
+        return []
 
     def words(self) -> str:
         """What it reads, in a few words; empty where it reads nothing."""

@@ -34,7 +34,7 @@ def paired(ours: Sequence[float], dense: Sequence[float]) -> Paired | None:
     """
     if len(ours) != len(dense) or len(ours) < 2:
         return None
-    gaps = [own - other for own, other in zip(ours, dense, strict=True)]
+    gaps = [value - other for value, other in zip(ours, dense, strict=True)]
     if not all(map(math.isfinite, gaps)):
         return None
     mean = math.fsum(gaps) / len(gaps)

@@ -68,7 +68,7 @@ def _tells(comparison: Comparison) -> bool:
 def _differs(comparison: Comparison, cell: Cell) -> bool:
     """Whether a cost is another than the dense model's, or one that the dense model does not have."""
     dense = comparison.dense.like(cell)
-    return dense is None or cell.share(dense) not in (None, 1.0)
+    return dense is None or cell.fraction(dense) not in (None, 1.0)
 
 
 def _wide(comparison: Comparison, table: str, title: str) -> Grid:
@@ -97,14 +97,14 @@ def texts(comparison: Comparison, row: VariantResult, like: Cell) -> list[str]:
     if cell is None:
         return [""] * (1 + wide)
     text = unit.write(cell.value)
-    share = cell.share(comparison.dense.like(like))
+    fraction = cell.fraction(comparison.dense.like(like))
     if cell.interval is not None:
         text += f" ({unit.write(cell.interval[0])} to {unit.write(cell.interval[1])})"
-    elif unit.share is not None and share is not None:
-        text += f" ({unit.share(share)})"
+    elif unit.fraction is not None and fraction is not None:
+        text += f" ({unit.fraction(fraction)})"
     if unit.change is None:
         return [text]
-    return [text, "" if row is comparison.dense or share is None else unit.change(share)]
+    return [text, "" if row is comparison.dense or fraction is None else unit.change(fraction)]
 
 
 def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:

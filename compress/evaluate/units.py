@@ -13,12 +13,12 @@ class Unit:
 
     Attributes:
         write: a number in words.
-        share: its share of the dense model's, in parentheses behind it; None where a share says nothing.
+        fraction: its share of the dense model's, in parentheses behind it; None where a share says nothing.
         change: its change against the dense model, in a column of its own; None where a difference says nothing.
     """
 
     write: Callable[[float], str]
-    share: Callable[[float], str] | None = None
+    fraction: Callable[[float], str] | None = None
     change: Callable[[float], str] | None = None
 
 
@@ -32,10 +32,10 @@ def _large(value: float) -> str:
 
 
 UNITS = {
-    "bytes": Unit(lambda value: f"{value / 2**20:,.2f} MiB", lambda share: f"{share:.0%}"),
-    "parameters": Unit(lambda value: f"{value:,.0f}", lambda share: f"{share:.2%}"),
-    "ms": Unit(lambda value: f"{value:.4g} ms", lambda share: f"{share:.3f}"),
-    "FLOPs": Unit(_large, lambda share: f"{share:.1%}"),
+    "bytes": Unit(lambda value: f"{value / 2**20:,.2f} MiB", lambda fraction: f"{fraction:.0%}"),
+    "parameters": Unit(lambda value: f"{value:,.0f}", lambda fraction: f"{fraction:.2%}"),
+    "ms": Unit(lambda value: f"{value:.4g} ms", lambda fraction: f"{fraction:.3f}"),
+    "FLOPs": Unit(_large, lambda fraction: f"{fraction:.1%}"),
     "share": Unit(lambda value: f"{value:.4f}"),
     "perplexity": Unit(lambda value: f"{value:.3f}", change=lambda ratio: f"{ratio - 1:+.1%}"),
     "right answers": Unit(lambda value: f"{value:.2f}"),

@@ -84,9 +84,9 @@ def render_card(
     changed = [group for row in plan.groups_that_stay() for group, native in row if group.stock(native) != StockForm()]
     predicted = plan.predicted
     if predicted.lengths:
-        share = held(predicted.lengths[-1]) / dense(predicted.lengths[-1])
+        fraction = held(predicted.lengths[-1]) / dense(predicted.lengths[-1])
     else:
-        share = costs[-1]["bytes"] / costs[-1]["dense"]
+        fraction = costs[-1]["bytes"] / costs[-1]["dense"]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts: dict[str, Any] = {
         "plan": plan,
@@ -100,7 +100,7 @@ def render_card(
         "windowed": windowed,
         "by_layer": len(plan.widths) > 1,
         "form": _form(plan, windowed, windows, checks.loaded_as, states),
-        "ratio": _ratio(plan, share),
+        "ratio": _ratio(plan, fraction),
         "changed": _changed(plan, windowed, windows is None),
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
@@ -175,15 +175,15 @@ def _form(
     return f"with {' and '.join(parts)}" if parts else f"as {loaded_as}, which brings its own code"
 
 
-def _ratio(plan: Plan, share: float) -> str:
+def _ratio(plan: Plan, fraction: float) -> str:
     """What the title says the plan keeps, of every kind that it saves anything in.
 
     Args:
-        share: of the KV cache, in the form of the checkpoint.
+        fraction: of the KV cache, in the form of the checkpoint.
     """
-    kept = [f"{amount.share:.0%} of {amount.of}" for amount in plan.predicted.longest if amount.kind != "kv"]
+    kept = [f"{amount.fraction:.0%} of {amount.of}" for amount in plan.predicted.longest if amount.kind != "kv"]
     windowed = not plan.as_built
-    parts = [f"{share:.0%} of the KV cache"] if windowed or not kept else []
+    parts = [f"{fraction:.0%} of the KV cache"] if windowed or not kept else []
     return " and ".join([*parts, *kept])
 
 

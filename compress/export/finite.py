@@ -71,12 +71,12 @@ def refuse_not_finite(model: Any, dense: Any, ids: torch.Tensor, mask: torch.Ten
                 fix="load it in another dtype (`dtype:` in the recipe), and check that its weights are whole",
             )
     dtype = next(model.parameters()).dtype
-    where, found = first_not_finite(model, ids, mask) or ("the logits", "not finite")
+    where, values = first_not_finite(model, ids, mask) or ("the logits", "not finite")
     raise UserError(
         f"the model's values overflow in {_name(dtype)}, so its logits are not finite",
         where=where,
         expected=f"at most {torch.finfo(dtype).max:,.6g} in size",
-        found=found,
+        found=values,
         fix=PLAIN if dtype == torch.float16 else DAMAGED,
     )
 

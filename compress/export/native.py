@@ -130,10 +130,10 @@ def _in_older_forms(fields: dict[str, Any], windows: list[int | None]) -> None:
         first = full.index(False)
         fields["max_window_layers"] = 0 if any(full[first:]) else first
     for name in [name for name in ("sliding_window_pattern", "_sliding_window_pattern") if name in fields]:
-        every = full.index(True) + 1 if any(full) else len(full) + 1
+        period = full.index(True) + 1 if any(full) else len(full) + 1
         del fields[name]
-        if full == [(layer + 1) % every == 0 for layer in range(len(full))]:
-            fields["sliding_window_pattern"] = every
+        if full == [(layer + 1) % period == 0 for layer in range(len(full))]:
+            fields["sliding_window_pattern"] = period
 
 
 def _check_rope(rope: Any, windows: list[int | None], plan: Plan) -> None:

@@ -20,32 +20,32 @@ def provenance_lines(provenance: Mapping[str, Any], indent: str = "") -> list[st
         if isinstance(value, Mapping):
             lines += [f"{label}:", *provenance_lines(value, indent + "  ")]
         elif _has_parts(value):
-            lines += [f"{label}:", *(f"{indent}  - {_inline(each)}" for each in value if not _is_empty(each))]
+            lines += [f"{label}:", *(f"{indent}  - {_inline(item)}" for item in value if not _is_empty(item))]
         else:
             lines.append(f"{label}: {_inline(value)}")
     return lines
 
 
 def _has_parts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and any(isinstance(each, Mapping | list | tuple) for each in value)
+    return isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value)
 
 
 def _is_empty(value: Any) -> bool:
     """None, and what has nothing else in it."""
     if isinstance(value, Mapping):
-        return all(_is_empty(each) for each in value.values())
+        return all(_is_empty(item) for item in value.values())
     if isinstance(value, list | tuple):
-        return all(_is_empty(each) for each in value)
+        return all(_is_empty(item) for item in value)
     return value is None or value == ""
 
 
 def _inline(value: Any) -> str:
     """A value on one line."""
     if isinstance(value, Mapping):
-        parts = ((str(key).replace("_", " "), each) for key, each in value.items() if not _is_empty(each))
-        return ", ".join(f"{_escaped(key)} {_inline(each)}" for key, each in parts)
+        parts = ((str(key).replace("_", " "), item) for key, item in value.items() if not _is_empty(item))
+        return ", ".join(f"{_escaped(key)} {_inline(item)}" for key, item in parts)
     if isinstance(value, list | tuple):
-        return ", ".join(_inline(each) for each in value)
+        return ", ".join(_inline(item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

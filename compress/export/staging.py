@@ -79,13 +79,13 @@ def staged(folder: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Ite
     except UserError:
         raise
     except Exception as error:
-        told = system_error(error)
-        if told is None:
+        refused = system_error(error)
+        if refused is None:
             raise
-        found, fix = words_of(told)
-        if told.errno == errno.ENOSPC:
+        reason, fix = words_of(refused)
+        if refused.errno == errno.ENOSPC:
             refuse = "the disk became full while writing; nothing was changed"
-        raise UserError(refuse, where=told.filename or str(folder), found=found, fix=fix) from error
+        raise UserError(refuse, where=refused.filename or str(folder), found=reason, fix=fix) from error
     finally:
         with contextlib.suppress(OSError):
             settle(folder)

@@ -106,7 +106,7 @@ def verify_checkpoint(
         before = getattr(planned(ids[:1, :-1], use_cache=True, logits_to_keep=1), CACHE)
         step = planned(ids[:1, -1:], **{CACHE: before}).logits.float().cpu()
         expected = alone.logits.float().cpu()
-        if not all(bool(each.isfinite().all()) for each in (padded, expected, step, hidden)):
+        if not all(bool(logits.isfinite().all()) for logits in (padded, expected, step, hidden)):
             refuse_not_finite(planned, dense, ids, mask)
         tokens = planned.generate(
             ids[:1], attention_mask=mask[:1], max_new_tokens=16, do_sample=False, pad_token_id=int(probe["pad"])
@@ -135,7 +135,7 @@ def verify_checkpoint(
             found="infinite values, or values that are not a number",
             fix="check the disk, and export again",
         )
-    difference = max(float((found - wanted).abs().max()) for found, wanted in pairs)
+    difference = max(float((reloaded - wanted).abs().max()) for reloaded, wanted in pairs)
     relative = TOLERANCE[next(planned.parameters()).dtype]
     tolerance = relative * float(expected.abs().max())
     if not difference <= tolerance:

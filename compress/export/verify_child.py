@@ -49,8 +49,8 @@ def main(checkpoint: str, probe_file: str, result_file: str, threads: str, code:
         except Exception as error:  # whatever the settings lead to, the parent process tells it
             wrong_generation = f"{type(error).__name__}: {error}".splitlines()[0]
         # The rest is compared with a model in memory: greedily, with the special tokens alone.
-        told = model.generation_config
-        tokens = {name: getattr(told, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = model.generation_config
+        tokens = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**tokens)
         result["padded_logits"] = model(ids, attention_mask=mask, logits_to_keep=4).logits.float().contiguous()
         alone = model(ids[:1], use_cache=True, logits_to_keep=4)

@@ -39,7 +39,7 @@ def _commit(spec: str) -> str | None:
     except (OSError, HfHubHTTPError, HFValidationError):
         pass  # no network, or no such model, which the loader tells of
     try:
-        found = try_to_load_from_cache(spec, "config.json")
+        cached = try_to_load_from_cache(spec, "config.json")
     except HFValidationError:
         return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(cached).parent.name if isinstance(cached, str) else None

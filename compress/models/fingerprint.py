@@ -100,8 +100,8 @@ def _signed(number: int) -> int:
 
 def _rules(config: Any) -> dict[str, Any]:
     """The rules of a configuration in one form, whichever file it came from: no defaults, no whole numbers."""
-    found = {key: _plain(getattr(config, key, None)) for key in RULES}
-    return {key: value for key, value in found.items() if value not in (None, {})}
+    rules = {key: _plain(getattr(config, key, None)) for key in RULES}
+    return {key: value for key, value in rules.items() if value not in (None, {})}
 
 
 def _plain(value: Any) -> Any:

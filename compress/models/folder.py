@@ -133,10 +133,10 @@ def refuse_plan(values: dict[str, Any], folder: Path, spec: str) -> None:
 
 
 def _refuse_quantised(values: dict[str, Any], path: Path) -> None:
-    found = values.get("quantization_config")
-    if found is None:
+    quantization = values.get("quantization_config")
+    if quantization is None:
         return
-    method = found.get("quant_method")
+    method = quantization.get("quant_method")
     raise UserError(
         "the weights are quantised",
         where=f"{path}: quantization_config",

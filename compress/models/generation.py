@@ -69,8 +69,8 @@ def repaired(values: dict[str, Any], where: str) -> tuple[GenerationConfig, list
         elif key.startswith("__") or callable(getattr(GenerationConfig, key, None)):
             drop(key, "it is not a setting")
         elif key in ONE_ID and isinstance(kept[key], list) and kept[key]:
-            told = f"`{key}: {_short(kept[key])}` is a list, of which the first token is used"
-            lines.append(f"{Path(where).name}: {told}")
+            note = f"`{key}: {_short(kept[key])}` is a list, of which the first token is used"
+            lines.append(f"{Path(where).name}: {note}")
             kept[key] = kept[key][0]
     _check_ids(kept, where)
     while True:

@@ -89,7 +89,7 @@ def _tensors(header: _Reader) -> Tensors:
     for _ in range(entries):
         header.text()
         header.value(header.number("<I"))
-    found: Tensors = {}
+    shapes: Tensors = {}
     for _ in range(tensors):
         name, dims = header.text(), header.number("<I")
         if not 0 < dims <= MOST_DIMS:
@@ -99,5 +99,5 @@ def _tensors(header: _Reader) -> Tensors:
         most = MOST_PER_BYTE * (len(header.data) - start)
         if math.prod(shape) > most:
             raise ValueError(f"tensor `{name[:60]}` of shape {shape} lies beyond the end of the file")
-        found[name] = str(kind), shape[::-1]
-    return found
+        shapes[name] = str(kind), shape[::-1]
+    return shapes

@@ -194,7 +194,13 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
                 if target in options:
-                    rows.append(options[target].of(number, group))
+                    trained = options[target].of(number, group)
+                    if layer.queries is not None:
+                        share = plan.model.group_size
+                        stay = [query % share for query in layer.queries if query // share == group]
+                        for name in trained.keys() & set(mixer.by_query):
+                            trained[name] = trained[name].view(share, -1)[stay].flatten()
+                    rows.append(trained)
                 elif untrained or not target.has_to_be_prepared:
                     rows.append(target.initial(attention, member))
                 else:

@@ -161,12 +161,12 @@ def refuse_arguments(module: Any, given: Mapping[str, Any]) -> None:
         module: the attention module, which is named.
         given: keyword arguments of transformers' attention interface beside queries, keys, values, mask and scaling.
     """
-    if found := changing_arguments(given):
+    if names := changing_arguments(given):
         raise UserError(
-            f"attention with {', '.join(f'`{name}`' for name in found)} is not supported",
+            f"attention with {', '.join(f'`{name}`' for name in names)} is not supported",
             where=type(module).__name__,
             expected="causal attention, with the layer's own sliding window",
-            found=", ".join(found),
+            found=", ".join(names),
             fix="take a model of another architecture; docs/support.md lists those that are supported",
         )
 

@@ -41,7 +41,7 @@ class LayerUnits:
     @property
     def queries(self) -> int:
         """Query heads of a group."""
-        return self.width.query_heads // self.width.groups
+        return self.width.queries
 
     @property
     def neurons(self) -> int:

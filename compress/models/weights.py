@@ -53,12 +53,12 @@ def read_tensors(folder: Path, named: Any = None) -> Tensors:
         UserError: no safetensors weights, an index that names files which are not there, are no safetensors, or lie
             outside, a file that is cut short or a Git LFS pointer, or weights that are quantised.
     """
-    found: Tensors = {}
+    shapes: Tensors = {}
     for path in weight_files(folder, named):
-        found |= read_header(path)
-    quantised = {dtype for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in SIZES}
+        shapes |= read_header(path)
+    quantised = {dtype for name, (dtype, shape) in shapes.items() if len(shape) > 1 and dtype not in SIZES}
     if quantised:
-        name = next(name for name, (dtype, shape) in found.items() if len(shape) > 1 and dtype not in SIZES)
+        name = next(name for name, (dtype, shape) in shapes.items() if len(shape) > 1 and dtype not in SIZES)
         raise UserError(
             "the weights are quantised",
             where=f"{folder}: {name}",
@@ -66,7 +66,7 @@ def read_tensors(folder: Path, named: Any = None) -> Tensors:
             found=", ".join(sorted(quantised)),
             fix=DEQUANTISED,
         )
-    return found
+    return shapes
 
 
 DEQUANTISED = "name the model that it was quantised from: plans are searched on plain weights, and quantised afterwards"

@@ -168,7 +168,7 @@ class Amount(Strict):
     dense: int = Field(ge=0)
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """The plan's of the dense model's."""
         return self.plan / self.dense if self.dense else 1.0
 
@@ -206,7 +206,7 @@ class Predicted(Strict):
     def longest(self) -> list[Amount]:
         """Of every kind the amount at its longest length, the smallest share first."""
         last = {amount.kind: amount for amount in sorted(self.amounts, key=lambda amount: amount.length or 0)}
-        return sorted(last.values(), key=lambda amount: amount.share)
+        return sorted(last.values(), key=lambda amount: amount.fraction)
 
 
 def _named(model: ModelShape) -> ModelShape:

@@ -24,11 +24,11 @@ def removal(plan: Plan) -> str | None:
     amount = plan.predicted.of("parameters").get(None)
     if amount is None:
         return f"{', '.join(parts)} stay"
-    counted = f"{amount.plan:,} of {amount.dense:,} parameters of the decoder layers stay ({amount.share:.2%})"
+    counted = f"{amount.plan:,} of {amount.dense:,} parameters of the decoder layers stay ({amount.fraction:.2%})"
     return f"{counted}: {', '.join(parts)}"
 
 
 def amount_line(amount: Amount) -> str:
     """What a plan costs in one kind of budget, as a share and in numbers."""
     unit = f"{amount.plan:,} {amount.unit}" if amount.unit != "bytes" else size(amount.plan)
-    return f"{unit}{amount.at}, {amount.share:.1%} of {amount.of}"
+    return f"{unit}{amount.at}, {amount.fraction:.1%} of {amount.of}"

@@ -124,8 +124,8 @@ def run_profile(
         sha256="",
     )
     if processes.main:
-        every = {key: result.values for tensors in results.values() for key, result in tensors.items()}
-        write_profile(folder, header, every)
+        tensors = {key: result.values for tensors in results.values() for key, result in tensors.items()}
+        write_profile(folder, header, tensors)
         partial.remove()
     processes.wait()
     return read_profile(folder, subject.shape)

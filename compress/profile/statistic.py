@@ -133,6 +133,10 @@ class Statistic(Method):
                 return name
         raise LookupError(f"{type(self).__qualname__} is not registered")
 
+    def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
+        """Targets under which it computes all head groups again; an estimate of the time counts them."""
+        return 0
+
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """The same with all parameters that depend on the model or on the profiled lengths, in tokens."""
         return self

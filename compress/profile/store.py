@@ -219,9 +219,9 @@ def _read_header(path: Path) -> ProfileHeader:
             "damaged profile: not valid JSON", where=str(path), expected="JSON", found=str(error), fix=AGAIN
         ) from error
     if not isinstance(fields, dict) or fields.get("schema") != 1:
-        found = fields.get("schema", "no `schema`") if isinstance(fields, dict) else f"a {type(fields).__name__}"
+        schema = fields.get("schema", "no `schema`") if isinstance(fields, dict) else f"a {type(fields).__name__}"
         raise UserError(
-            "not a profile of this version", where=str(path), expected="schema 1", found=reprlib.repr(found), fix=AGAIN
+            "not a profile of this version", where=str(path), expected="schema 1", found=reprlib.repr(schema), fix=AGAIN
         )
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields):
@@ -267,17 +267,17 @@ def _is_key(text: str, statistic: str) -> bool:
         return False
 
 
-def _other_model(path: Path, found: ModelShape, expected: ModelShape) -> list[Problem]:
+def _other_model(path: Path, measured: ModelShape, expected: ModelShape) -> list[Problem]:
     """One problem per field that differs; of equal shapes with other weights only the fingerprint is named."""
     return [
         Problem(
             f"profile of another model: `{field}` differs",
             str(path),
             str(getattr(expected, field)),
-            str(getattr(found, field)),
+            str(getattr(measured, field)),
             "profile this model, or choose the model that the profile was made with",
         )
-        for field in expected.differing(found.model_dump())
+        for field in expected.differing(measured.model_dump())
     ]
 
 
@@ -304,8 +304,8 @@ def _read_tensors(path: Path, header: ProfileHeader) -> dict[Key, torch.Tensor]:
     for key in sorted(declared.keys() & tensors.keys()):
         shape, tensor = declared[key].shape, tensors[key]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            problems.append(Problem(f"wrong shape of `{key}`", str(path), f"torch.float32 {shape}", found, AGAIN))
+            stored = f"{tensor.dtype} {tuple(tensor.shape)}"
+            problems.append(Problem(f"wrong shape of `{key}`", str(path), f"torch.float32 {shape}", stored, AGAIN))
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(Problem(f"`{key}` holds NaN or infinity", str(path), "finite numbers", fix=AGAIN))
     if problems:

@@ -87,7 +87,7 @@ def entries(kind: str) -> list[Entry]:
 
 def entry(kind: str, name: str) -> Entry:
     """One entry. Raises UserError for a kind or a name that there is not."""
-    known = {each.name: each for each in entries(kind)}
+    known = {row.name: row for row in entries(kind)}
     if name not in known:
         raise UserError(
             "unknown method",
@@ -106,9 +106,9 @@ def _entry(name: str, method: type[Method]) -> Entry:
 
 def _family(row: Any) -> Entry:
     values = {field.name: getattr(row, field.name) for field in fields(row)}
-    said = [f"{name}: {value}" for name, value in values.items() if value not in (None, "", (), {}) and name != "name"]
+    lines = [f"{name}: {value}" for name, value in values.items() if value not in (None, "", (), {}) and name != "name"]
     pruned = "windows, and heads and neurons removed" if row.whole is None else f"windows; {row.whole}"
-    return Entry(row.model_type, f"{row.name}: {pruned}", "\n".join(said))
+    return Entry(row.model_type, f"{row.name}: {pruned}", "\n".join(lines))
 
 
 def _texts(function: Any) -> tuple[str, str]:

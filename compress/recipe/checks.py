@@ -107,9 +107,9 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
         fitting = [other for other in measured if measured[other] == form]
         fix = nearest(name, fitting)
         if name in measured:
-            what, found = f"the solver cannot use `{name}`", f"{name}, {FORMS[measured[name]]}"
+            what, actual = f"the solver cannot use `{name}`", f"{name}, {FORMS[measured[name]]}"
         else:
-            what, found = f"the solver reads `{name}`, which is not measured", name
+            what, actual = f"the solver reads `{name}`, which is not measured", name
             if fix is None and form == "prepared":
                 fix = "add a section `prepare` with the targets"
             if fix is None and name in owners and owners[name][1].gives[name] == form:
@@ -117,12 +117,14 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
                 if recipe.prepare is not None and form == "targets":
                     fix += ", or `effect: true` to `prepare`"
         expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
-        yield ("search", "solver"), Problem(what, None, expected, found, fix)
+        yield ("search", "solver"), Problem(what, None, expected, actual, fix)
 
 
 def _grids(recipe: Recipe) -> Iterator[Finding]:
     """A search of spans chooses from one grid of rules."""
-    grids = {each.registered: each.grid for each in recipe.profile.statistics if hasattr(each, "grid")}
+    grids = {
+        statistic.registered: statistic.grid for statistic in recipe.profile.statistics if hasattr(statistic, "grid")
+    }
     solver = recipe.search.solver
     if solver.spans and not grids and "targets" not in solver.scores_read().values():
         yield (
@@ -147,13 +149,13 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
 
 def _second(recipe: Recipe) -> Iterator[Finding]:
     measured = recipe.profile.statistics
-    if recipe.calibration.second is not None and "projections" not in [each.reads for each in measured]:
+    if recipe.calibration.second is not None and "projections" not in [statistic.reads for statistic in measured]:
         yield (
             ("calibration", "second"),
             Problem(
                 "no statistic is measured on a second corpus",
                 expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
-                found=", ".join(each.registered for each in measured),
+                found=", ".join(statistic.registered for statistic in measured),
                 fix="leave `calibration.second` out, or add such a statistic",
             ),
         )

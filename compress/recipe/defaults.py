@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
 from compress.models.load import load_config
+from compress.models.shape import shape_without_weights
+from compress.plan import ModelShape
 from compress.registry import solvers, statistics
 
 LONGEST = 8192  # tokens that are profiled by default, where the machine allows it
@@ -46,6 +48,8 @@ class Situation:
         context: longest input of the model in tokens, None without a limit.
         parameters: of the model.
         activations: bytes that a forward pass takes for each token in float32, about.
+        shape: of the model, without its fingerprint; None of a machine alone.
+        hidden, intermediate: width of the model's hidden states and of its MLPs.
     """
 
     gpu: bool = False
@@ -54,6 +58,9 @@ class Situation:
     context: int | None = None
     parameters: int = 0
     activations: int = 0
+    shape: ModelShape | None = None
+    hidden: int = 0
+    intermediate: int = 0
 
     @classmethod
     def here(cls, device: str) -> Situation:
@@ -72,8 +79,7 @@ class Situation:
         Raises:
             UserError: no such model, or its configuration cannot be used.
         """
-        context, parameters, activations = _sizes(model)
-        return replace(cls.here(device), context=context, parameters=parameters, activations=activations)
+        return replace(cls.here(device), **_sizes(model))
 
     @property
     def longest(self) -> int:
@@ -103,13 +109,21 @@ class Situation:
 
 
 @functools.lru_cache(maxsize=4)
-def _sizes(model: str) -> tuple[int | None, int, int]:
-    """Context in tokens, parameters, and bytes of activations for a token, of a model by its configuration."""
-    config = load_config(model)
+def _sizes(name: str) -> dict[str, Any]:
+    """What a `Situation` says of a model, by its configuration."""
+    config = load_config(name)
     with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    width = max(int(config.hidden_size), int(getattr(config, "intermediate_size", 0) or 0))
-    return getattr(config, "max_position_embeddings", None), parameters, 16 * 4 * width
+        model = AutoModelForCausalLM.from_config(config)
+    hidden = int(config.hidden_size)
+    intermediate = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
+    return {
+        "context": getattr(config, "max_position_embeddings", None),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "activations": 16 * 4 * max(hidden, intermediate),
+        "shape": shape_without_weights(model),
+        "hidden": hidden,
+        "intermediate": intermediate,
+    }
 
 
 @dataclass
@@ -183,12 +197,12 @@ class Defaults:
         held_out: list[dict[str, Any]] = []
         training: list[dict[str, Any]] = []
         if windows:
-            for share, facts, digits, plain in MIX if many else MIX_OF_FEW_CORES:
-                if longest // share >= CLOSEST or share == 1:
-                    documents += [*_asked(longest // share, facts, digits, digits), _text(longest // share, plain)]
+            for divisor, facts, digits, plain in MIX if many else MIX_OF_FEW_CORES:
+                if longest // divisor >= CLOSEST or divisor == 1:
+                    documents += [*_asked(longest // divisor, facts, digits, digits), _text(longest // divisor, plain)]
             if many:
                 documents += _asked(longest, 2, 2, haystack="filler")
-                lengths = [longest // share for share in (4, 2, 1) if longest // share >= CLOSEST or share == 1]
+                lengths = [longest // divisor for divisor in (4, 2, 1) if longest // divisor >= CLOSEST or divisor == 1]
                 for length in lengths:
                     training.append(_facts(length, 24, answer="text"))
                     if length >= ROOMY:

@@ -171,8 +171,8 @@ def _similar_file(path: Path) -> str | None:
     for folder in (path.parent, Path("recipes")):
         if folder.is_dir():
             names = {candidate.name: candidate for candidate in folder.glob("*.y*ml")}
-            found = nearest(path.name, names)
-            if found:
-                name = found.split("`")[1]
+            hint = nearest(path.name, names)
+            if hint:
+                name = hint.split("`")[1]
                 return f"did you mean `{names[name]}`?"
     return "`compress recipes` lists the recipes that come with the project"

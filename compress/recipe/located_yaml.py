@@ -133,9 +133,9 @@ def read_located(text: str, name: str) -> LocatedYaml:
     """Parse one YAML document. Never raises for what the text holds: see `problems`."""
     result = LocatedYaml(name)
     if len(text) > MOST_CHARACTERS:
-        found = f"{len(text):,} characters"
+        actual = f"{len(text):,} characters"
         result.problems.append(
-            Problem("the file is too large for a settings file", name, f"at most {MOST_CHARACTERS:,}", found)
+            Problem("the file is too large for a settings file", name, f"at most {MOST_CHARACTERS:,}", actual)
         )
         return result
     try:
@@ -154,8 +154,8 @@ def read_located(text: str, name: str) -> LocatedYaml:
         before = text[: error.position]
         where = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         character = error.character if isinstance(error.character, int) else ord(error.character)
-        found = f"the character U+{character:04X}"
-        result.problems.append(Problem("this is not YAML: a character that text cannot contain", where, found=found))
+        actual = f"the character U+{character:04X}"
+        result.problems.append(Problem("this is not YAML: a character that text cannot contain", where, found=actual))
     except (yaml.YAMLError, ValueError) as error:
         result.problems.append(Problem(f"this is not YAML: {str(error).splitlines()[0]}", name))
     if result.problems and result.data is None:
@@ -191,8 +191,8 @@ class _Reader:
             self._count(key_node)
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str | int | float) or isinstance(key, bool):
-                found = str(key_node.value)[:60] if isinstance(key_node, yaml.ScalarNode) else "a list or a mapping"
-                self._problem("a key must be text or a number", key_node, found=found)
+                actual = str(key_node.value)[:60] if isinstance(key_node, yaml.ScalarNode) else "a list or a mapping"
+                self._problem("a key must be text or a number", key_node, found=actual)
                 continue
             here = (*path, str(key))
             # `1`, `1.0` and `"1"` are one key to everything that reads numbers as keys.

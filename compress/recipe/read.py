@@ -104,7 +104,7 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
         hint = context["hint"].removeprefix("; ") or None
         what, known = f"unknown {context['kind']} `{context['name']}`", f"one of {context['known']}"
         return Problem(what, located.where(place), known, shown(item["input"][context["key"]]), hint)
-    found, fix = shown(item["input"]), None
+    actual, fix = shown(item["input"]), None
     if kind == "no_method":
         expected = f"`{context['key']}: ...` and its parameters"
         fix = f"write `{{{context['key']}: {item['input']}}}`" if isinstance(item["input"], str) else None
@@ -126,7 +126,7 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
             options = [option.strip(" '") for option in context["expected"].replace(" or ", ", ").split(",")]
             fix = nearest(str(item["input"]), options)
     whole = kind == "value_error" and isinstance(item["input"], Mapping | tuple)  # the message says which part of it
-    return Problem(wrong, where, expected, None if whole else found, fix)
+    return Problem(wrong, where, expected, None if whole else actual, fix)
 
 
 def _place_in_file(data: Any, item: Any) -> KeyPath:
@@ -181,7 +181,7 @@ def _registry_in(annotation: Any, metadata: list[Any]) -> Registry[Any] | None:
     marks = [*metadata, *getattr(annotation, "__metadata__", ())]
     registry = next((mark for mark in marks if isinstance(mark, Registry)), None)
     inner = (_registry_in(argument, []) for argument in typing.get_args(annotation))
-    return registry or next((found for found in inner if found), None)
+    return registry or next((table for table in inner if table), None)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

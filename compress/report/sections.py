@@ -50,11 +50,11 @@ def _shares(facts: Facts) -> list[tuple[float, str]]:
     """What is left in every kind of the budget, by the plan, and of the cache at the longest measured length."""
     plan = facts.plan
     amounts = [] if plan is None else [amount for amount in plan.predicted.longest if amount.kind != "kv"]
-    shares = [(amount.share, f"of {amount.of}{amount.at}") for amount in amounts]
+    shares = [(amount.fraction, f"of {amount.of}{amount.at}") for amount in amounts]
     held = [cell for cell in facts.chosen.cells if cell.label == "KV bytes"] if facts.chosen is not None else []
     if held and facts.comparison is not None:
         cell = max(held, key=lambda cell: cell.length or 0)
-        share_of_cache = cell.share(facts.comparison.dense.like(cell))
+        share_of_cache = cell.fraction(facts.comparison.dense.like(cell))
         if share_of_cache is not None:
             shares.append((share_of_cache, f"of the dense KV cache at {cell.length:,} tokens, as allocated"))
     elif plan is not None:
@@ -67,12 +67,12 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
     """A number in words: quality beside all other variants, a measured time as a share of the dense model's."""
     if cell.part is not None or cell.table not in ("summary", "cost"):
         return ""
-    unit, share = unit_of(cell.unit), cell.share(comparison.dense.like(cell))
+    unit, fraction = unit_of(cell.unit), cell.fraction(comparison.dense.like(cell))
     if cell.table == "cost":
-        return f"{cell.title}: {share:.3f} of dense" if cell.dense is not None and share is not None else ""
+        return f"{cell.title}: {fraction:.3f} of dense" if cell.dense is not None and fraction is not None else ""
     if cell.axis:
         return ""
-    change = f" ({unit.change(share)})" if unit.change is not None and share is not None else ""
+    change = f" ({unit.change(fraction)})" if unit.change is not None and fraction is not None else ""
     others = [
         f"{row.name} {unit.write(other.value)}"
         for row in comparison.variants
@@ -196,13 +196,13 @@ def _charts(all_facts: Sequence[Facts], cost: str, axis: str) -> list[Chart]:
         prefix = f"{facts.name}: " if len(all_facts) > 1 else ""
         for row in facts.comparison.variants:
             for cell in _qualities(row):
-                share = _share_of(facts.comparison, row, cost, cell.length)
-                if share is None:
+                fraction = _share_of(facts.comparison, row, cost, cell.length)
+                if fraction is None:
                     continue
                 kind = f", {cell.interval_kind}" if cell.interval_kind else ""
                 titles[cell.label, cell.length] = (f"{cell.title}{kind}", cell.unit)
                 bars = None if cell.interval is None else [cell.interval]
-                points = [(share, cell.value)]
+                points = [(fraction, cell.value)]
                 series[cell.label, cell.length].append(Series(prefix + row.name, points, bars, line=False))
     shares = {one.points[0][0] for group in series.values() for one in group}
     if shares <= {1.0}:
@@ -224,7 +224,7 @@ def _qualities(row: VariantResult) -> list[Cell]:
 def _share_of(comparison: Comparison, row: VariantResult, cost: str, length: int | None) -> float | None:
     """A variant's share of the dense model's cost at a length; None where it is not known there."""
     cells = [cell for cell in row.cells if cell.label == cost and cell.length in (None, length)]
-    return cells[0].share(comparison.dense.like(cells[0])) if cells else None
+    return cells[0].fraction(comparison.dense.like(cells[0])) if cells else None
 
 
 def by_position(facts: Facts, name: str) -> list[str]:

@@ -47,23 +47,23 @@ def changing_arguments(given: Mapping[str, Any]) -> list[str]:
     """
     if _KNOWN.isdisjoint(given):
         return []
-    found = sorted(_KNOWN.intersection(given))
-    return [name for name in found if given[name] is not None and given[name] is not (name == "is_causal")]
+    names = sorted(_KNOWN.intersection(given))
+    return [name for name in names if given[name] is not None and given[name] is not (name == "is_causal")]
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
     """Raise ValueError, with their names, where keyword arguments change what attention computes."""
-    found = changing_arguments(given)
-    if packing := [name for name in found if name in _PACKING]:
+    names = changing_arguments(given)
+    if packing := [name for name in names if name in _PACKING]:
         raise ValueError(
             f"{', '.join(packing)}: packed sequences are not supported; pass one sequence per row, with padding and an "
             "attention_mask (a collator that pads, and no packing or padding_free in a trainer)"
         )
-    if "output_attentions" in found:
+    if "output_attentions" in names:
         raise ValueError("a planned model has no attention weights to return; use the dense model for that")
-    if found:
+    if names:
         raise ValueError(
-            f"{', '.join(found)}: a planned model's attention does not know this argument, which changes what "
+            f"{', '.join(names)}: a planned model's attention does not know this argument, which changes what "
             "attention computes; leave it out"
         )
 

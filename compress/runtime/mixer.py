@@ -120,12 +120,14 @@ class Mixer(nn.Module):
         heads: the query heads of the layer that it runs.
         knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
+        by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
     needs_inputs: bool = False
     knows_scores: bool = False
     by_length: bool = False
+    by_query: ClassVar[tuple[str, ...]] = ()
     heads: tuple[int, ...] = ()
 
     @classmethod

@@ -63,6 +63,8 @@ class AarenMixer(Mixer):
         query: `[groups, query heads of one, D]`.
     """
 
+    by_query = ("query",)
+
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
         self.query = nn.Parameter(torch.empty(len(groups), facts.group_size, facts.head_dim))

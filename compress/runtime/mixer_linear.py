@@ -57,6 +57,24 @@ class Parts:
     log_gain: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the weights of a shared normaliser are made of: products of a query's and the keys' features, and decay.
+
+    Attributes:
+        query: `[B, H, T, F]`.
+        key: `[B, G, T, F]`.
+        log_decay: logarithms of the decays that tokens bring, `[B, G, T]`; None without decay.
+        spans: for every group what its queries see of the softmax, so that the state has the rest; None where the
+            state has all keys.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    log_decay: torch.Tensor | None
+    spans: tuple[Span, ...] | None
+
+
 class LinearState(PagedState):
     """The pages of the keys in sight, and `tensors["state"]`, `[B, G, F, E]` float32, for those before them.
 
@@ -129,6 +147,7 @@ class LinearMixer(SpanMixer):
         branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
+    by_query = ("map.query", "map.query_bias", "gain", "gain_query", "norm", "gate", "gate_bias")
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
@@ -291,6 +310,20 @@ class LinearMixer(SpanMixer):
     def _gains(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Of every query head a number and a vector, which give the logarithm of its gain."""
         return (self.gain.flatten(), self.gain_query.flatten(0, 1)) if self.shared else None
+
+    def features(self, query: torch.Tensor, key: torch.Tensor, step: Step, *, scale: float | None) -> Features:
+        """The features of a pass without a cache and without padding; arguments as of `Mixer.prefill`."""
+        positions, log_decay = step.positions(query.device)[:, None], None
+        if self.token_decay:
+            gates = self.gates_of(step)
+            assert gates is not None
+            log_decay = gates[..., 0]
+        elif self.log_decays is not None:
+            fixed = _on_device(self.log_decays, key.device, torch.float32)
+            log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
+        q = self.map.of_query(query, self._scale(scale), positions)
+        k = self.map.of_key(key, self._scale(scale), positions)
+        return Features(q, k, log_decay, None if self.alone else tuple(self.fixed))
 
     def decode(
         self,

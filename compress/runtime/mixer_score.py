@@ -34,6 +34,7 @@ class ScoreMixer(SpanMixer):
             None of other scores.
     """
 
+    by_query = ("log_temperature", "bias")
     knows_scores = False
     bias: torch.Tensor | None
 

@@ -124,13 +124,13 @@ class PlanModel(OneProcess):
 
     def _widths(self, plan: dict[str, Any]) -> list[Width]:
         """The width of every layer under a plan."""
-        found = []
+        widths = []
         for number, layer in enumerate(plan["layers"]):
             try:
-                found.append(Width.of_plan(layer, self.config))
+                widths.append(Width.of_plan(layer, self.config))
             except ValueError as error:
                 raise ValueError(f"compress_plan: layer {number}: {error}") from None
-        return found
+        return widths
 
     def set_plan(self, plan: dict[str, Any]) -> None:
         """Put a plan (`{"layers": [...]}`) into effect and into the configuration, in place of the one before.
@@ -363,9 +363,9 @@ def _valid_columns(
             raise ValueError("attention_mask: the cached columns hold padding, so a mask over all columns is needed")
         return None, None if seen is None else seen.new_ones(batch, past + count)
     if not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + count):
-        found = f"{tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        given = f"{tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, got {found}"
+            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, got {given}"
             + ("" if past else ". No tokens are cached: pass the cache of the passes before, if there were any")
         )
     mask = mask.bool()

@@ -17,14 +17,14 @@ def rope_change(config: Any) -> tuple[str, int] | None:
     A configuration has one set of parameters or, as Gemma 3's, one for each type of layer.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    for found in (parameters, *parameters.values()):
-        if not isinstance(found, dict):
+    for table in (parameters, *parameters.values()):
+        if not isinstance(table, dict):
             continue
-        kind = found.get("rope_type") or ""
+        kind = table.get("rope_type") or ""
         if GROWS in kind:
             return GROWS, config.max_position_embeddings
         if kind == SWITCHES:
-            return SWITCHES, found["original_max_position_embeddings"]
+            return SWITCHES, table["original_max_position_embeddings"]
     return None
 
 

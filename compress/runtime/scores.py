@@ -106,8 +106,8 @@ def attend(
         `[B, H, T, D]` in the dtype of the values, and if kept the log-sum-exp of every row `[B, H, T]` in float32 at
         least, before dropout and with the extra logit; -inf where nothing is seen.
     """
-    share = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
     dtype = torch.promote_types(query.dtype, torch.float32)
     products = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
     logits = scores.within(products * (query.shape[-1] ** -0.5 if scale is None else scale), seen)

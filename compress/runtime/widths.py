@@ -25,6 +25,11 @@ class Width:
     groups: int
     neurons: int
 
+    @property
+    def queries(self) -> int:
+        """Query heads of a group."""
+        return self.query_heads // self.groups
+
     @staticmethod
     def of(config: Any) -> Width:
         """The width that a configuration gives a layer."""
@@ -40,17 +45,17 @@ class Width:
             ValueError: wider than the configuration, empty, or query heads that do not divide among the groups.
         """
         whole, groups = Width.of(config), len(layer["groups"])
-        share = whole.query_heads // whole.groups
+        group_size = whole.query_heads // whole.groups
         neurons = (layer.get("mlp") or {}).get("kept", whole.neurons)
         query_heads = layer.get("query_heads")
-        width = Width(groups * share if query_heads is None else query_heads, groups, neurons)
-        for word, found, most in (
+        width = Width(groups * group_size if query_heads is None else query_heads, groups, neurons)
+        for word, kept, most in (
             ("key/value heads", width.groups, whole.groups),
-            ("query heads", width.query_heads, groups * share),
+            ("query heads", width.query_heads, groups * group_size),
             ("neurons", width.neurons, whole.neurons),
         ):
-            if not 0 < found <= most:
-                raise ValueError(f"{word}: expected 1 to {most}, the plan has {found}")
+            if not 0 < kept <= most:
+                raise ValueError(f"{word}: expected 1 to {most}, the plan has {kept}")
         if width.query_heads % groups:
             raise ValueError(f"query heads: {width.query_heads} do not divide among {groups} key/value heads")
         return width
@@ -108,13 +113,13 @@ class Experts:
 
 def projections(layer: nn.Module, config: Any) -> dict[str, Any]:
     """The projections of a layer that heads or neurons sit in, linear modules or `Experts`, by their names in it."""
-    found = {}
+    modules = {}
     for name in row_of(config).projections:
         path, _, last = name.rpartition(".")
         owner = layer.get_submodule(path)
         there = getattr(owner, last)
-        found[name] = Experts(owner, last) if isinstance(there, nn.Parameter) else there
-    return found
+        modules[name] = Experts(owner, last) if isinstance(there, nn.Parameter) else there
+    return modules
 
 
 def width_of(layer: nn.Module, config: Any) -> Width:
@@ -140,14 +145,14 @@ def build(layer: nn.Module, width: Width, config: Any) -> None:
 
 def declare(layer: nn.Module, width: Width, config: Any) -> None:
     """Tell the modules of a decoder layer its width, wherever they keep it."""
-    own = {
+    fields = {
         **width.fields(config),
         "intermediate_dim": width.neurons,
         "num_heads": width.query_heads,
         "num_key_value_groups": width.query_heads // width.groups,
     }
     for module in layer.modules():
-        for name, value in own.items():
+        for name, value in fields.items():
             if name in vars(module):
                 setattr(module, name, value)
         known = vars(module).get("config")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from compress.errors import UserError
-from compress.search.choice.removal import Widths, drawn
+from compress.search.choice.removal import drawn, widths_of
 from compress.search.problem import FULL_GROUP, Candidate, Place, Problem
 from compress.search.solver import Solver
 from compress.search.solvers.amp import Amp
@@ -59,7 +59,7 @@ def even_base(problem: Problem, importance: str) -> Problem:
 
 def drawn_baseline(problem: Problem, like: Candidate, seed: int) -> Candidate:
     """The plan of the same widths, and the same targets in each layer, whose units are drawn."""
-    picked = drawn(problem, Widths.of(problem, like.layers), seed)
+    picked = drawn(problem, widths_of(problem, like.layers), seed)
     rows = []
     for layer, asked in zip(picked, like.layers, strict=True):
         targets = iter([asked.groups[group] for group in asked.kept_groups])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.models.families import layers_of
+from compress.models.families import family_of, layers_of
 from compress.models.pruning import block_parameters, output_projections, parameters_per_unit
 from compress.runtime.span import PAGE
 from compress.targets.cost import Cost
@@ -50,6 +50,12 @@ class Dense:
     def biased_sizes(self) -> tuple[LayerParameters, ...]:
         """The same where every projection has a bias, as after a compensation."""
         return tuple(parameters_per_unit(self.model, biased=True))
+
+    @functools.cached_property
+    def neuron_step(self) -> int:
+        """What the number of neurons of a layer is a multiple of (`Family.neuron_step`)."""
+        config = getattr(self.model, "config", None)
+        return 1 if config is None else family_of(config).neuron_step
 
     @functools.cached_property
     def parameters(self) -> int:

@@ -42,6 +42,10 @@ class Solver(Method):
             if (self.removes if set(kind.reads) == {"parameters"} else self.spans)
         ]
 
+    def most_plans(self, lengths: int) -> int:
+        """Plans that `solve` gives at most, of a profile with so many lengths; an estimate of the time counts them."""
+        return 1
+
     @property
     def ranks(self) -> str | None:
         """The statistic that says what heads and neurons are worth, the first of several; None where none is read."""

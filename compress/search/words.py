@@ -19,7 +19,7 @@ def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
     if not sliding:
         return None
     shares = [
-        f"{rounded_up(row.share(int(amount))):g} of {row.of}"
+        f"{rounded_up(row.fraction(int(amount))):g} of {row.of}"
         + ("" if row.length is None else f" at {row.length:,} tokens")
         for row, amount in zip(problem.rows, smallest, strict=True)
     ]

@@ -1,85 +1,153 @@
-"""How long a run takes on this machine, and how much memory: about, before it starts."""
+"""How long a run takes, and how much memory, before it starts: counts of passes and tokens, and a machine's speeds.
+
+The constants were fitted to SmolLM2-135M in float32 on one core, from 512 to 2,048 tokens, where every stage took
+between .7 and 1.4 times what they say. They stand for an idle machine; other work on it makes a run longer.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Iterable, Sequence
 
 from compress.data.prompt import Task
 from compress.evaluate.comparison import CONTROL_ROW, WINDOWS_ROW
 from compress.evaluate.measure import asked_for
+from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
+from compress.stages.speeds import Speeds
+from compress.train.settings import TrainSettings
 
-# Forward passes that one profiled sample costs, with and without gradients: the tables of rules are most of it.
-PROFILED, WITH_GRADIENTS = 2.5, 5.0
-TRAINED = 3.0  # forward passes of a training step
-EFFICIENCY = {"cpu": 0.7, "cuda": 0.3}  # of a model's passes, against one large product of matrices
-STEP = {"cpu": 0.03, "cuda": 0.03}  # seconds of a decoded token besides its arithmetic
-# Documents that a model writes at once, and seconds of a step of all of them besides its arithmetic.
-WRITING = {"cpu": (16, 0.06), "cuda": (512, 0.005)}
-EXPORT = 30.0  # seconds, most of them in a fresh process that imports torch
-TRIED = 4  # plans and baselines that a search measures besides the points of the Pareto set
-SIZE, REPEATS = {"cpu": 768, "cuda": 8192}, 5
-
-
-def rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a product of matrices on a device, the best of a few."""
-    kind = device.partition(":")[0]
-    size = SIZE.get(kind, SIZE["cpu"])
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    fastest = float("inf")
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        float((left @ left)[0, 0])
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
+PRODUCTS = {"cpu": 0.93, "cuda": 0.5}  # speed of a model's products beside that of one large product
+DISPATCHED = 200  # operations of a layer, each of which has to be dispatched
+CACHE_READS = 6  # times that a decode step of the dense model reads or copies its cache
+BACKWARD = 1.05  # forward passes that a backward pass to the activations takes
+WEIGHT_GRADIENTS = 1.2  # and what gradients of all weights add
+TABLES, GRADIENT_TABLES = 3, 14  # exponentials that a table of the attention matrix takes for each of its numbers
+COLUMNS = 0.2  # forward passes that sums over the columns of projections take
+ALTERNATIVE = 0.35  # forward passes for the attention of all head groups under another target
+RULES = 7  # targets that a refinement's model knows of each head group
+BASELINES = 2  # different ones, in most searches
+ANSWER = 12  # tokens of a written answer
+AT_ONCE, LENGTH = {"cpu": 16, "cuda": 512}, 512  # documents that a model writes at once, and their tokens half-way
+START, READ = 8.0, 0.1e9  # seconds of imports, and bytes per second at which weights are read, hashed and converted
+EXPORT = 35.0  # seconds beside the weights, most of them in a fresh process that imports torch
 
 
-def seconds(recipe: Recipe, situation: Situation, device: str) -> dict[str, float]:
-    """Seconds of each stage, about.
+class Estimate:
+    """Seconds of passes of one model at some speeds.
+
+    Args:
+        shape: of the model; without one nothing is known of its attention.
+        itemsize: bytes of a weight.
+    """
+
+    def __init__(self, situation: Situation, speeds: Speeds, kind: str, itemsize: int) -> None:
+        self.speeds = speeds
+        self.shape: ModelShape | None = situation.shape
+        self.parameters = situation.parameters
+        self.weights = situation.parameters * itemsize
+        self.products = speeds.products * PRODUCTS.get(kind, 0.5)
+        shape = self.shape
+        self.heads = shape.layers * shape.query_heads if shape else 0
+        self.head_dim = shape.head_dim if shape else 0
+        self.token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize if shape else 0
+        self.dispatch = (shape.layers if shape else 0) * DISPATCHED * speeds.dispatch
+
+    def forward(self, length: int) -> float:
+        """One forward pass of a sequence: all weights, and half of the matrix of queries and keys, twice."""
+        operations = 2 * self.parameters + 2 * self.heads * self.head_dim * length
+        return length * operations / self.products + self.dispatch
+
+    def decode(self, length: int, batch: int = 1) -> float:
+        """One decode step behind so many tokens, for one of the sequences that share it."""
+        step = (self.weights + batch * CACHE_READS * length * self.token_bytes) / self.speeds.bandwidth
+        return (step + self.dispatch) / batch + 2 * self.parameters / self.products
+
+    def attended(self, length: int, each: int) -> float:
+        """So many exponentials for every head, query and key."""
+        return self.heads * length * length * each / self.speeds.elements
+
+    def answers(self, tasks: Sequence[Task]) -> float:
+        """The dense model's own answers to the prompts of some tasks."""
+        return sum(
+            task.count * (self.forward(task.length) + ANSWER * self.decode(task.length))
+            for task in tasks
+            if task.answer == "model"
+        )
+
+    def passes(self, tasks: Iterable[Task], count: float = 1.0) -> float:
+        """`count` forward passes of every document."""
+        return count * sum(task.count * self.forward(task.length) for task in tasks)
+
+
+def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -> dict[str, float]:
+    """Seconds of each stage.
 
     Args:
         situation: of the recipe's model.
+        speeds: of the device, with the recipe's dtype.
         device: where the work is done.
     """
+    itemsize = {"float32": 4}.get(recipe.dtype, 2)
     kind = device.partition(":")[0]
-    speed = rate(device, torch.float32 if kind == "cpu" else getattr(torch, recipe.dtype)) * EFFICIENCY.get(kind, 0.5)
-    token = 2 * situation.parameters / speed
-
-    def answering(tasks: Sequence[Task], prefills: float = 1.0) -> float:
-        written = sum(task.count for task in tasks if task.answer == "model") * 12
-        return prefills * token * _tokens(tasks) + written * (STEP.get(kind, 0.03) + token)
-
-    calibration, evaluate, search = recipe.calibration, recipe.evaluate, recipe.search
-    passes = WITH_GRADIENTS if any(each.needs_gradient for each in recipe.profile.statistics) else PROFILED
-    documents = [*calibration.documents, *calibration.training]
-    stages: dict[str, float] = {}
+    of = Estimate(situation, speeds, kind, itemsize)
+    calibration, search, recover = recipe.calibration, recipe.search, recipe.recover
+    stages = {"load": START + of.weights / READ}
     written = {(use.source.model_dump_json(), use.part): use.source.written(use.part) for use in uses_of(recipe)}
     if total := sum(written.values()):
-        at_once, step = WRITING.get(kind, WRITING["cpu"])
-        stages["text"] = total * (token + step / at_once)
-    plans = int(getattr(search.solver, "points", 0)) + TRIED
-    stages["profile"] = answering(documents) + passes * token * _tokens(calibration.documents)
-    stages["search"] = answering(calibration.held_out, 1.0 + plans)
+        stages["text"] = total * of.decode(LENGTH, AT_ONCE.get(kind, AT_ONCE["cpu"]))
+    stages["profile"] = of.answers([*calibration.documents, *calibration.training]) + _profile(recipe, of)
+    if recipe.prepare is not None:
+        stages["prepare"] = _training(recipe.prepare, of, 1 + (1 + BACKWARD) * len(recipe.prepare.targets))
+    plans = 1 + search.solver.most_plans(len({task.length for task in calibration.documents})) + BASELINES
+    stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
     if search.refine is not None:
-        stages["search"] += 60 * search.refine.minutes
+        learnt = [*calibration.documents, *calibration.training]
+        made = search.refine.samples * (1 + BACKWARD + RULES * ALTERNATIVE)
+        stages["search"] += max(60 * search.refine.minutes, of.passes(learnt, plans + made))
     rows = row_names(recipe)
-    if recipe.recover is not None:
-        trained = recipe.recover.step_count * recipe.recover.batch_size * recipe.recover.length
-        stages["recover"] = TRAINED * token * trained * (1 + (CONTROL_ROW in rows) + (WINDOWS_ROW in rows))
-    stages["export"] = EXPORT
-    windows = sum(int(getattr(measure, "tokens", 0)) for measure in asked_for(evaluate))
-    stages["evaluate"] = len(rows) * (token * windows + answering(evaluate.recall))
+    if recover is not None:
+        step = 1 + BACKWARD + (WEIGHT_GRADIENTS if recover.train == "full" else 0.0)
+        step += any(objective.needs_teacher for objective in recover.losses)
+        times = 1 + sum(row in rows for row in (CONTROL_ROW, WINDOWS_ROW))
+        stages["recover"] = _training(recover, of, times * step)
+    stages["export"] = EXPORT + of.weights / READ
+    batch = recipe.evaluate.batch_size
+    stages["evaluate"] = len(rows) * sum(
+        inputs.count * (of.forward(inputs.length) + inputs.written * of.decode(inputs.length, batch))
+        for measure in asked_for(recipe.evaluate)
+        for inputs in measure.inputs()
+    )
     return stages
 
 
-def _tokens(tasks: Sequence[Task]) -> int:
-    return sum(task.length * task.count for task in tasks)
+def _profile(recipe: Recipe, of: Estimate) -> float:
+    """The passes of a profile over its documents, and the training of statistics that train."""
+    total, documents = 0.0, recipe.calibration.documents
+    lengths = sorted({task.length for task in documents})
+    for reads in {statistic.reads for statistic in recipe.profile.statistics}:
+        taken = [statistic for statistic in recipe.profile.statistics if statistic.reads == reads]
+        gradient = any(statistic.needs_gradient for statistic in taken)
+        if reads == "attention":
+            others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
+            total += of.passes(documents, 1 + BACKWARD * gradient + ALTERNATIVE * others)
+            tables = GRADIENT_TABLES if gradient else TABLES
+            total += sum(task.count * of.attended(task.length, tables) for task in documents)
+        elif reads == "projections":
+            corpora = 1 if recipe.calibration.second is None else 2
+            total += corpora * of.passes(documents, 1 + COLUMNS + (BACKWARD + WEIGHT_GRADIENTS) * gradient)
+        elif reads == "training":
+            queue = recipe.calibration.training or documents
+            mean = of.passes(queue, 2 + BACKWARD) / sum(task.count for task in queue)
+            total += sum(getattr(statistic, "steps", 0) for statistic in taken) * mean
+    return total
+
+
+def _training(settings: TrainSettings, of: Estimate, passes: float) -> float:
+    """So many forward passes of every sequence."""
+    return passes * settings.step_count * settings.batch_size * of.forward(settings.length)
 
 
 def memory(recipe: Recipe, situation: Situation) -> int:

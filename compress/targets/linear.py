@@ -112,6 +112,11 @@ class LinearGroup(Target):
             raise ValueError("a group that is alone has no window: leave out sink, alpha and beta")
         return self
 
+    @property
+    def objective(self) -> str:  # type: ignore[override]
+        """The parts of the attention where they have one normaliser; an added state has no weights to match."""
+        return "parts" if self.out == "shared" else "transfer"
+
     def span(self) -> Span:
         """The keys in the softmax, by whole pages; of a group that is alone, those that its cache holds."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)

@@ -54,8 +54,8 @@ class SpanTarget(Target):
         span = self.span(native)
         if span.is_full:
             return "full"
-        share = f"+{span.beta:g}{'t' if span.rule == 'position' else 'N'}" if span.beta else ""
-        return f"{span.sink}|{span.alpha}{share}"
+        growth_text = f"+{span.beta:g}{'t' if span.rule == 'position' else 'N'}" if span.beta else ""
+        return f"{span.sink}|{span.alpha}{growth_text}"
 
     def rule_text(self) -> str:
         """The span rule."""
@@ -106,9 +106,9 @@ def visible_pairs(span: Span, length: int) -> int:
         steps = (1 - span.alpha) * BETA_UNIT
         grows = max(grows, -(-steps // span.beta_units)) if span.beta_units else length + 1
     grows = min(grows, length + 1)
-    own, wider = grows - low - 1, length - grows + 1
+    growing, wider = grows - low - 1, length - grows + 1
     growth = floor_sum(length, span.beta_units) - floor_sum(grows - 1, span.beta_units)
-    return low * (low + 1) // 2 + (own + wider) * span.sink + own + wider * span.alpha + growth
+    return low * (low + 1) // 2 + (growing + wider) * span.sink + growing + wider * span.alpha + growth
 
 
 def floor_sum(count: int, units: int) -> int:

@@ -115,7 +115,7 @@ def recover(
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch)
     steps, device = settings.step_count, next(model.parameters()).device
     accelerator = _accelerator(settings, device)
-    batches.share(accelerator.num_processes)
+    batches.per_process(accelerator.num_processes)
     before, followed = _fingerprint(model), None if teacher is None else _fingerprint(teacher)
     digest = windows.digest(steps, settings.batch_size)
     partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, digest))
@@ -283,14 +283,13 @@ def _train_and_merge(
     whole = whole or not all(has_plain_head(each) for each in (model, teacher) if each is not None)
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
-    batches = DroppedWindows.of(batches, copied, settings, f"{seed}/windows")
-    sequences = batches.share(accelerator.num_processes)
+    sequences = batches.per_process(accelerator.num_processes)
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
             _Student(copied, teacher, low, whole=whole),
             settings.losses,
-            batches,
+            DroppedWindows.of(batches, copied, settings, f"{seed}/windows"),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
             accelerator,

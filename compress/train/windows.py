@@ -92,7 +92,7 @@ class WindowBatches:
         self.windows, self.sequences, self.most, self.where = windows, sequences, most, where
         self.size = sequences * windows.length
 
-    def share(self, processes: int) -> int:
+    def per_process(self, processes: int) -> int:
         """Sequences of a batch in each process.
 
         Raises:
@@ -109,7 +109,7 @@ class WindowBatches:
 
     def passes(self, step: int, processes: int) -> list[list[dict[str, torch.Tensor]]]:
         """Parts `{"input_ids": [sequences, length]}` of the batch of a step (from 0), for every process."""
-        share = self.share(processes)
-        most = min(self.most or share, share)
+        per_process = self.per_process(processes)
+        most = min(self.most or per_process, per_process)
         batch = self.windows.batch(step, self.sequences)
-        return [[{"input_ids": part} for part in process.split(most)] for process in batch.split(share)]
+        return [[{"input_ids": part} for part in process.split(most)] for process in batch.split(per_process)]

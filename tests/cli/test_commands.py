@@ -62,6 +62,7 @@ def test_validate_shows_the_work(tmp_path: Path) -> None:
     result = call("validate", recipe)
     assert result.exit_code == 0, result.output
     assert "the recipe is valid" in result.stderr
+    assert "as just measured" in result.stdout and "GFLOP/s" in result.stdout
     assert "2 forward and" in result.stdout and "tokens" in result.stdout
     data = json.loads(call("validate", recipe, "--json").stdout)
     assert data["work"]["search"] == [{"task": "continuation", "length": 384, "count": 1}]

@@ -127,7 +127,7 @@ def test_the_report_opens_with_parameters(equal: Path) -> None:
     facts = read_facts(equal / "run")
     assert facts.plan is not None
     found = headline(facts)
-    share = facts.plan.predicted.of("parameters")[None].share
+    share = facts.plan.predicted.of("parameters")[None].fraction
     assert found["shares"][0] == (share, "of the decoder layers' parameters")
     assert found["lines"][0] == removal(facts.plan) and any("decode step" in line for line in found["lines"])
     heads = head_map(facts)

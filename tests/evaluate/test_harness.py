@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from compress.evaluate.paired import paired
 from compress.evaluate.suites.documents import documents
 from compress.evaluate.tables import tables
 from compress.evaluate.task_result import TaskResult
+from compress.models.planned import mixers_of, planned_model
+from compress.plan import make_plan
+from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
 
 
@@ -195,3 +200,29 @@ def test_items_are_sized_with_one_tokenizer_for_all(tasks: Path, monkeypatch: py
     run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story())
     run_task(byte_model(), own, request, "passkey", 600, seed=1, text=story(), sizer=shared)
     assert set(map(id, sized[:1])) == {id(own)} and sized[-1] is shared
+
+
+def test_linear_heads_answer_in_padded_batches_as_alone() -> None:
+    """States and windows of a sequence do not depend on its padding, neither scored nor generated."""
+    from lm_eval.api.instance import Instance
+
+    from compress.evaluate.strict import Strict
+
+    state, delta = LinearGroup(alpha=1), LinearGroup(rule="delta", alpha=1, decay="token")
+    plan = make_plan(byte_loaded().shape, [[state, state], [delta, FullGroup()]])
+    model = planned_model(byte_loaded().model, plan, untrained=True)
+    for mixer in mixers_of(model):
+        for name, weight in mixer.named_parameters():
+            if name in ("gain", "gate_bias", "norm"):
+                weight.data.fill_(1.0)
+    questions = [story()[90 * i : 90 * i + 250 * (1 + i % 4)] for i in range(6)]
+    found: list[list[Any]] = []
+    for batch in (1, 4):
+        lm = Strict(model, copy.deepcopy(byte_tokenizer()), batch)
+        scored = [Instance("loglikelihood", {}, (text, " The stone of"), i) for i, text in enumerate(questions)]
+        options = {"max_gen_toks": 6, "until": [], "do_sample": False}
+        written = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(questions)]
+        found.append([*lm.loglikelihood(scored, disable_tqdm=True), *lm.generate_until(written, disable_tqdm=True)])
+    alone, padded = found
+    assert len(set(alone)) == 12 and [each[0] for each in padded[:6]] == pytest.approx([each[0] for each in alone[:6]])
+    assert padded[6:] == alone[6:] and all(alone[6:])

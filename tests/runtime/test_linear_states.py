@@ -108,3 +108,24 @@ def test_states_are_float32_and_gradients_reach_everything(rule: Rule) -> None:
         exact,
         fast_mode=True,
     )
+
+
+@pytest.mark.parametrize("rule", ["add", "delta"])
+def test_a_float32_state_keeps_up_with_float64_over_8192_decoded_tokens(rule: Rule) -> None:
+    """Page by page, as decoding takes keys in; a bfloat16 normaliser is far off after 2,048 tokens."""
+    torch.manual_seed(4)
+    features, tokens = 16, 8192
+    key = torch.randn(1, 1, tokens, features, dtype=torch.float64).softmax(-1)
+    key = key if rule == "add" else torch.nn.functional.normalize(key, dim=-1)
+    value, query = torch.randn(1, 1, tokens, 8, dtype=torch.float64), torch.rand(1, 1, 1, features)
+    exact, state, low = chunk_states(key, value, rule=rule)[:, :, -1], None, torch.zeros(features, dtype=torch.bfloat16)
+    for page in range(tokens // PAGE):
+        kept = slice(page * PAGE, (page + 1) * PAGE)
+        state = chunk_states(key[:, :, kept].float(), value[:, :, kept].float(), state, rule=rule)[:, :, 1]
+    assert state is not None and state.dtype == torch.float32
+    found, expected = query @ state, query.double() @ exact
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    for one in key[0, 0].bfloat16():
+        low += one
+    if rule == "add":
+        assert float(low.sum()) < 0.5 * float(exact[0, 0, :, -1].sum())

@@ -8,15 +8,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
+from compress.models.families import family_of
 from compress.models.planned import planned_model, pruned_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
-from compress.plan import Mlp, read_plan
+from compress.plan import LayerPlan, Mlp, read_plan
 from compress.profile.key import Key
 from compress.search.budget.budget import Budget
-from compress.search.choice.removal import Widths, drawn, pick
+from compress.search.choice.removal import drawn, pick, widths_of
 from compress.search.dense import Dense
-from compress.search.problem import Problem
+from compress.search.problem import Candidate, Problem
+from compress.search.refine.moves import Moves
 from compress.search.response import response_loss
 from compress.search.run import make_problem, run_search
 from compress.search.solvers.allocated import Allocated
@@ -107,6 +109,29 @@ def test_parameters_are_those_of_the_model_and_within_the_budget(family: str, sh
             assert pruned.config.intermediate_size == pruned.model.layers[0].mlp.up_proj.out_features
 
 
+@pytest.mark.parametrize("solver", [Amp(), Amp(unit="query"), Allocated(), Moa(removal={})], ids=str)
+@pytest.mark.parametrize("share", [0.93, 0.81, 0.5])
+def test_experts_keep_whole_steps_of_neurons(solver: Any, share: float) -> None:
+    """At shares where a smaller step would come nearer to the budget."""
+    model = tiny_model("mixtral")
+    assert family_of(model.config).neuron_step == 8
+    if isinstance(solver, Ranked):
+        problem = problem_of(model, Scored(model), share)
+        plans = [candidate.to_plan(problem, {}) for candidate in solver.solve(problem)]
+        for plan in [*plans, Candidate(solver.smallest(problem)).to_plan(problem, {})]:
+            assert all(layer.mlp is None or layer.mlp.kept % 8 == 0 for layer in plan.layers)
+            assert block_parameters(pruned_model(model, plan)) == plan.predicted.of("parameters")[None].plan
+        with pytest.raises(UserError, match="cannot have such numbers of neurons"):
+            solver.model_copy(update={"multiple": 4}).solve(problem)
+    else:
+        problem = problem_of(model, Scored(model, "taylor"), share)
+        options = solver.removal.neuron_options(problem, torch.rand(3, 64))
+        assert all(kept % 8 == 0 for unit in options for kept in unit.choices)
+        layers = (LayerPlan(groups=problem.start[0].groups, mlp=Mlp.of(range(40))),) * 3
+        steps = [unit.choices for unit in Moves.of(problem, layers, "taylor").units[-3:]]
+        assert all(kept % 8 == 0 for choices in steps for kept in choices) and {32, 48} <= set(steps[0])
+
+
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha"])
 @pytest.mark.parametrize("solver", [Amp, Allocated])
 def test_biases_of_a_compensation_count(family: str, solver: type[Ranked]) -> None:
@@ -118,7 +143,7 @@ def test_biases_of_a_compensation_count(family: str, solver: type[Ranked]) -> No
     assert plan.predicted.of("parameters")[None].plan == left <= problem.parameters_limit
     assert plan.predicted.of("parameters")[None].dense == block_parameters(model)
     (plain,) = solver(multiple=1).solve(problem)
-    kept = [sum(widths.neurons for widths in Widths.of(problem, each.layers)) for each in (candidate, plain)]
+    kept = [sum(widths.neurons for widths in widths_of(problem, each.layers)) for each in (candidate, plain)]
     assert kept[0] < kept[1]
 
 
@@ -179,7 +204,7 @@ def test_allocation_is_the_smallest_loss_of_all_widths() -> None:
 
     assert free.losses["removed"] == pytest.approx(removed(free.layers), rel=1e-5)
     assert removed(free.layers) < removed(equal.layers)
-    widths = Widths.of(problem, free.layers)
+    widths = widths_of(problem, free.layers)
     assert widths[1].neurons > widths[0].neurons
     assert all(each.neurons % 8 == 0 for each in widths)
 
@@ -208,9 +233,9 @@ def test_random_plan_has_the_same_widths_and_other_units() -> None:
     model = tiny_model("llama-gqa")
     problem = problem_of(model, Scored(model), 0.7)
     (found,) = Allocated(multiple=1).solve(problem)
-    widths = Widths.of(problem, found.layers)
+    widths = widths_of(problem, found.layers)
     other = drawn(problem, widths, seed=1)
-    assert Widths.of(problem, other) == widths
+    assert widths_of(problem, other) == widths
     assert other != found.layers
     assert other == drawn(problem, widths, seed=1)
     assert problem.total(other).tolist() == problem.total(found.layers).tolist()

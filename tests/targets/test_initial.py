@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from compress.models.planned import planned_model, set_plan
-from compress.plan import Plan, make_plan
+from compress.models.planned import mixers_of, planned_model, set_plan
+from compress.models.prepared import PreparedOption, attach
+from compress.plan import Plan, make_plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.mixer import MIXERS, LayerFacts, register
 from compress.runtime.mixer_span import SpanMixer
 from compress.runtime.span import FULL, AnySpan
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.span import SpanTarget
+from tests.pruned import uneven_plan
 from tests.tiny import shape_of, tiny_model
 
 
@@ -81,3 +85,23 @@ def test_parameters_start_as_the_target_says() -> None:
     set_plan(model, plan_of(shape, (0, 1), (1, 0)))
     assert not bool(model.model.layers[0].self_attn.mixers["scaled"].scale.any())
     assert torch.equal(model.model.layers[1].self_attn.mixers["scaled"].scale, weights[1][:1])
+
+
+def test_of_what_was_prepared_the_query_heads_that_stay_take_theirs() -> None:
+    model, target = tiny_model("phi3"), LinearGroup(alpha=1)
+    trained = {}
+    dense = planned_model(model, uniform_plan(shape_of(model), target), untrained=True)
+    for layer, mixer in enumerate(mixers_of(dense)):
+        for name, parameter in mixer.named_parameters():
+            trained[f"{layer}.{name}"] = torch.randn(parameter.shape)
+    record: Any = SimpleNamespace(errors=[[0.0, 0.0]] * 3)
+    attach(model, (PreparedOption(target, record, trained),))
+    found = mixers_of(planned_model(model, uneven_plan(model, [target])))
+    # The last group with its last query head, everything, and of both groups one query head: the first, the last.
+    stay = [([1], [[1]]), ([0, 1], [[0, 1], [0, 1]]), ([0, 1], [[0], [1]])]
+    for layer, (mixer, (groups, heads)) in enumerate(zip(found, stay, strict=True)):
+        for name, parameter in mixer.named_parameters():
+            rows = trained[f"{layer}.{name}"][groups]
+            if name in mixer.by_query:
+                rows = torch.stack([row[kept] for row, kept in zip(rows, heads, strict=True)])
+            assert torch.equal(parameter, rows), name

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from compress.runtime.mixer_linear import Features, Parts
 from compress.runtime.span import Span
-from compress.train.objectives.weights import Features
 
 BATCH, HEADS, GROUPS, LENGTH, SIZE, FEATURES = 6, 4, 2, 5, 8, 6
 SPANS = (Span(1, 2, 0.0), Span(0, 1, 0.0))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The softmax over the keys in sight, and a state over all others."""
-
-    out: torch.Tensor
-    lse: torch.Tensor
-    num: torch.Tensor
-    log_den: torch.Tensor
-    log_gain: torch.Tensor
 
 
 class Hybrid:

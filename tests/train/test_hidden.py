@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.registry import objectives
-from compress.train.objectives.hidden import Hidden
+from compress.train.objectives.hidden import Hidden, Mass
 from compress.train.objectives.weights import decayed, hidden_keys
 from tests.train.hybrid import BATCH, HEADS, LENGTH, SPANS, Hybrid
 
@@ -45,14 +45,14 @@ def test_weights_are_the_divergence_of_all_weights_by_the_chain_rule() -> None:
 
 @pytest.mark.parametrize("name", ["parts", "weights", "transfer"])
 @pytest.mark.parametrize("form", ["divergence", "log"])
-def test_the_exact_state_has_nothing_to_learn_and_any_other_has(name: str, form: str) -> None:
+def test_the_exact_state_has_nothing_to_learn_and_any_other_has(name: str, form: Mass) -> None:
     fields: dict[str, Any] = {"part": "state"} if name == "transfer" else {"form": form}
     fields |= {"queries": None} if name == "weights" else {}
     objective = objectives[name](**fields)
     for exact, low, high in ((True, -1e-9, 1e-5), (False, 0.01, 1e3)):
         layer = Hybrid(dtype=torch.float64, exact=exact)
         if exact and name == "weights":  # its mass alone: the features are not those of the exact weights
-            assert float(Hidden.of(layer.parts, layer.teacher).mass_error(form).max()) < high  # type: ignore[arg-type]
+            assert float(Hidden.of(layer.parts, layer.teacher).mass_error(form).max()) < high
             continue
         loss = objective.loss(layer.student, layer.teacher, INPUTS)
         assert low < float(loss.detach()) < high
@@ -65,6 +65,7 @@ def test_the_window_cannot_buy_a_smaller_loss() -> None:
     layer = Hybrid(dtype=torch.float64)
     parts, teacher = layer.parts, layer.teacher
     for name in ("parts", "weights"):
+        assert parts.out is not None
         window = parts.out.detach().requires_grad_()
         moved = type(parts)(window, *list(vars(parts).values())[1:])
         loss = objectives[name]().loss(layer.student | {"parts": moved}, teacher, INPUTS)
@@ -76,8 +77,8 @@ def test_heads_that_see_nothing_of_their_own_have_the_whole_mass_to_learn() -> N
     layer.hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(HEADS, -1, -1)
     layer.own = (layer.query_features @ layer.key_features.repeat_interleave(2, 1).mT).masked_fill(~layer.hidden, 0)
     parts = layer.parts
-    assert bool((parts.lse == float("-inf")).all())
-    alone = type(parts)(None, None, *list(vars(parts).values())[2:])  # type: ignore[arg-type]
+    assert parts.lse is not None and bool(torch.isneginf(parts.lse).all())
+    alone = type(parts)(None, None, *list(vars(parts).values())[2:])
     hidden = Hidden.of(alone, layer.teacher)
     torch.testing.assert_close(hidden.share, torch.ones_like(hidden.share))
     torch.testing.assert_close(hidden.log_mass, layer.scores.logsumexp(-1))

@@ -14,7 +14,7 @@ from compress.data.text import TextSource
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import STANDARD_ERRORS, Cell
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.measures.perplexity import check_windows
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
@@ -79,6 +79,10 @@ class Agreement(Measure):
     def words(self) -> str:
         """Windows and tokens."""
         return f"agreement on {self.windows} windows of {self.length:,} tokens"
+
+    def inputs(self) -> list[Inputs]:
+        """Two passes a window, one of them through the dense model."""
+        return [Inputs(self.length, 2 * self.windows)]
 
     def passes(self) -> str:
         """Two forward passes a window."""

@@ -120,13 +120,13 @@ def latency(model: Any, dense: Any, request: Latency) -> LatencyResult:
     device = next(dense.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(dense.config.vocab_size, (request.batch, request.length), generator=generator).to(device)
-    own = side(model, ids, request.steps, beside=dense)
-    other = own if model is dense else side(dense, ids, request.steps, beside=model)
+    measured = side(model, ids, request.steps, beside=dense)
+    other = measured if model is dense else side(dense, ids, request.steps, beside=model)
     release(device)
     return LatencyResult(
         length=request.length,
         batch=request.batch,
-        own=_timing(own),
+        own=_timing(measured),
         dense=_timing(other),
         backend=other.backend,
         graph=device.type == "cuda",

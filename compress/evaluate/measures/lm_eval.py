@@ -11,12 +11,14 @@ from pydantic import Field
 
 from compress.errors import UserError, nearest
 from compress.evaluate.harness import EXTRA, PREFILL, run_task, task_files
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.suites import SUITES
 from compress.evaluate.task_result import TaskResult
 from compress.files import file_key, text_key
 from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
 from compress.registry import PathText, measures
+
+SUITE_ANSWER = 24  # tokens that an item of a suite generates, about
 
 
 @measures.register("lm_eval")
@@ -51,6 +53,10 @@ class LmEval(Measure):
     def words(self) -> str:
         """The names of tasks and suites."""
         return "\n".join([*self.tasks, *self.suites])
+
+    def inputs(self) -> list[Inputs]:
+        """The items of the suites; those of tasks are only known once these are loaded."""
+        return [Inputs(length, self.count * len(self.suites), SUITE_ANSWER) for length in self.lengths]
 
     def passes(self) -> str:
         """As many as the tasks take."""

@@ -16,7 +16,7 @@ from compress.data.text import EmbeddedText, Source, TextSource
 from compress.errors import NotFiniteError, UserError
 from compress.evaluate.cell import Cell, Part
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.registry import measures
@@ -178,6 +178,9 @@ class Perplexity(Measure):
 
     def words(self) -> str:
         return f"{self.windows} windows of {self.length:,} tokens"
+
+    def inputs(self) -> list[Inputs]:
+        return [Inputs(self.length, self.windows)]
 
     def passes(self) -> str:
         return f"{self.windows} forward"

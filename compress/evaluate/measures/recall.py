@@ -15,7 +15,7 @@ from compress.data.prompt import Prompt, Task, check_scored
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell, by_part
 from compress.evaluate.labels import distinct_labels
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.models.cache_bytes import cache_bytes
@@ -23,6 +23,7 @@ from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
 
 Tasks = tuple[Annotated[Task, tasks], ...]
+WRITTEN = 12  # tokens of an answer, about
 DEPTHS = tuple(number / 5 for number in range(6))
 
 
@@ -146,6 +147,10 @@ class Recall(Measure):
 
     def _labels(self) -> list[str]:
         return distinct_labels([task.label for task in self.tasks], [task.model_dump() for task in self.tasks])
+
+    def inputs(self) -> list[Inputs]:
+        """Prompts with their answers."""
+        return [Inputs(task.length, task.count, WRITTEN) for task in self.tasks]
 
     def passes(self) -> str:
         """One generation a prompt."""

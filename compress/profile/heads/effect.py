@@ -72,6 +72,10 @@ class Effect(HeadStatistic):
             _grid(name, grid)
         return self
 
+    def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
+        """All targets that it prices; see `Statistic.alternatives`."""
+        return len(self.resolved(shape, lengths).targets)
+
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """With the options as targets, those of a layer that does not slide by itself.
 
@@ -79,10 +83,10 @@ class Effect(HeadStatistic):
             UserError: they are too many.
         """
         unit = Unit(shape.group_size, shape.head_dim)
-        every = list(self.targets)
+        priced = list(self.targets)
         for name, grid in self.options.items():
-            every += targets[name].options(unit, lengths, _grid(name, grid))
-        chosen = tuple(target for target in dict.fromkeys(every) if target.removes or not target.as_built)
+            priced += targets[name].options(unit, lengths, _grid(name, grid))
+        chosen = tuple(target for target in dict.fromkeys(priced) if target.removes or not target.as_built)
         if len(chosen) > MOST:
             raise UserError(
                 "too many targets to price",

@@ -77,8 +77,8 @@ class Influence(HeadStatistic):
 
     def add(self, sums: Sums, tile: Tile, item: Item) -> None:
         """Price all rules on the rows of a tile; rules that mask nothing there cost nothing."""
-        every = list(masked_keys(self.grid, tile, tile.positions, item.length))
-        if not every:
+        masked = list(masked_keys(self.grid, tile, tile.positions, item.length))
+        if not masked:
             return
         influence, shift = row_influence(tile)
         groups, _, rows, columns = influence.shape
@@ -89,7 +89,7 @@ class Influence(HeadStatistic):
         absolute = prefix_sums(heads_sum, tile.workspace, "influence.absolute")
         shifts = prefix_sums(shift, tile.workspace, "influence.shift")
         mass = tile.prefix()
-        for keys in every:
+        for keys in masked:
             keys.add_to(sums["absolute"][tile.layer], keys.sums(absolute).sum(1))
             keys.add_to(sums["signed"][tile.layer], keys.sums(signed).sum(1))
             effect = joint_effect(tile.attention, shift, mass, shifts, keys)

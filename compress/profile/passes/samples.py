@@ -55,7 +55,7 @@ class SamplePass(Pass):
                 total.restore(held, notes["counts"][number])
         run.processes.wait()
         run.report(done, len(queue), "continuing" if done else "starting")
-        every = max(1, math.ceil(sum(total.size() for total in totals) / SAVE_BYTES))
+        interval = max(1, math.ceil(sum(total.size() for total in totals) / SAVE_BYTES))
         with self.reader(run, statistics) as read:
             while done < len(queue):
                 started = time.perf_counter()
@@ -64,7 +64,7 @@ class SamplePass(Pass):
                 before, done = done, done + len(batch)
                 run.partial.seconds += time.perf_counter() - started
                 run.partial.peak = max(run.partial.peak, peak_bytes(run.subject.device))
-                if done // every > before // every and run.processes.main:
+                if done // interval > before // interval and run.processes.main:
                     self._save(run, done, totals)
                 run.report(done, len(queue), message)
         pairs = [list(zip(total.sums, total.counts, strict=True)) for total in totals]

@@ -143,7 +143,7 @@ class ColumnStatistic(UnitStatistic):
     """
 
     @abstractmethod
-    def each(self, inputs: torch.Tensor) -> torch.Tensor:
+    def term(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the mean is taken of, from inputs `[tokens, columns]` float64."""
 
     @abstractmethod
@@ -156,7 +156,7 @@ class ColumnStatistic(UnitStatistic):
 
     def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
         """See `UnitStatistic.add`."""
-        sums[kind] += self.each(inputs.double()).sum(0)
+        sums[kind] += self.term(inputs.double()).sum(0)
 
     def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
         """See `UnitStatistic.scores`."""

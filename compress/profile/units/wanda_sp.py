@@ -21,7 +21,7 @@ class WandaSp(ColumnStatistic):
     unit: ClassVar[str] = "|weight| x root mean square input"
     gives: ClassVar[Mapping[str, str]] = {"wanda_sp": "units"}
 
-    def each(self, inputs: torch.Tensor) -> torch.Tensor:
+    def term(self, inputs: torch.Tensor) -> torch.Tensor:
         """Squares."""
         return inputs.square()
 

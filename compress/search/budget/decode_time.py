@@ -71,15 +71,15 @@ class TimeRow(Row):
 
     def too_tight(self, smallest: int, least: str) -> Problem:
         """As `Row.too_tight`, in shares of the time."""
-        share = rounded_up(self.time_share(smallest))
+        fraction = rounded_up(self.time_share(smallest))
         longer = "budget at longer inputs or larger batches, where attention takes more of a step"
         return Problem(
             f"no plan meets the budget `decode_time` at length {self.length}",
             "search.budget.decode_time",
-            expected=f"at least {share:g} of the dense model's step, {least}, by {self.times.source}",
+            expected=f"at least {fraction:g} of the dense model's step, {least}, by {self.times.source}",
             found=f"{self.most_time:g} of the dense model's step",
-            fix=f"raise it to {share:g} or more, or {longer}"
-            if share <= 1
+            fix=f"raise it to {fraction:g} or more, or {longer}"
+            if fraction <= 1
             else f"{longer}; nothing measured is faster than the dense model here",
         )
 
@@ -152,23 +152,23 @@ class DecodeTime(BudgetKind):
         weights = dense.parameters * dense.itemsize if dense.removes and times.weights_count else 0
         sets = [(batch,) for batch in budget.batch_sizes] if weights else [tuple(budget.batch_sizes)]
         return [
-            cls.row(length, share, dense, times, batches, weights)
-            for length, share in shares.items()
+            cls.row(length, fraction, dense, times, batches, weights)
+            for length, fraction in shares.items()
             for batches in sets
         ]
 
     @classmethod
     def row(
-        cls, length: int, share: float, dense: Dense, times: StepTime, batches: tuple[int, ...], weights: int
+        cls, length: int, fraction: float, dense: Dense, times: StepTime, batches: tuple[int, ...], weights: int
     ) -> TimeRow:
         """The row of one length; a share of 1 lets a plan through that changes nothing."""
         read, paged = (dense.cost(length, paged=paged).read_bytes for paged in (False, True))
         sequences = batches[0] if weights else 1
         if weights:  # in bytes: what is left of the time may be less than the dense model's weights
-            limit = math.floor(share * times.as_is(read, sequences) - times.rest[sequences] + 1e-6) + weights
+            limit = math.floor(fraction * times.as_is(read, sequences) - times.rest[sequences] + 1e-6) + weights
         else:
-            limit = min(times.most_bytes(share, read, batch) for batch in batches)
-        if share == 1:
+            limit = min(times.most_bytes(fraction, read, batch) for batch in batches)
+        if fraction == 1:
             limit = max(limit, paged * sequences + weights)
         return TimeRow(
             cls.registered,
@@ -181,7 +181,7 @@ class DecodeTime(BudgetKind):
             step=1 if weights else dense.page_bytes,
             times=times,
             batches=batches,
-            most_time=share,
+            most_time=fraction,
             dense_read=read,
             weights=weights,
             itemsize=dense.itemsize,

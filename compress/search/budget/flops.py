@@ -39,10 +39,10 @@ class Flops(ShareByLength):
         return Flops.check(value)
 
     @classmethod
-    def row(cls, length: int, share: float, dense: Dense) -> Row:
+    def row(cls, length: int, fraction: float, dense: Dense) -> Row:
         """As `ShareByLength.row`; where nothing can be removed, all plans have the same operations of parameters."""
         projections = 2 * length * dense.parameters
         whole = dense.cost(length).flops + projections
         counts = (("flops", 1), ("parameters", 2 * length)) if dense.removes else (("flops", 1),)
         fixed = 0 if dense.removes else projections
-        return Row(cls.registered, cls.unit, cls.of, length, math.floor(share * whole), whole, counts, fixed)
+        return Row(cls.registered, cls.unit, cls.of, length, math.floor(fraction * whole), whole, counts, fixed)

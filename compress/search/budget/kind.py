@@ -67,7 +67,7 @@ class Row:
         """What a plan costs whose units cost so many steps, in the row's unit."""
         return steps * self.step + self.fixed
 
-    def share(self, steps: int) -> float:
+    def fraction(self, steps: int) -> float:
         """The same as a share of what the dense model costs."""
         return self.amount(steps) / self.dense
 
@@ -100,14 +100,14 @@ class Row:
             smallest: the least that the units of any plan cost, in steps.
             least: what costs that little, in words.
         """
-        share = rounded_up(self.share(smallest))
-        fix = f"raise the budget to {share:g} or more"
+        fraction = rounded_up(self.fraction(smallest))
+        fix = f"raise the budget to {fraction:g} or more"
         if self.length is not None:
             fix += ", budget at longer inputs, or profile a grid with a smaller sink or alpha_min"
         return Problem(
             "no plan meets the budget" + ("" if self.length is None else f" at length {self.length}"),
             f"search.budget.{self.kind}",
-            expected=f"at least {share:g} of {self.of} ({self.amount(smallest):,} of {self.dense:,} {self.unit}), "
+            expected=f"at least {fraction:g} of {self.of} ({self.amount(smallest):,} of {self.dense:,} {self.unit}), "
             f"{least}",
             found=f"{self.limit:,} {self.unit}, {self.limit / self.dense:.4g} of {self.of}",
             fix=fix,
@@ -157,10 +157,10 @@ class ShareByLength(BudgetKind):
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:
         """One row a length; see `BudgetKind.rows`."""
         shares = shares_by_length(cls.value(budget), budget.lengths or profiled)
-        return [cls.row(length, share, dense) for length, share in shares.items()]
+        return [cls.row(length, given, dense) for length, given in shares.items()]
 
     @classmethod
-    def row(cls, length: int, share: float, dense: Dense) -> Row:
+    def row(cls, length: int, given: float, dense: Dense) -> Row:
         """The row of one length, of the field that the kind reads.
 
         A share of 1 also covers the rounding of a length to whole cache pages, so that a plan which changes nothing
@@ -168,7 +168,7 @@ class ShareByLength(BudgetKind):
         """
         (name,) = cls.reads
         whole, paged = (getattr(dense.cost(length, paged=paged), name) for paged in (False, True))
-        limit = int(share) if share > 1 else max(whole, paged) if share == 1 else math.floor(share * whole)
+        limit = int(given) if given > 1 else max(whole, paged) if given == 1 else math.floor(given * whole)
         step = dense.page_bytes if name.endswith("_bytes") else 1
         return Row(cls.registered, cls.unit, cls.of, length, limit, whole, ((name, 1),), step=step)
 
@@ -187,13 +187,13 @@ class ShareByLength(BudgetKind):
             raise ValueError("expected at least one length")
         if len(value) > ENTRIES:
             raise ValueError(f"expected at most {ENTRIES} lengths, got {len(value)}")
-        for length, share in value.items():
+        for length, given in value.items():
             if not 1 <= length <= LONGEST:
                 raise ValueError(f"expected lengths of at least 1 token and at most {LONGEST:,}, got {length}")
-            whole = cls.whole_numbers and 1 < share <= BYTES and share == int(share)
-            if not (0 < share <= 1 or whole):
+            whole = cls.whole_numbers and 1 < given <= BYTES and given == int(given)
+            if not (0 < given <= 1 or whole):
                 most = f" or whole {cls.unit} of at most {BYTES:,}" if cls.whole_numbers else ""
-                raise ValueError(f"at length {length}: expected a share in (0, 1]{most}, got {share}")
+                raise ValueError(f"at length {length}: expected a share in (0, 1]{most}, got {given}")
         return value
 
 
@@ -204,6 +204,6 @@ def shares_by_length(value: Shares, lengths: Sequence[int]) -> dict[int, float]:
     return dict(sorted((value if isinstance(value, Mapping) else dict.fromkeys(lengths, value)).items()))
 
 
-def rounded_up(share: float) -> float:
+def rounded_up(fraction: float) -> float:
     """Four digits, so that what a message asks for is enough."""
-    return math.ceil(share * 10_000) / 10_000
+    return math.ceil(fraction * 10_000) / 10_000

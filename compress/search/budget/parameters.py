@@ -42,13 +42,13 @@ class Parameters(BudgetKind):
     @classmethod
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:
         """One row, at no length; see `BudgetKind.rows`."""
-        share = cls.value(budget)
-        return [] if share is None else [cls.row(share, dense)]
+        given = cls.value(budget)
+        return [] if given is None else [cls.row(given, dense)]
 
     @classmethod
-    def row(cls, share: float, dense: Dense) -> Row:
+    def row(cls, given: float, dense: Dense) -> Row:
         """The row of a share of the decoder layers' parameters, or of a whole number of them."""
         whole = dense.parameters
-        limit = int(share) if share > 1 else math.floor(share * whole)
+        limit = int(given) if given > 1 else math.floor(given * whole)
         of = "the decoder layers' parameters"
         return Row(cls.registered, "parameters", of, None, limit, whole, (("parameters", 1),))

@@ -88,9 +88,9 @@ class StepTime:
         """Time of the dense model, which reads `size` KV bytes for one sequence."""
         return self.rest[batch] + self.dense[batch].time(size * batch)
 
-    def most_bytes(self, share: float, dense: int, batch: int) -> int:
+    def most_bytes(self, fraction: float, dense: int, batch: int) -> int:
         """The KV bytes of one sequence up to which a plan's step takes at most a share of the dense model's."""
-        left = share * self.as_is(dense, batch) - self.rest[batch]
+        left = fraction * self.as_is(dense, batch) - self.rest[batch]
         # A time that is met exactly must not be missed by the last digit of a division.
         return math.floor(self.plan[batch].most_bytes(left) / batch + 1e-6)
 

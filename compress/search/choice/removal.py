@@ -16,6 +16,7 @@ from compress.limits import LONGEST
 from compress.plan import LayerPlan, Mlp
 from compress.profile.key import Key
 from compress.registry import Method
+from compress.runtime.widths import Width
 from compress.search.choice.options import Options
 from compress.search.problem import Layers, Place, Problem
 from compress.targets.pruned import PrunedGroup
@@ -25,30 +26,20 @@ MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)
 PRUNED = PrunedGroup()
 
 
-@dataclass(frozen=True)
-class Widths:
-    """How many units of a layer stay: head groups, query heads of each, neurons."""
+def whole_width(problem: Problem, layer: int) -> Width:
+    """The width of the dense layer."""
+    return Width(problem.shape.query_heads, problem.shape.kv_heads, problem.sizes[layer].neurons)
 
-    groups: int
-    queries: int
-    neurons: int
 
-    @staticmethod
-    def whole(problem: Problem, layer: int) -> Widths:
-        """Those of the dense layer."""
-        return Widths(problem.shape.kv_heads, problem.queries, problem.sizes[layer].neurons)
-
-    @staticmethod
-    def of(problem: Problem, layers: Sequence[LayerPlan]) -> list[Widths]:
-        """What a plan leaves of every layer."""
-        return [
-            Widths(
-                len(layer.kept_groups),
-                problem.queries if layer.queries is None else len(layer.queries) // len(layer.kept_groups),
-                problem.sizes[number].neurons if layer.mlp is None else layer.mlp.kept,
-            )
-            for number, layer in enumerate(layers)
-        ]
+def widths_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[Width]:
+    """What a plan leaves of every layer."""
+    found = []
+    for number, layer in enumerate(layers):
+        groups = len(layer.kept_groups)
+        queries = groups * problem.queries if layer.queries is None else len(layer.queries)
+        neurons = problem.sizes[number].neurons if layer.mlp is None else layer.mlp.kept
+        found.append(Width(queries, groups, neurons))
+    return found
 
 
 @dataclass(frozen=True)
@@ -105,24 +96,42 @@ class Removal(Method):
             )
         return {number % layers for number in self.protect}
 
-    def least_neurons(self, neurons: int) -> int:
-        """Neurons that stay in a layer of so many."""
-        return max(1, round(self.floor * neurons))
+    def least_neurons(self, problem: Problem, neurons: int) -> int:
+        """Neurons that stay in a layer of so many, in whole steps of the architecture."""
+        step = problem.dense.neuron_step
+        return min(neurons, -(-max(1, round(self.floor * neurons)) // step) * step)
+
+    def multiples(self, problem: Problem) -> tuple[int, ...]:
+        """What the neurons that stay may be multiples of, the largest first: the one asked for, or powers of two.
+
+        Raises:
+            UserError: the architecture holds neurons in steps that the one asked for is no multiple of.
+        """
+        step = problem.dense.neuron_step
+        if self.multiple is None:
+            return tuple(multiple for multiple in MULTIPLES if multiple % step == 0)
+        if self.multiple % step:
+            raise UserError(
+                "this architecture cannot have such numbers of neurons",
+                where="search.solver.multiple",
+                expected=f"a multiple of {step}: PyTorch multiplies by experts in rows of 16 bytes",
+                found=f"{self.multiple}",
+            )
+        return (self.multiple,)
 
     def neuron_multiple(self, problem: Problem) -> int:
         """The one asked for, or the largest whose single step is within the tolerance of the budget."""
-        if self.multiple is not None:
-            return self.multiple
+        multiples = self.multiples(problem)
         step, row = max(size.neuron for size in problem.sizes), problem.row("parameters")
         most = row.limit if row is not None else problem.dense.parameters
-        return next((multiple for multiple in MULTIPLES if multiple * step <= TOLERANCE * most), 1)
+        return next((multiple for multiple in multiples if multiple * step <= TOLERANCE * most), multiples[-1])
 
     def least(self, problem: Problem, layers: Layers) -> Layers:
         """Layers with all removed that may be: of each the first group and the least neurons stay."""
         alone, rows = self.protected(problem.shape.layers), []
         for number, (layer, size) in enumerate(zip(layers, problem.sizes, strict=True)):
             groups = (layer.groups[0], *(PRUNED,) * (len(layer.groups) - 1))
-            mlp = Mlp.of(range(self.least_neurons(size.neurons)))
+            mlp = Mlp.of(range(self.least_neurons(problem, size.neurons)))
             rows.append(layer if number in alone else layer.model_copy(update={"groups": groups, "mlp": mlp}))
         return tuple(rows)
 
@@ -153,7 +162,7 @@ class Removal(Method):
         options = []
         for layer, size in enumerate(problem.sizes):
             count = size.neurons
-            least = -(-self.least_neurons(count) // multiple) * multiple
+            least = -(-self.least_neurons(problem, count) // multiple) * multiple
             steps = (count,) if layer in alone else (*range(least, count, multiple), count)
             ranked = scores[layer].sort(descending=True, stable=True)
             behind = torch.cat([ranked.values.cumsum(0).flip(0), scores.new_zeros(1)])
@@ -171,7 +180,7 @@ def counted(problem: Problem, unit: Any, steps: Sequence[int], losses: Sequence[
 
 def pick(
     problem: Problem,
-    widths: Sequence[Widths],
+    widths: Sequence[Width],
     groups: torch.Tensor,
     heads: torch.Tensor,
     neurons: torch.Tensor,
@@ -209,7 +218,7 @@ def top(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def drawn(problem: Problem, widths: Sequence[Widths], seed: int) -> Layers:
+def drawn(problem: Problem, widths: Sequence[Width], seed: int) -> Layers:
     """A plan of some widths whose units are drawn: what scores have to beat."""
     generator = torch.Generator().manual_seed(seed)
     shape = problem.shape

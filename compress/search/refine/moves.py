@@ -68,7 +68,7 @@ class Moves:
         if importance is not None:
             scores = problem.profile.tensor(Key(importance, "neurons")).double()
             for number, layer in enumerate(layers):
-                unit, steps = _neuron_steps(number, layer, scores[number])
+                unit, steps = _neuron_steps(number, layer, scores[number], problem.dense.neuron_step)
                 units.append(counted(problem, unit, steps, [0.0] * len(steps), problem.sizes[number].neuron))
                 masks[number] = _removed(unit.order, steps)
         return Moves(problem, units, rules, picked, masks)
@@ -129,16 +129,17 @@ def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:
     return [[window(target, alpha) for target in targets] for alpha in alphas]
 
 
-def _neuron_steps(number: int, layer: LayerPlan, scores: torch.Tensor) -> tuple[Neurons, list[int]]:
+def _neuron_steps(number: int, layer: LayerPlan, scores: torch.Tensor, multiple: int) -> tuple[Neurons, list[int]]:
     """How many neurons of a layer may stay: those that do, some more or fewer, all. The best of the others come first.
 
     Args:
         scores: `[neurons]`.
+        multiple: of which the architecture has numbers of neurons.
     """
     whole = len(scores)
     kept = set(range(whole) if layer.mlp is None else layer.mlp.indices())
     order = sorted(range(whole), key=lambda neuron: (neuron not in kept, -float(scores[neuron]), neuron))
-    step = max(1, whole // 32 // 8 * 8)
+    step = max(multiple, whole // 32 // 8 * 8)
     least = min(len(kept), max(1, whole // LEAST))
     counts = {len(kept), whole, *(len(kept) + times * step for times in STEPS)}
     return Neurons((number, 0), tuple(order)), sorted(count for count in counts if least <= count <= whole)

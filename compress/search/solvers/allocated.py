@@ -11,9 +11,10 @@ from pydantic import Field
 from compress.errors import UserError
 from compress.limits import SECONDS
 from compress.registry import solvers
+from compress.runtime.widths import Width
 from compress.search.choice.knapsack import Knapsack
 from compress.search.choice.options import Options
-from compress.search.choice.removal import Widths, counted
+from compress.search.choice.removal import counted
 from compress.search.problem import Candidate, Problem
 from compress.search.solvers.ranked import Ranked
 
@@ -45,18 +46,18 @@ class Allocated(Ranked):
             np.ones(1), gap=self.gap, time_limit=self.time_limit
         )
         if solution is None:
+            least = self.least_neurons(problem, problem.sizes[0].neurons)
             raise UserError(
                 "no widths meet the budget",
                 where="search.budget.parameters",
                 expected=f"at most {problem.parameters_limit:,} parameters of the decoder layers",
-                found=f"one head group and {self.least_neurons(problem.sizes[0].neurons)} neurons a layer stay at "
-                "least (`floor`)",
+                found=f"one head group and {least} neurons a layer stay at least (`floor`)",
                 fix="raise the budget, lower `floor`, or protect fewer layers",
             )
         kept = [unit.choices[index] for unit, index in zip(options, solution.choice.tolist(), strict=True)]
-        by_group = self.unit == "group"
+        by_group, count = self.unit == "group", problem.shape.kv_heads
         rows = [
-            Widths(attention if by_group else problem.shape.kv_heads, problem.queries if by_group else attention, mlp)
+            Width(attention * (problem.queries if by_group else count), attention if by_group else count, mlp)
             for attention, mlp in zip(kept[::2], kept[1::2], strict=True)
         ]
         note = f"widths by layer: {min(r.neurons for r in rows)} to {max(r.neurons for r in rows)} neurons"

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.registry import solvers
-from compress.search.choice.removal import MULTIPLES, TOLERANCE, Widths
+from compress.runtime.widths import Width
+from compress.search.choice.removal import TOLERANCE, whole_width
 from compress.search.problem import Candidate, Problem
 from compress.search.solvers.ranked import Ranked
 
@@ -30,12 +31,16 @@ class Amp(Ranked):
         ),
     ] = None
 
+    def most_plans(self, lengths: int) -> int:
+        """One for each statistic and number of heads; see `Solver.most_plans`."""
+        return len(self.statistics_read()) * len(self.attention or (None,))
+
     def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
         """One candidate for every different number of heads that meets the budget; see `Ranked.solve`."""
         limit, dense = problem.parameters_limit, problem.dense.parameters
         shares = (1 - limit / dense,) if self.attention is None else self.attention
         units = problem.shape.kv_heads if self.unit == "group" else problem.queries
-        counts = sorted({min(max(round(share * units), 0), units - 1) for share in shares})
+        counts = sorted({min(max(round(fraction * units), 0), units - 1) for fraction in shares})
         alone = self.protected(problem.shape.layers)
         candidates = []
         for count in counts:
@@ -44,19 +49,20 @@ class Amp(Ranked):
                 word = "head groups" if self.unit == "group" else "query heads of every group"
                 neurons = problem.sizes[0].neurons
                 note = f"{count} of {units} {word} and {neurons - widths.neurons} of {neurons} neurons removed"
-                rows = [Widths.whole(problem, n) if n in alone else widths for n in range(problem.shape.layers)]
+                rows = [whole_width(problem, n) if n in alone else widths for n in range(problem.shape.layers)]
                 candidates.append(self.candidate(name, problem, rows, note))
         if not candidates:
+            least = self.least_neurons(problem, problem.sizes[0].neurons)
             raise UserError(
                 "no equal widths of all layers meet the budget",
                 where="search.budget.parameters",
                 expected=f"at most {limit:,} parameters of the decoder layers",
-                found=f"{self.least_neurons(problem.sizes[0].neurons)} neurons a layer stay at least (`floor`)",
+                found=f"{least} neurons a layer stay at least (`floor`)",
                 fix="raise the budget, lower `floor`, or remove more heads (`attention`)",
             )
         return candidates
 
-    def widths(self, problem: Problem, count: int) -> Widths | None:
+    def widths(self, problem: Problem, count: int) -> Width | None:
         """The widest MLPs within the budget when `count` units of every attention go; None when there are none."""
         alone = self.protected(problem.shape.layers)
         rows = [sizes for layer, sizes in enumerate(problem.sizes) if layer not in alone]
@@ -70,11 +76,11 @@ class Amp(Ranked):
         one = sum(sizes.neuron for sizes in rows)
         missing = problem.parameters - limit - heads
         most = whole - max(0, -(-missing // one)) if one else whole
-        multiples = MULTIPLES if self.multiple is None else (self.multiple,)
+        multiples = self.multiples(problem)
         for multiple in multiples:
             neurons = whole if most == whole else most // multiple * multiple
             below = (whole - neurons) * one - missing
             exact = below <= TOLERANCE * limit
-            if (exact or multiple == multiples[-1]) and neurons >= self.least_neurons(whole):
-                return Widths(groups, queries, neurons)
+            if (exact or multiple == multiples[-1]) and neurons >= self.least_neurons(problem, whole):
+                return Width(groups * queries, groups, neurons)
         return None

@@ -147,16 +147,21 @@ class Frontier(Solver):
                 plans.append(replace(plan, note=note, losses=losses, importance=self.removal.importance))
         return plans
 
+    def most_plans(self, lengths: int) -> int:
+        """Every length alone, their mean and the points, once for each weight of what is removed, and without that."""
+        fronts = 1 if self.removal is None else len(self.removal.weights) + 1
+        return fronts * (1 if lengths == 1 else lengths + 1 + self.points)
+
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""
         names = self.objectives(problem)
-        share = 1 if self.removal is None else len(self.removal.weights) + 1
+        fronts = 1 if self.removal is None else len(self.removal.weights) + 1
         front = pareto_front(
             Knapsack(options, room(problem, options).tolist()),
             names=names,
             points=self.points,
             gap=self.gap,
-            time_limit=self.time_limit / share,
+            time_limit=self.time_limit / fronts,
         )
         return [
             Candidate(

@@ -98,8 +98,8 @@ def score_of(problem: Problem, name: str) -> torch.Tensor:
     Raises:
         UserError: no length has it, or it is not one number a group.
     """
-    found = [problem.profile.find(Key.parse(name).at(length)) for length in problem.lengths]
-    values = [tensor.double() for tensor in found if tensor is not None]
+    tensors = [problem.profile.find(Key.parse(name).at(length)) for length in problem.lengths]
+    values = [tensor.double() for tensor in tensors if tensor is not None]
     if not values or values[0].ndim != 2:
         raise UserError(
             f"the profile has no `{name}` with one number for every head group",

@@ -61,10 +61,10 @@ class Moa(Frontier):
 
     def weighed(self) -> tuple[tuple[str, float], ...]:
         """The rule tables that are minimised, with their weights."""
-        every = {} if self.influence == "none" else {f"influence.{self.influence}": 1.0}
+        weights = {} if self.influence == "none" else {f"influence.{self.influence}": 1.0}
         if self.retrieval > 0:
-            every["retrieval.lost"] = self.retrieval
-        return tuple({**every, **self.tables}.items())
+            weights["retrieval.lost"] = self.retrieval
+        return tuple({**weights, **self.tables}.items())
 
     def scores_read(self) -> dict[str, str]:
         """The tables that are minimised, and the statistic that says what may be removed."""

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from compress.plan import OutputBias
 from compress.profile.key import Key
-from compress.search.choice.removal import Removal, Widths, pick
+from compress.runtime.widths import Width
+from compress.search.choice.removal import Removal, pick, whole_width
 from compress.search.problem import Candidate, Layers, Problem
 from compress.search.solver import Solver
 
@@ -63,6 +64,10 @@ class Ranked(Removal, Solver):
         """The statistics that rank."""
         return (self.importance,) if isinstance(self.importance, str) else self.importance
 
+    def most_plans(self, lengths: int) -> int:
+        """One for each statistic; see `Solver.most_plans`."""
+        return len(self.statistics_read())
+
     def scores_read(self) -> dict[str, str]:
         """Those that rank, and the mean inputs that compensate."""
         means = {f"{name}.head_means": "means" for name in self.statistics_read() if self.compensate}
@@ -74,8 +79,9 @@ class Ranked(Removal, Solver):
             return self.least(problem, problem.start)
         alone, rows = self.protected(problem.shape.layers), []
         for number, size in enumerate(problem.sizes):
-            least = Widths(problem.shape.kv_heads, 1, self.least_neurons(size.neurons))
-            rows.append(Widths.whole(problem, number) if number in alone else least)
+            groups = problem.shape.kv_heads
+            least = Width(groups, groups, self.least_neurons(problem, size.neurons))
+            rows.append(whole_width(problem, number) if number in alone else least)
         heads, neurons = (torch.zeros(sizes) for sizes in problem.score_shapes)
         return pick(problem, rows, heads.sum(-1), heads, neurons)
 
@@ -102,7 +108,7 @@ class Ranked(Removal, Solver):
         self,
         name: str,
         problem: Problem,
-        widths: Sequence[Widths],
+        widths: Sequence[Width],
         note: str,
         gap: float | None = None,
         loss: float | None = None,

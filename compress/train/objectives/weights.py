@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,24 +15,6 @@ from compress.train.objectives.hidden import Hidden, Mass, wide
 from compress.train.objectives.objective import Inputs, Objective
 
 BLOCK = 128  # queries whose weights are computed at once
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a state's weights are made of: the products of a query's and the keys' features, and their decay.
-
-    Attributes:
-        query: `[B, H, T, F]`.
-        key: `[B, G, T, F]`.
-        log_decay: logarithms of the decays that tokens bring, `[B, G, T]`; None without decay.
-        spans: for every group what its queries see of the softmax, so that the state has the rest; None where the
-            state has all keys.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    log_decay: torch.Tensor | None
-    spans: Sequence[Any] | None
 
 
 @objectives.register("weights")
@@ -71,7 +52,7 @@ class Weights(Objective):
         """Of one layer, the mean over its heads; the sum over drawn queries stands for that over all.
 
         Args:
-            student: `parts` (see `Hidden.of`) and `features` (see `Features`).
+            student: `parts` (see `Hidden.of`) and `features` (see `runtime.mixer_linear.Features`).
             teacher: `outputs`, `lse` (likewise), `query` `[B, H, T, D]`, `key` `[B, G, T, D]`, `scaling`.
         """
         parts, length = student["parts"], teacher["lse"].shape[-1]

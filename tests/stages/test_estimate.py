@@ -1,0 +1,99 @@
+"""The time that `validate` foresees, at given speeds, beside what runs took; and that speeds are measured quickly."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.plan import ModelShape
+from compress.recipe.defaults import Situation
+from compress.recipe.load import load_recipe
+from compress.stages.estimate import EXPORT, READ, seconds
+from compress.stages.speeds import Speeds, measure_speeds
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMOLLM2 = ModelShape(
+    architecture="LlamaForCausalLM",
+    layers=30,
+    query_heads=9,
+    kv_heads=3,
+    head_dim=64,
+    native_windows=(None,) * 30,
+    fingerprint="",
+)
+HERE = Situation(False, 2, 16 << 30, 8192, 134_515_008, 98_304, SMOLLM2, 576, 1536)
+ONE_CORE = Speeds(products=98e9, elements=1.2e9, bandwidth=11.5e9, dispatch=1.5e-6)  # an AMD EPYC, idle
+SHORT = {
+    "search.budget.lengths": "[512]",
+    "evaluate.recall": "[{task: facts, length: 512, count: 4}]",
+    "evaluate.perplexity": "{length: 512, windows: 4}",
+}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    monkeypatch.setattr(Situation, "of", classmethod(lambda cls, model, device: HERE))
+
+
+def foreseen(name, speeds=ONE_CORE, **settings):
+    recipe = load_recipe(RECIPES / name, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
+    return seconds(recipe, HERE, speeds, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "took"),
+    [
+        # Seconds of each stage, and of whole runs, that were measured on one core of that machine.
+        ("smollm2-quickstart.yaml", SHORT, {"profile": 35.5, "search": 74.3, "export": 43.7, "evaluate": 48.2}),
+        ("smollm2-quickstart.yaml", {"search.budget.lengths": "[2048]"}, 18 * 60 + 57),
+        ("smollm2-influence.yaml", {}, 20 * 60 + 8),
+    ],
+)
+def test_what_is_foreseen_is_within_a_factor_of_two_of_what_runs_took(name, settings, took):
+    stages = foreseen(name, **settings)
+    pairs = (
+        [(stages[stage], took[stage]) for stage in took] if isinstance(took, dict) else [(sum(stages.values()), took)]
+    )
+    for expected, measured in pairs:
+        assert measured / 2 < expected < 2 * measured, (expected, measured)
+
+
+def test_a_machine_twice_as_fast_takes_half():
+    fast = Speeds(ONE_CORE.products * 2, ONE_CORE.elements * 2, ONE_CORE.bandwidth * 2, ONE_CORE.dispatch / 2)
+    slow, quick = (foreseen("smollm2-influence.yaml", speeds) for speeds in (ONE_CORE, fast))
+    for stage in ("profile", "search", "evaluate"):
+        assert quick[stage] == pytest.approx(slow[stage] / 2)
+    assert quick["export"] == slow["export"] == pytest.approx(EXPORT + 4 * HERE.parameters / READ)
+
+
+def test_every_speed_counts_in_what_it_does():
+    stages = foreseen("smollm2-influence.yaml")
+    for field, slower in (("products", 0.5), ("elements", 0.5), ("bandwidth", 0.5), ("dispatch", 2.0)):
+        speeds = dataclasses.replace(ONE_CORE, **{field: getattr(ONE_CORE, field) * slower})
+        assert foreseen("smollm2-influence.yaml", speeds)["profile"] > stages["profile"]
+
+
+def test_more_work_takes_longer_in_the_stage_that_does_it():
+    plain = foreseen("smollm2-influence.yaml")
+    for stage, settings in {
+        "profile": {"profile.statistics": "[{name: influence}, {name: attention}, {name: retrieval}, {name: amp}]"},
+        "search": {"search.refine": "{minutes: 60}"},
+        "recover": {"recover": "{steps: 2}"},
+        "evaluate": {"evaluate.agreement": "{length: 512}"},
+        "text": {"calibration.text": "{source: generated, tokens: 100000}"},
+    }.items():
+        more = foreseen("smollm2-influence.yaml", **settings)
+        assert more[stage] > plain.get(stage, 0), stage
+        # A recovery adds rows to the evaluation, too.
+        assert all(more[other] == plain[other] for other in plain if other not in (stage, "evaluate")), stage
+
+
+def test_speeds_are_measured_in_a_moment():
+    started = time.process_time()
+    speeds = measure_speeds("cpu", torch.float32, 64, 128)
+    assert all(math.isfinite(value) and value > 0 for value in dataclasses.astuple(speeds))
+    assert time.process_time() - started < 5
+    assert "GFLOP/s" in speeds.words() and "GB/s" in speeds.words()
