@@ -160,7 +160,9 @@ def prefill_case(
             states = chunk_states(k, v, s, **options)
         assert states is not None
         if own:
-            wide = {name: pad(x, (0, pages * PAGE - end)) if name == "log_decay" else x for name, x in options.items()}
+            wide = dict(options)
+            if log_decay is not None:
+                wide["log_decay"] = pad(options["log_decay"], (0, pages * PAGE - end))
             k, v = (pad(x, (0, 0, 0, pages * PAGE - end)) for x in (k, v))
             found = own_chunk(paged, k, v, states, chunk[b : b + 1].long(), **wide)
         else:
@@ -173,7 +175,7 @@ def prefill_case(
             mean = merge(o[:, :, here], e[:, :, here], num, log_mass(den), g[:, :, here])
         exact.append((mean, states[:, :, last[b]]))
     loss = sum((mean * weights[b, :, valid[b]]).sum() for b, (mean, _) in enumerate(exact))
-    wanted = torch.autograd.grad(loss, [x for x in exact_leaves if x is not None])  # type: ignore[arg-type]
+    wanted: Any = torch.autograd.grad(loss, [x for x in exact_leaves if x is not None])  # type: ignore[arg-type]
 
     leaves = leaves_of(given)
     where = layout(rows, chunk, stream, count=count_of, absorbed=absorbed, own=own)
@@ -188,9 +190,9 @@ def prefill_case(
         checks.add(f"{name} state {b}", "out", dtype, state[b], after[0])
     poison()
     weights = torch.where(valid[:, None, :, None], weights, 0).to(dtype)
-    found = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
+    found_grads = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
     names = ("query", "key", "value", "first", "window", "lse", "gain")
-    for label, a, b_exact in zip(names, found, wanted, strict=False):
+    for label, a, b_exact in zip(names, found_grads, wanted, strict=False):
         checks.add(f"{name} d{label}", "gradient", dtype, a, b_exact)
 
 
@@ -241,14 +243,16 @@ def map_case(checks: Checks, kind: str, dim: int, dtype: torch.dtype) -> None:
     x, w, c, g, u = leaves_of([rows, weight, bias, gain, turn], torch.float64)
     assert x is not None and w is not None and g is not None and u is not None
     projected = x @ w
-    exact = made.activate(x, projected if c is None else projected + c[:, None], dim**-0.5, None)
+    exact: Any = made.activate(x, projected if c is None else projected + c[:, None], dim**-0.5, None)
     exact_gain = g[:, None] + (x * u[:, None]).sum(-1)
     weights, more = torch.randn_like(exact), torch.randn_like(exact_gain)
-    wanted = torch.autograd.grad(
+    wanted: Any = torch.autograd.grad(
         (exact * weights).sum() + (exact_gain * more).sum(), [y for y in (x, w, c, g, u) if y is not None]
     )
     poison()
-    mine, mine_gain = features(*leaves[:3], kind, dim**-0.5, *leaves[3:])  # type: ignore[arg-type]
+    of_rows, of_weight, of_bias, of_gain, of_turn = leaves
+    assert of_rows is not None and of_weight is not None
+    mine, mine_gain = features(of_rows, of_weight, of_bias, kind, dim**-0.5, of_gain, of_turn)
     assert mine_gain is not None
     checks.add(f"map {kind} D {dim}", "out", dtype, mine, exact)
     checks.add(f"gain of {kind} D {dim}", "out", dtype, mine_gain, exact_gain)
@@ -281,11 +285,11 @@ def decode_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, kind: 
             projected = key @ made.key[g].double()
             projected = projected if made.key_bias is None else projected + made.key_bias[g].double()
             key = made.activate(key, projected, dim**-0.5, None)
-            options = {} if log_decay is None else {"log_decay": log_decay[g : g + 1].double()}
+            options: dict[str, Any] = {} if log_decay is None else {"log_decay": log_decay[g : g + 1].double()}
             exact[b, g] = chunk_states(key, value, exact[b : b + 1, g : g + 1], **options)[0, 0, 1]
     name = f"decode {kind} D {dim} heads {share}{' decay' * decay}"
     bias = None if made.key_bias is None else made.key_bias.detach()
-    absorb(held, Pages(*pools, table), lengths, spans, kind, made.key.detach(), bias, dim**-0.5, log_decay)
+    absorb(held, Pages(pools[0], pools[1], table), lengths, spans, kind, made.key.detach(), bias, dim**-0.5, log_decay)
     checks.add(f"{name} absorb", "out", dtype, held, exact)
     query = torch.rand(batch, heads, count, device=DEVICE).to(dtype)
     out = torch.randn(batch, heads, dim, device=DEVICE).to(dtype)
@@ -327,7 +331,8 @@ def small_model(dtype: torch.dtype, **fields: Any) -> Any:
         vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=16384,
     )  # fmt: skip
-    dense = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
+    dense: Any = LlamaForCausalLM(config)
+    dense = dense.to(DEVICE, dtype).eval()
     entry = LinearGroup(**fields).model_dump(mode="json")
     model = with_runtime_plan(dense, {"schema": 1, "layers": [{"groups": [entry] * 2}] * 2})
     for module in model.modules():
@@ -398,12 +403,13 @@ def tensors_of(batch: int, heads: int, groups: int, length: int, dim: int) -> li
     return [make(batch, number, length, dim) for number in (heads, groups, groups)]
 
 
-def mixed(mixer: LinearMixer, qkv: list[torch.Tensor]) -> Callable[[], Any]:
+def mixed(mixer: LinearMixer, qkv: Any) -> Callable[[], Any]:
     """The prefill of a layer without a cache, as a model runs it."""
     batch, _, length, _ = qkv[0].shape
     step = Step.begin(None, None, batch, length, DEVICE)
     step.impl = "triton"
-    return lambda: mixer.prefill(*qkv, None, step, scale=None, dropout=0.0)
+    query, key, value = qkv
+    return lambda: mixer.prefill(query, key, value, None, step, scale=None, dropout=0.0)
 
 
 @torch.inference_mode()
@@ -419,7 +425,12 @@ def prefill_rows() -> list[dict[str, Any]]:
         eager = measure.times(ours, DEVICE)
         dense = measure.times_in_turn(dense_attention(*qkv), DEVICE, turns=1)
         name = min(dense, key=lambda n: dense[n].median)
-        row = {"length": length, "ms": vars(took), "eager_ms": vars(eager), "dense_ms": dense[name].median}
+        row: dict[str, Any] = {
+            "length": length,
+            "ms": vars(took),
+            "eager_ms": vars(eager),
+            "dense_ms": dense[name].median,
+        }
         row |= {"dense": name, "ns_per_token": took.median / length * 1e6}
         rows.append(row)
         say(
@@ -512,7 +523,7 @@ def decode_rows() -> list[dict[str, Any]]:
     """Reading the states of one layer, a token a sequence; four states in turn, so that the chip's cache is cold."""
     copy = measure.copy_bandwidth(DEVICE)
     say(f"a device copy moves {copy / 1e9:.0f} GB/s")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for groups, share, dim, count in ((8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512)):
         each = groups * count * (dim + 1) * 4
         for size in (16 << 20, 64 << 20, 256 << 20):
@@ -531,15 +542,22 @@ def decode_rows() -> list[dict[str, Any]]:
 
             took = measure.graphed_times(step, DEVICE, calls=5).median / 4
             rate = batch * each / took * 1e3
-            found = {"groups": groups, "share": share, "dim": dim, "features": count, "bytes": batch * each}
+            found: dict[str, Any] = {
+                "groups": groups,
+                "share": share,
+                "dim": dim,
+                "features": count,
+                "bytes": batch * each,
+            }
             rows.append(found | {"us": took * 1e3, "share_of_copy": rate / copy})
             say(
                 f"decode {groups} groups of {share}, D {dim}, F {count}, batch {batch}, "
                 f"{batch * each / 2**20:.0f} MiB: {took * 1e3:.1f} us, {rate / copy:.3f} of a copy"
             )
     held, kind = torch.rand(64, 8, 256, 129, device=DEVICE), "hedgehog"
-    pages = Pages(*(torch.randn(64 * 8 * 3, PAGE, 128, device=DEVICE, dtype=BF16) for _ in range(2)),
-                  torch.arange(64 * 8 * 3, device=DEVICE, dtype=torch.int32).view(64, 8, 3))  # fmt: skip
+    table = torch.arange(64 * 8 * 3, device=DEVICE, dtype=torch.int32).view(64, 8, 3)
+    pools = [torch.randn(table.numel(), PAGE, 128, device=DEVICE, dtype=BF16) for _ in range(2)]
+    pages = Pages(pools[0], pools[1], table)
     weight = torch.randn(8, 128, 128, device=DEVICE, dtype=BF16)
     spans = [Span(0, 64, 0.0, granule=PAGE)] * 8
     for what, at in (("none leaves", 150), ("every sequence takes one in", 129)):
@@ -688,13 +706,13 @@ def sweep_gradients() -> list[dict[str, Any]]:
     rows = []
     batch, heads, groups, dim, length = 8, 9, 3, 64, 2048
     mixer = layer(heads, groups, dim).float()
-    qkv = [x.requires_grad_() for x in tensors_of(batch, heads, groups, length, dim)]
+    qkv: Any = [x.requires_grad_() for x in tensors_of(batch, heads, groups, length, dim)]
     grad = torch.randn(batch, length, heads, dim, device=DEVICE, dtype=BF16)
     step = Step.begin(None, None, batch, length, DEVICE)
     step.impl = "triton"
 
     def both() -> None:
-        out = mixer.prefill(*qkv, None, step, scale=None, dropout=0.0)
+        out = mixer.prefill(qkv[0], qkv[1], qkv[2], None, step, scale=None, dropout=0.0)
         torch.autograd.grad(out, [*qkv, *mixer.parameters()], grad)
 
     for block_f, block_v, warps, stages in (

@@ -380,7 +380,7 @@ class LinearMixer(SpanMixer):
         where = positions[:, None] if self.map.positional else None
         q, log_gain = kernels.query_features(self.map, self.groups[0]["map"], query, scale, where, self._gains())
         options: dict[str, Any] = {"mean": self.shared}
-        if self.shared and out is not None and lse is not None:
+        if out is not None and lse is not None and log_gain is not None:
             window = self._window(out, lse)
             options |= {"window": (window[0][:, :, 0], window[1][:, :, 0]), "log_gain": log_gain[:, :, 0]}
         found = kernels.read_one(q[:, :, 0], held, lengths, self.facts.head_dim, query.dtype, **options)[:, :, None]

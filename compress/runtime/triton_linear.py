@@ -628,10 +628,11 @@ class _Linear(torch.autograd.Function):
         return result, mass, last_state(states, key.shape[-1], value.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
         from .triton_linear_backward import backward
 
-        return (*backward(*grads, *ctx.saved_tensors, ctx.where, with_first=ctx.first), None, None)
+        given = (*grads, *ctx.saved_tensors, ctx.where)
+        return (*backward(*given, with_first=ctx.first), None, None)
 
 
 def additive(

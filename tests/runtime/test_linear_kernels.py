@@ -64,7 +64,7 @@ def test_additive_attention_is_that_of_the_states(own: bool) -> None:
     out = torch.randn(1, heads, start + count, values)
     lse, gain = torch.randn(1, heads, start + count) + 3, torch.randn(1, heads, start + count)
     log_decay = -torch.rand(1, groups, end) * 0.1
-    given = [query, key, value, first] if own else [query, key, value, first, out, lse, gain]
+    given: Any = [query, key, value, first] if own else [query, key, value, first, out, lse, gain]
 
     exact = doubled(given)
     q, k, v, s, *window = exact
@@ -94,9 +94,9 @@ def test_additive_attention_is_that_of_the_states(own: bool) -> None:
         own=own,
         segment=2,
     )
-    leaves = [x.requires_grad_() for x in given]
-    more = {} if own else {"window": (out, lse), "log_gain": gain}
-    mine, _, state = additive(*leaves[:4], where, log_decay=log_decay, **more)
+    leaves: Any = [x.requires_grad_() for x in given]
+    more: dict[str, Any] = {} if own else {"window": (out, lse), "log_gain": gain}
+    mine, _, state = additive(leaves[0], leaves[1], leaves[2], leaves[3], where, log_decay=log_decay, **more)
     close([mine[:, :, start:], state], [wanted, states[:, :, last]])
     assert bool((mine[:, :, :start] == 0).all())
     close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
@@ -105,15 +105,16 @@ def test_additive_attention_is_that_of_the_states(own: bool) -> None:
 def test_the_delta_rule_is_that_of_the_states() -> None:
     query, key = torch.randn(1, 2, 150, 40), normalize(torch.randn(1, 1, 128, 40), dim=-1)
     value, first, strength = torch.randn(1, 1, 128, 24), torch.randn(1, 1, 40, 24), torch.rand(1, 1, 128)
-    given = [query, key, value, first, strength, -torch.rand(1, 1, 128) * 0.1]
+    given: Any = [query, key, value, first, strength, -torch.rand(1, 1, 128) * 0.1]
     chunk = torch.tensor([[[0, 1, 2]]])
     q, k, v, s, b, d = exact = doubled(given)
     states = chunk_states(k, v, s, rule="delta", strength=b, log_decay=d)
     wanted = read(pad(q, (0, 0, 0, 42)), states, chunk)[:, :, :150]
     wanted_grads = torch.autograd.grad(wanted.sin().sum() + states[:, :, -1].cos().sum(), exact)
-    leaves = [x.requires_grad_() for x in given]
+    leaves: Any = [x.requires_grad_() for x in given]
     where = layout(Rows.whole(1, 150), chunk, 128, segment=1)
-    mine, state = gated_delta(*leaves[:4], where, strength=leaves[4], log_decay=leaves[5])
+    query, key, value, first, strength, decay = leaves
+    mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
     close([mine, state], [wanted, states[:, :, -1]])
     close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
 
@@ -124,14 +125,14 @@ def softmaxes(projected: torch.Tensor) -> torch.Tensor:
 
 
 def test_features_and_gains_have_their_gradients() -> None:
-    given = [torch.randn(2, 2, 70, 24), torch.randn(2, 24, 20), torch.randn(2), torch.randn(2, 24)]
+    given: Any = [torch.randn(2, 2, 70, 24), torch.randn(2, 24, 20), torch.randn(2), torch.randn(2, 24)]
     rows, weight, gain, turn = exact = doubled(given)
     wanted = softmaxes(rows @ weight), gain[:, None] + (rows * turn[:, None]).sum(-1)
-    wanted_grads = torch.autograd.grad(sum(x.sin().sum() for x in wanted), exact)
-    leaves = [x.requires_grad_() for x in given]
-    mine = features(leaves[0], leaves[1], None, "hedgehog", 1.0, *leaves[2:])
+    wanted_grads = torch.autograd.grad(torch.cat([x.sin().flatten() for x in wanted]).sum(), exact)
+    leaves: Any = [x.requires_grad_() for x in given]
+    mine: Any = features(leaves[0], leaves[1], None, "hedgehog", 1.0, *leaves[2:])
     close(mine, wanted)
-    close(torch.autograd.grad(sum(x.sin().sum() for x in mine), leaves), wanted_grads)
+    close(torch.autograd.grad(torch.cat([x.sin().flatten() for x in mine]).sum(), leaves), wanted_grads)
 
 
 def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads() -> None:
