@@ -67,13 +67,10 @@ class AarenGroup(Target):
         return Cost(held, held, 1, 4 * unit.head_dim * unit.query_heads * length, unit.parameters + own)
 
     def words(self, native: int | None = None) -> str:
-        """That the query is fixed."""
         return "a fixed query over all keys"
 
     def short(self, native: int | None = None) -> str:
-        """Its name."""
         return "aaren"
 
     def rule_text(self) -> str:
-        """How tokens are weighed."""
         return "every query head weighs all tokens so far by its one query, whatever the token at t is."
