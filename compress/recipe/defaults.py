@@ -33,7 +33,7 @@ ROOMY = 4 * CLOSEST  # tokens in which several facts, or pass keys, have room
 MIX = ((4, 12, 4, 8), (2, 8, 3, 6), (1, 10, 4, 6))
 MIX_TO_REFINE = ((4, 12, 4), (2, 12, 4), (1, 32, 8))  # divisor, facts, and documents of many pass keys
 MIX_OF_FEW_CORES = ((2, 2, 1, 2), (1, 4, 1, 3))
-# A hundredth of a nat of plain text would count as much as all facts lost, and is worth less than that to those who ask.
+# A hundredth of a nat of plain text would count as much as all facts lost, and is worth less to those who ask.
 WEIGHTS = {"facts": 4.0, "continuation": 0.2}
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
