@@ -123,20 +123,16 @@ class StoredText(Source):
         return self.excerpt(most).text
 
     def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
-        """As `Source.read`."""
         text = split_text(self.load(characters_for(tokens, part)), part)
         return PartText(tokenise(reader.tokenizer, text), text_key(text))
 
     def whole(self, reader: Reader) -> str:
-        """All parts together."""
         return self.load()
 
     def known(self, most: int = MOST) -> Excerpt:
-        """The text itself."""
         return self.excerpt(most)
 
     def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
-        """Those of the part."""
         return tokenise(tokenizer, split_text(known, part))
 
 
@@ -217,7 +213,6 @@ class FileText(StoredText):
         return _cut(text, most, f"about {fraction:.2%} of the file") if more else Excerpt(text)
 
     def stamp(self) -> tuple[int, ...] | None:
-        """Of the file."""
         return file_stamp(Path(self.path).expanduser())
 
     def _rows(self, file: Any) -> Iterator[str]:

@@ -193,7 +193,6 @@ class LinearGroup(Target):
         return unit.parameters + own
 
     def words(self, native: int | None = None) -> str:
-        """The state, and the window before it."""
         made = [f"{self.map} map" if self.rule == "add" else "delta rule"]
         if self.features is not None:
             made.append(f"{self.features} features")
@@ -206,13 +205,11 @@ class LinearGroup(Target):
         return f"sink {self.sink}, window {self.alpha}{grows}, before it {linear}"
 
     def short(self, native: int | None = None) -> str:
-        """`L`, and the window as of the target `window`."""
         if self.alone:
             return "L"
         return f"L {self.sink}|{self.alpha}{f'+{self.beta:g}t' if self.beta else ''}"
 
     def rule_text(self) -> str:
-        """Window and state."""
         return (
             "with p the first position of the query's page of 64 tokens, the query sees key j by softmax when `j` is "
             "in the pages of the first `sink` tokens or not before the page of position "

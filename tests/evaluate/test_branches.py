@@ -120,7 +120,7 @@ def test_branches_are_switched_for_all_groups_or_for_one(model: Any, ids: list[i
 
 
 def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_path: Path) -> None:
-    found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1)
+    found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="group")
     found.write(tmp_path / "evaluation.json")
     assert read_comparison(tmp_path / "evaluation.json") == found
     assert not [cell for cell in found.dense.cells if cell.table == "branches"]
@@ -150,6 +150,8 @@ def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_p
     assert "which branch of the converted heads does the work" in words and "| group 0 | group 1 |" in words
     grid = tables(found)[-1]
     assert [row[0] for row in grid.rows] == ["0", "1"] and grid.rows[0][2].count("/") == 2 and not grid.rows[1][2]
+    whole_only = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="model").variants[1]
+    assert whole_only.cells == [cell for cell in plan.cells if cell.place is None]
     by_layer = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="layer").variants[1]
     assert {cell.place for cell in by_layer.cells if cell.place} == {(0, None), (1, None)}
 

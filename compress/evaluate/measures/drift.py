@@ -76,23 +76,18 @@ class Drift(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of the text."""
         return (self.length,)
 
     def words(self) -> str:
-        """Its length."""
         return f"drift over {self.length:,} tokens"
 
     def passes(self) -> str:
-        """Of a variant with states."""
         return "drift: 1 forward, and decoding of single layers"
 
     def readings(self, seed: int) -> list[Reading]:
-        """One window."""
         return [Reading(self.text, self.length, lambda tokenizer, ids, context: self._fits(len(ids), context))]
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, on the same text for all variants."""
         ids = setting.tokens(self.text or setting.text, self.length)[: self.length]
         self._fits(len(ids), setting.context)
         setting.check(ids, "the text of the drift")
