@@ -297,7 +297,7 @@ class LinearMixer(SpanMixer):
         """What computes these heads' states beside plain PyTorch, if anything does."""
         kernels = choose_impl(step.impl, query).linear
         trained = self.token_decay and torch.is_grad_enabled()
-        if kernels is None or not kernels.takes(self.rule, self.alone, self.map.features, trained_decay=trained):
+        if kernels is None or not kernels.takes(self.rule, self.map.features, trained_decay=trained):
             return None
         return kernels
 
@@ -524,7 +524,7 @@ class LinearMixer(SpanMixer):
             held = state.tensors["state"]
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
-        options |= {"alone": self.alone, "mean": merged, "window": window, "log_gain": log_gain}
+        options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
         found, last = kernels.read_new(q, k, v, held, layout, rows, **options)
         return found, last
 
