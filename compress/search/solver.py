@@ -19,10 +19,12 @@ class Solver(Method):
         stem: what its plans are called in a run folder, with a number behind.
         placed: whether its plans are compared with the same targets in drawn places, and in whole layers; those with
             trained targets always are.
+        needs_grid: whether it chooses windows of the grid of rules that statistics price; of a solver of spans.
     """
 
     stem: ClassVar[str] = "pareto"
     placed: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = True
 
     @property
     def spans(self) -> bool:

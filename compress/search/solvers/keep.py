@@ -33,6 +33,7 @@ class Keep(Solver):
     """The head groups, or layers, of the highest statistic keep full attention; all others get one target."""
 
     placed: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = False
 
     statistic: str | dict[str, Annotated[float, Field(ge=-FACTOR, le=FACTOR)]] = Field(
         "retrieval",

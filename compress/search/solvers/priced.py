@@ -9,7 +9,7 @@ lets be priced, and what that costs, state and cache alike, is what the targets 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from compress.targets.target import Target
 @solvers.register("priced")
 class Priced(Frontier):
     """Chooses among the targets that were priced, prepared ones among them, under all budgets at once."""
+
+    needs_grid: ClassVar[bool] = False
 
     part: Literal["absolute", "signed", "error"] = Field(
         "absolute",
