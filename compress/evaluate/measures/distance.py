@@ -216,7 +216,7 @@ class Distance(Measure):
         if not self.texts:
             return []
         rng = random.Random(f"{seed}/evaluation/associations/{length}")
-        return associations(tokenizer, words_of(tokenizer), length, self.pairs, self.texts, rng)
+        return associations(tokenizer, words_of(tokenizer), length, self.pairs, self.texts, rng, before=PAGE)
 
     def _pass_keys(self, length: int, asked: Sequence[_Asked], batch_size: int, subject: Subject, step: Step) -> Result:
         items: list[Recalled] = []
