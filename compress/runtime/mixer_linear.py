@@ -297,7 +297,7 @@ class LinearMixer(SpanMixer):
         """What computes these heads' states beside plain PyTorch, if anything does."""
         kernels = choose_impl(step.impl, query).linear
         trained = self.token_decay and torch.is_grad_enabled()
-        if kernels is None or not kernels.takes(self.rule, self.alone, self.map.features, trained_decay=trained):
+        if kernels is None or not kernels.takes(self.rule, self.map.features, trained_decay=trained):
             return None
         return kernels
 
@@ -472,12 +472,7 @@ class LinearMixer(SpanMixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`."""
         columns = query.shape[2]
-        if state is None:
-            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        else:
-            held = state.tensors["state"]
-            if torch.is_grad_enabled():  # autograd may keep it, and it is overwritten once the pass has read it
-                held = held.clone()
+        held = self._held(state, value)
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
@@ -485,6 +480,14 @@ class LinearMixer(SpanMixer):
             total = found if total is None else total + found
         assert total is not None
         return total, held
+
+    def _held(self, state: LinearState | None, value: torch.Tensor) -> torch.Tensor:
+        """The states before a pass of prefill, `[B, G, F, E]`, for values `[B, G, T, V]`."""
+        if state is None:
+            return wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
+        held = state.tensors["state"]
+        # Autograd may keep it, and the pass writes the states behind it into the same memory.
+        return held.clone() if torch.is_grad_enabled() else held
 
     def _read_fast(
         self,
@@ -518,13 +521,10 @@ class LinearMixer(SpanMixer):
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
         at = position.clamp(min=0)[:, None] if positional else None
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        if state is None:
-            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        else:
-            held = state.tensors["state"]
+        held = self._held(state, value)
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
-        options |= {"alone": self.alone, "mean": merged, "window": window, "log_gain": log_gain}
+        options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
         found, last = kernels.read_new(q, k, v, held, layout, rows, **options)
         return found, last
 
