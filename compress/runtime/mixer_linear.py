@@ -119,6 +119,8 @@ class LinearState(PagedState):
             return
         pool, pages = self.gates, self.pages()
         assert pool is not None
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return
         last = (lengths.long() - 1).clamp(min=0)[:, None, None]
         place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
         slots = place * PAGE + last[..., 0] % PAGE
@@ -630,6 +632,8 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """States `[B, G, F, E]` after the first `count` `[B, G]` tokens of the cached pages `number` `[B, G]`."""
         pages = state.pages()
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return held
         number = number.clamp(max=pages.table.shape[-1] - 1)
         place = pages.table.long().gather(2, number[..., None])[..., 0].clamp(min=0)
         absent = (torch.arange(PAGE, device=held.device) >= count[..., None])[..., None]
