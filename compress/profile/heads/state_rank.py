@@ -40,7 +40,7 @@ class StateRank(HeadStatistic):
     splits: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.25, 0.5, 0.75), min_length=1, max_length=ENTRIES, description="where t lies, as shares of the length"
     )
-    block: int = Field(512, ge=2, le=MOST_BLOCK, description="rows and columns of a block at most, evenly spread")
+    block: int = Field(256, ge=2, le=MOST_BLOCK, description="rows and columns of a block at most, evenly spread")
 
     unit: ClassVar[str] = "features"
     tiled: ClassVar[bool] = False
