@@ -106,7 +106,7 @@ TESTS = {
     },
     "objective": {
         "distill": "train/test_recover.py",
-        "gates": "profile/test_scores.py",
+        "gates": "profile/heads/test_scores.py",
         "parts": "train/test_hidden.py",
         "side": "train/test_side.py",
         "text": "train/test_recover.py",

@@ -34,7 +34,6 @@ class Continuation(Task):
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of `sample`")
 
     def answering(self, seed: int) -> dict[str, Any]:
-        """Drawn or greedy, as the fields say."""
         return {"decoding": self.decoding, "temperature": self.temperature, "seed": seed}
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:

@@ -64,7 +64,6 @@ class GeneratedText(Source):
         return math.ceil(self.tokens * PATTERN.count(part) / PATTERN.count("calibration"))
 
     def written(self, part: Part) -> int:
-        """Tokens of a part that the model writes."""
         return math.ceil(self.size(part) * self.share)
 
     @property

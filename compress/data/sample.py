@@ -120,7 +120,6 @@ class TextSample(Sample):
 
     @property
     def length(self) -> int:
-        """Number of tokens, answer included."""
         return len(self.tokens)
 
     @property
@@ -130,11 +129,9 @@ class TextSample(Sample):
 
     @property
     def facts(self) -> list[Any]:
-        """The tokens, and where the answer is."""
         return [self.tokens, self.answer]
 
     def body(self, device: torch.device) -> dict[str, Any]:
-        """All tokens."""
         import torch
 
         return {"input_ids": torch.tensor([self.tokens], device=device), "use_cache": False}
@@ -146,22 +143,18 @@ class TextSample(Sample):
         return self.body(device) | {"logits_to_keep": torch.arange(*self.rows, device=device)}
 
     def logits(self, output: Any) -> torch.Tensor:
-        """`[rows, vocabulary]`."""
         logits: torch.Tensor = output.logits[0]
         return logits
 
     def targets(self, device: torch.device) -> torch.Tensor:
-        """The answer's token ids."""
         import torch
 
         return torch.tensor(self.tokens[self.answer[0] : self.answer[1]], device=device)
 
     def pairs(self) -> Mapping[tuple[int, int], int]:
-        """See `Sample.pairs`."""
         return pairs(self.tokens)
 
     def repeats(self, elsewhere: Mapping[tuple[int, int], int], most: int) -> Sample | None:
-        """See `Sample.repeats`."""
         places = repeats(self.tokens, elsewhere, most)
         return Repeats(self.tokens, self.answer, places=tuple(places)) if places else None
 
@@ -176,7 +169,6 @@ class TextSample(Sample):
 
     @classmethod
     def logits_of(cls, samples: Sequence[TextSample], output: Any) -> list[torch.Tensor]:
-        """`[rows, vocabulary]` each."""
         length = samples[0].length
         return [output.logits[i, sample.rows[0] - length : sample.rows[1] - length] for i, sample in enumerate(samples)]
 
@@ -193,7 +185,6 @@ class Repeats(TextSample):
 
     @property
     def facts(self) -> list[Any]:
-        """The tokens, and which the loss is taken on."""
         return [self.tokens, self.places]
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
@@ -203,7 +194,6 @@ class Repeats(TextSample):
         return self.body(device) | {"logits_to_keep": torch.tensor(self.places, device=device) - 1}
 
     def targets(self, device: torch.device) -> torch.Tensor:
-        """These tokens."""
         import torch
 
         return torch.tensor([self.tokens[place] for place in self.places], device=device)

@@ -127,20 +127,16 @@ class StoredText(Source):
         return split_text(text, part)
 
     def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
-        """As `Source.read`."""
         text = self.part(self.load(characters_for(tokens, part)), part)
         return PartText(tokenise(reader.tokenizer, text), text_key(text))
 
     def whole(self, reader: Reader) -> str:
-        """All parts together."""
         return self.load()
 
     def known(self, most: int = MOST) -> Excerpt:
-        """The text itself."""
         return self.excerpt(most)
 
     def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
-        """Those of the part."""
         return tokenise(tokenizer, self.part(known, part))
 
 
@@ -221,7 +217,6 @@ class FileText(StoredText):
         return _cut(text, most, f"about {fraction:.2%} of the file") if more else Excerpt(text)
 
     def stamp(self) -> tuple[int, ...] | None:
-        """Of the file."""
         return file_stamp(Path(self.path).expanduser())
 
     def _rows(self, file: Any) -> Iterator[str]:

@@ -67,11 +67,6 @@ def block_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for layer in layers_of(model) for weight in layer.parameters())
 
 
-def missing_biases(model: nn.Module) -> int:
-    """Parameters that the decoder layers gain when every projection has a bias (`add_output_biases`)."""
-    return sum(_missing_biases(layer, model.config) for layer in layers_of(model))
-
-
 def _missing_biases(layer: nn.Module, config: Any) -> int:
     return sum(
         module.weight.shape[:-1].numel() for module in projections(layer, config).values() if module.bias is None

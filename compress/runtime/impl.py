@@ -16,13 +16,33 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What an implementation does for linear heads; `triton_linear_heads.py` documents the arguments.
+
+    `linear_states.py` and the maps are the specification, and the implementation where this does not take the heads.
+    """
+
+    takes: Callable[..., bool]
+    query_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    key_features: Callable[..., torch.Tensor]
+    read_new: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    absorb: Callable[..., bool]
+    read_one: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Impl:
-    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification."""
+    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification.
+
+    Attributes:
+        linear: what it does for linear heads; None where they run in plain PyTorch.
+    """
 
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
     store: Callable[..., None]
     store_one: Callable[..., None]
+    linear: Linear | None = None
 
 
 IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
@@ -30,6 +50,7 @@ IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
 
 try:
     from .triton_attention import FLASH, TRITON, refusal
+    from .triton_linear_heads import LINEAR
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -38,8 +59,8 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    IMPLS["triton"] = Impl(*TRITON)
-    IMPLS["flash"] = Impl(*FLASH)
+    IMPLS["triton"] = Impl(*TRITON, linear=Linear(*LINEAR))
+    IMPLS["flash"] = Impl(*FLASH, linear=Linear(*LINEAR))
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:

@@ -55,6 +55,10 @@ class Solver(Method):
         """The plan that costs least of all that it may choose, in every row."""
         return problem.uniform(smallest_window(problem.grid))
 
+    def words(self) -> str:
+        """What it decides, in a few words, for a list of stages; its name where that says enough."""
+        return self.registered
+
     def choices(self, problem: Problem) -> Sequence[Target]:
         """Targets that it may choose beside windows, whose bytes the budget is to count exactly."""
         return ()

@@ -1,9 +1,9 @@
-"""What a stage speaks through while it works. The command line prints; a script may stay silent."""
+"""What a stage speaks through while it works. The command line prints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 Progress = Callable[[int, int, str], None]  # done, in all, what
@@ -17,14 +17,3 @@ class Reporter(Protocol):
 
     def progress(self, title: str) -> AbstractContextManager[Progress]:
         """Shows how far a piece of work is, from entering to leaving."""
-
-
-class Silent:
-    """A reporter that nobody hears."""
-
-    def say(self, line: str) -> None:
-        """Nothing."""
-
-    def progress(self, title: str) -> AbstractContextManager[Progress]:
-        """Counts nothing."""
-        return nullcontext(lambda done, total, what: None)

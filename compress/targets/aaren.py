@@ -13,6 +13,8 @@ from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.runtime.families import Family
 
 
@@ -45,6 +47,11 @@ class AarenGroup(Target):
         return query
 
     @classmethod
+    def of(cls, query: torch.Tensor) -> AarenGroup:
+        """The group that starts with these queries `[query heads, head size]`."""
+        return cls(query=tuple(map(tuple, query.tolist())))
+
+    @classmethod
     def refusal(cls, family: Family) -> str | None:
         """What a family's layers do with their scores already."""
         return family.scores
@@ -67,13 +74,10 @@ class AarenGroup(Target):
         return Cost(held, held, 1, 4 * unit.head_dim * unit.query_heads * length, unit.parameters + own)
 
     def words(self, native: int | None = None) -> str:
-        """That the query is fixed."""
         return "a fixed query over all keys"
 
     def short(self, native: int | None = None) -> str:
-        """Its name."""
         return "aaren"
 
     def rule_text(self) -> str:
-        """How tokens are weighed."""
         return "every query head weighs all tokens so far by its one query, whatever the token at t is."

@@ -23,7 +23,6 @@ class FullGroup(SpanTarget):
 
     @classmethod
     def options(cls, unit: Unit, lengths: Sequence[int], grid: Any = None) -> list[Target]:
-        """The one that there is."""
         return [cls()]
 
     def span(self, native: int | None = None) -> AnySpan:

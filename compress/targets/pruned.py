@@ -35,17 +35,13 @@ class PrunedGroup(Target):
 
     @classmethod
     def options(cls, unit: Unit, lengths: Sequence[int], grid: Any = None) -> list[Target]:
-        """The one that there is."""
         return [cls()]
 
     def cost(self, unit: Unit, length: int) -> Cost:
-        """Nothing."""
         return Cost()
 
     def words(self, native: int | None = None) -> str:
-        """That it is gone."""
         return "removed"
 
     def short(self, native: int | None = None) -> str:
-        """A dash."""
         return "-"

@@ -112,15 +112,12 @@ class ScoreGroup(SpanTarget):
         return replace(cost, parameters=cost.parameters + own) if unit.parameters else cost
 
     def words(self, native: int | None = None) -> str:
-        """Score and span."""
         return f"{WORDS[self.score]}, {super().words(native)}"
 
     def short(self, native: int | None = None) -> str:
-        """`sigmoid full`, or with sink and window."""
         return f"{self.score} {super().short(native)}"
 
     def rule_text(self) -> str:
-        """The span rule, and how scores become weights."""
         return f"{super().rule_text()} {RULES[self.score][0].upper()}{RULES[self.score][1:]}."
 
     def stock(self, native: int | None) -> StockForm | None:

@@ -42,7 +42,6 @@ class SpanTarget(Target):
         return Cost(held_bytes, held_bytes, visible_keys(span, length), flops, unit.parameters)
 
     def words(self, native: int | None = None) -> str:
-        """Sink, window, and what it grows by."""
         span = self.span(native)
         if span.is_full:
             return "sees everything"
@@ -58,7 +57,6 @@ class SpanTarget(Target):
         return f"{span.sink}|{span.alpha}{growth_text}"
 
     def rule_text(self) -> str:
-        """The span rule."""
         if self.by_length:
             return (
                 'an input of N tokens has the window `max(1, floor(alpha + beta * N))` (`"rule": "length"`) in all of '

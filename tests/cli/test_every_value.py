@@ -130,6 +130,7 @@ TRAININGS = (
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
+OWN, BRANCHES = "data.generated.GeneratedText", "evaluate.measures.branches.BranchesMeasure"
 SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
@@ -143,6 +144,14 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     (SECTION, "dtype", "float16"): ("tests/export/test_export.py", r'"dtype", \["bfloat16", "float16"\]'),
     ("evaluate.measures.lm_eval.LmEval", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
     ("evaluate.measures.latency.Latency", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
+    **dict.fromkeys(((OWN, "", ""), (OWN, "source", "generated")), ("tests/cli/test_run.py", "{source: generated")),
+    (BRANCHES, "", ""): ("tests/evaluate/test_branches.py", r'measured\("branches"'),
+    **{
+        (BRANCHES, "by", unit): ("tests/evaluate/test_branches.py", f'by="{unit}"')
+        for unit in ("group", "layer", "model")
+    },
+    ("evaluate.measures.distance.Distance", "", ""): ("tests/evaluate/test_branches.py", r'measured\("distance"'),
+    ("evaluate.measures.drift.Drift", "", ""): ("tests/evaluate/test_branches.py", r'measured\("drift"'),
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
     ("search.solvers.priced.Priced", "", ""): ("tests/search/test_mixed.py", r"solver: \{name: priced"),
     ("search.solvers.priced.Priced", "part", "absolute"): ("tests/search/test_solvers.py", r"solvers.parse"),

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 import compress.runtime.mixer_score  # noqa: F401  (registers the mixer)
+from compress.models.outputs import Alternatives, facts_of
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.runtime.attention import plan_attention
@@ -201,6 +202,13 @@ def test_ssmax_is_the_dense_head_at_its_reference_length() -> None:
         )
     torch.testing.assert_close(new[:, -1], old[:, -1], rtol=1e-5, atol=1e-5)
     assert float((new[:, 50] - old[:, 50]).abs().max()) > 1e-3  # and elsewhere another function
+
+
+def test_what_needs_no_training_is_priced_as_it_starts() -> None:
+    query, key, value = (tensor[:, :heads] for tensor, heads in zip(random_qkv(1, 90), (4, 2, 2), strict=True))
+    alternatives = Alternatives(facts_of(0, query, key, None), [[ScoreGroup(score="ssmax", reference=90)] * 2])
+    (change,) = alternatives.changes(query, key, value, 0.25)
+    assert float(change[:, :, -1].abs().max()) < 1e-5 < 1e-3 < float(change[:, :, 40].abs().max())
 
 
 def run_layer(model: Any, ids: torch.Tensor) -> torch.Tensor:

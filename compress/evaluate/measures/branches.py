@@ -133,7 +133,6 @@ class BranchesMeasure(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of a window."""
         return (self.length,)
 
     @property
@@ -142,20 +141,16 @@ class BranchesMeasure(Measure):
         return self.length * self.windows
 
     def words(self) -> str:
-        """Windows and tokens."""
         return f"branches on {self.windows} windows of {self.length:,} tokens"
 
     def passes(self) -> str:
-        """Of a variant with branches."""
         each = {"group": " and 3 for each converted group", "layer": " and 3 for each converted layer", "model": ""}
         return f"branches: {self.windows} forward, 5 times{each[self.by]}"
 
     def readings(self, seed: int) -> list[Reading]:
-        """The windows."""
         return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, on the same windows for all variants."""
         ids = setting.tokens(self.text or setting.text, self.tokens)
         self._fits(len(ids), setting.context)
         setting.check(ids, "the text of the branches")

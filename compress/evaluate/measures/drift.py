@@ -76,23 +76,18 @@ class Drift(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of the text."""
         return (self.length,)
 
     def words(self) -> str:
-        """Its length."""
         return f"drift over {self.length:,} tokens"
 
     def passes(self) -> str:
-        """Of a variant with states."""
         return "drift: 1 forward, and decoding of single layers"
 
     def readings(self, seed: int) -> list[Reading]:
-        """One window."""
         return [Reading(self.text, self.length, lambda tokenizer, ids, context: self._fits(len(ids), context))]
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, on the same text for all variants."""
         ids = setting.tokens(self.text or setting.text, self.length)[: self.length]
         self._fits(len(ids), setting.context)
         setting.check(ids, "the text of the drift")
@@ -185,7 +180,8 @@ def _largest(errors: torch.Tensor) -> float:
 def _pass(step: Pass, start: int, count: int, dtype: torch.dtype) -> Pass:
     """The step of `count` of a pass's columns from `start` on, behind those before them; one column is decoded."""
     part = slice(start, start + count)
-    made = Pass(None, None, None, None, [count], count, impl=step.impl, scores=step.scores)
+    impl = "reference" if dtype == torch.float64 else step.impl  # no kernel takes float64
+    made = Pass(None, None, None, None, [count], count, impl=impl, scores=step.scores)
     if count > 1:
         made.rows = Rows((start,), (0,), (count,))
     else:

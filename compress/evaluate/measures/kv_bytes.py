@@ -42,7 +42,6 @@ class KvBytes(Measure):
     always: ClassVar[bool] = True
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, which needs no model."""
 
         def held(subject: Subject, step: object) -> Result:
             cost = subject.variant.cost

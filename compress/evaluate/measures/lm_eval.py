@@ -51,7 +51,6 @@ class LmEval(Measure):
         ]
 
     def words(self) -> str:
-        """The names of tasks and suites."""
         return "\n".join([*self.tasks, *self.suites])
 
     def inputs(self) -> list[Inputs]:
@@ -59,7 +58,6 @@ class LmEval(Measure):
         return [Inputs(length, self.count * len(self.suites), SUITE_ANSWER) for length in self.lengths]
 
     def passes(self) -> str:
-        """As many as the tasks take."""
         return "the tasks"
 
     def check(self, context: int | None) -> None:
@@ -90,7 +88,6 @@ class LmEval(Measure):
 
     @property
     def files_are(self) -> str:
-        """Task files, and where they come from."""
         return "" if self.include is None else f"task files: {self.include}"
 
     def files(self) -> list[Path]:
@@ -102,7 +99,6 @@ class LmEval(Measure):
         return task_files(self.include) if self.include is not None else []
 
     def packages(self) -> list[str]:
-        """lm-eval."""
         return ["lm-eval"]
 
     def jobs(self, setting: Setting) -> list[Job]:

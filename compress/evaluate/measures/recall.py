@@ -125,7 +125,6 @@ class Recall(Measure):
 
     @classmethod
     def key(cls) -> tuple[Any, Any]:
-        """A list of tasks."""
         return Tasks, Field((), description="recall tasks, one entry per task and length")
 
     @classmethod
@@ -135,11 +134,9 @@ class Recall(Measure):
 
     @property
     def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of a prompt with its answer."""
         return tuple(task.length for task in self.tasks)
 
     def words(self) -> str:
-        """Prompts, task and length."""
         return "\n".join(
             f"{task.count} x {label} of {task.length:,} tokens"
             for label, task in zip(self._labels(), self.tasks, strict=True)
@@ -149,20 +146,16 @@ class Recall(Measure):
         return distinct_labels([task.label for task in self.tasks], [task.model_dump() for task in self.tasks])
 
     def inputs(self) -> list[Inputs]:
-        """Prompts with their answers."""
         return [Inputs(task.length, task.count, WRITTEN) for task in self.tasks]
 
     def passes(self) -> str:
-        """One generation a prompt."""
         return f"{sum(task.count for task in self.tasks)} generations"
 
     def check(self, context: int | None) -> None:
-        """Refuse tasks without a right answer."""
         for task in self.tasks:
             check_scored(task)
 
     def readings(self, seed: int) -> list[Reading]:
-        """The haystacks of every task."""
         return [
             Reading(None, task.length, partial(self._prompts, seed, task), f"[{number}]")
             for number, task in enumerate(self.tasks)

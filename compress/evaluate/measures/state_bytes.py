@@ -44,7 +44,6 @@ class StateBytes(Measure):
     always: ClassVar[bool] = True
 
     def jobs(self, setting: Setting) -> list[Job]:
-        """One job, which needs no model."""
 
         def found(subject: Subject, step: object) -> Result:
             cost, dense = subject.variant.cost, subject.beside.cost

@@ -23,7 +23,6 @@ ONE_SENTENCE = (
     "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {asked} mentioned in the provided text? "
     "The special magic {kind} for {asked} mentioned in the provided text is"
 )
-PLURAL = {"words": "words", "numbers": "numbers", "uuids": "uuids"}
 SOURCE = "RULER, arXiv 2404.06654"
 
 

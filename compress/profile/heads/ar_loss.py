@@ -69,11 +69,9 @@ class ArLoss(HeadStatistic):
         return {"": Table(self.unit), "signed": Table(self.unit)}
 
     def counted(self, item: Item) -> list[str] | None:
-        """Samples with such tokens."""
         return [] if self.looked_up(item.sample) is None else None
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        """Price the window on the rows of one layer."""
         window = WindowGroup(sink=self.sink, alpha=self.window, beta=0.0)
         for _, signed, absolute in effects_of(layer, [window]):
             sums["signed"][layer.layer] += signed

@@ -74,7 +74,6 @@ class HeadStatistic(SummedStatistic):
         return None
 
     def begin(self, subject: Subject, lengths: Sequence[int]) -> dict[int, Sums]:
-        """See `SummedStatistic.begin`."""
         sizes = (subject.shape.layers, subject.shape.kv_heads)
         return {
             length: {
@@ -90,7 +89,6 @@ class HeadStatistic(SummedStatistic):
         return {f"{item.length}/*": 1} if parts is None else {f"{item.length}/{part}": 1 for part in parts}
 
     def bad_place(self, place: int, name: str, total: torch.Tensor) -> tuple[str, int]:
-        """See `SummedStatistic.bad_place`."""
         finite = torch.isfinite(total.flatten(1)).all(1)
         return str(Key(self.name, name, place)), int((~finite).nonzero()[0])
 

@@ -115,22 +115,18 @@ class Effect(HeadStatistic):
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
-        """See `Statistic.learnt`."""
         return tuple(option for option in prepared if option.target in self.targets)
 
     @property
     def needs_inputs(self) -> bool:
-        """Where the mixer of a target does."""
         return reads_inputs(self.targets)
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        """Price all targets on the rows of one layer."""
         for number, signed, absolute in effects_of(layer, self.targets, self._prepared):
             sums["signed"][layer.layer, :, number] += signed
             sums["absolute"][layer.layer, :, number] += absolute
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
-        """A tensor (layer, group) for each target."""
         return {
             key.to(target): Result(values[..., number].clone(), ("layer", "group"), table.unit)
             for number, target in enumerate(self.targets)

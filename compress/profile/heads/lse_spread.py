@@ -46,7 +46,6 @@ class LseSpread(HeadStatistic):
         sums["second"][tile.layer] += level.square().sum(-1)
 
     def close(self, sums: dict[int, Sums], item: Item) -> None:
-        """The spread of a sample counts once."""
         parts = sums[item.length]
         variance = (parts["second"] - parts["first"].square()).clamp(min=0)
         parts[""] += variance.mean(-1).sqrt()
@@ -54,5 +53,4 @@ class LseSpread(HeadStatistic):
         parts["second"].zero_()
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
-        """The spread alone."""
         return {} if key.part else super().named(key, table, values)

@@ -38,7 +38,6 @@ class OutputError(HeadStatistic):
         return {"": Table(self.unit), "output": Table(self.unit)}
 
     def add(self, sums: Sums, tile: Tile, item: Item) -> None:
-        """Add the squares of the rows."""
         groups, queries, rows, columns = tile.attention.shape
         keys = torch.arange(tile.key_start, tile.row_end, device=tile.attention.device)
         seen = Span(self.sink, self.window, 0.0).visible(tile.positions[:, None], keys)
@@ -53,11 +52,9 @@ class OutputError(HeadStatistic):
             sums[part][tile.layer] += squares
 
     def close(self, sums: dict[int, Sums], item: Item) -> None:
-        """The relative error of a sample counts once."""
         squares = sums[item.length]
         squares[""] /= squares["output"].clamp(min=torch.finfo(torch.float64).tiny)
         squares["output"].zero_()
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
-        """The error alone."""
         return {} if key.part else super().named(key, table, values)

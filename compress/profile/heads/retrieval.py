@@ -49,7 +49,6 @@ class Retrieval(HeadStatistic):
         return {"": Table(self.unit), "lost": rule_table(self.grid, length, self.unit)}
 
     def counted(self, item: Item) -> list[str] | None:
-        """Samples with evidence."""
         return None if item.sample.evidence else []
 
     def add(self, sums: Sums, tile: Tile, item: Item) -> None:

@@ -54,12 +54,10 @@ class StateRank(HeadStatistic):
         return {"": Table(self.unit)}
 
     def begin(self, subject: Subject, lengths: Sequence[int]) -> dict[int, Sums]:
-        """See `SummedStatistic.begin`."""
         self._reach = subject.reach
         return super().begin(subject, lengths)
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        """Add the ranks of one layer."""
         length, queries = layer.query.shape[1], layer.query.shape[0] // layer.key.shape[0]
         value, device = layer.value.double(), layer.query.device
         # |v_j W_o| of all query heads of the group together, from W_o^T W_o.

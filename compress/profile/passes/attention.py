@@ -24,7 +24,6 @@ class AttentionPass(SamplePass):
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[HeadStatistic]) -> Iterator[Read]:
-        """See `SamplePass.reader`."""
         gradient = any(statistic.needs_gradient for statistic in statistics)
         inputs = any(statistic.needs_inputs for statistic in statistics)
         feed = Feed(statistics, Workspace(run.subject.device), run.strip_bytes)

@@ -38,7 +38,6 @@ class ProjectionsPass(SamplePass):
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[UnitStatistic]) -> Iterator[Read]:
-        """See `SamplePass.reader`."""
         reader = _Reader(run.subject, statistics, run.checkpointing)
         with ExitStack() as undo:
             reader.open(undo)

@@ -23,7 +23,6 @@ class RepeatsPass(AttentionPass):
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[Any]) -> Iterator[Read]:
-        """See `SamplePass.reader`."""
         for statistic in statistics:
             statistic.know([sample for samples in run.corpora[0].values() for sample in samples])
         with super().reader(run, statistics) as read:

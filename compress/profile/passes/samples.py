@@ -36,7 +36,6 @@ class SamplePass(Pass):
         """A context in which the model is read sample by sample."""
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
-        """See `Pass.measure`."""
         corpora = run.corpora[: self.corpora]
         queue = queue_of(*corpora)
         if self.reads in run.partial.done:

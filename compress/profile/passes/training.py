@@ -41,7 +41,6 @@ class TrainingPass(Pass):
     reads: ClassVar[Reads] = "training"
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
-        """See `Pass.measure`."""
         lengths = sorted(length for length, samples in run.corpora[0].items() if samples)
         results = {}
         for statistic in statistics:

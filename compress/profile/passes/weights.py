@@ -16,7 +16,6 @@ class WeightsPass(Pass):
     reads: ClassVar[Reads] = "weights"
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
-        """See `Pass.measure`."""
         return {
             statistic.name: statistic.results([(statistic.begin(run.subject, []), Counter())], run.subject)
             for statistic in statistics

@@ -47,7 +47,6 @@ class Amp(UnitStatistic):
             sums[kind][head] += output.abs().sum(dtype=torch.float64)
 
     def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-        """Means over tokens."""
         neurons = sums["neuron"] / counts["tokens"]
         if self.neurons == "contribution":
             neurons = neurons * layer.output("neuron").weight.detach().abs().sum(0, dtype=torch.float64)

@@ -88,12 +88,10 @@ class UnitStatistic(SummedStatistic):
         }
 
     def count(self, item: Item) -> Mapping[str, int]:
-        """Tokens and answer tokens."""
         start, end = item.sample.rows
         return {"tokens": item.sample.length, "answers": end - start}
 
     def bad_place(self, place: int, name: str, total: torch.Tensor) -> tuple[str, int]:
-        """See `SummedStatistic.bad_place`."""
         return name, place
 
     def results(self, totals: Sequence[tuple[dict[int, Sums], Counter[str]]], subject: Subject) -> Results:
@@ -151,15 +149,12 @@ class ColumnStatistic(UnitStatistic):
         """`[columns]` float64, from means `[columns]` and the projection's weight `[out, columns]`."""
 
     def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
-        """One sum for every column."""
         return columns_of(layer)
 
     def add(self, sums: Sums, layer: LayerUnits, kind: str, inputs: torch.Tensor) -> None:
-        """See `UnitStatistic.add`."""
         sums[kind] += self.term(inputs.double()).sum(0)
 
     def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-        """See `UnitStatistic.scores`."""
         heads, neurons = (
             self.score(sums[kind] / counts["tokens"], layer.output(kind).weight.detach()) for kind in KINDS
         )
@@ -190,7 +185,6 @@ class WeightStatistic(UnitStatistic):
         return total
 
     def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:
-        """The gradients."""
         modules = layer.projections if self.needs_gradient else {}
         return {name: tuple(module.weight.shape) for name, module in modules.items()}
 
@@ -199,7 +193,6 @@ class WeightStatistic(UnitStatistic):
         sums[name] += gradient
 
     def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-        """See `UnitStatistic.scores`."""
 
         def numbers(name: str) -> torch.Tensor:
             return self.number(layer.projections[name].weight.detach(), sums.get(name), counts["answers"])

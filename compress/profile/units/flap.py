@@ -49,5 +49,4 @@ class Flap(UnitStatistic):
         }
 
     def unit_of(self, tensor: str) -> str:
-        """Means are in the unit of activations."""
         return "activation" if tensor.endswith("means") else self.unit

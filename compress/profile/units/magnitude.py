@@ -19,9 +19,7 @@ class Magnitude(WeightStatistic):
     gives: ClassVar[Mapping[str, str]] = {"magnitude": "units"}
 
     def number(self, weight: torch.Tensor, gradient: torch.Tensor | None, answers: int) -> torch.Tensor:
-        """Squares."""
         return weight.double().square()
 
     def finish(self, total: torch.Tensor) -> torch.Tensor:
-        """The root of their sum."""
         return total.sqrt()

@@ -22,9 +22,7 @@ class WandaSp(ColumnStatistic):
     gives: ClassVar[Mapping[str, str]] = {"wanda_sp": "units"}
 
     def term(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Squares."""
         return inputs.square()
 
     def score(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         return mean.sqrt() * weight.abs().sum(0, dtype=torch.float64)

@@ -50,7 +50,6 @@ class TimeRow(Row):
         return max(time(batch) / self.times.as_is(self.dense_read, batch) for batch in self.batches)
 
     def describe(self, smallest: int) -> dict[str, Any]:
-        """With the shares of the time."""
         shares = {"limit_time_share": self.most_time, "smallest_time_share": self.time_share(smallest)}
         return {**super().describe(smallest), **shares}
 
@@ -70,7 +69,6 @@ class TimeRow(Row):
         return {"source": times.source, "rows": rows}
 
     def too_tight(self, smallest: int, least: str) -> Problem:
-        """As `Row.too_tight`, in shares of the time."""
         fraction = rounded_up(self.time_share(smallest))
         longer = "budget at longer inputs or larger batches, where attention takes more of a step"
         return Problem(

@@ -155,7 +155,6 @@ class ShareByLength(BudgetKind):
 
     @classmethod
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:
-        """One row a length; see `BudgetKind.rows`."""
         shares = shares_by_length(cls.value(budget), budget.lengths or profiled)
         return [cls.row(length, given, dense) for length, given in shares.items()]
 

@@ -41,7 +41,6 @@ class Parameters(BudgetKind):
 
     @classmethod
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:
-        """One row, at no length; see `BudgetKind.rows`."""
         given = cls.value(budget)
         return [] if given is None else [cls.row(given, dense)]
 

@@ -35,7 +35,6 @@ class Allocated(Ranked):
     time_limit: Annotated[float, Field(gt=0, le=SECONDS, description="seconds for the solver")] = 60.0
 
     def ranked_by(self, name: str, problem: Problem) -> list[Candidate]:
-        """One candidate; see `Ranked.solve`."""
         heads, neurons = self.scores(name, problem)
         groups = self.group_scores(heads) if self.unit == "group" else heads.flatten(1)
         groups, neurons = self._compared(problem, groups, neurons)

@@ -104,7 +104,6 @@ class Frontier(Solver):
 
     @property
     def removes(self) -> bool:
-        """Where the recipe asks for it."""
         return self.removal is not None
 
     @abstractmethod
@@ -124,7 +123,6 @@ class Frontier(Solver):
         return None
 
     def scores_read(self) -> dict[str, str]:
-        """The statistic that says what may be removed."""
         return {} if self.removal is None else {self.removal.importance: "units"}
 
     def solve(self, problem: Problem) -> list[Candidate]:

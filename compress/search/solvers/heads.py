@@ -48,7 +48,6 @@ class Heads(Solver):
     ] = None
 
     def scores_read(self) -> dict[str, str]:
-        """Those that rank."""
         return dict.fromkeys([self.score] if isinstance(self.score, str) else self.score, "groups")
 
     def solve(self, problem: Problem) -> list[Candidate]:

@@ -57,9 +57,21 @@ class Keep(Solver):
     )
 
     def scores_read(self) -> dict[str, str]:
-        """Those that rank."""
         names = [self.statistic] if isinstance(self.statistic, str) else self.statistic
         return {name: "prepared" if name == ERROR else "groups" for name in names}
+
+    def words(self) -> str:
+        """How many stay full, and by what."""
+        many = "as many as the budget holds" if self.share is None else f"{self.share:.0%}"
+        return f"{self.registered}: {many} of the {self._units} full, by {self._ranked_by}"
+
+    @property
+    def _units(self) -> str:
+        return "groups" if self.level == "group" else "layers"
+
+    @property
+    def _ranked_by(self) -> str:
+        return self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
 
     def choices(self, problem: Problem) -> list[Target]:
         """What groups that are not kept may become.
@@ -87,7 +99,6 @@ class Keep(Solver):
         return _plan(problem, [] if self.share is None else places[: self._count(places)], target)
 
     def least_words(self) -> str:
-        """See `Solver.least_words`."""
         full = "" if not self.share else f" beside {self.share:.0%} of them full (`share`)"
         return f"which the cheapest target takes in every head group{full}"
 
@@ -132,9 +143,7 @@ class Keep(Solver):
 
     def _note(self, problem: Problem, places: Sequence[Sequence[Place]], count: int, target: Target) -> str:
         score = self._scores(problem, target)
-        names = self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
-        what = "groups" if self.level == "group" else "layers"
-        note = f"{count} of {len(places)} {what} full by {names}, the others {target.words()}"
+        note = f"{count} of {len(places)} {self._units} full by {self._ranked_by}, the others {target.words()}"
         if 0 < count < len(places):
             note += f"; at the cut {_mean(score, places[count - 1]):.3g} and {_mean(score, places[count]):.3g}"
         return note

@@ -77,7 +77,6 @@ class Moa(Frontier):
         return layers if self.removal is None else self.removal.least(problem, layers)
 
     def objectives(self, problem: Problem) -> list[str]:
-        """One for every profiled length."""
         return [objective.name for objective in self._objectives(problem)]
 
     def group_options(self, problem: Problem) -> list[Options]:

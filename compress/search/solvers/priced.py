@@ -50,6 +50,11 @@ class Priced(Frontier):
         read = {"error": "prepared"} if self.part == "error" else {f"effect.{self.part}": "targets"}
         return read | super().scores_read()
 
+    def words(self) -> str:
+        """What gets a target, where that is not each head group."""
+        level = {"group": "", "layer": ", one target a layer", "model": ", one target for the whole model"}[self.level]
+        return self.registered + (", by the error after preparation" if self.part == "error" else "") + level
+
     def choices(self, problem: Problem) -> list[Target]:
         """What was priced and leaves the group in place.
 
@@ -75,7 +80,6 @@ class Priced(Frontier):
         return layers if self.removal is None else self.removal.least(problem, layers)
 
     def least_words(self) -> str:
-        """See `Solver.least_words`."""
         if self.removes:
             return "which one head group a layer under the cheapest target and the least neurons (`floor`) take"
         return "which the cheapest of the targets takes in every head group"

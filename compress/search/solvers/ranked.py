@@ -52,12 +52,10 @@ class Ranked(Removal, Solver):
 
     @property
     def spans(self) -> bool:
-        """Groups that stay are as they are."""
         return False
 
     @property
     def removes(self) -> bool:
-        """Heads and neurons."""
         return True
 
     def statistics_read(self) -> tuple[str, ...]:
@@ -65,7 +63,6 @@ class Ranked(Removal, Solver):
         return (self.importance,) if isinstance(self.importance, str) else self.importance
 
     def most_plans(self, lengths: int) -> int:
-        """One for each statistic; see `Solver.most_plans`."""
         return len(self.statistics_read())
 
     def scores_read(self) -> dict[str, str]:

@@ -23,6 +23,5 @@ class Streaming(Solver):
     sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 4
 
     def solve(self, problem: Problem) -> list[Candidate]:
-        """One plan; see `Solver.solve`."""
         (plan,) = Uniform(sink=self.sink, elastic=False).solve(problem)
         return [plan]

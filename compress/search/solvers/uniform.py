@@ -34,7 +34,6 @@ class Uniform(Solver):
     ] = True
 
     def solve(self, problem: Problem) -> list[Candidate]:
-        """One plan; see `Solver.solve`."""
         if problem.fits(problem.start):
             return [Candidate(problem.start, note="full everywhere")]
         betas = range(BETA_UNIT) if self.elastic and len(problem.budget_lengths) > 1 else range(1)

@@ -37,9 +37,7 @@ class Distill(Objective):
     of_logits: ClassVar[bool] = True
 
     def count(self, inputs: Inputs) -> int:
-        """Tokens."""
         return int(inputs["input_ids"].numel())
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
-        """See `distill_loss`."""
         return distill_loss(student["logits"], teacher["logits"], self.temperature)

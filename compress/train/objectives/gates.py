@@ -24,7 +24,6 @@ class Gates(Objective):
     unit: ClassVar[str] = "squared difference of hidden states, with the penalty"
 
     def count(self, inputs: Inputs) -> int:
-        """Documents: a part of a batch is one."""
         return 1
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
@@ -40,6 +39,5 @@ class Gates(Objective):
 
     @torch.no_grad()
     def constrain(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Clamp the gates to 0 to 1."""
         for gates in trained.values():
             gates.clamp_(0, 1)

@@ -40,7 +40,6 @@ class Parts(Objective):
     unit: ClassVar[str] = "error of the mean over the values' square, and of the mass, a token, summed over layers"
 
     def count(self, inputs: Inputs) -> int:
-        """Tokens."""
         return int(inputs["input_ids"].numel())
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:

@@ -28,10 +28,8 @@ class Text(Objective):
     of_logits: ClassVar[bool] = True
 
     def count(self, inputs: Inputs) -> int:
-        """Tokens that are predicted."""
         rows, columns = inputs["input_ids"].shape
         return int(rows * (columns - 1))
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
-        """See `text_loss`."""
         return text_loss(student["logits"], inputs["input_ids"])

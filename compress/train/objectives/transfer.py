@@ -34,7 +34,6 @@ class Transfer(Objective):
         return self.part == "state"
 
     def count(self, inputs: Inputs) -> int:
-        """Tokens."""
         return int(inputs["input_ids"].numel())
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:

@@ -45,7 +45,6 @@ class Weights(Objective):
     unit: ClassVar[str] = "nats a query, summed over layers"
 
     def count(self, inputs: Inputs) -> int:
-        """Tokens."""
         return int(inputs["input_ids"].numel())
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
