@@ -205,7 +205,7 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
             return
         plan = search_stage(session)
         which = ROWS[row][1]
-        weights = train_stage(session, which)
+        (weights,) = train_stage(session, which)
         record = read_recovered(weights)
         trained = variant_of(session, row, plan, which, weights)
         found = measure(options, session, [trained])
