@@ -234,6 +234,10 @@ class Defaults:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
             return
+        if isinstance(self.data.get("prepare"), dict) and not removes:
+            search["solver"] = {"name": "keep"}
+            self._note("solver", "keep: what was prepared everywhere, but where retrieval is highest")
+            return
         removal = {"removal": {"importance": "taylor"}} if removes else {}
         search["solver"] = dict(BEST_SOLVER) | removal | ({} if self.situation.gpu else {"points": 2})
         also = ", and the loss that removal costs to first order" if removes else ""
@@ -260,8 +264,11 @@ class Defaults:
             read = solvers.parse(solver).scores_read()
         except ValueError:  # the schema says what is wrong with the solver
             return
+        prepare = self.data.get("prepare")
+        priced = isinstance(prepare, dict) and prepare.get("effect") is True  # the preparation measures the effects
         owners = {name: owner for owner, statistic in statistics.items() for name in statistic.gives}
-        names = list(dict.fromkeys(owners[name] for name in read if name in owners))
+        asked = [name for name, form in read.items() if name in owners and not (priced and form == "targets")]
+        names = list(dict.fromkeys(owners[name] for name in asked))
         profile["statistics"] = [{"name": name} for name in names or ["hidden_mass"]]
         self._note("statistics", ", ".join(names or ["hidden_mass"]))
 

@@ -27,6 +27,7 @@ from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
+from .rope import turned_back
 from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
 from .step import Step
 
@@ -161,6 +162,9 @@ class LinearMixer(SpanMixer):
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
         self.needs_inputs = not self.shared or self.gate_count > 0
+        self.turns = facts.frequencies() if group["rope"] == "undo" and facts.frequencies is not None else None
+        if group["rope"] == "undo" and self.turns is None:
+            raise ValueError("`rope: undo` needs the frequencies of the model's RoPE, which are not known here")
         self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
@@ -181,7 +185,11 @@ class LinearMixer(SpanMixer):
         words = [group["map"], group["features"] or "", "" if group["rule"] == "add" else group["rule"]]
         words.append("" if group["decay"] == "none" else group["decay"])
         words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
-        words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
+        words += [
+            "alone" if group["alone"] else "",
+            "undo" if group["rope"] == "undo" else "",
+            group["reach"] if MAPS[group["map"]].positional else "",
+        ]
         return "_".join(str(word) for word in words if word)
 
     def _gates(self) -> list[str]:
@@ -297,7 +305,9 @@ class LinearMixer(SpanMixer):
         """What computes these heads' states beside plain PyTorch, if anything does."""
         kernels = choose_impl(step.impl, query).linear
         trained = self.token_decay and torch.is_grad_enabled()
-        if kernels is None or not kernels.takes(self.rule, self.alone, self.map.features, trained_decay=trained):
+        if self.turns is not None:  # the kernels take keys as they are in the pages
+            return None
+        if kernels is None or not kernels.takes(self.rule, self.map.features, trained_decay=trained):
             return None
         return kernels
 
@@ -321,8 +331,8 @@ class LinearMixer(SpanMixer):
         elif self.log_decays is not None:
             fixed = _on_device(self.log_decays, key.device, torch.float32)
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
-        q = self.map.of_query(query, self._scale(scale), positions)
-        k = self.map.of_key(key, self._scale(scale), positions)
+        q = self._query_features(query, self._scale(scale), positions)
+        k = self._key_features(key, self._scale(scale), positions)
         return Features(q, k, log_decay, None if self.alone else tuple(self.fixed))
 
     def decode(
@@ -358,7 +368,7 @@ class LinearMixer(SpanMixer):
         positions = step.positions(query.device)
         if kernels is not None:
             return self._decode_fast(kernels, query, held, out, lse, step, lengths, positions, self._scale(scale))
-        q = self.map.of_query(query, self._scale(scale), positions[:, None])
+        q = self._query_features(query, self._scale(scale), positions[:, None])
         found = q.to(held.dtype).unflatten(1, (held.shape[1], -1)).flatten(2, 3) @ held  # [B, G, R, E]
         found = found.flatten(1, 2)[:, :, None]
         parts = self._parts(out, lse, query, found, step, positions < 0)
@@ -450,6 +460,20 @@ class LinearMixer(SpanMixer):
         num = gate * normed * self.norm.flatten(0, 1)[:, None].to(found.dtype)
         return Parts(out, lse, num.masked_fill(absent[..., None], 0), None, None)
 
+    def _query_features(self, query: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """What the map makes of queries, as they are or before RoPE; positions may be None where nothing reads them."""
+        return self.map.of_query(self._as_mapped(query, positions), scale, positions)
+
+    def _key_features(self, key: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """The same of keys."""
+        return self.map.of_key(self._as_mapped(key, positions), scale, positions)
+
+    def _as_mapped(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if self.turns is None:
+            return x
+        assert positions is not None
+        return turned_back(wide(x), positions, _on_device(self.turns, x.device, torch.float32))
+
     def _hidden(self, step: Step) -> torch.Tensor:
         """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
         assert step.hidden is not None
@@ -472,12 +496,7 @@ class LinearMixer(SpanMixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`."""
         columns = query.shape[2]
-        if state is None:
-            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        else:
-            held = state.tensors["state"]
-            if torch.is_grad_enabled():  # autograd may keep it, and it is overwritten once the pass has read it
-                held = held.clone()
+        held = self._held(state, value)
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
@@ -485,6 +504,14 @@ class LinearMixer(SpanMixer):
             total = found if total is None else total + found
         assert total is not None
         return total, held
+
+    def _held(self, state: LinearState | None, value: torch.Tensor) -> torch.Tensor:
+        """The states before a pass of prefill, `[B, G, F, E]`, for values `[B, G, T, V]`."""
+        if state is None:
+            return wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
+        held = state.tensors["state"]
+        # Autograd may keep it, and the pass writes the states behind it into the same memory.
+        return held.clone() if torch.is_grad_enabled() else held
 
     def _read_fast(
         self,
@@ -518,13 +545,10 @@ class LinearMixer(SpanMixer):
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
         at = position.clamp(min=0)[:, None] if positional else None
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        if state is None:
-            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        else:
-            held = state.tensors["state"]
+        held = self._held(state, value)
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
-        options |= {"alone": self.alone, "mean": merged, "window": window, "log_gain": log_gain}
+        options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
         found, last = kernels.read_new(q, k, v, held, layout, rows, **options)
         return found, last
 
@@ -552,11 +576,11 @@ class LinearMixer(SpanMixer):
                 absent[..., None], 0
             )
         options = self._options(gated, layout.keys)
-        positional = self.map.positional
-        k = self.map.of_key(k, scale, layout.key_positions(device) if positional else None)
+        positional = self.map.positional or self.turns is not None
+        k = self._key_features(k, scale, layout.key_positions(device) if positional else None)
         states = chunk_states(k, v, held, **options)
         q = layout.queries_of(query)
-        q = self.map.of_query(q, scale, layout.query_positions(device)[:, None] if positional else None)
+        q = self._query_features(q, scale, layout.query_positions(device)[:, None] if positional else None)
         if self.alone:
             found = self._own(layout, q, k, v, states, options)
         else:
@@ -636,7 +660,7 @@ class LinearMixer(SpanMixer):
         key, value = (pool[place].masked_fill(absent, 0) for pool in (pages.keys, pages.values))
         gates = None if state.gates is None or not self.gate_count else state.gates[place]
         positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
-        k = self.map.of_key(key, scale, positions if self.map.positional else None)
+        k = self._key_features(key, scale, positions)
         return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
 
 

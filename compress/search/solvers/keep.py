@@ -33,6 +33,8 @@ class Keep(Solver):
     """The head groups, or layers, of the highest statistic keep full attention; all others get one target."""
 
     placed: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = False
+    cheaper: ClassVar[str] = "lower `share` or prepare a smaller target"
 
     statistic: str | dict[str, Annotated[float, Field(ge=-FACTOR, le=FACTOR)]] = Field(
         "retrieval",
@@ -108,7 +110,7 @@ class Keep(Solver):
         Raises:
             UserError: not even the cheapest fits, or the profile has no such statistic.
         """
-        check_rows(problem, self.smallest(problem), self.least_words())
+        check_rows(problem, self.smallest(problem), self)
         plans: dict[Layers, Candidate] = {}
         for target in self.choices(problem):
             places = self._ranked(problem, target)
