@@ -40,7 +40,8 @@ from compress.runtime.span import PAGE, Span
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
-RULES = [Span(70, 33, 0.25), Span(0, 130, 0.0), Span(), Span(4, -20, 0.5)]
+RULES = [Span(70, 33, 0.25), Span(0, 130, 0.0), Span(), Span(4, -20, 0.5), Span(4, 60, 0.125, PAGE)]
+LSE_BOUND = 2**-20  # relative, some roundings of float32
 LINES: list[str] = []
 
 
@@ -61,6 +62,16 @@ def exact_rows(query: Any, key: Any, value: Any, rules: list[Span], at: torch.Te
         weights = (scores * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
         out.append(weights @ value[:, head // share].double())
     return torch.stack(out, dim=1)
+
+
+def exact_lse(query: Any, key: Any, rules: list[Span], at: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of the same rows in float64, `[B, H, len(at), 1]`."""
+    share, keys, found = query.shape[1] // key.shape[1], torch.arange(key.shape[2], device=DEVICE), []
+    for head in range(query.shape[1]):
+        scores = query[:, head, at].double() @ key[:, head // share].double().transpose(-1, -2)
+        seen = rules[head // share].visible(at[:, None], keys[None, :])
+        found.append((scores * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True))
+    return torch.stack(found, dim=1)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -128,6 +139,10 @@ def checks(shape: Shape, length: int) -> list[dict[str, Any]]:
         else:
             found = IMPLS[impl].prefill(query, key, value, RULES)
         rows.append(_check("prefill", impl, dim, share, length, error(found[:, :, at], exact), bound, found))
+    poison()
+    lse = IMPLS["triton"].prefill(query, key, value, RULES, keep_lse=True)[1][..., None]
+    exact = exact_lse(query, key, RULES, at)
+    rows.append(_check("prefill lse", "triton", dim, share, length, error(lse[:, :, at], exact), LSE_BOUND, lse))
     # The last query of the same tokens through pages, beside a sequence that is half as long.
     half = max(1, length // 2)
     pages = paged(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1))
@@ -138,6 +153,10 @@ def checks(shape: Shape, length: int) -> list[dict[str, Any]]:
     exact = exact_rows(query, key, value, RULES, last)
     bound = error(flash_rows(query, key, value, RULES, last), exact)
     rows.append(_check("decode", "triton", dim, share, length, error(found.transpose(0, 1)[None], exact), bound, found))
+    one = query[0][:, last].transpose(0, 1).contiguous()
+    lse = IMPLS["triton"].decode(one, pages, lengths, RULES, keep_lse=True)[1].T[None, :, :, None]
+    exact = exact_lse(query, key, RULES, last)
+    rows.append(_check("decode lse", "triton", dim, share, length, error(lse, exact), LSE_BOUND, lse))
     return rows
 
 
@@ -188,9 +207,32 @@ def gradients() -> list[dict[str, Any]]:
         ours = grads(partial(IMPLS["triton"].prefill, spans=RULES), leaves, weight, DTYPE)
         exact_full = grads(partial(exact_rows, rules=full, at=at), leaves, weight, torch.float64)
         dense = grads(partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True), leaves, weight, DTYPE)
-        for name, a, b, c, d in zip(("dQ", "dK", "dV"), ours, exact, dense, exact_full, strict=True):
-            rows.append(_check(name, "triton", dim, share, length, error(a, b), error(c, d), a))
+        wider = torch.cat([weight, torch.randn_like(weight[..., :1])], dim=-1)
+        exact_both = grads(partial(with_lse, exact_rows, exact_lse, rules=RULES, at=at), leaves, wider, torch.float64)
+        both = grads(partial(kernel_with_lse, RULES), leaves, wider, DTYPE)
+        for place, name in enumerate(("dQ", "dK", "dV")):
+            bound = error(dense[place], exact_full[place])
+            for what, a, b in ((name, ours, exact), (f"{name} through lse", both, exact_both)):
+                rows.append(_check(what, "triton", dim, share, length, error(a[place], b[place]), bound, a[place]))
     return rows
+
+
+def with_lse(
+    out_of: Callable[..., torch.Tensor],
+    lse_of: Callable[..., torch.Tensor],
+    query: Any,
+    key: Any,
+    value: Any,
+    **given: Any,
+) -> torch.Tensor:
+    """Output and log-sum-exp of an attention in one tensor, `[B, H, T, D + 1]`."""
+    return torch.cat([out_of(query, key, value, **given), lse_of(query, key, **given)], dim=-1)
+
+
+def kernel_with_lse(rules: list[Span], query: Any, key: Any, value: Any) -> torch.Tensor:
+    """The same by the kernel."""
+    out, lse = IMPLS["triton"].prefill(query, key, value, rules, keep_lse=True)
+    return torch.cat([out, lse[..., None].to(out.dtype)], dim=-1)
 
 
 def grads(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,9 @@ from compress.words import counted, duration, size
 if TYPE_CHECKING:
     from compress.plan import Form, Plan
 
-Artifact = Annotated[str, typer.Argument(metavar="PATH", help="A plan.json, a profile, a checkpoint or a run folder.")]
+Artifact = Annotated[
+    str, typer.Argument(metavar="PATH", help="A plan.json, a profile, prepared options, a checkpoint or a run folder.")
+]
 
 
 def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -33,6 +36,9 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
             return
         _print_profile(profile)
         return
+    if kind == "options":
+        _print_options(place, as_json)
+        return
     from compress.export.layout import checkpoint_form
     from compress.plan import read_plan
 
@@ -46,7 +52,8 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
 
 
 def identify(path: Path) -> tuple[str, Path]:
-    """(`plan`, its file), (`profile`, its folder) or (`checkpoint`, the plan in it); a run folder counts as its plan.
+    """(`plan`, its file), (`profile`, its folder), (`options`, their folder) or (`checkpoint`, the plan in it); a run
+    folder counts as its plan.
 
     Raises:
         UserError: there is no such path, or it is none of these.
@@ -62,13 +69,14 @@ def identify(path: Path) -> tuple[str, Path]:
         ("compress_plan.json", "checkpoint", path / "compress_plan.json"),
         ("profile.json", "profile", path),
         ("plan.json", "plan", path / "plan.json"),
+        ("prepare.json", "options", path),
     ):
         if (path / name).is_file():
             return kind, place
     raise UserError(
         "this folder holds neither a profile nor a plan",
         where=str(path),
-        expected="profile.json, compress_plan.json or plan.json in it",
+        expected="profile.json, compress_plan.json, plan.json or prepare.json in it",
         found=", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder",
     )
 
@@ -83,7 +91,7 @@ def _refuse_other(path: Path) -> None:
         raise UserError(
             "this is a recipe",
             where=str(path),
-            expected="a plan.json, a profile, a checkpoint or a run folder",
+            expected="a plan.json, a profile, prepared options, a checkpoint or a run folder",
             fix=f"compress validate {path}",
         )
     content = read_object(path, "the plan")
@@ -131,6 +139,9 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if left else ()
         table.add_row(str(number), *(group.short(native) for group in layer.groups), *widths)
     show(table)
+    for target, count in Counter(group for layer in plan.layers for group in layer.groups).items():
+        if target.objective is not None:
+            typer.echo(f"{target.short()}: {counted(count, 'head group')}, {target.words()}")
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
         costs.add_column(column, justify="right")
@@ -178,6 +189,56 @@ def _print_profile(profile: Any) -> None:
     show(table)
     for name, stability in stabilities(profile).items():
         typer.echo(f"{name} on two corpora: {stability.line()}")
+
+
+def _print_options(folder: Path, as_json: bool) -> None:
+    """What was trained before the search: how far it came, how wrong it still is, and what that costs the loss."""
+    from rich.table import Table
+
+    from compress.cli.tables import show
+    from compress.models.prepared import read_options
+    from compress.profile.store import read_profile
+    from compress.registry import targets
+    from compress.runfolder import EFFECTS
+
+    options = read_options(folder)
+    if as_json:
+        typer.echo(json.dumps({name: option.model_dump(mode="json") for name, option in options.items()}, indent=1))
+        return
+    measured = folder / Path(EFFECTS).name
+    effects = read_profile(measured) if (measured / "profile.json").is_file() else None
+    lengths = effects.lengths if effects is not None else ()
+    table = Table(
+        title="prepared targets",
+        caption="error: of a head group's outputs, squared, over the squared outputs; effect: the rise of the loss to "
+        "first order, nats, mean over head groups",
+        box=None,
+    )
+    table.add_column("target", overflow="fold")
+    table.add_column("objective", overflow="fold")
+    for column in ("tokens", "first loss", "last loss", "mean error", "worst error"):
+        table.add_column(column, justify="right")
+    for length in lengths:
+        table.add_column(f"effect at {length:,}", justify="right")
+    for option in options.values():
+        target = targets.parse(option.target)
+        errors = [error for row in option.errors if row is not None for error in row]
+        table.add_row(
+            target.words(),
+            " + ".join(one["name"] for one in option.objective.get("objectives", [option.objective])),
+            f"{option.tokens:,}",
+            f"{option.first_loss:.4g}",
+            f"{option.last_loss:.4g}",
+            f"{sum(errors) / len(errors):.3g}",
+            f"{max(errors):.3g}",
+            *(_effect(effects, target, length) for length in lengths),
+        )
+    show(table)
+
+
+def _effect(effects: Any, target: Any, length: int) -> str:
+    """What a target costs at a length; nothing where it was not priced."""
+    return f"{float(effects.effect(target, length).mean()):.3g}" if target in effects.priced else ""
 
 
 def _print_checkpoint(folder: Path) -> None:

@@ -105,11 +105,12 @@ def table(recipe: Recipe) -> Table:
     )
     if recipe.prepare is not None:
         targets = "\n".join(target.words() for target in recipe.prepare.targets)
-        result.add_row("prepare", targets, _batches(recipe.prepare), "training, layer by layer")
+        priced = f", then {documents} forward and backward" if recipe.prepare.effect else ""
+        result.add_row("prepare", targets, _batches(recipe.prepare), f"training, layer by layer{priced}")
     budget = recipe.search.budget
     result.add_row(
         "search",
-        f"{recipe.search.solver.registered}\nbudget {budget.words()}"
+        f"{recipe.search.solver.words()}\nbudget {budget.words()}"
         + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
         _lines(parts["search"]) or "none: chosen by prediction",
         f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",

@@ -63,6 +63,7 @@ def associations(
     pairs: int,
     count: int,
     rng: random.Random,
+    before: int = 0,
 ) -> list[Associations]:
     """`count` texts of `length` tokens, or one less, with `pairs` keys each.
 
@@ -70,17 +71,19 @@ def associations(
 
     Args:
         words: as of `words_of`.
+        before: other words before the context, which tokens that always stay visible at the start are among.
 
     Raises:
         UserError: the length has no room for so many pairs, or the tokenizer has too few words.
     """
     start = leading_tokens(tokenizer)
-    slots = (length - len(start)) // 2 - pairs
+    free = length - len(start) - before
+    slots = free // 2 - pairs
     if slots < pairs:
         raise UserError(
             "the texts have no room for so many associations",
             where=f"length {length}",
-            expected=f"at most {max(0, (length - len(start)) // 4)} pairs",
+            expected=f"at most {max(0, free // 4)} pairs",
             found=f"{pairs}",
         )
     if len(words) < 3 * pairs:
@@ -90,15 +93,19 @@ def associations(
             expected=f"at least {3 * pairs} words",
             found=f"{len(words)}",
         )
-    return [_text(start, words, slots, pairs, rng) for _ in range(count)]
+    return [_text(start, words, slots, pairs, rng, before) for _ in range(count)]
 
 
-def _text(start: Sequence[int], words: Sequence[int], slots: int, pairs: int, rng: random.Random) -> Associations:
+def _text(
+    start: Sequence[int], words: Sequence[int], slots: int, pairs: int, rng: random.Random, before: int
+) -> Associations:
     drawn = rng.sample(list(words), 2 * pairs)
     keys, values = drawn[:pairs], drawn[pairs:]
     taken = set(drawn)
     others = [word for word in words if word not in taken]
-    tokens = [*start, *(token for pair in zip(keys, values, strict=True) for token in pair)]
+    tokens = [*start, *(rng.choice(others) for _ in range(before))]
+    first = len(tokens)
+    tokens += [token for pair in zip(keys, values, strict=True) for token in pair]
     base = len(tokens)
     tokens += [rng.choice(others) for _ in range(2 * slots)]
     # The largest of u^(1/w) are a sample without replacement by weights w (Efraimidis and Spirakis, 2006).
@@ -108,5 +115,5 @@ def _text(start: Sequence[int], words: Sequence[int], slots: int, pairs: int, rn
     for number, slot in enumerate(places):
         position = base + 2 * slot
         tokens[position : position + 2] = keys[number], values[number]
-        queries.append(Query(position, values[number], position - (len(start) + 2 * number + 1)))
+        queries.append(Query(position, values[number], position - (first + 2 * number + 1)))
     return Associations(tuple(tokens), tuple(sorted(queries, key=lambda query: query.position)))

@@ -19,9 +19,9 @@ from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.weights import weight_files
 from compress.plan import Plan
 from compress.runtime import modeling_compress
-from compress.runtime.families import head_size_of
+from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
-from compress.runtime.rope import carry_over
+from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
 
@@ -42,8 +42,8 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         untrained: take the converted tensors also for targets that have to be trained.
 
     Raises:
-        UserError: the architecture is not supported, or cannot be pruned so; or a target that has to be trained was
-            not prepared.
+        UserError: the architecture is not supported, or cannot be pruned so, or does with its scores what a target
+            cannot do; or a target that has to be trained was not prepared.
         ValueError: the plan's layers or groups are not this model's.
     """
     prepared = () if untrained else prepared_for(model)
@@ -51,10 +51,45 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
+    _check_rope(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
+    _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
     _fill_mixers(planned, plan, untrained=untrained)
     return planned
+
+
+def _check_rope(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups take back RoPE, and it is not known how the model turns queries and keys."""
+    undoing = [
+        (number, group)
+        for number, layer in enumerate(plan.layers)
+        for group, target in enumerate(layer.groups)
+        if target.undoes_rope
+    ]
+    reason = undo_refusal(model.config)
+    if undoing and reason is not None:
+        raise UserError(
+            f"RoPE cannot be taken back: {reason}",
+            where="layer {} group {}".format(*undoing[0]),
+            fix="take `rope: keep`",
+        )
+
+
+def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
+    """Raise UserError where layers do more with their scores than a softmax, and the mixer of a head group does not."""
+    if family.scores is None:
+        return
+    for number, (kinds, layer) in enumerate(zip(planned.base_model.compress_kinds, plan.layers, strict=True)):
+        for mixer, members in zip(kinds.mixers, kinds.members, strict=True):
+            if not mixer.knows_scores:
+                group = layer.kept_groups[members[0]]
+                raise UserError(
+                    f"head groups of a {family.architecture} cannot become what the plan says: {family.scores}",
+                    where=f"layer {number} group {group}: {layer.groups[group].words()}",
+                    expected="a target whose heads do the same, such as a window or linear heads behind one",
+                    fix="take another target for these groups",
+                )
 
 
 def mixers_of(model: Any) -> list[Mixer]:

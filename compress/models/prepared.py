@@ -143,6 +143,16 @@ def read_option(folder: Path) -> Option:
     return read_model(Option, folder / OPTION, "the record of a prepared target", fix=AGAIN, finite=False)
 
 
+def read_options(folder: Path) -> dict[str, Option]:
+    """The records of all finished options, without their tensors, by the names of their folders.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    record = read_model(_Record, folder / RECORD, "the list of prepared targets", fix=AGAIN)
+    return {name: read_option(folder / name) for name in record.options}
+
+
 def read_prepared(folder: Path) -> Prepared:
     """All options of a folder.
 

@@ -9,6 +9,7 @@ from compress.profile.heads import (
     influence,
     lse_spread,
     output_error,
+    query_constancy,
     retrieval,
     state_rank,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "lse_spread",
     "magnitude",
     "output_error",
+    "query_constancy",
     "retrieval",
     "state_rank",
     "taylor",

@@ -31,7 +31,10 @@ ROOMY = 4 * CLOSEST  # tokens in which several facts, or pass keys, have room
 
 # Documents of one length, a share of the longest: its divisor, then facts, pass keys and as many lines, and plain text.
 MIX = ((4, 12, 4, 8), (2, 8, 3, 6), (1, 10, 4, 6))
+MIX_TO_REFINE = ((4, 12, 4), (2, 12, 4), (1, 32, 8))  # divisor, facts, and documents of many pass keys
 MIX_OF_FEW_CORES = ((2, 2, 1, 2), (1, 4, 1, 3))
+# A hundredth of a nat of plain text would count as much as all facts lost, and is worth less to those who ask.
+WEIGHTS = {"facts": 4.0, "continuation": 0.2}
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
 PRUNER = {"name": "amp", "importance": ["amp", "wanda_sp"], "group_score": "mean", "attention": [0.0, 0.3]}
@@ -202,13 +205,13 @@ class Defaults:
                     documents += [*_asked(longest // divisor, facts, digits, digits), _text(longest // divisor, plain)]
             if many:
                 documents += _asked(longest, 2, 2, haystack="filler")
-                lengths = [longest // divisor for divisor in (4, 2, 1) if longest // divisor >= CLOSEST or divisor == 1]
-                for length in lengths:
-                    training.append(_facts(length, 24, answer="text"))
+                for divisor, facts, digits in MIX_TO_REFINE:
+                    length = longest // divisor
+                    if length >= CLOSEST or divisor == 1:
+                        training.append(_facts(length, facts, answer="text"))
                     if length >= ROOMY:
-                        training.append({"task": "passkeys", "length": length, "count": 8, "answer": "text"})
-                    held_out += [*_asked(length, 4, 2, 2), _text(length, 3)]
-                held_out += _asked(longest, 2, 2, haystack="filler")
+                        training.append({"task": "passkeys", "length": length, "count": digits, "answer": "text"})
+                held_out = [*_asked(longest, 8, 4, 3), _text(longest, 6), *_asked(longest, 2, 2, haystack="filler")]
             else:
                 held_out = [*_asked(longest, 3, 1), _text(longest, 2)]
         if removes:
@@ -231,6 +234,10 @@ class Defaults:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
             return
+        if isinstance(self.data.get("prepare"), dict) and not removes:
+            search["solver"] = {"name": "keep"}
+            self._note("solver", "keep: what was prepared everywhere, but where retrieval is highest")
+            return
         removal = {"removal": {"importance": "taylor"}} if removes else {}
         search["solver"] = dict(BEST_SOLVER) | removal | ({} if self.situation.gpu else {"points": 2})
         also = ", and the loss that removal costs to first order" if removes else ""
@@ -239,7 +246,7 @@ class Defaults:
             return
         if self.situation.gpu or self.situation.cores >= REFINING:
             effort: dict[str, Any] = {"minutes": 3.0} if self.situation.gpu else {"minutes": 10.0, "samples": 1}
-            search["refine"] = effort | ({"weights": {"facts": 2.0}} if whole else {})
+            search["refine"] = effort | ({"weights": dict(WEIGHTS)} if whole else {})
             self._note("refine", f"{search['refine']['minutes']:g} minutes of exchanges by measured loss")
         else:
             few = f"none, which on {self.situation.cores} cores would take longer than all else"
@@ -257,8 +264,11 @@ class Defaults:
             read = solvers.parse(solver).scores_read()
         except ValueError:  # the schema says what is wrong with the solver
             return
+        prepare = self.data.get("prepare")
+        priced = isinstance(prepare, dict) and prepare.get("effect") is True  # the preparation measures the effects
         owners = {name: owner for owner, statistic in statistics.items() for name in statistic.gives}
-        names = list(dict.fromkeys(owners[name] for name in read if name in owners))
+        asked = [name for name, form in read.items() if name in owners and not (priced and form == "targets")]
+        names = list(dict.fromkeys(owners[name] for name in asked))
         profile["statistics"] = [{"name": name} for name in names or ["hidden_mass"]]
         self._note("statistics", ", ".join(names or ["hidden_mass"]))
 

@@ -16,20 +16,43 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What an implementation does for linear heads; `triton_linear_heads.py` documents the arguments.
+
+    `linear_states.py` and the maps are the specification, and the implementation where this does not take the heads.
+    """
+
+    takes: Callable[..., bool]
+    query_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    key_features: Callable[..., torch.Tensor]
+    read_new: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    absorb: Callable[..., bool]
+    read_one: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Impl:
-    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification."""
+    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification.
+
+    Attributes:
+        linear: what it does for linear heads; None where they run in plain PyTorch.
+    """
 
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
     store: Callable[..., None]
     store_one: Callable[..., None]
+    linear: Linear | None = None
 
 
 IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
 
 
 try:
+    from .linear_fla import FLA
+    from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
+    from .triton_linear_heads import LINEAR
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -37,9 +60,14 @@ except ImportError as error:  # no Triton here
         """Why the kernels do not run for this device, dtype and head size; None when they do."""
         return _NO_TRITON
 
+    def fla_refusal(device: torch.device) -> str | None:
+        """Why flash-linear-attention does not run on this device; None when it does."""
+        return _NO_TRITON
+
 else:
-    IMPLS["triton"] = Impl(*TRITON)
-    IMPLS["flash"] = Impl(*FLASH)
+    IMPLS["triton"] = Impl(*TRITON, linear=Linear(*LINEAR))
+    IMPLS["fla"] = Impl(*TRITON, linear=Linear(*FLA))
+    IMPLS["flash"] = Impl(*FLASH, linear=Linear(*LINEAR))
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:
@@ -70,7 +98,7 @@ def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
         else:
             taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
     else:
-        reason = {"reference": None, "triton": kernels, "flash": four}[name]
+        reason = {"reference": None, "triton": kernels, "fla": kernels or fla_refusal(device), "flash": four}[name]
         if reason is not None:
             raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
         taken, why = name, "as asked for"
@@ -81,5 +109,6 @@ def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 WORDS = {
     "reference": "plain PyTorch",
     "triton": "Triton kernels",
+    "fla": "Triton kernels, and flash-linear-attention for linear heads without a window and a normaliser",
     "flash": "Triton kernels, and FlashAttention-4 for long prompts",
 }

@@ -55,7 +55,7 @@ class Layout:
         size = self.chunks * PAGE
         if self.slice_from is not None:
             taken = new[:, :, self.slice_from : self.slice_from + size]
-            return torch.nn.functional.pad(taken, (0, 0, 0, size - taken.shape[2]))
+            return taken if taken.shape[2] == size else torch.nn.functional.pad(taken, (0, 0, 0, size - taken.shape[2]))
         positions = self.key_positions(new.device)
         column = (positions - self.past[..., None] + self.start[..., None]).clamp(0, new.shape[2] - 1)
         found = new.gather(2, column[..., None].expand(-1, -1, -1, new.shape[-1]))

@@ -82,7 +82,7 @@ def chunk_states(
         later = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=k.device).tril()
         weights = torch.exp(between.masked_fill(~later, float("-inf")))
         return (weights @ sums.flatten(3)).unflatten(3, sums.shape[3:])
-    writes, erases = _delta_writes(k, w, decay, beta)
+    writes, erases = delta_writes(k, w, decay, beta)
     states = [start]
     for chunk in range(chunks):
         before = states[-1]
@@ -145,7 +145,7 @@ def own_chunk(
         scores = scores * _decays_between(decay).repeat(1, 1, 1, share, 1)
         old = old * torch.exp(decay).repeat(1, 1, 1, share)[..., None]
     if rule == "delta":
-        writes, erases = _delta_writes(k, w, decay, beta)
+        writes, erases = delta_writes(k, w, decay, beta)
         w = writes - erases @ before
     return _by_head(old + scores @ w, query)
 
@@ -202,7 +202,7 @@ def parallel(
     decay = None if log_decay is None else _per_token(log_decay, k).cumsum(-1)
     between = causal.to(k.dtype) if decay is None else _decays_between(decay)
     if rule == "delta":
-        w = _delta_writes(k, w, decay, None if strength is None else strength.to(k.dtype))[0]
+        w = delta_writes(k, w, decay, None if strength is None else strength.to(k.dtype))[0]
     scores = (q @ k[:, :, None].transpose(-1, -2)) * (between if decay is None else between[:, :, None])
     return (scores @ w[:, :, None]).flatten(1, 2)
 
@@ -242,7 +242,7 @@ def _decays_between(decay: torch.Tensor) -> torch.Tensor:
     return torch.exp(between.masked_fill(torch.ones_like(between, dtype=torch.bool).triu(1), float("-inf")))
 
 
-def _delta_writes(
+def delta_writes(
     key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor | None, strength: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token of a chunk writes by the delta rule, as writes - erases @ (the state before the chunk).

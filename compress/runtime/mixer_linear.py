@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .impl import choose_impl
+from .impl import Linear, choose_impl
 from .linear_layout import Layout, layouts, waiting
 from .linear_states import Rule, chunk_states, own_chunk, read, state_columns, wide
 from .maps import MAPS, FeatureMap
@@ -27,7 +27,8 @@ from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
-from .span import PAGE, AnySpan, Span, first_key, kept_table
+from .rope import turned_back
+from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
 from .step import Step
 
 KNOWN = (Cosine, Elu, Hedgehog, HedgehogExp, Plain, RandomFeatures, Relu, Silu, Taylor, UnitLength)
@@ -161,6 +162,9 @@ class LinearMixer(SpanMixer):
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
         self.needs_inputs = not self.shared or self.gate_count > 0
+        self.turns = facts.frequencies() if group["rope"] == "undo" and facts.frequencies is not None else None
+        if group["rope"] == "undo" and self.turns is None:
+            raise ValueError("`rope: undo` needs the frequencies of the model's RoPE, which are not known here")
         self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
@@ -181,7 +185,11 @@ class LinearMixer(SpanMixer):
         words = [group["map"], group["features"] or "", "" if group["rule"] == "add" else group["rule"]]
         words.append("" if group["decay"] == "none" else group["decay"])
         words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
-        words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
+        words += [
+            "alone" if group["alone"] else "",
+            "undo" if group["rope"] == "undo" else "",
+            group["reach"] if MAPS[group["map"]].positional else "",
+        ]
         return "_".join(str(word) for word in words if word)
 
     def _gates(self) -> list[str]:
@@ -229,9 +237,12 @@ class LinearMixer(SpanMixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
-        assert step.rows is not None and step.gains is not None
-        parts = self.parts(query, key, value, state, step, scale=scale, dropout=dropout)
-        return self.joined(parts).to(query.dtype).transpose(1, 2)
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+        if self.shared and self._kernels(query, step) is not None:
+            out = self._run(query, key, value, state, step, merged=True, **options)[2]
+        else:
+            out = self.joined(self.parts(query, key, value, state, step, **options))
+        return out.to(query.dtype).transpose(1, 2)
 
     def parts(
         self,
@@ -245,6 +256,25 @@ class LinearMixer(SpanMixer):
         dropout: float = 0.0,
     ) -> Parts:
         """What the branches give, and the tokens are written into the state; arguments as of `Mixer.prefill`."""
+        out, lse, found = self._run(query, key, value, state, step, merged=False, scale=scale, dropout=dropout)
+        return self._parts(out, lse, query, found, step, step.positions(query.device) < 0)
+
+    def _run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: LinearState | None,
+        step: Step,
+        *,
+        merged: bool,
+        scale: float | None,
+        dropout: float,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Output and log-sum-exp of the softmax, where there is one, and what the columns find in the states.
+
+        With `merged` the latter is the heads' output, which is for kernels and states with a normaliser.
+        """
         impl, rows = choose_impl(step.impl, query), step.rows
         assert rows is not None and step.gains is not None
         spans = self.fixed
@@ -253,14 +283,43 @@ class LinearMixer(SpanMixer):
         if not self.alone:
             options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
             out, lse = impl.prefill(query, key, value, spans, rows=rows, pages=pages, keep_lse=True, **options)
-        gates = self.gates_of(step)
-        found, last = self._read_new(query, key, value, gates, state, rows, pages, self._scale(scale))
+        gates, factor = self.gates_of(step), self._scale(scale)
+        kernels = self._kernels(query, step)
+        if kernels is None:
+            found, last = self._read_new(query, key, value, gates, state, rows, pages, factor)
+        else:
+            window = None if out is None or lse is None or not merged else self._window(out, lse)
+            found, last = self._read_fast(
+                kernels, query, key, value, gates, state, rows, pages, factor, merged=merged, window=window
+            )
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
             state.store_gates(gates, rows)
             state.tensors["state"].copy_(last.detach())
-        return self._parts(out, lse, query, found, step, step.positions(query.device) < 0)
+        if merged and self.branches in ("window", "none"):
+            found = torch.zeros_like(found) if out is None or self.branches == "none" else out
+        return out, lse, found
+
+    def _kernels(self, query: torch.Tensor, step: Step) -> Linear | None:
+        """What computes these heads' states beside plain PyTorch, if anything does."""
+        kernels = choose_impl(step.impl, query).linear
+        trained = self.token_decay and torch.is_grad_enabled()
+        if self.turns is not None:  # the kernels take keys as they are in the pages
+            return None
+        if kernels is None or not kernels.takes(self.rule, self.map.features, trained_decay=trained):
+            return None
+        return kernels
+
+    def _window(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The softmax's part for a merge: nothing, where its branch does not count."""
+        if self.branches in ("both", "window"):
+            return out, lse
+        return torch.zeros_like(out), torch.full_like(lse, float("-inf"))
+
+    def _gains(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of every query head a number and a vector, which give the logarithm of its gain."""
+        return (self.gain.flatten(), self.gain_query.flatten(0, 1)) if self.shared else None
 
     def features(self, query: torch.Tensor, key: torch.Tensor, step: Step, *, scale: float | None) -> Features:
         """The features of a pass without a cache and without padding; arguments as of `Mixer.prefill`."""
@@ -272,8 +331,8 @@ class LinearMixer(SpanMixer):
         elif self.log_decays is not None:
             fixed = _on_device(self.log_decays, key.device, torch.float32)
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
-        q = self.map.of_query(query, self._scale(scale), positions)
-        k = self.map.of_key(key, self._scale(scale), positions)
+        q = self._query_features(query, self._scale(scale), positions)
+        k = self._key_features(key, self._scale(scale), positions)
         return Features(q, k, log_decay, None if self.alone else tuple(self.fixed))
 
     def decode(
@@ -289,7 +348,8 @@ class LinearMixer(SpanMixer):
         """As `Mixer.decode`."""
         assert step.lengths is not None
         impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
-        self._absorb(state, lengths, step, self._scale(scale))
+        kernels = self._kernels(query, step)
+        self._absorb(state, lengths, step, self._scale(scale), kernels)
         if step.gains is not None:
             state.advance(step.gains)
         pages, gates = state.pages(), self.gates_of(step)
@@ -306,11 +366,39 @@ class LinearMixer(SpanMixer):
             number = (lengths.long() - 1).clamp(min=0)[:, None].expand(-1, held.shape[1]) // PAGE
             held = self._take_page(state, held, number, count, self._scale(scale))
         positions = step.positions(query.device)
-        q = self.map.of_query(query, self._scale(scale), positions[:, None])
+        if kernels is not None:
+            return self._decode_fast(kernels, query, held, out, lse, step, lengths, positions, self._scale(scale))
+        q = self._query_features(query, self._scale(scale), positions[:, None])
         found = q.to(held.dtype).unflatten(1, (held.shape[1], -1)).flatten(2, 3) @ held  # [B, G, R, E]
         found = found.flatten(1, 2)[:, :, None]
         parts = self._parts(out, lse, query, found, step, positions < 0)
         return self.joined(parts).to(query.dtype).transpose(1, 2)
+
+    def _decode_fast(
+        self,
+        kernels: Linear,
+        query: torch.Tensor,
+        held: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        step: Step,
+        lengths: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """The end of `decode` by kernels: `held` `[B, G, F, E]` is read, and joined with the softmax's part."""
+        where = positions[:, None] if self.map.positional else None
+        q, log_gain = kernels.query_features(self.map, self.groups[0]["map"], query, scale, where, self._gains())
+        options: dict[str, Any] = {"mean": self.shared}
+        if out is not None and lse is not None and log_gain is not None:
+            window = self._window(out, lse)
+            options |= {"window": (window[0][:, :, 0], window[1][:, :, 0]), "log_gain": log_gain[:, :, 0]}
+        found = kernels.read_one(q[:, :, 0], held, lengths, self.facts.head_dim, query.dtype, **options)[:, :, None]
+        if not self.shared:
+            found = self.joined(self._parts(out, lse, query, found, step, positions < 0))
+        elif self.branches in ("window", "none"):
+            found = torch.zeros_like(found) if out is None or self.branches == "none" else out
+        return found.to(query.dtype).transpose(1, 2)
 
     def joined(self, parts: Parts) -> torch.Tensor:
         """The heads' outputs, `[B, H, T, V]`."""
@@ -372,6 +460,20 @@ class LinearMixer(SpanMixer):
         num = gate * normed * self.norm.flatten(0, 1)[:, None].to(found.dtype)
         return Parts(out, lse, num.masked_fill(absent[..., None], 0), None, None)
 
+    def _query_features(self, query: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """What the map makes of queries, as they are or before RoPE; positions may be None where nothing reads them."""
+        return self.map.of_query(self._as_mapped(query, positions), scale, positions)
+
+    def _key_features(self, key: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """The same of keys."""
+        return self.map.of_key(self._as_mapped(key, positions), scale, positions)
+
+    def _as_mapped(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if self.turns is None:
+            return x
+        assert positions is not None
+        return turned_back(wide(x), positions, _on_device(self.turns, x.device, torch.float32))
+
     def _hidden(self, step: Step) -> torch.Tensor:
         """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
         assert step.hidden is not None
@@ -394,12 +496,7 @@ class LinearMixer(SpanMixer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`."""
         columns = query.shape[2]
-        if state is None:
-            held = wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        else:
-            held = state.tensors["state"]
-            if torch.is_grad_enabled():  # autograd may keep it, and it is overwritten once the pass has read it
-                held = held.clone()
+        held = self._held(state, value)
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
@@ -407,6 +504,53 @@ class LinearMixer(SpanMixer):
             total = found if total is None else total + found
         assert total is not None
         return total, held
+
+    def _held(self, state: LinearState | None, value: torch.Tensor) -> torch.Tensor:
+        """The states before a pass of prefill, `[B, G, F, E]`, for values `[B, G, T, V]`."""
+        if state is None:
+            return wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
+        held = state.tensors["state"]
+        # Autograd may keep it, and the pass writes the states behind it into the same memory.
+        return held.clone() if torch.is_grad_enabled() else held
+
+    def _read_fast(
+        self,
+        kernels: Linear,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor | None,
+        state: LinearState | None,
+        rows: Rows,
+        pages: Any,
+        scale: float,
+        *,
+        merged: bool,
+        window: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_read_new` by kernels; with `merged` the first result is the heads' output, `[B, H, T, V]`."""
+        device, columns, kind = query.device, query.shape[2], self.groups[0]["map"]
+        (layout,) = layouts(rows, tuple(self.fixed), columns, self.alone, NO_END, device)
+        pools = (None, None, None) if state is None else (state.keys, state.values, state.gates)
+        k, v = (layout.keys_of(new, pages, pool) for new, pool in zip((key, value), pools, strict=False))
+        gated = None if gates is None else layout.keys_of(gates, pages, pools[2])
+        if layout.slice_from is None:  # a map has no gradient in what may be NaN
+            absent = (torch.arange(k.shape[2], device=device) >= layout.keys[..., None])[..., None]
+            k = k.masked_fill(absent, 0)
+            gated = None if gated is None else gated.masked_fill(absent, 0)
+        position = layout.past - layout.start + torch.arange(columns, device=device)
+        if not rows.is_whole(columns):
+            query = query.masked_fill(((position < layout.past) | (position >= layout.until))[:, None, :, None], 0)
+        positional = self.map.positional
+        k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
+        at = position.clamp(min=0)[:, None] if positional else None
+        q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
+        held = self._held(state, value)
+        options = self._options(gated, layout.keys)
+        options = {name: options[name] for name in ("rule", "log_decay", "strength")}
+        options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
+        found, last = kernels.read_new(q, k, v, held, layout, rows, **options)
+        return found, last
 
     def _read_part(
         self,
@@ -432,11 +576,11 @@ class LinearMixer(SpanMixer):
                 absent[..., None], 0
             )
         options = self._options(gated, layout.keys)
-        positional = self.map.positional
-        k = self.map.of_key(k, scale, layout.key_positions(device) if positional else None)
+        positional = self.map.positional or self.turns is not None
+        k = self._key_features(k, scale, layout.key_positions(device) if positional else None)
         states = chunk_states(k, v, held, **options)
         q = layout.queries_of(query)
-        q = self.map.of_query(q, scale, layout.query_positions(device)[:, None] if positional else None)
+        q = self._query_features(q, scale, layout.query_positions(device)[:, None] if positional else None)
         if self.alone:
             found = self._own(layout, q, k, v, states, options)
         else:
@@ -481,7 +625,9 @@ class LinearMixer(SpanMixer):
             strength = gates[..., -1]
         return {"rule": self.rule, "count": count, "log_decay": log_decay, "strength": strength}
 
-    def _absorb(self, state: LinearState, lengths: torch.Tensor, step: Step, scale: float) -> None:
+    def _absorb(
+        self, state: LinearState, lengths: torch.Tensor, step: Step, scale: float, kernels: Linear | None
+    ) -> None:
         """Bring the page that leaves the sight of the new token into the state, while its keys are still there.
 
         A growing state knows on the host whether there is any; a reserved one always computes, and waits for nothing.
@@ -490,11 +636,16 @@ class LinearMixer(SpanMixer):
             new = [length for length, gain in zip(state.lengths, step.gains, strict=True) if gain]
             if all(span.boundary(t) == span.boundary(t - 1) for t in new for span in state.spans):
                 return
+        held = state.tensors["state"]
+        if kernels is not None and self.rule == "add" and not self.token_decay:
+            decays = None if self.log_decays is None else _on_device(self.log_decays, held.device, torch.float32)
+            kind = self.groups[0]["map"]
+            if kernels.absorb(held, state.pages(), lengths, state.spans, self.map, kind, scale, decays):
+                return
         t = lengths.long()[:, None] - 1
         rules = tuple((span.sink, span.alpha, span.beta_units) for span in state.spans)
         sink, alpha, beta = _on_device(rules, lengths.device, torch.long).unbind(1)
         before, after = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
-        held = state.tensors["state"]
         count = torch.where((after > before) & (t >= 0), PAGE, 0)
         held.copy_(self._take_page(state, held, before // PAGE, count, scale))
 
@@ -509,7 +660,7 @@ class LinearMixer(SpanMixer):
         key, value = (pool[place].masked_fill(absent, 0) for pool in (pages.keys, pages.values))
         gates = None if state.gates is None or not self.gate_count else state.gates[place]
         positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
-        k = self.map.of_key(key, scale, positions if self.map.positional else None)
+        k = self._key_features(key, scale, positions)
         return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
 
 

@@ -57,3 +57,24 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
         "warps": 4,
         "stages": 1 if large or not _hopper(device) else 2,
     }
+
+
+def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
+    """Of the kernels of linear heads, by name: features, values and heads at once, warps, pipeline depth."""
+    if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
+        small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
+        return {"sums": small, "read": small, "gradients": small, "delta": small}
+    if itemsize > 2 or not _hopper(device):
+        small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
+        return {"sums": small, "read": small, "gradients": small, "delta": {**small, "values": 16}}
+    return {
+        "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
+        "read": {"features": 64, "values": 128, "heads": 2, "warps": 8, "stages": 2},
+        "gradients": {"features": 128, "values": 64, "heads": 2, "warps": 8, "stages": 1},
+        "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
+    }
+
+
+def linear_decode_config(device: torch.device) -> dict[str, int]:
+    """Numbers of a state that one program reads, and its warps: enough in flight on a multiprocessor for the memory."""
+    return {"numbers": 8192 if device.type == "cuda" else 512, "warps": 4}

@@ -90,7 +90,7 @@ def make_problem(
     if (line := sliding_line(problem, problem.total(smallest).tolist())) is not None:
         say(line)
     if solver.spans:
-        check_rows(problem, smallest, solver.least_words())
+        check_rows(problem, smallest, solver)
     return problem
 
 

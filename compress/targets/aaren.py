@@ -13,6 +13,8 @@ from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.runtime.families import Family
 
 
@@ -43,6 +45,11 @@ class AarenGroup(Target):
         if query is not None and len({len(row) for row in query}) != 1:
             raise ValueError("expected one or more rows of as many numbers each")
         return query
+
+    @classmethod
+    def of(cls, query: torch.Tensor) -> AarenGroup:
+        """The group that starts with these queries `[query heads, head size]`."""
+        return cls(query=tuple(map(tuple, query.tolist())))
 
     @classmethod
     def refusal(cls, family: Family) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
@@ -19,18 +20,27 @@ from compress.targets.target import Target
 from compress.targets.unit import Unit
 
 Rule = Literal["add", "delta"]
-MOST_FEATURES = 1 << 14
+MOST_FEATURES, STEEPEST = 1 << 14, 100.0
 MAP_NAMES = ", ".join(sorted(name for name, made in MAPS.items() if made in KNOWN))
 
 
+def _known(name: str) -> str:
+    if name not in MAPS:
+        raise ValueError(f"expected one of {MAP_NAMES}, got {name}")
+    return name
+
+
+MapName = Annotated[str, AfterValidator(_known)]
+
+
 class LinearGrid(Method):
-    """The linear heads to choose from: every rule and map behind every window."""
+    """The linear heads to choose from: every rule and map with every decay, behind every window or without one."""
 
     rules: Annotated[tuple[Rule, ...], Field(min_length=1, description="how keys are written into the state")] = (
         "add",
     )
     maps: Annotated[
-        tuple[str, ...],
+        tuple[MapName, ...],
         Field(min_length=1, max_length=ENTRIES, description=f"feature maps of the rule `add`: {MAP_NAMES}"),
     ] = ("hedgehog",)
     sinks: Annotated[
@@ -43,6 +53,27 @@ class LinearGrid(Method):
             min_length=1, max_length=ENTRIES, description="windows in tokens; the state stands for what is before them"
         ),
     ] = (64,)
+    decays: Annotated[
+        tuple[Literal["none", "fixed", "token"], ...],
+        Field(min_length=1, description="what states lose a token; `fixed` takes every one of `slopes`"),
+    ] = ("none",)
+    slopes: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=STEEPEST)], ...],
+        Field(
+            min_length=1,
+            max_length=ENTRIES,
+            description="of fixed decays; the default keeps half of a token for 22, 177 and 1,420 tokens",
+        ),
+    ] = (2**-5, 2**-8, 2**-11)
+    alone: Annotated[
+        tuple[bool, ...],
+        Field(min_length=1, max_length=2, description="whether heads have no softmax; those have no sinks and windows"),
+    ] = (False,)
+
+    def decay_fields(self) -> list[dict[str, Any]]:
+        """What the decays are in a plan."""
+        fixed = [{"decay": "fixed", "slope": slope} for slope in self.slopes]
+        return [each for name in self.decays for each in (fixed if name == "fixed" else [{"decay": name}])]
 
 
 @targets.register("linear")
@@ -57,7 +88,7 @@ class LinearGroup(Target):
     rule: Rule = Field(
         "add", description="how a key is written: added, or by the gated delta rule, which replaces what it finds"
     )
-    map: str = Field("hedgehog", description=f"what makes features of queries and keys: {MAP_NAMES}")
+    map: MapName = Field("hedgehog", description=f"what makes features of queries and keys: {MAP_NAMES}")
     features: int | None = Field(
         None, ge=1, le=MOST_FEATURES, description="features of a query or key; null takes the map's own number"
     )
@@ -65,10 +96,13 @@ class LinearGroup(Target):
         "none", description="what a state loses a token: nothing, by `slope`, or what a gate of the layer's input says"
     )
     slope: float | None = Field(
-        None, gt=0, le=100, description="of `decay: fixed`: a state becomes exp(-slope) times itself every token"
+        None, gt=0, le=STEEPEST, description="of `decay: fixed`: a state becomes exp(-slope) times itself every token"
     )
     out: Literal["shared", "added"] = Field(
         "shared", description="one normaliser with the window's softmax, or added to it behind a norm and a gate"
+    )
+    rope: Literal["keep", "undo"] = Field(
+        "keep", description="whether features are of queries and keys as the softmax has them, or before RoPE"
     )
     alone: bool = Field(False, description="without any softmax: the state stands for all keys")
     reach: int = Field(8192, ge=1, le=LONGEST, description="of the map `cosine`: at least the longest input in tokens")
@@ -88,13 +122,6 @@ class LinearGroup(Target):
         if given.get("alone") is True:
             follows |= {"alpha": 1}
         return follows | given
-
-    @field_validator("map")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in MAPS:
-            raise ValueError(f"expected one of {MAP_NAMES}, got {name}")
-        return name
 
     @model_validator(mode="after")
     def _fits(self) -> LinearGroup:
@@ -124,6 +151,11 @@ class LinearGroup(Target):
     def feature_count(self, head_dim: int) -> int:
         """F of heads of this size."""
         return MAPS[self.map].usual(head_dim) if self.features is None else self.features
+
+    @property
+    def undoes_rope(self) -> bool:
+        """See `Target.undoes_rope`."""
+        return self.rope == "undo"
 
     @property
     def gate_count(self) -> int:
@@ -172,6 +204,8 @@ class LinearGroup(Target):
         made = [f"{self.map} map" if self.rule == "add" else "delta rule"]
         if self.features is not None:
             made.append(f"{self.features} features")
+        if self.rope == "undo":
+            made.append("without RoPE")
         if self.decay != "none":
             made.append("decay by token" if self.decay == "token" else f"decay exp(-{self.slope:g})")
         linear = f"linear ({', '.join(made)})"
@@ -195,18 +229,19 @@ class LinearGroup(Target):
 
     @classmethod
     def options(cls, unit: Unit, lengths: Sequence[int], grid: LinearGrid | None = None) -> list[Target]:
-        """Every rule, map and window of the grid; none in a layer that slides by itself."""
+        """Every rule, map, decay and window of the grid; none in a layer that slides by itself."""
         if unit.native is not None:
             return []
         grid = grid or LinearGrid()
-        kinds = [{"map": name} for name in grid.maps] if "add" in grid.rules else []
+        kinds: list[dict[str, Any]] = []
+        if "add" in grid.rules:
+            kinds += [{"map": name, "out": "shared" if MAPS[name].positive else "added"} for name in grid.maps]
         kinds += [{"rule": "delta"}] if "delta" in grid.rules else []
-        return [
-            cls.model_validate({**kind, "sink": sink, "alpha": alpha})
-            for kind in kinds
-            for sink in grid.sinks
-            for alpha in grid.alphas
-        ]
+        places: list[dict[str, Any]] = [{"alone": True}] if True in grid.alone else []
+        if False in grid.alone:
+            places += [{"sink": sink, "alpha": alpha} for sink in grid.sinks for alpha in grid.alphas]
+        made = product(kinds, grid.decay_fields(), places)
+        return [cls.model_validate({**kind, **decay, **place}) for kind, decay, place in made]
 
 
 def lightning_slopes(heads: int, layer: int, layers: int) -> list[float]:

@@ -106,6 +106,11 @@ class Target(Method):
         """Whether what a query sees depends on the length of the whole input, so that chunks and turns are refused."""
         return False
 
+    @property
+    def undoes_rope(self) -> bool:
+        """Whether it needs queries and keys as they were before RoPE."""
+        return False
+
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:
         """What the mixer of this target starts with for one group, converted from the weights of its attention.
 

@@ -120,7 +120,7 @@ def test_branches_are_switched_for_all_groups_or_for_one(model: Any, ids: list[i
 
 
 def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_path: Path) -> None:
-    found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1)
+    found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="group")
     found.write(tmp_path / "evaluation.json")
     assert read_comparison(tmp_path / "evaluation.json") == found
     assert not [cell for cell in found.dense.cells if cell.table == "branches"]
@@ -150,6 +150,8 @@ def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_p
     assert "which branch of the converted heads does the work" in words and "| group 0 | group 1 |" in words
     grid = tables(found)[-1]
     assert [row[0] for row in grid.rows] == ["0", "1"] and grid.rows[0][2].count("/") == 2 and not grid.rows[1][2]
+    whole_only = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="model").variants[1]
+    assert whole_only.cells == [cell for cell in plan.cells if cell.place is None]
     by_layer = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="layer").variants[1]
     assert {cell.place for cell in by_layer.cells if cell.place} == {(0, None), (1, None)}
 
@@ -157,26 +159,28 @@ def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_p
 def test_gaps_of_associations_follow_their_law() -> None:
     tokenizer, words = byte_tokenizer(), words_of(byte_tokenizer())
     assert all(tokenizer.decode([word]).strip().isalpha() for word in words)
-    pairs, length = 4, 300
-    made = associations(tokenizer, words, length, pairs, 200, random.Random(0))
+    pairs, length, before = 4, 320, 20
+    made = associations(tokenizer, words, length, pairs, 200, random.Random(0), before)
     gaps = []
     for one in made:
         assert len(one.tokens) == length and len(one.queries) == pairs
-        context = dict(zip(one.tokens[0 : 2 * pairs : 2], one.tokens[1 : 2 * pairs : 2], strict=True))
+        end = before + 2 * pairs
+        context = dict(zip(one.tokens[before:end:2], one.tokens[before + 1 : end : 2], strict=True))
         assert len(context) == pairs and not set(context) & set(context.values())
         for query in one.queries:
             assert context[one.tokens[query.position]] == query.value == one.tokens[query.position + 1]
-            assert one.tokens[query.position - query.gap] == query.value and query.position - query.gap < 2 * pairs
-            gaps.append((query.position - 2 * pairs) // 2 + 1)
+            said = query.position - query.gap
+            assert one.tokens[said] == query.value and before < said < end
+            gaps.append((query.position - end) // 2 + 1)
         assert sum(token in context for token in one.tokens) == 2 * pairs
-    slots = np.arange(1, (length - 2 * pairs) // 2 + 1)
+    slots = np.arange(1, (length - before - 2 * pairs) // 2 + 1)
     law = slots**-0.99 / (slots**-0.99).sum()
     numbers = np.random.default_rng(0)
     expected = np.concatenate([numbers.choice(slots, pairs, replace=False, p=law) for _ in range(2000)])
     for edge in (1, 3, 12, 50):
         share, other = np.mean(np.array(gaps) <= edge), np.mean(expected <= edge)
         assert abs(share - other) < 4 * math.sqrt(other * (1 - other) / len(gaps))
-    assert made == associations(tokenizer, words, length, pairs, 200, random.Random(0))
+    assert made == associations(tokenizer, words, length, pairs, 200, random.Random(0), before)
     for sizes, message in (((20, 6), "no room"), ((4000, 500), "too few words")):
         with pytest.raises(UserError, match=message):
             associations(tokenizer, words, *sizes, 1, random.Random(0))

@@ -31,6 +31,7 @@ STATISTICS: dict[str, dict[str, Any]] = {
     "lse_spread": {},
     "magnitude": {},
     "output_error": {"sink": 4, "window": 16},
+    "query_constancy": {},
     "random": {"seed": 3},
     "retrieval": {"grid": GRID},
     "state_rank": {"window": 4, "block": 24},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,18 @@ import pytest
 import torch
 
 from compress.models.planned import planned_model
-from compress.plan import uniform_plan
+from compress.plan import make_plan, uniform_plan
+from compress.profile.heads.query_constancy import QueryConstancy
+from compress.profile.key import Key
+from compress.profile.run import run_profile
 from compress.runtime.attention import plan_attention
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_aaren import AarenMixer
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.step import Step
 from compress.targets.aaren import AarenGroup
-from tests.tiny import random_ids, shape_of, tiny_model
+from tests.profile.common import documents
+from tests.tiny import random_ids, shape_of, tiny_loaded, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUPS, SHARE, DIM, LENGTH = 2, 3, 16, 150
@@ -104,6 +109,23 @@ def test_a_long_sequence_takes_no_more_memory_and_does_not_drift() -> None:
     scores = torch.einsum("gnd,bgtd->bgnt", mixer.query.double(), qkv[1].double()) / DIM**0.5
     last = torch.einsum("bgnt,bgtd->bgnd", scores.softmax(-1), qkv[2].double()).flatten(1, 2)
     torch.testing.assert_close(out[:, :, -1], last.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_whose_query_is_constant_is_converted_exactly(tmp_path: Path) -> None:
+    loaded = tiny_loaded("gpt2")  # without RoPE, which would turn its queries
+    shape = shape_of(loaded.model)
+    with torch.no_grad():
+        for block in loaded.model.transformer.h:
+            block.attn.c_attn.weight[:, :48].zero_()
+            block.attn.c_attn.bias[:48].normal_(std=3)
+    profile = run_profile(loaded, documents(), [QueryConstancy()], tmp_path, seed=0)
+    torch.testing.assert_close(profile.tensor(Key("query_constancy", length=70)), torch.ones(3, 4))
+    means = profile.tensor(Key("query_constancy", "mean", 70))
+    plan = make_plan(shape, [[AarenGroup.of(query) for query in layer] for layer in means])
+    ids = random_ids(2, 140)
+    with torch.no_grad():
+        found = planned_model(loaded.model, plan)(ids).logits
+        torch.testing.assert_close(found, loaded.model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_may_name_the_queries() -> None:

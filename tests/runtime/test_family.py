@@ -84,6 +84,15 @@ def hedgehog(mixer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor
     return features[0] @ features[1].T
 
 
+def random_features(mixer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mean of exp(w . q - |q|^2 / 2) exp(w . k - |k|^2 / 2) over features w, q and k over the fourth root of D."""
+    features = []
+    for x, weight in ((query, mixer.map.query[0, 0]), (key, mixer.map.key[0])):
+        x = x / DIM**0.25
+        features.append(torch.exp(x @ weight.double() - (x * x).sum(-1, keepdim=True) / 2))
+    return features[0] @ features[1].T / mixer.map.features
+
+
 def delta(mixer: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Weights of the values by the recurrence S <- a S (I - b k k^T) + b v k^T, with one column for each value."""
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in projected(mixer, query, key))
@@ -115,6 +124,7 @@ FORMS: dict[str, tuple[LinearGroup, Weigh, bool]] = {
         LinearGroup(map="silu", decay="fixed", slope=SLOPES[2], out="added", alone=True), lightning, False
     ),
     "linear transformer": (LinearGroup(map="elu", alone=True), elu, True),
+    "performer": (LinearGroup(map="random", features=40, alone=True), random_features, True),
     "retention": (
         LinearGroup(map="none", decay="fixed", slope=-math.log(1 - 2.0**-5), out="added", alone=True), retention, False
     ),

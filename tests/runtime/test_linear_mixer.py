@@ -206,6 +206,28 @@ def test_gradients_are_those_of_the_matrix(case: str) -> None:
         torch.testing.assert_close(a, b.expand_as(a), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["exp", "delta"])
+def test_a_later_turn_is_differentiable_in_its_own_tokens(case: str) -> None:
+    kinds, mixer = kinds_of(case)
+    made, mask = inputs()
+    cache, turn = PagedCache([kinds]), 100
+    with torch.no_grad():
+        feed(kinds, cache, made, mask, [0, turn])
+    leaves = [x.requires_grad_() for x in made]
+    found = feed(kinds, cache, leaves, mask, [turn, COLUMNS])
+    expected = loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for row in range(3):
+        late = mask[row, turn:]
+        part = naive(mixer, tokens_of(leaves, mask, row))[:, -int(late.sum()) :]
+        weight = torch.randn_like(part)
+        expected, loss = expected + (part * weight).sum(), loss + (found[row][:, late] * weight).sum()
+    wanted, got = (torch.autograd.grad(one, leaves) for one in (expected, loss))
+    for a, b in zip(got, wanted, strict=True):
+        at = 2 if a.dim() == 4 else 1
+        a, b = (x.narrow(at, turn, COLUMNS - turn) for x in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize(("case", "reserve"), [("exp", None), ("exp", 256), ("delta-alone", None)])
 def test_sequences_are_reordered_with_their_states(
     case: str, reserve: int | None, monkeypatch: pytest.MonkeyPatch

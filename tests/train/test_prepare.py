@@ -17,7 +17,7 @@ from compress.cli.app import app
 from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.models.planned import planned_model, set_plan
-from compress.models.prepared import OPTION, TENSORS, attach, read_prepared
+from compress.models.prepared import OPTION, TENSORS, attach, read_option, read_prepared
 from compress.models.shape import shape_of
 from compress.plan import make_plan, read_plan, uniform_plan
 from compress.profile.heads.effect import Effect
@@ -250,6 +250,14 @@ def test_prepare_search_export_reload(tmp_path: Path) -> None:
         lost = effects.effect(ScaledGroup(window=64), length)
         assert predicted[f"effect.absolute.{length}"] == pytest.approx(sum(float(lost[place]) for place in chosen))
     assert {row["name"] for row in report["baselines"]} >= {"uniform", "random", "interleaved"}
+    shown = CliRunner().invoke(app, ["inspect", str(run / "options")]).stdout
+    assert "scaled window 64" in shown and "transfer" in shown and "effect at 320" in shown
+    assert (
+        f"{max(e for row in read_option(next((run / 'options').glob('scaled-*'))).errors for e in row or ()):.3g}"
+        in shown
+    )
+    shown = CliRunner().invoke(app, ["inspect", str(run)]).stdout
+    assert f"scaled window 64: {len(chosen)} head group" in shown
     (option,) = read_prepared(run / "options")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     attach(dense, (option,))

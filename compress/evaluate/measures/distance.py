@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -117,7 +117,7 @@ class Distance(Measure):
     result: ClassVar[type[Result]] = DistanceResult
     one_tokenizer: ClassVar[bool] = True
 
-    lengths: tuple[int, ...] = Field(
+    lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
         (2048,), min_length=1, max_length=ENTRIES, strict=False, description="tokens of the inputs"
     )
     window: int = Field(
@@ -216,7 +216,7 @@ class Distance(Measure):
         if not self.texts:
             return []
         rng = random.Random(f"{seed}/evaluation/associations/{length}")
-        return associations(tokenizer, words_of(tokenizer), length, self.pairs, self.texts, rng)
+        return associations(tokenizer, words_of(tokenizer), length, self.pairs, self.texts, rng, before=PAGE)
 
     def _pass_keys(self, length: int, asked: Sequence[_Asked], batch_size: int, subject: Subject, step: Step) -> Result:
         items: list[Recalled] = []

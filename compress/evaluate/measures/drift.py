@@ -180,7 +180,8 @@ def _largest(errors: torch.Tensor) -> float:
 def _pass(step: Pass, start: int, count: int, dtype: torch.dtype) -> Pass:
     """The step of `count` of a pass's columns from `start` on, behind those before them; one column is decoded."""
     part = slice(start, start + count)
-    made = Pass(None, None, None, None, [count], count, impl=step.impl, scores=step.scores)
+    impl = "reference" if dtype == torch.float64 else step.impl  # no kernel takes float64
+    made = Pass(None, None, None, None, [count], count, impl=impl, scores=step.scores)
     if count > 1:
         made.rows = Rows((start,), (0,), (count,))
     else:

@@ -68,7 +68,7 @@ class TimeRow(Row):
             rows.append({"length": self.length, "batch": batch, **spent})
         return {"source": times.source, "rows": rows}
 
-    def too_tight(self, smallest: int, least: str) -> Problem:
+    def too_tight(self, smallest: int, least: str, cheaper: str) -> Problem:
         fraction = rounded_up(self.time_share(smallest))
         longer = "budget at longer inputs or larger batches, where attention takes more of a step"
         return Problem(

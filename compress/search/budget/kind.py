@@ -93,17 +93,18 @@ class Row:
         """
         return None
 
-    def too_tight(self, smallest: int, least: str) -> Problem:
+    def too_tight(self, smallest: int, least: str, cheaper: str) -> Problem:
         """What to say of a row that no plan meets.
 
         Args:
             smallest: the least that the units of any plan cost, in steps.
             least: what costs that little, in words.
+            cheaper: what else to do, so that plans cost less.
         """
         fraction = rounded_up(self.fraction(smallest))
         fix = f"raise the budget to {fraction:g} or more"
         if self.length is not None:
-            fix += ", budget at longer inputs, or profile a grid with a smaller sink or alpha_min"
+            fix += f", budget at longer inputs, or {cheaper}"
         return Problem(
             "no plan meets the budget" + ("" if self.length is None else f" at length {self.length}"),
             f"search.budget.{self.kind}",

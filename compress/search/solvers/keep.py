@@ -33,6 +33,8 @@ class Keep(Solver):
     """The head groups, or layers, of the highest statistic keep full attention; all others get one target."""
 
     placed: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = False
+    cheaper: ClassVar[str] = "lower `share` or prepare a smaller target"
 
     statistic: str | dict[str, Annotated[float, Field(ge=-FACTOR, le=FACTOR)]] = Field(
         "retrieval",
@@ -59,6 +61,19 @@ class Keep(Solver):
     def scores_read(self) -> dict[str, str]:
         names = [self.statistic] if isinstance(self.statistic, str) else self.statistic
         return {name: "prepared" if name == ERROR else "groups" for name in names}
+
+    def words(self) -> str:
+        """How many stay full, and by what."""
+        many = "as many as the budget holds" if self.share is None else f"{self.share:.0%}"
+        return f"{self.registered}: {many} of the {self._units} full, by {self._ranked_by}"
+
+    @property
+    def _units(self) -> str:
+        return "groups" if self.level == "group" else "layers"
+
+    @property
+    def _ranked_by(self) -> str:
+        return self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
 
     def choices(self, problem: Problem) -> list[Target]:
         """What groups that are not kept may become.
@@ -95,7 +110,7 @@ class Keep(Solver):
         Raises:
             UserError: not even the cheapest fits, or the profile has no such statistic.
         """
-        check_rows(problem, self.smallest(problem), self.least_words())
+        check_rows(problem, self.smallest(problem), self)
         plans: dict[Layers, Candidate] = {}
         for target in self.choices(problem):
             places = self._ranked(problem, target)
@@ -130,9 +145,7 @@ class Keep(Solver):
 
     def _note(self, problem: Problem, places: Sequence[Sequence[Place]], count: int, target: Target) -> str:
         score = self._scores(problem, target)
-        names = self.statistic if isinstance(self.statistic, str) else " + ".join(self.statistic)
-        what = "groups" if self.level == "group" else "layers"
-        note = f"{count} of {len(places)} {what} full by {names}, the others {target.words()}"
+        note = f"{count} of {len(places)} {self._units} full by {self._ranked_by}, the others {target.words()}"
         if 0 < count < len(places):
             note += f"; at the cut {_mean(score, places[count - 1]):.3g} and {_mean(score, places[count]):.3g}"
         return note

@@ -9,7 +9,7 @@ lets be priced, and what that costs, state and cache alike, is what the targets 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from compress.targets.target import Target
 class Priced(Frontier):
     """Chooses among the targets that were priced, prepared ones among them, under all budgets at once."""
 
+    needs_grid: ClassVar[bool] = False
+    cheaper: ClassVar[str] = "price or prepare a cheaper target"
+
     part: Literal["absolute", "signed", "error"] = Field(
         "absolute",
         description="absolute sums what rows lose or gain; signed lets rows that gain make up for others; error is the "
@@ -49,6 +52,11 @@ class Priced(Frontier):
         """The effects or errors, and the statistic that says what may be removed."""
         read = {"error": "prepared"} if self.part == "error" else {f"effect.{self.part}": "targets"}
         return read | super().scores_read()
+
+    def words(self) -> str:
+        """What gets a target, where that is not each head group."""
+        level = {"group": "", "layer": ", one target a layer", "model": ", one target for the whole model"}[self.level]
+        return self.registered + (", by the error after preparation" if self.part == "error" else "") + level
 
     def choices(self, problem: Problem) -> list[Target]:
         """What was priced and leaves the group in place.
@@ -83,7 +91,7 @@ class Priced(Frontier):
         """See `Frontier.solve`; for the whole model all plans of one target that none of the others beats."""
         if self.level != "model":
             return super().solve(problem)
-        check_rows(problem, self.smallest(problem), self.least_words())
+        check_rows(problem, self.smallest(problem), self)
         found = []
         for target in (FULL_GROUP, *self.choices(problem)):
             layers = problem.uniform(target)

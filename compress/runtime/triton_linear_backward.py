@@ -1,0 +1,532 @@
+"""Gradients of additive linear attention: of rows, of states by a sum that runs backwards, of queries, keys, values."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .span import PAGE
+from .triton_linear import (
+    Layout,
+    _outer,
+    dot_wide,
+    heads_at_once,
+    inner,
+    last_state,
+    load_part,
+    load_state,
+    options,
+    row_decay,
+    running,
+    store_part,
+    strides,
+    tile_rows,
+)
+
+
+@triton.jit
+def _rows(
+    p_grad,  # [B, H, T, DV]
+    p_out,  # [B, H, T, DV] the result of the forward pass
+    p_window,  # [B, H, T, DV], where MERGE
+    p_lse,  # [B, H, T] float32, where MERGE
+    p_gain,  # [B, H, T] float32, where MERGE
+    p_mass,  # [B, H, T] float32
+    p_runs,  # [B, 3] int32
+    p_grad_window,  # [B, H, T, DV], where MERGE
+    p_grad_lse,  # [B, H, T] float32, where MERGE
+    p_weight,  # [B, H, T] float32: what a row's gradient is multiplied with to be that of its numerator
+    p_extra,  # [B, H, T] float32: the gradient of its denominator
+    columns,
+    heads,
+    grad_b,
+    grad_h,
+    grad_t,
+    out_b,
+    out_h,
+    out_t,
+    window_b,
+    window_h,
+    window_t,
+    to_b,
+    to_h,
+    to_t,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """A page of queries of one head: y = a o + (1 - a) num / den with a = sigmoid(lse - log den - gain), backwards."""
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
+    _, head, column, m_row = tile_rows(tl.program_id(0), h, p_runs, b, 1, PAGE)
+    o_number = (b * heads + head) * columns + column
+    mass = tl.load(p_mass + o_number, mask=m_row, other=0.0)
+    some = mass > 0
+    total = tl.where(some, mass, 1.0)
+    share = tl.zeros([PAGE], tl.float32)
+    if MERGE:
+        b_lse = tl.load(p_lse + o_number, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + o_number, mask=m_row, other=0.0)
+        share = tl.where(some, tl.sigmoid(b_lse - tl.log(total) - b_gain), 1.0)
+    of_out = tl.zeros([PAGE], tl.float32)
+    of_window = tl.zeros([PAGE], tl.float32)
+    for at in tl.static_range(0, VALUE_DIM, BLOCK_V):
+        o_grad = b * grad_b + head * grad_h + column * grad_t
+        o_out = b * out_b + head * out_h + column * out_t
+        b_grad = load_part(p_grad, o_grad, m_row, at, VALUE_DIM, BLOCK_V).to(tl.float32)
+        b_out = load_part(p_out, o_out, m_row, at, VALUE_DIM, BLOCK_V).to(tl.float32)
+        of_out += tl.sum(b_grad * b_out, 1)
+        if MERGE:
+            o_window = b * window_b + head * window_h + column * window_t
+            b_window = load_part(p_window, o_window, m_row, at, VALUE_DIM, BLOCK_V).to(tl.float32)
+            of_window += tl.sum(b_grad * b_window, 1)
+            o_to = b * to_b + head * to_h + column * to_t
+            store_part(p_grad_window, o_to, b_grad * share[:, None], m_row, at, VALUE_DIM, BLOCK_V)
+    weight = tl.where(some, (1.0 - share) / total, 0.0)
+    tl.store(p_weight + o_number, weight, mask=m_row)
+    tl.store(p_extra + o_number, -weight * of_out, mask=m_row)
+    if MERGE:
+        tl.store(p_grad_lse + o_number, tl.where(some, share * (of_window - of_out), 0.0), mask=m_row)
+
+
+@triton.jit
+def _queries(
+    p_grad,  # [B, H, T, DV]
+    p_key,  # [B, G, M, F]
+    p_value,  # [B, G, M, DV]
+    p_sums,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
+    p_states,  # [B, G, S + 1, F * DV + F] float32
+    p_weight,  # [B, H, T] float32
+    p_extra,  # [B, H, T] float32
+    p_chunk,  # [B, G, P] int32
+    p_runs,  # [B, 3] int32
+    p_tokens,  # [B, G, 2] int32
+    p_to,  # [B, H, T, F] the gradient of the queries
+    pages,
+    columns,
+    segments,
+    grad_b,
+    grad_h,
+    grad_t,
+    key_b,
+    key_g,
+    key_t,
+    value_b,
+    value_g,
+    value_t,
+    to_b,
+    to_h,
+    to_t,
+    SHARE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    DECAY: tl.constexpr,
+    OWN: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_F numbers of the gradients of the queries of one page and HEADS heads; the mirror of `_read`."""
+    sets: tl.constexpr = SHARE // HEADS
+    rows: tl.constexpr = PAGE * HEADS
+    page = tl.program_id(0) // sets
+    at_f = tl.program_id(1) * BLOCK_F
+    bg = tl.program_id(2).to(tl.int64)
+    b = bg // GROUPS
+    g = bg % GROUPS
+    # [rows] each
+    token, head, column, m_row = tile_rows(page, g * SHARE + tl.program_id(0) % sets * HEADS, p_runs, b, HEADS, PAGE)
+    if page * PAGE >= tl.load(p_runs + b * 3) + tl.load(p_runs + b * 3 + 2):
+        return
+    chunk = tl.load(p_chunk + bg * pages + page)
+    segment = chunk // SEGMENT
+    count = tl.load(p_tokens + bg * 2)
+    p_decays = p_sums + bg * segments * SEGMENT * PAGE
+    p_state = p_states + (bg * (segments + 1) + segment) * (FEATURES * (VALUE_DIM + 1))
+    o_number = (b * GROUPS * SHARE + head) * columns + column
+    weight = tl.load(p_weight + o_number, mask=m_row, other=0.0)
+    extra = tl.load(p_extra + o_number, mask=m_row, other=0.0)
+    o_grad = b * grad_b + head * grad_h + column * grad_t
+
+    # [rows, BLOCK_F]
+    acc = tl.zeros([rows, BLOCK_F], tl.float32)
+    for at_v in tl.static_range(0, VALUE_DIM, BLOCK_V):
+        b_grad = load_part(p_grad, o_grad, m_row, at_v, VALUE_DIM, BLOCK_V)
+        b_state = load_state(p_state, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
+        acc = dot_wide(b_grad, b_state.T, acc, SPLIT, PRECISION)
+    o_f = at_f + tl.arange(0, BLOCK_F)
+    b_norm = tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)
+    acc = acc * weight[:, None] + extra[:, None] * b_norm[None, :]
+    if DECAY:
+        reach = row_decay(p_decays, chunk, token, SEGMENT, OWN, PAGE)
+        acc = acc * tl.exp(reach)[:, None]
+
+    end = chunk
+    if OWN:
+        end += 1
+    o_token = tl.arange(0, PAGE)
+    for n in tl.range(segment * SEGMENT, end, num_stages=STAGES):
+        # [PAGE], [PAGE, BLOCK_F]
+        j = (n * PAGE + o_token).to(tl.int64)
+        m_j = j < count
+        b_key = load_part(p_key + b * key_b + g * key_g, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
+        p_values = p_value + b * value_b + g * value_g
+        # [rows, PAGE]
+        b_slope = inner(p_grad, o_grad, m_row, p_values, j * value_t, m_j, rows, PAGE, VALUE_DIM, BLOCK_V, PRECISION)
+        b_slope = b_slope * weight[:, None] + extra[:, None]
+        if DECAY:
+            fade = tl.load(p_decays + j, mask=m_j, other=0.0)
+            b_slope = b_slope * tl.exp(reach[:, None] - fade[None, :])
+        if OWN:
+            b_slope = tl.where((n < chunk) | (o_token[None, :] <= token[:, None]), b_slope, 0.0)
+        acc = tl.dot(b_slope.to(b_key.dtype), b_key, acc, input_precision=PRECISION)
+    store_part(p_to, b * to_b + head * to_h + column * to_t, acc, m_row, at_f, FEATURES, BLOCK_F)
+
+
+@triton.jit
+def _keys(
+    p_query,  # [B, H, T, F]
+    p_key,  # [B, G, M, F]
+    p_value,  # [B, G, M, DV]
+    p_grad,  # [B, H, T, DV]
+    p_sums,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
+    p_totals,  # [B, G, S] float32, where DECAY
+    p_states,  # [B, G, S + 1, F * DV + F] float32: gradients of the state before a segment and all behind it
+    p_weight,  # [B, H, T] float32
+    p_extra,  # [B, H, T] float32
+    p_chunk,  # [B, G, P] int32
+    p_first,  # [B, G, (S + 1) * SEGMENT + 1] int32
+    p_runs,  # [B, 3] int32
+    p_tokens,  # [B, G, 2] int32
+    p_to,  # [B, G, M, F] the gradient of the keys, or with VALUES that of the values [B, G, M, DV]
+    pages,
+    columns,
+    segments,
+    query_b,
+    query_h,
+    query_t,
+    key_b,
+    key_g,
+    key_t,
+    value_b,
+    value_g,
+    value_t,
+    grad_b,
+    grad_h,
+    grad_t,
+    to_b,
+    to_g,
+    to_t,
+    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    VALUES: tl.constexpr,
+    DECAY: tl.constexpr,
+    OWN: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of the gradients of the keys of one chunk, or of its values.
+
+    Queries that read later in the chunk's segment have seen its keys one by one, all later ones through the state.
+    """
+    n = tl.program_id(0)
+    bg = tl.program_id(2).to(tl.int64)
+    b = bg // GROUPS
+    g = bg % GROUPS
+    count = tl.load(p_tokens + bg * 2)
+    absorbed = tl.load(p_tokens + bg * 2 + 1)
+    if n * PAGE >= count:
+        return
+    segment = n // SEGMENT
+    o_token = tl.arange(0, PAGE)
+    # [PAGE]
+    j = (n * PAGE + o_token).to(tl.int64)
+    m_j = j < count
+    p_decays = p_sums + bg * segments * SEGMENT * PAGE
+    p_keys = p_key + b * key_b + g * key_g
+    p_values = p_value + b * value_b + g * value_g
+    p_state = p_states + (bg * (segments + 1) + segment + 1) * (FEATURES * (VALUE_DIM + 1))
+    if DECAY:
+        fade = tl.load(p_decays + j, mask=m_j, other=0.0)
+
+    # What comes through the state after the segment: [PAGE, BLOCK_F or BLOCK_V].
+    if VALUES:
+        at = tl.program_id(1) * BLOCK_V
+        acc = tl.zeros([PAGE, BLOCK_V], tl.float32)
+        for at_f in tl.static_range(0, FEATURES, BLOCK_F):
+            b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
+            b_state = load_state(p_state, at_f, at, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
+            acc = dot_wide(b_key, b_state, acc, SPLIT, PRECISION)
+    else:
+        at = tl.program_id(1) * BLOCK_F
+        acc = tl.zeros([PAGE, BLOCK_F], tl.float32)
+        for at_v in tl.static_range(0, VALUE_DIM, BLOCK_V):
+            b_value = load_part(p_values, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
+            b_state = load_state(p_state, at, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
+            acc = dot_wide(b_value, b_state.T, acc, SPLIT, PRECISION)
+        o_f = at + tl.arange(0, BLOCK_F)
+        acc += tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)[None, :]
+    if DECAY:
+        total = tl.load(p_totals + bg * segments + segment)
+        acc = acc * tl.exp(total - fade)[:, None]
+    acc = tl.where((j < absorbed)[:, None], acc, 0.0)
+
+    p_pages = p_first + bg * ((segments + 1) * SEGMENT + 1)
+    low = tl.load(p_pages + n + 1)
+    if OWN:
+        low = tl.load(p_pages + n)
+    high = tl.load(p_pages + (segment + 1) * SEGMENT)
+    for item in tl.range(low * SHARE, high * SHARE, num_stages=STAGES):
+        page = item // SHARE
+        _, head, column, m_row = tile_rows(page, g * SHARE + item % SHARE, p_runs, b, 1, PAGE)
+        o_query = b * query_b + head * query_h + column * query_t
+        o_grad = b * grad_b + head * grad_h + column * grad_t
+        o_number = (b * GROUPS * SHARE + head) * columns + column
+        # [PAGE] and, by query and key, [PAGE, PAGE]
+        weight = tl.load(p_weight + o_number, mask=m_row, other=0.0)
+        if VALUES:
+            b_pair = inner(p_query, o_query, m_row, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
+            b_pair = b_pair * weight[:, None]
+        else:
+            b_pair = inner(p_grad, o_grad, m_row, p_values, j * value_t, m_j, PAGE, PAGE, VALUE_DIM, BLOCK_V, PRECISION)
+            b_pair = b_pair * weight[:, None] + tl.load(p_extra + o_number, mask=m_row, other=0.0)[:, None]
+        chunk = tl.load(p_chunk + bg * pages + page)
+        if DECAY:
+            reach = row_decay(p_decays, chunk, o_token, SEGMENT, OWN, PAGE)
+            b_pair = b_pair * tl.exp(reach[:, None] - fade[None, :])
+        if OWN:
+            b_pair = tl.where((n < chunk) | (o_token[None, :] <= o_token[:, None]), b_pair, 0.0)
+        if VALUES:
+            b_row = load_part(p_grad, o_grad, m_row, at, VALUE_DIM, BLOCK_V)
+        else:
+            b_row = load_part(p_query, o_query, m_row, at, FEATURES, BLOCK_F)
+        acc = tl.dot(b_pair.to(b_row.dtype).T, b_row, acc, input_precision=PRECISION)
+    p_rows = p_to + b * to_b + g * to_g
+    if VALUES:
+        store_part(p_rows, j * to_t, acc, m_j, at, VALUE_DIM, BLOCK_V)
+    else:
+        store_part(p_rows, j * to_t, acc, m_j, at, FEATURES, BLOCK_F)
+
+
+def of_states(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    states: torch.Tensor,
+    where: Layout,
+) -> torch.Tensor:
+    """What the queries of every segment add to the gradient of the state before it, in slots like `states`.
+
+    Args:
+        grad: `[B, H, T, DV]`, of what queries read.
+        weight, extra: `[B, H, T]` float32, the factor on `grad` for values, and the gradient of the normaliser.
+    """
+    batch, _, columns, features = query.shape
+    groups, value_dim = states.shape[1], value.shape[-1]
+    opts = options("sums", query, value, groups, where)
+    blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
+    sums, totals = where.decays(states)
+    found = torch.empty_like(states)
+    _outer[(where.segments + 1, blocks, batch * groups)](
+        query,
+        grad,
+        weight,
+        extra,
+        sums,
+        totals,
+        found,
+        where.runs,
+        where.first,
+        where.chunk,
+        where.pages,
+        columns,
+        where.segments,
+        *strides(query, grad),
+        KEYS=False,
+        **opts,
+    )
+    return found
+
+
+def of_queries(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    where: Layout,
+) -> torch.Tensor:
+    """The gradient of the queries `[B, H, T, F]`; arguments as of `of_states` and `triton_linear.read`."""
+    batch, heads, columns, features = query.shape
+    groups = key.shape[1]
+    opts = options("gradients", query, value, groups, where)
+    at_once = heads_at_once("gradients", heads // groups, value)
+    found = torch.zeros_like(query)
+    _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
+        grad,
+        key,
+        value,
+        where.decays(states)[0],
+        states,
+        weight,
+        extra,
+        where.chunk,
+        where.runs,
+        where.tokens,
+        found,
+        where.pages,
+        columns,
+        where.segments,
+        *strides(grad, key, value, found),
+        HEADS=at_once,
+        SPLIT=value.dtype == torch.bfloat16,
+        **opts,
+    )
+    return found
+
+
+def of_keys(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    flow: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    where: Layout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the keys `[B, G, M, F]` and values `[B, G, M, DV]`; arguments as of `of_queries`.
+
+    Args:
+        flow: the gradient of the state before every segment, and of all behind it.
+    """
+    batch, groups, tokens, features = key.shape
+    columns, value_dim = query.shape[2], value.shape[-1]
+    found = torch.zeros_like(key), torch.zeros_like(value)
+    sums, totals = where.decays(flow)
+    opts = options("gradients", query, value, groups, where)
+    blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
+    for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
+        _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
+            query,
+            key,
+            value,
+            grad,
+            sums,
+            totals,
+            flow,
+            weight,
+            extra,
+            where.chunk,
+            where.first,
+            where.runs,
+            where.tokens,
+            target,
+            where.pages,
+            columns,
+            where.segments,
+            *strides(query, key, value, grad, target),
+            VALUES=values,
+            SPLIT=value.dtype == torch.bfloat16,
+            **opts,
+        )
+    return found
+
+
+def backward(
+    grad: torch.Tensor | None,
+    grad_mass: torch.Tensor | None,
+    grad_last: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    states: torch.Tensor,
+    window: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    out: torch.Tensor | None,
+    mass: torch.Tensor,
+    where: Layout,
+    *,
+    with_first: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of query, key, value, first, window, lse and gain, from those of the results of `additive`.
+
+    Zero in columns that are no token.
+
+    Args:
+        grad, grad_mass, grad_last: None where nothing depends on that result.
+        states, mass: what the forward pass kept.
+        out: its result, where that is a mean; None where it is a sum.
+    """
+    batch, heads, columns, features = query.shape
+    value_dim = value.shape[-1]
+    pages, merged = where.pages, window is not None
+    grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_window = torch.zeros_like(window) if window is not None else None
+    grad_lse = torch.zeros_like(mass) if merged else None
+    weight = torch.zeros_like(mass)
+    extra = torch.zeros_like(mass) if grad_mass is None else grad_mass.float().contiguous()
+    if out is None:
+        weight.fill_(1)
+    else:
+        over, to = (out, out) if window is None or grad_window is None else (window, grad_window)
+        _rows[(pages, batch * heads)](
+            grad,
+            out,
+            over,
+            mass if lse is None else lse,
+            mass if gain is None else gain,
+            mass,
+            where.runs,
+            to,
+            mass if grad_lse is None else grad_lse,
+            weight,
+            extra,
+            columns,
+            heads,
+            *strides(grad, out, over, to),
+            VALUE_DIM=value_dim,
+            BLOCK_V=min(64, max(16, triton.next_power_of_2(value_dim))),
+            PAGE=PAGE,
+            MERGE=merged,
+            num_warps=4,
+        )
+
+    grad_states = of_states(grad, query, value, weight, extra, states, where)
+    if grad_last is not None:
+        grad_states[:, :, -1, : features * value_dim] += grad_last[..., :value_dim].flatten(2)
+        grad_states[:, :, -1, features * value_dim :] += grad_last[..., value_dim]
+    running(grad_states, where, reverse=True)
+
+    grad_query = of_queries(grad, query, key, value, states, weight, extra, where)
+    grad_key, grad_value = of_keys(grad, query, key, value, grad_states, weight, extra, where)
+    grad_first = None
+    if with_first:
+        grad_first = last_state(grad_states[:, :, :1], features, value_dim)
+    grad_gain = None if grad_lse is None else -grad_lse
+    return grad_query, grad_key, grad_value, grad_first, grad_window, grad_lse, grad_gain

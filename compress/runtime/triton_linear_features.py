@@ -1,0 +1,269 @@
+"""Feature maps in Triton: projection and activation in one launch, rounded to the dtype of the products with them.
+
+In plain PyTorch the features of a layer pass through memory some ten times in float32, which takes longer than all that
+is done with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
+
+from .triton_linear import dot_wide, load_part, store_part
+
+# Maps that kernels compute, by their names in `maps.MAPS`; those below TWO_SIDED have features of x and of -x.
+KINDS = {"hedgehog": 0, "hedgehog_exp": 1, "elu": 2, "relu": 3}
+TWO_SIDED = 2
+BLOCK = 64  # tokens
+
+
+def sides(kind: str) -> int:
+    """How many features a projected number has."""
+    return 2 if KINDS[kind] < TWO_SIDED else 1
+
+
+def root(kind: str, scale: float) -> float:
+    """What projected numbers are multiplied with, for a softmax whose scores are multiplied with `scale`."""
+    return scale**0.5 if kind == "hedgehog_exp" else 1.0
+
+
+@triton.jit
+def activate(x, side, m_width, KIND: tl.constexpr):
+    """One side of the features of projected rows `[M, BLOCK_W]`, as `maps` defines them; zero where there is none."""
+    if KIND == 0:
+        x = tl.where(m_width[None, :], x * (1.0 - 2.0 * side), float("-inf"))
+        x = tl.exp(x - tl.max(x, 1)[:, None])
+        return x / tl.sum(x, 1)[:, None]
+    if KIND == 1:
+        x = tl.exp(tl.minimum(tl.maximum(x, -30.0), 30.0) * (1.0 - 2.0 * side))
+    elif KIND == 2:
+        x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+    else:
+        x = tl.maximum(x, 0.0)
+    return tl.where(m_width[None, :], x, 0.0)
+
+
+@triton.jit
+def slope(x, feature, grad, side, KIND: tl.constexpr):
+    """The gradient of projected rows from that of one side of their features."""
+    if KIND == 0:
+        return (1.0 - 2.0 * side) * feature * (grad - tl.sum(feature * grad, 1)[:, None])
+    if KIND == 1:
+        return tl.where((x >= -30.0) & (x <= 30.0), (1.0 - 2.0 * side) * feature * grad, 0.0)
+    if KIND == 2:
+        return tl.where(x > 0, grad, feature * grad)
+    return tl.where(x > 0, grad, 0.0)
+
+
+@triton.jit
+def project(
+    p_rows, o_rows, m_rows, p_map, p_bias,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    BIASED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of DIM numbers times a map `[DIM, WIDTH]`, `[ROWS, BLOCK_W]` float32."""
+    x = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    for at in tl.static_range(0, DIM, BLOCK_D):
+        b_row = load_part(p_rows, o_rows, m_rows, at, DIM, BLOCK_D)
+        o_d = at + tl.arange(0, BLOCK_D)
+        b_map = load_part(p_map, o_d * WIDTH, o_d < DIM, 0, WIDTH, BLOCK_W).to(tl.float32)
+        x = dot_wide(b_row, b_map, x, SPLIT, PRECISION)
+    if BIASED:
+        o_w = tl.arange(0, BLOCK_W)
+        x += tl.load(p_bias + o_w, mask=o_w < WIDTH, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def _features(
+    p_rows,  # [B, heads, T, D]
+    p_map,  # [heads, D, WIDTH]
+    p_bias,  # [heads, WIDTH], where BIASED
+    p_gain,  # [heads], where GAIN
+    p_turn,  # [heads, D], where GAIN
+    p_grad,  # [B, heads, T, SIDES * WIDTH] where BACKWARD
+    p_to,  # [B, heads, T, SIDES * WIDTH] the features, or with BACKWARD [B, heads, T, WIDTH] the projection's gradient
+    p_gains,  # [B, heads, T] float32, where GAIN
+    columns,
+    heads,
+    root,
+    rows_b,
+    rows_h,
+    rows_t,
+    grad_b,
+    grad_h,
+    grad_t,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIDES: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BIASED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    GAIN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number."""
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // heads
+    h = bh % heads
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_t = t < columns
+    t = t.to(tl.int64)
+    o_w = tl.arange(0, BLOCK_W)
+    m_w = o_w < WIDTH
+    # [BLOCK, BLOCK_W]
+    x = root * project(
+        p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, p_map + h * DIM * WIDTH, p_bias + h * WIDTH,
+        BLOCK, DIM, WIDTH, BLOCK_D, BLOCK_W, BIASED, SPLIT, PRECISION,
+    )  # fmt: skip
+    o_to = bh * columns + t
+    if BACKWARD:
+        grad = tl.zeros([BLOCK, BLOCK_W], tl.float32)
+        for side in tl.static_range(SIDES):
+            p_side = p_grad + b * grad_b + h * grad_h + side * WIDTH
+            b_grad = load_part(p_side, t * grad_t, m_t, 0, WIDTH, BLOCK_W).to(tl.float32)
+            grad += slope(x, activate(x, side, m_w, KIND), b_grad, side, KIND)
+        store_part(p_to, o_to * WIDTH, grad * root, m_t, 0, WIDTH, BLOCK_W)
+    else:
+        for side in tl.static_range(SIDES):
+            store_part(p_to + side * WIDTH, o_to * SIDES * WIDTH, activate(x, side, m_w, KIND), m_t, 0, WIDTH, BLOCK_W)
+    if GAIN:
+        gain = tl.zeros([BLOCK], tl.float32) + tl.load(p_gain + h).to(tl.float32)
+        for at in tl.static_range(0, DIM, BLOCK_D):
+            b_row = load_part(p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, at, DIM, BLOCK_D).to(tl.float32)
+            o_d = at + tl.arange(0, BLOCK_D)
+            b_turn = tl.load(p_turn + h * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
+            gain += tl.sum(b_row * b_turn[None, :], 1)
+        tl.store(p_gains + o_to, gain, mask=m_t)
+
+
+def _launch(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    turn: torch.Tensor | None,
+    kind: str,
+    scale: float,
+    grad: torch.Tensor | None,
+    to: torch.Tensor,
+    gains: torch.Tensor | None,
+) -> None:
+    batch, heads, columns, dim = rows.shape
+    width = weight.shape[-1]
+    block_w = max(16, triton.next_power_of_2(width))
+    over = to if grad is None else grad
+    _features[(triton.cdiv(columns, BLOCK), batch * heads)](
+        rows,
+        weight,
+        weight if bias is None else bias,
+        weight if gain is None else gain,
+        weight if turn is None else turn,
+        over,
+        to,
+        to if gains is None else gains,
+        columns,
+        heads,
+        root(kind, scale),
+        *rows.stride()[:3],
+        *over.stride()[:3],
+        DIM=dim,
+        WIDTH=width,
+        SIDES=sides(kind),
+        KIND=KINDS[kind],
+        BLOCK=BLOCK,
+        BLOCK_D=max(16, min(64, triton.next_power_of_2(dim))),
+        BLOCK_W=block_w,
+        BIASED=bias is not None,
+        BACKWARD=grad is not None,
+        GAIN=gains is not None,
+        SPLIT=rows.dtype == torch.bfloat16,
+        PRECISION="tf32x3",
+        num_warps=8 if block_w > 128 else 4,
+    )
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gain: torch.Tensor | None,
+        turn: torch.Tensor | None,
+        kind: str,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.save_for_backward(rows, weight, bias, gain, turn)
+        ctx.kind, ctx.scale = kind, scale
+        ctx.set_materialize_grads(False)
+        to = rows.new_empty(*rows.shape[:3], sides(kind) * weight.shape[-1])
+        gains = None if gain is None else rows.new_empty(rows.shape[:3], dtype=torch.float32)
+        _launch(rows, weight, bias, gain, turn, kind, scale, None, to, gains)
+        return to, gains
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        rows, weight, bias, gain, turn = ctx.saved_tensors
+        grad, of_gains = grads
+        of_rows = of_weight = of_bias = of_gain = of_turn = None
+        by_head = rows.transpose(0, 1).flatten(1, 2)  # [heads, B * T, D]
+        if grad is not None:
+            grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+            projected = rows.new_empty(*rows.shape[:3], weight.shape[-1])
+            _launch(rows, weight, bias, None, None, ctx.kind, ctx.scale, grad, projected, None)
+            if ctx.needs_input_grad[0]:
+                of_rows = projected @ weight.to(projected.dtype).transpose(-1, -2)
+            if ctx.needs_input_grad[1]:
+                of_weight = torch.bmm(by_head.transpose(-1, -2), projected.transpose(0, 1).flatten(1, 2))
+                of_weight = of_weight.to(weight.dtype)
+            if bias is not None and ctx.needs_input_grad[2]:
+                of_bias = projected.float().sum((0, 2)).to(bias.dtype)
+        if of_gains is not None and gain is not None and turn is not None:
+            of_gain = of_gains.sum((0, 2)).to(gain.dtype)
+            flat = of_gains.transpose(0, 1).flatten(1, 2)[:, None].to(rows.dtype)
+            of_turn = torch.bmm(flat, by_head)[:, 0].to(turn.dtype)
+            if ctx.needs_input_grad[0]:
+                through = (of_gains[..., None] * turn[:, None].float()).to(rows.dtype)
+                of_rows = through if of_rows is None else of_rows + through
+        return of_rows, of_weight, of_bias, of_gain, of_turn, None, None
+
+
+def features(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    scale: float,
+    gain: torch.Tensor | None = None,
+    turn: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features `[B, heads, T, F]` of queries or keys `[B, heads, T, D]` in their dtype, differentiable.
+
+    Args:
+        weight, bias: the map's projection, `[heads, D, width]` and `[heads, width]`.
+        kind: name of the map, one of `KINDS`.
+        scale: the factor on the scores of a softmax.
+        gain, turn: `[heads]` and `[heads, D]`, where the second result is asked for.
+
+    Returns:
+        The features, and gain + turn . row of every row, `[B, heads, T]` float32, or None.
+    """
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    turn = None if turn is None else turn.contiguous()
+    found: tuple[torch.Tensor, torch.Tensor | None] = _Features.apply(
+        rows, weight.contiguous(), bias, gain, turn, kind, scale
+    )
+    return found

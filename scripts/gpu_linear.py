@@ -1,0 +1,800 @@
+"""The GPU check of linear heads: every kernel against float64, then speed beside dense attention and fla.
+
+python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 8 minutes; without sections, all of them
+
+Writes JSON and a table into the folder.
+
+flash-linear-attention is compared with where it is installed (the wheel `fla-core` and `einops` are enough).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn.functional import normalize, pad
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress.bench import measure
+from compress.bench.dense import dense_attention
+from compress.environment import environment
+from compress.files import write_json
+from compress.models.graph import graph_of
+from compress.models.planned import with_runtime_plan
+from compress.runtime import triton_linear, triton_linear_delta, tuned
+from compress.runtime.linear_states import chunk_states, own_chunk, read
+from compress.runtime.maps import MAPS
+from compress.runtime.merge import log_mass, merge
+from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.mixer_linear import LinearMixer
+from compress.runtime.pages import Pages
+from compress.runtime.reference import Rows
+from compress.runtime.span import PAGE, Span
+from compress.runtime.step import Step
+from compress.runtime.triton_linear import SEGMENT, additive, layout
+from compress.runtime.triton_linear_decode import absorb, read_one
+from compress.runtime.triton_linear_delta import gated_delta
+from compress.runtime.triton_linear_features import KINDS, features
+from compress.targets.linear import LinearGroup
+
+DEVICE = torch.device("cuda")
+BF16, F32 = torch.bfloat16, torch.float32
+# Norm of the difference over the norm: one rounding to bfloat16 is .0017, and weights and states are rounded besides.
+MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F32, "gradient"): 2e-5}
+LINES: list[str] = []
+
+
+def say(line: str) -> None:
+    """A line of the table, printed at once and kept."""
+    print(line, flush=True)
+    LINES.append(line)
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm; NaN stays NaN."""
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=1e-30))
+
+
+def poison() -> None:
+    """Fill the memory that the next outputs are given with NaN."""
+    blocks = [torch.full((2**20 * size,), torch.nan, device=DEVICE) for size in (1, 4, 16, 64, 256)]
+    del blocks
+
+
+class Checks:
+    """Errors found so far, and which of them are too large."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, kind: str, dtype: torch.dtype, found: torch.Tensor, exact: torch.Tensor) -> None:
+        """One tensor against its float64 twin."""
+        took = error(found, exact)
+        ok = took <= MOST[dtype, kind]  # NaN is not
+        self.rows.append({"what": what, "kind": kind, "dtype": str(dtype), "error": took, "ok": ok})
+        if not ok:
+            say(f"  FAILED {what}: {took:.2e}, and {MOST[dtype, kind]:.0e} is allowed")
+
+    def tell(self, name: str) -> list[dict[str, Any]]:
+        """A line on all of them."""
+        for kind in ("out", "gradient"):
+            for dtype in (BF16, F32):
+                rows = [row for row in self.rows if (row["kind"], row["dtype"]) == (kind, str(dtype))]
+                if rows:
+                    worst = max(rows, key=lambda row: row["error"])
+                    bad = sum(not row["ok"] for row in rows)
+                    say(
+                        f"{name}, {kind} in {dtype}: {len(rows)} checks, {bad} failed, worst {worst['error']:.1e} "
+                        f"({worst['what']})"
+                    )
+        return self.rows
+
+
+# --- numerics
+
+
+def leaves_of(tensors: list[torch.Tensor | None], dtype: torch.dtype | None = None) -> list[torch.Tensor | None]:
+    """Fresh leaves with gradients, in their own dtype or another."""
+    return [None if x is None else x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in tensors]
+
+
+def prefill_case(
+    checks: Checks, dim: int, count: int, share: int, dtype: torch.dtype, *, own: bool, decay: bool, ragged: bool
+) -> None:
+    """`additive` at one shape, forward and backward, with sequences that start anywhere in a page."""
+    groups, window, value_dim = 2, 1, dim
+    past = [0, 70] if ragged else [0]
+    counts, columns = ([517, 401], 530) if ragged else ([777], 777)
+    start = [columns - number for number in counts] if ragged else [0]
+    batch, heads = len(past), groups * share
+    rows = Rows(tuple(past), tuple(start), tuple(counts))
+    pages = max((p % PAGE + n + PAGE - 1) // PAGE for p, n in zip(past, counts, strict=True))
+    numbers = torch.arange(pages)
+    chunk = (numbers if own else (numbers - window).clamp(min=0)).expand(batch, groups, -1).contiguous()
+    ends = [(p % PAGE + n - 1) // PAGE for p, n in zip(past, counts, strict=True)]
+    last = [end if own else max(end - window, 0) for end in ends]
+    tokens = [p % PAGE + n if own else final * PAGE for p, n, final in zip(past, counts, last, strict=True)]
+    stream = -(-max(tokens) // PAGE) * PAGE
+    chunk = torch.minimum(chunk, torch.tensor(last)[:, None, None]).to(DEVICE)
+    count_of = torch.tensor(tokens, device=DEVICE)[:, None].expand(-1, groups)
+    absorbed = torch.tensor(last, device=DEVICE)[:, None].expand(-1, groups) * PAGE
+
+    make = partial(torch.rand, device=DEVICE)
+    query, key = make(batch, heads, columns, count).to(dtype), make(batch, groups, stream, count).to(dtype)
+    value = torch.randn(batch, groups, stream, value_dim, device=DEVICE).to(dtype)
+    first = make(batch, groups, count, value_dim + 1) * 10
+    out = torch.randn(batch, heads, columns, value_dim, device=DEVICE).to(dtype)
+    lse, gain = (torch.randn(batch, heads, columns, device=DEVICE) + shift for shift in (8.0, 0.0))
+    log_decay = -torch.rand(batch, groups, stream, device=DEVICE) * 0.05 if decay else None
+    given: list[torch.Tensor | None] = [query, key, value, first, *((None,) * 3 if own else (out, lse, gain))]
+    valid = torch.zeros(batch, columns, dtype=torch.bool, device=DEVICE)
+    for b in range(batch):
+        valid[b, start[b] : start[b] + counts[b]] = True
+        for tensor in (query, out, lse, gain):
+            tensor[b, :, ~valid[b]] = torch.nan
+        for tensor in (key, value):
+            tensor[b, :, tokens[b] :] = torch.nan
+
+    exact_leaves = leaves_of(given, torch.float64)
+    exact, weights = [], torch.randn(batch, heads, columns, value_dim, device=DEVICE).double()
+    for b in range(batch):
+        q, k, v, s, o, e, g = (None if x is None else x[b : b + 1] for x in exact_leaves)
+        assert q is not None and k is not None and v is not None
+        here, shift = slice(start[b], start[b] + counts[b]), past[b] % PAGE
+        end = -(-tokens[b] // PAGE) * PAGE
+        k, v = (pad(x[:, :, : tokens[b]], (0, 0, 0, end - tokens[b])) for x in (k, v))
+        paged = pad(q[:, :, here], (0, 0, shift, pages * PAGE - shift - counts[b]))
+        options: dict[str, Any] = {"count": count_of[b : b + 1]}
+        if log_decay is not None:
+            options["log_decay"] = log_decay[b : b + 1, :, :end].double()
+        if not end:
+            states = s[:, :, None] if s is not None else None
+        else:
+            states = chunk_states(k, v, s, **options)
+        assert states is not None
+        if own:
+            wide = dict(options)
+            if log_decay is not None:
+                wide["log_decay"] = pad(options["log_decay"], (0, pages * PAGE - end))
+            k, v = (pad(x, (0, 0, 0, pages * PAGE - end)) for x in (k, v))
+            found = own_chunk(paged, k, v, states, chunk[b : b + 1].long(), **wide)
+        else:
+            found = read(paged, states, chunk[b : b + 1].long())
+        found = found[:, :, shift : shift + counts[b]]
+        num, den = found[..., :-1], found[..., -1]
+        if o is None or e is None or g is None:
+            mean = num / den.clamp(min=1e-300)[..., None]
+        else:
+            mean = merge(o[:, :, here], e[:, :, here], num, log_mass(den), g[:, :, here])
+        exact.append((mean, states[:, :, last[b]]))
+    loss = sum((mean * weights[b, :, valid[b]]).sum() for b, (mean, _) in enumerate(exact))
+    wanted: Any = torch.autograd.grad(loss, [x for x in exact_leaves if x is not None])  # type: ignore[arg-type]
+
+    leaves = leaves_of(given)
+    where = layout(rows, chunk, stream, count=count_of, absorbed=absorbed, own=own)
+    poison()
+    q, k, v, s, o, e, g = leaves
+    assert q is not None and k is not None and v is not None
+    window_of = None if o is None or e is None else (o, e)
+    mine, _, state = additive(q, k, v, s, where, log_decay=log_decay, window=window_of, log_gain=g)
+    name = f"D {dim} F {count} heads {share}{' own' * own}{' decay' * decay}{' ragged' * ragged}"
+    for b, (mean, after) in enumerate(exact):
+        checks.add(f"{name} out {b}", "out", dtype, mine[b, :, valid[b]], mean[0])
+        checks.add(f"{name} state {b}", "out", dtype, state[b], after[0])
+    poison()
+    weights = torch.where(valid[:, None, :, None], weights, 0).to(dtype)
+    found_grads = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
+    names = ("query", "key", "value", "first", "window", "lse", "gain")
+    for label, a, b_exact in zip(names, found_grads, wanted, strict=False):
+        checks.add(f"{name} d{label}", "gradient", dtype, a, b_exact)
+
+
+def delta_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, *, decay: bool, own: bool) -> None:
+    """`gated_delta` at one shape, forward and backward."""
+    batch, groups, columns = 2, 2, 500
+    heads, pages = groups * share, -(-columns // PAGE)
+    stream = pages * PAGE if own else (pages - 1) * PAGE
+    tokens, last = (columns, pages - 1) if own else (stream, pages - 1)
+    numbers = torch.arange(pages, device=DEVICE)
+    chunk = (numbers if own else (numbers - 1).clamp(min=0)).expand(batch, groups, -1).contiguous()
+    query = torch.randn(batch, heads, columns, dim, device=DEVICE).to(dtype)
+    key = normalize(torch.randn(batch, groups, stream, dim, device=DEVICE), dim=-1).to(dtype)
+    value = torch.randn(batch, groups, stream, dim, device=DEVICE).to(dtype)
+    strength = torch.rand(batch, groups, stream, device=DEVICE)
+    log_decay = -torch.rand(batch, groups, stream, device=DEVICE) * 0.05 if decay else None
+    first = torch.randn(batch, groups, dim, dim, device=DEVICE) * 0.1
+    given = [query, key, value, first, strength, log_decay]
+    leaves64, weights = leaves_of(given, torch.float64), torch.randn(batch, heads, columns, dim, device=DEVICE)
+    q, k, v, s, b, d = leaves64
+    assert q is not None and k is not None and v is not None
+    count = torch.full((batch, groups), tokens, device=DEVICE)
+    options: dict[str, Any] = {"rule": "delta", "strength": b, "log_decay": d, "count": count}
+    states, paged = chunk_states(k, v, s, **options), pad(q, (0, 0, 0, pages * PAGE - columns))
+    exact = own_chunk(paged, k, v, states, chunk, **options) if own else read(paged, states, chunk)
+    exact = exact[:, :, :columns]
+    wanted = torch.autograd.grad(exact, [x for x in leaves64 if x is not None], weights.double())
+    for tensor in (key, value, strength):
+        tensor[:, :, tokens:] = torch.nan
+    leaves = leaves_of(given)
+    q, k, v, s, b, d = leaves
+    assert q is not None and k is not None and v is not None
+    absorbed = torch.full_like(count, last * PAGE)
+    where = layout(Rows.whole(batch, columns), chunk, stream, count=count, absorbed=absorbed, own=own, segment=1)
+    poison()
+    mine, state = gated_delta(q, k, v, s, where, log_decay=d, strength=b)
+    name = f"delta D {dim} heads {share}{' decay' * decay}{' own' * own}"
+    checks.add(f"{name} out", "out", dtype, mine, exact)
+    checks.add(f"{name} state", "out", dtype, state, states[:, :, last])
+    found = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
+    for label, a, e in zip(("query", "key", "value", "first", "strength", "decay"), found, wanted, strict=False):
+        checks.add(f"{name} d{label}", "gradient", dtype, a, e)
+
+
+def map_case(checks: Checks, kind: str, dim: int, dtype: torch.dtype) -> None:
+    """A feature map with its gradients, against the module in float64."""
+    torch.manual_seed(dim)
+    made = MAPS[kind](2, 2, dim).to(DEVICE)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    rows = torch.randn(2, 2, 333, dim, device=DEVICE).to(dtype)
+    weight, bias = made.key.detach(), None if made.key_bias is None else made.key_bias.detach()
+    turn, gain = torch.randn(2, dim, device=DEVICE), torch.randn(2, device=DEVICE)
+    leaves = leaves_of([rows, weight, bias, gain, turn])
+    x, w, c, g, u = leaves_of([rows, weight, bias, gain, turn], torch.float64)
+    assert x is not None and w is not None and g is not None and u is not None
+    projected = x @ w
+    exact: Any = made.activate(x, projected if c is None else projected + c[:, None], dim**-0.5, None)
+    exact_gain = g[:, None] + (x * u[:, None]).sum(-1)
+    weights, more = torch.randn_like(exact), torch.randn_like(exact_gain)
+    wanted: Any = torch.autograd.grad(
+        (exact * weights).sum() + (exact_gain * more).sum(), [y for y in (x, w, c, g, u) if y is not None]
+    )
+    poison()
+    of_rows, of_weight, of_bias, of_gain, of_turn = leaves
+    assert of_rows is not None and of_weight is not None
+    mine, mine_gain = features(of_rows, of_weight, of_bias, kind, dim**-0.5, of_gain, of_turn)
+    assert mine_gain is not None
+    checks.add(f"map {kind} D {dim}", "out", dtype, mine, exact)
+    checks.add(f"gain of {kind} D {dim}", "out", dtype, mine_gain, exact_gain)
+    found = torch.autograd.grad(
+        (mine.double() * weights).sum() + (mine_gain.double() * more).sum(), [y for y in leaves if y is not None]
+    )
+    for number, (a, e) in enumerate(zip(found, wanted, strict=True)):
+        checks.add(f"map {kind} D {dim} gradient {number}", "gradient", dtype, a, e)
+
+
+def decode_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, kind: str, *, decay: bool) -> None:
+    """A page that is taken in, and the read of one token, at one shape."""
+    batch, groups, numbers = 3, 2, 6
+    made = MAPS[kind](groups, share, dim).to(DEVICE)
+    heads, count = groups * share, made.features
+    spans = [Span(0, 64, 0.0, granule=PAGE), Span(70, 100, 0.0, granule=PAGE)]
+    lengths = torch.tensor([193, 0, 321], dtype=torch.int32, device=DEVICE)
+    pools = [torch.randn(batch * groups * numbers, PAGE, dim, device=DEVICE).to(dtype) for _ in range(2)]
+    table = torch.randperm(batch * groups * numbers, device=DEVICE).view(batch, groups, numbers).to(torch.int32)
+    log_decay = torch.tensor([-0.01, -0.2], device=DEVICE) if decay else None
+    held = torch.rand(batch, groups, count, dim + 1, device=DEVICE) * 20
+    exact = held.double()
+    for b in range(batch):
+        for g, span in enumerate(spans):
+            t = int(lengths[b]) - 1
+            if t < 0 or span.boundary(t) == span.boundary(t - 1):
+                continue
+            place = table[b, g, span.boundary(t - 1) // PAGE].long()
+            key, value = (pool[place].double()[None, None] for pool in pools)
+            projected = key @ made.key[g].double()
+            projected = projected if made.key_bias is None else projected + made.key_bias[g].double()
+            key = made.activate(key, projected, dim**-0.5, None)
+            options: dict[str, Any] = {} if log_decay is None else {"log_decay": log_decay[g : g + 1].double()}
+            exact[b, g] = chunk_states(key, value, exact[b : b + 1, g : g + 1], **options)[0, 0, 1]
+    name = f"decode {kind} D {dim} heads {share}{' decay' * decay}"
+    bias = None if made.key_bias is None else made.key_bias.detach()
+    absorb(held, Pages(pools[0], pools[1], table), lengths, spans, kind, made.key.detach(), bias, dim**-0.5, log_decay)
+    checks.add(f"{name} absorb", "out", dtype, held, exact)
+    query = torch.rand(batch, heads, count, device=DEVICE).to(dtype)
+    out = torch.randn(batch, heads, dim, device=DEVICE).to(dtype)
+    lse, gain = (torch.randn(batch, heads, device=DEVICE) + shift for shift in (8.0, 0.0))
+    found = query.double().unflatten(1, (groups, share)) @ held.double()
+    found = found.flatten(1, 2)
+    wanted = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
+    wanted[1] = 0
+    poison()
+    mine = read_one(query, held, lengths, dim, dtype, mean=True, window=(out, lse), log_gain=gain)
+    checks.add(f"{name} read", "out", dtype, mine, wanted)
+
+
+def numerics() -> list[dict[str, Any]]:
+    """Every kernel against float64."""
+    torch.seed()
+    checks = Checks()
+    for dtype in (BF16, F32):
+        for dim, count, share in ((64, 128, 3), (128, 256, 4), (256, 512, 1), (64, 273, 2), (96, 96, 7)):
+            for own, decay, ragged in ((False, False, False), (False, True, True), (True, dim == 64, True)):
+                prefill_case(checks, dim, count, share, dtype, own=own, decay=decay, ragged=ragged)
+        for dim, share in ((64, 3), (128, 4), (256, 1)):
+            for decay, own in ((False, False), (True, False), (False, True), (True, True)):
+                delta_case(checks, dim, share, dtype, decay=decay, own=own)
+        for kind in KINDS:
+            for dim in (64, 128, 256):
+                map_case(checks, kind, dim, dtype)
+                decode_case(checks, dim, 4 if dim < 256 else 3, dtype, kind, decay=dim == 64)
+    return checks.tell("numerics")
+
+
+# --- a small planned model
+
+
+def small_model(dtype: torch.dtype, **fields: Any) -> Any:
+    """Two random Llama layers whose heads are all linear."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=16384,
+    )  # fmt: skip
+    dense: Any = LlamaForCausalLM(config)
+    dense = dense.to(DEVICE, dtype).eval()
+    entry = LinearGroup(**fields).model_dump(mode="json")
+    model = with_runtime_plan(dense, {"schema": 1, "layers": [{"groups": [entry] * 2}] * 2})
+    for module in model.modules():
+        if isinstance(module, LinearMixer):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@torch.inference_mode()
+def model_rows() -> list[dict[str, Any]]:
+    """Prefill, chunks and decoding of a small model give one function, and a CUDA graph holds a decode step."""
+    found = []
+    length, tail = 8192, 140
+    plans: list[dict[str, Any]] = [{}, {"rule": "delta", "decay": "token"}, {"alone": True}]
+    plans += [{"rule": "delta", "alone": True}]
+    for dtype in (BF16, F32):
+        for fields in plans:
+            model = small_model(dtype, **fields)
+            model.config.compress_impl = "triton"
+            ids = torch.randint(512, (1, length), device=DEVICE)
+            whole = model(ids).logits[:, -tail:].double()
+            cache = model.new_cache()
+            parts = [
+                model(ids[:, a:b], past_key_values=cache).logits
+                for a, b in ((0, 1000), (1000, 5001), (5001, length - tail), (length - tail, length))
+            ]
+            chunked = parts[-1].double()
+            cache = model.new_cache(max_length=length + 8)
+            model(ids[:, : length - tail], past_key_values=cache)
+            token = ids[:, :1].clone()
+            kept: dict[str, torch.Tensor] = {}
+            replay = graph_of(lambda m=model, t=token, c=cache, k=kept: k.update(out=m(t, past_key_values=c).logits))  # type: ignore[misc]
+            cache.assume(length - tail)  # what the warm-up stored is written again; it crossed no page
+            steps = []
+            for t in range(length - tail, length):
+                token.copy_(ids[:, t : t + 1])
+                replay()
+                steps.append(kept["out"].clone())
+            decoded = torch.cat(steps, dim=1).double()
+            model.config.compress_impl = "reference"
+            plain = model(ids).logits[:, -tail:].double()
+            row = {"dtype": str(dtype), "plan": fields, "chunked": error(chunked, whole)}
+            row |= {"decoded_in_a_graph": error(decoded, whole), "reference": error(whole, plain)}
+            say(
+                f"model {dtype} {fields}: chunked {row['chunked']:.1e}, decoded in a graph "
+                f"{row['decoded_in_a_graph']:.1e} from prefill; prefill {row['reference']:.1e} from plain PyTorch"
+            )
+            found.append(row)
+    return found
+
+
+# --- speed
+
+
+def layer(heads: int, groups: int, dim: int, **fields: Any) -> LinearMixer:
+    """The mixer of a layer whose heads are all linear."""
+    entry = LinearGroup(**fields).model_dump(mode="json")
+    kinds = Kinds([entry] * groups, LayerFacts(0, dim, heads * dim, heads // groups, None))
+    mixer = kinds.mixers[0]
+    assert isinstance(mixer, LinearMixer)
+    return mixer.to(DEVICE, BF16)
+
+
+def tensors_of(batch: int, heads: int, groups: int, length: int, dim: int) -> list[torch.Tensor]:
+    """Random query, key and value."""
+    make = partial(torch.randn, device=DEVICE, dtype=BF16)
+    return [make(batch, number, length, dim) for number in (heads, groups, groups)]
+
+
+def mixed(mixer: LinearMixer, qkv: Any) -> Callable[[], Any]:
+    """The prefill of a layer without a cache, as a model runs it."""
+    batch, _, length, _ = qkv[0].shape
+    step = Step.begin(None, None, batch, length, DEVICE)
+    step.impl = "triton"
+    query, key, value = qkv
+    return lambda: mixer.prefill(query, key, value, None, step, scale=None, dropout=0.0)
+
+
+@torch.inference_mode()
+def prefill_rows() -> list[dict[str, Any]]:
+    """A layer of the shape of Llama-3-8B, all heads linear behind a window of 64, from 512 to 128k tokens."""
+    rows = []
+    mixer = layer(32, 8, 128)
+    for length in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
+        measure.release(DEVICE)
+        qkv = tensors_of(1, 32, 8, length, 128)
+        ours = mixed(mixer, qkv)
+        took = measure.graphed_times(ours, DEVICE, calls=max(1, min(10, 65536 // length)))
+        eager = measure.times(ours, DEVICE)
+        dense = measure.times_in_turn(dense_attention(*qkv), DEVICE, turns=1)
+        name = min(dense, key=lambda n: dense[n].median)
+        row: dict[str, Any] = {
+            "length": length,
+            "ms": vars(took),
+            "eager_ms": vars(eager),
+            "dense_ms": dense[name].median,
+        }
+        row |= {"dense": name, "ns_per_token": took.median / length * 1e6}
+        rows.append(row)
+        say(
+            f"prefill {length}: {took.median:.3f} ms ({row['ns_per_token']:.1f} ns a token; eager {eager.median:.3f}), "
+            f"dense {name} {dense[name].median:.3f}, {dense[name].median / took.median:.2f} times as fast"
+        )
+        del qkv, ours
+    long = [row["ns_per_token"] for row in rows if row["length"] >= 8192]
+    say(f"prefill, time a token from 8k to 128k: largest over smallest {max(long) / min(long):.3f}")
+    wins = [row["length"] for row in rows if row["dense_ms"] > row["ms"]["median"]]
+    eager_wins = [row["length"] for row in rows if row["dense_ms"] > row["eager_ms"]["median"]]
+    say(f"prefill wins over dense from {min(wins, default=None)} tokens; launched by the host from {min(eager_wins)}")
+    return rows
+
+
+@torch.inference_mode()
+def part_rows() -> dict[str, float]:
+    """Where the time of one layer goes, at 32k tokens."""
+    length, heads, groups, dim = 32768, 32, 8, 128
+    mixer = layer(heads, groups, dim)
+    query, key, value = tensors_of(1, heads, groups, length, dim)
+    q = features(query, mixer.map.query.flatten(0, 1), None, "hedgehog", 1.0)[0]
+    k = features(key, mixer.map.key, None, "hedgehog", 1.0)[0]
+    pages = length // PAGE
+    chunk = (torch.arange(pages, device=DEVICE) - 1).clamp(min=0).expand(1, groups, -1).contiguous()
+    k, v = k[:, :, : length - PAGE], value[:, :, : length - PAGE]
+    where = layout(Rows.whole(1, length), chunk, length - PAGE)
+    out, lse = query.clone(), torch.randn(1, heads, length, device=DEVICE)
+    from compress.runtime.impl import IMPLS
+
+    spans = [Span(0, 64, 0.0, granule=PAGE)] * groups
+    states = triton_linear.segment_states(k, v, None, where)
+    calls: dict[str, Callable[[], Any]] = {
+        "window": lambda: IMPLS["triton"].prefill(query, key, value, spans, keep_lse=True),
+        "features of queries": lambda: features(query, mixer.map.query.flatten(0, 1), None, "hedgehog", 1.0),
+        "features of keys": lambda: features(key, mixer.map.key, None, "hedgehog", 1.0),
+        "states": lambda: triton_linear.segment_states(k, v, None, where),
+        "running sums of them": lambda: triton_linear.running(states.clone(), where, reverse=False),
+        "read and merge": lambda: triton_linear.read(q, k, v, states, where, (out, lse, lse), mean=True, mass=True),
+    }
+    took = {name: measure.graphed_times(call, DEVICE, calls=5).median for name, call in calls.items()}
+    moved = {
+        "window": 2 * (query.nbytes + key.nbytes),
+        "features of queries": query.nbytes + q.nbytes,
+        "features of keys": key.nbytes + k.nbytes,
+        "states": k.nbytes + v.nbytes + 3 * states.nbytes,
+        "running sums of them": 4 * states.nbytes,
+        "read and merge": q.nbytes + 2 * query.nbytes + k.nbytes + v.nbytes + states.nbytes,
+    }
+    for name, ms in took.items():
+        say(f"32k, {name}: {ms:.3f} ms, {moved[name] / ms / 1e6:.0f} GB/s of what it has to move")
+    return took
+
+
+def train_rows() -> list[dict[str, Any]]:
+    """Forward and backward of a layer, kernels beside plain PyTorch, shapes of SmolLM2-135M and Llama-3-8B."""
+    rows = []
+    for name, batch, heads, groups, length, dim, fields in (
+        ("smollm2-135m", 8, 9, 3, 2048, 64, {}),
+        ("smollm2-135m delta", 8, 9, 3, 2048, 64, {"rule": "delta", "decay": "token"}),
+        ("llama-3-8b", 1, 32, 8, 8192, 128, {}),
+    ):
+        mixer = layer(heads, groups, dim, **fields).float()
+        qkv = [x.requires_grad_() for x in tensors_of(batch, heads, groups, length, dim)]
+        hidden = torch.randn(batch, length, heads * dim, device=DEVICE, dtype=BF16)
+        grad = torch.randn(batch, length, heads, dim, device=DEVICE, dtype=BF16)
+        took = {}
+        for impl in ("triton", "reference"):
+            step = Step.begin(None, None, batch, length, DEVICE)
+            step.impl, step.hidden = impl, hidden
+
+            def both(step: Step = step, mixer: Any = mixer, qkv: Any = qkv, grad: Any = grad) -> None:
+                out = mixer.prefill(*qkv, None, step, scale=None, dropout=0.0)
+                torch.autograd.grad(out, [*qkv, *mixer.parameters()], grad)
+
+            measure.release(DEVICE)
+            both()
+            took[impl] = (measure.times(both, DEVICE).median, torch.cuda.max_memory_allocated())
+        row = {"shape": name, "ms": {n: ms for n, (ms, _) in took.items()}}
+        rows.append(row | {"bytes": {n: size for n, (_, size) in took.items()}})
+        say(
+            f"train {name}: {took['triton'][0]:.2f} ms and {took['triton'][1] / 2**30:.2f} GiB, plain PyTorch "
+            f"{took['reference'][0]:.2f} ms and {took['reference'][1] / 2**30:.2f} GiB"
+        )
+    return rows
+
+
+@torch.inference_mode()
+def decode_rows() -> list[dict[str, Any]]:
+    """Reading the states of one layer, a token a sequence; four states in turn, so that the chip's cache is cold."""
+    copy = measure.copy_bandwidth(DEVICE)
+    say(f"a device copy moves {copy / 1e9:.0f} GB/s")
+    rows: list[dict[str, Any]] = []
+    for groups, share, dim, count in ((8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512)):
+        each = groups * count * (dim + 1) * 4
+        for size in (16 << 20, 64 << 20, 256 << 20):
+            batch = -(-size // each)
+            states = [torch.rand(batch, groups, count, dim + 1, device=DEVICE) for _ in range(4)]
+            query = torch.rand(batch, groups * share, count, device=DEVICE, dtype=BF16)
+            out = torch.randn(batch, groups * share, dim, device=DEVICE, dtype=BF16)
+            lse = torch.randn(batch, groups * share, device=DEVICE)
+            lengths = torch.full((batch,), 1000, dtype=torch.int32, device=DEVICE)
+
+            def step(
+                states: Any = states, query: Any = query, out: Any = out, lse: Any = lse, n: Any = lengths
+            ) -> None:
+                for state in states:
+                    read_one(query, state, n, out.shape[-1], BF16, mean=True, window=(out, lse), log_gain=lse)
+
+            took = measure.graphed_times(step, DEVICE, calls=5).median / 4
+            rate = batch * each / took * 1e3
+            found: dict[str, Any] = {
+                "groups": groups,
+                "share": share,
+                "dim": dim,
+                "features": count,
+                "bytes": batch * each,
+            }
+            rows.append(found | {"us": took * 1e3, "share_of_copy": rate / copy})
+            say(
+                f"decode {groups} groups of {share}, D {dim}, F {count}, batch {batch}, "
+                f"{batch * each / 2**20:.0f} MiB: {took * 1e3:.1f} us, {rate / copy:.3f} of a copy"
+            )
+    held, kind = torch.rand(64, 8, 256, 129, device=DEVICE), "hedgehog"
+    table = torch.arange(64 * 8 * 3, device=DEVICE, dtype=torch.int32).view(64, 8, 3)
+    pools = [torch.randn(table.numel(), PAGE, 128, device=DEVICE, dtype=BF16) for _ in range(2)]
+    pages = Pages(pools[0], pools[1], table)
+    weight = torch.randn(8, 128, 128, device=DEVICE, dtype=BF16)
+    spans = [Span(0, 64, 0.0, granule=PAGE)] * 8
+    for what, at in (("none leaves", 150), ("every sequence takes one in", 129)):
+        lengths = torch.full((64,), at, dtype=torch.int32, device=DEVICE)
+        call = partial(absorb, held, pages, lengths, spans, kind, weight, None, 1.0)
+        took = measure.graphed_times(call, DEVICE).median
+        say(f"pages of 64 sequences, {what}: {took * 1e3:.1f} us")
+        rows.append({"absorb": what, "us": took * 1e3})
+    return rows
+
+
+def fla_rows() -> list[dict[str, Any]]:
+    """Beside flash-linear-attention where the function is the same: heads without window, one query head a group."""
+    try:
+        import fla
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.linear_attn import chunk_linear_attn
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as missing:
+        say(f"flash-linear-attention is not here ({missing})")
+        return []
+    say(f"flash-linear-attention {fla.__version__}")
+    rows = []
+    heads, dim = 32, 128
+    for length in (8192, 32768, 131072):
+        measure.release(DEVICE)
+        query, key = (torch.rand(1, heads, length, dim, device=DEVICE, dtype=BF16) for _ in range(2))
+        value = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+        by_token = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+        chunk = torch.arange(length // PAGE, device=DEVICE).expand(1, heads, -1).contiguous()
+        absorbed = torch.full((1, heads), length - PAGE, device=DEVICE)
+        where = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True)
+        slopes = -torch.linspace(0.001, 0.1, heads, device=DEVICE)
+        by_chunk = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True, segment=1)
+        unit = normalize(key, dim=-1)
+        strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
+        log_decay = -0.05 * log_decay
+        with_unit = [by_token[0], unit.transpose(1, 2).contiguous(), by_token[2]]
+        gates = [x.transpose(1, 2).contiguous() for x in (log_decay, strength)]
+        pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "normalised": (
+                lambda q=query, k=key, v=value, w=where: additive(q, k, v, None, w)[0],  # type: ignore[misc]
+                lambda x=by_token: chunk_linear_attn(*x, scale=1.0, normalize=True)[0],  # type: ignore[misc]
+            ),
+            "plain": (
+                lambda q=query, k=key, v=value, w=where: additive(q, k, v, None, w, mean=False)[0],  # type: ignore[misc]
+                lambda x=by_token: chunk_linear_attn(*x, scale=1.0, normalize=False)[0],  # type: ignore[misc]
+            ),
+            "decay": (
+                lambda q=query, k=key, v=value, w=where, s=slopes: additive(  # type: ignore[misc]
+                    q, k, v, None, w, mean=False, log_decay=s
+                )[0],
+                lambda x=by_token, s=slopes: chunk_simple_gla(*x, scale=1.0, g_gamma=s)[0],  # type: ignore[misc]
+            ),
+        }
+        pairs["gated delta"] = (
+            lambda q=query, k=unit, v=value, w=by_chunk, d=log_decay, b=strength: gated_delta(  # type: ignore[misc]
+                q, k, v, None, w, log_decay=d, strength=b
+            )[0],
+            lambda x=with_unit, g=gates: chunk_gated_delta_rule(*x, *g, scale=1.0)[0],  # type: ignore[misc]
+        )
+        for name, (ours, theirs) in pairs.items():
+            delta = name == "gated delta"
+            with torch.inference_mode():
+                difference = error(ours(), theirs().transpose(1, 2).double())
+                took = measure.times_in_turn({"ours": ours, "fla": theirs}, DEVICE)
+            row: dict[str, Any] = {"length": length, "what": name, "difference": difference}
+            row |= {n: t.median for n, t in took.items()}
+            if length <= 32768:
+                for n, call, leaves in (
+                    ("ours", ours, (query, unit if delta else key, value)),
+                    ("fla", theirs, with_unit if delta else by_token),
+                ):
+                    for x in leaves:
+                        x.requires_grad_()
+
+                    def both(call: Any = call, leaves: Any = leaves) -> None:
+                        out = call()
+                        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+                    row[f"{n}_both"] = measure.times(both, DEVICE).median
+                    for x in leaves:
+                        x.requires_grad_(False)
+            rows.append(row)
+            backward = (
+                "" if "ours_both" not in row else f"; with gradients {row['ours_both']:.2f} and {row['fla_both']:.2f}"
+            )
+            say(
+                f"fla {name} {length}: ours {row['ours']:.3f} ms, fla {row['fla']:.3f} ({row['fla'] / row['ours']:.2f} "
+                f"times as long){backward}; results differ by {difference:.1e}"
+            )
+    return rows
+
+
+# --- launch parameters
+
+
+def with_config(name: str, config: dict[str, int]) -> Any:
+    """A context in which the launches of that name have other parameters."""
+    changed = {**tuned.linear_config(2, DEVICE), name: config}
+    module = triton_linear_delta if name == "delta" else triton_linear
+    return mock.patch.object(module, "linear_config", lambda *_: changed)
+
+
+@torch.inference_mode()
+def sweep_rows() -> list[dict[str, Any]]:
+    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`."""
+    rows: list[dict[str, Any]] = []
+    for sizes in ((32, 8, 128, 256, 32768), (32, 32, 128, 128, 16384), (9, 3, 64, 128, 65536)):
+        measure.release(DEVICE)
+        rows += sweep_layer(*sizes)
+    return rows + sweep_gradients()
+
+
+def sweep_layer(heads: int, groups: int, dim: int, count: int, length: int) -> list[dict[str, Any]]:
+    """Those of one layer."""
+    rows: list[dict[str, Any]] = []
+
+    def tell(**row: Any) -> None:
+        rows.append({"groups": groups, "dim": dim, "features": count, "length": length, **row})
+        words = ", ".join(f"{name} {value}" for name, value in row.items() if name != "ms")
+        say(f"sweep {groups} groups, D {dim}, F {count}, {length} tokens, {words}: {row['ms']:.3f} ms")
+
+    chunk = (torch.arange(length // PAGE, device=DEVICE) - 1).clamp(min=0).expand(1, groups, -1).contiguous()
+    query = torch.rand(1, heads, length, count, device=DEVICE, dtype=BF16)
+    key = torch.rand(1, groups, length - PAGE, count, device=DEVICE, dtype=BF16)
+    value = torch.rand(1, groups, length - PAGE, dim, device=DEVICE, dtype=BF16)
+    out = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+    lse = torch.randn(1, heads, length, device=DEVICE)
+    for segment in (2, SEGMENT, 8):
+        where = layout(Rows.whole(1, length), chunk, length - PAGE, segment=segment)
+        sums = partial(triton_linear.segment_states, key, value, None, where)
+        tell(what="states", segment=segment, ms=try_time(sums))
+        if segment == SEGMENT:
+            for block_f, block_v, warps, stages in ((128, 64, 4, 2), (64, 128, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3)):
+                config = {"features": block_f, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
+                with with_config("sums", config):
+                    tell(what="states", segment=segment, config=config, ms=try_time(sums))
+        window = (out, lse, lse)
+        reading = partial(triton_linear.read, query, key, value, sums(), where, window, mean=True, mass=True)
+        for block_f in (64, 128):
+            for at_once, warps in ((1, 4), (2, 4), (2, 8)):
+                for stages in (1, 2):
+                    if segment != SEGMENT and (block_f, stages) != (64, 2):
+                        continue
+                    config = {"features": block_f, "values": 128, "heads": at_once, "warps": warps, "stages": stages}
+                    with with_config("read", config):
+                        tell(what="read", segment=segment, config=config, ms=try_time(reading))
+    if count <= 128:
+        strength, decay = torch.rand(1, groups, length - PAGE, device=DEVICE), -torch.rand(groups, device=DEVICE)
+        where = layout(Rows.whole(1, length), chunk, length - PAGE, segment=1)
+        call = partial(gated_delta, query, key, value, None, where, log_decay=decay, strength=strength)
+        for block_v, warps, stages in ((32, 4, 2), (32, 4, 1), (64, 4, 1), (64, 8, 2), (16, 4, 2), (32, 8, 2)):
+            config = {"features": 256, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
+            with with_config("delta", config):
+                tell(what="delta", config=config, ms=try_time(call))
+    return rows
+
+
+@torch.inference_mode(False)
+def sweep_gradients() -> list[dict[str, Any]]:
+    """The same for the gradients of a layer."""
+    rows = []
+    batch, heads, groups, dim, length = 8, 9, 3, 64, 2048
+    mixer = layer(heads, groups, dim).float()
+    qkv: Any = [x.requires_grad_() for x in tensors_of(batch, heads, groups, length, dim)]
+    grad = torch.randn(batch, length, heads, dim, device=DEVICE, dtype=BF16)
+    step = Step.begin(None, None, batch, length, DEVICE)
+    step.impl = "triton"
+
+    def both() -> None:
+        out = mixer.prefill(qkv[0], qkv[1], qkv[2], None, step, scale=None, dropout=0.0)
+        torch.autograd.grad(out, [*qkv, *mixer.parameters()], grad)
+
+    for block_f, block_v, warps, stages in (
+        (128, 64, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)
+    ):  # fmt: skip
+        config = {"features": block_f, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
+        with torch.inference_mode(False), torch.enable_grad(), with_config("gradients", config):
+            took = try_time(both, graphed=False)
+        rows.append({"what": "gradients", **config, "ms": took})
+        say(f"sweep gradients of a layer of SmolLM2 {config}: {took:.3f} ms")
+    return rows
+
+
+def try_time(call: Callable[[], Any], *, graphed: bool = True) -> float:
+    """Milliseconds of a call; NaN where it needs more than the chip has."""
+    try:
+        return (
+            measure.graphed_times(call, DEVICE, calls=3, seconds=0.1) if graphed else measure.times(call, DEVICE)
+        ).median
+    except Exception as failure:  # a compiler's refusal is a result
+        print(f"  {type(failure).__name__}: {str(failure)[:150]}", flush=True)
+        torch.cuda.synchronize()
+        return float("nan")
+
+
+SECTIONS: dict[str, Callable[[], Any]] = {
+    "numerics": numerics,
+    "model": model_rows,
+    "decode": decode_rows,
+    "parts": part_rows,
+    "prefill": prefill_rows,
+    "train": train_rows,
+    "fla": fla_rows,
+    "sweep": sweep_rows,
+}
+
+
+def main() -> None:
+    """The sections one after the other; one that fails is told, and the others go on."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_linear")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    facts: dict[str, Any] = {"environment": environment()}
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for name in sys.argv[2:] or SECTIONS:
+        try:
+            facts[name] = SECTIONS[name]()
+        except Exception:  # told, and the next section may still find something out
+            facts[name] = {"failed": traceback.format_exc()}
+            say(f"{name} FAILED: {traceback.format_exc()}")
+        measure.release(DEVICE)
+        say(f"-- {name}: {time.time() - start:.0f} s")
+        facts["table"] = LINES
+        write_json(folder / "gpu_linear.json", facts)
+        (folder / "gpu_linear.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Kernels of linear heads against the states in plain PyTorch and float64: ragged, poisoned, and with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize, pad
+
+from compress.runtime.attention import plan_attention
+from compress.runtime.linear_fla import refusal as fla_refusal
+from compress.runtime.linear_states import chunk_states, own_chunk, read
+from compress.runtime.merge import log_mass, merge
+from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.mixer_linear import LinearMixer
+from compress.runtime.paged_cache import PagedCache
+from compress.runtime.pages import Pages
+from compress.runtime.reference import Rows
+from compress.runtime.span import PAGE, Span
+from compress.runtime.step import Step
+from compress.runtime.triton_linear import additive, layout
+from compress.runtime.triton_linear_decode import absorb, read_one
+from compress.runtime.triton_linear_delta import gated_delta
+from compress.runtime.triton_linear_features import features
+from compress.targets.linear import LinearGroup
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_where_there_is_one() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def close(found: Any, exact: Any) -> None:
+    """Tensors against their float64 twins."""
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, **CLOSE)
+
+
+def doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Leaves of a float64 twin."""
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_additive_attention_is_that_of_the_states(own: bool) -> None:
+    # A sequence that starts in a page, behind padding, with more features than a block, and decays.
+    past, start, count, features_of, values = 70, 3, 150, 40, 16
+    groups, heads, shift = 1, 2, 70 % PAGE
+    pages = -(-(shift + count) // PAGE)
+    chunk = torch.arange(pages)[None, None].clone() if own else (torch.arange(pages)[None, None] - 1).clamp(min=0)
+    tokens = shift + count if own else (pages - 2) * PAGE
+    end = -(-tokens // PAGE) * PAGE
+    last = (tokens - 1) // PAGE if own else tokens // PAGE
+    query, key = torch.rand(1, heads, start + count, features_of), torch.rand(1, groups, end, features_of)
+    value, first = torch.randn(1, groups, end, values), torch.rand(1, groups, features_of, values + 1)
+    out = torch.randn(1, heads, start + count, values)
+    lse, gain = torch.randn(1, heads, start + count) + 3, torch.randn(1, heads, start + count)
+    log_decay = -torch.rand(1, groups, end) * 0.1
+    given: Any = [query, key, value, first] if own else [query, key, value, first, out, lse, gain]
+
+    exact = doubled(given)
+    q, k, v, s, *window = exact
+    options: Any = {"count": torch.tensor([[tokens]]), "log_decay": log_decay.double()}
+    states = chunk_states(k, v, s, **options)
+    paged = pad(q[:, :, start:], (0, 0, shift, pages * PAGE - shift - count))
+    found = own_chunk(paged, k, v, states, chunk, **options) if own else read(paged, states, chunk.clamp(max=last))
+    found = found[:, :, shift : shift + count]
+    num, den = found[..., :-1], found[..., -1]
+    if own:
+        wanted = num / den[..., None]
+    else:
+        o, e, g = (x[:, :, start:] for x in window)
+        wanted = merge(o, e, num, log_mass(den), g)
+    wanted_grads = torch.autograd.grad((wanted.sin().sum() + states[:, :, last].cos().sum()), exact)
+
+    for x in (query, out, lse, gain):
+        x[:, :, :start] = torch.nan
+    for x in (key, value):
+        x[:, :, tokens:] = torch.nan
+    where = layout(
+        Rows((past,), (start,), (count,)),
+        chunk.clamp(max=last),
+        end,
+        count=torch.tensor([[tokens]]),
+        absorbed=torch.tensor([[last * PAGE]]),
+        own=own,
+        segment=2,
+    )
+    leaves: Any = [x.requires_grad_() for x in given]
+    more: dict[str, Any] = {} if own else {"window": (out, lse), "log_gain": gain}
+    mine, _, state = additive(leaves[0], leaves[1], leaves[2], leaves[3], where, log_decay=log_decay, **more)
+    close([mine[:, :, start:], state], [wanted, states[:, :, last]])
+    assert bool((mine[:, :, :start] == 0).all())
+    close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
+
+
+def test_the_delta_rule_is_that_of_the_states() -> None:
+    query, key = torch.randn(1, 2, 150, 40), normalize(torch.randn(1, 1, 128, 40), dim=-1)
+    value, first, strength = torch.randn(1, 1, 128, 24), torch.randn(1, 1, 40, 24), torch.rand(1, 1, 128)
+    given: Any = [query, key, value, first, strength, -torch.rand(1, 1, 128) * 0.1]
+    chunk = torch.tensor([[[0, 1, 2]]])
+    q, k, v, s, b, d = exact = doubled(given)
+    states = chunk_states(k, v, s, rule="delta", strength=b, log_decay=d)
+    wanted = read(pad(q, (0, 0, 0, 42)), states, chunk)[:, :, :150]
+    wanted_grads = torch.autograd.grad(wanted.sin().sum() + states[:, :, -1].cos().sum(), exact)
+    leaves: Any = [x.requires_grad_() for x in given]
+    where = layout(Rows.whole(1, 150), chunk, 128, segment=1)
+    query, key, value, first, strength, decay = leaves
+    mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
+    close([mine, state], [wanted, states[:, :, -1]])
+    close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
+
+
+def test_the_delta_rule_without_a_window_reads_its_own_page() -> None:
+    query, key = torch.randn(1, 1, 90, 16), normalize(torch.randn(1, 1, 128, 16), dim=-1)
+    value, first, strength = torch.randn(1, 1, 128, 16), torch.randn(1, 1, 16, 16), torch.rand(1, 1, 128)
+    given: Any = [query, key, value, first, strength, -torch.rand(1, 1, 128) * 0.1]
+    chunk, count = torch.tensor([[[0, 1]]]), torch.tensor([[90]])
+    q, k, v, s, b, d = exact = doubled(given)
+    options: Any = {"rule": "delta", "strength": b, "log_decay": d, "count": count}
+    states = chunk_states(k, v, s, **options)
+    wanted = own_chunk(pad(q, (0, 0, 0, 38)), k, v, states, chunk, **options)[:, :, :90]
+    wanted_grads = torch.autograd.grad(wanted.sin().sum() + states[:, :, 1].cos().sum(), exact)
+    for x in (key, value, strength):
+        x[:, :, 90:] = torch.nan
+    query, key, value, first, strength, decay = leaves = [x.requires_grad_() for x in given]
+    absorbed = torch.tensor([[PAGE]])
+    where = layout(Rows.whole(1, 90), chunk, 128, count=count, absorbed=absorbed, own=True, segment=1)
+    mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
+    close([mine, state], [wanted, states[:, :, 1]])
+    close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
+
+
+def softmaxes(projected: torch.Tensor) -> torch.Tensor:
+    """Hedgehog's features."""
+    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+
+
+def test_features_and_gains_have_their_gradients() -> None:
+    given: Any = [torch.randn(2, 2, 70, 24), torch.randn(2, 24, 20), torch.randn(2), torch.randn(2, 24)]
+    rows, weight, gain, turn = exact = doubled(given)
+    wanted = softmaxes(rows @ weight), gain[:, None] + (rows * turn[:, None]).sum(-1)
+    wanted_grads = torch.autograd.grad(torch.cat([x.sin().flatten() for x in wanted]).sum(), exact)
+    leaves: Any = [x.requires_grad_() for x in given]
+    mine: Any = features(leaves[0], leaves[1], None, "hedgehog", 1.0, *leaves[2:])
+    close(mine, wanted)
+    close(torch.autograd.grad(torch.cat([x.sin().flatten() for x in mine]).sum(), leaves), wanted_grads)
+
+
+def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads() -> None:
+    span, lengths = [Span(0, 64, 0.0, granule=PAGE)], torch.tensor([129, 130, 0], dtype=torch.int32)
+    keys, values = torch.full((9, PAGE, 24), torch.nan), torch.full((9, PAGE, 24), torch.nan)
+    table, held = torch.arange(9, dtype=torch.int32).view(3, 1, 3), torch.rand(3, 1, 40, 25)
+    keys[0], values[0] = torch.randn(PAGE, 24), torch.randn(PAGE, 24)  # the one page that leaves
+    weight, wanted = torch.randn(1, 24, 20), held.double()
+    wanted[:1] = chunk_states(
+        softmaxes(keys[:1].double() @ weight.double())[None], values[:1][None].double(), wanted[:1]
+    )[:, :, 1]
+    absorb(held, Pages(keys, values, table), lengths, span, "hedgehog", weight, None, 1.0)
+    close([held], [wanted])
+    query, out = torch.rand(3, 2, 40), torch.randn(3, 2, 24)
+    lse, gain = torch.randn(3, 2), torch.randn(3, 2)
+    found = query.double() @ wanted[:, 0]
+    exact = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
+    exact[2] = 0
+    mine = read_one(query, held, lengths, 24, torch.float32, mean=True, window=(out, lse), log_gain=gain)
+    close([mine], [exact])
+
+
+class Module:
+    """What the attention function reads of an attention module."""
+
+    layer_idx = 0
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.compress_kinds = kinds
+
+
+@pytest.mark.parametrize("fields", [{}, {"rule": "delta"}])
+def test_a_mixer_runs_by_kernels_as_in_plain_pytorch(fields: dict[str, Any]) -> None:
+    entry = LinearGroup(**fields).model_dump(mode="json")
+    kinds = Kinds([entry], LayerFacts(0, 16, 8, 2, None))
+    mixer = kinds.mixers[0]
+    assert isinstance(mixer, LinearMixer)
+    with torch.no_grad():
+        for parameter in mixer.to(DEVICE).parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    qkv, hidden = [torch.randn(1, heads, 150, 16) for heads in (2, 1, 1)], torch.randn(1, 150, 8)
+    found = {}
+    for impl, cuts in (("reference", [0, 150]), ("triton", [0, 128, 129, 150])):
+        cache, outs = PagedCache([kinds], max_length=150), []
+        for a, b in pairwise(cuts):
+            with torch.inference_mode():
+                step = Step.begin(cache, None, 1, b - a, torch.device(DEVICE))
+                step.impl, step.hidden = impl, hidden[:, a:b]
+                query, key, value = (x[:, :, a:b] for x in qkv)
+                key, value = cache.update(key, value, 0)
+                outs.append(plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0])
+                step.end()
+        found[impl] = torch.cat(outs, dim=1), cache.paged[0].states[0].tensors["state"]
+    for mine, exact in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(mine, exact, **CLOSE)
+
+
+@pytest.mark.skipif(fla_refusal(torch.device(DEVICE)) is not None, reason="needs a GPU and flash-linear-attention")
+@pytest.mark.parametrize(
+    "fields", [{"rule": "delta"}, {"map": "silu", "out": "added", "decay": "fixed", "slope": 0.02}]
+)
+def test_flash_linear_attention_is_the_same_function(fields: dict[str, Any]) -> None:
+    entry = LinearGroup(alone=True, **fields).model_dump(mode="json")
+    kinds = Kinds([entry] * 2, LayerFacts(0, 64, 8, 2, None))
+    kinds.mixers[0].to(DEVICE)
+    qkv, hidden = [torch.randn(2, heads, 200, 64).bfloat16() for heads in (4, 2, 2)], torch.randn(2, 200, 8)
+    found = {}
+    for impl in ("reference", "triton", "fla"):
+        cache = PagedCache([kinds], max_length=200)
+        with torch.inference_mode():
+            step = Step.begin(cache, None, 2, 200, torch.device(DEVICE))
+            step.impl, step.hidden = impl, hidden
+            query, key, value = qkv
+            key, value = cache.update(key, value, 0)
+            out = plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0]
+        found[impl] = out, cache.paged[0].states[0].tensors["state"]
+    for impl in ("triton", "fla"):
+        for mine, exact in zip(found[impl], found["reference"], strict=True):
+            torch.testing.assert_close(mine, exact, rtol=0.05, atol=0.02)
