@@ -196,12 +196,14 @@ def prefill_case(
         checks.add(f"{name} d{label}", "gradient", dtype, a, b_exact)
 
 
-def delta_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, *, decay: bool) -> None:
+def delta_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, *, decay: bool, own: bool) -> None:
     """`gated_delta` at one shape, forward and backward."""
     batch, groups, columns = 2, 2, 500
     heads, pages = groups * share, -(-columns // PAGE)
-    stream = (pages - 1) * PAGE
-    chunk = (torch.arange(pages, device=DEVICE) - 1).clamp(min=0).expand(batch, groups, -1).contiguous()
+    stream = pages * PAGE if own else (pages - 1) * PAGE
+    tokens, last = (columns, pages - 1) if own else (stream, pages - 1)
+    numbers = torch.arange(pages, device=DEVICE)
+    chunk = (numbers if own else (numbers - 1).clamp(min=0)).expand(batch, groups, -1).contiguous()
     query = torch.randn(batch, heads, columns, dim, device=DEVICE).to(dtype)
     key = normalize(torch.randn(batch, groups, stream, dim, device=DEVICE), dim=-1).to(dtype)
     value = torch.randn(batch, groups, stream, dim, device=DEVICE).to(dtype)
@@ -212,18 +214,24 @@ def delta_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, *, deca
     leaves64, weights = leaves_of(given, torch.float64), torch.randn(batch, heads, columns, dim, device=DEVICE)
     q, k, v, s, b, d = leaves64
     assert q is not None and k is not None and v is not None
-    states = chunk_states(k, v, s, rule="delta", strength=b, log_decay=d)
-    exact = read(pad(q, (0, 0, 0, pages * PAGE - columns)), states, chunk)[:, :, :columns]
+    count = torch.full((batch, groups), tokens, device=DEVICE)
+    options: dict[str, Any] = {"rule": "delta", "strength": b, "log_decay": d, "count": count}
+    states, paged = chunk_states(k, v, s, **options), pad(q, (0, 0, 0, pages * PAGE - columns))
+    exact = own_chunk(paged, k, v, states, chunk, **options) if own else read(paged, states, chunk)
+    exact = exact[:, :, :columns]
     wanted = torch.autograd.grad(exact, [x for x in leaves64 if x is not None], weights.double())
+    for tensor in (key, value, strength):
+        tensor[:, :, tokens:] = torch.nan
     leaves = leaves_of(given)
     q, k, v, s, b, d = leaves
     assert q is not None and k is not None and v is not None
-    where = layout(Rows.whole(batch, columns), chunk, stream, segment=1)
+    absorbed = torch.full_like(count, last * PAGE)
+    where = layout(Rows.whole(batch, columns), chunk, stream, count=count, absorbed=absorbed, own=own, segment=1)
     poison()
     mine, state = gated_delta(q, k, v, s, where, log_decay=d, strength=b)
-    name = f"delta D {dim} heads {share}{' decay' * decay}"
+    name = f"delta D {dim} heads {share}{' decay' * decay}{' own' * own}"
     checks.add(f"{name} out", "out", dtype, mine, exact)
-    checks.add(f"{name} state", "out", dtype, state, states[:, :, -1])
+    checks.add(f"{name} state", "out", dtype, state, states[:, :, last])
     found = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
     for label, a, e in zip(("query", "key", "value", "first", "strength", "decay"), found, wanted, strict=False):
         checks.add(f"{name} d{label}", "gradient", dtype, a, e)
@@ -312,8 +320,8 @@ def numerics() -> list[dict[str, Any]]:
             for own, decay, ragged in ((False, False, False), (False, True, True), (True, dim == 64, True)):
                 prefill_case(checks, dim, count, share, dtype, own=own, decay=decay, ragged=ragged)
         for dim, share in ((64, 3), (128, 4), (256, 1)):
-            for decay in (False, True):
-                delta_case(checks, dim, share, dtype, decay=decay)
+            for decay, own in ((False, False), (True, False), (False, True), (True, True)):
+                delta_case(checks, dim, share, dtype, decay=decay, own=own)
         for kind in KINDS:
             for dim in (64, 128, 256):
                 map_case(checks, kind, dim, dtype)
@@ -349,6 +357,7 @@ def model_rows() -> list[dict[str, Any]]:
     found = []
     length, tail = 8192, 140
     plans: list[dict[str, Any]] = [{}, {"rule": "delta", "decay": "token"}, {"alone": True}]
+    plans += [{"rule": "delta", "alone": True}]
     for dtype in (BF16, F32):
         for fields in plans:
             model = small_model(dtype, **fields)
@@ -573,6 +582,7 @@ def fla_rows() -> list[dict[str, Any]]:
     """Beside flash-linear-attention where the function is the same: heads without window, one query head a group."""
     try:
         import fla
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as missing:
@@ -590,6 +600,12 @@ def fla_rows() -> list[dict[str, Any]]:
         absorbed = torch.full((1, heads), length - PAGE, device=DEVICE)
         where = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True)
         slopes = -torch.linspace(0.001, 0.1, heads, device=DEVICE)
+        by_chunk = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True, segment=1)
+        unit = normalize(key, dim=-1)
+        strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
+        log_decay = -0.05 * log_decay
+        with_unit = [by_token[0], unit.transpose(1, 2).contiguous(), by_token[2]]
+        gates = [x.transpose(1, 2).contiguous() for x in (log_decay, strength)]
         pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             "normalised": (
                 lambda q=query, k=key, v=value, w=where: additive(q, k, v, None, w)[0],  # type: ignore[misc]
@@ -606,14 +622,24 @@ def fla_rows() -> list[dict[str, Any]]:
                 lambda x=by_token, s=slopes: chunk_simple_gla(*x, scale=1.0, g_gamma=s)[0],  # type: ignore[misc]
             ),
         }
+        pairs["gated delta"] = (
+            lambda q=query, k=unit, v=value, w=by_chunk, d=log_decay, b=strength: gated_delta(  # type: ignore[misc]
+                q, k, v, None, w, log_decay=d, strength=b
+            )[0],
+            lambda x=with_unit, g=gates: chunk_gated_delta_rule(*x, *g, scale=1.0)[0],  # type: ignore[misc]
+        )
         for name, (ours, theirs) in pairs.items():
+            delta = name == "gated delta"
             with torch.inference_mode():
                 difference = error(ours(), theirs().transpose(1, 2).double())
                 took = measure.times_in_turn({"ours": ours, "fla": theirs}, DEVICE)
             row: dict[str, Any] = {"length": length, "what": name, "difference": difference}
             row |= {n: t.median for n, t in took.items()}
             if length <= 32768:
-                for n, call, leaves in (("ours", ours, (query, key, value)), ("fla", theirs, by_token)):
+                for n, call, leaves in (
+                    ("ours", ours, (query, unit if delta else key, value)),
+                    ("fla", theirs, with_unit if delta else by_token),
+                ):
                     for x in leaves:
                         x.requires_grad_()
 

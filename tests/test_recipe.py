@@ -429,5 +429,16 @@ def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = three_lines("{kv: 0.5}\n  solver: {name: heads, score: retrieval}", monkeypatch, CPU)
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval"]
     assert recipe.search.refine is None
+    linear = "\nprepare: {targets: [{target: linear}], steps: 2"
+    recipe = three_lines("{kv: 0.5}" + linear + "}", monkeypatch, CPU)
+    assert recipe.search.solver.words() == "keep: as many as the budget holds of the groups full, by retrieval"
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval"]
+    recipe = three_lines("{kv: 0.5}\n  solver: {name: priced}" + linear + ", effect: true}", monkeypatch, CPU)
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["hidden_mass"]
+    recipe = three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: ar_loss}" + linear + "}", monkeypatch, CPU)
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["ar_loss"]
+    assert recipe.evaluate.compare == ("plan", "uniform", "interleaved")
+    with pytest.raises(UserError, match="`error`, which is not measured"):
+        three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: error}", monkeypatch, CPU)
     with pytest.raises(UserError, match=r"unknown key `search\.budget\.vk`"):
         three_lines("{vk: 0.5}", monkeypatch, CPU)

@@ -12,7 +12,8 @@ from compress.bench.kernel import Shape, random_pages, random_qkv
 from compress.runtime.flash import refusal as flash_refusal
 from compress.runtime.impl import IMPLS, explain_impl
 from compress.runtime.reference import Rows
-from compress.runtime.span import Span
+from compress.runtime.score_functions import ScoreFunction
+from compress.runtime.span import PAGE, Span
 
 SHAPE = Shape("check", 8, 2, 64)
 RULES = [Span(4, 40, 0.25), Span()]
@@ -32,11 +33,12 @@ class KernelCheck:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[KernelCheck]:
-    """Run every kernel once; a failure to compile is a result and says what the compiler said."""
+    """Run every kernel once; a failure to compile is a result that carries the compiler's message."""
     checks: dict[str, Callable[[], float]] = {
         "prefill": lambda: _prefill(device, dtype),
         "gradients of prefill": lambda: _gradients(device, dtype),
         "decode": lambda: _decode(device, dtype),
+        "prefill and decode with sigmoid and LSSA scores": lambda: _scores(device, dtype),
         "store": lambda: _store(device, dtype),
     }
     results = []
@@ -85,6 +87,26 @@ def _decode(device: torch.device, dtype: torch.dtype) -> float:
     lengths = torch.tensor([LENGTH, LENGTH], dtype=torch.int32, device=device)
     ours, expected = (IMPLS[impl].decode(query, pages, lengths, RULES) for impl in ("triton", "reference"))
     return _difference(ours, expected)
+
+
+def _scores(device: torch.device, dtype: torch.dtype) -> float:
+    pages = random_pages(RULES, 1, LENGTH, SHAPE.head_dim, device, dtype)
+    query, key, value = random_qkv(SHAPE, 1, PAGE, device, dtype)
+    lengths = torch.tensor([LENGTH], dtype=torch.int32, device=device)
+    worst = 0.0
+    for scores in (
+        ScoreFunction(name="sigmoid", bias=torch.zeros(SHAPE.query_heads, device=device)),
+        ScoreFunction(name="lssa"),
+    ):
+        ours, expected = (
+            (
+                IMPLS[impl].prefill(query, key, value, RULES, scores=scores),
+                IMPLS[impl].decode(query[:, :, -1], pages, lengths, RULES, scores=scores),
+            )
+            for impl in ("triton", "reference")
+        )
+        worst = max(worst, *(_difference(one, known) for one, known in zip(ours, expected, strict=True)))
+    return worst
 
 
 def _store(device: torch.device, dtype: torch.dtype) -> float:

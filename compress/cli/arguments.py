@@ -11,7 +11,7 @@ from compress.files import refusal
 from compress.limits import ENTRIES, LONGEST
 
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLS = ("auto", "reference", "triton", "flash")
+IMPLS = ("auto", "reference", "triton", "fla", "flash")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 RECIPES = (".yaml", ".yml")
 # A recipe's text and a run folder's files, where a model belongs.

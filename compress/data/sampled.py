@@ -288,7 +288,7 @@ class _Writer:
                 chosen = torch.where(age < forced - 1, words.lead[age.clamp(max=forced - 2)], chosen)
             ids.index_copy_(1, place, chosen[:, None])
             ended = (chosen[:, None] == words.ends).any(1) & (age >= forced)
-            age.copy_(torch.where(ended, 0, age + 1))
+            age.add_(1).masked_fill_(ended, 0)  # a scalar in `torch.where` would be copied from the host
             place.add_(1)
 
         cache = self.model.new_cache(max_length=length)

@@ -126,7 +126,7 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
         statistic.registered: statistic.grid for statistic in recipe.profile.statistics if hasattr(statistic, "grid")
     }
     solver = recipe.search.solver
-    if solver.spans and not grids and "targets" not in solver.scores_read().values():
+    if solver.spans and solver.needs_grid and not grids:
         yield (
             ("profile", "statistics"),
             Problem(

@@ -234,6 +234,10 @@ class Defaults:
             search["solver"] = dict(PRUNER)
             self._note("solver", "amp, by the scores of AMP and of Wanda-sp")
             return
+        if isinstance(self.data.get("prepare"), dict) and not removes:
+            search["solver"] = {"name": "keep"}
+            self._note("solver", "keep: what was prepared everywhere, but where retrieval is highest")
+            return
         removal = {"removal": {"importance": "taylor"}} if removes else {}
         search["solver"] = dict(BEST_SOLVER) | removal | ({} if self.situation.gpu else {"points": 2})
         also = ", and the loss that removal costs to first order" if removes else ""
@@ -260,15 +264,18 @@ class Defaults:
             read = solvers.parse(solver).scores_read()
         except ValueError:  # the schema says what is wrong with the solver
             return
+        prepare = self.data.get("prepare")
+        priced = isinstance(prepare, dict) and prepare.get("effect") is True  # the preparation measures the effects
         owners = {name: owner for owner, statistic in statistics.items() for name in statistic.gives}
-        names = list(dict.fromkeys(owners[name] for name in read if name in owners))
+        asked = [name for name, form in read.items() if name in owners and not (priced and form == "targets")]
+        names = list(dict.fromkeys(owners[name] for name in asked))
         profile["statistics"] = [{"name": name} for name in names or ["hidden_mass"]]
         self._note("statistics", ", ".join(names or ["hidden_mass"]))
 
     def _evaluation(self, longest: int, removes: bool, windows: bool) -> None:
         many = self.situation.gpu
         section: dict[str, Any] = {
-            "compare": ["plan", "uniform"] if windows else ["plan", "random"],
+            "compare": ["plan", *self._baselines(windows)],
             "perplexity": {"length": longest, "windows": 8 if many else 4},
             "batch_size": 25 if many else 1,
         }
@@ -276,6 +283,12 @@ class Defaults:
             section["recall"] = [_facts(longest, 48 if many else 12, wordings="evaluation")]
         self.data["evaluate"] = section
         self._note("evaluate", "perplexity, and facts of kinds and wordings that nothing was calibrated on")
+
+    def _baselines(self, windows: bool) -> list[str]:
+        """What stands beside the plan: of the same bytes, or of the same widths."""
+        if not windows:
+            return ["random"]
+        return ["uniform", "interleaved"] if isinstance(self.data.get("prepare"), dict) else ["uniform"]
 
     def _note(self, part: str, line: str) -> None:
         self.chosen.append(f"{part}: {line}")

@@ -49,6 +49,8 @@ IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
 
 
 try:
+    from .linear_fla import FLA
+    from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
     from .triton_linear_heads import LINEAR
 except ImportError as error:  # no Triton here
@@ -58,8 +60,13 @@ except ImportError as error:  # no Triton here
         """Why the kernels do not run for this device, dtype and head size; None when they do."""
         return _NO_TRITON
 
+    def fla_refusal(device: torch.device) -> str | None:
+        """Why flash-linear-attention does not run on this device; None when it does."""
+        return _NO_TRITON
+
 else:
     IMPLS["triton"] = Impl(*TRITON, linear=Linear(*LINEAR))
+    IMPLS["fla"] = Impl(*TRITON, linear=Linear(*FLA))
     IMPLS["flash"] = Impl(*FLASH, linear=Linear(*LINEAR))
 
 
@@ -91,7 +98,7 @@ def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
         else:
             taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
     else:
-        reason = {"reference": None, "triton": kernels, "flash": four}[name]
+        reason = {"reference": None, "triton": kernels, "fla": kernels or fla_refusal(device), "flash": four}[name]
         if reason is not None:
             raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
         taken, why = name, "as asked for"
@@ -102,5 +109,6 @@ def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 WORDS = {
     "reference": "plain PyTorch",
     "triton": "Triton kernels",
+    "fla": "Triton kernels, and flash-linear-attention for linear heads without a window and a normaliser",
     "flash": "Triton kernels, and FlashAttention-4 for long prompts",
 }

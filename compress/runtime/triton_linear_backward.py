@@ -408,6 +408,54 @@ def of_queries(
     return found
 
 
+def of_keys(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    flow: torch.Tensor,
+    weight: torch.Tensor,
+    extra: torch.Tensor,
+    where: Layout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the keys `[B, G, M, F]` and values `[B, G, M, DV]`; arguments as of `of_queries`.
+
+    Args:
+        flow: the gradient of the state before every segment, and of all behind it.
+    """
+    batch, groups, tokens, features = key.shape
+    columns, value_dim = query.shape[2], value.shape[-1]
+    found = torch.zeros_like(key), torch.zeros_like(value)
+    sums, totals = where.decays(flow)
+    opts = options("gradients", query, value, groups, where)
+    blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
+    for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
+        _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
+            query,
+            key,
+            value,
+            grad,
+            sums,
+            totals,
+            flow,
+            weight,
+            extra,
+            where.chunk,
+            where.first,
+            where.runs,
+            where.tokens,
+            target,
+            where.pages,
+            columns,
+            where.segments,
+            *strides(query, key, value, grad, target),
+            VALUES=values,
+            SPLIT=value.dtype == torch.bfloat16,
+            **opts,
+        )
+    return found
+
+
 def backward(
     grad: torch.Tensor | None,
     grad_mass: torch.Tensor | None,
@@ -435,7 +483,7 @@ def backward(
         out: its result, where that is a mean; None where it is a sum.
     """
     batch, heads, columns, features = query.shape
-    groups, tokens, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    value_dim = value.shape[-1]
     pages, merged = where.pages, window is not None
     grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -476,34 +524,7 @@ def backward(
     running(grad_states, where, reverse=True)
 
     grad_query = of_queries(grad, query, key, value, states, weight, extra, where)
-    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    sums, totals = where.decays(states)
-    opts = options("gradients", query, value, groups, where)
-    blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
-    for values, blocks, target in ((False, blocks_f, grad_key), (True, blocks_v, grad_value)):
-        _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
-            query,
-            key,
-            value,
-            grad,
-            sums,
-            totals,
-            grad_states,
-            weight,
-            extra,
-            where.chunk,
-            where.first,
-            where.runs,
-            where.tokens,
-            target,
-            pages,
-            columns,
-            where.segments,
-            *strides(query, key, value, grad, target),
-            VALUES=values,
-            SPLIT=value.dtype == torch.bfloat16,
-            **opts,
-        )
+    grad_key, grad_value = of_keys(grad, query, key, value, grad_states, weight, extra, where)
     grad_first = None
     if with_first:
         grad_first = last_state(grad_states[:, :, :1], features, value_dim)

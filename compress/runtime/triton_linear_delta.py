@@ -23,7 +23,7 @@ except ImportError as error:
 from .linear_states import delta_writes
 from .span import PAGE
 from .triton_linear import Layout, dot_wide, inner, load_part, read, store_part, strides, with_decays
-from .triton_linear_backward import of_queries, of_states
+from .triton_linear_backward import of_keys, of_queries, of_states
 from .tuned import linear_config
 
 
@@ -59,7 +59,7 @@ def _writes(
     g = bg % GROUPS
     o = tl.arange(0, PAGE)
     j = (tl.program_id(0) * PAGE + o).to(tl.int64)
-    m_j = j < tl.load(p_tokens + bg * 2 + 1)
+    m_j = j < tl.load(p_tokens + bg * 2)
     p_keys = p_key + b * key_b + g * key_g
     p_values = p_value + b * value_b + g * value_g
     strength = tl.load(p_strength + bg * tokens + j, mask=m_j, other=0.0)
@@ -100,7 +100,7 @@ def _writes(
 
 @triton.jit
 def _states(
-    p_written,  # [B, G, M, DV]; with REVERSE where its gradient goes
+    p_written,  # [B, G, M, DV]: V', and then U; with REVERSE the gradient of U, so far of what queries read of it
     p_erased,  # [B, G, M, F]
     p_kept,  # [B, G, M, F]
     p_totals,  # [B, G, N] float32: L_C, where DECAY
@@ -149,16 +149,15 @@ def _states(
         if DECAY:
             scale = tl.exp(tl.load(p_totals + bg * chunks + n))
         p_slot = p_slots + slot * (bg * 0 + size)
-        empty = tl.zeros([PAGE, BLOCK_V], tl.float32)
+        b_written = load_part(p_written, j * VALUE_DIM, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
         if REVERSE:
-            update = dot_wide(b_kept, state, empty, SPLIT, PRECISION)
-            store_part(p_written, j * VALUE_DIM, update, m_j, at_v, VALUE_DIM, BLOCK_V)
+            update = dot_wide(b_kept, state, b_written, SPLIT, PRECISION)
             own = load_part(p_slot, o_f * VALUE_DIM, m_f, at_v, VALUE_DIM, BLOCK_V)
             state = dot_wide(b_erased.T, -update, own + state * scale, SPLIT, PRECISION)
         else:
-            b_written = load_part(p_written, j * VALUE_DIM, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
-            update = b_written - dot_wide(b_erased, state, empty, SPLIT, PRECISION)
+            update = b_written - dot_wide(b_erased, state, b_written * 0.0, SPLIT, PRECISION)
             state = dot_wide(b_kept.T, update, state * scale, SPLIT, PRECISION)
+        store_part(p_written, j * VALUE_DIM, update, m_j, at_v, VALUE_DIM, BLOCK_V)
         store_part(p_slot, o_f * VALUE_DIM, state, m_f, at_v, VALUE_DIM, BLOCK_V)
 
 
@@ -250,39 +249,48 @@ class _Delta(torch.autograd.Function):
         if first is not None:
             states[:, :, 0, : features * value_dim] = first.flatten(2)
         _walk(written, erased, kept, states, where, reverse=False)
-        plain = replace(where, sums=None, totals=None)  # the queries read where the states are
-        result, _ = read(query, key, value, states, plain, None, mean=False, mass=False)
-        ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept)
+        result, _ = read(query, key, written, states, where, None, mean=False, mass=False)
+        ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept, result)
         ctx.where, ctx.first = where, first is not None
         ctx.set_materialize_grads(False)
-        return result, states[:, :, -1, : features * value_dim].unflatten(-1, (features, value_dim)).clone()
+        last = states.gather(2, _last_slot(states, where))[:, :, 0, : features * value_dim]
+        return result, last.unflatten(-1, (features, value_dim))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        query, key, value, log_decay, strength, states, written, erased, kept = ctx.saved_tensors
-        where, plain = ctx.where, replace(ctx.where, sums=None, totals=None)
-        batch, groups, tokens, features = key.shape
-        value_dim, heads = value.shape[-1], query.shape[1]
-        grad = query.new_zeros(*query.shape[:3], value_dim) if grads[0] is None else grads[0].to(value.dtype)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        weight = states.new_ones(batch, heads, query.shape[2])
+        query, key, value, log_decay, strength, states, update, erased, kept, result = ctx.saved_tensors
+        where = ctx.where
+        tokens, features, value_dim = key.shape[2], key.shape[3], value.shape[-1]
+        grad = torch.zeros_like(result) if grads[0] is None else grads[0]
+        narrow = grad.to(value.dtype)
+        narrow = narrow if narrow.stride(-1) == 1 else narrow.contiguous()
+        weight = states.new_ones(query.shape[:3])
         extra = torch.zeros_like(weight)
-        flow = of_states(grad, query, value, weight, extra, states, plain)
+        flow = of_states(narrow, query, value, weight, extra, states, where)
         matrix = slice(0, features * value_dim)
         if grads[1] is not None:
-            flow[:, :, -1, matrix] += grads[1].flatten(2)
-        of_update = value.new_empty(batch, groups, tokens, value_dim, dtype=torch.float32)
+            slot = _last_slot(states, where)[..., matrix]
+            flow[..., matrix].scatter_add_(2, slot, grads[1].flatten(2)[:, :, None].contiguous())
+        grad_query = of_queries(narrow, query, key, update, states, weight, extra, where)
+        of_update = torch.zeros(update.shape, dtype=torch.float32, device=update.device)
+        own_key = of_sums = None
+        if where.own:  # what queries have read of the tokens of their own chunk, and of its decays
+            unheld = replace(where, tokens=where.tokens * where.tokens.new_tensor([1, 0]))
+            own_key, own_update = of_keys(narrow, query, key, update, flow, weight, extra, unheld)
+            of_update += own_update
+            if log_decay is not None:
+                of_sums = _of_rows((grad * result).sum(-1), where, tokens, key.shape[1])
+                of_sums -= (own_update.float() * update.float()).sum(-1)
         _walk(of_update, erased, kept, flow, where, reverse=True)
-        grad_query = of_queries(grad, query, key, value, states, weight, extra, plain)
 
         # Inside the chunks: the update U = V' - K' S, and what it leaves.
         before, after = (
             x[..., matrix].unflatten(-1, (features, value_dim)) for x in (states[:, :, :-1], flow[:, :, 1:])
         )
         by_chunk = of_update.unflatten(2, (-1, PAGE))
-        update = written.float().unflatten(2, (-1, PAGE)) - erased.float().unflatten(2, (-1, PAGE)) @ before
-        of_erased, of_kept = -by_chunk @ before.transpose(-1, -2), update @ after.transpose(-1, -2)
-        present = torch.arange(tokens, device=key.device) < where.tokens[..., 1:]
+        of_erased = -by_chunk @ before.transpose(-1, -2)
+        of_kept = update.float().unflatten(2, (-1, PAGE)) @ after.transpose(-1, -2)
+        present = torch.arange(tokens, device=key.device) < where.tokens[..., :1]
         with torch.enable_grad():
             leaves = [x.detach().float().masked_fill(~present[..., None], 0) for x in (key, value)]
             leaves += [strength.detach().masked_fill(~present, 0)]
@@ -301,11 +309,30 @@ class _Delta(torch.autograd.Function):
                 through = torch.exp(total) * (before * after).sum((-1, -2))
                 found += [k * torch.exp(total[..., None] - decay)[..., None], total]
                 of_found += [of_kept, through.detach()]
+            if decay is not None and of_sums is not None:
+                found, of_found = [*found, decay], [*of_found, of_sums.unflatten(2, (-1, PAGE))]
             of_leaves = torch.autograd.grad(found, leaves, of_found)
         masked = [x.masked_fill(~present.view(*present.shape, *(1,) * (x.dim() - 3)), 0) for x in of_leaves]
+        grad_key = masked[0] if own_key is None else masked[0] + own_key
         of_first = flow[:, :, 0, matrix].unflatten(-1, (features, value_dim)) if ctx.first else None
         of_decay = None if log_decay is None else masked[3]
-        return grad_query, masked[0].to(key.dtype), masked[1].to(value.dtype), of_decay, masked[2], of_first, None
+        return grad_query, grad_key.to(key.dtype), masked[1].to(value.dtype), of_decay, masked[2], of_first, None
+
+
+def _last_slot(states: torch.Tensor, where: Layout) -> torch.Tensor:
+    """Indices `[B, G, 1, size]` of the slot behind the last token that goes into the state."""
+    slot = (where.tokens[..., 1].long() + PAGE - 1) // PAGE
+    return slot[..., None, None].expand(-1, -1, 1, states.shape[-1])
+
+
+def _of_rows(rows: torch.Tensor, where: Layout, tokens: int, groups: int) -> torch.Tensor:
+    """Numbers of queries `[B, H, T]`, summed over the heads of a group, where their own keys are: `[B, G, M]`."""
+    shift, start, count = where.runs.long().unbind(1)
+    order = torch.arange(rows.shape[2], device=rows.device) - start[:, None]
+    absent = (order < 0) | (order >= count[:, None])
+    place = (order + shift[:, None]).clamp(0, tokens - 1)[:, None].expand(-1, groups, -1)
+    summed = rows.masked_fill(absent[:, None], 0).unflatten(1, (groups, -1)).sum(2)
+    return summed.new_zeros(*summed.shape[:2], tokens).scatter_add_(2, place, summed)
 
 
 def gated_delta(

@@ -26,12 +26,9 @@ MOST_FEATURES = 1024
 MOST_WIDTH = 256  # projected numbers of a map, and features of the delta rule, that a program holds at once
 
 
-def takes(rule: Rule, alone: bool, count: int, *, trained_decay: bool = False) -> bool:
-    """Whether the kernels compute heads of `count` features: all but gradients of decays in an added state, and the
-    delta rule without a window."""
-    if rule == "delta":
-        return not alone and count <= MOST_WIDTH
-    return count <= MOST_FEATURES and not trained_decay
+def takes(rule: Rule, count: int, *, trained_decay: bool = False) -> bool:
+    """Whether the kernels compute heads of `count` features: all but gradients of an additive state's decays."""
+    return count <= MOST_WIDTH if rule == "delta" else count <= MOST_FEATURES and not trained_decay
 
 
 def fused(kind: str, count: int) -> bool:
@@ -91,6 +88,7 @@ def read_new(
     log_decay: torch.Tensor | None,
     strength: torch.Tensor | None,
     mean: bool,
+    mass: bool,
     window: tuple[torch.Tensor, torch.Tensor] | None = None,
     log_gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +99,8 @@ def read_new(
         key, value: features `[B, G, M, F]` and values of the keys of `layout`.
         held: the states before, `[B, G, F, E]` float32.
         layout: of the whole pass, in one part.
-        mean: divide by the sums of weights, and merge with `window`; else `[B, H, T, E]` in float32, with these sums
-            behind the others where the rule has them.
+        mean: divide by the sums of weights, and merge with `window`; else the result is a sum, in float32.
+        mass: then put the sums of weights behind it, `[B, H, T, V + 1]`.
         window, log_gain: see `additive`.
     """
     if not key.shape[2]:
@@ -113,8 +111,8 @@ def read_new(
     if rule == "delta":
         return gated_delta(query, key, value, held, where, log_decay=log_decay, strength=strength)
     options: dict[str, Any] = {"log_decay": log_decay, "mean": mean, "window": window, "log_gain": log_gain}
-    found, mass, last = additive(query, key, value, held, where, **options)
-    return found if mean else torch.cat([found, mass[..., None]], dim=-1), last
+    found, masses, last = additive(query, key, value, held, where, **options)
+    return torch.cat([found, masses[..., None]], dim=-1) if mass and not mean else found, last
 
 
 def absorb(

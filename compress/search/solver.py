@@ -19,10 +19,14 @@ class Solver(Method):
         stem: what its plans are called in a run folder, with a number behind.
         placed: whether its plans are compared with the same targets in drawn places, and in whole layers; those with
             trained targets always are.
+        needs_grid: whether it chooses windows of the grid of rules that statistics price; of a solver of spans.
+        cheaper: what to do besides, where its smallest plan is beyond the budget.
     """
 
     stem: ClassVar[str] = "pareto"
     placed: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = True
+    cheaper: ClassVar[str] = "profile a grid with a smaller sink or alpha_min"
 
     @property
     def spans(self) -> bool:
@@ -43,7 +47,7 @@ class Solver(Method):
         ]
 
     def most_plans(self, lengths: int) -> int:
-        """Plans that `solve` gives at most, of a profile with so many lengths; an estimate of the time counts them."""
+        """The most plans that `solve` gives for a profile with so many lengths, for estimates of the time."""
         return 1
 
     @property
@@ -77,7 +81,7 @@ class Solver(Method):
             UserError: a problem for every row that even the smallest plan exceeds.
         """
         if self.spans:
-            check_rows(problem, self.smallest(problem), self.least_words())
+            check_rows(problem, self.smallest(problem), self)
         if "rules" not in self.scores_read().values():
             self.solve(problem)
 
@@ -92,17 +96,18 @@ class Solver(Method):
         """
 
 
-def check_rows(problem: Problem, smallest: Layers, least: str) -> None:
+def check_rows(problem: Problem, smallest: Layers, solver: Solver) -> None:
     """Raise one UserError with a problem for every row that the smallest plan exceeds.
 
     Args:
-        least: what that plan is, in words.
+        solver: whose smallest plan it is.
     """
+    least = solver.least_words()
     if any(problem.shape.native_windows):
         least += ", beside the layers that slide by themselves"
     amounts = problem.total(smallest)
     problems = [
-        row.too_tight(int(amount), least)
+        row.too_tight(int(amount), least, solver.cheaper)
         for row, amount in zip(problem.rows, amounts, strict=True)
         if amount > row.most
     ]

@@ -129,6 +129,8 @@ def test_the_command_writes_json_and_refuses_what_it_does_not_know(tmp_path) -> 
 def test_every_kernel_is_right_here() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {check.name: check for check in check_kernels(device, torch.float32)}
-    for name in ("prefill", "gradients of prefill", "decode", "store"):
+    compiled = [name for name in found if "FlashAttention-4" not in name]
+    assert {"prefill", "gradients of prefill", "decode", "store"} < set(compiled)
+    for name in compiled:
         assert found[name].ok, found[name]
     assert "FlashAttention-4" in str(found["FlashAttention-4 for prefill"].refused)  # it has no float32

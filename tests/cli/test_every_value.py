@@ -56,6 +56,10 @@ profile:
     - {{name: output_error, sink: 4, window: 64}}
     - {{name: gates, sink: 4, recent: 64, steps: 2}}
     - {{name: effect, targets: [{{target: window, sink: 4, alpha: 64, beta: 0.0}}]}}
+    - {{name: state_rank, block: 32}}
+    - {{name: query_constancy}}
+    - {{name: lse_spread}}
+    - {{name: ar_loss, sink: 4, window: 64}}
 search:
   solver: {solver}
   budget: {{kv: 0.8, lengths: [192, 256]}}
@@ -83,6 +87,17 @@ SOLVERS = (
     "{name: uniform, sink: 4, elastic: false}",
     "{name: streaming}",
 )
+PREPARED = (
+    ("{name: keep, statistic: ar_loss, share: 0.5}", "effect: false, precision: float32"),
+    ("{name: priced, points: 0, level: model}", "effect: true, precision: bfloat16"),
+    ("{name: priced, points: 0, level: group}", "effect: true"),
+    ("{name: priced, part: error, level: layer}", "effect: true"),
+    ("{name: keep, statistic: {error: 1, state_rank: 1}, share: 0.5, level: layer}", "effect: true"),
+)
+PREPARE = """\
+prepare: {{targets: [{{target: linear}}], length: 64, batch_size: 1, steps: 1, {more}}}
+recover: {{length: 64, batch_size: 1, steps: 1, window_control: true}}
+"""
 PRUNING = """\
 calibration:
   text: {{source: embedded}}
@@ -153,8 +168,6 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     ("evaluate.measures.distance.Distance", "", ""): ("tests/evaluate/test_branches.py", r'measured\("distance"'),
     ("evaluate.measures.drift.Drift", "", ""): ("tests/evaluate/test_branches.py", r'measured\("drift"'),
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
-    ("search.solvers.priced.Priced", "", ""): ("tests/search/test_mixed.py", r"solver: \{name: priced"),
-    ("search.solvers.priced.Priced", "part", "absolute"): ("tests/search/test_solvers.py", r"solvers.parse"),
     ("search.solvers.priced.Priced", "part", "signed"): ("tests/search/test_mixed.py", r"part: signed"),
 }
 
@@ -237,6 +250,17 @@ def test_spans(folder: Path) -> None:
     DONE.add("spans")
 
 
+def test_prepared(folder: Path) -> None:
+    for number, (solver, more) in enumerate(PREPARED):
+        text = (HEAD + SPANS + PREPARE).format(folder=folder, run="prepared", solver=solver, more=more)
+        text = text.replace("{kv: 0.8,", "{kv: 0.95,").replace(
+            "[plan, uniform, uniform-at-longest, streaming]", "[plan, random, interleaved]"
+        )
+        run(folder, text, *(["profile"] if number == 0 else []), "prepare", "search")
+    call("recover", folder / "values.yaml")
+    DONE.add("prepared")
+
+
 def test_pruning(folder: Path) -> None:
     before = ""
     for neurons, solver in PRUNERS:
@@ -273,7 +297,7 @@ def test_every_value_is_run_somewhere() -> None:
     for value, (path, words) in ELSEWHERE.items():
         assert re.search(words, (root / path).read_text(encoding="utf-8")), f"{path} does not run {value}"
     assert not ELSEWHERE.keys() - wanted
-    if {"spans", "pruned", "bfloat16", "float16"} <= DONE:
+    if {"spans", "prepared", "pruned", "bfloat16", "float16"} <= DONE:
         assert not ELSEWHERE.keys() & RAN
         left = sorted(map(str, wanted - RAN - ELSEWHERE.keys()))
         assert not left, left

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from compress.runtime.attention import plan_attention
+from compress.runtime.linear_fla import refusal as fla_refusal
 from compress.runtime.linear_states import chunk_states, own_chunk, read
 from compress.runtime.merge import log_mass, merge
 from compress.runtime.mixer import Kinds, LayerFacts
@@ -119,6 +120,26 @@ def test_the_delta_rule_is_that_of_the_states() -> None:
     close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
 
 
+def test_the_delta_rule_without_a_window_reads_its_own_page() -> None:
+    query, key = torch.randn(1, 1, 90, 16), normalize(torch.randn(1, 1, 128, 16), dim=-1)
+    value, first, strength = torch.randn(1, 1, 128, 16), torch.randn(1, 1, 16, 16), torch.rand(1, 1, 128)
+    given: Any = [query, key, value, first, strength, -torch.rand(1, 1, 128) * 0.1]
+    chunk, count = torch.tensor([[[0, 1]]]), torch.tensor([[90]])
+    q, k, v, s, b, d = exact = doubled(given)
+    options: Any = {"rule": "delta", "strength": b, "log_decay": d, "count": count}
+    states = chunk_states(k, v, s, **options)
+    wanted = own_chunk(pad(q, (0, 0, 0, 38)), k, v, states, chunk, **options)[:, :, :90]
+    wanted_grads = torch.autograd.grad(wanted.sin().sum() + states[:, :, 1].cos().sum(), exact)
+    for x in (key, value, strength):
+        x[:, :, 90:] = torch.nan
+    query, key, value, first, strength, decay = leaves = [x.requires_grad_() for x in given]
+    absorbed = torch.tensor([[PAGE]])
+    where = layout(Rows.whole(1, 90), chunk, 128, count=count, absorbed=absorbed, own=True, segment=1)
+    mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
+    close([mine, state], [wanted, states[:, :, 1]])
+    close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
+
+
 def softmaxes(projected: torch.Tensor) -> torch.Tensor:
     """Hedgehog's features."""
     return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
@@ -188,3 +209,27 @@ def test_a_mixer_runs_by_kernels_as_in_plain_pytorch(fields: dict[str, Any]) -> 
         found[impl] = torch.cat(outs, dim=1), cache.paged[0].states[0].tensors["state"]
     for mine, exact in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(mine, exact, **CLOSE)
+
+
+@pytest.mark.skipif(fla_refusal(torch.device(DEVICE)) is not None, reason="needs a GPU and flash-linear-attention")
+@pytest.mark.parametrize(
+    "fields", [{"rule": "delta"}, {"map": "silu", "out": "added", "decay": "fixed", "slope": 0.02}]
+)
+def test_flash_linear_attention_is_the_same_function(fields: dict[str, Any]) -> None:
+    entry = LinearGroup(alone=True, **fields).model_dump(mode="json")
+    kinds = Kinds([entry] * 2, LayerFacts(0, 64, 8, 2, None))
+    kinds.mixers[0].to(DEVICE)
+    qkv, hidden = [torch.randn(2, heads, 200, 64).bfloat16() for heads in (4, 2, 2)], torch.randn(2, 200, 8)
+    found = {}
+    for impl in ("reference", "triton", "fla"):
+        cache = PagedCache([kinds], max_length=200)
+        with torch.inference_mode():
+            step = Step.begin(cache, None, 2, 200, torch.device(DEVICE))
+            step.impl, step.hidden = impl, hidden
+            query, key, value = qkv
+            key, value = cache.update(key, value, 0)
+            out = plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0]
+        found[impl] = out, cache.paged[0].states[0].tensors["state"]
+    for impl in ("triton", "fla"):
+        for mine, exact in zip(found[impl], found["reference"], strict=True):
+            torch.testing.assert_close(mine, exact, rtol=0.05, atol=0.02)

@@ -302,7 +302,7 @@ def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
     cache.update(token, token, 0)
     with pytest.raises(ValueError, match="batch size: expected 2 as cached, got 1"):
         cache.update(token[:1], token[:1], 0)
-    assert set(IMPLS) == {"reference", "triton", "flash"}
+    assert set(IMPLS) == {"reference", "triton", "fla", "flash"}
 
 
 def test_a_reserved_cache_says_when_it_is_full() -> None:

@@ -154,6 +154,8 @@ def test_what_is_kept_are_the_highest_of_a_statistic() -> None:
     assert plan.note.startswith("2 of 8 groups full by retrieval, the others state 24; at the cut ")
     (errors,) = Keep(statistic="error", share=0.25).solve(task)
     assert full_places(errors.layers) == sorted(sorted(task.free, key=lambda place: -float(SMALL.errors[place]))[:2])
+    (effects,) = Keep(statistic="effect.absolute", share=0.25).solve(task)
+    assert effects.layers == errors.layers  # the errors are the effects here
     (layers,) = Keep(statistic="error", share=0.5, level="layer").solve(task)
     worst = SMALL.errors.mean(1).topk(2).indices.tolist()
     assert full_places(layers.layers) == [(layer, group) for layer in sorted(worst) for group in range(2)]
@@ -182,7 +184,7 @@ def test_several_targets_are_several_plans_and_what_does_not_fit_is_told() -> No
     solver = Keep(share=0.9)
     with pytest.raises(UserError, match="no plan meets the budget at length 320") as error:
         problem(solver, Budget(kv=0.5), SMALL)
-    assert "beside 90% of them full (`share`)" in str(error.value)
+    assert "beside 90% of them full (`share`)" in str(error.value) and "or lower `share`" in str(error.value)
     with pytest.raises(UserError, match="nothing says what head groups become"):
         make_problem(dense_of(make_shape()), Effects(), Budget(kv=0.5), Keep())
     with pytest.raises(UserError, match="it was not prepared"):

@@ -1,4 +1,4 @@
-"""What a kind of budget is: its recipe fields, the constraints that they make, and what is said of them.
+"""What a kind of budget is: its recipe fields, the constraints that they make, and how these are described.
 
 A new kind is one file with a subclass, registered by `@budget_kinds.register("name")`, and an import in
 `compress/search/budget/__init__.py`. Its first field has the kind's name: a recipe that gives it limits the kind.
@@ -68,7 +68,7 @@ class Row:
         return steps * self.step + self.fixed
 
     def fraction(self, steps: int) -> float:
-        """The same as a share of what the dense model costs."""
+        """The cost of that many steps as a fraction of what the dense model costs."""
         return self.amount(steps) / self.dense
 
     def describe(self, smallest: int) -> dict[str, Any]:
@@ -93,17 +93,18 @@ class Row:
         """
         return None
 
-    def too_tight(self, smallest: int, least: str) -> Problem:
+    def too_tight(self, smallest: int, least: str, cheaper: str) -> Problem:
         """What to say of a row that no plan meets.
 
         Args:
             smallest: the least that the units of any plan cost, in steps.
             least: what costs that little, in words.
+            cheaper: what else to do, so that plans cost less.
         """
         fraction = rounded_up(self.fraction(smallest))
         fix = f"raise the budget to {fraction:g} or more"
         if self.length is not None:
-            fix += ", budget at longer inputs, or profile a grid with a smaller sink or alpha_min"
+            fix += f", budget at longer inputs, or {cheaper}"
         return Problem(
             "no plan meets the budget" + ("" if self.length is None else f" at length {self.length}"),
             f"search.budget.{self.kind}",

@@ -9,7 +9,7 @@ lets be priced, and what that costs, state and cache alike, is what the targets 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from compress.targets.target import Target
 @solvers.register("priced")
 class Priced(Frontier):
     """Chooses among the targets that were priced, prepared ones among them, under all budgets at once."""
+
+    needs_grid: ClassVar[bool] = False
+    cheaper: ClassVar[str] = "price or prepare a cheaper target"
 
     part: Literal["absolute", "signed", "error"] = Field(
         "absolute",
@@ -88,7 +91,7 @@ class Priced(Frontier):
         """See `Frontier.solve`; for the whole model all plans of one target that none of the others beats."""
         if self.level != "model":
             return super().solve(problem)
-        check_rows(problem, self.smallest(problem), self.least_words())
+        check_rows(problem, self.smallest(problem), self)
         found = []
         for target in (FULL_GROUP, *self.choices(problem)):
             layers = problem.uniform(target)
