@@ -425,11 +425,6 @@ class Layout:
         return (instead, instead) if self.sums is None or self.totals is None else (self.sums, self.totals)
 
 
-def query_pages(rows: Rows) -> int:
-    """P: pages of positions that the new tokens of a sequence lie on, the most of any."""
-    return max((past % PAGE + count + PAGE - 1) // PAGE for past, count in zip(rows.past, rows.count, strict=True))
-
-
 def layout(
     rows: Rows,
     chunk: torch.Tensor,

@@ -90,7 +90,7 @@ class Target(Method):
         """
 
     def short(self, native: int | None = None) -> str:
-        """The same for a cell of a table."""
+        """`words`, short enough for a cell of a table."""
         return self.words(native)
 
     def rule_text(self) -> str:
