@@ -210,6 +210,17 @@ def _outer(
 
 
 @triton.jit
+def _faded(carry, here, p_totals, i, segments, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """A sum after the decays of the i-th segment from where the walk began; as it is where `here` says there is none."""
+    if DECAY:
+        s = tl.minimum(i, segments - 1)
+        if REVERSE:
+            s = segments - 1 - s
+        carry = tl.where(here, carry * tl.exp(tl.load(p_totals + s)), carry)
+    return carry
+
+
+@triton.jit
 def _running(
     p_states,  # [B, G, S + 1, F * DV + F] float32
     p_totals,  # [B, G, S] float32, where DECAY
@@ -222,7 +233,6 @@ def _running(
     DECAY: tl.constexpr,
     FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """BLOCK numbers of the slots: each becomes itself and the (decayed) sum of those before it, or behind it."""
     size: tl.constexpr = FEATURES * (VALUE_DIM + 1)
@@ -243,18 +253,26 @@ def _running(
         p_slots += segments * step
         carry += tl.load(p_slots, mask=m_number, other=0.0)
     tl.store(p_slots, carry, mask=m_number)
-    for i in tl.range(0, segments, num_stages=STAGES):
-        if REVERSE:
-            p_slot = p_slots - (i + 1) * step
-            s = segments - 1 - i
-        else:
-            p_slot = p_slots + (i + 1) * step
-            s = i
-        own = tl.load(p_slot, mask=m_number, other=0.0)
-        if DECAY:
-            carry = carry * tl.exp(tl.load(p_total + s))
-        carry += own
+    # Four slots are on their way at once, or a step would take as long as the memory takes to answer.
+    if REVERSE:
+        step = -step
+    for i in tl.range(0, segments, 4):
+        p_slot = p_slots + (i + 1) * step
+        o_segment = o_number * 0 + i
+        m_1, m_2 = m_number & (o_segment + 1 < segments), m_number & (o_segment + 2 < segments)
+        m_3 = m_number & (o_segment + 3 < segments)
+        own_0 = tl.load(p_slot, mask=m_number, other=0.0)
+        own_1 = tl.load(p_slot + step, mask=m_1, other=0.0)
+        own_2 = tl.load(p_slot + 2 * step, mask=m_2, other=0.0)
+        own_3 = tl.load(p_slot + 3 * step, mask=m_3, other=0.0)
+        carry = _faded(carry, m_number, p_total, i, segments, DECAY, REVERSE) + own_0
         tl.store(p_slot, carry, mask=m_number)
+        carry = _faded(carry, m_1, p_total, i + 1, segments, DECAY, REVERSE) + own_1
+        tl.store(p_slot + step, carry, mask=m_1)
+        carry = _faded(carry, m_2, p_total, i + 2, segments, DECAY, REVERSE) + own_2
+        tl.store(p_slot + 2 * step, carry, mask=m_2)
+        carry = _faded(carry, m_3, p_total, i + 3, segments, DECAY, REVERSE) + own_3
+        tl.store(p_slot + 3 * step, carry, mask=m_3)
     tl.store(p_last + o_state, carry, mask=m_number)
 
 
@@ -335,7 +353,7 @@ def _read(
     # [rows, BLOCK_V], [rows]
     acc = tl.zeros([rows, BLOCK_V], tl.float32)
     mass = tl.zeros([rows], tl.float32)
-    for at_f in tl.static_range(0, FEATURES, BLOCK_F):
+    for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
         # [rows, BLOCK_F], [BLOCK_F, BLOCK_V], [BLOCK_F]
         b_query = load_part(p_query, o_query, m_row, at_f, FEATURES, BLOCK_F)
         b_state = load_state(p_state, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
@@ -571,7 +589,6 @@ def running(
         DECAY=where.sums is not None,
         FIRST=first is not None,
         REVERSE=reverse,
-        STAGES=1 if states.device.type == "cpu" else 4,
         num_warps=4,
     )
     return last
