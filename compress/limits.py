@@ -1,6 +1,6 @@
 """The largest numbers that a recipe may ask for: far above what is of use, and small enough to be refused in time.
 
-A slip such as `count: 99999999999999` is told when the recipe is read, and not after the memory is full.
+A slip such as `count: 99999999999999` is then reported when the recipe is read, and not after memory has run out.
 """
 
 LONGEST = 2**24  # tokens of an input

@@ -1,5 +1,6 @@
 """Offline, seeded and quiet, before anything imports transformers."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,22 @@ def fresh() -> Iterator[Callable[..., Any]]:
         yield own
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Timings make as few calls as they can, of as little as they can: nothing tests how precise they are."""
+    from compress.bench import measure
+    from compress.stages import speeds
+
+    durations = measure._durations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            measure, "_durations", lambda call, device, _, least, most: durations(call, device, 0.0, least, most)
+        )
+        patch.setattr(speeds, "SECONDS", 0.0)
+        patch.setattr(speeds, "BYTES", {"cpu": 2**20, "cuda": 2**20})
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_where_marked(
     request: pytest.FixtureRequest, fresh: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
@@ -53,6 +70,20 @@ def no_accelerator_left() -> Iterator[None]:
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that is imported out of garbage collections, of which the code asks for some and Python makes many.
+
+    The libraries hold a million objects that stay to the end; to look at them takes a third of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end of the process libraries look for what is left, and would report all of it."""
+    gc.unfreeze()
 
 
 def _roomy() -> Callable[[Callable[[], Any]], Any]:

@@ -62,7 +62,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "full": MIXED,
     "linear": (
         LinearGroup(alpha=1),
-        LinearGroup(map="elu", alone=True, decay="token"),
+        LinearGroup(map="elu", alone=True, decay="token", rope="undo"),
         LinearGroup(sink=4, alpha=20, beta=0.25, map="relu", decay="fixed", slope=0.01),
         FullGroup(),
         LinearGroup(rule="delta", alone=True),

@@ -33,7 +33,7 @@ class KernelCheck:
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[KernelCheck]:
-    """Run every kernel once; a failure to compile is a result and says what the compiler said."""
+    """Run every kernel once; a failure to compile is a result that carries the compiler's message."""
     checks: dict[str, Callable[[], float]] = {
         "prefill": lambda: _prefill(device, dtype),
         "gradients of prefill": lambda: _gradients(device, dtype),

@@ -1,4 +1,4 @@
-"""Measurements that do not fit into the memory of a device are left out, and it is said."""
+"""Measurements that do not fit into the memory of a device are left out, and a line reports each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def attempt(what: str, need: int, device: torch.device, call: Callable[[], T], tell: Callable[[str], None]) -> T | None:
-    """What a measurement finds, or None where it does not fit, which is told in a line.
+    """What a measurement finds, or None where it does not fit into memory, which a line reports.
 
     Args:
         what: names the measurement in that line.

@@ -139,7 +139,7 @@ class ModelRow:
         return {**asdict(self), **self.ratios()}
 
     def ratios(self) -> dict[str, float | None]:
-        """What the figures say of each other; what attention bounds is said of equal weights only."""
+        """Ratios of the two models' figures; bounds by attention's part of a step are given for equal weights only."""
         dense, plan = self.dense, self.plan
         saved = dense.cache_bytes - plan.cache_bytes
         peaks = (dense.peak_bytes, plan.peak_bytes)

@@ -204,7 +204,7 @@ def _measures(asked: dict[str, Any], of_tasks: dict[str, Any], batch: int) -> li
 
 
 def _keys(text: str) -> dict[str, Any]:
-    """One `--measure` as keys of a recipe's `evaluate` section. Raises UserError."""
+    """One `--measure` as keys of a recipe's `evaluate` section. Raises UserError for anything else."""
     import yaml
 
     try:
@@ -368,7 +368,7 @@ def _row_name(spec: str, variants: list[Variant]) -> str:
 
 
 def _other(spec: str, tokenizer: Any) -> Any:
-    """What makes a model's tokenizer; None where it is the dense model's."""
+    """A function that gives a model's own tokenizer; None where it equals the dense model's."""
     from compress.models.load import load_tokenizer
 
     other = load_tokenizer(spec)

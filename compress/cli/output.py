@@ -80,7 +80,7 @@ def guarded(command: Command) -> Command:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """What ends a process from outside interrupts it as Ctrl-C does, so that what it has begun is tidied up."""
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that the command can clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -28,7 +28,7 @@ def sweep(
 
     Every combination has a run folder below the sweep's, and a recipe that runs alone. What several of them need
     (documents, a profile, the dense model's figures) is done once. Interrupted, the same command goes on; a
-    combination that cannot be run is told at the end. Writes report.html, cells.csv and cells.json.
+    combination that cannot be run is listed at the end. Writes report.html, cells.csv and cells.json.
     """
     from compress.recipe.grid import axes_of, grid
 

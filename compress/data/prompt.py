@@ -201,5 +201,5 @@ class NumberTask(RecallTask):
     digits: int = Field(5, ge=1, le=12, description="digits of the hidden number")
 
     def number(self, rng: random.Random) -> str:
-        """See `random_number`."""
+        """A random number of `digits` digits."""
         return random_number(rng, self.digits)

@@ -38,7 +38,7 @@ class Reader:
         seed: of what the model writes.
         folder: keeps what the model wrote.
         progress: called with (tokens done, tokens in all, what) while the model writes.
-        say: told in a line what it wrote.
+        say: called with a line on what it wrote.
     """
 
     loaded: Loaded

@@ -45,7 +45,7 @@ class Sample(ABC):
 
     @property
     def key(self) -> str:
-        """The same for the same input and loss, and for no other."""
+        """A hash that identifies the input and its loss."""
         return key_of(*self.facts)
 
     @abstractmethod

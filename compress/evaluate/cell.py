@@ -85,7 +85,7 @@ class Cell:
         return self.label if self.length is None else f"{self.name} at {self.length:,} tokens"
 
     def fraction(self, dense: Cell | None) -> float | None:
-        """Of the dense model's number; None where there is none, or it is zero."""
+        """The number divided by the dense model's; None where that is missing or zero."""
         base = self.dense if self.dense is not None else None if dense is None else dense.value
         return self.value / base if base else None
 

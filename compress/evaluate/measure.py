@@ -206,11 +206,11 @@ class Measure(Method):
         return []
 
     def words(self) -> str:
-        """What it reads, in a few words; empty where it reads nothing."""
+        """What the measure reads, for the table of `compress validate`; empty where it reads nothing."""
         return ""
 
     def passes(self) -> str:
-        """The passes of the model that it takes for a variant, in a few words."""
+        """The passes of the model that a variant takes, for the table of `compress validate`."""
         return ""
 
     def check(self, context: int | None) -> None:

@@ -15,7 +15,7 @@ DEPTHS = tuple(number / 5 for number in range(6))
 
 
 class Item(BaseModel):
-    """One item's figures, by metric, and where its evidence lay if a suite said so."""
+    """One item's figures, by metric, and where its evidence lay, if it is of a suite that records that."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -49,7 +49,7 @@ def layer_windows(plan: Plan) -> list[int | None]:
 
 
 def form_for(plan: Plan, config: Any, asked: Literal["patched", "native", "auto"]) -> Form:
-    """The form in which an export of a plan ends, so that what it costs can be told before it is written.
+    """The form in which an export of a plan ends, so that its cost is known before it is written.
 
     Args:
         config: of the dense model.

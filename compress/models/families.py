@@ -83,7 +83,7 @@ def family_of(config: Any, spec: str | None = None) -> Family:
 
 
 def unsupported(model_type: str, architectures: Iterable[str]) -> UserError:
-    """What to say of an architecture that is none of the families: the reason, where it is known."""
+    """The error for an architecture that is not supported, with the reason where it is known."""
     reason = REFUSED.get(model_type)
     return UserError(
         f"architecture `{model_type}` is not supported" + ("" if reason is None else f": {reason}"),

@@ -1,4 +1,4 @@
-"""What a model folder is, told from its small files before anything of it is loaded: values, adapters, formats."""
+"""Checks a model folder by its small files before anything of it is loaded: values, adapters, formats."""
 
 from __future__ import annotations
 

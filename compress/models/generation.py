@@ -33,7 +33,7 @@ IGNORED = ("transformers_version", "_from_model_config", "_commit_hash", "_origi
 
 
 def read_generation(folder: Path, config_values: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-    """The generation config of a model folder, repaired, and a line for everything that was not carried as it is.
+    """The generation config of a model folder, repaired, and a line for every setting that was changed or left out.
 
     Args:
         config_values: of config.json, which holds generation settings where there is no generation_config.json.

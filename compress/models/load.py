@@ -361,7 +361,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_model(spec: str, *, trust_remote_code: bool = False) -> CheckedModel:
-    """All that can be known of a model without reading its weights, and a line for what is not taken as it is.
+    """Everything about a model that can be known without its weights, with a line for everything that was changed.
 
     Raises:
         UserError: nothing of that name, or anything of it cannot be used (see `load_config`, `load_tokenizer`,

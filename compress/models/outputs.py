@@ -45,6 +45,8 @@ def _refusal(target: Target, prepared: Prepared) -> str | None:
         return None
     if target.has_to_be_prepared and target not in [option.target for option in prepared]:
         return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
+    if target.undoes_rope:
+        return "it needs queries and keys before RoPE, which this statistic does not have"
     if target.target not in MIXERS:
         return "the runtime has no mixer for it"
     return None

@@ -21,7 +21,7 @@ from compress.plan import Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
-from compress.runtime.rope import carry_over
+from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
 
@@ -51,11 +51,29 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
+    _check_rope(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
     _fill_mixers(planned, plan, untrained=untrained)
     return planned
+
+
+def _check_rope(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups take back RoPE, and it is not known how the model turns queries and keys."""
+    undoing = [
+        (number, group)
+        for number, layer in enumerate(plan.layers)
+        for group, target in enumerate(layer.groups)
+        if target.undoes_rope
+    ]
+    reason = undo_refusal(model.config)
+    if undoing and reason is not None:
+        raise UserError(
+            f"RoPE cannot be taken back: {reason}",
+            where="layer {} group {}".format(*undoing[0]),
+            fix="take `rope: keep`",
+        )
 
 
 def _check_scores(planned: Any, plan: Plan, family: Family) -> None:

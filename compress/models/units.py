@@ -45,7 +45,7 @@ class LayerUnits:
 
     @property
     def neurons(self) -> int:
-        """Of the MLP."""
+        """Number of neurons of the MLP."""
         return self.width.neurons
 
     def output(self, kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""The plan: its schema, how it is made, read and said in words, and the facts about the model that it is bound to."""
+"""The plan: its schema, how it is made, read and described, and the facts about the model that it is bound to."""
 
 from compress.plan.build import make_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape

@@ -50,7 +50,7 @@ def plan_of_layers(
 
 
 def uniform_plan(shape: ModelShape, group: Group, **fields: Any) -> Plan:
-    """The same target for every head group, except that a layer with a window of its own keeps it."""
+    """A plan with one target for every head group, except that a layer with a sliding window of its own keeps it."""
     return make_plan(
         shape,
         [[group if native is None else FullGroup()] * shape.kv_heads for native in shape.native_windows],

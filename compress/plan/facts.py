@@ -51,7 +51,7 @@ class ModelShape(BaseModel):
         return self.query_heads // self.kv_heads
 
     def known_as(self, sampled: str) -> ModelShape:
-        """The same, which also recognises files that have this fingerprint, of a sample of the weights."""
+        """Also recognise files that have `sampled`, the older fingerprint of a sample of the weights; returns self."""
         self._sampled = sampled
         return self
 

@@ -40,7 +40,7 @@ class _PredictedBefore(Strict):
     dense_parameters: int | None = Field(default=None, ge=1)
 
     def amounts(self) -> list[dict[str, Any]]:
-        """The same by kind."""
+        """The predicted amounts by kind of budget."""
         held = {"kind": "kv", "unit": "bytes", "of": "the dense KV bytes"}
         rows: list[dict[str, Any]] = [
             {**held, "length": length, "plan": size, "dense": self.dense_kv_bytes[length]}

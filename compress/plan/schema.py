@@ -182,7 +182,7 @@ class Predicted(Strict):
     """What the search expects of the plan.
 
     Attributes:
-        form: of the checkpoint whose cache `amounts` are of; None where nobody said, as in files of schema 1.
+        form: of the checkpoint whose cache `amounts` are of; None where it was not recorded, as in files of schema 1.
         itemsize: bytes of one cached number in them; None likewise.
         amounts: what the plan costs in every kind of the budget, in KV bytes, and in parameters where it removes any.
         loss: in the unit of the solver, which `provenance` names.

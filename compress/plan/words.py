@@ -7,7 +7,7 @@ from compress.words import size
 
 
 def removal(plan: Plan) -> str | None:
-    """In words, what stays of a model that the plan makes smaller; None where nothing is removed."""
+    """A sentence on what stays of a model that the plan makes smaller; None where nothing is removed."""
     if not plan.prunes:
         return None
     model = plan.model

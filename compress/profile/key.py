@@ -68,15 +68,15 @@ class Key:
         return ".".join(str(word) for word in (self.name + target, self.length, self.corpus) if word is not None)
 
     def at(self, length: int) -> Key:
-        """The same measurement at a length in tokens."""
+        """The key of this measurement at a length in tokens."""
         return replace(self, length=length)
 
     def of(self, corpus: str) -> Key:
-        """The same measurement on one corpus of `CORPORA`."""
+        """The key of this measurement on one corpus of `CORPORA`."""
         return replace(self, corpus=corpus)
 
     def to(self, target: Target) -> Key:
-        """The same measurement of a target."""
+        """The key of this measurement for a target."""
         return replace(self, target=target_form(target))
 
 

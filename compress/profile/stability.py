@@ -32,7 +32,7 @@ class Agreement:
     chance: float
 
     def correlation(self) -> str:
-        """In words."""
+        """The mean correlation and the lowest one, as a report prints them."""
         if self.mean is None or self.lowest is None:
             return "none"
         return f"{self.mean:.3f} (lowest {self.lowest[0]:.3f}, layer {self.lowest[1]})"

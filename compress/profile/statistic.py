@@ -138,7 +138,7 @@ class Statistic(Method):
         return 0
 
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
-        """The same with all parameters that depend on the model or on the profiled lengths, in tokens."""
+        """A copy with all parameters that depend on the model or the profiled lengths worked out, in tokens."""
         return self
 
     def learnt(self, prepared: Prepared) -> Prepared:

@@ -35,7 +35,7 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
 
     Raises:
         UserError: no such file, or everything that is wrong with it: each problem with file, line, column, key,
-            what was expected and found, and the nearest valid name. Wrong keys of the top level are told at once,
+            what was expected and found, and the nearest valid name. Wrong keys of the top level are reported first,
             and all others after the methods, and torch with them, are imported.
     """
     path = Path(path)

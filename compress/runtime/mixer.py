@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -31,6 +31,8 @@ class LayerFacts:
         hidden_size: size of the layer's input.
         group_size: query heads of a head group.
         native_window: the sliding window in tokens that the architecture itself gives the layer; None without one.
+        frequencies: gives the angles a token by which RoPE turns the first numbers of queries and keys (`rope.turns`);
+            None where nobody knows.
     """
 
     index: int
@@ -38,6 +40,7 @@ class LayerFacts:
     hidden_size: int
     group_size: int
     native_window: int | None
+    frequencies: Callable[[], tuple[float, ...]] | None = field(default=None, compare=False)
 
 
 class State:

@@ -27,6 +27,7 @@ from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
+from .rope import turned_back
 from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
 from .step import Step
 
@@ -119,6 +120,8 @@ class LinearState(PagedState):
             return
         pool, pages = self.gates, self.pages()
         assert pool is not None
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return
         last = (lengths.long() - 1).clamp(min=0)[:, None, None]
         place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
         slots = place * PAGE + last[..., 0] % PAGE
@@ -161,6 +164,9 @@ class LinearMixer(SpanMixer):
         self.knows_scores = not self.alone
         self.gate_count = self.token_decay + (self.rule == "delta")
         self.needs_inputs = not self.shared or self.gate_count > 0
+        self.turns = facts.frequencies() if group["rope"] == "undo" and facts.frequencies is not None else None
+        if group["rope"] == "undo" and self.turns is None:
+            raise ValueError("`rope: undo` needs the frequencies of the model's RoPE, which are not known here")
         self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
@@ -181,7 +187,11 @@ class LinearMixer(SpanMixer):
         words = [group["map"], group["features"] or "", "" if group["rule"] == "add" else group["rule"]]
         words.append("" if group["decay"] == "none" else group["decay"])
         words.append("added" if group["out"] == "added" and group["rule"] == "add" else "")
-        words += ["alone" if group["alone"] else "", group["reach"] if MAPS[group["map"]].positional else ""]
+        words += [
+            "alone" if group["alone"] else "",
+            "undo" if group["rope"] == "undo" else "",
+            group["reach"] if MAPS[group["map"]].positional else "",
+        ]
         return "_".join(str(word) for word in words if word)
 
     def _gates(self) -> list[str]:
@@ -230,6 +240,12 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+        assert step.rows is not None
+        if not torch.is_grad_enabled() and self._sees_all(step.rows):
+            out = super().prefill(query, key, value, state, step, **options)
+            if state is not None:
+                state.store_gates(self.gates_of(step), step.rows)
+            return out
         if self.shared and self._kernels(query, step) is not None:
             out = self._run(query, key, value, state, step, merged=True, **options)[2]
         else:
@@ -293,10 +309,19 @@ class LinearMixer(SpanMixer):
             found = torch.zeros_like(found) if out is None or self.branches == "none" else out
         return out, lse, found
 
+    def _sees_all(self, rows: Rows) -> bool:
+        """Whether these heads are windows for all queries of a pass, because none of their keys is hidden yet."""
+        if self.alone or self.branches not in ("both", "window"):
+            return False
+        ends = {past + count for past, count in zip(rows.past, rows.count, strict=True)}
+        return all(span.boundary(max(ends) - 1) <= span.sink for span in self.fixed)
+
     def _kernels(self, query: torch.Tensor, step: Step) -> Linear | None:
         """What computes these heads' states beside plain PyTorch, if anything does."""
         kernels = choose_impl(step.impl, query).linear
         trained = self.token_decay and torch.is_grad_enabled()
+        if self.turns is not None:  # the kernels take keys as they are in the pages
+            return None
         if kernels is None or not kernels.takes(self.rule, self.map.features, trained_decay=trained):
             return None
         return kernels
@@ -321,8 +346,8 @@ class LinearMixer(SpanMixer):
         elif self.log_decays is not None:
             fixed = _on_device(self.log_decays, key.device, torch.float32)
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
-        q = self.map.of_query(query, self._scale(scale), positions)
-        k = self.map.of_key(key, self._scale(scale), positions)
+        q = self._query_features(query, self._scale(scale), positions)
+        k = self._key_features(key, self._scale(scale), positions)
         return Features(q, k, log_decay, None if self.alone else tuple(self.fixed))
 
     def decode(
@@ -358,7 +383,7 @@ class LinearMixer(SpanMixer):
         positions = step.positions(query.device)
         if kernels is not None:
             return self._decode_fast(kernels, query, held, out, lse, step, lengths, positions, self._scale(scale))
-        q = self.map.of_query(query, self._scale(scale), positions[:, None])
+        q = self._query_features(query, self._scale(scale), positions[:, None])
         found = q.to(held.dtype).unflatten(1, (held.shape[1], -1)).flatten(2, 3) @ held  # [B, G, R, E]
         found = found.flatten(1, 2)[:, :, None]
         parts = self._parts(out, lse, query, found, step, positions < 0)
@@ -450,6 +475,20 @@ class LinearMixer(SpanMixer):
         num = gate * normed * self.norm.flatten(0, 1)[:, None].to(found.dtype)
         return Parts(out, lse, num.masked_fill(absent[..., None], 0), None, None)
 
+    def _query_features(self, query: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """What the map makes of queries, as they are or before RoPE; positions may be None where nothing reads them."""
+        return self.map.of_query(self._as_mapped(query, positions), scale, positions)
+
+    def _key_features(self, key: torch.Tensor, scale: float, positions: torch.Tensor | None) -> torch.Tensor:
+        """The same of keys."""
+        return self.map.of_key(self._as_mapped(key, positions), scale, positions)
+
+    def _as_mapped(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if self.turns is None:
+            return x
+        assert positions is not None
+        return turned_back(wide(x), positions, _on_device(self.turns, x.device, torch.float32))
+
     def _hidden(self, step: Step) -> torch.Tensor:
         """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
         assert step.hidden is not None
@@ -514,14 +553,17 @@ class LinearMixer(SpanMixer):
             absent = (torch.arange(k.shape[2], device=device) >= layout.keys[..., None])[..., None]
             k = k.masked_fill(absent, 0)
             gated = None if gated is None else gated.masked_fill(absent, 0)
-        position = layout.past - layout.start + torch.arange(columns, device=device)
-        if not rows.is_whole(columns):
-            query = query.masked_fill(((position < layout.past) | (position >= layout.until))[:, None, :, None], 0)
-        positional = self.map.positional
+        positional, whole = self.map.positional, rows.is_whole(columns)
+        at = None
+        if positional or not whole:
+            position = layout.past - layout.start + torch.arange(columns, device=device)
+            at = position.clamp(min=0)[:, None]
+            if not whole:
+                absent = (position < layout.past) | (position >= layout.until)
+                query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
-        at = position.clamp(min=0)[:, None] if positional else None
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        held = self._held(state, value)
+        held = None if state is None else state.tensors["state"]
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
         options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
@@ -552,11 +594,11 @@ class LinearMixer(SpanMixer):
                 absent[..., None], 0
             )
         options = self._options(gated, layout.keys)
-        positional = self.map.positional
-        k = self.map.of_key(k, scale, layout.key_positions(device) if positional else None)
+        positional = self.map.positional or self.turns is not None
+        k = self._key_features(k, scale, layout.key_positions(device) if positional else None)
         states = chunk_states(k, v, held, **options)
         q = layout.queries_of(query)
-        q = self.map.of_query(q, scale, layout.query_positions(device)[:, None] if positional else None)
+        q = self._query_features(q, scale, layout.query_positions(device)[:, None] if positional else None)
         if self.alone:
             found = self._own(layout, q, k, v, states, options)
         else:
@@ -630,13 +672,15 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """States `[B, G, F, E]` after the first `count` `[B, G]` tokens of the cached pages `number` `[B, G]`."""
         pages = state.pages()
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return held
         number = number.clamp(max=pages.table.shape[-1] - 1)
         place = pages.table.long().gather(2, number[..., None])[..., 0].clamp(min=0)
         absent = (torch.arange(PAGE, device=held.device) >= count[..., None])[..., None]
         key, value = (pool[place].masked_fill(absent, 0) for pool in (pages.keys, pages.values))
         gates = None if state.gates is None or not self.gate_count else state.gates[place]
         positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
-        k = self.map.of_key(key, scale, positions if self.map.positional else None)
+        k = self._key_features(key, scale, positions)
         return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
 
 

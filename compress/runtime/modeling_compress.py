@@ -28,7 +28,7 @@ from .families import ROWS, Family, head_size_of
 from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
 from .paged_cache import PagedCache, adopt, check_foreign
-from .rope import crosses, rope_change, steady
+from .rope import crosses, rope_change, steady, turns
 from .span import native_windows
 from .step import Record, Step
 from .widths import Width, build, width_of
@@ -157,6 +157,7 @@ class PlanModel(OneProcess):
                 hidden_size=self.config.hidden_size,
                 group_size=width.query_heads // width.groups,
                 native_window=native,
+                frequencies=partial(turns, self, number),
             )
             before = attention.compress_kinds.mixers if hasattr(attention, "compress_kinds") else ()
             kinds = Kinds(entries["groups"], facts, before)

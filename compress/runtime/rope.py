@@ -28,6 +28,55 @@ def rope_change(config: Any) -> tuple[str, int] | None:
     return None
 
 
+# Models whose layers all turn the first numbers of queries and keys, number i together with number i + half of them, by
+# angles that do not depend on the length.
+HALVES = (
+    *("arcee", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral", "olmo"),
+    *("olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2"),
+)
+
+
+def undo_refusal(config: Any) -> str | None:
+    """Why RoPE cannot be taken back from queries and keys of a model; None where it can."""
+    kind = config.model_type.removeprefix("compress_")
+    if kind not in HALVES:
+        return f"how {kind} models turn queries and keys by position is not known to all of the toolkit"
+    if (change := rope_change(config)) is not None:
+        return f"its frequencies change with the length of the input ({change[0]})"
+    return None
+
+
+def turns(decoder: Any, layer: int) -> tuple[float, ...]:
+    """The angles a token, in radians, by which a decoder's layer turns pairs of numbers of queries and keys.
+
+    Raises:
+        ValueError: see `undo_refusal`.
+    """
+    if (reason := undo_refusal(decoder.config)) is not None:
+        raise ValueError(f"`rope: undo`: {reason}")
+    with torch.device("cpu"):  # the decoder itself may lie nowhere yet
+        rotary = type(decoder.rotary_emb)(config=decoder.config)
+    types = getattr(decoder.config, "layer_types", None)
+    kind = f"{types[layer]}_inv_freq" if types else ""
+    found: list[float] = getattr(rotary, kind if hasattr(rotary, kind) else "inv_freq").tolist()
+    return tuple(found)
+
+
+def turned_back(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Queries or keys as they were before RoPE, up to the factor of scaled tables.
+
+    Args:
+        x: `[..., T, D]`.
+        positions: `[..., T]`, or what broadcasts to it.
+        frequencies: `[R / 2]`, of `turns`.
+    """
+    angles = positions[..., None].to(frequencies.dtype) * frequencies
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    half = len(frequencies)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cosine + second * sine, second * cosine - first * sine, rest], dim=-1)
+
+
 def crosses(change: tuple[str, int], past: int, count: int) -> bool:
     """Whether cached keys of `past` tokens have other frequencies than a pass over `count` more tokens takes.
 

@@ -48,7 +48,7 @@ class Dense:
 
     @functools.cached_property
     def biased_sizes(self) -> tuple[LayerParameters, ...]:
-        """The same where every projection has a bias, as after a compensation."""
+        """Sizes of layers in which every projection has a bias, as after a compensation."""
         return tuple(parameters_per_unit(self.model, biased=True))
 
     @functools.cached_property

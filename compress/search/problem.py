@@ -208,7 +208,7 @@ class Problem:
         return row.limit
 
     def only(self, lengths: Sequence[int]) -> Problem:
-        """The same problem with the budget at some of its lengths."""
+        """A copy of the problem with the budget at only some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
 
     def counting(self, targets: Sequence[Target]) -> Problem:
@@ -228,7 +228,7 @@ class Problem:
         return replace(row, step=math.gcd(row.step, *map(row.exact, costs)))
 
     def compensated(self) -> Problem:
-        """The same for plans whose projections all get biases, which the budget has to hold, too."""
+        """A copy for plans whose projections all get biases, whose parameters count in the budget, too."""
         return replace(self, biased=True)
 
     @functools.cached_property

@@ -74,7 +74,7 @@ def make_problem(
     """The problem of a model, a profile and a budget, for a solver.
 
     Args:
-        say: told first how much a model has to give that is part local.
+        say: called with a line on how much of a model with sliding layers can be compressed.
         prepared: targets that were trained before.
         effects: what these cost the loss to first order, None where that was not measured.
 
@@ -101,7 +101,7 @@ def explain(
     baselines: Sequence[str],
     refined: State | None = None,
 ) -> str:
-    """In words, why a plan won, and whether a baseline did better."""
+    """A sentence on why a plan was chosen, and on whether a baseline measured better."""
     if refined is not None and not losses:
         return (
             f"refined: from {refined.start} the measured loss fell from {refined.first:.4f} to {refined.loss:.4f}, "
@@ -150,7 +150,7 @@ def run_search(
         progress: called with (done, in all, what).
         bandwidth: measures the device's bandwidth in bytes per second, for a `decode_time` that names neither a table
             nor a bandwidth.
-        say: told at the start how much a model has to give that is part local.
+        say: called with a line on how much of a model with sliding layers can be compressed.
         effects: what the targets that `loaded` carries prepared cost the loss to first order, None where that was not
             measured.
 

@@ -47,7 +47,7 @@ class Solver(Method):
         ]
 
     def most_plans(self, lengths: int) -> int:
-        """Plans that `solve` gives at most, of a profile with so many lengths; an estimate of the time counts them."""
+        """The most plans that `solve` gives for a profile with so many lengths, for estimates of the time."""
         return 1
 
     @property

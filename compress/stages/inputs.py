@@ -25,7 +25,7 @@ class Inputs:
 
     Args:
         folder: the run folder.
-        reporter: told which text is not read whole, and which input cannot be read any more.
+        reporter: gets a line for a text that is not read whole, and for an input that can no longer be read.
         keeps: whether this process writes there.
     """
 

@@ -74,7 +74,7 @@ class Session:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model; nothing inside `outline`."""
+        """Fingerprint of the model; empty inside `outline`, where no weights may be read."""
         return "" if self._weightless else self.shape.fingerprint
 
     def outline(self, key: Callable[[], str]) -> str:
@@ -87,7 +87,7 @@ class Session:
 
     @staticmethod
     def shape_line(model: Any) -> str:
-        """Sizes in words."""
+        """The sizes of a model in a sentence."""
         from compress.runtime.families import groups_of
 
         config = model.config
@@ -127,7 +127,7 @@ class Session:
         )
 
     def profile_key(self) -> str:
-        """All that a profile depends on."""
+        """A key of everything that a profile depends on."""
         calibration = self.resolved["calibration"]
         section = self.recipe.calibration
         read = [*section.documents, *section.training]
@@ -162,7 +162,7 @@ class Session:
         return stage_key("export", plan, self.recipe.dtype, self.resolved["export"], *trained)
 
     def evaluate_key(self) -> str:
-        """All that the numbers depend on."""
+        """A key of everything that the evaluation depends on."""
         baselines = [self._content(path) for path in sorted((self.run.path / "search").glob("*.json"))]
         return stage_key(
             "evaluate",

@@ -38,7 +38,7 @@ def run_grid(
         folder: gets `recipes/NAME.yaml`; the run folders are where the recipes say.
 
     Returns:
-        The run folders that are done, and the names of the points that are not; what was wrong with them was said.
+        The run folders that are done, and the names of the points that are not; the reasons were reported.
 
     Raises:
         UserError: a recipe of the grid is wrong; nothing has been run then.

@@ -101,6 +101,9 @@ class LinearGroup(Target):
     out: Literal["shared", "added"] = Field(
         "shared", description="one normaliser with the window's softmax, or added to it behind a norm and a gate"
     )
+    rope: Literal["keep", "undo"] = Field(
+        "keep", description="whether features are of queries and keys as the softmax has them, or before RoPE"
+    )
     alone: bool = Field(False, description="without any softmax: the state stands for all keys")
     reach: int = Field(8192, ge=1, le=LONGEST, description="of the map `cosine`: at least the longest input in tokens")
     sink: int = Field(0, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
@@ -150,6 +153,11 @@ class LinearGroup(Target):
         return MAPS[self.map].usual(head_dim) if self.features is None else self.features
 
     @property
+    def undoes_rope(self) -> bool:
+        """See `Target.undoes_rope`."""
+        return self.rope == "undo"
+
+    @property
     def gate_count(self) -> int:
         """Numbers that every cached token has beside its key and value."""
         return (self.decay == "token") + (self.rule == "delta")
@@ -196,6 +204,8 @@ class LinearGroup(Target):
         made = [f"{self.map} map" if self.rule == "add" else "delta rule"]
         if self.features is not None:
             made.append(f"{self.features} features")
+        if self.rope == "undo":
+            made.append("without RoPE")
         if self.decay != "none":
             made.append("decay by token" if self.decay == "token" else f"decay exp(-{self.slope:g})")
         linear = f"linear ({', '.join(made)})"

@@ -90,7 +90,7 @@ class Target(Method):
         """
 
     def short(self, native: int | None = None) -> str:
-        """The same for a cell of a table."""
+        """`words`, short enough for a cell of a table."""
         return self.words(native)
 
     def rule_text(self) -> str:
@@ -104,6 +104,11 @@ class Target(Method):
     @property
     def by_length(self) -> bool:
         """Whether what a query sees depends on the length of the whole input, so that chunks and turns are refused."""
+        return False
+
+    @property
+    def undoes_rope(self) -> bool:
+        """Whether it needs queries and keys as they were before RoPE."""
         return False
 
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from compress.runtime.maps import MAPS
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_linear import Branches, LinearMixer
 from compress.runtime.paged_cache import PagedCache
+from compress.runtime.rope import turned_back
 from compress.runtime.span import PAGE
 from compress.runtime.step import Step
 from compress.targets.linear import LinearGroup, lightning_slopes
@@ -140,6 +142,20 @@ def test_branches_can_be_left_out(form: str) -> None:
         torch.testing.assert_close(outputs["window"] + outputs["linear"], outputs["both"])
 
 
+@pytest.mark.parametrize("form", ["hedgehog", "delta"])
+def test_a_prompt_without_hidden_keys_computes_no_state(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, kinds = mixer_of(FORMS[form])
+    tensors = [x[..., : PAGE + 40, :] for x in inputs(2)]
+    expected = whole(mixer, tensors)  # with gradients, and the states
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.runtime.mixer_linear.chunk_states", None)
+        found, cache = run(kinds, [x[..., :50, :] for x in tensors], [0, 50], None, None)
+    torch.testing.assert_close(found, expected[:, :50], rtol=1e-12, atol=1e-12)
+    assert not cache.paged[0].states[0].tensors["state"].any()
+    found, _ = run(kinds, tensors, [0, 50, PAGE + 40], None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_delta_group_starts_as_its_window() -> None:
     groups = [LinearGroup(rule="delta", alpha=1).model_dump(mode="json")] * 2
     (mixer,) = Kinds(groups, FACTS).mixers
@@ -148,6 +164,22 @@ def test_a_delta_group_starts_as_its_window() -> None:
     start = whole(mixer, tensors)
     mixer.branches = "window"
     assert torch.equal(start, whole(mixer, tensors))
+
+
+def test_maps_may_have_queries_and_keys_as_they_were_before_rope() -> None:
+    facts = replace(FACTS, frequencies=lambda: (0.7, 0.01))
+    entries = [LinearGroup(alone=True, map="elu", rope=rope).model_dump(mode="json") for rope in ("undo", "keep")]
+    undoing, keeping = (Kinds([entry] * GROUPS, facts) for entry in entries)
+    query, key, *rest = inputs(2)
+    t = torch.arange(TOKENS)
+    angles = -torch.tensor(facts.frequencies() if facts.frequencies is not None else (), dtype=torch.float64)
+    turned = [turned_back(x, t, angles) for x in (query, key)]  # by minus the angles: forward
+    for kinds in (undoing, keeping):
+        kinds.mixers[0].double()
+    expected, _ = run(keeping, [query, key, *rest], [0, TOKENS], None, None)
+    for cuts, reserve in (([0, TOKENS], None), ([0, 100, *range(126, 131), TOKENS], TOKENS)):
+        found, _ = run(undoing, [*turned, *rest], cuts, None, reserve)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(MAPS))

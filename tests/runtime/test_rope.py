@@ -12,11 +12,14 @@ import transformers
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from compress.errors import UserError
 from compress.models.planned import planned_model, pruned_model
+from compress.models.replaced import AttentionCall, replaced_attention
 from compress.plan import uniform_plan
-from compress.runtime.rope import crosses, rope_change, steady
+from compress.runtime.rope import HALVES, crosses, rope_change, steady, turned_back, turns, undo_refusal
 from compress.targets.full import FullGroup
-from tests.tiny import SIZES, random_ids, shape_of
+from compress.targets.linear import LinearGroup
+from tests.tiny import SIZES, random_ids, shape_of, tiny_model
 
 CONTEXT = 64
 NTK = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
@@ -174,3 +177,30 @@ def test_the_change_is_read_from_the_configuration() -> None:
     assert rope_change(transformers.LlamaConfig(**SIZES, rope_parameters=yarn)) is None
     assert crosses(("longrope", 64), 64, 1) and not crosses(("longrope", 64), 65, 1)
     assert crosses(("dynamic", 64), 65, 1) and not crosses(("dynamic", 64), 0, 200)
+
+
+@pytest.mark.parametrize("family", HALVES)
+def test_rope_can_be_taken_back(family: str) -> None:
+    """Of tokens that are all the same, the first layer's queries and keys differ by their turns alone."""
+    model = tiny_model({"gemma3_text": "gemma3", "llama": "llama-gqa"}.get(family, family))
+    assert undo_refusal(model.config) is None
+    seen: list[AttentionCall] = []
+
+    def attend(call: AttentionCall) -> torch.Tensor:
+        seen.append(call)
+        return call.dense()
+
+    with torch.no_grad(), replaced_attention(model, "compress_test_turns", attend):
+        model(torch.full((1, 40), 5), use_cache=False)
+    frequencies = torch.tensor(turns(model.model, 0))
+    for x in (seen[0].query, seen[0].key):
+        back = turned_back(x, torch.arange(40), frequencies)
+        torch.testing.assert_close(back, back[:, :, :1].expand_as(back), rtol=1e-4, atol=1e-4)
+        assert float((x - back).abs().max()) > 0.1
+
+
+def test_rope_that_nobody_knows_how_to_take_back_is_refused() -> None:
+    model = tiny_model("gptj")
+    plan = uniform_plan(shape_of(model), LinearGroup(rope="undo"))
+    with pytest.raises(UserError, match="how gptj models turn"):
+        planned_model(model, plan, untrained=True)

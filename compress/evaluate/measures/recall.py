@@ -112,7 +112,7 @@ def _plain(text: str) -> str:
 
 @measures.register("recall")
 class Recall(Measure):
-    """Right answers of recall tasks. The recipe's key is a list of tasks.
+    """Share of right answers to recall tasks. The recipe's key is a list of tasks.
 
     Attributes:
         tasks: what is asked; their prompts are made of the evaluation part of the text.

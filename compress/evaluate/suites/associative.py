@@ -30,7 +30,10 @@ def _single(tokenizer: Any) -> tuple[str, ...]:
 
 @register("mqar", 4, words_in_order, "after MQAR, Zoology, arXiv 2312.04927")
 def recall(room: Room, rng: random.Random) -> Item:
-    """Eight pairs, random words that are no keys, a key: the next word is its value. `gap` is in tokens."""
+    """Eight pairs of a key and a value, random words that are not keys, then one key: the answer is its value.
+
+    `gap` is the distance between the pair and the question in tokens.
+    """
     words = _single(room.tokenizer)
     if len(words) < 4 * PAIRS:
         raise UserError("this tokenizer has too few words that are one token", where=room.name, found=str(len(words)))

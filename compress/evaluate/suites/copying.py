@@ -12,7 +12,7 @@ GIVEN, ASKED = 8, 12  # words that are given again, and that have to follow
 
 @register("copy", 48, words_in_order, "after Repeat After Me, arXiv 2402.01032")
 def copy(room: Room, rng: random.Random) -> Item:
-    """Words in random order, then eight of them from a random place on; the twelve behind those are the answer."""
+    """A list of random words, then eight consecutive words of it; the answer is the twelve words that follow them."""
     pool = [*ADJECTIVES.split(), *NOUNS.split()]
     words = [rng.choice(pool) for _ in range(room.tokens)]
     depth = rng.random()

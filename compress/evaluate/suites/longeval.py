@@ -27,7 +27,7 @@ FIELDS = ["history", "future", "economics", "craft", "science", "beauty", "safet
 
 @register("longeval_lines", 32, last_number, "LongEval lines, LMSYS 2023; as used by MoA, arXiv 2406.14909")
 def lines(room: Room, rng: random.Random) -> Item:
-    """Lines with names and numbers up to 50,000, one of them asked for."""
+    """Lines with a name and a number up to 50,000 each; the number of one line is asked for."""
     names = rng.sample(NAMES, len(NAMES))
     numbers = [rng.randint(1, 50_000) for _ in names]
     depth = rng.random()
@@ -43,7 +43,7 @@ def lines(room: Room, rng: random.Random) -> Item:
 
 @register("longeval_topics", 32, any_of, "LongEval topics, LMSYS 2023")
 def topics(room: Room, rng: random.Random) -> Item:
-    """Talks about one topic each; the answers of the assistant are natural text."""
+    """Conversations about one topic each, the assistant's answers natural text; the first topic is asked for."""
     known = [f"the {field} of the {noun}" for field in FIELDS for noun in NOUNS.split()]
     rng.shuffle(known)
     offset = rng.randrange(len(room.sentences))

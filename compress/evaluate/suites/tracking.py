@@ -39,7 +39,7 @@ def filled(value: str, steps: list[str], depths: list[float], noise: int) -> str
 
 @register("vt", 30, share_of_all, "RULER, arXiv 2404.06654")
 def variable_tracking(room: Room, rng: random.Random) -> Item:
-    """One chain of four hops behind one solved example."""
+    """One chain of four assignments, after one solved example."""
     shown, shown_names, shown_steps = chain(rng)
     shown_depths = sorted(rng.random() for _ in shown_steps)
     example = filled(shown, shown_steps, shown_depths, EXAMPLE) + " ".join(shown_names) + "\n\n"

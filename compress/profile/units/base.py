@@ -142,7 +142,7 @@ class ColumnStatistic(UnitStatistic):
 
     @abstractmethod
     def term(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the mean is taken of, from inputs `[tokens, columns]` float64."""
+        """The expression whose mean over tokens is taken, of inputs `[tokens, columns]` float64."""
 
     @abstractmethod
     def score(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Random(UnitStatistic):
     gives: ClassVar[Mapping[str, str]] = {"random": "units"}
 
     def scores(self, sums: Sums, counts: Mapping[str, int], layer: LayerUnits) -> dict[str, torch.Tensor]:
-        """The same for the same seed on every device, others in every layer."""
+        """Numbers that depend on the seed and the layer only, not on the device."""
         digest = hashlib.sha256(f"{self.seed}/{layer.index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         heads = torch.rand(layer.groups, layer.queries, generator=generator, dtype=torch.float64)

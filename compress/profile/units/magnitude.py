@@ -13,7 +13,7 @@ from compress.registry import statistics
 
 @statistics.register("magnitude")
 class Magnitude(WeightStatistic):
-    """L2 norm of a unit's weights (no data); which these are: `LayerUnits.sums`."""
+    """L2 norm of a unit's weights (no data); `LayerUnits.sums` says which weights a unit has."""
 
     unit: ClassVar[str] = "L2 norm of weights"
     gives: ClassVar[Mapping[str, str]] = {"magnitude": "units"}

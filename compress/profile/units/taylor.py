@@ -16,7 +16,7 @@ from compress.registry import statistics
 class Taylor(WeightStatistic):
     """Sum of |weight x dLoss/dWeight| over a unit's weights (needs a backward pass a document, and holds gradients).
 
-    The loss is the mean of -ln p over the answer tokens of all documents. Which weights a unit has: `LayerUnits.sums`.
+    The loss is the mean of -ln p over the answer tokens of all documents; `LayerUnits.sums` says which a unit has.
     """
 
     reads: ClassVar[Reads] = "projections"

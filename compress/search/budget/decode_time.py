@@ -86,8 +86,8 @@ class TimeRow(Row):
 class DecodeTime(BudgetKind):
     """Time of a decode step, by a table that `compress bench` measured or by bytes over bandwidth (a roofline).
 
-    A step takes longer the more it reads, so the limit of the time is one of bytes, exactly. A roofline counts the
-    weights that a plan removes; a table knows no model with fewer weights, and then only the cache counts.
+    A step takes longer the more it reads, so the limit of the time is applied exactly as a limit of bytes. A roofline
+    counts the weights that a plan removes; a table has no rows for fewer weights, so there only the cache counts.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("read_bytes", "parameters")

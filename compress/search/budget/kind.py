@@ -1,4 +1,4 @@
-"""What a kind of budget is: its recipe fields, the constraints that they make, and what is said of them.
+"""What a kind of budget is: its recipe fields, the constraints that they make, and how these are described.
 
 A new kind is one file with a subclass, registered by `@budget_kinds.register("name")`, and an import in
 `compress/search/budget/__init__.py`. Its first field has the kind's name: a recipe that gives it limits the kind.
@@ -68,7 +68,7 @@ class Row:
         return steps * self.step + self.fixed
 
     def fraction(self, steps: int) -> float:
-        """The same as a share of what the dense model costs."""
+        """The cost of that many steps as a fraction of what the dense model costs."""
         return self.amount(steps) / self.dense
 
     def describe(self, smallest: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @budget_kinds.register("parameters")
 class Parameters(BudgetKind):
-    """Parameters of the decoder layers, norms included, embeddings and the head not. Solvers that remove meet it."""
+    """Parameters of the decoder layers and their norms, without embeddings and output head; for solvers that remove."""
 
     reads: ClassVar[tuple[str, ...]] = ("parameters",)
 

@@ -21,11 +21,11 @@ AGAIN = "compress bench MODEL --what model --mix A,B,full --batch B --lengths ..
 
 
 class Curve:
-    """Time of the attention of all layers against the KV bytes that they read: never falling, and no better than seen.
+    """Time of the attention of all layers as a function of the KV bytes that they read.
 
-    Between two measured points a straight line. Below the smallest, the smallest one's time: nothing is taken to be
-    faster than what was measured. Beyond the largest, in proportion to the bytes, which a fixed part makes too much
-    rather than too little. A point that is faster than one of fewer bytes is raised to it.
+    Measured points are joined by straight lines. Below the smallest point its time holds, since nothing is
+    assumed to be faster than what was measured. Beyond the largest point the time is extrapolated in proportion to the
+    bytes; this overestimates when part of the time is constant. Times are made non-decreasing in bytes.
 
     Args:
         points: (bytes, time), at least one, in any order.

@@ -21,7 +21,7 @@ from compress.search.solvers.ranked import Ranked
 
 @solvers.register("allocated")
 class Allocated(Ranked):
-    """The smallest sum of removed scores over all layers within the budget; layers differ in width (patched form)."""
+    """Removes the smallest sum of scores over all layers together; widths may differ by layer (patched form)."""
 
     normalise: Annotated[
         Literal["none", "layer", "standard"],

@@ -21,7 +21,7 @@ from compress.search.solvers.ranked import Ranked
 
 @solvers.register("amp")
 class Amp(Ranked):
-    """The lowest scores of every layer go, the same numbers in each, so that a stock checkpoint holds the result."""
+    """Removes the units of the lowest scores, equally many in every layer, so that a stock checkpoint can hold it."""
 
     attention: Annotated[
         tuple[float, ...] | None,

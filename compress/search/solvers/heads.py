@@ -26,9 +26,9 @@ from compress.targets.window import WindowGroup
 
 @solvers.register("heads")
 class Heads(Solver):
-    """The groups of the highest score see everything, as many as the budget holds; all others get one window.
+    """Full attention for the head groups of the highest score, as many as the budget allows; one window for all others.
 
-    What is left of the budget then makes the window larger. Where not even the windows fit, they are smaller.
+    What is left of the budget enlarges the window. Where not even the windows fit, they are made smaller.
     """
 
     score: Annotated[

@@ -16,7 +16,7 @@ from compress.search.solvers.heads import Heads, decide, widened, widest
 
 @solvers.register("layers")
 class Layers(Solver):
-    """As many full layers as the budget holds beside windows in the others, which then take what is left."""
+    """Full attention for as many layers as the budget allows; the others share one window of what is left."""
 
     order: Annotated[
         Literal["score", "first", "last", "spread"],
