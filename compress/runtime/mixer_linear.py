@@ -120,6 +120,8 @@ class LinearState(PagedState):
             return
         pool, pages = self.gates, self.pages()
         assert pool is not None
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return
         last = (lengths.long() - 1).clamp(min=0)[:, None, None]
         place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
         slots = place * PAGE + last[..., 0] % PAGE
@@ -551,14 +553,17 @@ class LinearMixer(SpanMixer):
             absent = (torch.arange(k.shape[2], device=device) >= layout.keys[..., None])[..., None]
             k = k.masked_fill(absent, 0)
             gated = None if gated is None else gated.masked_fill(absent, 0)
-        position = layout.past - layout.start + torch.arange(columns, device=device)
-        if not rows.is_whole(columns):
-            query = query.masked_fill(((position < layout.past) | (position >= layout.until))[:, None, :, None], 0)
-        positional = self.map.positional
+        positional, whole = self.map.positional, rows.is_whole(columns)
+        at = None
+        if positional or not whole:
+            position = layout.past - layout.start + torch.arange(columns, device=device)
+            at = position.clamp(min=0)[:, None]
+            if not whole:
+                absent = (position < layout.past) | (position >= layout.until)
+                query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
-        at = position.clamp(min=0)[:, None] if positional else None
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        held = self._held(state, value)
+        held = None if state is None else state.tensors["state"]
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
         options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
@@ -667,6 +672,8 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """States `[B, G, F, E]` after the first `count` `[B, G]` tokens of the cached pages `number` `[B, G]`."""
         pages = state.pages()
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return held
         number = number.clamp(max=pages.table.shape[-1] - 1)
         place = pages.table.long().gather(2, number[..., None])[..., 0].clamp(min=0)
         absent = (torch.arange(PAGE, device=held.device) >= count[..., None])[..., None]
