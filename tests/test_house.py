@@ -125,7 +125,7 @@ TESTS = {
         "uniform": "search/test_solvers.py",
     },
     "task": dict.fromkeys(("continuation", "facts", "key_value", "passkey", "passkeys"), "data/test_tasks.py"),
-    "text source": dict.fromkeys(("dataset", "embedded", "file"), "data/test_text.py")
+    "text source": dict.fromkeys(("dataset", "embedded", "file", "undivided"), "data/test_text.py")
     | {"generated": "data/test_generated.py"},
 }
 

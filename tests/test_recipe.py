@@ -437,6 +437,7 @@ def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["hidden_mass"]
     recipe = three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: ar_loss}" + linear + "}", monkeypatch, CPU)
     assert [statistic.registered for statistic in recipe.profile.statistics] == ["ar_loss"]
+    assert recipe.evaluate.compare == ("plan", "uniform", "interleaved")
     with pytest.raises(UserError, match="`error`, which is not measured"):
         three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: error}", monkeypatch, CPU)
     with pytest.raises(UserError, match=r"unknown key `search\.budget\.vk`"):

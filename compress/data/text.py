@@ -122,8 +122,12 @@ class StoredText(Source):
         """The text of `excerpt`."""
         return self.excerpt(most).text
 
+    def part(self, text: str, part: Part) -> str:
+        """A part of the text."""
+        return split_text(text, part)
+
     def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
-        text = split_text(self.load(characters_for(tokens, part)), part)
+        text = self.part(self.load(characters_for(tokens, part)), part)
         return PartText(tokenise(reader.tokenizer, text), text_key(text))
 
     def whole(self, reader: Reader) -> str:
@@ -133,7 +137,7 @@ class StoredText(Source):
         return self.excerpt(most)
 
     def foreseen(self, tokenizer: PreTrainedTokenizerBase, known: str, part: Part) -> Sequence[int]:
-        return tokenise(tokenizer, split_text(known, part))
+        return tokenise(tokenizer, self.part(known, part))
 
 
 @sources.register("embedded")
@@ -244,6 +248,23 @@ class FileText(StoredText):
         if not isinstance(row, dict):
             raise UserError("the line is not a JSON object", where=where, found=_shown(line))
         return _text_of(row, self.column, where)
+
+
+@sources.register("undivided")
+class UndividedText(FileText):
+    """A file as `file` reads it, of which every part is the whole.
+
+    For a text that serves one purpose only, such as a test set, or a corpus that nothing but training reads: parts that
+    are asked for two purposes are the same.
+    """
+
+    source: Literal["undivided"] = Field(  # type: ignore[assignment]
+        "undivided", description="a local file of which every part is the whole, for a text with one purpose"
+    )
+
+    def part(self, text: str, part: Part) -> str:
+        """All of it."""
+        return text
 
 
 @sources.register("dataset")

@@ -275,7 +275,7 @@ class Defaults:
     def _evaluation(self, longest: int, removes: bool, windows: bool) -> None:
         many = self.situation.gpu
         section: dict[str, Any] = {
-            "compare": ["plan", "uniform"] if windows else ["plan", "random"],
+            "compare": ["plan", *self._baselines(windows)],
             "perplexity": {"length": longest, "windows": 8 if many else 4},
             "batch_size": 25 if many else 1,
         }
@@ -283,6 +283,12 @@ class Defaults:
             section["recall"] = [_facts(longest, 48 if many else 12, wordings="evaluation")]
         self.data["evaluate"] = section
         self._note("evaluate", "perplexity, and facts of kinds and wordings that nothing was calibrated on")
+
+    def _baselines(self, windows: bool) -> list[str]:
+        """What stands beside the plan: of the same bytes, or of the same widths."""
+        if not windows:
+            return ["random"]
+        return ["uniform", "interleaved"] if isinstance(self.data.get("prepare"), dict) else ["uniform"]
 
     def _note(self, part: str, line: str) -> None:
         self.chosen.append(f"{part}: {line}")

@@ -46,7 +46,7 @@ def read_new(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    held: torch.Tensor,
+    held: torch.Tensor | None,
     layout: Layout,
     rows: Rows,
     *,
@@ -96,6 +96,9 @@ def read_new(
                 late = torch.arange(edge - 1, -1, -1, device=key.device)
                 fade = 1 if log_decay is None else torch.exp(log_decay.float()[:, None] * late)[..., None]
                 held = torch.cat([held, (key[:, :, :edge].float() * fade).sum(2)[..., None]], dim=-1)
+    if held is None:
+        columns_of = value.shape[-1] + (rule == "add")
+        held = value.new_zeros(*key.shape[:2], key.shape[-1], columns_of, dtype=torch.float32)
     return torch.cat(outs, dim=1).transpose(1, 2).float(), held
 
 

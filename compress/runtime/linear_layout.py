@@ -136,8 +136,9 @@ def _layout(
     stop = [[end] * len(spans) for end in until] if alone else final
     keys = [[max(0, end - first) for first, end in zip(*row, strict=True)] for row in zip(begin, stop, strict=True)]
     page = [first // PAGE * PAGE for first in after]
-    pages = max((-(-(end - first) // PAGE) for first, end in zip(page, until, strict=True)), default=0)
-    chunks = max((-(-number // PAGE) for row in keys for number in row), default=0)
+    # A pass of padding alone has a page, too, in which there is nothing.
+    pages = max(1, *(-(-(end - first) // PAGE) for first, end in zip(page, until, strict=True)))
+    chunks = max(int(alone), *(-(-number // PAGE) for row in keys for number in row))
     t = torch.tensor(page)[:, None] + torch.arange(pages) * PAGE  # [B, P]
     bounds = torch.stack([span.boundary(t) for span in spans], dim=1)
     chunk = ((bounds - torch.tensor(begin)[..., None]) // PAGE).clamp(0, chunks)

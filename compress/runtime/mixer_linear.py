@@ -120,6 +120,8 @@ class LinearState(PagedState):
             return
         pool, pages = self.gates, self.pages()
         assert pool is not None
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return
         last = (lengths.long() - 1).clamp(min=0)[:, None, None]
         place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
         slots = place * PAGE + last[..., 0] % PAGE
@@ -238,6 +240,12 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+        assert step.rows is not None
+        if not torch.is_grad_enabled() and self._sees_all(step.rows):
+            out = super().prefill(query, key, value, state, step, **options)
+            if state is not None:
+                state.store_gates(self.gates_of(step), step.rows)
+            return out
         if self.shared and self._kernels(query, step) is not None:
             out = self._run(query, key, value, state, step, merged=True, **options)[2]
         else:
@@ -300,6 +308,13 @@ class LinearMixer(SpanMixer):
         if merged and self.branches in ("window", "none"):
             found = torch.zeros_like(found) if out is None or self.branches == "none" else out
         return out, lse, found
+
+    def _sees_all(self, rows: Rows) -> bool:
+        """Whether these heads are windows for all queries of a pass, because none of their keys is hidden yet."""
+        if self.alone or self.branches not in ("both", "window"):
+            return False
+        ends = {past + count for past, count in zip(rows.past, rows.count, strict=True)}
+        return all(span.boundary(max(ends) - 1) <= span.sink for span in self.fixed)
 
     def _kernels(self, query: torch.Tensor, step: Step) -> Linear | None:
         """What computes these heads' states beside plain PyTorch, if anything does."""
@@ -538,14 +553,17 @@ class LinearMixer(SpanMixer):
             absent = (torch.arange(k.shape[2], device=device) >= layout.keys[..., None])[..., None]
             k = k.masked_fill(absent, 0)
             gated = None if gated is None else gated.masked_fill(absent, 0)
-        position = layout.past - layout.start + torch.arange(columns, device=device)
-        if not rows.is_whole(columns):
-            query = query.masked_fill(((position < layout.past) | (position >= layout.until))[:, None, :, None], 0)
-        positional = self.map.positional
+        positional, whole = self.map.positional, rows.is_whole(columns)
+        at = None
+        if positional or not whole:
+            position = layout.past - layout.start + torch.arange(columns, device=device)
+            at = position.clamp(min=0)[:, None]
+            if not whole:
+                absent = (position < layout.past) | (position >= layout.until)
+                query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
-        at = position.clamp(min=0)[:, None] if positional else None
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        held = self._held(state, value)
+        held = None if state is None else state.tensors["state"]
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
         options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
@@ -654,6 +672,8 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """States `[B, G, F, E]` after the first `count` `[B, G]` tokens of the cached pages `number` `[B, G]`."""
         pages = state.pages()
+        if not pages.table.shape[-1]:  # no sequence has a token yet
+            return held
         number = number.clamp(max=pages.table.shape[-1] - 1)
         place = pages.table.long().gather(2, number[..., None])[..., 0].clamp(min=0)
         absent = (torch.arange(PAGE, device=held.device) >= count[..., None])[..., None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .score_functions import ScoreFunction, function_of, is_cosine, row_scale
-from .span import AnySpan, Span, kept_table, keys_seen
+from .span import AnySpan, Span, keys_seen, rule_columns
 from .step import Step
 
 EPSILON = 1e-8  # least norm of a query or a key whose cosine is taken
@@ -107,7 +106,9 @@ class ScoreMixer(SpanMixer):
         wide = query.to(dtype)
         if self.cosine:
             wide = functional.normalize(wide, dim=-1, eps=EPSILON)
-        count = keys_seen(t[:, None], *_rules(tuple(self.fixed), query.device)).clamp(min=1).to(dtype)  # [B, G, T]
+        count = (
+            keys_seen(t[:, None], *rule_columns(tuple(self.fixed), query.device)).clamp(min=1).to(dtype)
+        )  # [B, G, T]
         factor = row_scale(self.groups[0], count, dim, dim**-0.5 if scale is None else scale)
         factor = factor[:, :, None] * self.log_temperature.to(dtype).exp()[..., None]  # [B, G, R, T]
         return (wide * factor.flatten(1, 2)[..., None]).to(query.dtype)
@@ -118,10 +119,3 @@ class ScoreMixer(SpanMixer):
             return key
         wide = key.to(torch.promote_types(key.dtype, torch.float32))
         return functional.normalize(wide, dim=-1, eps=EPSILON).to(key.dtype)
-
-
-@lru_cache(maxsize=1024)
-def _rules(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Sink, alpha, beta units and granule of spans, `[spans, 1]` each."""
-    rules = [(span.sink, span.alpha, span.beta_units, span.granule) for span in spans]
-    return kept_table(rules, device, torch.long).T[:, :, None].unbind()

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import Pages
 from .scores import Scores, attend
-from .span import PAGE, Span, kept_table, visible
+from .span import PAGE, Span, kept_table, rule_columns, visible
 
 # Query rows a block. A window head computes at most this many keys more than it sees; a GPU wants larger blocks.
 ROWS = {"cpu": 256, "cuda": 1024}
@@ -251,14 +251,15 @@ def decode(
     batch, heads, _ = query.shape
     groups = len(spans)
     positions = torch.arange(pages.table.shape[-1] * PAGE, device=query.device)
-    rules = torch.tensor([(span.sink, span.alpha, span.beta_units, span.granule) for span in spans])
-    sink, alpha, beta_units, granule = rules.to(query.device).T[:, :, None]  # each [G, 1]
+    sink, alpha, beta_units, granule = rule_columns(tuple(spans), query.device)  # each [G, 1]
     last = lengths[:, None, None].long() - 1
     seen = visible(last, positions, sink, alpha, beta_units, granule)  # [B, G, numbers * 64]
-    # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs.
+    # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs. A CUDA
+    # graph takes all, since how many there are is not known to the host.
     by_page = seen.unflatten(-1, (-1, PAGE))
     in_sight = by_page.any(-1)
-    most = max(1, int(in_sight.sum(-1).max()))
+    captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    most = in_sight.shape[-1] if captured else max(1, int(in_sight.sum(-1).max()))
     order = (~in_sight).long().argsort(dim=-1, stable=True)[..., :most]  # [B, G, P]
     seen = by_page.gather(2, order[..., None].expand(-1, -1, -1, PAGE)).flatten(2)
     places = pages.table.clamp(min=0).long().gather(-1, order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -238,6 +239,13 @@ def visible(t: torch.Tensor, j: torch.Tensor, sink: Any, alpha: Any, beta_units:
     With a granule the sink has to be a multiple of it, as in `Span`.
     """
     return (j <= t) & ((j < sink) | (j >= first_key(t, alpha, beta_units, granule)))
+
+
+@lru_cache(maxsize=1024)
+def rule_columns(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Sink, alpha, beta units and granule of G spans, `[G, 1]` int64 each, as the rule's functions here take them."""
+    rules = [(span.sink, span.alpha, span.beta_units, span.granule) for span in spans]
+    return kept_table(rules, device, torch.long).T[:, :, None].unbind()
 
 
 def native_windows(config: Any, layers: int) -> list[int | None]:

@@ -15,6 +15,7 @@ segments. A slot is a state `[F, DV]` and behind it its normaliser `[F]`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -210,25 +211,38 @@ def _outer(
 
 @triton.jit
 def _running(
-    p_states,  # [B, G, S + 1, size] float32
+    p_states,  # [B, G, S + 1, F * DV + F] float32
     p_totals,  # [B, G, S] float32, where DECAY
+    p_first,  # [B, G, F, DV + 1] float32: a state to begin with, or with REVERSE what the last slot gets besides
+    p_last,  # [B, G, F, DV + 1] float32: where the last sum goes
     segments,
-    size,
+    FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
+    FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """BLOCK numbers of the slots: each becomes itself and the (decayed) sum of those before it, or behind it."""
+    size: tl.constexpr = FEATURES * (VALUE_DIM + 1)
     bg = tl.program_id(1).to(tl.int64)
     o_number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_number = o_number < size
+    # Where the same number is in a state, whose last column is the normaliser.
+    in_matrix = o_number < FEATURES * VALUE_DIM
+    o_f = tl.where(in_matrix, o_number // VALUE_DIM, o_number - FEATURES * VALUE_DIM)
+    o_state = bg * size + o_f * (VALUE_DIM + 1) + tl.where(in_matrix, o_number % VALUE_DIM, VALUE_DIM)
+    step = bg * 0 + size  # 64 bits
     p_slots = p_states + bg * (segments + 1) * size + o_number
     p_total = p_totals + bg * segments
-    step = bg * 0 + size  # 64 bits
+    carry = tl.zeros([BLOCK], tl.float32)
+    if FIRST:
+        carry = tl.load(p_first + o_state, mask=m_number, other=0.0)
     if REVERSE:
         p_slots += segments * step
-    carry = tl.load(p_slots, mask=m_number, other=0.0)
+        carry += tl.load(p_slots, mask=m_number, other=0.0)
+    tl.store(p_slots, carry, mask=m_number)
     for i in tl.range(0, segments, num_stages=STAGES):
         if REVERSE:
             p_slot = p_slots - (i + 1) * step
@@ -241,6 +255,7 @@ def _running(
             carry = carry * tl.exp(tl.load(p_total + s))
         carry += own
         tl.store(p_slot, carry, mask=m_number)
+    tl.store(p_last + o_state, carry, mask=m_number)
 
 
 @triton.jit
@@ -410,11 +425,6 @@ class Layout:
         return (instead, instead) if self.sums is None or self.totals is None else (self.sums, self.totals)
 
 
-def query_pages(rows: Rows) -> int:
-    """P: pages of positions that the new tokens of a sequence lie on, the most of any."""
-    return max((past % PAGE + count + PAGE - 1) // PAGE for past, count in zip(rows.past, rows.count, strict=True))
-
-
 def layout(
     rows: Rows,
     chunk: torch.Tensor,
@@ -464,8 +474,21 @@ def with_decays(where: Layout, log_decay: torch.Tensor, stream: int) -> Layout:
     return replace(where, sums=sums.flatten(-2).contiguous(), totals=totals.contiguous())
 
 
-def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int, where: Layout) -> dict[str, Any]:
-    """Block sizes of the launch of that name in `linear_config`, and what else launches share."""
+@lru_cache(maxsize=16)
+def _kept_decays(where: Layout, log_decay: torch.Tensor, stream: int) -> Layout:
+    """`with_decays` of decays that are the same in every pass."""
+    with torch.inference_mode(False):
+        return with_decays(where, log_decay, stream)
+
+
+def options(
+    what: str, query: torch.Tensor, value: torch.Tensor, groups: int, where: Layout, at_once: int | None = None
+) -> dict[str, Any]:
+    """Block sizes of the launch of that name in `linear_config`, and what else launches share.
+
+    Args:
+        at_once: query heads that a program works for, where it could be two; one takes half of the warps.
+    """
     features, value_dim = query.shape[-1], value.shape[-1]
     config = linear_config(value.itemsize, value.device)[what]
     return {
@@ -481,7 +504,7 @@ def options(what: str, query: torch.Tensor, value: torch.Tensor, groups: int, wh
         "PAGE": PAGE,
         "STAGES": config["stages"],
         "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
-        "num_warps": config["warps"],
+        "num_warps": config["warps"] if at_once is None else max(4, config["warps"] * at_once // 2),
     }
 
 
@@ -495,16 +518,13 @@ def strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def segment_states(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor | None, where: Layout) -> torch.Tensor:
-    """The state before every segment and after the last, `[B, G, S + 1, F * DV + F]` float32."""
+def segment_states(
+    key: torch.Tensor, value: torch.Tensor, first: torch.Tensor | None, where: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state before every segment and after the last, `[B, G, S + 1, F * DV + F]`; the last, `[B, G, F, DV + 1]`."""
     batch, groups, _, features = key.shape
     value_dim, segments = value.shape[-1], where.segments
     states = key.new_empty(batch, groups, segments + 1, features * (value_dim + 1), dtype=torch.float32)
-    if first is None:
-        states[:, :, 0] = 0
-    else:
-        states[:, :, 0, : features * value_dim] = first[..., :value_dim].flatten(2)
-        states[:, :, 0, features * value_dim :] = first[..., value_dim]
     opts = options("sums", key, value, groups, where)
     blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
     sums, totals = where.decays(states)
@@ -526,32 +546,35 @@ def segment_states(key: torch.Tensor, value: torch.Tensor, first: torch.Tensor |
         KEYS=True,
         **opts,
     )
-    running(states, where, reverse=False)
-    return states
+    return states, running(states, first, features, where, reverse=False)
 
 
-def running(states: torch.Tensor, where: Layout, *, reverse: bool) -> None:
-    """Sum the slots `[B, G, S + 1, size]` along the segments, in place."""
+def running(
+    states: torch.Tensor, first: torch.Tensor | None, features: int, where: Layout, *, reverse: bool
+) -> torch.Tensor:
+    """Sum the slots `[B, G, S + 1, size]` along the segments, in place, with a state `first` at their begin.
+
+    The sum of all of them, `[B, G, F, DV + 1]`.
+    """
     batch, groups, slots, size = states.shape
+    last = states.new_empty(batch, groups, features, size // features)
     block = 512
     _running[(triton.cdiv(size, block), batch * groups)](
         states,
-        states if where.totals is None else where.totals,
+        where.decays(states)[1],
+        states if first is None else first.contiguous(),
+        last,
         slots - 1,
-        size,
+        FEATURES=features,
+        VALUE_DIM=size // features - 1,
         BLOCK=block,
         DECAY=where.sums is not None,
+        FIRST=first is not None,
         REVERSE=reverse,
         STAGES=1 if states.device.type == "cpu" else 4,
         num_warps=4,
     )
-
-
-def last_state(states: torch.Tensor, features: int, value_dim: int) -> torch.Tensor:
-    """The last slot as a state `[B, G, F, DV + 1]`, a copy."""
-    last = states[:, :, -1]
-    matrix = last[..., : features * value_dim].unflatten(-1, (features, value_dim))
-    return torch.cat([matrix, last[..., features * value_dim :, None]], dim=-1)
+    return last
 
 
 def read(
@@ -573,7 +596,8 @@ def read(
     make_mass = states.new_empty if where.rows.is_whole(columns) else states.new_zeros
     masses = make_mass((batch, heads, columns) if mass else (1,))
     share = heads // groups
-    opts, at_once = options("read", query, value, groups, where), heads_at_once("read", share, value)
+    at_once = heads_at_once("read", share, value)
+    opts = options("read", query, value, groups, where, at_once)
     over, lse, gain = (out, masses, masses) if window is None else window
     _read[(where.pages * (share // at_once), triton.cdiv(value_dim, opts["BLOCK_V"]), batch * groups)](
         query,
@@ -617,7 +641,7 @@ class _Linear(torch.autograd.Function):
         where: Layout,
         mean: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        states = segment_states(key, value, first, where)
+        states, last = segment_states(key, value, first, where)
         window = None if out is None or lse is None or log_gain is None else (out, lse, log_gain)
         result, mass = read(query, key, value, states, where, window, mean=mean, mass=True)
         ctx.save_for_backward(query, key, value, states, out, lse, log_gain, result if mean else None, mass)
@@ -625,7 +649,7 @@ class _Linear(torch.autograd.Function):
         if mean:
             ctx.mark_non_differentiable(mass)
         ctx.set_materialize_grads(False)
-        return result, mass, last_state(states, key.shape[-1], value.shape[-1])
+        return result, mass, last
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -677,6 +701,13 @@ def additive(
         lse = window[1].float().contiguous()
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
     if log_decay is not None:
-        where = with_decays(where, log_decay, key.shape[2])
-    found, mass, last = _Linear.apply(query, key, value, first, out, lse, gain, where, mean)
+        kept = log_decay.dim() == 1 and not log_decay.requires_grad
+        where = (_kept_decays if kept else with_decays)(where, log_decay, key.shape[2])
+    given = (query, key, value, first, out, lse, gain)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        found, mass, last = _Linear.apply(*given, where, mean)
+    else:
+        states, last = segment_states(key, value, first, where)
+        joined = None if out is None or lse is None or gain is None else (out, lse, gain)
+        found, mass = read(query, key, value, states, where, joined, mean=mean, mass=True)
     return found.to(dtype) if mean else found, mass, last

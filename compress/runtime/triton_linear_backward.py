@@ -17,7 +17,6 @@ from .triton_linear import (
     dot_wide,
     heads_at_once,
     inner,
-    last_state,
     load_part,
     load_state,
     options,
@@ -382,8 +381,8 @@ def of_queries(
     """The gradient of the queries `[B, H, T, F]`; arguments as of `of_states` and `triton_linear.read`."""
     batch, heads, columns, features = query.shape
     groups = key.shape[1]
-    opts = options("gradients", query, value, groups, where)
     at_once = heads_at_once("gradients", heads // groups, value)
+    opts = options("gradients", query, value, groups, where, at_once)
     found = torch.zeros_like(query)
     _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
         grad,
@@ -427,7 +426,7 @@ def of_keys(
     columns, value_dim = query.shape[2], value.shape[-1]
     found = torch.zeros_like(key), torch.zeros_like(value)
     sums, totals = where.decays(flow)
-    opts = options("gradients", query, value, groups, where)
+    opts = options("gradients", query, value, groups, where, 1)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
     for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
         _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
@@ -518,15 +517,8 @@ def backward(
         )
 
     grad_states = of_states(grad, query, value, weight, extra, states, where)
-    if grad_last is not None:
-        grad_states[:, :, -1, : features * value_dim] += grad_last[..., :value_dim].flatten(2)
-        grad_states[:, :, -1, features * value_dim :] += grad_last[..., value_dim]
-    running(grad_states, where, reverse=True)
-
+    grad_first = running(grad_states, grad_last, features, where, reverse=True)
     grad_query = of_queries(grad, query, key, value, states, weight, extra, where)
     grad_key, grad_value = of_keys(grad, query, key, value, grad_states, weight, extra, where)
-    grad_first = None
-    if with_first:
-        grad_first = last_state(grad_states[:, :, :1], features, value_dim)
     grad_gain = None if grad_lse is None else -grad_lse
-    return grad_query, grad_key, grad_value, grad_first, grad_window, grad_lse, grad_gain
+    return grad_query, grad_key, grad_value, grad_first if with_first else None, grad_window, grad_lse, grad_gain

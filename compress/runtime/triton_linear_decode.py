@@ -15,8 +15,8 @@ except ImportError as error:
 
 from .pages import Pages
 from .span import PAGE, Span
-from .triton_linear import dot_wide, load_part, store_part
-from .triton_linear_features import KINDS, activate, project, root, sides
+from .triton_linear import load_part, store_part
+from .triton_linear_features import KINDS, activate, root, sides
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 
@@ -46,7 +46,8 @@ def _read_one(
     BLOCK_V: tl.constexpr,
     MERGE: tl.constexpr,
     MEAN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of all query heads of one (sequence, group), from one look at the state.
@@ -64,17 +65,18 @@ def _read_one(
     head = g * SHARE + o_row
     out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    for at_f in tl.static_range(0, FEATURES, BLOCK_F):
+    for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
         # [BLOCK_F, BLOCK_V], [BLOCK_M, BLOCK_F]
         o_f = at_f + tl.arange(0, BLOCK_F)
         b_state = load_part(p_rows, o_f * COLUMNS, o_f < FEATURES, at_v, VALUE_DIM, BLOCK_V)
         b_query = load_part(p_query + b * query_b, head * query_h, m_row, at_f, FEATURES, BLOCK_F)
-        if SPLIT:
+        if ROUND:
             b_query = b_query.to(tl.bfloat16)
-        out = dot_wide(b_query, b_state, out, SPLIT, PRECISION)
+        b_query = b_query.to(tl.float32)
+        out = tl.dot(b_query, b_state, out, input_precision=PRECISION)
         if MEAN:
             b_norm = tl.load(p_rows + o_f * COLUMNS + VALUE_DIM, mask=o_f < FEATURES, other=0.0)
-            mass += tl.sum(b_query.to(tl.float32) * b_norm[None, :], 1)
+            mass += tl.sum(b_query * b_norm[None, :], 1)
     if MEAN:
         some = mass > 0
         total = tl.where(some, mass, 1.0)
@@ -123,9 +125,8 @@ def read_one(
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
-    block_f = max(16, min(256, triton.next_power_of_2(count)))
     config = linear_decode_config(query.device)
-    block_v = max(16, min(config["numbers"] // block_f, triton.next_power_of_2(value_dim)))
+    block_f, block_v = (max(16, min(config["block"], triton.next_power_of_2(size))) for size in (count, value_dim))
     _read_one[(triton.cdiv(value_dim, block_v), batch * groups)](
         query,
         state,
@@ -150,8 +151,9 @@ def read_one(
         BLOCK_V=block_v,
         MERGE=window is not None,
         MEAN=mean,
-        SPLIT=dtype == torch.bfloat16,
-        PRECISION="tf32x3",
+        STAGES=config["stages"],
+        ROUND=dtype == torch.bfloat16,
+        PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
     )
     return out
@@ -200,34 +202,47 @@ def _absorb(
     o_slot = tl.arange(0, PAGE)
     m_slot = o_slot >= 0
     place = tl.load(p_table + bg * numbers + before // PAGE).to(tl.int64)
-    # [PAGE, BLOCK_W], [PAGE, BLOCK_V]
+    # [BLOCK_W, PAGE]: the features of a key are a column, and the products below take them from registers.
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WIDTH
-    projected = root * project(
-        p_key_pages + place * PAGE * DIM, o_slot * DIM, m_slot, p_map + g * DIM * WIDTH, p_bias + g * WIDTH,
-        PAGE, DIM, WIDTH, BLOCK_D, BLOCK_W, BIASED, SPLIT, PRECISION,
-    )  # fmt: skip
+    projected = tl.zeros([BLOCK_W, PAGE], tl.float32)
+    for at in tl.static_range(0, DIM, BLOCK_D):
+        o_d = at + tl.arange(0, BLOCK_D)
+        b_key = load_part(p_key_pages + place * PAGE * DIM, o_slot * DIM, m_slot, at, DIM, BLOCK_D)
+        p_weights = p_map + g * DIM * WIDTH + o_w[:, None] + o_d[None, :] * WIDTH
+        b_map = tl.load(p_weights, mask=m_w[:, None] & (o_d < DIM)[None, :], other=0.0).to(tl.float32)
+        if SPLIT:
+            high = b_map.to(tl.bfloat16)
+            low = (b_map - high.to(tl.float32)).to(tl.bfloat16)
+            projected = tl.dot(high, b_key.T, projected)
+            projected = tl.dot(low, b_key.T, projected)
+        else:
+            projected = tl.dot(b_map, b_key.to(tl.float32).T, projected, input_precision=PRECISION)
+    if BIASED:
+        projected += tl.load(p_bias + g * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)[:, None]
+    projected = projected * root
+    # [PAGE, BLOCK_V]
     b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
     if not SPLIT:
         b_value = b_value.to(tl.float32)
     for side in tl.static_range(SIDES):
-        b_key = activate(projected, side, m_w, KIND).to(b_value.dtype)
+        # [BLOCK_W, PAGE], [BLOCK_W, BLOCK_V]
+        b_key = activate(projected, side, m_w, KIND, 0).to(b_value.dtype)
         o_f = side * WIDTH + o_w
         p_rows = p_state + bg * (SIDES * WIDTH) * (VALUE_DIM + 1)
         b_state = load_part(p_rows, o_f * (VALUE_DIM + 1), m_w, at_v, VALUE_DIM, BLOCK_V)
-        b_wide = b_key.to(tl.float32)
         if DECAY:
             decay = tl.load(p_decay + g)
             b_state = b_state * tl.exp(decay * PAGE)
-            b_wide = b_wide * tl.exp(decay * (PAGE - 1 - o_slot))[:, None]
-        b_state = tl.dot(b_wide.to(b_value.dtype).T, b_value, b_state, input_precision=PRECISION)
+            b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(b_value.dtype)
+        b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
         store_part(p_rows, o_f * (VALUE_DIM + 1), b_state, m_w, at_v, VALUE_DIM, BLOCK_V)
         if at_v == 0:
             p_norm = p_rows + o_f * (VALUE_DIM + 1) + VALUE_DIM
             b_norm = tl.load(p_norm, mask=m_w, other=0.0)
             if DECAY:
                 b_norm = b_norm * tl.exp(decay * PAGE)
-            tl.store(p_norm, b_norm + tl.sum(b_wide, 0), mask=m_w)
+            tl.store(p_norm, b_norm + tl.sum(b_key.to(tl.float32), 1), mask=m_w)
 
 
 def absorb(

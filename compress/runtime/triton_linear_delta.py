@@ -245,9 +245,9 @@ class _Delta(torch.autograd.Function):
         batch, groups, tokens, features = key.shape
         value_dim = value.shape[-1]
         written, erased, kept = _chunk_writes(key, value, strength, where)
-        states = key.new_zeros(batch, groups, tokens // PAGE + 1, features * (value_dim + 1), dtype=torch.float32)
-        if first is not None:
-            states[:, :, 0, : features * value_dim] = first.flatten(2)
+        states = key.new_empty(batch, groups, tokens // PAGE + 1, features * (value_dim + 1), dtype=torch.float32)
+        states[..., features * value_dim :] = 0  # there is no normaliser
+        states[:, :, 0, : features * value_dim] = 0 if first is None else first.flatten(2)
         _walk(written, erased, kept, states, where, reverse=False)
         result, _ = read(query, key, written, states, where, None, mean=False, mass=False)
         ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept, result)

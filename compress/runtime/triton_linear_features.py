@@ -35,19 +35,20 @@ def root(kind: str, scale: float) -> float:
 
 
 @triton.jit
-def activate(x, side, m_width, KIND: tl.constexpr):
-    """One side of the features of projected rows `[M, BLOCK_W]`, as `maps` defines them; zero where there is none."""
+def activate(x, side, m_width, KIND: tl.constexpr, AXIS: tl.constexpr):
+    """One side of the features of projected numbers along AXIS, as `maps` defines them; zero where there is none."""
+    mask = tl.expand_dims(m_width, 1 - AXIS)
     if KIND == 0:
-        x = tl.where(m_width[None, :], x * (1.0 - 2.0 * side), float("-inf"))
-        x = tl.exp(x - tl.max(x, 1)[:, None])
-        return x / tl.sum(x, 1)[:, None]
+        x = tl.where(mask, x * (1.0 - 2.0 * side), float("-inf"))
+        x = tl.exp(x - tl.expand_dims(tl.max(x, AXIS), AXIS))
+        return x / tl.expand_dims(tl.sum(x, AXIS), AXIS)
     if KIND == 1:
         x = tl.exp(tl.minimum(tl.maximum(x, -30.0), 30.0) * (1.0 - 2.0 * side))
     elif KIND == 2:
         x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
     else:
         x = tl.maximum(x, 0.0)
-    return tl.where(m_width[None, :], x, 0.0)
+    return tl.where(mask, x, 0.0)
 
 
 @triton.jit
@@ -60,25 +61,6 @@ def slope(x, feature, grad, side, KIND: tl.constexpr):
     if KIND == 2:
         return tl.where(x > 0, grad, feature * grad)
     return tl.where(x > 0, grad, 0.0)
-
-
-@triton.jit
-def project(
-    p_rows, o_rows, m_rows, p_map, p_bias,
-    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
-    BIASED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows of DIM numbers times a map `[DIM, WIDTH]`, `[ROWS, BLOCK_W]` float32."""
-    x = tl.zeros([ROWS, BLOCK_W], tl.float32)
-    for at in tl.static_range(0, DIM, BLOCK_D):
-        b_row = load_part(p_rows, o_rows, m_rows, at, DIM, BLOCK_D)
-        o_d = at + tl.arange(0, BLOCK_D)
-        b_map = load_part(p_map, o_d * WIDTH, o_d < DIM, 0, WIDTH, BLOCK_W).to(tl.float32)
-        x = dot_wide(b_row, b_map, x, SPLIT, PRECISION)
-    if BIASED:
-        o_w = tl.arange(0, BLOCK_W)
-        x += tl.load(p_bias + o_w, mask=o_w < WIDTH, other=0.0).to(tl.float32)[None, :]
-    return x
 
 
 @triton.jit
@@ -110,10 +92,14 @@ def _features(
     BIASED: tl.constexpr,
     BACKWARD: tl.constexpr,
     GAIN: tl.constexpr,
+    NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number."""
+    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number.
+
+    NARROW: the map is in the dtype of the rows, so that their product is exact but for its sum.
+    """
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -123,21 +109,31 @@ def _features(
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WIDTH
     # [BLOCK, BLOCK_W]
-    x = root * project(
-        p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, p_map + h * DIM * WIDTH, p_bias + h * WIDTH,
-        BLOCK, DIM, WIDTH, BLOCK_D, BLOCK_W, BIASED, SPLIT, PRECISION,
-    )  # fmt: skip
+    x = tl.zeros([BLOCK, BLOCK_W], tl.float32)
+    for at in tl.static_range(0, DIM, BLOCK_D):
+        b_row = load_part(p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, at, DIM, BLOCK_D)
+        o_d = at + tl.arange(0, BLOCK_D)
+        b_map = load_part(p_map + h * DIM * WIDTH, o_d * WIDTH, o_d < DIM, 0, WIDTH, BLOCK_W)
+        if NARROW:
+            x = tl.dot(b_row, b_map, x)
+        else:
+            x = dot_wide(b_row, b_map.to(tl.float32), x, SPLIT, PRECISION)
+    if BIASED:
+        x += tl.load(p_bias + h * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)[None, :]
+    x = x * root
     o_to = bh * columns + t
     if BACKWARD:
         grad = tl.zeros([BLOCK, BLOCK_W], tl.float32)
         for side in tl.static_range(SIDES):
             p_side = p_grad + b * grad_b + h * grad_h + side * WIDTH
             b_grad = load_part(p_side, t * grad_t, m_t, 0, WIDTH, BLOCK_W).to(tl.float32)
-            grad += slope(x, activate(x, side, m_w, KIND), b_grad, side, KIND)
+            grad += slope(x, activate(x, side, m_w, KIND, 1), b_grad, side, KIND)
         store_part(p_to, o_to * WIDTH, grad * root, m_t, 0, WIDTH, BLOCK_W)
     else:
         for side in tl.static_range(SIDES):
-            store_part(p_to + side * WIDTH, o_to * SIDES * WIDTH, activate(x, side, m_w, KIND), m_t, 0, WIDTH, BLOCK_W)
+            store_part(
+                p_to + side * WIDTH, o_to * SIDES * WIDTH, activate(x, side, m_w, KIND, 1), m_t, 0, WIDTH, BLOCK_W
+            )
     if GAIN:
         gain = tl.zeros([BLOCK], tl.float32) + tl.load(p_gain + h).to(tl.float32)
         for at in tl.static_range(0, DIM, BLOCK_D):
@@ -188,6 +184,7 @@ def _launch(
         BIASED=bias is not None,
         BACKWARD=grad is not None,
         GAIN=gains is not None,
+        NARROW=rows.dtype == weight.dtype == torch.bfloat16,
         SPLIT=rows.dtype == torch.bfloat16,
         PRECISION="tf32x3",
         num_warps=8 if block_w > 128 else 4,

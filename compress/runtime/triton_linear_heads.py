@@ -79,7 +79,7 @@ def read_new(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    held: torch.Tensor,
+    held: torch.Tensor | None,
     layout: Layout,
     rows: Rows,
     *,
@@ -97,7 +97,7 @@ def read_new(
     Args:
         query: features `[B, H, T, F]`, column by column.
         key, value: features `[B, G, M, F]` and values of the keys of `layout`.
-        held: the states before, `[B, G, F, E]` float32.
+        held: the states before, `[B, G, F, E]` float32; None when they are empty.
         layout: of the whole pass, in one part.
         mean: divide by the sums of weights, and merge with `window`; else the result is a sum, in float32.
         mass: then put the sums of weights behind it, `[B, H, T, V + 1]`.

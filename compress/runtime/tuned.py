@@ -76,5 +76,7 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
 
 
 def linear_decode_config(device: torch.device) -> dict[str, int]:
-    """Numbers of a state that one program reads, and its warps: enough in flight on a multiprocessor for the memory."""
-    return {"numbers": 8192 if device.type == "cuda" else 512, "warps": 4}
+    """Features and values of a state that are read at once, warps, and how many such blocks are on their way."""
+    if device.type == "cpu":
+        return {"block": 16, "warps": 4, "stages": 1}
+    return {"block": 64, "warps": 4, "stages": 4 if _hopper(device) else 2}

@@ -100,7 +100,10 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         stages["text"] = total * of.decode(LENGTH, AT_ONCE.get(kind, AT_ONCE["cpu"]))
     stages["profile"] = of.answers([*calibration.documents, *calibration.training]) + _profile(recipe, of)
     if recipe.prepare is not None:
-        stages["prepare"] = _training(recipe.prepare, of, 1 + (1 + BACKWARD) * len(recipe.prepare.targets))
+        targets = len(recipe.prepare.targets)
+        stages["prepare"] = _training(recipe.prepare, of, 1 + (1 + BACKWARD) * targets)
+        if recipe.prepare.effect:
+            stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * targets)
     plans = 1 + search.solver.most_plans(len({task.length for task in calibration.documents})) + BASELINES
     stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
     if search.refine is not None:
@@ -135,6 +138,9 @@ def _profile(recipe: Recipe, of: Estimate) -> float:
             total += of.passes(documents, 1 + BACKWARD * gradient + ALTERNATIVE * others)
             tables = GRADIENT_TABLES if gradient else TABLES
             total += sum(task.count * of.attended(task.length, tables) for task in documents)
+        elif reads == "repeats":
+            others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
+            total += of.passes(documents, 1 + BACKWARD + ALTERNATIVE * others)
         elif reads == "projections":
             corpora = 1 if recipe.calibration.second is None else 2
             total += corpora * of.passes(documents, 1 + COLUMNS + (BACKWARD + WEIGHT_GRADIENTS) * gradient)

@@ -42,20 +42,35 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
         if not done or not all(run.stage_done(name, keys[name]()) for name in settings.controls):
             raise missing(session, "recover", folder)
         return folder
+    train_stage(session, "recover", *settings.controls)
+    return folder
+
+
+def train_stage(session: Session, *names: str) -> list[Path]:
+    """Train the plan's model (`recover`), the dense model (`control`) or the plan without its states (`windows`).
+
+    Returns:
+        The folders of the trained weights.
+
+    Raises:
+        UserError: there is no plan, or see `recover`.
+    """
+    settings = session.recipe.recover
+    assert settings is not None
+    folders = []
     with together(resolve_device(session.recipe.device)):
         plan = search_stage(session, must_be_done=True)
-
-        def planned() -> Any:
-            return planned_model(session.loaded.model, plan)
-
-        _train(session, settings, "recover", session.recover_key, folder, RECOVERED, planned)
-        if settings.control:
-            key, control = session.control_key, folder / "control"
-            _train(session, settings, "control", key, control, CONTROL, lambda: copy.deepcopy(session.loaded.model))
-        if settings.window_control:
-            key, windows = session.windows_key, folder / "windows"
-            _train(session, settings, "windows", key, windows, WINDOWS, lambda: windows_only(planned()))
-    return folder
+        dense = session.loaded.model
+        trainings: dict[str, tuple[Callable[[], str], str, Callable[[], Any]]] = {
+            "recover": (session.recover_key, RECOVERED, lambda: planned_model(dense, plan)),
+            "control": (session.control_key, CONTROL, lambda: copy.deepcopy(dense)),
+            "windows": (session.windows_key, WINDOWS, lambda: windows_only(planned_model(dense, plan))),
+        }
+        for name in names:
+            key, made, build = trainings[name]
+            folders.append(session.run.path / Path(made).parent)
+            _train(session, settings, name, key, folders[-1], made, build)
+    return folders
 
 
 def _train(

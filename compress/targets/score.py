@@ -43,7 +43,8 @@ class ScoreGrid(Method):
 
 @targets.register("score")
 class ScoreGroup(SpanTarget):
-    """Weights keys of a span by a sigmoid, SSMax, LSSA or LSSAR in place of the softmax.
+    """Weights keys of a span by a sigmoid, SSMax, LSSA or LSSAR in place of the softmax (arXiv 2409.04431, 2501.19399,
+    2501.13428).
 
     SSMax is the head as it was at its reference length. A sigmoid starts far off and recovers when all weights train;
     LSSA and LSSAR drop the norms of queries and keys, which a pretrained head uses, so they need training from scratch
@@ -51,7 +52,7 @@ class ScoreGroup(SpanTarget):
     """
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_score"
-    noun: ClassVar[str] = "other scores"
+    noun: ClassVar[str] = "another score function"
     grid: ClassVar[type[Method] | None] = ScoreGrid
     objective: ClassVar[str | None] = "transfer"
     untrained: ClassVar[bool] = True

@@ -121,7 +121,7 @@ def recover(
     partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, digest))
     curve = Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         if partial.foreign and progress is not None:
             progress(

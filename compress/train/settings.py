@@ -136,9 +136,10 @@ class RecoverSettings(TrainSettings):
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     mixer_rate: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=FACTOR,
-        description="highest learning rate of what targets of the plan have of their own; null takes `rate`",
+        description="highest learning rate of what targets of the plan have of their own; null takes `rate`, 0 leaves "
+        "it as it is",
     )
     window_dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
         (),

@@ -26,6 +26,7 @@ from compress.data.text import (
     FileText,
     Part,
     TextSource,
+    UndividedText,
     _in_pieces,
     _sections,
     characters_for,
@@ -293,3 +294,13 @@ def test_special_tokens_come_from_the_tokenizer_alone() -> None:
     assert leading_tokens(byte_tokenizer()) == []
     assert leading_tokens(byte_tokenizer(begin=True)) == [1]
     assert byte_tokenizer().decode(tokenise(byte_tokenizer(begin=True), story(10))) == story(10)
+
+
+def test_every_part_of_an_undivided_text_is_the_whole(tmp_path: Path) -> None:
+    path = tmp_path / "test.txt"
+    path.write_text("one two\n\nthree four\n\n" * 40)
+    source = TypeAdapter(TextSource).validate_python({"source": "undivided", "path": str(path)})
+    assert isinstance(source, UndividedText)
+    whole = FileText(path=str(path)).load()
+    assert {source.part(source.load(), part) for part in PARTS} == {whole}
+    assert len({FileText(path=str(path)).part(whole, part) for part in PARTS}) == 3

@@ -142,6 +142,20 @@ def test_branches_can_be_left_out(form: str) -> None:
         torch.testing.assert_close(outputs["window"] + outputs["linear"], outputs["both"])
 
 
+@pytest.mark.parametrize("form", ["hedgehog", "delta"])
+def test_a_prompt_without_hidden_keys_computes_no_state(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, kinds = mixer_of(FORMS[form])
+    tensors = [x[..., : PAGE + 40, :] for x in inputs(2)]
+    expected = whole(mixer, tensors)  # with gradients, and the states
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.runtime.mixer_linear.chunk_states", None)
+        found, cache = run(kinds, [x[..., :50, :] for x in tensors], [0, 50], None, None)
+    torch.testing.assert_close(found, expected[:, :50], rtol=1e-12, atol=1e-12)
+    assert not cache.paged[0].states[0].tensors["state"].any()
+    found, _ = run(kinds, tensors, [0, 50, PAGE + 40], None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_delta_group_starts_as_its_window() -> None:
     groups = [LinearGroup(rule="delta", alpha=1).model_dump(mode="json")] * 2
     (mixer,) = Kinds(groups, FACTS).mixers

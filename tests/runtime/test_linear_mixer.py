@@ -206,6 +206,21 @@ def test_gradients_are_those_of_the_matrix(case: str) -> None:
         torch.testing.assert_close(a, b.expand_as(a), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["exp", "delta-alone"])
+@pytest.mark.parametrize("cuts", [[3, 5], [1, 5]])  # the first pass has three columns, or is a step
+def test_passes_of_padding_alone_change_nothing(case: str, cuts: list[int]) -> None:
+    kinds, mixer = kinds_of(case)
+    made, mask = inputs()
+    mask[:, :5] = mask[:, 64:70] = False
+    made = [x.masked_fill(~(mask[:, None, :, None] if x.dim() == 4 else mask[..., None]), torch.nan) for x in made]
+    with torch.no_grad():
+        found = feed(kinds, PagedCache([kinds]), made, mask, [0, *cuts, 64, 70, COLUMNS])
+        for row in range(3):
+            torch.testing.assert_close(
+                found[row][:, mask[row]], naive(mixer, tokens_of(made, mask, row)), rtol=1e-8, atol=1e-9
+            )
+
+
 @pytest.mark.parametrize("case", ["exp", "delta"])
 def test_a_later_turn_is_differentiable_in_its_own_tokens(case: str) -> None:
     kinds, mixer = kinds_of(case)

@@ -154,6 +154,8 @@ def test_what_is_kept_are_the_highest_of_a_statistic() -> None:
     assert plan.note.startswith("2 of 8 groups full by retrieval, the others state 24; at the cut ")
     (errors,) = Keep(statistic="error", share=0.25).solve(task)
     assert full_places(errors.layers) == sorted(sorted(task.free, key=lambda place: -float(SMALL.errors[place]))[:2])
+    (effects,) = Keep(statistic="effect.absolute", share=0.25).solve(task)
+    assert effects.layers == errors.layers  # the errors are the effects here
     (layers,) = Keep(statistic="error", share=0.5, level="layer").solve(task)
     worst = SMALL.errors.mean(1).topk(2).indices.tolist()
     assert full_places(layers.layers) == [(layer, group) for layer in sorted(worst) for group in range(2)]

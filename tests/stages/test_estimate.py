@@ -97,3 +97,18 @@ def test_speeds_are_measured_in_a_moment():
     assert all(math.isfinite(value) and value > 0 for value in dataclasses.astuple(speeds))
     assert time.process_time() - started < 5
     assert "GFLOP/s" in speeds.words() and "GB/s" in speeds.words()
+
+
+def test_what_is_measured_after_a_preparation_takes_time():
+    prepare = "{{targets: [{{target: linear}}, {{target: linear, map: elu}}], steps: 2, effect: {}}}"
+    priced, plain = (
+        foreseen("smollm2-quickstart.yaml", prepare=prepare.format(word), **SHORT) for word in ("true", "false")
+    )
+    assert "effect" not in plain and priced.pop("effect") > priced["profile"] / 4
+    assert priced == plain
+    looked_up = foreseen(
+        "smollm2-quickstart.yaml",
+        profile__statistics="[{name: hidden_mass}, {name: retrieval}, {name: ar_loss}]",
+        **SHORT,
+    )
+    assert looked_up["profile"] > plain["profile"]

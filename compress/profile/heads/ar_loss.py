@@ -51,6 +51,10 @@ class ArLoss(HeadStatistic):
 
     _pairs: Counter[Pair] = PrivateAttr(Counter())
 
+    def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
+        """The window."""
+        return 1
+
     def know(self, samples: Sequence[Sample]) -> None:
         """Take all samples, whose texts say which pairs are rare."""
         self._pairs = Counter()

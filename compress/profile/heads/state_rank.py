@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compress.plan import ModelShape
 
 MOST_BLOCK = 4096
+SMALL_SHARE = 1e-4  # of the energy
 
 
 @statistics.register("state_rank")
@@ -40,7 +41,7 @@ class StateRank(HeadStatistic):
     splits: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.25, 0.5, 0.75), min_length=1, max_length=ENTRIES, description="where t lies, as shares of the length"
     )
-    block: int = Field(512, ge=2, le=MOST_BLOCK, description="rows and columns of a block at most, evenly spread")
+    block: int = Field(256, ge=2, le=MOST_BLOCK, description="rows and columns of a block at most, evenly spread")
 
     unit: ClassVar[str] = "features"
     tiled: ClassVar[bool] = False
@@ -76,13 +77,17 @@ class StateRank(HeadStatistic):
 def energy_rank(blocks: torch.Tensor, eps: float) -> torch.Tensor:
     """The least number of singular values of each block that hold all but a share `eps` of the squares, `[...]` int64.
 
+    The eigenvalues of a float32 product are right to 1e-7 of its energy, several times faster than those of float64,
+    which takes smaller shares.
+
     Args:
         blocks: `[..., rows, columns]` float64. A block of zeros has rank 0.
     """
+    blocks = blocks.float() if eps >= SMALL_SHARE else blocks
     wide = blocks.shape[-1] > blocks.shape[-2]
     gram = blocks @ blocks.mT if wide else blocks.mT @ blocks
     energies = torch.linalg.eigvalsh(gram).clamp(min=0)  # ascending
-    lost = energies.cumsum(-1)
+    lost = energies.double().cumsum(-1)
     return (lost > eps * lost[..., -1:]).sum(-1)
 
 

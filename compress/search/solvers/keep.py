@@ -1,9 +1,10 @@
 """Full attention where it is needed most, one other target everywhere else (after arXiv 2602.11374).
 
 Retrieval-aware distillation ablates every head on a synthetic key-value probe, keeps the 2% of them that matter most as
-attention, and distils all others into recurrent heads. Here any statistic with one number a head group ranks:
-`retrieval`, which is that probe without the ablation, `ar_loss`, `state_rank`, or `error`, what the target was still
-wrong by after its preparation. What the others become is what the recipe prepared, whatever target that is.
+attention, and distils all others into recurrent heads. Here any statistic with one number a head group ranks: that
+probe without the ablation (`retrieval`), `ar_loss`, `state_rank`, or what the target itself loses, `error` of its
+outputs after the preparation, and `effect.absolute`, the loss of the model to first order. What the others become is
+what the recipe prepared, whatever target that is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from compress.search.solvers.heads import score_of, weighed
 from compress.search.solvers.priced import cheapest
 from compress.targets.target import Target
 
-ERROR = "error"  # of a prepared target; any other name is a statistic of the profile
+# What is measured of the target itself; any other name is a statistic of the profile.
+ERROR, EFFECTS = "error", ("effect.absolute", "effect.signed")
 
 
 @solvers.register("keep")
@@ -40,8 +42,8 @@ class Keep(Solver):
         "retrieval",
         min_length=1,
         description="what ranks, the highest first: `retrieval`, `ar_loss`, `state_rank` or another statistic with one "
-        "number a group, or `error`, that of the target after its preparation; or several with weights, each divided "
-        "by its mean over groups",
+        "number a group, or what is measured of the target itself: `error`, after its preparation, "
+        "`effect.absolute` or `effect.signed`; or several with weights, each divided by its mean over groups",
     )
     share: float | None = Field(
         None,
@@ -60,7 +62,8 @@ class Keep(Solver):
 
     def scores_read(self) -> dict[str, str]:
         names = [self.statistic] if isinstance(self.statistic, str) else self.statistic
-        return {name: "prepared" if name == ERROR else "groups" for name in names}
+        forms = {ERROR: "prepared", **dict.fromkeys(EFFECTS, "targets")}
+        return {name: forms.get(name, "groups") for name in names}
 
     def words(self) -> str:
         """How many stay full, and by what."""
@@ -131,7 +134,14 @@ class Keep(Solver):
         """What ranks, `[layers, groups]`."""
 
         def read(name: str) -> torch.Tensor:
-            return problem.error(target).double().nan_to_num() if name == ERROR else score_of(problem, name)
+            if name == ERROR:
+                return problem.error(target).double().nan_to_num()
+            if name in EFFECTS:
+                part = name.partition(".")[2]
+                return torch.stack([problem.effect(target, length, part).double() for length in problem.lengths]).mean(
+                    0
+                )
+            return score_of(problem, name)
 
         return weighed(self.statistic, read)
 
