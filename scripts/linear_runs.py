@@ -4,7 +4,7 @@ python scripts/linear_runs.py --texts FOLDER --out FOLDER [--rows a,b,c,window,d
 
 Rows, all behind a window of 64 tokens and a page of the first ones:
 
-    a        every head group linear (Hedgehog's map, additive, prepared by parts, then distilled as a whole)
+    a        every head group linear (Hedgehog's map, prepared on attention weights, then distilled as a whole)
     b        half of the groups, those of the least error after their preparation
     c        all but the tenth that retrieves most
     window   row a without its states, trained on the same tokens
