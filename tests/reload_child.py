@@ -3,6 +3,8 @@
 Usage: python reload_child.py SCRATCH CHECKPOINT [CHECKPOINT ...]
 """
 
+import gc
+import importlib
 import json
 import os
 import sys
@@ -17,6 +19,11 @@ def main(scratch: Path, folders: list[Path]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel, AutoModelForCausalLM
 
+    # All checkpoints carry the same files, which are compiled once here.
+    sys.path.insert(0, str(Path(__file__).parent))
+    importlib.import_module("zygote").compile_runtime()
+    del sys.path[0]
+    gc.freeze()  # what is imported is not looked at again in every collection
     try:
         import compress  # noqa: F401
 
@@ -49,6 +56,7 @@ def main(scratch: Path, folders: list[Path]) -> None:
         }
         save_file({"logits": logits, "saved_again": saved_again}, scratch / f"{folder.name}.safetensors")
         (scratch / f"{folder.name}.json").write_text(json.dumps(facts))
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ has its own environment, folder, arguments and streams, as if started afresh.
 import atexit
 import gc
 import importlib
+import importlib.machinery
 import json
 import os
+import pathlib
 import random
 import runpy
 import socket
@@ -37,10 +39,29 @@ def import_all() -> None:
     """Import, and see that it started no thread and knows nothing of the toolkit."""
     for name in MODULES:
         importlib.import_module(name)
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, and keeps them
+    compile_runtime()
     if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
         sys.exit("zygote: an import has started a thread, so that a fork would not be safe")
     if any(name.partition(".")[0] == "compress" for name in sys.modules):
         sys.exit("zygote: compress has been imported, and a checkpoint has to load without it")
+
+
+def compile_runtime() -> None:
+    """Compile the runtime's files once: every checkpoint carries copies, which every child would compile anew."""
+    paths = sorted((pathlib.Path(__file__).parents[1] / "compress" / "runtime").glob("*.py"))
+    known = {path.read_bytes(): path for path in paths}
+    codes = {data: compile(data, path, "exec", dont_inherit=True) for data, path in known.items()}
+    loader: Any = importlib.machinery.SourceFileLoader
+    usual = loader.source_to_code
+
+    def source_to_code(self: Any, data: Any, path: Any, **options: Any) -> Any:
+        code = codes.get(bytes(data)) if isinstance(data, bytes | bytearray | memoryview) else None
+        return code if code is not None else usual(self, data, path, **options)
+
+    loader.source_to_code = source_to_code
 
 
 def serve(channel: socket.socket) -> Order:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress.data.repeats import pairs, repeats
+from compress.data.repeats import pairs, repeats, spread
 from compress.files import key_of
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ class TextSample(Sample):
         return pairs(self.tokens)
 
     def repeats(self, elsewhere: Mapping[tuple[int, int], int], most: int) -> Sample | None:
-        places = repeats(self.tokens, elsewhere, most)
-        return Repeats(self.tokens, self.answer, places=tuple(places)) if places else None
+        places = spread(repeats(self.tokens, elsewhere, most))
+        return Repeats(self.tokens, self.answer, places=places) if places else None
 
     @classmethod
     def together(cls, samples: Sequence[TextSample], device: torch.device) -> dict[str, Any]:

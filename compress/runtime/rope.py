@@ -31,19 +31,7 @@ def rope_change(config: Any) -> tuple[str, int] | None:
 # Models whose layers all turn the first numbers of queries and keys, number i together with number i + half of them, by
 # angles that do not depend on the length.
 HALVES = (
-    *(
-        "arcee",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "granite",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-    ),
+    *("arcee", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral", "olmo"),
     *("olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "starcoder2"),
 )
 

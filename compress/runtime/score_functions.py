@@ -6,7 +6,7 @@ log D . log n . cos(q, k).
     sigmoid (arXiv 2409.04431)   sigma(s + b), b = bias - log n, or bias - log N with one length N for all rows; no sum
     LSSA (arXiv 2501.13428)      softplus(s) / sum of the row
     LSSAR (the same)             x = n . LSSA - O with O = 1, but 0 where n <= 3; relu(x)^p / sum of the row
-    SSMax (arXiv 2501.19399)     softmax(s_h . log n . s), which is a factor on the query: `softmax`
+    SSMax (arXiv 2501.19399)     softmax(s_h . log n . s), which is a factor on the query
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch.nn import functional
 
 from .mixer import take
-from .scores import Form, Scores
+from .scores import KernelScores, Scores
 
 FLAT = 1e-3  # LSSAR: a row whose largest weight is within this share of its mean is too flat to be told apart
-LONG_ROW = 3  # LSSAR: keys up to which nothing is taken from a row
+SHORT_ROW = 3  # LSSAR: keys up to which nothing is taken from a row
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,26 @@ class ScoreFunction(Scores):
     """How scaled scores of some query heads become weights.
 
     Attributes:
-        name: `sigmoid`, `lssa`, `lssar` or `softmax`.
-        bias: `[H]`, added to the scores of a query head (sigmoid).
+        name: `sigmoid`, `lssa` or `lssar`; SSMax is a `Scores`.
+        bias: `[H]`, added to the scores of a query head (sigmoid, which has to have it).
         length: N, where the bias takes log N from every row; None for log n, the row's own.
         power: p of LSSAR.
     """
 
-    name: str = "softmax"
+    name: str = "sigmoid"
     bias: torch.Tensor | None = None
     length: int | None = None
     power: int = 1
 
     @property
-    def form(self) -> Form | None:
-        """See `Scores.form`: LSSAR has to see a row's sum before it weighs a key, which no kernel here does."""
+    def for_kernels(self) -> KernelScores | None:
+        """See `Scores.for_kernels`: LSSAR has to see a row's sum before it weighs a key, which no kernel here does."""
         if self.name == "sigmoid":
             assert self.bias is not None
-            return Form(None, self.bias, 2) if self.length is None else Form(None, self.bias - math.log(self.length), 1)
-        return {"softmax": Form(), "lssa": Form(score=3)}.get(self.name)
+            if self.length is None:
+                return KernelScores(by_head=self.bias, score=2)
+            return KernelScores(by_head=self.bias - math.log(self.length), score=1)
+        return KernelScores(score=3) if self.name == "lssa" else None
 
     def of(self, heads: Sequence[int]) -> ScoreFunction:
         """Those of some query heads."""
@@ -59,19 +61,16 @@ class ScoreFunction(Scores):
         """See `Scores.weights`."""
         if self.name == "sigmoid":
             return self._sigmoid(logits, seen)
-        if self.name == "softmax":
-            return super().weights(logits, seen)
         soft = functional.softplus(logits).masked_fill(~seen, 0)
         lssa = soft / soft.sum(-1, keepdim=True).clamp(min=torch.finfo(soft.dtype).tiny)
         return lssa if self.name == "lssa" else self._reweighted(lssa, seen)
 
     def _sigmoid(self, logits: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        if self.length is None:
+        off: Any = None if self.length is None else math.log(self.length)
+        if off is None:
             off = seen.sum(-1, keepdim=True).clamp(min=1).to(logits.dtype).log()
-        else:
-            off = logits.new_tensor(math.log(self.length))
-        bias = 0 if self.bias is None else self.bias.to(logits.dtype)[:, None, None]
-        return torch.sigmoid(logits + bias - off).masked_fill(~seen, 0)
+        assert self.bias is not None
+        return torch.sigmoid(logits + self.bias.to(logits.dtype)[:, None, None] - off).masked_fill(~seen, 0)
 
     def _reweighted(self, lssa: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """LSSAR from the weights of LSSA.
@@ -80,7 +79,7 @@ class ScoreFunction(Scores):
         no x is above 0 but for rounding, as of equal keys, keeps the weights of LSSA.
         """
         count = seen.sum(-1, keepdim=True)
-        excess = functional.relu(count * lssa - (count > LONG_ROW).to(lssa.dtype)).masked_fill(~seen, 0)
+        excess = functional.relu(count * lssa - (count > SHORT_ROW).to(lssa.dtype)).masked_fill(~seen, 0)
         most = excess.detach().amax(-1, keepdim=True)
         flat = most < FLAT
         powers = (excess / most.masked_fill(flat, 1)) ** self.power

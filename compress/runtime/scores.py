@@ -12,7 +12,7 @@ from .mixer import take
 
 
 @dataclass(frozen=True)
-class Form:
+class KernelScores:
     """Scores as the kernels take them.
 
     Attributes:
@@ -49,9 +49,9 @@ class Scores:
         return self if self.extra is None else Scores(self.cap, take(self.extra, heads, 0))
 
     @property
-    def form(self) -> Form | None:
+    def for_kernels(self) -> KernelScores | None:
         """For the kernels; None where they do not have it."""
-        return Form(self.cap, self.extra)
+        return KernelScores(self.cap, self.extra)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Scaled scores of any shape, within the cap."""

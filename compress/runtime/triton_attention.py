@@ -17,7 +17,7 @@ from .flash import applies, attend
 from .pages import Pages
 from .reference import Rows
 from .reference import prefill as reference_prefill
-from .scores import Form, Scores
+from .scores import KernelScores, Scores
 from .span import Span
 from .triton_backward import backward
 from .triton_decode import decode
@@ -92,7 +92,7 @@ def prefill(
 ) -> Any:
     """As `reference.prefill`, which it calls for dropout, gradients over a cache, and scores without a kernel."""
     batch, _, columns, dim = query.shape
-    form = Form() if scores is None else scores.form
+    form = KernelScores() if scores is None else scores.for_kernels
     tensors = (query, key, value, *(() if form is None or form.by_head is None else (form.by_head,)))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     options: dict[str, Any]

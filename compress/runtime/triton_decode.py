@@ -15,7 +15,7 @@ except ImportError as error:
 
 from .pages import Pages
 from .reference import decode as reference_decode
-from .scores import Form, Scores
+from .scores import KernelScores, Scores
 from .span import PAGE, Span
 from .triton_scores import row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, span_rules, store_block, tanh
@@ -294,7 +294,7 @@ def decode(
     out = query.new_empty(batch, heads, value_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32) if keep_lse else stats
     scale = dim**-0.5 if scale is None else scale
-    form = Form() if scores is None else scores.form
+    form = KernelScores() if scores is None else scores.for_kernels
     if form is None:
         return reference_decode(query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse)
     cap, extra = form.cap, form.by_head

@@ -141,8 +141,8 @@ class LinearGroup(Target):
 
     @property
     def objective(self) -> str:  # type: ignore[override]
-        """The parts of the attention where they have one normaliser; an added state has no weights to match."""
-        return "parts" if self.out == "shared" else "transfer"
+        """The weights of the hidden keys where they have one normaliser; an added state has none to match."""
+        return "weights" if self.out == "shared" else "transfer"
 
     def span(self) -> Span:
         """The keys in the softmax, by whole pages; of a group that is alone, those that its cache holds."""

@@ -25,6 +25,7 @@ from compress.report.facts import read_facts
 from compress.report.plots import evaluation_plots, plots_side_by_side, span_length
 from compress.report.sections import quality_charts
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.window import SpanGrid, WindowGroup
 from tests.report.common import PLAN, make_folder
 from tests.search.synthetic import make_shape
@@ -105,7 +106,11 @@ def test_files_of_spans(tmp_path: Path) -> None:
     assert text.split(" | ").count("s") == 2  # both groups of the layer that slides
     before = svg.read_bytes()
     assert draw_spans(plans, 256, tmp_path / "a.b" / "spans")[0].read_bytes() == before
-    assert "slides" not in labels(draw_spans({"two": plans["two"]}, 2048, tmp_path / "spans")[0])
+    text = labels(draw_spans({"two": plans["two"]}, 2048, tmp_path / "spans")[0])
+    assert "slides" not in text and "+" not in text.split(" | ")
+    linear = make_plan(plans["one"].model, [[FullGroup()] * 2, [LinearGroup(), FullGroup()], [LinearGroup()] * 2])
+    text = labels(draw_spans({"linear": linear}, 256, tmp_path / "spans")[0])
+    assert text.split(" | ").count("+") == 3 and "+: a state stands for the others" in text
 
 
 def test_files_of_influence(tmp_path: Path) -> None:

@@ -93,5 +93,5 @@ def test_training_passes_gradients_to_every_weight(dense):
 
 def test_unknown_implementations_are_named(model):
     model.config.compress_impl = "fast"
-    with pytest.raises(ValueError, match="expected auto, reference, triton, flash, got 'fast'"):
+    with pytest.raises(ValueError, match="expected auto, reference, triton, fla, flash, got 'fast'"):
         model(random_ids(1, 5))

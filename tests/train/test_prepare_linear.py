@@ -46,6 +46,7 @@ def prepared(dense: Any, folder: Path, **changes: Any) -> Any:
     [
         ([], {}),
         ([], {"alone": True, "alpha": 1}),
+        ([{"name": "parts"}], {}),
         ([{"name": "parts", "form": "log"}], {}),
         ([{"name": "weights", "queries": 32}], {}),
         ([{"name": "weights"}], {"decay": "fixed", "slope": 0.01}),

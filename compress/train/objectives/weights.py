@@ -35,7 +35,7 @@ class Weights(Objective):
         True, description="queries weigh by the attention that their hidden keys have; false weighs all alike"
     )
     queries: int | None = Field(
-        256, ge=1, le=LONGEST, description="queries of a sequence that are drawn in each pass; null takes all"
+        128, ge=1, le=LONGEST, description="queries of a sequence that are drawn in each pass; null takes all"
     )
 
     needs_teacher: ClassVar[bool] = True

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.data.repeats import repeats
+from compress.data.repeats import MOST, repeats, spread
 from compress.data.sample import TextSample
 from compress.models.families import layers_of
 from compress.models.pruning import output_projections
@@ -97,6 +97,8 @@ def test_what_can_be_looked_up(most: int) -> None:
     looked = statistic.looked_up(samples[0])
     expected = naive.repeated(tokens, others, most)
     assert getattr(looked, "places", ()) == tuple(expected)
+    assert spread(range(MOST)) == tuple(range(MOST))
+    assert spread(range(2 * MOST + 1)) == tuple(number * (2 * MOST + 1) // MOST for number in range(MOST))
     # Later tokens of the document change nothing, nor do they where it is cut.
     assert repeats(tokens[:150], {}, most) == [place for place in repeats(tokens, {}, most) if place < 150]
     if looked is not None:
