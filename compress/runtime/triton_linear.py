@@ -211,7 +211,7 @@ def _outer(
 
 @triton.jit
 def _faded(carry, here, p_totals, i, segments, DECAY: tl.constexpr, REVERSE: tl.constexpr):
-    """A sum after the decays of the i-th segment from where the walk began; as it is where `here` says there is none."""
+    """A sum after the decays of the i-th segment of the walk; as it is where `here` says that there is none."""
     if DECAY:
         s = tl.minimum(i, segments - 1)
         if REVERSE:
