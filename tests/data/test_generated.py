@@ -151,3 +151,14 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match="no room for the text"):
         reader(tmp_path).ids(request(greedy=1), "calibration", 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_from_a_graph_write_what_steps_by_themselves_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = loaded()
+    made.model.cuda()
+    replayed = list(reader(tmp_path / "graph", made).ids(request(64 * LENGTH), "calibration", 1))
+    monkeypatch.setattr(sampled_module, "graph_of", lambda step: step)
+    assert list(reader(tmp_path / "steps", made).ids(request(64 * LENGTH), "calibration", 1)) == replayed
