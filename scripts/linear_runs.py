@@ -115,7 +115,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--written", type=int, default=4_000_000, help="tokens of training text that the model writes; 0 for none")
     add("--length", type=int, default=2048, help="tokens of a training sequence")
     add("--batch", type=int, default=32, help="sequences of a step of the joint training")
-    add("--micro", type=int, default=8, help="sequences in a pass")
+    add("--micro", type=int, default=4, help="sequences in a pass of the joint training; 8 where two rows share a GPU")
     add("--prepare-batch", type=int, default=16, help="sequences of a step of the preparation")
     add("--lengths", default="2048,8192", help="tokens of the measures' inputs, by commas")
     add("--windows", type=int, default=64, help="windows of text at the shortest length, fewer at longer ones")
@@ -238,13 +238,13 @@ def recipe_of(options: argparse.Namespace, row: str, seed: int) -> dict[str, Any
     }
     recipe["prepare"] |= {"text": source, "tokens": options.prepare_tokens}
     recipe["recover"] |= {"text": source, "tokens": options.tokens, "control": False, "window_control": False}
+    recipe["recover"]["save_every"] = 200
     if not lolcats:
         recipe["prepare"] |= {
             "length": options.length,
             "batch_size": options.prepare_batch,
             "targets": [HEDGEHOG, DELTA],
         }
-        recipe["prepare"]["micro_batch"] = min(options.micro, options.prepare_batch)
         recipe["recover"] |= {"length": options.length, "batch_size": options.batch}
         recipe["recover"]["micro_batch"] = min(options.micro, options.batch)
     else:  # its own batches, with no more text than the other rows
@@ -312,7 +312,7 @@ def variant_of(session: Session, row: str, plan: Plan, which: str, weights: Path
     def cost(length: int) -> Cost:
         return session.shape.dense_cost(length, itemsize) if which == "control" else plan.cost(length, itemsize)
 
-    return Variant(row, build, f"{which} {plan_key(plan)} {read_recovered(weights).sha256}", cost)
+    return Variant(f"{row}, trained", build, f"{which} {plan_key(plan)} {read_recovered(weights).sha256}", cost)
 
 
 def measure(options: argparse.Namespace, session: Session, variants: list[Variant]) -> dict[str, Any]:

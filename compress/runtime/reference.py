@@ -250,6 +250,9 @@ def decode(
     """
     batch, heads, _ = query.shape
     groups = len(spans)
+    if not pages.table.shape[-1]:  # no sequence has a token yet
+        out = query.new_zeros(batch, heads, pages.values.shape[-1])
+        return (out, _no_mass(query)) if keep_lse else out
     positions = torch.arange(pages.table.shape[-1] * PAGE, device=query.device)
     sink, alpha, beta_units, granule = rule_columns(tuple(spans), query.device)  # each [G, 1]
     last = lengths[:, None, None].long() - 1

@@ -18,6 +18,7 @@ from compress.runtime.mixer_span import SpanMixer
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.pages import PagedState, Pages
 from compress.runtime.reference import Rows, prefill
+from compress.runtime.score_functions import ScoreFunction
 from compress.runtime.span import BETA_UNIT, PAGE, Span
 from compress.runtime.step import Step
 
@@ -303,6 +304,19 @@ def test_what_a_paged_cache_cannot_do_it_refuses() -> None:
     with pytest.raises(ValueError, match="batch size: expected 2 as cached, got 1"):
         cache.update(token[:1], token[:1], 0)
     assert set(IMPLS) == {"reference", "triton", "fla", "flash"}
+
+
+@pytest.mark.parametrize("impl", IMPL_NAMES)
+def test_a_step_before_any_token_gives_nothing(impl: str) -> None:
+    query, key, _ = random_qkv(2, 1, 2, 1, seed=0)
+    state = PagedState([Span()])
+    state.begin(key, key)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    out, lse = IMPLS[impl].decode(query[:, :, 0], state.pages(), lengths, [Span()], keep_lse=True)
+    assert bool((out == 0).all()) and bool((lse == float("-inf")).all())
+    reweighted = ScoreFunction(name="lssar", power=3)
+    out = IMPLS[impl].decode(query[:, :, 0], state.pages(), lengths, [Span()], scores=reweighted)
+    assert out.shape == (2, 2, HEAD_DIM) and bool((out == 0).all())
 
 
 def test_a_reserved_cache_says_when_it_is_full() -> None:
