@@ -30,12 +30,12 @@ def repeats(tokens: Sequence[int], elsewhere: Mapping[Pair, int], most: int) -> 
         elsewhere: how often each pair is in other texts.
     """
     seen: Counter[Pair] = Counter()
-    found = []
+    positions = []
     for place, pair in enumerate(pairwise(tokens), 1):
         if seen[pair] > 0 and seen[pair] + elsewhere.get(pair, 0) <= most:
-            found.append(place)
+            positions.append(place)
         seen[pair] += 1
-    return found
+    return positions
 
 
 def spread(places: Sequence[int]) -> tuple[int, ...]:

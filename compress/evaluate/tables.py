@@ -166,8 +166,8 @@ def _places(row: VariantResult) -> list[Grid]:
             caption=f"in a cell: {' / '.join(labels)}; {result.words()}" if len(labels) > 1 else result.words(),
         )
         for layer in layers:
-            found = [[placed.get(((layer, group), label)) for label in labels] for group in groups]
-            texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in found]
+            by_group = [[placed.get(((layer, group), label)) for label in labels] for group in groups]
+            texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in by_group]
             grid.rows.append([str(layer), *texts])
         grids.append(grid)
     return grids

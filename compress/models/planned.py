@@ -231,10 +231,10 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
                 if target in options:
                     trained = options[target].of(number, group)
                     if layer.queries is not None:
-                        share = plan.model.group_size
-                        stay = [query % share for query in layer.queries if query // share == group]
+                        group_size = plan.model.group_size
+                        stay = [query % group_size for query in layer.queries if query // group_size == group]
                         for name in trained.keys() & set(mixer.by_query):
-                            trained[name] = trained[name].view(share, -1)[stay].flatten()
+                            trained[name] = trained[name].view(group_size, -1)[stay].flatten()
                     rows.append(trained)
                 elif untrained or not target.has_to_be_prepared:
                     rows.append(target.initial(attention, member))

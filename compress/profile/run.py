@@ -156,8 +156,8 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
     for item in queue_of(documents):
         sample, (first, end) = item.sample, item.sample.rows
         if sample.length > item.length:
-            expected, found = f"at most {item.length} {sample.unit}", f"{sample.length} {sample.unit}"
-            problems.append(Problem("the sample is longer than its length says", item.where, expected, found))
+            expected, actual = f"at most {item.length} {sample.unit}", f"{sample.length} {sample.unit}"
+            problems.append(Problem("the sample is longer than its length says", item.where, expected, actual))
         if not 0 <= first < end <= sample.length:
             problems.append(
                 Problem(

@@ -84,8 +84,8 @@ def _line(comparison: Comparison, chosen: VariantResult, cell: Cell) -> str:
 
 def states(facts: Facts) -> str | None:
     """What the plan's states take, in a sentence; None where it has none."""
-    found = None if facts.plan is None else states_of(facts.plan, form=facts.form)
-    return None if found is None else found.words
+    held = None if facts.plan is None else states_of(facts.plan, form=facts.form)
+    return None if held is None else held.words
 
 
 def costs(facts: Facts) -> list[dict[str, Any]]:

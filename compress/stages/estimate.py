@@ -65,9 +65,9 @@ class Estimate:
         step = (self.weights + batch * CACHE_READS * length * self.token_bytes) / self.speeds.bandwidth
         return (step + self.dispatch) / batch + 2 * self.parameters / self.products
 
-    def attended(self, length: int, each: int) -> float:
+    def attended(self, length: int, exponentials: int) -> float:
         """So many exponentials for every head, query and key."""
-        return self.heads * length * length * each / self.speeds.elements
+        return self.heads * length * length * exponentials / self.speeds.elements
 
     def answers(self, tasks: Sequence[Task]) -> float:
         """The dense model's own answers to the prompts of some tasks."""

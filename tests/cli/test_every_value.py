@@ -160,6 +160,10 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     ("evaluate.measures.lm_eval.LmEval", "", ""): ("tests/evaluate/test_harness.py", r"run_task\("),
     ("evaluate.measures.latency.Latency", "", ""): ("tests/cli/test_pruned_run.py", r"latency: \{\{length"),
     **dict.fromkeys(((OWN, "", ""), (OWN, "source", "generated")), ("tests/cli/test_run.py", "{source: generated")),
+    **dict.fromkeys(
+        (("data.text.UndividedText", "", ""), ("data.text.UndividedText", "source", "undivided")),
+        ("tests/data/test_text.py", r'"source": "undivided"'),
+    ),
     (BRANCHES, "", ""): ("tests/evaluate/test_branches.py", r'measured\("branches"'),
     **{
         (BRANCHES, "by", unit): ("tests/evaluate/test_branches.py", f'by="{unit}"')

@@ -33,13 +33,13 @@ def whole_width(problem: Problem, layer: int) -> Width:
 
 def widths_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[Width]:
     """What a plan leaves of every layer."""
-    found = []
+    widths = []
     for number, layer in enumerate(layers):
         groups = len(layer.kept_groups)
         queries = groups * problem.queries if layer.queries is None else len(layer.queries)
         neurons = problem.sizes[number].neurons if layer.mlp is None else layer.mlp.kept
-        found.append(Width(queries, groups, neurons))
-    return found
+        widths.append(Width(queries, groups, neurons))
+    return widths
 
 
 @dataclass(frozen=True)

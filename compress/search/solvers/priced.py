@@ -92,15 +92,15 @@ class Priced(Frontier):
         if self.level != "model":
             return super().solve(problem)
         check_rows(problem, self.smallest(problem), self)
-        found = []
+        plans = []
         for target in (FULL_GROUP, *self.choices(problem)):
             layers = problem.uniform(target)
             losses = self._losses(problem, target)[tuple(zip(*problem.free, strict=True))].sum(0)
             if problem.fits(layers):
                 names = dict(zip(self.objectives(problem), losses.tolist(), strict=True))
-                found.append(Candidate(layers, names, note=f"{target.words()} everywhere"))
-        merits = [[*candidate.losses.values(), *problem.total(candidate.layers)] for candidate in found]
-        return [found[index] for index in nondominated(np.array(merits, dtype=np.float64))]
+                plans.append(Candidate(layers, names, note=f"{target.words()} everywhere"))
+        merits = [[*candidate.losses.values(), *problem.total(candidate.layers)] for candidate in plans]
+        return [plans[index] for index in nondominated(np.array(merits, dtype=np.float64))]
 
     def objectives(self, problem: Problem) -> list[str]:
         """One for every profiled length; errors have no length."""
