@@ -1,7 +1,8 @@
 """How long a run takes, and how much memory, before it starts: counts of passes and tokens, and a machine's speeds.
 
-The constants were fitted to SmolLM2-135M in float32 on one core, from 512 to 2,048 tokens, where every stage took
-between .7 and 1.4 times what they say. They stand for an idle machine; other work on it makes a run longer.
+The constants were fitted to SmolLM2-135M in float32 on one core, from 512 to 2,048 tokens: profile, search, export and
+evaluation took between .8 and 1.1 times what they say. Training, and GPUs, are by count alone. They stand for an idle
+machine; other work on it makes a run longer.
 """
 
 from __future__ import annotations
