@@ -11,6 +11,7 @@ import functools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress.export.export import export_checkpoint
+from compress.export.verify import verify_checkpoint
 from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
 from compress.plan import Plan, uniform_plan
@@ -241,13 +243,16 @@ def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every model exported, where each export verifies itself in a fresh process of its own."""
+    """Every model exported, where each export verifies itself in a process of its own, most by a short probe."""
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {}
     for name in MODELS:
         loaded, plan = planned_from(name)
         folders[name] = root / name
-        report = export_checkpoint(loaded, plan, folders[name], recipe_text="schema: 1\n")
+        with pytest.MonkeyPatch.context() as patch:
+            if name not in BASES:
+                patch.setattr("compress.export.export.verify_checkpoint", partial(verify_checkpoint, length=130))
+            report = export_checkpoint(loaded, plan, folders[name], recipe_text="schema: 1\n")
         assert report.checks.logit_difference <= report.checks.tolerance
         assert report.checks.cache_bytes == report.checks.predicted_bytes
     return folders
@@ -289,10 +294,11 @@ def test_saved_again_it_loads_again(family: str, reloaded: dict[str, Any]) -> No
 def test_the_kernels_are_the_reference(family: str) -> None:
     model = fresh(family)[2].to(DEVICE)
     model.config.compress_impl = "reference"
-    ids, mask = random_ids(3, 141).to(DEVICE), torch.ones(3, 141, dtype=torch.long, device=DEVICE)
-    mask[0, :50] = mask[1, 120:] = 0
+    length = 141 if DEVICE == "cuda" else 93  # the interpreter is slow
+    ids, mask = random_ids(3, length).to(DEVICE), torch.ones(3, length, dtype=torch.long, device=DEVICE)
+    mask[0, :30] = mask[1, length - 21 :] = 0
     expected = logits(model, ids, attention_mask=mask)
-    expected_tokens = model.generate(ids[2:], max_new_tokens=6, do_sample=False)
+    expected_tokens = model.generate(ids[2:], max_new_tokens=4, do_sample=False)
     gradients = []
     for impl in ("reference", "triton"):
         model.config.compress_impl = impl
@@ -302,8 +308,8 @@ def test_the_kernels_are_the_reference(family: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
     found = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
-    assert torch.equal(model.generate(ids[2:], max_new_tokens=6, do_sample=False), expected_tokens)
-    static = model.generate(ids[2:], max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert torch.equal(model.generate(ids[2:], max_new_tokens=4, do_sample=False), expected_tokens)
+    static = model.generate(ids[2:], max_new_tokens=4, do_sample=False, cache_implementation="static")
     assert torch.equal(static, expected_tokens)
 
 
@@ -324,7 +330,7 @@ def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
     assert cache.lengths.tolist() == [110, 150]
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "phi3, pruned"])
+@pytest.mark.parametrize("family", ["phi3, pruned"])  # uneven layers; a usual one is compiled in runtime/test_mixers.py
 def test_a_compiled_model_is_the_model(family: str) -> None:
     model = planned(family)[2]
     ids = random_ids(2, 140)
