@@ -100,7 +100,10 @@ def entry(kind: str, name: str) -> Entry:
 
 def _entry(name: str, method: type[Method]) -> Entry:
     text = "\n\n".join(part for part in (_doc(method), _doc(sys.modules[method.__module__])) if part)
-    parameters = tuple(parameter(key, field) for key, field in method.model_fields.items())
+    # The field that only names the class, as `target: window` in a plan, is nothing to choose.
+    parameters = tuple(
+        parameter(key, field) for key, field in method.model_fields.items() if field.get_default() != method.registered
+    )
     return Entry(name, _doc(method).split("\n\n")[0].replace("\n", " "), text, _sources(text), parameters)
 
 

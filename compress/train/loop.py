@@ -27,6 +27,7 @@ from compress.train.objectives.objective import Inputs, Objective
 from compress.train.schedule import Schedule
 from compress.train.state import Store, capture, restore
 from compress.train.stop import noted_signals
+from compress.words import duration
 
 Progress = Callable[[int, int, str], None]
 Learn = Callable[..., None]
@@ -264,5 +265,4 @@ def _number(value: Any) -> float:
 def _line(loss: float, batches: Batches, done: int, left: int, seconds: float) -> str:
     """Loss, speed and time left, from the `done` steps of this session that took `seconds`."""
     speed = done * batches.size / seconds
-    minutes, rest = divmod(round(left * seconds / done), 60)
-    return f"loss {loss:.4f}, {speed:,.0f} {batches.unit}/s, {minutes} min {rest:02d} s left"
+    return f"loss {loss:.4f}, {speed:,.0f} {batches.unit}/s, {duration(left * seconds / done)} left"

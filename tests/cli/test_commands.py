@@ -157,3 +157,4 @@ def test_numbers_for_people() -> None:
         "5.00 GiB",
     ]
     assert [duration(1.26), duration(61), duration(3600)] == ["1.3 s", "1 min 01 s", "60 min 00 s"]
+    assert [duration(7199.7), duration(665_368)] == ["2 h 00 min", "184 h 49 min"]
