@@ -386,7 +386,7 @@ def demo(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "profile": tensors(run / "profile" / "statistics.safetensors"),
         "plan": plan_facts(run / "plan.json"),
-        "evaluation": plain(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))),
+        "evaluation": plain(evaluation_facts(json.loads((run / "evaluation.json").read_text(encoding="utf-8")))),
         "config": plain(json.loads((run / "checkpoint" / "config.json").read_text(encoding="utf-8"))),
     }
     weights: dict[str, Any] = {}
