@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.text import TextSource
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import STANDARD_ERRORS, Cell
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
-from compress.evaluate.measures.perplexity import check_windows
+from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
+from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.registry import measures
@@ -56,20 +55,14 @@ class AgreementResult(Result):
 
 
 @measures.register("agreement")
-class Agreement(Measure):
+class Agreement(TextMeasure):
     """Share of positions at which a variant's most likely next token is the dense model's."""
 
     result: ClassVar[type[Result]] = AgreementResult
     one_tokenizer: ClassVar[bool] = True
 
-    text: TextSource | None = Field(None, description="where the text comes from; by default the evaluation's text")
     length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
     windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
-
-    @property
-    def input_lengths(self) -> tuple[int, ...]:
-        """Tokens of a window."""
-        return (self.length,)
 
     @property
     def tokens(self) -> int:
@@ -88,20 +81,11 @@ class Agreement(Measure):
         """Two forward passes a window."""
         return f"{2 * self.windows} forward"
 
-    def readings(self, seed: int) -> list[Reading]:
-        """The windows."""
-        return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
-
     def jobs(self, setting: Setting) -> list[Job]:
         """One job, on the same windows for all variants."""
-        ids = setting.tokens(self.text or setting.text, self.tokens)
-        self._fits(len(ids), setting.context)
-        setting.check(ids, "the text of the agreement")
+        ids = self.read(setting)
         facts = ["agreement", self.model_dump(mode="json"), text_key(str(ids))]
         return [Job("agreement", facts, self.windows, partial(self._measured, ids))]
-
-    def _fits(self, available: int, context: int | None) -> None:
-        check_windows(f"agreement {self.length}", self.length, self.tokens, available, context)
 
     @torch.inference_mode()
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.text import TextSource
 from compress.evaluate.cell import Cell, Part
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
-from compress.evaluate.measures.perplexity import Bucket, Perplexity, PerplexityResult, check_windows, perplexity
+from compress.evaluate.measure import Job, Result, Setting, Step, Subject
+from compress.evaluate.measures.perplexity import Bucket, Perplexity, PerplexityResult, perplexity
+from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.models.branches import WORDS, Branched, Branches, branched, only
@@ -118,22 +118,17 @@ def _perplexity(nll: float, tokens: int) -> float:
 
 
 @measures.register("branches")
-class BranchesMeasure(Measure):
+class BranchesMeasure(TextMeasure):
     """Perplexity with all branches of converted heads, window alone, state alone, and none; also head by head."""
 
     result: ClassVar[type[Result]] = BranchesResult
     one_tokenizer: ClassVar[bool] = True
 
-    text: TextSource | None = Field(None, description="where the text comes from; by default the evaluation's text")
     length: int = Field(ge=2, le=LONGEST, description="tokens in a window of text")
     windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
     by: Literal["group", "layer", "model"] = Field(
         "group", description="what is switched besides all heads at once: each head group, each layer, or nothing"
     )
-
-    @property
-    def input_lengths(self) -> tuple[int, ...]:
-        return (self.length,)
 
     @property
     def tokens(self) -> int:
@@ -147,18 +142,10 @@ class BranchesMeasure(Measure):
         each = {"group": " and 3 for each converted group", "layer": " and 3 for each converted layer", "model": ""}
         return f"branches: {self.windows} forward, 5 times{each[self.by]}"
 
-    def readings(self, seed: int) -> list[Reading]:
-        return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
-
     def jobs(self, setting: Setting) -> list[Job]:
-        ids = setting.tokens(self.text or setting.text, self.tokens)
-        self._fits(len(ids), setting.context)
-        setting.check(ids, "the text of the branches")
+        ids = self.read(setting)
         facts = ["branches", self.model_dump(mode="json"), text_key(str(ids))]
         return [Job("branches", facts, 1, partial(self._measured, ids))]
-
-    def _fits(self, available: int, context: int | None) -> None:
-        check_windows(f"branches {self.length}", self.length, self.tokens, available, context)
 
     def _units(self, places: Sequence[Branched]) -> list[tuple[list[Branched], int | None]]:
         """What is switched by itself: mixers of one layer, and the group that it is about, None for all of them."""

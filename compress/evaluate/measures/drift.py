@@ -16,11 +16,10 @@ import torch
 from pydantic import Field
 
 from compress.bench.file import MOST_TOKENS
-from compress.data.text import TextSource
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
-from compress.evaluate.measures.perplexity import check_windows
+from compress.evaluate.measure import Job, Result, Setting, Step, Subject
+from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST
 from compress.models.branches import branched
@@ -65,18 +64,13 @@ class DriftResult(Result):
 
 
 @measures.register("drift")
-class Drift(Measure):
+class Drift(TextMeasure):
     """Error that states gather in decoding a long text, against float64, layer by layer."""
 
     result: ClassVar[type[Result]] = DriftResult
     one_tokenizer: ClassVar[bool] = True
 
-    text: TextSource | None = Field(None, description="where the text comes from; by default the evaluation's text")
     length: int = Field(8192, ge=2 * PAGE, le=LONGEST, description="tokens that are decoded")
-
-    @property
-    def input_lengths(self) -> tuple[int, ...]:
-        return (self.length,)
 
     def words(self) -> str:
         return f"drift over {self.length:,} tokens"
@@ -84,18 +78,10 @@ class Drift(Measure):
     def passes(self) -> str:
         return "drift: 1 forward, and decoding of single layers"
 
-    def readings(self, seed: int) -> list[Reading]:
-        return [Reading(self.text, self.length, lambda tokenizer, ids, context: self._fits(len(ids), context))]
-
     def jobs(self, setting: Setting) -> list[Job]:
-        ids = setting.tokens(self.text or setting.text, self.length)[: self.length]
-        self._fits(len(ids), setting.context)
-        setting.check(ids, "the text of the drift")
+        ids = self.read(setting)[: self.length]
         facts = ["drift", self.length, text_key(str(list(ids)))]
         return [Job("drift", facts, 1, partial(self._measured, ids))]
-
-    def _fits(self, available: int, context: int | None) -> None:
-        check_windows(f"drift {self.length}", self.length, self.length, available, context)
 
     @torch.inference_mode()
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:

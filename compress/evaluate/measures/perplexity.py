@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, computed_fiel
 
 from compress.bench.file import MOST_TOKENS
 from compress.data.text import EmbeddedText, Source, TextSource
-from compress.errors import NotFiniteError, UserError
+from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell, Part
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
+from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.registry import measures
@@ -110,31 +111,8 @@ def bucket_edges(length: int) -> list[int]:
     return [*[edge for edge in edges if edge < length], length]
 
 
-def check_windows(where: str, length: int, needed: int, available: int, context: int | None) -> None:
-    """Check windows of `length` tokens, which cover `needed` tokens, against the text and the model.
-
-    Raises:
-        UserError: the text has too few tokens, or a window is longer than the model's context.
-    """
-    if context is not None and length > context:
-        raise UserError(
-            "the windows are longer than the model's context",
-            where=where,
-            expected=f"length of at most {context} tokens",
-            found=f"{length} tokens",
-        )
-    if needed > available:
-        raise UserError(
-            "the text is too short",
-            where=where,
-            expected=f"at least {needed} tokens in the evaluation part of the text",
-            found=f"{available} tokens",
-            fix="ask for fewer or shorter windows, or give a longer text",
-        )
-
-
 @measures.register("perplexity")
-class Perplexity(Measure):
+class Perplexity(TextMeasure):
     """Perplexity of held-out text. The evaluation part of the text is used, which calibration never sees."""
 
     result: ClassVar[type[Result]] = PerplexityResult
@@ -169,10 +147,6 @@ class Perplexity(Measure):
         return self.length + (self.windows - 1) * self.step
 
     @property
-    def input_lengths(self) -> tuple[int, ...]:
-        return (self.length,)
-
-    @property
     def haystacks(self) -> Source | None:
         return self.text
 
@@ -185,21 +159,13 @@ class Perplexity(Measure):
     def passes(self) -> str:
         return f"{self.windows} forward"
 
-    def readings(self, seed: int) -> list[Reading]:
-        return [Reading(self.text, self.tokens, lambda tokenizer, ids, context: self._fits(len(ids), context))]
-
     def jobs(self, setting: Setting) -> list[Job]:
-        ids = setting.tokens(self.text, self.tokens)
-        self._fits(len(ids), setting.context)
-        setting.check(ids, f"the {self.text.source} text of the perplexity")
+        ids = self.read(setting)
         facts = ["perplexity", self.model_dump(mode="json"), text_key(str(ids))]
         return [Job("perplexity", facts, self.windows, partial(self._measured, ids))]
 
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         return perplexity(subject.model, ids, self, progress=step)
-
-    def _fits(self, available: int, context: int | None) -> None:
-        check_windows(f"perplexity {self.length}", self.length, self.tokens, available, context)
 
 
 @torch.inference_mode()
@@ -225,7 +191,7 @@ def perplexity(
         UserError: the request does not fit the text or the model's context.
         NotFiniteError: a log-likelihood is not finite.
     """
-    request._fits(len(text), getattr(model.config, "max_position_embeddings", None))
+    request.check_fits(len(text), getattr(model.config, "max_position_embeddings", None))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
     device = next(model.parameters()).device
     per_position = torch.zeros(request.length, dtype=torch.float64)
