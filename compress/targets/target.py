@@ -45,8 +45,8 @@ class Target(Method):
         objective: name of the objective that trains before the search what the target has of its own; None where it
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
-        of_layer: whether the groups of a layer that have it are decided together, so that what one of them costs depends
-            on the others: `cost` of one group is then that of a group which is never off, and `together` counts.
+        of_layer: whether the groups of a layer that have it are decided together, so that what one of them costs
+            depends on the others: `cost` of one is then that of a group which is never off, and `together` counts.
     """
 
     runtime: ClassVar[str | None] = None
