@@ -115,6 +115,11 @@ class Target(Method):
         return None
 
     @property
+    def all_on(self) -> Target:
+        """The same with all that tokens choose from used by every token; itself where they choose nothing."""
+        return self
+
+    @property
     def by_length(self) -> bool:
         """Whether what a query sees depends on the length of the whole input, so that chunks and turns are refused."""
         return False
