@@ -25,7 +25,7 @@ from compress import registry
 from compress.json_file import sealed
 from compress.plan.facts import ModelShape, Tokens
 from compress.targets.cost import Cost
-from compress.targets.target import StockForm, Target
+from compress.targets.target import StockForm, Target, layer_cost
 from compress.targets.unit import LayerParameters, Unit
 
 SCHEMA: Literal[2] = 2  # of the file; `read.py` reads older ones
@@ -315,7 +315,7 @@ class Plan(Strict):
         for number, layer in enumerate(self.layers):
             size = None if sizes is None else sizes[number]
             unit = self.unit(number, itemsize, form, size)
-            total += Cost.total(group.cost(unit, length) for group in layer.groups)
+            total += layer_cost(layer.groups, unit, length)
             if size is not None:
                 neurons = size.neurons if layer.mlp is None else layer.mlp.kept
                 total += Cost(parameters=size.rest + neurons * size.neuron)

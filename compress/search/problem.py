@@ -21,7 +21,7 @@ from compress.search.budget.parameters import Parameters
 from compress.search.dense import Dense
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
-from compress.targets.target import Target
+from compress.targets.target import Target, layer_cost
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
 
@@ -259,13 +259,30 @@ class Problem:
     def costs(self, number: int, targets: Sequence[Target], layer: LayerPlan | None = None) -> Amounts:
         """What a head group of a layer costs under each target, in every row: `[targets, rows]`."""
         unit = self.unit(number, layer)
-        return np.array([self._cost(unit, target) for target in targets], dtype=np.int64).reshape(-1, len(self.rows))
+        return np.array([self._cost(unit, (target,)) for target in targets], dtype=np.int64).reshape(-1, len(self.rows))
 
-    def _cost(self, unit: Unit, target: Target) -> tuple[int, ...]:
-        known = self._costs.get((unit, target))
+    def layer_costs(self, number: int, choices: Sequence[Sequence[Target]]) -> Amounts:
+        """What all head groups of a layer that stay cost together under each choice of their targets, in every row:
+        `[choices, rows]`."""
+        unit, layer = self.unit(number), self.start[number]
+        drafts = [layer.model_copy(update={"groups": tuple(groups)}) for groups in choices]
+        return np.array([self._together(unit, draft) for draft in drafts], dtype=np.int64).reshape(-1, len(self.rows))
+
+    def _together(self, unit: Unit, layer: LayerPlan) -> Amounts:
+        """What the head groups of a layer cost in every row, `[rows]`."""
+        amounts = np.zeros(len(self.rows), dtype=np.int64)
+        for target, count in Counter(group for group in layer.groups if not group.of_layer).items():
+            amounts += np.array(self._cost(unit, (target,)), dtype=np.int64) * count
+        if joint := tuple(group for group in layer.groups if group.of_layer):
+            amounts += np.array(self._cost(unit, joint), dtype=np.int64)
+        return amounts
+
+    def _cost(self, unit: Unit, groups: tuple[Target, ...]) -> tuple[int, ...]:
+        """What targets in one layer cost together in every row."""
+        known = self._costs.get((unit, groups))
         if known is None:
-            by_length = {row.length: target.cost(unit, row.length or 1) for row in self.rows}
-            known = self._costs[unit, target] = tuple(row.cost(by_length[row.length]) for row in self.rows)
+            by_length = {row.length: layer_cost(groups, unit, row.length or 1) for row in self.rows}
+            known = self._costs[unit, groups] = tuple(row.cost(by_length[row.length]) for row in self.rows)
         return known
 
     def parameters_cost(self, count: int) -> Amounts:
@@ -277,8 +294,7 @@ class Problem:
         amounts, parameters = np.zeros(len(self.rows), dtype=np.int64), 0
         for number, layer in enumerate(layers):
             unit = self.unit(number, layer)
-            for target, count in Counter(layer.groups).items():
-                amounts += np.array(self._cost(unit, target), dtype=np.int64) * count
+            amounts += self._together(unit, layer)
             if self.dense.removes:
                 size = self.sizes[number]
                 neurons = size.neurons if layer.mlp is None else layer.mlp.kept

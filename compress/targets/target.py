@@ -46,6 +46,8 @@ class Target(Method):
         objective: name of the objective that trains before the search what the target has of its own; None where it
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
+        of_layer: whether the groups of a layer that have it are decided together, so that what one of them costs
+            depends on the others: `cost` of one is then that of a group which is never off, and `together` counts.
     """
 
     runtime: ClassVar[str | None] = None
@@ -56,6 +58,7 @@ class Target(Method):
     grid: ClassVar[type[Method] | None] = None
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
+    of_layer: ClassVar[bool] = False
 
     target: str
 
@@ -94,6 +97,16 @@ class Target(Method):
     @abstractmethod
     def cost(self, unit: Unit, length: int) -> Cost:
         """What a group that becomes this costs for one sequence of `length` tokens."""
+
+    @classmethod
+    def together(cls, groups: Sequence[Any], unit: Unit, length: int) -> Cost:
+        """What all groups of one layer that have this target cost together for one sequence.
+
+        Args:
+            groups: their entries, of this class.
+            unit: one of them, with the query heads that the layer leaves it.
+        """
+        return Cost.total(group.cost(unit, length) for group in groups)
 
     @abstractmethod
     def words(self, native: int | None = None) -> str:
@@ -142,6 +155,18 @@ class Target(Method):
             first axis. A parameter without an entry keeps what `Mixer.reset_parameters` gave it.
         """
         return {}
+
+
+def layer_cost(groups: Sequence[Target], unit: Unit, length: int) -> Cost:
+    """What the head groups of one layer cost together for one sequence of `length` tokens.
+
+    Args:
+        unit: one of the groups that stay.
+    """
+    kinds: dict[type[Target], list[Target]] = {}
+    for group in groups:
+        kinds.setdefault(type(group), []).append(group)
+    return Cost.total(kind.together(members, unit, length) for kind, members in kinds.items())
 
 
 def targets_of(plan: dict[str, Any]) -> set[str]:
