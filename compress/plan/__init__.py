@@ -2,7 +2,7 @@
 
 from compress.plan.build import make_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape
-from compress.plan.read import read_plan
+from compress.plan.read import CHECKPOINT_PLAN, read_plan
 from compress.plan.schema import (
     Amount,
     Expert,
@@ -19,6 +19,7 @@ from compress.plan.schema import (
 from compress.plan.words import amount_line, removal
 
 __all__ = [
+    "CHECKPOINT_PLAN",
     "Amount",
     "Expert",
     "Form",

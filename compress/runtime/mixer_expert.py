@@ -12,7 +12,7 @@ from torch.nn import functional
 from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
-from .span import kept_table
+from .span import AnySpan, kept_table, own_span
 from .step import Step
 
 
@@ -60,6 +60,10 @@ class ExpertMixer(SpanMixer):
     def form(cls, group: Mapping[str, Any]) -> str:
         """The number of experts, and whether they share keys and values."""
         return f"{group['experts']}{'_shared' if group['expert'] is None else ''}"
+
+    def span(self, group: Mapping[str, Any]) -> AnySpan:
+        """All keys, or those of the layer's own window."""
+        return own_span(self.facts.native_window)
 
     def reset_parameters(self) -> None:
         """Equal gates."""
