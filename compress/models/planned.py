@@ -178,9 +178,7 @@ def config_fields(config: Any) -> dict[str, Any]:
     return known
 
 
-def on_weights_of(
-    model: Any, model_class: Any, config: Any, weights: Mapping[str, torch.Tensor] | None = None
-) -> Any:
+def on_weights_of(model: Any, model_class: Any, config: Any, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
     """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
 
     What only the plan's mixers have starts with their first values.

@@ -3,8 +3,8 @@
 The attentions of the experts lie in one layer: their heads beside each other, their output projections one behind
 another along the inputs, so that the layer's output is the sum of theirs, each times its gate. Their MLPs are modules
 beside each other. A norm before them has a weight of each expert's own: where these differ, they are multiplied into
-the projections that read the norm (`Family.gains`), which changes nothing, and the layer's norm keeps 1. What is left, the
-embeddings, the final norm, the output head and what a family has besides, is averaged or taken from the seed.
+the projections that read the norm (`Family.gains`), which changes nothing, and the layer's norm keeps 1. What is left,
+the embeddings, the final norm, the output head and what a family has besides, is averaged or taken from the seed.
 
 The paper has attention and MLP in parallel; the formulas are the same where one follows the other, as in Llama.
 """
@@ -47,6 +47,23 @@ class Averaged:
     distance: float
 
 
+def check_upcyclable(config: Any, kv: str) -> None:
+    """Raise UserError where models of an architecture cannot be put side by side."""
+    family, reason = family_of(config), None
+    if family.has_experts:
+        reason = "they have experts already"
+    elif not family.prunes(config) or not family.projections:
+        reason = family.whole
+    elif kv == "shared" and family.groups == "num_attention_heads":
+        reason = "every query head has its own key and value there, so that no `kv: shared` has a place"
+    if reason is not None:
+        raise UserError(
+            f"models of the architecture {family.architecture} cannot be upcycled so: {reason}",
+            where="upcycle",
+            expected="an architecture whose heads and MLPs can be put side by side, such as Llama's",
+        )
+
+
 def check_alike(seed: Any, expert: Any, name: str, tokenizers: tuple[Any, Any] | None = None) -> None:
     """Refuse an expert that is not of the seed's shape, or that reads texts in another way.
 
@@ -59,14 +76,6 @@ def check_alike(seed: Any, expert: Any, name: str, tokenizers: tuple[Any, Any] |
         UserError: every field of the configurations that differs, other names or shapes of weights, or another
             tokenizer.
     """
-    family = family_of(seed.config)
-    if not family.prunes(seed.config) or not family.projections or family.has_experts:
-        raise UserError(
-            f"models of the architecture {family.architecture} cannot be upcycled: "
-            + (family.whole or "it has experts already"),
-            where=name,
-            expected="an architecture whose heads and MLPs can be put side by side, such as Llama's",
-        )
     ours, theirs = (_rules(model.config) for model in (seed, expert))
     problems = [
         Problem(f"an expert is of another shape: `{key}` differs", name, _short(ours.get(key)), _short(theirs.get(key)))
@@ -76,7 +85,7 @@ def check_alike(seed: Any, expert: Any, name: str, tokenizers: tuple[Any, Any] |
     if not problems:
         shapes = [{key: tuple(weight.shape) for key, weight in model.state_dict().items()} for model in (seed, expert)]
         problems = [
-            Problem(f"an expert is of another shape: `{key}`", name, _short(shapes[0].get(key)), _short(shapes[1].get(key)))
+            Problem(f"an expert is of another shape: `{key}`", name, *(_short(each.get(key)) for each in shapes))
             for key in sorted(shapes[0].keys() | shapes[1].keys())
             if shapes[0].get(key) != shapes[1].get(key)
         ]
@@ -120,7 +129,11 @@ def upcycle(
 
     Returns:
         The model on the seed's device in its dtype, its plan, and what was averaged or taken from the seed.
+
+    Raises:
+        UserError: see `check_upcyclable`.
     """
+    check_upcyclable(seed.config, kv)
     shape = shape_of(seed)
     marks = [Expert(name=name, fingerprint=shape_of(model).fingerprint) for name, model in experts.items()]
     made = Upcycle(seed=shape, experts=tuple(marks), attention=attention, kv=kv, mlp=mlp or MlpRouting(), rest=rest)
@@ -156,12 +169,12 @@ class _Sides:
 
     @torch.no_grad()
     def tensors(self) -> tuple[dict[str, torch.Tensor], Averaged]:
-        """All weights of the model but the routers of its attention, which start by themselves, and what was averaged."""
+        """All weights of the model but routers of attention, which start by themselves, and what was averaged."""
         soft = self.made.attention == "soft"
         beside = {name for name in self.family.projections if soft or name.startswith("mlp.")}
         made: dict[str, torch.Tensor] = {}
-        for prefix in self.prefixes:
-            self._fold(prefix, beside, made)
+        for each_layer in self.prefixes:
+            self._fold(each_layer, beside, made)
         rest: list[str] = []
         for name in self.seed:
             prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
@@ -178,8 +191,8 @@ class _Sides:
             else:
                 rest.append(name)
                 made[name] = self._placed(self.seed[name] if self.made.rest == "seed" else _mean(each))
-        for prefix in self.prefixes:
-            made[f"{prefix}mlp.router"] = self.like.new_zeros(self.made.count, self.config.hidden_size)
+        for each_layer in self.prefixes:
+            made[f"{each_layer}mlp.router"] = self.like.new_zeros(self.made.count, self.config.hidden_size)
         return made, self._averaged(rest, made)
 
     def _fold(self, prefix: str, beside: set[str], made: dict[str, torch.Tensor]) -> None:
@@ -196,7 +209,8 @@ class _Sides:
             for state in self.states:
                 for reader in readers:
                     weight = state[f"{prefix}{reader}.weight"]
-                    state[f"{prefix}{reader}.weight"] = (weight.float() * state[name].float()).to(weight.dtype)
+                    wide = torch.promote_types(weight.dtype, torch.float32)
+                    state[f"{prefix}{reader}.weight"] = (weight.to(wide) * state[name].to(wide)).to(weight.dtype)
 
     def _computes(self, projection: str) -> bool:
         """Whether heads are the outputs of a projection, whose bias is then theirs, too."""
@@ -224,15 +238,14 @@ class _Sides:
         return Averaged(tuple(names), tuple(differing), farthest)
 
 
-def beside(
-    each: Sequence[torch.Tensor], row: Projection, width: Width, head_dim: int, *, shared: bool
-) -> torch.Tensor:
+def beside(each: Sequence[torch.Tensor], row: Projection, width: Width, head_dim: int, *, shared: bool) -> torch.Tensor:
     """The heads of several layers in one, `[lines, ...]` of each: expert by expert; or, where keys and values are
     shared, group by group, with the query heads of all experts beside the mean of their keys and values."""
     if not shared:
         if row.by_group:
             return torch.cat(list(each))
-        return torch.cat([line for part in zip(*(_parts(x, row, width, head_dim) for x in each), strict=True) for line in part])
+        parts = zip(*(_parts(lines, row, width, head_dim) for lines in each), strict=True)
+        return torch.cat([lines for part in parts for lines in part])
     groups = width.groups
     if row.by_group:
         sizes = [width.size((part,), head_dim) // groups for part in row.parts]

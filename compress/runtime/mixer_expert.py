@@ -7,25 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
+from .mlp_experts import router_logits
 from .pages import PagedState
 from .span import AnySpan, kept_table, own_span
 from .step import Step
-
-
-def softmax_gates(hidden: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-    """The softmax over experts of a linear router, in float32 whatever autocast says: `[..., experts]`.
-
-    Args:
-        hidden: `[..., hidden size]`, the input of the layer's attention or MLP.
-        router: `[experts, hidden size]`.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return functional.linear(hidden.to(dtype), router.to(dtype)).softmax(-1)
 
 
 @register("expert")
@@ -72,11 +60,11 @@ class ExpertMixer(SpanMixer):
     def gates(self, step: Step, device: torch.device) -> torch.Tensor:
         """The gate of every query head, `[B, T, H]` in float32; 0 where a column is no token."""
         assert step.hidden is not None
-        gates = softmax_gates(step.hidden, self.router)
+        gates = router_logits(step.hidden, self.router).softmax(-1)
         absent = (step.positions(device) < 0)[..., None]
         gates = gates.masked_fill(absent, 0)
         if step.record is not None:
-            step.record.add_expert_gates(self.facts.index, gates[~absent[..., 0]])
+            step.record.expert_gates[self.facts.index] = gates[~absent[..., 0]]
         return gates.index_select(-1, kept_table(self.head_expert, device, torch.long))
 
     def prefill(

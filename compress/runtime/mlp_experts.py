@@ -8,18 +8,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from .mixer_expert import softmax_gates
-from .step import Step
+from .step import Routing, Step
 
 FEW = 32  # rows up to which a GPU runs all experts on all of them, which needs no answer from the device
+
+
+def router_logits(hidden: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """The logits of a linear router over experts, in float32 at least whatever autocast says: `[..., experts]`.
+
+    Args:
+        hidden: `[..., hidden size]`, the input of the layer's attention or MLP.
+        router: `[experts, hidden size]`.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return functional.linear(hidden.to(dtype), router.to(dtype))
 
 
 class MlpExperts(nn.Module):
     """Experts that are each a layer's own MLP, on the rows (tokens) that chose them.
 
-    The router's p = softmax(W x) chooses the `top` highest, of equal ones those with lower numbers. What a chosen expert
-    gives is multiplied by its weight:
+    The router's p = softmax(W x) chooses the `top` highest, of equal ones those with lower numbers. What a chosen
+    expert gives is multiplied by its weight:
 
         weight one: 1 with one expert, whose gradient is that of p (straight-through); p over the sum of the chosen with
             several. Weights sum to 1, so that equal experts are one of them, whatever the router says.
@@ -54,16 +66,21 @@ class MlpExperts(nn.Module):
         """The weighted sum of what the chosen experts give for `[..., hidden size]`."""
         step, self.compress_step = self.compress_step, None
         rows = hidden.reshape(-1, hidden.shape[-1])
-        probs = softmax_gates(rows, self.router)
-        chosen = highest(probs, self.top)
+        logits, chosen, weights = self.routed(rows)
         if step is not None and step.record is not None:
             real = step.real(hidden.device).flatten()
-            step.record.mlp_probs[self.layer] = (probs[real], chosen[real])
-        weights = self._weights(probs, chosen).to(rows.dtype)
-        if rows.is_cuda and not torch.is_grad_enabled() and (len(rows) <= FEW or _is_captured()):
-            out = torch.stack([expert(rows) for expert in self.experts], -1)
-            return torch.where(chosen[:, None], out * weights[:, None], 0).sum(-1).view(hidden.shape)
-        return self._gathered(rows, chosen, weights).view(hidden.shape)
+            units = ((),) * len(self.experts)
+            probs = logits.softmax(-1)
+            step.record.mlp_routing[self.layer] = Routing(logits[real], probs[real], chosen[real], units, ())
+        waits = not rows.is_cuda or torch.is_grad_enabled() or (len(rows) > FEW and not _is_captured())
+        out = self.gathered(rows, chosen, weights) if waits else self.everywhere(rows, chosen, weights)
+        return out.view(hidden.shape)
+
+    def routed(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, which experts are chosen, and their weights in the dtype of the rows, `[rows, experts]` each."""
+        logits = router_logits(rows, self.router)
+        chosen = highest(logits, self.top)
+        return logits, chosen, self._weights(logits.softmax(-1), chosen).to(rows.dtype)
 
     def _weights(self, probs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """What the outputs of experts are multiplied by, `[rows, experts]`; it matters where they are chosen."""
@@ -73,8 +90,16 @@ class MlpExperts(nn.Module):
             return 1 + (probs - probs.detach())
         return probs / probs.masked_fill(~chosen, 0).sum(-1, keepdim=True)
 
+    def everywhere(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Every expert on all rows, of which only those that chose it count."""
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            given = (expert(rows) * weights[:, number, None]).to(out.dtype)
+            out = torch.where(chosen[:, number, None], out + given, out)
+        return out
+
     @torch.compiler.disable  # how many rows an expert has is not known before
-    def _gathered(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def gathered(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Every expert on its rows alone; one that has none takes part with none, so that it has gradients."""
         out = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
@@ -85,6 +110,7 @@ class MlpExperts(nn.Module):
 
 
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the `count` largest of the last axis are; of equal ones those with lower numbers."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
 
