@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .routers import highest
 from .step import Routing, Step
 
 FEW = 32  # rows up to which a GPU runs all experts on all of them, which needs no answer from the device
@@ -107,12 +108,6 @@ class MlpExperts(nn.Module):
             given = expert(rows[places]) * weights[places, number, None]
             out = out.index_add(0, places, given.to(out.dtype))
         return out
-
-
-def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the `count` largest of the last axis are; of equal ones those with lower numbers."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
 
 
 def _is_captured() -> bool:

@@ -38,14 +38,16 @@ class Record:
     """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
 
     Attributes:
-        losses: by name, a scalar of every layer that has one, such as a router's load balance; they take gradients.
+        losses: by name, a scalar of every layer that has one; they take gradients.
         gates: by number of the layer, what its mixers multiplied the outputs of heads with, `[B, T, heads]` each.
+        routing: by number of the layer, what tokens chose where it has routed heads.
         mlp_routing: by number of the layer, which MLPs tokens chose where it has several; their units are no heads.
         expert_gates: by number of the layer, the gates of experts' attentions, `[N, experts]` of its N tokens.
     """
 
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gates: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
     mlp_routing: dict[int, Routing] = field(default_factory=dict)
     expert_gates: dict[int, torch.Tensor] = field(default_factory=dict)
 

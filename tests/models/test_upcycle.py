@@ -187,11 +187,6 @@ def test_all_experts_on_few_rows_are_each_on_its_own() -> None:
         torch.testing.assert_close(found, mlp(rows))
 
 
-def test_a_tie_goes_to_the_lowest_expert() -> None:
-    scores = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]])
-    assert mlp_experts.highest(scores, 1).tolist() == [[True, False, False], [False, True, False]]
-
-
 def test_attention_of_the_base_leaves_one_attention(seed: Any, experts: dict[str, Any]) -> None:
     for rest, source in (("seed", seed), ("average", average(list(experts.values())))):
         model, plan, averaged = upcycle(seed, experts, attention="base", rest=rest)  # type: ignore[arg-type]
