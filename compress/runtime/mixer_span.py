@@ -55,14 +55,17 @@ class SpanMixer(Mixer):
         *,
         scale: float | None,
         dropout: float,
+        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Mixer.prefill`."""
+        """As `Mixer.prefill`; `active` `[B, G or H, T]` leaves out what it says is off (`reference.routed_prefill`)."""
         impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
-        out = impl.prefill(
-            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=self.scores(step)
-        )
+        options: dict[str, Any] = {"rows": rows, "pages": pages, "scale": scale, "scores": self.scores(step)}
+        if active is None:
+            out = impl.prefill(query, key, value, spans, dropout=dropout, **options)
+        else:
+            out = impl.routed_prefill(query, key, value, spans, active, **options)
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
@@ -77,12 +80,15 @@ class SpanMixer(Mixer):
         step: Step,
         *,
         scale: float | None,
+        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Mixer.decode`."""
+        """As `Mixer.decode`; no key is read of a group that `active` `[B, G or H]` says is off (`reference.decode`)."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]
+        options: dict[str, Any] = {} if active is None else {"active": active}
+        scores = self.scores(step)
+        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=scores, **options)[:, None]
