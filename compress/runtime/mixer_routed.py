@@ -47,13 +47,12 @@ class RoutedMixer(SpanMixer):
         *,
         scale: float | None,
         dropout: float,
-        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Mixer.prefill`; where attention takes gradients, or drops weights, all heads are computed."""
         choice = self.choose(query, step)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         active = None if trained or dropout else self.active(choice)
-        out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout, active=active)
+        out = self.prefill_active(active, query, key, value, state, step, scale=scale, dropout=dropout)
         return self.gated(out, choice, active is not None)
 
     def decode(
@@ -65,13 +64,12 @@ class RoutedMixer(SpanMixer):
         step: Step,
         *,
         scale: float | None,
-        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
         choice = self.choose(query, step)
         active = self.active(choice)
         on = None if active is None else active[..., 0]
-        out = super().decode(query, key, value, state, step, scale=scale, active=on)
+        out = self.decode_active(on, query, key, value, state, step, scale=scale)
         return self.gated(out, choice, on is not None)
 
     def active(self, choice: Choice) -> torch.Tensor | None:

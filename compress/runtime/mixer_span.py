@@ -55,9 +55,37 @@ class SpanMixer(Mixer):
         *,
         scale: float | None,
         dropout: float,
-        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Mixer.prefill`; `active` `[B, G or H, T]` leaves out what it says is off (`reference.routed_prefill`)."""
+        """As `Mixer.prefill`."""
+        return self.prefill_active(None, query, key, value, state, step, scale=scale, dropout=dropout)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """As `Mixer.decode`."""
+        return self.decode_active(None, query, key, value, state, step, scale=scale)
+
+    def prefill_active(
+        self,
+        active: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`), or
+        of all."""
         impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
@@ -71,8 +99,9 @@ class SpanMixer(Mixer):
             impl.store(key, value, state.pages(), rows, spans)
         return out.transpose(1, 2)
 
-    def decode(
+    def decode_active(
         self,
+        active: torch.Tensor | None,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -80,9 +109,8 @@ class SpanMixer(Mixer):
         step: Step,
         *,
         scale: float | None,
-        active: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Mixer.decode`; no key is read of a group that `active` `[B, G or H]` says is off (`reference.decode`)."""
+        """`decode` of the groups or heads that `active` `[B, G or H]` says are on; no key of the others is read."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
