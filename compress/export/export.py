@@ -77,11 +77,11 @@ def export_checkpoint(
             left behind, and an older checkpoint is untouched.
     """
     say = progress or (lambda line: None)
-    if loaded.shape.differing(plan.model.model_dump()):
+    if loaded.shape.differing(plan.source.model_dump()):
         raise UserError(
             "the plan is for another model",
             where=loaded.name,
-            expected=plan.model.fingerprint,
+            expected=plan.source.fingerprint,
             found=loaded.shape.fingerprint,
             fix="search again with this model",
         )
