@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,8 @@ def test_a_measure_that_runs_a_model_tells_what_passes_through_it(name: str, tex
     keys = MATRIX[name][0] | ({"text": text} if "text" in measures[name].model_fields else {})
     loaded, measure = byte_loaded(), measures[name](**keys)
     groups = loaded.shape.kv_heads
-    linear: list[Target] = [LinearGroup(sink=0, alpha=64)] * groups
-    rows = [linear, *[RoutedGroup.layer(groups, 1)] * (loaded.shape.layers - 1)]
+    rows: list[Sequence[Target]] = [[LinearGroup(sink=0, alpha=64)] * groups]
+    rows += [RoutedGroup.layer(groups, 1)] * (loaded.shape.layers - 1)
     models = [loaded.model, planned_model(loaded.model, make_plan(loaded.shape, rows), untrained=True)]
 
     def stop(*_: object) -> None:
