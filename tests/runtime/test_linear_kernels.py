@@ -208,7 +208,7 @@ def test_a_mixer_runs_by_kernels_as_in_plain_pytorch(fields: dict[str, Any]) -> 
                 key, value = cache.update(key, value, 0)
                 outs.append(plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0])
                 step.end()
-        found[impl] = torch.cat(outs, dim=1), cache.paged[0].states[0].matrix
+        found[impl] = torch.cat(outs, dim=1), cache.paged[0].states[0].tensors["state"]
     for mine, exact in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(mine, exact, **CLOSE)
 
@@ -231,7 +231,7 @@ def test_flash_linear_attention_is_the_same_function(fields: dict[str, Any]) -> 
             query, key, value = qkv
             key, value = cache.update(key, value, 0)
             out = plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0]
-        found[impl] = out, cache.paged[0].states[0].matrix
+        found[impl] = out, cache.paged[0].states[0].tensors["state"]
     for impl in ("triton", "fla"):
         for mine, exact in zip(found[impl], found["reference"], strict=True):
             torch.testing.assert_close(mine, exact, rtol=0.05, atol=0.02)
