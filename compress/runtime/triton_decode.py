@@ -199,16 +199,13 @@ def _decode(
                     total += tl.sum(b_weight, 1)
         if (at == seg_start) & (piece_end == seg_end):
             p_row = p_out + b.to(tl.int64) * out_b
-            b_out = acc / total[:, None]
             if ACTIVE == 2:
                 m_on = tl.load(p_active + s * SHARE + o_row, mask=m_row, other=0) != 0
-                b_out = tl.where(m_on[:, None], b_out, 0.0)
-            store_block(p_row, head * out_h, b_out, m_row, VALUE_DIM, BLOCK_V)
+                acc = tl.where(m_on[:, None], acc, 0.0)
+                top = tl.where(m_on, top, float("-inf"))
+            store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
             if KEEP_LSE:
-                b_lse = (top + tl.log2(total)) * _LN2
-                if ACTIVE == 2:
-                    b_lse = tl.where(m_on, b_lse, float("-inf"))
-                tl.store(p_lse + b * GROUPS * SHARE + head, b_lse, mask=m_row)
+                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * _LN2, mask=m_row)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
@@ -255,13 +252,13 @@ def _join(
     )
     start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
     count = tl.sum(tl.where(every == s, counts, 0), 0)
-    nothing = count == 0  # a sequence that takes no part, or heads that are off
-    if ACTIVE == 2:
-        nothing = nothing | (tl.load(p_active + s * SHARE + h) == 0)
     # [BLOCK_C]
     o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
     p_total = p_lse + (s // GROUPS) * GROUPS * SHARE + (s % GROUPS) * SHARE + h
+    nothing = count == 0  # a sequence that takes no part, or heads that are off
+    if ACTIVE == 2:
+        nothing = nothing | (tl.load(p_active + s * SHARE + h) == 0)
     if nothing:
         if KEEP_LSE:
             tl.store(p_total, float("-inf"))

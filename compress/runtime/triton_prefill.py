@@ -126,6 +126,7 @@ def _forward(
         m_token = tile * BLOCK_M + tl.arange(0, BLOCK_M) < on_count
         o_packed = tl.load(p_own + tl.arange(0, BLOCK_M), mask=m_token, other=0)
         o_token = o_packed // SHARE
+        head = g * SHARE + o_packed % SHARE
     else:
         low = tile * BLOCK_M // SHARE
         if low >= count:
@@ -135,8 +136,8 @@ def _forward(
         # [BLOCK_M]
         o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         o_token = o_packed // SHARE
+        head = g * SHARE + o_packed % SHARE
         m_token = o_token < count
-    head = g * SHARE + o_packed % SHARE
     t = past + o_token
     o_column = (start + o_token).to(tl.int64)
     # [BLOCK_M, BLOCK_D]
