@@ -96,7 +96,8 @@ def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> 
     key, value = torch.randn(2, 2, len(RULES), max(lengths), DIM)
     active = (torch.rand(2, columns, units) < 0.5).transpose(1, 2)
     active[:, -1] = False  # a unit that nobody chose
-    on = by_heads(active)
+    gates = torch.rand(2, columns, units).transpose(1, 2)
+    on, gain = by_heads(active), by_heads(gates.double())
     poisoned = query.masked_fill(~on[..., None], torch.nan)  # what is off is not read
     new_key, new_value = torch.full((2, 2, len(RULES), columns, DIM), torch.nan)
     for b in range(2):
@@ -105,13 +106,14 @@ def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> 
         poisoned[b, :, : start[b]] = poisoned[b, :, start[b] + count[b] :] = torch.nan
     pages = paged(key, value, list(past))
     out = IMPLS[impl].routed_prefill(
-        poisoned, new_key, new_value, RULES, active, rows=Rows(past, start, count), pages=pages
+        poisoned, new_key, new_value, RULES, active, gates=gates, rows=Rows(past, start, count), pages=pages
     )
     for b in range(2):
         here = slice(start[b], start[b] + count[b])
         at = torch.arange(past[b], lengths[b])
         wanted = exact(query[b, :, here], key[b, :, : lengths[b]], value[b, :, : lengths[b]], at)
-        torch.testing.assert_close(out[b, :, here].double(), wanted * on[b, :, here, None], **CLOSE)
+        wanted *= (on * gain)[b, :, here, None]
+        torch.testing.assert_close(out[b, :, here].double(), wanted, **CLOSE)
         rest = out[b].clone()
         rest[:, here] = 0
         assert not rest.any() and not out[b][~on[b]].any()
@@ -136,22 +138,22 @@ def test_decode_reads_no_key_of_a_group_that_is_off(impl: str, units: int) -> No
     active[0], active[2] = False, True
     active[0, : units // len(RULES)] = torch.arange(units // len(RULES)) == 0  # one head, or one group
     active[3] = False  # a sequence whose groups are all off
-    on = by_heads(active)
+    gates = torch.rand(4, units)
+    on, gain = by_heads(active), by_heads(gates.double())
     group_on = on.unflatten(1, (-1, SHARE)).any(-1)
     hidden = ~group_on[..., None, None]
     pages = paged(key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan), lengths)
-    out, lse = IMPLS[impl].decode(
-        query, pages, torch.tensor(lengths, dtype=torch.int32), RULES, active=active, keep_lse=True
-    )
-    alone = IMPLS[impl].decode(query, pages, torch.tensor(lengths, dtype=torch.int32), RULES, active=active)
-    torch.testing.assert_close(out, alone, **CLOSE)
+    where = torch.tensor(lengths, dtype=torch.int32)
+    out, lse = IMPLS[impl].decode(query, pages, where, RULES, active=active, gates=gates, keep_lse=True)
+    plain = IMPLS[impl].decode(query, pages, where, RULES, active=active)
+    torch.testing.assert_close((plain * gain[..., None]).float(), out, **CLOSE)
     for b, length in enumerate(lengths):
         if length == 0:
             assert not out[b].any() and (lse[b] == -torch.inf).all()
             continue
         at = torch.tensor([length - 1])
         wanted = exact(query[b, :, None], key[b, :, :length], value[b, :, :length], at)[:, 0]
-        torch.testing.assert_close(out[b].double(), wanted.masked_fill(~on[b, :, None], 0), **CLOSE)
+        torch.testing.assert_close(out[b].double(), wanted * (on * gain)[b, :, None], **CLOSE)
         assert not out[b][~on[b]].any() and torch.equal(lse[b].isfinite(), on[b])
 
 
@@ -164,3 +166,6 @@ def test_flags_of_another_number_of_units_are_refused(impl: str) -> None:
     with pytest.raises(ValueError, match=r"got torch\.uint8 of 3"):
         flags = torch.ones(1, 3, dtype=torch.uint8)
         IMPLS[impl].decode(query[:, :, 0], pages, torch.tensor([3], dtype=torch.int32), RULES, active=flags)
+    with pytest.raises(ValueError, match=r"float32 \[1, 3, 3\] as active, got torch\.float32 \[1, 9, 3\]"):
+        active = torch.ones(1, 3, 3, dtype=torch.bool)
+        IMPLS[impl].routed_prefill(query, key, value, RULES, active, gates=torch.ones(1, 9, 3))
