@@ -1,12 +1,18 @@
-"""The mixer of `routed` groups: softmax attention over spans, of which every token uses the units that it chooses."""
+"""The mixer of `routed` groups: softmax attention over spans, of which every token uses the units that it chooses.
+
+With gradients all heads are computed and multiplied by their gates, which is the specification. Without, what is off is
+not computed: a prefill leaves out its rows, and a decode step reads no key for a group without a head that is on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from .impl import choose_impl
 from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
@@ -30,6 +36,8 @@ class RoutedMixer(SpanMixer):
         super().__init__(groups, facts)
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
+        self.skips = self.router.active < len(self.router.routed)
+        self.block = groups[0]["block"]
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
     def span(self, group: Mapping[str, Any]) -> AnySpan:
@@ -49,9 +57,13 @@ class RoutedMixer(SpanMixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
-        choice = self.choose(query, step)
-        out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
-        return self.gated(out, choice)
+        if dropout > 0 or not self.skips or self._trained(query, key, value, step):
+            choice = self.choose(query, step)
+            out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
+            return self.gated(out, choice)
+        active, gates = self._flags(query, step)
+        attend = partial(choose_impl(step.impl, query).routed_prefill, active=active, gates=gates)
+        return self.prefill_by(attend, query, key, value, state, step, scale=scale)
 
     def decode(
         self,
@@ -64,8 +76,37 @@ class RoutedMixer(SpanMixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
-        choice = self.choose(query, step)
-        return self.gated(super().decode(query, key, value, state, step, scale=scale), choice)
+        if not self.skips:
+            choice = self.choose(query, step)
+            return self.gated(super().decode(query, key, value, state, step, scale=scale), choice)
+        active, gates = (None if flags is None else flags[..., 0] for flags in self._flags(query, step))
+        attend = partial(choose_impl(step.impl, query).decode, active=active, gates=gates)
+        return self.decode_by(attend, query, key, value, state, step, scale=scale)
+
+    def _trained(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> bool:
+        """Whether gradients are taken for anything that the outputs depend on."""
+        given = (query, key, value, *([] if step.hidden is None else [step.hidden]), *self.parameters())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+    @torch.no_grad()
+    def _flags(self, query: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the pass's columns choose, as `active` and `gates` of `reference.routed_prefill`.
+
+        There what is on are groups or heads, of which a unit may be several.
+        """
+        fast = choose_impl(step.impl, query).router
+        gates: torch.Tensor | None
+        if fast is not None and step.record is None and fast.takes(self.router):
+            on, gates = fast.route(self.router, query, step.hidden)
+        else:
+            choice = self.choose(query, step)
+            on, gates = choice.on, None if self.router.quantised else choice.gates
+        return self._by_unit(on), None if gates is None else self._by_unit(gates)
+
+    def _by_unit(self, flags: torch.Tensor) -> torch.Tensor:
+        """Of units `[B, T, units]` as of groups or heads `[B, G or H, T]`."""
+        flags = flags.transpose(1, 2)
+        return flags if self.block == 1 else flags.repeat_interleave(self.block, dim=1)
 
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token

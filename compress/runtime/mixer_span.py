@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,12 +58,25 @@ class SpanMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
+        attend = partial(choose_impl(step.impl, query).prefill, dropout=dropout)
+        return self.prefill_by(attend, query, key, value, state, step, scale=scale)
+
+    def prefill_by(
+        self,
+        attend: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState | None,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """`prefill` with attention as `attend` computes it, which takes what `reference.prefill` does."""
         impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
-        out = impl.prefill(
-            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=self.scores(step)
-        )
+        out = attend(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=self.scores(step))
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
@@ -79,10 +93,24 @@ class SpanMixer(Mixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
+        return self.decode_by(choose_impl(step.impl, query).decode, query, key, value, state, step, scale=scale)
+
+    def decode_by(
+        self,
+        attend: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """`decode` with attention as `attend` computes it, which takes what `reference.decode` does."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]
+        return attend(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]

@@ -127,7 +127,7 @@ def routed_prefill(
     Args:
         active: bool, `[B, G, T]` where a group is on or off as a whole, or `[B, H, T]` for single query heads. What it
             says of a column that is no token means nothing.
-        gates: float32 of the same shape, factors on the outputs; None for 1.
+        gates: float32 at least, of the same shape, factors on the outputs; None for 1.
         query, key, value, spans, rows, pages, scale, scores: as in `prefill`.
 
     Returns:
@@ -142,12 +142,13 @@ def routed_prefill(
 
 
 def check_active(active: torch.Tensor, heads: int, groups: int, gates: torch.Tensor | None) -> None:
-    """Raise ValueError unless `active` is bool `[B, G, ...]` or `[B, H, ...]`, and `gates` float32 of that shape."""
+    """Raise ValueError unless `active` is bool `[B, G or H, ...]`, and `gates` are wide and of that shape."""
     if active.dtype != torch.bool or active.shape[1] not in (groups, heads):
         raise ValueError(
             f"active: expected bool of {groups} groups or {heads} query heads, got {active.dtype} of {active.shape[1]}"
         )
-    if gates is not None and (gates.dtype != torch.float32 or gates.shape != active.shape):
+    wide = (torch.float32, torch.float64)
+    if gates is not None and (gates.dtype not in wide or gates.shape != active.shape):
         raise ValueError(
             f"gates: expected float32 {list(active.shape)} as active, got {gates.dtype} {list(gates.shape)}"
         )
@@ -307,7 +308,7 @@ def decode(
         scale, scores, keep_lse: as in `prefill`.
         active: bool on the device, `[B, G]` or `[B, H]`: which groups, or which query heads, are on; None when all
             are. A group without a head that is on reads no key. The output of a head that is off is exactly zero.
-        gates: float32 of the shape of `active`, factors on the outputs; None for 1.
+        gates: float32 at least, of the shape of `active`, factors on the outputs; None for 1.
 
     Returns:
         `[B, H, D]` in query's dtype; with `keep_lse` also the log-sum-exp `[B, H]`, -inf for a sequence of length 0

@@ -69,7 +69,7 @@ def _shares(score, m_unit):
     top = tl.max(tl.where(m_unit, score, float("-inf")), 1)
     weight = tl.where(m_unit, tl.exp(score - top[:, None]), 0.0)
     count = tl.sum(m_unit.to(tl.float32), 1)
-    return tl.div_rn(weight * count[:, None], tl.sum(weight, 1)[:, None])
+    return tl.div_rn(weight * count[:, None], tl.where(count > 0.0, tl.sum(weight, 1), 1.0)[:, None])
 
 
 @triton.jit
@@ -153,9 +153,7 @@ def takes(router: Router) -> bool:
     return router.kind == "norm" or (router.kind == "two_stage" and router.route.shape[:-1].numel() == router.units)
 
 
-def route(
-    router: Router, query: torch.Tensor, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def route(router: Router, query: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What tokens choose, in one launch without a host sync. Columns that are no token may hold anything, NaN included.
 
     Args:
@@ -166,7 +164,7 @@ def route(
         `[B, T, units]`: which units are on, and their gates in float32, which mean nothing where a unit is off; None
         where they are 1.
     """
-    batch, heads, columns, dim = query.shape
+    batch, _, columns, dim = query.shape
     norm, units = router.kind == "norm", router.units
     gated = not router.quantised
     halves = gated and not norm and bool(router.shared) and bool(router.routed)
@@ -217,3 +215,6 @@ def route(
 def _routed(numbers: tuple[int, ...], units: int, device: torch.device) -> torch.Tensor:
     """1 for the units that are chosen from, 0 for those that are always on."""
     return kept_table([int(unit in numbers) for unit in range(units)], device)
+
+
+ROUTER = (takes, route)

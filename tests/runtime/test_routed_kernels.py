@@ -10,11 +10,14 @@ import torch
 
 from compress.runtime import triton_routed
 from compress.runtime.impl import IMPLS
+from compress.runtime.mixer import LayerFacts
 from compress.runtime.pages import Pages
 from compress.runtime.reference import Rows
+from compress.runtime.routers import Router
 from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
 from compress.runtime.triton_routed import rows_on
+from compress.targets.routed import RoutedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -169,3 +172,36 @@ def test_flags_of_another_number_of_units_are_refused(impl: str) -> None:
     with pytest.raises(ValueError, match=r"float32 \[1, 3, 3\] as active, got torch\.float32 \[1, 9, 3\]"):
         active = torch.ones(1, 3, 3, dtype=torch.bool)
         IMPLS[impl].routed_prefill(query, key, value, RULES, active, gates=torch.ones(1, 9, 3))
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (3, {"unit": "group", "shared": (1,)}),  # a program a token
+        (70, {"unit": "head", "shared": (0, 7)}),  # tokens together
+        (3, {"unit": "group"}),
+        (70, {"unit": "head", "gates": "one", "shared": (3,)}),
+        (3, {"unit": "group", "router": "norm", "shared": (0,)}),
+        (3, {"unit": "head", "router": "norm", "gates": "weighted", "shared": (2, 5)}),
+    ],
+)
+def test_the_router_kernel_chooses_as_the_router(columns: int, fields: dict[str, Any]) -> None:
+    groups = RoutedGroup.layer(5, 2, group_size=SHARE, **fields)
+    router = Router([group.model_dump() for group in groups], LayerFacts(0, DIM, 44, SHARE, None)).to(DEVICE)
+    with torch.no_grad():
+        for weight in router.parameters():
+            weight.normal_()
+    query, hidden = torch.randn(1, 5 * SHARE, columns, DIM), torch.randn(1, columns, 44)
+    query[:, :, 1], hidden[:, 1] = 1.0, 0.0  # a token whose units are all alike
+    fast = IMPLS["triton"].router
+    assert fast is not None and fast.takes(router)
+    on, gates = fast.route(router, query, hidden)
+    wanted = router.double()(query.double(), hidden.double())
+    assert torch.equal(on, wanted.on) and int(on[0, 0].sum()) == 2 + len(fields.get("shared", ()))
+    assert (gates is None) == router.quantised
+    if gates is not None:
+        torch.testing.assert_close(gates[on].double(), wanted.gates[on].detach(), **CLOSE)
+        assert bool((gates[0, 1][on[0, 1]] == 1).all())
+    query[:, :, 2], hidden[:, 2] = torch.nan, torch.nan  # what is no token stays to itself
+    again = fast.route(router.float(), query, hidden)[0]
+    assert torch.equal(again[:, :2], on[:, :2]) and torch.equal(again[:, 3:], on[:, 3:])
