@@ -1,13 +1,8 @@
-"""The mixer of `routed` groups: softmax attention over spans, of which every token uses the units that it chooses.
-
-With gradients all heads are computed and multiplied by their gates, which is the specification. Without, what is off is
-not computed: a prefill leaves out its rows, and a decode step reads no key for a group without a head that is on.
-"""
+"""The mixer of `routed` groups: softmax attention over spans, of which every token uses the units that it chooses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +31,7 @@ class RoutedMixer(SpanMixer):
         super().__init__(groups, facts)
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
-        self.skips = self.router.active < len(self.router.routed)
-        self.block = groups[0]["block"]
+        self.all_on = self.router.active == len(self.router.routed)
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
     def span(self, group: Mapping[str, Any]) -> AnySpan:
@@ -56,14 +50,15 @@ class RoutedMixer(SpanMixer):
         scale: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """As `Mixer.prefill`."""
-        if dropout > 0 or not self.skips or self._trained(query, key, value, step):
-            choice = self.choose(query, step)
+        """As `Mixer.prefill`; where attention takes gradients, or drops weights, all heads are computed."""
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        on, gates = self.flags(query, step)
+        if self.all_on or trained or dropout > 0:
             out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
-            return self.gated(out, choice)
-        active, gates = self._flags(query, step)
-        attend = partial(choose_impl(step.impl, query).routed_prefill, active=active, gates=gates)
-        return self.prefill_by(attend, query, key, value, state, step, scale=scale)
+            return self.gated(out, None if self.all_on else on, gates)
+        inside = None if gates is None or gates.requires_grad else self.by_unit(gates)
+        out = self.prefill_active(self.by_unit(on), query, key, value, state, step, scale=scale, gates=inside)
+        return out if inside is not None else self.gated(out, None, gates)
 
     def decode(
         self,
@@ -76,37 +71,29 @@ class RoutedMixer(SpanMixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
-        if not self.skips:
-            choice = self.choose(query, step)
-            return self.gated(super().decode(query, key, value, state, step, scale=scale), choice)
-        active, gates = (None if flags is None else flags[..., 0] for flags in self._flags(query, step))
-        attend = partial(choose_impl(step.impl, query).decode, active=active, gates=gates)
-        return self.decode_by(attend, query, key, value, state, step, scale=scale)
+        on, gates = (None if x is None else self.by_unit(x)[..., 0] for x in self.flags(query, step))
+        return self.decode_active(on, query, key, value, state, step, scale=scale, gates=gates)
 
-    def _trained(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> bool:
-        """Whether gradients are taken for anything that the outputs depend on."""
-        given = (query, key, value, *([] if step.hidden is None else [step.hidden]), *self.parameters())
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    def flags(self, query: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the pass's columns choose: which units are on, `[B, T, units]`, and their gates; None where they are 1.
 
-    @torch.no_grad()
-    def _flags(self, query: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the pass's columns choose, as `active` and `gates` of `reference.routed_prefill`.
-
-        There what is on are groups or heads, of which a unit may be several.
+        In columns that are no token nothing means anything. Where nobody asks for gradients or a report, a kernel may
+        do it in one launch.
         """
+        hidden = step.hidden if self.needs_inputs else None
+        given = (query, *([] if hidden is None else [hidden]), *self.router.parameters())
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         fast = choose_impl(step.impl, query).router
-        gates: torch.Tensor | None
-        if fast is not None and step.record is None and fast.takes(self.router):
-            on, gates = fast.route(self.router, query, step.hidden)
-        else:
-            choice = self.choose(query, step)
-            on, gates = choice.on, None if self.router.quantised else choice.gates
-        return self._by_unit(on), None if gates is None else self._by_unit(gates)
+        if fast is not None and not trained and step.record is None and fast.takes(self.router):
+            return fast.route(self.router, query, hidden)
+        choice = self.choose(query, step)
+        return choice.on, None if self.router.quantised and not choice.gates.requires_grad else choice.gates
 
-    def _by_unit(self, flags: torch.Tensor) -> torch.Tensor:
-        """Of units `[B, T, units]` as of groups or heads `[B, G or H, T]`."""
+    def by_unit(self, flags: torch.Tensor) -> torch.Tensor:
+        """What units `[B, T, units]` have as groups or heads have it, `[B, G or H, T]`."""
+        copies = max(1, self.router.heads // self.facts.group_size)
         flags = flags.transpose(1, 2)
-        return flags if self.block == 1 else flags.repeat_interleave(self.block, dim=1)
+        return flags if copies == 1 else flags.repeat_interleave(copies, dim=1)
 
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token
@@ -123,10 +110,16 @@ class RoutedMixer(SpanMixer):
             self._report(choice, absent, step)
         return choice
 
-    def gated(self, out: torch.Tensor, choice: Choice) -> torch.Tensor:
-        """Outputs `[B, T, H, D]` times the gates of their units; zero where they are off."""
-        gates, on = (self.by_head(each)[..., None] for each in (choice.gates, choice.on))
-        return (out * gates).to(out.dtype).masked_fill(~on, 0)
+    def gated(self, out: torch.Tensor, on: torch.Tensor | None, gates: torch.Tensor | None) -> torch.Tensor:
+        """Outputs `[B, T, H, D]` times the gates of their units, `[B, T, units]`; zero where they are off.
+
+        Args:
+            on: None where they are on, or zero already.
+            gates: None where they are 1.
+        """
+        if gates is not None:
+            out = (out * self.by_head(gates)[..., None]).to(out.dtype)
+        return out if on is None else out.masked_fill(~self.by_head(on)[..., None], 0)
 
     def by_head(self, units: torch.Tensor) -> torch.Tensor:
         """Of every query head of the mixer what its unit has: `[..., units]` to `[..., H]`."""

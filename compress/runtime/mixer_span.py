@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,29 +57,7 @@ class SpanMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
-        attend = partial(choose_impl(step.impl, query).prefill, dropout=dropout)
-        return self.prefill_by(attend, query, key, value, state, step, scale=scale)
-
-    def prefill_by(
-        self,
-        attend: Callable[..., torch.Tensor],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        state: PagedState | None,
-        step: Step,
-        *,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """`prefill` with attention as `attend` computes it, which takes what `reference.prefill` does."""
-        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
-        assert rows is not None and step.gains is not None
-        pages = state.pages() if state is not None and any(rows.past) else None
-        out = attend(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=self.scores(step))
-        if state is not None:
-            state.advance(step.gains)
-            impl.store(key, value, state.pages(), rows, spans)
-        return out.transpose(1, 2)
+        return self.prefill_active(None, query, key, value, state, step, scale=scale, dropout=dropout)
 
     def decode(
         self,
@@ -93,11 +70,39 @@ class SpanMixer(Mixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
-        return self.decode_by(choose_impl(step.impl, query).decode, query, key, value, state, step, scale=scale)
+        return self.decode_active(None, query, key, value, state, step, scale=scale)
 
-    def decode_by(
+    def prefill_active(
         self,
-        attend: Callable[..., torch.Tensor],
+        active: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float = 0.0,
+        gates: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`),
+        times `gates` of the same shape; or of all."""
+        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
+        assert rows is not None and step.gains is not None
+        pages = state.pages() if state is not None and any(rows.past) else None
+        options: dict[str, Any] = {"rows": rows, "pages": pages, "scale": scale, "scores": self.scores(step)}
+        if active is None:
+            out = impl.prefill(query, key, value, spans, dropout=dropout, **options)
+        else:
+            out = impl.routed_prefill(query, key, value, spans, active, gates=gates, **options)
+        if state is not None:
+            state.advance(step.gains)
+            impl.store(key, value, state.pages(), rows, spans)
+        return out.transpose(1, 2)
+
+    def decode_active(
+        self,
+        active: torch.Tensor | None,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -105,12 +110,16 @@ class SpanMixer(Mixer):
         step: Step,
         *,
         scale: float | None,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`decode` with attention as `attend` computes it, which takes what `reference.decode` does."""
+        """`decode` of the groups or heads that `active` `[B, G or H]` says are on, times `gates` of the same shape; no
+        key of the others is read."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        return attend(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]
+        options: dict[str, Any] = {} if active is None else {"active": active, "gates": gates}
+        scores = self.scores(step)
+        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=scores, **options)[:, None]

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import compress.runtime.mixer_routed  # noqa: F401  (registers the mixer)
 from compress.runtime import triton_routed
+from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS
-from compress.runtime.mixer import LayerFacts
+from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.paged_cache import PagedCache
 from compress.runtime.pages import Pages
 from compress.runtime.reference import Rows
 from compress.runtime.routers import Router
 from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
+from compress.runtime.step import Step
 from compress.runtime.triton_routed import rows_on
 from compress.targets.routed import RoutedGroup
 
@@ -93,7 +101,7 @@ def test_the_list_names_the_rows_that_are_on(units: int) -> None:
 @pytest.mark.parametrize("units", [len(RULES), HEADS])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> None:
-    columns, past, start, count = 101, (0, 70), (0, 6), (101, 88)
+    columns, past, start, count = 67, (0, 70), (0, 6), (67, 50)
     lengths = [p + c for p, c in zip(past, count, strict=True)]
     query = torch.randn(2, HEADS, columns, DIM)
     key, value = torch.randn(2, 2, len(RULES), max(lengths), DIM)
@@ -123,25 +131,24 @@ def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> 
 
 
 def test_prefill_with_everything_on_is_that_of_the_plain_kernel() -> None:
-    query, (key, value) = torch.randn(1, HEADS, 77, DIM), torch.randn(2, 1, len(RULES), 77, DIM)
+    query, (key, value) = torch.randn(1, HEADS, 41, DIM), torch.randn(2, 1, len(RULES), 41, DIM)
     scores = Scores(3.0, torch.randn(HEADS))
-    active = torch.ones(1, HEADS, 77, dtype=torch.bool)
+    active = torch.ones(1, HEADS, 41, dtype=torch.bool)
     out = IMPLS["triton"].routed_prefill(query, key, value, RULES, active, scores=scores)
     assert torch.equal(out, IMPLS["triton"].prefill(query, key, value, RULES, scores=scores))
-    wanted = exact(query[0], key[0], value[0], torch.arange(77), scores)
+    wanted = exact(query[0], key[0], value[0], torch.arange(41), scores)
     torch.testing.assert_close(out[0].double(), wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("units", [len(RULES), HEADS])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 def test_decode_reads_no_key_of_a_group_that_is_off(impl: str, units: int) -> None:
-    lengths = [150, 0, 67, 150]
-    query, (key, value) = torch.randn(4, HEADS, DIM), torch.randn(2, 4, len(RULES), 150, DIM)
-    active = torch.rand(4, units) < 0.5
-    active[0], active[2] = False, True
-    active[0, : units // len(RULES)] = torch.arange(units // len(RULES)) == 0  # one head, or one group
-    active[3] = False  # a sequence whose groups are all off
-    gates = torch.rand(4, units)
+    lengths = [150, 0, 67]
+    query, (key, value) = torch.randn(3, HEADS, DIM), torch.randn(2, 3, len(RULES), 150, DIM)
+    active = torch.rand(3, units) < 0.5
+    active[0] = torch.arange(units) == 1  # one head, or one group
+    active[2] = False  # a sequence whose groups are all off
+    gates = torch.rand(3, units)
     on, gain = by_heads(active), by_heads(gates.double())
     group_on = on.unflatten(1, (-1, SHARE)).any(-1)
     hidden = ~group_on[..., None, None]
@@ -205,3 +212,31 @@ def test_the_router_kernel_chooses_as_the_router(columns: int, fields: dict[str,
     query[:, :, 2], hidden[:, 2] = torch.nan, torch.nan  # what is no token stays to itself
     again = fast.route(router.float(), query, hidden)[0]
     assert torch.equal(again[:, :2], on[:, :2]) and torch.equal(again[:, 3:], on[:, 3:])
+
+
+@pytest.mark.parametrize("fields", [{"unit": "head", "shared": (4,)}, {"router": "norm", "sink": 3, "beta": 0.25}])
+@pytest.mark.parametrize("impl", IMPL_NAMES)
+def test_a_layer_skips_in_chunks_and_steps_what_training_computes(impl: str, fields: dict[str, Any]) -> None:
+    groups = [group.model_dump() for group in RoutedGroup.layer(3, 2, group_size=SHARE, **fields)]
+    kinds = Kinds(groups, LayerFacts(0, DIM, 20, SHARE, None))
+    assert kinds.only is not None
+    for weight in kinds.only.to(DEVICE).parameters():
+        weight.requires_grad_(False).normal_()
+    module = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
+    query, (key, value), hidden = torch.randn(1, HEADS, 37, DIM), torch.randn(2, 1, 3, 37, DIM), torch.randn(1, 37, 20)
+
+    def attend(cache: PagedCache | None, here: slice) -> torch.Tensor:
+        q, k, v = (x[:, :, here] for x in (query, key, value))
+        step = Step.begin(cache, None, 1, q.shape[2], q.device)
+        step.impl, step.hidden = impl, hidden[:, here]
+        if cache is not None:
+            cache.update(k, v, 0)
+        out = plan_attention(module, q, k, v, None, compress_step=step)[0]
+        step.end()
+        return out
+
+    cache, cuts = PagedCache([kinds]), [0, 20, 35, 36, 37]
+    with torch.no_grad(), patch.dict(IMPLS, {impl: replace(IMPLS[impl], prefill=None)}):  # not the one for all heads
+        parts = [attend(cache, slice(a, b)) for a, b in pairwise(cuts)]
+    query.requires_grad_()
+    torch.testing.assert_close(torch.cat(parts, dim=1), attend(None, slice(None)).detach(), **CLOSE)
