@@ -222,10 +222,12 @@ class RoutedGroup(SpanTarget):
         return f"tokens choose {chosen}{WORDS[self.router]}{beside}"
 
     def short(self, native: int | None = None) -> str:
-        """`R` of a group that tokens choose and `on` of one that is shared, with chosen / routed + shared units."""
+        """`R` of a group that tokens choose and `on` of one that is shared, with chosen / routed + shared units of the
+        layer; with `h` these are query heads, and those in brackets are shared."""
         span = super().short(native)
         chosen = f"{self.active}/{self.of}" + (f"+{self.always}" if self.always else "")
-        here = "on" if self.shared == "all" else "R"
+        heads = f"({','.join(map(str, self.shared))})" if self.shared else ""
+        here = "on" if self.shared == "all" else f"R{heads}"
         return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
 
     def rule_text(self) -> str:

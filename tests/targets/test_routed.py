@@ -61,5 +61,5 @@ def test_words() -> None:
     assert (routed.short(), shared.short()) == ("R 1/2+1 4|30", "on 1/2+1 4|30")
     heads = RoutedGroup.layer(2, 2, shared=(2, 3), group_size=3, unit="head", router="norm")
     assert heads[0].words() == "tokens choose 2 of 4 query heads by the norms of queries, beside 2 always on (here 2)"
-    assert heads[1].short() == "R 2/4+2h"
+    assert heads[0].short() == "R(2) 2/4+2h"
     assert RoutedGroup(active=0, of=0, always=2, shared="all").words() == "always on, weighed by a router"
