@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from transformers import GenerationConfig
 
@@ -18,13 +19,15 @@ from compress.models.prepared import attach, fill, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
-from compress.plan import Plan
+from compress.plan import Group, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
+
+_GROUP: TypeAdapter[Target] = TypeAdapter(Group)
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -187,6 +190,23 @@ def with_runtime_plan(model: Any, plan: dict[str, Any], tensors: Mapping[str, to
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
     return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan), tensors)
+
+
+def all_on_model(planned: Any) -> Any | None:
+    """A planned model's twin in which every token uses all that it chooses from (`Target.all_on`), on the same tensors;
+    None where tokens choose nothing."""
+    plan = getattr(planned.config, "compress_plan", None)
+    if plan is None:
+        return None
+    layers = [
+        {**layer, "groups": [_GROUP.validate_python(group).all_on.model_dump(mode="json") for group in layer["groups"]]}
+        for layer in plan["layers"]
+    ]
+    if layers == plan["layers"]:
+        return None
+    made = with_runtime_plan(planned, {**plan, "layers": layers})
+    made.config.compress_impl = planned.config.compress_impl
+    return made
 
 
 def config_fields(config: Any) -> dict[str, Any]:
