@@ -24,6 +24,7 @@ class Routing:
         chosen: `[N, E]`, which of them a token uses; the same number for every token.
         units: for each of the E units, the query heads of the layer that it is, of those that stay.
         shared: the same for the units that are always on.
+        tokens: of each sequence, whose rows follow each other; N together.
     """
 
     logits: torch.Tensor
@@ -31,29 +32,43 @@ class Routing:
     chosen: torch.Tensor
     units: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
 
 
 @dataclass
 class Record:
     """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
 
+    Layers that are computed again in the backward pass, as under gradient checkpointing, report nothing more.
+
     Attributes:
         losses: by name, a scalar of every layer that has one; they take gradients.
         gates: by number of the layer, what its mixers multiplied the outputs of heads with, `[B, T, heads]` each.
         routing: by number of the layer, what tokens chose where it has routed heads.
+        closed: whether the pass is over.
     """
 
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gates: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     routing: dict[int, Routing] = field(default_factory=dict)
+    closed: bool = False
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """Add the side loss of a layer."""
+        if self.closed:
+            return
         self.losses.setdefault(name, []).append(loss)
 
     def add_gate(self, layer: int, gate: torch.Tensor) -> None:
         """Add the gates of a mixer of a layer."""
+        if self.closed:
+            return
         self.gates.setdefault(layer, []).append(gate)
+
+    def add_routing(self, layer: int, routing: Routing) -> None:
+        """Add what tokens chose in a layer."""
+        if not self.closed:
+            self.routing[layer] = routing
 
 
 @dataclass
@@ -143,7 +158,9 @@ class Step:
         return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
 
     def end(self) -> None:
-        """Count the new tokens on the device, in place, and the new columns."""
+        """Count the new tokens on the device, in place, and the new columns; the record of the pass is whole."""
+        if self.record is not None:
+            self.record.closed = True
         if self.cache is None or self.cache.lengths is None or self.cache.width is None:
             return
         if self.seen is not None:
