@@ -111,6 +111,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
 
     from compress.cli.tables import show
     from compress.plan import removal
+    from compress.plan.skipped import STORED, Skipped, chooses, skipped
     from compress.plan.states import states_of
 
     model = plan.model
@@ -152,6 +153,10 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     states = states_of(plan, form=form)
     if states is not None:
         typer.echo(states.words)
+    if chooses(plan):
+        typer.echo(STORED)
+        for length in (SHOWN_LENGTHS[0], SHOWN_LENGTHS[-1]):
+            typer.echo(Skipped.total(skipped(plan, length, form=form)).words())
     typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:

@@ -65,6 +65,19 @@ DENSE: Mapping[str, Projection] = {
 }
 
 
+# Norms whose weight is a factor on each number that these projections read, by their names in a layer.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GAINS: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": QKV,
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+UP_GAINS: Mapping[str, tuple[str, ...]] = {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.up_proj",)}
+FUSED_GAINS: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.qkv_proj",),
+    "post_attention_layernorm": ("mlp.gate_up_proj",),
+}
+
+
 def _neox(attention: str) -> Mapping[str, Projection]:
     """The projections of GPT-NeoX and what came of it: queries, keys and values of a head lie together."""
     return {
@@ -100,6 +113,7 @@ class Family:
         whole_unless: fields of the configuration with whose values `whole` does not hold; it always does without.
         scores: what the layers do with their scores beside the softmax, which only some mixers know
             (`Mixer.knows_scores`); None where they do nothing.
+        gains: norms of a layer whose weight can be multiplied into the projections that read them, so that 1 is left.
         narrows: the kinds of units that the configuration can say fewer of: `query`, with a head size that is not
             hidden size / heads, and `neuron`. With fewer of the others a model is in the patched form.
     """
@@ -120,6 +134,7 @@ class Family:
     whole: str | None = None
     whole_unless: Mapping[str, Any] = field(default_factory=dict)
     scores: str | None = None
+    gains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     narrows: tuple[str, ...] = ("query", "neuron")
 
     @property
@@ -176,7 +191,7 @@ DENSE_LAYERS = "some of its layers have experts and others an MLP of another wid
 
 ROWS = (
     Family("apertus", "Apertus", projections={**ATTENTION, **UP}),
-    Family("arcee", "Arcee", projections={**ATTENTION, **UP}),
+    Family("arcee", "Arcee", projections={**ATTENTION, **UP}, gains=UP_GAINS),
     Family("bitnet", "BitNet", whole=SUB_NORMS),
     Family("cohere", "Cohere", whole=ALL_HEADS, whole_unless={"use_qk_norm": False}),
     # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
@@ -192,7 +207,7 @@ ROWS = (
         whole=DENSE_LAYERS,
         whole_unless={"first_k_dense_replace": 0},
     ),
-    Family("ernie4_5", "Ernie4_5"),
+    Family("ernie4_5", "Ernie4_5", gains=GAINS),
     Family("exaone4", "Exaone4"),  # as Cohere 2
     Family("gemma", "Gemma"),
     Family("gemma2", "Gemma2", scores="its layers cap their scores before the softmax"),
@@ -242,9 +257,9 @@ ROWS = (
         neurons="n_inner",
         narrows=("neuron",),
     ),
-    Family("granite", "Granite"),
-    Family("helium", "Helium", narrows=("neuron",)),
-    Family("hunyuan_v1_dense", "HunYuanDenseV1"),
+    Family("granite", "Granite", gains=GAINS),
+    Family("helium", "Helium", gains=GAINS, narrows=("neuron",)),
+    Family("hunyuan_v1_dense", "HunYuanDenseV1", gains=GAINS),
     # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
     Family(
         "llama",
@@ -252,10 +267,11 @@ ROWS = (
         native="MinistralForCausalLM",
         twin="MistralForCausalLM",
         twin_fields={"sliding_window": None},
+        gains=GAINS,
     ),
-    Family("ministral", "Ministral", native="MinistralForCausalLM"),
-    Family("ministral3", "Ministral3"),
-    Family("mistral", "Mistral", native="MinistralForCausalLM"),
+    Family("ministral", "Ministral", native="MinistralForCausalLM", gains=GAINS),
+    Family("ministral3", "Ministral3", gains=GAINS),
+    Family("mistral", "Mistral", native="MinistralForCausalLM", gains=GAINS),
     Family("mixtral", "Mixtral", projections=EXPERTS),
     Family("nemotron", "Nemotron", projections={**ATTENTION, **UP}, hands_on=False),
     Family("olmo", "Olmo"),
@@ -275,9 +291,9 @@ ROWS = (
         projections={**DENSE, "mlp.fc1": outputs("neuron"), "mlp.fc2": inputs("neuron")},
         narrows=("neuron",),
     ),
-    Family("phi3", "Phi3", projections={**FUSED, **GATE_UP}),
+    Family("phi3", "Phi3", projections={**FUSED, **GATE_UP}, gains=FUSED_GAINS),
     Family("phimoe", "Phimoe", projections=EXPERTS),
-    Family("qwen2", "Qwen2", native="Qwen2ForCausalLM"),
+    Family("qwen2", "Qwen2", native="Qwen2ForCausalLM", gains=GAINS),
     Family(
         "qwen2_moe",
         "Qwen2Moe",
@@ -287,7 +303,7 @@ ROWS = (
         whole=DENSE_LAYERS,
         whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
-    Family("qwen3", "Qwen3", native="Qwen3ForCausalLM"),
+    Family("qwen3", "Qwen3", native="Qwen3ForCausalLM", gains=GAINS),
     Family(
         "qwen3_moe",
         "Qwen3Moe",
@@ -296,8 +312,8 @@ ROWS = (
         whole=DENSE_LAYERS,
         whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
-    Family("seed_oss", "SeedOss"),
-    Family("smollm3", "SmolLM3", native="SmolLM3ForCausalLM"),
+    Family("seed_oss", "SeedOss", gains=GAINS),
+    Family("smollm3", "SmolLM3", native="SmolLM3ForCausalLM", gains=GAINS),
     Family(
         "stablelm",
         "StableLm",

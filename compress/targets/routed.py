@@ -163,6 +163,11 @@ class RoutedGroup(SpanTarget):
         """Of the routed units of the layer, those that a token uses; 1 without any."""
         return Fraction(self.active, self.of) if self.of else Fraction(1)
 
+    @property
+    def all_on(self) -> RoutedGroup:
+        """See `Target.all_on`: as many units a token as there are."""
+        return self.model_copy(update={"active": self.of})
+
     def shared_heads(self, query_heads: int) -> int:
         """How many of the group's query heads are always on."""
         return query_heads if self.shared == "all" else len(self.shared)

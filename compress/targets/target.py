@@ -129,6 +129,11 @@ class Target(Method):
         return None
 
     @property
+    def all_on(self) -> Target:
+        """The same with all that tokens choose from used by every token; itself where they choose nothing."""
+        return self
+
+    @property
     def fits_native(self) -> bool:
         """Whether a layer that slides by itself can have it."""
         return self.as_built

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from compress.limits import FACTOR
 from compress.registry import objectives
-from compress.runtime.step import Routing
+from compress.runtime.step import Record, Routing
 from compress.train.objectives.hidden import wide
 from compress.train.objectives.objective import Inputs, Objective
 
@@ -84,7 +84,8 @@ class _OfRouters(Objective):
         Raises:
             ValueError: no layer has a router.
         """
-        found = [loss(routing) for routing in student["record"].routing.values()]
+        record: Record = student["record"]
+        found = [loss(routing) for routing in (*record.routing.values(), *record.mlp_routing.values())]
         if not found:
             raise ValueError(f"`{self.registered}` is a loss of routers, and no layer of the model has one")
         return torch.stack([each.to(found[0].device) for each in found]).mean()
