@@ -23,6 +23,8 @@ class RoutedMixer(SpanMixer):
     later tokens may choose the group.
     """
 
+    chooses = True
+
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         wrong = disagreement(groups, facts.group_size)
         if wrong is not None:

@@ -53,7 +53,10 @@ class MlpExperts(nn.Module):
     Attributes:
         experts: the MLPs.
         router: `[experts, hidden size]`; it starts at 0.
+        chooses: every token does, and `Record.mlp_routing` has the choices (as `Mixer.chooses`).
     """
+
+    chooses = True
 
     def __init__(self, mlp: nn.Module, count: int, top: int, weight: str, hidden_size: int, layer: int) -> None:
         super().__init__()

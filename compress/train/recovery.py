@@ -218,7 +218,7 @@ class _Student:
                 which=_of_logits,
             )
         record: Record | None = planned.get("compress_record")
-        if record is not None and record.routing:
+        if record is not None and (record.routing or record.mlp_routing):
             beside = None if leaf.grad is None else (states * leaf.grad).sum()  # its gradient is that of the losses
             learn({"record": record}, None, which=_of_routers, beside=beside)
         elif leaf.grad is not None:
@@ -248,8 +248,8 @@ def _of_routers(objective: Objective) -> bool:
 
 
 def has_routers(model: Any) -> bool:
-    """Whether tokens choose in a layer of the model what they use of it."""
-    return any(hasattr(mixer, "router") for mixer in mixers_of(model))
+    """Whether tokens choose in a layer of the model what they use of it, and say so (`Record`)."""
+    return any(getattr(module, "chooses", False) for module in model.modules())
 
 
 @torch.no_grad()
