@@ -47,7 +47,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--model", default="demo/smollm2-135m")
     add("--device", default="auto")
     add("--dtype", default="bfloat16")
-    add("--rows", default=",".join(rows), help="which rows, by commas")
+    add("--rows", default=",".join(rows), help="which rows, by commas; `base` makes only what they share")
     add("--seeds", default="0", help="of training, by commas; texts and prompts of the measures stay the same")
     add("--minutes", type=float, default=9.0, help="stop here, with all states saved")
     add("--at-once", type=int, default=3, help="rows that run at once on each device")
@@ -90,7 +90,7 @@ def main(
         run_row(options, options.child, options.seed)
         return
     end = time.monotonic() + 60 * options.minutes
-    named = options.rows.split(",")
+    named = [name for name in options.rows.split(",") if name != BASE]
     if unknown := set(named) - set(rows):
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]

@@ -24,6 +24,7 @@ class RoutedMixer(SpanMixer):
     """
 
     chooses = True
+    needs_inputs = True  # of most routers; a mixer knows whether its own reads them
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         wrong = disagreement(groups, facts.group_size)

@@ -34,6 +34,7 @@ from compress.runtime.step import Record
 from compress.targets.full import FullGroup
 from compress.targets.routed import RoutedGroup
 from tests.data.language import byte_loaded, byte_tokenizer, story
+from tests.search.synthetic import make_shape
 
 LENGTH = 96
 
@@ -200,3 +201,20 @@ def test_a_bench_tells_of_times_with_all_heads_on(model: Any, plan: Plan) -> Non
     assert gain_words(1.5) == "1.50 times as fast" and gain_words(1.0) == "nothing is saved (1.00 times)"
     plain = model_row(dense, planned_model(dense, uniform_plan(plan.model, FullGroup())), "tiny", "full", 1, 80, 16)
     assert plain.all_on is None and not choosing_lines(plain) and "skipped" not in str(plain.values().keys())
+
+
+def test_the_figures_of_the_docs_are_those_of_the_account() -> None:
+    groups, size, layers, hidden = 8, 4, 32, 4096
+    shape = make_shape(layers, groups).model_copy(update={"query_heads": groups * size, "head_dim": 128})
+    weights = layers * hidden * (2 * 128 * (groups * size + groups) + 3 * 14336 + 2)
+    heads = RoutedGroup.layer(groups, 8, shared=range(16), group_size=size, unit="head", router="norm")
+    wide = RoutedGroup.layer(groups, 2, shared=range(4), router="norm")
+    table = (Path(__file__).parents[2] / "docs" / "routed.md").read_text(encoding="utf-8")
+    for length in (2048, 8192, 32768, 131072):
+        one, two = (
+            Skipped.total(skipped(make_plan(shape, [layer] * layers), length), weights) for layer in (heads, wide)
+        )
+        assert f"{one.of_prefill:.1%}" == f"{two.of_prefill:.1%}"
+        shares = [one.of_prefill, one.of_cache, two.of_cache]
+        step = f"{two.of_step():.1%} and {two.of_step(16):.1%}"
+        assert f"| {length:,} | {' | '.join(f'{share:.1%}' for share in shares)} | {step} |" in table
