@@ -77,7 +77,7 @@ ROUTED: tuple[Target, ...] = (
 ROUTED_PRUNED: tuple[Target, ...] = (
     FullGroup(),
     *RoutedGroup.layer(1, 1),
-    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head"),
+    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head", router="random"),
     *RoutedGroup.layer(2, 1, unit="head", sink=4, alpha=30, beta=0.25),
 )
 
@@ -374,7 +374,7 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"]], ids=["windows", "linear"])
+@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"], ROUTED], ids=["windows", "linear", "routed"])
 def test_a_decode_step_lives_in_a_cuda_graph(groups: tuple[Target, ...]) -> None:
     from compress.models.graph import graph_of
 

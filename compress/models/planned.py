@@ -9,22 +9,25 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
-from compress.models.prepared import attach, fill, prepared_for
+from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
-from compress.plan import Plan
+from compress.plan import Group, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
+
+_GROUP: TypeAdapter[Target] = TypeAdapter(Group)
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -45,7 +48,8 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
 
     Raises:
         UserError: the architecture is not supported, or cannot be pruned so, or does with its scores what a target
-            cannot do; or a target that has to be trained was not prepared, or experts' weights are missing.
+            cannot do; or it makes the norms of queries alike, which a target goes by; or a target that has to be
+            trained was not prepared, or experts' weights are missing.
         ValueError: the plan's layers or groups are not this model's.
     """
     if plan.upcycle is not None:
@@ -58,6 +62,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
+    _check_norms(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -80,6 +85,23 @@ def _check_rope(model: Any, plan: Plan) -> None:
             where="layer {} group {}".format(*undoing[0]),
             fix="take `rope: keep`",
         )
+
+
+def _check_norms(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
+    family = family_of(model.config)
+    if not family.norms_queries(model.config):
+        return
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.reads_norms:
+                raise UserError(
+                    f"a {family.architecture} normalises every query head, so the norms of queries cannot say which "
+                    "heads a token needs",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a router with weights",
+                    fix="take `router: two_stage`",
+                )
 
 
 def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
@@ -170,6 +192,23 @@ def with_runtime_plan(model: Any, plan: dict[str, Any], tensors: Mapping[str, to
     return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan), tensors)
 
 
+def all_on_model(planned: Any) -> Any | None:
+    """A planned model's twin in which every token uses all that it chooses from (`Target.all_on`), on the same tensors;
+    None where tokens choose nothing."""
+    plan = getattr(planned.config, "compress_plan", None)
+    if plan is None:
+        return None
+    layers = [
+        {**layer, "groups": [_GROUP.validate_python(group).all_on.model_dump(mode="json") for group in layer["groups"]]}
+        for layer in plan["layers"]
+    ]
+    if layers == plan["layers"]:
+        return None
+    made = with_runtime_plan(planned, {**plan, "layers": layers})
+    made.config.compress_impl = planned.config.compress_impl
+    return made
+
+
 def config_fields(config: Any) -> dict[str, Any]:
     """A configuration's own fields, without what says which class it is or which plan it carries."""
     known = config.to_dict()
@@ -231,7 +270,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
         kept: mixers that keep what they have.
         untrained: convert also what has to be trained.
     """
-    options = {option.target: option for option in prepared_for(planned)}
+    options = found_for(prepared_for(planned))
     for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
         for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
             if mixer in kept or next(mixer.parameters(), None) is None:
@@ -240,8 +279,9 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
             for member in members:
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
-                if target in options:
-                    trained = options[target].of(number, group)
+                option = options(target)
+                if option is not None:
+                    trained = option.of(number, group)
                     if layer.queries is not None:
                         group_size = plan.model.group_size
                         stay = [query % group_size for query in layer.queries if query // group_size == group]

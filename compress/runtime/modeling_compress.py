@@ -241,6 +241,8 @@ class PlanModel(OneProcess):
         step = Step.begin(paged, valid, tokens.shape[0], count, tokens.device)
         step.seen = seen
         step.impl, step.input_length, step.record = self.config.compress_impl, length, compress_record
+        if compress_record is not None:
+            compress_record.closed = False
         if position_ids is None:
             position_ids = _positions(paged, valid, tokens)
         try:
