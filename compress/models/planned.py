@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
-from compress.models.prepared import attach, fill, prepared_for
+from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
@@ -48,7 +48,8 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
 
     Raises:
         UserError: the architecture is not supported, or cannot be pruned so, or does with its scores what a target
-            cannot do; or a target that has to be trained was not prepared, or experts' weights are missing.
+            cannot do; or it makes the norms of queries alike, which a target goes by; or a target that has to be
+            trained was not prepared, or experts' weights are missing.
         ValueError: the plan's layers or groups are not this model's.
     """
     if plan.upcycle is not None:
@@ -61,6 +62,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
+    _check_norms(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -83,6 +85,23 @@ def _check_rope(model: Any, plan: Plan) -> None:
             where="layer {} group {}".format(*undoing[0]),
             fix="take `rope: keep`",
         )
+
+
+def _check_norms(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
+    family = family_of(model.config)
+    if not family.norms_queries(model.config):
+        return
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.reads_norms:
+                raise UserError(
+                    f"a {family.architecture} normalises every query head, so the norms of queries cannot say which "
+                    "heads a token needs",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a router with weights",
+                    fix="take `router: two_stage`",
+                )
 
 
 def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
@@ -251,7 +270,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
         kept: mixers that keep what they have.
         untrained: convert also what has to be trained.
     """
-    options = {option.target: option for option in prepared_for(planned)}
+    options = found_for(prepared_for(planned))
     for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
         for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
             if mixer in kept or next(mixer.parameters(), None) is None:
@@ -260,8 +279,9 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
             for member in members:
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
-                if target in options:
-                    trained = options[target].of(number, group)
+                option = options(target)
+                if option is not None:
+                    trained = option.of(number, group)
                     if layer.queries is not None:
                         group_size = plan.model.group_size
                         stay = [query % group_size for query in layer.queries if query // group_size == group]

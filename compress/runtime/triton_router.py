@@ -145,6 +145,7 @@ def _route(
             always *= tl.div_rn(2.0 * first, first + second)[:, None]
             gate *= tl.div_rn(2.0 * second, first + second)[:, None]
         gate = tl.where(m_routed[None, :], gate, always)
+        gate = tl.where(gate == gate, gate, 0.0)  # of columns that are no token, whose outputs stay 0
         tl.store(p_gates + o_unit, gate, mask=m_unit)
 
 

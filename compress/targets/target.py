@@ -148,6 +148,16 @@ class Target(Method):
         """Whether it needs queries and keys as they were before RoPE."""
         return False
 
+    @property
+    def prepared_as(self) -> Target:
+        """The target whose trained tensors serve this one, too, where they were not trained for itself."""
+        return self
+
+    @property
+    def reads_norms(self) -> bool:
+        """Whether it goes by the norms of queries, which have to differ from head to head and token to token."""
+        return False
+
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:
         """What the mixer of this target starts with for one group, converted from the weights of its attention.
 
