@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.profile.key import Key
+from compress.profile.worth import entries_of
 from compress.search.budget.kind import Row
 from compress.search.budget.kv import Kv
 from compress.search.budget.parameters import Parameters
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.plan import ModelShape
+    from compress.targets.layer_option import LayerOption
     from compress.targets.unit import LayerParameters
 
 Layers = tuple[LayerPlan, ...]
@@ -64,6 +66,16 @@ class ProfileLike(Protocol):
         Raises UserError where it was not priced.
         """
 
+    @property
+    def priced_layers(self) -> Sequence[LayerOption]:
+        """The options of whole layers that the statistic `effect` priced."""
+
+    def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
+        """What an option costs every layer at a length, by head group `[layers, groups]` in nats.
+
+        Raises UserError where it was not priced.
+        """
+
 
 class Trained(Protocol):
     """What a search reads of a target that was trained before it (`models.prepared.PreparedOption`)."""
@@ -90,6 +102,7 @@ class Problem:
         prepared: targets that were trained before the search.
         effects: what these cost the loss to first order, at the profiled lengths; None where that was not measured.
         counted: targets whose costs the rows count exactly, see `counting`.
+        whole: targets of all groups of a layer, likewise.
     """
 
     dense: Dense
@@ -100,7 +113,11 @@ class Problem:
     prepared: tuple[Trained, ...] = ()
     effects: ProfileLike | None = None
     counted: tuple[Target, ...] = ()
+    whole: tuple[tuple[Target, ...], ...] = ()
     _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _assigned: dict[LayerOption, dict[int, tuple[Target, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def shape(self) -> ModelShape:
@@ -147,6 +164,32 @@ class Problem:
         """
         prepared = self.effects is not None and target in self.effects.priced
         return (self.effects if self.effects is not None and prepared else self.profile).effect(target, length, part)
+
+    @property
+    def priced_layers(self) -> tuple[LayerOption, ...]:
+        """The options of whole layers whose effect on the loss is known."""
+        return tuple(self.profile.priced_layers)
+
+    def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
+        """What an option costs every layer at a profiled length, by head group `[layers, groups]` in nats.
+
+        Raises:
+            UserError: it was not priced.
+        """
+        return self.profile.layer_effect(option, length, part)
+
+    def entries(self, option: LayerOption) -> dict[int, tuple[Target, ...]]:
+        """What an option makes of the layers that may change and still have all of their head groups, by layer.
+
+        Raises:
+            UserError: the layers are too small for it, or the profile does not have what it ranks heads by.
+        """
+        known = self._assigned.get(option)
+        if known is None:
+            found = entries_of(option, self.shape, self.profile.find, self.lengths, "search.solver")
+            known = {layer: targets for layer, targets in found.items() if not self.start[layer].prunes}
+            self._assigned[option] = known
+        return known
 
     def error(self, target: Target) -> torch.Tensor:
         """How wrong the outputs of every head group are under a target after its preparation, `[layers, groups]`.
@@ -211,20 +254,21 @@ class Problem:
         """A copy of the problem with the budget at only some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
 
-    def counting(self, targets: Sequence[Target]) -> Problem:
-        """The same problem, whose rows count exactly what these targets cost.
+    def counting(self, targets: Sequence[Target], whole: Sequence[Sequence[Target]] = ()) -> Problem:
+        """The same problem, whose rows count exactly what these targets cost, and targets of all groups of a layer.
 
         Rows of bytes count whole cache pages, which windows fill. A constant state is no whole number of them: the step
         is then the largest number of bytes that divides both.
         """
-        problem = replace(self, counted=tuple(targets))
+        problem = replace(self, counted=tuple(targets), whole=tuple(dict.fromkeys(map(tuple, whole))))
         return replace(problem, rows=tuple(map(problem._exactly, self.rows)))
 
     def _exactly(self, row: Row) -> Row:
-        if row.step == 1 or not self.counted:
+        if row.step == 1 or not (self.counted or self.whole):
             return row
         units = {self.unit(layer) for layer, _ in self.free}
-        costs = (target.cost(unit, row.length or 1) for target in self.counted for unit in units)
+        together = (*((target,) for target in self.counted), *self.whole)
+        costs = (layer_cost(groups, unit, row.length or 1) for groups in together for unit in units)
         return replace(row, step=math.gcd(row.step, *map(row.exact, costs)))
 
     def compensated(self) -> Problem:
@@ -334,6 +378,13 @@ class Problem:
             rows[layer][group] = choose((layer, group))
         return tuple(
             layer.model_copy(update={"groups": tuple(row)}) for layer, row in zip(self.start, rows, strict=True)
+        )
+
+    def with_layers(self, groups: Mapping[int, Sequence[Target]]) -> Layers:
+        """The layers of `start`, some of them with other targets for their groups."""
+        return tuple(
+            layer.model_copy(update={"groups": tuple(groups[number])}) if number in groups else layer
+            for number, layer in enumerate(self.start)
         )
 
     def uniform(self, target: Target) -> Layers:

@@ -103,10 +103,14 @@ class GroupsOfLayer:
 
 @dataclass(frozen=True)
 class WholeLayer:
-    """All head groups of a layer together; a choice is a target for each of them."""
+    """All head groups of a layer together; a choice is a target for each of them.
+
+    Attributes:
+        joint: whether they may also decide one by one.
+    """
 
     place: Place
-    joint: ClassVar[bool] = True
+    joint: bool = True
     decides_groups: ClassVar[bool] = True
 
     def put(self, draft: dict[str, Any], choice: Sequence[Target]) -> None:
