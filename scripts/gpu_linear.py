@@ -9,10 +9,13 @@ flash-linear-attention is compared with where it is installed (the wheel `fla-co
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -311,27 +314,56 @@ def decode_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, kind: 
     checks.add(f"{name} read", "out", dtype, mine, wanted)
 
 
-def numerics() -> list[dict[str, Any]]:
-    """Every kernel against float64."""
+PREFILL_CASES = (
+    (BF16, 64, 128, 3, True, True, True), (BF16, 128, 256, 4, False, False, True),
+    (BF16, 256, 512, 1, False, True, False), (BF16, 64, 273, 2, False, False, True),
+    (F32, 64, 128, 3, False, True, True), (F32, 96, 96, 7, True, False, False),
+)  # fmt: skip
+DELTA_CASES = (
+    (BF16, 64, 3, True, True), (BF16, 128, 4, True, False), (BF16, 256, 1, False, True), (F32, 64, 2, True, True)
+)  # fmt: skip
+MAP_CASES = (
+    (BF16, 128, "hedgehog"), (BF16, 256, "hedgehog"), (BF16, 64, "hedgehog_exp"), (BF16, 256, "hedgehog_exp"),
+    (BF16, 256, "elu"), (BF16, 128, "relu"), (F32, 64, "hedgehog"), (F32, 128, "elu"),
+)  # fmt: skip
+
+
+def numeric_case(what: str, case: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of one case, and the lines that it printed; runs in a process of its own."""
     torch.seed()
     checks = Checks()
-    # Every case compiles some ten kernels: each of head size, features, heads, dtype and kind is met in one of them.
-    for dtype, dim, count, share, own, decay, ragged in (
-        (BF16, 64, 128, 3, True, True, True), (BF16, 128, 256, 4, False, False, True),
-        (BF16, 256, 512, 1, False, True, False), (BF16, 64, 273, 2, False, False, True),
-        (F32, 64, 128, 3, False, True, True), (F32, 96, 96, 7, True, False, False),
-    ):  # fmt: skip
-        prefill_case(checks, dim, count, share, dtype, own=own, decay=decay, ragged=ragged)
-    for dtype, dim, share, decay, own in (
-        (BF16, 64, 3, True, True), (BF16, 128, 4, True, False), (BF16, 256, 1, False, True), (F32, 64, 2, True, True)
-    ):  # fmt: skip
-        delta_case(checks, dim, share, dtype, decay=decay, own=own)
-    for dtype, dim, kind in (
-        (BF16, 128, "hedgehog"), (BF16, 256, "hedgehog"), (BF16, 64, "hedgehog_exp"), (BF16, 256, "hedgehog_exp"),
-        (BF16, 256, "elu"), (BF16, 128, "relu"), (F32, 64, "hedgehog"), (F32, 128, "elu"),
-    ):  # fmt: skip
-        map_case(checks, kind, dim, dtype)
-        decode_case(checks, dim, 4 if dim < 256 else 3, dtype, kind, decay=dim == 64)
+    LINES.clear()
+    try:
+        if what == "prefill":
+            dtype, dim, count, share, own, decay, ragged = case
+            prefill_case(checks, dim, count, share, dtype, own=own, decay=decay, ragged=ragged)
+        elif what == "delta":
+            dtype, dim, share, decay, own = case
+            delta_case(checks, dim, share, dtype, decay=decay, own=own)
+        else:
+            dtype, dim, kind = case
+            map_case(checks, kind, dim, dtype)
+            decode_case(checks, dim, 4 if dim < 256 else 3, dtype, kind, decay=dim == 64)
+    except Exception:  # told as a failed check, and the other cases go on
+        say(f"  FAILED {what} {case}: {traceback.format_exc()}")
+        checks.rows.append(
+            {"what": f"{what} {case}", "kind": "out", "dtype": str(case[0]), "error": math.inf, "ok": False}
+        )
+    return checks.rows, list(LINES)
+
+
+def numerics() -> list[dict[str, Any]]:
+    """Every kernel against float64; cases run side by side, as most of their time is the compiler's."""
+    cases = [
+        (what, case)
+        for what, of in (("prefill", PREFILL_CASES), ("delta", DELTA_CASES), ("map", MAP_CASES))
+        for case in of
+    ]
+    checks = Checks()
+    with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for rows, lines in pool.map(numeric_case, *zip(*cases, strict=True)):
+            checks.rows += rows
+            LINES.extend(lines)
     return checks.tell("numerics")
 
 

@@ -29,6 +29,7 @@ from compress.runtime.span import PAGE
 from compress.targets.aaren import AarenGroup
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
+from compress.targets.routed import RoutedGroup
 from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
 from tests.examples.strided import StridedGroup
@@ -57,6 +58,20 @@ SCORED: tuple[Target, ...] = (
     ScoreGroup(score="lssar", power=3),
 )
 
+# Two entries are a layer of the model with grouped heads.
+ROUTED: tuple[Target, ...] = (
+    *RoutedGroup.layer(2, 1, gates="one", sink=4, alpha=30, beta=0.25),
+    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head"),
+    *RoutedGroup.layer(2, 1, router="norm"),
+)
+# Of the pruned model's the second alone, both, and both with one query head each, as they stay of it.
+ROUTED_PRUNED: tuple[Target, ...] = (
+    FullGroup(),
+    *RoutedGroup.layer(1, 1),
+    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head"),
+    *RoutedGroup.layer(2, 1, unit="head", sink=4, alpha=30, beta=0.25),
+)
+
 # The groups that the layers of a plan cycle through to try each registered target. Three models stand for all: one with
 # grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
 TARGETS: dict[str, tuple[Target, ...]] = {
@@ -71,6 +86,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         LinearGroup(rule="delta", decay="token", sink=70, alpha=40),
     ),
     "pruned": MIXED,
+    "routed": ROUTED,
     "score": SCORED,
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
     "window": MIXED,
@@ -78,10 +94,11 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
 OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
 # What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py) needs the last model alone.
-BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {SCORED: BASES[-1:]}
+BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {SCORED: BASES[-1:], ROUTED: BASES[:1]}
 CELLS = {
     f"{base}, {target}": (base, groups) for groups, target in OTHERS.items() for base in BASES_OF.get(groups, BASES)
 }
+CELLS[f"{BASES[-1]}, routed"] = BASES[-1], ROUTED_PRUNED
 MODELS = [*FAMILIES, *(f"{family}, pruned" for family in PRUNED), *CELLS]
 
 

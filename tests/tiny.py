@@ -29,6 +29,7 @@ from compress.models.shape import shape_of
 from compress.plan import ModelShape, Plan, make_plan, uniform_plan
 from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
+from compress.targets.routed import RoutedGroup
 from compress.targets.span import SpanTarget
 from compress.targets.target import Target
 from compress.targets.window import WindowGroup
@@ -202,21 +203,35 @@ def tiny_loaded(family: str) -> LoadedModel:
 
 
 def attach_as_they_start(model: Any, targets: Sequence[Target]) -> None:
-    """Let a model carry what targets that have to be prepared start with, as if it had been trained."""
+    """Let a model carry what targets that have to be prepared start with, as if it had been trained.
+
+    Routers, which start at zero and would choose the same for all tokens, have random weights.
+    """
     shape, options = shape_of(model), []
-    for target in dict.fromkeys(target for target in targets if target.has_to_be_prepared):
-        started = planned_model(model, uniform_plan(shape, target), untrained=True)
-        free = [layer for layer, native in enumerate(shape.native_windows) if native is None]
-        tensors = {
-            f"{layer}.{name}": weight.detach()
-            for layer in free
-            for name, weight in started.base_model.compress_kinds[layer].only.named_parameters()
-        }
-        errors = [[0.0] * shape.kv_heads if native is None else None for native in shape.native_windows]
-        facts: dict[str, Any] = {"key": "", "objective": {}, "steps": 1, "tokens": 1, "first_loss": 0, "last_loss": 0}
-        facts |= {"target": target.model_dump(mode="json"), "seconds": 0, "sha256": "", "versions": {}}
-        options.append(PreparedOption(target, Option(**facts, errors=errors), tensors))
+    free = [layer for layer, native in enumerate(shape.native_windows) if native is None]
+    generator = torch.Generator().manual_seed(6)
+    for target in dict.fromkeys(targets):
+        tensors = {}
+        if target.has_to_be_prepared:
+            started = planned_model(model, uniform_plan(shape, target), untrained=True)
+            for layer in free:
+                for name, weight in started.base_model.compress_kinds[layer].only.named_parameters():
+                    tensors[f"{layer}.{name}"] = weight.detach()
+        elif isinstance(target, RoutedGroup) and target.router == "two_stage":
+            heads = (shape.group_size,) if target.unit == "head" else ()
+            for name, middle in (("route", heads), ("halves", (2,))):
+                size = (shape.kv_heads, *middle, model.config.hidden_size)
+                tensors |= {f"{layer}.router.{name}": torch.randn(size, generator=generator) for layer in free}
+        if tensors:
+            options.append(_as_prepared(target, shape, tensors))
     attach(model, tuple(options))
+
+
+def _as_prepared(target: Target, shape: ModelShape, tensors: dict[str, torch.Tensor]) -> PreparedOption:
+    errors = [[0.0] * shape.kv_heads if native is None else None for native in shape.native_windows]
+    facts: dict[str, Any] = {"key": "", "objective": {}, "steps": 1, "tokens": 1, "first_loss": 0, "last_loss": 0}
+    facts |= {"target": target.model_dump(mode="json"), "seconds": 0, "sha256": "", "versions": {}}
+    return PreparedOption(target, Option(**facts, errors=errors), tensors)
 
 
 def mixed_plan(shape: ModelShape, targets: Sequence[Target] = MIXED) -> Plan:

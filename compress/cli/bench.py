@@ -98,6 +98,7 @@ def measure(
     from compress.environment import environment
     from compress.models.load import DTYPES
     from compress.models.source import ModelSource
+    from compress.plan.states import states_of
     from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
 
@@ -159,6 +160,16 @@ def measure(
                 measure.release(where)
         del dense
         measure.release(where)
+    plan_of_model = None if mixes else source.written_plan()
+    states = None if plan_of_model is None else states_of(plan_of_model, DTYPES[dtype].itemsize)
+    reached: dict[str, int | None] = {
+        f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)
+        for name in mixes
+        for what in ("prefill", "decode")
+        if rows
+    }
+    if states is not None:
+        reached["bytes of states and cache"] = states.pays_from
     values = {
         "model": model,
         "dense_model": dense_model,
@@ -170,12 +181,7 @@ def measure(
         "kernel": [row.values() for row in rows],
         "model_rows": [row.values() for row in models],
         "skipped": skipped,
-        "break_even": {
-            f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)
-            for name in mixes
-            for what in ("prefill", "decode")
-            if rows
-        },
+        "break_even": reached,
         "environment": environment(),
     }
     return {"values": values, "rows": rows, "models": models, "copy": copy}
@@ -212,7 +218,7 @@ def _show(report: dict[str, Any]) -> None:
         for row in report["rows"]:
             table.add_row(*kernel_lines(row, report["copy"]))
         show(table)
-        for what, length in values["break_even"].items():
-            typer.echo(f"break-even, {what}: {'not reached' if length is None else f'{length:,} tokens'}")
     for row in report["models"]:
         typer.echo("\n".join(model_lines(row)))
+    for what, length in values["break_even"].items():
+        typer.echo(f"break-even, {what}: {'not reached' if length is None else f'{length:,} tokens'}")

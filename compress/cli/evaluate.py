@@ -337,9 +337,9 @@ def _is_plan(spec: str) -> bool:
 
 def _plan_in(spec: str) -> Plan | None:
     """The plan of a checkpoint of this project; None for any other model."""
-    from compress.plan import read_plan
+    from compress.plan import CHECKPOINT_PLAN, read_plan
 
-    path = Path(spec).expanduser() / "compress_plan.json"
+    path = Path(spec).expanduser() / CHECKPOINT_PLAN
     return read_plan(path) if path.is_file() else None
 
 

@@ -13,6 +13,7 @@ from compress.data.reader import Reader
 from compress.data.text import Source
 from compress.evaluate.cell import Cell
 from compress.models.vocabulary import check_tokens
+from compress.plan import ModelShape
 from compress.registry import Method, measures
 from compress.targets.cost import Cost
 
@@ -140,11 +141,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a measure passes through every variant: `count` inputs, each with so many tokens written behind it."""
+    """What a measure passes through every variant: `count` inputs, each with so many tokens written behind it.
+
+    Attributes:
+        by_dense: whether variants with the dense model's attention take them, too.
+    """
 
     length: int
     count: int
     written: int = 0
+    by_dense: bool = True
 
 
 @dataclass(frozen=True)
@@ -201,8 +207,12 @@ class Measure(Method):
         """The text that it names and that the whole evaluation takes for haystacks, too; None names none."""
         return None
 
-    def inputs(self) -> list[Inputs]:
-        """What passes through a variant, as far as it is known beforehand; an estimate of the time counts it."""
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """What passes through a variant, as far as it is known beforehand; an estimate of the time counts it.
+
+        Args:
+            shape: of the dense model, where it is known.
+        """
         return []
 
     def words(self) -> str:

@@ -26,10 +26,9 @@ from compress.models.load import DTYPES, LoadedModel
 from compress.models.planned import patched_model, planned_model
 from compress.models.tokenizer_files import write_tokenizer
 from compress.models.trained import load_trained
-from compress.plan import Plan, read_plan
+from compress.plan import CHECKPOINT_PLAN, Plan, read_plan
 from compress.versions import versions
 
-PLAN = "compress_plan.json"
 BASE_PLAN = "compress_plan.base.json"  # of the model it was made from, where that is a checkpoint of ours
 CHECKS_FILE = "compress_checks.json"
 RECORD = "recover.json"  # of the training, where there was one
@@ -108,8 +107,8 @@ def export_checkpoint(
             copy_runtime(partial)
             point_to_runtime(partial, family_of(planned.config))
         open_permissions(partial)
-        (partial / PLAN).write_text(plan.to_json(), encoding="utf-8")
-        base = Path(loaded.name) / PLAN
+        (partial / CHECKPOINT_PLAN).write_text(plan.to_json(), encoding="utf-8")
+        base = Path(loaded.name) / CHECKPOINT_PLAN
         if base.is_file():
             shutil.copyfile(base, partial / BASE_PLAN)
         if weights is not None and (weights / RECORD).is_file():
@@ -153,7 +152,7 @@ def update_card(folder: Path, loaded: LoadedModel, table: str) -> None:
     Raises:
         UserError: the folder is no such checkpoint.
     """
-    plan = read_plan(folder / PLAN)
+    plan = read_plan(folder / CHECKPOINT_PLAN)
     checks = read_model(Checks, folder / CHECKS_FILE, "the record of the verification", fix="export again")
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None

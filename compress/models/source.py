@@ -20,7 +20,7 @@ from compress.models.memory import available_bytes
 from compress.models.planned import planned_model, read_mixers, with_runtime_plan
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
-from compress.plan import read_plan
+from compress.plan import CHECKPOINT_PLAN, Plan, read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.widths import Width
 from compress.targets.target import load_mixers, targets_of
@@ -169,6 +169,15 @@ class ModelSource:
         known["model_type"] = known["model_type"].removeprefix("compress_")
         return random_model(known | {"num_hidden_layers": 1, "vocab_size": 256}, device, dtype)
 
+    def written_plan(self) -> Plan | None:
+        """The plan that was named, or the one that lies beside a checkpoint's weights; None where there is neither.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        path = Path(self.plan_file or Path(self.spec).expanduser() / CHECKPOINT_PLAN)
+        return read_plan(path) if path.is_file() else None
+
     def planned(self, dense: Any) -> tuple[Any, str]:
         """The dense model's twin with the plan that was named or that the checkpoint carries; and its name in tables.
 
@@ -176,9 +185,9 @@ class ModelSource:
             UserError: there is no plan, or it is of another model.
         """
         if self.plan_file is not None:
-            # Random weights are nobody's: there only the sizes have to be those of the plan.
+            # Random weights are nobody's: there only the sizes have to be those of the plan, and nothing is trained.
             plan = read_plan(self.plan_file, shape_of(dense), any_weights=self.random)
-            return planned_model(dense, plan), Path(self.plan_file).name
+            return planned_model(dense, plan, untrained=self.random), Path(self.plan_file).name
         if self.carries_plan:
             planned = with_runtime_plan(dense, self.checkpoint[PLAN])
             read_by("model", self.spec, lambda: read_mixers(planned, Path(self.spec).expanduser()))

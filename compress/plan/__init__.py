@@ -2,11 +2,12 @@
 
 from compress.plan.build import make_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape
-from compress.plan.read import read_plan
+from compress.plan.read import CHECKPOINT_PLAN, read_plan
 from compress.plan.schema import Amount, Form, Group, LayerPlan, Mlp, OutputBias, Plan, Predicted
 from compress.plan.words import amount_line, removal
 
 __all__ = [
+    "CHECKPOINT_PLAN",
     "Amount",
     "Form",
     "Group",

@@ -79,13 +79,14 @@ def count_problems(plan: Plan, where: str) -> list[Problem]:
                 Problem("wrong number of head groups", here, str(plan.model.kv_heads), str(len(layer.groups)))
             )
         problems += _pruning_problems(layer, plan.model, here)
+        problems += _group_problems(layer, plan.model, here)
         native = plan.model.native_windows[number] if number < len(plan.model.native_windows) else None
-        if native is not None and not all(group.as_built for group in layer.groups):
+        if native is not None and not all(group.fits_native for group in layer.groups):
             problems.append(
                 Problem(
                     f"this layer already slides over {native} tokens in the architecture itself",
                     here,
-                    "target full or pruned in every group",
+                    "target full or pruned in every group, or routed without a window",
                     ", ".join(group.target for group in layer.groups),
                 )
             )
@@ -105,3 +106,17 @@ def _pruning_problems(layer: LayerPlan, model: ModelShape, here: str) -> list[Pr
     if ascending and set(counts) == set(kept) and len(set(counts.values())) == 1:
         return []
     return [Problem("these query heads cannot be kept", f"{here}.queries", expected, f"{list(layer.queries)}")]
+
+
+def _group_problems(layer: LayerPlan, model: ModelShape, here: str) -> list[Problem]:
+    """Targets of a layer that do not go together with others of their kind in it."""
+    kept = layer.kept_groups
+    if not kept or len(layer.groups) != model.kv_heads:
+        return []
+    heads = model.group_size if layer.queries is None else len(layer.queries) // len(kept)
+    problems = []
+    for kind in dict.fromkeys(type(layer.groups[number]) for number in kept):
+        wrong = kind.layer_problem([layer.groups[n] for n in kept if type(layer.groups[n]) is kind], heads)
+        if wrong is not None:
+            problems.append(Problem(wrong[0], here, *wrong[1:]))
+    return problems

@@ -14,6 +14,8 @@ from compress.plan.build import count_problems
 from compress.plan.facts import ModelShape, Tokens
 from compress.plan.schema import SCHEMA, Bytes, Form, Plan, Strict
 
+CHECKPOINT_PLAN = "compress_plan.json"  # the plan of a checkpoint, beside its weights
+
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""

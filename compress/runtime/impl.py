@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from .flash import refusal as flash_refusal
-from .reference import decode, prefill, store, store_one
+from .reference import decode, prefill, routed_prefill, store, store_one
 
 logger = logging.get_logger(__name__)
 
@@ -42,10 +42,11 @@ class Impl:
     decode: Callable[..., torch.Tensor]
     store: Callable[..., None]
     store_one: Callable[..., None]
+    routed_prefill: Callable[..., torch.Tensor]
     linear: Linear | None = None
 
 
-IMPLS = {"reference": Impl(prefill, decode, store, store_one)}
+IMPLS = {"reference": Impl(prefill, decode, store, store_one, routed_prefill)}
 
 
 try:
@@ -53,6 +54,7 @@ try:
     from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
     from .triton_linear_heads import LINEAR
+    from .triton_routed import routed_prefill as skipping
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -65,9 +67,9 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    IMPLS["triton"] = Impl(*TRITON, linear=Linear(*LINEAR))
-    IMPLS["fla"] = Impl(*TRITON, linear=Linear(*FLA))
-    IMPLS["flash"] = Impl(*FLASH, linear=Linear(*LINEAR))
+    IMPLS["triton"] = Impl(*TRITON, skipping, linear=Linear(*LINEAR))
+    IMPLS["fla"] = Impl(*TRITON, skipping, linear=Linear(*FLA))
+    IMPLS["flash"] = Impl(*FLASH, skipping, linear=Linear(*LINEAR))
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:

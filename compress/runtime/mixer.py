@@ -130,7 +130,7 @@ class Mixer(nn.Module):
     needs_inputs: bool = False
     knows_scores: bool = False
     by_length: bool = False
-    by_query: ClassVar[tuple[str, ...]] = ()
+    by_query: tuple[str, ...] = ()
     heads: tuple[int, ...] = ()
 
     @classmethod

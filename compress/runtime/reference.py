@@ -106,6 +106,52 @@ def prefill(
     return out if lse is None else (out, lse)
 
 
+def routed_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    active: torch.Tensor,
+    *,
+    rows: Rows | None = None,
+    pages: Pages | None = None,
+    scale: float | None = None,
+    scores: Scores | None = None,
+) -> torch.Tensor:
+    """`prefill` of heads that are on for some tokens only; what a head that is off would give is zero.
+
+    Keys and values take part whether their own token has the group on or not. This computes everything and leaves
+    out what is off; a kernel skips it. There are no gradients: those of a router flow through the dense pass.
+
+    Args:
+        active: bool, `[B, G, T]` where a group is on or off as a whole, or `[B, H, T]` for single query heads. What it
+            says of a column that is no token means nothing.
+        query, key, value, spans, rows, pages, scale, scores: as in `prefill`.
+
+    Returns:
+        `[B, H, T, D]` in query's dtype; exactly zero where a head is off, and where a column is no token.
+
+    Raises:
+        ValueError: `active` is neither by group nor by query head.
+    """
+    check_active(active, query.shape[1], len(spans))
+    out = prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
+    return only_active(out, active)
+
+
+def check_active(active: torch.Tensor, heads: int, groups: int) -> None:
+    """Raise ValueError unless `active` is bool `[B, G, ...]` or `[B, H, ...]`."""
+    if active.dtype != torch.bool or active.shape[1] not in (groups, heads):
+        raise ValueError(
+            f"active: expected bool of {groups} groups or {heads} query heads, got {active.dtype} of {active.shape[1]}"
+        )
+
+
+def only_active(out: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """Outputs `[B, H, ..., D]` with zeros, whatever was there, where `active` `[B, G or H, ...]` says off."""
+    return out.masked_fill(~active.repeat_interleave(out.shape[1] // active.shape[1], dim=1)[..., None], 0)
+
+
 def _no_mass(query: torch.Tensor) -> torch.Tensor:
     """The log-sum-exp of queries `[..., D]` that see no key: -inf, in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -234,6 +280,7 @@ def decode(
     scale: float | None = None,
     scores: Scores | None = None,
     keep_lse: bool = False,
+    active: torch.Tensor | None = None,
 ) -> Any:
     """Attention of one token per sequence over the pages, the token's own key included.
 
@@ -244,12 +291,17 @@ def decode(
             length 0 takes no part, and its output is zero.
         spans: one per head group.
         scale, scores, keep_lse: as in `prefill`.
+        active: bool on the device, `[B, G]` or `[B, H]`: which groups, or which query heads, are on; None when all
+            are. A group without a head that is on reads no key. The output of a head that is off is exactly zero.
 
     Returns:
-        `[B, H, D]` in query's dtype; with `keep_lse` also the log-sum-exp `[B, H]`, -inf for a sequence of length 0.
+        `[B, H, D]` in query's dtype; with `keep_lse` also the log-sum-exp `[B, H]`, -inf for a sequence of length 0
+        and for a head that is off.
     """
     batch, heads, _ = query.shape
     groups = len(spans)
+    if active is not None:
+        check_active(active, heads, groups)
     if not pages.table.shape[-1]:  # no sequence has a token yet
         out = query.new_zeros(batch, heads, pages.values.shape[-1])
         return (out, _no_mass(query)) if keep_lse else out
@@ -257,6 +309,8 @@ def decode(
     sink, alpha, beta_units, granule = rule_columns(tuple(spans), query.device)  # each [G, 1]
     last = lengths[:, None, None].long() - 1
     seen = visible(last, positions, sink, alpha, beta_units, granule)  # [B, G, numbers * 64]
+    if active is not None:
+        seen &= active.unflatten(1, (groups, -1)).any(-1)[..., None]
     # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs. A CUDA
     # graph takes all, since how many there are is not known to the host.
     by_page = seen.unflatten(-1, (-1, PAGE))
@@ -270,15 +324,17 @@ def decode(
     hidden = ~seen[..., None]
     key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P * 64, D]
     value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
-    absent, lse = (lengths == 0)[:, None, None], None
+    absent, lse = (lengths == 0)[:, None].expand(batch, heads), None
+    if active is not None:
+        absent = absent | ~active.repeat_interleave(heads // active.shape[1], dim=1)
     if scores is not None or keep_lse:
         seen = seen.repeat_interleave(heads // groups, dim=1)[:, :, None]
         out, lse = attend(query[:, :, None], key, value, seen, scores or Scores(), scale=scale, keep_lse=keep_lse)
     else:
         q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
         out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
-    out = out.reshape(batch, heads, -1).masked_fill(absent, 0)
-    return out if lse is None else (out, lse[..., 0].masked_fill(absent[..., 0], float("-inf")))
+    out = out.reshape(batch, heads, -1).masked_fill(absent[..., None], 0)
+    return out if lse is None else (out, lse[..., 0].masked_fill(absent, float("-inf")))
 
 
 def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:

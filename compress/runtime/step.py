@@ -14,17 +14,38 @@ if TYPE_CHECKING:
     from .paged_cache import PagedCache
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What the tokens of one pass chose in one layer. Padding is not among the N tokens.
+
+    Attributes:
+        logits: `[N, E]` of the E units that are chosen from, with gradients where the router has any.
+        probs: `[N, E]` in float32 at least, their softmax.
+        chosen: `[N, E]`, which of them a token uses; the same number for every token.
+        units: for each of the E units, the query heads of the layer that it is, of those that stay.
+        shared: the same for the units that are always on.
+    """
+
+    logits: torch.Tensor
+    probs: torch.Tensor
+    chosen: torch.Tensor
+    units: tuple[tuple[int, ...], ...]
+    shared: tuple[tuple[int, ...], ...]
+
+
 @dataclass
 class Record:
     """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
 
     Attributes:
-        losses: by name, a scalar of every layer that has one, such as a router's load balance; they take gradients.
+        losses: by name, a scalar of every layer that has one; they take gradients.
         gates: by number of the layer, what its mixers multiplied the outputs of heads with, `[B, T, heads]` each.
+        routing: by number of the layer, what tokens chose where it has routed heads.
     """
 
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gates: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """Add the side loss of a layer."""

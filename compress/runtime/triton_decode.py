@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .pages import Pages
+from .reference import check_active
 from .reference import decode as reference_decode
 from .scores import KernelScores, Scores
 from .span import PAGE, Span
@@ -39,17 +40,22 @@ def _bounds(length, sink, alpha, beta, mask, PAGE: tl.constexpr):
 def _work(
     p_lengths,  # [B] int32
     p_rules,  # [G, 4] int32
+    p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2, None with ACTIVE 0
     segments,
     most,
+    SHARE: tl.constexpr,
     GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PAGE: tl.constexpr,
     FEWEST: tl.constexpr,
+    ACTIVE: tl.constexpr,
 ):
     """Pages of every segment, a (sequence, group), and how many of `most` programs share them.
 
     End of the sink's pages, start of the window's and the number of both, `[BLOCK_S]` each; all pages; the programs.
-    Program p walks pages [pages * p // programs, pages * (p + 1) // programs) of all segments in a row.
+    Program p walks pages [pages * p // programs, pages * (p + 1) // programs) of all segments in a row. A segment
+    whose heads are all off has no pages.
     """
     every = tl.arange(0, BLOCK_S)
     known = every < segments
@@ -58,6 +64,14 @@ def _work(
     sink, alpha, beta, mask = load_rule(p_rules, group)
     sinks, start, end = _bounds(length, sink, alpha, beta, mask, PAGE)
     counts = tl.where(known & (length > 0), sinks + end - start, 0)
+    if ACTIVE == 1:
+        counts = tl.where(tl.load(p_active + every, mask=known, other=0) != 0, counts, 0)
+    elif ACTIVE == 2:
+        o_row = tl.arange(0, BLOCK_M)
+        # [BLOCK_S, BLOCK_M]
+        o_head = every[:, None] * SHARE + o_row[None, :]
+        b_active = tl.load(p_active + o_head, mask=known[:, None] & (o_row < SHARE)[None, :], other=0)
+        counts = tl.where(tl.max(b_active.to(tl.int32), 1) != 0, counts, 0)
     pages = tl.sum(counts, 0).to(tl.int64)
     programs = tl.minimum((pages + FEWEST - 1) // FEWEST, most)  # each has a page, so each arrives
     return sinks, start, counts, pages, programs
@@ -72,6 +86,7 @@ def _decode(
     p_lengths,  # [B] int32, 0 where a sequence takes no part
     p_rules,  # [G, 4] int32: sink, alpha, beta units, mask
     p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
+    p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2: what is on; None with ACTIVE 0
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
@@ -99,6 +114,7 @@ def _decode(
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
     SCORE: tl.constexpr,
+    ACTIVE: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -110,8 +126,9 @@ def _decode(
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
+    most = tl.num_programs(0)
     sinks, start, counts, pages, programs = _work(
-        p_lengths, p_rules, segments, tl.num_programs(0), GROUPS, BLOCK_S, PAGE, FEWEST
+        p_lengths, p_rules, p_active, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST, ACTIVE
     )
     if program >= programs:
         return
@@ -182,9 +199,16 @@ def _decode(
                     total += tl.sum(b_weight, 1)
         if (at == seg_start) & (piece_end == seg_end):
             p_row = p_out + b.to(tl.int64) * out_b
-            store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
+            b_out = acc / total[:, None]
+            if ACTIVE == 2:
+                m_on = tl.load(p_active + s * SHARE + o_row, mask=m_row, other=0) != 0
+                b_out = tl.where(m_on[:, None], b_out, 0.0)
+            store_block(p_row, head * out_h, b_out, m_row, VALUE_DIM, BLOCK_V)
             if KEEP_LSE:
-                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * _LN2, mask=m_row)
+                b_lse = (top + tl.log2(total)) * _LN2
+                if ACTIVE == 2:
+                    b_lse = tl.where(m_on, b_lse, float("-inf"))
+                tl.store(p_lse + b * GROUPS * SHARE + head, b_lse, mask=m_row)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
@@ -202,6 +226,7 @@ def _join(
     p_lse,  # [B, H] float32, where KEEP_LSE
     p_lengths,  # [B] int32
     p_rules,  # [G, 4] int32
+    p_active,  # as in `_decode`
     segments,
     most,
     out_b,
@@ -210,12 +235,14 @@ def _join(
     GROUPS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PAGE: tl.constexpr,
     FEWEST: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ACTIVE: tl.constexpr,
     KEEP_LSE: tl.constexpr,
 ):
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
@@ -223,14 +250,19 @@ def _join(
     h = tl.program_id(1)
     every = tl.arange(0, BLOCK_S)
     # None of this is a result of `_decode`, so it is known before that has ended.
-    _, _, counts, pages, programs = _work(p_lengths, p_rules, segments, most, GROUPS, BLOCK_S, PAGE, FEWEST)
+    _, _, counts, pages, programs = _work(
+        p_lengths, p_rules, p_active, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST, ACTIVE
+    )
     start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
     count = tl.sum(tl.where(every == s, counts, 0), 0)
+    nothing = count == 0  # a sequence that takes no part, or heads that are off
+    if ACTIVE == 2:
+        nothing = nothing | (tl.load(p_active + s * SHARE + h) == 0)
     # [BLOCK_C]
     o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
     p_total = p_lse + (s // GROUPS) * GROUPS * SHARE + (s % GROUPS) * SHARE + h
-    if count == 0:  # a sequence that takes no part
+    if nothing:
         if KEEP_LSE:
             tl.store(p_total, float("-inf"))
         tl.store(p_row + o_dims, tl.zeros([BLOCK_C], p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
@@ -276,6 +308,7 @@ def decode(
     scale: float | None = None,
     scores: Scores | None = None,
     keep_lse: bool = False,
+    active: torch.Tensor | None = None,
 ) -> Any:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
 
@@ -296,8 +329,14 @@ def decode(
     scale = dim**-0.5 if scale is None else scale
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None:
-        return reference_decode(query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse)
+        return reference_decode(
+            query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse, active=active
+        )
     cap, extra = form.cap, form.by_head
+    flags, unit = None, 0
+    if active is not None:
+        check_active(active, heads, groups)
+        flags, unit = active.contiguous().view(torch.uint8), 1 if active.shape[1] == groups else 2
     _decode[(programs,)](
         query,
         pages.keys,
@@ -306,6 +345,7 @@ def decode(
         lengths,
         rules,
         rules if extra is None else extra,
+        flags,
         out,
         parts,
         stats,
@@ -333,6 +373,7 @@ def decode(
         CAPPED=cap is not None,
         EXTRA=extra is not None and form.score == 0,
         SCORE=form.score,
+        ACTIVE=unit,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
@@ -347,6 +388,7 @@ def decode(
         lse,
         lengths,
         rules,
+        flags,
         batch * groups,
         programs,
         out.stride(0),
@@ -355,12 +397,14 @@ def decode(
         GROUPS=groups,
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
+        BLOCK_M=max(16, triton.next_power_of_2(share)),
         BLOCK_S=block_s,
         BLOCK_R=pieces,
         BLOCK_C=columns,
         PAGE=PAGE,
         FEWEST=config["fewest"],
         OVERLAP=overlap,
+        ACTIVE=unit,
         KEEP_LSE=keep_lse,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),

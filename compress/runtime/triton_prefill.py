@@ -70,6 +70,8 @@ def _forward(
     p_value_pages,  # [places, BLOCK_P, DV]
     p_table,  # [B, G, numbers] int32
     p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
+    p_on,  # [B, G, T * SHARE] int32: the rows that are computed, token * SHARE + head of the group; None for all
+    p_on_counts,  # [B, G] int32: how many of them there are
     numbers,
     tiles,
     batch,
@@ -93,6 +95,7 @@ def _forward(
     BLOCK_P: tl.constexpr,
     RAGGED: tl.constexpr,
     PAGED: tl.constexpr,
+    GATHERED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -100,7 +103,10 @@ def _forward(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other."""
+    """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other.
+
+    Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do.
+    """
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
     tile = tiles - 1 - item % tiles
@@ -109,16 +115,28 @@ def _forward(
     g = tl.load(p_rule)
     sink, alpha, beta, mask = load_rule(p_rule + 1, 0)
     past, start, count = load_run(p_rows, b)
-    low = tile * BLOCK_M // SHARE
-    if low >= count:
-        return
-    high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
+    if GATHERED:  # rows of tokens that lie apart, in their order; keys are bounded by the first and the last of them
+        on_count = tl.load(p_on_counts + b * GROUPS + g)
+        if tile * BLOCK_M >= on_count:
+            return
+        p_own = p_on + (b * GROUPS + g).to(tl.int64) * columns * SHARE + tile * BLOCK_M
+        low = tl.load(p_own) // SHARE
+        high = tl.load(p_own + tl.minimum(BLOCK_M, on_count - tile * BLOCK_M) - 1) // SHARE
+        # [BLOCK_M]
+        m_token = tile * BLOCK_M + tl.arange(0, BLOCK_M) < on_count
+        o_packed = tl.load(p_own + tl.arange(0, BLOCK_M), mask=m_token, other=0)
+        o_token = o_packed // SHARE
+    else:
+        low = tile * BLOCK_M // SHARE
+        if low >= count:
+            return
+        high = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
 
-    # [BLOCK_M]
-    o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_token = o_packed // SHARE
+        # [BLOCK_M]
+        o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_token = o_packed // SHARE
+        m_token = o_token < count
     head = g * SHARE + o_packed % SHARE
-    m_token = o_token < count
     t = past + o_token
     o_column = (start + o_token).to(tl.int64)
     # [BLOCK_M, BLOCK_D]
@@ -213,12 +231,16 @@ def forward(
     cap: float | None = None,
     extra: torch.Tensor | None = None,
     score: int = 0,
+    on: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
+    Args:
+        on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
+
     Returns:
         Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
-        -inf where a column is no token.
+        -inf where a column is no token. Of rows that are not computed they are 0 and -inf.
     """
     batch, heads, columns, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
@@ -227,10 +249,11 @@ def forward(
     block_m, block_n = config["block_m"], config["block_n"]
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     tiles = triton.cdiv(columns * share, block_m)
-    make = query.new_zeros if ragged else query.new_empty
+    some = ragged or on is not None
+    make = query.new_zeros if some else query.new_empty
     out = make(batch, columns, heads, value_dim).transpose(1, 2)
     lse = query.new_empty((batch, heads, columns) if keep_lse else (1,), dtype=torch.float32)
-    if ragged and keep_lse:
+    if some and keep_lse:
         lse.fill_(float("-inf"))
     key_pages, value_pages, table = pages if pages is not None else (key, value, rows)
     _forward[(tiles * batch * groups,)](
@@ -245,6 +268,7 @@ def forward(
         value_pages,
         table,
         rows if extra is None else extra,
+        *((None, None) if on is None else on),
         table.shape[-1],
         tiles,
         batch,
@@ -268,6 +292,7 @@ def forward(
         BLOCK_P=PAGE,
         RAGGED=ragged,
         PAGED=pages is not None,
+        GATHERED=on is not None,
         KEEP_LSE=keep_lse,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,

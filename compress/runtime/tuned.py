@@ -33,6 +33,11 @@ def prefill_config(head_dim: int, itemsize: int, device: torch.device) -> dict[s
     return {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3}
 
 
+def rows_block(device: torch.device) -> int:
+    """Rows that one program looks through for those that are on."""
+    return 64 if device.type == "cpu" else 1024  # the interpreter: small blocks, so that small inputs have several
+
+
 def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once."""
     small = head_dim > 128 and not _hopper(device)

@@ -119,10 +119,13 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         stages["recover"] = _training(recover, of, times * step)
     stages["export"] = EXPORT + of.weights / READ
     batch = recipe.evaluate.batch_size
-    stages["evaluate"] = len(rows) * sum(
-        inputs.count * (of.forward(inputs.length) + inputs.written * of.decode(inputs.length, batch))
+    changed = len(set(rows) - {"dense", CONTROL_ROW})
+    stages["evaluate"] = sum(
+        (len(rows) if inputs.by_dense else changed)
+        * inputs.count
+        * (of.forward(inputs.length) + inputs.written * of.decode(inputs.length, batch))
         for measure in asked_for(recipe.evaluate)
-        for inputs in measure.inputs()
+        for inputs in measure.inputs(of.shape)
     )
     return stages
 

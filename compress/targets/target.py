@@ -41,6 +41,7 @@ class Target(Method):
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
+        by_layer: whether the groups of a layer become it together, so that there are no options for a single one.
         grid: the class of what `options` takes as `grid`; None where there is nothing to say.
         objective: name of the objective that trains before the search what the target has of its own; None where it
             has nothing.
@@ -53,6 +54,7 @@ class Target(Method):
     noun: ClassVar[str] = ""
     removes: ClassVar[bool] = False
     as_built: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
     grid: ClassVar[type[Method] | None] = None
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
@@ -68,6 +70,18 @@ class Target(Method):
     @classmethod
     def refusal(cls, family: Family) -> str | None:
         """Why head groups of a family's models cannot become this; None where they can."""
+        return None
+
+    @classmethod
+    def layer_problem(cls, groups: Sequence[Target], query_heads: int) -> tuple[str, str, str] | None:
+        """What is wrong with the groups of one layer that have this target and stay, taken together.
+
+        Args:
+            query_heads: of each of them, that stay.
+
+        Returns:
+            A sentence, what is expected and what was found; None where nothing is wrong.
+        """
         return None
 
     @classmethod
@@ -113,6 +127,11 @@ class Target(Method):
     def stock(self, native: int | None) -> StockForm | None:
         """Its form in a stock architecture, in a layer that slides over `native` tokens by itself; None without one."""
         return None
+
+    @property
+    def fits_native(self) -> bool:
+        """Whether a layer that slides by itself can have it."""
+        return self.as_built
 
     @property
     def by_length(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from compress.bench.check import check_kernels
+from compress.bench.file import read_bench
 from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row, spans_of, visible_share, with_mix
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row, side
@@ -17,9 +19,13 @@ from compress.bench.report import break_even, model_lines
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.models.pruning import Kept, prune
+from compress.models.shape import shape_of
 from compress.models.source import ModelSource
+from compress.plan import uniform_plan
+from compress.plan.states import states_of
 from compress.runtime.span import Span
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import tiny_model
 
@@ -124,6 +130,20 @@ def test_the_command_writes_json_and_refuses_what_it_does_not_know(tmp_path) -> 
     assert "break-even, prefill, plan A" in result.output
     for wrong in (["--mix", "C"], ["--lengths", "x"], ["--device", "tpu"], ["--what", "all"]):
         assert run.invoke(app, [*arguments, *wrong]).exit_code == 2
+
+
+def test_the_command_tells_from_where_states_pay(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = ModelSource("tiny").dense(CPU, torch.float32)
+    plan = uniform_plan(shape_of(dense), LinearGroup(sink=0, alpha=64))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    lengths = ["--lengths", "64", "--dtype", "float32", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["bench", "tiny", "--plan", str(tmp_path / "plan.json"), *lengths, "--out", "."])
+    assert result.exit_code == 0, result.output
+    states = states_of(plan, 4)
+    assert states is not None and states.pays_from is not None
+    assert f"break-even, bytes of states and cache: {states.pays_from:,} tokens" in result.output
+    assert read_bench(Path("bench.json")).break_even == {"bytes of states and cache": states.pays_from}
 
 
 def test_every_kernel_is_right_here() -> None:

@@ -119,6 +119,22 @@ def test_branches_are_switched_for_all_groups_or_for_one(model: Any, ids: list[i
     assert all((seen[branches][hidden] - full[hidden]).abs().amin((1, 2)).max() > 0 for branches in seen)
 
 
+def test_the_dense_model_reads_a_text_once_for_all_variants(model: Any, text: FileText, tmp_path: Path) -> None:
+    loaded = byte_loaded()
+    passes: list[None] = []
+    hook = loaded.model.base_model.layers[0].register_forward_pre_hook(lambda *_: passes.append(None))
+    rows = [Variant("dense", lambda: loaded.model), *variants(model)[1:], Variant("again", lambda: model, "b")]
+    asked = [measures[name](text=text, length=100, windows=2) for name in ("agreement", "branches")]
+    found = compare(loaded, rows, asked, seed=0, cache_dir=tmp_path)
+    assert len(passes) == 2 * len(asked)
+    for name in ("agreement", "branches"):
+        assert found.variants[1].of(name) == found.variants[2].of(name)
+    for file in tmp_path.glob("plan-*.json"):  # as if the run had ended after the dense model
+        file.unlink()
+    assert compare(loaded, rows, asked, seed=0, cache_dir=tmp_path).variants[1].results == found.variants[1].results
+    hook.remove()
+
+
 def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_path: Path) -> None:
     found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="group")
     found.write(tmp_path / "evaluation.json")

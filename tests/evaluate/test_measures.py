@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from compress.data.passkey import PassKey
+from compress.data.reader import Reader
 from compress.data.text import FileText
 from compress.errors import UserError
 from compress.evaluate.compare import compare
 from compress.evaluate.comparison import Comparison, read_comparison
-from compress.evaluate.measure import Variant
+from compress.evaluate.measure import Setting, Subject, Variant
 from compress.evaluate.tables import markdown, tables
+from compress.models.families import layers_of
+from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
+from compress.plan import make_plan
 from compress.registry import measures
 from compress.targets.cost import Cost
+from compress.targets.linear import LinearGroup
 from tests.data.language import byte_loaded, byte_model, story
 
 # What each measure is tried with, and the labels of its cells.
@@ -98,6 +103,38 @@ def test_a_measure_makes_cells_that_are_kept_and_shown(name: str, text: FileText
         assert before.results == after.results
     if name != "flops":  # which counts the parameters of the model in memory
         assert built == ["dense", "plan"]
+
+
+class Ran(BaseException):
+    """A model was run; no handler of errors takes it."""
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_measure_that_runs_a_model_tells_what_passes_through_it(name: str, text: FileText, tmp_path: Path) -> None:
+    keys = MATRIX[name][0] | ({"text": text} if "text" in measures[name].model_fields else {})
+    loaded, measure = byte_loaded(), measures[name](**keys)
+    linear = make_plan(loaded.shape, [[LinearGroup(sink=0, alpha=64)] * loaded.shape.kv_heads] * loaded.shape.layers)
+    models = [loaded.model, planned_model(loaded.model, linear, untrained=True)]
+
+    def stop(*_: object) -> None:
+        raise Ran
+
+    hooks = [layers_of(model)[0].register_forward_pre_hook(stop) for model in models]
+    setting = Setting(Reader(loaded, 0, tmp_path, None), text, 0, 1, measure.input_lengths or (64,))
+    dense, plan = (
+        Variant(row, lambda model=model: model, row, lambda length: DENSE)  # type: ignore[misc]
+        for row, model in zip(("dense", "plan"), models, strict=True)
+    )
+    ran = 0
+    for job in measure.jobs(setting):
+        try:
+            job.run(Subject(plan, dense, loaded.model, loaded.tokenizer), lambda done, total: None)
+        except Ran:
+            ran += 1
+    for hook in hooks:
+        hook.remove()
+    for told in (measure.inputs(loaded.shape), measure.inputs()):
+        assert bool(ran) == any(inputs.count for inputs in told)
 
 
 def cells_of(name: str, text: FileText, folder: Path) -> list[dict[str, float]]:

@@ -7,20 +7,21 @@ imbalance", arXiv 2510.05901): the state is dead weight, and a table of the whol
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.bench.file import MOST_TOKENS
 from compress.evaluate.cell import Cell, Part
-from compress.evaluate.measure import Job, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
 from compress.evaluate.measures.perplexity import Bucket, Perplexity, PerplexityResult, perplexity
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
 from compress.models.branches import WORDS, Branched, Branches, branched, only
+from compress.plan import ModelShape
 from compress.registry import measures
 
 OFF: tuple[Branches, ...] = ("window", "linear", "none")
@@ -138,14 +139,25 @@ class BranchesMeasure(TextMeasure):
     def words(self) -> str:
         return f"branches on {self.windows} windows of {self.length:,} tokens"
 
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """At most: as if every head group were converted, in every variant but those with the dense attention."""
+        each = {"group": shape.layers * shape.kv_heads, "layer": shape.layers, "model": 0} if shape is not None else {}
+        times = 1 + len(OFF) * (1 + each.get(self.by, 0))
+        return [Inputs(self.length, self.windows * times, by_dense=False)]
+
     def passes(self) -> str:
         each = {"group": " and 3 for each converted group", "layer": " and 3 for each converted layer", "model": ""}
-        return f"branches: {self.windows} forward, 5 times{each[self.by]}"
+        return f"branches: {self.windows} forward, 4 times{each[self.by]}"
 
     def jobs(self, setting: Setting) -> list[Job]:
         ids = self.read(setting)
         facts = ["branches", self.model_dump(mode="json"), text_key(str(ids))]
-        return [Job("branches", facts, 1, partial(self._measured, ids))]
+        # The dense model reads the windows once for all variants, when the first one with branches asks for it.
+        of_dense = cache(partial(self._perplexity, ids))
+        return [Job("branches", facts, 1, partial(self._measured, ids, of_dense))]
+
+    def _perplexity(self, ids: Sequence[int], model: Any) -> PerplexityResult:
+        return perplexity(model, ids, Perplexity(length=self.length, windows=self.windows))
 
     def _units(self, places: Sequence[Branched]) -> list[tuple[list[Branched], int | None]]:
         """What is switched by itself: mixers of one layer, and the group that it is about, None for all of them."""
@@ -154,15 +166,13 @@ class BranchesMeasure(TextMeasure):
         layers = sorted({place.layer for place in places}) if self.by == "layer" else []
         return [([place for place in places if place.layer == layer], None) for layer in layers]
 
-    def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
+    def _measured(
+        self, ids: Sequence[int], of_dense: Callable[[Any], PerplexityResult], subject: Subject, step: Step
+    ) -> Result:
         model, places = subject.model, branched(subject.model)
         if not places:
             return BranchesResult(length=self.length, windows=self.windows)
-        request = Perplexity(length=self.length, windows=self.windows)
-
-        def measured(of: Any) -> PerplexityResult:
-            return perplexity(of, ids, request)
-
+        measured = partial(self._perplexity, ids)
         states: dict[Branches, PerplexityResult] = {"both": measured(model)}
         for branches in OFF:
             with only(places, branches):
@@ -177,7 +187,7 @@ class BranchesMeasure(TextMeasure):
         return BranchesResult(
             length=self.length,
             windows=self.windows,
-            dense=measured(subject.dense).nll,
+            dense=of_dense(subject.dense).nll,
             whole=[
                 Whole(branches=branches, tokens=found.tokens, nll=found.nll, buckets=found.buckets)
                 for branches, found in states.items()

@@ -21,11 +21,12 @@ from compress.data.prompt import Prompt
 from compress.errors import NotFiniteError, UserError
 from compress.evaluate.cell import Cell, by_part
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.measure import Job, Measure, Reading, Result, Setting, Step, Subject
-from compress.evaluate.measures.recall import recall
+from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Setting, Step, Subject
+from compress.evaluate.measures.recall import WRITTEN, recall
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.limits import DOCUMENTS, ENTRIES, LONGEST
+from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.span import PAGE
 
@@ -139,6 +140,11 @@ class Distance(Measure):
             f"distance: 2 x {self.count} pass keys, {self.texts} x {self.pairs} words at {length:,} tokens"
             for length in self.lengths
         )
+
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """Pass keys, and texts of words, at every length."""
+        each = [(Inputs(length, 2 * self.count, WRITTEN), Inputs(length, self.texts)) for length in self.lengths]
+        return [inputs for pair in each for inputs in pair]
 
     def passes(self) -> str:
         lengths = len(self.lengths)

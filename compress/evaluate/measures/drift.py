@@ -18,11 +18,12 @@ from pydantic import Field
 from compress.bench.file import MOST_TOKENS
 from compress.errors import NotFiniteError
 from compress.evaluate.cell import Cell
-from compress.evaluate.measure import Job, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST
 from compress.models.branches import branched
+from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.reference import Rows
 from compress.runtime.span import PAGE
@@ -74,6 +75,10 @@ class Drift(TextMeasure):
 
     def words(self) -> str:
         return f"drift over {self.length:,} tokens"
+
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """The pass, and the states of its layers twice more: at once in float64, and page by page with a step each."""
+        return [Inputs(self.length, 3, self.length // (3 * PAGE), by_dense=False)]
 
     def passes(self) -> str:
         return "drift: 1 forward, and decoding of single layers"

@@ -12,8 +12,9 @@ from compress.bench.model import Side, side
 from compress.errors import UserError
 from compress.evaluate.cell import Cell
 from compress.evaluate.device import device_name
-from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subject
+from compress.evaluate.measure import Inputs, Job, Measure, Result, Setting, Step, Subject
 from compress.limits import BATCH, LONGEST
+from compress.plan import ModelShape
 from compress.registry import measures
 
 
@@ -86,6 +87,11 @@ class Latency(Measure):
 
     def words(self) -> str:
         return f"time at {self.length:,} tokens, batch {self.batch}"
+
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """Prompts and decode steps of the variant and of the dense model beside it."""
+        prompts = 2 * (1 + max(3, self.batch))
+        return [Inputs(self.length, prompts, self.steps * self.batch // prompts)]
 
     def passes(self) -> str:
         return "prefills and decode steps"

@@ -16,6 +16,7 @@ from compress.evaluate.suites import SUITES
 from compress.evaluate.task_result import TaskResult
 from compress.files import file_key, text_key
 from compress.limits import BATCH, DOCUMENTS, ENTRIES, LONGEST, STEPS
+from compress.plan import ModelShape
 from compress.registry import PathText, measures
 
 SUITE_ANSWER = 24  # tokens that an item of a suite generates, about
@@ -53,12 +54,13 @@ class LmEval(Measure):
     def words(self) -> str:
         return "\n".join([*self.tasks, *self.suites])
 
-    def inputs(self) -> list[Inputs]:
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """The items of the suites; those of tasks are only known once these are loaded."""
-        return [Inputs(length, self.count * len(self.suites), SUITE_ANSWER) for length in self.lengths]
+        return [Inputs(length, self.count * len(self.suites), SUITE_ANSWER) for length in self.input_lengths]
 
     def passes(self) -> str:
-        return "the tasks"
+        parts = [f"{self.count * len(self.suites) * len(self.lengths)} items of suites"] if self.suites else []
+        return ", ".join([*parts, "the tasks, whose time is not foreseen"] if self.tasks else parts)
 
     def check(self, context: int | None) -> None:
         """Check names and lengths.

@@ -20,6 +20,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.plan import ModelShape
 from compress.registry import measures
 
 FIRST_EDGE = 256
@@ -153,7 +154,7 @@ class Perplexity(TextMeasure):
     def words(self) -> str:
         return f"{self.windows} windows of {self.length:,} tokens"
 
-    def inputs(self) -> list[Inputs]:
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         return [Inputs(self.length, self.windows)]
 
     def passes(self) -> str:

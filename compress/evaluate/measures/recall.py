@@ -19,6 +19,7 @@ from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Set
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.models.cache_bytes import cache_bytes
+from compress.plan import ModelShape
 from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
 
@@ -145,7 +146,7 @@ class Recall(Measure):
     def _labels(self) -> list[str]:
         return distinct_labels([task.label for task in self.tasks], [task.model_dump() for task in self.tasks])
 
-    def inputs(self) -> list[Inputs]:
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         return [Inputs(task.length, task.count, WRITTEN) for task in self.tasks]
 
     def passes(self) -> str:

@@ -1,0 +1,232 @@
+"""The routed target: of the head groups or query heads of a layer, every token uses those that a router chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from math import comb
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from compress.registry import targets
+from compress.runtime.routers import disagreement
+from compress.runtime.span import NO_END, AnySpan, Span, own_span
+from compress.targets.cost import Cost
+from compress.targets.span import SpanTarget
+from compress.targets.target import StockForm, Target
+from compress.targets.unit import Unit
+
+Router = Literal["two_stage", "norm", "random"]
+MOST_UNITS = 1 << 10  # no layer has more heads
+WORDS = {"two_stage": "", "norm": " by the norms of their queries", "random": " at random"}
+RULES = {
+    "two_stage": "a router scores the units by the layer's input (Mixture-of-Head, arXiv 2410.11842) and weighs their "
+    "outputs by a softmax over the units in use",
+    "norm": "a unit's score is the norm of its query over the standard deviation of all scores, without any parameters "
+    "(Mixture-of-Head for LLaMA, arXiv 2410.11842)",
+    "random": "a unit's score is a fixed random function of the layer's input, as a control",
+}
+
+
+@targets.register("routed")
+class RoutedGroup(SpanTarget):
+    """Attention of the units that a token chooses: `active` of the `of` routed ones of its layer, beside those that are
+    always on.
+
+    Every entry of a layer says the same of the layer, and which of its own heads are shared. All keys and values are
+    stored, since later tokens may choose what this one did not.
+    """
+
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
+    noun: ClassVar[str] = "routing"
+    untrained: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = True
+
+    target: Literal["routed"] = "routed"
+    router: Router = Field(
+        "two_stage",
+        description="what scores the units: weights of the layer's input, the norms of their queries, or fixed random "
+        "weights as a control. In models that normalise queries, the norms are those of the normalised ones",
+    )
+    unit: Literal["group", "head"] = Field(
+        "group",
+        description="what is chosen: head groups, so that keys are not read either, or query heads, which under "
+        "grouped queries leave most keys to be read",
+    )
+    block: int = Field(1, ge=1, le=MOST_UNITS, description="head groups side by side that are one unit")
+    active: int = Field(ge=0, le=MOST_UNITS, description="routed units that every token uses, in the whole layer")
+    of: int = Field(ge=0, le=MOST_UNITS, description="routed units of the whole layer, which tokens choose from")
+    always: int = Field(0, ge=0, le=MOST_UNITS, description="shared units of the whole layer, which all tokens use")
+    shared: Literal["all"] | tuple[int, ...] = Field(
+        (),
+        description="the query heads of this group that are shared: their numbers in it, of those that stay, or all; "
+        "where whole groups are chosen, all or none",
+    )
+    gates: Literal["weighted", "one"] = Field(
+        "weighted",
+        description="what outputs are multiplied by: the router's weights, or 1 with the gradient of the weights; the "
+        "default of `norm` and `random` is 1",
+    )
+    sink: int = Field(0, ge=0, lt=NO_END, description="tokens at the start that stay visible")
+    alpha: int = Field(0, gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
+    beta: float = Field(
+        1.0, ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024; 1 is all keys"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, given: Any) -> Any:
+        """Gates of 1 where the router has no weights to train."""
+        if isinstance(given, dict) and given.get("router") in ("norm", "random"):
+            return {"gates": "one"} | given
+        return given
+
+    @field_validator("beta")
+    @classmethod
+    def _representable(cls, beta: float) -> float:
+        Span(0, 0, beta)
+        return beta
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.active > self.of or (self.active == 0) != (self.of == 0):
+            raise ValueError(f"active: expected 1 to {self.of} of {self.of} routed units, got {self.active}")
+        if self.shared != "all":
+            if sorted(set(self.shared)) != list(self.shared) or (self.shared and self.shared[0] < 0):
+                raise ValueError(f"shared: expected ascending numbers of query heads, got {list(self.shared)}")
+            if self.shared and self.unit == "group":
+                raise ValueError(f'shared: whole groups are chosen, so expected "all" or [], got {list(self.shared)}')
+            if not self.of:
+                raise ValueError('shared: the layer has no routed units (of: 0), so expected "all"')
+        if self.shared and not self.always:
+            raise ValueError("always: this group has shared units, so expected 1 or more, got 0")
+        if self.block > 1 and self.unit == "head":
+            raise ValueError(f"block: query heads are chosen one by one, so expected 1, got {self.block}")
+        if self.router == "random" and self.gates != "one":
+            raise ValueError("gates: a random router has no weights to trust, so expected one, got weighted")
+        return self
+
+    @classmethod
+    def layer(
+        cls,
+        groups: int,
+        active: int,
+        *,
+        shared: Sequence[int] = (),
+        group_size: int = 1,
+        unit: Literal["group", "head"] = "group",
+        **fields: Any,
+    ) -> list[RoutedGroup]:
+        """The entries of a layer whose groups are all routed, in their order.
+
+        Args:
+            groups: head groups of the layer that stay, and of one block each.
+            active: routed units that a token uses.
+            shared: numbers of the layer's units that are always on: of groups, or of query heads.
+            group_size: query heads of a group; asked for where heads are chosen.
+            fields: the other fields of the entries.
+        """
+        share = group_size if unit == "head" else 1
+        entries = []
+        for group in range(groups):
+            own = tuple(number - group * share for number in shared if number // share == group)
+            on: Any = ("all" if own else ()) if unit == "group" else own
+            about = {"unit": unit, "active": active, "of": groups * share - len(shared), "always": len(shared)}
+            entries.append(cls(**about, shared=on, **fields))
+        return entries
+
+    @classmethod
+    def layer_problem(cls, groups: Sequence[Target], query_heads: int) -> tuple[str, str, str] | None:
+        """See `Target.layer_problem`: what entries of one layer have to agree on."""
+        return disagreement([group.model_dump() for group in groups], query_heads)
+
+    def span(self, native: int | None = None) -> AnySpan:
+        """The window beside the routing; without one, what the layer itself sees."""
+        span = Span(self.sink, self.alpha, self.beta)
+        return own_span(native) if span.is_full else span
+
+    @property
+    def fits_native(self) -> bool:
+        """See `Target.fits_native`: without a window of its own it has the layer's."""
+        return Span(self.sink, self.alpha, self.beta).is_full
+
+    @property
+    def share(self) -> Fraction:
+        """Of the routed units of the layer, those that a token uses; 1 without any."""
+        return Fraction(self.active, self.of) if self.of else Fraction(1)
+
+    def shared_heads(self, query_heads: int) -> int:
+        """How many of the group's query heads are always on."""
+        return query_heads if self.shared == "all" else len(self.shared)
+
+    def read_share(self, query_heads: int) -> Fraction:
+        """How often a token reads the keys of a group of so many query heads, where all units are chosen alike.
+
+        A group whose heads are chosen one by one is left alone only when none of them is among the `active` ones.
+        """
+        free = query_heads - self.shared_heads(query_heads)
+        if free < query_heads:
+            return Fraction(1)
+        if self.unit == "group":
+            return self.share
+        return 1 - Fraction(comb(self.of - free, self.active), comb(self.of, self.active))
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """All keys are held; a token reads and computes its expected share, as if all units were chosen alike.
+
+        Fractions of a byte, key or operation are rounded up.
+
+        Raises:
+            ValueError: tokens are asked for; no stock architecture has this target.
+        """
+        cost = super().cost(unit, length)
+        on = self.shared_heads(unit.query_heads)
+        computed = (on + (unit.query_heads - on) * self.share) / unit.query_heads
+        read = self.read_share(unit.query_heads)
+        return replace(
+            cost,
+            read_bytes=_up(cost.read_bytes * read),
+            keys=_up(cost.keys * read),
+            flops=_up(cost.flops * computed),
+            parameters=cost.parameters + self._own(unit) if unit.parameters else 0,
+        )
+
+    def _own(self, unit: Unit) -> int:
+        """Parameters of the router that go with the group."""
+        rows = unit.query_heads if self.unit == "head" else 1
+        return {"norm": 0, "two_stage": (rows + 2) * unit.hidden_size, "random": rows * (unit.hidden_size + 1)}[
+            self.router
+        ]
+
+    def words(self, native: int | None = None) -> str:
+        units = "query heads" if self.unit == "head" else "head groups" if self.block == 1 else "blocks of head groups"
+        chosen = f"{self.active} of {self.of} {units} a token{WORDS[self.router]}"
+        beside = f" beside {self.always} that are always on" if self.always else ""
+        here = "this one always on, " if self.shared == "all" else ""
+        if self.shared and not here:
+            here = f"heads {', '.join(map(str, self.shared))} of this one always on, "
+        span = super().words(native)
+        return f"{here}{chosen}{beside}" + ("" if span == "sees everything" else f", {span}")
+
+    def short(self, native: int | None = None) -> str:
+        span = super().short(native)
+        chosen = f"{self.active}/{self.of}" + (f"+{self.always}" if self.always else "")
+        here = "on" if self.shared == "all" else "R"
+        return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
+
+    def rule_text(self) -> str:
+        return (
+            f"{super().rule_text()} Every token uses `active` of the layer's `of` routed units and all shared ones: "
+            f"{RULES[self.router]}. The output of a unit that a token does not use is 0, and its keys and values are "
+            "stored all the same, since later tokens may use it."
+        )
+
+    def stock(self, native: int | None) -> StockForm | None:
+        """None: no stock architecture chooses heads."""
+        return None
+
+
+def _up(value: Fraction | int) -> int:
+    return -int(-value // 1)
