@@ -81,7 +81,7 @@ class Key:
 
 
 def target_form(target: Method) -> str:
-    """The one text of a target, or of an option of a layer: its registered name, then its parameters by name as JSON."""
+    """The one text of a target, or of an option of a layer: its registered name, then its parameters as JSON."""
     fields = target.model_dump(mode="json")
     parameters = (f"{name}={json.dumps(fields[name])}" for name in sorted(fields) if name != "target")
     return " ".join([target.registered, *parameters])

@@ -148,6 +148,10 @@ class Statistic(Method):
         """A copy with all parameters that depend on the model or the profiled lengths worked out, in tokens."""
         return self
 
+    def scores_heads(self, shape: ModelShape) -> bool:
+        """Whether it leaves a score of every query head."""
+        return "units" in self.gives.values()
+
     def learnt(self, prepared: Prepared) -> Prepared:
         """What it reads of the targets that were prepared for the model."""
         return ()

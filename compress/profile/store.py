@@ -140,11 +140,6 @@ class Profile:
         entry = self.header.statistics.get("effect")
         return () if entry is None else tuple(map(layer_options.parse, entry.parameters.get("layers", ())))
 
-    def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
-        """What an option costs every layer at a length in tokens, by head group `[layers, groups]` in nats; 0 in layers
-        that slide by themselves. See `effect`."""
-        return self.tensor(Key("effect", part, length).to(option))
-
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from compress.errors import UserError
 from compress.profile.key import Key
 from compress.targets.target import Target
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.plan import ModelShape
     from compress.targets.layer_option import LayerOption
 
-Find = Callable[[Key], "torch.Tensor | None"]
+Find = Callable[[Key], torch.Tensor | None]
 Assignment = dict[int, tuple[Target, ...]]  # by layer, the target of every head group
 
 
@@ -38,7 +38,7 @@ def worth_of(find: Find, name: str, lengths: Sequence[int], where: str) -> torch
         at = [known.at(length) for length in lengths]
         found = [tensor for one in (known, *at) if (tensor := find(one)) is not None and tensor.ndim in (2, 3)]
         if found and not (known == heads and key.part):
-            mean = sum(tensor.double() for tensor in found) / len(found)
+            mean = torch.stack([tensor.double() for tensor in found]).mean(0)
             return mean if mean.ndim == 3 else mean[..., None]
     raise UserError(
         f"`{name}` does not say what heads or head groups are worth",

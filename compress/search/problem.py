@@ -16,6 +16,9 @@ from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.profile.key import Key
 from compress.profile.worth import entries_of
+from compress.registry import budget_kinds
+from compress.search.budget.bytes_read import BytesRead
+from compress.search.budget.flops import Flops
 from compress.search.budget.kind import Row
 from compress.search.budget.kv import Kv
 from compress.search.budget.parameters import Parameters
@@ -70,12 +73,6 @@ class ProfileLike(Protocol):
     def priced_layers(self) -> Sequence[LayerOption]:
         """The options of whole layers that the statistic `effect` priced."""
 
-    def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
-        """What an option costs every layer at a length, by head group `[layers, groups]` in nats.
-
-        Raises UserError where it was not priced.
-        """
-
 
 class Trained(Protocol):
     """What a search reads of a target that was trained before it (`models.prepared.PreparedOption`)."""
@@ -103,6 +100,7 @@ class Problem:
         effects: what these cost the loss to first order, at the profiled lengths; None where that was not measured.
         counted: targets whose costs the rows count exactly, see `counting`.
         whole: targets of all groups of a layer, likewise.
+        asked: lengths in tokens that the budget names, for kinds of it that have none.
     """
 
     dense: Dense
@@ -114,6 +112,7 @@ class Problem:
     effects: ProfileLike | None = None
     counted: tuple[Target, ...] = ()
     whole: tuple[tuple[Target, ...], ...] = ()
+    asked: tuple[int, ...] = ()
     _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _assigned: dict[LayerOption, dict[int, tuple[Target, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -131,8 +130,15 @@ class Problem:
 
     @property
     def budget_lengths(self) -> list[int]:
-        """Lengths in tokens at which anything is limited, ascending; the profiled ones where no kind has lengths."""
-        return sorted({row.length for row in self.rows if row.length is not None}) or list(self.lengths)
+        """Lengths in tokens at which anything is limited, ascending. Where no kind has lengths they are the profiled
+        ones, or those that the budget names where it has a kind that says nothing of what is spent."""
+        named = () if self.counts_spending else self.asked
+        return sorted({row.length for row in self.rows if row.length is not None} or named or self.lengths)
+
+    @property
+    def counts_spending(self) -> bool:
+        """Whether all kinds of the budget count what a plan spends."""
+        return all(budget_kinds[row.kind].spent for row in self.rows)
 
     @property
     def grid(self) -> SpanGrid:
@@ -167,8 +173,9 @@ class Problem:
 
     @property
     def priced_layers(self) -> tuple[LayerOption, ...]:
-        """The options of whole layers whose effect on the loss is known."""
-        return tuple(self.profile.priced_layers)
+        """The options of whole layers whose effect on the loss is known: of the profile, then those prepared."""
+        prepared = () if self.effects is None else self.effects.priced_layers
+        return tuple(dict.fromkeys((*self.profile.priced_layers, *prepared)))
 
     def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
         """What an option costs every layer at a profiled length, by head group `[layers, groups]` in nats.
@@ -176,7 +183,9 @@ class Problem:
         Raises:
             UserError: it was not priced.
         """
-        return self.profile.layer_effect(option, length, part)
+        prepared = self.effects is not None and option in self.effects.priced_layers
+        measured = self.effects if self.effects is not None and prepared else self.profile
+        return measured.tensor(Key("effect", part, length).to(option))
 
     def entries(self, option: LayerOption) -> dict[int, tuple[Target, ...]]:
         """What an option makes of the layers that may change and still have all of their head groups, by layer.
@@ -315,9 +324,9 @@ class Problem:
     def _together(self, unit: Unit, layer: LayerPlan) -> Amounts:
         """What the head groups of a layer cost in every row, `[rows]`."""
         amounts = np.zeros(len(self.rows), dtype=np.int64)
-        for target, count in Counter(group for group in layer.groups if not group.of_layer).items():
+        for target, count in Counter(group for group in layer.groups if not group.by_layer).items():
             amounts += np.array(self._cost(unit, (target,)), dtype=np.int64) * count
-        if joint := tuple(group for group in layer.groups if group.of_layer):
+        if joint := tuple(group for group in layer.groups if group.by_layer):
             amounts += np.array(self._cost(unit, joint), dtype=np.int64)
         return amounts
 
@@ -351,7 +360,8 @@ class Problem:
         return np.array([row.most for row in self.rows], dtype=np.int64)
 
     def amounts(self, cost: Callable[[int], Cost], removes: bool) -> Iterator[Amount]:
-        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any.
+        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any; in
+        FLOPs and bytes read, too, where the budget has a kind that says nothing of what is spent.
 
         Args:
             cost: of the plan, by length in tokens.
@@ -360,6 +370,9 @@ class Problem:
         rows = {(row.kind, row.length): row for row in self.rows}
         for length in lengths:
             rows.setdefault(("kv", length), self._exactly(Kv.row(length, 1.0, self.dense)))
+        for length in () if self.counts_spending else lengths:
+            for row in (Flops.row(length, 1.0, self.dense), BytesRead.row(length, 1.0, self.dense)):
+                rows.setdefault((row.kind, length), self._exactly(row))
         if removes:
             rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
         for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):

@@ -84,12 +84,13 @@ def make_problem(
     """
     dense = replace(dense, removes=solver.removes)
     rows = budget.rows(dense, sorted(profile.lengths))
-    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects)
+    asked = tuple(budget.lengths or ())
+    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects, asked=asked)
     choices, whole = solver.choices(problem), solver.whole_layers(problem)
-    for line in whole.refused:
-        say(f"not chosen from: {line}")
+    for why in whole.refused:
+        say(f"not chosen from: {why}")
     problem = problem.counting(choices, whole.entries)
-    least = solver.least(problem)
+    least = solver.least_amounts(problem)
     if (line := sliding_line(problem, least.tolist())) is not None:
         say(line)
     if solver.spans:
@@ -166,7 +167,7 @@ def run_search(
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
     problem = make_problem(dense, profile, budget, solver, say, prepared=prepared_for(loaded.model), effects=effects)
-    smallest = solver.least(problem)
+    smallest = solver.least_amounts(problem)
     documents = list(_flat(held_out_documents))
 
     candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}

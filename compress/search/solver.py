@@ -72,7 +72,7 @@ class Solver(Method):
         """What it may choose for whole layers, which the budget is to count exactly, too."""
         return WholeLayers()
 
-    def least(self, problem: Problem) -> Amounts:
+    def least_amounts(self, problem: Problem) -> Amounts:
         """The least that any of its plans takes in each row, `[rows]`: of `smallest`, or less where no one plan is the
         smallest in every row."""
         return problem.total(self.smallest(problem))
@@ -91,7 +91,7 @@ class Solver(Method):
             UserError: a problem for every row that even the smallest plan exceeds.
         """
         if self.spans:
-            check_rows(problem, self.least(problem), self)
+            check_rows(problem, self.least_amounts(problem), self)
         if "rules" not in self.scores_read().values():
             self.solve(problem)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import comb
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from compress.limits import ENTRIES
 from compress.registry import Method, layer_options
@@ -26,9 +26,9 @@ UnitName = Annotated[
 SharedBy = Annotated[
     str,
     Field(
-        min_length=1,
-        description="the statistic whose highest scores are always on, for instance `taylor`, `removal` or `retrieval`; "
-        "`first` takes the first units of every layer, as the paper does",
+        pattern=r"^[a-z]\w*(\.[a-z]\w*)*$",
+        description="the statistic whose highest scores are always on, for instance `taylor`, `removal` or "
+        "`retrieval`; `first` takes the first units of every layer, as the paper does",
     ),
 ]
 
@@ -84,8 +84,8 @@ class RoutedOption(LayerOption):
                 on = min(count - 1, max(1, int(share * count + 0.5)))
                 for always in sorted({int(part * count + 0.5) for part in grid.shared}):
                     for router in grid.routers if always < on else ():
-                        about: dict[str, Any] = {"unit": unit, "router": router, "shared_by": grid.shared_by}
-                        about["shared_by"] = grid.shared_by if always else FIRST
+                        by = grid.shared_by if always else FIRST
+                        about: dict[str, Any] = {"unit": unit, "router": router, "shared_by": by}
                         found.append(cls(shared=always, active=on - always, **about))
         return list(dict.fromkeys(found))
 
@@ -100,8 +100,7 @@ class RoutedOption(LayerOption):
 
     def always(self, groups: int, queries: int) -> int:
         """Units of a layer that are always on."""
-        share = self.shared
-        return share if share == int(share) else int(share * self.count(groups, queries) + 0.5)
+        return int(self.shared) or int(self.shared * self.count(groups, queries) + 0.5)
 
     def entries(self, groups: int, queries: int, worth: Worth | None = None) -> tuple[Target, ...]:
         """See `LayerOption.entries`: the shared units are those of the highest scores, of equal ones the first. A head
@@ -113,12 +112,12 @@ class RoutedOption(LayerOption):
                 f"{always} of {count} {what} shared and {self.active} chosen leaves none that is ever off; expected "
                 f"fewer than {count} on"
             )
-        shared = (
-            range(always) if self.ranked_by is None else self._highest(self._scores(groups, queries, worth), always)
-        )
+        shared = list(range(always))
+        if self.ranked_by is not None:
+            shared = self._highest(self._scores(groups, queries, worth), always)
         gates = {} if self.gates is None else {"gates": self.gates}
         about: Any = {"unit": self.unit, "router": self.router, "group_size": queries, **gates}
-        return tuple(RoutedGroup.layer(groups, self.active, shared=list(shared), **about))
+        return tuple(RoutedGroup.layer(groups, self.active, shared=shared, **about))
 
     @staticmethod
     def _highest(scores: Sequence[float], count: int) -> list[int]:
@@ -166,11 +165,6 @@ class RoutedOption(LayerOption):
         if self.router == "two_stage":
             return "its router chooses by weights that are zero before they are trained"
         return None
-
-    @field_validator("shared")
-    @classmethod
-    def _below_one(cls, shared: float) -> float:
-        return shared
 
     @model_validator(mode="after")
     def _gates_of_weights(self) -> Self:

@@ -9,9 +9,9 @@ does, since rows that gain do not make up for rows that lose at other inputs. Fo
 priced in the same unit, and may be weighed against each other. A target that has to be trained first is priced with the
 tensors that were prepared for the model, after the preparation.
 
-An option of a whole layer (`targets/layer_option.py`), such as routed heads, is priced by the same formula with all head
-groups of the layer replaced together: O_target are the layer's outputs with the decisions that its router makes on the
-very queries and inputs of the pass. Each group has its part; what the option costs is their sum over the layer.
+An option of a whole layer (`targets/layer_option.py`), such as routed heads, is priced by the same formula with all
+head groups of the layer replaced together: O_target are the layer's outputs with the decisions that its router makes on
+the very queries and inputs of the pass. Each group has its part; what the option costs is their sum over the layer.
 """
 
 from __future__ import annotations
@@ -170,17 +170,30 @@ class Effect(HeadStatistic):
         where = "profile.statistics.effect.layers"
         find = subject.known.get
         self._entries = [entries_of(option, subject.shape, find, lengths, where) for option in self.layers]
-        of_layers = {target for option in self._entries for targets in option.values() for target in targets}
-        check_priced(list(of_layers), where, self._prepared)
+        check_priced(list(self._of_layers), where, self._prepared)
+        ready = {option.target for option in self._prepared}
+        for option, layers in zip(self.layers, self._entries, strict=True):
+            why = option.unpriced()
+            if why is not None and not {target for targets in layers.values() for target in targets} <= ready:
+                raise UserError(
+                    f"`{option.words()}` cannot be priced before it was prepared",
+                    where=where,
+                    found=why,
+                    fix="price a router without weights (`router: norm`), or prepare it",
+                )
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
-        return tuple(option for option in prepared if option.target in self.targets)
+        return tuple(option for option in prepared if option.target in {*self.targets, *self._of_layers})
 
     @property
     def needs_inputs(self) -> bool:
-        of_layers = {target for option in self._entries for targets in option.values() for target in targets}
-        return reads_inputs({*self.targets, *of_layers})
+        return reads_inputs({*self.targets, *self._of_layers})
+
+    @property
+    def _of_layers(self) -> set[Target]:
+        """What head groups become by the options of whole layers."""
+        return {target for option in self._entries for targets in option.values() for target in targets}
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
         groups = layer.key.shape[0]

@@ -61,7 +61,7 @@ class Budget(Kinds):  # type: ignore[valid-type,misc]
 
     @model_serializer(mode="wrap")
     def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without newer kinds that are not given, so that plans and keys from before there were any stay as they are."""
+        """Without newer kinds that are not given, so that plans and keys from before there were any stay the same."""
         written: dict[str, Any] = write(self)
         for name, kind in budget_kinds.items():
             if kind.newer and kind.value(self) is None:

@@ -1,7 +1,7 @@
 """The multiple-choice knapsack behind a search: one option per unit, several budgets, a proven optimality gap.
 
-A unit may also stand for several others, as a layer does for its head groups: then either it takes one of its options, or
-each of the others takes one of its own.
+A unit may also stand for several others, as a layer does for its head groups: then either it takes one of its options,
+or each of the others takes one of its own.
 """
 
 from __future__ import annotations

@@ -27,10 +27,9 @@ class Saving:
 
     @property
     def words(self) -> str:
-        """For instance `3.3% of a layer's FLOPs at 8,192 tokens`."""
+        """For instance ``3.3% of a layer's `flops` at 8,192 tokens``."""
         at = "" if self.row.length is None else f" at {self.row.length:,} tokens"
-        what = self.row.of.removeprefix("the dense model's ").removeprefix("the ")
-        return f"{self.share:.1%} of a layer's share of {what}{at}"
+        return f"{self.share:.1%} of a layer's `{self.row.kind}`{at}"
 
 
 def savings(problem: Problem, number: int, entries: Sequence[Target]) -> list[Saving]:
@@ -70,4 +69,6 @@ def refused(option: LayerOption, found: Sequence[Saving], least: float, groups: 
         return None
     figures = ", ".join(saving.words for saving in found) or "nothing"
     why = option.little(groups, queries)
-    return f"{option.words()}: saves {figures}, less than {least:.3g}" + (f"; {why}" if why else "")
+    return f"{option.words()}: saves {figures}, less than the {least:.3g} that `least_saving` asks for" + (
+        f"; {why}" if why else ""
+    )

@@ -81,7 +81,7 @@ def nothing_left(refusals: Iterable[str]) -> UserError:
     return UserError(
         "every option of whole layers saves too little to choose from",
         where="search.solver",
-        expected="an option that saves `least_saving` of a layer's cost in one kind of the budget at one of its lengths",
+        expected="an option that saves `least_saving` of a layer's cost in a kind of the budget at one of its lengths",
         found="; ".join(refusals),
         fix="choose longer `lengths`, other options or another kind of budget; `force: true` takes them all the same",
     )

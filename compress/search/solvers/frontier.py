@@ -127,7 +127,7 @@ class Frontier(Solver):
 
     def solve(self, problem: Problem) -> list[Candidate]:
         """The Pareto set over the objectives; see `Solver.solve`."""
-        check_rows(problem, self.least(problem), self)
+        check_rows(problem, self.least_amounts(problem), self)
         stay = self.group_options(problem)
         if self.removal is None:
             return self._front(problem, stay)

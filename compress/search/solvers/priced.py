@@ -111,9 +111,9 @@ class Priced(Frontier, LeastSaving):
         layers = problem.uniform(cheapest(problem, self.choices(problem) or [FULL_GROUP]))
         return layers if self.removal is None else self.removal.least(problem, layers)
 
-    def least(self, problem: Problem) -> Amounts:
+    def least_amounts(self, problem: Problem) -> Amounts:
         """In each row by itself, since windows and routed heads are each the smallest in other rows."""
-        amounts = super().least(problem)
+        amounts = super().least_amounts(problem)
         whole = self.whole_layers(problem)
         if not whole.options or self.removal is not None:
             return amounts
@@ -133,7 +133,7 @@ class Priced(Frontier, LeastSaving):
         """See `Frontier.solve`; for the whole model all plans of one target that none of the others beats."""
         if self.level != "model":
             return super().solve(problem)
-        check_rows(problem, self.least(problem), self)
+        check_rows(problem, self.least_amounts(problem), self)
         plans = []
         for target in (FULL_GROUP, *self.choices(problem)):
             layers = problem.uniform(target)
