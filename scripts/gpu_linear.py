@@ -1,6 +1,6 @@
 """The GPU check of linear heads: every kernel against float64, then speed beside dense attention and fla.
 
-python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but sweep
+python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but the sweeps
 
 Writes JSON and a table into the folder.
 
@@ -31,7 +31,7 @@ from compress.environment import environment
 from compress.files import write_json
 from compress.models.graph import graph_of
 from compress.models.planned import with_runtime_plan
-from compress.runtime import triton_linear, triton_linear_delta, tuned
+from compress.runtime import triton_linear, triton_linear_decode, triton_linear_delta, tuned
 from compress.runtime.linear_states import chunk_states, own_chunk, read
 from compress.runtime.maps import MAPS
 from compress.runtime.merge import log_mass, merge
@@ -284,7 +284,7 @@ def decode_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, kind: 
     pools = [torch.randn(batch * groups * numbers, PAGE, dim, device=DEVICE).to(dtype) for _ in range(2)]
     table = torch.randperm(batch * groups * numbers, device=DEVICE).view(batch, groups, numbers).to(torch.int32)
     log_decay = torch.tensor([-0.01, -0.2], device=DEVICE) if decay else None
-    held = torch.rand(batch, groups, count, dim + 1, device=DEVICE) * (0.1 if KINDS[kind] == 0 else 10)
+    held = (torch.rand(batch, groups, dim + 1, count, device=DEVICE) * (0.1 if KINDS[kind] == 0 else 10)).mT
     exact = held.double()
     for b in range(batch):
         for g, span in enumerate(spans):
@@ -309,9 +309,11 @@ def decode_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, kind: 
     found = found.flatten(1, 2)
     wanted = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
     wanted[1] = 0
-    poison()
-    mine = read_one(query, held, lengths, dim, dtype, mean=True, window=(out, lse), log_gain=gain)
-    checks.add(f"{name} read", "out", dtype, mine, wanted)
+    for dot in (False, True):
+        with with_decode_config(READ_ONE[dot]):
+            poison()
+            mine = read_one(query, held, lengths, dim, dtype, mean=True, window=(out, lse), log_gain=gain)
+        checks.add(f"{name} read {'as a product' if dot else 'by head'}", "out", dtype, mine, wanted)
 
 
 PREFILL_CASES = (
@@ -565,43 +567,44 @@ def train_rows() -> list[dict[str, Any]]:
     return rows
 
 
+DECODE_SHAPES = ((8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512), (4, 8, 128, 256))
+
+
+def decode_step(groups: int, share: int, dim: int, count: int, size: int) -> tuple[Callable[[], None], int]:
+    """A read of each of four states of `size` bytes or a little more, which a chip's cache cannot hold; their bytes."""
+    each = groups * count * (dim + 1) * 4
+    batch = -(-size // each)
+    states = [torch.rand(batch, groups, dim + 1, count, device=DEVICE).mT for _ in range(4)]
+    query = torch.rand(batch, groups * share, count, device=DEVICE, dtype=BF16)
+    out = torch.randn(batch, groups * share, dim, device=DEVICE, dtype=BF16)
+    lse = torch.randn(batch, groups * share, device=DEVICE)
+    lengths = torch.full((batch,), 1000, dtype=torch.int32, device=DEVICE)
+
+    def step() -> None:
+        for state in states:
+            read_one(query, state, lengths, dim, BF16, mean=True, window=(out, lse), log_gain=lse)
+
+    return step, batch * each
+
+
 @torch.inference_mode()
 def decode_rows() -> list[dict[str, Any]]:
     """Reading the states of one layer, a token a sequence; four states in turn, so that the chip's cache is cold."""
     copy = measure.copy_bandwidth(DEVICE)
     say(f"a device copy moves {copy / 1e9:.0f} GB/s")
     rows: list[dict[str, Any]] = []
-    for groups, share, dim, count in ((8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512)):
-        each = groups * count * (dim + 1) * 4
-        for size in (16 << 20, 64 << 20, 256 << 20):
-            batch = -(-size // each)
-            states = [torch.rand(batch, groups, count, dim + 1, device=DEVICE) for _ in range(4)]
-            query = torch.rand(batch, groups * share, count, device=DEVICE, dtype=BF16)
-            out = torch.randn(batch, groups * share, dim, device=DEVICE, dtype=BF16)
-            lse = torch.randn(batch, groups * share, device=DEVICE)
-            lengths = torch.full((batch,), 1000, dtype=torch.int32, device=DEVICE)
-
-            def step(
-                states: Any = states, query: Any = query, out: Any = out, lse: Any = lse, n: Any = lengths
-            ) -> None:
-                for state in states:
-                    read_one(query, state, n, out.shape[-1], BF16, mean=True, window=(out, lse), log_gain=lse)
-
+    for groups, share, dim, count in DECODE_SHAPES:
+        for least in (16 << 20, 64 << 20, 256 << 20):
+            step, size = decode_step(groups, share, dim, count, least)
             took = measure.graphed_times(step, DEVICE, calls=5).median / 4
-            rate = batch * each / took * 1e3
-            found: dict[str, Any] = {
-                "groups": groups,
-                "share": share,
-                "dim": dim,
-                "features": count,
-                "bytes": batch * each,
-            }
+            rate = size / took * 1e3
+            found: dict[str, Any] = {"groups": groups, "share": share, "dim": dim, "features": count, "bytes": size}
             rows.append(found | {"us": took * 1e3, "share_of_copy": rate / copy})
             say(
-                f"decode {groups} groups of {share}, D {dim}, F {count}, batch {batch}, "
-                f"{batch * each / 2**20:.0f} MiB: {took * 1e3:.1f} us, {rate / copy:.3f} of a copy"
+                f"decode {groups} groups of {share}, D {dim}, F {count}, {size / 2**20:.0f} MiB: "
+                f"{took * 1e3:.1f} us, {rate / copy:.3f} of a copy"
             )
-    held, kind = torch.rand(64, 8, 256, 129, device=DEVICE), "hedgehog"
+    held, kind = torch.rand(64, 8, 129, 256, device=DEVICE).mT, "hedgehog"
     table = torch.arange(64 * 8 * 3, device=DEVICE, dtype=torch.int32).view(64, 8, 3)
     pools = [torch.randn(table.numel(), PAGE, 128, device=DEVICE, dtype=BF16) for _ in range(2)]
     pages = Pages(pools[0], pools[1], table)
@@ -709,6 +712,50 @@ def with_config(name: str, config: dict[str, int]) -> Any:
     return mock.patch.object(module, "linear_config", lambda *_: changed)
 
 
+READ_ONE = {
+    True: {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": 4, "overlap": True},
+    False: {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1, "overlap": True},
+}
+READ_ONE_CHANGES: dict[bool, tuple[dict[str, Any], ...]] = {
+    True: (
+        {}, {"overlap": False}, {"stages": 3}, {"numbers": 4096, "stages": 3}, {"numbers": 4096, "features": 128},
+        {"features": 128, "stages": 3}, {"numbers": 1024, "warps": 2}, {"numbers": 1024, "features": 32, "warps": 2},
+    ),
+    False: (
+        {}, {"overlap": False}, {"numbers": 1024}, {"warps": 2}, {"numbers": 4096, "warps": 2},
+        {"numbers": 4096, "warps": 4}, {"numbers": 2048, "warps": 4}, {"numbers": 4096, "warps": 8},
+    ),
+}  # fmt: skip
+
+
+def with_decode_config(config: dict[str, Any]) -> Any:
+    """A context in which a token reads its state with these parameters."""
+    return mock.patch.object(triton_linear_decode, "linear_decode_config", lambda *_: config)
+
+
+@torch.inference_mode()
+def sweep_decode() -> list[dict[str, Any]]:
+    """Ways to read a state of 64 MiB, and for the first shape of 16 MiB."""
+    rows: list[dict[str, Any]] = []
+    for at, (groups, share, dim, count) in enumerate(DECODE_SHAPES):
+        for size in (64, 16)[: 2 if at == 0 else 1]:
+            measure.release(DEVICE)
+            step, held = decode_step(groups, share, dim, count, size << 20)
+            found = []
+            for dot, changes in READ_ONE_CHANGES.items():
+                for change in changes:
+                    with with_decode_config(READ_ONE[dot] | change):
+                        took = try_time(step) / 4
+                    way = "as a product" if dot else "by head"
+                    found.append((took, f"{way} {change}"))
+                    row = {"what": "decode", "share": share, "dim": dim, "features": count, "bytes": held}
+                    rows.append(row | {"dot": dot, **change, "us": took * 1e3})
+            say(f"sweep decode {groups} groups of {share}, D {dim}, F {count}, {size} MiB:")
+            for took, words in sorted(found):
+                say(f"  {took * 1e3:.1f} us, {held / took / 1e6:.0f} GB/s: {words}")
+    return rows
+
+
 @torch.inference_mode()
 def sweep_rows() -> list[dict[str, Any]]:
     """Other launch parameters for the kernels; the fastest should be those of `tuned.py`."""
@@ -810,6 +857,7 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "prefill": prefill_rows,
     "train": train_rows,
     "fla": fla_rows,
+    "sweep_decode": sweep_decode,
     "sweep": sweep_rows,
 }
 
@@ -821,7 +869,7 @@ def main() -> None:
     start = time.time()
     facts: dict[str, Any] = {"environment": environment()}
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for name in sys.argv[2:] or [name for name in SECTIONS if name != "sweep"]:
+    for name in sys.argv[2:] or [name for name in SECTIONS if "sweep" not in name]:
         try:
             facts[name] = SECTIONS[name]()
         except Exception:  # told, and the next section may still find something out

@@ -168,6 +168,7 @@ def readings(options: argparse.Namespace) -> Iterator[tuple[str, list[Measure]]]
             windows = max(1, options.windows // 16)
             asked.append(measures["branches"](text=text, length=longest, windows=windows, by="model"))
             asked.append(measures["distance"](lengths=tuple(lengths), count=max(2, options.prompts // 2)))
+            asked += rows.zero_shot(options)
         yield name, asked
 
 
@@ -186,6 +187,7 @@ def print_table(folder: Path) -> None:
     )
     print(f"in|out: recall of pass keys, and of words, inside and beyond the window at {long:,} tokens")
     print(f"branches: perplexity at {long:,} tokens with both branches, the window, the state, neither")
+    print(f"zero-shot: mean accuracy of {', '.join(name.removeprefix('local_') for name in rows.ZERO_SHOT)}")
     print("bytes: of the cache, to the dense model's; speed: tokens a second in training\n")
     head = (
         "row",
@@ -197,6 +199,7 @@ def print_table(folder: Path) -> None:
         "in|out",
         "words in|out",
         "branches",
+        "zero-shot",
         "bytes",
         "speed",
     )
@@ -225,6 +228,7 @@ def print_table(folder: Path) -> None:
                 "|".join(at(name, long) for names in near for name in names[:1]),
                 "|".join(at(name, long) for names in words for name in names[:1]),
                 "|".join(at(name, long, form="{:.4g}") for name in branches if name in labels) or "-",
+                "-" if (mean := rows.zero_shot_mean(cells)) is None else f"{mean:.3f}",
                 f"{share:.3f}",
                 f"{row['speed']:,.0f}" if "speed" in row else "-",
             )

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from compress.stages.session import Session, open_session
 
 BASE = "base"
 DENSE = "dense, as it was"
+ZERO_SHOT = ("local_hellaswag", "local_piqa", "local_arc_easy", "local_winogrande", "local_lambada_openai")
 
 
 def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
@@ -46,7 +47,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--model", default="demo/smollm2-135m")
     add("--device", default="auto")
     add("--dtype", default="bfloat16")
-    add("--rows", default=",".join(rows), help="which rows, by commas")
+    add("--rows", default=",".join(rows), help="which rows, by commas; `base` makes only what they share")
     add("--seeds", default="0", help="of training, by commas; texts and prompts of the measures stay the same")
     add("--minutes", type=float, default=9.0, help="stop here, with all states saved")
     add("--at-once", type=int, default=3, help="rows that run at once on each device")
@@ -57,6 +58,8 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--windows", type=int, default=64, help="windows of text at the shortest length, fewer at longer ones")
     add("--prompts", type=int, default=50, help="prompts of each kind and length")
     add("--held-out", default="14263_katrine.txt", help="the book that is measured on")
+    add("--zero-shot", type=Path, help="folder of task files for lm-eval, in lm_eval_tasks/, and of the data they name")
+    add("--items", type=int, default=500, help="first items of every zero-shot task")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of every row's recipe")
     add("--child", help=argparse.SUPPRESS)
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -79,10 +82,13 @@ def main(
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # of what is float32 beside bfloat16: features and states in training
     if options.child:
+        options.texts, options.out = options.texts.resolve(), options.out.resolve()
+        if options.zero_shot is not None:
+            os.chdir(options.zero_shot)  # the task files name their data from here
         run_row(options, options.child, options.seed)
         return
     end = time.monotonic() + 60 * options.minutes
-    named = options.rows.split(",")
+    named = [name for name in options.rows.split(",") if name != BASE]
     if unknown := set(named) - set(rows):
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -286,6 +292,20 @@ def recalls(options: argparse.Namespace, lengths: Sequence[int]) -> list[Measure
         {"task": task, "length": n, "count": options.prompts} for task in ("passkey", "key_value") for n in lengths
     ]
     return measures["recall"].of([tasks.parse(entry) for entry in entries])
+
+
+def zero_shot(options: argparse.Namespace) -> list[Measure]:
+    """The zero-shot tasks, where a folder of them is given; a child's working directory is that folder."""
+    if options.zero_shot is None:
+        return []
+    return [measures["lm_eval"](tasks=ZERO_SHOT, include="lm_eval_tasks", limit=options.items, batch_size=32)]
+
+
+def zero_shot_mean(cells: Mapping[str, float | None]) -> float | None:
+    """Mean over the zero-shot tasks in a row's figures of each one's main metric; None where one was not measured."""
+    found = {key.split("/")[1]: value for key, value in cells.items()}
+    values = [found.get(task) for task in ZERO_SHOT]
+    return None if None in values else sum(value for value in values if value is not None) / len(values)
 
 
 def read_rows(folder: Path, order: Sequence[str]) -> list[dict[str, Any]]:

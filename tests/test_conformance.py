@@ -27,6 +27,7 @@ from compress.plan import Plan, uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
 from compress.targets.aaren import AarenGroup
+from compress.targets.expert import ExpertGroup
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
 from compress.targets.routed import RoutedGroup
@@ -58,6 +59,14 @@ SCORED: tuple[Target, ...] = (
     ScoreGroup(score="lssar", power=3),
 )
 
+# Soft gates over some groups of a layer beside others; models that are made of experts are in models/test_upcycle.py.
+EXPERTS: tuple[Target, ...] = (
+    ExpertGroup(experts=2, expert=0),
+    ExpertGroup(experts=2, expert=1),
+    ExpertGroup(experts=3, expert=2),
+    FullGroup(),
+)
+
 # Two entries are a layer of the model with grouped heads.
 ROUTED: tuple[Target, ...] = (
     *RoutedGroup.layer(2, 1, gates="one", sink=4, alpha=30, beta=0.25),
@@ -68,7 +77,7 @@ ROUTED: tuple[Target, ...] = (
 ROUTED_PRUNED: tuple[Target, ...] = (
     FullGroup(),
     *RoutedGroup.layer(1, 1),
-    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head"),
+    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head", router="random"),
     *RoutedGroup.layer(2, 1, unit="head", sink=4, alpha=30, beta=0.25),
 )
 
@@ -76,6 +85,7 @@ ROUTED_PRUNED: tuple[Target, ...] = (
 # grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
 TARGETS: dict[str, tuple[Target, ...]] = {
     "aaren": SCORED,
+    "expert": EXPERTS,
     "full": MIXED,
     "linear": (
         LinearGroup(alpha=1),
@@ -94,7 +104,11 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
 OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
 # What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py) needs the last model alone.
-BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {SCORED: BASES[-1:], ROUTED: BASES[:1]}
+BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {
+    SCORED: BASES[-1:],
+    EXPERTS: BASES[-1:],
+    ROUTED: BASES[:1],
+}
 CELLS = {
     f"{base}, {target}": (base, groups) for groups, target in OTHERS.items() for base in BASES_OF.get(groups, BASES)
 }
@@ -360,7 +374,7 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"]], ids=["windows", "linear"])
+@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"], ROUTED], ids=["windows", "linear", "routed"])
 def test_a_decode_step_lives_in_a_cuda_graph(groups: tuple[Target, ...]) -> None:
     from compress.models.graph import graph_of
 

@@ -41,6 +41,8 @@ class WholeModel(_Part):
 
     Attributes:
         parameters, dense_parameters, prefill_speedup, most_any_plan_gains: None in a row that does not say.
+        prefill_speedup_of_choosing, decode_speedup_of_choosing: the time with all heads on over that with those that
+            tokens choose; None where they choose none.
     """
 
     shape: str
@@ -54,6 +56,8 @@ class WholeModel(_Part):
     dense_parameters: Count | None = None
     prefill_speedup: Positive | None = None
     most_any_plan_gains: Positive | None = None
+    prefill_speedup_of_choosing: Positive | None = None
+    decode_speedup_of_choosing: Positive | None = None
 
 
 class Kernel(_Part):

@@ -20,7 +20,11 @@ from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
 from compress.models.graph import graph_of
+from compress.models.planned import all_on_model
+from compress.models.pruning import block_parameters
 from compress.models.replaced import AttentionCall, attention_function
+from compress.plan import Plan
+from compress.plan.skipped import Skipped, skipped
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
@@ -121,6 +125,8 @@ class ModelRow:
         plan: a model with a plan on the dense model's weights, or a pruned one.
         without_attention: a decode step of the dense model whose attention and cache do nothing.
         parameters, dense_parameters: of the whole models, tied ones counted once.
+        all_on: the other model with all that tokens choose from used by every token; None where they choose nothing.
+        skips: what tokens skip by choosing, as its plan expects; None where that is not known.
     """
 
     shape: str
@@ -133,6 +139,8 @@ class ModelRow:
     decode_graph: bool
     parameters: int
     dense_parameters: int
+    all_on: Side | None = None
+    skips: Skipped | None = None
 
     def values(self) -> dict[str, Any]:
         """For JSON, with the ratios that follow."""
@@ -144,7 +152,7 @@ class ModelRow:
         saved = dense.cache_bytes - plan.cache_bytes
         peaks = (dense.peak_bytes, plan.peak_bytes)
         pruned = self.parameters != self.dense_parameters
-        return {
+        return self._chosen() | {
             "parameter_share": self.parameters / self.dense_parameters,
             "prefill_speedup": dense.prefill / plan.prefill,
             "decode_share_of_dense": plan.decode.median / dense.decode.median,
@@ -157,27 +165,58 @@ class ModelRow:
             else None,
         }
 
+    def _chosen(self) -> dict[str, float | None]:
+        """What choosing heads brings: times of all heads over those of the chosen, and shares that the plan expects."""
+        found: dict[str, float | None] = {}
+        if self.all_on is not None:
+            found["prefill_speedup_of_choosing"] = self.all_on.prefill / self.plan.prefill
+            found["decode_speedup_of_choosing"] = self.all_on.decode.median / self.plan.decode.median
+        if self.skips is not None:
+            found["prefill_attention_flops_skipped"] = self.skips.of_attention
+            found["prefill_flops_skipped"] = self.skips.of_prefill
+            found["decode_cache_bytes_skipped"] = self.skips.of_cache
+            found["decode_bytes_skipped"] = self.skips.of_step(self.batch)
+        return found
 
-def model_row(dense: Any, other: Any, shape: str, mix: str, batch: int, length: int, steps: int = 64) -> ModelRow:
-    """Measure both models, one after the other.
+
+def model_row(
+    dense: Any,
+    other: Any,
+    shape: str,
+    mix: str,
+    batch: int,
+    length: int,
+    steps: int = 64,
+    *,
+    plan: Plan | None = None,
+) -> ModelRow:
+    """Measure both models, one after the other; where tokens choose their heads, also the other with all heads on.
 
     Args:
         dense: the model as it is; other: one with a plan (`targets.planned_model`), or a pruned one.
         length: tokens of each prompt; `steps` more are reserved for decoding.
+        plan: of the other model, where it is known.
 
     Raises:
         UserError: see `side`.
     """
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
-    plan = side(other, ids, steps, beside=dense)
+    planned = side(other, ids, steps, beside=dense)
+    unchosen = all_on_model(other)
+    all_on = None if unchosen is None else side(unchosen, ids, steps, beside=dense)
     dense_side = side(dense, ids, steps, beside=other)
     release(device)
     token = ids[:, :1].contiguous()
     with torch.inference_mode(), _attention(dense, NONE):
         bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (other, dense)]
-    return ModelRow(shape, mix, batch, length, dense_side, plan, bare, device.type == "cuda", *counts)
+    skips = None
+    if plan is not None and all_on is not None:
+        skips = Skipped.total(skipped(plan, length, next(dense.parameters()).itemsize), block_parameters(other))
+    own, of_dense = counts
+    graph = device.type == "cuda"
+    return ModelRow(shape, mix, batch, length, dense_side, planned, bare, graph, own, of_dense, all_on, skips)
 
 
 @torch.inference_mode()

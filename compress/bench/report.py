@@ -6,6 +6,7 @@ from compress.bench.kernel import Row
 from compress.bench.model import ModelRow
 
 GIB = 2**30
+SAVED = 1.02  # times as fast, below which two medians are not told apart
 
 
 def break_even(rows: list[Row], what: str) -> int | None:
@@ -62,6 +63,7 @@ def model_lines(row: ModelRow) -> list[str]:
         ),
         f"  cache as allocated: {row.plan.cache_bytes / GIB:.3f} GiB, dense {row.dense.cache_bytes / GIB:.3f}",
     ]
+    lines += choosing_lines(row)
     if row.parameters != row.dense_parameters:
         lines.append(
             f"  parameters: {row.parameters:,} of {row.dense_parameters:,}, share {ratios['parameter_share']:.3f}"
@@ -73,3 +75,29 @@ def model_lines(row: ModelRow) -> list[str]:
             + (f"; saved over the cache bytes saved {over:.3f}" if over is not None else "")
         )
     return lines
+
+
+def choosing_lines(row: ModelRow) -> list[str]:
+    """What tokens skip by choosing heads, and the times beside all heads on; plain where nothing is saved."""
+    if row.all_on is None:
+        return []
+    prefill, decode, skips = "", "", row.skips
+    if skips is not None:
+        prefill = f"; skipped are {skips.of_attention:.1%} of the attention's FLOPs, {skips.of_prefill:.1%} of all"
+        decode = f"; not read are {skips.of_cache:.1%} of the cache, {skips.of_step(row.batch):.1%} with the weights"
+    return [
+        _chosen("prefill", row.all_on.prefill, row.plan.prefill) + prefill,
+        _chosen("decode step", row.all_on.decode.median, row.plan.decode.median) + decode,
+    ]
+
+
+def _chosen(what: str, whole: float, chosen: float) -> str:
+    times = f"{whole:.4g} ms, with those that tokens choose {chosen:.4g}"
+    return f"  {what} with all heads on: {times}: {gain_words(whole / chosen)}"
+
+
+def gain_words(gain: float | None) -> str:
+    """How many times as fast something is in words; empty where nobody knows."""
+    if gain is None:
+        return ""
+    return f"{gain:.2f} times as fast" if gain >= SAVED else f"nothing is saved ({gain:.2f} times)"

@@ -135,6 +135,7 @@ def measure(
                     rows += [row] if row else []
                     measure.release(where)
     models: list[whole.ModelRow] = []
+    plan_of_model = None if mixes else source.written_plan()
     for kind in ("layer", "model"):
         if kind not in kinds:
             continue
@@ -153,14 +154,15 @@ def measure(
                 else:
                     planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
-                time_both = partial(whole.model_row, dense, planned, label, plan_name, batch, length)
+                time_both = partial(
+                    whole.model_row, dense, planned, label, plan_name, batch, length, plan=plan_of_model
+                )
                 timed = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
                 models += [timed] if timed else []
                 del planned, time_both
                 measure.release(where)
         del dense
         measure.release(where)
-    plan_of_model = None if mixes else source.written_plan()
     states = None if plan_of_model is None else states_of(plan_of_model, DTYPES[dtype].itemsize)
     reached: dict[str, int | None] = {
         f"{what}, plan {name}": report.break_even([row for row in rows if row.mix == name], what)

@@ -44,6 +44,7 @@ class Cell:
         part: the range of items that it is limited to; None for the whole.
         place: layer and head group that it is of, the group None for a whole layer; None for the model. Numbers with a
             place are in a table of the variant's own, and in no other.
+        heads: query heads that it is of, those of the layer in `place` that stay; None for all of them.
         table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`),
             of the table of branches (`branches`), a row of the last table with its difference to dense (`task`), or
             only in charts and files (None).
@@ -64,15 +65,16 @@ class Cell:
     items: tuple[float, ...] | None = None
     part: Part | None = None
     place: tuple[int, int | None] | None = None
+    heads: tuple[int, ...] | None = None
     table: Literal["summary", "cost", "branches", "task"] | None = None
     axis: str = ""
     dense: float | None = None
     note: str = ""
 
     @property
-    def key(self) -> tuple[str, int | None, Part | None, tuple[int, int | None] | None]:
+    def key(self) -> tuple[str, int | None, Part | None, tuple[int, int | None] | None, tuple[int, ...] | None]:
         """What the same cells of two variants have in common."""
-        return self.label, self.length, self.part, self.place
+        return self.label, self.length, self.part, self.place, self.heads
 
     @property
     def name(self) -> str:
@@ -92,6 +94,14 @@ class Cell:
     def against(self, dense: Cell | None) -> Paired | None:
         """Mean difference to the dense model over the same items; None where the items are not kept or differ."""
         return None if dense is None or self.items is None or dense.items is None else paired(self.items, dense.items)
+
+
+def heads_words(heads: Sequence[int]) -> str:
+    """Query heads in words: `head 3`, `heads 3 to 5`, or all of their numbers."""
+    if len(heads) == 1:
+        return f"head {heads[0]}"
+    run = list(heads) == list(range(heads[0], heads[-1] + 1))
+    return f"heads {heads[0]} to {heads[-1]}" if run else f"heads {', '.join(map(str, heads))}"
 
 
 def by_part(

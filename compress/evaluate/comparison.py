@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compress.evaluate.cell import Cell
+from compress.evaluate.cell import Cell, heads_words
 from compress.evaluate.earlier import from_schema_1
 from compress.evaluate.measure import Result
 from compress.evaluate.paired import Paired, averaged
@@ -139,6 +139,7 @@ class Comparison(BaseModel):
         gap = self.against_dense(variant, cell)
         part, place = cell.part, cell.place
         where = "" if place is None else f"layer {place[0]}" + ("" if place[1] is None else f" group {place[1]}")
+        where += "" if cell.heads is None else f" {heads_words(cell.heads)}"
         return {
             "variant": variant.name,
             "label": cell.label,

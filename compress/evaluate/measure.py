@@ -39,6 +39,10 @@ class Result(BaseModel):
         """The conditions that belong below a table of these cells; empty where the heads say it all."""
         return ""
 
+    def notes(self) -> str:
+        """What stands out in the numbers of layers and heads, for below the variant's own table of them."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Variant:

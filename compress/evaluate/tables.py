@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compress.evaluate.cell import Cell, Part
+from compress.evaluate.cell import Cell, Part, heads_words
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.grid import Column, Grid
 from compress.evaluate.paired import Paired
@@ -151,26 +151,38 @@ def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
 
 
 def _places(row: VariantResult) -> list[Grid]:
-    """For every measure with numbers of layers or head groups: a row a layer, a column a group, numbers in a cell."""
-    grids = []
-    for result in row.results:
-        placed = {(cell.place, cell.label): cell for cell in result.cells() if cell.place is not None}
-        if not placed:
-            continue
-        labels = list(dict.fromkeys(label for _, label in placed))
-        layers = sorted({place[0] for place, _ in placed})
-        groups = sorted({place[1] for place, _ in placed}, key=lambda group: -1 if group is None else group)
-        grid = Grid(
-            f"{row.name}: {', '.join(labels)}",
-            [Column("layer"), *(Column("all groups" if group is None else f"group {group}") for group in groups)],
-            caption=f"in a cell: {' / '.join(labels)}; {result.words()}" if len(labels) > 1 else result.words(),
-        )
-        for layer in layers:
-            by_group = [[placed.get(((layer, group), label)) for label in labels] for group in groups]
-            texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in by_group]
-            grid.rows.append([str(layer), *texts])
-        grids.append(grid)
-    return grids
+    """For every measure with numbers of layers, head groups or query heads, a table of the layers and one of their
+    parts: a row a layer, a column a group or its heads, numbers in a cell."""
+    return [
+        _by_layer(row.name, cells, "; ".join(filter(None, (result.words(), result.notes()))))
+        for result in row.results
+        for of_heads in (False, True)
+        if (cells := [cell for cell in result.cells() if cell.place and (cell.heads is not None) == of_heads])
+    ]
+
+
+def _by_layer(name: str, cells: Sequence[Cell], caption: str) -> Grid:
+    """One table of numbers with places."""
+    placed: dict[tuple[int, tuple[int, ...], str], Cell] = {}
+    heads: dict[tuple[int, ...], str] = {}
+    for cell in cells:
+        layer, group = cell.place or (0, None)
+        column = cell.heads if cell.heads is not None else () if group is None else (group,)
+        placed[layer, column, cell.label] = cell
+        words = "all groups" if group is None else f"group {group}"
+        heads[column] = words if cell.heads is None else heads_words(cell.heads)
+    columns = sorted(heads)
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    grid = Grid(
+        f"{name}: {', '.join(labels)}",
+        [Column("layer"), *(Column(heads[column]) for column in columns)],
+        caption=f"in a cell: {' / '.join(labels)}; {caption}" if len(labels) > 1 else caption,
+    )
+    for layer in sorted({layer for layer, _, _ in placed}):
+        by_column = [[placed.get((layer, column, label)) for label in labels] for column in columns]
+        texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in by_column]
+        grid.rows.append([str(layer), *texts])
+    return grid
 
 
 def edge(value: float, axis: str) -> str:

@@ -42,6 +42,9 @@ UNITS = {
     "agreement": Unit(lambda value: f"{value:.3f}"),
     "score": Unit(lambda value: f"{value:.4g}"),
     "tokens": Unit(lambda value: f"{value:,.0f} tokens"),
+    "load": Unit(lambda value: f"{value:.3f}"),
+    "variation": Unit(lambda value: f"{value:.3f}"),
+    "units": Unit(lambda value: f"{value:.0f}"),
     "nats": Unit(lambda value: f"{value:+.4f}"),
     "relative error": Unit(lambda value: f"{value:.1e}"),
 }

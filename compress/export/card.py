@@ -18,6 +18,7 @@ from compress.export.verify import Checks
 from compress.limits import SHOWN_LENGTHS
 from compress.models.load import DEMOS
 from compress.plan import Form, Plan, removal
+from compress.plan.skipped import NOTHING, STORED, Skipped, chooses, skipped
 from compress.plan.states import States, states_of
 from compress.targets.target import StockForm
 
@@ -33,6 +34,7 @@ VLLM = {
     "Qwen2ForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
 }
+LONG = 1 << 20  # tokens, longer than any window
 UNTRAINED = "The weights are those of the original model"
 TRAINED = "The weights were trained afterwards (recover.json)"
 
@@ -51,6 +53,7 @@ def render_card(
     table: str | None = None,
     trained: bool = False,
     base: Plan | None = None,
+    weights: int = 0,
 ) -> str:
     """The card as Markdown.
 
@@ -62,6 +65,7 @@ def render_card(
         base: the plan of the model that this one was made from, where that was a checkpoint of this toolkit.
         table: measured numbers as a Markdown table with their conditions; None where nothing was measured.
         trained: the weights were trained after the plan was made.
+        weights: parameters of the decoder layers.
     """
     windows = layer_windows(plan) if checks.native else None
     form: Form = "native" if checks.native else "patched"
@@ -80,7 +84,12 @@ def render_card(
     ]
     groups = sum(plan.kept_heads)
     states = states_of(plan, itemsize, form)
+    choosing = (
+        [Skipped.total(skipped(plan, row["length"], itemsize, form), weights) for row in costs] if chooses(plan) else []
+    )
     windowed = plan.full_groups < groups
+    # Heads that tokens choose may see everything when they are chosen.
+    spans = windowed and (not choosing or _hides(plan))
     changed = [group for row in plan.groups_that_stay() for group, native in row if group.stock(native) != StockForm()]
     predicted = plan.predicted
     if predicted.lengths:
@@ -90,7 +99,7 @@ def render_card(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts: dict[str, Any] = {
         "plan": plan,
-        "metadata": front_matter(source, _tags(plan, windowed, states)),
+        "metadata": front_matter(source, _tags(plan, windowed, states, bool(choosing))),
         "title": source.get("base_model") or (name if name in DEMOS else Path(name).name),
         "dtype": dtype,
         "base": base,
@@ -99,9 +108,9 @@ def render_card(
         "base_removed": None if base is None else removal(base),
         "windowed": windowed,
         "by_layer": len(plan.widths) > 1,
-        "form": _form(plan, windowed, windows, checks.loaded_as, states),
+        "form": _form(plan, spans, windows, checks.loaded_as, states, bool(choosing)),
         "ratio": _ratio(plan, fraction),
-        "changed": _changed(plan, windowed, windows is None),
+        "changed": _changed(plan, spans, windows is None, bool(choosing)),
         "windows": windows,
         "window": next((window for window in windows or () if window is not None), None),
         "full": plan.full_groups,
@@ -109,6 +118,9 @@ def render_card(
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
         "states": states,
+        "stored": STORED,
+        "choosing": choosing,
+        "saves": any(max(row.of_prefill, row.of_step()) >= NOTHING for row in choosing),
         "trained": trained,
         "costs": costs,
         "checks": checks,
@@ -140,7 +152,17 @@ def tried(architecture: str, *, besides: str) -> dict[str, Any]:
     }
 
 
-def _tags(plan: Plan, windowed: bool, states: States | None) -> list[str]:
+def _hides(plan: Plan) -> bool:
+    """Whether some head group that stays keeps less than all keys of a long input."""
+    units = [plan.unit(number, 2, plan.form) for number in range(len(plan.layers))]
+    return any(
+        group.cost(unit, LONG).held_bytes < LONG * unit.token_bytes
+        for unit, row in zip(units, plan.groups_that_stay(), strict=True)
+        for group, _ in row
+    )
+
+
+def _tags(plan: Plan, windowed: bool, states: States | None, routed: bool) -> list[str]:
     tags = ["compress"]
     if plan.prunes:
         tags.append("pruning")
@@ -148,6 +170,8 @@ def _tags(plan: Plan, windowed: bool, states: States | None) -> list[str]:
         tags += ["sparse-attention", "kv-cache"]
     if states is not None:
         tags.append("linear-attention")
+    if routed:
+        tags.append("mixture-of-heads")
     return tags
 
 
@@ -158,7 +182,12 @@ def _fence(text: str) -> str:
 
 
 def _form(
-    plan: Plan, windowed: bool, windows: Sequence[int | None] | None, loaded_as: str, states: States | None
+    plan: Plan,
+    windowed: bool,
+    windows: Sequence[int | None] | None,
+    loaded_as: str,
+    states: States | None,
+    routed: bool,
 ) -> str:
     """What the checkpoint is, behind the name and sizes of its model; `windows` is None for the patched form."""
     if windows is not None and any(window is not None for window in windows):
@@ -168,10 +197,12 @@ def _form(
     if windows is not None:
         return f"as an ordinary {loaded_as} of transformers"
     parts = ["a width of its own for every layer"] if len(plan.widths) > 1 else []
-    if windowed or not plan.prunes:
+    if windowed or not (plan.prunes or routed):
         parts.append("a span of its own for every key/value head")
     if states is not None:
         parts.append("states of constant size for the keys that some of them hide")
+    if routed:
+        parts.append("routers that choose heads for every token")
     return f"with {' and '.join(parts)}" if parts else f"as {loaded_as}, which brings its own code"
 
 
@@ -187,12 +218,14 @@ def _ratio(plan: Plan, fraction: float) -> str:
     return " and ".join([*parts, *kept])
 
 
-def _changed(plan: Plan, windowed: bool, patched: bool) -> str:
+def _changed(plan: Plan, windowed: bool, patched: bool, routed: bool) -> str:
     """What is not as in the original model, in one clause."""
     parts = []
     if plan.prunes:
         parts.append("whole heads and neurons were removed")
-    if windowed or not plan.prunes:
+    if windowed or not (plan.prunes or routed):
         which = "each head group sees" if patched else "the sliding layers see"
         parts.append(f"what changed is which keys {which}, and which they keep in the cache")
+    if routed:
+        parts.append("every token chooses which heads it uses")
     return "; ".join(parts)

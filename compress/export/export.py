@@ -24,6 +24,7 @@ from compress.models.families import family_of
 from compress.models.generation import plain_generation
 from compress.models.load import DTYPES, LoadedModel
 from compress.models.planned import patched_model, planned_model
+from compress.models.pruning import block_parameters
 from compress.models.tokenizer_files import write_tokenizer
 from compress.models.trained import load_trained
 from compress.plan import CHECKPOINT_PLAN, Plan, read_plan
@@ -76,11 +77,11 @@ def export_checkpoint(
             left behind, and an older checkpoint is untouched.
     """
     say = progress or (lambda line: None)
-    if loaded.shape.differing(plan.model.model_dump()):
+    if loaded.shape.differing(plan.source.model_dump()):
         raise UserError(
             "the plan is for another model",
             where=loaded.name,
-            expected=plan.model.fingerprint,
+            expected=plan.source.fingerprint,
             found=loaded.shape.fingerprint,
             fix="search again with this model",
         )
@@ -177,5 +178,6 @@ def _write_card(
         table=table,
         trained=(folder / RECORD).is_file(),
         base=read_plan(folder / BASE_PLAN) if (folder / BASE_PLAN).is_file() else None,
+        weights=block_parameters(model),
     )
     write_text(folder / "README.md", card)

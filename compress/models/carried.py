@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.errors import UserError
 from compress.json_file import validated
 from compress.plan import Group
+from compress.targets.expert import MOST_EXPERTS
 
 FIX = "export the checkpoint again, or take the config.json that it was exported with"
 
@@ -21,10 +22,16 @@ class _Kept(_Strict):
     kept: int = Field(ge=1)
 
 
+class _Experts(_Strict):
+    experts: int = Field(ge=2, le=MOST_EXPERTS)
+    top: int = Field(ge=1, le=MOST_EXPERTS)
+    weight: Literal["one", "p"]
+
+
 class _Layer(_Strict):
     groups: list[Group] = Field(min_length=1)
     query_heads: int | None = Field(default=None, ge=1)
-    mlp: _Kept | None = None
+    mlp: _Kept | _Experts | None = None
 
 
 class _Carried(_Strict):

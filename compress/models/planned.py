@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from transformers import GenerationConfig
 
@@ -16,14 +17,17 @@ from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
 from compress.models.prepared import attach, fill, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
+from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
-from compress.plan import Plan
+from compress.plan import Group, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
+
+_GROUP: TypeAdapter[Target] = TypeAdapter(Group)
 
 
 def runtime_plan(plan: Plan) -> dict[str, Any]:
@@ -37,21 +41,28 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
     A plan that only removes the same numbers in every layer gives a stock model, of the same class or of its twin
     (`Family.twin`), since there is nothing left for the runtime to do. What the plan's mixers have of their own is what
     was prepared for `model` (`prepared.attach`), or what their targets convert from its weights (`Target.initial`).
+    An upcycled model is of the weights that its seed carries (`upcycled.attach_upcycled`).
 
     Args:
         untrained: take the converted tensors also for targets that have to be trained.
 
     Raises:
         UserError: the architecture is not supported, or cannot be pruned so, or does with its scores what a target
-            cannot do; or a target that has to be trained was not prepared.
+            cannot do; or it makes the norms of queries alike, which a target goes by; or a target that has to be
+            trained was not prepared, or experts' weights are missing.
         ValueError: the plan's layers or groups are not this model's.
     """
+    if plan.upcycle is not None:
+        planned = with_runtime_plan(model, runtime_plan(plan), upcycled_for(model, plan))
+        _check_scores(planned, plan, family_of(model.config))
+        return planned
     prepared = () if untrained else prepared_for(model)
     if plan.prunes:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
+    _check_norms(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -74,6 +85,23 @@ def _check_rope(model: Any, plan: Plan) -> None:
             where="layer {} group {}".format(*undoing[0]),
             fix="take `rope: keep`",
         )
+
+
+def _check_norms(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
+    family = family_of(model.config)
+    if not family.norms_queries(model.config):
+        return
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.reads_norms:
+                raise UserError(
+                    f"a {family.architecture} normalises every query head, so the norms of queries cannot say which "
+                    "heads a token needs",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a router with weights",
+                    fix="take `router: two_stage`",
+                )
 
 
 def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
@@ -148,17 +176,37 @@ def _as_twin(pruned: Any) -> Any:
         return pruned
 
 
-def with_runtime_plan(model: Any, plan: dict[str, Any]) -> Any:
+def with_runtime_plan(model: Any, plan: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
     """As `planned_model`, from the part of a plan that the runtime needs, which is bound to no weights.
 
     Layers of a model that `prune` left with different widths are given theirs by the plan, which lists the groups that
     stay, and the numbers of query heads and neurons.
+
+    Args:
+        tensors: all weights by name, where they are not those of `model`.
     """
     load_mixers(targets_of(plan))
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
-    return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan))
+    return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan), tensors)
+
+
+def all_on_model(planned: Any) -> Any | None:
+    """A planned model's twin in which every token uses all that it chooses from (`Target.all_on`), on the same tensors;
+    None where tokens choose nothing."""
+    plan = getattr(planned.config, "compress_plan", None)
+    if plan is None:
+        return None
+    layers = [
+        {**layer, "groups": [_GROUP.validate_python(group).all_on.model_dump(mode="json") for group in layer["groups"]]}
+        for layer in plan["layers"]
+    ]
+    if layers == plan["layers"]:
+        return None
+    made = with_runtime_plan(planned, {**plan, "layers": layers})
+    made.config.compress_impl = planned.config.compress_impl
+    return made
 
 
 def config_fields(config: Any) -> dict[str, Any]:
@@ -169,17 +217,20 @@ def config_fields(config: Any) -> dict[str, Any]:
     return known
 
 
-def on_weights_of(model: Any, model_class: Any, config: Any) -> Any:
+def on_weights_of(model: Any, model_class: Any, config: Any, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
     """A model of another class on the very tensors of `model`, under the same names; RoPE and generation as there.
 
     What only the plan's mixers have starts with their first values.
+
+    Args:
+        weights: by name, in place of those of `model`.
 
     Raises:
         ValueError: a weight has no place in the class or another shape there, or the class has one that `model` lacks.
     """
     with torch.device("meta"):
         made = model_class(config)
-    tensors, places = dict(model.state_dict()), made.state_dict()
+    tensors, places = dict(model.state_dict() if weights is None else weights), made.state_dict()
     for name, tensor in tensors.items():
         if name in places and places[name].shape != tensor.shape:
             size, expected = tuple(tensor.shape), tuple(places[name].shape)

@@ -3,20 +3,35 @@
 from compress.plan.build import make_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape
 from compress.plan.read import CHECKPOINT_PLAN, read_plan
-from compress.plan.schema import Amount, Form, Group, LayerPlan, Mlp, OutputBias, Plan, Predicted
+from compress.plan.schema import (
+    Amount,
+    Expert,
+    Form,
+    Group,
+    LayerPlan,
+    Mlp,
+    MlpRouting,
+    OutputBias,
+    Plan,
+    Predicted,
+    Upcycle,
+)
 from compress.plan.words import amount_line, removal
 
 __all__ = [
     "CHECKPOINT_PLAN",
     "Amount",
+    "Expert",
     "Form",
     "Group",
     "LayerPlan",
     "Mlp",
+    "MlpRouting",
     "ModelShape",
     "OutputBias",
     "Plan",
     "Predicted",
+    "Upcycle",
     "amount_line",
     "make_plan",
     "plan_of_layers",

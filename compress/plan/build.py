@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.errors import Problem, UserError
 from compress.plan.facts import ModelShape
-from compress.plan.schema import Group, LayerPlan, Plan, Predicted
+from compress.plan.schema import Group, LayerPlan, Plan, Predicted, Upcycle
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
 
@@ -35,6 +35,7 @@ def plan_of_layers(
     *,
     predicted: Predicted | None = None,
     provenance: dict[str, Any] | None = None,
+    upcycle: Upcycle | None = None,
 ) -> Plan:
     """A checked plan from whole layers, which may be pruned. Raises UserError as `make_plan`."""
     plan = Plan(
@@ -42,6 +43,7 @@ def plan_of_layers(
         layers=tuple(layers),
         predicted=predicted or Predicted(),
         provenance=provenance or {},
+        upcycle=upcycle,
     )
     problems = count_problems(plan, "plan")
     if problems:

@@ -19,7 +19,7 @@ CHECKPOINT_PLAN = "compress_plan.json"  # the plan of a checkpoint, beside its w
 
 def _model_problems(plan: Plan, shape: ModelShape, where: str, any_weights: bool) -> list[Problem]:
     """Every field in which the plan's model is not the model at hand."""
-    recorded = plan.model.model_dump()
+    recorded = plan.source.model_dump()
     problems = [
         Problem("the plan is for another model", f"{where}: model.{key}", str(getattr(shape, key)), str(recorded[key]))
         for key in shape.differing(recorded)

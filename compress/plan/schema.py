@@ -25,6 +25,8 @@ from compress import registry
 from compress.json_file import sealed
 from compress.plan.facts import ModelShape, Tokens
 from compress.targets.cost import Cost
+from compress.targets.expert import MOST_EXPERTS, ExpertGroup
+from compress.targets.full import FullGroup
 from compress.targets.target import StockForm, Target, layer_cost
 from compress.targets.unit import LayerParameters, Unit
 
@@ -114,6 +116,77 @@ def _packed(values: Sequence[float]) -> str:
 def _unpacked(text: str) -> list[float]:
     raw = base64.b64decode(text, validate=True)
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+class Expert(Strict):
+    """One of the models that an upcycled model is made of: what the user called it, and its fingerprint."""
+
+    name: str
+    fingerprint: str
+
+
+class MlpRouting(Strict):
+    """How an upcycled model's tokens use its MLPs (`runtime/mlp_experts.py`).
+
+    Attributes:
+        top: MLPs that a token uses.
+        weight: what their outputs are multiplied by.
+    """
+
+    top: int = Field(1, ge=1, le=MOST_EXPERTS, description="MLPs that a token uses")
+    weight: Literal["one", "p"] = Field(
+        "one",
+        description="what their outputs are multiplied by: weights that sum to 1, with one MLP straight-through, so "
+        "that equal experts stay what they were; or p, the router's own share, as published",
+    )
+
+
+class Upcycle(Strict):
+    """What an upcycled model is made of (BAM, arXiv 2408.08274): a plan that has it describes all experts together.
+
+    Attributes:
+        seed: the model that costs are compared with, whose architecture and tokenizer all have.
+        experts: in the order of their numbers.
+        attention: `soft` where each expert's attention is there, `base` where there is one for all.
+        kv: whether each has its own keys and values, or all share their mean.
+        mlp: how tokens use the experts' MLPs.
+        rest: where all other weights come from: the mean of the experts', or the seed's.
+    """
+
+    seed: ModelShape
+    experts: tuple[Expert, ...] = Field(min_length=2, max_length=MOST_EXPERTS)
+    attention: Literal["soft", "base"]
+    kv: Literal["expert", "shared"]
+    mlp: MlpRouting
+    rest: Literal["average", "seed"]
+
+    @property
+    def count(self) -> int:
+        """Experts."""
+        return len(self.experts)
+
+    def shape(self, fingerprint: str) -> ModelShape:
+        """The sizes of all experts together: query heads of all, and key/value heads of all unless they are shared."""
+        heads = self.count if self.attention == "soft" else 1
+        groups = heads if self.kv == "expert" else 1
+        sizes = {"query_heads": self.seed.query_heads * heads, "kv_heads": self.seed.kv_heads * groups}
+        return ModelShape(**{**self.seed.model_dump(), **sizes, "fingerprint": fingerprint})
+
+    def groups(self) -> tuple[Target, ...]:
+        """The head groups of every layer: expert by expert, or those of all with the query heads of each."""
+        if self.attention == "base":
+            return (FullGroup(),) * self.seed.kv_heads
+        if self.kv == "shared":
+            return (ExpertGroup(experts=self.count),) * self.seed.kv_heads
+        return tuple(
+            ExpertGroup(experts=self.count, expert=number)
+            for number in range(self.count)
+            for _ in range(self.seed.kv_heads)
+        )
+
+    def runtime_mlp(self) -> dict[str, Any]:
+        """What a checkpoint's configuration says of the MLP of a layer."""
+        return {"experts": self.count, **self.mlp.model_dump()}
 
 
 class LayerPlan(Strict):
@@ -220,8 +293,10 @@ class Plan(Strict):
     """One target with parameters per head group, the neurons that stay, and where the decision comes from.
 
     Attributes:
+        model: that the plan is for; of an upcycled model, all experts together.
         layers: of the model, in order.
         provenance: what made the plan, and with which settings.
+        upcycle: what an upcycled model is made of; None for a plan of one model.
     """
 
     schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
@@ -229,8 +304,26 @@ class Plan(Strict):
     layers: tuple[LayerPlan, ...]
     predicted: Predicted = Predicted()
     provenance: dict[str, Any] = {}
+    upcycle: Upcycle | None = None
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    @model_serializer(mode="wrap")
+    def _as_needed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only upcycled models have."""
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key != "upcycle" or value is not None}
+
+    @model_validator(mode="after")
+    def _of_all_experts(self) -> Plan:
+        if self.upcycle is not None and self.model != self.upcycle.shape(self.model.fingerprint):
+            raise ValueError("model: expected the sizes of the upcycled experts together")
+        return self
+
+    @property
+    def source(self) -> ModelShape:
+        """The dense model that the plan is bound to, and compared with: an upcycled model's seed."""
+        return self.model if self.upcycle is None else self.upcycle.seed
 
     def to_json(self) -> str:
         """The file form: indented JSON that ends with a checksum of everything before it."""
@@ -244,10 +337,13 @@ class Plan(Strict):
             row: dict[str, Any] = {
                 "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
             }
-            if layer.queries is not None or len(row["groups"]) < len(layer.groups):
+            wider = self.model.group_size > self.source.group_size
+            if layer.queries is not None or len(row["groups"]) < len(layer.groups) or wider:
                 row["query_heads"] = self._queries(layer)
             if layer.mlp is not None:
                 row["mlp"] = {"kept": layer.mlp.kept}
+            if self.upcycle is not None:
+                row["mlp"] = row.get("mlp", {}) | self.upcycle.runtime_mlp()
             layers.append(row)
         return layers
 
@@ -255,8 +351,10 @@ class Plan(Strict):
         """Per layer, what a stock architecture with this plan has; None where none holds it, whatever the family.
 
         That is one form in all groups of a layer, one window in all layers that slide, and one number of heads and
-        neurons in all layers.
+        neurons in all layers, and no experts.
         """
+        if self.upcycle is not None:
+            return None
         forms = []
         for layer, native in zip(self.layers, self.model.native_windows, strict=True):
             of_groups = {group.stock(native) for group in layer.groups if not group.removes}
@@ -303,7 +401,8 @@ class Plan(Strict):
         Args:
             itemsize: bytes of one cached number.
             form: of the checkpoint; None takes `self.form`.
-            sizes: parameters of the dense layers (`parameters_per_unit`); None counts none.
+            sizes: parameters of the dense layers (`parameters_per_unit`), an upcycled model's seed's; None counts none.
+                Routers are not among them.
 
         Raises:
             ValueError: the plan has no native form, and that was asked for.
@@ -318,18 +417,19 @@ class Plan(Strict):
             total += layer_cost(layer.groups, unit, length)
             if size is not None:
                 neurons = size.neurons if layer.mlp is None else layer.mlp.kept
-                total += Cost(parameters=size.rest + neurons * size.neuron)
+                models = 1 if self.upcycle is None else self.upcycle.count
+                total += Cost(parameters=size.rest + models * neurons * size.neuron)
         return total
 
     def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
-        """What the model costs as it is (`ModelShape.dense_cost`)."""
-        return self.model.dense_cost(length, itemsize)
+        """What the dense model costs (`ModelShape.dense_cost`)."""
+        return self.source.dense_cost(length, itemsize)
 
     def unit(self, number: int, itemsize: int, form: Form, size: LayerParameters | None = None) -> Unit:
         """A head group that stays of a layer, as the plan leaves it; arguments as of `cost`."""
         layer, model = self.layers[number], self.model
         kept = self._queries(layer) // len(layer.kept_groups)
-        parameters = 0 if size is None else size.group - (model.group_size - kept) * size.query
+        parameters = 0 if size is None else size.group - (self.source.group_size - kept) * size.query
         return Unit(kept, model.head_dim, itemsize, model.native_windows[number], form == "patched", parameters)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from compress.bench.report import gain_words
 from compress.evaluate.tables import tables
 from compress.plots.chart import chart_svg
 from compress.report import sections
@@ -28,6 +29,7 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["size"] = _size
+    environment.filters["gain"] = gain_words
     parts = [_part(facts, f"p{number}") for number, facts in enumerate(folders)]
     quality = [
         {"cost": section.cost, "charts": section.svgs(f"q{number}")}
@@ -47,15 +49,18 @@ def _part(facts: Facts, name: str) -> dict[str, Any]:
     """What the template shows of one folder; `name` begins the ids of its charts' parts."""
     comparison = facts.comparison
     return {
+        "id": name,
         "facts": facts,
         "headline": sections.headline(facts),
         "tables": tables(comparison, parts=False) if comparison is not None else [],
         "costs": sections.costs(facts),
         "states": sections.states(facts),
+        "choosing": sections.choosing(facts),
         "layers": [
             chart_svg(chart, f"{name}layers{number}") for number, chart in enumerate(sections.layer_charts(comparison))
         ],
         "map": sections.head_map(facts),
+        "heads": [sections.shaded(each) for each in sections.maps_of_heads(comparison)],
         "position": sections.by_position(facts, f"{name}position"),
         "recall": sections.by_depth(facts),
         "gaps": sections.by_gap(facts),

@@ -13,11 +13,12 @@ from compress.errors import UserError
 from compress.json_file import read_model
 from compress.plan import Plan, read_plan
 from compress.plots.chart import Chart, draw_charts
+from compress.plots.heads import draw_heads
 from compress.plots.influence import draw_influence, influence_curves
 from compress.plots.spans import draw_spans
 from compress.profile.store import read_profile
 from compress.report.facts import Facts, read_facts
-from compress.report.sections import layer_charts, quality_charts
+from compress.report.sections import layer_charts, maps_of_heads, quality_charts
 from compress.runfolder import RunFolder
 
 
@@ -52,12 +53,14 @@ def search_plots(folder: Path) -> list[Path]:
 
 
 def evaluation_plots(folder: Path) -> list[Path]:
-    """`plots/layers`, where something was measured layer by layer, and `plots/quality`; the files.
+    """`plots/layers` and `plots/heads`, where something was measured layer by layer or head by head, and
+    `plots/quality`; the files.
 
     Written in this order: where `quality.svg` is, all are.
     """
     facts, plots = read_facts(folder), RunFolder(folder).plots
     written = draw_charts(layer_charts(facts.comparison), plots / "layers")
+    written += draw_heads(maps_of_heads(facts.comparison), plots / "heads")
     return written + draw_charts(_all_charts([facts]), plots / "quality")
 
 

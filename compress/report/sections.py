@@ -10,12 +10,15 @@ from typing import Any
 from compress.bench.file import SideFigures
 from compress.evaluate.cell import Cell
 from compress.evaluate.comparison import Comparison, VariantResult
+from compress.evaluate.measures.size import OF_LAYERS
 from compress.evaluate.tables import edge, mean_of, parts_of
 from compress.evaluate.units import unit_of
 from compress.limits import SHOWN_LENGTHS
 from compress.plan import Plan, removal
+from compress.plan.skipped import STORED, Skipped, chooses, skipped
 from compress.plan.states import states_of
 from compress.plots.chart import Chart, Series, chart_svg
+from compress.plots.heads import HeadMap
 from compress.plots.speed import speed_charts
 from compress.report.facts import Facts
 from compress.targets.full import FullGroup
@@ -88,6 +91,28 @@ def states(facts: Facts) -> str | None:
     return None if held is None else held.words
 
 
+def choosing(facts: Facts) -> dict[str, Any] | None:
+    """What the plan skips by letting tokens choose their heads, by length and by layer; None where they choose none."""
+    plan = facts.plan
+    if plan is None or not chooses(plan):
+        return None
+    sizes = [cell for cell in facts.chosen.cells if cell.label == OF_LAYERS] if facts.chosen is not None else []
+    weights = int(sizes[0].value) if sizes else 0
+    by_length = [Skipped.total(skipped(plan, length, form=facts.form), weights) for length in SHOWN_LENGTHS]
+    layers = [
+        {
+            "layer": number,
+            "what": ", ".join(dict.fromkeys(group.short(native) for group, native in row)),
+            "skips": skips,
+        }
+        for number, (row, skips) in enumerate(
+            zip(plan.groups_that_stay(), skipped(plan, MAP_LENGTH, form=facts.form), strict=True)
+        )
+    ]
+    words = [skips.words() for skips in by_length if skips.length in (SHOWN_LENGTHS[0], SHOWN_LENGTHS[-1])]
+    return {"words": [STORED, *words], "lengths": by_length, "layers": layers, "length": MAP_LENGTH}
+
+
 def costs(facts: Facts) -> list[dict[str, Any]]:
     """Bytes and sparsity of the plan by length, prefill and decode apart; heads that are removed compute no pair.
 
@@ -145,7 +170,7 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
                 f"keeps {kept:.0%} at {MAP_LENGTH:,} tokens",
                 *(f"{key} {values[layer][number]:.3g}" for key, values in facts.statistics.items()),
             ]
-            cells.append({"kept": kept, "target": group.target, "words": words, "level": round(kept * 10)})
+            cells.append({"kept": kept, "target": group.target, "words": words, "level": _level(kept)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
     return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}
@@ -246,7 +271,7 @@ def layer_charts(comparison: Comparison | None) -> list[Chart]:
     for row in comparison.variants if comparison is not None else ():
         for result in row.results:
             series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-            placed = [cell for cell in result.cells() if cell.place is not None]
+            placed = [cell for cell in result.cells() if cell.place is not None and cell.heads is None]
             for cell in placed:
                 if cell.place is not None:
                     series[cell.label][cell.place[0]].append(cell.value)
@@ -258,6 +283,32 @@ def layer_charts(comparison: Comparison | None) -> list[Chart]:
                 title = f"{row.name}: {result.measure}, mean of a layer's groups"
                 charts.append(Chart(title, "layer", placed[0].unit, lines))
     return charts
+
+
+def maps_of_heads(comparison: Comparison | None) -> list[HeadMap]:
+    """Numbers of query heads, a map for each variant that has some and each kind of number."""
+    maps = []
+    for row in comparison.variants if comparison is not None else ():
+        by_label: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+        for cell in row.cells:
+            if cell.place is not None and cell.heads is not None:
+                by_label[cell.label][cell.place[0]] |= dict.fromkeys(cell.heads, cell.value)
+        maps += [HeadMap(f"{row.name}: {label}", values) for label, values in by_label.items()]
+    return maps
+
+
+def shaded(each: HeadMap) -> dict[str, Any]:
+    """A map of query heads for the page: a row a head, a column a layer, cells with their number in words."""
+    rows = []
+    for head in range(each.heads):
+        values = [each.values[layer].get(head) for layer in each.layers]
+        rows.append(
+            [
+                None if value is None else {"words": f"layer {layer}, head {head}: {value:.3f}", "level": _level(value)}
+                for layer, value in zip(each.layers, values, strict=True)
+            ]
+        )
+    return {"title": each.title, "layers": each.layers, "rows": rows}
 
 
 def by_depth(facts: Facts) -> list[dict[str, Any]]:
@@ -284,7 +335,12 @@ def by_depth(facts: Facts) -> list[dict[str, Any]]:
 def _shade(cell: Cell | None) -> dict[str, Any]:
     if cell is None:
         return {"count": 0, "share": None, "level": None}
-    return {"count": cell.count, "share": cell.value, "level": round(min(1.0, max(0.0, cell.value)) * 10)}
+    return {"count": cell.count, "share": cell.value, "level": _level(cell.value)}
+
+
+def _level(share: float) -> int:
+    """Which of the page's eleven strengths of a colour a share of 0 to 1 has."""
+    return round(min(1.0, max(0.0, share)) * 10)
 
 
 def by_gap(facts: Facts) -> list[dict[str, Any]]:
@@ -328,6 +384,7 @@ def speed(facts: Facts, name: str) -> dict[str, Any] | None:
     return {
         "charts": [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)],
         "models": rows,
+        "choosing": any(row.prefill_speedup_of_choosing is not None for row in rows),
         "break_even": facts.bench.break_even,
         "copy_bytes_per_s": facts.bench.copy_bytes_per_s,
         "machine": facts.bench.machine,
@@ -341,14 +398,21 @@ def _gib_by_length(sides: Sequence[tuple[int, SideFigures]]) -> list[tuple[float
 
 
 def engines(folders: Sequence[Facts]) -> list[tuple[str, str]]:
-    """What each engine does with a plan; one that has states cannot run elsewhere at all."""
-    if not any(states(facts) is not None for facts in folders):
-        return list(ENGINES)
-    lost = (
-        "cannot serve heads with a state: they know no such heads, and their dense attention, on weights that were "
-        "trained for the state, is another model"
-    )
-    return [*ENGINES, ("all of these but the first, for heads with a state of constant size", lost)]
+    """What each engine does with a plan; one with states, or with heads to choose from, is another model elsewhere."""
+    rows = list(ENGINES)
+    if any(states(facts) is not None for facts in folders):
+        lost = (
+            "cannot serve heads with a state: they know no such heads, and their dense attention, on weights that were "
+            "trained for the state, is another model"
+        )
+        rows.append(("all of these but the first, for heads with a state of constant size", lost))
+    if any(facts.plan is not None and chooses(facts.plan) for facts in folders):
+        lost = (
+            "know no routers: they use every head for every token, with a gate of 1, which is another model on weights "
+            "that were trained with the choice, and saves nothing"
+        )
+        rows.append(("all of these but the first, for heads that tokens choose", lost))
+    return rows
 
 
 ENGINES = (

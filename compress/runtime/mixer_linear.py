@@ -77,7 +77,10 @@ class Features:
 
 
 class LinearState(PagedState):
-    """The pages of the keys in sight, and `tensors["state"]`, `[B, G, F, E]` float32, for those before them.
+    """The pages of the keys in sight, and for those before them a state in `tensors["state"]`, `[B, G, E, F]` float32.
+
+    The features of a column follow each other in memory, so that rows are whole multiples of what a GPU loads at once,
+    which rows of DV + 1 numbers are not. Everything works on `matrix`, the same numbers as `[B, G, F, E]`.
 
     Args:
         shape: F and E.
@@ -99,10 +102,15 @@ class LinearState(PagedState):
         """Empty pools and states; a cache in float64 has its states in float64, too."""
         super().begin(key, value)
         dtype = torch.promote_types(value.dtype, torch.float32)
-        self.tensors["state"] = value.new_zeros(key.shape[0], len(self.rules), *self.shape, dtype=dtype)
+        self.tensors["state"] = value.new_zeros(key.shape[0], len(self.rules), *reversed(self.shape), dtype=dtype)
         if self.width:
             assert self.keys is not None
             self.gates = value.new_zeros(self.keys.shape[0], PAGE, self.width, dtype=dtype)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The states as `[B, G, F, E]`: a view, which writes go through."""
+        return self.tensors["state"].mT
 
     def store_gates(self, gates: torch.Tensor | None, rows: Rows) -> None:
         """Keep the gates `[B, G, T, n]` of the new tokens whose pages are held, once `advance` has counted them."""
@@ -304,7 +312,7 @@ class LinearMixer(SpanMixer):
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
             state.store_gates(gates, rows)
-            state.tensors["state"].copy_(last.detach())
+            state.matrix.copy_(last.detach())
         if merged and self.branches in ("window", "none"):
             found = torch.zeros_like(found) if out is None or self.branches == "none" else out
         return out, lse, found
@@ -375,7 +383,7 @@ class LinearMixer(SpanMixer):
             options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
             out, lse = impl.decode(query[:, :, 0], pages, lengths, state.spans, keep_lse=True, **options)
             out, lse = out[:, :, None], lse[:, :, None]
-        held = state.tensors["state"]
+        held = state.matrix
         if self.alone:  # with the keys of the page that the token lies in
             count = torch.where(lengths > 0, (lengths - 1) % PAGE + 1, 0)[:, None].expand(-1, held.shape[1])
             number = (lengths.long() - 1).clamp(min=0)[:, None].expand(-1, held.shape[1]) // PAGE
@@ -524,7 +532,7 @@ class LinearMixer(SpanMixer):
         """The states before a pass of prefill, `[B, G, F, E]`, for values `[B, G, T, V]`."""
         if state is None:
             return wide(value).new_zeros(len(value), len(self.groups), self.map.features, self.columns)
-        held = state.tensors["state"]
+        held = state.matrix
         # Autograd may keep it, and the pass writes the states behind it into the same memory.
         return held.clone() if torch.is_grad_enabled() else held
 
@@ -563,7 +571,7 @@ class LinearMixer(SpanMixer):
                 query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        held = None if state is None else state.tensors["state"]
+        held = None if state is None else state.matrix
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
         options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}
@@ -654,7 +662,7 @@ class LinearMixer(SpanMixer):
             new = [length for length, gain in zip(state.lengths, step.gains, strict=True) if gain]
             if all(span.boundary(t) == span.boundary(t - 1) for t in new for span in state.spans):
                 return
-        held = state.tensors["state"]
+        held = state.matrix
         if kernels is not None and self.rule == "add" and not self.token_decay:
             decays = None if self.log_decays is None else _on_device(self.log_decays, held.device, torch.float32)
             kind = self.groups[0]["map"]

@@ -23,6 +23,8 @@ class RoutedMixer(SpanMixer):
     later tokens may choose the group.
     """
 
+    needs_inputs = True  # of most routers; a mixer knows whether its own reads them
+
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         wrong = disagreement(groups, facts.group_size)
         if wrong is not None:
@@ -48,10 +50,12 @@ class RoutedMixer(SpanMixer):
         scale: float | None,
         dropout: float,
     ) -> torch.Tensor:
-        """As `Mixer.prefill`."""
+        """As `Mixer.prefill`; where attention takes gradients, or drops weights, all heads are computed."""
         choice = self.choose(query, step)
-        out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
-        return self.gated(out, choice)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        active = None if trained or dropout else self.active(choice)
+        out = self.prefill_active(active, query, key, value, state, step, scale=scale, dropout=dropout)
+        return self.gated(out, choice, active is not None)
 
     def decode(
         self,
@@ -65,7 +69,20 @@ class RoutedMixer(SpanMixer):
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
         choice = self.choose(query, step)
-        return self.gated(super().decode(query, key, value, state, step, scale=scale), choice)
+        active = self.active(choice)
+        on = None if active is None else active[..., 0]
+        out = self.decode_active(on, query, key, value, state, step, scale=scale)
+        return self.gated(out, choice, on is not None)
+
+    def active(self, choice: Choice) -> torch.Tensor | None:
+        """Which groups are on, `[B, G, T]`, or which heads, `[B, H, T]`; None where all always are."""
+        router = self.router
+        if router.active == len(router.routed):
+            return None
+        share = self.facts.group_size
+        copies = 1 if router.heads < share else router.heads // share
+        on = choice.on.transpose(1, 2)
+        return on if copies == 1 else on.repeat_interleave(copies, dim=1)
 
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token
@@ -82,10 +99,17 @@ class RoutedMixer(SpanMixer):
             self._report(choice, absent, step)
         return choice
 
-    def gated(self, out: torch.Tensor, choice: Choice) -> torch.Tensor:
-        """Outputs `[B, T, H, D]` times the gates of their units; zero where they are off."""
-        gates, on = (self.by_head(each)[..., None] for each in (choice.gates, choice.on))
-        return (out * gates).to(out.dtype).masked_fill(~on, 0)
+    def gated(self, out: torch.Tensor, choice: Choice, left_out: bool) -> torch.Tensor:
+        """Outputs `[B, T, H, D]` times the gates of their units; zero where they are off.
+
+        Args:
+            left_out: they are zero there already.
+        """
+        gates = self.by_head(choice.gates)[..., None]
+        if left_out and self.router.quantised and not gates.requires_grad:
+            return out
+        out = (out * gates).to(out.dtype)
+        return out if left_out else out.masked_fill(~self.by_head(choice.on)[..., None], 0)
 
     def by_head(self, units: torch.Tensor) -> torch.Tensor:
         """Of every query head of the mixer what its unit has: `[..., units]` to `[..., H]`."""

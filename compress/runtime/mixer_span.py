@@ -57,16 +57,7 @@ class SpanMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
-        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
-        assert rows is not None and step.gains is not None
-        pages = state.pages() if state is not None and any(rows.past) else None
-        out = impl.prefill(
-            query, key, value, spans, rows=rows, pages=pages, scale=scale, dropout=dropout, scores=self.scores(step)
-        )
-        if state is not None:
-            state.advance(step.gains)
-            impl.store(key, value, state.pages(), rows, spans)
-        return out.transpose(1, 2)
+        return self.prefill_active(None, query, key, value, state, step, scale=scale, dropout=dropout)
 
     def decode(
         self,
@@ -79,10 +70,53 @@ class SpanMixer(Mixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
+        return self.decode_active(None, query, key, value, state, step, scale=scale)
+
+    def prefill_active(
+        self,
+        active: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`), or
+        of all."""
+        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
+        assert rows is not None and step.gains is not None
+        pages = state.pages() if state is not None and any(rows.past) else None
+        options: dict[str, Any] = {"rows": rows, "pages": pages, "scale": scale, "scores": self.scores(step)}
+        if active is None:
+            out = impl.prefill(query, key, value, spans, dropout=dropout, **options)
+        else:
+            out = impl.routed_prefill(query, key, value, spans, active, **options)
+        if state is not None:
+            state.advance(step.gains)
+            impl.store(key, value, state.pages(), rows, spans)
+        return out.transpose(1, 2)
+
+    def decode_active(
+        self,
+        active: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: PagedState,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """`decode` of the groups or heads that `active` `[B, G or H]` says are on; no key of the others is read."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=self.scores(step))[:, None]
+        options: dict[str, Any] = {} if active is None else {"active": active}
+        scores = self.scores(step)
+        return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=scores, **options)[:, None]

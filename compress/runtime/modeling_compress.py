@@ -27,6 +27,7 @@ from .attention import NAME, install, refuse_arguments
 from .families import ROWS, Family, head_size_of
 from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
+from .mlp_experts import install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
 from .rope import crosses, rope_change, steady, turns
 from .span import native_windows
@@ -110,10 +111,13 @@ class PlanModel(OneProcess):
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
-        for layer, width in zip(self._layers(), self._widths(config.compress_plan), strict=True):
+        rows = zip(self._layers(), self._widths(config.compress_plan), config.compress_plan["layers"], strict=True)
+        for number, (layer, width, entry) in enumerate(rows):
             build(layer, width, config)
+            attention = self.compress_family.attention_of(layer)
             if not self.compress_family.hands_on:
-                hand_on(layer, self.compress_family.attention_of(layer))
+                hand_on(layer, attention)
+            install_experts(layer, attention, entry, config.hidden_size, number)
         self.compress_rope_change = rope_change(config)
         steady(self)  # type: ignore[arg-type]
         self.set_plan(config.compress_plan)

@@ -41,11 +41,15 @@ class Record:
         losses: by name, a scalar of every layer that has one; they take gradients.
         gates: by number of the layer, what its mixers multiplied the outputs of heads with, `[B, T, heads]` each.
         routing: by number of the layer, what tokens chose where it has routed heads.
+        mlp_routing: by number of the layer, which MLPs tokens chose where it has several; their units are no heads.
+        expert_gates: by number of the layer, the gates of experts' attentions, `[N, experts]` of its N tokens.
     """
 
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     gates: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     routing: dict[int, Routing] = field(default_factory=dict)
+    mlp_routing: dict[int, Routing] = field(default_factory=dict)
+    expert_gates: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """Add the side loss of a layer."""
@@ -141,6 +145,13 @@ class Step:
         past, start, count = self.rows.tensor(device).long().unbind(1)
         order = torch.arange(self.columns, device=device) - start[:, None]
         return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+
+    def real(self, device: torch.device) -> torch.Tensor:
+        """Which columns are tokens, `[B, T]`, in the order in which the model has them."""
+        real = self.positions(device) >= 0
+        if self.pick is None:
+            return real
+        return torch.zeros_like(real).scatter(1, self.pick.to(device), real)
 
     def end(self) -> None:
         """Count the new tokens on the device, in place, and the new columns."""

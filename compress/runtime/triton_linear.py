@@ -225,8 +225,13 @@ def _running(
     p_states,  # [B, G, S + 1, F * DV + F] float32
     p_totals,  # [B, G, S] float32, where DECAY
     p_first,  # [B, G, F, DV + 1] float32: a state to begin with, or with REVERSE what the last slot gets besides
-    p_last,  # [B, G, F, DV + 1] float32: where the last sum goes
+    p_last,  # [B, G, DV + 1, F] float32: where the last sum goes
     segments,
+    first_b,
+    first_g,
+    first_f,
+    first_e,
+    GROUPS: tl.constexpr,
     FEATURES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -242,13 +247,14 @@ def _running(
     # Where the same number is in a state, whose last column is the normaliser.
     in_matrix = o_number < FEATURES * VALUE_DIM
     o_f = tl.where(in_matrix, o_number // VALUE_DIM, o_number - FEATURES * VALUE_DIM)
-    o_state = bg * size + o_f * (VALUE_DIM + 1) + tl.where(in_matrix, o_number % VALUE_DIM, VALUE_DIM)
+    o_e = tl.where(in_matrix, o_number % VALUE_DIM, VALUE_DIM)
+    o_first = bg // GROUPS * first_b + bg % GROUPS * first_g + o_f * first_f + o_e * first_e
     step = bg * 0 + size  # 64 bits
     p_slots = p_states + bg * (segments + 1) * size + o_number
     p_total = p_totals + bg * segments
     carry = tl.zeros([BLOCK], tl.float32)
     if FIRST:
-        carry = tl.load(p_first + o_state, mask=m_number, other=0.0)
+        carry = tl.load(p_first + o_first, mask=m_number, other=0.0)
     if REVERSE:
         p_slots += segments * step
         carry += tl.load(p_slots, mask=m_number, other=0.0)
@@ -273,7 +279,7 @@ def _running(
         tl.store(p_slot + 2 * step, carry, mask=m_2)
         carry = _faded(carry, m_3, p_total, i + 3, segments, DECAY, REVERSE) + own_3
         tl.store(p_slot + 3 * step, carry, mask=m_3)
-    tl.store(p_last + o_state, carry, mask=m_number)
+    tl.store(p_last + bg * size + o_e * FEATURES + o_f, carry, mask=m_number)
 
 
 @triton.jit
@@ -575,14 +581,17 @@ def running(
     The sum of all of them, `[B, G, F, DV + 1]`.
     """
     batch, groups, slots, size = states.shape
-    last = states.new_empty(batch, groups, features, size // features)
+    last = states.new_empty(batch, groups, size // features, features)  # as a cache has it
+    first_of = last.mT if first is None else first
     block = 512
     _running[(triton.cdiv(size, block), batch * groups)](
         states,
         where.decays(states)[1],
-        states if first is None else first.contiguous(),
+        first_of,
         last,
         slots - 1,
+        *first_of.stride(),
+        GROUPS=groups,
         FEATURES=features,
         VALUE_DIM=size // features - 1,
         BLOCK=block,
@@ -591,7 +600,7 @@ def running(
         REVERSE=reverse,
         num_warps=4,
     )
-    return last
+    return last.mT
 
 
 def read(

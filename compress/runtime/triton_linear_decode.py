@@ -15,16 +15,35 @@ except ImportError as error:
 
 from .pages import Pages
 from .span import PAGE, Span
-from .triton_linear import load_part, store_part
+from .triton_linear import load_part
 from .triton_linear_features import KINDS, activate, root, sides
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 
 
 @triton.jit
+def _load_held(p_state, o_v, o_f, state_f, state_e, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """A block `[BLOCK_V, BLOCK_F]` of one state, from wherever its features and its columns are."""
+    mask = (o_v < VALUE_DIM)[:, None] & (o_f < FEATURES)[None, :]
+    return tl.load(p_state + o_v[:, None] * state_e + o_f[None, :] * state_f, mask=mask, other=0.0)
+
+
+@triton.jit
+def _inverse(mass):
+    """1 / mass, 0 where nothing was summed."""
+    return tl.where(mass > 0, 1.0 / tl.where(mass > 0, mass, 1.0), 0.0)
+
+
+@triton.jit
+def _window_share(mass, lse, gain):
+    """The window's share of a head's output, as in `merge.merge`; all of it where the state is empty."""
+    return tl.where(mass > 0, tl.sigmoid(lse - tl.log(tl.where(mass > 0, mass, 1.0)) - gain), 1.0)
+
+
+@triton.jit
 def _read_one(
     p_query,  # [B, H, F] features
-    p_state,  # [B, G, F, COLUMNS] float32
+    p_state,  # [B, G, F, DV + 1] float32, without MEAN the last column may be missing
     p_lengths,  # [B] int32, 0 where a sequence takes no part
     p_window,  # [B, H, DV] what the softmax over the keys in sight gives, where MERGE
     p_lse,  # [B, H] float32, where MERGE
@@ -32,6 +51,10 @@ def _read_one(
     p_out,  # [B, H, DV]
     query_b,
     query_h,
+    state_b,
+    state_g,
+    state_f,
+    state_e,
     window_b,
     window_h,
     out_b,
@@ -40,56 +63,91 @@ def _read_one(
     GROUPS: tl.constexpr,
     FEATURES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     MERGE: tl.constexpr,
     MEAN: tl.constexpr,
+    DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of all query heads of one (sequence, group), from one look at the state.
 
-    With MEAN what is read is divided by the normaliser, in the state's last column, and with MERGE merged.
+    With MEAN what is read is divided by the normaliser, in the state's last column, and with MERGE merged. With DOT the
+    heads are the rows of a product; else a block has all features and stays in registers for one head after the other,
+    in float32, which a matrix unit has to be fed less for.
     """
-    at_v = tl.program_id(0) * BLOCK_V
-    bg = tl.program_id(1).to(tl.int64)
+    if OVERLAP:  # the launch behind this one may take its place early; this one waits for all of what came before
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    o_v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    bg = (tl.program_id(0) // blocks).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
-    p_rows = p_state + bg * FEATURES * COLUMNS
-    # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
-    o_row = tl.arange(0, BLOCK_M)
-    m_row = o_row < SHARE
-    head = g * SHARE + o_row
-    out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
-        # [BLOCK_F, BLOCK_V], [BLOCK_M, BLOCK_F]
-        o_f = at_f + tl.arange(0, BLOCK_F)
-        b_state = load_part(p_rows, o_f * COLUMNS, o_f < FEATURES, at_v, VALUE_DIM, BLOCK_V)
-        b_query = load_part(p_query + b * query_b, head * query_h, m_row, at_f, FEATURES, BLOCK_F)
-        if ROUND:
-            b_query = b_query.to(tl.bfloat16)
-        b_query = b_query.to(tl.float32)
-        out = tl.dot(b_query, b_state, out, input_precision=PRECISION)
+    p_held = p_state + b * state_b + g * state_g
+    p_norm = p_held + VALUE_DIM * state_e
+    p_row = p_query + b * query_b + g * SHARE * query_h
+    here = tl.load(p_lengths + b) > 0
+    m_v = o_v < VALUE_DIM
+    if DOT:
+        # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
+        o_row = tl.arange(0, BLOCK_M)
+        m_row = o_row < SHARE
+        head = g * SHARE + o_row
+        out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
+            # [BLOCK_V, BLOCK_F], [BLOCK_M, BLOCK_F]
+            o_f = at_f + tl.arange(0, BLOCK_F)
+            b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
+            b_query = load_part(p_row, o_row * query_h, m_row, at_f, FEATURES, BLOCK_F)
+            if ROUND:
+                b_query = b_query.to(tl.bfloat16)
+            b_query = b_query.to(tl.float32)
+            out = tl.dot(b_query, b_state.T, out, input_precision=PRECISION)
+            if MEAN:
+                b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
+                mass += tl.sum(b_query * b_norm[None, :], 1)
+        m_block = m_row[:, None] & m_v[None, :]
         if MEAN:
-            b_norm = tl.load(p_rows + o_f * COLUMNS + VALUE_DIM, mask=o_f < FEATURES, other=0.0)
-            mass += tl.sum(b_query * b_norm[None, :], 1)
-    if MEAN:
-        some = mass > 0
-        total = tl.where(some, mass, 1.0)
-        out = tl.where(some[:, None], out / total[:, None], 0.0)
-    if MERGE:
-        o_head = b * GROUPS * SHARE + head
-        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
-        share = tl.where(some, tl.sigmoid(b_lse - tl.log(total) - b_gain), 1.0)
-        b_window = load_part(p_window + b * window_b, head * window_h, m_row, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
-        out = share[:, None] * b_window + (1.0 - share)[:, None] * out
-    out = tl.where(tl.load(p_lengths + b) > 0, out, 0.0)
-    store_part(p_out + b * out_b, head * out_h, out, m_row, at_v, VALUE_DIM, BLOCK_V)
+            out = out * _inverse(mass)[:, None]
+        if MERGE:
+            o_head = b * GROUPS * SHARE + head
+            b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
+            share = _window_share(mass, b_lse, tl.load(p_gain + o_head, mask=m_row, other=0.0))
+            o_window = head[:, None] * window_h + o_v[None, :]
+            b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0).to(tl.float32)
+            out = share[:, None] * b_window + (1.0 - share)[:, None] * out
+        out = tl.where(here, out, 0.0).to(p_out.dtype.element_ty)
+        tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
+    else:
+        # [BLOCK_V, BLOCK_F], [BLOCK_F]
+        o_f = tl.arange(0, BLOCK_F)
+        b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
+        if MEAN:
+            b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
+        for row in tl.static_range(SHARE):
+            head = g * SHARE + row
+            b_query = tl.load(p_row + row * query_h + o_f, mask=o_f < FEATURES, other=0.0)
+            if ROUND:
+                b_query = b_query.to(tl.bfloat16)
+            b_query = b_query.to(tl.float32)
+            # [BLOCK_V], and a number
+            out = tl.sum(b_state * b_query[None, :], 1)
+            if MEAN:
+                mass = tl.sum(b_norm * b_query, 0)
+                out = out * _inverse(mass)
+            if MERGE:
+                o_head = b * GROUPS * SHARE + head
+                share = _window_share(mass, tl.load(p_lse + o_head), tl.load(p_gain + o_head))
+                b_window = tl.load(p_window + b * window_b + head * window_h + o_v, mask=m_v, other=0.0)
+                out = share * b_window.to(tl.float32) + (1.0 - share) * out
+            out = tl.where(here, out, 0.0).to(p_out.dtype.element_ty)
+            tl.store(p_out + b * out_b + head * out_h + o_v, out, mask=m_v)
 
 
 def read_one(
@@ -107,17 +165,17 @@ def read_one(
 
     Args:
         query: features `[B, H, F]`.
-        state: `[B, G, F, DV + 1]` float32, or without the normaliser `[B, G, F, DV]`.
+        state: `[B, G, F, DV + 1]` float32, or without the normaliser `[B, G, F, DV]`; fastest where the features of a
+            column follow each other in memory, as in `LinearState`.
         lengths: `[B]`.
         dtype: that of the cache; the numbers that are multiplied with the state are rounded to it.
         mean: divide by the normaliser; the result is then in `dtype`, else in float32.
         window, log_gain: as in `triton_linear.additive`, without the axis of tokens.
     """
     batch, heads, count = query.shape
-    groups, columns = state.shape[1], state.shape[-1]
+    groups = state.shape[1]
     share = heads // groups
     query = query if query.stride(-1) == 1 else query.contiguous()
-    state = state.contiguous()
     out = query.new_empty(batch, heads, value_dim, dtype=dtype if mean else torch.float32)
     over, lse = (out, out) if window is None else window
     gain = lse
@@ -125,9 +183,11 @@ def read_one(
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
-    config = linear_decode_config(query.device)
-    block_f, block_v = (max(16, min(config["block"], triton.next_power_of_2(size))) for size in (count, value_dim))
-    _read_one[(triton.cdiv(value_dim, block_v), batch * groups)](
+    config = linear_decode_config(share, query.device)
+    block_f = triton.next_power_of_2(count)
+    block_f = max(16, min(config["features"], block_f)) if config["dot"] else block_f
+    block_v = max(16 if config["dot"] else 1, min(config["numbers"] // block_f, triton.next_power_of_2(value_dim)))
+    _read_one[(triton.cdiv(value_dim, block_v) * batch * groups,)](
         query,
         state,
         lengths,
@@ -135,26 +195,26 @@ def read_one(
         lse,
         gain,
         out,
-        query.stride(0),
-        query.stride(1),
-        over.stride(0),
-        over.stride(1),
-        out.stride(0),
-        out.stride(1),
+        *query.stride()[:2],
+        *state.stride(),
+        *over.stride()[:2],
+        *out.stride()[:2],
         SHARE=share,
         GROUPS=groups,
         FEATURES=count,
         VALUE_DIM=value_dim,
-        COLUMNS=columns,
         BLOCK_M=max(16, triton.next_power_of_2(share)),
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         MERGE=window is not None,
         MEAN=mean,
+        DOT=config["dot"],
         STAGES=config["stages"],
+        OVERLAP=config["overlap"],
         ROUND=dtype == torch.bfloat16,
         PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
+        **({"launch_pdl": True} if config["overlap"] else {}),
     )
     return out
 
@@ -172,6 +232,10 @@ def _absorb(
     p_decay,  # [G] float32 logarithms of decays, where DECAY
     numbers,
     root,  # what projected numbers are multiplied with
+    state_b,
+    state_g,
+    state_f,
+    state_e,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -225,20 +289,22 @@ def _absorb(
     b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
     if not SPLIT:
         b_value = b_value.to(tl.float32)
+    o_v = at_v + tl.arange(0, BLOCK_V)
+    p_held = p_state + b * state_b + g * state_g
+    p_block = p_held + o_w[:, None] * state_f + o_v[None, :] * state_e
+    m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
     for side in tl.static_range(SIDES):
         # [BLOCK_W, PAGE], [BLOCK_W, BLOCK_V]
         b_key = activate(projected, side, m_w, KIND, 0).to(b_value.dtype)
-        o_f = side * WIDTH + o_w
-        p_rows = p_state + bg * (SIDES * WIDTH) * (VALUE_DIM + 1)
-        b_state = load_part(p_rows, o_f * (VALUE_DIM + 1), m_w, at_v, VALUE_DIM, BLOCK_V)
+        b_state = tl.load(p_block + side * WIDTH * state_f, mask=m_block, other=0.0)
         if DECAY:
             decay = tl.load(p_decay + g)
             b_state = b_state * tl.exp(decay * PAGE)
             b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(b_value.dtype)
         b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
-        store_part(p_rows, o_f * (VALUE_DIM + 1), b_state, m_w, at_v, VALUE_DIM, BLOCK_V)
+        tl.store(p_block + side * WIDTH * state_f, b_state, mask=m_block)
         if at_v == 0:
-            p_norm = p_rows + o_f * (VALUE_DIM + 1) + VALUE_DIM
+            p_norm = p_held + VALUE_DIM * state_e + (side * WIDTH + o_w) * state_f
             b_norm = tl.load(p_norm, mask=m_w, other=0.0)
             if DECAY:
                 b_norm = b_norm * tl.exp(decay * PAGE)
@@ -261,7 +327,7 @@ def absorb(
     It has to run before the page is freed or overwritten.
 
     Args:
-        state: `[B, G, F, DV + 1]` float32, contiguous.
+        state: `[B, G, F, DV + 1]` float32, as of `read_one`.
         pages: as they were before the new token.
         lengths: `[B]` tokens of each sequence with the new one, 0 where it takes no part.
         spans: one per head group, of whole pages.
@@ -272,7 +338,7 @@ def absorb(
     """
     batch, groups, count, columns = state.shape
     dim, value_dim = pages.keys.shape[-1], pages.values.shape[-1]
-    assert columns == value_dim + 1 and state.is_contiguous()
+    assert columns == value_dim + 1
     width = count // sides(kind)
     split = pages.values.dtype == torch.bfloat16
     block_w = max(16, triton.next_power_of_2(width))
@@ -291,6 +357,7 @@ def absorb(
         state if log_decay is None else log_decay,
         pages.table.shape[-1],
         root(kind, scale),
+        *state.stride(),
         GROUPS=groups,
         DIM=dim,
         VALUE_DIM=value_dim,

@@ -80,8 +80,13 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     }
 
 
-def linear_decode_config(device: torch.device) -> dict[str, int]:
-    """Features and values of a state that are read at once, warps, and how many such blocks are on their way."""
-    if device.type == "cpu":
-        return {"block": 16, "warps": 4, "stages": 1}
-    return {"block": 64, "warps": 4, "stages": 4 if _hopper(device) else 2}
+def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
+    """How one token reads a state, for query heads of a group.
+
+    Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
+    features; numbers of a block, warps, blocks on their way, and whether launches may overlap.
+    """
+    if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
+        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1, "overlap": False}
+    stages = 4 if _hopper(device) else 2
+    return {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": stages, "overlap": _hopper(device)}

@@ -39,19 +39,21 @@ class Width:
     def of_plan(layer: dict[str, Any], config: Any) -> Width:
         """The width of a plan's layer, `{"groups": [...], "query_heads": n, "mlp": {"kept": n}}`.
 
-        Without `query_heads` every group has as many as in the configuration; without `mlp` the neurons are all there.
+        Without `query_heads` every group has as many as in the configuration; without `kept` the neurons are all there.
+        With `experts` of the MLP, the layer may have the heads of as many models side by side.
 
         Raises:
             ValueError: wider than the configuration, empty, or query heads that do not divide among the groups.
         """
         whole, groups = Width.of(config), len(layer["groups"])
         group_size = whole.query_heads // whole.groups
-        neurons = (layer.get("mlp") or {}).get("kept", whole.neurons)
+        mlp = layer.get("mlp") or {}
+        neurons, models = mlp.get("kept", whole.neurons), mlp.get("experts", 1)
         query_heads = layer.get("query_heads")
         width = Width(groups * group_size if query_heads is None else query_heads, groups, neurons)
         for word, kept, most in (
-            ("key/value heads", width.groups, whole.groups),
-            ("query heads", width.query_heads, groups * group_size),
+            ("key/value heads", width.groups, whole.groups * models),
+            ("query heads", width.query_heads, groups * group_size * models),
             ("neurons", width.neurons, whole.neurons),
         ):
             if not 0 < kept <= most:

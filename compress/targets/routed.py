@@ -20,7 +20,7 @@ from compress.targets.unit import Unit
 
 Router = Literal["two_stage", "norm", "random"]
 MOST_UNITS = 1 << 10  # no layer has more heads
-WORDS = {"two_stage": "", "norm": " by the norms of their queries", "random": " at random"}
+WORDS = {"two_stage": "", "norm": " by the norms of queries", "random": " at random"}
 RULES = {
     "two_stage": "a router scores the units by the layer's input (Mixture-of-Head, arXiv 2410.11842) and weighs their "
     "outputs by a softmax over the units in use",
@@ -47,8 +47,8 @@ class RoutedGroup(SpanTarget):
     target: Literal["routed"] = "routed"
     router: Router = Field(
         "two_stage",
-        description="what scores the units: weights of the layer's input, the norms of their queries, or fixed random "
-        "weights as a control. In models that normalise queries, the norms are those of the normalised ones",
+        description="what scores the units: weights of the layer's input, the norms of their queries (not in models "
+        "that normalise every query head), or fixed random weights as a control",
     )
     unit: Literal["group", "head"] = Field(
         "group",
@@ -153,9 +153,19 @@ class RoutedGroup(SpanTarget):
         return Span(self.sink, self.alpha, self.beta).is_full
 
     @property
+    def reads_norms(self) -> bool:
+        """See `Target.reads_norms`."""
+        return self.router == "norm"
+
+    @property
     def share(self) -> Fraction:
         """Of the routed units of the layer, those that a token uses; 1 without any."""
         return Fraction(self.active, self.of) if self.of else Fraction(1)
+
+    @property
+    def all_on(self) -> RoutedGroup:
+        """See `Target.all_on`: as many units a token as there are."""
+        return self.model_copy(update={"active": self.of})
 
     def shared_heads(self, query_heads: int) -> int:
         """How many of the group's query heads are always on."""
@@ -214,19 +224,28 @@ class RoutedGroup(SpanTarget):
         ]
 
     def words(self, native: int | None = None) -> str:
-        units = "query heads" if self.unit == "head" else "head groups" if self.block == 1 else "blocks of head groups"
-        chosen = f"{self.active} of {self.of} {units} a token{WORDS[self.router]}"
-        beside = f" beside {self.always} that are always on" if self.always else ""
-        here = "this one always on, " if self.shared == "all" else ""
-        if self.shared and not here:
-            here = f"heads {', '.join(map(str, self.shared))} of this one always on, "
         span = super().words(native)
-        return f"{here}{chosen}{beside}" + ("" if span == "sees everything" else f", {span}")
+        return self._choice() + ("" if span == "sees everything" else f", {span}")
+
+    def _choice(self) -> str:
+        if not self.of:
+            return "always on, weighed by a router"
+        units = "query heads" if self.unit == "head" else "head groups" if self.block == 1 else "blocks of head groups"
+        chosen = f"{self.active} of {self.of} {units}"
+        if self.shared == "all":
+            return f"always on, beside {chosen} that tokens choose{WORDS[self.router]}"
+        beside = f", beside {self.always} always on" if self.always else ""
+        if self.shared:
+            beside += f" (here {', '.join(map(str, self.shared))})"
+        return f"tokens choose {chosen}{WORDS[self.router]}{beside}"
 
     def short(self, native: int | None = None) -> str:
+        """`R` of a group that tokens choose and `on` of one that is shared, with chosen / routed + shared units of the
+        layer; with `h` these are query heads, and those in brackets are shared."""
         span = super().short(native)
         chosen = f"{self.active}/{self.of}" + (f"+{self.always}" if self.always else "")
-        here = "on" if self.shared == "all" else "R"
+        heads = f"({','.join(map(str, self.shared))})" if self.shared else ""
+        here = "on" if self.shared == "all" else f"R{heads}"
         return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
 
     def rule_text(self) -> str:

@@ -127,6 +127,11 @@ class Target(Method):
         return None
 
     @property
+    def all_on(self) -> Target:
+        """The same with all that tokens choose from used by every token; itself where they choose nothing."""
+        return self
+
+    @property
     def fits_native(self) -> bool:
         """Whether a layer that slides by itself can have it."""
         return self.as_built
@@ -139,6 +144,11 @@ class Target(Method):
     @property
     def undoes_rope(self) -> bool:
         """Whether it needs queries and keys as they were before RoPE."""
+        return False
+
+    @property
+    def reads_norms(self) -> bool:
+        """Whether it goes by the norms of queries, which have to differ from head to head and token to token."""
         return False
 
     def initial(self, attention: torch.nn.Module, group: int) -> dict[str, torch.Tensor]:

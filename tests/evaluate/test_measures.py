@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from compress.plan import make_plan
 from compress.registry import measures
 from compress.targets.cost import Cost
 from compress.targets.linear import LinearGroup
+from compress.targets.routed import RoutedGroup
+from compress.targets.target import Target
 from tests.data.language import byte_loaded, byte_model, story
 
 # What each measure is tried with, and the labels of its cells.
@@ -42,6 +45,7 @@ MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"length": 32, "steps": 16},
         {"prefill", "decode step, batch 1", "KV cache as allocated, batch 1"},
     ),
+    "load": ({"length": 64, "windows": 2}, set()),
     "lm_eval": ({"suites": ("passkey",), "lengths": (600,), "count": 2}, {"passkey_600"}),
     "perplexity": ({"length": 64, "windows": 2}, {"perplexity"}),
     "recall": ({"tasks": (PassKey(length=200, count=2),)}, {"passkey"}),
@@ -113,8 +117,10 @@ class Ran(BaseException):
 def test_a_measure_that_runs_a_model_tells_what_passes_through_it(name: str, text: FileText, tmp_path: Path) -> None:
     keys = MATRIX[name][0] | ({"text": text} if "text" in measures[name].model_fields else {})
     loaded, measure = byte_loaded(), measures[name](**keys)
-    linear = make_plan(loaded.shape, [[LinearGroup(sink=0, alpha=64)] * loaded.shape.kv_heads] * loaded.shape.layers)
-    models = [loaded.model, planned_model(loaded.model, linear, untrained=True)]
+    groups = loaded.shape.kv_heads
+    rows: list[Sequence[Target]] = [[LinearGroup(sink=0, alpha=64)] * groups]
+    rows += [RoutedGroup.layer(groups, 1)] * (loaded.shape.layers - 1)
+    models = [loaded.model, planned_model(loaded.model, make_plan(loaded.shape, rows), untrained=True)]
 
     def stop(*_: object) -> None:
         raise Ran

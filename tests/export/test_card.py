@@ -18,9 +18,11 @@ from compress.export.metadata import hub_id, source_metadata
 from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
 from compress.plan import Mlp, Plan, make_plan
+from compress.plan.skipped import STORED, Skipped, skipped
 from compress.plan.states import states_of
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
+from compress.targets.routed import RoutedGroup
 from compress.targets.window import WindowGroup
 from tests.tiny import mixed_plan, shape_of, tiny_model
 
@@ -228,3 +230,17 @@ def test_the_card_of_linear_heads_says_what_the_state_is_and_who_cannot_serve_it
     assert "another model" not in card("tiny", plan)
     plain = card("tiny")
     assert "linear-attention" not in plain and "state" not in plain.partition("## What runs it")[0]
+
+
+def test_the_card_of_routed_heads_says_what_is_skipped_and_where_nothing_is() -> None:
+    shape = shape_of(tiny_model("llama-gqa"))
+    plan = make_plan(shape, [RoutedGroup.layer(2, 1), [FullGroup()] * 2, RoutedGroup.layer(2, 1)])
+    text = " ".join(card("tiny", plan, trained=True, weights=1000).split())
+    last = Skipped.total(skipped(plan, 1024, 4), 1000)
+    assert f"| 1024 | {100 * last.of_attention:.1f}% | {100 * last.of_prefill:.1f}% | 33.3% |" in text
+    assert STORED in text and "routers that choose heads for every token" in text
+    assert "every token chooses which heads it uses" in text and "which keys each head group sees" not in text
+    assert "it knows no routers" in text and "another model" in text and "next to nothing" not in text
+    assert "mixture-of-heads" in of_card(card("tiny", plan))["tags"]
+    assert "So next to nothing is saved" in card("tiny", plan, weights=10**10)
+    assert "router" not in card("tiny")

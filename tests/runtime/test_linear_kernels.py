@@ -156,10 +156,12 @@ def test_features_and_gains_have_their_gradients() -> None:
     close(torch.autograd.grad(torch.cat([x.sin().flatten() for x in mine]).sum(), leaves), wanted_grads)
 
 
-def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads() -> None:
+@pytest.mark.parametrize(("share", "by_column"), [(2, True), (3, False)])  # heads one by one, and as a product
+def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads(share: int, by_column: bool) -> None:
     span, lengths = [Span(0, 64, 0.0, granule=PAGE)], torch.tensor([129, 130, 0], dtype=torch.int32)
     keys, values = torch.full((9, PAGE, 24), torch.nan), torch.full((9, PAGE, 24), torch.nan)
-    table, held = torch.arange(9, dtype=torch.int32).view(3, 1, 3), torch.rand(3, 1, 40, 25)
+    table = torch.arange(9, dtype=torch.int32).view(3, 1, 3)
+    held = torch.rand(3, 1, 25, 40).mT if by_column else torch.rand(3, 1, 40, 25)
     keys[0], values[0] = torch.randn(PAGE, 24), torch.randn(PAGE, 24)  # the one page that leaves
     weight, wanted = torch.randn(1, 24, 20), held.double()
     wanted[:1] = chunk_states(
@@ -167,8 +169,8 @@ def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads() -> None:
     )[:, :, 1]
     absorb(held, Pages(keys, values, table), lengths, span, "hedgehog", weight, None, 1.0)
     close([held], [wanted])
-    query, out = torch.rand(3, 2, 40), torch.randn(3, 2, 24)
-    lse, gain = torch.randn(3, 2), torch.randn(3, 2)
+    query, out = torch.rand(3, share, 40), torch.randn(3, share, 24)
+    lse, gain = torch.randn(3, share), torch.randn(3, share)
     found = query.double() @ wanted[:, 0]
     exact = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
     exact[2] = 0

@@ -264,6 +264,13 @@ def test_entries_of_a_layer_that_do_not_go_together(groups: list[Target], what: 
         Kinds([group.model_dump() for group in groups], LayerFacts(0, DIM, HIDDEN, SHARE, None))
 
 
+def test_norms_of_normalised_queries_are_refused() -> None:
+    model = tiny_model("qwen3")
+    plan = make_plan(shape_of(model), [RoutedGroup.layer(2, 1, router="norm")] * 3)
+    with pytest.raises(UserError, match=r"Qwen3ForCausalLM normalises every query head(?s:.*)router: two_stage"):
+        planned_model(model, plan)
+
+
 def test_a_window_beside_the_routing_is_refused_where_the_layer_slides() -> None:
     shape = shape_of(tiny_model("gemma3"))
     with pytest.raises(UserError, match="already slides"):

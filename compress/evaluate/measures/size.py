@@ -11,6 +11,8 @@ from compress.evaluate.measure import Job, Measure, Result, Setting
 from compress.models.pruning import block_parameters
 from compress.registry import measures
 
+OF_LAYERS = "parameters of the layers"
+
 
 class SizeResult(Result):
     """Numbers of parameters.
@@ -29,7 +31,7 @@ class SizeResult(Result):
         return [
             Cell("parameters", "parameters", self.parameters, "lower", table="cost"),
             Cell(
-                "parameters of the layers",
+                OF_LAYERS,
                 "parameters",
                 self.block_parameters,
                 "lower",

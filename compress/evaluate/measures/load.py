@@ -1,0 +1,229 @@
+"""How often the heads that tokens choose from are chosen: a router that collapses wastes the heads that it forgets.
+
+A layer is even where every routed unit is chosen by K of E tokens, K being how many of the E units each token uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.bench.file import MOST_TOKENS
+from compress.evaluate.cell import Cell, heads_words
+from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
+from compress.evaluate.text_measure import TextMeasure
+from compress.files import text_key
+from compress.limits import LONGEST, STEPS
+from compress.plan import ModelShape
+from compress.registry import measures
+from compress.runtime.step import Record, Routing
+
+COLLAPSED = 0.1  # share of an even choice below which a unit is as good as removed
+NAMED = 8  # collapsed units that are named one by one
+
+
+class UnitLoad(BaseModel):
+    """One unit that tokens choose: the query heads of its layer that it is, among those that stay.
+
+    Attributes:
+        chosen: tokens that chose it.
+        probability: the router's softmax for it, the mean over tokens.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    heads: tuple[int, ...] = Field(min_length=1)
+    chosen: int = Field(ge=0)
+    probability: float = Field(ge=0)
+
+
+class LayerLoad(BaseModel):
+    """The units of one layer.
+
+    Attributes:
+        active: units that each token uses.
+        shared: query heads of each unit that is always on.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    layer: int = Field(ge=0)
+    active: int = Field(ge=0)
+    units: list[UnitLoad]
+    shared: list[tuple[int, ...]] = []
+
+    def loads(self, tokens: int) -> list[float]:
+        """Of each unit, the tokens that chose it over those that an even choice gives it."""
+        even = tokens * self.active / len(self.units) if self.units else 1.0
+        return [unit.chosen / even for unit in self.units]
+
+
+class LoadResult(Result):
+    """What tokens of a text chose; without layers for a model that routes nothing.
+
+    Attributes:
+        tokens: how many chose.
+    """
+
+    measure: Literal["load"] = "load"
+    length: int = Field(ge=1, le=MOST_TOKENS)
+    windows: int = Field(ge=1)
+    tokens: int = Field(default=0, ge=0)
+    layers: list[LayerLoad] = Field(default_factory=list)
+
+    def cells(self) -> list[Cell]:
+        """The coefficient of variation of the load, of all units and by layer; collapsed units; and each unit."""
+        loads = [layer.loads(self.tokens) for layer in self.layers]
+        together = [load for row in loads for load in row]
+        if not together:
+            return []
+        cells = [
+            self._cell("variation of load", "variation", _variation(together), table="summary"),
+            self._cell(
+                "variation of load, worst layer",
+                "variation",
+                max(map(_variation, filter(None, loads))),
+                table="summary",
+            ),
+            self._cell("collapsed units", "units", float(len(self._collapsed())), table="summary"),
+        ]
+        for layer, row in zip(self.layers, loads, strict=True):
+            if row:
+                cells.append(self._cell("variation of load", "variation", _variation(row), place=(layer.layer, None)))
+        for layer in self.layers:
+            for heads, share, probability in _rows(layer, self.tokens):
+                about: dict[str, Any] = {"place": (layer.layer, None), "heads": heads}
+                cells.append(self._cell("share of tokens", "load", share, **about))
+                if probability is not None:
+                    cells.append(self._cell("mean probability", "load", probability, **about))
+        return cells
+
+    def _cell(self, label: str, unit: str, value: float, **about: Any) -> Cell:
+        return Cell(label, unit, value, "lower", length=self.length, note=self.words(), **about)
+
+    def _collapsed(self) -> list[str]:
+        """The units that hardly a token chooses, in words."""
+        return [
+            f"layer {layer.layer} {heads_words(unit.heads)} ({unit.chosen / self.tokens:.2%} of the tokens)"
+            for layer in self.layers
+            for unit, load in zip(layer.units, layer.loads(self.tokens), strict=True)
+            if load < COLLAPSED
+        ]
+
+    def words(self) -> str:
+        """What the numbers are, and the text."""
+        return (
+            f"load: how many of {self.tokens:,} tokens chose a head over how many do if all are chosen alike; its "
+            f"variation is the standard deviation over what is chosen from; collapsed: below {COLLAPSED:g}"
+        )
+
+    def notes(self) -> str:
+        """The collapsed units by name."""
+        names = self._collapsed()
+        if not self.layers:
+            return ""
+        if not names:
+            return "no unit has collapsed"
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"collapsed: {', '.join(names[:NAMED])}{more}"
+
+
+def _rows(layer: LayerLoad, tokens: int) -> list[tuple[tuple[int, ...], float, float | None]]:
+    """Heads, share of the tokens and mean probability of every unit; one that is always on has no probability."""
+    routed = [(unit.heads, unit.chosen / tokens, unit.probability) for unit in layer.units]
+    return sorted([*routed, *((heads, 1.0, None) for heads in layer.shared)], key=lambda row: row[0])
+
+
+def _variation(loads: Sequence[float]) -> float:
+    """The coefficient of variation: the standard deviation of some loads over their mean."""
+    mean = math.fsum(loads) / len(loads)
+    return math.sqrt(math.fsum((load - mean) ** 2 for load in loads) / len(loads)) / mean
+
+
+@measures.register("load")
+class Load(TextMeasure):
+    """How evenly tokens choose among routed heads: load of each, and its variation by layer and in all."""
+
+    result: ClassVar[type[Result]] = LoadResult
+    one_tokenizer: ClassVar[bool] = True
+
+    length: int = Field(ge=1, le=LONGEST, description="tokens in a window of text")
+    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the text that the windows cover."""
+        return self.length * self.windows
+
+    def words(self) -> str:
+        return f"load on {self.windows} windows of {self.length:,} tokens"
+
+    def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
+        """A pass a window, through models that may route."""
+        return [Inputs(self.length, self.windows, by_dense=False)]
+
+    def passes(self) -> str:
+        return f"load: {self.windows} forward"
+
+    def jobs(self, setting: Setting) -> list[Job]:
+        ids = self.read(setting)
+        facts = ["load", self.model_dump(mode="json"), text_key(str(ids))]
+        return [Job("load", facts, self.windows, partial(self._measured, ids))]
+
+    @torch.inference_mode()
+    def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
+        model = subject.model
+        result = LoadResult(length=self.length, windows=self.windows)
+        if not hasattr(model.config, "compress_plan"):
+            return result
+        device = next(model.parameters()).device
+        sums: dict[int, _Sums] = {}
+        for number in range(self.windows):
+            window = torch.tensor([list(ids[number * self.length : (number + 1) * self.length])], device=device)
+            record = Record()
+            model.get_decoder()(input_ids=window, use_cache=False, compress_record=record)
+            for layer, routing in record.routing.items():
+                sums.setdefault(layer, _Sums()).add(routing)
+            if not sums:
+                return result
+            step(number + 1, self.windows)
+        return result.model_copy(
+            update={"tokens": self.tokens, "layers": [sums[layer].load(layer) for layer in sorted(sums)]}
+        )
+
+
+class _Sums:
+    """What the tokens of one layer chose so far.
+
+    Attributes:
+        chosen, probability: `[E]` float64, sums over the tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.chosen = self.probability = torch.zeros(())
+
+    def add(self, routing: Routing) -> None:
+        """Add the tokens of a pass."""
+        self.tokens += routing.chosen.shape[0]
+        self.chosen = self.chosen + routing.chosen.double().sum(0).cpu()
+        self.probability = self.probability + routing.probs.double().sum(0).cpu()
+        self.units, self.shared = routing.units, routing.shared
+
+    def load(self, layer: int) -> LayerLoad:
+        """The layer's part of the result."""
+        counts, means = self.chosen.long().tolist(), (self.probability / self.tokens).tolist()
+        return LayerLoad(
+            layer=layer,
+            active=sum(counts) // self.tokens,
+            units=[
+                UnitLoad(heads=heads, chosen=count, probability=mean)
+                for heads, count, mean in zip(self.units, counts, means, strict=True)
+            ],
+            shared=list(self.shared),
+        )

@@ -1,0 +1,234 @@
+"""Several models as one: identity where all are equal, one of them under a one-hot router, caches, padding."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import UserError
+from compress.models.planned import planned_model
+from compress.models.shape import shape_of
+from compress.models.upcycle import average, check_alike, check_upcyclable, upcycle
+from compress.models.upcycled import attach_upcycled
+from compress.plan import MlpRouting
+from compress.runtime import mixer_expert, mlp_experts
+from compress.runtime.families import ROWS
+from compress.runtime.step import Record
+from tests.tiny import random_ids, tiny_model, tiny_tokenizer
+
+# Of the families whose norms are multiplied into projections: how each is called among the tiny models.
+GAINED = sorted({"llama": "llama-gqa"}.get(row.model_type, row.model_type) for row in ROWS if row.gains)
+
+
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, **kwargs).logits
+
+
+def varied(seed: Any, number: int, *, of_layers: bool = True) -> Any:
+    """A copy of a model whose layers, norms included, are others; or also all else."""
+    model = copy.deepcopy(seed)
+    torch.manual_seed(number)
+    for name, weight in model.named_parameters():
+        if ".layers." in name or not of_layers:
+            weight.data += 0.3 * torch.randn_like(weight) * weight.std().clamp(min=0.1)
+    return model
+
+
+def with_random_routers(model: Any, scale: float = 1.0) -> Any:
+    torch.manual_seed(9)
+    for name, weight in model.named_parameters():
+        if name.endswith(".router"):
+            torch.nn.init.normal_(weight, std=scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def seed() -> Any:
+    return tiny_model("llama-gqa")
+
+
+@pytest.fixture(scope="module")
+def experts(seed: Any) -> dict[str, Any]:
+    return {f"expert {number}": varied(seed, number) for number in range(2)}
+
+
+@pytest.fixture(params=["expert", "shared"])
+def made(request: pytest.FixtureRequest, seed: Any, experts: dict[str, Any]) -> tuple[Any, Any]:
+    """A model with random routers, and its plan."""
+    model, plan, _ = upcycle(seed, experts, kv=request.param)
+    return with_random_routers(model), plan
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("routing", [MlpRouting(), MlpRouting(top=2)])
+def test_equal_experts_are_the_dense_model_whatever_the_routers_say(seed: Any, kv: Any, routing: MlpRouting) -> None:
+    model, _, averaged = upcycle(seed, {"a": seed, "b": seed, "c": seed}, kv=kv, mlp=routing)
+    ids = random_ids(2, 70)
+    torch.testing.assert_close(logits(with_random_routers(model), ids), logits(seed, ids), rtol=1e-4, atol=1e-4)
+    assert not averaged.differing and averaged.distance == 0
+
+
+def test_the_published_weight_of_an_mlp_is_no_identity(seed: Any) -> None:
+    """Equal experts give p times the MLP: half of it with two experts and equal routers."""
+    model, _, _ = upcycle(seed, {"a": seed, "b": seed}, mlp=MlpRouting(weight="p"))
+    ids = random_ids(1, 20)
+    halved = copy.deepcopy(seed)
+    for layer in halved.model.layers:
+        layer.mlp.down_proj.weight.data /= 2
+    torch.testing.assert_close(logits(model, ids), logits(halved, ids), rtol=1e-4, atol=1e-4)
+    assert (logits(model, ids) - logits(seed, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", GAINED)
+def test_a_one_hot_router_is_that_expert(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of their own are multiplied into projections; what a family has besides is the same in both experts."""
+    seed = tiny_model(family)
+    several = [varied(seed, number) for number in range(2)]
+    model, _, averaged = upcycle(seed, {"a": several[0], "b": several[1]})
+    several[1].load_state_dict({name: model.state_dict()[name] for name in averaged.differing}, strict=False)
+    assert not [name for name in averaged.differing if ".input_layernorm." in name or "_attention_layernorm." in name]
+
+    def second(hidden: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 1e4]).expand(*hidden.shape[:-1], 2)
+
+    monkeypatch.setattr(mixer_expert, "router_logits", second)
+    monkeypatch.setattr(mlp_experts, "router_logits", second)
+    ids = random_ids(2, 40)
+    torch.testing.assert_close(logits(model, ids), logits(several[1], ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_layers_are_the_published_formulas(seed: Any, experts: dict[str, Any]) -> None:
+    """y = sum_j softmax(W_a x)_j Attention_j(x), then p_i-weighted MLP_i of the highest i, written out in float64."""
+    kinds = {name: model.double() for name, model in copy.deepcopy(experts).items()}
+    model, _, _ = upcycle(copy.deepcopy(seed).double(), kinds, mlp=MlpRouting(weight="p"))
+    with_random_routers(model)
+    ids, layer = random_ids(1, 30), model.model.layers[0]
+    first = [expert.model.layers[0] for expert in kinds.values()]
+    with torch.inference_mode():
+        x = model.model.embed_tokens(ids)
+        positions = torch.arange(30)[None]
+        rotary = model.model.rotary_emb(x, positions)
+        mask = torch.full((30, 30), -math.inf, dtype=x.dtype).triu(1)[None, None]
+        normed = layer.input_layernorm(x)  # without a weight of its own
+        gates = (normed @ layer.self_attn.mixers["expert_2"].router.T).softmax(-1)
+        outs = [
+            expert.self_attn(expert.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)[0]
+            for expert in first
+        ]
+        x = x + sum(gates[..., n, None] * out for n, out in enumerate(outs))
+        shares = (layer.post_attention_layernorm(x) @ layer.mlp.router.T).softmax(-1)
+        both = torch.stack([expert.mlp(expert.post_attention_layernorm(x)) for expert in first], -2)
+        best = shares.argmax(-1)[..., None, None]
+        x = x + (both * shares[..., None]).take_along_dim(best, -2)[..., 0, :]
+        found = model(ids, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)  # norms are float32 in transformers
+
+
+def test_cached_padded_and_chunked_tokens_are_those_of_one_pass(made: tuple[Any, Any]) -> None:
+    model, plan = made
+    ids = random_ids(2, 90)
+    mask = torch.ones_like(ids)
+    mask[0, :25] = mask[1, 40:47] = 0
+    whole = logits(model, ids, attention_mask=mask)
+    cache = model.new_cache()
+    parts = [logits(model, ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)]
+    parts += [
+        logits(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache) for t in range(70, 90)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=1e-4, atol=1e-4)
+    alone = logits(model, ids[:1, 25:])
+    torch.testing.assert_close(whole[:1, 25:], alone, rtol=1e-4, atol=1e-4)
+    kept = [int(row) for row in mask.sum(1)]
+    assert cache.held_bytes() == sum(plan.cost(length, 4).held_bytes for length in kept)
+
+
+def test_only_real_tokens_are_recorded(made: tuple[Any, Any]) -> None:
+    model, _ = made
+    ids = random_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = mask[1, 12:17] = 0
+    padded, alone = Record(), [Record(), Record()]
+    model(ids, attention_mask=mask, compress_record=padded)
+    for row, record in enumerate(alone):
+        model(ids[row : row + 1, mask[row].bool()], compress_record=record)
+    for layer in range(3):
+        expected = torch.cat([record.expert_gates[layer] for record in alone])
+        torch.testing.assert_close(padded.expert_gates[layer], expected, rtol=1e-4, atol=1e-5)
+        chosen = torch.cat([record.mlp_routing[layer].chosen for record in alone])
+        assert torch.equal(padded.mlp_routing[layer].chosen, chosen) and chosen.sum(1).eq(1).all()
+        assert len(chosen) == int(mask.sum())
+
+
+def test_gradients_reach_every_router_and_expert(made: tuple[Any, Any]) -> None:
+    model, _ = made
+    model.zero_grad()
+    model(random_ids(2, 60), use_cache=False).logits.square().mean().backward()
+    lacking = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert not lacking
+    routers = [weight.grad.abs().max() for name, weight in model.named_parameters() if name.endswith(".router")]
+    assert len(routers) == 6 and all(routers)
+    model.zero_grad()
+
+
+def test_all_experts_on_few_rows_are_each_on_its_own() -> None:
+    """What a GPU does without waiting is what gathering does."""
+    torch.manual_seed(0)
+    mlp = mlp_experts.MlpExperts(torch.nn.Linear(6, 6), 3, 2, "one", 6, 0)
+    for weight in mlp.parameters():
+        torch.nn.init.normal_(weight)
+    rows = torch.randn(7, 6)
+    with torch.no_grad():
+        found = mlp.everywhere(rows, *mlp.routed(rows)[1:])
+        torch.testing.assert_close(found, mlp(rows))
+
+
+def test_attention_of_the_base_leaves_one_attention(seed: Any, experts: dict[str, Any]) -> None:
+    for rest, source in (("seed", seed), ("average", average(list(experts.values())))):
+        model, plan, averaged = upcycle(seed, experts, attention="base", rest=rest)  # type: ignore[arg-type]
+        assert plan.model.kv_heads == 2 and plan.layers[0].groups[0].stock(None) is not None
+        ours = model.model.layers[1].self_attn.q_proj.weight
+        torch.testing.assert_close(ours, source.model.layers[1].self_attn.q_proj.weight)
+        assert "model.layers.1.self_attn.q_proj.weight" in averaged.differing
+
+
+def test_the_plan_says_what_it_adds_and_where_its_weights_are(seed: Any, made: tuple[Any, Any]) -> None:
+    model, plan = made
+    shared = plan.upcycle.kv == "shared"
+    assert plan.source == shape_of(seed) and plan.stock() is None and plan.form == "patched"
+    assert plan.cost(640, 2).held_bytes == plan.dense_cost(640, 2).held_bytes * (1 if shared else 2)
+    assert plan.cost(640).flops == plan.dense_cost(640).flops * 2
+    with pytest.raises(UserError, match="the weights of the upcycled experts are missing"):
+        planned_model(copy.deepcopy(seed), plan)
+    carrying = copy.deepcopy(seed)
+    attach_upcycled(carrying, plan.model.fingerprint, model.state_dict)
+    ids = random_ids(1, 20)
+    assert torch.equal(logits(planned_model(carrying, plan), ids), logits(model, ids))
+    damaged = plan.model_dump(mode="json", by_alias=True)
+    damaged["model"]["query_heads"] = 4
+    with pytest.raises(ValueError, match="the sizes of the upcycled experts together"):
+        type(plan).model_validate(damaged)
+
+
+def test_models_of_other_shapes_and_tokenizers_are_refused(seed: Any) -> None:
+    wider = copy.deepcopy(seed)
+    wider.config.intermediate_size, wider.config.rms_norm_eps = 96, 1e-3
+    with pytest.raises(UserError) as caught:
+        check_alike(seed, wider, "wider")
+    assert [problem.where for problem in caught.value.problems] == ["wider", "wider"]
+    other = tiny_tokenizer()
+    other.add_tokens(["w200"])
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_alike(seed, copy.deepcopy(seed), "other", (tiny_tokenizer(), other))
+    check_alike(seed, copy.deepcopy(seed), "same", (tiny_tokenizer(), tiny_tokenizer()))
+    for family, kv, reason in (
+        ("mixtral", "expert", "experts already"),
+        ("olmo2", "expert", "weights of their own for every head"),
+        ("gpt_neox", "shared", "its own key and value"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check_upcyclable(tiny_model(family).config, kv)
