@@ -25,6 +25,7 @@ from compress.search.budget.parameters import Parameters
 from compress.search.dense import Dense
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
+from compress.targets.layer_option import Alike, LayerOption
 from compress.targets.target import Target, layer_cost
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from compress.plan import ModelShape
-    from compress.targets.layer_option import LayerOption
     from compress.targets.unit import LayerParameters
 
 Layers = tuple[LayerPlan, ...]
@@ -175,7 +175,8 @@ class Problem:
     def priced_layers(self) -> tuple[LayerOption, ...]:
         """The options of whole layers whose effect on the loss is known: of the profile, then those prepared."""
         prepared = () if self.effects is None else self.effects.priced_layers
-        return tuple(dict.fromkeys((*self.profile.priced_layers, *prepared)))
+        alike = [Alike(target=target) for target in self.priced if target.by_layer]
+        return tuple(dict.fromkeys((*self.profile.priced_layers, *prepared, *alike)))
 
     def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
         """What an option costs every layer at a profiled length, by head group `[layers, groups]` in nats.
@@ -183,6 +184,9 @@ class Problem:
         Raises:
             UserError: it was not priced.
         """
+        for target in self.priced:
+            if target.by_layer and option == Alike(target=target):
+                return self.effect(target, length, part)
         prepared = self.effects is not None and option in self.effects.priced_layers
         measured = self.effects if self.effects is not None and prepared else self.profile
         return measured.tensor(Key("effect", part, length).to(option))

@@ -66,3 +66,25 @@ class LayerOption(Method):
     def unpriced(self) -> str | None:
         """Why it cannot be priced as it is, before anything of it was trained; None where it can."""
         return None
+
+
+class Alike(LayerOption):
+    """The same entry in every head group of a layer; what names one target for all of them, as `prepare` does."""
+
+    target: Target
+
+    @classmethod
+    def options(cls, groups: int, queries: int, grid: Any = None) -> list[LayerOption]:
+        """None: it is made of a target that is known."""
+        return []
+
+    def entries(self, groups: int, queries: int, worth: Worth | None = None) -> tuple[Target, ...]:
+        """See `LayerOption.entries`."""
+        return (self.target,) * groups
+
+    def ladder(self, groups: int, queries: int) -> list[Self]:
+        """Itself."""
+        return [self]
+
+    def words(self) -> str:
+        return self.target.words()

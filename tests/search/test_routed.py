@@ -113,7 +113,7 @@ def measured(plan: Any, model: Any, length: int) -> dict[str, int]:
     """What a pass of a planned model computes and reads, by what its tokens chose: pairs of queries and keys in FLOPs,
     query heads of the last token, and bytes of the pages that it reads."""
     record = Record()
-    with torch.inference_mode():
+    with torch.no_grad():
         planned_model(model, plan)(random_ids(1, length), compress_record=record)
     shape, itemsize = plan.model, 4
     flops = heads = read = 0

@@ -165,12 +165,13 @@ class Effect(HeadStatistic):
             UserError: a target that cannot be priced.
         """
         prepared = prepared_for(subject.model)
-        check_priced(self.targets, "profile.statistics.effect.targets", prepared)
+        config = subject.model.config
+        check_priced(self.targets, "profile.statistics.effect.targets", prepared, config)
         self._prepared = self.learnt(prepared)
         where = "profile.statistics.effect.layers"
         find = subject.known.get
         self._entries = [entries_of(option, subject.shape, find, lengths, where) for option in self.layers]
-        check_priced(list(self._of_layers), where, self._prepared)
+        check_priced(list(self._of_layers), where, prepared, config)
         ready = {option.target for option in self._prepared}
         for option, layers in zip(self.layers, self._entries, strict=True):
             why = option.unpriced()

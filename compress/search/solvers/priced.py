@@ -81,7 +81,7 @@ class Priced(Frontier, LeastSaving):
         if self.part == "error":
             priced = [option.target for option in problem.prepared]
         else:
-            priced = [target for target in problem.priced if not target.removes]
+            priced = [target for target in problem.priced if not target.removes and not target.by_layer]
         if not priced and not self._layer_options(problem):
             raise UserError(
                 "the profile prices no target",
