@@ -71,6 +71,7 @@ def main(
     rows: Collection[str],
     run_row: Callable[[argparse.Namespace, str, int], None],
     print_table: Callable[[Path], None],
+    once: Collection[str] = (),
 ) -> None:
     """Run the rows that are asked for, and print the table; in the process of a row run that one.
 
@@ -78,6 +79,7 @@ def main(
         rows: names of all rows.
         run_row: does a row's work, that of `base` as well.
         print_table: prints what is in the folder.
+        once: rows that run with the first seed alone.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # of what is float32 beside bfloat16: features and states in training
@@ -93,7 +95,7 @@ def main(
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     if supervise([(BASE, seed) for seed in seeds], options, end):
-        supervise([(row, seed) for seed in seeds for row in named], options, end)
+        supervise([(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once], options, end)
     print_table(options.out)
 
 

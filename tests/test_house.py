@@ -107,9 +107,12 @@ TESTS = {
     },
     "layer option": {"routed": "search/test_routed.py"},
     "objective": {
+        "balance": "train/test_routing.py",
         "distill": "train/test_recover.py",
         "gates": "profile/heads/test_scores.py",
         "parts": "train/test_hidden.py",
+        "router_z": "train/test_routing.py",
+        "routing": "train/test_routing.py",
         "side": "train/test_side.py",
         "text": "train/test_recover.py",
         "transfer": "train/scaled.py",

@@ -9,7 +9,7 @@ import torch
 
 from compress.errors import Problem, UserError
 from compress.models.families import family_of
-from compress.models.prepared import Prepared, fill
+from compress.models.prepared import Prepared, fill, found_for
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, Mixer, heads_of, take
 from compress.runtime.reference import Rows
 from compress.runtime.scores import Scores
@@ -150,11 +150,12 @@ class _Plan:
         self.heads = heads_of(self.stays, facts.group_size)
         entries: list[Mapping[str, Any]] = [targets[group].model_dump(mode="json") for group in self.stays]
         self.kinds = Kinds(entries, facts) if entries else None
-        options = {option.target: option for option in prepared}
+        option_of = found_for(prepared)
         for mixer, members in zip(self.kinds.mixers, self.kinds.members, strict=True) if self.kinds else ():
             if next(mixer.parameters(), None) is not None:
                 groups = [self.stays[member] for member in members]
-                lacking = [targets[group] for group in groups if targets[group] not in options]
+                known = [option_of(targets[group]) for group in groups]
+                lacking = [targets[group] for group, option in zip(groups, known, strict=True) if option is None]
                 if missing := [target for target in lacking if not target.untrained]:
                     raise UserError(
                         f"the target `{missing[0].target}` cannot be priced by its output",
@@ -162,7 +163,6 @@ class _Plan:
                         found="the target has trained tensors, and they were not prepared",
                         fix="name it under `prepare.targets`",
                     )
-                known = [options.get(targets[group]) for group in groups]
                 fill(
                     mixer,
                     [

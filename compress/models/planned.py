@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
-from compress.models.prepared import attach, fill, prepared_for
+from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
@@ -270,7 +270,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
         kept: mixers that keep what they have.
         untrained: convert also what has to be trained.
     """
-    options = {option.target: option for option in prepared_for(planned)}
+    options = found_for(prepared_for(planned))
     for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
         for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
             if mixer in kept or next(mixer.parameters(), None) is None:
@@ -279,8 +279,9 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
             for member in members:
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
-                if target in options:
-                    trained = options[target].of(number, group)
+                option = options(target)
+                if option is not None:
+                    trained = option.of(number, group)
                     if layer.queries is not None:
                         group_size = plan.model.group_size
                         stay = [query % group_size for query in layer.queries if query // group_size == group]

@@ -23,6 +23,7 @@ class RoutedMixer(SpanMixer):
     later tokens may choose the group.
     """
 
+    chooses = True
     needs_inputs = True  # of most routers; a mixer knows whether its own reads them
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
@@ -32,6 +33,7 @@ class RoutedMixer(SpanMixer):
         super().__init__(groups, facts)
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
+        self.learns = self.router.kind != "random"
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
     def span(self, group: Mapping[str, Any]) -> AnySpan:
@@ -122,11 +124,15 @@ class RoutedMixer(SpanMixer):
         parts = (choice.logits, choice.probs, choice.chosen)
         logits, probs, chosen = (x.flatten(0, 1) if absent is None else x[~absent] for x in parts)
         heads = tuple(self.heads[unit * router.heads : (unit + 1) * router.heads] for unit in range(router.units))
-        step.record.routing[self.facts.index] = Routing(
+        batch, columns = choice.on.shape[:2]
+        tokens = [columns] * batch if absent is None else (~absent).sum(1).tolist()
+        routing = Routing(
             logits,
             probs,
             chosen,
             tuple(heads[unit] for unit in router.routed),
             tuple(heads[unit] for unit in router.shared),
+            tuple(tokens),
         )
+        step.record.add_routing(self.facts.index, routing)
         step.record.add_gate(self.facts.index, self.by_head(choice.gates))

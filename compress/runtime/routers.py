@@ -210,7 +210,7 @@ class Router(nn.Module):
         None stands for shared gates of 1, and for parts that are not weighted.
         """
         chosen, probs = highest(logits, self.active), logits.softmax(-1)
-        weighted = shares(logits, chosen, self.active) if self.kind == "two_stage" or not self.quantised else None
+        weighted = None if self.quantised else shares(logits, chosen, self.active)
         always = logits.new_ones(*logits.shape[:-1], len(self.shared)) if shared is None else shares(shared)
         real = probs.masked_fill(~chosen, 0) if weighted is None else weighted
         if halves is not None:

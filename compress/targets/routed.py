@@ -41,6 +41,7 @@ class RoutedGroup(SpanTarget):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
     noun: ClassVar[str] = "routing"
+    objective: ClassVar[str | None] = "routing"
     untrained: ClassVar[bool] = True
     by_layer: ClassVar[bool] = True
 
@@ -151,6 +152,11 @@ class RoutedGroup(SpanTarget):
     def fits_native(self) -> bool:
         """See `Target.fits_native`: without a window of its own it has the layer's."""
         return Span(self.sink, self.alpha, self.beta).is_full
+
+    @property
+    def prepared_as(self) -> RoutedGroup:
+        """See `Target.prepared_as`: what scores a unit is the same whichever are shared, and how many are chosen."""
+        return type(self)(router=self.router, unit=self.unit, block=self.block, active=1, of=1)
 
     @property
     def reads_norms(self) -> bool:

@@ -147,6 +147,11 @@ class Target(Method):
         return False
 
     @property
+    def prepared_as(self) -> Target:
+        """The target whose trained tensors serve this one, too, where they were not trained for itself."""
+        return self
+
+    @property
     def reads_norms(self) -> bool:
         """Whether it goes by the norms of queries, which have to differ from head to head and token to token."""
         return False

@@ -145,14 +145,20 @@ def test_gradients_are_finite_differences(unit: Any, gates: Any) -> None:
     if gates == "weighted":
         assert torch.autograd.gradcheck(lambda *given: run(kinds, list(given[:4])), [*tensors, *router.parameters()])
         return
-    # Gates of 1 in the pass, and the gradients that gates of the real size would have.
+    # Gates of 1 in the pass, and the gradients of the probabilities: a weight among one chosen unit would have none.
     slope = torch.randn(run(kinds, tensors).shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = torch.autograd.grad((run(kinds, tensors) * slope).sum(), [tensors[3], router.route])
-    router.quantised = False
     real = (dense(tensors) * slope).detach()
 
     def of_real_gates(hidden: torch.Tensor) -> torch.Tensor:
-        return (mixer_of(kinds).by_head(router(tensors[0], hidden).gates)[..., None] * real).sum()
+        scores = hidden @ router.route.view(router.units, -1, HIDDEN).mean(1).T
+        shared, routed = scores[..., list(router.shared)], scores[..., list(router.routed)]
+        alphas = 2 * (hidden @ router.halves.mean(0).T).softmax(-1)
+        always = len(router.shared) * shared.softmax(-1) * alphas[..., :1]
+        chosen = functional.one_hot(routed.argmax(-1), len(router.routed)) * routed.softmax(-1) * alphas[..., 1:]
+        order = torch.tensor(router.shared + router.routed).argsort()
+        gates = torch.cat([always, chosen], -1)[..., order]
+        return (mixer_of(kinds).by_head(gates)[..., None] * real).sum()
 
     wanted = torch.autograd.grad(of_real_gates(tensors[3]), [tensors[3], router.route])
     torch.testing.assert_close(found, wanted, **CLOSE)
