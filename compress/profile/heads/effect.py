@@ -34,7 +34,7 @@ from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced, facts_of, reads_inputs
-from compress.models.prepared import Prepared, prepared_for
+from compress.models.prepared import Prepared, found_for, prepared_for
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
@@ -172,20 +172,24 @@ class Effect(HeadStatistic):
         find = subject.known.get
         self._entries = [entries_of(option, subject.shape, find, lengths, where) for option in self.layers]
         check_priced(list(self._of_layers), where, prepared, config)
-        ready = {option.target for option in self._prepared}
+        serving = found_for(prepared)
         for option, layers in zip(self.layers, self._entries, strict=True):
             why = option.unpriced()
-            if why is not None and not {target for targets in layers.values() for target in targets} <= ready:
+            if why is not None and not all(serving(target) for targets in layers.values() for target in targets):
                 raise UserError(
                     f"`{option.words()}` cannot be priced before it was prepared",
                     where=where,
                     found=why,
-                    fix="price a router without weights (`router: norm`), or prepare it",
+                    fix="price a router without weights (`router: norm`), or prepare this one and price it there: "
+                    "`prepare.layers`",
                 )
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
-        return tuple(option for option in prepared if option.target in {*self.targets, *self._of_layers})
+        """All where it prices options of layers: which targets these come to may depend on what is measured first."""
+        serving = found_for(prepared)
+        used = prepared if self.layers else [serving(target) for target in self.targets]
+        return tuple(option for option in prepared if option in used)
 
     @property
     def needs_inputs(self) -> bool:
