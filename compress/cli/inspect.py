@@ -112,7 +112,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     from rich.table import Table
 
     from compress.cli.tables import show
-    from compress.plan import removal
+    from compress.plan import added, removal
     from compress.plan.skipped import STORED, Skipped, chooses, skipped
     from compress.plan.states import states_of
 
@@ -122,6 +122,8 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         f"{model.query_heads // model.kv_heads} query heads, head size {model.head_dim}"
     )
     typer.echo(f"model {model.fingerprint}")
+    for line in added(plan):
+        typer.echo(line)
     left = removal(plan)
     if left is not None:
         typer.echo(left)
@@ -159,7 +161,9 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         typer.echo(STORED)
         for length in (SHOWN_LENGTHS[0], SHOWN_LENGTHS[-1]):
             typer.echo(Skipped.total(skipped(plan, length, form=form)).words())
-    typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
+    if plan.upcycle is None:
+        stay = " that stay" if left else ""
+        typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{stay} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
         left_over = model.layers - sliding

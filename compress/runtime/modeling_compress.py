@@ -268,6 +268,11 @@ class PlanModel(OneProcess):
                 f"attn_implementation={name!r}: continuous batching has pages of its own and would run without the "
                 "plan; leave attn_implementation out, and use generate()"
             )
+        if any("experts" in (layer.get("mlp") or {}) for layer in self.config.compress_plan["layers"]):
+            raise ValueError(
+                f"attn_implementation={name!r}: there is no dense model here, because the attentions of several models "
+                "lie side by side and are mixed by the plan's gates; leave attn_implementation out"
+            )
         if isinstance(cache, PagedCache):
             raise ValueError(
                 f"past_key_values: a PagedCache holds keys and values for the plan, and attn_implementation={name!r} "
