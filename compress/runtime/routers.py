@@ -1,8 +1,8 @@
 """Which units of a layer a token uses, and what their outputs are multiplied by: the routers of Mixture-of-Head.
 
 A unit is a head group or a query head. Of the units of a layer some are shared, which is always on; of the others, the
-routed ones, every token chooses `active`. What a router decides depends on the token alone, and all of it is computed in
-float32 at least. Where scores are equal the lower unit comes first.
+routed ones, every token chooses `active`. What a router decides depends on the token alone, and all of it is computed
+in float32 at least. Where scores are equal the lower unit comes first.
 """
 
 from __future__ import annotations
