@@ -9,7 +9,7 @@ model.json             the name of the model, which decides whether a folder can
 environment.json       versions, devices and threads of the last command
 stages.json            what is done, and a key of all that it depended on
 log.jsonl              one line per event, appended
-calibration/  profile/  options/  search/  plan.json  recover/  checkpoint/
+calibration/  profile/  options/  search/  upcycle/  plan.json  recover/  checkpoint/
 evaluation/  evaluation.json  plots/  report.html
 """
 
@@ -48,6 +48,7 @@ ARTIFACTS = (
     "options",
     "profile",
     "search",
+    "upcycle",
     "plan.json",
     "recover",
     "evaluation",

@@ -71,6 +71,7 @@ def main(
     rows: Collection[str],
     run_row: Callable[[argparse.Namespace, str, int], None],
     print_table: Callable[[Path], None],
+    once: Collection[str] = (),
 ) -> None:
     """Run the rows that are asked for, and print the table; in the process of a row run that one.
 
@@ -78,6 +79,7 @@ def main(
         rows: names of all rows.
         run_row: does a row's work, that of `base` as well.
         print_table: prints what is in the folder.
+        once: rows that run with the first seed alone.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # of what is float32 beside bfloat16: features and states in training
@@ -93,7 +95,7 @@ def main(
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     if supervise([(BASE, seed) for seed in seeds], options, end):
-        supervise([(row, seed) for seed in seeds for row in named], options, end)
+        supervise([(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once], options, end)
     print_table(options.out)
 
 
@@ -102,18 +104,34 @@ def figures(options: argparse.Namespace, row: str, seed: int) -> Path:
     return Path(options.out / f"{row}-{seed}.json")
 
 
+def shared_is_ready(options: argparse.Namespace, seed: int) -> None:
+    """Let the other rows of a seed start from the folder of `base`, which goes on with its own measurements."""
+    write_text(options.out / f"{BASE}-{seed}.ready", "what rows have in common is made\n")
+
+
+def may_start(options: argparse.Namespace, row: str, seed: int) -> bool:
+    """Whether a row finds in the folder of `base` what it starts from."""
+    ready = options.out / f"{BASE}-{seed}.ready"
+    return row == BASE or ready.is_file() or figures(options, BASE, seed).is_file()
+
+
 def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end: float) -> bool:
     """Run rows in processes of their own, so many at once, until they are done or the time is over; whether they are.
 
-    Rows that are done are left out. One that fails is told, with the end of its log, and the others go on.
+    Rows that are done are left out. One that fails is told, with the end of its log, and the others go on; those that
+    wait for a base that failed are left out.
     """
     waiting = [(row, seed) for row, seed in asked if not figures(options, row, seed).is_file()]
     running, places, done = dict[tuple[str, int], Any](), dict[tuple[str, int], str | None](), True
     command = [sys.executable, *sys.argv]
     devices = devices_of(options.device)
     while waiting or running:
-        while waiting and len(running) < options.at_once * len(devices) and time.monotonic() < end - 30:
-            row, seed = waiting.pop(0)
+        while len(running) < options.at_once * len(devices) and time.monotonic() < end - 30:
+            able = next((key for key in waiting if may_start(options, *key)), None)
+            if able is None:
+                break
+            waiting.remove(able)
+            row, seed = able
             taken = Counter(places[key] for key in running)
             place = places[row, seed] = min(devices, key=lambda device: taken[device])
             seen = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
@@ -140,7 +158,7 @@ def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end
             if not finished:
                 lines = (options.out / f"{row}-{seed}.log").read_text(errors="replace").splitlines()
                 print("\n".join(f"    {line[:300]}" for line in lines[-6:]), flush=True)
-        if time.monotonic() > end - 30 and not running:
+        if not running and (time.monotonic() > end - 30 or not any(may_start(options, *key) for key in waiting)):
             return done and not waiting
         time.sleep(0.5)
     return done

@@ -77,7 +77,7 @@ ROUTED: tuple[Target, ...] = (
 ROUTED_PRUNED: tuple[Target, ...] = (
     FullGroup(),
     *RoutedGroup.layer(1, 1),
-    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head"),
+    *RoutedGroup.layer(2, 2, shared=(1,), group_size=2, unit="head", router="random"),
     *RoutedGroup.layer(2, 1, unit="head", sink=4, alpha=30, beta=0.25),
 )
 
@@ -374,13 +374,13 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"]], ids=["windows", "linear"])
+@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"], ROUTED], ids=["windows", "linear", "routed"])
 def test_a_decode_step_lives_in_a_cuda_graph(groups: tuple[Target, ...]) -> None:
     from compress.models.graph import graph_of
 
-    model = planned_model(
-        tiny_model("llama-gqa").cuda(), mixed_plan(shape_of(tiny_model("llama-gqa")), groups), untrained=True
-    )
+    dense = tiny_model("llama-gqa").cuda()
+    attach_as_they_start(dense, groups)
+    model = planned_model(dense, mixed_plan(shape_of(dense), groups))
     ids = random_ids(2, 140).cuda()
     with torch.inference_mode():
         cache = model.new_cache(max_length=150)

@@ -64,6 +64,20 @@ AttentionInterface.register("naive", naive_attention)
 AttentionMaskInterface.register("naive", lambda *_, **__: None)
 
 
+SPREADS: list[float] = []
+
+
+def note_norms(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **others: Any) -> Any:
+    """Attention of every token to itself, which notes how much the norms of a head's queries differ by token."""
+    norms = query.norm(dim=-1)
+    SPREADS.append(float((norms.std(dim=2) / norms.mean(dim=2)).max()))
+    return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(1, 2), None
+
+
+AttentionInterface.register("norms", note_norms)
+AttentionMaskInterface.register("norms", lambda *_, **__: None)
+
+
 def rules_of(plan: Plan) -> list[list[Rule]]:
     """Sinks, alpha and beta of every group, from the plan's targets; a full group sees what its layer lets it see."""
     return [
@@ -306,6 +320,16 @@ def test_pruning_is_refused_with_the_reason(name: str, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match="cannot be removed") as caught:
             call()
         assert str(FAMILIES[name].whole) in str(caught.value) and FAMILIES[name].architecture in str(caught.value)
+
+
+def test_a_family_says_whether_it_normalises_every_query_head() -> None:
+    for name in [*CONFIGS, *MORE]:
+        model = tiny_model(name)
+        model.set_attn_implementation("norms")
+        SPREADS.clear()
+        with torch.inference_mode():
+            model(random_ids(1, 8))
+        assert (max(SPREADS) < 0.01) == family_of(model.config).norms_queries(model.config), name
 
 
 def test_every_family_has_a_tiny_model() -> None:

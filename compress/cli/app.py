@@ -21,6 +21,7 @@ from compress.cli import (
     run,
     search,
     sweep,
+    upcycle,
     validate,
 )
 from compress.cli.output import guarded
@@ -45,6 +46,7 @@ for name, panel, command in (
     ("profile", STAGES, profile.profile),
     ("prepare", STAGES, prepare.prepare),
     ("search", STAGES, search.search),
+    ("upcycle", STAGES, upcycle.upcycle),
     ("recover", STAGES, recover.recover),
     ("export", STAGES, export.export),
     ("eval", STAGES, evaluate.evaluate),

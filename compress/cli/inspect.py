@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +112,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     from rich.table import Table
 
     from compress.cli.tables import show
-    from compress.plan import removal
+    from compress.plan import added, removal
     from compress.plan.skipped import STORED, Skipped, chooses, skipped
     from compress.plan.states import states_of
 
@@ -120,6 +122,8 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         f"{model.query_heads // model.kv_heads} query heads, head size {model.head_dim}"
     )
     typer.echo(f"model {model.fingerprint}")
+    for line in added(plan):
+        typer.echo(line)
     left = removal(plan)
     if left is not None:
         typer.echo(left)
@@ -141,7 +145,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         table.add_row(str(number), *(group.short(native) for group in layer.groups), *widths)
     show(table)
     for target, count in Counter(group for layer in plan.layers for group in layer.groups).items():
-        if target.objective is not None:
+        if target.objective is not None or target.by_layer:
             typer.echo(f"{target.short()}: {counted(count, 'head group')}, {target.words()}")
     costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
     for column in ("tokens", "plan", "dense", "share"):
@@ -157,7 +161,9 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         typer.echo(STORED)
         for length in (SHOWN_LENGTHS[0], SHOWN_LENGTHS[-1]):
             typer.echo(Skipped.total(skipped(plan, length, form=form)).words())
-    typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{' that stay' if left else ''} see everything")
+    if plan.upcycle is None:
+        stay = " that stay" if left else ""
+        typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{stay} see everything")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
         left_over = model.layers - sliding
@@ -254,7 +260,26 @@ def _print_checkpoint(folder: Path) -> None:
     typer.echo(
         f"{folder}: {counted(len(weights), 'weight file')}, {size(sum(path.stat().st_size for path in weights))}"
     )
+    for line in _mixer_lines(weights):
+        typer.echo(line)
     checks = folder / "compress_checks.json"
     if checks.is_file():
         verified = read_object(checks, "the record of the verification", fix="export again")
         typer.echo("verified " + json.dumps(verified))
+
+
+def _mixer_lines(weights: Sequence[Path]) -> list[str]:
+    """What the plan's targets have of their own in a checkpoint: parameters by name, with their sizes in all layers."""
+    from safetensors import safe_open
+
+    shapes: dict[str, list[list[int]]] = {}
+    for path in weights:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                _, found, own = name.partition(".mixers.")
+                if found:
+                    shapes.setdefault(own, []).append(file.get_slice(name).get_shape())
+    return [
+        f"{name}: {counted(len(each), 'layer')}, {sum(map(prod, each)):,} numbers"
+        for name, each in sorted(shapes.items())
+    ]

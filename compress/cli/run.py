@@ -21,6 +21,8 @@ def run(
 ) -> None:
     """Profile, prepare, search, recover, export, evaluate and report, and print what was kept and lost.
 
+    With `upcycle:` in the recipe, several models become one in place of the first three.
+
     What an earlier run of the recipe finished is not repeated; after a change in the recipe only the stages that
     depend on it run again.
     """
@@ -36,15 +38,19 @@ def run(
         from compress.stages.profile import profile_stage
         from compress.stages.recover import recover_stage
         from compress.stages.search import search_stage
+        from compress.stages.upcycle import upcycle_stage
 
         if session.helper:
             prepare_stage(session)
             recover_stage(session)
             return
         check_target(session, overwrite)
-        profile_stage(session)
-        prepare_stage(session)
-        search_stage(session)
+        if session.recipe.upcycle is not None:
+            upcycle_stage(session)
+        else:
+            profile_stage(session)
+            prepare_stage(session)
+            search_stage(session)
         recover_stage(session)
         checkpoint = export_stage(session, overwrite=overwrite)
         comparison = evaluate_stage(session)

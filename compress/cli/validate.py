@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compress.data.prompt import Task
-    from compress.recipe.schema import Recipe
+    from compress.recipe.schema import Recipe, UpcycleSection
     from compress.train.settings import TrainSettings
 
 
@@ -60,7 +60,8 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     typer.echo(f"         while it does nothing else: {speeds.words()}, as just measured")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
-    typer.echo(f"writes   {state} {output}/ with calibration/, profile/, search/, plan.json, checkpoint/ (the size of")
+    made = "calibration/, profile/, search/" if loaded.upcycle is None else "upcycle/"
+    typer.echo(f"writes   {state} {output}/ with {made}, plan.json, checkpoint/ (the size of")
     typer.echo("         the weights; so is recover/, with a recovery), evaluation.json, plots/")
     say(f"the recipe is valid; start with: compress run {loaded.words}")
 
@@ -97,24 +98,29 @@ def table(recipe: Recipe) -> Table:
     gradient = any(statistic.needs_gradient for statistic in statistics)
     documents = sum(row["count"] for row in parts["profile"])
     held_out = sum(row["count"] for row in parts["search"])
-    result.add_row(
-        "profile",
-        "\n".join(statistic.registered for statistic in statistics),
-        _lines(parts["profile"]),
-        f"{documents} forward{' and backward' if gradient else ''}, and their answers",
-    )
-    if recipe.prepare is not None:
-        targets = "\n".join(target.words() for target in recipe.prepare.targets)
-        priced = f", then {documents} forward and backward" if recipe.prepare.effect else ""
-        result.add_row("prepare", targets, _batches(recipe.prepare), f"training, layer by layer{priced}")
-    budget = recipe.search.budget
-    result.add_row(
-        "search",
-        f"{recipe.search.solver.words()}\nbudget {budget.words()}"
-        + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
-        _lines(parts["search"]) or "none: chosen by prediction",
-        f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
-    )
+    if recipe.upcycle is not None:
+        result.add_row(
+            "upcycle", upcycled(recipe.upcycle), "", "a pass over each text" if recipe.upcycle.texts else "none"
+        )
+    else:
+        result.add_row(
+            "profile",
+            "\n".join(statistic.registered for statistic in statistics),
+            _lines(parts["profile"]),
+            f"{documents} forward{' and backward' if gradient else ''}, and their answers",
+        )
+        if recipe.prepare is not None:
+            targets = "\n".join(target.words() for target in recipe.prepare.targets)
+            priced = f", then {documents} forward and backward" if recipe.prepare.effect else ""
+            result.add_row("prepare", targets, _batches(recipe.prepare), f"training, layer by layer{priced}")
+        budget = recipe.search.budget
+        result.add_row(
+            "search",
+            f"{recipe.search.solver.words()}\nbudget {budget.words()}"
+            + (f" at {', '.join(map(str, budget.lengths))}" if budget.lengths else ""),
+            _lines(parts["search"]) or "none: chosen by prediction",
+            f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
+        )
     recover = recipe.recover
     if recover is not None:
         losses = "+".join(objective.registered for objective in recover.objectives) or recover.loss
@@ -138,6 +144,12 @@ def table(recipe: Recipe) -> Table:
         f"{passes or 'none'} for each of these",
     )
     return result
+
+
+def upcycled(section: UpcycleSection) -> str:
+    """What becomes one model, and how, in a few words."""
+    kv = "" if section.attention == "base" else f", {'shared' if section.kv == 'shared' else 'own'} keys and values"
+    return f"{section.count} experts, attention {section.attention}{kv}\nMLP top {section.mlp.top}, rest {section.rest}"
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

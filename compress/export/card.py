@@ -17,7 +17,7 @@ from compress.export.provenance import provenance_lines
 from compress.export.verify import Checks
 from compress.limits import SHOWN_LENGTHS
 from compress.models.load import DEMOS
-from compress.plan import Form, Plan, removal
+from compress.plan import Form, Plan, added, removal
 from compress.plan.skipped import NOTHING, STORED, Skipped, chooses, skipped
 from compress.plan.states import States, states_of
 from compress.targets.target import StockForm
@@ -36,6 +36,7 @@ VLLM = {
 }
 LONG = 1 << 20  # tokens, longer than any window
 UNTRAINED = "The weights are those of the original model"
+OF_EXPERTS = "The weights are those of the models that it is made of, and routers that start as the recipe says"
 TRAINED = "The weights were trained afterwards (recover.json)"
 
 
@@ -105,6 +106,7 @@ def render_card(
         "base": base,
         "groups": groups,
         "removed": removal(plan),
+        "added": added(plan),
         "base_removed": None if base is None else removal(base),
         "windowed": windowed,
         "by_layer": len(plan.widths) > 1,
@@ -131,7 +133,7 @@ def render_card(
         "recipe": recipe,
         "fence": _fence(recipe or ""),
         "table": table,
-        "weights": TRAINED if trained else UNTRAINED,
+        "weights": TRAINED if trained else UNTRAINED if plan.upcycle is None else OF_EXPERTS,
     }
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
 
@@ -164,6 +166,8 @@ def _hides(plan: Plan) -> bool:
 
 def _tags(plan: Plan, windowed: bool, states: States | None, routed: bool) -> list[str]:
     tags = ["compress"]
+    if plan.upcycle is not None:
+        return [*tags, "moe", "upcycling"]
     if plan.prunes:
         tags.append("pruning")
     if windowed or not plan.prunes:
@@ -196,6 +200,8 @@ def _form(
         )
     if windows is not None:
         return f"as an ordinary {loaded_as} of transformers"
+    if plan.upcycle is not None:
+        return f"as the seed of {plan.upcycle.count} models whose attentions and MLPs are side by side in every layer"
     parts = ["a width of its own for every layer"] if len(plan.widths) > 1 else []
     if windowed or not (plan.prunes or routed):
         parts.append("a span of its own for every key/value head")
@@ -220,6 +226,8 @@ def _ratio(plan: Plan, fraction: float) -> str:
 
 def _changed(plan: Plan, windowed: bool, patched: bool, routed: bool) -> str:
     """What is not as in the original model, in one clause."""
+    if plan.upcycle is not None:
+        return "what changed is that every token mixes their attentions by its own gates, and chooses among their MLPs"
     parts = []
     if plan.prunes:
         parts.append("whole heads and neurons were removed")

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
-from compress.models.prepared import attach, fill, prepared_for
+from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
@@ -48,7 +48,8 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
 
     Raises:
         UserError: the architecture is not supported, or cannot be pruned so, or does with its scores what a target
-            cannot do; or a target that has to be trained was not prepared, or experts' weights are missing.
+            cannot do; or it makes the norms of queries alike, which a target goes by; or a target that has to be
+            trained was not prepared, or experts' weights are missing.
         ValueError: the plan's layers or groups are not this model's.
     """
     if plan.upcycle is not None:
@@ -61,6 +62,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
+    _check_norms(model, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -85,6 +87,23 @@ def _check_rope(model: Any, plan: Plan) -> None:
         )
 
 
+def _check_norms(model: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
+    family = family_of(model.config)
+    if not family.norms_queries(model.config):
+        return
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.reads_norms:
+                raise UserError(
+                    f"a {family.architecture} normalises every query head, so the norms of queries cannot say which "
+                    "heads a token needs",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a router with weights",
+                    fix="take `router: two_stage`",
+                )
+
+
 def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
     """Raise UserError where layers do more with their scores than a softmax, and the mixer of a head group does not."""
     if family.scores is None:
@@ -104,6 +123,11 @@ def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
 def mixers_of(model: Any) -> list[Mixer]:
     """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
     return [mixer for kinds in getattr(model.base_model, "compress_kinds", ()) for mixer in kinds.mixers]
+
+
+def has_routers(model: Any) -> bool:
+    """Whether tokens choose in a layer of the model what they use of it, and say so (`Record`)."""
+    return any(getattr(module, "chooses", False) for module in model.modules())
 
 
 def has_own_widths(model: Any) -> bool:
@@ -251,7 +275,7 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
         kept: mixers that keep what they have.
         untrained: convert also what has to be trained.
     """
-    options = {option.target: option for option in prepared_for(planned)}
+    options = found_for(prepared_for(planned))
     for number, (attention, layer) in enumerate(zip(attentions_of(planned), plan.layers, strict=True)):
         for mixer, members in zip(attention.compress_kinds.mixers, attention.compress_kinds.members, strict=True):
             if mixer in kept or next(mixer.parameters(), None) is None:
@@ -260,8 +284,9 @@ def _fill_mixers(planned: Any, plan: Plan, kept: Collection[Mixer] = (), untrain
             for member in members:
                 group = layer.kept_groups[member]
                 target = layer.groups[group]
-                if target in options:
-                    trained = options[target].of(number, group)
+                option = options(target)
+                if option is not None:
+                    trained = option.of(number, group)
                     if layer.queries is not None:
                         group_size = plan.model.group_size
                         stay = [query % group_size for query in layer.queries if query // group_size == group]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,13 @@ def prepared_for(model: Any) -> Prepared:
     """What a model carries; nothing where nothing was prepared."""
     prepared: Prepared = getattr(model, _PLACE, ())
     return prepared
+
+
+def found_for(prepared: Prepared) -> Callable[[Target], PreparedOption | None]:
+    """What was trained for a target, or for one whose tensors serve it (`Target.prepared_as`); None for neither."""
+    own = {option.target: option for option in prepared}
+    serving = {option.target.prepared_as: option for option in prepared}
+    return lambda target: own.get(target) or serving.get(target.prepared_as)
 
 
 @torch.no_grad()

@@ -91,7 +91,10 @@ class ModelSource:
             return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
         if self.has_own_widths:
             raise UserError(
-                "heads and neurons of this checkpoint were removed layer by layer, so no dense model has its weights",
+                "several models lie side by side in this checkpoint, so no dense model has its weights"
+                if self.has_experts
+                else "heads and neurons of this checkpoint were removed layer by layer, so no dense model has its "
+                "weights",
                 where=self.spec,
                 fix="name the model that it was made from as the dense one: compress eval DENSE CHECKPOINT, or "
                 "compress bench CHECKPOINT --dense DENSE",
@@ -125,14 +128,22 @@ class ModelSource:
 
     @property
     def has_own_widths(self) -> bool:
-        """Whether the plan that it carries gives layers other widths than the configuration."""
+        """Whether the plan that it carries gives layers other widths than the configuration, or the MLPs of several
+        models."""
         if not self.carries_plan:
             return False
+        if self.has_experts:
+            return True
         config = self._stock_config()
         layers = self.checkpoint[PLAN]["layers"]
         return read_by(
             "plan", self.spec, lambda: any(Width.of_plan(layer, config) != Width.of(config) for layer in layers)
         )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is several models side by side."""
+        return self.carries_plan and any("experts" in (row.get("mlp") or {}) for row in self.checkpoint[PLAN]["layers"])
 
     def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""

@@ -72,6 +72,28 @@ def load_trained(model: Any, folder: Path) -> Any:
     Raises:
         UserError: no weights are there, or a tensor is missing, unknown, or of another shape or dtype: all at once.
     """
+    tensors = read_trained(folder)
+    expected = own_tensors(model)
+    problems = _problems(expected, tensors, str(folder))
+    if problems:
+        raise UserError(problems)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        placed = tensor.to(expected[name].device)
+        if name in parameters:
+            parameters[name].data = placed
+        else:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, placed)
+    return model
+
+
+def read_trained(folder: Path) -> dict[str, torch.Tensor]:
+    """What `write_trained` wrote, by name, on the CPU.
+
+    Raises:
+        UserError: no weights are there, or they are damaged.
+    """
     index = folder / INDEX
     if index.is_file():
         names = read_model(_Index, index, "the index of the trained weights", fix=AGAIN).weight_map.values()
@@ -88,19 +110,7 @@ def load_trained(model: Any, folder: Path) -> Any:
             raise UserError(
                 "the trained weights are damaged", where=str(folder / name), found=str(error), fix=AGAIN
             ) from None
-    expected = own_tensors(model)
-    problems = _problems(expected, tensors, str(folder))
-    if problems:
-        raise UserError(problems)
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        placed = tensor.to(expected[name].device)
-        if name in parameters:
-            parameters[name].data = placed
-        else:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, placed)
-    return model
+    return tensors
 
 
 def _problems(expected: dict[str, torch.Tensor], read: dict[str, torch.Tensor], where: str) -> list[Problem]:

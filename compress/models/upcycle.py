@@ -12,7 +12,7 @@ The paper has attention and MLP in parallel; the formulas are the same where one
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,36 +64,45 @@ def check_upcyclable(config: Any, kv: str) -> None:
         )
 
 
-def check_alike(seed: Any, expert: Any, name: str, tokenizers: tuple[Any, Any] | None = None) -> None:
-    """Refuse an expert that is not of the seed's shape, or that reads texts in another way.
+def check_configs(seed: Any, expert: Any, name: str) -> None:
+    """Refuse an expert that is not of the seed's shape, by its configuration.
 
     Args:
-        seed, expert: models.
         name: what the user called the expert.
-        tokenizers: the seed's and the expert's; None compares none.
 
     Raises:
-        UserError: every field of the configurations that differs, other names or shapes of weights, or another
-            tokenizer.
+        UserError: every field that differs and changes what is computed.
     """
-    ours, theirs = (_rules(model.config) for model in (seed, expert))
-    problems = [
+    ours, theirs = _rules(seed), _rules(expert)
+    _refuse(
         Problem(f"an expert is of another shape: `{key}` differs", name, _short(ours.get(key)), _short(theirs.get(key)))
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
-    ]
-    if not problems:
-        shapes = [{key: tuple(weight.shape) for key, weight in model.state_dict().items()} for model in (seed, expert)]
-        problems = [
-            Problem(f"an expert is of another shape: `{key}`", name, *(_short(each.get(key)) for each in shapes))
-            for key in sorted(shapes[0].keys() | shapes[1].keys())
-            if shapes[0].get(key) != shapes[1].get(key)
-        ]
-    if not problems and tokenizers is not None and not same_tokenizer(*tokenizers):
-        problems = [Problem("an expert has another tokenizer", name, "the seed's", "other tokens for the same text")]
-    if problems:
-        problems[-1].fix = "take models that were trained from the seed, with its tokenizer"
-        raise UserError(problems)
+    )
+
+
+def check_weights(seed: Any, expert: Any, name: str) -> None:
+    """Refuse an expert, a model, with other names or shapes of weights than the seed. Raises UserError."""
+    shapes = [{key: tuple(weight.shape) for key, weight in model.state_dict().items()} for model in (seed, expert)]
+    _refuse(
+        Problem(f"an expert is of another shape: `{key}`", name, *(_short(each.get(key)) for each in shapes))
+        for key in sorted(shapes[0].keys() | shapes[1].keys())
+        if shapes[0].get(key) != shapes[1].get(key)
+    )
+
+
+def check_tokenizers(seed: Any, expert: Any, name: str) -> None:
+    """Refuse an expert that reads texts in another way than the seed. Raises UserError."""
+    if not same_tokenizer(seed, expert):
+        _refuse([Problem("an expert has another tokenizer", name, "the seed's", "other tokens for the same text")])
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    """Raise UserError where there are problems of an expert."""
+    found = list(problems)
+    if found:
+        found[-1].fix = "take models that were trained from the seed, with its tokenizer"
+        raise UserError(found)
 
 
 def same_tokenizer(one: Any, other: Any) -> bool:
@@ -123,7 +132,7 @@ def upcycle(
 
     Args:
         seed: a dense model; it stays as it is.
-        experts: models of the seed's shape (`check_alike`), by what the user calls them; all are in memory, and so is
+        experts: models of the seed's shape (`check_configs`), by what the user calls them; all are in memory, and so is
             the result.
         attention, kv, mlp, rest: as of `plan.Upcycle`.
 

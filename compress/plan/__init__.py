@@ -16,7 +16,7 @@ from compress.plan.schema import (
     Predicted,
     Upcycle,
 )
-from compress.plan.words import amount_line, removal
+from compress.plan.words import added, amount_line, removal
 
 __all__ = [
     "CHECKPOINT_PLAN",
@@ -32,6 +32,7 @@ __all__ = [
     "Plan",
     "Predicted",
     "Upcycle",
+    "added",
     "amount_line",
     "make_plan",
     "plan_of_layers",

@@ -32,3 +32,21 @@ def amount_line(amount: Amount) -> str:
     """What a plan costs in one kind of budget, as a share and in numbers."""
     unit = f"{amount.plan:,} {amount.unit}" if amount.unit != "bytes" else size(amount.plan)
     return f"{unit}{amount.at}, {amount.fraction:.1%} of {amount.of}"
+
+
+def added(plan: Plan) -> tuple[str, ...]:
+    """What an upcycled model is made of, and what it costs more than its seed; nothing for a plan of one model."""
+    made = plan.upcycle
+    if made is None:
+        return ()
+    attention = {
+        ("soft", "expert"): "all attentions run, each on its own keys and values, times gates that sum to 1",
+        ("soft", "shared"): "all attentions run on shared keys and values, times gates that sum to 1",
+    }.get((made.attention, made.kv), "there is one attention")
+    names = ", ".join(expert.name for expert in made.experts)
+    first = f"{made.count} models in one ({names}): {attention}, and {made.mlp.top} of {made.count} MLPs a token"
+    longest = plan.predicted.longest
+    if not longest:
+        return (first,)
+    costs = "; ".join(amount_line(amount) for amount in longest)
+    return first, f"this adds to what the seed costs: {costs}"

@@ -144,6 +144,9 @@ class Defaults:
 
     def fill(self) -> None:
         """Complete the recipe where it leaves something out; what is wrong in it is left to the schema."""
+        if self.data.get("upcycle") is not None:
+            self._upcycled()
+            return
         search = self.data.get("search")
         if not isinstance(search, dict):
             return
@@ -162,6 +165,22 @@ class Defaults:
         self._statistics(search)
         if self.data.get("evaluate") is None:
             self._evaluation(self._longest(budget) if whole else self._profiled(), removes, windows)
+
+    def _upcycled(self) -> None:
+        """What the schema asks for and an upcycled model has no use for, at its smallest; and an evaluation."""
+        length = min(LEAST, self.situation.longest)
+        calibration = self.data.get("calibration")
+        calibration = {} if calibration is None else calibration
+        if isinstance(calibration, dict):
+            self.data["calibration"] = {"documents": [_text(length, 1)], **calibration}
+        self.data["profile"] = {"statistics": [{"name": "hidden_mass"}]}
+        self.data["search"] = {"solver": {"name": "uniform"}, "budget": {"kv": 1.0, "lengths": [length]}}
+        evaluate = self.data.get("evaluate")
+        if evaluate is None:
+            evaluate = {"perplexity": {"length": length, "windows": 8 if self.situation.gpu else 4}}
+            self._note("evaluate", "perplexity of the seed, of every expert, and of the upcycled model")
+        if isinstance(evaluate, dict):
+            self.data["evaluate"] = {"compare": ["plan"], **evaluate}
 
     @staticmethod
     def _kinds(budget: dict[str, Any]) -> tuple[bool, bool]:

@@ -19,7 +19,7 @@ from compress.recipe.located_yaml import (
     shown,
     unknown_key,
 )
-from compress.recipe.outline import REQUIRED, SECTIONS, Outline
+from compress.recipe.outline import REPLACED, REQUIRED, SECTIONS, Outline
 
 if TYPE_CHECKING:
     from compress.recipe.schema import Recipe
@@ -118,14 +118,25 @@ def outline_problems(located: LocatedYaml, *, missing: bool = True) -> list[Prob
     values = {field.alias or name: field for name, field in Outline.model_fields.items()}
     known = [*values, *SECTIONS]
     descriptions = SECTIONS | {name: field.description for name, field in values.items()}
-    required = [name for name, field in values.items() if field.is_required()] + list(REQUIRED)
+    required = [name for name, field in values.items() if field.is_required()]
+    upcycled = located.data.get("upcycle") is not None
+    required += [] if upcycled else list(REQUIRED)
     unknown = [unknown_key((key,), known, located) for key in located.data if key not in known]
     absent = [
         Problem(f"missing key `{name}`", located.where(()), expected=descriptions[name])
         for name in required
         if missing and name not in located.data
     ]
-    return unknown + absent
+    replaced = [
+        Problem(
+            f"an upcycled model has no `{name}`: its plan is that all experts stay",
+            located.where((name,), key=True),
+            fix=f"remove `{name}`, or `upcycle`; to compress what comes of it, take another recipe",
+        )
+        for name in REPLACED
+        if upcycled and located.data.get(name) is not None
+    ]
+    return unknown + absent + replaced
 
 
 def in_order(problems: list[Problem]) -> list[Problem]:

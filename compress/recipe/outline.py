@@ -36,9 +36,13 @@ SECTIONS = {
     "calibration": "the documents that heads are measured on",
     "profile": "what is measured",
     "prepare": "training of targets that cannot be priced untrained; leave it out where there are none",
+    "upcycle": "several models become one, in place of a profile, a search and a preparation; leave it out for one "
+    "model",
     "search": "how the plan is decided",
     "recover": "training of the plan's model; leave it out to train nothing",
     "export": "the form of the checkpoint",
     "evaluate": "what the checkpoint is compared on",
 }
 REQUIRED = ("search",)
+# What has no place beside `upcycle`, which stands for it.
+REPLACED = ("profile", "prepare", "search")

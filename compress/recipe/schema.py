@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, create_model, field_validator
+from pydantic import Field, PrivateAttr, create_model, field_validator, model_validator
 
 from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
-from compress.limits import BATCH
+from compress.limits import BATCH, LONGEST
+from compress.plan import MlpRouting
 from compress.profile.statistic import Statistic
-from compress.recipe.outline import SECTIONS, Dtype, Outline, Section
+from compress.recipe.outline import REPLACED, SECTIONS, Dtype, Outline, Section
+from compress.registry import PathText
 from compress.search import baselines
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.search.solver import Solver
+from compress.targets.expert import MOST_EXPERTS
 from compress.train.settings import PrepareSettings, RecoverSettings
 
 if TYPE_CHECKING:
@@ -48,6 +51,58 @@ class ProfileSection(Section):
     statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
         min_length=1, description="statistics to take; by default those that the solver reads"
     )
+
+
+class UpcycleSection(Section):
+    """Several models of one shape as one (BAM, arXiv 2408.08274); the recipe's model is their seed."""
+
+    experts: tuple[PathText, ...] = Field(
+        min_length=1, max_length=MOST_EXPERTS - 1, description="models of the seed's shape, with its tokenizer"
+    )
+    seed: bool = Field(False, description="the seed is an expert, too, the first one, as in the paper")
+    attention: Literal["soft", "base"] = Field(
+        "soft",
+        description="soft: each expert's attention runs, times a gate for each token, and the outputs are added; base: "
+        "one attention for all, as `rest` says, and experts are MLPs alone",
+    )
+    kv: Literal["expert", "shared"] = Field(
+        "expert",
+        description="keys and values of each expert, all of them in the cache; or their mean for all",
+    )
+    mlp: MlpRouting = Field(default_factory=MlpRouting, description="how tokens use the experts' MLPs")
+    rest: Literal["average", "seed"] = Field(
+        "average", description="where all other weights come from: the mean of the experts', or the seed's"
+    )
+    start: Literal["random", "zero"] = Field(
+        "random", description="what routers start with where there are no `texts`: random as published, or equal gates"
+    )
+    texts: tuple[TextSource, ...] = Field(
+        (),
+        max_length=MOST_EXPERTS,
+        description="a text for each expert, in their order: routers then start with what tells these texts apart",
+    )
+    text_tokens: int = Field(8192, ge=64, le=LONGEST, description="of each of these texts that are read")
+
+    @model_validator(mode="after")
+    def _a_text_each(self) -> Self:
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError("expected each expert once")
+        if self.count < 2:
+            raise ValueError("expected two experts or more; `seed: true` makes the seed one")
+        if self.texts and len(self.texts) != self.count:
+            raise ValueError(f"texts: expected one for each of the {self.count} experts, got {len(self.texts)}")
+        if self.mlp.top > self.count:
+            raise ValueError(f"mlp.top: expected at most {self.count}, the experts, got {self.mlp.top}")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Experts."""
+        return len(self.experts) + self.seed
+
+    def names(self, seed: str) -> tuple[str, ...]:
+        """The names of all experts, in their order, where `seed` is that of the recipe's model."""
+        return ((seed,) if self.seed else ()) + self.experts
 
 
 class SearchSection(Section):
@@ -103,6 +158,7 @@ class Recipe(Outline):
     calibration: CalibrationSection = Field(description=SECTIONS["calibration"])
     profile: ProfileSection = Field(description=SECTIONS["profile"])
     prepare: PrepareSettings | None = Field(None, description=SECTIONS["prepare"])
+    upcycle: UpcycleSection | None = Field(None, description=SECTIONS["upcycle"])
     search: SearchSection = Field(description=SECTIONS["search"])
     recover: RecoverSettings | None = Field(None, description=SECTIONS["recover"])
     export: ExportSection = Field(default_factory=ExportSection, description=SECTIONS["export"])
@@ -134,5 +190,9 @@ class Recipe(Outline):
         return self._chosen
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data with every default written out, in the order of the schema, and the same for the same recipe."""
-        return self.model_dump(mode="json", by_alias=True)
+        """Plain data with every default written out, in the order of the schema, and the same for the same recipe.
+
+        Only what an upcycled model needs is there of a recipe that makes one, and nothing of that in any other.
+        """
+        left_out = {"upcycle"} if self.upcycle is None else set(REPLACED)
+        return self.model_dump(mode="json", by_alias=True, exclude=left_out)

@@ -14,7 +14,7 @@ from compress.evaluate.measures.size import OF_LAYERS
 from compress.evaluate.tables import edge, mean_of, parts_of
 from compress.evaluate.units import unit_of
 from compress.limits import SHOWN_LENGTHS
-from compress.plan import Plan, removal
+from compress.plan import Plan, added, removal
 from compress.plan.skipped import STORED, Skipped, chooses, skipped
 from compress.plan.states import states_of
 from compress.plots.chart import Chart, Series, chart_svg
@@ -37,6 +37,7 @@ def headline(facts: Facts) -> dict[str, Any]:
     if comparison is not None:
         head["model"] = comparison.model
         head["conditions"] = f"{comparison.dtype} on {comparison.device}, seed {comparison.seed}"
+    head["lines"] += added(facts.plan) if facts.plan is not None else []
     left = removal(facts.plan) if facts.plan is not None else None
     head["lines"] += [left] if left is not None else []
     if comparison is not None and chosen is not None:

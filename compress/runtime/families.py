@@ -114,6 +114,8 @@ class Family:
         scores: what the layers do with their scores beside the softmax, which only some mixers know
             (`Mixer.knows_scores`); None where they do nothing.
         gains: norms of a layer whose weight can be multiplied into the projections that read them, so that 1 is left.
+        normed: fields of the configuration with whose values every query head is normalised by itself, so that the
+            norms of queries say next to nothing; None where it never is.
         narrows: the kinds of units that the configuration can say fewer of: `query`, with a head size that is not
             hidden size / heads, and `neuron`. With fewer of the others a model is in the patched form.
     """
@@ -134,6 +136,7 @@ class Family:
     whole: str | None = None
     whole_unless: Mapping[str, Any] = field(default_factory=dict)
     scores: str | None = None
+    normed: Mapping[str, Any] | None = None
     gains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     narrows: tuple[str, ...] = ("query", "neuron")
 
@@ -170,6 +173,10 @@ class Family:
             getattr(config, name, None) in (value, None) for name, value in self.whole_unless.items()
         )
 
+    def norms_queries(self, config: Any) -> bool:
+        """Whether every query head of a model with this configuration is normalised by itself."""
+        return self.normed is not None and all(getattr(config, name) == value for name, value in self.normed.items())
+
     def layers_of(self, model: nn.Module) -> list[Any]:
         """The decoder layers of a decoder or a language model, in order."""
         body: Any = getattr(model, "base_model", model)
@@ -190,10 +197,10 @@ SUB_NORMS = "it norms the outputs of all heads, and those of all neurons, togeth
 DENSE_LAYERS = "some of its layers have experts and others an MLP of another width"
 
 ROWS = (
-    Family("apertus", "Apertus", projections={**ATTENTION, **UP}),
+    Family("apertus", "Apertus", projections={**ATTENTION, **UP}, normed={}),
     Family("arcee", "Arcee", projections={**ATTENTION, **UP}, gains=UP_GAINS),
     Family("bitnet", "BitNet", whole=SUB_NORMS),
-    Family("cohere", "Cohere", whole=ALL_HEADS, whole_unless={"use_qk_norm": False}),
+    Family("cohere", "Cohere", whole=ALL_HEADS, whole_unless={"use_qk_norm": False}, normed={"use_qk_norm": True}),
     # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
     # configuration works the head size out from the number of heads.
     Family("cohere2", "Cohere2", narrows=("neuron",)),
@@ -206,12 +213,13 @@ ROWS = (
         narrows=("query",),  # the experts that all tokens take are as wide as the configuration says for the others
         whole=DENSE_LAYERS,
         whole_unless={"first_k_dense_replace": 0},
+        normed={},
     ),
     Family("ernie4_5", "Ernie4_5", gains=GAINS),
-    Family("exaone4", "Exaone4"),  # as Cohere 2
+    Family("exaone4", "Exaone4", normed={}),  # as Cohere 2
     Family("gemma", "Gemma"),
     Family("gemma2", "Gemma2", scores="its layers cap their scores before the softmax"),
-    Family("gemma3_text", "Gemma3", "Gemma3Text", native="Gemma3ForCausalLM"),
+    Family("gemma3_text", "Gemma3", "Gemma3Text", native="Gemma3ForCausalLM", normed={}),
     Family("glm", "Glm", projections={**ATTENTION, **GATE_UP}),
     Family("glm4", "Glm4", projections={**ATTENTION, **GATE_UP}),
     Family(
@@ -259,7 +267,7 @@ ROWS = (
     ),
     Family("granite", "Granite", gains=GAINS),
     Family("helium", "Helium", gains=GAINS, narrows=("neuron",)),
-    Family("hunyuan_v1_dense", "HunYuanDenseV1", gains=GAINS),
+    Family("hunyuan_v1_dense", "HunYuanDenseV1", gains=GAINS, normed={}),
     # Llama's configuration wants a hidden size that is a multiple of the number of heads, whatever `head_dim` says.
     Family(
         "llama",
@@ -284,12 +292,14 @@ ROWS = (
         projections=_neox("self_attn"),
         groups="num_attention_heads",
         narrows=("neuron",),
+        normed={"qk_layernorm": True},
     ),
     Family(
         "phi",
         "Phi",
         projections={**DENSE, "mlp.fc1": outputs("neuron"), "mlp.fc2": inputs("neuron")},
         narrows=("neuron",),
+        normed={"qk_layernorm": True},
     ),
     Family("phi3", "Phi3", projections={**FUSED, **GATE_UP}, gains=FUSED_GAINS),
     Family("phimoe", "Phimoe", projections=EXPERTS),
@@ -303,7 +313,7 @@ ROWS = (
         whole=DENSE_LAYERS,
         whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
-    Family("qwen3", "Qwen3", native="Qwen3ForCausalLM", gains=GAINS),
+    Family("qwen3", "Qwen3", native="Qwen3ForCausalLM", gains=GAINS, normed={}),
     Family(
         "qwen3_moe",
         "Qwen3Moe",
@@ -311,6 +321,7 @@ ROWS = (
         neurons="moe_intermediate_size",
         whole=DENSE_LAYERS,
         whole_unless={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        normed={},
     ),
     Family("seed_oss", "SeedOss", gains=GAINS),
     Family("smollm3", "SmolLM3", native="SmolLM3ForCausalLM", gains=GAINS),
@@ -321,6 +332,7 @@ ROWS = (
         whole=ALL_HEADS,
         whole_unless={"qk_layernorm": False},
         narrows=("neuron",),
+        normed={"qk_layernorm": True},
     ),
     Family(
         "starcoder2",

@@ -122,6 +122,8 @@ class Mixer(nn.Module):
         needs_inputs: whether it reads `Step.hidden` and `Step.rotary`.
         heads: the query heads of the layer that it runs.
         knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
+        chooses: whether every token chooses what it uses of it, and `Record.routing` has the choices.
+        learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
     """
@@ -129,6 +131,8 @@ class Mixer(nn.Module):
     targets: ClassVar[tuple[str, ...]] = ()
     needs_inputs: bool = False
     knows_scores: bool = False
+    learns: bool = True
+    chooses: ClassVar[bool] = False
     by_length: bool = False
     by_query: tuple[str, ...] = ()
     heads: tuple[int, ...] = ()

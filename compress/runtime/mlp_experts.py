@@ -53,7 +53,10 @@ class MlpExperts(nn.Module):
     Attributes:
         experts: the MLPs.
         router: `[experts, hidden size]`; it starts at 0.
+        chooses: every token does, and `Record.mlp_routing` has the choices (as `Mixer.chooses`).
     """
+
+    chooses = True
 
     def __init__(self, mlp: nn.Module, count: int, top: int, weight: str, hidden_size: int, layer: int) -> None:
         super().__init__()
@@ -69,10 +72,11 @@ class MlpExperts(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits, chosen, weights = self.routed(rows)
         if step is not None and step.record is not None:
-            real = step.real(hidden.device).flatten()
+            by_sequence = step.real(hidden.device)
+            real, tokens = by_sequence.flatten(), tuple(by_sequence.sum(1).tolist())
             units = ((),) * len(self.experts)
             probs = logits.softmax(-1)
-            step.record.mlp_routing[self.layer] = Routing(logits[real], probs[real], chosen[real], units, ())
+            step.record.mlp_routing[self.layer] = Routing(logits[real], probs[real], chosen[real], units, (), tokens)
         waits = not rows.is_cuda or torch.is_grad_enabled() or (len(rows) > FEW and not _is_captured())
         out = self.gathered(rows, chosen, weights) if waits else self.everywhere(rows, chosen, weights)
         return out.view(hidden.shape)

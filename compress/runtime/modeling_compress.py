@@ -241,6 +241,8 @@ class PlanModel(OneProcess):
         step = Step.begin(paged, valid, tokens.shape[0], count, tokens.device)
         step.seen = seen
         step.impl, step.input_length, step.record = self.config.compress_impl, length, compress_record
+        if compress_record is not None:
+            compress_record.closed = False
         if position_ids is None:
             position_ids = _positions(paged, valid, tokens)
         try:
@@ -265,6 +267,11 @@ class PlanModel(OneProcess):
             raise ValueError(
                 f"attn_implementation={name!r}: continuous batching has pages of its own and would run without the "
                 "plan; leave attn_implementation out, and use generate()"
+            )
+        if any("experts" in (layer.get("mlp") or {}) for layer in self.config.compress_plan["layers"]):
+            raise ValueError(
+                f"attn_implementation={name!r}: there is no dense model here, because the attentions of several models "
+                "lie side by side and are mixed by the plan's gates; leave attn_implementation out"
             )
         if isinstance(cache, PagedCache):
             raise ValueError(

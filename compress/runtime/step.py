@@ -24,6 +24,7 @@ class Routing:
         chosen: `[N, E]`, which of them a token uses; the same number for every token.
         units: for each of the E units, the query heads of the layer that it is, of those that stay.
         shared: the same for the units that are always on.
+        tokens: of each sequence, whose rows follow each other; N together.
     """
 
     logits: torch.Tensor
@@ -31,11 +32,14 @@ class Routing:
     chosen: torch.Tensor
     units: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
 
 
 @dataclass
 class Record:
     """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
+
+    Layers that are computed again in the backward pass, as under gradient checkpointing, report nothing more.
 
     Attributes:
         losses: by name, a scalar of every layer that has one; they take gradients.
@@ -43,6 +47,7 @@ class Record:
         routing: by number of the layer, what tokens chose where it has routed heads.
         mlp_routing: by number of the layer, which MLPs tokens chose where it has several; their units are no heads.
         expert_gates: by number of the layer, the gates of experts' attentions, `[N, experts]` of its N tokens.
+        closed: whether the pass is over.
     """
 
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -50,14 +55,24 @@ class Record:
     routing: dict[int, Routing] = field(default_factory=dict)
     mlp_routing: dict[int, Routing] = field(default_factory=dict)
     expert_gates: dict[int, torch.Tensor] = field(default_factory=dict)
+    closed: bool = False
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """Add the side loss of a layer."""
+        if self.closed:
+            return
         self.losses.setdefault(name, []).append(loss)
 
     def add_gate(self, layer: int, gate: torch.Tensor) -> None:
         """Add the gates of a mixer of a layer."""
+        if self.closed:
+            return
         self.gates.setdefault(layer, []).append(gate)
+
+    def add_routing(self, layer: int, routing: Routing) -> None:
+        """Add what tokens chose in a layer."""
+        if not self.closed:
+            self.routing[layer] = routing
 
 
 @dataclass
@@ -154,7 +169,9 @@ class Step:
         return torch.zeros_like(real).scatter(1, self.pick.to(device), real)
 
     def end(self) -> None:
-        """Count the new tokens on the device, in place, and the new columns."""
+        """Count the new tokens on the device, in place, and the new columns; the record of the pass is whole."""
+        if self.record is not None:
+            self.record.closed = True
         if self.cache is None or self.cache.lengths is None or self.cache.width is None:
             return
         if self.seen is not None:

@@ -11,13 +11,15 @@ from compress.data.prompt import Task
 from compress.data.text import Part, Source, characters_for
 from compress.errors import Problem, UserError
 from compress.evaluate.measure import Reading, asked_for, texts_of
-from compress.models.load import check_model
+from compress.models.load import CheckedModel, check_model
+from compress.models.upcycle import check_configs, check_tokenizers, check_upcyclable
 from compress.models.vocabulary import check_tokens
-from compress.recipe.schema import Recipe
+from compress.recipe.schema import Recipe, UpcycleSection
 from compress.search.preview import check_search
 from compress.stages.device import resolve_device
 from compress.stages.inputs import input_name
 from compress.stages.reporter import Reporter
+from compress.stages.upcycle import LENGTH as WINDOW
 from compress.train.windows import check_windows
 
 
@@ -60,7 +62,10 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
 
     lengths, section = {task.length for task in recipe.calibration.documents}, recipe.search
     measured, prepare = recipe.profile.statistics, recipe.prepare
-    noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
+    if recipe.upcycle is None:
+        noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
+    else:
+        noted("upcycle", functools.partial(_check_experts, recipe.upcycle, model))
     for place, check in _requests(recipe, model.config):
         noted(place, check)
     uses = uses_of(recipe, model.tokenizer, model.config)
@@ -89,6 +94,15 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
     if problems:
         raise UserError(problems)
     return tokens
+
+
+def _check_experts(section: UpcycleSection, seed: CheckedModel) -> None:
+    """What can be known of the experts without their weights."""
+    check_upcyclable(seed.config, section.kv)
+    for name in section.experts:
+        expert = check_model(name)
+        check_configs(seed.config, expert.config, name)
+        check_tokenizers(seed.tokenizer, expert.tokenizer, name)
 
 
 def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
@@ -127,6 +141,12 @@ def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[U
                 source, place = reading.source or evaluated, f"evaluate.{measure.registered}{reading.place}"
                 fits = functools.partial(_fits, reading, tokenizer, context)
                 uses.append(Use("evaluation", source, "evaluation", place, reading.tokens, fits))
+    if recipe.upcycle is not None:
+        for number, text in enumerate(recipe.upcycle.texts):
+            length = min(WINDOW, recipe.upcycle.text_tokens)
+            fits = functools.partial(_windows_fit, length, context, "upcycle")
+            tokens = recipe.upcycle.text_tokens
+            uses.append(Use("experts", text, "calibration", f"upcycle.texts[{number}]", tokens, fits))
     for section, settings in (("prepare", recipe.prepare), ("recover", recipe.recover)):
         if settings is not None:
             fits = functools.partial(_windows_fit, settings.length, context, section)

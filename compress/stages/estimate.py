@@ -99,14 +99,20 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
     written = {(use.source.model_dump_json(), use.part): use.source.written(use.part) for use in uses_of(recipe)}
     if total := sum(written.values()):
         stages["text"] = total * of.decode(LENGTH, AT_ONCE.get(kind, AT_ONCE["cpu"]))
-    stages["profile"] = of.answers([*calibration.documents, *calibration.training]) + _profile(recipe, of)
+    upcycled = 1 if recipe.upcycle is None else recipe.upcycle.count
+    if recipe.upcycle is None:
+        stages["profile"] = of.answers([*calibration.documents, *calibration.training]) + _profile(recipe, of)
+    else:
+        read = sum(recipe.upcycle.text_tokens for _ in recipe.upcycle.texts)
+        stages["upcycle"] = upcycled * (of.weights / READ + read / LENGTH * of.forward(LENGTH))
     if recipe.prepare is not None:
         targets = len(recipe.prepare.targets)
         stages["prepare"] = _training(recipe.prepare, of, 1 + (1 + BACKWARD) * targets)
         if recipe.prepare.effect:
             stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * targets)
     plans = 1 + search.solver.most_plans(len({task.length for task in calibration.documents})) + BASELINES
-    stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
+    if recipe.upcycle is None:
+        stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
     if search.refine is not None:
         learnt = [*calibration.documents, *calibration.training]
         made = search.refine.samples * (1 + BACKWARD + RULES * ALTERNATIVE)
@@ -116,8 +122,8 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         step = 1 + BACKWARD + (WEIGHT_GRADIENTS if recover.train == "full" else 0.0)
         step += any(objective.needs_teacher for objective in recover.losses)
         times = 1 + sum(row in rows for row in (CONTROL_ROW, WINDOWS_ROW))
-        stages["recover"] = _training(recover, of, times * step)
-    stages["export"] = EXPORT + of.weights / READ
+        stages["recover"] = _training(recover, of, (times - 1 + upcycled) * step)
+    stages["export"] = EXPORT + upcycled * of.weights / READ
     batch = recipe.evaluate.batch_size
     changed = len(set(rows) - {"dense", CONTROL_ROW})
     stages["evaluate"] = sum(
@@ -163,4 +169,5 @@ def _training(settings: TrainSettings, of: Estimate, passes: float) -> float:
 def memory(recipe: Recipe, situation: Situation) -> int:
     """Bytes that the run holds at most, about."""
     tasks = [*recipe.calibration.documents, *recipe.calibration.held_out, *recipe.evaluate.recall]
-    return situation.held(max((task.length for task in tasks), default=0))
+    held = situation.held(max((task.length for task in tasks), default=0))
+    return held if recipe.upcycle is None else held * recipe.upcycle.count

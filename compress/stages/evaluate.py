@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.evaluate.compare import compare
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, WINDOWS_ROW, Comparison, read_comparison
 from compress.evaluate.measure import Variant, asked_for
+from compress.evaluate.names import file_part
 from compress.evaluate.tables import markdown
 from compress.export.export import update_card
 from compress.export.native import form_for
+from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
 from compress.recipe.schema import Recipe
 from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key
+from compress.stages.plan import finished_plan
 from compress.stages.recover import recover_stage
-from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
 from compress.targets.cost import Cost
@@ -39,7 +42,7 @@ def evaluate_stage(session: Session) -> Comparison:
     """
     run, recipe, say = session.run, session.recipe, session.reporter.say
     require_weights(session)
-    plan = search_stage(session, must_be_done=True)
+    plan = finished_plan(session)
     variants = _variants(session, plan, recover_stage(session, must_be_done=True))
     path = run.path / "evaluation.json"
 
@@ -101,6 +104,8 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
             form = form_for(entry, model.config, session.recipe.export.form)
             return entry.cost(length, itemsize, form=form)
 
+        if label == "plan":
+            variants += _experts(session, plan, dense)
         if label == "plan" and weights is not None and settings is not None:
             variants += _recovered(session, settings, weights, plan, build, cost, dense)
         else:
@@ -108,6 +113,29 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
             row = label if weights is None else f"{label}{UNTRAINED}"
             variants.append(Variant(row, build, plan_key(entry), cost))
     return variants
+
+
+def _experts(session: Session, plan: Plan, dense: Callable[[int], Cost]) -> list[Variant]:
+    """The models that an upcycled one is made of, but its seed; none of any other plan."""
+    recipe = session.recipe
+    if recipe.upcycle is None or plan.upcycle is None:
+        return []
+    marks = {expert.name: expert.fingerprint for expert in plan.upcycle.experts}
+    device = str(session.loaded.model.device)
+
+    def build(name: str) -> Any:
+        return load_model(name, dtype=recipe.dtype, device=device).model
+
+    names = recipe.upcycle.experts
+    return [
+        Variant(row, functools.partial(build, name), marks[name], dense)
+        for row, name in zip(_expert_rows(names), names, strict=True)
+    ]
+
+
+def _expert_rows(names: Sequence[str]) -> list[str]:
+    """The rows of experts, whose folders may have one name."""
+    return [f"expert {number} {file_part(name)}" for number, name in enumerate(names, 1)]
 
 
 def _recovered(
@@ -144,6 +172,8 @@ def row_names(recipe: Recipe) -> list[str]:
     """The rows of a recipe's evaluation, as far as the search finds their plans."""
     names = ["dense"]
     for name in recipe.evaluate.compare:
+        if name == "plan" and recipe.upcycle is not None:
+            names += _expert_rows(recipe.upcycle.experts)
         if recipe.recover is None or name == "plan":
             names.append(name)
         if recipe.recover is not None:

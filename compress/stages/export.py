@@ -6,8 +6,8 @@ from pathlib import Path
 
 from compress.export.export import ExportReport, export_checkpoint
 from compress.export.staging import refuse_existing
+from compress.stages.plan import finished_plan
 from compress.stages.recover import recover_stage
-from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import require_weights, timed
 from compress.words import size
@@ -23,7 +23,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
     run, recipe, say = session.run, session.recipe, session.reporter.say
     check_target(session, overwrite)
     require_weights(session)
-    plan = search_stage(session, must_be_done=True)
+    plan = finished_plan(session)
     weights = recover_stage(session, must_be_done=True)
     if run.stage_done("export", session.export_key()):
         say(f"export: done before, {run.checkpoint}")

@@ -11,6 +11,7 @@ from compress.data.text import Source
 from compress.errors import UserError
 from compress.files import file_key, file_stamp, text_key, write_json
 from compress.json_file import JsonError, parse_json
+from compress.models.content import content_key
 from compress.stages.reporter import Reporter
 
 RECORD = "inputs.json"
@@ -57,6 +58,15 @@ class Inputs:
         """Hash of a file's bytes. Raises UserError: it cannot be read, and never was."""
         place = Path(path).expanduser()
         return self._hash(f"file: {path}", lambda: file_stamp(place), lambda: file_key(place))
+
+    def model(self, name: str) -> str:
+        """Hash of a model's files. Raises UserError: they cannot be read, and never were."""
+
+        def stamp() -> Any:
+            path = Path(name).expanduser()
+            return [(str(file), file_stamp(file)) for file in sorted(path.iterdir())] if path.is_dir() else name
+
+        return self._hash(f"model: {name}", stamp, lambda: content_key(name))
 
     def files(self, what: str, listed: Callable[[], list[Path]]) -> str:
         """Hash of the names and bytes of some files. Raises UserError: they cannot be read, and never were."""

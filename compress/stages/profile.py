@@ -6,7 +6,7 @@ from compress.profile.run import run_profile
 from compress.profile.stability import stabilities
 from compress.profile.store import Profile, read_profile
 from compress.stages.session import Session
-from compress.stages.stage import documents_of, missing, require, timed
+from compress.stages.stage import documents_of, missing, refuse_upcycled, require, timed
 from compress.words import duration, size
 
 
@@ -22,6 +22,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     run, recipe, say = session.run, session.recipe, session.reporter.say
     if must_be_done:
         require(session, "profile")
+    refuse_upcycled(session, "profile")
     key = session.profile_key()
     if run.stage_done("profile", key):
         if not must_be_done:

@@ -10,8 +10,8 @@ from typing import Any
 from compress.models.planned import planned_model
 from compress.runfolder import CONTROL, RECOVERED, WINDOWS
 from compress.stages.device import resolve_device
+from compress.stages.plan import finished_plan
 from compress.stages.processes import together
-from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.stages.stage import missing, timed
 from compress.train.recovery import Recovered, recover
@@ -59,7 +59,7 @@ def train_stage(session: Session, *names: str) -> list[Path]:
     assert settings is not None
     folders = []
     with together(resolve_device(session.recipe.device)):
-        plan = search_stage(session, must_be_done=True)
+        plan = finished_plan(session)
         dense = session.loaded.model
         trainings: dict[str, tuple[Callable[[], str], str, Callable[[], Any]]] = {
             "recover": (session.recover_key, RECOVERED, lambda: planned_model(dense, plan)),

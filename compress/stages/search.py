@@ -10,7 +10,7 @@ from compress.search.run import SearchResult, run_search
 from compress.stages.prepare import effects_stage, prepare_stage
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
-from compress.stages.stage import documents_of, draw, missing, require, timed
+from compress.stages.stage import documents_of, draw, missing, refuse_upcycled, require, timed
 from compress.words import duration
 
 SPANS = "spans.svg"  # written last of the stage's plots: where it is, all are
@@ -31,6 +31,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     Raises:
         UserError: not done although it must be, there is no profile, or it failed (see `run_search`).
     """
+    refuse_upcycled(session, "search")
     run, recipe, say = session.run, session.recipe, session.reporter.say
     if must_be_done:
         require(session, "search")

@@ -156,6 +156,17 @@ class Session:
         search = self.resolved["search"]
         return stage_key("search", self.profile_key(), held_out, text, search, tables, *prepared, *priced)
 
+    def upcycle_key(self) -> str:
+        """All that an upcycled model depends on."""
+        section = self.recipe.upcycle
+        if section is None:
+            raise ValueError("the recipe upcycles nothing")
+        experts = [self.inputs.model(name) for name in section.experts]
+        most = characters_for(section.text_tokens, "calibration")
+        texts = [self.inputs.text(text, most) for text in section.texts]
+        settings = self.resolved["upcycle"]
+        return stage_key("upcycle", self.fingerprint, settings, experts, texts, self.recipe.seed, self.recipe.dtype)
+
     def export_key(self) -> str:
         """All that a checkpoint depends on: the plan as it lies there, so an edited one is exported again."""
         plan, trained = self._content(self.run.plan), [*self._prepared(), *self._trained(RECOVERED)]

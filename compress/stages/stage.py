@@ -50,6 +50,7 @@ def require(session: Session, *stages: str) -> None:
         "prepare": (session.prepare_key, run.path / "options"),
         "profile": (session.profile_key, run.profile),
         "search": (session.search_key, run.plan),
+        "upcycle": (session.upcycle_key, run.plan),
         "recover": (session.recover_key, run.path / "recover"),
         "control": (session.control_key, run.path / "recover"),
         "windows": (session.windows_key, run.path / "recover"),
@@ -64,7 +65,17 @@ def require_weights(session: Session) -> None:
     """`require` for the stages whose results a checkpoint, or its evaluation, is made of."""
     settings = session.recipe.recover
     trained = [] if settings is None else ["recover", *settings.controls]
-    require(session, "search", *trained)
+    require(session, "search" if session.recipe.upcycle is None else "upcycle", *trained)
+
+
+def refuse_upcycled(session: Session, stage: str) -> None:
+    """Raise UserError for a stage that has no place where several models become one."""
+    if session.recipe.upcycle is not None:
+        raise UserError(
+            f"an upcycled model has no {stage}: its plan is that all experts stay",
+            where=str(session.recipe.source),
+            fix=f"compress upcycle {session.recipe.words}, or all at once: compress run {session.recipe.words}",
+        )
 
 
 def missing(session: Session, stage: str, where: Path) -> UserError:

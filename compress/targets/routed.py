@@ -20,7 +20,7 @@ from compress.targets.unit import Unit
 
 Router = Literal["two_stage", "norm", "random"]
 MOST_UNITS = 1 << 10  # no layer has more heads
-WORDS = {"two_stage": "", "norm": " by the norms of their queries", "random": " at random"}
+WORDS = {"two_stage": "", "norm": " by the norms of queries", "random": " at random"}
 RULES = {
     "two_stage": "a router scores the units by the layer's input (Mixture-of-Head, arXiv 2410.11842) and weighs their "
     "outputs by a softmax over the units in use",
@@ -41,21 +41,21 @@ class RoutedGroup(SpanTarget):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
     noun: ClassVar[str] = "routing"
+    objective: ClassVar[str | None] = "routing"
     untrained: ClassVar[bool] = True
     by_layer: ClassVar[bool] = True
 
     target: Literal["routed"] = "routed"
     router: Router = Field(
         "two_stage",
-        description="what scores the units: weights of the layer's input, the norms of their queries, or fixed random "
-        "weights as a control. In models that normalise queries, the norms are those of the normalised ones",
+        description="what scores the units: weights of the layer's input, the norms of their queries (not in models "
+        "that normalise every query head), or fixed random weights as a control",
     )
     unit: Literal["group", "head"] = Field(
         "group",
         description="what is chosen: head groups, so that keys are not read either, or query heads, which under "
         "grouped queries leave most keys to be read",
     )
-    block: int = Field(1, ge=1, le=MOST_UNITS, description="head groups side by side that are one unit")
     active: int = Field(ge=0, le=MOST_UNITS, description="routed units that every token uses, in the whole layer")
     of: int = Field(ge=0, le=MOST_UNITS, description="routed units of the whole layer, which tokens choose from")
     always: int = Field(0, ge=0, le=MOST_UNITS, description="shared units of the whole layer, which all tokens use")
@@ -102,8 +102,6 @@ class RoutedGroup(SpanTarget):
                 raise ValueError('shared: the layer has no routed units (of: 0), so expected "all"')
         if self.shared and not self.always:
             raise ValueError("always: this group has shared units, so expected 1 or more, got 0")
-        if self.block > 1 and self.unit == "head":
-            raise ValueError(f"block: query heads are chosen one by one, so expected 1, got {self.block}")
         if self.router == "random" and self.gates != "one":
             raise ValueError("gates: a random router has no weights to trust, so expected one, got weighted")
         return self
@@ -122,7 +120,7 @@ class RoutedGroup(SpanTarget):
         """The entries of a layer whose groups are all routed, in their order.
 
         Args:
-            groups: head groups of the layer that stay, and of one block each.
+            groups: head groups of the layer that stay.
             active: routed units that a token uses.
             shared: numbers of the layer's units that are always on: of groups, or of query heads.
             group_size: query heads of a group; asked for where heads are chosen.
@@ -151,6 +149,16 @@ class RoutedGroup(SpanTarget):
     def fits_native(self) -> bool:
         """See `Target.fits_native`: without a window of its own it has the layer's."""
         return Span(self.sink, self.alpha, self.beta).is_full
+
+    @property
+    def prepared_as(self) -> RoutedGroup:
+        """See `Target.prepared_as`: what scores a unit is the same whichever are shared, and how many are chosen."""
+        return type(self)(router=self.router, unit=self.unit, active=1, of=1)
+
+    @property
+    def reads_norms(self) -> bool:
+        """See `Target.reads_norms`."""
+        return self.router == "norm"
 
     @property
     def share(self) -> Fraction:
@@ -186,17 +194,30 @@ class RoutedGroup(SpanTarget):
         Raises:
             ValueError: tokens are asked for; no stock architecture has this target.
         """
-        cost = super().cost(unit, length)
-        on = self.shared_heads(unit.query_heads)
-        computed = (on + (unit.query_heads - on) * self.share) / unit.query_heads
-        read = self.read_share(unit.query_heads)
+        return type(self).together([self], unit, length)
+
+    @classmethod
+    def together(cls, groups: Sequence[Any], unit: Unit, length: int) -> Cost:
+        """See `Target.together`. What a token computes of a layer is exact, whatever it chooses, where the groups have
+        one window: `active` of the routed units, whose shares add up to that. So are the keys that it reads where whole
+        groups are chosen; where query heads are, they are expected ones."""
+        heads = unit.query_heads
+        each = [SpanTarget.cost(group, unit, length) for group in groups]
+        shares = [(group.read_share(heads), group.computed_share(heads)) for group in groups]
+        total, pairs = Cost.total(each), list(zip(each, shares, strict=True))
         return replace(
-            cost,
-            read_bytes=_up(cost.read_bytes * read),
-            keys=_up(cost.keys * read),
-            flops=_up(cost.flops * computed),
-            parameters=cost.parameters + self._own(unit) if unit.parameters else 0,
+            total,
+            read_bytes=_up(sum(cost.read_bytes * read for cost, (read, _) in pairs)),
+            keys=_up(sum(cost.keys * read for cost, (read, _) in pairs)),
+            flops=_up(sum(cost.flops * computed for cost, (_, computed) in pairs)),
+            heads=_up(sum(cost.heads * computed for cost, (_, computed) in pairs)),
+            parameters=total.parameters + sum(group._own(unit) for group in groups) if unit.parameters else 0,
         )
+
+    def computed_share(self, query_heads: int) -> Fraction:
+        """Of a group of so many query heads, how many a token computes, where all units are chosen alike."""
+        on = self.shared_heads(query_heads)
+        return (on + (query_heads - on) * self.share) / query_heads
 
     def _own(self, unit: Unit) -> int:
         """Parameters of the router that go with the group."""
@@ -206,19 +227,28 @@ class RoutedGroup(SpanTarget):
         ]
 
     def words(self, native: int | None = None) -> str:
-        units = "query heads" if self.unit == "head" else "head groups" if self.block == 1 else "blocks of head groups"
-        chosen = f"{self.active} of {self.of} {units} a token{WORDS[self.router]}"
-        beside = f" beside {self.always} that are always on" if self.always else ""
-        here = "this one always on, " if self.shared == "all" else ""
-        if self.shared and not here:
-            here = f"heads {', '.join(map(str, self.shared))} of this one always on, "
         span = super().words(native)
-        return f"{here}{chosen}{beside}" + ("" if span == "sees everything" else f", {span}")
+        return self._choice() + ("" if span == "sees everything" else f", {span}")
+
+    def _choice(self) -> str:
+        if not self.of:
+            return "always on, weighed by a router"
+        units = "query heads" if self.unit == "head" else "head groups"
+        chosen = f"{self.active} of {self.of} {units}"
+        if self.shared == "all":
+            return f"always on, beside {chosen} that tokens choose{WORDS[self.router]}"
+        beside = f", beside {self.always} always on" if self.always else ""
+        if self.shared:
+            beside += f" (here {', '.join(map(str, self.shared))})"
+        return f"tokens choose {chosen}{WORDS[self.router]}{beside}"
 
     def short(self, native: int | None = None) -> str:
+        """`R` of a group that tokens choose and `on` of one that is shared, with chosen / routed + shared units of the
+        layer; with `h` these are query heads, and those in brackets are shared."""
         span = super().short(native)
         chosen = f"{self.active}/{self.of}" + (f"+{self.always}" if self.always else "")
-        here = "on" if self.shared == "all" else "R"
+        heads = f"({','.join(map(str, self.shared))})" if self.shared else ""
+        here = "on" if self.shared == "all" else f"R{heads}"
         return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
 
     def rule_text(self) -> str:

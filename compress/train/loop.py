@@ -47,7 +47,8 @@ class Trainee(Protocol):
         """Run a part of a batch, and call `learn(student, teacher)` with the outputs, which runs the backward pass.
 
         It may be called several times, with the outputs of one layer after the other, whose losses add up. Outputs of
-        some sequences only come with their own inputs, `learn(student, teacher, inputs)`.
+        some sequences only come with their own inputs, `learn(student, teacher, inputs)`. A call takes some of the
+        objectives alone with `which=`, and with `beside=` a number whose backward pass is to run along with theirs.
 
         Args:
             module: the trainee's own, or what spreads its weights over processes.
@@ -229,9 +230,18 @@ class _Passes:
         # Spread weights get the mean gradient over processes; the loss is already a share of the whole batch's mean.
         factor = self.accelerator.num_processes if self.spread else 1
 
-        def learn(student: Any, teacher: Any, some: Inputs = inputs) -> None:
-            loss: torch.Tensor | None = None
+        def learn(
+            student: Any,
+            teacher: Any,
+            some: Inputs = inputs,
+            *,
+            which: Callable[[Objective], bool] = lambda objective: True,
+            beside: torch.Tensor | None = None,
+        ) -> None:
+            loss = beside
             for number, objective in enumerate(self.objectives):
+                if not which(objective):
+                    continue
                 with nullcontext() if objective.weight else torch.no_grad():
                     total = objective.loss(student, teacher, some)
                 sums[number] += total.detach()

@@ -44,7 +44,7 @@ def attach(model: nn.Module, settings: RecoverSettings) -> LoraModel:
     )
     adapted = LoraModel(model, config, "default")
     for mixer in mixers_of(model):
-        mixer.requires_grad_(True)
+        mixer.requires_grad_(mixer.learns)
     return adapted
 
 

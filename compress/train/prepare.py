@@ -19,7 +19,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.files import key_of
 from compress.json_file import read_sealed
-from compress.models.families import attentions_of
+from compress.models.families import attentions_of, family_of, layers_of
 from compress.models.planned import planned_model
 from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
 from compress.models.replaced import AttentionCall, causal_attention, replaced_attention
@@ -29,6 +29,7 @@ from compress.runtime.impl import choose_impl
 from compress.runtime.mixer import Kinds
 from compress.runtime.span import Span
 from compress.runtime.step import Record, Step
+from compress.runtime.widths import projections
 from compress.targets.target import Target
 from compress.train.curve import Curve
 from compress.train.loop import Learn, Progress, train
@@ -179,7 +180,7 @@ class _Mixers(nn.Module):
             if native is None:
                 self._kinds[layer] = attention.compress_kinds
                 self.layers[str(layer)] = attention.compress_kinds.only.float()
-        if not list(self.parameters()):
+        if not any(mixer.learns and list(mixer.parameters()) for mixer in self.layers.values()):
             raise UserError(
                 f"the target `{target.target}` has nothing to train",
                 where="prepare.targets",
@@ -188,15 +189,26 @@ class _Mixers(nn.Module):
             )
         self._apart = any(objective.needs_parts for objective in losses)
         self._features = any(objective.needs_features for objective in losses)
-        asked = {"parts": self._apart, "features": self._features}
-        for name in (name for name, needed in asked.items() if needed):
+        choice = any(objective.needs_choice for objective in losses)
+        self._chosen_alone = choice and all(objective.needs_choice for objective in losses)
+        asked = {
+            "parts": (self._apart, "the parts of hybrid heads"),
+            "features": (self._features, "the features of hybrid heads"),
+            "choose": (choice, "the choices of routed heads"),
+        }
+        for name, words in ((name, words) for name, (needed, words) in asked.items() if needed):
             if not all(hasattr(mixer, name) for mixer in self.layers.values()):
                 raise UserError(
-                    f"the objective asks for the {name} of hybrid heads, which `{target.target}` does not have",
+                    f"the objective asks for {words}, which `{target.target}` does not have",
                     where="prepare.objectives",
                     expected="`transfer`",
                 )
         self.requires_grad_(True)
+        self._projections: dict[int, torch.Tensor] = {}  # what reads the outputs of heads
+        if choice:
+            reader = family_of(model.config).reader("query")
+            rows = enumerate(layers_of(model))
+            self._projections = {number: projections(layer, model.config)[reader].weight for number, layer in rows}
         self._low = low
         self._model, self.shape = (model,), shape  # in a tuple, so that its weights are none of this module's
         self._inputs: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -246,7 +258,7 @@ class _Mixers(nn.Module):
                 sums[place, student["layer"]] += heads.view(shape.kv_heads, -1).sum(1)
 
         self.eval()
-        self._apart = False  # the outputs alone
+        self._apart = self._chosen_alone = False  # the outputs alone
         for step in range(count):
             for part in batches.passes(step, accelerator.num_processes)[accelerator.process_index]:
                 self.run(self, {name: value.to(device) for name, value in part.items()}, add)
@@ -285,6 +297,8 @@ class _Mixers(nn.Module):
                     student["parts"] = mixer.parts(query, key, value, None, step, **options)
                     if self._features:
                         student["features"] = mixer.features(query, key, step, scale=call.scaling)
+                elif self._chosen_alone:
+                    mixer.choose(query, step)  # the record has it
                 else:
                     student["outputs"] = mixer.prefill(query, key, value, None, step, **options)
                 self._learn(student, teacher)
@@ -296,7 +310,7 @@ class _Mixers(nn.Module):
         """What the layer's own attention gives: outputs `[B, T, H, D]`, and what objectives of parts ask for beside."""
         if not self._apart:
             outputs = causal_attention(query, key, value, call.scaling, call.window, call.scores)
-            return {"outputs": outputs.transpose(1, 2)}
+            return {"outputs": outputs.transpose(1, 2), "projection": self._projections.get(call.layer)}
         prefill = choose_impl("auto", query).prefill
         everything = (Span(),) * key.shape[1]
         outputs, lse = prefill(query, key, value, everything, scale=call.scaling, scores=call.scores, keep_lse=True)

@@ -18,7 +18,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
-from compress.models.planned import mixers_of
+from compress.models.planned import has_routers, mixers_of
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
@@ -26,7 +26,7 @@ from compress.runtime.step import Record
 from compress.train.curve import Curve
 from compress.train.loop import Learn, Progress, train
 from compress.train.lora import attach, merge
-from compress.train.objectives.objective import Inputs
+from compress.train.objectives.objective import Inputs, Objective
 from compress.train.settings import RecoverSettings
 from compress.train.state import Partial, whole_weights
 from compress.train.window_dropout import DroppedWindows, window_dropped
@@ -105,7 +105,15 @@ def recover(
         UserError: the text or the batch does not fit, weights cannot be spread here, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    follows = any(objective.needs_teacher for objective in settings.losses)
+    losses = settings.losses_of(routed=has_routers(model))
+    if not losses:
+        raise UserError(
+            "nothing is minimised",
+            where="recover.objectives",
+            expected="a loss of the text or of the dense model's predictions beside those of routers",
+            fix="add `{name: text}`",
+        )
+    follows = any(objective.needs_teacher for objective in losses)
     if follows and teacher is None:
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if follows else None
@@ -158,8 +166,8 @@ def recover(
 class _Student:
     """A model that is trained, and the dense one that it may follow.
 
-    Where all losses are of logits, and those of a pass are large, the head runs on some sequences at a time, and so do
-    the losses: their gradients meet in the last hidden states, whose backward pass comes last.
+    Where all losses are of logits, or of routers, and the logits of a pass are large, the head runs on some sequences
+    at a time, and so do the losses: their gradients meet in the last hidden states, whose backward pass comes last.
 
     Args:
         whole: never do so.
@@ -207,8 +215,13 @@ class _Student:
                 {"logits": logits},
                 None if other is None else {"logits": other},
                 {name: value[place] for name, value in inputs.items()},
+                which=_of_logits,
             )
-        if leaf.grad is not None:
+        record: Record | None = planned.get("compress_record")
+        if record is not None and (record.routing or record.mlp_routing):
+            beside = None if leaf.grad is None else (states * leaf.grad).sum()  # its gradient is that of the losses
+            learn({"record": record}, None, which=_of_routers, beside=beside)
+        elif leaf.grad is not None:
             states.backward(leaf.grad)
 
     @staticmethod
@@ -224,6 +237,14 @@ class _Student:
     def _autocast(self, inputs: Inputs) -> torch.autocast:
         kind = inputs["input_ids"].device.type
         return torch.autocast(kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+def _of_logits(objective: Objective) -> bool:
+    return objective.of_logits
+
+
+def _of_routers(objective: Objective) -> bool:
+    return objective.of_routers
 
 
 @torch.no_grad()
@@ -279,7 +300,8 @@ def _train_and_merge(
     spread = accelerator.distributed_type == DistributedType.FSDP
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     low = settings.low(next(model.parameters()).device)
-    whole = spread or not all(objective.of_logits for objective in settings.losses)
+    losses = settings.losses_of(routed=has_routers(model))
+    whole = spread or not all(objective.of_logits or objective.of_routers for objective in losses)
     whole = whole or not all(has_plain_head(each) for each in (model, teacher) if each is not None)
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
@@ -288,7 +310,7 @@ def _train_and_merge(
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
             _Student(copied, teacher, low, whole=whole),
-            settings.losses,
+            losses,
             DroppedWindows.of(batches, copied, settings, f"{seed}/windows"),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
@@ -334,7 +356,8 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     """
     device = next(model.parameters()).device
     low = settings.low(device) if settings.train != "full" and not settings.shard else None
-    of_mixers = [weight for mixer in mixers_of(model) for weight in mixer.parameters()]
+    mixers = mixers_of(model)
+    of_mixers = [weight for mixer in mixers if mixer.learns for weight in mixer.parameters()]
     for weight in model.parameters():
         if weight.dtype != low:
             weight.data = weight.data.float()
@@ -342,11 +365,13 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
         weight.data = weight.data.float().clone()  # another model may hold the same tensor
     if settings.train == "full":
         model.requires_grad_(True)
+        for mixer in mixers:
+            mixer.requires_grad_(mixer.learns)
         return None
     if settings.train == "mixers":
         if not of_mixers:
             raise UserError(
-                "the targets of the plan have no parameters of their own",
+                "the targets of the plan have no parameters of their own to train",
                 where="recover.train: mixers",
                 expected="`lora` or `full`, or a plan with targets that have some",
             )

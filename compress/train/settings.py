@@ -17,6 +17,7 @@ from compress.targets.target import Target
 from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
 from compress.train.objectives.objective import Objective
+from compress.train.objectives.routing import Balance, RouterZ
 from compress.train.objectives.text import Text
 from compress.train.schedule import Schedule
 
@@ -111,7 +112,13 @@ class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
     outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control", "window_control"})
-    newer: ClassVar[dict[str, Any]] = {"objectives": [], "mixer_rate": None, "window_dropout": []}
+    newer: ClassVar[dict[str, Any]] = {
+        "objectives": [],
+        "mixer_rate": None,
+        "window_dropout": [],
+        "balance": 0.01,
+        "router_z": 0.0,
+    }
 
     train: Literal["lora", "full", "mixers"] = Field(
         "lora",
@@ -131,7 +138,17 @@ class RecoverSettings(TrainSettings):
     objectives: tuple[Annotated[Objective, registry.objectives], ...] = Field(
         (),
         max_length=ENTRIES,
-        description="losses in place of `loss`, each with its weight: `[{name: text}, {name: side, weight: 0.01}]`",
+        description="losses in place of `loss`, each with its weight: `[{name: text}, {name: distill, weight: 2}]`",
+    )
+    balance: float = Field(
+        0.01,
+        ge=0,
+        le=FACTOR,
+        description="weight of the load balance of routed heads, where the plan has any (objective `balance`, which "
+        "`objectives` may name with other settings)",
+    )
+    router_z: float = Field(
+        0.0, ge=0, le=FACTOR, description="weight of the squared log-sum-exp of their routers' logits, likewise"
     )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     mixer_rate: float | None = Field(
@@ -179,9 +196,21 @@ class RecoverSettings(TrainSettings):
         """What is trained beside the plan, as a comparison: the dense model, and the plan without its states."""
         return ["control"] * self.control + ["windows"] * self.window_control
 
+    def losses_of(self, *, routed: bool) -> tuple[Objective, ...]:
+        """What is minimised, and what is only recorded beside it (weight 0).
+
+        Args:
+            routed: whether the model that is trained has routers, whose losses every other model goes without.
+        """
+        if not routed:
+            return tuple(objective for objective in self.losses if not objective.of_routers)
+        named = {objective.registered for objective in self.losses}
+        of_routers = (Balance(weight=self.balance), RouterZ(weight=self.router_z))
+        return (*self.losses, *(objective for objective in of_routers if objective.registered not in named))
+
     @property
     def losses(self) -> tuple[Objective, ...]:
-        """What is minimised, and what is only recorded beside it (weight 0)."""
+        """The same, as the recipe names them."""
         if self.objectives:
             return self.objectives
         kl = {"text": 0.0, "distill": 1.0, "both": self.distill_weight}[self.loss]

@@ -12,7 +12,7 @@ import torch
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
-from compress.models.upcycle import average, check_alike, check_upcyclable, upcycle
+from compress.models.upcycle import average, check_configs, check_tokenizers, check_upcyclable, check_weights, upcycle
 from compress.models.upcycled import attach_upcycled
 from compress.plan import MlpRouting
 from compress.runtime import mixer_expert, mlp_experts
@@ -218,13 +218,17 @@ def test_models_of_other_shapes_and_tokenizers_are_refused(seed: Any) -> None:
     wider = copy.deepcopy(seed)
     wider.config.intermediate_size, wider.config.rms_norm_eps = 96, 1e-3
     with pytest.raises(UserError) as caught:
-        check_alike(seed, wider, "wider")
+        check_configs(seed.config, wider.config, "wider")
     assert [problem.where for problem in caught.value.problems] == ["wider", "wider"]
+    wider.lm_head.bias = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError, match=r"of another shape: `lm_head.bias`"):
+        check_weights(seed, wider, "wider")
     other = tiny_tokenizer()
     other.add_tokens(["w200"])
     with pytest.raises(UserError, match="another tokenizer"):
-        check_alike(seed, copy.deepcopy(seed), "other", (tiny_tokenizer(), other))
-    check_alike(seed, copy.deepcopy(seed), "same", (tiny_tokenizer(), tiny_tokenizer()))
+        check_tokenizers(tiny_tokenizer(), other, "other")
+    check_configs(seed.config, copy.deepcopy(seed.config), "same")
+    check_tokenizers(tiny_tokenizer(), tiny_tokenizer(), "same")
     for family, kv, reason in (
         ("mixtral", "expert", "experts already"),
         ("olmo2", "expert", "weights of their own for every head"),

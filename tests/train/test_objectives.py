@@ -12,7 +12,7 @@ from torch import nn
 
 import compress.train.objectives  # noqa: F401  (importing the package registers them)
 from compress.registry import objectives
-from compress.runtime.step import Record
+from compress.runtime.step import Record, Routing
 from compress.train.settings import RecoverSettings
 from tests.train.common import model_of, settings, trained
 from tests.train.hybrid import Hybrid, of_rows
@@ -46,6 +46,24 @@ def states(seed: int) -> Outputs:
     return lambda rows: {"states": values, "gates": torch.full((3,), 0.5)}
 
 
+def chosen(rows: slice) -> dict[str, Any]:
+    """What the tokens of some sequences choose in two layers, of which one is the layer at hand."""
+    generator, record = torch.Generator().manual_seed(3), Record()
+    for layer in (0, 1):
+        logits = torch.randn(6, 5, 4, generator=generator)[rows]
+        on = logits > logits.median(-1, keepdim=True).values
+        flat, units = logits.flatten(0, 1), tuple((unit,) for unit in range(4))
+        record.add_routing(layer, Routing(flat, flat.softmax(-1), on.flatten(0, 1), units, (), (5,) * len(logits)))
+    return {"record": record, "layer": 1}
+
+
+def projected(rows: slice) -> dict[str, Any]:
+    """Outputs of a layer's heads, and what reads them."""
+    generator = torch.Generator().manual_seed(4)
+    outputs, weight = torch.randn(6, 5, 4, 8, generator=generator), torch.randn(12, 32, generator=generator)
+    return {"outputs": outputs[rows], "projection": weight}
+
+
 def hybrid(part: str) -> Outputs:
     """Of a layer of hybrid heads, or of full attention in their place."""
     given = getattr(Hybrid(), part)
@@ -60,6 +78,9 @@ CASES: dict[str, tuple[Outputs, Outputs]] = {
     "parts": (hybrid("student"), hybrid("teacher")),
     "weights": (hybrid("student"), hybrid("teacher")),
     "side": (balanced, balanced),
+    "balance": (chosen, chosen),
+    "router_z": (chosen, chosen),
+    "routing": (chosen, projected),
     "gates": (states(0), states(1)),
 }
 
@@ -70,7 +91,10 @@ def test_every_objective_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_parts_of_a_batch_add_up(name: str) -> None:
-    objective, (student, teacher) = objectives[name](), CASES[name]
+    objective, (student, teacher) = (
+        objectives[name](**({"loss_name": "balance"} if name == "side" else {})),
+        CASES[name],
+    )
     ids = torch.randint(0, 11, (6, 5), generator=torch.Generator().manual_seed(2))
 
     def terms(*parts: slice) -> tuple[int, torch.Tensor]:
@@ -98,7 +122,7 @@ def test_gates_stay_between_streaming_and_full() -> None:
 
 def test_a_side_loss_that_nobody_reports_is_refused() -> None:
     with pytest.raises(ValueError, match="no mixer reports a loss 'balance'; reported: none"):
-        objectives["side"]().loss({"record": Record()}, None, {"input_ids": torch.zeros(1, 2)})
+        objectives["side"](loss_name="balance").loss({"record": Record()}, None, {"input_ids": torch.zeros(1, 2)})
 
 
 def test_recovery_takes_objectives_by_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_a_side_loss_is_summed_over_layers_and_takes_gradients() -> None:
     for weight in weights:
         record.add_loss("balance", weight.square())
     inputs: dict[str, Any] = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
-    side = objectives["side"]()
+    side = objectives["side"](loss_name="balance")
     loss = side.loss({"record": record}, None, inputs)
     assert side.count(inputs) == 10 and loss.item() == 10 * (4 + 9)
     loss.backward()

@@ -28,6 +28,8 @@ class Objective(Method):
         of_layer: whether it is a loss of one layer, which `prepare` takes, and not one of a whole model.
         needs_parts: of a layer's loss, whether it asks for the softmax and the state of its heads apart.
         needs_features: likewise, whether it asks for the features that the state's weights are made of.
+        needs_choice: likewise, whether it asks for what tokens choose, and for nothing else.
+        of_routers: whether it is a loss of what routers did in a whole model; a model without any goes without it.
         unit: of the loss a term.
     """
 
@@ -38,6 +40,8 @@ class Objective(Method):
     of_layer: ClassVar[bool] = False
     needs_parts: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    needs_choice: ClassVar[bool] = False
+    of_routers: ClassVar[bool] = False
     unit: ClassVar[str] = "nats a token"
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Losses that mixers report beside their outputs, such as the load balance of a router."""
+"""Losses that mixers report beside their outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compress.train.objectives.objective import Inputs, Objective
 class Side(Objective):
     """A loss that the plan's mixers report by name (`runtime.step.Record`), summed over layers."""
 
-    loss_name: str = Field("balance", min_length=1, description="name under which the mixers report it")
+    loss_name: str = Field(min_length=1, description="name under which the mixers report it")
 
     unit: ClassVar[str] = "the mixers' own, summed over layers"
 

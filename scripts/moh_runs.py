@@ -1,0 +1,317 @@
+"""Routed heads on one model, row by row beside their controls: trained, measured, and put into one table.
+
+python scripts/moh_runs.py --texts FOLDER --out FOLDER [--tasks A,B --task-files FOLDER] [--rows A,B] [--seeds 0,1]
+
+Rows, all trained on the same tokens with the same losses; SHARE is the percentage of the query heads that are on:
+
+    UNIT-SHARE-ROUTER           routed heads: units are `group` or `head`, SHARE is 90, 75 or 50, and ROUTER is
+                                `two_stage`, `norm` or, as a control, `random`
+    UNIT-75-ROUTER-first        shared are the first half of a layer's units, as in the paper, not those that score best
+    UNIT-75-ROUTER-free         no unit is shared
+    group-75-two_stage-uneven   without a balance loss
+    group-75-two_stage-mixers   trains the routers alone; -lora: with low-rank updates of the projections
+    pruned-SHARE                removes as many groups of each layer as `group-SHARE` has off, those that score least
+    dense                       the dense model
+
+A layer's share is made by what is off in it: `group-75` has one of three groups off in 22 of 30 layers, those where
+that costs least by the score, and leaves the others dense. Half of a layer's units are shared, rounded down, as long as
+one is left to choose. Where a token chooses one unit alone, its gate is 1 with the gradient of its probability, since a
+weight among one says nothing. Scores are the statistic `taylor`, of a group the sum over its query heads.
+
+Every row is recipes/smollm2-moh.yaml with other keys and a plan of its own, in FOLDER/ROW-SEED. What rows have in
+common (profile, written text, the routers' preparation, the dense model's figures) is made once, in FOLDER/base-SEED.
+Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
+command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
+FOLDER/rows.json all its numbers. Rows that are not at 75% run with the first seed alone.
+
+FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
+in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on. `--tasks` are lm-eval tasks, which
+`--task-files` may have, with their data, where there is no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compress.evaluate.measure import Measure, Variant
+from compress.files import write_json, write_text
+from compress.models.planned import planned_model
+from compress.models.trained import load_trained
+from compress.plan import LayerPlan, ModelShape, Plan, plan_of_layers, read_plan
+from compress.profile.key import Key
+from compress.profile.store import Profile
+from compress.registry import measures
+from compress.search.measure import plan_key
+from compress.stages.prepare import prepare_stage
+from compress.stages.profile import profile_stage
+from compress.stages.recover import train_stage
+from compress.stages.session import Session
+from compress.stages.stage import timed
+from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
+from compress.targets.routed import RoutedGroup
+from compress.targets.target import Target
+from compress.train.recovery import read_recovered
+from scripts import rows
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-moh.yaml"
+SHARES = (90, 75, 50)
+PRICED = 8192  # tokens at which a plan's reads and operations are told
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        share: of the query heads that are on, in percent.
+        unit: what is routed, or removed; None for the dense model.
+        router: None where units are removed.
+        shared: which units are always on: half of them by the `score`, the `first` half, or `none`.
+        recover: keys of the recipe's `recover` that differ.
+    """
+
+    share: int = 100
+    unit: str | None = None
+    router: str | None = None
+    shared: str = "score"
+    recover: tuple[tuple[str, Any], ...] = ()
+
+
+def all_rows() -> dict[str, Row]:
+    """Every row by its name."""
+    found = {"dense": Row()} | {f"pruned-{share}": Row(share, "group") for share in SHARES}
+    for unit in ("group", "head"):
+        for router in ("two_stage", "norm", "random"):
+            found |= {f"{unit}-{share}-{router}": Row(share, unit, router) for share in SHARES}
+    for unit in ("group", "head"):
+        for router in ("two_stage", "norm"):
+            found[f"{unit}-75-{router}-first"] = Row(75, unit, router, "first")
+            found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
+    changed: dict[str, tuple[tuple[str, Any], ...]] = {
+        "uneven": (("balance", 0.0),),
+        "mixers": (("train", "mixers"), ("rate", 3e-3)),
+        "lora": (("train", "lora"), ("mixer_rate", 3e-3)),
+    }
+    for name, keys in changed.items():
+        found[f"group-75-two_stage-{name}"] = Row(75, "group", "two_stage", recover=keys)
+    return found
+
+
+ROWS = all_rows()
+
+
+def main() -> None:
+    """Train and measure the rows that are asked for, and print the table."""
+    parser = rows.arguments((__doc__ or "").splitlines()[0], ROWS)
+    add = parser.add_argument
+    add("--tokens", type=int, default=25_000_000, help="of the joint training of each row")
+    add("--prepare-tokens", type=int, default=2_000_000, help="of the preparation of each target")
+    add("--prepare-batch", type=int, default=16, help="sequences of a step of the preparation")
+    add("--measured-length", type=int, default=2048, help="tokens of the measures' inputs")
+    add("--task-files", type=Path, help="folder of lm-eval task files, with their data")
+    add("--tasks", default="", help="lm-eval tasks, by commas")
+    add("--items", type=int, default=1000, help="first items of each task")
+    rows.main(parser.parse_args(), ROWS, run_row, print_table, once=[name for name in ROWS if not at_75(ROWS[name])])
+
+
+def at_75(row: Row) -> bool:
+    """Whether a row runs with every seed: those at 75%, and the dense model that they are compared with."""
+    return row.share in (75, 100)
+
+
+def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
+    """All stages of a row, and its figures; of `base` what the other rows have in common."""
+    row = ROWS.get(name, Row())
+    with rows.session_of(options, name, seed, recipe_of(options, row)) as session:
+        profile = profile_stage(session)
+        prepare_stage(session)
+        path = rows.figures(options, name, seed)
+        if name == rows.BASE:
+            found = rows.measure(options, session, None, readings(options))
+            write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
+            return
+        plan = decided(session, row, profile)
+        which = "recover" if row.unit else "control"
+        (weights,) = train_stage(session, which)
+        record = read_recovered(weights)
+        found = rows.measure(options, session, variant_of(session, name, row, plan, weights), readings(options))
+        facts = {
+            "tokens": record.tokens,
+            "speed": record.tokens / record.seconds,
+            "first loss": record.first_loss,
+            "loss": record.last_loss,
+            "device": record.device,
+        }
+        write_json(path, {"row": name, "seed": seed, **facts, **costs_of(session, plan), "cells": found})
+
+
+def recipe_of(options: argparse.Namespace, row: Row) -> dict[str, Any]:
+    """A row's recipe, as plain data."""
+    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
+    source, length = rows.training_text(options), options.measured_length
+    recipe["calibration"] = {
+        "text": {"source": "file", "path": str(rows.corpus(options))},
+        "documents": [
+            {"task": "continuation", "length": length, "count": 8, "answer": "text", "answer_tokens": length // 2}
+        ],
+    }
+    common = {"text": source, "length": options.length}
+    recipe["prepare"] |= {**common, "tokens": options.prepare_tokens, "batch_size": options.prepare_batch}
+    recipe["recover"] |= {**common, "tokens": options.tokens, "batch_size": options.batch, "save_every": 200}
+    recipe["recover"] |= {"micro_batch": min(options.micro, options.batch), "control": False, **dict(row.recover)}
+    recipe["evaluate"] = {"compare": ["plan"]}
+    return recipe
+
+
+def decided(session: Session, row: Row, profile: Profile) -> Plan:
+    """The row's plan, in the place of the one that a search would leave."""
+    run = session.run
+    if not run.stage_done("search", session.search_key()):
+        heads = profile.tensor(Key("taylor", "heads")).double()
+        plan = plan_of(session.shape, row, heads)
+        timed(session, "search", session.search_key, ["plan.json"], lambda: write_text(run.plan, plan.to_json()))
+    return read_plan(run.plan, session.shape)
+
+
+def plan_of(shape: ModelShape, row: Row, heads: torch.Tensor) -> Plan:
+    """A row's plan.
+
+    Args:
+        heads: scores of query heads, `[layers, groups, heads of a group]`.
+    """
+    scores = heads.flatten(1) if row.unit == "head" else heads.sum(-1)
+    counts = off_by_layer(scores, row.share)
+    layers = []
+    for number, off in enumerate(counts):
+        groups: list[Target] = [FullGroup()] * shape.kv_heads
+        if off and row.router is None:
+            removed = set(scores[number].argsort(stable=True)[:off].tolist())
+            groups = [PrunedGroup() if group in removed else FullGroup() for group in range(shape.kv_heads)]
+        elif off:
+            groups = list(routed_layer(shape, row, scores[number], off))
+        layers.append(LayerPlan(groups=tuple(groups)))
+    return plan_of_layers(shape, layers, provenance={"script": "moh_runs", "share": row.share})
+
+
+def off_by_layer(scores: torch.Tensor, share: int) -> list[int]:
+    """How many units of every layer are off where `share` percent of all are on.
+
+    As many in each layer as can be, and what is left over where the score of the next unit is lowest.
+
+    Args:
+        scores: of units, `[layers, units]`.
+    """
+    layers, units = scores.shape
+    each, more = divmod(round(layers * units * (100 - share) / 100), layers)
+    cheapest = scores.sort(dim=1).values[:, each].argsort(stable=True)[:more].tolist()
+    return [each + (number in cheapest) for number in range(layers)]
+
+
+def routed_layer(shape: ModelShape, row: Row, scores: torch.Tensor, off: int) -> list[RoutedGroup]:
+    """The entries of a layer of which `off` units are off for every token.
+
+    Args:
+        scores: of its units.
+    """
+    units, on = len(scores), len(scores) - off
+    count = 0 if row.shared == "none" else min(units // 2, on - 1)
+    order = list(range(units)) if row.shared == "first" else scores.argsort(descending=True, stable=True).tolist()
+    active = on - count
+    fields: dict[str, Any] = {"router": row.router, "unit": row.unit}
+    if active == 1:
+        fields["gates"] = "one"
+    return RoutedGroup.layer(
+        shape.kv_heads, active, shared=sorted(order[:count]), group_size=shape.group_size, **fields
+    )
+
+
+def variant_of(session: Session, name: str, row: Row, plan: Plan, weights: Path) -> Variant:
+    """A row's trained model."""
+    dense, itemsize = session.loaded.model, session.loaded.model.dtype.itemsize
+
+    def build() -> Any:
+        return load_trained(planned_model(dense, plan) if row.unit else copy.deepcopy(dense), weights)
+
+    key = f"{plan_key(plan)} {read_recovered(weights).sha256}"
+    return Variant(f"{name}, trained", build, key, lambda length: plan.cost(length, itemsize))
+
+
+def costs_of(session: Session, plan: Plan) -> dict[str, float]:
+    """Shares of the dense model that a plan holds, reads and computes in attention."""
+    itemsize = session.loaded.model.dtype.itemsize
+    mine, dense = plan.cost(PRICED, itemsize), session.shape.dense_cost(PRICED, itemsize)
+    return {
+        "held": mine.held_bytes / dense.held_bytes,
+        "read": mine.read_bytes / dense.read_bytes,
+        "flops": mine.flops / dense.flops,
+    }
+
+
+def readings(options: argparse.Namespace) -> Iterator[tuple[str, list[Measure]]]:
+    """What is measured, by the text that it reads."""
+    lengths = [options.measured_length]
+    for name, text in rows.texts_of(options).items():
+        asked = rows.perplexities(options, text, lengths)
+        if name == "book":
+            asked += rows.recalls(options, lengths)
+            if options.tasks:
+                include = None if options.task_files is None else str(options.task_files)
+                tasks = {"tasks": tuple(options.tasks.split(",")), "include": include, "limit": options.items}
+                asked.append(measures["lm_eval"](**tasks, batch_size=32))
+        yield name, asked
+
+
+def print_table(folder: Path) -> None:
+    """The rows that are done, and all their numbers in `rows.json`."""
+    found = rows.read_rows(folder, list(ROWS))
+    if not found:
+        return
+    length = next(int(key.split("/")[2]) for key in found[0]["cells"] if key.startswith("book/perplexity/"))
+    tasks = [key.split("/")[1] for key in found[0]["cells"] if key.startswith("book/") and key.endswith("/None")]
+    print(f"\nbook, wikitext-2: perplexity at {length:,} tokens; pass key, key-value: recall there")
+    print(f"tasks: mean of {', '.join(tasks) or 'none'}")
+    print(f"read, flops: expected share of the dense model's cache reads and attention at {PRICED:,} tokens")
+    print("loss: the last of the training, with the balance loss; speed: tokens a second in training\n")
+    lines = [("row", "seed", "book", "wikitext-2", "pass key", "key-value", "tasks", "read", "flops", "loss", "speed")]
+    for row in found:
+        cells = row["cells"]
+
+        def at(key: str, form: str = "{:.2f}", cells: Any = cells) -> str:
+            value = cells.get(key)
+            return "-" if value is None else form.format(value)
+
+        scores = [cells.get(f"book/{task}/None") for task in tasks]
+        mean = sum(scores) / len(scores) if scores and None not in scores else math.nan
+        lines.append(
+            (
+                row["row"],
+                str(row["seed"]),
+                at(f"book/perplexity/{length}"),
+                at(f"wikitext-2/perplexity/{length}"),
+                at(f"book/passkey/{length}"),
+                at(f"book/key_value/{length}"),
+                f"{mean:.4f}",
+                f"{row.get('read', 1):.3f}",
+                f"{row.get('flops', 1):.3f}",
+                f"{row['loss']:.4f}" if "loss" in row else "-",
+                f"{row['speed']:,.0f}" if "speed" in row else "-",
+            )
+        )
+    rows.print_lines(lines)
+
+
+if __name__ == "__main__":
+    main()
