@@ -35,6 +35,7 @@ from compress.runtime import (
     triton_linear,
     triton_linear_decode,
     triton_linear_delta,
+    triton_linear_features,
     triton_linear_layout,
     triton_linear_states,
     tuned,
@@ -811,6 +812,10 @@ GRADIENTS: tuple[dict[str, Any], ...] = (
     {}, {"stages": 2}, {"warps": 4}, {"features": 64}, {"features": 64, "stages": 2}, {"features": 64, "values": 128},
     {"values": 128}, {"heads": 1}, {"heads": 1, "stages": 2},
 )  # fmt: skip
+FEATURES: tuple[dict[str, Any], ...] = (
+    {}, {"registers": 168}, {"registers": 128}, {"warps": 8}, {"warps": 8, "registers": 128}, {"tokens": 32},
+    {"tokens": 32, "registers": 96}, {"tokens": 128, "warps": 8}, {"tokens": 128, "warps": 8, "registers": 128},
+)  # fmt: skip
 DELTA: tuple[dict[str, Any], ...] = ({}, {"stages": 1}, {"values": 64, "stages": 1}, {"values": 16}, {"warps": 8})
 
 
@@ -837,6 +842,7 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
         jobs += [("states", shape, change) for change in STATES]
         jobs += [("read", shape, change) for change in READ]
         jobs += [("segments", shape, segment) for segment in (1, 2)]
+        jobs += [("features", shape, change) for change in FEATURES]
     jobs += [("gradients", ALONE, change) for change in GRADIENTS]
     jobs += [("delta", ALONE, change) for change in DELTA]
     return jobs
@@ -854,6 +860,17 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
 
         return decode
     heads, groups, dim, count, length, own = shape
+    if what == "features":
+        rows = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+        weight = torch.randn(heads, dim, count // 2, device=DEVICE, dtype=BF16)
+        gain, turn = torch.randn(heads, device=DEVICE), torch.randn(heads, dim, device=DEVICE)
+        config = tuned.linear_features_config(count // 2, DEVICE) | change
+
+        def make() -> None:
+            with mock.patch.object(triton_linear_features, "linear_features_config", lambda *_: config):
+                features(rows, weight, None, "hedgehog", 1.0, gain, turn)
+
+        return make
     stream = length if own else length - PAGE
     pages = torch.arange(length // PAGE, device=DEVICE)
     chunk = (pages if own else (pages - 1).clamp(min=0)).expand(1, groups, -1).contiguous()

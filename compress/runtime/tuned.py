@@ -84,6 +84,11 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     }
 
 
+def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers."""
+    return {"tokens": 64, "warps": 8 if width > 128 else 4}
+
+
 def linear_scans(blocks: int, device: torch.device) -> bool:
     """Whether so many blocks of states that walk along the keys fill a GPU; else segments are summed by themselves."""
     return blocks * 4 >= _multiprocessors(device) * 3
