@@ -246,6 +246,8 @@ def measure(
 ) -> dict[str, float | None]:
     """Every figure of a variant, or of the dense model, as `text/figure/length`; the dense model's are measured once.
 
+    Those of single query heads, such as their load, are `text/figure/length/layer/head,head`.
+
     Args:
         readings: what is measured, by the text that it reads.
     """
@@ -264,6 +266,9 @@ def measure(
         for cell in comparison.variants[-1].cells:
             if cell.part is None and cell.place is None:
                 found[f"{text}/{cell.label}/{cell.length}"] = cell.value
+            elif cell.place is not None and cell.heads is not None:
+                heads = ",".join(map(str, cell.heads))
+                found[f"{text}/{cell.label}/{cell.length}/{cell.place[0]}/{heads}"] = cell.value
     return found
 
 
