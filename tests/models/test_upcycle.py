@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.expert_routers import fitted_routers, random_routers, routers_of
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.models.upcycle import average, check_configs, check_tokenizers, check_upcyclable, check_weights, upcycle
@@ -173,6 +174,29 @@ def test_gradients_reach_every_router_and_expert(made: tuple[Any, Any]) -> None:
     routers = [weight.grad.abs().max() for name, weight in model.named_parameters() if name.endswith(".router")]
     assert len(routers) == 6 and all(routers)
     model.zero_grad()
+
+
+def test_routers_start_with_what_tells_texts_apart(seed: Any, experts: dict[str, Any]) -> None:
+    """On other tokens of the same two kinds every gate names the expert whose text they are like."""
+    model, _, _ = upcycle(seed, experts)
+    halves = [random_ids(8, 64, seed=number) % 40 + 5 + 45 * number for number in range(2)]
+    fitted_routers(model, [ids[:6] for ids in halves])
+    for number, ids in enumerate(halves):
+        record = Record()
+        logits(model, ids[6:], compress_record=record)
+        for layer in range(3):
+            assert record.expert_gates[layer].mean(0)[number] > 0.6
+            assert record.mlp_routing[layer].chosen.double().mean(0)[number] > 0.75
+
+
+def test_random_routers_are_those_of_their_seed(seed: Any, experts: dict[str, Any]) -> None:
+    drawn = []
+    for number in (0, 0, 1):
+        model, _, _ = upcycle(seed, experts)
+        random_routers(model, number)
+        drawn.append(torch.cat([router.detach().flatten() for _, router in routers_of(model)]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].numel() == 2 * 3 * 2 * 48 and drawn[0].std() < 0.03
 
 
 def test_all_experts_on_few_rows_are_each_on_its_own() -> None:
