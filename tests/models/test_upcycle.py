@@ -186,7 +186,7 @@ def test_routers_start_with_what_tells_texts_apart(seed: Any, experts: dict[str,
         logits(model, ids[6:], compress_record=record)
         for layer in range(3):
             assert record.expert_gates[layer].mean(0)[number] > 0.6
-            assert record.mlp_routing[layer].chosen.double().mean(0)[number] > 0.75
+            assert record.mlp_routing[layer].chosen.double().mean(0)[number] > 0.65
 
 
 def test_random_routers_are_those_of_their_seed(seed: Any, experts: dict[str, Any]) -> None:
