@@ -378,9 +378,9 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 def test_a_decode_step_lives_in_a_cuda_graph(groups: tuple[Target, ...]) -> None:
     from compress.models.graph import graph_of
 
-    model = planned_model(
-        tiny_model("llama-gqa").cuda(), mixed_plan(shape_of(tiny_model("llama-gqa")), groups), untrained=True
-    )
+    dense = tiny_model("llama-gqa").cuda()
+    attach_as_they_start(dense, groups)
+    model = planned_model(dense, mixed_plan(shape_of(dense), groups))
     ids = random_ids(2, 140).cuda()
     with torch.inference_mode():
         cache = model.new_cache(max_length=150)

@@ -197,17 +197,30 @@ class RoutedGroup(SpanTarget):
         Raises:
             ValueError: tokens are asked for; no stock architecture has this target.
         """
-        cost = super().cost(unit, length)
-        on = self.shared_heads(unit.query_heads)
-        computed = (on + (unit.query_heads - on) * self.share) / unit.query_heads
-        read = self.read_share(unit.query_heads)
+        return type(self).together([self], unit, length)
+
+    @classmethod
+    def together(cls, groups: Sequence[Any], unit: Unit, length: int) -> Cost:
+        """See `Target.together`. What a token computes of a layer is exact, whatever it chooses, where the groups have
+        one window: `active` of the routed units, whose shares add up to that. So are the keys that it reads where whole
+        groups are chosen; where query heads are, they are expected ones."""
+        heads = unit.query_heads
+        each = [SpanTarget.cost(group, unit, length) for group in groups]
+        shares = [(group.read_share(heads), group.computed_share(heads)) for group in groups]
+        total, pairs = Cost.total(each), list(zip(each, shares, strict=True))
         return replace(
-            cost,
-            read_bytes=_up(cost.read_bytes * read),
-            keys=_up(cost.keys * read),
-            flops=_up(cost.flops * computed),
-            parameters=cost.parameters + self._own(unit) if unit.parameters else 0,
+            total,
+            read_bytes=_up(sum(cost.read_bytes * read for cost, (read, _) in pairs)),
+            keys=_up(sum(cost.keys * read for cost, (read, _) in pairs)),
+            flops=_up(sum(cost.flops * computed for cost, (_, computed) in pairs)),
+            heads=_up(sum(cost.heads * computed for cost, (_, computed) in pairs)),
+            parameters=total.parameters + sum(group._own(unit) for group in groups) if unit.parameters else 0,
         )
+
+    def computed_share(self, query_heads: int) -> Fraction:
+        """Of a group of so many query heads, how many a token computes, where all units are chosen alike."""
+        on = self.shared_heads(query_heads)
+        return (on + (query_heads - on) * self.share) / query_heads
 
     def _own(self, unit: Unit) -> int:
         """Parameters of the router that go with the group."""

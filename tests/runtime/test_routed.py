@@ -143,7 +143,8 @@ def test_gradients_are_finite_differences(unit: Any, gates: Any) -> None:
     tensors = [tensor[..., :4, :].contiguous().requires_grad_() for tensor in inputs(3, batch=1)]
     router = router_of(kinds)
     if gates == "weighted":
-        assert torch.autograd.gradcheck(lambda *given: run(kinds, list(given[:4])), [*tensors, *router.parameters()])
+        given = [*tensors, *router.parameters()]
+        assert torch.autograd.gradcheck(lambda *x: run(kinds, list(x[:4])), given, fast_mode=True)
         return
     # Gates of 1 in the pass, and the gradients of the probabilities: a weight among one chosen unit would have none.
     slope = torch.randn(run(kinds, tensors).shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -162,7 +163,7 @@ def test_gradients_are_finite_differences(unit: Any, gates: Any) -> None:
 
     wanted = torch.autograd.grad(of_real_gates(tensors[3]), [tensors[3], router.route])
     torch.testing.assert_close(found, wanted, **CLOSE)
-    assert torch.autograd.gradcheck(of_real_gates, tensors[3:])
+    assert torch.autograd.gradcheck(of_real_gates, tensors[3:], fast_mode=True)
 
 
 @pytest.mark.parametrize("router", ["two_stage", "norm", "random"])
@@ -186,6 +187,24 @@ def test_padding_takes_part_in_nothing(router: Any) -> None:
     for name in ("logits", "probs", "chosen"):
         torch.testing.assert_close(getattr(found, name), torch.cat([getattr(each, name) for each in alone]), **CLOSE)
     assert bool(found.chosen.sum(-1).eq(1).all()) and whole.gates[0][0].shape == (2, COLUMNS, 6)
+
+
+def test_layers_that_are_computed_again_have_the_same_gradients() -> None:
+    model, ids = tiny_model("llama-gqa"), random_ids(2, 40)
+    routed = planned_model(model, make_plan(shape_of(model), [RoutedGroup.layer(2, 1)] * 3)).train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            routed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        routed.zero_grad()
+        loss = routed(ids, labels=ids, use_cache=False, compress_record=(record := Record())).loss
+        for routing in record.routing.values():
+            loss = loss + (routing.probs[:, 0].mean() * routing.chosen[:, 0].double().mean())
+        loss.backward()
+        found.append([router_of(kinds).route.grad.clone() for kinds in routed.base_model.compress_kinds])
+        assert sorted(record.routing) == [0, 1, 2]
+    torch.testing.assert_close(found[1], found[0])
+    assert all(bool(gradient.abs().sum() > 0) for gradient in found[0])
 
 
 def test_a_factor_on_all_queries_of_a_token_changes_no_choice() -> None:
