@@ -133,6 +133,11 @@ def own_weights(model: Any) -> list[torch.nn.Parameter]:
     return of_mixers + [module.router for module in model.modules() if isinstance(module, MlpExperts)]
 
 
+def has_routers(model: Any) -> bool:
+    """Whether tokens choose in a layer of the model what they use of it, and say so (`Record`)."""
+    return any(getattr(module, "chooses", False) for module in model.modules())
+
+
 def has_own_widths(model: Any) -> bool:
     """Whether a layer of the model has other widths than its configuration says."""
     return any(width_of(layer, model.config) != Width.of(model.config) for layer in layers_of(model))

@@ -18,7 +18,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
-from compress.models.planned import mixers_of, own_weights
+from compress.models.planned import has_routers, mixers_of, own_weights
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
@@ -245,11 +245,6 @@ def _of_logits(objective: Objective) -> bool:
 
 def _of_routers(objective: Objective) -> bool:
     return objective.of_routers
-
-
-def has_routers(model: Any) -> bool:
-    """Whether tokens choose in a layer of the model what they use of it, and say so (`Record`)."""
-    return any(getattr(module, "chooses", False) for module in model.modules())
 
 
 @torch.no_grad()
