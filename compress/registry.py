@@ -168,6 +168,7 @@ def typed(value: Any) -> Any:
 statistics: Registry[Any] = Registry("statistic", "compress.profile")
 solvers: Registry[Any] = Registry("solver", "compress.search.solvers")
 targets: Registry[Any] = Registry("target", "compress.targets", key="target")
+layer_options: Registry[Any] = Registry("layer option", "compress.targets", key="option")
 tasks: Registry[Any] = Registry("task", "compress.data.tasks", key="task")
 sources: Registry[Any] = Registry("text source", "compress.data.sources", key="source")
 budget_kinds: Registry[Any] = Registry("kind of budget", "compress.search.budget")

@@ -37,7 +37,7 @@ class Nothing:
 
     lengths = ()
     grid = None
-    priced = ()
+    priced = priced_layers = ()
 
     def find(self, key: Key) -> None:
         """There is none."""

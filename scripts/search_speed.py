@@ -21,6 +21,7 @@ from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa
+from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
@@ -33,6 +34,7 @@ class Tables:
     grid: SpanGrid
     tensors: dict[str, torch.Tensor]
     priced: tuple[Target, ...] = ()
+    priced_layers: tuple[LayerOption, ...] = ()
 
     def find(self, key: Key) -> torch.Tensor | None:
         """The table of a key; None where there is none."""

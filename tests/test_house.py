@@ -97,6 +97,7 @@ MATRICES = {
 # Or the tests of each, which name it.
 TESTS = {
     "kind of budget": {
+        "active": "search/test_routed.py",
         "bytes_read": "search/test_budget.py",
         "decode_time": "search/test_decode_time.py",
         "density": "search/test_budget.py",
@@ -104,6 +105,7 @@ TESTS = {
         "kv": "search/test_budget.py",
         "parameters": "search/test_pruning.py",
     },
+    "layer option": {"routed": "search/test_routed.py"},
     "objective": {
         "balance": "train/test_routing.py",
         "distill": "train/test_recover.py",

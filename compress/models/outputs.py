@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compress.errors import Problem, UserError
+from compress.models.families import family_of
 from compress.models.prepared import Prepared, fill, found_for
 from compress.runtime.mixer import MIXERS, Kinds, LayerFacts, Mixer, heads_of, take
 from compress.runtime.reference import Rows
@@ -20,12 +21,13 @@ FULL = FullGroup()
 Inputs = tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]  # `Step.hidden` and `Step.rotary`
 
 
-def check_priced(targets: Sequence[Target], where: str, prepared: Prepared = ()) -> None:
+def check_priced(targets: Sequence[Target], where: str, prepared: Prepared = (), config: Any = None) -> None:
     """Refuse targets whose outputs cannot be had.
 
     Args:
         where: key of the recipe that names them.
         prepared: where the tensors of targets are that were trained before.
+        config: of the model; None where nothing depends on it.
 
     Raises:
         UserError: names each, and why.
@@ -34,15 +36,17 @@ def check_priced(targets: Sequence[Target], where: str, prepared: Prepared = ())
     problems = [
         Problem(f"the target `{target.target}` cannot be priced by its output", where, found=why)
         for target in targets
-        if (why := _refusal(target, prepared)) is not None
+        if (why := _refusal(target, prepared, config)) is not None
     ]
     if problems:
         raise UserError(problems)
 
 
-def _refusal(target: Target, prepared: Prepared) -> str | None:
+def _refusal(target: Target, prepared: Prepared, config: Any) -> str | None:
     if target.removes:
         return None
+    if target.reads_norms and config is not None and family_of(config).norms_queries(config):
+        return "the model normalises every query head, so the norms of queries say nothing; take `router: two_stage`"
     if target.has_to_be_prepared and target not in [option.target for option in prepared]:
         return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
     if target.undoes_rope:

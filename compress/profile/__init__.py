@@ -10,6 +10,7 @@ from compress.profile.heads import (
     lse_spread,
     output_error,
     query_constancy,
+    removal,
     retrieval,
     state_rank,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "magnitude",
     "output_error",
     "query_constancy",
+    "removal",
     "retrieval",
     "state_rank",
     "taylor",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from compress.errors import UserError
 
 if TYPE_CHECKING:
-    from compress.targets.target import Target
+    from compress.registry import Method
 
 CORPORA = ("first", "second")
 
@@ -33,7 +33,7 @@ class Key:
         part: which of the statistic's tensors, empty where it has only one.
         length: profiled length in tokens; None where the tensor is over all lengths.
         corpus: one of `CORPORA`; None where the tensor is over all of them.
-        target: `target_form` of the target that is priced; None where none is.
+        target: `target_form` of the target, or of the option of a layer, that is priced; None where none is.
     """
 
     statistic: str
@@ -75,13 +75,13 @@ class Key:
         """The key of this measurement on one corpus of `CORPORA`."""
         return replace(self, corpus=corpus)
 
-    def to(self, target: Target) -> Key:
-        """The key of this measurement for a target."""
+    def to(self, target: Method) -> Key:
+        """The key of this measurement for a target, or for an option of a layer."""
         return replace(self, target=target_form(target))
 
 
-def target_form(target: Target) -> str:
-    """The one text of a target: its name in the plan, then its parameters by name as JSON."""
+def target_form(target: Method) -> str:
+    """The one text of a target, or of an option of a layer: its registered name, then its parameters as JSON."""
     fields = target.model_dump(mode="json")
     parameters = (f"{name}={json.dumps(fields[name])}" for name in sorted(fields) if name != "target")
-    return " ".join([str(fields["target"]), *parameters])
+    return " ".join([target.registered, *parameters])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from compress.files import digest_of
 from compress.models.load import LoadedModel
 from compress.models.prepared import prepared_for
 from compress.plan import ModelShape
+from compress.profile.key import Key
 from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
 from compress.profile.passes.base import Samples
@@ -44,6 +46,7 @@ def run_profile(
     progress: Progress | None = None,
     checkpointing: bool | None = None,
     strip_bytes: int | None = None,
+    known: Mapping[Key, torch.Tensor] | None = None,
 ) -> Profile:
     """Profile a model and write `profile.json` and `statistics.safetensors`.
 
@@ -64,6 +67,7 @@ def run_profile(
         progress: called with (samples done, samples in all, message), first before any sample.
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles`.
+        known: what another profile of the model has, for statistics that read it.
 
     Raises:
         UserError: unsuitable documents or statistics, numbers that are not finite, or a disk that is full.
@@ -78,7 +82,7 @@ def run_profile(
     lengths = [length for length in documents if documents[length]]
     statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
     weight = loaded.model.get_input_embeddings().weight
-    subject = Subject(loaded, loaded.shape, weight.device)
+    subject = Subject(loaded, loaded.shape, weight.device, known or {})
     trains = any(statistic.reads == "training" for statistic in statistics)
     key = run_key(
         subject.shape,
@@ -91,6 +95,7 @@ def run_profile(
         learnt=[
             option.record.sha256 for statistic in statistics for option in statistic.learnt(prepared_for(loaded.model))
         ],
+        known=_read(known or {}, statistics),
     )
     processes = find_processes(subject.device)
     finished = _finished(folder, key, subject.shape)
@@ -132,12 +137,18 @@ def run_profile(
 
 
 def measure_all(run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:
-    """The results of all statistics by name, pass after pass."""
+    """The results of all statistics by name, pass after pass; last those that read what others have measured."""
     results: dict[str, Results] = {}
-    for kind in PASSES:
-        chosen = [statistic for statistic in statistics if statistic.reads == kind.reads]
-        if chosen:
-            results |= kind().measure(run, chosen)
+    names = {statistic.name for statistic in statistics}
+    later = [one for one in statistics if names & {Key.parse(name).statistic for name in one.follows}]
+    for number, of_round in enumerate(([one for one in statistics if one not in later], later)):
+        known = dict(run.subject.known)
+        known |= {key: result.values for tensors in results.values() for key, result in tensors.items()}
+        taken = replace(run, subject=replace(run.subject, known=known), round=number)
+        for kind in PASSES:
+            chosen = [statistic for statistic in of_round if statistic.reads == kind.reads]
+            if chosen:
+                results |= kind().measure(taken, chosen)
     return results
 
 
@@ -198,9 +209,10 @@ def run_key(
     seed: int | None = None,
     second: Samples | None = None,
     learnt: Sequence[str] = (),
+    known: Sequence[str] = (),
 ) -> str:
     """Hash of everything the numbers depend on: model, dtype, statistics with parameters, documents, what
-    statistics that train learn from, a second corpus, and the tensors of prepared targets."""
+    statistics that train learn from, a second corpus, the tensors of prepared targets, and of another profile."""
     facts = {
         "schema": 1,
         "fingerprint": shape.fingerprint,
@@ -214,7 +226,16 @@ def run_key(
         facts |= {"second": _facts(second)}
     if learnt:
         facts |= {"prepared": list(learnt)}
+    if known:
+        facts |= {"known": list(known)}
     return digest_of(facts)
+
+
+def _read(known: Mapping[Key, torch.Tensor], statistics: Sequence[Statistic]) -> list[str]:
+    """Names and contents of what statistics read of another profile."""
+    read = {Key.parse(name).statistic for statistic in statistics for name in statistic.follows}
+    tensors = {str(key): tensor for key, tensor in known.items() if key.statistic in read}
+    return [f"{name} {digest_of(tensor.tolist())}" for name, tensor in sorted(tensors.items())]
 
 
 def _facts(documents: Samples) -> list[Any]:

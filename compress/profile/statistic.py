@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -42,11 +42,13 @@ class Subject:
         loaded: the model with what was read beside it.
         shape: its shape.
         device: where sums over samples are held, so that none waits for a copy.
+        known: what was measured before, by key; see `Statistic.follows`.
     """
 
     loaded: LoadedModel
     shape: ModelShape
     device: torch.device
+    known: Mapping[Key, torch.Tensor] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -133,6 +135,11 @@ class Statistic(Method):
                 return name
         raise LookupError(f"{type(self).__qualname__} is not registered")
 
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """Names of what it reads of other statistics, which are therefore measured before it (`Subject.known`)."""
+        return ()
+
     def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
         """Targets under which it computes all head groups again; an estimate of the time counts them."""
         return 0
@@ -140,6 +147,10 @@ class Statistic(Method):
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """A copy with all parameters that depend on the model or the profiled lengths worked out, in tokens."""
         return self
+
+    def scores_heads(self, shape: ModelShape) -> bool:
+        """Whether it leaves a score of every query head."""
+        return "units" in self.gives.values()
 
     def learnt(self, prepared: Prepared) -> Prepared:
         """What it reads of the targets that were prepared for the model."""

@@ -21,7 +21,8 @@ from compress.files import write_bytes
 from compress.json_file import JsonError, parse_json, validated
 from compress.plan import ModelShape
 from compress.profile.key import Key
-from compress.registry import targets
+from compress.registry import layer_options, targets
+from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.targets.window import SpanGrid
 
@@ -132,6 +133,12 @@ class Profile:
         """The targets that the statistic `effect` priced; none without it."""
         entry = self.header.statistics.get("effect")
         return () if entry is None else tuple(map(targets.parse, entry.parameters["targets"]))
+
+    @property
+    def priced_layers(self) -> tuple[LayerOption, ...]:
+        """The options of whole layers that the statistic `effect` priced; none without it."""
+        entry = self.header.statistics.get("effect")
+        return () if entry is None else tuple(map(layer_options.parse, entry.parameters.get("layers", ())))
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """What a target costs every head group at a length in tokens, `[layers, groups]` in nats (statistic `effect`).

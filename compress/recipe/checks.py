@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compress.data.prompt import Task, check_scored
 from compress.errors import Problem, UserError, nearest
 from compress.limits import DOCUMENT_TOKENS
+from compress.profile.key import Key
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
 from compress.registry import Method, statistics
@@ -21,8 +22,12 @@ FORMS = {
     "groups": "one number for every head group",
     "rules": "a table of span rules",
     "targets": "what each of some targets costs every head group",
+    "worth": "a score of every head, or one number for every head group",
     "prepared": "how wrong each prepared target is in every head group",
 }
+
+
+WORTH = {"units", "groups"}  # what says which heads matter
 
 
 def cross_checks(recipe: Recipe) -> list[Finding]:
@@ -100,24 +105,32 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
         measured |= statistic.gives
     if recipe.prepare is not None:
         measured |= recipe.prepare.measured
+    reads: list[tuple[KeyPath, str, Mapping[str, str]]] = [
+        (("search", "solver"), "the solver", recipe.search.solver.scores_read())
+    ]
+    for number, statistic in enumerate(recipe.profile.statistics):
+        reads.append((("profile", "statistics", number), f"`{statistic.registered}`", statistic.scores_read()))
     owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
-    for name, form in recipe.search.solver.scores_read().items():
-        if measured.get(name) == form:
-            continue
-        fitting = [other for other in measured if measured[other] == form]
-        fix = nearest(name, fitting)
-        if name in measured:
-            what, actual = f"the solver cannot use `{name}`", f"{name}, {FORMS[measured[name]]}"
-        else:
-            what, actual = f"the solver reads `{name}`, which is not measured", name
-            if fix is None and form == "prepared":
-                fix = "add a section `prepare` with the targets"
-            if fix is None and name in owners and owners[name][1].gives[name] == form:
-                fix = f"add `{{name: {owners[name][0]}}}` to `profile.statistics`"
-                if recipe.prepare is not None and form == "targets":
-                    fix += ", or `effect: true` to `prepare`"
-        expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
-        yield ("search", "solver"), Problem(what, None, expected, actual, fix)
+    for path, reader, wanted in reads:
+        for name, form in wanted.items():
+            fits = WORTH if form == "worth" else {form}
+            known = Key.parse(name).name if form == "worth" else name
+            if measured.get(known) in fits:
+                continue
+            fitting = [other for other in measured if measured[other] in fits]
+            fix = nearest(name, fitting)
+            if known in measured:
+                what, actual = f"{reader} cannot use `{name}`", f"{name}, {FORMS[measured[known]]}"
+            else:
+                what, actual = f"{reader} reads `{name}`, which is not measured", name
+                if fix is None and form == "prepared":
+                    fix = "add a section `prepare` with the targets"
+                if fix is None and known in owners and owners[known][1].gives[known] in fits:
+                    fix = f"add `{{name: {owners[known][0]}}}` to `profile.statistics`"
+                    if recipe.prepare is not None and form == "targets":
+                        fix += ", or `effect: true` to `prepare`"
+            expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
+            yield path, Problem(what, None, expected, actual, fix)
 
 
 def _grids(recipe: Recipe) -> Iterator[Finding]:

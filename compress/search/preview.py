@@ -26,6 +26,7 @@ from compress.search.run import SearchSection, make_problem, no_start
 from compress.train.settings import PrepareSettings
 
 if TYPE_CHECKING:
+    from compress.targets.layer_option import LayerOption
     from compress.targets.target import Target
     from compress.targets.window import SpanGrid
 
@@ -41,14 +42,16 @@ class _Zeros:
     lengths: Sequence[int]
     grid: SpanGrid | None
     priced: Sequence[Target]
+    priced_layers: Sequence[LayerOption] = ()
+    by_head: frozenset[str] = frozenset()
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         """Zeros, for a target that is to be priced."""
         return torch.zeros(self.shape.layers, self.shape.kv_heads)
 
-    def find(self, key: Key) -> torch.Tensor:
-        """As `tensor`: all that a solver asks for is there."""
-        return self.tensor(key)
+    def find(self, key: Key) -> torch.Tensor | None:
+        """As `tensor`: all that a solver asks for is there, but scores of heads where a statistic has none."""
+        return None if key.part == "heads" and key.statistic not in self.by_head else self.tensor(key)
 
     def tensor(self, key: Key) -> torch.Tensor:
         """Zeros in the shape that a solver expects under this key."""
@@ -101,7 +104,9 @@ def check_search(
     statistics = [statistic.resolved(shape, sorted(lengths)) for statistic in statistics]
     grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
     priced = next((statistic.targets for statistic in statistics if "effect.absolute" in statistic.gives), ())
-    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced)
+    layers = next((statistic.layers for statistic in statistics if "effect.absolute" in statistic.gives), ())
+    by_head = frozenset(one.name for one in statistics if one.scores_heads(shape))
+    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced, layers, by_head)
     if solver.removes:
         check_pruning(config)
         check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
@@ -109,7 +114,7 @@ def check_search(
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
-    effects = replace(profile, priced=trained) if prepare is not None and prepare.effect else None
+    effects = replace(profile, priced=trained, priced_layers=()) if prepare is not None and prepare.effect else None
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
     solver.check(problem)
     if section.refine is not None and "uniform" not in baselines_of(solver, problem):

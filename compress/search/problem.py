@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.profile.key import Key
+from compress.profile.worth import entries_of
+from compress.registry import budget_kinds
+from compress.search.budget.bytes_read import BytesRead
+from compress.search.budget.flops import Flops
 from compress.search.budget.kind import Row
 from compress.search.budget.kv import Kv
 from compress.search.budget.parameters import Parameters
 from compress.search.dense import Dense
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
+from compress.targets.layer_option import Alike, LayerOption
 from compress.targets.target import Target, layer_cost
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
@@ -64,6 +69,10 @@ class ProfileLike(Protocol):
         Raises UserError where it was not priced.
         """
 
+    @property
+    def priced_layers(self) -> Sequence[LayerOption]:
+        """The options of whole layers that the statistic `effect` priced."""
+
 
 class Trained(Protocol):
     """What a search reads of a target that was trained before it (`models.prepared.PreparedOption`)."""
@@ -90,6 +99,8 @@ class Problem:
         prepared: targets that were trained before the search.
         effects: what these cost the loss to first order, at the profiled lengths; None where that was not measured.
         counted: targets whose costs the rows count exactly, see `counting`.
+        whole: targets of all groups of a layer, likewise.
+        asked: lengths in tokens that the budget names, for kinds of it that have none.
     """
 
     dense: Dense
@@ -100,7 +111,12 @@ class Problem:
     prepared: tuple[Trained, ...] = ()
     effects: ProfileLike | None = None
     counted: tuple[Target, ...] = ()
+    whole: tuple[tuple[Target, ...], ...] = ()
+    asked: tuple[int, ...] = ()
     _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _assigned: dict[LayerOption, dict[int, tuple[Target, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def shape(self) -> ModelShape:
@@ -114,8 +130,15 @@ class Problem:
 
     @property
     def budget_lengths(self) -> list[int]:
-        """Lengths in tokens at which anything is limited, ascending; the profiled ones where no kind has lengths."""
-        return sorted({row.length for row in self.rows if row.length is not None}) or list(self.lengths)
+        """Lengths in tokens at which anything is limited, ascending. Where no kind has lengths they are the profiled
+        ones, or those that the budget names where it has a kind that says nothing of what is spent."""
+        named = () if self.counts_spending else self.asked
+        return sorted({row.length for row in self.rows if row.length is not None} or named or self.lengths)
+
+    @property
+    def counts_spending(self) -> bool:
+        """Whether all kinds of the budget count what a plan spends."""
+        return all(budget_kinds[row.kind].spent for row in self.rows)
 
     @property
     def grid(self) -> SpanGrid:
@@ -147,6 +170,39 @@ class Problem:
         """
         prepared = self.effects is not None and target in self.effects.priced
         return (self.effects if self.effects is not None and prepared else self.profile).effect(target, length, part)
+
+    @property
+    def priced_layers(self) -> tuple[LayerOption, ...]:
+        """The options of whole layers whose effect on the loss is known: of the profile, then those prepared."""
+        prepared = () if self.effects is None else self.effects.priced_layers
+        alike = [Alike(target=target) for target in self.priced if target.by_layer]
+        return tuple(dict.fromkeys((*self.profile.priced_layers, *prepared, *alike)))
+
+    def layer_effect(self, option: LayerOption, length: int, part: str = "absolute") -> torch.Tensor:
+        """What an option costs every layer at a profiled length, by head group `[layers, groups]` in nats.
+
+        Raises:
+            UserError: it was not priced.
+        """
+        for target in self.priced:
+            if target.by_layer and option == Alike(target=target):
+                return self.effect(target, length, part)
+        prepared = self.effects is not None and option in self.effects.priced_layers
+        measured = self.effects if self.effects is not None and prepared else self.profile
+        return measured.tensor(Key("effect", part, length).to(option))
+
+    def entries(self, option: LayerOption) -> dict[int, tuple[Target, ...]]:
+        """What an option makes of the layers that may change and still have all of their head groups, by layer.
+
+        Raises:
+            UserError: the layers are too small for it, or the profile does not have what it ranks heads by.
+        """
+        known = self._assigned.get(option)
+        if known is None:
+            found = entries_of(option, self.shape, self.profile.find, self.lengths, "search.solver")
+            known = {layer: targets for layer, targets in found.items() if not self.start[layer].prunes}
+            self._assigned[option] = known
+        return known
 
     def error(self, target: Target) -> torch.Tensor:
         """How wrong the outputs of every head group are under a target after its preparation, `[layers, groups]`.
@@ -211,20 +267,21 @@ class Problem:
         """A copy of the problem with the budget at only some of its lengths."""
         return replace(self, rows=tuple(row for row in self.rows if row.length is None or row.length in lengths))
 
-    def counting(self, targets: Sequence[Target]) -> Problem:
-        """The same problem, whose rows count exactly what these targets cost.
+    def counting(self, targets: Sequence[Target], whole: Sequence[Sequence[Target]] = ()) -> Problem:
+        """The same problem, whose rows count exactly what these targets cost, and targets of all groups of a layer.
 
         Rows of bytes count whole cache pages, which windows fill. A constant state is no whole number of them: the step
         is then the largest number of bytes that divides both.
         """
-        problem = replace(self, counted=tuple(targets))
+        problem = replace(self, counted=tuple(targets), whole=tuple(dict.fromkeys(map(tuple, whole))))
         return replace(problem, rows=tuple(map(problem._exactly, self.rows)))
 
     def _exactly(self, row: Row) -> Row:
-        if row.step == 1 or not self.counted:
+        if row.step == 1 or not (self.counted or self.whole):
             return row
         units = {self.unit(layer) for layer, _ in self.free}
-        costs = (target.cost(unit, row.length or 1) for target in self.counted for unit in units)
+        together = (*((target,) for target in self.counted), *self.whole)
+        costs = (layer_cost(groups, unit, row.length or 1) for groups in together for unit in units)
         return replace(row, step=math.gcd(row.step, *map(row.exact, costs)))
 
     def compensated(self) -> Problem:
@@ -271,9 +328,9 @@ class Problem:
     def _together(self, unit: Unit, layer: LayerPlan) -> Amounts:
         """What the head groups of a layer cost in every row, `[rows]`."""
         amounts = np.zeros(len(self.rows), dtype=np.int64)
-        for target, count in Counter(group for group in layer.groups if not group.of_layer).items():
+        for target, count in Counter(group for group in layer.groups if not group.by_layer).items():
             amounts += np.array(self._cost(unit, (target,)), dtype=np.int64) * count
-        if joint := tuple(group for group in layer.groups if group.of_layer):
+        if joint := tuple(group for group in layer.groups if group.by_layer):
             amounts += np.array(self._cost(unit, joint), dtype=np.int64)
         return amounts
 
@@ -307,7 +364,8 @@ class Problem:
         return np.array([row.most for row in self.rows], dtype=np.int64)
 
     def amounts(self, cost: Callable[[int], Cost], removes: bool) -> Iterator[Amount]:
-        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any.
+        """What a plan costs in every row, in KV bytes at the profiled lengths, and in parameters if it removes any; in
+        FLOPs and bytes read, too, where the budget has a kind that says nothing of what is spent.
 
         Args:
             cost: of the plan, by length in tokens.
@@ -316,6 +374,9 @@ class Problem:
         rows = {(row.kind, row.length): row for row in self.rows}
         for length in lengths:
             rows.setdefault(("kv", length), self._exactly(Kv.row(length, 1.0, self.dense)))
+        for length in () if self.counts_spending else lengths:
+            for row in (Flops.row(length, 1.0, self.dense), BytesRead.row(length, 1.0, self.dense)):
+                rows.setdefault((row.kind, length), self._exactly(row))
         if removes:
             rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
         for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):
@@ -334,6 +395,13 @@ class Problem:
             rows[layer][group] = choose((layer, group))
         return tuple(
             layer.model_copy(update={"groups": tuple(row)}) for layer, row in zip(self.start, rows, strict=True)
+        )
+
+    def with_layers(self, groups: Mapping[int, Sequence[Target]]) -> Layers:
+        """The layers of `start`, some of them with other targets for their groups."""
+        return tuple(
+            layer.model_copy(update={"groups": tuple(groups[number])}) if number in groups else layer
+            for number, layer in enumerate(self.start)
         )
 
     def uniform(self, target: Target) -> Layers:

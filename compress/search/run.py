@@ -84,13 +84,17 @@ def make_problem(
     """
     dense = replace(dense, removes=solver.removes)
     rows = budget.rows(dense, sorted(profile.lengths))
-    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects)
-    problem = problem.counting(solver.choices(problem))
-    smallest = solver.smallest(problem)
-    if (line := sliding_line(problem, problem.total(smallest).tolist())) is not None:
+    asked = tuple(budget.lengths or ())
+    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects, asked=asked)
+    choices, whole = solver.choices(problem), solver.whole_layers(problem)
+    for why in whole.refused:
+        say(f"not chosen from: {why}")
+    problem = problem.counting(choices, whole.entries)
+    least = solver.least_amounts(problem)
+    if (line := sliding_line(problem, least.tolist())) is not None:
         say(line)
     if solver.spans:
-        check_rows(problem, smallest, solver)
+        check_rows(problem, least, solver)
     return problem
 
 
@@ -163,7 +167,7 @@ def run_search(
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
     problem = make_problem(dense, profile, budget, solver, say, prepared=prepared_for(loaded.model), effects=effects)
-    smallest = problem.total(solver.smallest(problem))
+    smallest = solver.least_amounts(problem)
     documents = list(_flat(held_out_documents))
 
     candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
@@ -224,7 +228,7 @@ def run_search(
     }
     plan = plans[chosen].model_copy(update={"provenance": plans[chosen].provenance | measured})
     shape = problem.shape
-    report = {
+    report: dict[str, Any] = {
         "schema": 2,
         "model": {"architecture": shape.architecture, "fingerprint": shape.fingerprint},
         **asked,
@@ -243,6 +247,8 @@ def run_search(
     }
     if refined is not None:
         report["refine"] = refined.summary()
+    if whole := solver.whole_layers(problem).refused:
+        report["refused"] = list(whole)
     write_result(folder, report, plan, plans, compared)
     return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from compress.errors import UserError
 from compress.registry import Method, budget_kinds
-from compress.search.problem import Candidate, Layers, Problem, smallest_window
+from compress.search.choice.whole import WholeLayers
+from compress.search.problem import Amounts, Candidate, Layers, Problem, smallest_window
 from compress.targets.target import Target
 
 
@@ -67,6 +68,15 @@ class Solver(Method):
         """Targets that it may choose beside windows, whose bytes the budget is to count exactly."""
         return ()
 
+    def whole_layers(self, problem: Problem) -> WholeLayers:
+        """What it may choose for whole layers, which the budget is to count exactly, too."""
+        return WholeLayers()
+
+    def least_amounts(self, problem: Problem) -> Amounts:
+        """The least that any of its plans takes in each row, `[rows]`: of `smallest`, or less where no one plan is the
+        smallest in every row."""
+        return problem.total(self.smallest(problem))
+
     def least_words(self) -> str:
         """What the smallest plan is, in words."""
         if not self.removes:
@@ -81,7 +91,7 @@ class Solver(Method):
             UserError: a problem for every row that even the smallest plan exceeds.
         """
         if self.spans:
-            check_rows(problem, self.smallest(problem), self)
+            check_rows(problem, self.least_amounts(problem), self)
         if "rules" not in self.scores_read().values():
             self.solve(problem)
 
@@ -96,16 +106,15 @@ class Solver(Method):
         """
 
 
-def check_rows(problem: Problem, smallest: Layers, solver: Solver) -> None:
-    """Raise one UserError with a problem for every row that the smallest plan exceeds.
+def check_rows(problem: Problem, amounts: Amounts, solver: Solver) -> None:
+    """Raise one UserError with a problem for every row that no plan of a solver can meet.
 
     Args:
-        solver: whose smallest plan it is.
+        amounts: the least that one takes in each row.
     """
     least = solver.least_words()
     if any(problem.shape.native_windows):
         least += ", beside the layers that slide by themselves"
-    amounts = problem.total(smallest)
     problems = [
         row.too_tight(int(amount), least, solver.cheaper)
         for row, amount in zip(problem.rows, amounts, strict=True)

@@ -71,7 +71,8 @@ class AarenGroup(Target):
             raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
         held = 4 * (unit.head_dim + 2) * unit.query_heads
         own = unit.query_heads * unit.head_dim if unit.parameters else 0
-        return Cost(held, held, 1, 4 * unit.head_dim * unit.query_heads * length, unit.parameters + own)
+        flops = 4 * unit.head_dim * unit.query_heads * length
+        return Cost(held, held, 1, flops, unit.parameters + own, heads=unit.query_heads)
 
     def words(self, native: int | None = None) -> str:
         return "a fixed query over all keys"

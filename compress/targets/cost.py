@@ -18,6 +18,7 @@ class Cost:
             visible pair of query and key. Projections are counted by `parameters`.
         parameters: of the decoder layers; 0 where they were not counted.
         state_bytes: of `held_bytes`, those of states, which do not grow with the length.
+        heads: query heads that a token computes.
     """
 
     held_bytes: int = 0
@@ -26,6 +27,7 @@ class Cost:
     flops: int = 0
     parameters: int = 0
     state_bytes: int = 0
+    heads: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))

@@ -24,6 +24,7 @@ class ExpertGroup(SpanTarget):
     runtime: ClassVar[str | None] = "compress.runtime.mixer_expert"
     noun: ClassVar[str] = "an expert's attention"
     as_built: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = True
 
     target: Literal["expert"] = "expert"
     experts: int = Field(ge=2, le=MOST_EXPERTS, description="experts of the layer")

@@ -184,9 +184,8 @@ class LinearGroup(Target):
         flops = of_pair * unit.query_heads * visible_pairs(span, length)
         flops += 2 * features * columns * (unit.query_heads * readers + absorbed * (2 if self.rule == "delta" else 1))
         flops += 2 * dim * width * (unit.query_heads * length + absorbed)
-        return Cost(
-            held, held, visible_keys(span, length), flops, self._parameters(unit), state_bytes=self.state_bytes(dim)
-        )
+        keys, own = visible_keys(span, length), self._parameters(unit)
+        return Cost(held, held, keys, flops, own, state_bytes=self.state_bytes(dim), heads=unit.query_heads)
 
     def _parameters(self, unit: Unit) -> int:
         """The group's own and the mixer's; 0 where none are counted."""

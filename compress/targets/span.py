@@ -39,7 +39,8 @@ class SpanTarget(Target):
             held = length if form.window is None else min(length, form.window)
         held_bytes = held * unit.token_bytes
         flops = 4 * unit.head_dim * unit.query_heads * visible_pairs(span, length)
-        return Cost(held_bytes, held_bytes, visible_keys(span, length), flops, unit.parameters)
+        keys = visible_keys(span, length)
+        return Cost(held_bytes, held_bytes, keys, flops, unit.parameters, heads=unit.query_heads)
 
     def words(self, native: int | None = None) -> str:
         span = self.span(native)

@@ -41,13 +41,12 @@ class Target(Method):
         removes: whether nothing of the group stays.
         as_built: whether a group that stays computes what the architecture says, so that a layer which slides by
             itself can have it.
-        by_layer: whether the groups of a layer become it together, so that there are no options for a single one.
+        by_layer: whether the groups of a layer become it together, so that there are no options for a single one (but
+            for whole layers, `layer_option.py`), and what one of them costs depends on the others: `together` counts.
         grid: the class of what `options` takes as `grid`; None where there is nothing to say.
         objective: name of the objective that trains before the search what the target has of its own; None where it
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
-        of_layer: whether the groups of a layer that have it are decided together, so that what one of them costs
-            depends on the others: `cost` of one is then that of a group which is never off, and `together` counts.
     """
 
     runtime: ClassVar[str | None] = None
@@ -58,7 +57,6 @@ class Target(Method):
     grid: ClassVar[type[Method] | None] = None
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
-    of_layer: ClassVar[bool] = False
 
     target: str
 

@@ -48,7 +48,7 @@ class StridedGroup(Target):
         held = (self.window + -(-length // self.stride)) * unit.token_bytes
         flops = 4 * unit.head_dim * unit.query_heads * int(self.visible_keys(torch.arange(1, length + 1)).sum())
         keys = int(self.visible_keys(torch.tensor(length)))
-        return Cost(held, held, keys, flops, unit.parameters)
+        return Cost(held, held, keys, flops, unit.parameters, heads=unit.query_heads)
 
     def visible_keys(self, tokens: torch.Tensor) -> torch.Tensor:
         """Keys that the last query of so many tokens sees."""

@@ -33,6 +33,7 @@ STATISTICS: dict[str, dict[str, Any]] = {
     "output_error": {"sink": 4, "window": 16},
     "query_constancy": {},
     "random": {"seed": 3},
+    "removal": {},
     "retrieval": {"grid": GRID},
     "state_rank": {"window": 4, "block": 24},
     "taylor": {},

@@ -17,6 +17,7 @@ from compress.search.dense import Dense
 from compress.search.problem import Candidate, Problem
 from compress.search.run import make_problem
 from compress.search.solvers.moa import Moa
+from compress.targets.layer_option import LayerOption
 from compress.targets.window import SpanGrid, WindowGroup
 
 ITEMSIZE = 2
@@ -30,6 +31,7 @@ class FakeProfile:
     lengths: tuple[int, ...]
     grid: SpanGrid | None
     tensors: dict[str, torch.Tensor]
+    priced_layers: tuple[LayerOption, ...] = ()
 
     def find(self, key: Key) -> torch.Tensor | None:
         return self.tensors.get(str(key))

@@ -61,7 +61,7 @@ class Effects:
 
     def __init__(self, *options: Option) -> None:
         self.options = {option.target: option for option in options}
-        self.priced, self.lengths, self.grid = tuple(self.options), (320, 512), None
+        self.priced, self.priced_layers, self.lengths, self.grid = tuple(self.options), (), (320, 512), None
 
     def effect(self, target: Target, length: int, part: str = "absolute") -> torch.Tensor:
         return self.options[target].errors

@@ -35,7 +35,7 @@ class Scored:
 
     lengths = (64,)
     grid = None
-    priced = ()
+    priced = priced_layers = ()
 
     def __init__(self, model: Any, name: str = "amp") -> None:
         shape = shape_of(model)

@@ -77,6 +77,7 @@ class ArLoss(HeadStatistic):
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
         window = WindowGroup(sink=self.sink, alpha=self.window, beta=0.0)
-        for _, signed, absolute in effects_of(layer, [window]):
+        alternatives = {0: [window] * layer.key.shape[0]} if layer.window is None else {}
+        for _, signed, absolute in effects_of(layer, alternatives):
             sums["signed"][layer.layer] += signed
             sums[""][layer.layer] += absolute

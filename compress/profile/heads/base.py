@@ -73,6 +73,9 @@ class HeadStatistic(SummedStatistic):
         """The parts for which a sample counts in the mean; None for all."""
         return None
 
+    def scores_heads(self, shape: ModelShape) -> bool:
+        return "heads" in self.tables(shape, 1)
+
     def begin(self, subject: Subject, lengths: Sequence[int]) -> dict[int, Sums]:
         sizes = (subject.shape.layers, subject.shape.kv_heads)
         return {

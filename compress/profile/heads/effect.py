@@ -8,6 +8,10 @@ does, since rows that gain do not make up for rows that lose at other inputs. Fo
 `influence.joint` is; a removed group has O_target = 0. So windows, removal and any target that the runtime has are
 priced in the same unit, and may be weighed against each other. A target that has to be trained first is priced with the
 tensors that were prepared for the model, after the preparation.
+
+An option of a whole layer (`targets/layer_option.py`), such as routed heads, is priced by the same formula with all
+head groups of the layer replaced together: O_target are the layer's outputs with the decisions that its router makes on
+the very queries and inputs of the pass. Each group has its part; what the option costs is their sum over the layer.
 """
 
 from __future__ import annotations
@@ -17,18 +21,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced, facts_of, reads_inputs
-from compress.models.prepared import Prepared, prepared_for
+from compress.models.prepared import Prepared, found_for, prepared_for
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.statistic import Item, Result, Results, Subject, Sums
-from compress.registry import statistics, targets
+from compress.profile.worth import Assignment, entries_of
+from compress.registry import layer_options, statistics, targets
+from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 
@@ -54,6 +67,12 @@ class Effect(HeadStatistic):
         description="besides them all options of a target, by its name, with the fields of its grid or null for its "
         "defaults, for instance `{window: {sinks: [64], betas: [0], alpha_max: 1024}}`",
     )
+    layers: tuple[Annotated[LayerOption, registry.layer_options], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="what all head groups of a layer may become together, for instance `{option: routed, shared: 1, "
+        "active: 1}`; `options` has those of a grid, for instance `{routed: {active: [0.5, 0.75]}}`",
+    )
 
     needs_gradient: ClassVar[bool] = True
     tiled: ClassVar[bool] = False
@@ -61,20 +80,43 @@ class Effect(HeadStatistic):
     gives: ClassVar[Mapping[str, str]] = {"effect.absolute": "targets", "effect.signed": "targets"}
 
     _prepared: Prepared = PrivateAttr(())
+    _entries: list[Assignment] = PrivateAttr([])
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        if not self.targets and not self.options:
-            raise ValueError("expected one or more `targets` or `options`")
+        if not self.targets and not self.options and not self.layers:
+            raise ValueError("expected one or more `targets`, `options` or `layers`")
         for name, grid in self.options.items():
             if name not in targets:
                 raise ValueError(f"options: unknown target {name!r}, expected one of {', '.join(targets)}")
             _grid(name, grid)
         return self
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an empty `layers`, so that profiles from before there were any keep their keys."""
+        written: dict[str, Any] = write(self)
+        if not self.layers:
+            written.pop("layers")
+        return written
+
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """See `Statistic.follows`: what says which heads of a layer are always on."""
+        listed = [*self.layers]
+        for name, grid in self.options.items():
+            if _of_layers(name):  # which heads are shared is the same for all sizes of layers
+                listed += layer_options[name].options(2, 2, _grid(name, grid))
+        return tuple(dict.fromkeys(option.ranked_by for option in listed if option.ranked_by is not None))
+
+    def scores_read(self) -> dict[str, str]:
+        """What it ranks heads by."""
+        return dict.fromkeys(self.follows, "worth")
+
     def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
         """All targets that it prices; see `Statistic.alternatives`."""
-        return len(self.resolved(shape, lengths).targets)
+        resolved = self.resolved(shape, lengths)
+        return len(resolved.targets) + len(resolved.layers)
 
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """With the options as targets, those of a layer that does not slide by itself.
@@ -83,25 +125,38 @@ class Effect(HeadStatistic):
             UserError: they are too many.
         """
         unit = Unit(shape.group_size, shape.head_dim)
-        priced = list(self.targets)
+        priced, layers = list(self.targets), list(self.layers)
         for name, grid in self.options.items():
-            priced += targets[name].options(unit, lengths, _grid(name, grid))
+            known = _grid(name, grid)
+            if _of_layers(name):
+                layers += layer_options[name].options(shape.kv_heads, shape.group_size, known)
+            else:
+                priced += targets[name].options(unit, lengths, known)
         chosen = tuple(target for target in dict.fromkeys(priced) if target.removes or not target.as_built)
-        if len(chosen) > MOST:
+        whole = tuple(dict.fromkeys(layers))
+        if len(chosen) + len(whole) > MOST:
             raise UserError(
                 "too many targets to price",
                 where="profile.statistics.effect.options",
                 expected=f"at most {MOST}",
-                found=f"{len(chosen)}",
+                found=f"{len(chosen) + len(whole)}",
                 fix="give the grids fewer values, or larger steps",
             )
-        return self.model_copy(update={"targets": chosen, "options": {}})
+        if not chosen and not whole:
+            raise UserError(
+                "there is nothing to price",
+                where="profile.statistics.effect.options",
+                expected="options that a layer of this model can have",
+                found=f"{shape.kv_heads} head groups of {shape.group_size} query heads",
+            )
+        return self.model_copy(update={"targets": chosen, "options": {}, "layers": whole})
 
     def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
         """`absolute` and `signed`, (layer, group) for every target; 0 in layers that slide by themselves, where a
         target has no place there.
         """
-        return {part: Table(self.unit, target=len(self.targets)) for part in ("absolute", "signed")}
+        count = len(self.targets) + len(self.layers)
+        return {part: Table(self.unit, target=count) for part in ("absolute", "signed")}
 
     def begin(self, subject: Subject, lengths: Sequence[int]) -> dict[int, Sums]:
         """See `SummedStatistic.begin`.
@@ -110,40 +165,74 @@ class Effect(HeadStatistic):
             UserError: a target that cannot be priced.
         """
         prepared = prepared_for(subject.model)
-        check_priced(self.targets, "profile.statistics.effect.targets", prepared)
+        config = subject.model.config
+        check_priced(self.targets, "profile.statistics.effect.targets", prepared, config)
         self._prepared = self.learnt(prepared)
+        where = "profile.statistics.effect.layers"
+        find = subject.known.get
+        self._entries = [entries_of(option, subject.shape, find, lengths, where) for option in self.layers]
+        check_priced(list(self._of_layers), where, prepared, config)
+        serving = found_for(prepared)
+        for option, layers in zip(self.layers, self._entries, strict=True):
+            why = option.unpriced()
+            if why is not None and not all(serving(target) for targets in layers.values() for target in targets):
+                raise UserError(
+                    f"`{option.words()}` cannot be priced before it was prepared",
+                    where=where,
+                    found=why,
+                    fix="price a router without weights (`router: norm`), or prepare this one and price it there: "
+                    "`prepare.layers`",
+                )
         return super().begin(subject, lengths)
 
     def learnt(self, prepared: Prepared) -> Prepared:
-        return tuple(option for option in prepared if option.target in self.targets)
+        """All where it prices options of layers: which targets these come to may depend on what is measured first."""
+        serving = found_for(prepared)
+        used = prepared if self.layers else [serving(target) for target in self.targets]
+        return tuple(option for option in prepared if option in used)
 
     @property
     def needs_inputs(self) -> bool:
-        return reads_inputs(self.targets)
+        return reads_inputs({*self.targets, *self._of_layers})
+
+    @property
+    def _of_layers(self) -> set[Target]:
+        """What head groups become by the options of whole layers."""
+        return {target for option in self._entries for targets in option.values() for target in targets}
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        for number, signed, absolute in effects_of(layer, self.targets, self._prepared):
+        groups = layer.key.shape[0]
+        alternatives: dict[int, Sequence[Target]] = {
+            number: [target] * groups
+            for number, target in enumerate(self.targets)
+            if layer.window is None or target.as_built
+        }
+        for number, entries in enumerate(self._entries, len(self.targets)):
+            if layer.layer in entries:
+                alternatives[number] = entries[layer.layer]
+        for number, signed, absolute in effects_of(layer, alternatives, self._prepared):
             sums["signed"][layer.layer, :, number] += signed
             sums["absolute"][layer.layer, :, number] += absolute
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:
         return {
             key.to(target): Result(values[..., number].clone(), ("layer", "group"), table.unit)
-            for number, target in enumerate(self.targets)
+            for number, target in enumerate((*self.targets, *self.layers))
         }
 
 
 def effects_of(
-    layer: LayerTensors, targets: Sequence[Target], prepared: Prepared = ()
+    layer: LayerTensors, alternatives: Mapping[int, Sequence[Target]], prepared: Prepared = ()
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """What targets change in the loss to first order, in float32.
+    """What other targets of a layer's head groups change in the loss to first order, in float32.
 
     Args:
         layer: with the gradient.
+        alternatives: by number, a target for every head group.
         prepared: where the tensors of targets are that were trained before.
 
     Yields:
-        Index of a target that has a place in the layer, sum over rows and query heads `[groups]`, and sum of the sizes.
+        Number of an alternative, sum over rows and query heads `[groups]`, and sum of the sizes.
     """
     slope = layer.output_gradient
     assert slope is not None
@@ -152,12 +241,16 @@ def effects_of(
     rotary = None if layer.rotary is None else (layer.rotary[0][None].float(), layer.rotary[1][None].float())
     groups = key.shape[1]
     facts = facts_of(layer.layer, query, key, layer.window, hidden)
-    placed = [number for number, target in enumerate(targets) if layer.window is None or target.as_built]
-    alternatives = Alternatives(facts, [[targets[number]] * groups for number in placed], prepared)
-    changes = alternatives.changes(query, key, value, layer.scaling, scores=layer.scores, inputs=(hidden, rotary))
-    for number, change in zip(placed, changes, strict=True):
+    others = Alternatives(facts, list(alternatives.values()), prepared)
+    changes = others.changes(query, key, value, layer.scaling, scores=layer.scores, inputs=(hidden, rotary))
+    for number, change in zip(alternatives, changes, strict=True):
         effects = torch.einsum("htd,htd->ht", slope.float(), change[0]).view(groups, -1)
         yield number, effects.sum(1, dtype=torch.float64), effects.abs().sum(1, dtype=torch.float64)
+
+
+def _of_layers(name: str) -> bool:
+    """Whether the options of a target are those of whole layers."""
+    return name in layer_options
 
 
 def _grid(name: str, fields: dict[str, Any] | None) -> Any:
@@ -168,7 +261,7 @@ def _grid(name: str, fields: dict[str, Any] | None) -> Any:
     """
     if fields is None:
         return None
-    kind = targets[name].grid
+    kind = layer_options[name].grid if _of_layers(name) else targets[name].grid
     if kind is None:
         raise ValueError(f"options: `{name}` has no grid to choose from; write null")
     try:

@@ -26,6 +26,7 @@ class Run:
         training: samples of the statistics that train.
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles.tiles`.
+        round: 0, or 1 for the statistics that read what others measured in the passes before.
     """
 
     subject: Subject
@@ -37,6 +38,7 @@ class Run:
     report: Progress
     checkpointing: bool | None
     strip_bytes: int | None
+    round: int = 0
 
 
 class Pass(ABC):

@@ -36,15 +36,16 @@ class SamplePass(Pass):
         """A context in which the model is read sample by sample."""
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
+        step = self.reads if not run.round else f"{self.reads}-{run.round}"
         corpora = run.corpora[: self.corpora]
         queue = queue_of(*corpora)
-        if self.reads in run.partial.done:
+        if step in run.partial.done:
             run.report(len(queue), len(queue), "continuing")
-            return run.partial.done[self.reads]
+            return run.partial.done[step]
         lengths = sorted({item.length for item in queue})
         totals = [Sheet(statistics, run.subject, lengths) for _ in corpora]
         done = 0
-        state = run.partial.state(self.reads)
+        state = run.partial.state(step)
         if state is not None:
             notes, tensors = state
             done = notes["done"]
@@ -64,21 +65,21 @@ class SamplePass(Pass):
                 run.partial.seconds += time.perf_counter() - started
                 run.partial.peak = max(run.partial.peak, peak_bytes(run.subject.device))
                 if done // interval > before // interval and run.processes.main:
-                    self._save(run, done, totals)
+                    self._save(run, step, done, totals)
                 run.report(done, len(queue), message)
         pairs = [list(zip(total.sums, total.counts, strict=True)) for total in totals]
         results = {
             statistic.name: statistic.results([pair[number] for pair in pairs], run.subject)
             for number, statistic in enumerate(statistics)
         }
-        run.partial.finish(self.reads, results)
+        run.partial.finish(step, results)
         return results
 
-    def _save(self, run: Run, done: int, totals: Sequence[Sheet]) -> None:
+    def _save(self, run: Run, step: str, done: int, totals: Sequence[Sheet]) -> None:
         tensors = {
             f"{number}/{name}": tensor for number, total in enumerate(totals) for name, tensor in total.state().items()
         }
-        run.partial.save(self.reads, {"done": done, "counts": [total.counts for total in totals]}, tensors)
+        run.partial.save(step, {"done": done, "counts": [total.counts for total in totals]}, tensors)
 
 
 def queue_of(*corpora: Samples) -> list[Item]:

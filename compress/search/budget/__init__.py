@@ -1,5 +1,6 @@
 """What a plan may cost: the kinds of budget, one file each, and the recipe's budget, which is made of all of them."""
 
+import compress.search.budget.active
 import compress.search.budget.bytes_read
 import compress.search.budget.decode_time
 import compress.search.budget.density

@@ -6,7 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from compress.errors import Problem, UserError
 from compress.limits import ENTRIES, LONGEST
@@ -50,6 +58,15 @@ class Budget(Kinds):  # type: ignore[valid-type,misc]
             if isinstance(value, dict) and self.lengths is not None and set(self.lengths) != set(value):
                 raise ValueError(f"lengths: leave it out, or name the lengths of `{name}`, when `{name}` is a mapping")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without newer kinds that are not given, so that plans and keys from before there were any stay the same."""
+        written: dict[str, Any] = write(self)
+        for name, kind in budget_kinds.items():
+            if kind.newer and kind.value(self) is None:
+                written.pop(name, None)
+        return written
 
     def given(self) -> dict[str, Any]:
         """The kinds that are limited, with their values."""

@@ -120,9 +120,13 @@ class BudgetKind(Method):
 
     Attributes:
         reads: fields of `Cost`.
+        spent: whether it counts what a plan spends; else a share of it need not save anything.
+        newer: whether it came after files were written that name all kinds, which then only do where it is given.
     """
 
     reads: ClassVar[tuple[str, ...]]
+    spent: ClassVar[bool] = True
+    newer: ClassVar[bool] = False
 
     @classmethod
     def value(cls, budget: Any) -> Any:

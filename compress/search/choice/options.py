@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,14 @@ class Decided(Protocol):
     def place(self) -> Place:
         """Index of the layer, and of the unit in it."""
 
+    @property
+    def joint(self) -> bool:
+        """Whether it stands for all head groups of its layer, which otherwise decide one by one."""
+
+    @property
+    def decides_groups(self) -> bool:
+        """Whether it says what head groups become."""
+
     def put(self, draft: dict[str, Any], choice: Any) -> None:
         """Write a choice into the fields of a `LayerPlan`; `groups` is a list."""
 
@@ -64,6 +72,8 @@ class HeadGroup:
     """One head group; a choice is its target."""
 
     place: Place
+    joint: ClassVar[bool] = False
+    decides_groups: ClassVar[bool] = True
 
     def put(self, draft: dict[str, Any], choice: Target) -> None:
         """The target of the group."""
@@ -79,6 +89,8 @@ class GroupsOfLayer:
     """All head groups of a layer that stay; a choice is one target for all of them."""
 
     place: Place
+    joint: ClassVar[bool] = False
+    decides_groups: ClassVar[bool] = True
 
     def put(self, draft: dict[str, Any], choice: Target) -> None:
         """The target of every group that is not removed."""
@@ -87,6 +99,27 @@ class GroupsOfLayer:
     def read(self, layer: LayerPlan) -> Target:
         """The target of the groups."""
         return layer.groups[layer.kept_groups[0]]
+
+
+@dataclass(frozen=True)
+class WholeLayer:
+    """All head groups of a layer together; a choice is a target for each of them.
+
+    Attributes:
+        joint: whether they may also decide one by one.
+    """
+
+    place: Place
+    joint: bool = True
+    decides_groups: ClassVar[bool] = True
+
+    def put(self, draft: dict[str, Any], choice: Sequence[Target]) -> None:
+        """The targets of all groups."""
+        draft["groups"][:] = choice
+
+    def read(self, layer: LayerPlan) -> tuple[Target, ...]:
+        """The targets of all groups."""
+        return tuple(layer.groups)
 
 
 @dataclass(frozen=True)
@@ -106,9 +139,10 @@ class Options:
     costs: NDArray[np.int64]
 
     def kept(self, always: int = 0) -> Options:
-        """Without the options that another one beats in every loss and cost; the one at `always` stays."""
+        """Without the options that another one beats in every loss and cost; the one at `always` stays, but where
+        the unit need not choose any."""
         index = nondominated(np.concatenate([self.losses, self.costs], axis=1))
-        index = np.union1d(index, [always])
+        index = index if self.unit.joint else np.union1d(index, [always])
         return Options(self.unit, tuple(self.choices[i] for i in index), self.losses[index], self.costs[index])
 
     def with_choice(self, choice: Any, losses: Sequence[float], costs: Sequence[int]) -> Options:
@@ -134,25 +168,51 @@ def by_layer(options: Sequence[Options]) -> list[Options]:
     ]
 
 
+def in_place_of(options: Sequence[Options]) -> dict[int, list[int]]:
+    """Of every unit that stands for others, by number, the numbers of these; see `Knapsack`."""
+    groups: dict[int, list[int]] = {}
+    for number, unit in enumerate(options):
+        if unit.unit.decides_groups and not unit.unit.joint:
+            groups.setdefault(unit.unit.place[0], []).append(number)
+    return {number: groups[unit.unit.place[0]] for number, unit in enumerate(options) if unit.unit.joint}
+
+
 def layers_of(problem: Problem, options: Sequence[Options], choice: Sequence[int]) -> Layers:
-    """The layers of a problem with one choice of every unit, by index."""
+    """The layers of a problem with one choice of every unit, by index; -1 where another unit decides."""
     drafts = [{**dict(layer), "groups": list(layer.groups)} for layer in problem.start]
     for unit, index in zip(options, choice, strict=True):
-        unit.unit.put(drafts[unit.unit.place[0]], unit.choices[index])
+        if index >= 0:
+            unit.unit.put(drafts[unit.unit.place[0]], unit.choices[index])
     return tuple(LayerPlan(**{**draft, "groups": tuple(draft["groups"])}) for draft in drafts)
+
+
+def choice_of(options: Sequence[Options], layers: Layers) -> list[int]:
+    """The choice of every unit in a plan, by index; -1 as in `Solution.choice`."""
+    joint = in_place_of(options)
+    choice = [-1] * len(options)
+    decided = set()
+    for number, members in joint.items():
+        unit, read = options[number], options[number].unit.read(layers[options[number].unit.place[0]])
+        if read in unit.choices:
+            choice[number] = unit.choices.index(read)
+            decided |= set(members)
+    for number, unit in enumerate(options):
+        if number not in decided and number not in joint:
+            choice[number] = unit.choices.index(unit.unit.read(layers[unit.unit.place[0]]))
+    return choice
 
 
 def losses_of(options: Sequence[Options], layers: Layers) -> NDArray[np.float64]:
     """What the options of a plan lose together, by objective."""
-    chosen = [unit.choices.index(unit.unit.read(layers[unit.unit.place[0]])) for unit in options]
-    losses: NDArray[np.float64] = np.sum([unit.losses[i] for unit, i in zip(options, chosen, strict=True)], axis=0)
+    chosen = zip(options, choice_of(options, layers), strict=True)
+    losses: NDArray[np.float64] = np.sum([unit.losses[index] for unit, index in chosen if index >= 0], axis=0)
     return losses
 
 
 def room(problem: Problem, options: Sequence[Options]) -> NDArray[np.int64]:
     """What some units may cost together in every row, beside what all plans cost: `[rows]`."""
-    first = layers_of(problem, options, [0] * len(options))
-    fixed = problem.total(first) - np.sum([unit.costs[0] for unit in options], axis=0)
+    first = layers_of(problem, options, [-1 if unit.unit.joint else 0 for unit in options])
+    fixed = problem.total(first) - np.sum([unit.costs[0] for unit in options if not unit.unit.joint], axis=0)
     return problem.limits - fixed
 
 

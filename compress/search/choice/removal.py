@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class Neurons:
 
     place: Place
     order: tuple[int, ...]
+    joint: ClassVar[bool] = False
+    decides_groups: ClassVar[bool] = False
 
     def put(self, draft: dict[str, Any], choice: int) -> None:
         """The neurons that stay; nothing where all do."""

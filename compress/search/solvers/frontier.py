@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.limits import FACTOR, SECONDS
 from compress.search.choice.knapsack import Knapsack
-from compress.search.choice.options import Options, layers_of, losses_of, room
+from compress.search.choice.options import Options, in_place_of, layers_of, losses_of, room
 from compress.search.choice.pareto import pareto_front
 from compress.search.choice.removal import PRUNED, Removal
 from compress.search.problem import Candidate, Problem
@@ -66,7 +66,7 @@ class UnitRemoval(Removal):
         heads, neurons = self.scores(self.importance, problem)
         groups = heads.sum(-1)  # what query heads lose adds up
         alone = self.protected(problem.shape.layers)
-        free = [unit for unit in stay if len(unit.choices) > 1]
+        free = [unit for unit in stay if len(unit.choices) > 1 and not unit.unit.joint]
         if priced is None:
             lost = np.sum([unit.losses[unit.costs.sum(1).argmin()] for unit in free], axis=0)
         else:
@@ -77,7 +77,7 @@ class UnitRemoval(Removal):
         options = []
         for unit in stay:
             layer, group = unit.unit.place
-            if layer in alone or group == int(groups[layer].argmax()):
+            if layer in alone or unit.unit.joint or group == int(groups[layer].argmax()):
                 options.append(unit)
             else:
                 loss = float(groups[layer, group]) * scale if priced is None else weight * priced[layer, group]
@@ -127,7 +127,7 @@ class Frontier(Solver):
 
     def solve(self, problem: Problem) -> list[Candidate]:
         """The Pareto set over the objectives; see `Solver.solve`."""
-        check_rows(problem, self.smallest(problem), self)
+        check_rows(problem, self.least_amounts(problem), self)
         stay = self.group_options(problem)
         if self.removal is None:
             return self._front(problem, stay)
@@ -155,7 +155,7 @@ class Frontier(Solver):
         names = self.objectives(problem)
         fronts = 1 if self.removal is None else len(self.removal.weights) + 1
         front = pareto_front(
-            Knapsack(options, room(problem, options).tolist()),
+            Knapsack(options, room(problem, options).tolist(), in_place_of(options)),
             names=names,
             points=self.points,
             gap=self.gap,

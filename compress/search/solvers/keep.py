@@ -113,7 +113,7 @@ class Keep(Solver):
         Raises:
             UserError: not even the cheapest fits, or the profile has no such statistic.
         """
-        check_rows(problem, self.smallest(problem), self)
+        check_rows(problem, self.least_amounts(problem), self)
         plans: dict[Layers, Candidate] = {}
         for target in self.choices(problem):
             places = self._ranked(problem, target)

@@ -4,30 +4,35 @@ The statistic `effect` prices any target that the runtime has, windows, removal 
 of the loss, to first order, where the group's output is that of the target. `prepare: {effect: true}` prices by the
 same formula the targets that it trained. So this solver knows no target by name: what it may choose is what the recipe
 lets be priced, and what that costs, state and cache alike, is what the targets say.
+
+What all head groups of a layer become together, such as routed heads, stands beside that: a layer either takes one of
+these options, or each of its head groups takes a target of its own, and the plan of least loss is exact over both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from compress.errors import UserError
 from compress.registry import solvers
-from compress.search.choice.options import HeadGroup, Options, by_layer, nondominated
+from compress.search.choice.options import HeadGroup, Options, WholeLayer, by_layer, nondominated
 from compress.search.choice.removal import PRUNED
-from compress.search.problem import FULL_GROUP, Candidate, Layers, Problem
+from compress.search.choice.whole import LeastSaving, WholeLayers, nothing_left
+from compress.search.problem import FULL_GROUP, Amounts, Candidate, Layers, Problem
 from compress.search.solver import check_rows
 from compress.search.solvers.frontier import Frontier
+from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 
 
 @solvers.register("priced")
-class Priced(Frontier):
+class Priced(Frontier, LeastSaving):
     """Chooses among the targets that were priced, prepared ones among them, under all budgets at once."""
 
     needs_grid: ClassVar[bool] = False
@@ -41,6 +46,15 @@ class Priced(Frontier):
     level: Literal["group", "layer", "model"] = Field(
         "group", description="what gets one target: each head group, all groups of a layer, or all of the model"
     )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is said of whole layers where it is as usual: plans from before there were any stay the same."""
+        written: dict[str, Any] = write(self)
+        for name in LeastSaving.model_fields:
+            if written[name] == type(self).model_fields[name].default:
+                written.pop(name)
+        return written
 
     @model_validator(mode="after")
     def _removes_groups(self) -> Self:
@@ -67,8 +81,8 @@ class Priced(Frontier):
         if self.part == "error":
             priced = [option.target for option in problem.prepared]
         else:
-            priced = [target for target in problem.priced if not target.removes]
-        if not priced:
+            priced = [target for target in problem.priced if not target.removes and not target.by_layer]
+        if not priced and not self._layer_options(problem):
             raise UserError(
                 "the profile prices no target",
                 where="profile.statistics",
@@ -77,10 +91,38 @@ class Priced(Frontier):
             )
         return priced
 
+    def _layer_options(self, problem: Problem) -> tuple[LayerOption, ...]:
+        """The options of whole layers that were priced; errors after a preparation are of single groups."""
+        return () if self.part == "error" else problem.priced_layers
+
+    def whole_layers(self, problem: Problem) -> WholeLayers:
+        """See `Solver.whole_layers`.
+
+        Raises:
+            UserError: all of them save too little, and nothing else was priced.
+        """
+        whole = self.worthwhile(problem, self._layer_options(problem))
+        if whole.refused and not whole.options and not self.choices(problem):
+            raise nothing_left(whole.refused)
+        return whole
+
     def smallest(self, problem: Problem) -> Layers:
         """Under the target that costs least, row by row, with all removed that may be; see `Solver.smallest`."""
-        layers = problem.uniform(cheapest(problem, self.choices(problem)))
+        layers = problem.uniform(cheapest(problem, self.choices(problem) or [FULL_GROUP]))
         return layers if self.removal is None else self.removal.least(problem, layers)
+
+    def least_amounts(self, problem: Problem) -> Amounts:
+        """In each row by itself, since windows and routed heads are each the smallest in other rows."""
+        amounts = super().least_amounts(problem)
+        whole = self.whole_layers(problem)
+        if not whole.options or self.removal is not None:
+            return amounts
+        layers = self.smallest(problem)
+        for number, layer in enumerate(layers):
+            if options := [targets for _, targets in whole.of(number)]:
+                costs = problem.layer_costs(number, [layer.groups, *options])
+                amounts = amounts + costs.min(0) - costs[0]
+        return amounts
 
     def least_words(self) -> str:
         if self.removes:
@@ -91,7 +133,7 @@ class Priced(Frontier):
         """See `Frontier.solve`; for the whole model all plans of one target that none of the others beats."""
         if self.level != "model":
             return super().solve(problem)
-        check_rows(problem, self.smallest(problem), self)
+        check_rows(problem, self.least_amounts(problem), self)
         plans = []
         for target in (FULL_GROUP, *self.choices(problem)):
             layers = problem.uniform(target)
@@ -99,6 +141,12 @@ class Priced(Frontier):
             if problem.fits(layers):
                 names = dict(zip(self.objectives(problem), losses.tolist(), strict=True))
                 plans.append(Candidate(layers, names, note=f"{target.words()} everywhere"))
+        for option, groups in self.whole_layers(problem).options.items():
+            layers = problem.with_layers(groups)
+            losses = self._layer_losses(problem, option)[list(groups)].sum(0)
+            if problem.fits(layers):
+                names = dict(zip(self.objectives(problem), losses.tolist(), strict=True))
+                plans.append(Candidate(layers, names, note=f"{option.words()} in every layer"))
         merits = [[*candidate.losses.values(), *problem.total(candidate.layers)] for candidate in plans]
         return [plans[index] for index in nondominated(np.array(merits, dtype=np.float64))]
 
@@ -120,7 +168,41 @@ class Priced(Frontier):
                 count = len(targets) if place in free else 1
                 unit = Options(HeadGroup(place), tuple(targets[:count]), losses[number, group, :count], costs[:count])
                 options.append(unit)
-        return [unit.kept() for unit in (by_layer(options) if self.level == "layer" else options)]
+        if self.level == "layer":
+            return [unit.kept() for unit in self._with_whole(problem, by_layer(options))]
+        return [unit.kept() for unit in (*options, *self._whole(problem, joint=True))]
+
+    def _whole(self, problem: Problem, joint: bool) -> list[Options]:
+        """What whole layers may become; see `WholeLayer`."""
+        whole, units = self.whole_layers(problem), []
+        losses = {option: self._layer_losses(problem, option) for option in whole.options}
+        for number in range(problem.shape.layers):
+            if found := whole.of(number):
+                choices = tuple(targets for _, targets in found)
+                lost = np.stack([losses[option][number] for option, _ in found])
+                costs = problem.layer_costs(number, choices)
+                units.append(Options(WholeLayer((number, 0), joint), choices, lost, costs))
+        return units
+
+    def _with_whole(self, problem: Problem, layers: Sequence[Options]) -> list[Options]:
+        """The options of layers that get one target, with those of whole layers among them."""
+        whole = {unit.unit.place[0]: unit for unit in self._whole(problem, joint=False)}
+        units = []
+        for unit in layers:
+            number = unit.unit.place[0]
+            if number not in whole:
+                units.append(unit)
+                continue
+            other, count = whole[number], problem.shape.kv_heads
+            choices = (*((target,) * count for target in unit.choices), *other.choices)
+            losses, costs = np.vstack([unit.losses, other.losses]), np.vstack([unit.costs, other.costs])
+            units.append(Options(other.unit, choices, losses, costs))
+        return units
+
+    def _layer_losses(self, problem: Problem, option: LayerOption) -> NDArray[np.float64]:
+        """What an option of whole layers loses, `[layers, objectives]`."""
+        tables = [problem.layer_effect(option, length, self.part).double().sum(1).numpy() for length in problem.lengths]
+        return np.stack(tables, axis=-1)
 
     def removal_losses(self, problem: Problem) -> NDArray[np.float64] | None:
         """What `effect` says of `pruned`, where it was priced."""
