@@ -142,6 +142,7 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
         prepare_stage(session)
         path = rows.figures(options, name, seed)
         if name == rows.BASE:
+            rows.shared_is_ready(options, seed)
             found = rows.measure(options, session, None, readings(options))
             write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
             return

@@ -94,8 +94,8 @@ def main(
     if unknown := set(named) - set(rows):
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    if supervise([(BASE, seed) for seed in seeds], options, end):
-        supervise([(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once], options, end)
+    asked = [(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once]
+    supervise([*((BASE, seed) for seed in seeds), *asked], options, end)
     print_table(options.out)
 
 
