@@ -156,6 +156,11 @@ class RoutedGroup(SpanTarget):
         return type(self)(router=self.router, unit=self.unit, active=1, of=1)
 
     @property
+    def learns(self) -> bool:
+        """See `Target.learns`: norms have no parameters, and random weights stay as they are."""
+        return self.router == "two_stage"
+
+    @property
     def reads_norms(self) -> bool:
         """See `Target.reads_norms`."""
         return self.router == "norm"
