@@ -87,6 +87,7 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
         prepare_stage(session)
         path = rows.figures(options, row, seed)
         if row == rows.BASE:
+            rows.shared_is_ready(options, seed)
             found = rows.measure(options, session, None, readings(options))
             write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
             return
@@ -128,7 +129,7 @@ def recipe_of(options: argparse.Namespace, row: str) -> dict[str, Any]:
         recipe["prepare"] |= {
             "length": options.length,
             "batch_size": options.prepare_batch,
-            "targets": [HEDGEHOG, DELTA],
+            "targets": [ROWS[row][0].get("target", HEDGEHOG)] if row in ROWS else [HEDGEHOG],
         }
         recipe["recover"] |= {"length": options.length, "batch_size": options.batch}
         recipe["recover"]["micro_batch"] = min(options.micro, options.batch)

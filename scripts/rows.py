@@ -104,18 +104,34 @@ def figures(options: argparse.Namespace, row: str, seed: int) -> Path:
     return Path(options.out / f"{row}-{seed}.json")
 
 
+def shared_is_ready(options: argparse.Namespace, seed: int) -> None:
+    """Let the other rows of a seed start from the folder of `base`, which goes on with its own measurements."""
+    write_text(options.out / f"{BASE}-{seed}.ready", "what rows have in common is made\n")
+
+
+def may_start(options: argparse.Namespace, row: str, seed: int) -> bool:
+    """Whether a row finds in the folder of `base` what it starts from."""
+    ready = options.out / f"{BASE}-{seed}.ready"
+    return row == BASE or ready.is_file() or figures(options, BASE, seed).is_file()
+
+
 def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end: float) -> bool:
     """Run rows in processes of their own, so many at once, until they are done or the time is over; whether they are.
 
-    Rows that are done are left out. One that fails is told, with the end of its log, and the others go on.
+    Rows that are done are left out. One that fails is told, with the end of its log, and the others go on; those that
+    wait for a base that failed are left out.
     """
     waiting = [(row, seed) for row, seed in asked if not figures(options, row, seed).is_file()]
     running, places, done = dict[tuple[str, int], Any](), dict[tuple[str, int], str | None](), True
     command = [sys.executable, *sys.argv]
     devices = devices_of(options.device)
     while waiting or running:
-        while waiting and len(running) < options.at_once * len(devices) and time.monotonic() < end - 30:
-            row, seed = waiting.pop(0)
+        while len(running) < options.at_once * len(devices) and time.monotonic() < end - 30:
+            able = next((key for key in waiting if may_start(options, *key)), None)
+            if able is None:
+                break
+            waiting.remove(able)
+            row, seed = able
             taken = Counter(places[key] for key in running)
             place = places[row, seed] = min(devices, key=lambda device: taken[device])
             seen = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
@@ -142,7 +158,7 @@ def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end
             if not finished:
                 lines = (options.out / f"{row}-{seed}.log").read_text(errors="replace").splitlines()
                 print("\n".join(f"    {line[:300]}" for line in lines[-6:]), flush=True)
-        if time.monotonic() > end - 30 and not running:
+        if not running and (time.monotonic() > end - 30 or not any(may_start(options, *key) for key in waiting)):
             return done and not waiting
         time.sleep(0.5)
     return done

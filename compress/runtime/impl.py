@@ -31,11 +31,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Router:
+    """How an implementation chooses units without gradients; `triton_router.py` documents the arguments.
+
+    `routers.py` is the specification, and the implementation where this does not take the router.
+    """
+
+    takes: Callable[..., bool]
+    route: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
 class Impl:
     """One implementation of what a layer does; `reference.py` documents the arguments and is the specification.
 
     Attributes:
         linear: what it does for linear heads; None where they run in plain PyTorch.
+        router: how it chooses the units of routed heads; None where plain PyTorch does.
     """
 
     prefill: Callable[..., torch.Tensor]
@@ -44,6 +56,7 @@ class Impl:
     store_one: Callable[..., None]
     routed_prefill: Callable[..., torch.Tensor]
     linear: Linear | None = None
+    router: Router | None = None
 
 
 IMPLS = {"reference": Impl(prefill, decode, store, store_one, routed_prefill)}
@@ -55,6 +68,7 @@ try:
     from .triton_attention import FLASH, TRITON, refusal
     from .triton_linear_heads import LINEAR
     from .triton_routed import routed_prefill as skipping
+    from .triton_router import ROUTER
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -67,9 +81,9 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    IMPLS["triton"] = Impl(*TRITON, skipping, linear=Linear(*LINEAR))
-    IMPLS["fla"] = Impl(*TRITON, skipping, linear=Linear(*FLA))
-    IMPLS["flash"] = Impl(*FLASH, skipping, linear=Linear(*LINEAR))
+    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER))
+    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER))
+    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER))
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:

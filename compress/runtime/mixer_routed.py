@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .impl import choose_impl
 from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
@@ -33,6 +34,7 @@ class RoutedMixer(SpanMixer):
         super().__init__(groups, facts)
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
+        self.all_on = self.router.active == len(self.router.routed)
         self.learns = self.router.kind != "random"
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
@@ -53,11 +55,14 @@ class RoutedMixer(SpanMixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`; where attention takes gradients, or drops weights, all heads are computed."""
-        choice = self.choose(query, step)
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        active = None if trained or dropout else self.active(choice)
-        out = self.prefill_active(active, query, key, value, state, step, scale=scale, dropout=dropout)
-        return self.gated(out, choice, active is not None)
+        on, gates = self.flags(query, step)
+        if self.all_on or trained or dropout > 0:
+            out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
+            return self.gated(out, None if self.all_on else on, gates)
+        inside = None if gates is None or gates.requires_grad else self.by_unit(gates)
+        out = self.prefill_active(self.by_unit(on), query, key, value, state, step, scale=scale, gates=inside)
+        return out if inside is not None else self.gated(out, None, gates)
 
     def decode(
         self,
@@ -70,21 +75,27 @@ class RoutedMixer(SpanMixer):
         scale: float | None,
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
-        choice = self.choose(query, step)
-        active = self.active(choice)
-        on = None if active is None else active[..., 0]
-        out = self.decode_active(on, query, key, value, state, step, scale=scale)
-        return self.gated(out, choice, on is not None)
+        on, gates = (None if x is None else self.by_unit(x)[..., 0] for x in self.flags(query, step))
+        return self.decode_active(on, query, key, value, state, step, scale=scale, gates=gates)
 
-    def active(self, choice: Choice) -> torch.Tensor | None:
-        """Which groups are on, `[B, G, T]`, or which heads, `[B, H, T]`; None where all always are."""
-        router = self.router
-        if router.active == len(router.routed):
-            return None
-        share = self.facts.group_size
-        copies = 1 if router.heads < share else router.heads // share
-        on = choice.on.transpose(1, 2)
-        return on if copies == 1 else on.repeat_interleave(copies, dim=1)
+    def flags(self, query: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the pass's columns choose: which units are on, `[B, T, units]`, and their gates; None where they are 1.
+
+        In columns that are no token nothing means anything. Where nobody asks for gradients or a report, a kernel may
+        do it in one launch.
+        """
+        hidden = step.hidden if self.needs_inputs else None
+        given = (query, *([] if hidden is None else [hidden]), *self.router.parameters())
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        fast = choose_impl(step.impl, query).router
+        if fast is not None and not trained and step.record is None and fast.takes(self.router):
+            return fast.route(self.router, query, hidden)
+        choice = self.choose(query, step)
+        return choice.on, None if self.router.quantised and not choice.gates.requires_grad else choice.gates
+
+    def by_unit(self, flags: torch.Tensor) -> torch.Tensor:
+        """What units `[B, T, units]` have as groups or heads have it, `[B, G or H, T]`."""
+        return flags.transpose(1, 2)
 
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token
@@ -101,17 +112,16 @@ class RoutedMixer(SpanMixer):
             self._report(choice, absent, step)
         return choice
 
-    def gated(self, out: torch.Tensor, choice: Choice, left_out: bool) -> torch.Tensor:
-        """Outputs `[B, T, H, D]` times the gates of their units; zero where they are off.
+    def gated(self, out: torch.Tensor, on: torch.Tensor | None, gates: torch.Tensor | None) -> torch.Tensor:
+        """Outputs `[B, T, H, D]` times the gates of their units, `[B, T, units]`; zero where they are off.
 
         Args:
-            left_out: they are zero there already.
+            on: None where they are on, or zero already.
+            gates: None where they are 1.
         """
-        gates = self.by_head(choice.gates)[..., None]
-        if left_out and self.router.quantised and not gates.requires_grad:
-            return out
-        out = (out * gates).to(out.dtype)
-        return out if left_out else out.masked_fill(~self.by_head(choice.on)[..., None], 0)
+        if gates is not None:
+            out = (out * self.by_head(gates)[..., None]).to(out.dtype)
+        return out if on is None else out.masked_fill(~self.by_head(on)[..., None], 0)
 
     def by_head(self, units: torch.Tensor) -> torch.Tensor:
         """Of every query head of the mixer what its unit has: `[..., units]` to `[..., H]`."""

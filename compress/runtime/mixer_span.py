@@ -83,9 +83,10 @@ class SpanMixer(Mixer):
         *,
         scale: float | None,
         dropout: float = 0.0,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`), or
-        of all."""
+        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`),
+        times `gates` of the same shape; or of all."""
         impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
@@ -93,7 +94,7 @@ class SpanMixer(Mixer):
         if active is None:
             out = impl.prefill(query, key, value, spans, dropout=dropout, **options)
         else:
-            out = impl.routed_prefill(query, key, value, spans, active, **options)
+            out = impl.routed_prefill(query, key, value, spans, active, gates=gates, **options)
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans)
@@ -109,14 +110,16 @@ class SpanMixer(Mixer):
         step: Step,
         *,
         scale: float | None,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`decode` of the groups or heads that `active` `[B, G or H]` says are on; no key of the others is read."""
+        """`decode` of the groups or heads that `active` `[B, G or H]` says are on, times `gates` of the same shape; no
+        key of the others is read."""
         impl = choose_impl(step.impl, query)
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
         pages, lengths = state.pages(), step.lengths.to(key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
-        options: dict[str, Any] = {} if active is None else {"active": active}
+        options: dict[str, Any] = {} if active is None else {"active": active, "gates": gates}
         scores = self.scores(step)
         return impl.decode(query[:, :, 0], pages, lengths, state.spans, scale=scale, scores=scores, **options)[:, None]

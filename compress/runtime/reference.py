@@ -113,6 +113,7 @@ def routed_prefill(
     spans: Sequence[Span],
     active: torch.Tensor,
     *,
+    gates: torch.Tensor | None = None,
     rows: Rows | None = None,
     pages: Pages | None = None,
     scale: float | None = None,
@@ -126,30 +127,43 @@ def routed_prefill(
     Args:
         active: bool, `[B, G, T]` where a group is on or off as a whole, or `[B, H, T]` for single query heads. What it
             says of a column that is no token means nothing.
+        gates: float32 at least, of the same shape, factors on the outputs; None for 1.
         query, key, value, spans, rows, pages, scale, scores: as in `prefill`.
 
     Returns:
         `[B, H, T, D]` in query's dtype; exactly zero where a head is off, and where a column is no token.
 
     Raises:
-        ValueError: `active` is neither by group nor by query head.
+        ValueError: `active` is neither by group nor by query head, or the gates are something else.
     """
-    check_active(active, query.shape[1], len(spans))
+    check_active(active, query.shape[1], len(spans), gates)
     out = prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
-    return only_active(out, active)
+    return only_active(out, active, gates)
 
 
-def check_active(active: torch.Tensor, heads: int, groups: int) -> None:
-    """Raise ValueError unless `active` is bool `[B, G, ...]` or `[B, H, ...]`."""
+def check_active(active: torch.Tensor, heads: int, groups: int, gates: torch.Tensor | None) -> None:
+    """Raise ValueError unless `active` is bool `[B, G or H, ...]`, and `gates` are wide and of that shape."""
     if active.dtype != torch.bool or active.shape[1] not in (groups, heads):
         raise ValueError(
             f"active: expected bool of {groups} groups or {heads} query heads, got {active.dtype} of {active.shape[1]}"
         )
+    wide = (torch.float32, torch.float64)
+    if gates is not None and (gates.dtype not in wide or gates.shape != active.shape):
+        raise ValueError(
+            f"gates: expected float32 {list(active.shape)} as active, got {gates.dtype} {list(gates.shape)}"
+        )
 
 
-def only_active(out: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-    """Outputs `[B, H, ..., D]` with zeros, whatever was there, where `active` `[B, G or H, ...]` says off."""
-    return out.masked_fill(~active.repeat_interleave(out.shape[1] // active.shape[1], dim=1)[..., None], 0)
+def only_active(out: torch.Tensor, active: torch.Tensor, gates: torch.Tensor | None = None) -> torch.Tensor:
+    """Outputs `[B, H, ..., D]` times the gates, with zeros, whatever was there, where `active` says off.
+
+    Args:
+        active, gates: `[B, G or H, ...]`.
+    """
+    share = out.shape[1] // active.shape[1]
+    if gates is not None:
+        out = (out * gates.repeat_interleave(share, dim=1)[..., None]).to(out.dtype)
+    return out.masked_fill(~active.repeat_interleave(share, dim=1)[..., None], 0)
 
 
 def _no_mass(query: torch.Tensor) -> torch.Tensor:
@@ -281,6 +295,7 @@ def decode(
     scores: Scores | None = None,
     keep_lse: bool = False,
     active: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
 ) -> Any:
     """Attention of one token per sequence over the pages, the token's own key included.
 
@@ -293,6 +308,7 @@ def decode(
         scale, scores, keep_lse: as in `prefill`.
         active: bool on the device, `[B, G]` or `[B, H]`: which groups, or which query heads, are on; None when all
             are. A group without a head that is on reads no key. The output of a head that is off is exactly zero.
+        gates: float32 at least, of the shape of `active`, factors on the outputs; None for 1.
 
     Returns:
         `[B, H, D]` in query's dtype; with `keep_lse` also the log-sum-exp `[B, H]`, -inf for a sequence of length 0
@@ -301,7 +317,7 @@ def decode(
     batch, heads, _ = query.shape
     groups = len(spans)
     if active is not None:
-        check_active(active, heads, groups)
+        check_active(active, heads, groups, gates)
     if not pages.table.shape[-1]:  # no sequence has a token yet
         out = query.new_zeros(batch, heads, pages.values.shape[-1])
         return (out, _no_mass(query)) if keep_lse else out
@@ -325,15 +341,17 @@ def decode(
     key = pages.keys[places].flatten(2, 3).masked_fill(hidden, 0)  # [B, G, P * 64, D]
     value = pages.values[places].flatten(2, 3).masked_fill(hidden, 0)
     absent, lse = (lengths == 0)[:, None].expand(batch, heads), None
-    if active is not None:
-        absent = absent | ~active.repeat_interleave(heads // active.shape[1], dim=1)
     if scores is not None or keep_lse:
         seen = seen.repeat_interleave(heads // groups, dim=1)[:, :, None]
         out, lse = attend(query[:, :, None], key, value, seen, scores or Scores(), scale=scale, keep_lse=keep_lse)
     else:
         q = query.view(batch, groups, heads // groups, -1)  # the heads of a group are the rows of its tile
         out = scaled_dot_product_attention(q, key, value, attn_mask=seen[:, :, None], scale=scale)
-    out = out.reshape(batch, heads, -1).masked_fill(absent[..., None], 0)
+    out = out.reshape(batch, heads, -1)
+    if active is not None:
+        out = only_active(out, active, gates)
+        absent = absent | ~active.repeat_interleave(heads // active.shape[1], dim=1)
+    out = out.masked_fill(absent[..., None], 0)
     return out if lse is None else (out, lse[..., 0].masked_fill(absent, float("-inf")))
 
 

@@ -87,6 +87,7 @@ def _decode(
     p_rules,  # [G, 4] int32: sink, alpha, beta units, mask
     p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
     p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2: what is on; None with ACTIVE 0
+    p_gates,  # float32 of the same shape, factors on the outputs, where GATED
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
@@ -115,6 +116,7 @@ def _decode(
     EXTRA: tl.constexpr,
     SCORE: tl.constexpr,
     ACTIVE: tl.constexpr,
+    GATED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -199,16 +201,18 @@ def _decode(
                     total += tl.sum(b_weight, 1)
         if (at == seg_start) & (piece_end == seg_end):
             p_row = p_out + b.to(tl.int64) * out_b
-            b_out = acc / total[:, None]
             if ACTIVE == 2:
                 m_on = tl.load(p_active + s * SHARE + o_row, mask=m_row, other=0) != 0
-                b_out = tl.where(m_on[:, None], b_out, 0.0)
-            store_block(p_row, head * out_h, b_out, m_row, VALUE_DIM, BLOCK_V)
-            if KEEP_LSE:
-                b_lse = (top + tl.log2(total)) * _LN2
+                acc = tl.where(m_on[:, None], acc, 0.0)
+                top = tl.where(m_on, top, float("-inf"))
+            if GATED:
                 if ACTIVE == 2:
-                    b_lse = tl.where(m_on, b_lse, float("-inf"))
-                tl.store(p_lse + b * GROUPS * SHARE + head, b_lse, mask=m_row)
+                    acc *= tl.load(p_gates + s * SHARE + o_row, mask=m_row, other=0.0)[:, None]
+                else:
+                    acc *= tl.load(p_gates + s)
+            store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
+            if KEEP_LSE:
+                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * _LN2, mask=m_row)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
@@ -226,7 +230,8 @@ def _join(
     p_lse,  # [B, H] float32, where KEEP_LSE
     p_lengths,  # [B] int32
     p_rules,  # [G, 4] int32
-    p_active,  # as in `_decode`
+    p_active,  # as in `_decode`, and so are the gates
+    p_gates,
     segments,
     most,
     out_b,
@@ -243,6 +248,7 @@ def _join(
     FEWEST: tl.constexpr,
     OVERLAP: tl.constexpr,
     ACTIVE: tl.constexpr,
+    GATED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
 ):
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
@@ -255,13 +261,13 @@ def _join(
     )
     start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
     count = tl.sum(tl.where(every == s, counts, 0), 0)
-    nothing = count == 0  # a sequence that takes no part, or heads that are off
-    if ACTIVE == 2:
-        nothing = nothing | (tl.load(p_active + s * SHARE + h) == 0)
     # [BLOCK_C]
     o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
     p_total = p_lse + (s // GROUPS) * GROUPS * SHARE + (s % GROUPS) * SHARE + h
+    nothing = count == 0  # a sequence that takes no part, or heads that are off
+    if ACTIVE == 2:
+        nothing = nothing | (tl.load(p_active + s * SHARE + h) == 0)
     if nothing:
         if KEEP_LSE:
             tl.store(p_total, float("-inf"))
@@ -294,6 +300,8 @@ def _join(
         acc = acc * b_shrink + tl.sum(b_parts * b_weight[:, None], 0)
         total = total * b_shrink + tl.sum(b_totals * b_weight, 0)
         top = b_best
+    if GATED:
+        acc *= tl.load(p_gates + (s * SHARE + h if ACTIVE == 2 else s))
     tl.store(p_row + o_dims, (acc / total).to(p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
     if KEEP_LSE:  # the same number from all programs of a head
         tl.store(p_total, tl.sum((top + tl.log2(total)) * _LN2, 0))
@@ -309,6 +317,7 @@ def decode(
     scores: Scores | None = None,
     keep_lse: bool = False,
     active: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
 ) -> Any:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
 
@@ -330,13 +339,14 @@ def decode(
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None:
         return reference_decode(
-            query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse, active=active
+            query, pages, lengths, spans, scale=scale, scores=scores, keep_lse=keep_lse, active=active, gates=gates
         )
     cap, extra = form.cap, form.by_head
     flags, unit = None, 0
     if active is not None:
-        check_active(active, heads, groups)
+        check_active(active, heads, groups, gates)
         flags, unit = active.contiguous().view(torch.uint8), 1 if active.shape[1] == groups else 2
+        gates = None if gates is None else gates.contiguous()
     _decode[(programs,)](
         query,
         pages.keys,
@@ -346,6 +356,7 @@ def decode(
         rules,
         rules if extra is None else extra,
         flags,
+        gates,
         out,
         parts,
         stats,
@@ -374,6 +385,7 @@ def decode(
         EXTRA=extra is not None and form.score == 0,
         SCORE=form.score,
         ACTIVE=unit,
+        GATED=gates is not None,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
@@ -389,6 +401,7 @@ def decode(
         lengths,
         rules,
         flags,
+        gates,
         batch * groups,
         programs,
         out.stride(0),
@@ -405,6 +418,7 @@ def decode(
         FEWEST=config["fewest"],
         OVERLAP=overlap,
         ACTIVE=unit,
+        GATED=gates is not None,
         KEEP_LSE=keep_lse,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),

@@ -72,6 +72,7 @@ def _forward(
     p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
     p_on,  # [B, G, T * SHARE] int32: the rows that are computed, token * SHARE + head of the group; None for all
     p_on_counts,  # [B, G] int32: how many of them there are
+    p_gates,  # [B, G, T] float32 with GATED 1, [B, H, T] with GATED 2: factors on the outputs; None with GATED 0
     numbers,
     tiles,
     batch,
@@ -84,6 +85,9 @@ def _forward(
     out_b,
     out_h,
     out_t,
+    gate_b,
+    gate_u,
+    gate_t,
     SHARE: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -96,6 +100,7 @@ def _forward(
     RAGGED: tl.constexpr,
     PAGED: tl.constexpr,
     GATHERED: tl.constexpr,
+    GATED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -126,6 +131,7 @@ def _forward(
         m_token = tile * BLOCK_M + tl.arange(0, BLOCK_M) < on_count
         o_packed = tl.load(p_own + tl.arange(0, BLOCK_M), mask=m_token, other=0)
         o_token = o_packed // SHARE
+        head = g * SHARE + o_packed % SHARE
     else:
         low = tile * BLOCK_M // SHARE
         if low >= count:
@@ -135,8 +141,8 @@ def _forward(
         # [BLOCK_M]
         o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         o_token = o_packed // SHARE
+        head = g * SHARE + o_packed % SHARE
         m_token = o_token < count
-    head = g * SHARE + o_packed % SHARE
     t = past + o_token
     o_column = (start + o_token).to(tl.int64)
     # [BLOCK_M, BLOCK_D]
@@ -210,6 +216,9 @@ def _forward(
             )
 
     total = tl.where(m_token, total, 1.0)
+    if GATED > 0:
+        unit = head if GATED == 2 else tl.zeros_like(head) + g
+        acc *= tl.load(p_gates + b.to(tl.int64) * gate_b + unit * gate_u + o_column * gate_t, mask=m_token)[:, None]
     o_out = b.to(tl.int64) * out_b + o_column * out_t + head * out_h
     store_block(p_out, o_out, acc / total[:, None], m_token, VALUE_DIM, BLOCK_V)
     if KEEP_LSE:
@@ -232,11 +241,13 @@ def forward(
     extra: torch.Tensor | None = None,
     score: int = 0,
     on: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gates: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
     Args:
         on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
+        gates: float32 `[B, G, T]` or `[B, H, T]` of any strides, factors on the outputs; None for 1.
 
     Returns:
         Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
@@ -269,6 +280,7 @@ def forward(
         table,
         rows if extra is None else extra,
         *((None, None) if on is None else on),
+        gates,
         table.shape[-1],
         tiles,
         batch,
@@ -281,6 +293,7 @@ def forward(
         out.stride(0),
         out.stride(1),
         out.stride(2),
+        *((None, None, None) if gates is None else gates.stride()),
         SHARE=share,
         GROUPS=groups,
         DIM=dim,
@@ -293,6 +306,7 @@ def forward(
         RAGGED=ragged,
         PAGED=pages is not None,
         GATHERED=on is not None,
+        GATED=0 if gates is None else 1 if gates.shape[1] == groups else 2,
         KEEP_LSE=keep_lse,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,

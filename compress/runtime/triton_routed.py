@@ -136,6 +136,7 @@ def routed_prefill(
     spans: Sequence[Span],
     active: torch.Tensor,
     *,
+    gates: torch.Tensor | None = None,
     rows: Rows | None = None,
     pages: Pages | None = None,
     scale: float | None = None,
@@ -148,11 +149,11 @@ def routed_prefill(
     kernels do not have.
     """
     batch, heads, columns, dim = query.shape
-    check_active(active, heads, len(spans))
+    check_active(active, heads, len(spans), gates)
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None or (query.is_cuda and columns < SKIP_FROM):
         out = prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
-        return only_active(out, active)
+        return only_active(out, active, gates)
     rows = rows or Rows.whole(batch, columns)
     where = rows.tensor(query.device)
     out, _ = forward(
@@ -169,5 +170,6 @@ def routed_prefill(
         extra=form.by_head,
         score=form.score,
         on=rows_on(active, where, heads, len(spans)),
+        gates=gates,
     )
     return out

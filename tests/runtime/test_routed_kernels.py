@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import compress.runtime.mixer_routed  # noqa: F401  (registers the mixer)
 from compress.runtime import triton_routed
+from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS
+from compress.runtime.mixer import Kinds, LayerFacts
+from compress.runtime.paged_cache import PagedCache
 from compress.runtime.pages import Pages
 from compress.runtime.reference import Rows
+from compress.runtime.routers import Router
 from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
+from compress.runtime.step import Step
 from compress.runtime.triton_routed import rows_on
+from compress.targets.routed import RoutedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -90,13 +101,14 @@ def test_the_list_names_the_rows_that_are_on(units: int) -> None:
 @pytest.mark.parametrize("units", [len(RULES), HEADS])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> None:
-    columns, past, start, count = 101, (0, 70), (0, 6), (101, 88)
+    columns, past, start, count = 67, (0, 70), (0, 6), (67, 50)
     lengths = [p + c for p, c in zip(past, count, strict=True)]
     query = torch.randn(2, HEADS, columns, DIM)
     key, value = torch.randn(2, 2, len(RULES), max(lengths), DIM)
     active = (torch.rand(2, columns, units) < 0.5).transpose(1, 2)
     active[:, -1] = False  # a unit that nobody chose
-    on = by_heads(active)
+    gates = torch.rand(2, columns, units).transpose(1, 2)
+    on, gain = by_heads(active), by_heads(gates.double())
     poisoned = query.masked_fill(~on[..., None], torch.nan)  # what is off is not read
     new_key, new_value = torch.full((2, 2, len(RULES), columns, DIM), torch.nan)
     for b in range(2):
@@ -105,53 +117,53 @@ def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> 
         poisoned[b, :, : start[b]] = poisoned[b, :, start[b] + count[b] :] = torch.nan
     pages = paged(key, value, list(past))
     out = IMPLS[impl].routed_prefill(
-        poisoned, new_key, new_value, RULES, active, rows=Rows(past, start, count), pages=pages
+        poisoned, new_key, new_value, RULES, active, gates=gates, rows=Rows(past, start, count), pages=pages
     )
     for b in range(2):
         here = slice(start[b], start[b] + count[b])
         at = torch.arange(past[b], lengths[b])
         wanted = exact(query[b, :, here], key[b, :, : lengths[b]], value[b, :, : lengths[b]], at)
-        torch.testing.assert_close(out[b, :, here].double(), wanted * on[b, :, here, None], **CLOSE)
+        wanted *= (on * gain)[b, :, here, None]
+        torch.testing.assert_close(out[b, :, here].double(), wanted, **CLOSE)
         rest = out[b].clone()
         rest[:, here] = 0
         assert not rest.any() and not out[b][~on[b]].any()
 
 
 def test_prefill_with_everything_on_is_that_of_the_plain_kernel() -> None:
-    query, (key, value) = torch.randn(1, HEADS, 77, DIM), torch.randn(2, 1, len(RULES), 77, DIM)
+    query, (key, value) = torch.randn(1, HEADS, 41, DIM), torch.randn(2, 1, len(RULES), 41, DIM)
     scores = Scores(3.0, torch.randn(HEADS))
-    active = torch.ones(1, HEADS, 77, dtype=torch.bool)
+    active = torch.ones(1, HEADS, 41, dtype=torch.bool)
     out = IMPLS["triton"].routed_prefill(query, key, value, RULES, active, scores=scores)
     assert torch.equal(out, IMPLS["triton"].prefill(query, key, value, RULES, scores=scores))
-    wanted = exact(query[0], key[0], value[0], torch.arange(77), scores)
+    wanted = exact(query[0], key[0], value[0], torch.arange(41), scores)
     torch.testing.assert_close(out[0].double(), wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("units", [len(RULES), HEADS])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 def test_decode_reads_no_key_of_a_group_that_is_off(impl: str, units: int) -> None:
-    lengths = [150, 0, 67, 150]
-    query, (key, value) = torch.randn(4, HEADS, DIM), torch.randn(2, 4, len(RULES), 150, DIM)
-    active = torch.rand(4, units) < 0.5
-    active[0], active[2] = False, True
-    active[0, : units // len(RULES)] = torch.arange(units // len(RULES)) == 0  # one head, or one group
-    active[3] = False  # a sequence whose groups are all off
-    on = by_heads(active)
+    lengths = [150, 0, 67]
+    query, (key, value) = torch.randn(3, HEADS, DIM), torch.randn(2, 3, len(RULES), 150, DIM)
+    active = torch.rand(3, units) < 0.5
+    active[0] = torch.arange(units) == 1  # one head, or one group
+    active[2] = False  # a sequence whose groups are all off
+    gates = torch.rand(3, units)
+    on, gain = by_heads(active), by_heads(gates.double())
     group_on = on.unflatten(1, (-1, SHARE)).any(-1)
     hidden = ~group_on[..., None, None]
     pages = paged(key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan), lengths)
-    out, lse = IMPLS[impl].decode(
-        query, pages, torch.tensor(lengths, dtype=torch.int32), RULES, active=active, keep_lse=True
-    )
-    alone = IMPLS[impl].decode(query, pages, torch.tensor(lengths, dtype=torch.int32), RULES, active=active)
-    torch.testing.assert_close(out, alone, **CLOSE)
+    where = torch.tensor(lengths, dtype=torch.int32)
+    out, lse = IMPLS[impl].decode(query, pages, where, RULES, active=active, gates=gates, keep_lse=True)
+    plain = IMPLS[impl].decode(query, pages, where, RULES, active=active)
+    torch.testing.assert_close((plain * gain[..., None]).float(), out, **CLOSE)
     for b, length in enumerate(lengths):
         if length == 0:
             assert not out[b].any() and (lse[b] == -torch.inf).all()
             continue
         at = torch.tensor([length - 1])
         wanted = exact(query[b, :, None], key[b, :, :length], value[b, :, :length], at)[:, 0]
-        torch.testing.assert_close(out[b].double(), wanted.masked_fill(~on[b, :, None], 0), **CLOSE)
+        torch.testing.assert_close(out[b].double(), wanted * (on * gain)[b, :, None], **CLOSE)
         assert not out[b][~on[b]].any() and torch.equal(lse[b].isfinite(), on[b])
 
 
@@ -164,3 +176,69 @@ def test_flags_of_another_number_of_units_are_refused(impl: str) -> None:
     with pytest.raises(ValueError, match=r"got torch\.uint8 of 3"):
         flags = torch.ones(1, 3, dtype=torch.uint8)
         IMPLS[impl].decode(query[:, :, 0], pages, torch.tensor([3], dtype=torch.int32), RULES, active=flags)
+    with pytest.raises(ValueError, match=r"float32 \[1, 3, 3\] as active, got torch\.float32 \[1, 9, 3\]"):
+        active = torch.ones(1, 3, 3, dtype=torch.bool)
+        IMPLS[impl].routed_prefill(query, key, value, RULES, active, gates=torch.ones(1, 9, 3))
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (3, {"unit": "group", "shared": (1,)}),  # a program a token
+        (70, {"unit": "head", "shared": (0, 7)}),  # tokens together
+        (3, {"unit": "group"}),
+        (70, {"unit": "head", "gates": "one", "shared": (3,)}),
+        (3, {"unit": "group", "router": "norm", "shared": (0,)}),
+        (3, {"unit": "head", "router": "norm", "gates": "weighted", "shared": (2, 5)}),
+    ],
+)
+def test_the_router_kernel_chooses_as_the_router(columns: int, fields: dict[str, Any]) -> None:
+    groups = RoutedGroup.layer(5, 2, group_size=SHARE, **fields)
+    router = Router([group.model_dump() for group in groups], LayerFacts(0, DIM, 44, SHARE, None)).to(DEVICE)
+    with torch.no_grad():
+        for weight in router.parameters():
+            weight.normal_()
+    query, hidden = torch.randn(1, 5 * SHARE, columns, DIM), torch.randn(1, columns, 44)
+    query[:, :, 1], hidden[:, 1] = 1.0, 0.0  # a token whose units are all alike
+    fast = IMPLS["triton"].router
+    assert fast is not None and fast.takes(router)
+    on, gates = fast.route(router, query, hidden)
+    wanted = router.double()(query.double(), hidden.double())
+    assert torch.equal(on, wanted.on) and int(on[0, 0].sum()) == 2 + len(fields.get("shared", ()))
+    assert (gates is None) == router.quantised
+    if gates is not None:
+        torch.testing.assert_close(gates[on].double(), wanted.gates[on].detach(), **CLOSE)
+        assert bool((gates[0, 1][on[0, 1]] == 1).all())
+    query[:, :, 2], hidden[:, 2] = torch.nan, torch.nan  # what is no token stays to itself
+    again, gates = fast.route(router.float(), query, hidden)
+    assert gates is None or bool(gates.isfinite().all())
+    assert torch.equal(again[:, :2], on[:, :2]) and torch.equal(again[:, 3:], on[:, 3:])
+
+
+@pytest.mark.parametrize("fields", [{"unit": "head", "shared": (4,)}, {"router": "norm", "sink": 3, "beta": 0.25}])
+@pytest.mark.parametrize("impl", IMPL_NAMES)
+def test_a_layer_skips_in_chunks_and_steps_what_training_computes(impl: str, fields: dict[str, Any]) -> None:
+    groups = [group.model_dump() for group in RoutedGroup.layer(3, 2, group_size=SHARE, **fields)]
+    kinds = Kinds(groups, LayerFacts(0, DIM, 20, SHARE, None))
+    assert kinds.only is not None
+    for weight in kinds.only.to(DEVICE).parameters():
+        weight.requires_grad_(False).normal_()
+    module = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
+    query, (key, value), hidden = torch.randn(1, HEADS, 37, DIM), torch.randn(2, 1, 3, 37, DIM), torch.randn(1, 37, 20)
+
+    def attend(cache: PagedCache | None, here: slice) -> torch.Tensor:
+        q, k, v = (x[:, :, here] for x in (query, key, value))
+        step = Step.begin(cache, None, 1, q.shape[2], q.device)
+        step.impl, step.hidden = impl, hidden[:, here]
+        if cache is not None:
+            cache.update(k, v, 0)
+        out = plan_attention(module, q, k, v, None, compress_step=step)[0]
+        step.end()
+        return out
+
+    cache, cuts = PagedCache([kinds]), [0, 20, 35, 36, 37]
+    without: Any = {"prefill": None}  # what computes all heads is not called
+    with torch.no_grad(), patch.dict(IMPLS, {impl: replace(IMPLS[impl], **without)}):
+        parts = [attend(cache, slice(a, b)) for a, b in pairwise(cuts)]
+    query.requires_grad_()
+    torch.testing.assert_close(torch.cat(parts, dim=1), attend(None, slice(None)).detach(), **CLOSE)
