@@ -175,6 +175,11 @@ class RoutedGroup(SpanTarget):
         """See `Target.all_on`: as many units a token as there are."""
         return self.model_copy(update={"active": self.of})
 
+    @property
+    def at_random(self) -> RoutedGroup:
+        """See `Target.at_random`."""
+        return self.model_copy(update={"router": "random", "gates": "one"})
+
     def shared_heads(self, query_heads: int) -> int:
         """How many of the group's query heads are always on."""
         return query_heads if self.shared == "all" else len(self.shared)

@@ -152,6 +152,11 @@ class Target(Method):
         return False
 
     @property
+    def at_random(self) -> Target:
+        """The same with what it decides token by token left to chance, a control; itself where it decides nothing."""
+        return self
+
+    @property
     def prepared_as(self) -> Target:
         """The target whose trained tensors serve this one, too, where they were not trained for itself."""
         return self
