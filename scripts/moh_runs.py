@@ -236,13 +236,8 @@ def routed_layer(shape: ModelShape, row: Row, scores: torch.Tensor, off: int) ->
     units, on = len(scores), len(scores) - off
     count = 0 if row.shared == "none" else min(units // 2, on - 1)
     order = list(range(units)) if row.shared == "first" else scores.argsort(descending=True, stable=True).tolist()
-    active = on - count
-    fields: dict[str, Any] = {"router": row.router, "unit": row.unit}
-    if active == 1:
-        fields["gates"] = "one"
-    return RoutedGroup.layer(
-        shape.kv_heads, active, shared=sorted(order[:count]), group_size=shape.group_size, **fields
-    )
+    fields: dict[str, Any] = {"router": row.router, "unit": row.unit, "group_size": shape.group_size}
+    return RoutedGroup.layer(shape.kv_heads, on - count, shared=sorted(order[:count]), **fields)
 
 
 def variant_of(session: Session, name: str, row: Row, plan: Plan, weights: Path) -> Variant:

@@ -66,8 +66,8 @@ class RoutedGroup(SpanTarget):
     )
     gates: Literal["weighted", "one"] = Field(
         "weighted",
-        description="what outputs are multiplied by: the router's weights, or 1 with the gradient of the weights; the "
-        "default of `norm` and `random` is 1",
+        description="what outputs are multiplied by: the router's weights, or 1 with the gradient of probabilities, "
+        "the default of `norm` and `random`, and where a token chooses one unit, whose weight would always be 1",
     )
     sink: int = Field(0, ge=0, lt=NO_END, description="tokens at the start that stay visible")
     alpha: int = Field(0, gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
@@ -78,8 +78,8 @@ class RoutedGroup(SpanTarget):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, given: Any) -> Any:
-        """Gates of 1 where the router has no weights to train."""
-        if isinstance(given, dict) and given.get("router") in ("norm", "random"):
+        """Gates of 1 where the router has no weights to train, or a weight among one chosen unit would say nothing."""
+        if isinstance(given, dict) and (given.get("router") in ("norm", "random") or given.get("active") == 1):
             return {"gates": "one"} | given
         return given
 
