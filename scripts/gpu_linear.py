@@ -1,6 +1,6 @@
 """The GPU check of linear heads: every kernel against float64, then speed beside dense attention and fla.
 
-python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but the sweeps
+python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but sweep
 
 Writes JSON and a table into the folder.
 
@@ -31,7 +31,14 @@ from compress.environment import environment
 from compress.files import write_json
 from compress.models.graph import graph_of
 from compress.models.planned import with_runtime_plan
-from compress.runtime import triton_linear, triton_linear_decode, triton_linear_delta, tuned
+from compress.runtime import (
+    triton_linear,
+    triton_linear_decode,
+    triton_linear_delta,
+    triton_linear_layout,
+    triton_linear_states,
+    tuned,
+)
 from compress.runtime.linear_states import chunk_states, own_chunk, read
 from compress.runtime.maps import MAPS
 from compress.runtime.merge import log_mass, merge
@@ -41,10 +48,12 @@ from compress.runtime.pages import Pages
 from compress.runtime.reference import Rows
 from compress.runtime.span import PAGE, Span
 from compress.runtime.step import Step
-from compress.runtime.triton_linear import SEGMENT, additive, layout
+from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
 from compress.runtime.triton_linear_features import KINDS, features
+from compress.runtime.triton_linear_layout import SEGMENT, layout
+from compress.runtime.triton_linear_states import Slots, running, segment_states
 from compress.targets.linear import LinearGroup
 
 DEVICE = torch.device("cuda")
@@ -52,6 +61,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 # Norm of the difference over the norm: one rounding to bfloat16 is .0017, and weights and states are rounded besides.
 MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F32, "gradient"): 2e-5}
 LINES: list[str] = []
+START = time.time()
 
 
 def say(line: str) -> None:
@@ -511,23 +521,28 @@ def part_rows() -> dict[str, float]:
     from compress.runtime.impl import IMPLS
 
     spans = [Span(0, 64, 0.0, granule=PAGE)] * groups
-    states, _ = triton_linear.segment_states(k, v, None, where)
+    slots, _ = segment_states(k, v, None, where)
+    sums = Slots.like(k, v, where.segments, torch.float32)
+    sums.matrices.zero_()
+    sums.norms.zero_()
     calls: dict[str, Callable[[], Any]] = {
         "window": lambda: IMPLS["triton"].prefill(query, key, value, spans, keep_lse=True),
         "features of queries": lambda: features(query, mixer.map.query.flatten(0, 1), None, "hedgehog", 1.0),
         "features of keys": lambda: features(key, mixer.map.key, None, "hedgehog", 1.0),
-        "states": lambda: triton_linear.segment_states(k, v, None, where),
-        "running sums of them": lambda: triton_linear.running(states.clone(), None, q.shape[-1], where, reverse=False),
-        "read and merge": lambda: triton_linear.read(q, k, v, states, where, (out, lse, lse), mean=True, mass=True),
+        "states": lambda: segment_states(k, v, None, where),
+        "running sums of them": lambda: running(sums, slots, None, where, reverse=False),
+        "read and merge": lambda: triton_linear.read(q, k, v, slots, where, (out, lse, lse), mean=True, mass=True),
     }
     took = {name: measure.graphed_times(call, DEVICE, calls=5).median for name, call in calls.items()}
+    held = slots.matrices.nbytes + slots.norms.nbytes
+    summed = sums.matrices.nbytes + sums.norms.nbytes
     moved = {
         "window": 2 * (query.nbytes + key.nbytes),
         "features of queries": query.nbytes + q.nbytes,
         "features of keys": key.nbytes + k.nbytes,
-        "states": k.nbytes + v.nbytes + 3 * states.nbytes,
-        "running sums of them": 4 * states.nbytes,
-        "read and merge": q.nbytes + 2 * query.nbytes + k.nbytes + v.nbytes + states.nbytes,
+        "states": k.nbytes + v.nbytes + 2 * summed + held,
+        "running sums of them": summed + held,
+        "read and merge": q.nbytes + 2 * query.nbytes + k.nbytes + v.nbytes + held,
     }
     for name, ms in took.items():
         say(f"32k, {name}: {ms:.3f} ms, {moved[name] / ms / 1e6:.0f} GB/s of what it has to move")
@@ -619,113 +634,192 @@ def decode_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def fla_pairs(length: int) -> tuple[dict[str, tuple[Callable[[], Any], Callable[[], Any]]], dict[str, Any]]:
+    """What both compute, at 32 heads of 128 numbers: calls of ours and theirs, and the leaves of each.
+
+    Heads without window, one query head a group. Raises ImportError without the package.
+    """
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    heads, dim = 32, 128
+    query, key = (torch.rand(1, heads, length, dim, device=DEVICE, dtype=BF16) for _ in range(2))
+    value = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+    by_token = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    chunk = torch.arange(length // PAGE, device=DEVICE).expand(1, heads, -1).contiguous()
+    absorbed = torch.full((1, heads), length - PAGE, device=DEVICE)
+    where = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True)
+    slopes = -torch.linspace(0.001, 0.1, heads, device=DEVICE)
+    by_chunk = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True, segment=1)
+    unit = normalize(key, dim=-1)
+    strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
+    log_decay = -0.05 * log_decay
+    with_unit = [by_token[0], unit.transpose(1, 2).contiguous(), by_token[2]]
+    gates = [x.transpose(1, 2).contiguous() for x in (log_decay, strength)]
+    plain: dict[str, Any] = {"mean": False, "mass": False}
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "normalised": (
+            lambda: additive(query, key, value, None, where)[0],
+            lambda: chunk_linear_attn(*by_token, scale=1.0, normalize=True)[0],
+        ),
+        "plain": (
+            lambda: additive(query, key, value, None, where, **plain)[0],
+            lambda: chunk_linear_attn(*by_token, scale=1.0, normalize=False)[0],
+        ),
+        "decay": (
+            lambda: additive(query, key, value, None, where, log_decay=slopes, **plain)[0],
+            lambda: chunk_simple_gla(*by_token, scale=1.0, g_gamma=slopes)[0],
+        ),
+        "gated delta": (
+            lambda: gated_delta(query, unit, value, None, by_chunk, log_decay=log_decay, strength=strength)[0],
+            lambda: chunk_gated_delta_rule(*with_unit, *gates, scale=1.0)[0],
+        ),
+    }
+    of_ours, of_theirs = (query, key, value), by_token
+    leaves: dict[str, Any] = dict.fromkeys(pairs, (of_ours, of_theirs))
+    leaves["gated delta"] = ((query, unit, value), with_unit)
+    return pairs, leaves
+
+
+def with_gradients(call: Callable[[], Any], leaves: Any) -> Callable[[], Any]:
+    """A call with its gradients."""
+
+    def both() -> None:
+        for x in leaves:
+            x.requires_grad_()
+        out = call()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        for x in leaves:
+            x.requires_grad_(False)
+
+    return both
+
+
+def fla_compile(part: int, parts: int) -> None:
+    """Compile every `parts`-th of the launches that the package tries; in a process of its own, into Triton's cache."""
+    import os
+
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # the package shall measure by itself which is the fastest
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+
+    def once(call: Callable[[], Any], **_: Any) -> list[float]:
+        call()
+        return [1.0, 1.0, 1.0]
+
+    choose = Autotuner.prune_configs
+
+    def some(self: Any, kwargs: Any) -> Any:
+        configs = choose(self, kwargs)
+        return configs[part::parts] or configs[:1]
+
+    with (
+        mock.patch.object(driver.active, "get_benchmarker", lambda: once),
+        mock.patch.object(Autotuner, "prune_configs", some),
+    ):
+        pairs, leaves = fla_pairs(FLA_LENGTHS[0])
+        for name, (_, theirs) in pairs.items():
+            try:
+                theirs()
+                with_gradients(theirs, leaves[name][1])()
+            except Exception:  # what cannot run is told where it is measured
+                continue
+        torch.cuda.synchronize()
+
+
+FLA_LENGTHS = (8192, 32768)
+
+
 def fla_rows() -> list[dict[str, Any]]:
-    """Beside flash-linear-attention where the function is the same: heads without window, one query head a group."""
+    """Beside flash-linear-attention where the function is the same."""
     try:
         import fla
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-        from fla.ops.linear_attn import chunk_linear_attn
-        from fla.ops.simple_gla import chunk_simple_gla
     except ImportError as missing:
         say(f"flash-linear-attention is not here ({missing})")
         return []
+    from triton.runtime import driver
+    from triton.testing import do_bench
+
     say(f"flash-linear-attention {fla.__version__}")
+    workers = max(1, min(12, torch.multiprocessing.cpu_count() - 2))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(fla_compile, range(workers), [workers] * workers))
+    say(f"  its launches are compiled after {time.time() - START:.0f} s")
     rows = []
-    heads, dim = 32, 128
-    for length in (8192, 32768, 131072):
-        measure.release(DEVICE)
-        query, key = (torch.rand(1, heads, length, dim, device=DEVICE, dtype=BF16) for _ in range(2))
-        value = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
-        by_token = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
-        chunk = torch.arange(length // PAGE, device=DEVICE).expand(1, heads, -1).contiguous()
-        absorbed = torch.full((1, heads), length - PAGE, device=DEVICE)
-        where = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True)
-        slopes = -torch.linspace(0.001, 0.1, heads, device=DEVICE)
-        by_chunk = layout(Rows.whole(1, length), chunk, length, absorbed=absorbed, own=True, segment=1)
-        unit = normalize(key, dim=-1)
-        strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
-        log_decay = -0.05 * log_decay
-        with_unit = [by_token[0], unit.transpose(1, 2).contiguous(), by_token[2]]
-        gates = [x.transpose(1, 2).contiguous() for x in (log_decay, strength)]
-        pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-            "normalised": (
-                lambda q=query, k=key, v=value, w=where: additive(q, k, v, None, w)[0],  # type: ignore[misc]
-                lambda x=by_token: chunk_linear_attn(*x, scale=1.0, normalize=True)[0],  # type: ignore[misc]
-            ),
-            "plain": (
-                lambda q=query, k=key, v=value, w=where: additive(q, k, v, None, w, mean=False)[0],  # type: ignore[misc]
-                lambda x=by_token: chunk_linear_attn(*x, scale=1.0, normalize=False)[0],  # type: ignore[misc]
-            ),
-            "decay": (
-                lambda q=query, k=key, v=value, w=where, s=slopes: additive(  # type: ignore[misc]
-                    q, k, v, None, w, mean=False, log_decay=s
-                )[0],
-                lambda x=by_token, s=slopes: chunk_simple_gla(*x, scale=1.0, g_gamma=s)[0],  # type: ignore[misc]
-            ),
-        }
-        pairs["gated delta"] = (
-            lambda q=query, k=unit, v=value, w=by_chunk, d=log_decay, b=strength: gated_delta(  # type: ignore[misc]
-                q, k, v, None, w, log_decay=d, strength=b
-            )[0],
-            lambda x=with_unit, g=gates: chunk_gated_delta_rule(*x, *g, scale=1.0)[0],  # type: ignore[misc]
-        )
-        for name, (ours, theirs) in pairs.items():
-            delta = name == "gated delta"
-            with torch.inference_mode():
-                difference = error(ours(), theirs().transpose(1, 2).double())
-                took = measure.times_in_turn({"ours": ours, "fla": theirs}, DEVICE)
-            row: dict[str, Any] = {"length": length, "what": name, "difference": difference}
-            row |= {n: t.median for n, t in took.items()}
-            if length <= 32768:
-                for n, call, leaves in (
-                    ("ours", ours, (query, unit if delta else key, value)),
-                    ("fla", theirs, with_unit if delta else by_token),
-                ):
-                    for x in leaves:
-                        x.requires_grad_()
-
-                    def both(call: Any = call, leaves: Any = leaves) -> None:
-                        out = call()
-                        torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-                    row[f"{n}_both"] = measure.times(both, DEVICE).median
-                    for x in leaves:
-                        x.requires_grad_(False)
-            rows.append(row)
-            backward = (
-                "" if "ours_both" not in row else f"; with gradients {row['ours_both']:.2f} and {row['fla_both']:.2f}"
-            )
-            say(
-                f"fla {name} {length}: ours {row['ours']:.3f} ms, fla {row['fla']:.3f} ({row['fla'] / row['ours']:.2f} "
-                f"times as long){backward}; results differ by {difference:.1e}"
-            )
+    # Its kernels choose their launches by measuring; .1 s for each of some hundred is more than they need.
+    with mock.patch.object(driver.active, "get_benchmarker", lambda: partial(do_bench, warmup=5, rep=25)):
+        for length in FLA_LENGTHS:
+            measure.release(DEVICE)
+            pairs, leaves = fla_pairs(length)
+            for name, (ours, theirs) in pairs.items():
+                with torch.inference_mode():
+                    difference = error(ours(), theirs().transpose(1, 2).double())
+                    took = measure.times_in_turn({"ours": ours, "fla": theirs}, DEVICE)
+                row: dict[str, Any] = {"length": length, "what": name, "difference": difference}
+                row |= {n: t.median for n, t in took.items()}
+                words = []
+                if length == FLA_LENGTHS[0]:
+                    for n, call, of in zip(("ours", "fla"), (ours, theirs), leaves[name], strict=True):
+                        try:
+                            row[f"{n}_both"] = measure.times(with_gradients(call, of), DEVICE).median
+                            words.append(f"{row[f'{n}_both']:.2f}")
+                        except RuntimeError as refused:  # its gated delta on some versions of Triton
+                            for x in of:
+                                x.requires_grad_(False)
+                            row[f"{n}_refuses"] = str(refused)
+                            words.append(f"none of {n} ({str(refused)[:100]}...)")
+                rows.append(row)
+                say(
+                    f"fla {name} {length}: ours {row['ours']:.3f} ms, fla {row['fla']:.3f} "
+                    f"({row['fla'] / row['ours']:.2f} times as long)"
+                    f"{'; with gradients ' * bool(words)}{' and '.join(words)}; results differ by {difference:.1e}"
+                )
     return rows
 
 
 # --- launch parameters
 
 
-def with_config(name: str, config: dict[str, int]) -> Any:
-    """A context in which the launches of that name have other parameters."""
-    changed = {**tuned.linear_config(2, DEVICE), name: config}
-    module = triton_linear_delta if name == "delta" else triton_linear
-    return mock.patch.object(module, "linear_config", lambda *_: changed)
-
-
 READ_ONE = {
     True: {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": 4, "overlap": True},
     False: {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1, "overlap": True},
 }
-READ_ONE_CHANGES: dict[bool, tuple[dict[str, Any], ...]] = {
-    True: (
-        {}, {"overlap": False}, {"stages": 3}, {"numbers": 4096, "stages": 3}, {"numbers": 4096, "features": 128},
-        {"features": 128, "stages": 3}, {"numbers": 1024, "warps": 2}, {"numbers": 1024, "features": 32, "warps": 2},
-    ),
-    False: (
-        {}, {"overlap": False}, {"numbers": 1024}, {"warps": 2}, {"numbers": 4096, "warps": 2},
-        {"numbers": 4096, "warps": 4}, {"numbers": 2048, "warps": 4}, {"numbers": 4096, "warps": 8},
-    ),
-}  # fmt: skip
+READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
+    (True, {}), (True, {"overlap": False}), (True, {"stages": 3}), (True, {"numbers": 4096, "stages": 3}),
+    (True, {"numbers": 4096, "features": 128}), (True, {"features": 128, "stages": 3}),
+    (True, {"numbers": 1024, "warps": 2}), (True, {"numbers": 1024, "features": 32, "warps": 2}),
+    (False, {}), (False, {"overlap": False}), (False, {"numbers": 1024}), (False, {"warps": 2}),
+    (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "warps": 4}), (False, {"warps": 4}),
+    (False, {"numbers": 4096, "warps": 8}),
+)  # fmt: skip
+# Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
+LLAMA, ALONE = (32, 8, 128, 256, 32768, False), (32, 32, 128, 128, 8192, True)
+STATES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("scan", {}), ("scan", {"stages": 2}), ("scan", {"stages": 4}), ("scan", {"values": 32}),
+    ("scan", {"features": 128}), ("scan", {"features": 128, "values": 32}), ("scan", {"features": 128, "warps": 8}),
+    ("sums", {}), ("sums", {"values": 64, "warps": 4}), ("sums", {"features": 64, "warps": 4, "stages": 3}),
+    ("sums", {"stages": 3}),
+)  # fmt: skip
+READ: tuple[dict[str, Any], ...] = (
+    {}, {"stages": 3}, {"stages": 1}, {"registers": 128}, {"registers": 128, "stages": 3}, {"features": 128},
+    {"features": 128, "registers": 128}, {"features": 32, "stages": 3}, {"heads": 1, "warps": 8},
+    {"heads": 1, "warps": 8, "registers": 168}, {"heads": 1, "warps": 8, "stages": 3}, {"values": 64},
+    {"values": 64, "registers": 128},
+)  # fmt: skip
+GRADIENTS: tuple[dict[str, Any], ...] = (
+    {}, {"stages": 2}, {"warps": 4}, {"features": 64}, {"features": 64, "stages": 2}, {"features": 64, "values": 128},
+    {"values": 128}, {"heads": 1}, {"heads": 1, "stages": 2},
+)  # fmt: skip
+DELTA: tuple[dict[str, Any], ...] = ({}, {"stages": 1}, {"values": 64, "stages": 1}, {"values": 16}, {"warps": 8})
+
+
+def with_config(name: str, change: dict[str, int]) -> Any:
+    """A context in which the launches of that name have other parameters."""
+    configs = tuned.linear_config(2, DEVICE)
+    changed = {**configs, name: configs[name] | change}
+    module = triton_linear_delta if name == "delta" else triton_linear_layout
+    return mock.patch.object(module, "linear_config", lambda *_: changed)
 
 
 def with_decode_config(config: dict[str, Any]) -> Any:
@@ -733,107 +827,114 @@ def with_decode_config(config: dict[str, Any]) -> Any:
     return mock.patch.object(triton_linear_decode, "linear_decode_config", lambda *_: config)
 
 
-@torch.inference_mode()
-def sweep_decode() -> list[dict[str, Any]]:
-    """Ways to read a state of 64 MiB, and for the first shape of 16 MiB."""
-    rows: list[dict[str, Any]] = []
-    for at, (groups, share, dim, count) in enumerate(DECODE_SHAPES):
-        for size in (64, 16)[: 2 if at == 0 else 1]:
-            measure.release(DEVICE)
-            step, held = decode_step(groups, share, dim, count, size << 20)
-            found = []
-            for dot, changes in READ_ONE_CHANGES.items():
-                for change in changes:
-                    with with_decode_config(READ_ONE[dot] | change):
-                        took = try_time(step) / 4
-                    way = "as a product" if dot else "by head"
-                    found.append((took, f"{way} {change}"))
-                    row = {"what": "decode", "share": share, "dim": dim, "features": count, "bytes": held}
-                    rows.append(row | {"dot": dot, **change, "us": took * 1e3})
-            say(f"sweep decode {groups} groups of {share}, D {dim}, F {count}, {size} MiB:")
-            for took, words in sorted(found):
-                say(f"  {took * 1e3:.1f} us, {held / took / 1e6:.0f} GB/s: {words}")
-    return rows
+def sweep_jobs() -> list[tuple[str, Any, Any]]:
+    """What is tried: a kernel, sizes, and what is changed."""
+    jobs: list[tuple[str, Any, Any]] = []
+    for sizes in DECODE_SHAPES:
+        jobs += [("decode", (*sizes, 64 << 20), change) for change in READ_ONE_CHANGES]
+    jobs += [("decode", (*DECODE_SHAPES[0], 16 << 20), change) for change in READ_ONE_CHANGES]
+    for shape in (LLAMA, ALONE):
+        jobs += [("states", shape, change) for change in STATES]
+        jobs += [("read", shape, change) for change in READ]
+        jobs += [("segments", shape, segment) for segment in (1, 2)]
+    jobs += [("gradients", ALONE, change) for change in GRADIENTS]
+    jobs += [("delta", ALONE, change) for change in DELTA]
+    return jobs
 
 
-@torch.inference_mode()
-def sweep_rows() -> list[dict[str, Any]]:
-    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`."""
-    rows: list[dict[str, Any]] = []
-    for sizes in ((32, 8, 128, 256, 32768), (32, 32, 128, 128, 16384), (9, 3, 64, 128, 65536)):
-        measure.release(DEVICE)
-        rows += sweep_layer(*sizes)
-    return rows + sweep_gradients()
+def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
+    """A call of that kernel."""
+    if what == "decode":
+        step, _ = decode_step(*shape)
+        dot, more = change
 
+        def decode() -> None:
+            with with_decode_config(READ_ONE[dot] | more):
+                step()
 
-def sweep_layer(heads: int, groups: int, dim: int, count: int, length: int) -> list[dict[str, Any]]:
-    """Those of one layer."""
-    rows: list[dict[str, Any]] = []
-
-    def tell(**row: Any) -> None:
-        rows.append({"groups": groups, "dim": dim, "features": count, "length": length, **row})
-        words = ", ".join(f"{name} {value}" for name, value in row.items() if name != "ms")
-        say(f"sweep {groups} groups, D {dim}, F {count}, {length} tokens, {words}: {row['ms']:.3f} ms")
-
-    chunk = (torch.arange(length // PAGE, device=DEVICE) - 1).clamp(min=0).expand(1, groups, -1).contiguous()
+        return decode
+    heads, groups, dim, count, length, own = shape
+    stream = length if own else length - PAGE
+    pages = torch.arange(length // PAGE, device=DEVICE)
+    chunk = (pages if own else (pages - 1).clamp(min=0)).expand(1, groups, -1).contiguous()
     query = torch.rand(1, heads, length, count, device=DEVICE, dtype=BF16)
-    key = torch.rand(1, groups, length - PAGE, count, device=DEVICE, dtype=BF16)
-    value = torch.rand(1, groups, length - PAGE, dim, device=DEVICE, dtype=BF16)
-    out = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
-    lse = torch.randn(1, heads, length, device=DEVICE)
-    for segment in (2, SEGMENT, 8):
-        where = layout(Rows.whole(1, length), chunk, length - PAGE, segment=segment)
-        sums = partial(triton_linear.segment_states, key, value, None, where)
-        tell(what="states", segment=segment, ms=try_time(sums))
-        if segment == SEGMENT:
-            for block_f, block_v, warps, stages in ((128, 64, 4, 2), (64, 128, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3)):
-                config = {"features": block_f, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
-                with with_config("sums", config):
-                    tell(what="states", segment=segment, config=config, ms=try_time(sums))
-        window = (out, lse, lse)
-        reading = partial(triton_linear.read, query, key, value, sums()[0], where, window, mean=True, mass=True)
-        for block_f in (64, 128):
-            for at_once, warps in ((1, 4), (2, 4), (2, 8)):
-                for stages in (1, 2):
-                    if segment != SEGMENT and (block_f, stages) != (64, 2):
-                        continue
-                    config = {"features": block_f, "values": 128, "heads": at_once, "warps": warps, "stages": stages}
-                    with with_config("read", config):
-                        tell(what="read", segment=segment, config=config, ms=try_time(reading))
-    if count <= 128:
-        strength, decay = torch.rand(1, groups, length - PAGE, device=DEVICE), -torch.rand(groups, device=DEVICE)
-        where = layout(Rows.whole(1, length), chunk, length - PAGE, segment=1)
-        call = partial(gated_delta, query, key, value, None, where, log_decay=decay, strength=strength)
-        for block_v, warps, stages in ((32, 4, 2), (32, 4, 1), (64, 4, 1), (64, 8, 2), (16, 4, 2), (32, 8, 2)):
-            config = {"features": 256, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
-            with with_config("delta", config):
-                tell(what="delta", config=config, ms=try_time(call))
-    return rows
+    key = torch.rand(1, groups, stream, count, device=DEVICE, dtype=BF16)
+    value = torch.rand(1, groups, stream, dim, device=DEVICE, dtype=BF16)
+    segment = 1 if what == "delta" else change if what == "segments" else SEGMENT
+    where = layout(Rows.whole(1, length), chunk, stream, own=own, segment=segment)
+    if what == "states":
+        way, more = change
+
+        def states() -> None:
+            scans = mock.patch.object(triton_linear_states, "linear_scans", lambda *_: way == "scan")
+            with with_config(way, more), scans:
+                segment_states(key, value, None, where)
+
+        return states
+    if what == "delta":
+        strength, decay = torch.rand(1, groups, stream, device=DEVICE), -torch.rand(groups, device=DEVICE)
+        unit = normalize(key, dim=-1)
+
+        def delta() -> None:
+            with with_config("delta", change):
+                gated_delta(query, unit, value, None, where, log_decay=decay, strength=strength)
+
+        return delta
+    if what == "gradients":
+        both = with_gradients(lambda: additive(query, key, value, None, where)[0], (query, key, value))
+
+        def gradients() -> None:
+            with with_config("gradients", change):
+                both()
+
+        return gradients
+    out, lse = (
+        torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16),
+        torch.randn(1, heads, length, device=DEVICE),
+    )
+    if what == "segments":
+        window: dict[str, Any] = {} if own else {"window": (out, lse), "log_gain": lse}
+        return lambda: additive(query, key, value, None, where, **window)
+    slots, _ = segment_states(key, value, None, where)
+    merged = None if own else (out, lse, lse)
+
+    def reads() -> None:
+        with with_config("read", change):
+            triton_linear.read(query, key, value, slots, where, merged, mean=True, mass=True)
+
+    return reads
 
 
-@torch.inference_mode(False)
-def sweep_gradients() -> list[dict[str, Any]]:
-    """The same for the gradients of a layer."""
-    rows = []
-    batch, heads, groups, dim, length = 8, 9, 3, 64, 2048
-    mixer = layer(heads, groups, dim).float()
-    qkv: Any = [x.requires_grad_() for x in tensors_of(batch, heads, groups, length, dim)]
-    grad = torch.randn(batch, length, heads, dim, device=DEVICE, dtype=BF16)
-    step = Step.begin(None, None, batch, length, DEVICE)
-    step.impl = "triton"
+def sweep_compile(jobs: list[tuple[str, Any, Any]]) -> None:
+    """Call everything once, in a process of its own, so that Triton's cache has it."""
+    for job in jobs:
+        try:
+            sweep_call(*job)()
+        except Exception:  # a compiler's refusal is told where it is measured
+            continue
+    torch.cuda.synchronize()
 
-    def both() -> None:
-        out = mixer.prefill(qkv[0], qkv[1], qkv[2], None, step, scale=None, dropout=0.0)
-        torch.autograd.grad(out, [*qkv, *mixer.parameters()], grad)
 
-    for block_f, block_v, warps, stages in (
-        (128, 64, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2)
-    ):  # fmt: skip
-        config = {"features": block_f, "values": block_v, "heads": 1, "warps": warps, "stages": stages}
-        with torch.inference_mode(False), torch.enable_grad(), with_config("gradients", config):
-            took = try_time(both, graphed=False)
-        rows.append({"what": "gradients", **config, "ms": took})
-        say(f"sweep gradients of a layer of SmolLM2 {config}: {took:.3f} ms")
+def sweep_rows() -> list[dict[str, Any]]:
+    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`, the first of each list."""
+    jobs = sweep_jobs()
+    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(sweep_compile, [jobs[at::workers] for at in range(workers)]))
+    say(f"  launches are compiled after {time.time() - START:.0f} s")
+    rows: list[dict[str, Any]] = []
+    best: dict[str, list[tuple[float, str]]] = {}
+    for what, shape, change in jobs:
+        measure.release(DEVICE)
+        call = sweep_call(what, shape, change)
+        took = try_time(call, graphed=what != "gradients") * 1e3 / (4 if what == "decode" else 1)
+        rows.append({"what": what, "shape": shape, "change": change, "us": took})
+        name = f"{what} {shape}"
+        say(f"sweep {name} {change}: {took:.1f} us")
+        best.setdefault(name, []).append((took if math.isfinite(took) else math.inf, str(change)))
+    for name, found in best.items():
+        took, change = min(found)
+        say(f"best {name}: {took:.1f} us with {change}; the first tried {found[0][0]:.1f} us")
     return rows
 
 
@@ -857,7 +958,6 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "prefill": prefill_rows,
     "train": train_rows,
     "fla": fla_rows,
-    "sweep_decode": sweep_decode,
     "sweep": sweep_rows,
 }
 
@@ -866,17 +966,16 @@ def main() -> None:
     """The sections one after the other; one that fails is told, and the others go on."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_linear")
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.time()
     facts: dict[str, Any] = {"environment": environment()}
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for name in sys.argv[2:] or [name for name in SECTIONS if "sweep" not in name]:
+    for name in sys.argv[2:] or [name for name in SECTIONS if name != "sweep"]:
         try:
             facts[name] = SECTIONS[name]()
         except Exception:  # told, and the next section may still find something out
             facts[name] = {"failed": traceback.format_exc()}
             say(f"{name} FAILED: {traceback.format_exc()}")
         measure.release(DEVICE)
-        say(f"-- {name}: {time.time() - start:.0f} s")
+        say(f"-- {name}: {time.time() - START:.0f} s")
         facts["table"] = LINES
         write_json(folder / "gpu_linear.json", facts)
         (folder / "gpu_linear.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")

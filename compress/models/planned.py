@@ -23,6 +23,7 @@ from compress.plan import Group, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
+from compress.runtime.mlp_experts import MlpExperts
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
@@ -123,6 +124,18 @@ def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
 def mixers_of(model: Any) -> list[Mixer]:
     """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
     return [mixer for kinds in getattr(model.base_model, "compress_kinds", ()) for mixer in kinds.mixers]
+
+
+def own_weights(model: Any) -> list[torch.nn.Parameter]:
+    """What a planned model has beside the weights of the dense one, or of its experts, and that learns: what its mixers
+    have of their own, and the routers of MLPs."""
+    of_mixers = [weight for mixer in mixers_of(model) if mixer.learns for weight in mixer.parameters()]
+    return of_mixers + [module.router for module in model.modules() if isinstance(module, MlpExperts)]
+
+
+def has_routers(model: Any) -> bool:
+    """Whether tokens choose in a layer of the model what they use of it, and say so (`Record`)."""
+    return any(getattr(module, "chooses", False) for module in model.modules())
 
 
 def has_own_widths(model: Any) -> bool:

@@ -103,9 +103,7 @@ class RoutedMixer(SpanMixer):
 
     def by_unit(self, flags: torch.Tensor) -> torch.Tensor:
         """What units `[B, T, units]` have as groups or heads have it, `[B, G or H, T]`."""
-        copies = max(1, self.router.heads // self.facts.group_size)
-        flags = flags.transpose(1, 2)
-        return flags if copies == 1 else flags.repeat_interleave(copies, dim=1)
+        return flags.transpose(1, 2)
 
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token

@@ -1,8 +1,8 @@
 """Which units of a layer a token uses, and what their outputs are multiplied by: the routers of Mixture-of-Head.
 
-A unit is a query head, a head group, or several head groups side by side. Of the units of a layer some are shared,
-which is always on; of the others, the routed ones, every token chooses `active`. What a router decides depends on the
-token alone, and all of it is computed in float32 at least. Where scores are equal the lower unit comes first.
+A unit is a head group or a query head. Of the units of a layer some are shared, which is always on; of the others, the
+routed ones, every token chooses `active`. What a router decides depends on the token alone, and all of it is computed
+in float32 at least. Where scores are equal the lower unit comes first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from .mixer import LayerFacts
 from .span import kept_table
 
-ALIKE = ("router", "unit", "block", "active", "of", "always", "gates")  # fields on which a layer's entries agree
+ALIKE = ("router", "unit", "active", "of", "always", "gates")  # fields on which a layer's entries agree
 RADIANS = 4.0  # by which the random router turns for a product of 1: enough that all units come up
 
 
@@ -46,7 +46,7 @@ def shared_units(groups: Sequence[Mapping[str, Any]], group_size: int) -> list[b
     """Whether each unit of a layer is always on, from the plan's entries of its routed groups, in their order."""
     if groups[0]["unit"] == "head":
         return [group["shared"] == "all" or head in group["shared"] for group in groups for head in range(group_size)]
-    return [group["shared"] == "all" for group in groups[:: groups[0]["block"]]]
+    return [group["shared"] == "all" for group in groups]
 
 
 def disagreement(groups: Sequence[Mapping[str, Any]], group_size: int) -> tuple[str, str, str] | None:
@@ -60,14 +60,8 @@ def disagreement(groups: Sequence[Mapping[str, Any]], group_size: int) -> tuple[
     for name in ALIKE:
         found = list(dict.fromkeys(str(group[name]) for group in groups))
         if len(found) > 1:
-            return f"the routed groups of a layer share one router, and differ in `{name}`", found[0], ", ".join(found)
-    block = first["block"]
-    if len(groups) % block:
-        return "the routed groups of a layer are not whole blocks", f"a multiple of {block} groups", str(len(groups))
-    for start in range(0, len(groups), block):
-        found = list(dict.fromkeys(str(group["shared"]) for group in groups[start : start + block]))
-        if len(found) > 1:
-            return "the groups of a block are on or off together, and differ in `shared`", found[0], ", ".join(found)
+            what = f"the routed groups of a layer share one router, and differ in `{name}`"
+            return what, f"the same in all of them, such as {found[0]}", ", ".join(found)
     for group in groups:
         if group["shared"] != "all" and any(head >= group_size for head in group["shared"]):
             heads = ", ".join(map(str, group["shared"]))
@@ -76,8 +70,8 @@ def disagreement(groups: Sequence[Mapping[str, Any]], group_size: int) -> tuple[
     counts = {"of": len(shared) - sum(shared), "always": sum(shared)}
     for name, count in counts.items():
         if first[name] != count:
-            words = {"of": "units to choose from", "always": "shared units"}[name]
-            return f"`{name}` is not the number of {words} in the layer", str(count), str(first[name])
+            words = {"of": "routed units that are not shared", "always": "shared units"}[name]
+            return f"`{name}` is not how many {words} the layer has", str(count), str(first[name])
     return None
 
 
@@ -128,7 +122,7 @@ class Router(nn.Module):
     standard deviation. `random` has fixed weights, a control for what choosing well is worth.
 
     Parameters: `route` `[G, hidden]`, with units that are heads `[G, R, hidden]`: the rows of the routed units are W_r
-    of the paper, those of the shared ones W_s; a unit of several groups has the mean of theirs. `halves`
+    of the paper, those of the shared ones W_s. `halves`
     `[G, 2, hidden]` of `two_stage`: W_h is their mean, so that each group brings what goes with it. `phase` `[G]` or
     `[G, R]` of `random`. Those of `random` take no gradients.
 
@@ -192,10 +186,10 @@ class Router(nn.Module):
             return self._choice(logits, None, None)
         assert hidden is not None
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        rows = self.route.to(x.dtype).view(self.units, -1, x.shape[-1]).mean(1)
+        rows = self.route.to(x.dtype).view(self.units, -1)
         if self.kind == "random":
             x = functional.rms_norm(x.detach(), x.shape[-1:])
-            phase = self.phase.detach().to(x.dtype).view(self.units, -1).mean(1)
+            phase = self.phase.detach().to(x.dtype).flatten()
             scores = (RADIANS * functional.linear(x, rows.detach()) + phase).cos()
             return self._choice(_entries(scores, self.routed), None, None)
         scores = functional.linear(x, rows)

@@ -11,21 +11,19 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE
-from .triton_linear import (
+from .triton_linear_layout import (
     Layout,
-    _outer,
-    dot_wide,
+    dot_state,
     heads_at_once,
     inner,
     load_part,
-    load_state,
     options,
     row_decay,
-    running,
     store_part,
     strides,
     tile_rows,
 )
+from .triton_linear_states import Slots, running, sums_of_queries
 
 
 @triton.jit
@@ -95,12 +93,41 @@ def _rows(
 
 
 @triton.jit
+def _look_back(
+    p_grad, o_grad, m_row, p_state, p_values, value_t, chunk, count, at_f,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr, BEFORE: tl.constexpr, OWN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass over the gradients of rows: their products with a state, with the values of the chunk before theirs, and
+    with those of their own; the mirror of `triton_linear._look`."""
+    # [ROWS, BLOCK_F], [ROWS, PAGE] twice
+    acc = tl.zeros([ROWS, BLOCK_F], tl.float32)
+    before = tl.zeros([ROWS, PAGE], tl.float32)
+    own = tl.zeros([ROWS, PAGE], tl.float32)
+    j = (chunk * PAGE + tl.arange(0, PAGE)).to(tl.int64)
+    for at_v in tl.range(0, VALUE_DIM, BLOCK_V, num_stages=STAGES):
+        # [ROWS, BLOCK_V], [BLOCK_V, BLOCK_F]
+        o_v = at_v + tl.arange(0, BLOCK_V)
+        b_grad = load_part(p_grad, o_grad, m_row, at_v, VALUE_DIM, BLOCK_V)
+        b_state = load_part(p_state, o_v * FEATURES, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
+        acc = dot_state(b_grad, b_state, acc, PRECISION)
+        if BEFORE:
+            b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
+            before = tl.dot(b_grad, b_value.T, before, input_precision=PRECISION)
+        if OWN:
+            b_value = load_part(p_values, j * value_t, j < count, at_v, VALUE_DIM, BLOCK_V)
+            own = tl.dot(b_grad, b_value.T, own, input_precision=PRECISION)
+    return acc, before, own
+
+
+@triton.jit
 def _queries(
     p_grad,  # [B, H, T, DV]
     p_key,  # [B, G, M, F]
     p_value,  # [B, G, M, DV]
     p_sums,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
-    p_states,  # [B, G, S + 1, F * DV + F] float32
+    p_states,  # [B, G, S + 1, DV, F]
+    p_norms,  # [B, G, S + 1, F] float32, where MASS
     p_weight,  # [B, H, T] float32
     p_extra,  # [B, H, T] float32
     p_chunk,  # [B, G, P] int32
@@ -133,8 +160,8 @@ def _queries(
     PAGE: tl.constexpr,
     DECAY: tl.constexpr,
     OWN: tl.constexpr,
+    MASS: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_F numbers of the gradients of the queries of one page and HEADS heads; the mirror of `_read`."""
@@ -153,44 +180,59 @@ def _queries(
     segment = chunk // SEGMENT
     count = tl.load(p_tokens + bg * 2)
     p_decays = p_sums + bg * segments * SEGMENT * PAGE
-    p_state = p_states + (bg * (segments + 1) + segment) * (FEATURES * (VALUE_DIM + 1))
+    slot = bg * (segments + 1) + segment
+    p_state = p_states + slot * (FEATURES * VALUE_DIM)
+    p_keys = p_key + b * key_b + g * key_g
+    p_values = p_value + b * value_b + g * value_g
     o_number = (b * GROUPS * SHARE + head) * columns + column
     weight = tl.load(p_weight + o_number, mask=m_row, other=0.0)
     extra = tl.load(p_extra + o_number, mask=m_row, other=0.0)
     o_grad = b * grad_b + head * grad_h + column * grad_t
-
-    # [rows, BLOCK_F]
-    acc = tl.zeros([rows, BLOCK_F], tl.float32)
-    for at_v in tl.static_range(0, VALUE_DIM, BLOCK_V):
-        b_grad = load_part(p_grad, o_grad, m_row, at_v, VALUE_DIM, BLOCK_V)
-        b_state = load_state(p_state, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
-        acc = dot_wide(b_grad, b_state.T, acc, SPLIT, PRECISION)
+    o_token = tl.arange(0, PAGE)
     o_f = at_f + tl.arange(0, BLOCK_F)
-    b_norm = tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)
-    acc = acc * weight[:, None] + extra[:, None] * b_norm[None, :]
+    # [PAGE]
+    j = (chunk * PAGE + o_token).to(tl.int64)
+    m_j = j < count
+    scale = weight
     if DECAY:
         reach = row_decay(p_decays, chunk, token, SEGMENT, OWN, PAGE)
-        acc = acc * tl.exp(reach)[:, None]
+        scale = weight * tl.exp(reach)
 
-    end = chunk
-    if OWN:
-        end += 1
-    o_token = tl.arange(0, PAGE)
-    for n in tl.range(segment * SEGMENT, end, num_stages=STAGES):
-        # [PAGE], [PAGE, BLOCK_F]
-        j = (n * PAGE + o_token).to(tl.int64)
-        m_j = j < count
-        b_key = load_part(p_key + b * key_b + g * key_g, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
-        p_values = p_value + b * value_b + g * value_g
-        # [rows, PAGE]
-        b_slope = inner(p_grad, o_grad, m_row, p_values, j * value_t, m_j, rows, PAGE, VALUE_DIM, BLOCK_V, PRECISION)
+    # [rows, BLOCK_F], [rows, PAGE]
+    if (SEGMENT == 2) & (chunk % SEGMENT > 0):
+        b_key = load_part(p_keys, (j - PAGE) * key_t, j - PAGE < count, at_f, FEATURES, BLOCK_F)
+        acc, b_slope, own = _look_back(
+            p_grad, o_grad, m_row, p_state, p_values, value_t, chunk, count, at_f,
+            rows, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V, PAGE, True, OWN, STAGES, PRECISION,
+        )  # fmt: skip
+        acc = acc * scale[:, None]
         b_slope = b_slope * weight[:, None] + extra[:, None]
         if DECAY:
-            fade = tl.load(p_decays + j, mask=m_j, other=0.0)
-            b_slope = b_slope * tl.exp(reach[:, None] - fade[None, :])
-        if OWN:
-            b_slope = tl.where((n < chunk) | (o_token[None, :] <= token[:, None]), b_slope, 0.0)
+            end = tl.load(p_decays + chunk * PAGE - 1)
+            fade = tl.load(p_decays + j - PAGE, mask=j - PAGE < count, other=0.0)
+            b_slope = b_slope * tl.exp(reach - end)[:, None] * tl.exp(end - fade)[None, :]
         acc = tl.dot(b_slope.to(b_key.dtype), b_key, acc, input_precision=PRECISION)
+    else:
+        acc, b_slope, own = _look_back(
+            p_grad, o_grad, m_row, p_state, p_values, value_t, chunk, count, at_f,
+            rows, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V, PAGE, False, OWN, STAGES, PRECISION,
+        )  # fmt: skip
+        acc = acc * scale[:, None]
+    if MASS:
+        b_norm = tl.load(p_norms + slot * FEATURES + o_f, mask=o_f < FEATURES, other=0.0)
+        if DECAY:
+            acc += (extra * tl.exp(reach))[:, None] * b_norm[None, :]
+        else:
+            acc += extra[:, None] * b_norm[None, :]
+    if OWN:
+        b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
+        m_pair = o_token[None, :] <= token[:, None]
+        own = own * weight[:, None] + extra[:, None]
+        if DECAY:
+            fade = tl.load(p_decays + j, mask=m_j, other=0.0)
+            own = own * tl.exp(tl.where(m_pair, reach[:, None] - fade[None, :], 0.0))
+        own = tl.where(m_pair, own, 0.0)
+        acc = tl.dot(own.to(b_key.dtype), b_key, acc, input_precision=PRECISION)
     store_part(p_to, b * to_b + head * to_h + column * to_t, acc, m_row, at_f, FEATURES, BLOCK_F)
 
 
@@ -202,7 +244,8 @@ def _keys(
     p_grad,  # [B, H, T, DV]
     p_sums,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
     p_totals,  # [B, G, S] float32, where DECAY
-    p_states,  # [B, G, S + 1, F * DV + F] float32: gradients of the state before a segment and all behind it
+    p_states,  # [B, G, S + 1, DV, F]: gradients of the state before a segment and all behind it
+    p_norms,  # [B, G, S + 1, F] float32: those of its normaliser, where MASS
     p_weight,  # [B, H, T] float32
     p_extra,  # [B, H, T] float32
     p_chunk,  # [B, G, P] int32
@@ -239,8 +282,8 @@ def _keys(
     VALUES: tl.constexpr,
     DECAY: tl.constexpr,
     OWN: tl.constexpr,
+    MASS: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A block of the gradients of the keys of one chunk, or of its values.
@@ -263,7 +306,8 @@ def _keys(
     p_decays = p_sums + bg * segments * SEGMENT * PAGE
     p_keys = p_key + b * key_b + g * key_g
     p_values = p_value + b * value_b + g * value_g
-    p_state = p_states + (bg * (segments + 1) + segment + 1) * (FEATURES * (VALUE_DIM + 1))
+    slot = bg * (segments + 1) + segment + 1
+    p_state = p_states + slot * (FEATURES * VALUE_DIM)
     if DECAY:
         fade = tl.load(p_decays + j, mask=m_j, other=0.0)
 
@@ -271,19 +315,22 @@ def _keys(
     if VALUES:
         at = tl.program_id(1) * BLOCK_V
         acc = tl.zeros([PAGE, BLOCK_V], tl.float32)
+        o_v = at + tl.arange(0, BLOCK_V)
         for at_f in tl.static_range(0, FEATURES, BLOCK_F):
             b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
-            b_state = load_state(p_state, at_f, at, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
-            acc = dot_wide(b_key, b_state, acc, SPLIT, PRECISION)
+            b_state = load_part(p_state, o_v * FEATURES, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
+            acc = dot_state(b_key, b_state.T, acc, PRECISION)
     else:
         at = tl.program_id(1) * BLOCK_F
         acc = tl.zeros([PAGE, BLOCK_F], tl.float32)
         for at_v in tl.static_range(0, VALUE_DIM, BLOCK_V):
+            o_v = at_v + tl.arange(0, BLOCK_V)
             b_value = load_part(p_values, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
-            b_state = load_state(p_state, at, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
-            acc = dot_wide(b_value, b_state.T, acc, SPLIT, PRECISION)
-        o_f = at + tl.arange(0, BLOCK_F)
-        acc += tl.load(p_state + FEATURES * VALUE_DIM + o_f, mask=o_f < FEATURES, other=0.0)[None, :]
+            b_state = load_part(p_state, o_v * FEATURES, o_v < VALUE_DIM, at, FEATURES, BLOCK_F)
+            acc = dot_state(b_value, b_state, acc, PRECISION)
+        if MASS:
+            o_f = at + tl.arange(0, BLOCK_F)
+            acc += tl.load(p_norms + slot * FEATURES + o_f, mask=o_f < FEATURES, other=0.0)[None, :]
     if DECAY:
         total = tl.load(p_totals + bg * segments + segment)
         acc = acc * tl.exp(total - fade)[:, None]
@@ -326,59 +373,23 @@ def _keys(
         store_part(p_rows, j * to_t, acc, m_j, at, FEATURES, BLOCK_F)
 
 
-def of_states(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-    extra: torch.Tensor,
-    states: torch.Tensor,
-    where: Layout,
-) -> torch.Tensor:
-    """What the queries of every segment add to the gradient of the state before it, in slots like `states`.
-
-    Args:
-        grad: `[B, H, T, DV]`, of what queries read.
-        weight, extra: `[B, H, T]` float32, the factor on `grad` for values, and the gradient of the normaliser.
-    """
-    batch, _, columns, features = query.shape
-    groups, value_dim = states.shape[1], value.shape[-1]
-    opts = options("sums", query, value, groups, where)
-    blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
-    sums, totals = where.decays(states)
-    found = torch.empty_like(states)
-    _outer[(where.segments + 1, blocks, batch * groups)](
-        query,
-        grad,
-        weight,
-        extra,
-        sums,
-        totals,
-        found,
-        where.runs,
-        where.first,
-        where.chunk,
-        where.pages,
-        columns,
-        where.segments,
-        *strides(query, grad),
-        KEYS=False,
-        **opts,
-    )
-    return found
-
-
 def of_queries(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    states: torch.Tensor,
+    slots: Slots,
     weight: torch.Tensor,
     extra: torch.Tensor,
     where: Layout,
+    *,
+    mass: bool = True,
 ) -> torch.Tensor:
-    """The gradient of the queries `[B, H, T, F]`; arguments as of `of_states` and `triton_linear.read`."""
+    """The gradient of the queries `[B, H, T, F]`; arguments as of `sums_of_queries` and `triton_linear.read`.
+
+    Args:
+        mass: whether the slots have normalisers.
+    """
     batch, heads, columns, features = query.shape
     groups = key.shape[1]
     at_once = heads_at_once("gradients", heads // groups, value)
@@ -388,8 +399,9 @@ def of_queries(
         grad,
         key,
         value,
-        where.decays(states)[0],
-        states,
+        where.decays(weight)[0],
+        slots.matrices,
+        slots.norms,
         weight,
         extra,
         where.chunk,
@@ -401,7 +413,7 @@ def of_queries(
         where.segments,
         *strides(grad, key, value, found),
         HEADS=at_once,
-        SPLIT=value.dtype == torch.bfloat16,
+        MASS=mass,
         **opts,
     )
     return found
@@ -412,10 +424,12 @@ def of_keys(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    flow: torch.Tensor,
+    flow: Slots,
     weight: torch.Tensor,
     extra: torch.Tensor,
     where: Layout,
+    *,
+    mass: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of the keys `[B, G, M, F]` and values `[B, G, M, DV]`; arguments as of `of_queries`.
 
@@ -425,7 +439,7 @@ def of_keys(
     batch, groups, tokens, features = key.shape
     columns, value_dim = query.shape[2], value.shape[-1]
     found = torch.zeros_like(key), torch.zeros_like(value)
-    sums, totals = where.decays(flow)
+    sums, totals = where.decays(weight)
     opts = options("gradients", query, value, groups, where, 1)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
     for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
@@ -436,7 +450,8 @@ def of_keys(
             grad,
             sums,
             totals,
-            flow,
+            flow.matrices,
+            flow.norms,
             weight,
             extra,
             where.chunk,
@@ -449,7 +464,7 @@ def of_keys(
             where.segments,
             *strides(query, key, value, grad, target),
             VALUES=values,
-            SPLIT=value.dtype == torch.bfloat16,
+            MASS=mass,
             **opts,
         )
     return found
@@ -462,7 +477,7 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    states: torch.Tensor,
+    slots: Slots,
     window: torch.Tensor | None,
     lse: torch.Tensor | None,
     gain: torch.Tensor | None,
@@ -478,18 +493,18 @@ def backward(
 
     Args:
         grad, grad_mass, grad_last: None where nothing depends on that result.
-        states, mass: what the forward pass kept.
+        slots, mass: what the forward pass kept; mass is one number where nobody asked for it.
         out: its result, where that is a mean; None where it is a sum.
     """
-    batch, heads, columns, features = query.shape
+    batch, heads, columns, _ = query.shape
     value_dim = value.shape[-1]
     pages, merged = where.pages, window is not None
     grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_window = torch.zeros_like(window) if window is not None else None
     grad_lse = torch.zeros_like(mass) if merged else None
-    weight = torch.zeros_like(mass)
-    extra = torch.zeros_like(mass) if grad_mass is None else grad_mass.float().contiguous()
+    weight = mass.new_zeros(batch, heads, columns)
+    extra = torch.zeros_like(weight) if grad_mass is None else grad_mass.float().contiguous()
     if out is None:
         weight.fill_(1)
     else:
@@ -516,9 +531,11 @@ def backward(
             num_warps=4,
         )
 
-    grad_states = of_states(grad, query, value, weight, extra, states, where)
-    grad_first = running(grad_states, grad_last, features, where, reverse=True)
-    grad_query = of_queries(grad, query, key, value, states, weight, extra, where)
-    grad_key, grad_value = of_keys(grad, query, key, value, grad_states, weight, extra, where)
+    normed = out is not None or grad_mass is not None or grad_last is not None
+    sums = sums_of_queries(grad, query, value, weight, extra, where)
+    flow = Slots.like(key, value, where.segments, value.dtype)
+    grad_first = running(sums, flow, grad_last, where, reverse=True)
+    grad_query = of_queries(grad, query, key, value, slots, weight, extra, where, mass=normed)
+    grad_key, grad_value = of_keys(grad, query, key, value, flow, weight, extra, where, mass=normed)
     grad_gain = None if grad_lse is None else -grad_lse
     return grad_query, grad_key, grad_value, grad_first if with_first else None, grad_window, grad_lse, grad_gain

@@ -15,8 +15,8 @@ except ImportError as error:
 
 from .pages import Pages
 from .span import PAGE, Span
-from .triton_linear import load_part
 from .triton_linear_features import KINDS, activate, root, sides
+from .triton_linear_layout import load_part
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 

@@ -22,8 +22,10 @@ except ImportError as error:
 
 from .linear_states import delta_writes
 from .span import PAGE
-from .triton_linear import Layout, dot_wide, inner, load_part, read, store_part, strides, with_decays
-from .triton_linear_backward import of_keys, of_queries, of_states
+from .triton_linear import read
+from .triton_linear_backward import of_keys, of_queries
+from .triton_linear_layout import Layout, dot_wide, inner, load_part, store_part, strides, with_decays
+from .triton_linear_states import Slots, sums_of_queries
 from .tuned import linear_config
 
 
@@ -104,7 +106,7 @@ def _states(
     p_erased,  # [B, G, M, F]
     p_kept,  # [B, G, M, F]
     p_totals,  # [B, G, N] float32: L_C, where DECAY
-    p_states,  # [B, G, N + 1, F * DV + F] float32
+    p_states,  # [B, G, N + 1, DV, F] float32
     chunks,
     tokens,
     FEATURES: tl.constexpr,
@@ -126,14 +128,16 @@ def _states(
     bg = tl.program_id(1).to(tl.int64)
     o = tl.arange(0, PAGE)
     o_f = tl.arange(0, BLOCK_F)
-    m_f = o_f < FEATURES
-    size: tl.constexpr = FEATURES * (VALUE_DIM + 1)
+    o_v = at_v + tl.arange(0, BLOCK_V)
+    # [BLOCK_F, BLOCK_V]
+    o_state = o_v[None, :] * FEATURES + o_f[:, None]
+    m_state = (o_f < FEATURES)[:, None] & (o_v < VALUE_DIM)[None, :]
+    size: tl.constexpr = FEATURES * VALUE_DIM
     p_slots = p_states + bg * (chunks + 1) * size
     at = chunks * 0
     if REVERSE:
         at = chunks
-    # [BLOCK_F, BLOCK_V]
-    state = load_part(p_slots + at * (bg * 0 + size), o_f * VALUE_DIM, m_f, at_v, VALUE_DIM, BLOCK_V)
+    state = tl.load(p_slots + at * (bg * 0 + size) + o_state, mask=m_state, other=0.0)
     for i in tl.range(0, chunks, num_stages=STAGES):
         n = i
         slot = n + 1
@@ -152,13 +156,13 @@ def _states(
         b_written = load_part(p_written, j * VALUE_DIM, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
         if REVERSE:
             update = dot_wide(b_kept, state, b_written, SPLIT, PRECISION)
-            own = load_part(p_slot, o_f * VALUE_DIM, m_f, at_v, VALUE_DIM, BLOCK_V)
+            own = tl.load(p_slot + o_state, mask=m_state, other=0.0)
             state = dot_wide(b_erased.T, -update, own + state * scale, SPLIT, PRECISION)
         else:
             update = b_written - dot_wide(b_erased, state, b_written * 0.0, SPLIT, PRECISION)
             state = dot_wide(b_kept.T, update, state * scale, SPLIT, PRECISION)
         store_part(p_written, j * VALUE_DIM, update, m_j, at_v, VALUE_DIM, BLOCK_V)
-        store_part(p_slot, o_f * VALUE_DIM, state, m_f, at_v, VALUE_DIM, BLOCK_V)
+        tl.store(p_slot + o_state, state, mask=m_state)
 
 
 def _walk(
@@ -242,41 +246,38 @@ class _Delta(torch.autograd.Function):
         first: torch.Tensor | None,
         where: Layout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, groups, tokens, features = key.shape
-        value_dim = value.shape[-1]
         written, erased, kept = _chunk_writes(key, value, strength, where)
-        states = key.new_empty(batch, groups, tokens // PAGE + 1, features * (value_dim + 1), dtype=torch.float32)
-        states[..., features * value_dim :] = 0  # there is no normaliser
-        states[:, :, 0, : features * value_dim] = 0 if first is None else first.flatten(2)
+        slots = Slots.like(key, value, key.shape[2] // PAGE, torch.float32)  # there is no normaliser
+        states = slots.matrices
+        states[:, :, 0] = 0 if first is None else first.mT
         _walk(written, erased, kept, states, where, reverse=False)
-        result, _ = read(query, key, written, states, where, None, mean=False, mass=False)
+        result, _ = read(query, key, written, slots, where, None, mean=False, mass=False)
         ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept, result)
         ctx.where, ctx.first = where, first is not None
         ctx.set_materialize_grads(False)
-        last = states.gather(2, _last_slot(states, where))[:, :, 0, : features * value_dim]
-        return result, last.unflatten(-1, (features, value_dim))
+        return result, states.gather(2, _last_slot(states, where))[:, :, 0].mT
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         query, key, value, log_decay, strength, states, update, erased, kept, result = ctx.saved_tensors
         where = ctx.where
-        tokens, features, value_dim = key.shape[2], key.shape[3], value.shape[-1]
+        tokens = key.shape[2]
         grad = torch.zeros_like(result) if grads[0] is None else grads[0]
         narrow = grad.to(value.dtype)
         narrow = narrow if narrow.stride(-1) == 1 else narrow.contiguous()
         weight = states.new_ones(query.shape[:3])
         extra = torch.zeros_like(weight)
-        flow = of_states(narrow, query, value, weight, extra, states, where)
-        matrix = slice(0, features * value_dim)
+        flows = sums_of_queries(narrow, query, value, weight, extra, where)
+        flow = flows.matrices
         if grads[1] is not None:
-            slot = _last_slot(states, where)[..., matrix]
-            flow[..., matrix].scatter_add_(2, slot, grads[1].flatten(2)[:, :, None].contiguous())
-        grad_query = of_queries(narrow, query, key, update, states, weight, extra, where)
+            flow.scatter_add_(2, _last_slot(states, where), grads[1].mT[:, :, None].contiguous())
+        slots = Slots(states, weight)
+        grad_query = of_queries(narrow, query, key, update, slots, weight, extra, where, mass=False)
         of_update = torch.zeros(update.shape, dtype=torch.float32, device=update.device)
         own_key = of_sums = None
         if where.own:  # what queries have read of the tokens of their own chunk, and of its decays
             unheld = replace(where, tokens=where.tokens * where.tokens.new_tensor([1, 0]))
-            own_key, own_update = of_keys(narrow, query, key, update, flow, weight, extra, unheld)
+            own_key, own_update = of_keys(narrow, query, key, update, flows, weight, extra, unheld, mass=False)
             of_update += own_update
             if log_decay is not None:
                 of_sums = _of_rows((grad * result).sum(-1), where, tokens, key.shape[1])
@@ -284,9 +285,7 @@ class _Delta(torch.autograd.Function):
         _walk(of_update, erased, kept, flow, where, reverse=True)
 
         # Inside the chunks: the update U = V' - K' S, and what it leaves.
-        before, after = (
-            x[..., matrix].unflatten(-1, (features, value_dim)) for x in (states[:, :, :-1], flow[:, :, 1:])
-        )
+        before, after = states[:, :, :-1].mT, flow[:, :, 1:].mT
         by_chunk = of_update.unflatten(2, (-1, PAGE))
         of_erased = -by_chunk @ before.transpose(-1, -2)
         of_kept = update.float().unflatten(2, (-1, PAGE)) @ after.transpose(-1, -2)
@@ -314,15 +313,15 @@ class _Delta(torch.autograd.Function):
             of_leaves = torch.autograd.grad(found, leaves, of_found)
         masked = [x.masked_fill(~present.view(*present.shape, *(1,) * (x.dim() - 3)), 0) for x in of_leaves]
         grad_key = masked[0] if own_key is None else masked[0] + own_key
-        of_first = flow[:, :, 0, matrix].unflatten(-1, (features, value_dim)) if ctx.first else None
+        of_first = flow[:, :, 0].mT if ctx.first else None
         of_decay = None if log_decay is None else masked[3]
         return grad_query, grad_key.to(key.dtype), masked[1].to(value.dtype), of_decay, masked[2], of_first, None
 
 
 def _last_slot(states: torch.Tensor, where: Layout) -> torch.Tensor:
-    """Indices `[B, G, 1, size]` of the slot behind the last token that goes into the state."""
+    """Indices `[B, G, 1, DV, F]` of the slot behind the last token that goes into the state."""
     slot = (where.tokens[..., 1].long() + PAGE - 1) // PAGE
-    return slot[..., None, None].expand(-1, -1, 1, states.shape[-1])
+    return slot[..., None, None, None].expand(-1, -1, 1, *states.shape[3:])
 
 
 def _of_rows(rows: torch.Tensor, where: Layout, tokens: int, groups: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .triton_linear import dot_wide, load_part, store_part
+from .triton_linear_layout import dot_wide, load_part, store_part
 
 # Maps that kernels compute, by their names in `maps.MAPS`; those below TWO_SIDED have features of x and of -x.
 KINDS = {"hedgehog": 0, "hedgehog_exp": 1, "elu": 2, "relu": 3}

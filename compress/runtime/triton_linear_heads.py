@@ -14,13 +14,14 @@ from .maps import FeatureMap
 from .pages import Pages
 from .reference import Rows
 from .span import PAGE, Span
-from .triton_linear import SEGMENT, additive
-from .triton_linear import Layout as Where
-from .triton_linear import layout as place
+from .triton_linear import additive
 from .triton_linear_decode import absorb as absorb_page
 from .triton_linear_decode import read_one
 from .triton_linear_delta import gated_delta
 from .triton_linear_features import KINDS, features, sides
+from .triton_linear_layout import SEGMENT
+from .triton_linear_layout import Layout as Where
+from .triton_linear_layout import layout as place
 
 MOST_FEATURES = 1024
 MOST_WIDTH = 256  # projected numbers of a map, and features of the delta rule, that a program holds at once
@@ -111,6 +112,7 @@ def read_new(
     if rule == "delta":
         return gated_delta(query, key, value, held, where, log_decay=log_decay, strength=strength)
     options: dict[str, Any] = {"log_decay": log_decay, "mean": mean, "window": window, "log_gain": log_gain}
+    options["mass"] = mass
     found, masses, last = additive(query, key, value, held, where, **options)
     return torch.cat([found, masses[..., None]], dim=-1) if mass and not mean else found, last
 

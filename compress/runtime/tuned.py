@@ -65,19 +65,28 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
 
 
 def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
-    """Of the kernels of linear heads, by name: features, values and heads at once, warps, pipeline depth."""
+    """Of the kernels of linear heads, by name: features, values and heads at once, warps, pipeline depth.
+
+    Some also limit their `registers`, so that more of them run side by side.
+    """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
-        return {"sums": small, "read": small, "gradients": small, "delta": small}
+        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": small}
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        return {"sums": small, "read": small, "gradients": small, "delta": {**small, "values": 16}}
+        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": {**small, "values": 16}}
     return {
+        "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
         "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
         "read": {"features": 64, "values": 128, "heads": 2, "warps": 8, "stages": 2},
         "gradients": {"features": 128, "values": 64, "heads": 2, "warps": 8, "stages": 1},
         "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
     }
+
+
+def linear_scans(blocks: int, device: torch.device) -> bool:
+    """Whether so many blocks of states that walk along the keys fill a GPU; else segments are summed by themselves."""
+    return blocks * 4 >= _multiprocessors(device) * 3
 
 
 def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:

@@ -56,7 +56,6 @@ class RoutedGroup(SpanTarget):
         description="what is chosen: head groups, so that keys are not read either, or query heads, which under "
         "grouped queries leave most keys to be read",
     )
-    block: int = Field(1, ge=1, le=MOST_UNITS, description="head groups side by side that are one unit")
     active: int = Field(ge=0, le=MOST_UNITS, description="routed units that every token uses, in the whole layer")
     of: int = Field(ge=0, le=MOST_UNITS, description="routed units of the whole layer, which tokens choose from")
     always: int = Field(0, ge=0, le=MOST_UNITS, description="shared units of the whole layer, which all tokens use")
@@ -103,8 +102,6 @@ class RoutedGroup(SpanTarget):
                 raise ValueError('shared: the layer has no routed units (of: 0), so expected "all"')
         if self.shared and not self.always:
             raise ValueError("always: this group has shared units, so expected 1 or more, got 0")
-        if self.block > 1 and self.unit == "head":
-            raise ValueError(f"block: query heads are chosen one by one, so expected 1, got {self.block}")
         if self.router == "random" and self.gates != "one":
             raise ValueError("gates: a random router has no weights to trust, so expected one, got weighted")
         return self
@@ -123,7 +120,7 @@ class RoutedGroup(SpanTarget):
         """The entries of a layer whose groups are all routed, in their order.
 
         Args:
-            groups: head groups of the layer that stay, and of one block each.
+            groups: head groups of the layer that stay.
             active: routed units that a token uses.
             shared: numbers of the layer's units that are always on: of groups, or of query heads.
             group_size: query heads of a group; asked for where heads are chosen.
@@ -156,7 +153,7 @@ class RoutedGroup(SpanTarget):
     @property
     def prepared_as(self) -> RoutedGroup:
         """See `Target.prepared_as`: what scores a unit is the same whichever are shared, and how many are chosen."""
-        return type(self)(router=self.router, unit=self.unit, block=self.block, active=1, of=1)
+        return type(self)(router=self.router, unit=self.unit, active=1, of=1)
 
     @property
     def reads_norms(self) -> bool:
@@ -236,7 +233,7 @@ class RoutedGroup(SpanTarget):
     def _choice(self) -> str:
         if not self.of:
             return "always on, weighed by a router"
-        units = "query heads" if self.unit == "head" else "head groups" if self.block == 1 else "blocks of head groups"
+        units = "query heads" if self.unit == "head" else "head groups"
         chosen = f"{self.active} of {self.of} {units}"
         if self.shared == "all":
             return f"always on, beside {chosen} that tokens choose{WORDS[self.router]}"

@@ -137,6 +137,11 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
     )
     assert even.notes() == "no unit has collapsed"
     assert [cell.value for cell in even.cells()[:3]] == [0.0, 0.0, 0.0]
+    mlps = [UnitLoad(heads=(), chosen=chosen, probability=0.5) for chosen in (4, 0)]
+    several = even.model_copy(update={"layers": [], "mlps": [LayerLoad(layer=3, active=1, units=mlps)]})
+    assert several.notes() == "collapsed: layer 3 MLP 1 (0.00% of the tokens)"
+    shares = {cell.label: cell.value for cell in several.cells()}
+    assert shares["tokens of MLP 0"] == 1.0 and shares["variation of load of MLPs"] == 1.0
 
 
 def test_tables_maps_and_plots_have_every_head(comparison: Comparison, plan: Plan, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from compress.runtime.pages import Pages
 from compress.runtime.reference import Rows
 from compress.runtime.span import PAGE, Span
 from compress.runtime.step import Step
-from compress.runtime.triton_linear import additive, layout
+from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
 from compress.runtime.triton_linear_features import features
+from compress.runtime.triton_linear_layout import layout
 from compress.targets.linear import LinearGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,9 @@ def doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_additive_attention_is_that_of_the_states(own: bool) -> None:
+def test_additive_attention_is_that_of_the_states(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With their own chunks by states that walk along the keys, else by sums of segments.
+    monkeypatch.setattr("compress.runtime.triton_linear_states.linear_scans", lambda *_: own)
     # A sequence that starts in a page, behind padding, with more features than a block, and decays.
     past, start, count, features_of, values = 70, 3, 150, 40, 16
     groups, heads, shift = 1, 2, 70 % PAGE
@@ -93,7 +96,6 @@ def test_additive_attention_is_that_of_the_states(own: bool) -> None:
         count=torch.tensor([[tokens]]),
         absorbed=torch.tensor([[last * PAGE]]),
         own=own,
-        segment=2,
     )
     leaves: Any = [x.requires_grad_() for x in given]
     more: dict[str, Any] = {} if own else {"window": (out, lse), "log_gain": gain}

@@ -256,7 +256,6 @@ def test_random_routers_learn_nothing_and_use_all_units() -> None:
         ({"active": 1, "of": 2, "shared": (0,), "always": 1}, "whole groups are chosen"),
         ({"active": 1, "of": 2, "shared": (1, 0), "always": 2, "unit": "head"}, "ascending"),
         ({"active": 1, "of": 2, "shared": "all"}, "always: this group has shared units"),
-        ({"active": 1, "of": 2, "block": 2, "unit": "head"}, "one by one"),
         ({"active": 1, "of": 2, "router": "random", "gates": "weighted"}, "no weights to trust"),
         ({"active": 0, "of": 0, "always": 2}, 'expected "all"'),
     ],
@@ -275,10 +274,9 @@ ONE = RoutedGroup(active=1, of=2)
         ([ONE, RoutedGroup(active=2, of=2)], "differ in `active`"),
         ([ONE, RoutedGroup(active=1, of=2, router="norm")], "differ in `router`"),
         ([ONE, RoutedGroup(active=1, of=2, unit="head")], "differ in `unit`"),
-        ([ONE, FullGroup()], "`of` is not the number of units to choose from"),
-        ([RoutedGroup(active=1, of=2, always=1)] * 2, "`always` is not the number of shared units"),
+        ([ONE, FullGroup()], "`of` is not how many routed units"),
+        ([RoutedGroup(active=1, of=2, always=1)] * 2, "`always` is not how many shared units"),
         ([RoutedGroup(active=1, of=3, unit="head", shared=(2,), always=1)] * 2, "the group does not have"),
-        ([RoutedGroup(active=1, of=1, block=2), FullGroup()], "not whole blocks"),
     ],
 )
 def test_entries_of_a_layer_that_do_not_go_together(groups: list[Target], what: str) -> None:

@@ -15,7 +15,7 @@ import compress.runtime.mixer_routed  # noqa: F401  (registers the mixer)
 from compress.errors import UserError
 from compress.models.backward import recomputed
 from compress.models.families import attentions_of, layers_of
-from compress.models.planned import mixers_of, planned_model
+from compress.models.planned import has_routers, mixers_of, planned_model
 from compress.models.prepared import attach, read_prepared
 from compress.models.shape import shape_of
 from compress.plan import make_plan
@@ -26,7 +26,7 @@ from compress.targets.routed import RoutedGroup
 from compress.train import recovery
 from compress.train.objectives.routing import balance_loss, contributions, router_z_loss
 from compress.train.prepare import prepare
-from compress.train.recovery import has_routers, recover
+from compress.train.recovery import recover
 from compress.train.settings import PrepareSettings, RecoverSettings
 from tests.tiny import VOCABULARY
 from tests.train.common import model_of, settings

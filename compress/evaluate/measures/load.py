@@ -1,6 +1,7 @@
 """How often the heads that tokens choose from are chosen: a router that collapses wastes the heads that it forgets.
 
-A layer is even where every routed unit is chosen by K of E tokens, K being how many of the E units each token uses.
+A layer is even where every routed unit is chosen by K of E tokens, K being how many of the E units each token uses. The
+same is told of MLPs where a layer has several.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.models.planned import has_routers
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
@@ -28,22 +30,23 @@ NAMED = 8  # collapsed units that are named one by one
 
 
 class UnitLoad(BaseModel):
-    """One unit that tokens choose: the query heads of its layer that it is, among those that stay.
+    """One unit that tokens choose.
 
     Attributes:
+        heads: the query heads of its layer that it is, among those that stay; none of an MLP.
         chosen: tokens that chose it.
         probability: the router's softmax for it, the mean over tokens.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    heads: tuple[int, ...] = Field(min_length=1)
+    heads: tuple[int, ...]
     chosen: int = Field(ge=0)
     probability: float = Field(ge=0)
 
 
 class LayerLoad(BaseModel):
-    """The units of one layer.
+    """The units of one layer: its heads, or its MLPs.
 
     Attributes:
         active: units that each token uses.
@@ -62,12 +65,18 @@ class LayerLoad(BaseModel):
         even = tokens * self.active / len(self.units) if self.units else 1.0
         return [unit.chosen / even for unit in self.units]
 
+    def names(self) -> list[str]:
+        """Of each unit."""
+        return [heads_words(unit.heads) if unit.heads else f"MLP {n}" for n, unit in enumerate(self.units)]
+
 
 class LoadResult(Result):
     """What tokens of a text chose; without layers for a model that routes nothing.
 
     Attributes:
         tokens: how many chose.
+        layers: with routed heads.
+        mlps: with several MLPs.
     """
 
     measure: Literal["load"] = "load"
@@ -75,33 +84,39 @@ class LoadResult(Result):
     windows: int = Field(ge=1)
     tokens: int = Field(default=0, ge=0)
     layers: list[LayerLoad] = Field(default_factory=list)
+    mlps: list[LayerLoad] = Field(default_factory=list)
 
     def cells(self) -> list[Cell]:
         """The coefficient of variation of the load, of all units and by layer; collapsed units; and each unit."""
-        loads = [layer.loads(self.tokens) for layer in self.layers]
-        together = [load for row in loads for load in row]
-        if not together:
+        cells = [*self._variations("load", self.layers), *self._variations("load of MLPs", self.mlps)]
+        if not cells:
             return []
-        cells = [
-            self._cell("variation of load", "variation", _variation(together), table="summary"),
-            self._cell(
-                "variation of load, worst layer",
-                "variation",
-                max(map(_variation, filter(None, loads))),
-                table="summary",
-            ),
-            self._cell("collapsed units", "units", float(len(self._collapsed())), table="summary"),
-        ]
-        for layer, row in zip(self.layers, loads, strict=True):
-            if row:
-                cells.append(self._cell("variation of load", "variation", _variation(row), place=(layer.layer, None)))
+        cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="summary"))
         for layer in self.layers:
             for heads, share, probability in _rows(layer, self.tokens):
                 about: dict[str, Any] = {"place": (layer.layer, None), "heads": heads}
                 cells.append(self._cell("share of tokens", "load", share, **about))
                 if probability is not None:
                     cells.append(self._cell("mean probability", "load", probability, **about))
+        for layer in self.mlps:
+            for name, unit in zip(layer.names(), layer.units, strict=True):
+                share, place = unit.chosen / self.tokens, (layer.layer, None)
+                cells.append(self._cell(f"tokens of {name}", "load", share, place=place))
         return cells
+
+    def _variations(self, what: str, layers: Sequence[LayerLoad]) -> list[Cell]:
+        """The coefficient of variation of all units together, of the least even layer, and of every layer."""
+        loads = {layer.layer: layer.loads(self.tokens) for layer in layers if layer.units}
+        if not loads:
+            return []
+        each = {layer: _variation(row) for layer, row in loads.items()}
+        together = _variation([load for row in loads.values() for load in row])
+        label = f"variation of {what}"
+        return [
+            self._cell(label, "variation", together, table="summary"),
+            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="summary"),
+            *(self._cell(label, "variation", value, place=(layer, None)) for layer, value in each.items()),
+        ]
 
     def _cell(self, label: str, unit: str, value: float, **about: Any) -> Cell:
         return Cell(label, unit, value, "lower", length=self.length, note=self.words(), **about)
@@ -109,9 +124,9 @@ class LoadResult(Result):
     def _collapsed(self) -> list[str]:
         """The units that hardly a token chooses, in words."""
         return [
-            f"layer {layer.layer} {heads_words(unit.heads)} ({unit.chosen / self.tokens:.2%} of the tokens)"
-            for layer in self.layers
-            for unit, load in zip(layer.units, layer.loads(self.tokens), strict=True)
+            f"layer {layer.layer} {name} ({unit.chosen / self.tokens:.2%} of the tokens)"
+            for layer in (*self.layers, *self.mlps)
+            for name, unit, load in zip(layer.names(), layer.units, layer.loads(self.tokens), strict=True)
             if load < COLLAPSED
         ]
 
@@ -125,7 +140,7 @@ class LoadResult(Result):
     def notes(self) -> str:
         """The collapsed units by name."""
         names = self._collapsed()
-        if not self.layers:
+        if not (self.layers or self.mlps):
             return ""
         if not names:
             return "no unit has collapsed"
@@ -179,22 +194,21 @@ class Load(TextMeasure):
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         model = subject.model
         result = LoadResult(length=self.length, windows=self.windows)
-        if not hasattr(model.config, "compress_plan"):
+        if not has_routers(model):
             return result
         device = next(model.parameters()).device
-        sums: dict[int, _Sums] = {}
+        heads: dict[int, _Sums] = {}
+        mlps: dict[int, _Sums] = {}
         for number in range(self.windows):
             window = torch.tensor([list(ids[number * self.length : (number + 1) * self.length])], device=device)
             record = Record()
             model.get_decoder()(input_ids=window, use_cache=False, compress_record=record)
-            for layer, routing in record.routing.items():
-                sums.setdefault(layer, _Sums()).add(routing)
-            if not sums:
-                return result
+            for sums, found in ((heads, record.routing), (mlps, record.mlp_routing)):
+                for layer, routing in found.items():
+                    sums.setdefault(layer, _Sums()).add(routing)
             step(number + 1, self.windows)
-        return result.model_copy(
-            update={"tokens": self.tokens, "layers": [sums[layer].load(layer) for layer in sorted(sums)]}
-        )
+        of_heads, of_mlps = ([sums[layer].load(layer) for layer in sorted(sums)] for sums in (heads, mlps))
+        return result.model_copy(update={"tokens": self.tokens, "layers": of_heads, "mlps": of_mlps})
 
 
 class _Sums:
