@@ -20,13 +20,12 @@ from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
 from compress.models.graph import graph_of
-from compress.models.planned import all_on_model
+from compress.models.planned import all_on_model, mixers_of
 from compress.models.pruning import block_parameters
 from compress.models.replaced import AttentionCall, attention_function
 from compress.plan import Plan
 from compress.plan.skipped import Skipped, skipped
 from compress.runtime.families import groups_of, head_size_of
-from compress.runtime.mixer import Mixer
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import native_windows
 
@@ -207,7 +206,7 @@ def model_row(
     """
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
-    untied = [module.untie() for module in other.modules() if isinstance(module, Mixer)]
+    untied = [mixer.untie() for mixer in mixers_of(other)]
     planned = side(other, ids, steps, beside=dense)
     unchosen = all_on_model(other)
     all_on = None if unchosen is None else side(unchosen, ids, steps, beside=dense)
