@@ -72,6 +72,7 @@ def main(
     run_row: Callable[[argparse.Namespace, str, int], None],
     print_table: Callable[[Path], None],
     once: Collection[str] = (),
+    first: Collection[str] = (),
 ) -> None:
     """Run the rows that are asked for, and print the table; in the process of a row run that one.
 
@@ -80,6 +81,7 @@ def main(
         run_row: does a row's work, that of `base` as well.
         print_table: prints what is in the folder.
         once: rows that run with the first seed alone.
+        first: rows that the others start from, and that run before them, named or not.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # of what is float32 beside bfloat16: features and states in training
@@ -94,7 +96,7 @@ def main(
     if unknown := set(named) - set(rows):
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    if supervise([(BASE, seed) for seed in seeds], options, end):
+    if supervise([(row, seed) for seed in seeds for row in (BASE, *first)], options, end):
         supervise([(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once], options, end)
     print_table(options.out)
 

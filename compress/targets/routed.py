@@ -155,6 +155,11 @@ class RoutedGroup(SpanTarget):
         return type(self)(router=self.router, unit=self.unit, active=1, of=1)
 
     @property
+    def learns(self) -> bool:
+        """See `Target.learns`: norms have no parameters, and random weights stay as they are."""
+        return self.router == "two_stage"
+
+    @property
     def reads_norms(self) -> bool:
         """See `Target.reads_norms`."""
         return self.router == "norm"
@@ -168,6 +173,11 @@ class RoutedGroup(SpanTarget):
     def all_on(self) -> RoutedGroup:
         """See `Target.all_on`: as many units a token as there are."""
         return self.model_copy(update={"active": self.of})
+
+    @property
+    def at_random(self) -> RoutedGroup:
+        """See `Target.at_random`."""
+        return self.model_copy(update={"router": "random", "gates": "one"})
 
     def shared_heads(self, query_heads: int) -> int:
         """How many of the group's query heads are always on."""
