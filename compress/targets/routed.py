@@ -264,7 +264,7 @@ class RoutedGroup(SpanTarget):
         weighed = {"weighted": "are weighed by a softmax over the units in use", "one": "are taken as they are"}
         rule = (
             "every token uses `active` of the layer's `of` routed units and all shared ones: "
-            f"{RULES[self.router]}. Their outputs {weighed[self.gates]}; the output of a unit that a token does not use "
+            f"{RULES[self.router]}. Their outputs {weighed[self.gates]}; what a unit gives that a token does not use "
             "is 0, and its keys and values are stored all the same, since later tokens may use it."
         )
         return rule if self.fits_native else f"{super().rule_text()} {rule[0].upper()}{rule[1:]}"
