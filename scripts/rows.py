@@ -52,6 +52,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--minutes", type=float, default=9.0, help="stop here, with all states saved")
     add("--at-once", type=int, default=3, help="rows that run at once on each device")
     add("--written", type=int, default=4_000_000, help="tokens of training text that the model writes; 0 for none")
+    add("--written-length", type=int, default=2048, help="tokens of a document that the model writes")
     add("--length", type=int, default=2048, help="tokens of a training sequence")
     add("--batch", type=int, default=32, help="sequences of a step of the joint training")
     add("--micro", type=int, default=4, help="sequences in a pass of the joint training; 8 where two rows share a GPU")
@@ -247,7 +248,7 @@ def training_text(options: argparse.Namespace) -> dict[str, Any]:
     size = corpus(options).stat().st_size // 4  # tokens, about
     total = options.written + size
     share = round(options.written / total, 3)
-    return {"source": "generated", "tokens": total, "length": options.length, "given": own, "share": share}
+    return {"source": "generated", "tokens": total, "length": options.written_length, "given": own, "share": share}
 
 
 def dense_variant(session: Session) -> Variant:
