@@ -38,6 +38,14 @@ class RoutedMixer(SpanMixer):
         self.learns = self.router.kind != "random"
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
+    @torch.no_grad()
+    def untie(self) -> bool:
+        """As `Mixer.untie`: where all units have the same score, they get random ones."""
+        if self.router.kind != "two_stage" or bool(self.router.route.any()):
+            return False
+        self.router.route.normal_(std=self.facts.hidden_size**-0.5)
+        return True
+
     def span(self, group: Mapping[str, Any]) -> AnySpan:
         """The window beside the routing; without one, what the layer itself sees."""
         span = Span(group["sink"], group["alpha"], group["beta"])
