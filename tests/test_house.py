@@ -121,6 +121,7 @@ TESTS = {
     "solver": {
         "allocated": "search/test_pruning.py",
         "amp": "search/test_pruning.py",
+        "even": "search/test_routed.py",
         "heads": "search/test_solvers.py",
         "keep": "search/test_prepared.py",
         "layers": "search/test_solvers.py",

@@ -13,6 +13,7 @@ from compress.models.families import family_of, layers_of
 
 STD = 0.02  # of random routers, as of the linear layers of most models
 RIDGE = 1e-2  # of the mean square of the inputs
+PASSES = 2
 SHARPNESS = 4.0  # difference of the logits of experts whose texts are told apart without an error
 
 
@@ -41,8 +42,8 @@ def fitted_routers(model: Any, texts: Sequence[torch.Tensor]) -> None:
     """Let all routers start with what tells the experts' texts apart where they read it.
 
     The logits of a router are a linear fit, by ridge regression, of which text a token is from: W minimises
-    sum |W x - s (e_j - 1/N)|^2 over the tokens x of all texts, e_j the text's number of N and s a sharpness. Inputs are
-    taken with equal gates, in one pass; nothing is trained.
+    sum |W x - s (e_j - 1/N)|^2 over the tokens x of all texts, e_j the text's number of N and s a sharpness. The first
+    pass takes inputs with equal gates, the second with those that the first gave; nothing is trained.
 
     Args:
         model: an upcycled model in eval mode.
@@ -51,17 +52,18 @@ def fitted_routers(model: Any, texts: Sequence[torch.Tensor]) -> None:
     places = list(routers_of(model))
     for _, router in places:
         router.zero_()
-    sums = [_Sums(router) for _, router in places]
-    with ExitStack() as undo:
-        for (module, _), each in zip(places, sums, strict=True):
-            undo.callback(module.register_forward_pre_hook(each.take, with_kwargs=True).remove)
-        for number, windows in enumerate(texts):
-            for each in sums:
-                each.number = number
-            for window in windows:
-                model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-    for (_, router), each in zip(places, sums, strict=True):
-        router.copy_(each.fitted())
+    for _ in range(PASSES):
+        sums = [_Sums(router) for _, router in places]
+        with ExitStack() as undo:
+            for (module, _), each in zip(places, sums, strict=True):
+                undo.callback(module.register_forward_pre_hook(each.take, with_kwargs=True).remove)
+            for number, windows in enumerate(texts):
+                for each in sums:
+                    each.number = number
+                for window in windows:
+                    model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        for (_, router), each in zip(places, sums, strict=True):
+            router.copy_(each.fitted())
 
 
 class _Sums:

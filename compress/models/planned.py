@@ -23,6 +23,7 @@ from compress.plan import Group, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
+from compress.runtime.mlp_experts import MlpExperts
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
 from compress.targets.target import Target, load_mixers, targets_of
@@ -62,7 +63,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
-    _check_norms(model, plan)
+    check_norms(model.config, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -87,10 +88,10 @@ def _check_rope(model: Any, plan: Plan) -> None:
         )
 
 
-def _check_norms(model: Any, plan: Plan) -> None:
-    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
-    family = family_of(model.config)
-    if not family.norms_queries(model.config):
+def check_norms(config: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that a model with this configuration makes alike."""
+    family = family_of(config)
+    if not family.norms_queries(config):
         return
     for number, layer in enumerate(plan.layers):
         for group, target in enumerate(layer.groups):
@@ -123,6 +124,13 @@ def _check_scores(planned: Any, plan: Plan, family: Family) -> None:
 def mixers_of(model: Any) -> list[Mixer]:
     """The mixers of a planned model, whose parameters are those of its targets; none of a stock model."""
     return [mixer for kinds in getattr(model.base_model, "compress_kinds", ()) for mixer in kinds.mixers]
+
+
+def own_weights(model: Any) -> list[torch.nn.Parameter]:
+    """What a planned model has beside the weights of the dense one, or of its experts, and that learns: what its mixers
+    have of their own, and the routers of MLPs."""
+    of_mixers = [weight for mixer in mixers_of(model) if mixer.learns for weight in mixer.parameters()]
+    return of_mixers + [module.router for module in model.modules() if isinstance(module, MlpExperts)]
 
 
 def has_routers(model: Any) -> bool:

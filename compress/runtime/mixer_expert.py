@@ -64,7 +64,7 @@ class ExpertMixer(SpanMixer):
         absent = (step.positions(device) < 0)[..., None]
         gates = gates.masked_fill(absent, 0)
         if step.record is not None:
-            step.record.expert_gates[self.facts.index] = gates[~absent[..., 0]]
+            step.record.add_expert_gates(self.facts.index, gates[~absent[..., 0]])
         return gates.index_select(-1, kept_table(self.head_expert, device, torch.long))
 
     def prefill(

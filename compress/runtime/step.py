@@ -74,6 +74,16 @@ class Record:
         if not self.closed:
             self.routing[layer] = routing
 
+    def add_mlp_routing(self, layer: int, routing: Routing) -> None:
+        """Add which MLPs tokens chose in a layer."""
+        if not self.closed:
+            self.mlp_routing[layer] = routing
+
+    def add_expert_gates(self, layer: int, gates: torch.Tensor) -> None:
+        """Add the gates of experts' attentions in a layer, those of its tokens alone."""
+        if not self.closed:
+            self.expert_gates[layer] = gates
+
 
 @dataclass
 class Step:

@@ -13,7 +13,21 @@ from compress.files import write_json, write_text
 from compress.models.load import LoadedModel
 from compress.models.prepared import prepared_for
 from compress.plan import Plan
-from compress.search.baselines import DRAWN, INTERLEAVED, baselines_of, drawn_baseline, drawn_places, interleaved
+from compress.search.baselines import (
+    CHANCE,
+    DRAWN,
+    EVEN,
+    INTERLEAVED,
+    PRUNED_ALIKE,
+    baselines_of,
+    chance_routed,
+    drawn_baseline,
+    drawn_places,
+    even_layers,
+    interleaved,
+    pruned_alike,
+    removing,
+)
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
 from compress.search.dense import Dense
@@ -200,8 +214,8 @@ def run_search(
             given["solver"] = {**facts, "importance": candidate.importance}
         return candidate.to_plan(problem, given)
 
-    def baseline(name: str, candidate: Candidate) -> Plan:
-        return candidate.to_plan(problem, {"name": name, "question": candidate.note, "budget": asked["budget"]})
+    def baseline(name: str, candidate: Candidate, task: Problem = problem) -> Plan:
+        return candidate.to_plan(task, {"name": name, "question": candidate.note, "budget": asked["budget"]})
 
     plans = {name: searched(name, candidate) for name, candidate in candidates.items()}
     compared = {name: baseline(name, candidate) for name, candidate in baselines.items()}
@@ -217,8 +231,8 @@ def run_search(
         losses = measure({"dense": None, **plans, **compared}, documents, loss, log, progress)
     # Without held-out documents only the refinement has measured anything.
     chosen = REFINED if refined is not None and not losses else choose(plans, losses)
-    for name, candidate in _like(solver, problem, candidates[chosen], seed).items():
-        baselines[name], compared[name] = candidate, baseline(name, candidate)
+    for name, (candidate, task) in _like(solver, problem, budget, candidates[chosen], seed).items():
+        baselines[name], compared[name] = candidate, baseline(name, candidate, task)
         if documents:
             losses |= measure({name: compared[name]}, documents, loss, log, progress)
     measured = {
@@ -253,15 +267,22 @@ def run_search(
     return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
 
 
-def _like(solver: Solver, problem: Problem, chosen: Candidate, seed: int) -> dict[str, Candidate]:
-    """The baselines that are made of the chosen plan, by name."""
+def _like(
+    solver: Solver, problem: Problem, budget: Budget, chosen: Candidate, seed: int
+) -> dict[str, tuple[Candidate, Problem]]:
+    """The baselines that are made of the chosen plan, by name, with the problem that each is a plan of."""
     if solver.removes:
-        return {DRAWN: drawn_baseline(problem, chosen, seed)}
-    trained = any(group.objective is not None for layer in chosen.layers for group in layer.groups)
-    if not (trained or solver.placed):
-        return {}
-    hybrid = interleaved(problem, chosen)
-    return {DRAWN: drawn_places(problem, chosen, seed), **({} if hybrid is None else {INTERLEAVED: hybrid})}
+        return {DRAWN: (drawn_baseline(problem, chosen, seed), problem)}
+    groups = [group for layer in chosen.layers for group in layer.groups]
+    found: dict[str, Candidate | None] = {}
+    if solver.placed or any(group.objective is not None for group in groups):
+        found |= {DRAWN: drawn_places(problem, chosen, seed), INTERLEAVED: interleaved(problem, chosen)}
+    task = problem
+    if any(group.by_layer for group in groups):
+        found |= {EVEN: even_layers(problem, chosen), CHANCE: chance_routed(chosen)}
+        task = removing(problem, budget) or problem
+        found[PRUNED_ALIKE] = None if task is problem else pruned_alike(task, chosen)
+    return {name: (plan, task if name == PRUNED_ALIKE else problem) for name, plan in found.items() if plan is not None}
 
 
 def _starts(

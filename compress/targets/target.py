@@ -61,6 +61,11 @@ class Target(Method):
     target: str
 
     @property
+    def learns(self) -> bool:
+        """Whether it has something of its own that its objective trains."""
+        return self.objective is not None
+
+    @property
     def has_to_be_prepared(self) -> bool:
         """Whether it cannot be used before its objective has been trained."""
         return self.objective is not None and not self.untrained
@@ -145,6 +150,11 @@ class Target(Method):
     def undoes_rope(self) -> bool:
         """Whether it needs queries and keys as they were before RoPE."""
         return False
+
+    @property
+    def at_random(self) -> Target:
+        """The same with what it decides token by token left to chance, a control; itself where it decides nothing."""
+        return self
 
     @property
     def prepared_as(self) -> Target:

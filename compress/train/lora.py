@@ -11,7 +11,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.families import layers_of
-from compress.models.planned import mixers_of
+from compress.models.planned import mixers_of, own_weights
 from compress.train.settings import RecoverSettings
 
 
@@ -26,8 +26,8 @@ def projections(model: nn.Module) -> list[str]:
 def attach(model: nn.Module, settings: RecoverSettings) -> LoraModel:
     """Put adapters into the model, in place: random A, zero B, so that it computes what it did before.
 
-    Only the adapters, and what mixers have of their own, take gradients afterwards. Adapters are float32 on weights of
-    any dtype. Draws from torch's global generator.
+    Only the adapters, and what mixers and routers have of their own, take gradients afterwards. Adapters are float32 on
+    weights of any dtype. Draws from torch's global generator.
 
     Raises:
         UserError: the decoder layers hold no linear projection.
@@ -43,8 +43,8 @@ def attach(model: nn.Module, settings: RecoverSettings) -> LoraModel:
         bias="none",
     )
     adapted = LoraModel(model, config, "default")
-    for mixer in mixers_of(model):
-        mixer.requires_grad_(mixer.learns)
+    for weight in own_weights(model):
+        weight.requires_grad_(True)
     return adapted
 
 

@@ -18,7 +18,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
-from compress.models.planned import has_routers, mixers_of
+from compress.models.planned import has_routers, mixers_of, own_weights
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
@@ -335,12 +335,12 @@ def _train_and_merge(
 
 
 def _rates(model: Any, settings: RecoverSettings) -> dict[str, float]:
-    """Factors on the learning rate by names of parameters: of what the mixers have of their own."""
+    """Factors on the learning rate by names of parameters: of what mixers and routers have of their own."""
     if settings.mixer_rate is None:
         return {}
-    of_mixers = {id(weight) for mixer in mixers_of(model) for weight in mixer.parameters()}
+    own = {id(weight) for weight in own_weights(model)}
     factor = settings.mixer_rate / settings.rate
-    return {name: factor for name, weight in model.named_parameters() if id(weight) in of_mixers}
+    return {name: factor for name, weight in model.named_parameters() if id(weight) in own}
 
 
 def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
@@ -356,27 +356,26 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     """
     device = next(model.parameters()).device
     low = settings.low(device) if settings.train != "full" and not settings.shard else None
-    mixers = mixers_of(model)
-    of_mixers = [weight for mixer in mixers if mixer.learns for weight in mixer.parameters()]
+    own = own_weights(model)
     for weight in model.parameters():
         if weight.dtype != low:
             weight.data = weight.data.float()
-    for weight in of_mixers if settings.train != "full" else model.parameters():
+    for weight in own if settings.train != "full" else model.parameters():
         weight.data = weight.data.float().clone()  # another model may hold the same tensor
     if settings.train == "full":
         model.requires_grad_(True)
-        for mixer in mixers:
+        for mixer in mixers_of(model):
             mixer.requires_grad_(mixer.learns)
         return None
     if settings.train == "mixers":
-        if not of_mixers:
+        if not own:
             raise UserError(
                 "the targets of the plan have no parameters of their own to train",
                 where="recover.train: mixers",
                 expected="`lora` or `full`, or a plan with targets that have some",
             )
         model.requires_grad_(False)
-        for weight in of_mixers:
+        for weight in own:
             weight.requires_grad_(True)
         return None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

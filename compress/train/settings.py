@@ -123,7 +123,7 @@ class RecoverSettings(TrainSettings):
     train: Literal["lora", "full", "mixers"] = Field(
         "lora",
         description="low-rank updates of the linear projections, merged at the end; all weights; or only what targets "
-        "of the plan have of their own, which `lora` trains, too",
+        "of the plan, and routers of experts, have of their own, which `lora` trains, too",
     )
     rank: int = Field(8, ge=1, le=65_536, description="rank of the updates (lora)")
     alpha: float = Field(16.0, gt=0, le=FACTOR, description="the updates are scaled by alpha / rank (lora)")
@@ -267,6 +267,6 @@ class PrepareSettings(TrainSettings):
         if len(set(named)) < len(named):
             raise ValueError("expected each target once")
         for target in named:
-            if target.objective is None:
-                raise ValueError(f"`{target.target}` has nothing to train; it can be searched as it is")
+            if not target.learns:
+                raise ValueError(f"`{target.target}` has nothing to train ({target.words()}); it is searched as it is")
         return named

@@ -146,6 +146,7 @@ TRAININGS = (
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
 OWN, BRANCHES = "data.generated.GeneratedText", "evaluate.measures.branches.BranchesMeasure"
+UPCYCLED = "recipe.schema.UpcycleSection"
 SETTINGS, SECTION = "train.settings.RecoverSettings", "recipe.schema.ExportSection"
 # What takes processes of its own: spread weights, and the verification of a checkpoint. File, and words in it.
 ELSEWHERE: dict[Value, tuple[str, str]] = {
@@ -171,6 +172,21 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     },
     ("evaluate.measures.distance.Distance", "", ""): ("tests/evaluate/test_branches.py", r'measured\("distance"'),
     ("evaluate.measures.drift.Drift", "", ""): ("tests/evaluate/test_branches.py", r'measured\("drift"'),
+    **{
+        (UPCYCLED, key, value): ("tests/cli/test_upcycle_run.py", f'"{key}": {shown}')
+        for key, value, shown in (
+            *(("attention", each, f'"{each}"') for each in ("soft", "base")),
+            *(("kv", each, f'"{each}"') for each in ("expert", "shared")),
+            *(("rest", each, f'"{each}"') for each in ("average", "seed")),
+            *(("start", each, f'"{each}"') for each in ("random", "zero")),
+            ("seed", True, "True"),
+        )
+    },
+    (UPCYCLED, "seed", False): ("tests/cli/test_upcycle_run.py", r"upcycle:\n  experts: .*\n  texts"),
+    **{
+        ("plan.schema.MlpRouting", "weight", each): ("tests/cli/test_upcycle_run.py", f'"weight": "{each}"')
+        for each in ("one", "p")
+    },
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
     ("search.solvers.priced.Priced", "part", "signed"): ("tests/search/test_mixed.py", r"part: signed"),
 }

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
+from compress.models.trained import read_trained
 from compress.plan import read_plan
 from compress.recipe.load import load_recipe
 from compress.stages.evaluate import row_names
@@ -28,7 +30,7 @@ calibration:
   text: &text {{source: file, path: {folder}/text.txt}}
 upcycle:
   experts: [{folder}/one, {folder}/two]
-  texts: [*text, *text]
+  texts: [*text, {{source: file, path: {folder}/other.txt}}]
   text_tokens: 128
 recover: {{train: full, length: 32, batch_size: 2, steps: 2, rate: 0.001}}
 evaluate: {{perplexity: {{text: *text, length: 64, windows: 2}}}}
@@ -41,7 +43,8 @@ def call(*words: Any) -> Result:
 
 
 def make_models(folder: Path) -> None:
-    """Two experts of the model that `make_recipe` makes, whose layers are others."""
+    """Two experts of the model that `make_recipe` makes, whose layers are others, and a text of few words."""
+    (folder / "other.txt").write_text(" ".join(f"w{4 + number % 7}" for number in range(4000)))
     for number, name in enumerate(("one", "two")):
         torch.manual_seed(number)
         expert = copy.deepcopy(tiny_model("llama-gqa"))
@@ -103,6 +106,30 @@ def test_the_checkpoint_is_taken_by_the_other_commands(folder: Path, tmp_path: P
     for command in ("profile", "search"):
         refused = call(command, folder / "recipe.yaml")
         assert refused.exit_code == 2 and f"an upcycled model has no {command}" in refused.output
+
+
+# What else a recipe may say: keys of `upcycle`, then head groups and query heads of the model that comes of it.
+VARIANTS = (
+    ({"attention": "base", "rest": "seed"}, 2, 4),
+    ({"attention": "soft", "kv": "shared", "texts": [], "start": "zero"}, 2, 8),
+    ({"kv": "expert", "rest": "average", "texts": [], "start": "random", "mlp": {"top": 2, "weight": "one"}}, 4, 8),
+    ({"seed": True, "texts": [], "mlp": {"weight": "p"}}, 6, 12),
+)
+
+
+def test_variants_of_the_recipe(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for keys, groups, heads in VARIANTS:
+        given = yaml.safe_load(UPCYCLE.format(folder=folder)) | {"output": str(tmp_path / "run")}
+        given["upcycle"] |= keys
+        recipe.write_text(yaml.safe_dump(given))
+        done = call("upcycle", recipe, "--json")
+        assert done.exit_code == 0, done.output
+        plan = read_plan(tmp_path / "run" / "plan.json")
+        assert (plan.model.kv_heads, plan.model.query_heads) == (groups, heads)
+        weights = read_trained(tmp_path / "run" / "upcycle")
+        routers = [weight for name, weight in weights.items() if name.endswith(".router")]
+        assert all(bool(router.any()) for router in routers) == (keys.get("start") != "zero")
 
 
 def test_experts_of_another_shape_and_sections_that_have_no_place_are_refused(folder: Path, tmp_path: Path) -> None:

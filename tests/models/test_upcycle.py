@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from compress.errors import UserError
+from compress.models.expert_routers import fitted_routers, random_routers, routers_of
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.models.upcycle import average, check_configs, check_tokenizers, check_upcyclable, check_weights, upcycle
@@ -18,6 +20,9 @@ from compress.plan import MlpRouting
 from compress.runtime import mixer_expert, mlp_experts
 from compress.runtime.families import ROWS
 from compress.runtime.step import Record
+from compress.train.curve import Curve
+from compress.train.recovery import recover
+from compress.train.settings import RecoverSettings
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
 
 # Of the families whose norms are multiplied into projections: how each is called among the tiny models.
@@ -173,6 +178,48 @@ def test_gradients_reach_every_router_and_expert(made: tuple[Any, Any]) -> None:
     routers = [weight.grad.abs().max() for name, weight in model.named_parameters() if name.endswith(".router")]
     assert len(routers) == 6 and all(routers)
     model.zero_grad()
+
+
+def test_routers_start_with_what_tells_texts_apart(seed: Any, experts: dict[str, Any]) -> None:
+    """On other tokens of the same two kinds every gate names the expert whose text they are like."""
+    model, _, _ = upcycle(seed, experts)
+    halves = [random_ids(20, 64, seed=number) % 40 + 5 + 45 * number for number in range(2)]
+    fitted_routers(model, [ids[:16] for ids in halves])
+    for number, ids in enumerate(halves):
+        record = Record()
+        logits(model, ids[16:], compress_record=record)
+        gates = [record.expert_gates[layer].mean(0)[number] for layer in range(3)]
+        chosen = [record.mlp_routing[layer].chosen.double().mean(0)[number] for layer in range(3)]
+        assert gates[0] > 0.7 < chosen[0] and sum(gates) > 3 * 0.6 < sum(chosen)
+
+
+def test_random_routers_are_those_of_their_seed(seed: Any, experts: dict[str, Any]) -> None:
+    drawn = []
+    for number in (0, 0, 1):
+        model, _, _ = upcycle(seed, experts)
+        random_routers(model, number)
+        drawn.append(torch.cat([router.detach().flatten() for _, router in routers_of(model)]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].numel() == 2 * 3 * 2 * 48 and drawn[0].std() < 0.03
+
+
+@pytest.mark.parametrize("train", ["mixers", "lora"])
+def test_training_has_the_balance_of_mlps_among_its_losses(
+    train: Any, seed: Any, experts: dict[str, Any], tmp_path: Path
+) -> None:
+    model, _, _ = upcycle(seed, experts)
+    random_routers(model, 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    settings = RecoverSettings(
+        train=train, steps=2, length=32, batch_size=2, rate=0.01, router_z=0.001, checkpointing=train == "lora"
+    )
+    recover(model, settings, random_ids(1, 300)[0].tolist(), tmp_path)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    routers = {name for name in before if name.endswith(".router")}
+    assert routers <= changed and (changed == routers) == (train == "mixers")
+    assert (train == "mixers") or "model.layers.2.mlp.experts.1.up_proj.weight" in changed
+    steps = Curve(tmp_path / "loss.jsonl").steps()
+    assert all(0.9 < step["balance_loss"] < 2 and step["router_z_loss"] > 0 < step["text_loss"] for step in steps)
 
 
 def test_all_experts_on_few_rows_are_each_on_its_own() -> None:

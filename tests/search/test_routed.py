@@ -18,11 +18,15 @@ from compress.plan import LayerPlan, make_plan
 from compress.profile.key import Key
 from compress.registry import layer_options
 from compress.runtime.step import Record
+from compress.search.baselines import chance_routed, drawn_places, even_layers, pruned_alike, removing
 from compress.search.budget.budget import Budget
+from compress.search.choice.options import layers_of
 from compress.search.choice.saving import savings
 from compress.search.dense import Dense
-from compress.search.problem import FULL_GROUP, Problem
+from compress.search.problem import FULL_GROUP, Candidate, Problem
+from compress.search.refine.moves import Moves
 from compress.search.run import make_problem
+from compress.search.solvers.even import Even
 from compress.search.solvers.priced import Priced
 from compress.targets.layer_option import LayerOption
 from compress.targets.routed import RoutedGroup
@@ -267,3 +271,92 @@ def test_options_of_a_grid_and_what_is_shared() -> None:
     with pytest.raises(ValueError, match="one number for every head group"):
         RoutedOption(unit="head", shared=1, active=1, shared_by="retrieval").entries(3, 2, [[1.0], [2.0], [0.0]])
     assert {"routed"} == set(layer_options)
+
+
+@pytest.mark.parametrize(
+    ("active", "unit", "shared", "counts"),
+    [
+        (0.75, "group", 0, [2, 2, 2, 0]),
+        (0.4, "group", 1, []),
+        (0.34, "group", 0, [1] * 4),
+        (0.8, "head", 2, [3, 3, 2, 3]),
+    ],
+)
+def test_one_option_in_every_layer_as_the_heads_allow(
+    dense: Dense, active: float, unit: Any, shared: int, counts: list[int]
+) -> None:
+    shape = make_shape(layers=4, kv_heads=3)
+    solver = Even(option=RoutedOption(unit=unit, shared=shared), force=True)
+    profile = FakeProfile((320,), None, {})
+    sized = Sized(shape, ITEMSIZE, dense_of(shape).model)
+    if not counts:  # one group is shared and one chosen at least
+        with pytest.raises(UserError, match="no plan meets the budget"):
+            make_problem(sized, profile, Budget(active=active), solver)
+        return
+    task = make_problem(sized, profile, Budget(active=active), solver)
+    (plan,) = solver.solve(task)
+    found = [layer.groups[0].model_dump().get("active", 0) for layer in plan.layers]
+    assert found == counts and task.fits(plan.layers)
+    assert not task.fits(task.start)
+    assert f"{counts.count(2)} of 4 layers" in plan.note or len(set(counts)) == 1
+
+
+def test_what_stands_beside_a_routed_plan(dense: Dense) -> None:
+    model = tiny_model("llama-gqa")
+    shape, options = shape_of(model), [RoutedOption(active=1), RoutedOption(unit="head", shared=2, active=1)]
+    tensors = {"removal.heads.320": torch.tensor([[[1.0, 4.0], [3.0, 3.0]]] * 3)}
+    for option in options:
+        tensors[str(Key("effect", "absolute", 320).to(option))] = torch.ones(3, 2)
+    profile = FakeProfile((320,), SMALL, tensors, tuple(options))
+    budget = Budget(bytes_read=1.0, lengths=(320,))
+    task = make_problem(Dense(shape, 4, model), profile, budget, Priced(force=True))
+    by_group, by_head = ([RoutedOption(**fields).entries(2, 2)] for fields in ({}, {"unit": "head", "shared": 2}))
+    mixed = task.with_layers({0: by_group[0], 1: by_head[0]})
+    # One of two groups, then three of four heads, of which one whole group stays and one head is carried on.
+    removing_task = removing(task, budget)
+    assert removing_task is not None
+    static = pruned_alike(removing_task, Candidate(mixed))
+    assert static is not None and static.importance == "removal"
+    assert [layer.kept_groups for layer in static.layers] == [(1,), (1,), (0, 1)]
+    assert static.to_plan(removing_task, {}).kept_queries == [2, 2, 4]
+    twice = task.with_layers({0: by_head[0], 1: by_head[0]})  # what is carried on makes the second one whole
+    static = pruned_alike(removing_task, Candidate(twice))
+    assert static is not None and static.to_plan(removing_task, {}).kept_queries == [2, 4, 4]
+    even = even_layers(task, Candidate(task.with_layers({0: by_group[0], 2: by_group[0]})))
+    assert even is not None and even.note.endswith("in 2 of 3 layers, full in the rest")
+    assert chance_routed(Candidate(task.start)) is None and even_layers(task, Candidate(task.start)) is None
+    chance: Any = chance_routed(Candidate(mixed))
+    assert {group.router for group in (*chance.layers[0].groups, *chance.layers[1].groups)} == {"random"}
+    for seed in range(6):
+        drawn = drawn_places(task, Candidate(mixed), seed)
+        assert sorted(str(layer.groups) for layer in drawn.layers) == sorted(str(layer.groups) for layer in mixed)
+
+
+def test_a_refinement_exchanges_whole_routed_layers() -> None:
+    shape = make_shape(layers=3, kv_heads=3)
+    profile = profile_with(OPTIONS, shape, (320,))
+    task = make_problem(dense_of(shape), profile, Budget(bytes_read=0.9, lengths=(320,)), Priced())
+    plan = task.with_layers({1: OPTIONS[0].entries(3, 2)})
+    moves = Moves.of(task, plan)
+    places = [unit.unit.place for unit in moves.units]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert len({len(rows) for rows in moves.rules}) == 1
+    whole = moves.units[3]
+    assert whole.choices[0] == (FULL_GROUP,) * 3 and set(whole.choices[1:]) == {
+        option.entries(3, 2) for option in OPTIONS
+    }
+    for unit in (*moves.units[:3], *moves.units[4:]):
+        assert not any(target.by_layer for target in unit.choices)
+    now = moves.options_of(plan)
+    assert layers_of(moves.problem, moves.units, now) == plan
+    other = list(now)
+    other[3] = whole.choices.index(OPTIONS[2].entries(3, 2))
+    moved = layers_of(moves.problem, moves.units, other)
+    assert moved[1].groups == OPTIONS[2].entries(3, 2) and moved[0] == plan[0]
+    costs = np.sum([unit.costs[index] for unit, index in zip(moves.units, other, strict=True)], axis=0)
+    assert (costs == task.total(moved)).all()
+    effects = torch.randn(2, 1, 3, 3, len(moves.rules[0]))
+    columns = moves.columns(effects, torch.zeros(2, 1, 3, 0))
+    start = sum(len(unit.choices) for unit in moves.units[:3])
+    for place, row in enumerate(moves.picked[3]):
+        assert torch.allclose(columns[..., start + place], effects[:, :, 1, :, row].sum(-1))

@@ -83,6 +83,10 @@ class HeadGroup:
         """The target of the group."""
         return layer.groups[self.place[1]]
 
+    def of_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """Its part of what the head groups of its layer have, `[..., groups, n]` to `[..., n]`."""
+        return values[..., self.place[1], :]
+
 
 @dataclass(frozen=True)
 class GroupsOfLayer:
@@ -120,6 +124,10 @@ class WholeLayer:
     def read(self, layer: LayerPlan) -> tuple[Target, ...]:
         """The targets of all groups."""
         return tuple(layer.groups)
+
+    def of_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """What the head groups of its layer have together, `[..., groups, n]` to `[..., n]`."""
+        return values.sum(-2)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from compress.plan import LayerPlan
 from compress.profile.key import Key
 from compress.runtime.span import PAGE
-from compress.search.choice.options import HeadGroup, Options
+from compress.search.choice.options import HeadGroup, Options, WholeLayer
 from compress.search.choice.removal import PRUNED, Neurons, counted
 from compress.search.problem import FULL_GROUP, Layers, Problem
 from compress.targets.target import Target
@@ -27,9 +28,11 @@ class Moves:
 
     Attributes:
         problem: with the plan as its start.
-        units: what can change; head groups, then MLPs. Their losses are left out.
-        rules: targets `[layers][rules][groups]`; the options of a head group are some of its column.
-        picked: by head group, the first units, which rules are its options; the other units are MLPs.
+        units: what can change; head groups, or layers whose groups are decided together, then MLPs. Their losses are
+            left out.
+        rules: targets `[layers][rules][groups]`; the options of a head group are some of its column, those of a layer
+            whole rows.
+        picked: by head group or layer, the first units, which rules are its options; the other units are MLPs.
         masks: by layer, the neurons that each step removes `[steps, neurons]`.
     """
 
@@ -52,13 +55,21 @@ class Moves:
         for number, (layer, native) in enumerate(zip(layers, problem.shape.native_windows, strict=True)):
             if native is not None:
                 continue
+            if any(group.by_layer for group in layer.groups):
+                units.append(_whole(problem, number, rules[number]))
+                picked.append([rules[number].index(list(choice)) for choice in units[-1].choices])
+                continue
             for group in range(problem.shape.kv_heads):
                 # Where nothing may be removed, what is removed stays so. The first group of a layer always stays.
                 keeps = group == layer.kept_groups[0]
                 if layer.groups[group].removes and importance is None:
                     continue
                 column = [row[group] for row in rules[number]]
-                rows = [index for index, target in enumerate(column) if not (keeps and target.removes)]
+                rows = [
+                    index
+                    for index, target in enumerate(column)
+                    if not (keeps and target.removes) and not target.by_layer
+                ]
                 targets = [column[index] for index in rows]
                 costs = problem.costs(number, targets, layer)
                 losses = np.zeros((len(targets), 1))
@@ -84,9 +95,10 @@ class Moves:
             groups: `[samples, documents, layers, groups, rules]`.
             neurons: `[samples, documents, layers, steps]`.
         """
-        of_groups, of_neurons = self.units[: len(self.picked)], self.units[len(self.picked) :]
+        of_groups: list[Any] = self.units[: len(self.picked)]
+        of_neurons = self.units[len(self.picked) :]
         parts = [
-            groups[:, :, unit.unit.place[0], unit.unit.place[1], rows]
+            unit.unit.of_groups(groups[:, :, unit.unit.place[0]])[..., rows]
             for unit, rows in zip(of_groups, self.picked, strict=True)
         ]
         parts += [neurons[:, :, unit.unit.place[0], : len(unit.choices)] for unit in of_neurons]
@@ -94,8 +106,9 @@ class Moves:
 
 
 def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:
-    """Targets to think of, `[layers][rules][groups]`: full, removed where allowed, what was prepared, windows, and
-    the group's own last. Where the profile priced no rules, the targets that it did price are in place of the windows.
+    """Targets to think of, `[layers][rules][groups]`: full, removed where allowed, what was prepared, options of whole
+    layers, windows, and the group's own last. Where the profile priced no rules, the targets that it did price are in
+    place of the windows.
     """
     groups = problem.shape.kv_heads
     first: list[list[Target]] = [[FULL_GROUP] * groups]
@@ -103,10 +116,35 @@ def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Ta
         first.append([PRUNED] * groups)
     prepared = [option.target for option in problem.prepared]
     first += [[target] * groups for target in prepared]
+    whole = _layer_rows(problem, layers)
     if problem.profile.grid is None:
         first += [[target] * groups for target in problem.profile.priced if not target.removes]
-        return [[*first, list(layer.groups)] for layer in layers]
-    return [[*first, *_windows(problem, layer.groups), list(layer.groups)] for layer in layers]
+        return [[*first, *rows, list(layer.groups)] for layer, rows in zip(layers, whole, strict=True)]
+    return [
+        [*first, *rows, *_windows(problem, layer.groups), list(layer.groups)]
+        for layer, rows in zip(layers, whole, strict=True)
+    ]
+
+
+def _layer_rows(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:
+    """What whole layers may become, `[layers][options][groups]`; none where the plan has no such layer, and full
+    attention in place of it in the layers that are none."""
+    routed = [any(group.by_layer for group in layer.groups) for layer in layers]
+    options = [problem.entries(option) for option in problem.priced_layers] if any(routed) else []
+    rows = []
+    for number, (layer, of_layer) in enumerate(zip(layers, routed, strict=True)):
+        full: list[Target] = [FULL_GROUP] * len(layer.groups)
+        rows.append([list(entries.get(number, full)) if of_layer else full for entries in options])
+    return rows
+
+
+def _whole(problem: Problem, number: int, rules: Sequence[Sequence[Target]]) -> Options:
+    """What a layer whose groups are decided together may become: full attention, what it is, and its other options."""
+    own = problem.start[number].groups
+    choices = [tuple(row) for row in rules if all(group.by_layer for group in row)]
+    choices = list(dict.fromkeys([(FULL_GROUP,) * len(own), *choices, own]))
+    costs = problem.layer_costs(number, choices)
+    return Options(WholeLayer((number, 0), joint=False), tuple(choices), np.zeros((len(choices), 1)), costs)
 
 
 def _windows(problem: Problem, targets: Sequence[Target]) -> list[list[Target]]:

@@ -2,6 +2,7 @@
 
 import compress.search.solvers.allocated
 import compress.search.solvers.amp
+import compress.search.solvers.even
 import compress.search.solvers.heads
 import compress.search.solvers.keep
 import compress.search.solvers.layers

@@ -82,12 +82,22 @@ class Keep(Solver):
         """What groups that are not kept may become.
 
         Raises:
-            UserError: nothing was prepared or priced, and the recipe names no target.
+            UserError: nothing was prepared or priced, and the recipe names no target; or it is one of whole layers,
+                and single groups are to stay full.
         """
-        if self.target is not None:
-            return [self.target]
         prepared = [option.target for option in problem.prepared]
         found = prepared or [target for target in problem.profile.priced if not target.removes]
+        if self.target is not None:
+            found = [self.target]
+        together = next((target for target in found if target.by_layer), None)
+        if together is not None and self.level == "group" and self.share != 0:
+            raise UserError(
+                f"the head groups of a layer become `{together.target}` together, so single ones cannot stay full",
+                where="search.solver.level",
+                expected="layer, or `share: 0`",
+                found="group",
+                fix="write `level: layer`",
+            )
         if not found:
             raise UserError(
                 "nothing says what head groups become that are not kept",

@@ -1,0 +1,95 @@
+"""Routed layers beside windows from the profile to the checkpoint, and what stands beside such a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.cli.app import app
+from compress.models.load import load_model
+from compress.models.planned import planned_model
+from compress.models.pruning import block_parameters
+from compress.plan import Plan, read_plan
+from tests.cli.recipes import HEAD, make_recipe
+from tests.tiny import tiny_model
+
+RECIPE = (
+    HEAD
+    + """\
+  documents:
+    - {{task: continuation, length: 320, count: 1, answer: text, answer_tokens: 64}}
+  held_out:
+    - {{task: continuation, length: 384, count: 1, answer: text, answer_tokens: 64}}
+profile:
+  statistics:
+    - name: effect
+      targets: [{{target: window, sink: 4, alpha: 64, beta: 0.0}}]
+      options: {{routed: {{shared: [0, 0.25], shared_by: removal}}}}
+    - {{name: removal}}
+search:
+  solver: {{name: priced}}
+  budget: {{bytes_read: 0.55, kv: 0.85, lengths: [320]}}
+evaluate:
+  compare: [plan, even, random-routing, static-pruning, random]
+  perplexity: {{text: *text, length: 128, windows: 1}}
+"""
+)
+
+
+def call(*words: Any, fails: bool = False) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert (done.exit_code != 0) == fails, done.output
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a profile, a search and a checkpoint."""
+    folder = tmp_path_factory.mktemp("routed")
+    recipe = make_recipe(folder, tiny_model("llama-mha"))
+    recipe.write_text(RECIPE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
+    (folder / "said.txt").write_text("".join(call(command, recipe) for command in ("profile", "search", "export")))
+    return folder
+
+
+def plans(run: Path) -> dict[str, Plan]:
+    found = {path.stem: path for path in (run / "run" / "search").glob("*.json") if path.stem != "pareto"}
+    return {name: read_plan(path) for name, path in found.items()} | {"plan": read_plan(run / "run" / "plan.json")}
+
+
+def test_a_plan_has_routed_layers_and_windows_within_both_budgets(run: Path) -> None:
+    plan = plans(run)["plan"]
+    kinds = [{group.target for group in layer.groups} for layer in plan.layers]
+    assert {"routed"} in kinds and {"window"} in kinds
+    report = json.loads((run / "run" / "search" / "pareto.json").read_text())
+    assert [row["kind"] for row in report["limits"]] == ["bytes_read", "kv"]
+    for row in report["limits"]:
+        spent = plan.predicted.of(row["kind"])[320].plan
+        assert row["smallest"] <= spent <= row["limit"]
+    # Windows alone hold least, and routed heads of all layers read least: neither is the smallest in both.
+    windows, cost = plans(run)["streaming"].cost(320, 4), plan.cost(320, 4)
+    smallest = {row["kind"]: row["smallest"] for row in report["limits"]}
+    assert smallest["kv"] == windows.held_bytes and smallest["bytes_read"] < windows.read_bytes
+    assert plan.predicted.of("bytes_read")[320].plan == cost.read_bytes < cost.held_bytes
+    assert "routed" in (run / "run" / "checkpoint" / "README.md").read_text()
+
+
+def test_what_stands_beside_it_differs_in_what_tokens_choose_alone(run: Path) -> None:
+    found = plans(run)
+    plan, chance, static, drawn = (found[name] for name in ("plan", "random-routing", "static-pruning", "random"))
+    assert chance.cost(320, 4) == plan.cost(320, 4) and chance.layers != plan.layers
+    routers = {group.model_dump().get("router") for layer in chance.layers for group in layer.groups}
+    assert routers == {None, "random"}
+    assert sorted(str(layer.groups) for layer in drawn.layers) == sorted(str(layer.groups) for layer in plan.layers)
+    dense = load_model(str(run / "model"), dtype="float32", device="cpu").model
+    pruned = planned_model(dense, static)
+    assert static.prunes and static.predicted.of("parameters")[None].plan == block_parameters(pruned)
+    for mine, other in zip(static.layers, plan.layers, strict=True):
+        if any(group.by_layer for group in other.groups):
+            assert len(mine.kept_groups) == other.groups[0].model_dump()["active"]  # nothing is shared here
+        else:
+            assert mine == other
