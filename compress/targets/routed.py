@@ -40,7 +40,7 @@ class RoutedGroup(SpanTarget):
     """
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
-    noun: ClassVar[str] = "routing"
+    noun: ClassVar[str] = "a router"
     objective: ClassVar[str | None] = "routing"
     untrained: ClassVar[bool] = True
     by_layer: ClassVar[bool] = True
@@ -262,8 +262,10 @@ class RoutedGroup(SpanTarget):
         return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
 
     def rule_text(self) -> str:
+        own = self.fits_native  # no window
+        seen = "a head that is on sees all that the layer itself shows." if own else super().rule_text()
         return (
-            f"{super().rule_text()} Every token uses `active` of the layer's `of` routed units and all shared ones: "
+            f"{seen} Every token uses `active` of the layer's `of` routed units and all shared ones: "
             f"{RULES[self.router]}. The output of a unit that a token does not use is 0, and its keys and values are "
             "stored all the same, since later tokens may use it."
         )
