@@ -18,6 +18,7 @@ from compress.models.load import DTYPES
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
 from compress.profile.key import Key
+from compress.registry import statistics as known_statistics
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
@@ -114,7 +115,10 @@ def check_search(
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
-    effects = replace(profile, priced=trained, priced_layers=()) if prepare is not None and prepare.effect else None
+    effects = None
+    if prepare is not None and prepare.effect:
+        after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
+        effects = replace(profile, priced=trained, priced_layers=after.layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
     solver.check(problem)
     if section.refine is not None and "uniform" not in baselines_of(solver, problem):
