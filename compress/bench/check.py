@@ -39,6 +39,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
         "gradients of prefill": lambda: _gradients(device, dtype),
         "decode": lambda: _decode(device, dtype),
         "prefill and decode with sigmoid and LSSA scores": lambda: _scores(device, dtype),
+        "prefill and decode of the heads that tokens choose": lambda: _chosen(device, dtype),
         "store": lambda: _store(device, dtype),
     }
     results = []
@@ -107,6 +108,26 @@ def _scores(device: torch.device, dtype: torch.dtype) -> float:
         )
         worst = max(worst, *(_difference(one, known) for one, known in zip(ours, expected, strict=True)))
     return worst
+
+
+def _chosen(device: torch.device, dtype: torch.dtype) -> float:
+    """Prefill by groups, decode by query heads."""
+    from compress.runtime.triton_routed import SKIP_FROM
+
+    columns = SKIP_FROM if device.type == "cuda" else PAGE
+    pages = random_pages(RULES, 1, PAGE, SHAPE.head_dim, device, dtype)
+    query, key, value = random_qkv(SHAPE, 1, columns, device, dtype)
+    lengths = torch.tensor([PAGE], dtype=torch.int32, device=device)
+    gates = torch.rand(1, SHAPE.groups, columns, device=device)
+    of_heads = torch.rand(1, SHAPE.query_heads, device=device)
+    results = [
+        (
+            IMPLS[impl].routed_prefill(query, key, value, RULES, gates < 0.5, gates=gates),
+            IMPLS[impl].decode(query[:, :, 0], pages, lengths, RULES, active=of_heads < 0.5, gates=of_heads),
+        )
+        for impl in ("triton", "reference")
+    ]
+    return max(_difference(ours, known) for ours, known in zip(*results, strict=True))
 
 
 def _store(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 
 from compress.bench.dense import dense_attention
 from compress.bench.measure import Time, graphed_times, times_in_turn
+from compress.bench.routed import ROUTED, RoutedCache, RoutedLayer, routed_groups
 from compress.models.planned import with_runtime_plan
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.impl import choose_impl
@@ -37,8 +40,9 @@ class Shape:
         return cls(name, config.num_attention_heads, groups_of(config), head_size_of(config))
 
 
-def mix(name: str, groups: int, length: int) -> list[SpanTarget]:
-    """A named plan for one layer: A (half of the groups sink 64 + window 256), B (windows 512, 2048, N/4, N/2)."""
+def mix(name: str, groups: int, length: int, query_heads: int | None = None) -> list[SpanTarget]:
+    """A named plan for one layer: A (half of the groups sink 64 + window 256), B (windows 512, 2048, N/4, N/2), or one
+    of `ROUTED`, for which the layer's query heads are asked for."""
     if name == "full":
         return [FullGroup()] * groups
     if name == "A":
@@ -47,13 +51,16 @@ def mix(name: str, groups: int, length: int) -> list[SpanTarget]:
     if name == "B":
         windows = (512, 2048, length // 4, length // 2)
         return [WindowGroup(sink=0, alpha=windows[group * 4 // groups], beta=0.0) for group in range(groups)]
-    raise ValueError(f"mix: expected A, B or full, got {name!r}")
+    if name in ROUTED:
+        return list(routed_groups(name, groups, query_heads or groups))
+    raise ValueError(f"mix: expected A, B, full, {', '.join(ROUTED)}, got {name!r}")
 
 
 def with_mix(dense: Any, name: str, length: int) -> Any:
     """The dense model's twin in which every layer has the named plan of `mix`."""
     config = dense.config
-    groups = [group.model_dump(mode="json") for group in mix(name, groups_of(config), length)]
+    named = mix(name, groups_of(config), length, config.num_attention_heads)
+    groups = [group.model_dump(mode="json") for group in named]
     return with_runtime_plan(dense, {"schema": 1, "layers": [{"groups": groups}] * config.num_hidden_layers})
 
 
@@ -82,6 +89,7 @@ class Row:
     dense: dict[str, Time]
     fraction: float  # prefill: visible pairs; decode: bytes of keys and values read, of those of dense attention
     kept_bytes: int | None = None
+    all_on: Time | None = None  # of a plan by which tokens choose heads: with all of them on
 
     @property
     def fastest(self) -> str:
@@ -100,6 +108,8 @@ class Row:
 
 def prefill_row(shape: Shape, name: str, batch: int, length: int, impl: str, device: torch.device, dtype: Any) -> Row:
     """Causal prefill of random tokens, `[B, T, H, D]` in memory as a model has them."""
+    if name in ROUTED:
+        return routed_prefill_rows(shape, [name], batch, length, impl, device, dtype)[0]
     query, key, value = random_qkv(shape, batch, length, device, dtype)
     groups = mix(name, shape.groups, length)
     spans = spans_of(groups, length)
@@ -112,6 +122,8 @@ def prefill_row(shape: Shape, name: str, batch: int, length: int, impl: str, dev
 
 def decode_row(shape: Shape, name: str, batch: int, length: int, impl: str, device: torch.device, dtype: Any) -> Row:
     """One token a sequence over random pages, inside a CUDA graph for both sides."""
+    if name in ROUTED:
+        return routed_decode_rows(shape, [name], batch, length, impl, device, dtype)[0]
     spans = spans_of(mix(name, shape.groups, length), length)
     pages = random_pages(spans, batch, length, shape.head_dim, device, dtype)
     query = torch.randn(batch, shape.query_heads, shape.head_dim, device=device, dtype=dtype)
@@ -126,6 +138,80 @@ def decode_row(shape: Shape, name: str, batch: int, length: int, impl: str, devi
     }
     fraction = kept / (2 * key.numel() * key.itemsize)
     return Row("decode", shape.name, name, batch, length, impl, plan, dense, fraction, kept)
+
+
+@torch.inference_mode()
+def routed_prefill_rows(
+    shape: Shape, names: Sequence[str], batch: int, length: int, impl: str, device: torch.device, dtype: Any
+) -> list[Row]:
+    """Prefill under several plans of `ROUTED`, routers included, in turn with dense attention and all heads on.
+
+    `fraction` is that of the pairs that are computed for what the random tokens choose.
+    """
+    qkv = random_qkv(shape, batch, length, device, dtype)
+    hidden = torch.randn(batch, length, shape.query_heads * shape.head_dim, device=device, dtype=dtype)
+    layers = {name: RoutedLayer(name, shape, device, dtype) for name in names}
+    first = layers[names[0]]
+    calls = {name: layer.prefill(layer.chosen, qkv, hidden, impl) for name, layer in layers.items()}
+    calls["all on"] = first.prefill(first.whole, qkv, hidden, impl)
+    query, key, value = qkv
+    dense = times_in_turn({**calls, **dense_attention(query, key, value)}, device)
+    spent = {name: dense.pop(name) for name in calls}
+    return [
+        Row(
+            "prefill", shape.name, name, batch, length, impl, spent[name], dense,
+            layer.computed_share(qkv, hidden, impl), all_on=spent["all on"],
+        )
+        for name, layer in layers.items()
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def routed_decode_rows(
+    shape: Shape,
+    names: Sequence[str],
+    batch: int,
+    length: int,
+    impl: str,
+    device: torch.device,
+    dtype: Any,
+    copies: int = 1,
+) -> list[Row]:
+    """A decode step under several plans of `ROUTED`, routers and the store of the new key included, in CUDA graphs.
+
+    `fraction` is that of keys and values that are read for what the random tokens choose.
+
+    Args:
+        copies: caches that are read in turn on both sides, each with tokens of its own, so that none is in the chip's.
+    """
+    layers = {name: RoutedLayer(name, shape, device, dtype) for name in names}
+    caches = [RoutedCache(shape, batch, length, device, dtype) for _ in range(copies)]
+    mixers: dict[str, Any] = {name: layer.chosen for name, layer in layers.items()}
+    spent = {
+        name: _each([partial(cache.decode, mixer, impl) for cache in caches], device)
+        for name, mixer in {**mixers, "all on": layers[names[0]].whole}.items()
+    }
+    reads = {name: sum(cache.read_share(mixer, impl) for cache in caches) / copies for name, mixer in mixers.items()}
+    caches.clear()
+    query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
+    size = (2, batch, shape.groups, length, shape.head_dim)
+    backends = [dense_attention(query, *torch.randn(size, device=device, dtype=dtype)) for _ in range(copies)]
+    dense = {name: _each([calls[name] for calls in backends], device) for name in backends[0]}
+    of_all = prod(size) * dtype.itemsize
+    return [
+        Row(
+            "decode", shape.name, name, batch, length, impl, spent[name], dense, reads[name],
+            round(of_all * reads[name]), spent["all on"],
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def _each(calls: Sequence[Callable[[], Any]], device: torch.device) -> Time:
+    """The mean time of one of several calls, all of them inside a CUDA graph."""
+    count = len(calls)
+    time = graphed_times(lambda: [call() for call in calls], device, calls=max(1, 20 // count))
+    return Time(time.median / count, time.lower / count, time.upper / count, time.repeats)
 
 
 def random_qkv(shape: Shape, batch: int, length: int, device: torch.device, dtype: Any) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
 from compress.models.graph import graph_of
-from compress.models.planned import all_on_model
+from compress.models.planned import all_on_model, mixers_of
 from compress.models.pruning import block_parameters
 from compress.models.replaced import AttentionCall, attention_function
 from compress.plan import Plan
@@ -127,6 +127,7 @@ class ModelRow:
         parameters, dense_parameters: of the whole models, tied ones counted once.
         all_on: the other model with all that tokens choose from used by every token; None where they choose nothing.
         skips: what tokens skip by choosing, as its plan expects; None where that is not known.
+        random_routers: whether tokens choose by random weights, as the routers are untrained and would choose alike.
     """
 
     shape: str
@@ -141,6 +142,7 @@ class ModelRow:
     dense_parameters: int
     all_on: Side | None = None
     skips: Skipped | None = None
+    random_routers: bool = False
 
     def values(self) -> dict[str, Any]:
         """For JSON, with the ratios that follow."""
@@ -192,6 +194,8 @@ def model_row(
 ) -> ModelRow:
     """Measure both models, one after the other; where tokens choose their heads, also the other with all heads on.
 
+    Routers of the other model that would choose alike for all tokens have random weights from then on.
+
     Args:
         dense: the model as it is; other: one with a plan (`targets.planned_model`), or a pruned one.
         length: tokens of each prompt; `steps` more are reserved for decoding.
@@ -202,6 +206,7 @@ def model_row(
     """
     device = next(dense.parameters()).device
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
+    untied = [mixer.untie() for mixer in mixers_of(other)]
     planned = side(other, ids, steps, beside=dense)
     unchosen = all_on_model(other)
     all_on = None if unchosen is None else side(unchosen, ids, steps, beside=dense)
@@ -216,7 +221,8 @@ def model_row(
         skips = Skipped.total(skipped(plan, length, next(dense.parameters()).itemsize), block_parameters(other))
     own, of_dense = counts
     graph = device.type == "cuda"
-    return ModelRow(shape, mix, batch, length, dense_side, planned, bare, graph, own, of_dense, all_on, skips)
+    sides = (dense_side, planned, bare, graph, own, of_dense, all_on, skips, any(untied))
+    return ModelRow(shape, mix, batch, length, *sides)
 
 
 @torch.inference_mode()

@@ -85,10 +85,23 @@ def choosing_lines(row: ModelRow) -> list[str]:
     if skips is not None:
         prefill = f"; skipped are {skips.of_attention:.1%} of the attention's FLOPs, {skips.of_prefill:.1%} of all"
         decode = f"; not read are {skips.of_cache:.1%} of the cache, {skips.of_step(row.batch):.1%} with the weights"
-    return [
+    lines = [
         _chosen("prefill", row.all_on.prefill, row.plan.prefill) + prefill,
         _chosen("decode step", row.all_on.decode.median, row.plan.decode.median) + decode,
     ]
+    if row.random_routers:
+        lines.append("  the routers are untrained and would choose alike for all tokens: random weights choose instead")
+    return lines
+
+
+def routed_line(row: Row) -> str:
+    """What choosing heads brings in one row of the kernel table, beside all heads on; empty for other plans."""
+    if row.all_on is None:
+        return ""
+    whole, skips = row.all_on.median, "of the pairs are not computed" if row.kept_bytes is None else "is not read"
+    what = f"{row.what} {row.mix}, batch {row.batch}, {row.length:,} tokens: {1 - row.fraction:.1%} {skips}"
+    against = f"with all heads on {whole:.4g} ms, {gain_words(whole / row.plan.median)}"
+    return f"{what}; {against}; beside the fastest dense attention {gain_words(row.speedup)}"
 
 
 def _chosen(what: str, whole: float, chosen: float) -> str:

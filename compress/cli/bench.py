@@ -14,14 +14,19 @@ from compress.errors import UserError
 from compress.limits import BATCH, SEED
 from compress.models.known_shapes import SHAPES
 
-MIXES = ("A", "B", "full")
+MIXES = ("A", "B", "full", "R75", "R50", "R75h", "R50h")
 KINDS = ("kernel", "layer", "model")
 
 
 def bench(
     model: Annotated[str, typer.Argument(help="A shape (llama-3-8b, qwen2.5-7b, tiny), a config.json, or a model.")],
     plan: Annotated[str | None, typer.Option(help="A plan.json, for a model that carries none.")] = None,
-    mix: Annotated[str | None, typer.Option(help="Named plans instead, by commas: A, B, full.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="Named plans instead, by commas: A, B, full, R75 or R50 (routed groups), R75h or R50h (heads)."
+        ),
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(help="The dense model, for a checkpoint on other weights than its own: a pruned one.")
     ] = None,
@@ -57,7 +62,7 @@ def bench(
             raise UserError(
                 "kernels and single layers can only be measured with a named plan",
                 where="--mix",
-                expected="A, B or full",
+                expected=", ".join(MIXES),
                 found="none",
                 fix="add --mix A, or measure --what model",
             )
@@ -205,7 +210,7 @@ def _write(report: dict[str, Any], folder: Path) -> None:
 def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from compress.bench.report import KERNEL_HEAD, kernel_lines, model_lines
+    from compress.bench.report import KERNEL_HEAD, kernel_lines, model_lines, routed_line
     from compress.cli.tables import show
 
     values = report["values"]
@@ -220,6 +225,8 @@ def _show(report: dict[str, Any]) -> None:
         for row in report["rows"]:
             table.add_row(*kernel_lines(row, report["copy"]))
         show(table)
+        for line in filter(None, map(routed_line, report["rows"])):
+            typer.echo(line)
     for row in report["models"]:
         typer.echo("\n".join(model_lines(row)))
     for what, length in values["break_even"].items():

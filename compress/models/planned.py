@@ -63,7 +63,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         if not has_own_widths(model) and plan.as_built:
             return model
     _check_rope(model, plan)
-    _check_norms(model, plan)
+    check_norms(model.config, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
     _check_scores(planned, plan, family_of(model.config))
     attach(planned, prepared)
@@ -88,10 +88,10 @@ def _check_rope(model: Any, plan: Plan) -> None:
         )
 
 
-def _check_norms(model: Any, plan: Plan) -> None:
-    """Raise UserError where head groups go by the norms of queries that the model makes all alike."""
-    family = family_of(model.config)
-    if not family.norms_queries(model.config):
+def check_norms(config: Any, plan: Plan) -> None:
+    """Raise UserError where head groups go by the norms of queries that a model with this configuration makes alike."""
+    family = family_of(config)
+    if not family.norms_queries(config):
         return
     for number, layer in enumerate(plan.layers):
         for group, target in enumerate(layer.groups):

@@ -205,5 +205,5 @@ class ModelSource:
             return planned, "its own plan"
         raise UserError(
             f"{self.spec} carries no plan",
-            expected="--plan plan.json, a named --mix (A, B or full), or the --dense model of a pruned checkpoint",
+            expected="--plan plan.json, a named --mix (such as A or R75), or the --dense model of a pruned checkpoint",
         )

@@ -162,6 +162,11 @@ class Mixer(nn.Module):
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
 
+    def untie(self) -> bool:
+        """Give parameters by whose first values all tokens choose alike random values, for measurements of a plan that
+        nobody has trained; whether there were any."""
+        return False
+
     def state(self, max_length: int | None) -> State:
         """An empty state of this mixer's groups, for one cache; see `State` for `max_length`."""
         return State(max_length)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from compress.errors import UserError
 from compress.models.families import check_pruning, check_reading
 from compress.models.load import DTYPES
+from compress.models.planned import check_norms
 from compress.models.shape import shape_without_weights
-from compress.plan import ModelShape
+from compress.plan import LayerPlan, ModelShape, plan_of_layers
 from compress.profile.key import Key
 from compress.registry import statistics as known_statistics
 from compress.runtime.widths import Width
@@ -24,6 +25,7 @@ from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
 from compress.search.dense import Dense
 from compress.search.run import SearchSection, make_problem, no_start
+from compress.targets.full import FullGroup
 from compress.train.settings import PrepareSettings
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from compress.targets.target import Target
     from compress.targets.window import SpanGrid
 
+NOBODY = f"v2:{0:064x}"  # fingerprint of weights that are not there
 ANY_BANDWIDTH = 1e12  # bytes per second; shares do not depend on it
 
 
@@ -94,8 +97,8 @@ def check_search(
         prepare: what it trains before the search.
 
     Raises:
-        UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used, or
-            widths that the architecture cannot have.
+        UserError: a budget that cannot be met or is beyond the model's context, a cost table that cannot be used,
+            widths that the architecture cannot have, or head groups that cannot become what a plan says.
     """
     solver, budget = section.solver, section.budget
     check_lengths(budget, getattr(config, "max_position_embeddings", None))
@@ -120,9 +123,38 @@ def check_search(
         after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
         effects = replace(profile, priced=trained, priced_layers=after.layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
-    solver.check(problem)
+    for candidate in solver.check(problem):
+        _check_plan(config, shape, candidate.layers)
     if section.refine is not None and "uniform" not in baselines_of(solver, problem):
         raise no_start()
+
+
+def check_prepare(config: Any, prepare: PrepareSettings) -> None:
+    """Whether all head groups of this model can become the targets that a recipe prepares. Raises UserError."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = shape_without_weights(model)
+    for number, target in enumerate(prepare.targets):
+        layer = LayerPlan(groups=(target,) * shape.kv_heads)
+        free = [native is None or target.fits_native for native in shape.native_windows]
+        full = LayerPlan(groups=(FullGroup(),) * shape.kv_heads)
+        try:
+            _check_plan(config, shape, [layer if own else full for own in free])
+        except UserError as error:
+            for problem in error.problems:
+                problem.where = f"prepare.targets[{number}]"
+            raise
+
+
+def _check_plan(config: Any, shape: ModelShape, layers: Sequence[LayerPlan]) -> None:
+    """Whether a model can have these layers; what is wrong with several of them is told of the first."""
+    named = shape.model_copy(update={"fingerprint": NOBODY})
+    try:
+        plan = plan_of_layers(named, layers)
+    except UserError as error:
+        different = {(problem.what, problem.expected, problem.found): problem for problem in reversed(error.problems)}
+        raise UserError(list(different.values())[::-1]) from None
+    check_norms(config, plan)
 
 
 def _check_biases(config: Any, solver: Any) -> None:

@@ -84,16 +84,18 @@ class Solver(Method):
         least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
         return least + "neurons (`floor`) take"
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: Problem) -> list[Candidate]:
         """Refuse a budget that no plan meets whatever the profile says, of which only zeros are known here.
+
+        Returns:
+            Plans that it finds by these zeros; none where it needs a table of rules.
 
         Raises:
             UserError: a problem for every row that even the smallest plan exceeds.
         """
         if self.spans:
             check_rows(problem, self.least_amounts(problem), self)
-        if "rules" not in self.scores_read().values():
-            self.solve(problem)
+        return [] if "rules" in self.scores_read().values() else self.solve(problem)
 
     @abstractmethod
     def solve(self, problem: Problem) -> list[Candidate]:

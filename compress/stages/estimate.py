@@ -28,6 +28,7 @@ BACKWARD = 1.05  # forward passes that a backward pass to the activations takes
 WEIGHT_GRADIENTS = 1.2  # and what gradients of all weights add
 TABLES, GRADIENT_TABLES = 3, 14  # exponentials that a table of the attention matrix takes for each of its numbers
 COLUMNS = 0.2  # forward passes that sums over the columns of projections take
+CHOICE = 0.15  # forward passes that the training of routers takes beside the pass that they read
 ALTERNATIVE = 0.35  # forward passes for the attention of all head groups under another target
 RULES = 7  # targets that a refinement's model knows of each head group
 BASELINES = 2  # different ones, in most searches
@@ -107,8 +108,9 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         read = sum(recipe.upcycle.text_tokens for _ in recipe.upcycle.texts)
         stages["upcycle"] = upcycled * (of.weights / READ + read / LENGTH * of.forward(LENGTH))
     if recipe.prepare is not None:
-        targets = len(recipe.prepare.targets)
-        stages["prepare"] = _training(recipe.prepare, of, 1 + (1 + BACKWARD) * targets)
+        targets, prepare = len(recipe.prepare.targets), recipe.prepare
+        chosen = sum(all(each.needs_choice for each in prepare.objectives_of(target)) for target in prepare.targets)
+        stages["prepare"] = _training(prepare, of, 1 + (1 + BACKWARD) * (targets - chosen) + CHOICE * chosen)
         if recipe.prepare.effect:
             others = targets
             if recipe.prepare.priced_layers and of.shape is not None:

@@ -61,6 +61,11 @@ class Target(Method):
     target: str
 
     @property
+    def learns(self) -> bool:
+        """Whether it has something of its own that its objective trains."""
+        return self.objective is not None
+
+    @property
     def has_to_be_prepared(self) -> bool:
         """Whether it cannot be used before its objective has been trained."""
         return self.objective is not None and not self.untrained

@@ -292,6 +292,6 @@ class PrepareSettings(TrainSettings):
         if len(set(named)) < len(named):
             raise ValueError("expected each target once")
         for target in named:
-            if target.objective is None:
-                raise ValueError(f"`{target.target}` has nothing to train; it can be searched as it is")
+            if not target.learns:
+                raise ValueError(f"`{target.target}` has nothing to train ({target.words()}); it is searched as it is")
         return named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,21 @@ from typer.testing import CliRunner
 
 from compress.bench.check import check_kernels
 from compress.bench.file import read_bench
-from compress.bench.kernel import Row, Shape, decode_row, mix, prefill_row, spans_of, visible_share, with_mix
+from compress.bench.kernel import (
+    Row,
+    Shape,
+    decode_row,
+    mix,
+    prefill_row,
+    routed_decode_rows,
+    routed_prefill_rows,
+    spans_of,
+    visible_share,
+    with_mix,
+)
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row, side
-from compress.bench.report import break_even, model_lines
+from compress.bench.report import break_even, model_lines, routed_line
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.models.pruning import Kept, prune
@@ -47,7 +59,11 @@ def test_density_is_the_share_of_visible_pairs() -> None:
 def test_mixes_are_those_that_are_said() -> None:
     assert spans_of(mix("A", 4, 4096), 4096) == [Span(64, 256, 0.0)] * 2 + [Span()] * 2
     assert [span.alpha for span in spans_of(mix("B", 8, 4096), 4096)] == [512, 512, 2048, 2048, 1024, 1024, 2048, 2048]
-    with pytest.raises(ValueError, match="expected A, B or full, got 'C'"):
+    halves: Any = mix("R50", 8, 4096, 32)
+    assert [group.shared for group in halves] == ["all"] * 2 + [()] * 6 and halves[0].active == 2
+    heads: Any = mix("R75h", 8, 4096, 32)
+    assert sum(len(group.shared) for group in heads) == 16 and (heads[0].active, heads[0].of) == (8, 16)
+    with pytest.raises(ValueError, match="expected A, B, full, R75, R50, R75h, R50h, got 'C'"):
         mix("C", 4, 4096)
 
 
@@ -58,6 +74,27 @@ def test_kernel_rows_name_their_baseline_and_count_the_pages() -> None:
     pages = 16 + Span(64, 256, 0.0).page_count(1000)
     assert row.kept_bytes == 2 * pages * 64 * 2 * 16 * 4
     assert row.fraction == pytest.approx(pages * 64 / 2000)
+
+
+def test_rows_of_routed_heads_count_what_real_choices_skip() -> None:
+    torch.manual_seed(0)
+    shape = Shape("tiny", 8, 4, 16)
+    groups, heads = routed_prefill_rows(shape, ["R50", "R50h"], 1, 100, "reference", CPU, torch.float32)
+    assert groups.fraction == heads.fraction == 0.5 and groups.dense is heads.dense
+    groups, heads = routed_decode_rows(shape, ["R50", "R50h"], 3, 100, "reference", CPU, torch.float32, copies=2)
+    assert groups.fraction == 0.5 < heads.fraction < 1  # a group is left alone only when all of its heads are
+    assert groups.kept_bytes == 3 * 100 * 2 * 2 * 16 * 4
+    assert "50.0% is not read; with all heads on" in routed_line(groups)
+    assert routed_line(decode_row(SHAPE, "A", 1, 64, "reference", CPU, torch.float32)) == ""
+
+
+def test_untrained_routers_are_measured_with_random_choices() -> None:
+    torch.manual_seed(0)
+    dense = ModelSource("tiny").layer(CPU, torch.float32)
+    planned = with_mix(dense, "R50h", 64)
+    row = model_row(dense, planned, "tiny", "R50h", 2, 64, steps=9)
+    assert row.random_routers and "random weights choose" in "\n".join(model_lines(row))
+    assert not model_row(dense, planned, "tiny", "R50h", 1, 8, steps=9).random_routers
 
 
 def test_break_even_is_the_length_from_which_on_it_never_loses() -> None:

@@ -13,6 +13,7 @@ from tests.cli.recipes import make_recipe
 
 HELD_OUT = "- {task: continuation, length: 384, count: 1, answer_tokens: 16}"
 PERPLEXITY = "perplexity: {text: *text, length: 256, windows: 2}"
+ROUTED = "{target: routed, active: 1, of: %d}"
 INFLUENCE = "    - {name: influence, grid: {sinks: [4]}}\n"
 ATTENTION = "    - {name: attention, sink: 4}\n"
 SOLVER = "solver: {name: moa, points: 1}"
@@ -81,6 +82,25 @@ def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:
         (SOLVER, "solver: {name: amp}", "", "cannot meet this kind of budget|is not measured"),
         (SOLVER, f"{SOLVER}\n  refine: {{weights: {{passkey: 2}}}}", "", "no documents of task passkey to weigh"),
         ("  held_out:", "  second: {source: embedded}\n  held_out:", "", "no statistic is measured on a second corpus"),
+        # Heads that tokens choose: counts of another model, single groups of a layer, and routers without weights.
+        (
+            SOLVER,
+            f"solver: {{name: keep, statistic: entropy, target: {ROUTED % 2}}}",
+            "search.solver.level",
+            "write `level: layer`",
+        ),
+        (
+            "search:",
+            f"prepare: {{steps: 1, targets: [{ROUTED % 5}]}}\nsearch:",
+            "prepare.targets[0]",
+            "how many routed",
+        ),
+        (
+            "search:",
+            "prepare: {steps: 1, targets: [{target: routed, router: norm, active: 1, of: 2}]}\nsearch:",
+            "prepare.targets",
+            "has nothing to train",
+        ),
         # Files.
         (BUDGET, "budget: {decode_time: 0.8, cost_table: FOLDER/none.json}", "search", "none.json"),
         (BUDGET, "budget: {decode_time: 0.8, cost_table: FOLDER/recipe.yaml}", "search", "recipe.yaml"),

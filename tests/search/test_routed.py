@@ -263,7 +263,7 @@ def test_an_option_that_saves_too_little_is_refused_with_its_figure(dense: Dense
         [{"full"}, {"routed"}],
         [{"routed"}, {"full"}],
     )
-    with pytest.raises(UserError, match="become this target together"):
+    with pytest.raises(UserError, match="together, so single ones cannot stay full"):
         make_problem(dense, profile, Budget(kv=1.0), keep.model_copy(update={"level": "group"}), said.append)
 
 

@@ -106,6 +106,9 @@ def test_what_is_measured_after_a_preparation_takes_time():
     )
     assert "effect" not in plain and priced.pop("effect") > priced["profile"] / 4
     assert priced == plain
+    routers = "{targets: [{target: routed, active: 2, of: 3}], steps: 2}"
+    lighter = foreseen("smollm2-quickstart.yaml", prepare=routers, **SHORT)
+    assert 0 < lighter["prepare"] < plain["prepare"] / 3
     looked_up = foreseen(
         "smollm2-quickstart.yaml",
         profile__statistics="[{name: hidden_mass}, {name: retrieval}, {name: ar_loss}]",

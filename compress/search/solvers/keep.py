@@ -85,18 +85,21 @@ class Keep(Solver):
         """What groups that are not kept may become.
 
         Raises:
-            UserError: nothing was prepared or priced, and the recipe names no target.
+            UserError: nothing was prepared or priced, and the recipe names no target; or it is one of whole layers,
+                and single groups are to stay full.
         """
         prepared = [option.target for option in problem.prepared]
         found = prepared or [target for target in problem.profile.priced if not target.removes]
         if self.target is not None:
             found = [self.target]
-        if self.level == "group" and any(target.by_layer for target in found):
+        together = next((target for target in found if target.by_layer), None)
+        if together is not None and self.level == "group" and self.share != 0:
             raise UserError(
-                "all head groups of a layer become this target together",
+                f"the head groups of a layer become `{together.target}` together, so single ones cannot stay full",
                 where="search.solver.level",
-                expected="`level: layer`",
+                expected="layer, or `share: 0`",
                 found="group",
+                fix="write `level: layer`",
             )
         if not found:
             raise UserError(

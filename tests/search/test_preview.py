@@ -1,0 +1,45 @@
+"""What a search, and a preparation, refuse of head groups before anything is measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compress.errors import UserError
+from compress.search.budget.budget import Budget
+from compress.search.preview import check_prepare, check_search
+from compress.search.solvers.keep import Keep
+from compress.targets.routed import RoutedGroup
+from compress.train.settings import PrepareSettings
+from tests.tiny import tiny_model
+
+
+def section(target: RoutedGroup) -> Any:
+    """A search that gives every layer one target."""
+    solver = Keep(share=0.0, level="layer", statistic="retrieval", target=target)
+    return SimpleNamespace(solver=solver, budget=Budget(kv=1.0, lengths=(128,)), refine=None)
+
+
+def test_norms_that_are_all_alike_choose_nothing() -> None:
+    config = tiny_model("qwen3").config
+    check_search(config, "float32", section(RoutedGroup(active=1, of=2)), [], {128})
+    with pytest.raises(UserError, match="normalises every query head") as refused:
+        check_search(config, "float32", section(RoutedGroup(router="norm", active=1, of=2)), [], {128})
+    assert len(refused.value.problems) == 1
+    plain = tiny_model("llama-gqa").config
+    check_search(plain, "float32", section(RoutedGroup(router="norm", active=1, of=2)), [], {128})
+    with pytest.raises(UserError, match="how many routed units") as refused:
+        check_search(plain, "float32", section(RoutedGroup(active=1, of=5)), [], {128})
+    assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "mistral-sliding"])
+def test_counts_of_another_model_are_told_once(family: str) -> None:
+    config = tiny_model(family).config
+    check_prepare(config, PrepareSettings(targets=(RoutedGroup(active=1, of=2),), length=64, steps=1))
+    with pytest.raises(UserError, match="how many routed units") as refused:
+        check_prepare(config, PrepareSettings(targets=(RoutedGroup(active=1, of=5),), length=64, steps=1))
+    (problem,) = refused.value.problems
+    assert (problem.where, problem.found) == ("prepare.targets[0]", "5")
