@@ -158,7 +158,6 @@ def _read(
 
     # [rows, BLOCK_V], [rows], [rows, PAGE]
     if (SEGMENT == 2) & (chunk % SEGMENT > 0):
-        b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
         acc, mass, b_weight, own = _look(
             p_query, o_query, m_row, p_state, p_norm, p_keys, key_t, chunk, count, at_v,
             rows, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V, PAGE, True, OWN, MASS, STAGES, PRECISION,
@@ -172,6 +171,7 @@ def _read(
             b_weight = b_weight * tl.exp(reach - end)[:, None] * tl.exp(end - fade)[None, :]
         if MASS:
             mass += tl.sum(b_weight, 1)
+        b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
         acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc, input_precision=PRECISION)
     else:
         acc, mass, b_weight, own = _look(

@@ -392,8 +392,8 @@ def of_queries(
     """
     batch, heads, columns, features = query.shape
     groups = key.shape[1]
-    at_once = heads_at_once("gradients", heads // groups, value)
-    opts = options("gradients", query, value, groups, where, at_once)
+    at_once = heads_at_once("queries", heads // groups, value)
+    opts = options("queries", query, value, groups, where, at_once)
     found = torch.zeros_like(query)
     _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
         grad,
@@ -440,7 +440,7 @@ def of_keys(
     columns, value_dim = query.shape[2], value.shape[-1]
     found = torch.zeros_like(key), torch.zeros_like(value)
     sums, totals = where.decays(weight)
-    opts = options("gradients", query, value, groups, where, 1)
+    opts = options("keys", query, value, groups, where, 1)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
     for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
         _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](

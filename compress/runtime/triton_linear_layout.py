@@ -215,8 +215,13 @@ def options(
         "STAGES": config["stages"],
         "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"] if at_once is None else max(4, config["warps"] * at_once // 2),
-        **({"maxnreg": config["registers"]} if "registers" in config else {}),
+        **limits(config),
     }
+
+
+def limits(config: dict[str, int]) -> dict[str, int]:
+    """The launch's limit of registers, where there is one, so that more programs run side by side."""
+    return {"maxnreg": config["registers"]} if "registers" in config else {}
 
 
 def heads_at_once(what: str, share: int, value: torch.Tensor) -> int:

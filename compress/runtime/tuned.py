@@ -71,17 +71,27 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
-        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": small}
+        return dict.fromkeys(("scan", "sums", "query_sums", "read", "queries", "keys", "delta"), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": {**small, "values": 16}}
+        found = dict.fromkeys(("scan", "sums", "query_sums", "read", "queries", "keys"), small)
+        return {**found, "delta": {**small, "values": 16}}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
-        "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
-        "read": {"features": 64, "values": 128, "heads": 2, "warps": 8, "stages": 2},
-        "gradients": {"features": 128, "values": 64, "heads": 2, "warps": 8, "stages": 1},
+        "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 1},
+        "query_sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
+        "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 2, "registers": 128},
+        "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
+        "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
     }
+
+
+def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers."""
+    if _hopper(device) and 64 < width <= 128:
+        return {"tokens": 64, "warps": 8, "registers": 128}
+    return {"tokens": 64, "warps": 8 if width > 128 else 4}
 
 
 def linear_scans(blocks: int, device: torch.device) -> bool:
