@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.evaluate.comparison import read_comparison
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
@@ -110,6 +111,8 @@ search:
   budget: {active: 0.5, lengths: [320]}
 """
 
+EVEN = "{name: even, option: {option: routed, shared: 1, shared_by: removal, router: two_stage}}"
+
 
 def test_routers_are_trained_once_and_priced_for_layers_that_share_other_heads(run: Path) -> None:
     recipe, text = run / "prepared.yaml", (run / "recipe.yaml").read_text()
@@ -128,7 +131,14 @@ def test_routers_are_trained_once_and_priced_for_layers_that_share_other_heads(r
     shared = read_profile(run / "prepared" / "profile").tensor(Key("removal", "", 320)).argmax(1)
     assert tensor.shape == (3, 4) and bool((tensor > 0).any())
     assert bool((tensor.argmin(1) == shared).all())  # always on, with gates of about 1
+    call("eval", recipe)
+    rows = [row.name for row in read_comparison(run / "prepared" / "evaluation.json").variants]
+    assert rows == ["dense", "plan", "even", "random-routing", "static-pruning", "random"]
     right = recipe.read_text()
+    recipe.write_text(right.replace("{name: priced, level: model}", EVEN))
+    call("search", recipe)
+    even: Any = [layer.groups[0] for layer in read_plan(run / "prepared" / "plan.json").layers]
+    assert {(group.router, group.always, group.active, group.of) for group in even} == {("two_stage", 1, 1, 3)}
     recipe.write_text(right.replace("effect: true", "effect: false"))
     assert "write `effect: true`" in call("validate", recipe, fails=True)
     recipe.write_text(right.replace("- {name: removal}", "- {name: lse_spread}"))
