@@ -123,7 +123,7 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
     assert value["variation of load", (1, None), None] == pytest.approx(second)
     assert value["variation of load", None, None] == pytest.approx(math.sqrt((2 + 3 * second**2) / 5))
     assert value["variation of load, worst layer", None, None] == pytest.approx(max(1.0, second))
-    assert value["share of tokens", (1, None), (0,)] == 1.0
+    assert value["load", (1, None), (0,)] == 1.0
     assert ("mean probability", (1, None), (0,)) not in value
     assert "collapsed: layer 0 heads 0 to 1 (0.00% of the tokens)" in found.notes()
     even = LoadResult(
@@ -141,23 +141,24 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
     several = even.model_copy(update={"layers": [], "mlps": [LayerLoad(layer=3, active=1, units=mlps)]})
     assert several.notes() == "collapsed: layer 3 MLP 1 (0.00% of the tokens)"
     shares = {cell.label: cell.value for cell in several.cells()}
-    assert shares["tokens of MLP 0"] == 1.0 and shares["variation of load of MLPs"] == 1.0
+    assert shares["load of MLP 0"] == 1.0 and shares["variation of load of MLPs"] == 1.0
 
 
 def test_tables_maps_and_plots_have_every_head(comparison: Comparison, plan: Plan, tmp_path: Path) -> None:
     grids = {grid.title: grid for grid in tables(comparison)}
-    grid = grids["plan: share of tokens, mean probability"]
-    assert "collapsed: layer 0" in grid.caption and "head 1" in grid.heads and "heads 0 to 1" in grid.heads
+    grid = grids["plan: variation of load, least load, largest load"]
+    assert "collapsed: layer 0" in grid.caption and grid.rows[0] == ["0", "1.000 / 0.000 / 1.000"]
+    assert len(grids) == len(tables(comparison)) and not any("mean probability" in title for title in grids)
     assert "variation of load" in markdown(comparison)
     assert any(record["part"] == "layer 1 head 2" for record in comparison.records())
     shares, probabilities = maps_of_heads(comparison)
-    assert shares.title == "plan: share of tokens" and probabilities.heads == 4
+    assert (shares.name, shares.what) == ("plan", "load") and probabilities.heads == 4
     assert shares.values[0] == {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0} and shares.values[1][0] == 1.0
     comparison.write(tmp_path / "evaluation.json")
     (tmp_path / "plan.json").write_text(plan.to_json())
     facts = read_facts(tmp_path)
     page = render([facts], "2026-01-02", "0")
-    assert "plan: share of tokens, by head" in page and 'aria-label="layer 1, head 0: 1.000"' in page
+    assert "plan: load, by head" in page and 'aria-label="layer 1, head 0: 1.000"' in page
     assert "collapsed: layer 0 heads 0 to 1" in page and "know no routers" in page
     total = Skipped.total(skipped(plan, 1024), comparison.variants[1].of("size")[0].block_parameters)
     words = total.words()

@@ -91,32 +91,38 @@ class LoadResult(Result):
         cells = [*self._variations("load", self.layers), *self._variations("load of MLPs", self.mlps)]
         if not cells:
             return []
-        cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="summary"))
+        cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="load"))
         for layer in self.layers:
             for heads, share, probability in _rows(layer, self.tokens):
                 about: dict[str, Any] = {"place": (layer.layer, None), "heads": heads}
-                cells.append(self._cell("share of tokens", "load", share, **about))
+                cells.append(self._cell("load", "load", share, **about))
                 if probability is not None:
                     cells.append(self._cell("mean probability", "load", probability, **about))
         for layer in self.mlps:
             for name, unit in zip(layer.names(), layer.units, strict=True):
                 share, place = unit.chosen / self.tokens, (layer.layer, None)
-                cells.append(self._cell(f"tokens of {name}", "load", share, place=place))
+                cells.append(self._cell(f"load of {name}", "load", share, place=place))
         return cells
 
     def _variations(self, what: str, layers: Sequence[LayerLoad]) -> list[Cell]:
-        """The coefficient of variation of all units together, of the least even layer, and of every layer."""
+        """The coefficient of variation of all units together, of the least even layer, and of every layer, with the
+        shares of the tokens of its least and its most used unit."""
         loads = {layer.layer: layer.loads(self.tokens) for layer in layers if layer.units}
         if not loads:
             return []
         each = {layer: _variation(row) for layer, row in loads.items()}
         together = _variation([load for row in loads.values() for load in row])
         label = f"variation of {what}"
-        return [
-            self._cell(label, "variation", together, table="summary"),
-            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="summary"),
-            *(self._cell(label, "variation", value, place=(layer, None)) for layer, value in each.items()),
+        cells = [
+            self._cell(label, "variation", together, table="load"),
+            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="load"),
         ]
+        for layer in (layer for layer in layers if layer.units):
+            place, shares = (layer.layer, None), [unit.chosen / self.tokens for unit in layer.units]
+            cells.append(self._cell(label, "variation", each[layer.layer], place=place))
+            cells.append(self._cell(f"least {what}", "load", min(shares), place=place))
+            cells.append(self._cell(f"largest {what}", "load", max(shares), place=place))
+        return cells
 
     def _cell(self, label: str, unit: str, value: float, **about: Any) -> Cell:
         return Cell(label, unit, value, "lower", length=self.length, note=self.words(), **about)
@@ -133,8 +139,8 @@ class LoadResult(Result):
     def words(self) -> str:
         """What the numbers are, and the text."""
         return (
-            f"load: how many of {self.tokens:,} tokens chose a head over how many do if all are chosen alike; its "
-            f"variation is the standard deviation over what is chosen from; collapsed: below {COLLAPSED:g}"
+            f"load: share of {self.tokens:,} tokens that choose a unit; its variation is the standard deviation over "
+            f"the mean; collapsed: below {COLLAPSED:g} of an even share"
         )
 
     def notes(self) -> str:
