@@ -24,6 +24,7 @@ except ImportError as error:
 
 from .triton_linear_layout import (
     Layout,
+    begin,
     dot_state,
     heads_at_once,
     kept_decays,
@@ -122,12 +123,14 @@ def _read(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of HEADS heads for one page of queries; those that are no token are left alone.
 
     With MASS the sums of the weights are written as well. With MEAN, which needs them, what is read is divided by them,
     and with MERGE joined with the window's output.
     """
+    begin(OVERLAP)
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
     page = tl.program_id(0) // sets

@@ -13,11 +13,13 @@ except ImportError as error:
 from .span import PAGE
 from .triton_linear_layout import (
     Layout,
+    begin,
     dot_state,
     heads_at_once,
     inner,
     load_part,
     options,
+    overlapped,
     row_decay,
     store_part,
     strides,
@@ -57,8 +59,10 @@ def _rows(
     BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr,
     MERGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A page of queries of one head: y = a o + (1 - a) num / den with a = sigmoid(lse - log den - gain), backwards."""
+    begin(OVERLAP)
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = tl.program_id(1) % heads
     _, head, column, m_row = tile_rows(tl.program_id(0), h, p_runs, b, 1, PAGE)
@@ -163,8 +167,10 @@ def _queries(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_F numbers of the gradients of the queries of one page and HEADS heads; the mirror of `_read`."""
+    begin(OVERLAP)
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
     page = tl.program_id(0) // sets
@@ -285,11 +291,13 @@ def _keys(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of the gradients of the keys of one chunk, or of its values.
 
     Queries that read later in the chunk's segment have seen its keys one by one, all later ones through the state.
     """
+    begin(OVERLAP)
     n = tl.program_id(0)
     bg = tl.program_id(2).to(tl.int64)
     b = bg // GROUPS
@@ -529,6 +537,7 @@ def backward(
             PAGE=PAGE,
             MERGE=merged,
             num_warps=4,
+            **overlapped(value.device),
         )
 
     normed = out is not None or grad_mass is not None or grad_last is not None

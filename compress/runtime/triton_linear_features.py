@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .triton_linear_layout import dot_wide, limits, load_part, store_part
+from .triton_linear_layout import begin, dot_wide, limits, load_part, overlapped, store_part
 from .tuned import linear_features_config
 
 # Maps that kernels compute, by their names in `maps.MAPS`; those below TWO_SIDED have features of x and of -x.
@@ -95,11 +95,13 @@ def _features(
     NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number.
 
     NARROW: the map is in the dtype of the rows, so that their product is exact but for its sum.
     """
+    begin(OVERLAP)
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -188,6 +190,7 @@ def _launch(
         PRECISION="tf32x3",
         num_warps=config["warps"],
         **limits(config),
+        **overlapped(rows.device),
     )
 
 

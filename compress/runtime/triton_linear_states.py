@@ -16,7 +16,17 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .triton_linear_layout import Layout, load_part, options, row_decay, store_part, strides, tile_rows
+from .triton_linear_layout import (
+    Layout,
+    begin,
+    load_part,
+    options,
+    overlapped,
+    row_decay,
+    store_part,
+    strides,
+    tile_rows,
+)
 from .tuned import linear_scans
 
 
@@ -59,8 +69,10 @@ def _of_keys(
     PAGE: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of what the keys of segment s add to the state, for slot s + 1."""
+    begin(OVERLAP)
     length: tl.constexpr = SEGMENT * PAGE
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     s = tl.program_id(0)
@@ -117,8 +129,10 @@ def _of_queries(
     OWN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of what the queries that read in segment s add to the gradient of the state before it, for slot s."""
+    begin(OVERLAP)
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     s = tl.program_id(0)
     at_f = tl.program_id(1) // blocks_v * BLOCK_F
@@ -203,8 +217,10 @@ def _running(
     DECAY: tl.constexpr,
     FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK numbers of the slots: each becomes itself and the (decayed) sum of those before it, or behind it."""
+    begin(OVERLAP)
     matrix: tl.constexpr = FEATURES * VALUE_DIM
     bg = tl.program_id(1).to(tl.int64)
     o_number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -277,11 +293,13 @@ def _scan(
     FIRST: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of a state, or of its normaliser, walks along all segments in float32 and is written before each.
 
     The same as `_of_keys` and `_running` with a quarter of what they move, where there are blocks enough for a GPU.
     """
+    begin(OVERLAP)
     length: tl.constexpr = SEGMENT * PAGE
     blocks_f: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
@@ -477,5 +495,6 @@ def running(sums: Slots, slots: Slots, first: torch.Tensor | None, where: Layout
         FIRST=first is not None,
         REVERSE=reverse,
         num_warps=4,
+        **overlapped(last.device),
     )
     return last.mT

@@ -47,7 +47,7 @@ def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
         "warps": 4,
         "stages": 1 if device.type == "cpu" else 2 if small else 3,
         "columns": 32,
-        "overlap": _hopper(device),
+        "overlap": launches_overlap(device),
     }
 
 
@@ -103,9 +103,15 @@ def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
     """How one token reads a state, for query heads of a group.
 
     Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
-    features; numbers of a block, warps, blocks on their way, and whether launches may overlap.
+    features; numbers of a block, warps, and blocks on their way.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
-        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1, "overlap": False}
-    stages = 4 if _hopper(device) else 2
-    return {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": stages, "overlap": _hopper(device)}
+        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1}
+    if share > 8:
+        return {"dot": True, "features": 256, "numbers": 4096, "warps": 4, "stages": 1}
+    return {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1}
+
+
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a launch may take its place before the one ahead of it has ended, and then waits for it."""
+    return _hopper(device)

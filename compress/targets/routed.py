@@ -39,7 +39,7 @@ class RoutedGroup(SpanTarget):
     """
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
-    noun: ClassVar[str] = "routing"
+    noun: ClassVar[str] = "a router"
     objective: ClassVar[str | None] = "routing"
     untrained: ClassVar[bool] = True
     by_layer: ClassVar[bool] = True
