@@ -75,6 +75,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tokens", type=int, default=42_000_000, help="of the joint training of each row")
     add("--prepare-tokens", type=int, default=8_000_000, help="of the preparation of each target")
+    add("--prepare-length", type=int, default=2048, help="tokens of a sequence of the preparation")
     add("--prepare-batch", type=int, default=16, help="sequences of a step of the preparation")
     add("--lengths", default="2048,8192", help="tokens of the measures' inputs, by commas")
     rows.main(parser.parse_args(), ROWS, run_row, print_table)
@@ -127,7 +128,7 @@ def recipe_of(options: argparse.Namespace, row: str) -> dict[str, Any]:
     recipe["recover"]["save_every"] = 200
     if not lolcats:
         recipe["prepare"] |= {
-            "length": options.length,
+            "length": options.prepare_length,
             "batch_size": options.prepare_batch,
             "targets": [ROWS[row][0].get("target", HEDGEHOG)] if row in ROWS else [HEDGEHOG],
         }

@@ -1,6 +1,6 @@
 """Routed heads on one model, row by row beside their controls: trained, measured, and put into one table.
 
-python scripts/moh_runs.py --texts FOLDER --out FOLDER [--tasks A,B --task-files FOLDER] [--rows A,B] [--seeds 0,1]
+python scripts/moh_runs.py --texts FOLDER --out FOLDER [--zero-shot FOLDER] [--rows A,B] [--seeds 0,1]
 
 Rows, all trained on the same tokens with the same losses; SHARE is the percentage of the query heads that are on:
 
@@ -22,18 +22,17 @@ Every row is recipes/smollm2-moh.yaml with other keys and a plan of its own, in 
 common (profile, written text, the routers' preparation, the dense model's figures) is made once, in FOLDER/base-SEED.
 Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
 command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
-FOLDER/rows.json all its numbers. Rows that are not at 75% run with the first seed alone.
+FOLDER/rows.json all its numbers; FOLDER/plots draws the load of every head, a file a row. Rows that are not at 75% run
+with the first seed alone.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
-in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on. `--tasks` are lm-eval tasks, which
-`--task-files` may have, with their data, where there is no network.
+in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ from compress.files import write_json, write_text
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import LayerPlan, ModelShape, Plan, plan_of_layers, read_plan
+from compress.plots.heads import HeadMap, draw_heads
 from compress.profile.key import Key
 from compress.profile.store import Profile
 from compress.registry import measures
@@ -63,11 +63,16 @@ from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.target import Target
+from compress.train.curve import Curve
 from compress.train.recovery import read_recovered
 from scripts import rows
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-moh.yaml"
 SHARES = (90, 75, 50)
+PREPARED = [
+    {"target": "routed", "unit": "group", "active": 2, "of": 3},
+    {"target": "routed", "unit": "head", "active": 7, "of": 9},
+]
 PRICED = 8192  # tokens at which a plan's reads and operations are told
 
 
@@ -121,9 +126,6 @@ def main() -> None:
     add("--prepare-tokens", type=int, default=2_000_000, help="of the preparation of each target")
     add("--prepare-batch", type=int, default=16, help="sequences of a step of the preparation")
     add("--measured-length", type=int, default=2048, help="tokens of the measures' inputs")
-    add("--task-files", type=Path, help="folder of lm-eval task files, with their data")
-    add("--tasks", default="", help="lm-eval tasks, by commas")
-    add("--items", type=int, default=1000, help="first items of each task")
     rows.main(parser.parse_args(), ROWS, run_row, print_table, once=[name for name in ROWS if not at_75(ROWS[name])])
 
 
@@ -140,6 +142,7 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
         prepare_stage(session)
         path = rows.figures(options, name, seed)
         if name == rows.BASE:
+            rows.shared_is_ready(options, seed)
             found = rows.measure(options, session, None, readings(options))
             write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
             return
@@ -153,6 +156,7 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
             "speed": record.tokens / record.seconds,
             "first loss": record.first_loss,
             "loss": record.last_loss,
+            "text loss": Curve(weights / "loss.jsonl").steps()[-1].get("text_loss"),
             "device": record.device,
         }
         write_json(path, {"row": name, "seed": seed, **facts, **costs_of(session, plan), "cells": found})
@@ -172,6 +176,9 @@ def recipe_of(options: argparse.Namespace, row: Row) -> dict[str, Any]:
     recipe["prepare"] |= {**common, "tokens": options.prepare_tokens, "batch_size": options.prepare_batch}
     recipe["recover"] |= {**common, "tokens": options.tokens, "batch_size": options.batch, "save_every": 200}
     recipe["recover"] |= {"micro_batch": min(options.micro, options.batch), "control": False, **dict(row.recover)}
+    recipe["profile"] = {"statistics": [{"name": "taylor"}]}
+    recipe["prepare"]["targets"] = PREPARED
+    recipe["search"] = {"solver": {"name": "keep", "statistic": "error"}, "budget": {"kv": 1.0, "lengths": [PRICED]}}
     recipe["evaluate"] = {"compare": ["plan"]}
     return recipe
 
@@ -229,13 +236,8 @@ def routed_layer(shape: ModelShape, row: Row, scores: torch.Tensor, off: int) ->
     units, on = len(scores), len(scores) - off
     count = 0 if row.shared == "none" else min(units // 2, on - 1)
     order = list(range(units)) if row.shared == "first" else scores.argsort(descending=True, stable=True).tolist()
-    active = on - count
-    fields: dict[str, Any] = {"router": row.router, "unit": row.unit}
-    if active == 1:
-        fields["gates"] = "one"
-    return RoutedGroup.layer(
-        shape.kv_heads, active, shared=sorted(order[:count]), group_size=shape.group_size, **fields
-    )
+    fields: dict[str, Any] = {"router": row.router, "unit": row.unit, "group_size": shape.group_size}
+    return RoutedGroup.layer(shape.kv_heads, on - count, shared=sorted(order[:count]), **fields)
 
 
 def variant_of(session: Session, name: str, row: Row, plan: Plan, weights: Path) -> Variant:
@@ -266,51 +268,68 @@ def readings(options: argparse.Namespace) -> Iterator[tuple[str, list[Measure]]]
     for name, text in rows.texts_of(options).items():
         asked = rows.perplexities(options, text, lengths)
         if name == "book":
-            asked += rows.recalls(options, lengths)
-            if options.tasks:
-                include = None if options.task_files is None else str(options.task_files)
-                tasks = {"tasks": tuple(options.tasks.split(",")), "include": include, "limit": options.items}
-                asked.append(measures["lm_eval"](**tasks, batch_size=32))
+            asked += [*rows.recalls(options, lengths), *rows.zero_shot(options)]
+            asked.append(
+                measures["load"](text=text, length=options.measured_length, windows=max(1, options.windows // 4))
+            )
         yield name, asked
 
 
 def print_table(folder: Path) -> None:
-    """The rows that are done, and all their numbers in `rows.json`."""
+    """The rows that are done, all their numbers in `rows.json`, and the load of heads in `plots`."""
     found = rows.read_rows(folder, list(ROWS))
     if not found:
         return
     length = next(int(key.split("/")[2]) for key in found[0]["cells"] if key.startswith("book/perplexity/"))
-    tasks = [key.split("/")[1] for key in found[0]["cells"] if key.startswith("book/") and key.endswith("/None")]
     print(f"\nbook, wikitext-2: perplexity at {length:,} tokens; pass key, key-value: recall there")
-    print(f"tasks: mean of {', '.join(tasks) or 'none'}")
-    print(f"read, flops: expected share of the dense model's cache reads and attention at {PRICED:,} tokens")
-    print("loss: the last of the training, with the balance loss; speed: tokens a second in training\n")
-    lines = [("row", "seed", "book", "wikitext-2", "pass key", "key-value", "tasks", "read", "flops", "loss", "speed")]
+    print("zero-shot: mean of the tasks; read, flops: expected share of the dense model's cache reads and attention at")
+    print(f"{PRICED:,} tokens; load: its coefficient of variation over all routed units, and in the worst layer;")
+    print("text: the last step's loss of the text; speed: tokens a second in training\n")
+    head = ("row", "seed", "book", "wikitext-2", "pass key", "key-value", "zero-shot", "read", "flops", "load", "worst")
+    lines = [(*head, "collapsed", "text", "speed")]
     for row in found:
         cells = row["cells"]
 
-        def at(key: str, form: str = "{:.2f}", cells: Any = cells) -> str:
-            value = cells.get(key)
-            return "-" if value is None else form.format(value)
+        def at(label: str, form: str, text: str = "book", cells: Any = cells) -> str:
+            return shown(cells.get(f"{text}/{label}/{length}"), form)
 
-        scores = [cells.get(f"book/{task}/None") for task in tasks]
-        mean = sum(scores) / len(scores) if scores and None not in scores else math.nan
         lines.append(
             (
                 row["row"],
                 str(row["seed"]),
-                at(f"book/perplexity/{length}"),
-                at(f"wikitext-2/perplexity/{length}"),
-                at(f"book/passkey/{length}"),
-                at(f"book/key_value/{length}"),
-                f"{mean:.4f}",
-                f"{row.get('read', 1):.3f}",
-                f"{row.get('flops', 1):.3f}",
-                f"{row['loss']:.4f}" if "loss" in row else "-",
-                f"{row['speed']:,.0f}" if "speed" in row else "-",
+                at("perplexity", "{:.2f}"),
+                at("perplexity", "{:.2f}", "wikitext-2"),
+                at("passkey", "{:.2f}"),
+                at("key_value", "{:.2f}"),
+                shown(rows.zero_shot_mean(cells), "{:.4f}"),
+                shown(row.get("read"), "{:.3f}"),
+                shown(row.get("flops"), "{:.3f}"),
+                at("variation of load", "{:.3f}"),
+                at("variation of load, worst layer", "{:.3f}"),
+                at("collapsed units", "{:.0f}"),
+                shown(row.get("text loss"), "{:.4f}"),
+                shown(row.get("speed"), "{:,.0f}"),
             )
         )
+        draw_load(row, folder / "plots" / f"{row['row']}-{row['seed']}")
     rows.print_lines(lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number of the table; a dash where there is none."""
+    return "-" if value is None else form.format(value)
+
+
+def draw_load(row: dict[str, Any], path: Path) -> None:
+    """How often tokens use each query head of a row's routed layers, from its figures; nothing without any."""
+    values: dict[int, dict[int, float]] = {}
+    for key, value in row["cells"].items():
+        parts = key.split("/")
+        if parts[1] == "load" and len(parts) == 5:
+            values.setdefault(int(parts[3]), {}).update(dict.fromkeys(map(int, parts[4].split(",")), value))
+    if values:
+        path.parent.mkdir(exist_ok=True)
+        draw_heads([HeadMap(f"{row['row']}, seed {row['seed']}", "load", values)], path)
 
 
 if __name__ == "__main__":

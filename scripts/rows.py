@@ -52,6 +52,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--minutes", type=float, default=9.0, help="stop here, with all states saved")
     add("--at-once", type=int, default=3, help="rows that run at once on each device")
     add("--written", type=int, default=4_000_000, help="tokens of training text that the model writes; 0 for none")
+    add("--written-length", type=int, default=2048, help="tokens of a document that the model writes")
     add("--length", type=int, default=2048, help="tokens of a training sequence")
     add("--batch", type=int, default=32, help="sequences of a step of the joint training")
     add("--micro", type=int, default=4, help="sequences in a pass of the joint training; 8 where two rows share a GPU")
@@ -72,6 +73,7 @@ def main(
     run_row: Callable[[argparse.Namespace, str, int], None],
     print_table: Callable[[Path], None],
     once: Collection[str] = (),
+    first: Collection[str] = (),
 ) -> None:
     """Run the rows that are asked for, and print the table; in the process of a row run that one.
 
@@ -80,6 +82,7 @@ def main(
         run_row: does a row's work, that of `base` as well.
         print_table: prints what is in the folder.
         once: rows that run with the first seed alone.
+        first: rows that the others start from, and that run before them, named or not.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # of what is float32 beside bfloat16: features and states in training
@@ -94,8 +97,12 @@ def main(
     if unknown := set(named) - set(rows):
         sys.exit(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(rows)}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    if supervise([(BASE, seed) for seed in seeds], options, end):
-        supervise([(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once], options, end)
+    opening = [(row, seed) for seed in seeds for row in (BASE, *first)]
+    asked = [(row, seed) for seed in seeds for row in named if seed == seeds[0] or row not in once]
+    if not first:
+        supervise([*opening, *asked], options, end)
+    elif supervise(opening, options, end):
+        supervise(asked, options, end)
     print_table(options.out)
 
 
@@ -245,7 +252,7 @@ def training_text(options: argparse.Namespace) -> dict[str, Any]:
     size = corpus(options).stat().st_size // 4  # tokens, about
     total = options.written + size
     share = round(options.written / total, 3)
-    return {"source": "generated", "tokens": total, "length": options.length, "given": own, "share": share}
+    return {"source": "generated", "tokens": total, "length": options.written_length, "given": own, "share": share}
 
 
 def dense_variant(session: Session) -> Variant:
@@ -261,6 +268,8 @@ def measure(
     readings: Iterable[tuple[str, list[Measure]]],
 ) -> dict[str, float | None]:
     """Every figure of a variant, or of the dense model, as `text/figure/length`; the dense model's are measured once.
+
+    Those of single query heads, such as their load, are `text/figure/length/layer/head,head`.
 
     Args:
         readings: what is measured, by the text that it reads.
@@ -280,6 +289,9 @@ def measure(
         for cell in comparison.variants[-1].cells:
             if cell.part is None and cell.place is None:
                 found[f"{text}/{cell.label}/{cell.length}"] = cell.value
+            elif cell.place is not None and cell.heads is not None:
+                heads = ",".join(map(str, cell.heads))
+                found[f"{text}/{cell.label}/{cell.length}/{cell.place[0]}/{heads}"] = cell.value
     return found
 
 

@@ -1,5 +1,6 @@
 """The worked examples of docs/adding.md run as they stand, from profile to checkpoint."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from compress import registry
+from compress.evaluate.measure import asked_for
 from compress.export.export import export_checkpoint
 from compress.models.planned import planned_model
 from compress.plan import Plan
@@ -18,6 +20,7 @@ from compress.profile.heads.hidden_mass import HiddenMass
 from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.store import Profile
+from compress.recipe.load import load_recipe
 from compress.runtime.mixer import MIXERS
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
@@ -25,6 +28,7 @@ from compress.search.run import make_problem
 from compress.search.solver import Solver
 from compress.search.solvers.priced import Priced
 from compress.targets.full import FullGroup
+from compress.targets.routed import RoutedGroup
 from compress.targets.window import SpanGrid, WindowGroup
 from tests.examples.whole import reloads
 from tests.profile.common import document
@@ -111,3 +115,18 @@ def test_the_support_matrix_names_what_the_code_has() -> None:
     text = (DOCS / "support.md").read_text(encoding="utf-8")
     for name in shipped(registry.targets):
         assert f"`{name}`" in text
+
+
+def test_the_recipe_of_routed_heads_is_whole(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "routed.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    asked = {measure.registered for measure in asked_for(recipe.evaluate)}
+    assert {"load", "latency", "perplexity", "recall"} <= asked and recipe.recover is not None
+
+
+def test_the_entry_of_a_plan_in_the_docs_is_one_of_a_layer_that_fits() -> None:
+    (text,) = re.findall(r"```json\n(.*?)```", (DOCS / "routed.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    entry = json.loads(text)
+    layer = RoutedGroup.layer(8, 2, shared=range(4), router="norm")
+    assert RoutedGroup.model_validate(entry) == layer[0] and RoutedGroup.layer_problem(layer, 4) is None

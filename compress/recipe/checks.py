@@ -40,7 +40,18 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
         *_nothing_to_train_on(recipe),
         *_without_evidence(recipe),
         *_unknown_weights(recipe),
+        *_seed_twice(recipe),
     ]
+
+
+def _seed_twice(recipe: Recipe) -> Iterator[Finding]:
+    """The seed among the experts by its name and by `seed: true`."""
+    section = recipe.upcycle
+    if section is not None and section.seed and recipe.model in section.experts:
+        yield (
+            ("upcycle", "experts"),
+            Problem("the seed is an expert twice", None, "each expert once", recipe.model, "leave `seed` out"),
+        )
 
 
 def _repeated(recipe: Recipe) -> Iterator[Finding]:

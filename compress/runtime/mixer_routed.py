@@ -113,8 +113,10 @@ class RoutedMixer(SpanMixer):
             absent = step.positions(query.device) < 0
         hidden = step.hidden if self.needs_inputs else None
         if absent is not None:  # they may hold NaN
-            query = query.masked_fill(absent[:, None, :, None], 0)
-            hidden = None if hidden is None else hidden.masked_fill(absent[..., None], 0)
+            if hidden is None:
+                query = query.masked_fill(absent[:, None, :, None], 0)
+            else:
+                hidden = hidden.masked_fill(absent[..., None], 0)
         choice = self.router(query, hidden)
         if step.record is not None:
             self._report(choice, absent, step)
@@ -136,9 +138,12 @@ class RoutedMixer(SpanMixer):
         return units if self.router.heads == 1 else units.repeat_interleave(self.router.heads, dim=-1)
 
     def _report(self, choice: Choice, absent: torch.Tensor | None, step: Step) -> None:
-        """Tell the record of the pass what its tokens chose."""
+        """Tell the record of the pass what its tokens chose, where there is anything to choose."""
         assert step.record is not None
         router = self.router
+        step.record.add_gate(self.facts.index, self.by_head(choice.gates))
+        if not router.routed:
+            return
         parts = (choice.logits, choice.probs, choice.chosen)
         logits, probs, chosen = (x.flatten(0, 1) if absent is None else x[~absent] for x in parts)
         heads = tuple(self.heads[unit * router.heads : (unit + 1) * router.heads] for unit in range(router.units))
@@ -153,4 +158,3 @@ class RoutedMixer(SpanMixer):
             tuple(tokens),
         )
         step.record.add_routing(self.facts.index, routing)
-        step.record.add_gate(self.facts.index, self.by_head(choice.gates))

@@ -24,7 +24,17 @@ from .linear_states import delta_writes
 from .span import PAGE
 from .triton_linear import read
 from .triton_linear_backward import of_keys, of_queries
-from .triton_linear_layout import Layout, dot_wide, inner, load_part, store_part, strides, with_decays
+from .triton_linear_layout import (
+    Layout,
+    begin,
+    dot_wide,
+    inner,
+    load_part,
+    overlapped,
+    store_part,
+    strides,
+    with_decays,
+)
 from .triton_linear_states import Slots, sums_of_queries
 from .tuned import linear_config
 
@@ -54,8 +64,10 @@ def _writes(
     PAGE: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk."""
+    begin(OVERLAP)
     bg = tl.program_id(1).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
@@ -119,11 +131,13 @@ def _states(
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_V columns of the states, from the first slot on; or of their gradients, from the last slot back.
 
     With REVERSE the slots hold what the queries of each chunk add to the gradient, and get what all later ones do.
     """
+    begin(OVERLAP)
     at_v = tl.program_id(0) * BLOCK_V
     bg = tl.program_id(1).to(tl.int64)
     o = tl.arange(0, PAGE)
@@ -198,6 +212,7 @@ def _walk(
         SPLIT=kept.dtype == torch.bfloat16,
         PRECISION="tf32x3",
         num_warps=config["warps"],
+        **overlapped(kept.device),
     )
 
 
@@ -230,6 +245,7 @@ def _chunk_writes(
         DECAY=where.sums is not None,
         PRECISION="tf32x3",
         num_warps=4,
+        **overlapped(key.device),
     )
     return written, erased, kept
 

@@ -22,8 +22,7 @@ Router = Literal["two_stage", "norm", "random"]
 MOST_UNITS = 1 << 10  # no layer has more heads
 WORDS = {"two_stage": "", "norm": " by the norms of queries", "random": " at random"}
 RULES = {
-    "two_stage": "a router scores the units by the layer's input (Mixture-of-Head, arXiv 2410.11842) and weighs their "
-    "outputs by a softmax over the units in use",
+    "two_stage": "a router scores the units by the layer's input (Mixture-of-Head, arXiv 2410.11842)",
     "norm": "a unit's score is the norm of its query over the standard deviation of all scores, without any parameters "
     "(Mixture-of-Head for LLaMA, arXiv 2410.11842)",
     "random": "a unit's score is a fixed random function of the layer's input, as a control",
@@ -40,7 +39,7 @@ class RoutedGroup(SpanTarget):
     """
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_routed"
-    noun: ClassVar[str] = "routing"
+    noun: ClassVar[str] = "a router"
     objective: ClassVar[str | None] = "routing"
     untrained: ClassVar[bool] = True
     by_layer: ClassVar[bool] = True
@@ -66,8 +65,8 @@ class RoutedGroup(SpanTarget):
     )
     gates: Literal["weighted", "one"] = Field(
         "weighted",
-        description="what outputs are multiplied by: the router's weights, or 1 with the gradient of the weights; the "
-        "default of `norm` and `random` is 1",
+        description="what outputs are multiplied by: the router's weights, or 1 with the gradient of probabilities, "
+        "the default of `norm` and `random`, and where a token chooses one unit, whose weight would always be 1",
     )
     sink: int = Field(0, ge=0, lt=NO_END, description="tokens at the start that stay visible")
     alpha: int = Field(0, gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
@@ -78,8 +77,8 @@ class RoutedGroup(SpanTarget):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, given: Any) -> Any:
-        """Gates of 1 where the router has no weights to train."""
-        if isinstance(given, dict) and given.get("router") in ("norm", "random"):
+        """Gates of 1 where the router has no weights to train, or a weight among one chosen unit would say nothing."""
+        if isinstance(given, dict) and (given.get("router") in ("norm", "random") or given.get("active") == 1):
             return {"gates": "one"} | given
         return given
 
@@ -262,11 +261,13 @@ class RoutedGroup(SpanTarget):
         return f"{here} {chosen}{'h' if self.unit == 'head' else ''}" + ("" if span == "full" else f" {span}")
 
     def rule_text(self) -> str:
-        return (
-            f"{super().rule_text()} Every token uses `active` of the layer's `of` routed units and all shared ones: "
-            f"{RULES[self.router]}. The output of a unit that a token does not use is 0, and its keys and values are "
-            "stored all the same, since later tokens may use it."
+        weighed = {"weighted": "are weighed by a softmax over the units in use", "one": "are taken as they are"}
+        rule = (
+            "every token uses `active` of the layer's `of` routed units and all shared ones: "
+            f"{RULES[self.router]}. Their outputs {weighed[self.gates]}; what a unit gives that a token does not use "
+            "is 0, and its keys and values are stored all the same, since later tokens may use it."
         )
+        return rule if self.fits_native else f"{super().rule_text()} {rule[0].upper()}{rule[1:]}"
 
     def stock(self, native: int | None) -> StockForm | None:
         """None: no stock architecture chooses heads."""

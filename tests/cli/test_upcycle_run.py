@@ -142,6 +142,10 @@ def test_experts_of_another_shape_and_sections_that_have_no_place_are_refused(fo
     for command in ("validate", "upcycle"):
         refused = call(command, recipe)
         assert refused.exit_code == 2 and "an expert is of another shape: `rms_norm_eps` differs" in refused.output
+    recipe.write_text(text.replace("  texts:", "  seed: true\n  texts:").replace(f"{folder}/two", f"{folder}/model"))
+    assert "expected one for each of the 3 experts" in call("upcycle", recipe).output
+    recipe.write_text(recipe.read_text().replace("  texts:", "#"))
+    assert "the seed is an expert twice" in call("upcycle", recipe).output
     recipe.write_text(text + "search: {budget: {kv: 0.5}}\n")
     refused = call("upcycle", recipe)
     assert refused.exit_code == 2 and "an upcycled model has no `search`" in refused.output

@@ -102,6 +102,15 @@ def test_two_stages_are_the_released_form(unit: Any, shared: tuple[int, ...]) ->
     assert bool((out.abs().sum(-1) == 0).any()) and bool((gates[..., free] > 0).sum(-1).eq(2).all())
 
 
+def test_a_layer_of_shared_heads_alone_weighs_them() -> None:
+    kinds, tensors, record = layer([RoutedGroup(active=0, of=0, always=3, shared="all")] * 3), inputs(3), Record()
+    gates = 3 * (tensors[3] @ router_of(kinds).route.T).softmax(-1)
+    torch.testing.assert_close(
+        run(kinds, tensors, record=record), dense(tensors) * gates.repeat_interleave(SHARE, -1)[..., None], **CLOSE
+    )
+    assert not record.routing and len(record.gates[0]) == 1
+
+
 @pytest.mark.parametrize("unit", ["group", "head"])
 def test_norms_are_the_form_for_llama(unit: Any) -> None:
     shared = (0, 1)

@@ -63,3 +63,9 @@ def test_words() -> None:
     assert heads[0].words() == "tokens choose 2 of 4 query heads by the norms of queries, beside 2 always on (here 2)"
     assert heads[0].short() == "R(2) 2/4+2h"
     assert RoutedGroup(active=0, of=0, always=2, shared="all").words() == "always on, weighed by a router"
+
+
+def test_the_rule_in_words_is_that_of_the_fields() -> None:
+    plain, window = RoutedGroup(active=2, of=3), RoutedGroup(active=2, of=3, alpha=9, beta=0.0, router="norm")
+    assert plain.rule_text().startswith("every token uses") and "weighed by a softmax" in plain.rule_text()
+    assert window.rule_text().startswith("the query at position t sees") and "taken as they are" in window.rule_text()

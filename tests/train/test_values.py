@@ -17,8 +17,10 @@ from tests.tiny import mixed_plan, random_ids, shape_of
 from tests.train.common import model_of, settings, trained
 
 # What has tests of its own: the text and the controls are the stage's, spread weights need several processes,
-# test_objectives.py has the losses by name, and test_joint.py what targets with parameters of their own ask for.
+# test_objectives.py has the losses by name, test_joint.py what targets with parameters of their own ask for, and
+# test_routing.py what routers do.
 ELSEWHERE = {"text", "control", "window_control", "shard", "objectives", "mixer_rate", "window_dropout"}
+ELSEWHERE |= {"balance", "router_z"}
 CHANGES: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 1.0},
     {"dropout": 0.3},

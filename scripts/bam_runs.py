@@ -1,0 +1,343 @@
+"""Several models as one on two texts, row by row beside their controls: trained, measured, and put into one table.
+
+python scripts/bam_runs.py --texts FOLDER --out FOLDER [--rows A,B] [--seeds 0,1]
+
+Two copies of a model are fine-tuned, one on WikiText-2 and one on novels, and then become one model, which is trained
+on the mix of both. Rows:
+
+    wiki, novels               the two experts, each trained on its text
+    wiki-mixed, novels-mixed   each of them, trained on the mix as the upcycled models are
+    average                    the mean of their weights, trained on the mix
+    dense                      the model itself, trained on the mix on the tokens of all three trainings together
+    ffn                        MLP experts alone, one attention (the mean of both)
+    bam                        attention and MLP experts, each with keys and values of its own
+    bam-shared                 the same with shared keys and values
+    bam-random                 as bam, with routers that start at random, as published, and not from the texts
+    bam-p                      as bam-random, with MLPs times the router's share, as published
+    bam-three                  as bam-random, with the model itself as a third expert, as published
+
+The last three run only where they are named. WikiText-2's training part is trained on and its test part measured on;
+of every novel the first nine tenths are trained on and the rest is measured on. In the mix both have the same share:
+the shorter text is repeated. FOLDER of texts has novels (*.txt, in it or in pg_books/) and WikiText-2's raw files
+(wiki.train*.txt and wiki.test*.txt, in it or in wikitext2/).
+
+The experts are trained first, everything else once they are done, in `--at-once` processes on each GPU. After
+`--minutes` rows that still train save their state, and the same command goes on there; a row that is done is only read.
+The table has every row of the folder that is done, and FOLDER/rows.json all its numbers. Under it are the gates of
+each upcycled row on each text: the expert of a text is named by them if its gate is the highest there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compress.data.text import UndividedText
+from compress.evaluate.measure import Measure, Variant
+from compress.files import write_json, write_text
+from compress.models.load import load_model
+from compress.models.planned import planned_model
+from compress.models.tokenizer_files import write_tokenizer
+from compress.models.trained import load_trained
+from compress.models.upcycle import average
+from compress.plan import Plan
+from compress.runtime.step import Record
+from compress.stages.plan import finished_plan
+from compress.stages.recover import train_stage
+from compress.stages.session import Session
+from compress.stages.upcycle import upcycle_stage
+from compress.train.recovery import Recovered, read_recovered, recover
+from compress.train.settings import RecoverSettings
+from scripts import rows
+
+EXPERTS = ("wiki", "novels")
+TRAINED = 0.9  # share of a novel that is trained on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        start: the row whose weights a dense model starts from, `seed` or `average`; empty for an upcycled model.
+        text: what it is trained on, the text of an expert or the `mix`.
+        upcycle: keys of the recipe's `upcycle`.
+        named: whether it runs only where it is named.
+    """
+
+    start: str = ""
+    text: str = "mix"
+    upcycle: dict[str, Any] = field(default_factory=dict)
+    named: bool = False
+
+
+RANDOM = {"texts": [], "start": "random"}
+ROWS = {
+    **{name: Row("seed", name) for name in EXPERTS},
+    **{f"{name}-mixed": Row(name) for name in EXPERTS},
+    "average": Row("average"),
+    "dense": Row("seed"),
+    "ffn": Row(upcycle={"attention": "base"}),
+    "bam": Row(),
+    "bam-shared": Row(upcycle={"kv": "shared"}),
+    "bam-random": Row(upcycle=RANDOM, named=True),
+    "bam-p": Row(upcycle=RANDOM | {"mlp": {"weight": "p"}}, named=True),
+    "bam-three": Row(upcycle=RANDOM | {"seed": True}, named=True),
+}
+
+
+def main() -> None:
+    """Train and measure the rows that are asked for, and print the table."""
+    usual = [name for name, row in ROWS.items() if not row.named]
+    parser = rows.arguments((__doc__ or "").splitlines()[0], usual)
+    add = parser.add_argument
+    add("--expert-tokens", type=int, default=1_638_400, help="that each expert is trained on")
+    add("--tokens", type=int, default=1_638_400, help="of the mix that each other row is trained on")
+    add("--rate", type=float, default=1e-4, help="highest learning rate of all trainings")
+    add("--router-rate", type=float, default=1e-3, help="the same of routers")
+    add("--balance", type=float, default=0.01, help="weight of the load balance of MLPs")
+    add("--router-z", type=float, default=1e-3, help="weight of the squared log-sum-exp of their routers' logits")
+    add("--router-tokens", type=int, default=32_768, help="of each expert's text that routers start from")
+    parser.set_defaults(length=512, batch=16, micro=16, windows=128)
+    rows.main(parser.parse_args(), ROWS, run_row, print_table, first=EXPERTS)
+
+
+def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
+    """All of a row, and its figures; of `base` those of the model as it is."""
+    with rows.session_of(options, name, seed, recipe_of(options, name, seed)) as session:
+        path = rows.figures(options, name, seed)
+        if name == rows.BASE:
+            rows.shared_is_ready(options, seed)
+            found = rows.measure(options, session, None, readings(options))
+            write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
+            return
+        facts: dict[str, Any] = {}
+        if ROWS[name].start:
+            record, variant = trained_dense(options, session, name, seed)
+        else:
+            plan = upcycle_stage(session)
+            (weights,) = train_stage(session, "recover")
+            record, variant = read_recovered(weights), upcycled(session, name, plan, weights)
+            longest = {amount.kind: amount.fraction for amount in plan.predicted.longest}
+            facts |= {"costs": longest, "gates": gates_of(options, session, variant.build())}
+        found = rows.measure(options, session, variant, readings(options))
+        facts |= {
+            "tokens": record.tokens,
+            "speed": record.tokens / record.seconds,
+            "first loss": record.first_loss,
+            "loss": record.last_loss,
+            "device": record.device,
+        }
+        write_json(path, {"row": name, "seed": seed, **facts, "cells": found})
+
+
+def recipe_of(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """A row's recipe, as plain data; dense rows have it for the model and the texts alone."""
+    row = ROWS.get(name, Row())
+    texts = [undivided(options, expert) for expert in EXPERTS]
+    return {
+        "calibration": {"text": undivided(options, "mix")},
+        "upcycle": {
+            "experts": [str(expert_of(options, expert, seed)) for expert in EXPERTS],
+            "texts": texts,
+            "text_tokens": options.router_tokens,
+            **row.upcycle,
+        },
+        "recover": {
+            **training(options, options.tokens),
+            "text": undivided(options, "mix"),
+            "mixer_rate": options.router_rate,
+            "balance": options.balance,
+            "router_z": options.router_z,
+        },
+        "evaluate": {"compare": ["plan"]},
+    }
+
+
+def training(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+    """What all trainings have in common, as keys of `recover`."""
+    return {
+        "train": "full",
+        "length": options.length,
+        "batch_size": options.batch,
+        "micro_batch": min(options.micro, options.batch),
+        "tokens": tokens,
+        "rate": options.rate,
+        "save_every": 100,
+    }
+
+
+def expert_of(options: argparse.Namespace, expert: str, seed: int) -> Path:
+    """Where an expert's checkpoint lies."""
+    return Path(options.out / f"{expert}-{seed}" / "model")
+
+
+def trained_dense(options: argparse.Namespace, session: Session, name: str, seed: int) -> tuple[Recovered, Variant]:
+    """A model of the dense architecture, trained now or before; an expert's is left as a checkpoint, too."""
+    row, folder = ROWS[name], options.out / f"{name}-{seed}" / "trained"
+    counts = {"dense": len(EXPERTS) * options.expert_tokens + options.tokens}
+    count = counts.get(name, options.expert_tokens if name in EXPERTS else options.tokens)
+    settings = RecoverSettings(**training(options, count))
+    if not (folder / "recover.json").is_file():
+        model = start_of(options, session, row.start, seed)
+        source = UndividedText(path=undivided(options, row.text)["path"])
+        with session.reporter.progress(name) as report:
+            tokens = session.reader(report).ids(source, "calibration", settings.text_tokens)
+            recover(model, settings, tokens, folder, seed=seed, progress=report)
+    record = read_recovered(folder)
+
+    def build() -> Any:
+        return load_trained(copy.deepcopy(session.loaded.model), folder)
+
+    if name in EXPERTS and not (expert_of(options, name, seed) / "config.json").is_file():
+        model, place = build(), expert_of(options, name, seed)
+        model.save_pretrained(place)
+        write_tokenizer(session.loaded.folder, session.loaded.tokenizer, place, model.config, session.reporter.say)
+    dense = rows.dense_variant(session)
+    return record, Variant(f"{name}, trained", build, record.sha256, dense.cost)
+
+
+def start_of(options: argparse.Namespace, session: Session, start: str, seed: int) -> Any:
+    """The weights that a dense row's training starts from."""
+    if start == "seed":
+        return copy.deepcopy(session.loaded.model)
+    names = EXPERTS if start == "average" else (start,)
+    device = str(session.loaded.model.device)
+    experts = [
+        load_model(str(expert_of(options, name, seed)), dtype=options.dtype, device=device).model for name in names
+    ]
+    return average(experts) if start == "average" else experts[0]
+
+
+def upcycled(session: Session, name: str, plan: Plan, weights: Path) -> Variant:
+    """A row's upcycled model."""
+    dense, itemsize = session.loaded.model, session.loaded.model.dtype.itemsize
+
+    def build() -> Any:
+        return load_trained(planned_model(dense, finished_plan(session)), weights)
+
+    key = read_recovered(weights).sha256
+    return Variant(f"{name}, trained", build, key, lambda length: plan.cost(length, itemsize))
+
+
+@torch.no_grad()
+def gates_of(options: argparse.Namespace, session: Session, model: Any) -> dict[str, dict[str, list[float]]]:
+    """By text and kind, the mean over layers and tokens of every expert's gate: that of its attention, and how often
+    its MLP is chosen."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in EXPERTS:
+        text = UndividedText(path=str(text_file(options, f"{name}-test")))
+        ids = torch.tensor(session.reader(None).ids(text, "evaluation", 16 * options.length))
+        windows = ids[: len(ids) // options.length * options.length].view(-1, options.length)[:16]
+        sums: dict[str, list[torch.Tensor]] = {}
+        for window in windows:
+            record = Record()
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False, compress_record=record)
+            gates = list(record.expert_gates.values())
+            chosen = [routing.chosen.double() for routing in record.mlp_routing.values()]
+            for kind, values in (("attention", gates), ("mlp", chosen)):
+                if values:
+                    mean = torch.stack([each.double().mean(0).cpu() for each in values]).mean(0)
+                    sums.setdefault(kind, []).append(mean)
+        found[name] = {kind: torch.stack(means).mean(0).tolist() for kind, means in sums.items()}
+    return found
+
+
+def undivided(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """A training text, as a recipe names it."""
+    return {"source": "undivided", "path": str(text_file(options, name))}
+
+
+def text_file(options: argparse.Namespace, name: str) -> Path:
+    """One of the texts: that of an expert, its part that is measured on (`-test`), or the `mix`."""
+    path: Path = options.out / "texts" / f"{name}.txt"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        for made, text in texts_of(options).items():
+            write_text(path.with_name(f"{made}.txt"), text)
+    return path
+
+
+def texts_of(options: argparse.Namespace) -> dict[str, str]:
+    """All texts by name."""
+    train, test = rows.wiki(options.texts, "train"), rows.wiki(options.texts, "test")
+    novels = [book for book in rows.books(options.texts) if not book.name.startswith("wiki.")]
+    if train is None or test is None or not novels:
+        sys.exit(f"expected wiki.train*.txt, wiki.test*.txt and novels (*.txt) in {options.texts}")
+    read = [path.read_text(encoding="utf-8", errors="replace") for path in (train, test, *novels)]
+    parts = [(book[: cut_of(book)], book[cut_of(book) :]) for book in read[2:]]
+    first, second = read[0], "\n\n".join(part for part, _ in parts)
+    shorter, longer = sorted((first, second), key=len)
+    times, more = divmod(len(longer), len(shorter))
+    return {
+        "wiki": first,
+        "novels": second,
+        "wiki-test": read[1],
+        "novels-test": "\n\n".join(part for _, part in parts),
+        "mix": "\n\n".join([longer, *[shorter] * times, shorter[:more]]),
+    }
+
+
+def cut_of(book: str) -> int:
+    """Where the part of a novel begins that is measured on: the first paragraph behind nine tenths of it."""
+    place = book.find("\n\n", int(len(book) * TRAINED))
+    return place if place >= 0 else int(len(book) * TRAINED)
+
+
+def readings(options: argparse.Namespace) -> Iterator[tuple[str, list[Measure]]]:
+    """What is measured, by the text that it reads."""
+    for name in EXPERTS:
+        text = UndividedText(path=str(text_file(options, f"{name}-test")))
+        yield name, rows.perplexities(options, text, [options.length])
+
+
+def print_table(folder: Path) -> None:
+    """The rows that are done, and the gates of those that have any."""
+    found = rows.read_rows(folder, list(ROWS))
+    if not found:
+        return
+    length = next(int(key.split("/")[2]) for key in found[0]["cells"] if "/perplexity/" in key)
+    print(f"\nwiki, novels: perplexity of the parts that no row was trained on, at {length:,} tokens; mean: of the two")
+    print("tokens: in this row's own training; parameters, flops, cache: beside the model's, of the layers and at the")
+    print("longest length that its context allows; speed: tokens a second in training\n")
+    head = ("row", "seed", *EXPERTS, "mean", "tokens", "loss", "parameters", "flops", "cache", "speed")
+    lines: list[tuple[str, ...]] = [head]
+    for row in found:
+        values = [row["cells"].get(f"{name}/perplexity/{length}") for name in EXPERTS]
+        known = [value for value in values if value is not None]
+        costs = [row.get("costs", {}).get(kind, 1.0) for kind in ("parameters", "flops", "kv")]
+        lines.append(
+            (
+                row["row"],
+                str(row["seed"]),
+                *("-" if value is None else f"{value:.3f}" for value in values),
+                f"{sum(known) / len(known):.3f}" if len(known) == len(values) else "-",
+                f"{row['tokens']:,}" if "tokens" in row else "-",
+                f"{row['loss']:.4f}" if "loss" in row else "-",
+                *(f"{cost:.2f}" for cost in costs),
+                f"{row['speed']:,.0f}" if "speed" in row else "-",
+            )
+        )
+    rows.print_lines(lines)
+    print()
+    for row in found:
+        for text, kinds in row.get("gates", {}).items():
+            for kind, means in kinds.items():
+                expert = EXPERTS.index(text) + len(means) - len(EXPERTS)  # the model itself is the first of three
+                word = "named" if max(means) == means[expert] else "NOT named"
+                shown = ", ".join(f"{mean:.3f}" for mean in means)
+                what = "mean gate of attentions" if kind == "attention" else "share of MLPs chosen"
+                print(f"{row['row']}-{row['seed']} on {text}: {what} {shown}; the expert of {text} is {word}")
+
+
+if __name__ == "__main__":
+    main()
