@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from compress.targets.target import Target
     from compress.targets.window import SpanGrid
 
-NOBODY = f"v2:{0:064x}"  # fingerprint of weights that are not there
 ANY_BANDWIDTH = 1e12  # bytes per second; shares do not depend on it
 
 
@@ -148,9 +147,8 @@ def check_prepare(config: Any, prepare: PrepareSettings) -> None:
 
 def _check_plan(config: Any, shape: ModelShape, layers: Sequence[LayerPlan]) -> None:
     """Whether a model can have these layers; what is wrong with several of them is told of the first."""
-    named = shape.model_copy(update={"fingerprint": NOBODY})
     try:
-        plan = plan_of_layers(named, layers)
+        plan = plan_of_layers(shape.unbound(), layers)
     except UserError as error:
         different = {(problem.what, problem.expected, problem.found): problem for problem in reversed(error.problems)}
         raise UserError(list(different.values())[::-1]) from None
