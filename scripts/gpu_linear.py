@@ -35,6 +35,7 @@ from compress.runtime import (
     triton_linear,
     triton_linear_decode,
     triton_linear_delta,
+    triton_linear_features,
     triton_linear_layout,
     triton_linear_states,
     tuned,
@@ -755,7 +756,8 @@ def fla_rows() -> list[dict[str, Any]]:
             for name, (ours, theirs) in pairs.items():
                 with torch.inference_mode():
                     difference = error(ours(), theirs().transpose(1, 2).double())
-                    took = measure.times_in_turn({"ours": ours, "fla": theirs}, DEVICE)
+                    # In a graph, so that the host's share of neither counts.
+                    took = {n: measure.graphed_times(f, DEVICE, calls=5) for n, f in (("ours", ours), ("fla", theirs))}
                 row: dict[str, Any] = {"length": length, "what": name, "difference": difference}
                 row |= {n: t.median for n, t in took.items()}
                 words = []
@@ -781,35 +783,41 @@ def fla_rows() -> list[dict[str, Any]]:
 # --- launch parameters
 
 
-READ_ONE = {
-    True: {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": 4, "overlap": True},
-    False: {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1, "overlap": True},
+READ_ONE: dict[bool, dict[str, Any]] = {
+    False: {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1},
+    True: {"dot": True, "features": 256, "numbers": 4096, "warps": 4, "stages": 1},
 }
 READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
-    (True, {}), (True, {"overlap": False}), (True, {"stages": 3}), (True, {"numbers": 4096, "stages": 3}),
-    (True, {"numbers": 4096, "features": 128}), (True, {"features": 128, "stages": 3}),
-    (True, {"numbers": 1024, "warps": 2}), (True, {"numbers": 1024, "features": 32, "warps": 2}),
-    (False, {}), (False, {"overlap": False}), (False, {"numbers": 1024}), (False, {"warps": 2}),
-    (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "warps": 4}), (False, {"warps": 4}),
-    (False, {"numbers": 4096, "warps": 8}),
+    (False, {}), (False, {"numbers": 1024}), (False, {"numbers": 512}), (False, {"warps": 2}),
+    (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "warps": 4}),
+    (True, {}), (True, {"numbers": 2048}), (True, {"features": 128}), (True, {"features": 128, "numbers": 2048}),
+    (True, {"features": 64, "numbers": 2048, "stages": 3}), (True, {"numbers": 8192, "warps": 8}),
 )  # fmt: skip
 # Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
 LLAMA, ALONE = (32, 8, 128, 256, 32768, False), (32, 32, 128, 128, 8192, True)
 STATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("scan", {}), ("scan", {"stages": 2}), ("scan", {"stages": 4}), ("scan", {"values": 32}),
     ("scan", {"features": 128}), ("scan", {"features": 128, "values": 32}), ("scan", {"features": 128, "warps": 8}),
-    ("sums", {}), ("sums", {"values": 64, "warps": 4}), ("sums", {"features": 64, "warps": 4, "stages": 3}),
-    ("sums", {"stages": 3}),
+    ("sums", {}), ("sums", {"values": 64, "warps": 4}), ("sums", {"features": 64, "warps": 4}),
+    ("sums", {"values": 64}), ("sums", {"features": 64, "values": 64, "warps": 4}), ("sums", {"registers": 128}),
 )  # fmt: skip
 READ: tuple[dict[str, Any], ...] = (
-    {}, {"stages": 3}, {"stages": 1}, {"registers": 128}, {"registers": 128, "stages": 3}, {"features": 128},
-    {"features": 128, "registers": 128}, {"features": 32, "stages": 3}, {"heads": 1, "warps": 8},
-    {"heads": 1, "warps": 8, "registers": 168}, {"heads": 1, "warps": 8, "stages": 3}, {"values": 64},
-    {"values": 64, "registers": 128},
+    {}, {"stages": 3}, {"stages": 4}, {"stages": 1}, {"registers": 255}, {"features": 32, "stages": 3},
+    {"features": 128}, {"heads": 2}, {"heads": 2, "stages": 3}, {"heads": 2, "warps": 8, "registers": 168},
+    {"heads": 2, "warps": 8, "registers": 255}, {"warps": 8, "registers": 255}, {"values": 64},
 )  # fmt: skip
-GRADIENTS: tuple[dict[str, Any], ...] = (
-    {}, {"stages": 2}, {"warps": 4}, {"features": 64}, {"features": 64, "stages": 2}, {"features": 64, "values": 128},
-    {"values": 128}, {"heads": 1}, {"heads": 1, "stages": 2},
+GRADIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("queries", {}), ("queries", {"stages": 2}), ("queries", {"registers": 255}), ("queries", {"features": 64}),
+    ("queries", {"stages": 2, "registers": 255}), ("queries", {"features": 64, "stages": 2}),
+    ("keys", {}), ("keys", {"stages": 2}), ("keys", {"registers": 255}), ("keys", {"warps": 8, "registers": 168}),
+    ("keys", {"warps": 8, "registers": 255}), ("keys", {"features": 64}), ("keys", {"features": 64, "stages": 2}),
+    ("query_sums", {}), ("query_sums", {"stages": 3}), ("query_sums", {"registers": 128}),
+    ("query_sums", {"values": 64, "warps": 4}),
+)  # fmt: skip
+FEATURES: tuple[dict[str, Any], ...] = (
+    {}, {"registers": 255}, {"warps": 4, "registers": 255}, {"warps": 4, "registers": 168}, {"warps": 4},
+    {"tokens": 32, "warps": 4}, {"tokens": 32, "warps": 4, "registers": 96}, {"tokens": 128},
+    {"tokens": 128, "registers": 255},
 )  # fmt: skip
 DELTA: tuple[dict[str, Any], ...] = ({}, {"stages": 1}, {"values": 64, "stages": 1}, {"values": 16}, {"warps": 8})
 
@@ -837,6 +845,7 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
         jobs += [("states", shape, change) for change in STATES]
         jobs += [("read", shape, change) for change in READ]
         jobs += [("segments", shape, segment) for segment in (1, 2)]
+        jobs += [("features", shape, change) for change in FEATURES]
     jobs += [("gradients", ALONE, change) for change in GRADIENTS]
     jobs += [("delta", ALONE, change) for change in DELTA]
     return jobs
@@ -854,6 +863,17 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
 
         return decode
     heads, groups, dim, count, length, own = shape
+    if what == "features":
+        rows = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+        weight = torch.randn(heads, dim, count // 2, device=DEVICE, dtype=BF16)
+        gain, turn = torch.randn(heads, device=DEVICE), torch.randn(heads, dim, device=DEVICE)
+        config = tuned.linear_features_config(count // 2, DEVICE) | change
+
+        def make() -> None:
+            with mock.patch.object(triton_linear_features, "linear_features_config", lambda *_: config):
+                features(rows, weight, None, "hedgehog", 1.0, gain, turn)
+
+        return make
     stream = length if own else length - PAGE
     pages = torch.arange(length // PAGE, device=DEVICE)
     chunk = (pages if own else (pages - 1).clamp(min=0)).expand(1, groups, -1).contiguous()
@@ -884,7 +904,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
         both = with_gradients(lambda: additive(query, key, value, None, where)[0], (query, key, value))
 
         def gradients() -> None:
-            with with_config("gradients", change):
+            with with_config(*change):
                 both()
 
         return gradients

@@ -349,11 +349,11 @@ def draw_load(row: dict[str, Any], path: Path) -> None:
     values: dict[int, dict[int, float]] = {}
     for key, value in row["cells"].items():
         parts = key.split("/")
-        if parts[1] == "share of tokens" and len(parts) == 5:
+        if parts[1] == "load" and len(parts) == 5:
             values.setdefault(int(parts[3]), {}).update(dict.fromkeys(map(int, parts[4].split(",")), value))
     if values:
         path.parent.mkdir(exist_ok=True)
-        draw_heads([HeadMap(f"{row['row']}, seed {row['seed']}: share of the tokens", values)], path)
+        draw_heads([HeadMap(f"{row['row']}, seed {row['seed']}", "load", values)], path)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
 from compress.models.graph import graph_of
-from compress.models.planned import all_on_model, mixers_of
+from compress.models.planned import all_on_model, carried_targets, mixers_of
 from compress.models.pruning import block_parameters
 from compress.models.replaced import AttentionCall, attention_function
-from compress.plan import Plan
+from compress.models.shape import shape_without_weights
+from compress.plan import Plan, make_plan
 from compress.plan.skipped import Skipped, skipped
 from compress.runtime.families import groups_of, head_size_of
 from compress.runtime.modeling_compress import CACHE
@@ -199,7 +200,7 @@ def model_row(
     Args:
         dense: the model as it is; other: one with a plan (`targets.planned_model`), or a pruned one.
         length: tokens of each prompt; `steps` more are reserved for decoding.
-        plan: of the other model, where it is known.
+        plan: of the other model; None takes what it carries, where no head groups are removed.
 
     Raises:
         UserError: see `side`.
@@ -217,12 +218,19 @@ def model_row(
         bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (other, dense)]
     skips = None
-    if plan is not None and all_on is not None:
+    if all_on is not None and (plan := plan or _carried_plan(other, dense)) is not None:
         skips = Skipped.total(skipped(plan, length, next(dense.parameters()).itemsize), block_parameters(other))
     own, of_dense = counts
     graph = device.type == "cuda"
     sides = (dense_side, planned, bare, graph, own, of_dense, all_on, skips, any(untied))
     return ModelRow(shape, mix, batch, length, *sides)
+
+
+def _carried_plan(planned: Any, dense: Any) -> Plan | None:
+    """The plan that a model runs, bound to no weights; None where it lacks head groups of the dense model."""
+    shape, targets = shape_without_weights(dense), carried_targets(planned)
+    whole = all(len(groups) == shape.kv_heads for groups in targets)
+    return make_plan(shape.unbound(), targets) if whole else None
 
 
 @torch.inference_mode()

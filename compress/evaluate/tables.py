@@ -6,13 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compress.evaluate.cell import Cell, Part, heads_words
+from compress.evaluate.cell import Cell, Part
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.grid import Column, Grid
 from compress.evaluate.paired import Paired
 from compress.evaluate.units import unit_of
 from compress.registry import measures
 
+# Tables of numbers that only some variants have, and no others are in.
+OF_SOME = {
+    "branches": "which branch of the converted heads does the work",
+    "load": "how evenly tokens choose",
+}
 AXES = {
     "position": "by position of the token in its window",
     "depth": "by depth, 0 is the start (prompts)",
@@ -29,8 +34,9 @@ def tables(comparison: Comparison, parts: bool = True) -> list[Grid]:
     grids = [summary(comparison)]
     if _tells(comparison):
         grids.append(_wide(comparison, "cost", "parameters, time and operations"))
-    if _cells(comparison, "branches"):
-        grids.append(_wide(comparison, "branches", "which branch of the converted heads does the work"))
+    for table, title in OF_SOME.items():
+        if _cells(comparison, table):
+            grids.append(_wide(comparison, table, title))
     grids += [_ranges(comparison, cell, axis) for cell, axis in _ranged(comparison) if parts or axis == "position"]
     grids += [grid for row in comparison.variants for grid in _places(row)]
     return [*grids, _tasks(comparison)] if comparison.tasks() else grids
@@ -74,7 +80,7 @@ def _differs(comparison: Comparison, cell: Cell) -> bool:
 def _wide(comparison: Comparison, table: str, title: str) -> Grid:
     """A row for every variant, a column for every number, and for a perplexity one more with its change."""
     chosen = _cells(comparison, table)
-    shown = [row for row in comparison.variants if table != "branches" or any(map(row.like, chosen))]
+    shown = [row for row in comparison.variants if table not in OF_SOME or any(map(row.like, chosen))]
     columns = [Column("variant", "name")]
     for cell in chosen:
         columns.append(Column(cell.name if cell.length is None else f"{cell.name}\nat {cell.length:,}"))
@@ -151,38 +157,31 @@ def _ranges(comparison: Comparison, cell: Cell, axis: str) -> Grid:
 
 
 def _places(row: VariantResult) -> list[Grid]:
-    """For every measure with numbers of layers, head groups or query heads, a table of the layers and one of their
-    parts: a row a layer, a column a group or its heads, numbers in a cell."""
-    return [
-        _by_layer(row.name, cells, "; ".join(filter(None, (result.words(), result.notes()))))
-        for result in row.results
-        for of_heads in (False, True)
-        if (cells := [cell for cell in result.cells() if cell.place and (cell.heads is not None) == of_heads])
-    ]
+    """For every measure with numbers of layers or head groups: a row a layer, a column a group, numbers in a cell.
 
-
-def _by_layer(name: str, cells: Sequence[Cell], caption: str) -> Grid:
-    """One table of numbers with places."""
-    placed: dict[tuple[int, tuple[int, ...], str], Cell] = {}
-    heads: dict[tuple[int, ...], str] = {}
-    for cell in cells:
-        layer, group = cell.place or (0, None)
-        column = cell.heads if cell.heads is not None else () if group is None else (group,)
-        placed[layer, column, cell.label] = cell
-        words = "all groups" if group is None else f"group {group}"
-        heads[column] = words if cell.heads is None else heads_words(cell.heads)
-    columns = sorted(heads)
-    labels = list(dict.fromkeys(cell.label for cell in cells))
-    grid = Grid(
-        f"{name}: {', '.join(labels)}",
-        [Column("layer"), *(Column(heads[column]) for column in columns)],
-        caption=f"in a cell: {' / '.join(labels)}; {caption}" if len(labels) > 1 else caption,
-    )
-    for layer in sorted({layer for layer, _, _ in placed}):
-        by_column = [[placed.get((layer, column, label)) for label in labels] for column in columns]
-        texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in by_column]
-        grid.rows.append([str(layer), *texts])
-    return grid
+    Those of query heads are too many for a table: they are in the maps of the report, and in the records.
+    """
+    grids = []
+    for result in row.results:
+        cells = [cell for cell in result.cells() if cell.place is not None and cell.heads is None]
+        placed = {(cell.place, cell.label): cell for cell in cells}
+        if not placed:
+            continue
+        labels = list(dict.fromkeys(label for _, label in placed))
+        layers = sorted({place[0] for place, _ in placed if place is not None})
+        groups = sorted({place[1] for place, _ in placed if place is not None}, key=lambda n: -1 if n is None else n)
+        words = [f"in a cell: {' / '.join(labels)}" if len(labels) > 1 else "", result.words(), result.notes()]
+        grid = Grid(
+            f"{row.name}: {', '.join(labels)}",
+            [Column("layer"), *(Column("all groups" if group is None else f"group {group}") for group in groups)],
+            caption="; ".join(filter(None, words)),
+        )
+        for layer in layers:
+            by_group = [[placed.get(((layer, group), label)) for label in labels] for group in groups]
+            texts = [" / ".join(unit_of(cell.unit).write(cell.value) for cell in cells if cell) for cells in by_group]
+            grid.rows.append([str(layer), *texts])
+        grids.append(grid)
+    return grids
 
 
 def edge(value: float, axis: str) -> str:

@@ -205,6 +205,13 @@ def with_runtime_plan(model: Any, plan: dict[str, Any], tensors: Mapping[str, to
     return on_weights_of(model, model_class, config_class(**config_fields(model.config), compress_plan=plan), tensors)
 
 
+def carried_targets(planned: Any) -> list[list[Target]]:
+    """The targets of the head groups that each layer of a planned model has."""
+    return [
+        [_GROUP.validate_python(group) for group in layer["groups"]] for layer in planned.config.compress_plan["layers"]
+    ]
+
+
 def all_on_model(planned: Any) -> Any | None:
     """A planned model's twin in which every token uses all that it chooses from (`Target.all_on`), on the same tensors;
     None where tokens choose nothing."""
@@ -212,8 +219,8 @@ def all_on_model(planned: Any) -> Any | None:
     if plan is None:
         return None
     layers = [
-        {**layer, "groups": [_GROUP.validate_python(group).all_on.model_dump(mode="json") for group in layer["groups"]]}
-        for layer in plan["layers"]
+        {**layer, "groups": [group.all_on.model_dump(mode="json") for group in groups]}
+        for layer, groups in zip(plan["layers"], carried_targets(planned), strict=True)
     ]
     if layers == plan["layers"]:
         return None

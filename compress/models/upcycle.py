@@ -51,7 +51,7 @@ def check_upcyclable(config: Any, kv: str) -> None:
     """Raise UserError where models of an architecture cannot be put side by side."""
     family, reason = family_of(config), None
     if family.has_experts:
-        reason = "they have experts already"
+        reason = "its layers have experts already"
     elif not family.prunes(config) or not family.projections:
         reason = family.whole
     elif kv == "shared" and family.groups == "num_attention_heads":

@@ -50,6 +50,10 @@ class ModelShape(BaseModel):
         """Query heads of a head group."""
         return self.query_heads // self.kv_heads
 
+    def unbound(self) -> ModelShape:
+        """The same sizes with a fingerprint that no weights have, for plans that are bound to none."""
+        return self.model_copy(update={"fingerprint": f"v2:{0:064x}"})
+
     def known_as(self, sampled: str) -> ModelShape:
         """Also recognise files that have `sampled`, the older fingerprint of a sample of the weights; returns self."""
         self._sampled = sampled

@@ -40,7 +40,18 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
         *_nothing_to_train_on(recipe),
         *_without_evidence(recipe),
         *_unknown_weights(recipe),
+        *_seed_twice(recipe),
     ]
+
+
+def _seed_twice(recipe: Recipe) -> Iterator[Finding]:
+    """The seed among the experts by its name and by `seed: true`."""
+    section = recipe.upcycle
+    if section is not None and section.seed and recipe.model in section.experts:
+        yield (
+            ("upcycle", "experts"),
+            Problem("the seed is an expert twice", None, "each expert once", recipe.model, "leave `seed` out"),
+        )
 
 
 def _repeated(recipe: Recipe) -> Iterator[Finding]:
@@ -110,6 +121,9 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
     ]
     for number, statistic in enumerate(recipe.profile.statistics):
         reads.append((("profile", "statistics", number), f"`{statistic.registered}`", statistic.scores_read()))
+    if recipe.prepare is not None:
+        priced = statistics["effect"](targets=recipe.prepare.targets, **recipe.prepare.priced_layers)
+        reads.append((("prepare",), "`prepare.layers`", priced.scores_read()))
     owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
     for path, reader, wanted in reads:
         for name, form in wanted.items():

@@ -267,23 +267,24 @@ def by_position(facts: Facts, name: str) -> list[str]:
 
 
 def layer_charts(comparison: Comparison | None) -> list[Chart]:
-    """Numbers of layers and head groups, layer by layer: a chart for each measure and variant that has some."""
+    """Numbers of layers and head groups, layer by layer: a chart for each measure, unit and variant that has some."""
     charts = []
     for row in comparison.variants if comparison is not None else ():
         for result in row.results:
-            series: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-            placed = [cell for cell in result.cells() if cell.place is not None and cell.heads is None]
-            for cell in placed:
-                if cell.place is not None:
-                    series[cell.label][cell.place[0]].append(cell.value)
-            lines = [
-                Series(label, [(float(layer), sum(values) / len(values)) for layer, values in sorted(layers.items())])
-                for label, layers in series.items()
-            ]
-            if lines:
+            by_unit: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(dict)
+            for cell in result.cells():
+                if cell.place is not None and cell.heads is None:
+                    layers = by_unit[cell.unit].setdefault(cell.label, defaultdict(list))
+                    layers[cell.place[0]].append(cell.value)
+            for unit, series in by_unit.items():
+                lines = [Series(label, _means(layers)) for label, layers in series.items()]
                 title = f"{row.name}: {result.measure}, mean of a layer's groups"
-                charts.append(Chart(title, "layer", placed[0].unit, lines))
+                charts.append(Chart(title, "layer", unit, lines))
     return charts
+
+
+def _means(layers: dict[int, list[float]]) -> list[tuple[float, float]]:
+    return [(float(layer), sum(values) / len(values)) for layer, values in sorted(layers.items())]
 
 
 def maps_of_heads(comparison: Comparison | None) -> list[HeadMap]:
@@ -294,7 +295,7 @@ def maps_of_heads(comparison: Comparison | None) -> list[HeadMap]:
         for cell in row.cells:
             if cell.place is not None and cell.heads is not None:
                 by_label[cell.label][cell.place[0]] |= dict.fromkeys(cell.heads, cell.value)
-        maps += [HeadMap(f"{row.name}: {label}", values) for label, values in by_label.items()]
+        maps += [HeadMap(row.name, label, values) for label, values in by_label.items()]
     return maps
 
 
@@ -309,7 +310,7 @@ def shaded(each: HeadMap) -> dict[str, Any]:
                 for layer, value in zip(each.layers, values, strict=True)
             ]
         )
-    return {"title": each.title, "layers": each.layers, "rows": rows}
+    return {"title": f"{each.name}: {each.what}", "layers": each.layers, "rows": rows}
 
 
 def by_depth(facts: Facts) -> list[dict[str, Any]]:

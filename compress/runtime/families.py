@@ -6,6 +6,7 @@ is a row here and a configuration in `tests/tiny.py`, with which `tests/test_fam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +160,14 @@ class Family:
     def neuron_step(self) -> int:
         """What the number of neurons of an MLP is a multiple of: PyTorch multiplies by experts in rows of 16 bytes."""
         return 8 if self.has_experts else 1
+
+    @property
+    def why_whole(self) -> str | None:
+        """`whole`, with the fields of the configuration that it depends on."""
+        if self.whole is None or not self.whole_unless:
+            return self.whole
+        unless = " and ".join(f"`{name}: {json.dumps(value)}`" for name, value in self.whole_unless.items())
+        return f"{self.whole}, unless config.json says {unless}"
 
     def classes(self) -> tuple[str, str, str]:
         """The stock configuration, decoder and language model."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .mixer import LayerFacts, register
+from .mixer import LayerFacts, register, take
 from .mixer_span import SpanMixer
 from .mlp_experts import router_logits
 from .pages import PagedState
-from .span import AnySpan, kept_table, own_span
+from .span import AnySpan, own_span
 from .step import Step
 
 
@@ -65,7 +65,7 @@ class ExpertMixer(SpanMixer):
         gates = gates.masked_fill(absent, 0)
         if step.record is not None:
             step.record.add_expert_gates(self.facts.index, gates[~absent[..., 0]])
-        return gates.index_select(-1, kept_table(self.head_expert, device, torch.long))
+        return take(gates, self.head_expert, 2)
 
     def prefill(
         self,

@@ -24,6 +24,7 @@ except ImportError as error:
 
 from .triton_linear_layout import (
     Layout,
+    begin,
     dot_state,
     heads_at_once,
     kept_decays,
@@ -122,12 +123,14 @@ def _read(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of HEADS heads for one page of queries; those that are no token are left alone.
 
     With MASS the sums of the weights are written as well. With MEAN, which needs them, what is read is divided by them,
     and with MERGE joined with the window's output.
     """
+    begin(OVERLAP)
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
     page = tl.program_id(0) // sets
@@ -158,7 +161,6 @@ def _read(
 
     # [rows, BLOCK_V], [rows], [rows, PAGE]
     if (SEGMENT == 2) & (chunk % SEGMENT > 0):
-        b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
         acc, mass, b_weight, own = _look(
             p_query, o_query, m_row, p_state, p_norm, p_keys, key_t, chunk, count, at_v,
             rows, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V, PAGE, True, OWN, MASS, STAGES, PRECISION,
@@ -172,6 +174,7 @@ def _read(
             b_weight = b_weight * tl.exp(reach - end)[:, None] * tl.exp(end - fade)[None, :]
         if MASS:
             mass += tl.sum(b_weight, 1)
+        b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
         acc = tl.dot(b_weight.to(b_value.dtype), b_value, acc, input_precision=PRECISION)
     else:
         acc, mass, b_weight, own = _look(

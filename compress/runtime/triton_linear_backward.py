@@ -13,11 +13,13 @@ except ImportError as error:
 from .span import PAGE
 from .triton_linear_layout import (
     Layout,
+    begin,
     dot_state,
     heads_at_once,
     inner,
     load_part,
     options,
+    overlapped,
     row_decay,
     store_part,
     strides,
@@ -57,8 +59,10 @@ def _rows(
     BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr,
     MERGE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A page of queries of one head: y = a o + (1 - a) num / den with a = sigmoid(lse - log den - gain), backwards."""
+    begin(OVERLAP)
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = tl.program_id(1) % heads
     _, head, column, m_row = tile_rows(tl.program_id(0), h, p_runs, b, 1, PAGE)
@@ -163,8 +167,10 @@ def _queries(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK_F numbers of the gradients of the queries of one page and HEADS heads; the mirror of `_read`."""
+    begin(OVERLAP)
     sets: tl.constexpr = SHARE // HEADS
     rows: tl.constexpr = PAGE * HEADS
     page = tl.program_id(0) // sets
@@ -285,11 +291,13 @@ def _keys(
     MASS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of the gradients of the keys of one chunk, or of its values.
 
     Queries that read later in the chunk's segment have seen its keys one by one, all later ones through the state.
     """
+    begin(OVERLAP)
     n = tl.program_id(0)
     bg = tl.program_id(2).to(tl.int64)
     b = bg // GROUPS
@@ -392,8 +400,8 @@ def of_queries(
     """
     batch, heads, columns, features = query.shape
     groups = key.shape[1]
-    at_once = heads_at_once("gradients", heads // groups, value)
-    opts = options("gradients", query, value, groups, where, at_once)
+    at_once = heads_at_once("queries", heads // groups, value)
+    opts = options("queries", query, value, groups, where, at_once)
     found = torch.zeros_like(query)
     _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
         grad,
@@ -440,7 +448,7 @@ def of_keys(
     columns, value_dim = query.shape[2], value.shape[-1]
     found = torch.zeros_like(key), torch.zeros_like(value)
     sums, totals = where.decays(weight)
-    opts = options("gradients", query, value, groups, where, 1)
+    opts = options("keys", query, value, groups, where, 1)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
     for values, blocks, target in ((False, blocks_f, found[0]), (True, blocks_v, found[1])):
         _keys[(triton.cdiv(tokens, PAGE), blocks, batch * groups)](
@@ -529,6 +537,7 @@ def backward(
             PAGE=PAGE,
             MERGE=merged,
             num_warps=4,
+            **overlapped(value.device),
         )
 
     normed = out is not None or grad_mass is not None or grad_last is not None

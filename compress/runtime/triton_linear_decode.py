@@ -16,7 +16,7 @@ except ImportError as error:
 from .pages import Pages
 from .span import PAGE, Span
 from .triton_linear_features import KINDS, activate, root, sides
-from .triton_linear_layout import load_part
+from .triton_linear_layout import begin, load_part, overlapped
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 
@@ -80,9 +80,7 @@ def _read_one(
     heads are the rows of a product; else a block has all features and stays in registers for one head after the other,
     in float32, which a matrix unit has to be fed less for.
     """
-    if OVERLAP:  # the launch behind this one may take its place early; this one waits for all of what came before
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin(OVERLAP)
     blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
     o_v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     bg = (tl.program_id(0) // blocks).to(tl.int64)
@@ -210,11 +208,10 @@ def read_one(
         MEAN=mean,
         DOT=config["dot"],
         STAGES=config["stages"],
-        OVERLAP=config["overlap"],
         ROUND=dtype == torch.bfloat16,
         PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
-        **({"launch_pdl": True} if config["overlap"] else {}),
+        **overlapped(query.device),
     )
     return out
 

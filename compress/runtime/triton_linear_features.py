@@ -16,12 +16,12 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .triton_linear_layout import dot_wide, load_part, store_part
+from .triton_linear_layout import begin, dot_wide, limits, load_part, overlapped, store_part
+from .tuned import linear_features_config
 
 # Maps that kernels compute, by their names in `maps.MAPS`; those below TWO_SIDED have features of x and of -x.
 KINDS = {"hedgehog": 0, "hedgehog_exp": 1, "elu": 2, "relu": 3}
 TWO_SIDED = 2
-BLOCK = 64  # tokens
 
 
 def sides(kind: str) -> int:
@@ -41,7 +41,7 @@ def activate(x, side, m_width, KIND: tl.constexpr, AXIS: tl.constexpr):
     if KIND == 0:
         x = tl.where(mask, x * (1.0 - 2.0 * side), float("-inf"))
         x = tl.exp(x - tl.expand_dims(tl.max(x, AXIS), AXIS))
-        return x / tl.expand_dims(tl.sum(x, AXIS), AXIS)
+        return x * tl.expand_dims(1.0 / tl.sum(x, AXIS), AXIS)
     if KIND == 1:
         x = tl.exp(tl.minimum(tl.maximum(x, -30.0), 30.0) * (1.0 - 2.0 * side))
     elif KIND == 2:
@@ -95,11 +95,13 @@ def _features(
     NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number.
 
     NARROW: the map is in the dtype of the rows, so that their product is exact but for its sum.
     """
+    begin(OVERLAP)
     bh = tl.program_id(1).to(tl.int64)
     b = bh // heads
     h = bh % heads
@@ -108,11 +110,15 @@ def _features(
     t = t.to(tl.int64)
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WIDTH
-    # [BLOCK, BLOCK_W]
+    # [BLOCK, BLOCK_W], [BLOCK]
     x = tl.zeros([BLOCK, BLOCK_W], tl.float32)
+    gain = tl.zeros([BLOCK], tl.float32)
     for at in tl.static_range(0, DIM, BLOCK_D):
         b_row = load_part(p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, at, DIM, BLOCK_D)
         o_d = at + tl.arange(0, BLOCK_D)
+        if GAIN:
+            b_turn = tl.load(p_turn + h * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
+            gain += tl.sum(b_row.to(tl.float32) * b_turn[None, :], 1)
         b_map = load_part(p_map + h * DIM * WIDTH, o_d * WIDTH, o_d < DIM, 0, WIDTH, BLOCK_W)
         if NARROW:
             x = tl.dot(b_row, b_map, x)
@@ -135,13 +141,7 @@ def _features(
                 p_to + side * WIDTH, o_to * SIDES * WIDTH, activate(x, side, m_w, KIND, 1), m_t, 0, WIDTH, BLOCK_W
             )
     if GAIN:
-        gain = tl.zeros([BLOCK], tl.float32) + tl.load(p_gain + h).to(tl.float32)
-        for at in tl.static_range(0, DIM, BLOCK_D):
-            b_row = load_part(p_rows + b * rows_b + h * rows_h, t * rows_t, m_t, at, DIM, BLOCK_D).to(tl.float32)
-            o_d = at + tl.arange(0, BLOCK_D)
-            b_turn = tl.load(p_turn + h * DIM + o_d, mask=o_d < DIM, other=0.0).to(tl.float32)
-            gain += tl.sum(b_row * b_turn[None, :], 1)
-        tl.store(p_gains + o_to, gain, mask=m_t)
+        tl.store(p_gains + o_to, gain + tl.load(p_gain + h).to(tl.float32), mask=m_t)
 
 
 def _launch(
@@ -160,7 +160,8 @@ def _launch(
     width = weight.shape[-1]
     block_w = max(16, triton.next_power_of_2(width))
     over = to if grad is None else grad
-    _features[(triton.cdiv(columns, BLOCK), batch * heads)](
+    config = linear_features_config(block_w, rows.device)
+    _features[(triton.cdiv(columns, config["tokens"]), batch * heads)](
         rows,
         weight,
         weight if bias is None else bias,
@@ -178,7 +179,7 @@ def _launch(
         WIDTH=width,
         SIDES=sides(kind),
         KIND=KINDS[kind],
-        BLOCK=BLOCK,
+        BLOCK=config["tokens"],
         BLOCK_D=max(16, min(64, triton.next_power_of_2(dim))),
         BLOCK_W=block_w,
         BIASED=bias is not None,
@@ -187,7 +188,9 @@ def _launch(
         NARROW=rows.dtype == weight.dtype == torch.bfloat16,
         SPLIT=rows.dtype == torch.bfloat16,
         PRECISION="tf32x3",
-        num_warps=8 if block_w > 128 else 4,
+        num_warps=config["warps"],
+        **limits(config),
+        **overlapped(rows.device),
     )
 
 

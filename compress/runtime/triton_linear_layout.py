@@ -16,9 +16,17 @@ except ImportError as error:
 
 from .reference import Rows
 from .span import PAGE, kept_table
-from .tuned import linear_config
+from .tuned import launches_overlap, linear_config
 
 SEGMENT = 2  # chunks, 1 or 2: half of them halve the products with keys, and double the bytes of states
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """The begin of a kernel: the launch behind it may take its place early, and it waits for those before it."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -215,8 +223,19 @@ def options(
         "STAGES": config["stages"],
         "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"] if at_once is None else max(4, config["warps"] * at_once // 2),
-        **({"maxnreg": config["registers"]} if "registers" in config else {}),
+        **limits(config),
+        **overlapped(value.device),
     }
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """What a launch of a kernel that calls `begin` is told."""
+    return {"OVERLAP": True, "launch_pdl": True} if launches_overlap(device) else {"OVERLAP": False}
+
+
+def limits(config: dict[str, int]) -> dict[str, int]:
+    """The launch's limit of registers, where there is one, so that more programs run side by side."""
+    return {"maxnreg": config["registers"]} if "registers" in config else {}
 
 
 def heads_at_once(what: str, share: int, value: torch.Tensor) -> int:

@@ -16,32 +16,107 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .triton_linear_layout import Layout, load_part, options, row_decay, store_part, strides, tile_rows
+from .triton_linear_layout import (
+    Layout,
+    begin,
+    load_part,
+    options,
+    overlapped,
+    row_decay,
+    store_part,
+    strides,
+    tile_rows,
+)
 from .tuned import linear_scans
 
 
 @triton.jit
-def _outer(
-    p_left,  # [B, heads, T or M, F] features
-    p_right,  # [B, heads, T or M, DV]
-    p_weight,  # [B, heads, T] float32 factors on what goes into the matrix; not with KEYS
-    p_extra,  # [B, heads, T] float32 factors on what goes into the vector; not with KEYS
-    p_sums,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
+def _store_sum(
+    p_states, p_norms, slot, acc, side, at_f, at_v,
+    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write a block `[BLOCK_V, BLOCK_F]` of a slot's matrix, and the first of a row of blocks the normaliser, too."""
+    o_f = at_f + tl.arange(0, BLOCK_F)
+    o_v = at_v + tl.arange(0, BLOCK_V)
+    p_slot = p_states + slot * (FEATURES * VALUE_DIM)
+    store_part(p_slot, o_v * FEATURES, acc, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
+    if at_v == 0:
+        tl.store(p_norms + slot * FEATURES + o_f, side, mask=o_f < FEATURES)
+
+
+@triton.jit
+def _of_keys(
+    p_key,  # [B, G, M, F] features
+    p_value,  # [B, G, M, DV]
+    p_decays,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
     p_totals,  # [B, G, S] float32, where DECAY
+    p_tokens,  # [B, G, 2] int32: tokens of the stream, and those that go into the state
     p_states,  # [B, G, S + 1, DV, F] float32
     p_norms,  # [B, G, S + 1, F] float32
-    p_runs,  # [B, 3] int32; with KEYS [B, G, 2]: tokens of the stream, and those that go into the state
+    segments,
+    key_b,
+    key_g,
+    key_t,
+    value_b,
+    value_g,
+    value_t,
+    GROUPS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A block of what the keys of segment s add to the state, for slot s + 1."""
+    begin(OVERLAP)
+    length: tl.constexpr = SEGMENT * PAGE
+    blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    s = tl.program_id(0)
+    at_f = tl.program_id(1) // blocks_v * BLOCK_F
+    at_v = tl.program_id(1) % blocks_v * BLOCK_V
+    bg = tl.program_id(2).to(tl.int64)
+    b = bg // GROUPS
+    g = bg % GROUPS
+    # [length], [length, BLOCK_F], [length, BLOCK_V]
+    j = (s * length + tl.arange(0, length)).to(tl.int64)
+    m_j = j < tl.load(p_tokens + bg * 2 + 1)
+    b_key = load_part(p_key + b * key_b + g * key_g, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
+    b_value = load_part(p_value + b * value_b + g * value_g, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
+    b_wide = b_key.to(tl.float32)
+    if DECAY:
+        fade = tl.load(p_decays + bg * segments * length + j, mask=m_j, other=0.0)
+        b_wide = b_wide * tl.exp(tl.load(p_totals + bg * segments + s) - fade)[:, None]
+        b_key = b_wide.to(b_value.dtype)
+    acc = tl.dot(b_value.T, b_key, input_precision=PRECISION)
+    slot = bg * (segments + 1) + s + 1
+    _store_sum(p_states, p_norms, slot, acc, tl.sum(b_wide, 0), at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
+
+
+@triton.jit
+def _of_queries(
+    p_query,  # [B, H, T, F] features
+    p_grad,  # [B, H, T, DV]
+    p_weight,  # [B, H, T] float32 factors on what goes into the matrix
+    p_extra,  # [B, H, T] float32 factors on what goes into the vector
+    p_decays,  # [B, G, S * SEGMENT * PAGE] float32, where DECAY
+    p_states,  # [B, G, S + 1, DV, F] float32
+    p_norms,  # [B, G, S + 1, F] float32
+    p_runs,  # [B, 3] int32
     p_first,  # [B, G, (S + 1) * SEGMENT + 1] int32: the first page of queries that reads at this chunk or later
     p_chunk,  # [B, G, P] int32: at which chunk a page of queries reads
     pages,
     columns,
     segments,
-    left_b,
-    left_h,
-    left_t,
-    right_b,
-    right_h,
-    right_t,
+    query_b,
+    query_h,
+    query_t,
+    grad_b,
+    grad_h,
+    grad_t,
     SHARE: tl.constexpr,
     GROUPS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -50,77 +125,48 @@ def _outer(
     BLOCK_V: tl.constexpr,
     SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
-    KEYS: tl.constexpr,
     DECAY: tl.constexpr,
     OWN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """A block of the sum over a segment of feature rows times value rows.
-
-    With KEYS: what the keys of segment s add to the state, into slot s + 1. Without: what the queries that read in
-    segment s add to the gradient of the state before it, into slot s.
-    """
-    s = tl.program_id(0)
+    """A block of what the queries that read in segment s add to the gradient of the state before it, for slot s."""
+    begin(OVERLAP)
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    s = tl.program_id(0)
     at_f = tl.program_id(1) // blocks_v * BLOCK_F
     at_v = tl.program_id(1) % blocks_v * BLOCK_V
     bg = tl.program_id(2).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
-    o_token = tl.arange(0, PAGE)
-    p_decays = p_sums + bg * segments * SEGMENT * PAGE
-    if KEYS:
-        count = tl.load(p_runs + bg * 2 + 1)
-        low = s * SEGMENT
-        high = tl.minimum(low + SEGMENT, (count + PAGE - 1) // PAGE)
-        if DECAY:
-            total = tl.load(p_totals + bg * segments + s)
-    else:
-        p_pages = p_first + bg * ((segments + 1) * SEGMENT + 1) + s * SEGMENT
-        low = tl.load(p_pages)
-        high = tl.load(p_pages + SEGMENT)
+    p_pages = p_first + bg * ((segments + 1) * SEGMENT + 1) + s * SEGMENT
+    low = tl.load(p_pages)
+    high = tl.load(p_pages + SEGMENT)
     # [BLOCK_V, BLOCK_F], [BLOCK_F]
     acc = tl.zeros([BLOCK_V, BLOCK_F], tl.float32)
     side = tl.zeros([BLOCK_F], tl.float32)
     for item in tl.range(low * SHARE, high * SHARE, num_stages=STAGES):
         page = item // SHARE
-        head = g * SHARE + item % SHARE
-        if KEYS:
-            column = (page * PAGE + o_token).to(tl.int64)
-            m_row = column < count
-        else:
-            _, _, column, m_row = tile_rows(page, head, p_runs, b, 1, PAGE)
-        # [PAGE, BLOCK_F], [PAGE, BLOCK_V]
-        b_left = load_part(p_left + b * left_b + head * left_h, column * left_t, m_row, at_f, FEATURES, BLOCK_F)
-        b_right = load_part(p_right + b * right_b + head * right_h, column * right_t, m_row, at_v, VALUE_DIM, BLOCK_V)
-        b_wide = b_left.to(tl.float32)
-        if KEYS:
-            if DECAY:
-                b_wide = b_wide * tl.exp(total - tl.load(p_decays + column, mask=m_row, other=0.0))[:, None]
-            b_side = b_wide
-        else:
-            o_number = (b * GROUPS * SHARE + head) * columns + column
-            b_weight = tl.load(p_weight + o_number, mask=m_row, other=0.0)
-            b_extra = tl.load(p_extra + o_number, mask=m_row, other=0.0)
-            if DECAY:
-                chunk = tl.load(p_chunk + bg * pages + page)
-                fade = tl.exp(row_decay(p_decays, chunk, o_token, SEGMENT, OWN, PAGE))
-                b_weight = b_weight * fade
-                b_extra = b_extra * fade
-            b_side = b_wide * b_extra[:, None]
-            b_wide = b_wide * b_weight[:, None]
-        acc = tl.dot(b_right.T, b_wide.to(b_right.dtype), acc, input_precision=PRECISION)
-        side += tl.sum(b_side, 0)
+        token, head, column, m_row = tile_rows(page, g * SHARE + item % SHARE, p_runs, b, 1, PAGE)
+        # [PAGE, BLOCK_F], [PAGE, BLOCK_V], [PAGE]
+        o_query = b * query_b + head * query_h + column * query_t
+        o_grad = b * grad_b + head * grad_h + column * grad_t
+        b_query = load_part(p_query, o_query, m_row, at_f, FEATURES, BLOCK_F).to(tl.float32)
+        b_grad = load_part(p_grad, o_grad, m_row, at_v, VALUE_DIM, BLOCK_V)
+        o_number = (b * GROUPS * SHARE + head) * columns + column
+        b_weight = tl.load(p_weight + o_number, mask=m_row, other=0.0)
+        b_extra = tl.load(p_extra + o_number, mask=m_row, other=0.0)
+        if DECAY:
+            chunk = tl.load(p_chunk + bg * pages + page)
+            fade = tl.exp(row_decay(p_decays + bg * segments * SEGMENT * PAGE, chunk, token, SEGMENT, OWN, PAGE))
+            b_weight = b_weight * fade
+            b_extra = b_extra * fade
+        side += tl.sum(b_query * b_extra[:, None], 0)
+        b_query = (b_query * b_weight[:, None]).to(b_grad.dtype)
+        acc = tl.dot(b_grad.T, b_query, acc, input_precision=PRECISION)
     slot = bg * (segments + 1) + s
-    if KEYS:
-        slot += 1
-    o_f = at_f + tl.arange(0, BLOCK_F)
-    o_v = at_v + tl.arange(0, BLOCK_V)
-    p_slot = p_states + slot * (FEATURES * VALUE_DIM)
-    store_part(p_slot, o_v * FEATURES, acc, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
-    if at_v == 0:
-        tl.store(p_norms + slot * FEATURES + o_f, side, mask=o_f < FEATURES)
+    _store_sum(p_states, p_norms, slot, acc, side, at_f, at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
 
 
 @triton.jit
@@ -152,7 +198,7 @@ def _store_slot(p_states, p_norms, o_number, numbers, m_number, MATRIX: tl.const
 
 @triton.jit
 def _running(
-    p_sums,  # [B, G, S + 1, DV, F] float32: what `_outer` made of the segments
+    p_sums,  # [B, G, S + 1, DV, F] float32: of the segments by themselves
     p_sides,  # [B, G, S + 1, F] float32
     p_totals,  # [B, G, S] float32, where DECAY
     p_first,  # [B, G, F, DV + 1] float32: a state to begin with, or with REVERSE what the last slot gets besides
@@ -171,8 +217,10 @@ def _running(
     DECAY: tl.constexpr,
     FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """BLOCK numbers of the slots: each becomes itself and the (decayed) sum of those before it, or behind it."""
+    begin(OVERLAP)
     matrix: tl.constexpr = FEATURES * VALUE_DIM
     bg = tl.program_id(1).to(tl.int64)
     o_number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -245,11 +293,13 @@ def _scan(
     FIRST: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of a state, or of its normaliser, walks along all segments in float32 and is written before each.
 
-    The same as `_outer` and `_running` with a quarter of what they move, where there are blocks enough for a GPU.
+    The same as `_of_keys` and `_running` with a quarter of what they move, where there are blocks enough for a GPU.
     """
+    begin(OVERLAP)
     length: tl.constexpr = SEGMENT * PAGE
     blocks_f: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
@@ -345,22 +395,17 @@ def segment_states(
         sums = Slots.like(key, value, segments, torch.float32)
         opts = options("sums", key, value, groups, where)
         blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
-        _outer[(segments, blocks, batch * groups)](
+        for name in ("SHARE", "OWN", "STAGES"):
+            del opts[name]
+        _of_keys[(segments, blocks, batch * groups)](
             key,
             value,
-            sums.norms,
-            sums.norms,
             *where.decays(sums.norms),
+            where.tokens,
             sums.matrices,
             sums.norms,
-            where.tokens,
-            where.first,
-            where.chunk,
-            where.pages,
-            0,
             segments,
             *strides(key, value),
-            KEYS=True,
             **opts,
         )
         return slots, running(sums, slots, first, where, reverse=False)
@@ -403,15 +448,15 @@ def sums_of_queries(
     """
     batch, _, columns, features = query.shape
     groups, value_dim = value.shape[1:4:2]
-    opts = options("sums", query, value, groups, where)
+    opts = options("query_sums", query, value, groups, where)
     blocks = triton.cdiv(features, opts["BLOCK_F"]) * triton.cdiv(value_dim, opts["BLOCK_V"])
     found = Slots.like(query[:, :groups], value, where.segments, torch.float32)
-    _outer[(where.segments + 1, blocks, batch * groups)](
+    _of_queries[(where.segments + 1, blocks, batch * groups)](
         query,
         grad,
         weight,
         extra,
-        *where.decays(weight),
+        where.decays(weight)[0],
         found.matrices,
         found.norms,
         where.runs,
@@ -421,7 +466,6 @@ def sums_of_queries(
         columns,
         where.segments,
         *strides(query, grad),
-        KEYS=False,
         **opts,
     )
     return found
@@ -451,5 +495,6 @@ def running(sums: Slots, slots: Slots, first: torch.Tensor | None, where: Layout
         FIRST=first is not None,
         REVERSE=reverse,
         num_warps=4,
+        **overlapped(last.device),
     )
     return last.mT

@@ -47,7 +47,7 @@ def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
         "warps": 4,
         "stages": 1 if device.type == "cpu" else 2 if small else 3,
         "columns": 32,
-        "overlap": _hopper(device),
+        "overlap": launches_overlap(device),
     }
 
 
@@ -71,17 +71,27 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
-        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": small}
+        return dict.fromkeys(("scan", "sums", "query_sums", "read", "queries", "keys", "delta"), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        return {"scan": small, "sums": small, "read": small, "gradients": small, "delta": {**small, "values": 16}}
+        found = dict.fromkeys(("scan", "sums", "query_sums", "read", "queries", "keys"), small)
+        return {**found, "delta": {**small, "values": 16}}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
-        "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
-        "read": {"features": 64, "values": 128, "heads": 2, "warps": 8, "stages": 2},
-        "gradients": {"features": 128, "values": 64, "heads": 2, "warps": 8, "stages": 1},
+        "sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 1},
+        "query_sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
+        "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 2, "registers": 128},
+        "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
+        "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
     }
+
+
+def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers."""
+    if _hopper(device) and 64 < width <= 128:
+        return {"tokens": 64, "warps": 8, "registers": 128}
+    return {"tokens": 64, "warps": 8 if width > 128 else 4}
 
 
 def linear_scans(blocks: int, device: torch.device) -> bool:
@@ -93,9 +103,15 @@ def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
     """How one token reads a state, for query heads of a group.
 
     Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
-    features; numbers of a block, warps, blocks on their way, and whether launches may overlap.
+    features; numbers of a block, warps, and blocks on their way.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
-        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1, "overlap": False}
-    stages = 4 if _hopper(device) else 2
-    return {"dot": True, "features": 64, "numbers": 2048, "warps": 4, "stages": stages, "overlap": _hopper(device)}
+        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1}
+    if share > 8:
+        return {"dot": True, "features": 256, "numbers": 4096, "warps": 4, "stages": 1}
+    return {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1}
+
+
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a launch may take its place before the one ahead of it has ended, and then waits for it."""
+    return _hopper(device)

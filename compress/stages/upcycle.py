@@ -146,8 +146,10 @@ def _averaged_line(averaged: Averaged, section: UpcycleSection) -> str:
     """Which weights experts do not have of their own."""
     source = "the mean of the experts'" if section.rest == "average" else "the seed's"
     line = f"{counted(len(averaged.names), 'other weight')} are {source}"
+    shared = section.attention == "soft" and section.kv == "shared"
     if not averaged.differing:
-        return f"{line}, in which the experts agree, so a router that takes one expert alone gives that expert"
+        agreed = f"{line}, in which the experts agree"
+        return f"{agreed}; so are keys and values, in which they may differ" if shared else agreed
     few = ", ".join(averaged.differing[:3]) + (", ..." if len(averaged.differing) > 3 else "")
     return (
         f"{line}; experts differ in {len(averaged.differing)} of them ({few}), by up to {averaged.distance:.2%} of "

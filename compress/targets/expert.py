@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from compress.registry import targets
 from compress.runtime.span import AnySpan, own_span
 from compress.targets.span import SpanTarget
 from compress.targets.target import StockForm
+
+if TYPE_CHECKING:
+    from compress.runtime.families import Family
 
 MOST_EXPERTS = 64
 
@@ -40,6 +43,11 @@ class ExpertGroup(SpanTarget):
         if self.expert is not None and self.expert >= self.experts:
             raise ValueError(f"expert: expected a number below {self.experts}, got {self.expert}")
         return self
+
+    @classmethod
+    def refusal(cls, family: Family) -> str | None:
+        """What keeps a family's heads and MLPs from lying side by side."""
+        return "its layers have experts already" if family.has_experts else family.why_whole
 
     def span(self, native: int | None = None) -> AnySpan:
         """All keys, or those of the layer's own window."""

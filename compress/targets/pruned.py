@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,11 +26,8 @@ class PrunedGroup(Target):
 
     @classmethod
     def refusal(cls, family: Family) -> str | None:
-        """As `Family.whole`, with the fields of the configuration that it depends on."""
-        if family.whole is None or not family.whole_unless:
-            return family.whole
-        unless = " and ".join(f"`{name}: {json.dumps(value)}`" for name, value in family.whole_unless.items())
-        return f"{family.whole}, unless config.json says {unless}"
+        """As `Family.why_whole`."""
+        return family.why_whole
 
     @classmethod
     def options(cls, unit: Unit, lengths: Sequence[int], grid: Any = None) -> list[Target]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from compress.cli.app import app
+from compress.export.verify import verify_checkpoint
 from compress.models.trained import read_trained
 from compress.plan import read_plan
 from compress.recipe.load import load_recipe
@@ -33,7 +35,7 @@ upcycle:
   texts: [*text, {{source: file, path: {folder}/other.txt}}]
   text_tokens: 128
 recover: {{train: full, length: 32, batch_size: 2, steps: 2, rate: 0.001}}
-evaluate: {{perplexity: {{text: *text, length: 64, windows: 2}}}}
+evaluate: {{perplexity: {{text: *text, length: 64, windows: 1}}}}
 """
 ROWS = ["dense", "expert 1 one", "expert 2 two", "plan", "plan before recovery"]
 
@@ -63,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.yaml").write_text(UPCYCLE.format(folder=folder))
     with pytest.MonkeyPatch.context() as patch:  # plots have tests of their own
         patch.setattr("compress.stages.evaluate.draw", lambda session, plots: None)
+        patch.setattr("compress.export.export.verify_checkpoint", partial(verify_checkpoint, length=130))
         done = call("run", folder / "recipe.yaml")
     assert done.exit_code == 0, done.output
     return folder
@@ -142,6 +145,10 @@ def test_experts_of_another_shape_and_sections_that_have_no_place_are_refused(fo
     for command in ("validate", "upcycle"):
         refused = call(command, recipe)
         assert refused.exit_code == 2 and "an expert is of another shape: `rms_norm_eps` differs" in refused.output
+    recipe.write_text(text.replace("  texts:", "  seed: true\n  texts:").replace(f"{folder}/two", f"{folder}/model"))
+    assert "expected one for each of the 3 experts" in call("upcycle", recipe).output
+    recipe.write_text(recipe.read_text().replace("  texts:", "#"))
+    assert "the seed is an expert twice" in call("upcycle", recipe).output
     recipe.write_text(text + "search: {budget: {kv: 0.5}}\n")
     refused = call("upcycle", recipe)
     assert refused.exit_code == 2 and "an upcycled model has no `search`" in refused.output

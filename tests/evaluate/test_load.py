@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from compress.bench.kernel import with_mix
 from compress.bench.model import model_row
 from compress.bench.report import choosing_lines, gain_words, model_lines
 from compress.cli.app import app
@@ -23,6 +24,7 @@ from compress.evaluate.measure import Variant
 from compress.evaluate.measures.load import LayerLoad, LoadResult, UnitLoad
 from compress.evaluate.tables import markdown, tables
 from compress.models.planned import all_on_model, planned_model
+from compress.models.upcycle import upcycle
 from compress.plan import Plan, make_plan, uniform_plan
 from compress.plan.skipped import STORED, Skipped, chooses, skipped
 from compress.registry import measures
@@ -123,7 +125,7 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
     assert value["variation of load", (1, None), None] == pytest.approx(second)
     assert value["variation of load", None, None] == pytest.approx(math.sqrt((2 + 3 * second**2) / 5))
     assert value["variation of load, worst layer", None, None] == pytest.approx(max(1.0, second))
-    assert value["share of tokens", (1, None), (0,)] == 1.0
+    assert value["load", (1, None), (0,)] == 1.0
     assert ("mean probability", (1, None), (0,)) not in value
     assert "collapsed: layer 0 heads 0 to 1 (0.00% of the tokens)" in found.notes()
     even = LoadResult(
@@ -141,23 +143,39 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
     several = even.model_copy(update={"layers": [], "mlps": [LayerLoad(layer=3, active=1, units=mlps)]})
     assert several.notes() == "collapsed: layer 3 MLP 1 (0.00% of the tokens)"
     shares = {cell.label: cell.value for cell in several.cells()}
-    assert shares["tokens of MLP 0"] == 1.0 and shares["variation of load of MLPs"] == 1.0
+    assert shares["load of MLP 0"] == 1.0 and shares["variation of load of MLPs"] == 1.0
+
+
+def test_of_several_models_in_one_it_tells_of_their_mlps_and_gates(text: FileText, tmp_path: Path) -> None:
+    loaded = byte_loaded()
+    several, _, _ = upcycle(loaded.model, {"a": loaded.model, "b": loaded.model})  # routers of zeros
+    rows = [Variant("dense", lambda: loaded.model), Variant("plan", lambda: several, "b")]
+    asked = [measures["load"](text=text, length=LENGTH, windows=1)]
+    comparison = compare(loaded, rows, asked, seed=0, cache_dir=tmp_path)
+    (found,) = comparison.variants[1].of("load")
+    assert found.layers == [] and found.gates == {0: [0.5, 0.5], 1: [0.5, 0.5]}
+    assert [[unit.chosen for unit in layer.units] for layer in found.mlps] == [[LENGTH, 0]] * 2  # ties go to the first
+    assert "layer 1 MLP 1 (0.00% of the tokens)" in found.notes()
+    values = {(cell.label, cell.place): cell.value for cell in found.cells()}
+    assert values["gate of expert 1", (1, None)] == 0.5 and values["load of MLP 0", (0, None)] == 1.0
+    assert maps_of_heads(comparison) == []
 
 
 def test_tables_maps_and_plots_have_every_head(comparison: Comparison, plan: Plan, tmp_path: Path) -> None:
     grids = {grid.title: grid for grid in tables(comparison)}
-    grid = grids["plan: share of tokens, mean probability"]
-    assert "collapsed: layer 0" in grid.caption and "head 1" in grid.heads and "heads 0 to 1" in grid.heads
+    grid = grids["plan: variation of load, least load, largest load"]
+    assert "collapsed: layer 0" in grid.caption and grid.rows[0] == ["0", "1.000 / 0.000 / 1.000"]
+    assert len(grids) == len(tables(comparison)) and not any("mean probability" in title for title in grids)
     assert "variation of load" in markdown(comparison)
     assert any(record["part"] == "layer 1 head 2" for record in comparison.records())
     shares, probabilities = maps_of_heads(comparison)
-    assert shares.title == "plan: share of tokens" and probabilities.heads == 4
+    assert (shares.name, shares.what) == ("plan", "load") and probabilities.heads == 4
     assert shares.values[0] == {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0} and shares.values[1][0] == 1.0
     comparison.write(tmp_path / "evaluation.json")
     (tmp_path / "plan.json").write_text(plan.to_json())
     facts = read_facts(tmp_path)
     page = render([facts], "2026-01-02", "0")
-    assert "plan: share of tokens, by head" in page and 'aria-label="layer 1, head 0: 1.000"' in page
+    assert "plan: load, by head" in page and 'aria-label="layer 1, head 0: 1.000"' in page
     assert "collapsed: layer 0 heads 0 to 1" in page and "know no routers" in page
     total = Skipped.total(skipped(plan, 1024), comparison.variants[1].of("size")[0].block_parameters)
     words = total.words()
@@ -204,6 +222,8 @@ def test_a_bench_tells_of_times_with_all_heads_on(model: Any, plan: Plan) -> Non
     lines = "\n".join(model_lines(row))
     assert all(line in lines for line in choosing_lines(row)) and "not read are 25.0% of the cache" in lines
     assert gain_words(1.5) == "1.50 times as fast" and gain_words(1.0) == "nothing is saved (1.00 times)"
+    named = model_row(dense, with_mix(dense, "R50", 80), "tiny", "R50", 1, 80, steps=16)
+    assert named.skips is not None and named.skips.of_cache == named.skips.of_attention == 0.5
     plain = model_row(dense, planned_model(dense, uniform_plan(plan.model, FullGroup())), "tiny", "full", 1, 80, 16)
     assert plain.all_on is None and not choosing_lines(plain) and "skipped" not in str(plain.values().keys())
 

@@ -66,6 +66,6 @@ def test_words() -> None:
 
 
 def test_the_rule_in_words_is_that_of_the_fields() -> None:
-    plain, window = RoutedGroup(active=1, of=2), RoutedGroup(active=1, of=2, alpha=9, beta=0.0, router="norm")
+    plain, window = RoutedGroup(active=2, of=3), RoutedGroup(active=2, of=3, alpha=9, beta=0.0, router="norm")
     assert plain.rule_text().startswith("every token uses") and "weighed by a softmax" in plain.rule_text()
     assert window.rule_text().startswith("the query at position t sees") and "taken as they are" in window.rule_text()

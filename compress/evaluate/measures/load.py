@@ -1,7 +1,7 @@
 """How often the heads that tokens choose from are chosen: a router that collapses wastes the heads that it forgets.
 
 A layer is even where every routed unit is chosen by K of E tokens, K being how many of the E units each token uses. The
-same is told of MLPs where a layer has several.
+same is told of MLPs where a layer has several, and of experts whose attentions are mixed the mean of their gates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
-from compress.models.planned import has_routers
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
@@ -77,6 +76,7 @@ class LoadResult(Result):
         tokens: how many chose.
         layers: with routed heads.
         mlps: with several MLPs.
+        gates: by layer with experts that are mixed, the mean gate of each.
     """
 
     measure: Literal["load"] = "load"
@@ -85,38 +85,47 @@ class LoadResult(Result):
     tokens: int = Field(default=0, ge=0)
     layers: list[LayerLoad] = Field(default_factory=list)
     mlps: list[LayerLoad] = Field(default_factory=list)
+    gates: dict[int, list[float]] = Field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """The coefficient of variation of the load, of all units and by layer; collapsed units; and each unit."""
         cells = [*self._variations("load", self.layers), *self._variations("load of MLPs", self.mlps)]
-        if not cells:
-            return []
-        cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="summary"))
+        if cells:
+            cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="load"))
         for layer in self.layers:
             for heads, share, probability in _rows(layer, self.tokens):
                 about: dict[str, Any] = {"place": (layer.layer, None), "heads": heads}
-                cells.append(self._cell("share of tokens", "load", share, **about))
+                cells.append(self._cell("load", "load", share, **about))
                 if probability is not None:
                     cells.append(self._cell("mean probability", "load", probability, **about))
         for layer in self.mlps:
             for name, unit in zip(layer.names(), layer.units, strict=True):
                 share, place = unit.chosen / self.tokens, (layer.layer, None)
-                cells.append(self._cell(f"tokens of {name}", "load", share, place=place))
+                cells.append(self._cell(f"load of {name}", "load", share, place=place))
+        for number, means in self.gates.items():
+            for expert, mean in enumerate(means):
+                cells.append(self._cell(f"gate of expert {expert}", "load", mean, place=(number, None)))
         return cells
 
     def _variations(self, what: str, layers: Sequence[LayerLoad]) -> list[Cell]:
-        """The coefficient of variation of all units together, of the least even layer, and of every layer."""
+        """The coefficient of variation of all units together, of the least even layer, and of every layer, with the
+        shares of the tokens of its least and its most used unit."""
         loads = {layer.layer: layer.loads(self.tokens) for layer in layers if layer.units}
         if not loads:
             return []
         each = {layer: _variation(row) for layer, row in loads.items()}
         together = _variation([load for row in loads.values() for load in row])
         label = f"variation of {what}"
-        return [
-            self._cell(label, "variation", together, table="summary"),
-            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="summary"),
-            *(self._cell(label, "variation", value, place=(layer, None)) for layer, value in each.items()),
+        cells = [
+            self._cell(label, "variation", together, table="load"),
+            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="load"),
         ]
+        for layer in (layer for layer in layers if layer.units):
+            place, shares = (layer.layer, None), [unit.chosen / self.tokens for unit in layer.units]
+            cells.append(self._cell(label, "variation", each[layer.layer], place=place))
+            cells.append(self._cell(f"least {what}", "load", min(shares), place=place))
+            cells.append(self._cell(f"largest {what}", "load", max(shares), place=place))
+        return cells
 
     def _cell(self, label: str, unit: str, value: float, **about: Any) -> Cell:
         return Cell(label, unit, value, "lower", length=self.length, note=self.words(), **about)
@@ -133,14 +142,14 @@ class LoadResult(Result):
     def words(self) -> str:
         """What the numbers are, and the text."""
         return (
-            f"load: how many of {self.tokens:,} tokens chose a head over how many do if all are chosen alike; its "
-            f"variation is the standard deviation over what is chosen from; collapsed: below {COLLAPSED:g}"
+            f"load: share of {self.tokens:,} tokens that choose a unit; its variation is the standard deviation over "
+            f"the mean; collapsed: below {COLLAPSED:g} of an even share"
         )
 
     def notes(self) -> str:
         """The collapsed units by name."""
         names = self._collapsed()
-        if not (self.layers or self.mlps):
+        if not (self.layers or self.mlps):  # gates collapse nowhere
             return ""
         if not names:
             return "no unit has collapsed"
@@ -194,11 +203,12 @@ class Load(TextMeasure):
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         model = subject.model
         result = LoadResult(length=self.length, windows=self.windows)
-        if not has_routers(model):
+        if not hasattr(model.config, "compress_plan"):
             return result
         device = next(model.parameters()).device
         heads: dict[int, _Sums] = {}
         mlps: dict[int, _Sums] = {}
+        gates: dict[int, torch.Tensor] = {}
         for number in range(self.windows):
             window = torch.tensor([list(ids[number * self.length : (number + 1) * self.length])], device=device)
             record = Record()
@@ -206,9 +216,14 @@ class Load(TextMeasure):
             for sums, found in ((heads, record.routing), (mlps, record.mlp_routing)):
                 for layer, routing in found.items():
                     sums.setdefault(layer, _Sums()).add(routing)
+            for layer, found_gates in record.expert_gates.items():
+                gates[layer] = gates.get(layer, 0) + found_gates.double().sum(0).cpu()
+            if not (heads or mlps or gates):  # nothing is chosen or mixed
+                return result
             step(number + 1, self.windows)
         of_heads, of_mlps = ([sums[layer].load(layer) for layer in sorted(sums)] for sums in (heads, mlps))
-        return result.model_copy(update={"tokens": self.tokens, "layers": of_heads, "mlps": of_mlps})
+        means = {layer: (gates[layer] / self.tokens).tolist() for layer in sorted(gates)}
+        return result.model_copy(update={"tokens": self.tokens, "layers": of_heads, "mlps": of_mlps, "gates": means})
 
 
 class _Sums:
