@@ -62,11 +62,12 @@ def _writes(
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
     DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One chunk."""
+    """One chunk, the inverse in blocks of BLOCK rows, a quarter of PAGE."""
     begin(OVERLAP)
     bg = tl.program_id(1).to(tl.int64)
     b = bg // GROUPS
@@ -77,8 +78,9 @@ def _writes(
     p_keys = p_key + b * key_b + g * key_g
     p_values = p_value + b * value_b + g * value_g
     strength = tl.load(p_strength + bg * tokens + j, mask=m_j, other=0.0)
-    # [PAGE, PAGE]: the inverse row by row; those above row i are ready, those from i on are still the system's.
+    # [PAGE, PAGE], with 1 on its diagonal the system is I - this.
     below = o[:, None] > o[None, :]
+    near = o[:, None] // BLOCK == o[None, :] // BLOCK
     system = inner(p_keys, j * key_t, m_j, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
     system = -system * strength[:, None]
     passed = tl.zeros([PAGE], tl.float32)
@@ -87,11 +89,18 @@ def _writes(
         system = system * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
         total = tl.load(p_sums + bg * tokens + tl.program_id(0) * PAGE + PAGE - 1)
     system = tl.where(below, system, 0.0)
-    for i in range(1, PAGE):
-        row = tl.sum(tl.where((o == i)[:, None], system, 0.0), 0)
-        row += tl.sum(row[:, None] * system, 0)
-        system = tl.where((o == i)[:, None], row[None, :], system)
-    system = tl.where(o[:, None] == o[None, :], 1.0, system) * strength[None, :]
+    # The inverses of the blocks on the diagonal, row by row and all at once; rows above row i are ready.
+    inverse = tl.where(near, system, 0.0)
+    for i in range(1, BLOCK):
+        m_row = (o % BLOCK == i)[:, None] & near
+        row = tl.sum(tl.where(m_row, inverse, 0.0), 0)
+        row += tl.sum(row[:, None] * inverse, 0)
+        inverse = tl.where(m_row, row[None, :], inverse)
+    inverse = tl.where(o[:, None] == o[None, :], 1.0, inverse)
+    # With X these times what lies below the blocks, all of it is (I - X)^-1 = (I + X)(I + X^2) times them: X^4 is 0.
+    far = tl.dot(inverse, tl.where(near, 0.0, system), input_precision=PRECISION)
+    twice = tl.dot(far, tl.dot(far, inverse, input_precision=PRECISION), inverse, input_precision=PRECISION)
+    system = tl.dot(far, twice, twice, input_precision=PRECISION) * strength[None, :]
     for at in tl.static_range(0, VALUE_DIM, BLOCK_V):
         b_value = load_part(p_values, j * value_t, m_j, at, VALUE_DIM, BLOCK_V)
         high = system.to(b_value.dtype)
@@ -118,15 +127,24 @@ def _states(
     p_erased,  # [B, G, M, F]
     p_kept,  # [B, G, M, F]
     p_totals,  # [B, G, N] float32: L_C, where DECAY
-    p_states,  # [B, G, N + 1, DV, F] float32
+    p_states,  # [B, G, N + 1, DV, F]; with REVERSE float32
+    p_first,  # [B, G, F, DV] float32: the state to begin with, where FIRST
+    p_last,  # [B, G, DV, F] float32: the state behind the last token that goes into it; not with REVERSE
+    p_tokens,  # [B, G, 2] int32
     chunks,
     tokens,
+    first_b,
+    first_g,
+    first_f,
+    first_v,
+    GROUPS: tl.constexpr,
     FEATURES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PAGE: tl.constexpr,
     DECAY: tl.constexpr,
+    FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -148,10 +166,16 @@ def _states(
     m_state = (o_f < FEATURES)[:, None] & (o_v < VALUE_DIM)[None, :]
     size: tl.constexpr = FEATURES * VALUE_DIM
     p_slots = p_states + bg * (chunks + 1) * size
-    at = chunks * 0
     if REVERSE:
-        at = chunks
-    state = tl.load(p_slots + at * (bg * 0 + size) + o_state, mask=m_state, other=0.0)
+        state = tl.load(p_slots + chunks * (bg * 0 + size) + o_state, mask=m_state, other=0.0)
+    else:
+        end = (tl.load(p_tokens + bg * 2 + 1) + PAGE - 1) // PAGE
+        state = tl.zeros([BLOCK_F, BLOCK_V], tl.float32)
+        if FIRST:
+            p_begin = p_first + bg // GROUPS * first_b + bg % GROUPS * first_g
+            state = tl.load(p_begin + o_f[:, None] * first_f + o_v[None, :] * first_v, mask=m_state, other=0.0)
+        tl.store(p_slots + o_state, state.to(p_states.dtype.element_ty), mask=m_state)
+        tl.store(p_last + bg * size + o_state, state, mask=m_state & (o_state * 0 == end))
     for i in tl.range(0, chunks, num_stages=STAGES):
         n = i
         slot = n + 1
@@ -175,8 +199,9 @@ def _states(
         else:
             update = b_written - dot_wide(b_erased, state, b_written * 0.0, SPLIT, PRECISION)
             state = dot_wide(b_kept.T, update, state * scale, SPLIT, PRECISION)
+            tl.store(p_last + bg * size + o_state, state, mask=m_state & (o_state * 0 + slot == end))
         store_part(p_written, j * VALUE_DIM, update, m_j, at_v, VALUE_DIM, BLOCK_V)
-        tl.store(p_slot + o_state, state, mask=m_state)
+        tl.store(p_slot + o_state, state.to(p_states.dtype.element_ty), mask=m_state)
 
 
 def _walk(
@@ -184,29 +209,39 @@ def _walk(
     erased: torch.Tensor,
     kept: torch.Tensor,
     states: torch.Tensor,
+    first: torch.Tensor | None,
     where: Layout,
     *,
     reverse: bool,
-) -> None:
+) -> torch.Tensor:
+    """Fill the slots; without `reverse` the result is the last state, `[B, G, F, DV]` float32."""
     batch, groups, tokens, features = kept.shape
     value_dim = written.shape[-1]
     config = linear_config(kept.itemsize, kept.device)["delta"]
     block_f = max(16, triton.next_power_of_2(features))
     block_v = max(16, min(config["values"], triton.next_power_of_2(value_dim)))
+    last = states.new_empty(batch, groups, value_dim, features, dtype=torch.float32)
+    begin_at = last.mT if first is None else first
     _states[(triton.cdiv(value_dim, block_v), batch * groups)](
         written,
         erased,
         kept,
         where.decays(states)[1],
         states,
+        begin_at,
+        last,
+        where.tokens,
         tokens // PAGE,
         tokens,
+        *begin_at.stride(),
+        GROUPS=groups,
         FEATURES=features,
         VALUE_DIM=value_dim,
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         PAGE=PAGE,
         DECAY=where.totals is not None,
+        FIRST=first is not None,
         REVERSE=reverse,
         STAGES=config["stages"],
         SPLIT=kept.dtype == torch.bfloat16,
@@ -214,6 +249,7 @@ def _walk(
         num_warps=config["warps"],
         **overlapped(kept.device),
     )
+    return last.mT
 
 
 def _chunk_writes(
@@ -242,6 +278,7 @@ def _chunk_writes(
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         PAGE=PAGE,
+        BLOCK=PAGE // 4,
         DECAY=where.sums is not None,
         PRECISION="tf32x3",
         num_warps=4,
@@ -263,15 +300,14 @@ class _Delta(torch.autograd.Function):
         where: Layout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         written, erased, kept = _chunk_writes(key, value, strength, where)
-        slots = Slots.like(key, value, key.shape[2] // PAGE, torch.float32)  # there is no normaliser
+        slots = Slots.like(key, value, key.shape[2] // PAGE, value.dtype)  # there is no normaliser
         states = slots.matrices
-        states[:, :, 0] = 0 if first is None else first.mT
-        _walk(written, erased, kept, states, where, reverse=False)
+        last = _walk(written, erased, kept, states, first, where, reverse=False)
         result, _ = read(query, key, written, slots, where, None, mean=False, mass=False)
         ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept, result)
         ctx.where, ctx.first = where, first is not None
         ctx.set_materialize_grads(False)
-        return result, states.gather(2, _last_slot(states, where))[:, :, 0].mT
+        return result, last
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -298,10 +334,10 @@ class _Delta(torch.autograd.Function):
             if log_decay is not None:
                 of_sums = _of_rows((grad * result).sum(-1), where, tokens, key.shape[1])
                 of_sums -= (own_update.float() * update.float()).sum(-1)
-        _walk(of_update, erased, kept, flow, where, reverse=True)
+        _walk(of_update, erased, kept, flow, None, where, reverse=True)
 
         # Inside the chunks: the update U = V' - K' S, and what it leaves.
-        before, after = states[:, :, :-1].mT, flow[:, :, 1:].mT
+        before, after = states[:, :, :-1].float().mT, flow[:, :, 1:].mT
         by_chunk = of_update.unflatten(2, (-1, PAGE))
         of_erased = -by_chunk @ before.transpose(-1, -2)
         of_kept = update.float().unflatten(2, (-1, PAGE)) @ after.transpose(-1, -2)
