@@ -20,7 +20,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_norms_are_their_formulas() -> None:
-    hidden, key, value, positions = inputs()
+    _, key, value, positions = inputs()
     assert {name: SCORERS[name] for name in OF_KEYS_AND_VALUES} == OF_KEYS_AND_VALUES
     by_key, by_value = (SCORERS[name](GROUPS, HIDDEN, DIM) for name in ("key_norm", "value_norm"))
     expected = key.double().square().sum(-1).log() / 2
