@@ -80,9 +80,9 @@ ROUTED_PRUNED: tuple[Target, ...] = (
 
 # Half of the values' norms are above the thresholds, and with each cap some of those tokens are left out.
 RETAIN: tuple[Target, ...] = (
-    RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=1.8, share=0.5),
-    RetainGroup(sink=4, alpha=40, beta=0.125, scorer="value_norm", threshold=1.8, share=0.5, cap=(10, 0.125)),
     FullGroup(),
+    RetainGroup(sink=4, alpha=40, beta=0.125, scorer="value_norm", threshold=1.77, share=0.5, cap=(10, 0.125)),
+    RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=1.77, share=0.5),
     RetainGroup(sink=70, alpha=64, scorer="key_norm", threshold=-1.8, share=0.5, cap=(40, 0.0)),
     RetainGroup(sink=0, alpha=20, scorer="value_norm", threshold=1.9, share=0.3),
 )
@@ -110,9 +110,10 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 }
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
 OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
-# What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py) needs the last model alone.
+# What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py, test_retain.py) needs the last model alone.
 BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {
     SCORED: BASES[-1:],
+    RETAIN: BASES[-1:],
     EXPERTS: ("llama-gqa, upcycled",),
     ROUTED: BASES[:1],
 }
