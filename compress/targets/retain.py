@@ -70,10 +70,19 @@ class RetainGroup(Target):
 
     def listed(self, length: int) -> tuple[float, int]:
         """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""
-        span = self.span()
-        hidden = int(span.boundary(length - 1)) - span.sink
+        return self._listed(self.span(), length - 1)
+
+    def _listed(self, span: Span, t: int) -> tuple[float, int]:
+        """The same of the query at t: of the tokens that its span hides, those that it sees."""
+        hidden = int(span.boundary(t)) - span.sink
         most = min(hidden, cap_at(self.cap, span.sink + hidden - 1)) if hidden else 0
         return min(self.share * hidden, most), most
+
+    def _listed_pairs(self, span: Span, length: int, hidden: int) -> int:
+        """Pairs of a query and a kept token that its span hides, of `hidden` that it hides."""
+        if self.cap is None:
+            return round(self.share * hidden)
+        return round(sum(self._listed(span, t)[0] * min(PAGE, length - t) for t in range(0, length, PAGE)))
 
     def cost(self, unit: Unit, length: int) -> Cost:
         """Pages of the window, of the sink and of the expected list, with a flag for every token, and two counters.
@@ -90,8 +99,7 @@ class RetainGroup(Target):
         kept, most = self.listed(length)
         slots = span.page_count(length) * PAGE + round(min(kept + (PAGE - 1) / 2, PAGE * kept, -(-most // PAGE) * PAGE))
         pairs = visible_pairs(span, length)
-        hidden_pairs = length * (length + 1) // 2 - pairs
-        pairs += round(min(self.share * hidden_pairs, most * length))
+        pairs += self._listed_pairs(span, length, length * (length + 1) // 2 - pairs)
         made = SCORERS[self.scorer]
         flops = 4 * dim * unit.query_heads * pairs + made.flops(unit.hidden_size, dim) * length
         own = made.parameter_count(unit.hidden_size, dim) if unit.parameters else 0
