@@ -45,6 +45,7 @@ from tests.tiny import (
     tiny_model,
     tiny_tokenizer,
 )
+from tests.upcycled import upcycled_model
 
 LENGTH = 301
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -59,13 +60,8 @@ SCORED: tuple[Target, ...] = (
     ScoreGroup(score="lssar", power=3),
 )
 
-# Soft gates over some groups of a layer beside others; models that are made of experts are in models/test_upcycle.py.
-EXPERTS: tuple[Target, ...] = (
-    ExpertGroup(experts=2, expert=0),
-    ExpertGroup(experts=2, expert=1),
-    ExpertGroup(experts=3, expert=2),
-    FullGroup(),
-)
+# Two models side by side, whose plan is made with them (`upcycled_model`).
+EXPERTS: tuple[Target, ...] = (ExpertGroup(experts=2, expert=0), ExpertGroup(experts=2, expert=1))
 
 # Two entries are a layer of the model with grouped heads.
 ROUTED: tuple[Target, ...] = (
@@ -106,7 +102,7 @@ OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not 
 # What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py) needs the last model alone.
 BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {
     SCORED: BASES[-1:],
-    EXPERTS: BASES[-1:],
+    EXPERTS: ("llama-gqa, upcycled",),
     ROUTED: BASES[:1],
 }
 CELLS = {
@@ -136,10 +132,13 @@ def fresh(name: str) -> tuple[Any, Any, Any]:
 def planned_from(name: str) -> tuple[LoadedModel, Plan]:
     """The dense model with its tokenizer, and the plan."""
     base, groups = CELLS.get(name, (name, MIXED))
-    family, _, pruned = base.partition(", ")
-    model = with_biases(family) if pruned else tiny_model(family)
+    family, _, form = base.partition(", ")
+    if form == "upcycled":
+        model, plan = upcycled_model(family)
+        return LoadedModel(model, tiny_tokenizer(), f"tiny/{family}"), plan
+    model = with_biases(family) if form else tiny_model(family)
     attach_as_they_start(model, groups)
-    plan = uneven_plan(model, groups) if pruned else mixed_plan(shape_of(model), groups)
+    plan = uneven_plan(model, groups) if form else mixed_plan(shape_of(model), groups)
     return LoadedModel(model, tiny_tokenizer(), f"tiny/{family}"), plan
 
 
@@ -335,7 +334,8 @@ def test_the_kernels_are_the_reference(family: str) -> None:
         model.config.compress_impl = impl
         model.zero_grad()
         model(ids[:, :70], attention_mask=mask[:, :70], use_cache=False).logits[2].square().mean().backward()
-        gradients.append([weight.grad.clone() for weight in model.model.layers[0].self_attn.parameters()])
+        weights = model.model.layers[0].self_attn.parameters()
+        gradients.append([weight.grad.clone() for weight in weights if weight.grad is not None])
     torch.testing.assert_close(gradients[1], gradients[0], **CLOSE)
     found = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)

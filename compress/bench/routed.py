@@ -70,16 +70,17 @@ class RoutedLayer:
             hidden: `[B, T, H * D]`, what the router reads.
         """
         query, key, value = qkv
-        step = self._step(query, hidden, impl)
+        step = self.step(query, hidden, impl)
         return lambda: mixer.prefill(query, key, value, None, step, scale=None, dropout=0.0)
 
     def computed_share(self, qkv: list[torch.Tensor], hidden: torch.Tensor, impl: str) -> float:
         """Of the causal pairs of query and key of all heads, those that are computed for what these tokens choose."""
-        on = self.chosen.flags(qkv[0], self._step(qkv[0], hidden, impl))[0]
+        on = self.chosen.flags(qkv[0], self.step(qkv[0], hidden, impl))[0]
         pairs = torch.arange(1, on.shape[1] + 1, device=on.device, dtype=torch.float64)
         return float((on.double().mean(-1) * pairs).sum() / (pairs.sum() * on.shape[0]))
 
-    def _step(self, query: torch.Tensor, hidden: torch.Tensor, impl: str) -> Step:
+    def step(self, query: torch.Tensor, hidden: torch.Tensor, impl: str) -> Step:
+        """The pass of these tokens."""
         step = Step.begin(None, None, query.shape[0], query.shape[2], query.device)
         step.impl, step.hidden = impl, hidden
         return step
@@ -103,12 +104,13 @@ class RoutedCache:
             self.state.begin(self.key, self.value)
             for pool in self.state.pools().values():
                 pool.normal_()
-        return mixer.decode(self.query, self.key, self.value, self.state, self._step(impl), scale=None)
+        return mixer.decode(self.query, self.key, self.value, self.state, self.step(impl), scale=None)
 
     def read_share(self, mixer: RoutedMixer, impl: str) -> float:
         """Of the groups' keys and values, those that are read for what these tokens choose."""
-        on: Any = mixer.flags(self.query, self._step(impl))[0]
+        on: Any = mixer.flags(self.query, self.step(impl))[0]
         return float(on.unflatten(-1, (self.groups, -1)).any(-1).double().mean())
 
-    def _step(self, impl: str) -> Step:
+    def step(self, impl: str) -> Step:
+        """The pass of its token."""
         return Step(None, None, None, self.lengths, None, 1, impl=impl, hidden=self.hidden)

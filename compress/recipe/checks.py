@@ -121,6 +121,9 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
     ]
     for number, statistic in enumerate(recipe.profile.statistics):
         reads.append((("profile", "statistics", number), f"`{statistic.registered}`", statistic.scores_read()))
+    if recipe.prepare is not None:
+        priced = statistics["effect"](targets=recipe.prepare.targets, **recipe.prepare.priced_layers)
+        reads.append((("prepare",), "`prepare.layers`", priced.scores_read()))
     owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
     for path, reader, wanted in reads:
         for name, form in wanted.items():

@@ -91,11 +91,11 @@ def _all_charts(folders: Sequence[Facts]) -> list[Chart]:
 
 
 def span_length(folder: Path) -> int:
-    """The longest length of the budget, in tokens."""
+    """The longest length of the budget, in tokens; where it has none, that at which the plan's cost was predicted."""
     path = folder / "search" / "pareto.json"
     limits = read_model(_Report, path, "the report of the search", fix="compress search RECIPE").limits
     lengths = list(limits) if isinstance(limits, dict) else [row.length for row in limits if row.length is not None]
-    return max(lengths)
+    return max(lengths) if lengths else _longest(read_plan(RunFolder(folder).plan))
 
 
 def _longest(plan: Plan) -> int:

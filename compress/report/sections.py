@@ -414,6 +414,9 @@ def engines(folders: Sequence[Facts]) -> list[tuple[str, str]]:
             "that were trained with the choice, and saves nothing"
         )
         rows.append(("all of these but the first, for heads that tokens choose", lost))
+    if any(facts.plan is not None and facts.plan.upcycle is not None for facts in folders):
+        lost = "cannot serve several models as one: they know no gates on heads, and no choice among a layer's MLPs"
+        rows.append(("all of these but the first, for an upcycled model", lost))
     return rows
 
 

@@ -62,9 +62,14 @@ class MlpExperts(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([mlp, *(copy.deepcopy(mlp) for _ in range(count - 1))])
         like = next(mlp.parameters())
-        self.router = nn.Parameter(torch.zeros(count, hidden_size, device=like.device, dtype=like.dtype))
+        self.router = nn.Parameter(torch.empty(count, hidden_size, device=like.device, dtype=like.dtype))
         self.top, self.weight, self.layer = top, weight, layer
         self.compress_step: Step | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A router without a preference; MLPs are reset by themselves."""
+        nn.init.zeros_(self.router)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what the chosen experts give for `[..., hidden size]`."""

@@ -27,7 +27,7 @@ from .attention import NAME, install, refuse_arguments
 from .families import ROWS, Family, head_size_of
 from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
-from .mlp_experts import install_experts
+from .mlp_experts import MlpExperts, install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
 from .rope import crosses, rope_change, steady, turns
 from .span import native_windows
@@ -77,7 +77,7 @@ class OneProcess:
 
     def _init_weights(self, module: Any) -> None:
         """First values of a module that no file had values for, as the stock model's and the mixers' own."""
-        if isinstance(module, Mixer):
+        if isinstance(module, (Mixer, MlpExperts)):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]

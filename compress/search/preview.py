@@ -19,6 +19,7 @@ from compress.models.planned import check_norms
 from compress.models.shape import shape_without_weights
 from compress.plan import LayerPlan, ModelShape, plan_of_layers
 from compress.profile.key import Key
+from compress.registry import statistics as known_statistics
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
@@ -116,7 +117,10 @@ def check_search(
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
-    effects = replace(profile, priced=trained, priced_layers=()) if prepare is not None and prepare.effect else None
+    effects = None
+    if prepare is not None and prepare.effect:
+        after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
+        effects = replace(profile, priced=trained, priced_layers=after.layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
     for candidate in solver.check(problem):
         _check_plan(config, shape, candidate.layers)

@@ -101,8 +101,8 @@ def make_problem(
     asked = tuple(budget.lengths or ())
     problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects, asked=asked)
     choices, whole = solver.choices(problem), solver.whole_layers(problem)
-    for why in whole.refused:
-        say(f"not chosen from: {why}")
+    for remark in whole.remarks:
+        say(remark)
     problem = problem.counting(choices, whole.entries)
     least = solver.least_amounts(problem)
     if (line := sliding_line(problem, least.tolist())) is not None:
@@ -261,8 +261,8 @@ def run_search(
     }
     if refined is not None:
         report["refine"] = refined.summary()
-    if whole := solver.whole_layers(problem).refused:
-        report["refused"] = list(whole)
+    if remarks := solver.whole_layers(problem).remarks:
+        report["remarks"] = remarks
     write_result(folder, report, plan, plans, compared)
     return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
 

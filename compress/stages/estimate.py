@@ -15,6 +15,7 @@ from compress.evaluate.measure import asked_for
 from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
+from compress.registry import statistics
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
@@ -111,7 +112,11 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         chosen = sum(all(each.needs_choice for each in prepare.objectives_of(target)) for target in prepare.targets)
         stages["prepare"] = _training(prepare, of, 1 + (1 + BACKWARD) * (targets - chosen) + CHOICE * chosen)
         if recipe.prepare.effect:
-            stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * targets)
+            others = targets
+            if recipe.prepare.priced_layers and of.shape is not None:
+                lengths = sorted({task.length for task in calibration.documents})
+                others += statistics["effect"](**recipe.prepare.priced_layers).alternatives(of.shape, lengths)
+            stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * others)
     plans = 1 + search.solver.most_plans(len({task.length for task in calibration.documents})) + BASELINES
     if recipe.upcycle is None:
         stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from compress.models.prepared import Option, attach, prepared_for, read_prepared
 from compress.profile.heads.effect import Effect
+from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
 from compress.runfolder import EFFECTS, PREPARED
 from compress.stages.device import resolve_device
 from compress.stages.processes import together
+from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, missing, timed
 from compress.train.prepare import prepare
@@ -97,12 +99,20 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
 
     def work() -> Profile:
         documents = documents_of(session, recipe.calibration.documents, "calibration")
+        statistic = Effect(targets=settings.targets, **settings.priced_layers)
+        # What ranks heads is among what the profile of the dense model has.
+        known = profile_stage(session, must_be_done=True).tensors if statistic.follows else None
         with session.reporter.progress("effect") as report:
-            statistic = Effect(targets=settings.targets)
-            return run_profile(session.loaded, documents, [statistic], folder, seed=recipe.seed, progress=report)
+            return run_profile(
+                session.loaded, documents, [statistic], folder, seed=recipe.seed, progress=report, known=known
+            )
 
     effects = timed(session, "effect", session.effect_key, [EFFECTS], work)
     for target in settings.targets:
         losses = [f"{float(effects.effect(target, length).mean()):.3g} at {length:,}" for length in effects.lengths]
         say(f"effect: {target.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
+    for option in effects.priced_layers:
+        tensors = {length: effects.tensor(Key("effect", "absolute", length).to(option)) for length in effects.lengths}
+        losses = [f"{float(tensor.mean()):.3g} at {length:,}" for length, tensor in tensors.items()]
+        say(f"effect: {option.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
     return effects

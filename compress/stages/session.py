@@ -124,7 +124,16 @@ class Session:
             calibration["documents"],
             self.recipe.seed,
             self.recipe.dtype,
+            *self._priced_layers(),
         )
+
+    def _priced_layers(self) -> list[Any]:
+        """What is priced after the preparation beside its targets, and the profile that ranks heads for it."""
+        settings = self.recipe.prepare
+        if settings is None or not settings.priced_layers:
+            return []
+        written = self.resolved["prepare"]
+        return [written["layers"], written["options"], self.profile_key()]
 
     def profile_key(self) -> str:
         """A key of everything that a profile depends on."""
@@ -152,7 +161,7 @@ class Session:
         text = self._text(section.text, section.held_out, "held_out") if section.held_out else None
         tables = [self.inputs.file(path) for path in self.recipe.search.budget.tables]
         prepared = self._prepared()
-        priced = ["effect"] if self.recipe.prepare is not None and self.recipe.prepare.effect else []
+        priced = ["effect", *self._priced_layers()] if self.recipe.prepare and self.recipe.prepare.effect else []
         search = self.resolved["search"]
         return stage_key("search", self.profile_key(), held_out, text, search, tables, *prepared, *priced)
 

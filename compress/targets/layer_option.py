@@ -33,6 +33,11 @@ class LayerOption(Method):
             grid: which parameters to choose from, of the type `cls.grid`; None takes that type's defaults.
         """
 
+    @classmethod
+    def ranks(cls, grid: Any = None) -> tuple[str, ...]:
+        """The statistics that options of a grid may rank heads by, whatever the sizes of layers."""
+        return ()
+
     @property
     def ranked_by(self) -> str | None:
         """The statistic whose scores of heads or head groups it reads; None where it reads none."""
@@ -88,3 +93,6 @@ class Alike(LayerOption):
 
     def words(self) -> str:
         return self.target.words()
+
+    def little(self, groups: int, queries: int) -> str:
+        return self.target.little(queries)

@@ -174,6 +174,18 @@ class RoutedGroup(SpanTarget):
         """See `Target.all_on`: as many units a token as there are."""
         return self.model_copy(update={"active": self.of})
 
+    def little(self, query_heads: int) -> str:
+        """Under grouped queries a group's keys are read as long as one of its query heads is on."""
+        if self.unit == "group" or query_heads == 1 or not self.of:
+            return ""
+        off = Fraction(0)
+        if query_heads <= self.of:
+            off = 1 - self.model_copy(update={"shared": ()}).read_share(query_heads)
+        return (
+            f"a head group's keys are read as long as one of its {query_heads} query heads is on, and none is for "
+            f"{float(off):.1%} of the tokens; head groups as units (`unit: group`) save what they leave out"
+        )
+
     @property
     def at_random(self) -> RoutedGroup:
         """See `Target.at_random`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -89,6 +88,11 @@ class RoutedOption(LayerOption):
                         found.append(cls(shared=always, active=on - always, **about))
         return list(dict.fromkeys(found))
 
+    @classmethod
+    def ranks(cls, grid: RoutedGrid | None = None) -> tuple[str, ...]:
+        """What says which heads are shared, where the grid shares any."""
+        return () if grid is None or grid.shared_by == FIRST or not any(grid.shared) else (grid.shared_by,)
+
     @property
     def ranked_by(self) -> str | None:
         """The statistic of `shared_by`, where anything is shared."""
@@ -149,16 +153,9 @@ class RoutedOption(LayerOption):
         return f"{noun} routed, {shared} shared{by} and {self.active} chosen by {how}"
 
     def little(self, groups: int, queries: int) -> str:
-        """Under grouped queries a group's keys are read as long as one of its query heads is on."""
-        if self.unit == "group" or queries == 1:
-            return ""
+        """See `Target.little`, of a group none of whose heads is shared."""
         free = self.count(groups, queries) - self.always(groups, queries)
-        # Of a group none of whose heads is shared; the others are always read.
-        off = comb(free - queries, self.active) / comb(free, self.active) if free >= queries else 0.0
-        return (
-            f"a head group's keys are read as long as one of its {queries} query heads is on, and none is for "
-            f"{off:.1%} of the tokens; head groups as units (`unit: group`) save what they leave out"
-        )
+        return RoutedGroup(unit=self.unit, router=self.router, active=self.active, of=free).little(queries)
 
     def unpriced(self) -> str | None:
         """A router with weights chooses by nothing before it was trained."""

@@ -151,6 +151,14 @@ class Target(Method):
         """Whether it needs queries and keys as they were before RoPE."""
         return False
 
+    def little(self, query_heads: int) -> str:
+        """Why it may save little, a clause for messages; empty where there is nothing to say.
+
+        Args:
+            query_heads: of the group.
+        """
+        return ""
+
     @property
     def at_random(self) -> Target:
         """The same with what it decides token by token left to chance, a control; itself where it decides nothing."""

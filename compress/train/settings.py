@@ -13,6 +13,7 @@ from compress import registry
 from compress.data.text import TextSource
 from compress.limits import BATCH, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
+from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
@@ -222,7 +223,7 @@ class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
     newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto"}
-    outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect"}
+    outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect", "layers", "options"}
 
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
         min_length=1, max_length=ENTRIES, description="what to train, for every head group that may become it"
@@ -253,6 +254,30 @@ class PrepareSettings(TrainSettings):
         description="afterwards measure what each target, so trained, costs the loss to first order on the calibration "
         "documents, as the statistic `effect` does for others; needs a backward pass",
     )
+
+    layers: tuple[Annotated[LayerOption, registry.layer_options], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="options of whole layers that are priced with them, whose routers are those trained here, for "
+        "instance `{option: routed, router: two_stage, shared: 1, active: 1}`; for `effect: true`",
+    )
+    options: dict[str, dict[str, Any] | None] = Field(
+        {},
+        description="likewise all options of a grid, by the name of the target, as of the statistic `effect`",
+    )
+
+    @property
+    def priced_layers(self) -> dict[str, Any]:
+        """What is priced beside the targets, as the statistic `effect` takes it; empty without any."""
+        return {"layers": self.layers, "options": self.options} if self.layers or self.options else {}
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.priced_layers and not self.effect:
+            raise ValueError("`layers` and `options` are priced, so write `effect: true`, or leave them out")
+        if self.options:  # refused as there, if they are none
+            registry.statistics["effect"](options=self.options)
+        return self
 
     @property
     def measured(self) -> dict[str, str]:

@@ -171,6 +171,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         for unit in ("group", "layer", "model")
     },
     ("evaluate.measures.distance.Distance", "", ""): ("tests/evaluate/test_branches.py", r'measured\("distance"'),
+    ("evaluate.measures.load.Load", "", ""): ("tests/evaluate/test_load.py", r'measures\["load"\]\('),
     ("evaluate.measures.drift.Drift", "", ""): ("tests/evaluate/test_branches.py", r'measured\("drift"'),
     **{
         (UPCYCLED, key, value): ("tests/cli/test_upcycle_run.py", f'"{key}": {shown}')
@@ -189,6 +190,17 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
     },
     ("search.refine.refine.Refine", "", ""): ("tests/golden/make.py", r"refine: \{minutes"),
     ("search.solvers.priced.Priced", "part", "signed"): ("tests/search/test_mixed.py", r"part: signed"),
+    ("search.solvers.priced.Priced", "force", True): ("tests/search/test_routed.py", r"Priced\(.*force=True"),
+    ("search.solvers.even.Even", "force", True): ("tests/search/test_routed.py", r"Even\(.*force=True"),
+    **dict.fromkeys(
+        (("search.solvers.even.Even", "", ""), ("search.solvers.even.Even", "force", False)),
+        ("tests/search/test_routed_run.py", r"\{name: even, option: \{option: routed"),
+    ),
+    ("profile.heads.removal.RemovalEffect", "", ""): ("tests/search/test_routed_run.py", r"\{name: removal\}"),
+    **{
+        ("recipe.schema.EvaluateSection", "compare", name): ("tests/search/test_routed_run.py", f"compare: .*{name}")
+        for name in ("even", "random-routing", "static-pruning")
+    },
 }
 
 

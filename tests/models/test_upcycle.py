@@ -19,11 +19,13 @@ from compress.models.upcycled import attach_upcycled
 from compress.plan import MlpRouting
 from compress.runtime import mixer_expert, mlp_experts
 from compress.runtime.families import ROWS
+from compress.runtime.span import PAGE
 from compress.runtime.step import Record
 from compress.train.curve import Curve
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
+from tests.upcycled import varied, with_random_routers
 
 # Of the families whose norms are multiplied into projections: how each is called among the tiny models.
 GAINED = sorted({"llama": "llama-gqa"}.get(row.model_type, row.model_type) for row in ROWS if row.gains)
@@ -32,24 +34,6 @@ GAINED = sorted({"llama": "llama-gqa"}.get(row.model_type, row.model_type) for r
 def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model(ids, **kwargs).logits
-
-
-def varied(seed: Any, number: int, *, of_layers: bool = True) -> Any:
-    """A copy of a model whose layers, norms included, are others; or also all else."""
-    model = copy.deepcopy(seed)
-    torch.manual_seed(number)
-    for name, weight in model.named_parameters():
-        if ".layers." in name or not of_layers:
-            weight.data += 0.3 * torch.randn_like(weight) * weight.std().clamp(min=0.1)
-    return model
-
-
-def with_random_routers(model: Any, scale: float = 1.0) -> Any:
-    torch.manual_seed(9)
-    for name, weight in model.named_parameters():
-        if name.endswith(".router"):
-            torch.nn.init.normal_(weight, std=scale)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +118,22 @@ def test_the_layers_are_the_published_formulas(seed: Any, experts: dict[str, Any
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)  # norms are float32 in transformers
 
 
-def test_cached_padded_and_chunked_tokens_are_those_of_one_pass(made: tuple[Any, Any]) -> None:
-    model, plan = made
-    ids = random_ids(2, 90)
-    mask = torch.ones_like(ids)
+def test_shared_keys_and_values_are_cached_once(seed: Any, experts: dict[str, Any]) -> None:
+    """The cache of one model, and steps that are those of one pass. With keys of each: tests/test_conformance.py."""
+    model, plan, _ = upcycle(seed, experts, kv="shared")
+    with_random_routers(model)
+    ids, mask = random_ids(2, 80), torch.ones(2, 80, dtype=torch.long)
     mask[0, :25] = mask[1, 40:47] = 0
-    whole = logits(model, ids, attention_mask=mask)
-    cache = model.new_cache()
+    whole, cache = logits(model, ids, attention_mask=mask), model.new_cache()
     parts = [logits(model, ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)]
     parts += [
-        logits(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache) for t in range(70, 90)
+        logits(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache) for t in range(70, 80)
     ]
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=1e-4, atol=1e-4)
-    alone = logits(model, ids[:1, 25:])
-    torch.testing.assert_close(whole[:1, 25:], alone, rtol=1e-4, atol=1e-4)
-    kept = [int(row) for row in mask.sum(1)]
-    assert cache.held_bytes() == sum(plan.cost(length, 4).held_bytes for length in kept)
+    lengths = [int(row) for row in mask.sum(1)]
+    assert cache.held_bytes() == sum(plan.cost(length, 4).held_bytes for length in lengths)
+    pages = sum(-(-length // PAGE) for length in lengths)
+    assert cache.held_bytes() == pages * PAGE * 3 * 2 * plan.source.unit(0, 4).token_bytes
 
 
 def test_only_real_tokens_are_recorded(made: tuple[Any, Any]) -> None:

@@ -27,6 +27,7 @@ from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.search.refine.moves import Moves
 from compress.search.run import make_problem
 from compress.search.solvers.even import Even
+from compress.search.solvers.keep import Keep
 from compress.search.solvers.priced import Priced
 from compress.targets.layer_option import LayerOption
 from compress.targets.routed import RoutedGroup
@@ -237,7 +238,8 @@ def test_an_option_that_saves_too_little_is_refused_with_its_figure(dense: Dense
     assert "3.8%" in str(caught.value) and "force: true" in str(caught.value)
     said.clear()
     forced = searched(dense, Budget(bytes_read=0.99, lengths=(8192,)), [PAPER], said, force=True)
-    assert not said
+    assert said == [line.removeprefix("not chosen from: ")]
+    said.clear()
     (plan,) = Priced(points=0, force=True).solve(forced)
     assert any(group.by_layer for layer in plan.layers for group in layer.groups)
     # The same share of heads is worth it where attention is a larger part, and where more of it is on one scale.
@@ -249,6 +251,20 @@ def test_an_option_that_saves_too_little_is_refused_with_its_figure(dense: Dense
     said.clear()
     with pytest.raises(UserError, match="saves too little"):  # routed heads hold what all heads hold
         searched(dense, Budget(kv=0.9, lengths=(8192,)), [groups], said)
+    searched(dense, Budget(kv=1.0, lengths=(8192,)), [groups], said)  # which limits nothing, so the others count
+    assert not said
+    target = RoutedGroup(unit="head", router="norm", active=24, of=32)
+    keep = Keep(statistic="retrieval", share=0.5, target=target, level="layer")
+    profile = WholeAlone((512,), None, {"retrieval.512": torch.rand(2, 8)})
+    problem = make_problem(dense, profile, Budget(kv=1.0, lengths=(2048,)), keep, said.append)
+    assert len(said) == 1 and "`flops` at 2,048 tokens" in said[0] and "none is for 0.2% of the tokens" in said[0]
+    (plan,) = keep.solve(problem)
+    assert [{group.target for group in layer.groups} for layer in plan.layers] in (
+        [{"full"}, {"routed"}],
+        [{"routed"}, {"full"}],
+    )
+    with pytest.raises(UserError, match="together, so single ones cannot stay full"):
+        make_problem(dense, profile, Budget(kv=1.0), keep.model_copy(update={"level": "group"}), said.append)
 
 
 def test_options_of_a_grid_and_what_is_shared() -> None:

@@ -10,10 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.evaluate.comparison import read_comparison
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
 from compress.plan import Plan, read_plan
+from compress.profile.key import Key
+from compress.profile.store import read_profile
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import tiny_model
 
@@ -93,3 +96,51 @@ def test_what_stands_beside_it_differs_in_what_tokens_choose_alone(run: Path) ->
             assert len(mine.kept_groups) == other.groups[0].model_dump()["active"]  # nothing is shared here
         else:
             assert mine == other
+
+
+PREPARED = """\
+prepare:
+  targets: [{target: routed, active: 1, of: 4}]
+  layers: [{option: routed, router: two_stage, shared: 1, active: 1, shared_by: removal}]
+  effect: true
+  steps: 2
+  length: 64
+  batch_size: 2
+search:
+  solver: {name: priced, level: model}
+  budget: {active: 0.5, lengths: [320]}
+"""
+
+EVEN = "{name: even, option: {option: routed, shared: 1, shared_by: removal, router: two_stage}}"
+
+
+def test_routers_are_trained_once_and_priced_for_layers_that_share_other_heads(run: Path) -> None:
+    recipe, text = run / "prepared.yaml", (run / "recipe.yaml").read_text()
+    head, tail = text.partition("search:\n")[0], "evaluate:" + text.partition("evaluate:")[2]
+    head = head.replace(f"output: {run / 'run'}", f"output: {run / 'prepared'}")
+    recipe.write_text(head + PREPARED + tail)
+    said = "".join(call(command, recipe) for command in ("profile", "prepare", "search"))
+    assert "effect: head groups routed, 1 shared by removal and 1 chosen by a router, nats to first order" in said
+    plan = read_plan(run / "prepared" / "plan.json")
+    groups: Any = [group for layer in plan.layers for group in layer.groups]
+    assert {(group.router, group.active) for group in groups} <= {("two_stage", 1), ("norm", 2), ("norm", 1)}
+    assert plan.predicted.of("active")[None].fraction <= 0.5
+    effects = read_profile(run / "prepared" / "options" / "effect")
+    (option,) = effects.priced_layers
+    tensor = effects.tensor(Key("effect", "absolute", 320).to(option))
+    shared = read_profile(run / "prepared" / "profile").tensor(Key("removal", "", 320)).argmax(1)
+    assert tensor.shape == (3, 4) and bool((tensor > 0).any())
+    assert bool((tensor.argmin(1) == shared).all())  # always on, with gates of about 1
+    call("eval", recipe)
+    rows = [row.name for row in read_comparison(run / "prepared" / "evaluation.json").variants]
+    assert rows == ["dense", "plan", "even", "random-routing", "static-pruning", "random"]
+    right = recipe.read_text()
+    recipe.write_text(right.replace("{name: priced, level: model}", EVEN))
+    call("search", recipe)
+    even: Any = [layer.groups[0] for layer in read_plan(run / "prepared" / "plan.json").layers]
+    assert {(group.router, group.always, group.active, group.of) for group in even} == {("two_stage", 1, 1, 3)}
+    recipe.write_text(right.replace("effect: true", "effect: false"))
+    assert "write `effect: true`" in call("validate", recipe, fails=True)
+    recipe.write_text(right.replace("- {name: removal}", "- {name: lse_spread}"))
+    told = call("validate", recipe, fails=True)
+    assert "`effect` reads `removal`, which is not measured" in told and "add `{name: removal}`" in told

@@ -103,11 +103,10 @@ class Effect(HeadStatistic):
     @property
     def follows(self) -> tuple[str, ...]:
         """See `Statistic.follows`: what says which heads of a layer are always on."""
-        listed = [*self.layers]
+        read = [option.ranked_by for option in self.layers if option.ranked_by is not None]
         for name, grid in self.options.items():
-            if _of_layers(name):  # which heads are shared is the same for all sizes of layers
-                listed += layer_options[name].options(2, 2, _grid(name, grid))
-        return tuple(dict.fromkeys(option.ranked_by for option in listed if option.ranked_by is not None))
+            read += layer_options[name].ranks(_grid(name, grid)) if _of_layers(name) else ()
+        return tuple(dict.fromkeys(read))
 
     def scores_read(self) -> dict[str, str]:
         """What it ranks heads by."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compress.registry import budget_kinds
@@ -12,6 +12,8 @@ from compress.search.budget.kind import Row
 from compress.search.problem import Problem
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
+
+LEAST = 0.02  # share of a layer's cost below which an option saves too little
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Saving:
 
 
 def savings(problem: Problem, number: int, entries: Sequence[Target]) -> list[Saving]:
-    """What a layer saves under a target for every head group, in every row of the budget that counts something spent.
+    """What a layer saves under a target for every head group, in every row of the budget that limits something spent.
 
     A budget that has none, such as one of active heads alone, is looked at by the FLOPs of a prefill and the bytes that
     a decode step reads.
     """
-    rows = tuple(row for row in problem.rows if budget_kinds[row.kind].spent)
+    rows = tuple(row for row in problem.rows if budget_kinds[row.kind].spent and row.limit < row.dense)
     if not rows:
         dense, lengths = problem.dense, problem.budget_lengths
         rows = tuple(kind.row(length, 1.0, dense) for kind in (Flops, BytesRead) for length in lengths)
@@ -55,20 +57,21 @@ def savings(problem: Problem, number: int, entries: Sequence[Target]) -> list[Sa
     return found
 
 
-def refused(option: LayerOption, found: Sequence[Saving], least: float, groups: int, queries: int) -> str | None:
+def saves_too_little(
+    problem: Problem, option: LayerOption, layers: Mapping[int, Sequence[Target]], least: float = LEAST
+) -> str | None:
     """Why an option is not worth its place, in a sentence with the figures; None where it saves enough somewhere.
 
     Args:
-        found: what it saves.
+        layers: what it makes of the layers that may change, by layer.
         least: share of a layer's cost that has to be saved in one row or more.
-        groups: head groups of a layer.
-        queries: query heads of a group.
     """
+    number = next(iter(layers))
+    found = savings(problem, number, layers[number])
     best = max(found, key=lambda saving: saving.share, default=None)
     if best is not None and best.share >= least:
         return None
     figures = ", ".join(saving.words for saving in found) or "nothing"
-    why = option.little(groups, queries)
-    return f"{option.words()}: saves {figures}, less than the {least:.3g} that `least_saving` asks for" + (
-        f"; {why}" if why else ""
-    )
+    why = option.little(problem.shape.kv_heads, problem.shape.group_size)
+    told = f"{option.words()}: saves {figures}, less than the {least:.3g} that `least_saving` asks for"
+    return f"{told}; {why}" if why else told

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.registry import Method
-from compress.search.choice.saving import refused, savings
+from compress.search.choice.saving import LEAST, saves_too_little
 from compress.search.problem import Problem
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
@@ -23,10 +23,17 @@ class WholeLayers:
     Attributes:
         options: what they make of the layers that may change, by layer.
         refused: why others are left out, a sentence each.
+        flagged: what is to be known of those that are taken all the same, likewise.
     """
 
     options: dict[LayerOption, dict[int, tuple[Target, ...]]] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    flagged: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """All of that, for the user."""
+        return [*(f"not chosen from: {why}" for why in self.refused), *self.flagged]
 
     @property
     def entries(self) -> list[tuple[Target, ...]]:
@@ -49,7 +56,7 @@ class LeastSaving(Method):
             description="share of a layer's cost that an option of whole layers, such as routed heads, has to save in "
             "one of the budget's kinds at one of its lengths; others are left out",
         ),
-    ] = 0.02
+    ] = LEAST
     force: Annotated[bool, Field(description="choose also among options that save less")] = False
 
     def worthwhile(self, problem: Problem, options: Iterable[LayerOption]) -> WholeLayers:
@@ -58,22 +65,17 @@ class LeastSaving(Method):
         Raises:
             UserError: an option does not fit the layers, or the profile does not have what it ranks heads by.
         """
-        taken, left = {}, list[str]()
-        shape = problem.shape
+        taken, left, flagged = {}, list[str](), list[str]()
         for option in options:
             layers = problem.entries(option)
             if not layers:
                 continue
-            number = next(iter(layers))
-            why = None
-            if not self.force:
-                found = savings(problem, number, layers[number])
-                why = refused(option, found, self.least_saving, shape.kv_heads, shape.group_size)
-            if why is None:
+            why = saves_too_little(problem, option, layers, self.least_saving)
+            if why is None or self.force:
                 taken[option] = layers
-            else:
-                left.append(why)
-        return WholeLayers(taken, tuple(left))
+            if why is not None:
+                (flagged if self.force else left).append(why)
+        return WholeLayers(taken, tuple(left), tuple(flagged))
 
 
 def nothing_left(refusals: Iterable[str]) -> UserError:

@@ -20,10 +20,13 @@ from compress import registry
 from compress.errors import UserError
 from compress.limits import FACTOR
 from compress.registry import solvers
+from compress.search.choice.saving import saves_too_little
+from compress.search.choice.whole import WholeLayers
 from compress.search.problem import FULL_GROUP, Candidate, Layers, Place, Problem
 from compress.search.solver import Solver, check_rows
 from compress.search.solvers.heads import score_of, weighed
 from compress.search.solvers.priced import cheapest
+from compress.targets.layer_option import Alike
 from compress.targets.target import Target
 
 # What is measured of the target itself; any other name is a statistic of the profile.
@@ -106,6 +109,12 @@ class Keep(Solver):
                 fix="add `target: {target: window, sink: 64, alpha: 256, beta: 0}` to the solver, or prepare one",
             )
         return found
+
+    def whole_layers(self, problem: Problem) -> WholeLayers:
+        """None to choose from; but targets that whole layers become are flagged where they save too little."""
+        options = [Alike(target=target) for target in self.choices(problem) if target.by_layer]
+        told = [saves_too_little(problem, option, problem.entries(option)) for option in options]
+        return WholeLayers(flagged=tuple(why for why in told if why is not None))
 
     def smallest(self, problem: Problem) -> Layers:
         """With the target that costs least, and nothing kept but what `share` says; see `Solver.smallest`."""
