@@ -95,7 +95,12 @@ def test_a_model_that_is_kept_in_bfloat16_trains_as_it_runs(
     seen: set[torch.dtype] = set()
     norm = type(model_of().model.norm)
     plain = norm.forward
-    monkeypatch.setattr(norm, "forward", lambda self, x: (seen.add(x.dtype), plain(self, x))[1])
+
+    def noted(self: Any, states: torch.Tensor) -> Any:
+        seen.add(states.dtype)
+        return plain(self, states)
+
+    monkeypatch.setattr(norm, "forward", noted)
     asked: dict[str, Any] = {"train": train, "loss": loss, "rate": 1e-3, "steps": 3}
     given = model_of().bfloat16() if loss == "distill" else None
     exact = trained(tmp_path / "exact", planned(), precision="float32", teacher=model_of(), **asked)[1]
