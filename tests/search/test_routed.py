@@ -114,6 +114,16 @@ def test_windows_and_routed_layers_are_chosen_together_to_the_optimum(budget: An
         )
 
 
+@pytest.mark.parametrize("level", ["group", "layer", "model"])
+def test_rows_that_can_only_be_met_one_by_one_are_refused(level: Any) -> None:
+    """Windows hold least, and routed heads read least; no layer does both."""
+    shape = make_shape(layers=2, kv_heads=3)
+    solver, budget = Priced(points=0, level=level), Budget(bytes_read=0.36, kv=0.45, lengths=(320,))
+    task = make_problem(dense_of(shape), profile_with(OPTIONS, shape, (320,)), budget, solver)
+    with pytest.raises(UserError, match="no plan meets all of the budget at once"):
+        solver.solve(task)
+
+
 def measured(plan: Any, model: Any, length: int) -> dict[str, int]:
     """What a pass of a planned model computes and reads, by what its tokens chose: pairs of queries and keys in FLOPs,
     query heads of the last token, and bytes of the pages that it reads."""
