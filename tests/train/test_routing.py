@@ -178,7 +178,7 @@ def test_a_balance_loss_spreads_the_load_at_equal_loss(tmp_path: Path) -> None:
             with torch.no_grad():
                 mixer.get_parameter("router.route")[0] = 0.02
                 mixer.get_parameter("router.route")[1] = 0.015
-        given = {"train": "mixers", "balance": balance, "steps": 80, "length": 64, "batch_size": 4, "rate": 0.003}
+        given = {"train": "mixers", "balance": balance, "steps": 60, "length": 32, "batch_size": 4, "rate": 0.004}
         recover(model, settings(**given), ids.flatten().tolist(), tmp_path / f"{balance}", seed=3)
         with torch.no_grad():
             loads = [each.chosen.float().mean(0) for each in passed(model, ids).routing.values()]
@@ -306,7 +306,7 @@ def uneven_model() -> Any:
 
 def test_a_preparation_can_spread_the_load(tmp_path: Path) -> None:
     dense, ids = uneven_model(), torch.tensor(words(256, 1)).view(8, 32)
-    given = {"targets": [{"target": "routed", "active": 1, "of": 2}], "length": 32, "batch_size": 4, "steps": 40}
+    given = {"targets": [{"target": "routed", "active": 1, "of": 2}], "length": 32, "batch_size": 2, "steps": 40}
     forms: dict[str, list[dict[str, Any]]] = {
         "shares": [{"name": "routing"}],
         "balanced": [{"name": "routing"}, {"name": "balance", "weight": 4.0}],
