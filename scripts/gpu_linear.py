@@ -197,7 +197,9 @@ def prefill_case(
     q, k, v, s, o, e, g = leaves
     assert q is not None and k is not None and v is not None
     window_of = None if o is None or e is None else (o, e)
-    mine, _, state = additive(q, k, v, s, where, log_decay=log_decay, window=window_of, log_gain=g)
+    # With their own chunks by states that walk along the keys, else by sums of segments.
+    with mock.patch.object(triton_linear_states, "linear_scans", lambda *_: own):
+        mine, _, state = additive(q, k, v, s, where, log_decay=log_decay, window=window_of, log_gain=g)
     name = f"D {dim} F {count} heads {share}{' own' * own}{' decay' * decay}{' ragged' * ragged}"
     for b, (mean, after) in enumerate(exact):
         checks.add(f"{name} out {b}", "out", dtype, mine[b, :, valid[b]], mean[0])

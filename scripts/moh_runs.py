@@ -8,7 +8,8 @@ Rows, all trained on the same tokens with the same losses; SHARE is the percenta
                                 `two_stage`, `norm` or, as a control, `random`
     UNIT-75-ROUTER-first        shared are the first half of a layer's units, as in the paper, not those that score best
     UNIT-75-ROUTER-free         no unit is shared
-    group-75-two_stage-uneven   without a balance loss
+    UNIT-75-two_stage-relative  routers are prepared on what is more than usual of each unit (`relative`)
+    group-75-two_stage-uneven   without a balance loss; -even: with one of weight .2, .01 for every routed layer about
     group-75-two_stage-mixers   trains the routers alone; -lora: with low-rank updates of the projections
     pruned-SHARE                removes as many groups of each layer as `group-SHARE` has off, those that score least
     dense                       the dense model
@@ -23,7 +24,8 @@ common (profile, written text, the routers' preparation, the dense model's figur
 Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
 command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
 FOLDER/rows.json all its numbers; FOLDER/plots draws the load of every head, a file a row. Rows that are not at 75% run
-with the first seed alone.
+with the first seed alone. Where no rows are named, the forms of the second to sixth line, and `random` at other shares
+than 75%, are left out.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
 in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on.
@@ -34,7 +36,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ class Row:
         unit: what is routed, or removed; None for the dense model.
         router: None where units are removed.
         shared: which units are always on: half of them by the `score`, the `first` half, or `none`.
-        recover: keys of the recipe's `recover` that differ.
+        recover, prepare: keys of these sections of the recipe that differ.
     """
 
     share: int = 100
@@ -93,6 +95,7 @@ class Row:
     router: str | None = None
     shared: str = "score"
     recover: tuple[tuple[str, Any], ...] = ()
+    prepare: tuple[tuple[str, Any], ...] = ()
 
 
 def all_rows() -> dict[str, Row]:
@@ -105,8 +108,11 @@ def all_rows() -> dict[str, Row]:
         for router in ("two_stage", "norm"):
             found[f"{unit}-75-{router}-first"] = Row(75, unit, router, "first")
             found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
+        relative = ("objectives", [{"name": "routing", "relative": True}])
+        found[f"{unit}-75-two_stage-relative"] = Row(75, unit, "two_stage", prepare=(relative,))
     changed: dict[str, tuple[tuple[str, Any], ...]] = {
         "uneven": (("balance", 0.0),),
+        "even": (("balance", 0.2),),
         "mixers": (("train", "mixers"), ("rate", 3e-3)),
         "lora": (("train", "lora"), ("mixer_rate", 3e-3)),
     }
@@ -116,11 +122,13 @@ def all_rows() -> dict[str, Row]:
 
 
 ROWS = all_rows()
+# Those that run where none are named: without the forms beside the main ones.
+MAIN = [name for name, row in ROWS.items() if name.count("-") < 3 and (row.router != "random" or row.share == 75)]
 
 
 def main() -> None:
     """Train and measure the rows that are asked for, and print the table."""
-    parser = rows.arguments((__doc__ or "").splitlines()[0], ROWS)
+    parser = rows.arguments((__doc__ or "").splitlines()[0], MAIN)
     add = parser.add_argument
     add("--tokens", type=int, default=25_000_000, help="of the joint training of each row")
     add("--prepare-tokens", type=int, default=2_000_000, help="of the preparation of each target")
@@ -177,7 +185,7 @@ def recipe_of(options: argparse.Namespace, row: Row) -> dict[str, Any]:
     recipe["recover"] |= {**common, "tokens": options.tokens, "batch_size": options.batch, "save_every": 200}
     recipe["recover"] |= {"micro_batch": min(options.micro, options.batch), "control": False, **dict(row.recover)}
     recipe["profile"] = {"statistics": [{"name": "taylor"}]}
-    recipe["prepare"]["targets"] = PREPARED
+    recipe["prepare"] |= {"targets": PREPARED, **dict(row.prepare)}
     recipe["search"] = {"solver": {"name": "keep", "statistic": "error"}, "budget": {"kv": 1.0, "lengths": [PRICED]}}
     recipe["evaluate"] = {"compare": ["plan"]}
     return recipe
@@ -275,49 +283,70 @@ def readings(options: argparse.Namespace) -> Iterator[tuple[str, list[Measure]]]
         yield name, asked
 
 
+# Columns of the table: head, form, and the key of a row's figures.
+COLUMNS = (
+    ("book", "{:.2f}", "book/perplexity"),
+    ("wikitext-2", "{:.2f}", "wikitext-2/perplexity"),
+    ("pass key", "{:.2f}", "book/passkey"),
+    ("key-value", "{:.2f}", "book/key_value"),
+    ("zero-shot", "{:.4f}", "zero-shot"),
+    ("to dense", "{:+.4f}", "to dense"),
+    ("read", "{:.3f}", "read"),
+    ("flops", "{:.3f}", "flops"),
+    ("load", "{:.3f}", "book/variation of load"),
+    ("worst", "{:.3f}", "book/variation of load, worst layer"),
+    ("collapsed", "{:.0f}", "book/collapsed units"),
+    ("text", "{:.4f}", "text loss"),
+    ("speed", "{:,.0f}", "speed"),
+)
+
+
 def print_table(folder: Path) -> None:
-    """The rows that are done, all their numbers in `rows.json`, and the load of heads in `plots`."""
+    """The rows that are done, means over seeds, all their numbers in `rows.json`, and the load of heads in `plots`."""
     found = rows.read_rows(folder, list(ROWS))
     if not found:
         return
     length = next(int(key.split("/")[2]) for key in found[0]["cells"] if key.startswith("book/perplexity/"))
     print(f"\nbook, wikitext-2: perplexity at {length:,} tokens; pass key, key-value: recall there")
-    print("zero-shot: mean of the tasks; read, flops: expected share of the dense model's cache reads and attention at")
-    print(f"{PRICED:,} tokens; load: its coefficient of variation over all routed units, and in the worst layer;")
+    print("zero-shot: mean of the tasks; to dense: its difference to the row `dense` of the same seed")
+    print(f"read, flops: expected share of the dense model's cache reads and attention at {PRICED:,} tokens")
+    print(
+        "load: its coefficient of variation over all routed units; worst: the same in the worst layer; collapsed: units"
+    )
     print("text: the last step's loss of the text; speed: tokens a second in training\n")
-    head = ("row", "seed", "book", "wikitext-2", "pass key", "key-value", "zero-shot", "read", "flops", "load", "worst")
-    lines = [(*head, "collapsed", "text", "speed")]
-    for row in found:
-        cells = row["cells"]
-
-        def at(label: str, form: str, text: str = "book", cells: Any = cells) -> str:
-            return shown(cells.get(f"{text}/{label}/{length}"), form)
-
-        lines.append(
-            (
-                row["row"],
-                str(row["seed"]),
-                at("perplexity", "{:.2f}"),
-                at("perplexity", "{:.2f}", "wikitext-2"),
-                at("passkey", "{:.2f}"),
-                at("key_value", "{:.2f}"),
-                shown(rows.zero_shot_mean(cells), "{:.4f}"),
-                shown(row.get("read"), "{:.3f}"),
-                shown(row.get("flops"), "{:.3f}"),
-                at("variation of load", "{:.3f}"),
-                at("variation of load, worst layer", "{:.3f}"),
-                at("collapsed units", "{:.0f}"),
-                shown(row.get("text loss"), "{:.4f}"),
-                shown(row.get("speed"), "{:,.0f}"),
-            )
-        )
+    numbers = [numbers_of(row, length) for row in found]
+    control = {
+        row["seed"]: each["zero-shot"] for row, each in zip(found, numbers, strict=True) if row["row"] == "dense"
+    }
+    lines = [("row", "seed", *(head for head, _, _ in COLUMNS))]
+    for place, (row, each) in enumerate(zip(found, numbers, strict=True)):
+        base, own = control.get(row["seed"]), each["zero-shot"]
+        each["to dense"] = None if base is None or own is None or row["row"] == rows.DENSE else own - base
+        lines.append((row["row"], str(row["seed"]), *line_of(each)))
         draw_load(row, folder / "plots" / f"{row['row']}-{row['seed']}")
+        same = [numbers[n] for n, other in enumerate(found) if other["row"] == row["row"] != rows.DENSE]
+        if len(same) > 1 and all(other["row"] != row["row"] for other in found[place + 1 :]):
+            lines.append((row["row"], "mean", *line_of({key: mean([one[key] for one in same]) for key in each})))
     rows.print_lines(lines)
 
 
-def shown(value: float | None, form: str) -> str:
-    """A number of the table; a dash where there is none."""
-    return "-" if value is None else form.format(value)
+def numbers_of(row: dict[str, Any], length: int) -> dict[str, float | None]:
+    """A row's numbers by the keys of the columns."""
+    cells = row["cells"]
+    measured = {key: cells.get(f"{key}/{length}") for _, _, key in COLUMNS if "/" in key}
+    told = {key: row.get(key) for key in ("read", "flops", "text loss", "speed")}
+    return {**measured, **told, "zero-shot": rows.zero_shot_mean(cells), "to dense": None}
+
+
+def line_of(numbers: dict[str, float | None]) -> list[str]:
+    """Numbers as the table has them; a dash where there is none."""
+    return ["-" if (value := numbers[key]) is None else form.format(value) for _, form, key in COLUMNS]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where a value is missing."""
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if len(given) == len(values) else None
 
 
 def draw_load(row: dict[str, Any], path: Path) -> None:

@@ -122,9 +122,8 @@ class Router(nn.Module):
     standard deviation. `random` has fixed weights, a control for what choosing well is worth.
 
     Parameters: `route` `[G, hidden]`, with units that are heads `[G, R, hidden]`: the rows of the routed units are W_r
-    of the paper, those of the shared ones W_s. `halves`
-    `[G, 2, hidden]` of `two_stage`: W_h is their mean, so that each group brings what goes with it. `phase` `[G]` or
-    `[G, R]` of `random`. Those of `random` take no gradients.
+    of the paper, those of the shared ones W_s. `halves` `[G, 2, hidden]` of `two_stage`: W_h is their mean, so that
+    each group brings what goes with it. `phase` `[G]` or `[G, R]` of `random`. Those of `random` take no gradients.
 
     Args:
         groups: the plan's entries of the routed groups.

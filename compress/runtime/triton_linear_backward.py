@@ -261,6 +261,7 @@ def _keys(
     p_to,  # [B, G, M, F] the gradient of the keys, or with VALUES that of the values [B, G, M, DV]
     pages,
     columns,
+    stream,
     segments,
     query_b,
     query_h,
@@ -304,8 +305,6 @@ def _keys(
     g = bg % GROUPS
     count = tl.load(p_tokens + bg * 2)
     absorbed = tl.load(p_tokens + bg * 2 + 1)
-    if n * PAGE >= count:
-        return
     segment = n // SEGMENT
     o_token = tl.arange(0, PAGE)
     # [PAGE]
@@ -349,6 +348,8 @@ def _keys(
     if OWN:
         low = tl.load(p_pages + n)
     high = tl.load(p_pages + (segment + 1) * SEGMENT)
+    if n * PAGE >= count:
+        high = low
     for item in tl.range(low * SHARE, high * SHARE, num_stages=STAGES):
         page = item // SHARE
         _, head, column, m_row = tile_rows(page, g * SHARE + item % SHARE, p_runs, b, 1, PAGE)
@@ -374,11 +375,12 @@ def _keys(
         else:
             b_row = load_part(p_query, o_query, m_row, at, FEATURES, BLOCK_F)
         acc = tl.dot(b_pair.to(b_row.dtype).T, b_row, acc, input_precision=PRECISION)
+    acc = tl.where(m_j[:, None], acc, 0.0)
     p_rows = p_to + b * to_b + g * to_g
     if VALUES:
-        store_part(p_rows, j * to_t, acc, m_j, at, VALUE_DIM, BLOCK_V)
+        store_part(p_rows, j * to_t, acc, j < stream, at, VALUE_DIM, BLOCK_V)
     else:
-        store_part(p_rows, j * to_t, acc, m_j, at, FEATURES, BLOCK_F)
+        store_part(p_rows, j * to_t, acc, j < stream, at, FEATURES, BLOCK_F)
 
 
 def of_queries(
@@ -402,7 +404,7 @@ def of_queries(
     groups = key.shape[1]
     at_once = heads_at_once("queries", heads // groups, value)
     opts = options("queries", query, value, groups, where, at_once)
-    found = torch.zeros_like(query)
+    found = torch.empty_like(query) if where.rows.is_whole(columns) else torch.zeros_like(query)
     _queries[(where.pages * (heads // groups // at_once), triton.cdiv(features, opts["BLOCK_F"]), batch * groups)](
         grad,
         key,
@@ -446,7 +448,7 @@ def of_keys(
     """
     batch, groups, tokens, features = key.shape
     columns, value_dim = query.shape[2], value.shape[-1]
-    found = torch.zeros_like(key), torch.zeros_like(value)
+    found = torch.empty_like(key), torch.empty_like(value)
     sums, totals = where.decays(weight)
     opts = options("keys", query, value, groups, where, 1)
     blocks_f, blocks_v = triton.cdiv(features, opts["BLOCK_F"]), triton.cdiv(value_dim, opts["BLOCK_V"])
@@ -469,6 +471,7 @@ def of_keys(
             target,
             where.pages,
             columns,
+            tokens,
             where.segments,
             *strides(query, key, value, grad, target),
             VALUES=values,
@@ -509,8 +512,9 @@ def backward(
     pages, merged = where.pages, window is not None
     grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grad_window = torch.zeros_like(window) if window is not None else None
-    grad_lse = torch.zeros_like(mass) if merged else None
+    make = torch.empty_like if where.rows.is_whole(columns) else torch.zeros_like
+    grad_window = make(window) if window is not None else None
+    grad_lse = make(mass) if merged else None
     weight = mass.new_zeros(batch, heads, columns)
     extra = torch.zeros_like(weight) if grad_mass is None else grad_mass.float().contiguous()
     if out is None:

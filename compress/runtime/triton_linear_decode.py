@@ -245,10 +245,14 @@ def _absorb(
     PAGE: tl.constexpr,
     BIASED: tl.constexpr,
     DECAY: tl.constexpr,
+    NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V columns of one state take in the page that the new token does not see any more; mostly there is none."""
+    """BLOCK_V columns of one state take in the page that the new token does not see any more; mostly there is none.
+
+    NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum.
+    """
     bg = tl.program_id(1).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
@@ -271,8 +275,12 @@ def _absorb(
         o_d = at + tl.arange(0, BLOCK_D)
         b_key = load_part(p_key_pages + place * PAGE * DIM, o_slot * DIM, m_slot, at, DIM, BLOCK_D)
         p_weights = p_map + g * DIM * WIDTH + o_w[:, None] + o_d[None, :] * WIDTH
-        b_map = tl.load(p_weights, mask=m_w[:, None] & (o_d < DIM)[None, :], other=0.0).to(tl.float32)
-        if SPLIT:
+        b_map = tl.load(p_weights, mask=m_w[:, None] & (o_d < DIM)[None, :], other=0.0)
+        if not NARROW:
+            b_map = b_map.to(tl.float32)
+        if NARROW:
+            projected = tl.dot(b_map, b_key.T, projected)
+        elif SPLIT:
             high = b_map.to(tl.bfloat16)
             low = (b_map - high.to(tl.float32)).to(tl.bfloat16)
             projected = tl.dot(high, b_key.T, projected)
@@ -342,6 +350,7 @@ def absorb(
     block_v = max(16, min(8192 // block_w, 64, triton.next_power_of_2(value_dim)))
     weight = weight.contiguous()
     options: dict[str, Any] = {"BIASED": bias is not None, "DECAY": log_decay is not None, "SPLIT": split}
+    options["NARROW"] = split and weight.dtype == torch.bfloat16
     _absorb[(triton.cdiv(value_dim, block_v), batch * groups)](
         state,
         pages.keys,
@@ -366,6 +375,6 @@ def absorb(
         BLOCK_V=block_v,
         PAGE=PAGE,
         PRECISION="tf32x3",
-        num_warps=8 if block_w > 128 else 4,
+        num_warps=8 if block_w > 64 else 4,
         **options,
     )

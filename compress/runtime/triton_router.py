@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it routers run in plain PyTorch") from error
 
 from .span import kept_table
+from .tuned import router_config
 
 if TYPE_CHECKING:
     from .routers import Router
@@ -42,11 +43,12 @@ def _norms(
 def _products(
     p_hidden, p_weight, o_token, m_token,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of inputs `[BLOCK_T, WIDTH]` that start at `o_token` with the rows of a weight, `[BLOCK_T, BLOCK_R]`."""
     o_row = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for start in range(0, WIDTH, BLOCK_C):
+    for start in tl.range(0, WIDTH, BLOCK_C, num_stages=STAGES):
         o_number = start + tl.arange(0, BLOCK_C)
         m_number = o_number < WIDTH
         # [BLOCK_T, BLOCK_C], [BLOCK_R, BLOCK_C]
@@ -101,6 +103,7 @@ def _route(
     NORM: tl.constexpr,
     HALVES: tl.constexpr,
     GATED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """BLOCK_T tokens: their scores, the `active` highest of the routed units, and the gates."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -117,7 +120,7 @@ def _route(
         variance = tl.sum(apart * apart, 1) / tl.maximum(count - 1.0, 1.0)
         score = tl.div_rn(score, tl.where(variance > 0.0, tl.sqrt_rn(variance), 1.0)[:, None])
     else:
-        score = _products(p_hidden, p_route, o_token, m_token, UNITS, WIDTH, BLOCK_U, BLOCK_C, BLOCK_T)
+        score = _products(p_hidden, p_route, o_token, m_token, UNITS, WIDTH, BLOCK_U, BLOCK_C, BLOCK_T, STAGES)
 
     # Of equal scores the lower unit comes first. [BLOCK_T, BLOCK_U, BLOCK_U]: whether the last one comes before.
     own, other = score[:, :, None], score[:, None, :]
@@ -136,7 +139,7 @@ def _route(
             always = _shares(score, m_shared[None, :] & m_token[:, None])
         if HALVES:
             # [BLOCK_T, BLOCK_G]: the rows of a group for its shared and its routed units, one after the other
-            half = _products(p_hidden, p_halves, o_token, m_token, 2 * GROUPS, WIDTH, BLOCK_G, BLOCK_C, BLOCK_T)
+            half = _products(p_hidden, p_halves, o_token, m_token, 2 * GROUPS, WIDTH, BLOCK_G, BLOCK_C, BLOCK_T, STAGES)
             row = tl.arange(0, BLOCK_G)[None, :]
             first = tl.sum(tl.where(row % 2 == 0, half, 0.0), 1) / GROUPS
             second = tl.sum(tl.where(row % 2 == 1, half, 0.0), 1) / GROUPS
@@ -182,7 +185,10 @@ def route(router: Router, query: torch.Tensor, hidden: torch.Tensor | None) -> t
         assert hidden is not None
         source = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         strides, width, groups = (source.stride(0), source.stride(1), 0), source.shape[-1], router.halves.shape[0]
-    narrow = query.device.type == "cpu"  # the interpreter: small blocks, so that small inputs have several
+    block_u = max(2 if norm else 16, triton.next_power_of_2(units))
+    block_g = max(16, triton.next_power_of_2(2 * groups))
+    row_bytes = 1 if norm else max(block_u, block_g) * router.route.itemsize
+    config = router_config(row_bytes, few, query.device)
     _route[(triton.cdiv(batch * columns, block_t),)](
         source if norm else None,
         None if norm else source,
@@ -201,11 +207,12 @@ def route(router: Router, query: torch.Tensor, hidden: torch.Tensor | None) -> t
         WIDTH=width,
         GROUPS=groups,
         BLOCK_T=block_t,
-        BLOCK_U=max(2 if norm else 16, triton.next_power_of_2(units)),
+        BLOCK_U=block_u,
         BLOCK_H=triton.next_power_of_2(router.heads),
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_G=max(16, triton.next_power_of_2(2 * groups)),
-        BLOCK_C=16 if narrow else 1024 if few else 64,
+        BLOCK_G=block_g,
+        BLOCK_C=config["block"],
+        STAGES=config["stages"],
         num_warps=8 if few and not norm else 4,
         **options,
     )

@@ -189,12 +189,12 @@ class _Mixers(nn.Module):
             )
         self._apart = any(objective.needs_parts for objective in losses)
         self._features = any(objective.needs_features for objective in losses)
-        choice = any(objective.needs_choice for objective in losses)
-        self._chosen_alone = choice and all(objective.needs_choice for objective in losses)
+        choices = [objective.needs_choice or objective.of_routers for objective in losses]
+        self._chosen_alone = bool(choices) and all(choices)
         asked = {
             "parts": (self._apart, "the parts of hybrid heads"),
             "features": (self._features, "the features of hybrid heads"),
-            "choose": (choice, "the choices of routed heads"),
+            "choose": (any(choices), "the choices of routed heads"),
         }
         for name, words in ((name, words) for name, (needed, words) in asked.items() if needed):
             if not all(hasattr(mixer, name) for mixer in self.layers.values()):
@@ -205,7 +205,7 @@ class _Mixers(nn.Module):
                 )
         self.requires_grad_(True)
         self._projections: dict[int, torch.Tensor] = {}  # what reads the outputs of heads
-        if choice:
+        if any(choices):
             reader = family_of(model.config).reader("query")
             rows = enumerate(layers_of(model))
             self._projections = {number: projections(layer, model.config)[reader].weight for number, layer in rows}

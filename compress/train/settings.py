@@ -240,8 +240,10 @@ class PrepareSettings(TrainSettings):
     def _of_layers(cls, named: tuple[Objective, ...]) -> tuple[Objective, ...]:
         _once(named)
         for objective in named:
-            if not objective.of_layer:
-                known = ", ".join(f"`{name}`" for name, kind in registry.objectives.items() if kind.of_layer)
+            if not (objective.of_layer or objective.of_routers):
+                known = ", ".join(
+                    f"`{name}`" for name, kind in registry.objectives.items() if kind.of_layer or kind.of_routers
+                )
                 raise ValueError(f"`{objective.registered}` is no loss of a layer; expected one of {known}")
         return named
 

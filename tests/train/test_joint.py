@@ -124,9 +124,7 @@ def test_windows_are_dropped_less_and_less_and_come_back(monkeypatch: pytest.Mon
 
 def test_losses_of_layers_and_of_models_are_told_apart() -> None:
     given = {"targets": [{"target": "scaled", "window": 4}], "steps": 1}
-    with pytest.raises(
-        ValueError, match="`text` is no loss of a layer; expected one of `parts`, `routing`, `transfer`"
-    ):
+    with pytest.raises(ValueError, match="`text` is no loss of a layer; expected one of `balance`, `parts`, "):
         PrepareSettings.model_validate(given | {"objectives": [{"name": "text"}]})
     with pytest.raises(ValueError, match="`parts` is a loss of single layers"):
         settings(objectives=[{"name": "parts"}])

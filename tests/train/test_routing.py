@@ -178,7 +178,7 @@ def test_a_balance_loss_spreads_the_load_at_equal_loss(tmp_path: Path) -> None:
             with torch.no_grad():
                 mixer.get_parameter("router.route")[0] = 0.02
                 mixer.get_parameter("router.route")[1] = 0.015
-        given = {"train": "mixers", "balance": balance, "steps": 80, "length": 64, "batch_size": 4, "rate": 0.003}
+        given = {"train": "mixers", "balance": balance, "steps": 60, "length": 32, "batch_size": 4, "rate": 0.004}
         recover(model, settings(**given), ids.flatten().tolist(), tmp_path / f"{balance}", seed=3)
         with torch.no_grad():
             loads = [each.chosen.float().mean(0) for each in passed(model, ids).routing.values()]
@@ -294,14 +294,44 @@ def test_contributions_are_norms_behind_the_output_projection() -> None:
         torch.testing.assert_close(found[:, place], (alone.flatten(1) @ weight.T).norm(dim=1))
 
 
-@pytest.mark.parametrize("unit", ["group", "head"])
-def test_a_prepared_router_has_the_units_shares(tmp_path: Path, unit: Any) -> None:
+def uneven_model() -> Any:
+    """Two groups of two heads, of which one adds most; tokens have something in common, so a router can say so."""
     dense = model_of(num_key_value_heads=2)
-    of, large = {"group": (2, 1), "head": (4, 2)}[unit]
-    with torch.no_grad():  # one head adds most, and tokens have something in common, by which a router can say so
+    with torch.no_grad():
         dense.get_input_embeddings().weight += 0.1
         for attention in attentions_of(dense):
             attention.o_proj.weight[:, 2 * 12 : 3 * 12].mul_(4)
+    return dense
+
+
+def test_a_preparation_can_spread_the_load(tmp_path: Path) -> None:
+    dense, ids = uneven_model(), torch.tensor(words(256, 1)).view(8, 32)
+    given = {"targets": [{"target": "routed", "active": 1, "of": 2}], "length": 32, "batch_size": 2, "steps": 40}
+    forms: dict[str, list[dict[str, Any]]] = {
+        "shares": [{"name": "routing"}],
+        "balanced": [{"name": "routing"}, {"name": "balance", "weight": 4.0}],
+        "relative": [{"name": "routing", "relative": True}],
+    }
+    loads, probs = {}, {}
+    for name, objectives_named in forms.items():
+        options = PrepareSettings.model_validate(given | {"objectives": objectives_named, "warmup": 0.0})
+        prepare(dense, shape_of(dense), options, words(1280), tmp_path / name, seed=1)
+        attach(dense, read_prepared(tmp_path / name))
+        plan = make_plan(shape_of(dense), [RoutedGroup.layer(2, 1)] * 3)
+        with torch.no_grad():
+            found = passed(planned_model(dense, plan), ids).routing.values()
+        loads[name] = [float(each.chosen[:, 1].float().mean()) for each in found]
+        probs[name] = [float(each.probs[:, 1].mean()) for each in found]
+    assert min(loads["shares"]) > 0.95 and min(probs["shares"]) > 0.65
+    assert probs["balanced"] == pytest.approx([0.5] * 3, abs=0.05)
+    assert probs["relative"] == pytest.approx([0.5] * 3, abs=0.05)
+    assert all(0.1 < load < 0.9 for load in loads["relative"])
+
+
+@pytest.mark.parametrize("unit", ["group", "head"])
+def test_a_prepared_router_has_the_units_shares(tmp_path: Path, unit: Any) -> None:
+    dense = uneven_model()
+    of, large = {"group": (2, 1), "head": (4, 2)}[unit]
     given = {"targets": [{"target": "routed", "unit": unit, "active": 1, "of": of}], "length": 32, "batch_size": 4}
     options = PrepareSettings.model_validate(given | {"steps": 40, "rate": 0.01, "warmup": 0.0})
     (record,) = prepare(dense, shape_of(dense), options, words(1280), tmp_path, seed=1).values()

@@ -123,7 +123,13 @@ class Route(Objective):
     """Cross entropy of a router's probabilities on the units' shares of a layer's output, in the dense model.
 
     A unit's share is the norm of what it adds to the output behind the output projection, over the sum of all units'.
+    Where a unit adds more than others for every token, its share makes it the choice of every token; with `relative`
+    every unit counts by how much more than usual it adds, so that all units are of use to some tokens.
     """
+
+    relative: bool = Field(
+        False, description="take each norm over its mean in the sequence, so that the units are chosen alike often"
+    )
 
     needs_teacher: ClassVar[bool] = True
     of_layer: ClassVar[bool] = True
@@ -146,5 +152,8 @@ class Route(Objective):
         """
         routing: Routing = student["record"].routing[student["layer"]]
         sizes = contributions(teacher["outputs"].flatten(0, 1), teacher["projection"], routing.units)
+        if self.relative:
+            runs = sizes.split(list(routing.tokens))
+            sizes = torch.cat([run / run.mean(0).clamp(min=torch.finfo(run.dtype).tiny) for run in runs])
         shares = functional.normalize(sizes, p=1.0, dim=-1)
         return -(shares * functional.log_softmax(wide(routing.logits), -1)).sum()
