@@ -216,8 +216,8 @@ class _Reconstruction:
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """The layer's outputs `[1, H, N, D]`; the text sees itself, a repetition sees the text and itself."""
         plan = self._repetition
-        text = (tensor[:, :, : plan.end] for tensor in (call.query, call.key, call.value))
-        outputs = [causal_attention(*text, call.scaling, call.window, call.scores)]
+        query, key, value = (tensor[:, :, : plan.end] for tensor in (call.query, call.key, call.value))
+        outputs = [causal_attention(query, key, value, call.scaling, call.window, call.scores)]
         scored = call.window is None
         groups = call.key.shape[1]
         size = (groups, call.query.shape[1] // groups, plan.end)
