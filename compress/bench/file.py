@@ -61,13 +61,23 @@ class WholeModel(_Part):
 
 
 class Kernel(_Part):
-    """One row of attention alone."""
+    """One row of attention alone.
+
+    Attributes:
+        plan, all_on: the time of the plan, and with all heads on where tokens choose them; None in a row without.
+        fraction: of the work of dense attention; see `bench.kernel.Row`.
+        kept_bytes: None of a prefill.
+    """
 
     what: str
     mix: str
     batch: Count
     length: Tokens
     speedup: Positive
+    plan: Clock | None = None
+    all_on: Clock | None = None
+    fraction: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    kept_bytes: int | None = None
 
 
 class Gpu(_Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.bench.file import Kernel
 from compress.bench.kernel import Row
 from compress.bench.model import ModelRow
 
@@ -94,9 +95,9 @@ def choosing_lines(row: ModelRow) -> list[str]:
     return lines
 
 
-def routed_line(row: Row) -> str:
+def routed_line(row: Row | Kernel) -> str:
     """What choosing heads brings in one row of the kernel table, beside all heads on; empty for other plans."""
-    if row.all_on is None:
+    if row.all_on is None or row.plan is None:
         return ""
     whole, skips = row.all_on.median, "of the pairs are not computed" if row.kept_bytes is None else "is not read"
     what = f"{row.what} {row.mix}, batch {row.batch}, {row.length:,} tokens: {1 - row.fraction:.1%} {skips}"

@@ -29,7 +29,10 @@ from compress.runtime.widths import Width
 
 PROBE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n  or in spaces."
 # What a configuration says that changes nothing of what is computed.
-NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+NAMES = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.bench.file import SideFigures
+from compress.bench.report import routed_line
 from compress.evaluate.cell import Cell
 from compress.evaluate.comparison import Comparison, VariantResult
 from compress.evaluate.measures.size import OF_LAYERS
@@ -386,6 +387,7 @@ def speed(facts: Facts, name: str) -> dict[str, Any] | None:
     return {
         "charts": [chart_svg(chart, f"{name}{number}") for number, chart in enumerate(charts)],
         "models": rows,
+        "routed": list(filter(None, map(routed_line, facts.bench.kernel))),
         "choosing": any(row.prefill_speedup_of_choosing is not None for row in rows),
         "break_even": facts.bench.break_even,
         "copy_bytes_per_s": facts.bench.copy_bytes_per_s,

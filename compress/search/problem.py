@@ -280,7 +280,9 @@ class Problem:
         if row.step == 1 or not (self.counted or self.whole):
             return row
         units = {self.unit(layer) for layer, _ in self.free}
-        together = (*((target,) for target in self.counted), *self.whole)
+        groups = self.shape.kv_heads
+        alone = ((target,) * (groups if target.by_layer else 1) for target in self.counted)
+        together = (*alone, *self.whole)
         costs = (layer_cost(groups, unit, row.length or 1) for groups in together for unit in units)
         return replace(row, step=math.gcd(row.step, *map(row.exact, costs)))
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compress.bench.kernel import with_mix
+from compress.bench.kernel import Row, with_mix
+from compress.bench.measure import Time
 from compress.bench.model import model_row
-from compress.bench.report import choosing_lines, gain_words, model_lines
+from compress.bench.report import choosing_lines, gain_words, model_lines, routed_line
 from compress.cli.app import app
 from compress.data.reader import Reader
 from compress.data.text import FileText
@@ -173,9 +174,14 @@ def test_tables_maps_and_plots_have_every_head(comparison: Comparison, plan: Pla
     assert shares.values[0] == {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0} and shares.values[1][0] == 1.0
     comparison.write(tmp_path / "evaluation.json")
     (tmp_path / "plan.json").write_text(plan.to_json())
+    chosen, whole, dense = (Time(each, each, each, 5) for each in (2.0, 3.0, 4.0))
+    kernel = Row("prefill", "s", "R75", 1, 4096, "triton", chosen, {"flash": dense}, 0.75, all_on=whole)
+    bench = {"dtype": "bfloat16", "environment": {"gpus": []}, "model_rows": [], "kernel": [kernel.values()]}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
     facts = read_facts(tmp_path)
     page = render([facts], "2026-01-02", "0")
     assert "plan: load, by head" in page and 'aria-label="layer 1, head 0: 1.000"' in page
+    assert f"<li>{routed_line(kernel)}</li>" in page and "1.50 times as fast" in routed_line(kernel)
     assert "collapsed: layer 0 heads 0 to 1" in page and "know no routers" in page
     total = Skipped.total(skipped(plan, 1024), comparison.variants[1].of("size")[0].block_parameters)
     words = total.words()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compress.errors import UserError
 from compress.models.planned import planned_model
+from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of, shape_without_weights
 from compress.plan import LayerPlan, make_plan
 from compress.profile.key import Key
@@ -27,6 +29,7 @@ from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.search.refine.moves import Moves
 from compress.search.run import make_problem
 from compress.search.solvers.even import Even
+from compress.search.solvers.frontier import UnitRemoval
 from compress.search.solvers.keep import Keep
 from compress.search.solvers.priced import Priced
 from compress.targets.layer_option import LayerOption
@@ -112,6 +115,16 @@ def test_windows_and_routed_layers_are_chosen_together_to_the_optimum(budget: An
         assert plan.predicted.of("bytes_read")[320].fraction == pytest.approx(
             plan.cost(320).read_bytes / shape.dense_cost(320).read_bytes
         )
+
+
+@pytest.mark.parametrize("level", ["group", "layer", "model"])
+def test_rows_that_can_only_be_met_one_by_one_are_refused(level: Any) -> None:
+    """Windows hold least, and routed heads read least; no layer does both."""
+    shape = make_shape(layers=2, kv_heads=3)
+    solver, budget = Priced(points=0, level=level), Budget(bytes_read=0.36, kv=0.45, lengths=(320,))
+    task = make_problem(dense_of(shape), profile_with(OPTIONS, shape, (320,)), budget, solver)
+    with pytest.raises(UserError, match="no plan meets all of the budget at once"):
+        solver.solve(task)
 
 
 def measured(plan: Any, model: Any, length: int) -> dict[str, int]:
@@ -376,3 +389,31 @@ def test_a_refinement_exchanges_whole_routed_layers() -> None:
     start = sum(len(unit.choices) for unit in moves.units[:3])
     for place, row in enumerate(moves.picked[3]):
         assert torch.allclose(columns[..., start + place], effects[:, :, 1, :, row].sum(-1))
+
+
+def test_routed_layers_stand_beside_what_is_removed() -> None:
+    model = tiny_model("llama-mha")
+    shape, options = shape_of(model), [RoutedOption(active=2), RoutedOption(shared=1, active=1)]
+    generator = torch.Generator().manual_seed(1)
+    tensors = {"taylor.heads": torch.rand(3, 4, 1, generator=generator)}
+    tensors["taylor.neurons"] = torch.rand(3, 64, generator=generator) / 8
+    for option in options:
+        tensors[str(Key("effect", "absolute", 320).to(option))] = torch.rand(3, 4, generator=generator) / 4
+    profile = dataclasses.replace(profile_with([], shape, (320,)), priced_layers=tuple(options))
+    profile.tensors.update(tensors)
+    solver = Priced(points=0, gap=0.0, removal=UnitRemoval(weights=(1.0,), multiple=2))
+    budget = Budget(bytes_read=0.6, kv=0.95, flops=0.8, parameters=0.85, lengths=(320,))
+    task = make_problem(Dense(shape, 4, model), profile, budget, solver)
+    plans = [candidate.to_plan(task, {}) for candidate in solver.solve(task)]
+    kinds = [{group.target for layer in plan.layers for group in layer.groups} for plan in plans]
+    assert any(
+        {"routed", "pruned"} <= found or (plan.prunes and "routed" in found)
+        for plan, found in zip(plans, kinds, strict=True)
+    )
+    for plan in plans:
+        for row in task.rows:
+            assert plan.predicted.of(row.kind)[row.length].plan <= row.limit
+        other = planned_model(model, plan)
+        assert plan.predicted.of("parameters")[None].plan == block_parameters(other)
+        flops = plan.cost(320, 4).flops + 2 * 320 * block_parameters(other)
+        assert plan.predicted.of("flops")[320].plan == flops

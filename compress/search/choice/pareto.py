@@ -35,6 +35,9 @@ def pareto_front(
         points: epsilon-constraint problems to solve besides.
         gap: relative optimality gap of every solve.
         time_limit: seconds for all of it; what is not started by then is left out, except the first solve.
+
+    Returns:
+        None of them where no choice is within the limits.
     """
     count = len(knapsack.scale)
     deadline = time.monotonic() + time_limit
@@ -56,7 +59,7 @@ def pareto_front(
     identity = np.eye(count)
     for objective in range(count):
         ask(np.maximum(identity[objective], AUGMENT), f"least {names[objective]}")
-    if count > 1:
+    if count > 1 and front:
         ask(np.full(count, 1 / count), "least mean over " + ", ".join(names))
         losses = np.stack([solution.losses for solution, _ in front])
         low, high = losses.min(0), losses.max(0)
@@ -74,6 +77,8 @@ def pareto_front(
                     ask(
                         np.maximum(identity[primary], AUGMENT), f"least {names[primary]} with the others bounded", upper
                     )
+    if not front:
+        return []
     losses = np.stack([solution.losses for solution, _ in front])
     return [front[index] for index in nondominated(losses)]
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from compress.errors import UserError
 from compress.limits import FACTOR, SECONDS
 from compress.search.choice.knapsack import Knapsack
 from compress.search.choice.options import Options, in_place_of, layers_of, losses_of, room
@@ -130,7 +131,7 @@ class Frontier(Solver):
         check_rows(problem, self.least_amounts(problem), self)
         stay = self.group_options(problem)
         if self.removal is None:
-            return self._front(problem, stay)
+            return met(self._front(problem, stay), problem)
         priced, plans = self.removal_losses(problem), []
         plain = self.removal.options(problem, stay, 1.0, priced)
         ways = [
@@ -143,7 +144,7 @@ class Frontier(Solver):
                 note = f"{plan.note}, {how}"
                 losses = dict(zip(plan.losses, losses_of(plain, plan.layers).tolist(), strict=True))
                 plans.append(replace(plan, note=note, losses=losses, importance=self.removal.importance))
-        return plans
+        return met(plans, problem)
 
     def most_plans(self, lengths: int) -> int:
         """Every length alone, their mean and the points, once for each weight of what is removed, and without that."""
@@ -170,3 +171,19 @@ class Frontier(Solver):
             )
             for solution, question in front
         ]
+
+
+def met(plans: list[Candidate], problem: Problem) -> list[Candidate]:
+    """The plans.
+
+    Raises:
+        UserError: there are none: each row of the budget can be met by itself, and not all of them at once.
+    """
+    if not plans:
+        raise UserError(
+            "no plan meets all of the budget at once, though each part of it could be met by itself",
+            where="search.budget",
+            found="; ".join(f"{row.limit:,} {row.unit} ({row.kind})" for row in problem.rows),
+            fix="raise one of them, or price cheaper options",
+        )
+    return plans

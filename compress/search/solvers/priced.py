@@ -26,7 +26,7 @@ from compress.search.choice.removal import PRUNED
 from compress.search.choice.whole import LeastSaving, WholeLayers, nothing_left
 from compress.search.problem import FULL_GROUP, Amounts, Candidate, Layers, Problem
 from compress.search.solver import check_rows
-from compress.search.solvers.frontier import Frontier
+from compress.search.solvers.frontier import Frontier, met
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 
@@ -147,6 +147,7 @@ class Priced(Frontier, LeastSaving):
             if problem.fits(layers):
                 names = dict(zip(self.objectives(problem), losses.tolist(), strict=True))
                 plans.append(Candidate(layers, names, note=f"{option.words()} in every layer"))
+        met(plans, problem)
         merits = [[*candidate.losses.values(), *problem.total(candidate.layers)] for candidate in plans]
         return [plans[index] for index in nondominated(np.array(merits, dtype=np.float64))]
 
