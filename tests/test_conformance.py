@@ -110,8 +110,8 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 }
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
 OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
-# What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py, test_retain.py) needs the last
-# model alone.
+# What has tests of every way to the end of its own (test_score.py, test_aaren.py and test_retain.py of runtime/) needs
+# the last model alone.
 BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {
     SCORED: BASES[-1:],
     RETAIN: BASES[-1:],
