@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_retain import RetainMixer
 from compress.runtime.paged_cache import PagedCache
+from compress.runtime.retain_state import RetainState
+from compress.runtime.step import Step
 from compress.targets.retain import RetainGroup
 from tests.runtime.test_linear_mixer import feed
 
@@ -30,7 +34,7 @@ def random_group(draw: random.Random, scorer: str) -> RetainGroup:
         alpha=draw.randrange(-60 if beta else 1, 150),
         beta=beta,
         scorer=scorer,
-        threshold=draw.choice([-1e30, level, level, level, 1e30]),
+        threshold=draw.choice([None, level, level, level, 1e30]),
         share=0.5,
         cap=cap,
     )
@@ -42,7 +46,7 @@ def naive_kept(group: RetainGroup, key: torch.Tensor, value: torch.Tensor) -> li
     sink, count, kept = -(-group.sink // 64) * 64, 0, []
     for j, one in enumerate(score.tolist()):
         most = j + 1 if group.cap is None else group.cap[0] + int(group.cap[1] * (j + 1))
-        chosen = j >= sink and one >= group.threshold and count < most
+        chosen = j >= sink and (group.threshold is None or one >= group.threshold) and count < most
         count += chosen
         kept.append(chosen or j < sink)
     return kept
@@ -54,9 +58,14 @@ def first_of(group: RetainGroup, t: int) -> int:
     return max(0, asked + 1 - max(1, int((group.alpha + group.beta * (asked + 1)) // 1))) // 64 * 64
 
 
-def naive(groups: list[RetainGroup], sequence: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+NO_SCORES: tuple[Any, Any] = (None, None)
+
+
+def naive(
+    groups: list[RetainGroup], sequence: list[torch.Tensor], scores: tuple[Any, Any] = NO_SCORES
+) -> tuple[torch.Tensor, int]:
     """Outputs `[H, T, D]` of one sequence of tokens alone, and the pages that it holds at the end."""
-    query, key, value = sequence
+    (query, key, value), (cap, extra) = sequence, scores
     tokens, outputs, pages = query.shape[1], [], 0
     at = torch.arange(tokens, device=query.device)
     for number, group in enumerate(groups):
@@ -65,8 +74,11 @@ def naive(groups: list[RetainGroup], sequence: list[torch.Tensor]) -> tuple[torc
         flags = torch.tensor(kept, device=query.device, dtype=torch.bool)
         seen = (at <= at[:, None]) & (flags | (at >= first[:, None]))
         for head in range(number * SHARE, (number + 1) * SHARE):
-            logits = (query[head] @ key[number].T * DIM**-0.5).masked_fill(~seen, float("-inf"))
-            outputs.append(logits.softmax(-1) @ value[number])
+            logits = query[head] @ key[number].T * DIM**-0.5
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            mass = logits.exp() * seen
+            total = mass.sum(-1, keepdim=True) + (0 if extra is None else extra[head].exp())
+            outputs.append(mass @ value[number] / total)
         if tokens:
             start = first_of(group, tokens - 1)
             pages += -(-sum(kept[:start]) // 64) + -(-tokens // 64) - start // 64
@@ -126,3 +138,122 @@ def test_every_way_to_the_end_is_the_mask_of_all_pairs(part: int) -> None:
             assert cache.held_bytes() == pages * PAGE_BYTES + COUNTERS, (seed, groups)
             if reserve is None:
                 assert cache.allocated_bytes() == cache.held_bytes()
+
+
+# Half of the tokens behind the sinks are kept, in the second group no more than every fourth.
+HALF = [
+    RetainGroup(sink=4, alpha=20, scorer="value_norm", threshold=1.0, share=0.5),
+    RetainGroup(sink=0, alpha=1, beta=0.125, scorer="value_norm", threshold=0.9, share=0.25, cap=(3, 0.25)),
+]
+COLUMNS = 330
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[list[torch.Tensor], torch.Tensor]:
+    return inputs(COLUMNS, 0, random.Random(1))
+
+
+def columns_of(made: list[torch.Tensor], mask: torch.Tensor, row: int) -> list[torch.Tensor]:
+    """What `naive` takes of one sequence."""
+    return [x[row][:, mask[row]] for x in made[:3]]
+
+
+@pytest.mark.parametrize("turn", [0, 200])  # a pass without a cache, and a turn behind what is cached
+def test_gradients_are_those_of_the_mask(turn: int, case: tuple[list[torch.Tensor], torch.Tensor]) -> None:
+    made, mask = case
+    scores: Any = (2.0, torch.linspace(-1, 1, GROUPS * SHARE, dtype=torch.float64, device=DEVICE))
+    kinds, leaves = kinds_of(HALF), [x.clone().requires_grad_() for x in made]
+    cache = PagedCache([kinds]) if turn else None
+    with torch.no_grad():
+        if cache is not None:
+            feed(kinds, cache, made, mask, [0, turn], scores)
+    found = feed(kinds, cache, leaves, mask, [turn, COLUMNS], scores)
+    expected = loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    generator = torch.Generator().manual_seed(5)
+    for row in range(ROWS):
+        late = mask[row, turn:]
+        part = naive(HALF, columns_of(leaves, mask, row), scores)[0][:, int(mask[row, :turn].sum()) :]
+        torch.testing.assert_close(found[row][:, late], part, rtol=1e-8, atol=1e-9)
+        weight = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+        expected, loss = expected + (part * weight).sum(), loss + (found[row][:, late] * weight).sum()
+    wanted, got = (torch.autograd.grad(one, leaves[:3]) for one in (expected, loss))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a[:, :, turn:], b[:, :, turn:], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(("way", "reserve"), [("reordered", None), ("reordered", COLUMNS), ("filled", COLUMNS)])
+def test_sequences_are_copied_with_their_lists(
+    way: str, reserve: int | None, case: tuple[list[torch.Tensor], torch.Tensor]
+) -> None:
+    made, mask = case
+    kinds, order, turn, pages = kinds_of(HALF), torch.tensor([2, 0, 0], device=DEVICE), 260, 0
+    cache = PagedCache([kinds], reserve)
+    with torch.no_grad():
+        if way == "reordered":
+            feed(kinds, cache, made, mask, [0, 130, turn])
+            cache.reorder_cache(order)
+        else:  # put together of single sequences
+            for row, one in enumerate(order.tolist()):
+                single = PagedCache([kinds], reserve)
+                feed(kinds, single, [x[one : one + 1] for x in made], mask[one : one + 1], [0, turn])
+                cache.paged[0].fill(row, single.paged[0], ROWS)
+            lengths = mask[order, :turn].sum(1)
+            cache.lengths, cache.width = lengths.int(), torch.tensor([turn], dtype=torch.int32, device=DEVICE)
+            cache.paged[0].count(lengths.tolist(), turn)
+        again = [x[order] for x in made]
+        found = feed(kinds, cache, again, mask[order], [turn, *range(turn + 1, turn + 9), COLUMNS])
+        for row, one in enumerate(order.tolist()):
+            expected, held = naive(HALF, columns_of(made, mask, one))
+            late = mask[one, turn:]
+            expected = expected[:, int(mask[one, :turn].sum()) :]
+            torch.testing.assert_close(found[row][:, late], expected, rtol=1e-8, atol=1e-9)
+            pages += held
+    assert cache.held_bytes() == pages * PAGE_BYTES + COUNTERS
+    assert reserve is not None or cache.allocated_bytes() == cache.held_bytes()
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what has to know numbers of the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        if name in ("index", "index_put_", "index_put"):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), name
+        return function(*args, **kwargs or {})
+
+
+def test_a_reserved_step_waits_for_no_device(case: tuple[list[torch.Tensor], torch.Tensor]) -> None:
+    """But for the attention and the store of the reference, whose kernels do not either."""
+    made, mask = case
+    kinds = kinds_of(HALF)
+    mixer, cache = kinds.only, PagedCache([kinds], COLUMNS + 1)
+    assert isinstance(mixer, RetainMixer)
+    with torch.no_grad():
+        feed(kinds, cache, made, mask, [0, COLUMNS - 1])
+        state, stored = cache.paged[0].states[0], []
+        assert isinstance(state, RetainState)
+        before = state.tensors["listed"].clone()
+        lengths = torch.tensor([COLUMNS, 0, 321], dtype=torch.int32, device=DEVICE)  # one more page leaves in the last
+        step = Step(cache, None, None, lengths, None, 1)
+        key, value = (x[:, :, :1].nan_to_num() for x in made[1:3])
+        with _NoWaiting():
+            kept, count = mixer.kept(key, value, state, step)
+            state.leave(lengths, None)
+            state.store_one(key[:, :, 0], value[:, :, 0], kept[:, :, 0], lengths, lambda *given: stored.append(given))
+            state.pages()
+        assert len(stored) == 1 and count.shape == (ROWS, GROUPS)
+        assert not torch.equal(state.tensors["listed"], before)
+
+
+def test_a_cache_is_assumed_to_keep_what_its_groups_expect(case: tuple[list[torch.Tensor], torch.Tensor]) -> None:
+    made, mask = case
+    kinds = kinds_of(HALF)
+    cache = PagedCache([kinds], 4096)
+    with torch.no_grad():
+        feed(kinds, cache, made, mask, [0, 100])
+    cache.assume(4000)
+    state = cache.paged[0].states[0]
+    # The first window starts at page 61, the second at page 54; behind the sink every second and fourth token is kept.
+    assert state.tensors["listed"].tolist() == [[64 + (61 * 64 - 64) // 2, 54 * 64 // 4]] * ROWS
+    assert state.lengths == [4000] * ROWS and cache.get_seq_length() == 4000
