@@ -13,14 +13,17 @@ from .impl import choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .retain_reference import keep
 from .retain_state import RetainState
+from .scorer_gate import Gate
 from .scorer_key_norm import KeyNorm
+from .scorer_mlp import Mlp
+from .scorer_ridge import Ridge
 from .scorer_value_norm import ValueNorm
 from .scorers import SCORERS, Scorer
 from .scores import Scores
 from .span import BETA_UNIT, PAGE, Span, kept_table
 from .step import Step
 
-KNOWN = (KeyNorm, ValueNorm)
+KNOWN = (Gate, KeyNorm, Mlp, Ridge, ValueNorm)
 NO_CAP = 1 << 40  # tokens; more than any sequence has
 
 

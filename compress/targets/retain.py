@@ -36,6 +36,7 @@ class RetainGroup(Target):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_retain"
     noun: ClassVar[str] = "retention"
+    objective: ClassVar[str | None] = "reconstruction"
     in_expectation: ClassVar[bool] = True
 
     target: Literal["retain"] = "retain"
@@ -71,6 +72,17 @@ class RetainGroup(Target):
     def span(self) -> Span:
         """What is seen without the tokens that are kept, by whole pages."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)
+
+    @property
+    def untrained(self) -> bool:  # type: ignore[override]
+        """Whether the scorer has nothing to train; preparing it then measures what its thresholds keep."""
+        made = SCORERS[self.scorer]
+        return not (made.fitted or made.stepped)
+
+    @property
+    def prepared_as(self) -> RetainGroup:
+        """See `Target.prepared_as`: a scorer is the same whatever the window, the threshold and the cap."""
+        return type(self)(scorer=self.scorer)
 
     def listed(self, length: int) -> tuple[float, int]:
         """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""

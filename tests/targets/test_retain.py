@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from compress.errors import UserError
+from compress.models.planned import mixers_of, planned_model
+from compress.models.prepared import PreparedOption, attach
+from compress.models.pruning import parameters_per_unit
 from compress.plan import uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
@@ -23,7 +28,7 @@ GIVEN: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
     ("fields", "message"),
     [
         ({"scorer": None}, "valid string"),
-        ({"scorer": "key"}, "expected one of key_norm, .*value_norm, got key"),
+        ({"scorer": "key"}, "expected one of gate, key_norm, .*value_norm, got key"),
         ({"threshold": float("nan")}, "finite"),
         ({"share": 1.5}, "less than or equal to 1"),
         ({"cap": [-1, 0.5]}, "greater than or equal to 0"),
@@ -81,6 +86,27 @@ def test_costs_are_means_over_texts(share: float, cap: Any) -> None:
         assert abs(cost.keys - keys) <= (0.1 * keys if 0 < share < 1 or cap is not None else 0)
 
 
-def test_parameters_of_the_scorer_are_counted() -> None:
-    counted = Unit(query_heads=3, head_dim=16, parameters=3 * 2 * 16 * 48 + 2 * 16 * 48)
-    assert RetainGroup(**GIVEN).cost(counted, 100).parameters == counted.parameters  # norms have none
+@pytest.mark.parametrize("scorer", ["key_norm", "ridge", "gate"])
+def test_scorers_are_counted_and_prepared(scorer: str) -> None:
+    model, group = tiny_model("llama-gqa"), RetainGroup(**{**GIVEN, "scorer": scorer, "cap": (4, 0.5)})
+    plan = uniform_plan(shape_of(model), group)
+    mixers = mixers_of(planned_model(model, plan, untrained=True))
+    own = sum(weight.numel() for mixer in mixers for weight in mixer.parameters())
+    dense = sum(weight.numel() for layer in model.model.layers for weight in layer.parameters())
+    assert plan.cost(100, sizes=parameters_per_unit(model)).parameters == dense + own
+    assert group.has_to_be_prepared == (own > 0) and group.learns
+    assert group.prepared_as == RetainGroup(scorer=scorer) == RetainGroup(scorer=scorer).prepared_as
+    # A scorer that is prepared serves all thresholds; what was not prepared is not run.
+    scorers = {
+        f"{layer}.{name}": torch.randn(weight.shape)
+        for layer, mixer in enumerate(mixers)
+        for name, weight in mixer.named_parameters()
+    }
+    if own:
+        with pytest.raises(UserError, match="prepare"):
+            planned_model(model, plan)
+    record: Any = SimpleNamespace(errors=[[0.0, 0.0]] * 3)
+    attach(model, (PreparedOption(group.prepared_as, record, scorers),))
+    for layer, mixer in enumerate(mixers_of(planned_model(model, plan))):
+        for name, weight in mixer.named_parameters():
+            assert torch.equal(weight, scorers[f"{layer}.{name}"])
