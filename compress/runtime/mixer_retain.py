@@ -12,14 +12,17 @@ from .impl import choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .retain_reference import keep
 from .retain_state import RetainState
+from .scorer_gate import Gate
 from .scorer_key_norm import KeyNorm
+from .scorer_mlp import Mlp
+from .scorer_ridge import Ridge
 from .scorer_value_norm import ValueNorm
 from .scorers import SCORERS, Scorer
 from .scores import Scores
 from .span import BETA_UNIT, PAGE, Span, kept_table
 from .step import Step
 
-KNOWN = (KeyNorm, ValueNorm)
+KNOWN = (Gate, KeyNorm, Mlp, Ridge, ValueNorm)
 NO_CAP = 1 << 40  # tokens; more than any sequence has
 
 
@@ -62,7 +65,8 @@ class RetainMixer(Mixer):
         absent = (positions < 0)[..., None]
         key, value = (x.masked_fill(absent[:, None], 0) for x in (key, value))
         hidden = step.hidden.masked_fill(absent, 0) if self.scorer.needs_hidden and step.hidden is not None else None
-        found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
+        with torch.autocast(key.device.type, enabled=False):  # scores are compared in float32
+            found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
         return found
 
     def kept(

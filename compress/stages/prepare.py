@@ -66,6 +66,10 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                     f"prepare: {target.words()}, {option.steps} steps, {option.tokens:,} tokens, loss "
                     f"{option.first_loss:.4g} to {option.last_loss:.4g}, {duration(option.seconds)}"
                 )
+            for found in read_prepared(folder):
+                if found.retention is not None:
+                    ranks = " ".join(f"{rank:.2f}" for rank in found.retention.rank.nanmean(1).tolist())
+                    say(f"prepare: {found.target.words()}, by layer its rank correlation with KVzip+: {ranks}")
     attach(session.loaded.model, read_prepared(folder))
     if not session.helper:
         effects_stage(session)
