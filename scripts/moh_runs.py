@@ -9,7 +9,8 @@ Rows, all trained on the same tokens with the same losses; SHARE is the percenta
     UNIT-75-ROUTER-first        shared are the first half of a layer's units, as in the paper, not those that score best
     UNIT-75-ROUTER-free         no unit is shared
     UNIT-75-two_stage-relative  routers are prepared on what is more than usual of each unit (`relative`)
-    group-75-two_stage-uneven   without a balance loss; -even: with one of weight .2, .01 for every routed layer about
+    UNIT-75-two_stage-both      `relative`, and no unit is shared
+    group-75-two_stage-uneven   without a balance loss; -mean: with the mean over layers of it in place of the sum
     group-75-two_stage-mixers   trains the routers alone; -lora: with low-rank updates of the projections
     pruned-SHARE                removes as many groups of each layer as `group-SHARE` has off, those that score least
     dense                       the dense model
@@ -24,8 +25,8 @@ common (profile, written text, the routers' preparation, the dense model's figur
 Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
 command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
 FOLDER/rows.json all its numbers; FOLDER/plots draws the load of every head, a file a row. Rows that are not at 75% run
-with the first seed alone. Where no rows are named, the forms of the second to sixth line, and `random` at other shares
-than 75%, are left out.
+with the first seed alone. Where no rows are named, the forms of the second to seventh line, and `random` at other
+shares than 75%, are left out.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
 in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on.
@@ -71,6 +72,11 @@ from scripts import rows
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-moh.yaml"
 SHARES = (90, 75, 50)
+MEAN = [
+    {"name": "text", "weight": 0.5},
+    {"name": "distill", "weight": 0.5},
+    {"name": "balance", "over": "pass", "layers": "mean"},
+]
 PREPARED = [
     {"target": "routed", "unit": "group", "active": 2, "of": 3},
     {"target": "routed", "unit": "head", "active": 7, "of": 9},
@@ -110,9 +116,10 @@ def all_rows() -> dict[str, Row]:
             found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
         relative = ("objectives", [{"name": "routing", "relative": True}])
         found[f"{unit}-75-two_stage-relative"] = Row(75, unit, "two_stage", prepare=(relative,))
+        found[f"{unit}-75-two_stage-both"] = Row(75, unit, "two_stage", "none", prepare=(relative,))
     changed: dict[str, tuple[tuple[str, Any], ...]] = {
         "uneven": (("balance", 0.0),),
-        "even": (("balance", 0.2),),
+        "mean": (("objectives", MEAN),),
         "mixers": (("train", "mixers"), ("rate", 3e-3)),
         "lora": (("train", "lora"), ("mixer_rate", 3e-3)),
     }

@@ -55,7 +55,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--written-length", type=int, default=2048, help="tokens of a document that the model writes")
     add("--length", type=int, default=2048, help="tokens of a training sequence")
     add("--batch", type=int, default=32, help="sequences of a step of the joint training")
-    add("--micro", type=int, default=4, help="sequences in a pass of the joint training; 8 where two rows share a GPU")
+    add("--micro", type=int, default=16, help="sequences in a pass of the joint training; fewer where rows share a GPU")
     add("--windows", type=int, default=64, help="windows of text at the shortest length, fewer at longer ones")
     add("--prompts", type=int, default=50, help="prompts of each kind and length")
     add("--held-out", default="14263_katrine.txt", help="the book that is measured on")

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from compress.plan import ModelShape
 
 # What a statistic is taken from: queries, keys and values of attention, where the loss is that of the answers, or that
-# of what can be looked up in the context; inputs and gradients of the projections; the weights alone; or a training of
-# its own.
-Reads = Literal["attention", "repeats", "projections", "weights", "training"]
+# of what can be looked up in the context; attention where the model repeats the text; inputs and gradients of the
+# projections; the weights alone; or a training of its own.
+Reads = Literal["attention", "repeats", "reconstruction", "projections", "weights", "training"]
 
 # Sums by name, of one place: a profiled length (statistics of head groups) or a layer (those of heads and neurons).
 Sums = dict[str, torch.Tensor]

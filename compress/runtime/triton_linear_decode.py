@@ -29,18 +29,6 @@ def _load_held(p_state, o_v, o_f, state_f, state_e, FEATURES: tl.constexpr, VALU
 
 
 @triton.jit
-def _inverse(mass):
-    """1 / mass, 0 where nothing was summed."""
-    return tl.where(mass > 0, 1.0 / tl.where(mass > 0, mass, 1.0), 0.0)
-
-
-@triton.jit
-def _window_share(mass, lse, gain):
-    """The window's share of a head's output, as in `merge.merge`; all of it where the state is empty."""
-    return tl.where(mass > 0, tl.sigmoid(lse - tl.log(tl.where(mass > 0, mass, 1.0)) - gain), 1.0)
-
-
-@triton.jit
 def _read_one(
     p_query,  # [B, H, F] features
     p_state,  # [B, G, F, DV + 1] float32, without MEAN the last column may be missing
@@ -89,15 +77,13 @@ def _read_one(
     p_held = p_state + b * state_b + g * state_g
     p_norm = p_held + VALUE_DIM * state_e
     p_row = p_query + b * query_b + g * SHARE * query_h
-    here = tl.load(p_lengths + b) > 0
-    m_v = o_v < VALUE_DIM
+    # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
+    o_row = tl.arange(0, BLOCK_M)
+    m_row = o_row < SHARE
+    head = g * SHARE + o_row
+    out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
     if DOT:
-        # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
-        o_row = tl.arange(0, BLOCK_M)
-        m_row = o_row < SHARE
-        head = g * SHARE + o_row
-        out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
         for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
             # [BLOCK_V, BLOCK_F], [BLOCK_M, BLOCK_F]
             o_f = at_f + tl.arange(0, BLOCK_F)
@@ -110,42 +96,37 @@ def _read_one(
             if MEAN:
                 b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
                 mass += tl.sum(b_query * b_norm[None, :], 1)
-        m_block = m_row[:, None] & m_v[None, :]
-        if MEAN:
-            out = out * _inverse(mass)[:, None]
-        if MERGE:
-            o_head = b * GROUPS * SHARE + head
-            b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-            share = _window_share(mass, b_lse, tl.load(p_gain + o_head, mask=m_row, other=0.0))
-            o_window = head[:, None] * window_h + o_v[None, :]
-            b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0).to(tl.float32)
-            out = share[:, None] * b_window + (1.0 - share)[:, None] * out
-        out = tl.where(here, out, 0.0).to(p_out.dtype.element_ty)
-        tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
     else:
         # [BLOCK_V, BLOCK_F], [BLOCK_F]
         o_f = tl.arange(0, BLOCK_F)
         b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
-        if MEAN:
+        if MEAN:  # of all heads at once, whose rows are then near
             b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
+            b_rows = load_part(p_row, o_row * query_h, m_row, 0, FEATURES, BLOCK_F)
+            if ROUND:
+                b_rows = b_rows.to(tl.bfloat16)
+            mass = tl.sum(b_rows.to(tl.float32) * b_norm[None, :], 1)
         for row in tl.static_range(SHARE):
-            head = g * SHARE + row
             b_query = tl.load(p_row + row * query_h + o_f, mask=o_f < FEATURES, other=0.0)
             if ROUND:
                 b_query = b_query.to(tl.bfloat16)
             b_query = b_query.to(tl.float32)
-            # [BLOCK_V], and a number
-            out = tl.sum(b_state * b_query[None, :], 1)
-            if MEAN:
-                mass = tl.sum(b_norm * b_query, 0)
-                out = out * _inverse(mass)
-            if MERGE:
-                o_head = b * GROUPS * SHARE + head
-                share = _window_share(mass, tl.load(p_lse + o_head), tl.load(p_gain + o_head))
-                b_window = tl.load(p_window + b * window_b + head * window_h + o_v, mask=m_v, other=0.0)
-                out = share * b_window.to(tl.float32) + (1.0 - share) * out
-            out = tl.where(here, out, 0.0).to(p_out.dtype.element_ty)
-            tl.store(p_out + b * out_b + head * out_h + o_v, out, mask=m_v)
+            out = tl.where((o_row == row)[:, None], tl.sum(b_state * b_query[None, :], 1)[None, :], out)
+    m_block = m_row[:, None] & (o_v < VALUE_DIM)[None, :]
+    some = mass > 0
+    total = tl.where(some, mass, 1.0)
+    if MEAN:
+        out = tl.where(some[:, None], out / total[:, None], 0.0)
+    if MERGE:
+        o_head = b * GROUPS * SHARE + head
+        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
+        share = tl.where(some, tl.sigmoid(b_lse - tl.log(total) - b_gain), 1.0)
+        o_window = head[:, None] * window_h + o_v[None, :]
+        b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0).to(tl.float32)
+        out = share[:, None] * b_window + (1.0 - share)[:, None] * out
+    out = tl.where(tl.load(p_lengths + b) > 0, out, 0.0).to(p_out.dtype.element_ty)
+    tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
 
 
 def read_one(
@@ -201,7 +182,7 @@ def read_one(
         GROUPS=groups,
         FEATURES=count,
         VALUE_DIM=value_dim,
-        BLOCK_M=max(16, triton.next_power_of_2(share)),
+        BLOCK_M=max(16 if config["dot"] else 1, triton.next_power_of_2(share)),
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         MERGE=window is not None,

@@ -122,8 +122,8 @@ def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1}
-    if share > 8:
-        return {"dot": True, "features": 256, "numbers": 4096, "warps": 4, "stages": 1}
+    if share > 4:
+        return {"dot": True, "features": 256, "numbers": 4096, "warps": 2, "stages": 1}
     return {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1}
 
 

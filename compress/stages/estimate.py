@@ -158,6 +158,9 @@ def _profile(recipe: Recipe, of: Estimate) -> float:
         elif reads == "repeats":
             others = sum(statistic.alternatives(of.shape, lengths) for statistic in taken) if of.shape else 0
             total += of.passes(documents, 1 + BACKWARD + ALTERNATIVE * others)
+        elif reads == "reconstruction":
+            total += of.passes(documents, 2)  # the text and its repetition
+            total += sum(task.count * of.attended(task.length, TABLES) for task in documents)
         elif reads == "projections":
             corpora = 1 if recipe.calibration.second is None else 2
             total += corpora * of.passes(documents, 1 + COLUMNS + (BACKWARD + WEIGHT_GRADIENTS) * gradient)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torch.func import functional_call
 
 from compress.errors import UserError
 from compress.files import key_of, write_text
@@ -170,14 +172,27 @@ class _Student:
     at a time, and so do the losses: their gradients meet in the last hidden states, whose backward pass comes last.
 
     Args:
+        dtype: of matrix products; None for that of the weights.
         whole: never do so.
+        as_kept: the models are kept in `dtype`, so a pass runs as the result will: all weights but those that mixers
+            and routers have of their own are rounded to it once, and what lies between the products is in it as well.
+            Without, only the inputs of the products are rounded, and twice as many bytes move between them.
     """
 
-    def __init__(self, model: Any, teacher: Any, dtype: torch.dtype | None, *, whole: bool) -> None:
+    def __init__(
+        self, model: Any, teacher: Any, dtype: torch.dtype | None, *, whole: bool, as_kept: bool = False
+    ) -> None:
         self.module, self.teacher, self.dtype, self.whole = model, teacher, dtype, whole
+        self.rounded = _Rounded(model, dtype) if as_kept and dtype is not None else None
 
     def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
         """See `Trainee.run`."""
+        if self.rounded is None:
+            self._run(module, inputs, learn)
+        else:
+            self.rounded.during(lambda: self._run(module, inputs, learn))
+
+    def _run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
         record = Record()
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
@@ -236,7 +251,29 @@ class _Student:
 
     def _autocast(self, inputs: Inputs) -> torch.autocast:
         kind = inputs["input_ids"].device.type
-        return torch.autocast(kind, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        casts = self.dtype is not None and self.rounded is None
+        return torch.autocast(kind, self.dtype or torch.bfloat16, enabled=casts)
+
+
+class _Rounded(nn.Module):
+    """A module whose float32 weights are rounded while some work is done, its backward passes included."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        own = {id(weight) for weight in own_weights(module)}
+        wide = {name: weight for name, weight in self.named_parameters() if weight.dtype == torch.float32}
+        self.names = [name for name, weight in wide.items() if id(weight) not in own]
+        self.dtype = dtype
+
+    def forward(self, work: Callable[[], None]) -> None:
+        """Do the work."""
+        work()
+
+    def during(self, work: Callable[[], None]) -> None:
+        """Do the work with rounded weights; gradients come to the weights themselves, in float32."""
+        rounded = {name: self.get_parameter(name).to(self.dtype) for name in self.names}
+        functional_call(self, rounded, (work,))
 
 
 def _of_logits(objective: Objective) -> bool:
@@ -300,6 +337,8 @@ def _train_and_merge(
     spread = accelerator.distributed_type == DistributedType.FSDP
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     low = settings.low(next(model.parameters()).device)
+    kept = {each.get_input_embeddings().weight.dtype for each in (model, teacher) if each is not None}
+    as_kept = not spread and kept == {low}
     losses = settings.losses_of(routed=has_routers(model))
     whole = spread or not all(objective.of_logits or objective.of_routers for objective in losses)
     whole = whole or not all(has_plain_head(each) for each in (model, teacher) if each is not None)
@@ -309,7 +348,7 @@ def _train_and_merge(
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
-            _Student(copied, teacher, low, whole=whole),
+            _Student(copied, teacher, low, whole=whole, as_kept=as_kept),
             losses,
             DroppedWindows.of(batches, copied, settings, f"{seed}/windows"),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),

@@ -108,7 +108,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["report", "runs", "--cells", "cells.txt"], ".csv or .json"),
     *(
         ([command, "recipe.yaml", "--set", "search.budget.kv"], "not a setting")
-        for command in ("run", "profile", "prepare", "search", "recover", "export", "eval", "validate")
+        for command in ("run", "profile", "prepare", "upcycle", "search", "recover", "export", "eval", "validate")
     ),
     (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "can only change a recipe"),
     (["init", NOWHERE], NOWHERE),
@@ -126,7 +126,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["sweep", "recipe.yaml"], "--set"),
     *(
         ([command, *words], told)
-        for command in ("run", "profile", "search", "recover", "export", "validate")
+        for command in ("run", "profile", "upcycle", "search", "recover", "export", "validate")
         for words, told in [
             (["nowhere.yaml"], "no such recipe"),
             (["model"], "folder"),

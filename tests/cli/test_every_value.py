@@ -60,6 +60,7 @@ profile:
     - {{name: query_constancy}}
     - {{name: lse_spread}}
     - {{name: ar_loss, sink: 4, window: 64}}
+    - {{name: reconstruction, chunk: 128}}
 search:
   solver: {solver}
   budget: {{kv: 0.8, lengths: [192, 256]}}

@@ -67,7 +67,10 @@ def losses(record: Record, ids: torch.Tensor, mask: torch.Tensor | None = None) 
     """Balance and z loss a token."""
     inputs: dict[str, Any] = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
     named = [objectives["balance"](), objectives["router_z"]()]
-    return [float(one.loss({"record": record}, None, inputs)) / one.count(inputs) for one in named]
+    found = [float(one.loss({"record": record}, None, inputs)) / one.count(inputs) for one in named]
+    mean = objectives["balance"](layers="mean").loss({"record": record}, None, inputs)
+    assert float(mean) * len(record.routing) == pytest.approx(found[0] * named[0].count(inputs))
+    return found
 
 
 def routing(logits: torch.Tensor, active: int, tokens: Sequence[int]) -> Routing:

@@ -88,6 +88,42 @@ def test_training_in_each_precision(tmp_path: Path, train: str, loss: str, check
     assert (low.first_loss, low.last_loss) == pytest.approx((exact.first_loss, exact.last_loss), rel=0.1)
 
 
+@pytest.mark.parametrize(("train", "loss"), [("full", "distill"), ("lora", "text")])
+def test_a_model_that_is_kept_in_bfloat16_trains_as_it_runs(
+    tmp_path: Path, train: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+    norm = type(model_of().model.norm)
+    plain = norm.forward
+
+    def noted(self: Any, states: torch.Tensor) -> Any:
+        seen.add(states.dtype)
+        return plain(self, states)
+
+    monkeypatch.setattr(norm, "forward", noted)
+    asked: dict[str, Any] = {"train": train, "loss": loss, "rate": 1e-3, "steps": 3}
+    given = model_of().bfloat16() if loss == "distill" else None
+    exact = trained(tmp_path / "exact", planned(), precision="float32", teacher=model_of(), **asked)[1]
+    seen.clear()
+    found = []
+    for again in (
+        False,
+        True,
+    ):  # with layers computed again, in the backward pass, the weights are still the rounded ones
+        model, record = trained(
+            tmp_path / str(again),
+            planned().bfloat16(),
+            precision="bfloat16",
+            checkpointing=again,
+            teacher=given,
+            **asked,
+        )
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        found.append((record.first_loss, record.last_loss, record.sha256))
+    assert seen == {torch.bfloat16} and found[0] == found[1]
+    assert found[0][:2] == pytest.approx((exact.first_loss, exact.last_loss), rel=0.1)
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_precision_of_a_cpu_is_float32(tmp_path: Path, train: str) -> None:
     records = [

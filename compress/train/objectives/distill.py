@@ -20,8 +20,11 @@ def distill_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float
     Args:
         logits, teacher: `[B, T, V]`.
     """
-    student_logs = functional.log_softmax(logits.float() / temperature, -1)
-    teacher_logs = functional.log_softmax(teacher.float() / temperature, -1)
+    wide, wide_teacher = logits.float(), teacher.float()
+    if temperature != 1:
+        wide, wide_teacher = wide / temperature, wide_teacher / temperature
+    student_logs = functional.log_softmax(wide, -1)
+    teacher_logs = functional.log_softmax(wide_teacher, -1)
     return temperature**2 * functional.kl_div(student_logs, teacher_logs, reduction="sum", log_target=True)
 
 
