@@ -30,6 +30,7 @@ from compress.targets.aaren import AarenGroup
 from compress.targets.expert import ExpertGroup
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
+from compress.targets.retain import RetainGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.score import ScoreGroup
 from compress.targets.target import Target
@@ -77,6 +78,15 @@ ROUTED_PRUNED: tuple[Target, ...] = (
     *RoutedGroup.layer(2, 1, unit="head", sink=4, alpha=30, beta=0.25),
 )
 
+# Half of the values' norms are above the thresholds, and with each cap some of those tokens are left out.
+RETAIN: tuple[Target, ...] = (
+    FullGroup(),
+    RetainGroup(sink=4, alpha=40, beta=0.125, scorer="value_norm", threshold=1.77, share=0.5, cap=(10, 0.125)),
+    RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=1.77, share=0.5),
+    RetainGroup(sink=70, alpha=64, scorer="key_norm", threshold=-1.8, share=0.5, cap=(40, 0.0)),
+    RetainGroup(sink=0, alpha=20, scorer="value_norm", threshold=1.9, share=0.3),
+)
+
 # The groups that the layers of a plan cycle through to try each registered target. Three models stand for all: one with
 # grouped heads, one with sliding layers of its own, and one where some groups, query heads and neurons are removed.
 TARGETS: dict[str, tuple[Target, ...]] = {
@@ -92,6 +102,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         LinearGroup(rule="delta", decay="token", sink=70, alpha=40),
     ),
     "pruned": MIXED,
+    "retain": RETAIN,
     "routed": ROUTED,
     "score": SCORED,
     "strided": (StridedGroup(window=20, stride=4), FullGroup(), StridedGroup(window=70, stride=7)),
@@ -99,9 +110,11 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 }
 BASES = ("llama-gqa", "gemma3", "phi3, pruned")
 OTHERS = {groups: target for target, groups in TARGETS.items() if groups is not MIXED}
-# What has tests of every way to the end of its own (runtime/test_score.py, test_aaren.py) needs the last model alone.
+# What has tests of every way to the end of its own (test_score.py, test_aaren.py and test_retain.py of runtime/) needs
+# the last model alone.
 BASES_OF: dict[tuple[Target, ...], tuple[str, ...]] = {
     SCORED: BASES[-1:],
+    RETAIN: BASES[-1:],
     EXPERTS: ("llama-gqa, upcycled",),
     ROUTED: BASES[:1],
 }
@@ -263,11 +276,12 @@ def test_allocated_bytes_are_what_the_plan_predicts(family: str) -> None:
     for length in (1, 63, 64, 65, 200, 700):
         cache = model.new_cache()
         logits(model, random_ids(1, 760)[:, :length], past_key_values=cache)
-        assert cache.allocated_bytes() == cache.held_bytes() == plan.cost(length, 4, form="patched").held_bytes
+        assert cache.allocated_bytes() == cache.held_bytes()
+        assert plan.in_expectation or cache.held_bytes() == plan.cost(length, 4, form="patched").held_bytes
     for length in range(700, 760):  # growing token by token, a window can be astride one page more
         logits(model, random_ids(1, 760)[:, length : length + 1], past_key_values=cache)
-        predicted = plan.cost(length + 1, 4, form="patched").held_bytes
-        assert cache.held_bytes() == predicted
+        predicted = cache.held_bytes()
+        assert plan.in_expectation or predicted == plan.cost(length + 1, 4, form="patched").held_bytes
         assert predicted <= cache.allocated_bytes() <= predicted + slack
 
 
@@ -374,7 +388,9 @@ def test_a_compiled_model_is_the_model(family: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("groups", [MIXED, TARGETS["linear"], ROUTED], ids=["windows", "linear", "routed"])
+@pytest.mark.parametrize(
+    "groups", [MIXED, TARGETS["linear"], RETAIN, ROUTED], ids=["windows", "linear", "retain", "routed"]
+)
 def test_a_decode_step_lives_in_a_cuda_graph(groups: tuple[Target, ...]) -> None:
     from compress.models.graph import graph_of
 

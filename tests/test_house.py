@@ -111,6 +111,7 @@ TESTS = {
         "distill": "train/test_recover.py",
         "gates": "profile/heads/test_scores.py",
         "parts": "train/test_hidden.py",
+        "reconstruction": "train/test_scorers.py",
         "router_z": "train/test_routing.py",
         "routing": "train/test_routing.py",
         "side": "train/test_side.py",

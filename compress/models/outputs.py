@@ -47,7 +47,7 @@ def _refusal(target: Target, prepared: Prepared, config: Any) -> str | None:
         return None
     if target.reads_norms and config is not None and family_of(config).norms_queries(config):
         return "the model normalises every query head, so the norms of queries say nothing; take `router: two_stage`"
-    if target.has_to_be_prepared and target not in [option.target for option in prepared]:
+    if target.has_to_be_prepared and found_for(prepared)(target) is None:
         return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
     if target.undoes_rope:
         return "it needs queries and keys before RoPE, which this statistic does not have"

@@ -20,11 +20,13 @@ from safetensors.torch import load, save
 from compress.errors import UserError
 from compress.files import write_bytes, write_text
 from compress.json_file import read_model, sealed
+from compress.models.retention import Retention
 from compress.registry import targets
 from compress.runtime.mixer import Mixer
 from compress.targets.target import Target
 
 RECORD, OPTION, TENSORS = "prepare.json", "option.json", "tensors.safetensors"
+RETENTION = "retention.safetensors"
 AGAIN = "compress prepare RECIPE"
 
 
@@ -38,9 +40,11 @@ class Option(BaseModel):
         tokens: trained on.
         first_loss, last_loss: of the first and the last step, in the objective's unit.
         errors: `[layers][groups]`, the squared error of the outputs of a group's heads over the dense outputs' squares,
-            on the first batches of the training; null in layers that slide by themselves.
+            on the first batches of the training; of scorers that of scores over the variance of what they stand for, on
+            other texts; null in layers that slide by themselves.
         seconds: of all steps.
         sha256: of `tensors.safetensors`.
+        retention: sha256 of `retention.safetensors`, which an option of scorers has; null for any other.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +59,7 @@ class Option(BaseModel):
     errors: list[list[float] | None]
     seconds: float
     sha256: str
+    retention: str | None = None
     versions: dict[str, str]
 
 
@@ -72,11 +77,13 @@ class PreparedOption:
 
     Attributes:
         tensors: `<layer>.<name of the mixer's parameter>`, of all head groups of the dense layer, one behind another.
+        retention: what its scorers keep at each threshold; None where it has none.
     """
 
     target: Target
     record: Option
     tensors: Mapping[str, torch.Tensor]
+    retention: Retention | None = None
 
     @property
     def errors(self) -> torch.Tensor:
@@ -127,12 +134,19 @@ def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
             mixer.get_parameter(name).view(len(groups), -1)[number] = tensor.flatten()
 
 
-def write_option(folder: Path, record: Option, tensors: Mapping[str, torch.Tensor]) -> Option:
+def write_option(
+    folder: Path, record: Option, tensors: Mapping[str, torch.Tensor], retention: Retention | None = None
+) -> Option:
     """Write an option's tensors, then its record, which vouches for them; the record with its sha256."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
     write_bytes(folder / TENSORS, data)
     record = record.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
-    write_text(folder / OPTION, sealed(record.model_dump(mode="json")))
+    if retention is not None:
+        data = save(retention.tensors())
+        write_bytes(folder / RETENTION, data)
+        record = record.model_copy(update={"retention": hashlib.sha256(data).hexdigest()})
+    unused = {"retention"} if retention is None else set()
+    write_text(folder / OPTION, sealed(record.model_dump(mode="json", exclude=unused)))
     return record
 
 
@@ -169,16 +183,25 @@ def read_prepared(folder: Path) -> Prepared:
     record = read_model(_Record, folder / RECORD, "the list of prepared targets", fix=AGAIN)
     options = []
     for name, sha256 in record.options.items():
-        path = folder / name / TENSORS
         option = read_option(folder / name)
-        data = path.read_bytes() if path.is_file() else b""
-        if {option.sha256, hashlib.sha256(data).hexdigest()} != {sha256}:
-            raise UserError(
-                "the tensors of a prepared target are missing or were changed",
-                where=str(path),
-                expected=f"sha256 {sha256}",
-                found=f"sha256 {hashlib.sha256(data).hexdigest()}" if data else "no such file",
-                fix=AGAIN,
-            )
-        options.append(PreparedOption(targets.parse(option.target), option, load(data)))
+        data = _vouched(folder / name / TENSORS, option.sha256, sha256)
+        retention = None
+        if option.retention is not None:
+            kept = load(_vouched(folder / name / RETENTION, option.retention, option.retention))
+            retention = Retention.of(kept)
+        options.append(PreparedOption(targets.parse(option.target), option, load(data), retention))
     return tuple(options)
+
+
+def _vouched(path: Path, *known: str) -> bytes:
+    """The contents of a file whose sha256 the records say alike."""
+    data = path.read_bytes() if path.is_file() else b""
+    if {*known, hashlib.sha256(data).hexdigest()} != {known[-1]}:
+        raise UserError(
+            "the tensors of a prepared target are missing or were changed",
+            where=str(path),
+            expected=f"sha256 {known[-1]}",
+            found=f"sha256 {hashlib.sha256(data).hexdigest()}" if data else "no such file",
+            fix=AGAIN,
+        )
+    return data

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from compress.models.replaced import AttentionCall, causal_attention, replaced_a
 NAME = "compress_reconstruction"
 CHUNK = 2048  # tokens that are repeated at once, as published
 SINKS = 4  # tokens at the start that are always kept, and are in every softmax
+LEAST = 1e-10  # score below which logarithms do not go on falling
 OVERLAP = 8  # tokens of the chunk before, which tell a repetition where to start
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -97,6 +98,11 @@ class TokenScores:
     positions: torch.Tensor
     weight: torch.Tensor
     moved: torch.Tensor
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """`[G, n]` float32, what a scorer is to give: the logarithm of KVzip+'s score, at least that of `LEAST`."""
+        return self.moved.clamp(min=LEAST).log()
 
 
 Consume = Callable[[TokenScores], None]
@@ -215,6 +221,13 @@ class _Reconstruction:
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """The layer's outputs `[1, H, N, D]`; the text sees itself, a repetition sees the text and itself."""
+        # Scores are float32 and outputs as a planned model's, whatever autocast and RoPE made of queries and keys.
+        dtype = call.value.dtype
+        call = replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
+        with torch.autocast(call.query.device.type, enabled=False):
+            return self._attend(call)
+
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
         plan = self._repetition
         query, key, value = (tensor[:, :, : plan.end] for tensor in (call.query, call.key, call.value))
         outputs = [causal_attention(query, key, value, call.scaling, call.window, call.scores)]

@@ -381,6 +381,11 @@ class Plan(Strict):
         """Whether what some query sees depends on the length of the whole input (`Target.by_length`)."""
         return any(group.by_length for layer in self.layers for group in layer.groups)
 
+    @property
+    def in_expectation(self) -> bool:
+        """Whether what it holds depends on the text, so that costs are means (`Target.in_expectation`)."""
+        return any(group.in_expectation for layer in self.layers for group in layer.groups)
+
     def groups_that_stay(self) -> list[list[tuple[Target, int | None]]]:
         """Per layer, the target of every head group that stays, and the window that the layer itself has."""
         return [

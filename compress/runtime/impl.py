@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 from .flash import refusal as flash_refusal
 from .reference import decode, prefill, routed_prefill, store, store_one
+from .retain_reference import decode as retain_decode
+from .retain_reference import prefill as retain_prefill
 
 logger = logging.get_logger(__name__)
 
@@ -42,12 +44,21 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Retain:
+    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments."""
+
+    prefill: Callable[..., torch.Tensor] = retain_prefill
+    decode: Callable[..., torch.Tensor] = retain_decode
+
+
+@dataclass(frozen=True)
 class Impl:
     """One implementation of what a layer does; `reference.py` documents the arguments and is the specification.
 
     Attributes:
         linear: what it does for linear heads; None where they run in plain PyTorch.
         router: how it chooses the units of routed heads; None where plain PyTorch does.
+        retain: what heads do that keep tokens beside a window.
     """
 
     prefill: Callable[..., torch.Tensor]
@@ -57,6 +68,7 @@ class Impl:
     routed_prefill: Callable[..., torch.Tensor]
     linear: Linear | None = None
     router: Router | None = None
+    retain: Retain = Retain()
 
 
 IMPLS = {"reference": Impl(prefill, decode, store, store_one, routed_prefill)}

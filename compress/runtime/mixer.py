@@ -81,6 +81,10 @@ class State:
         """Count `gains` more tokens of each sequence."""
         self.lengths = [length + gain for length, gain in zip(self.lengths, gains, strict=True)]
 
+    def assume(self, length: int) -> None:
+        """Say that every sequence holds `length` tokens, as `PagedCache.assume` does."""
+        self.lengths = [length] * len(self.lengths)
+
     def select(self, rows: Sequence[int]) -> None:
         """Make the batch the given sequences, in this order; one that is named twice is copied."""
         self.lengths = [self.lengths[row] for row in rows]

@@ -126,19 +126,8 @@ class LinearState(PagedState):
         """The same for one token a sequence, `[B, G, 1, n]`, as in `reference.store_one`; waits for no device."""
         if gates is None:
             return
-        pool, pages = self.gates, self.pages()
-        assert pool is not None
-        if not pages.table.shape[-1]:  # no sequence has a token yet
-            return
-        last = (lengths.long() - 1).clamp(min=0)[:, None, None]
-        place = pages.table.long().gather(2, (last // PAGE).expand(-1, gates.shape[1], -1))[..., 0].clamp(min=0)
-        slots = place * PAGE + last[..., 0] % PAGE
-        flat, here = pool.view(-1, pool.shape[-1]), (lengths > 0)[:, None, None]
-        if self.max_length is None:  # where a sequence has no page yet its place is another's
-            kept = here.expand_as(gates[:, :, 0])[..., 0]
-            flat[slots[kept]] = gates[:, :, 0][kept].to(flat.dtype)
-        else:
-            flat[slots] = torch.where(here, gates[:, :, 0].to(flat.dtype), flat[slots])
+        assert self.gates is not None
+        self.store_last(self.gates, gates[:, :, 0], self.pages().table, lengths)
 
 
 @register("linear")

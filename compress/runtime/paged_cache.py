@@ -219,7 +219,9 @@ class PagedCache(Cache):
         self.lengths.fill_(length)
         self.width.fill_(length)
         for layer in self.paged:
-            layer.count([length] * len(layer.lengths), length)
+            layer.columns = length
+            for state in layer.states:
+                state.assume(length)
 
     def allocated_bytes(self) -> int:
         """Bytes of all states as allocated."""

@@ -129,8 +129,33 @@ class PagedState(State):
     def held_bytes(self) -> int:
         """The same without the free list: the pages in use."""
         used = sum(span.page_count(length) for span in self.spans for length in self.lengths)
-        slot = sum(pool.shape[-1] * pool.itemsize for pool in self.pools().values())
-        return super().held_bytes() + used * PAGE * slot
+        return super().held_bytes() + used * self.page_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all pools."""
+        return PAGE * sum(pool.shape[-1] * pool.itemsize for pool in self.pools().values())
+
+    def store_last(self, pool: torch.Tensor, new: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Keep what a pool has of the last token of every sequence, as in `reference.store_one`; waits for no device.
+
+        Args:
+            pool: `[places, 64, n]`.
+            new: `[B, G, n]`.
+            table: `[B, G, numbers]`, as of `Pages`.
+            lengths: `[B]` tokens of each sequence, this one included; 0 where there is none.
+        """
+        if not table.shape[-1]:  # no sequence has a token yet
+            return
+        last = (lengths.long() - 1).clamp(min=0)[:, None, None]
+        place = table.long().gather(2, (last // PAGE).expand(-1, new.shape[1], -1))[..., 0].clamp(min=0)
+        slots = place * PAGE + last[..., 0] % PAGE
+        flat, here = pool.view(-1, pool.shape[-1]), (lengths > 0)[:, None, None]
+        if self.max_length is None:  # where a sequence has no page yet its place is another's
+            kept = here.expand_as(new)[..., 0]
+            flat[slots[kept]] = new[kept].to(flat.dtype)
+        else:
+            flat[slots] = torch.where(here, new.to(flat.dtype), flat[slots])
 
     def _turn(self, row: int, new: int) -> None:
         """Bring one sequence to a length at which it holds other pages than before."""

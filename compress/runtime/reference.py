@@ -325,8 +325,27 @@ def decode(
     sink, alpha, beta_units, granule = rule_columns(tuple(spans), query.device)  # each [G, 1]
     last = lengths[:, None, None].long() - 1
     seen = visible(last, positions, sink, alpha, beta_units, granule)  # [B, G, numbers * 64]
+    options: dict[str, Any] = {"scale": scale, "scores": scores, "keep_lse": keep_lse}
+    return decode_seen(query, pages, lengths, seen, active=active, gates=gates, **options)
+
+
+def decode_seen(
+    query: torch.Tensor,
+    pages: Pages,
+    lengths: torch.Tensor,
+    seen: torch.Tensor,
+    *,
+    scale: float | None,
+    scores: Scores | None,
+    keep_lse: bool = False,
+    active: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+) -> Any:
+    """`decode` over the slots of the table's pages that `seen` `[B, G, numbers * 64]` says, whatever the rule."""
+    batch, heads, _ = query.shape
+    groups = seen.shape[1]
     if active is not None:
-        seen &= active.unflatten(1, (groups, -1)).any(-1)[..., None]
+        seen = seen & active.unflatten(1, (groups, -1)).any(-1)[..., None]
     # Only pages in sight are gathered; the others come last in the order, as many as the fullest group needs. A CUDA
     # graph takes all, since how many there are is not known to the host.
     by_page = seen.unflatten(-1, (-1, PAGE))

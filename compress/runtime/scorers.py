@@ -20,9 +20,13 @@ class Scorer(nn.Module):
 
     Attributes:
         needs_hidden: whether it reads the layer's input; else `hidden` may be None.
+        fitted: whether it has a linear part that takes an exact fit (`Ridge.take_linear`).
+        stepped: whether it has more than that to train, step by step. One that is neither has nothing to train.
     """
 
     needs_hidden: ClassVar[bool] = False
+    fitted: ClassVar[bool] = False
+    stepped: ClassVar[bool] = False
 
     def __init__(self, groups: int, hidden_size: int, head_dim: int) -> None:
         super().__init__()
@@ -38,6 +42,15 @@ class Scorer(nn.Module):
             key: `[B, G, T, D]` as they are cached, after RoPE.
             value: `[B, G, T, DV]`.
             positions: `[B, T]` of the tokens in their sequences, from 0.
+        """
+        raise NotImplementedError
+
+    def take_linear(self, weight: torch.Tensor, scalars: torch.Tensor, bias: torch.Tensor) -> None:
+        """Take an exact fit of the linear part, where it is `fitted`.
+
+        Args:
+            weight: `[G, hidden size]`; scalars: `[G, 3]`, of the logarithms of position + 1, of ||k|| and of ||v||;
+            bias: `[G]`.
         """
         raise NotImplementedError
 

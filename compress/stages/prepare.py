@@ -53,6 +53,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                 folder,
                 seed=session.recipe.seed,
                 progress=report,
+                tokenizer=session.loaded.tokenizer,
             )
 
     with together(resolve_device(session.recipe.device)):

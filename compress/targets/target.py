@@ -47,6 +47,7 @@ class Target(Method):
         objective: name of the objective that trains before the search what the target has of its own; None where it
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
+        in_expectation: whether what it holds depends on the text, so that `cost` is a mean over texts.
     """
 
     runtime: ClassVar[str | None] = None
@@ -57,6 +58,7 @@ class Target(Method):
     grid: ClassVar[type[Method] | None] = None
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
+    in_expectation: ClassVar[bool] = False
 
     target: str
 

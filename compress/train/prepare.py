@@ -7,6 +7,7 @@ are held at a time; no layer sees what another one's mixer does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from compress.targets.target import Target
 from compress.train.curve import Curve
 from compress.train.loop import Learn, Progress, train
 from compress.train.objectives.objective import Inputs, Objective
+from compress.train.scorers import Pieces, Scorers
 from compress.train.settings import PrepareSettings
 from compress.train.state import Partial
 from compress.train.windows import WindowBatches, Windows, check_windows
@@ -52,6 +54,7 @@ def prepare(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Option]:
     """Train every target of the settings for all head groups that may change; the dense model is left as it is.
 
@@ -63,6 +66,7 @@ def prepare(
         text_tokens: token ids, cut into windows; the same in all processes.
         seed: of the order of windows.
         progress: called with (steps done, steps in all, what) in the main process.
+        tokenizer: the model's; for scorers, which are trained on texts that the model repeats.
 
     Returns:
         The records of the options by the names of their folders.
@@ -88,9 +92,12 @@ def prepare(
                 progress(before * total + done, len(settings.targets) * total, what)
 
         if not _finished(folder / name, key):
-            _train_option(
-                model, shape, target, settings, batches, folder / name, key, f"{seed}/prepare", accelerator, report
-            )
+            losses = settings.objectives_of(target)
+            where = (batches, folder / name, key, f"{seed}/prepare", accelerator, report)
+            if losses[0].repeats:
+                _train_scorers(model, tokenizer, shape, target, settings, *where)
+            else:
+                _train_option(model, shape, target, settings, *where)
         options[name] = read_option(folder / name)
     if accelerator.is_main_process:
         write_record(folder, options)
@@ -147,6 +154,71 @@ def _train_option(
     accelerator.wait_for_everyone()
 
 
+def _train_scorers(
+    model: Any,
+    tokenizer: Any,
+    shape: ModelShape,
+    target: Target,
+    settings: PrepareSettings,
+    batches: WindowBatches,
+    folder: Path,
+    key: str,
+    seed: str,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    """Fit or train the scorers of one target, measure their thresholds, and write its option."""
+    objective: Any = settings.objectives_of(target)[0]
+    kinds = _kinds(model, shape, target)
+    low = settings.low(model.get_input_embeddings().weight.device)
+    scorers = Scorers(model, tokenizer, {layer: each.mixers[0] for layer, each in kinds.items()}, objective, low)
+    pieces = Pieces(batches, objective.lengths_within(settings.length))
+    kind, steps = scorers.kind, settings.step_count
+    partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    started, parts = time.perf_counter(), kind.fitted + kind.stepped
+
+    def report(part: int) -> Progress:
+        return lambda done, total, what: progress(part * total + done, parts * total, what)
+
+    with scorers.repeating():
+        if kind.fitted and partial.read() is None:
+            scorers.fit(pieces, steps, accelerator, report(0))
+        if kind.stepped:
+            loop = settings.loop(seed, "lower `prepare.rate`")
+            train(scorers, [objective], pieces, loop, partial, accelerator, curve=curve, progress=report(parts - 1))
+        if accelerator.is_main_process:
+            measured = scorers.measure(pieces, steps, shape.kv_heads, shape.layers)
+    if accelerator.is_main_process:
+        constant, wrong = measured.losses()
+        errors = measured.errors().tolist()
+        record = Option(
+            key=key,
+            target=target.model_dump(mode="json"),
+            objective=_named(objective),
+            steps=steps if parts else 0,
+            tokens=steps * batches.size if parts else 0,
+            first_loss=constant,
+            last_loss=wrong,
+            errors=[row if native is None else None for row, native in zip(errors, shape.native_windows, strict=True)],
+            seconds=round(time.perf_counter() - started, 2),
+            sha256="",
+            versions=versions("accelerate"),
+        )
+        write_option(folder, record, scorers.tensors(), measured.retention())
+        partial.remove()
+    accelerator.wait_for_everyone()
+
+
+def _kinds(model: Any, shape: ModelShape, target: Target) -> dict[int, Kinds]:
+    """What a target runs in every layer that may change, by its number."""
+    planned = planned_model(model, uniform_plan(shape, target), untrained=True)
+    layers = zip(attentions_of(planned), shape.native_windows, strict=True)
+    return {number: attention.compress_kinds for number, (attention, native) in enumerate(layers) if native is None}
+
+
 def _named(objective: Objective) -> dict[str, Any]:
     return {"name": objective.registered, **objective.model_dump(mode="json")}
 
@@ -173,13 +245,11 @@ class _Mixers(nn.Module):
         low: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        planned = planned_model(model, uniform_plan(shape, target), untrained=True)
+        self._kinds = _kinds(model, shape, target)
         self.layers = nn.ModuleDict()
-        self._kinds: dict[int, Kinds] = {}
-        for layer, (attention, native) in enumerate(zip(attentions_of(planned), shape.native_windows, strict=True)):
-            if native is None:
-                self._kinds[layer] = attention.compress_kinds
-                self.layers[str(layer)] = attention.compress_kinds.only.float()
+        for layer, kinds in self._kinds.items():
+            assert kinds.only is not None
+            self.layers[str(layer)] = kinds.only.float()
         if not any(mixer.learns and list(mixer.parameters()) for mixer in self.layers.values()):
             raise UserError(
                 f"the target `{target.target}` has nothing to train",

@@ -268,6 +268,16 @@ class PrepareSettings(TrainSettings):
         description="likewise all options of a grid, by the name of the target, as of the statistic `effect`",
     )
 
+    @model_validator(mode="after")
+    def _suited(self) -> Self:
+        repeated = [objective.repeats for objective in self.objectives]
+        if any(repeated) and len(repeated) > 1:
+            raise ValueError("a loss of scorers stands alone in `objectives`")
+        for target in self.targets if repeated else ():
+            if registry.objectives[str(target.objective)].repeats != repeated[0]:
+                raise ValueError(f"`{self.objectives[0].registered}` trains nothing of `{target.target}`")
+        return self
+
     @property
     def priced_layers(self) -> dict[str, Any]:
         """What is priced beside the targets, as the statistic `effect` takes it; empty without any."""

@@ -32,6 +32,13 @@ def layer(seed: int) -> Outputs:
     return lambda rows: {"outputs": values[rows]}
 
 
+def scores(seed: int) -> Outputs:
+    """Of two head groups."""
+    torch.manual_seed(seed)
+    values = torch.randn(2, 6)
+    return lambda rows: {"scores": values[:, rows]}
+
+
 def balanced(rows: slice) -> dict[str, Any]:
     record = Record()
     for value in (0.25, 0.5):  # as two layers report it
@@ -82,6 +89,7 @@ CASES: dict[str, tuple[Outputs, Outputs]] = {
     "router_z": (chosen, chosen),
     "routing": (chosen, projected),
     "gates": (states(0), states(1)),
+    "reconstruction": (scores(0), scores(1)),
 }
 
 

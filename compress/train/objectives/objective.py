@@ -29,6 +29,7 @@ class Objective(Method):
         needs_parts: of a layer's loss, whether it asks for the softmax and the state of its heads apart.
         needs_features: likewise, whether it asks for the features that the state's weights are made of.
         needs_choice: likewise, whether it asks for what tokens choose, and for nothing else.
+        repeats: likewise, whether it is of scorers (`runtime.scorers`), on texts that the dense model repeats.
         of_routers: whether it is a loss of what routers did in a whole model; a model without any goes without it.
         unit: of the loss a term.
     """
@@ -41,6 +42,7 @@ class Objective(Method):
     needs_parts: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     needs_choice: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     of_routers: ClassVar[bool] = False
     unit: ClassVar[str] = "nats a token"
 

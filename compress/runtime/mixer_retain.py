@@ -1,0 +1,135 @@
+"""The mixer of `retain` groups: softmax over a window, sinks, and those older tokens that a scorer says to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .impl import choose_impl
+from .mixer import LayerFacts, Mixer, register
+from .retain_reference import keep
+from .retain_state import RetainState
+from .scorer_key_norm import KeyNorm
+from .scorer_value_norm import ValueNorm
+from .scorers import SCORERS, Scorer
+from .scores import Scores
+from .span import BETA_UNIT, PAGE, Span, kept_table
+from .step import Step
+
+KNOWN = (KeyNorm, ValueNorm)
+NO_CAP = 1 << 40  # tokens; more than any sequence has
+
+
+@register("retain")
+class RetainMixer(Mixer):
+    """Sees a window by whole pages, and the tokens before it that are kept; all others are freed for good.
+
+    A token is kept or not when it is written, by its own score and by how many are kept before it; so a prefill in one
+    pass, chunks, turns and decoding are one function, and padding has no part in it.
+    """
+
+    knows_scores = True
+    needs_inputs = True  # of some scorers; a mixer knows whether its own does
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
+        super().__init__(groups, facts)
+        self.spans = tuple(Span(group["sink"], group["alpha"], group["beta"], granule=PAGE) for group in groups)
+        self.windows = tuple(Span(0, span.alpha, span.beta, granule=PAGE) for span in self.spans)
+        self.scorer: Scorer = SCORERS[groups[0]["scorer"]](len(groups), facts.hidden_size, facts.head_dim)
+        self.needs_inputs = self.scorer.needs_hidden
+        self.thresholds = tuple(float(group["threshold"]) for group in groups)
+        self.caps = tuple(None if group["cap"] is None else (int(group["cap"][0]), group["cap"][1]) for group in groups)
+
+    @classmethod
+    def form(cls, group: Mapping[str, Any]) -> str:
+        """The scorer."""
+        return str(group["scorer"])
+
+    def state(self, max_length: int | None) -> RetainState:
+        """Windows and lists."""
+        return RetainState(self.spans, self.caps, [group["share"] for group in self.groups], max_length)
+
+    def scores(self, step: Step) -> Scores | None:
+        """What the layer does to the scores of this mixer's heads."""
+        return None if step.scores is None else step.scores.of(self.heads)
+
+    def judge(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
+        """What the scorer says of new tokens, `[B, G, T]` in float32, from their `[B, G, T, D]`."""
+        positions = step.positions(key.device)
+        absent = (positions < 0)[..., None]
+        key, value = (x.masked_fill(absent[:, None], 0) for x in (key, value))
+        hidden = step.hidden.masked_fill(absent, 0) if self.scorer.needs_hidden and step.hidden is not None else None
+        found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
+        return found
+
+    def kept(
+        self, key: torch.Tensor, value: torch.Tensor, state: RetainState | None, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which new tokens are kept, bool `[B, G, T]`, and how many behind the sinks are then, `[B, G]` int32."""
+        device = key.device
+        count = key.new_zeros(key.shape[:2], dtype=torch.int32) if state is None else state.tensors["count"]
+        thresholds = _on_device(self.thresholds, device, torch.float32)
+        sinks = _on_device(tuple(span.sink for span in self.spans), device, torch.long)
+        caps = tuple((NO_CAP, 0) if cap is None else (cap[0], int(cap[1] * BETA_UNIT)) for cap in self.caps)
+        with torch.no_grad():
+            found = self.judge(key, value, step)
+            return keep(found, step.positions(device), count, thresholds, sinks, _on_device(caps, device, torch.long))
+
+    def prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: RetainState | None,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """As `Mixer.prefill`."""
+        impl, rows = choose_impl(step.impl, query), step.rows
+        assert rows is not None
+        kept, count = self.kept(key, value, state, step)
+        cached = state is not None and any(rows.past)
+        options: dict[str, Any] = {"rows": rows, "scale": scale, "dropout": dropout, "scores": self.scores(step)}
+        ends = [past + new for past, new in zip(rows.past, rows.count, strict=True)]
+        if all(span.first(max(ends) - 1) == 0 for span in self.windows):  # these heads are windows that hide nothing
+            pages = state.window() if cached and state is not None else None
+            out = impl.prefill(query, key, value, self.windows, pages=pages, **options)
+        else:
+            listed = state.pages() if cached and state is not None else None
+            out = impl.retain.prefill(query, key, value, kept, self.windows, pages=listed, **options)
+        if state is not None:
+            state.write(key, value, kept, rows, impl.store)
+            state.tensors["count"].copy_(count)
+        return out.transpose(1, 2)
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        state: RetainState,
+        step: Step,
+        *,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """As `Mixer.decode`."""
+        assert step.lengths is not None
+        impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
+        kept, count = self.kept(key, value, state, step)
+        state.tensors["count"].copy_(count)
+        state.leave(lengths, step.gains)
+        state.store_one(key[:, :, 0], value[:, :, 0], kept[:, :, 0], lengths, impl.store_one)
+        options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
+        out: torch.Tensor = impl.retain.decode(query[:, :, 0], state.pages(), lengths, self.windows, **options)
+        return out[:, None]
+
+
+@lru_cache(maxsize=1024)
+def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A small table, sent to the device once."""
+    return kept_table(rows, device, dtype)

@@ -1,0 +1,132 @@
+"""The retain target: a window, sinks, and those older tokens that a scorer says to keep; the others are freed."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from compress.limits import LONGEST
+from compress.registry import targets
+from compress.runtime.mixer_retain import KNOWN
+from compress.runtime.retain_state import cap_at
+from compress.runtime.scorers import SCORERS
+from compress.runtime.span import NO_END, PAGE, Span
+from compress.targets.cost import Cost
+from compress.targets.span import visible_keys, visible_pairs
+from compress.targets.target import Target
+from compress.targets.unit import Unit
+
+SCORER_NAMES = ", ".join(sorted(name for name, made in SCORERS.items() if made in KNOWN))
+COUNTERS = 2 * 4  # bytes that a sequence and group has beside its pages: tokens in the list, and tokens that are kept
+
+
+def _known(name: str) -> str:
+    if name not in SCORERS:
+        raise ValueError(f"expected one of {SCORER_NAMES}, got {name}")
+    return name
+
+
+@targets.register("retain")
+class RetainGroup(Target):
+    """Sees a window by whole pages, and those tokens before it that a scorer says to keep; the others are freed.
+
+    What is kept depends on the text, so a cost is an expectation: `share` and `spread` say what is known of it.
+    """
+
+    runtime: ClassVar[str | None] = "compress.runtime.mixer_retain"
+    noun: ClassVar[str] = "retention"
+    in_expectation: ClassVar[bool] = True
+
+    target: Literal["retain"] = "retain"
+    sink: int = Field(4, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
+    alpha: int = Field(128, gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
+    beta: float = Field(0.0, ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
+    scorer: Annotated[str, AfterValidator(_known)] = Field(
+        description=f"what judges a token when it is written: {SCORER_NAMES}"
+    )
+    threshold: float = Field(allow_inf_nan=False, description="score from which on a token is kept")
+    share: float = Field(ge=0, le=1, description="share of the tokens before the window that is expected to be kept")
+    spread: float = Field(0.0, ge=0, le=1, description="standard deviation of that share over documents")
+    cap: tuple[Annotated[int, Field(ge=0, le=LONGEST)], Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None,
+        description="a and b: at most a + floor(b (j + 1)) tokens behind the sink are kept once token j, from 0, has "
+        "come; b is a multiple of 1/1024",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RetainGroup:
+        self.span()
+        if self.cap is not None:
+            try:
+                Span(0, 0, self.cap[1])
+            except ValueError as error:
+                raise ValueError(str(error).replace("beta", "cap")) from None
+        return self
+
+    def span(self) -> Span:
+        """What is seen without the tokens that are kept, by whole pages."""
+        return Span(self.sink, self.alpha, self.beta, granule=PAGE)
+
+    def listed(self, length: int) -> tuple[float, int]:
+        """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""
+        return self._listed(self.span(), length - 1)
+
+    def _listed(self, span: Span, t: int) -> tuple[float, int]:
+        """The same of the query at t: of the tokens that its span hides, those that it sees."""
+        hidden = int(span.boundary(t)) - span.sink
+        most = min(hidden, cap_at(self.cap, span.sink + hidden - 1)) if hidden else 0
+        return min(self.share * hidden, most), most
+
+    def _listed_pairs(self, span: Span, length: int, hidden: int) -> int:
+        """Pairs of a query and a kept token that its span hides, of `hidden` that it hides."""
+        if self.cap is None:
+            return round(self.share * hidden)
+        return round(sum(self._listed(span, t)[0] * min(PAGE, length - t) for t in range(0, length, PAGE)))
+
+    def cost(self, unit: Unit, length: int) -> Cost:
+        """Pages of the window, of the sink and of the expected list, with a flag for every token, and two counters.
+
+        A list of n tokens fills n / 64 pages, and half of one more on average, but no more than one a token and than
+        hold all tokens that are hidden.
+
+        Raises:
+            ValueError: tokens are asked for; no stock architecture has this target.
+        """
+        if not unit.paged:
+            raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+        span, dim = self.span(), unit.head_dim
+        kept, most = self.listed(length)
+        slots = span.page_count(length) * PAGE + round(min(kept + (PAGE - 1) / 2, PAGE * kept, -(-most // PAGE) * PAGE))
+        pairs = visible_pairs(span, length)
+        pairs += self._listed_pairs(span, length, length * (length + 1) // 2 - pairs)
+        made = SCORERS[self.scorer]
+        flops = 4 * dim * unit.query_heads * pairs + made.flops(unit.hidden_size, dim) * length
+        own = made.parameter_count(unit.hidden_size, dim) if unit.parameters else 0
+        return Cost(
+            held_bytes=slots * (unit.token_bytes + 1) + COUNTERS,
+            read_bytes=slots * unit.token_bytes,
+            keys=visible_keys(span, length) + round(kept),
+            flops=flops,
+            parameters=unit.parameters + own,
+            heads=unit.query_heads,
+        )
+
+    def words(self, native: int | None = None) -> str:
+        grows = f" + {self.beta:g} of the position" if self.beta else ""
+        most = "" if self.cap is None else f", at most {self.cap[0]} + {self.cap[1]:g} of the position"
+        kept = f"{100 * self.share:.3g}% before it by {self.scorer}{most}"
+        return f"sink {self.sink}, window {self.alpha}{grows}, keeps {kept}"
+
+    def short(self, native: int | None = None) -> str:
+        """`K sink|window` and the share that is kept."""
+        return f"K {self.sink}|{self.alpha}{f'+{self.beta:g}t' if self.beta else ''} {100 * self.share:.3g}%"
+
+    def rule_text(self) -> str:
+        return (
+            "with p the first position of the query's page of 64 tokens, the query sees key j when `j` is in the pages "
+            "of the first `sink` tokens, not before the page of position `p + 1 - max(1, floor(alpha + beta * (p + "
+            "1)))`, or kept. A token is kept, from when it is written on, when its scorer gives it `threshold` or more "
+            "and, with a `cap` of a and b, fewer than `a + floor(b * (j + 1))` tokens behind the sink are kept before "
+            "it. What is not kept is freed for good when it leaves the window."
+        )

@@ -1,0 +1,55 @@
+"""Reconstruction: a scorer's number as the logarithm of a token's KVzip+ score."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from compress.limits import DOCUMENTS, ENTRIES, FACTOR, LONGEST
+from compress.models.reconstruction import CHUNK
+from compress.registry import objectives
+from compress.train.objectives.objective import Inputs, Objective
+
+
+@objectives.register("reconstruction")
+class Reconstruction(Objective):
+    """Squared error of scores on the logarithms of KVzip+ scores, which the dense model gives where it repeats a text
+    (KVzap, arXiv 2601.07891)."""
+
+    lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="tokens of the texts that are repeated, which take turns; none takes `length`, its half and its "
+        "quarter",
+    )
+    chunk: int = Field(CHUNK, ge=1, le=LONGEST, description="tokens of a text that are repeated at once")
+    penalty: float = Field(
+        1e-3, gt=0, le=FACTOR, description="of squared weights in a closed form, in standard deviations of features"
+    )
+    documents: int = Field(
+        8, ge=1, le=DOCUMENTS, description="texts of each length that thresholds and their spread are measured on"
+    )
+
+    needs_teacher: ClassVar[bool] = True
+    of_layer: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
+    unit: ClassVar[str] = "squared error of a logarithm, a token and head group, summed over layers"
+
+    def lengths_within(self, longest: int) -> tuple[int, ...]:
+        """The lengths of texts, none longer than `longest` tokens, each once and in ascending order."""
+        asked = self.lengths or (longest // 4, longest // 2, longest)
+        return tuple(sorted({length for length in asked if 16 <= length <= longest} or {longest}))
+
+    def count(self, inputs: Inputs) -> int:
+        return int(inputs["input_ids"].numel())
+
+    def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
+        """Of one layer and text.
+
+        Args:
+            student, teacher: `scores` of both are `[G, n]`.
+        """
+        difference = student["scores"].float() - teacher["scores"].float()
+        return difference.square().mean(0).sum()

@@ -1,0 +1,181 @@
+"""Trains scorers of cached tokens on what the dense model looks at where it repeats a text, and measures thresholds.
+
+A scorer's number is to be the logarithm of a token's KVzip+ score. What is linear is fitted in closed form, from sums
+that every token is added to and forgotten; what is not is trained by steps on the same error. Afterwards the quantiles
+of the scores of other texts say which threshold keeps which share of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from compress.models.reconstruction import Reconstruct, TokenScores, reconstructing
+from compress.models.retention import Measured
+from compress.runtime.scorer_ridge import scalars_of
+from compress.runtime.scorers import Scorer
+from compress.train.loop import Learn, Progress
+from compress.train.normal_equations import NormalEquations
+from compress.train.objectives.objective import Inputs
+from compress.train.objectives.reconstruction import Reconstruction
+from compress.train.windows import WindowBatches
+
+
+class Pieces:
+    """Batches of windows cut to texts of several lengths, which take turns; see `loop.Batches`.
+
+    Args:
+        batches: of windows no shorter than any of the lengths.
+        lengths: of the texts in tokens.
+    """
+
+    unit = "tokens"
+
+    def __init__(self, batches: WindowBatches, lengths: Sequence[int]) -> None:
+        self.batches, self.lengths, self.size = batches, tuple(lengths), batches.size
+
+    def passes(self, step: int, processes: int) -> list[list[dict[str, torch.Tensor]]]:
+        """As `Batches.passes`: parts `{"input_ids": [texts, length]}`, with all texts of a step of one length."""
+        length = self.lengths[step % len(self.lengths)]
+        return [
+            [{"input_ids": _cut(part["input_ids"], length)} for part in parts]
+            for parts in self.batches.passes(step, processes)
+        ]
+
+    def texts(self, length: int, count: int, start: int) -> Iterator[torch.Tensor]:
+        """So many texts of one length, from the batch of step `start` on, `[length]` each."""
+        step = start
+        while count > 0:
+            for text in _cut(self.batches.windows.batch(step, self.batches.sequences), length)[:count]:
+                count -= 1
+                yield text
+            step += 1
+
+
+def _cut(windows: torch.Tensor, length: int) -> torch.Tensor:
+    whole = windows.shape[1] // length * length
+    return windows[:, :whole].reshape(-1, length)
+
+
+class Scorers(nn.Module):
+    """The scorers of all layers that may have one, beside the dense model, which is no part of the module.
+
+    Args:
+        model: dense; tokenizer: its own, which asks for repetitions.
+        layers: by number of the layer, a module whose `scorer` is what is trained, in float32.
+        objective: what is minimised.
+        low: the dtype of the dense model's matrix products below that of its weights, if any.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: Mapping[int, nn.Module],
+        objective: Reconstruction,
+        low: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): layer.float() for number, layer in layers.items()})
+        self.requires_grad_(True)
+        self._model, self._tokenizer = (model,), tokenizer  # in a tuple, so that its weights are none of this module's
+        self._objective, self._low = objective, low
+        self._repeat: Reconstruct | None = None
+
+    @property
+    def module(self) -> Scorers:
+        """See `Trainee`."""
+        return self
+
+    def scorer(self, layer: int) -> Scorer:
+        """Of one layer."""
+        found = self.layers[str(layer)].scorer
+        assert isinstance(found, Scorer)
+        return found
+
+    @property
+    def kind(self) -> type[Scorer]:
+        """The class of all scorers."""
+        return type(self.scorer(int(next(iter(self.layers)))))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was trained, as an option keeps it."""
+        return {name.removeprefix("layers."): weight.detach() for name, weight in self.named_parameters()}
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """While it is open the dense model repeats the texts that come."""
+        with reconstructing(self._model[0], self._tokenizer, self._objective.chunk) as self._repeat:
+            yield
+        self._repeat = None
+
+    def scored(self, text: torch.Tensor) -> Iterator[TokenScores]:
+        """The scores of a text `[tokens]`, layer by layer; all layers are held until the last was taken."""
+        found: list[TokenScores] = []
+        self._read(text, found.append)
+        yield from found
+
+    def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
+        """See `Trainee.run`; `learn` is called for one layer of one text after the other."""
+
+        def take(scores: TokenScores) -> None:
+            with torch.enable_grad():
+                learn({"scores": self.judged(scores)}, {"scores": scores.wanted})
+
+        for text in inputs["input_ids"]:
+            self._read(text, take)
+
+    def judged(self, scores: TokenScores) -> torch.Tensor:
+        """What the scorer of the layer says of the tokens, `[G, n]`."""
+        scorer = self.scorer(scores.layer)
+        found: torch.Tensor = scorer(scores.hidden[None], scores.key[None], scores.value[None], scores.positions[None])
+        return found[0]
+
+    @torch.no_grad()
+    def fit(self, batches: Pieces, steps: int, accelerator: Accelerator, progress: Progress | None = None) -> None:
+        """Fit the linear parts exactly, on the texts of so many steps."""
+        sums: dict[int, NormalEquations] = {}
+
+        def take(scores: TokenScores) -> None:
+            scalars = scalars_of(scores.key[None], scores.value[None], scores.positions[None])[0]
+            shared = torch.cat([scores.hidden.float(), scalars[0, :, :1]], 1)
+            if scores.layer not in sums:
+                sums[scores.layer] = NormalEquations(len(scalars), shared.shape[1], 2, shared.device)
+            sums[scores.layer].add(shared, scalars[..., 1:], scores.wanted)
+
+        device = next(self.parameters()).device
+        for step in range(steps):
+            for part in batches.passes(step, accelerator.num_processes)[accelerator.process_index]:
+                for text in part["input_ids"].to(device):
+                    self._read(text, take)
+            if progress is not None and accelerator.is_main_process:
+                progress(step + 1, steps, f"sums over {(step + 1) * batches.size:,} tokens")
+        for layer, equations in sums.items():
+            equations.sums = {name: accelerator.reduce(total, "sum") for name, total in equations.sums.items()}
+            shared, own, intercept = equations.solve(self._objective.penalty)
+            self.scorer(layer).take_linear(shared[:, :-1], torch.cat([shared[:, -1:], own], 1), intercept)
+
+    @torch.no_grad()
+    def measure(self, batches: Pieces, start: int, groups: int, layers: int) -> Measured:
+        """What the scorers say of texts from the batch of step `start` on."""
+        measured = Measured(layers, groups)
+
+        def take(scores: TokenScores) -> None:
+            measured.add(scores.layer, self.judged(scores), scores.wanted)
+
+        device = self._model[0].get_input_embeddings().weight.device
+        for length in batches.lengths:
+            for text in batches.texts(length, self._objective.documents, start):
+                measured.begin(length)
+                self._read(text.to(device), take)
+        return measured
+
+    def _read(self, text: torch.Tensor, take: Any) -> None:
+        assert self._repeat is not None
+        with torch.autocast(text.device.type, self._low or torch.bfloat16, enabled=self._low is not None):
+            self._repeat(text.tolist(), take)

@@ -1,0 +1,89 @@
+"""The retain target: what a plan may say of it, and what it costs on average over texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compress.errors import UserError
+from compress.plan import uniform_plan
+from compress.registry import targets
+from compress.runtime.span import PAGE
+from compress.targets.retain import COUNTERS, RetainGroup
+from compress.targets.unit import Unit
+from tests.tiny import shape_of, tiny_model
+
+UNIT = Unit(query_heads=3, head_dim=16)
+NEEDED: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scorer": "key"}, "expected one of key_norm, .*value_norm, got key"),
+        ({"threshold": float("nan")}, "finite"),
+        ({"share": 1.5}, "less than or equal to 1"),
+        ({"cap": [-1, 0.5]}, "greater than or equal to 0"),
+        ({"cap": [4, 0.0001]}, "cap: expected a multiple of 1/1024"),
+        ({"beta": 0.0001}, "beta: expected a multiple of 1/1024"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        targets.parse({"target": "retain", **NEEDED, **fields})
+    for name in NEEDED:
+        with pytest.raises((ValidationError, UserError), match=name):
+            targets.parse({"target": "retain", **{key: value for key, value in NEEDED.items() if key != name}})
+
+
+@pytest.mark.parametrize("fields", [{}, {"beta": 0.25, "cap": [30, 0.125], "spread": 0.1}])
+def test_a_plan_says_all_of_it_and_is_read_again(fields: dict[str, Any]) -> None:
+    group = targets.parse({"target": "retain", **NEEDED, **fields})
+    assert targets.parse(targets.written(group)) == group
+    assert group.stock(None) is None and not group.by_length and not group.fits_native
+    assert group.in_expectation and uniform_plan(shape_of(tiny_model("llama-gqa")), group).in_expectation
+    assert "25% before it by key_norm" in group.words() and ("at most 30" in group.words()) == bool(fields)
+    assert "cap" in group.rule_text() and group.short()
+    with pytest.raises(ValueError, match="no stock architecture"):
+        group.cost(Unit(query_heads=3, head_dim=16, paged=False), 100)
+
+
+def pages_and_pairs(group: RetainGroup, kept: torch.Tensor) -> tuple[int, int, int]:
+    """Pages that tokens with these flags hold, pairs of query and key, and keys of the last query: `kept` is `[T]`."""
+    length, at, span = len(kept), torch.arange(len(kept)), group.span()
+    flags = kept & (at >= span.sink)
+    if group.cap is not None:
+        most = group.cap[0] + ((at + 1) * group.cap[1]).long()
+        count = 0
+        for j in range(length):
+            flags[j] &= count < int(most[j])
+            count += int(flags[j])
+    first = span.first(at)
+    seen = (at <= at[:, None]) & (flags | (at < span.sink) | (at >= first[:, None]))
+    listed = int((flags | (at < span.sink))[: int(first[-1])].sum())
+    return -(-listed // PAGE) - (-length // PAGE) - int(first[-1]) // PAGE, int(seen.sum()), int(seen[-1].sum())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("cap", [None, (16, 0.125)])
+def test_costs_are_means_over_texts(share: float, cap: Any) -> None:
+    group = RetainGroup(sink=4, alpha=100, scorer="key_norm", threshold=0.0, share=share, cap=cap)
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 64, 200, 500):
+        drawn = [pages_and_pairs(group, torch.rand(length, generator=generator) < share) for _ in range(20)]
+        pages, pairs, keys = torch.tensor(drawn, dtype=torch.float64).mean(0).tolist()
+        cost = group.cost(UNIT, length)
+        held = (cost.held_bytes - COUNTERS) / (UNIT.token_bytes + 1) / PAGE
+        assert abs(held - pages) <= (0 if share in (0, 1) and cap is None else 0.6)
+        assert cost.read_bytes == round(held * PAGE) * UNIT.token_bytes
+        flops = cost.flops - 2 * 16 * length
+        assert abs(flops / (4 * 16 * 3) - pairs) <= 0.1 * pairs * (0 < share < 1 or cap is not None)
+        assert abs(cost.keys - keys) <= (0.1 * keys if 0 < share < 1 or cap is not None else 0)
+
+
+def test_parameters_of_the_scorer_are_counted() -> None:
+    counted = Unit(query_heads=3, head_dim=16, parameters=3 * 2 * 16 * 48 + 2 * 16 * 48)
+    assert RetainGroup(**NEEDED).cost(counted, 100).parameters == counted.parameters  # norms have none

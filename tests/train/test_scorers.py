@@ -1,0 +1,195 @@
+"""Scorers: least squares against numpy, exact fits, training, and thresholds that keep the shares they promise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from compress.models.reconstruction import TokenScores
+from compress.models.retention import Measured, Retention, spearman
+from compress.runtime.scorer_gate import Gate
+from compress.runtime.scorer_mlp import Mlp
+from compress.runtime.scorer_ridge import Ridge, scalars_of
+from compress.runtime.scorers import Scorer
+from compress.train.loop import Settings, train
+from compress.train.normal_equations import NormalEquations
+from compress.train.objectives.reconstruction import Reconstruction
+from compress.train.schedule import Schedule
+from compress.train.scorers import Pieces, Scorers
+from compress.train.state import Partial
+from compress.train.windows import WindowBatches, Windows
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+
+GROUPS, HIDDEN, DIM = 2, 48, 12
+OBJECTIVE = Reconstruction(lengths=(32, 64), chunk=40, penalty=1e-9, documents=1)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_normal_equations_are_least_squares(penalty: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(90, 5, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0]) + 3
+    shared[:, 3] = 2.5  # never changes
+    own, target = torch.randn(2, 90, 2, generator=generator), torch.randn(2, 90, generator=generator)
+    equations = NormalEquations(2, 5, 2)
+    for part in (slice(0, 1), slice(1, 40), slice(40, 90)):
+        equations.add(shared[part], own[:, part], target[:, part])
+    weights, owns, intercepts = equations.solve(penalty)
+    assert weights[:, 3].abs().max() == 0
+    moving = [0, 1, 2, 4]
+    for group in range(2):
+        features = torch.cat([shared[:, moving], own[group]], 1).double().numpy()
+        scale = features.std(0)
+        rows = np.concatenate([features - features.mean(0), np.diag(scale * np.sqrt(90 * penalty))])
+        centred = target[group].double().numpy() - target[group].double().numpy().mean()
+        expected = np.linalg.lstsq(rows, np.concatenate([centred, np.zeros(6)]), rcond=None)[0]
+        found = torch.cat([weights[group, moving], owns[group]]).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+        constant = target[group].double().mean().item() - features.mean(0) @ expected
+        assert abs(intercepts[group].item() - constant) < 1e-8
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    left, right = torch.rand(2, 3, 50, generator=torch.Generator().manual_seed(2))
+    expected = [scipy.stats.spearmanr(one, other).statistic for one, other in zip(left, left + right, strict=True)]
+    torch.testing.assert_close(spearman(left, left + right), torch.tensor(expected))
+
+
+def test_thresholds_keep_the_shares_that_they_promise() -> None:
+    generator, measured = torch.Generator().manual_seed(3), Measured(3, GROUPS)
+    documents = [torch.randn(GROUPS, length, generator=generator) + shift for length, shift in ((96, 0.0), (160, 1.0))]
+    for document in documents:
+        measured.begin(document.shape[1])
+        measured.add(1, document, 2 * document)  # layer 0 and 2 slide by themselves
+    retention = Retention.of(measured.retention().tensors())
+    pooled = torch.cat(documents, 1)
+    for share in (1 / 64, 0.125, 0.5, 0.9):
+        threshold, spread = retention.at(share)
+        assert bool(threshold[[0, 2]].isnan().all())
+        kept = (pooled >= threshold[1][:, None]).float().mean(1)
+        assert bool(((kept - share).abs() < 2 / 256).all())
+    threshold, spread = retention.at(0.25)
+    each = torch.stack([(document >= threshold[1][:, None]).float().mean(1) for document in documents])
+    torch.testing.assert_close(spread[1], each.std(0, correction=0))
+    torch.testing.assert_close(retention.kept[:, 1, :, 15], each)
+    assert retention.lengths.tolist() == [96, 160] and bool((each[0] < each[1]).all())
+    assert bool((retention.at(0.0)[0][1] == retention.at(1 / 64)[0][1]).all())
+    assert measured.errors()[1].tolist() == pytest.approx([float(e) for e in _errors(documents)])
+
+
+def _errors(documents: list[torch.Tensor]) -> torch.Tensor:
+    wrong = torch.stack([document.double().square().sum(1) for document in documents])
+    varies = torch.stack([4 * document.double().var(1, correction=0) * document.shape[1] for document in documents])
+    return wrong.sum(0) / varies.sum(0)
+
+
+@pytest.mark.parametrize("kind", [Ridge, Mlp, Gate])
+def test_a_token_is_judged_alone(kind: type[Scorer]) -> None:
+    scorer = kind(GROUPS, HIDDEN, DIM)
+    assert sum(weight.numel() for weight in scorer.parameters()) == GROUPS * kind.parameter_count(HIDDEN, DIM)
+    assert all(len(weight) == GROUPS for weight in scorer.parameters()) and kind.flops(HIDDEN, DIM) > 0
+    generator = torch.Generator().manual_seed(4)
+    for weight in scorer.parameters():
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    hidden = torch.randn(2, 9, HIDDEN, generator=generator)
+    key, value = torch.randn(2, 2, GROUPS, 9, DIM, generator=generator)
+    positions = torch.arange(9).expand(2, 9) + 5
+    whole = scorer(hidden, key, value, positions)
+    assert whole.shape == (2, GROUPS, 9) and whole.dtype == torch.float32
+    for one in (0, 8):
+        place = slice(one, one + 1)
+        alone = scorer(hidden[:, place], key[:, :, place], value[:, :, place], positions[:, place])
+        torch.testing.assert_close(alone, whole[:, :, place])
+    some = kind(1, HIDDEN, DIM)  # the second head group alone
+    for mine, all_groups in zip(some.parameters(), scorer.parameters(), strict=True):
+        mine.data.copy_(all_groups[1:])
+    torch.testing.assert_close(some(hidden, key[:, 1:], value[:, 1:], positions), whole[:, 1:])
+
+
+class _Layer(nn.Module):
+    def __init__(self, kind: type[Scorer]) -> None:
+        super().__init__()
+        self.scorer = kind(GROUPS, HIDDEN, DIM)
+
+
+@pytest.fixture(scope="module")
+def batches() -> Pieces:
+    """Two windows of 64 tokens a step."""
+    tokens = random.Random(0).choices(range(4, VOCABULARY), k=64 * 12)
+    return Pieces(WindowBatches(Windows(tokens, 64, 0), 2, None), OBJECTIVE.lengths_within(64))
+
+
+def scorers_of(kind: type[Scorer]) -> Scorers:
+    layers = {layer: _Layer(kind) for layer in range(3)}
+    return Scorers(tiny_model("qwen2"), tiny_tokenizer(), layers, OBJECTIVE)
+
+
+@pytest.fixture(scope="module")
+def fitted(batches: Pieces) -> Iterator[Scorers]:
+    scorers = scorers_of(Ridge)
+    with scorers.repeating():
+        scorers.fit(batches, 4, Accelerator(cpu=True))
+        yield scorers
+
+
+def test_a_ridge_is_the_least_squares_of_all_tokens(fitted: Scorers, batches: Pieces) -> None:
+    features: dict[int, list[Any]] = {}
+    for step in range(4):
+        (part,) = batches.passes(step, 1)[0]
+        assert part["input_ids"].shape == ((4, 32), (2, 64))[step % 2]
+        for text in part["input_ids"]:
+            for scores in fitted.scored(text):
+                features.setdefault(scores.layer, []).append(_rows(scores))
+    for layer, rows in features.items():
+        for group in range(GROUPS):
+            x = np.concatenate([part[0][group] for part in rows])
+            y = np.concatenate([part[1][group] for part in rows])
+            expected = np.linalg.lstsq(x, y, rcond=None)[0]
+            scorer = fitted.scorer(layer)
+            found = torch.cat([scorer.weight[group], scorer.scalars[group], scorer.bias[group : group + 1]])  # type: ignore[index]
+            np.testing.assert_allclose(x @ found.detach().double().numpy(), x @ expected, rtol=1e-3, atol=1e-3)
+
+
+def _rows(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
+    """Features with a one, `[G, n, F]`, and what is fitted."""
+    scalars = scalars_of(scores.key[None], scores.value[None], scores.positions[None])[0]
+    hidden = scores.hidden.expand(GROUPS, *scores.hidden.shape)
+    x = torch.cat([hidden, scalars, torch.ones(*scalars.shape[:2], 1)], -1)
+    return x.double().numpy(), scores.wanted.double().numpy()
+
+
+@pytest.mark.parametrize("kind", [Mlp, Gate])
+def test_training_by_steps_lowers_the_error(
+    kind: type[Scorer], batches: Pieces, fitted: Scorers, tmp_path: Path
+) -> None:
+    scorers = scorers_of(kind)
+    if kind.fitted:
+        for layer in range(3):
+            exact = fitted.scorer(layer)
+            scorers.scorer(layer).take_linear(*exact.parameters())
+    with torch.no_grad():
+        before = _error(scorers, batches)
+    loop = Settings("0", Schedule.cosine(0.02, 8, 0.0), clip=1.0)
+    with scorers.repeating():
+        train(scorers, [OBJECTIVE], batches, loop, Partial(tmp_path, "key"), Accelerator(cpu=True))
+    assert _error(scorers, batches) < 0.998 * before
+
+
+def _error(scorers: Scorers, batches: Pieces) -> float:
+    """On texts that are trained on."""
+    with scorers.repeating():
+        return scorers.measure(batches, 0, GROUPS, 3).losses()[1]
+
+
+def test_no_text_is_longer_than_a_window() -> None:
+    assert Reconstruction().lengths_within(512) == (128, 256, 512)
+    assert Reconstruction(lengths=(1024, 64)).lengths_within(512) == (64,)
+    assert Reconstruction().lengths_within(20) == (20,)
