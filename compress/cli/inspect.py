@@ -222,7 +222,7 @@ def _print_options(folder: Path, as_json: bool) -> None:
     table = Table(
         title="prepared targets",
         caption="error: of a head group's outputs, squared, over the squared outputs (of a scorer: of its scores, over "
-        "the variance of what they stand for); effect: the rise of the loss to first order, nats, mean over head groups",
+        "the variance of what they stand for); effect: the rise of the loss to first order, nats, mean over groups",
         box=None,
     )
     table.add_column("target", overflow="fold")
