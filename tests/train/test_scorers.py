@@ -34,7 +34,7 @@ from compress.train.schedule import Schedule
 from compress.train.scorers import Pieces, Scorers
 from compress.train.settings import PrepareSettings
 from compress.train.state import Partial
-from compress.train.windows import WindowBatches, Windows
+from compress.train.windows import WindowBatches, Windows, half_and_half
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 GROUPS, HIDDEN, DIM = 2, 48, 12
@@ -227,6 +227,10 @@ def test_a_share_becomes_a_threshold_of_every_head_group(tmp_path: Path) -> None
     assert ridge.record.last_loss < ridge.record.first_loss and not norm.tensors and norm.record.steps == 0
     with pytest.raises(ValidationError, match="`transfer` trains nothing of `retain`"):
         PrepareSettings.model_validate(given | {"objectives": [{"name": "transfer"}]})
+
+
+def test_two_texts_have_as_many_windows_each() -> None:
+    assert half_and_half(range(11), range(100, 140), 4) == [*range(8), *range(100, 108)]
 
 
 def test_no_text_is_longer_than_a_window() -> None:
