@@ -66,7 +66,8 @@ class RetainMixer(Mixer):
         absent = (positions < 0)[..., None]
         key, value = (x.masked_fill(absent[:, None], 0) for x in (key, value))
         hidden = step.hidden.masked_fill(absent, 0) if self.scorer.needs_hidden and step.hidden is not None else None
-        found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
+        with torch.autocast(key.device.type, enabled=False):  # scores are compared in float32
+            found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
         return found
 
     def kept(

@@ -223,7 +223,8 @@ def options(
         "STAGES": config["stages"],
         "PRECISION": "tf32x3" if value.dtype == torch.float32 else "tf32",
         "num_warps": config["warps"] if at_once is None else max(4, config["warps"] * at_once // 2),
-        **limits(config),
+        # Rows that are not aligned are loaded number by number, which takes registers.
+        **({} if features % 16 or value_dim % 16 else limits(config)),
         **overlapped(value.device),
     }
 

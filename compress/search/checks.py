@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.errors import Problem
+from compress.registry import budget_kinds
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.search.solver import Solver
@@ -26,7 +27,10 @@ def section_problems(solver: Solver, budget: Budget, refine: Refine | None) -> l
                         f"search.budget.{name}",
                         f"{_listed(usable)} for `{solver.registered}`",
                         f"`{name}`",
-                        "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as `model`"
+                        "take `priced` or `even`, which choose routed heads"
+                        if not budget_kinds[name].spent
+                        else "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as "
+                        "`model`"
                         if solver.spans
                         else "take `moa` with a `removal`, which removes heads and neurons beside windows",
                     ),

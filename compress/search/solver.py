@@ -21,12 +21,14 @@ class Solver(Method):
         placed: whether its plans are compared with the same targets in drawn places, and in whole layers; those with
             trained targets always are.
         needs_grid: whether it chooses windows of the grid of rules that statistics price; of a solver of spans.
+        chooses_layers: whether it chooses what whole layers become, so that tokens may compute fewer heads.
         cheaper: what to do besides, where its smallest plan is beyond the budget.
     """
 
     stem: ClassVar[str] = "pareto"
     placed: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = True
+    chooses_layers: ClassVar[bool] = False
     cheaper: ClassVar[str] = "profile a grid with a smaller sink or alpha_min"
 
     @property
@@ -40,11 +42,13 @@ class Solver(Method):
         return False
 
     def budgets(self) -> list[str]:
-        """The kinds of budget that it can meet: what counts parameters alone only by removing, all others by spans."""
+        """The kinds of budget that it can meet: what counts parameters alone only by removing, all others by spans; one
+        that counts nothing spent, only by what whole layers become."""
         return [
             name
             for name, kind in budget_kinds.items()
             if (self.removes if set(kind.reads) == {"parameters"} else self.spans)
+            and (kind.spent or self.chooses_layers)
         ]
 
     def most_plans(self, lengths: int) -> int:

@@ -14,6 +14,7 @@ from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, missing, timed
 from compress.train.prepare import prepare
+from compress.train.windows import half_and_half
 from compress.words import duration
 
 
@@ -44,7 +45,11 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
 
     def work() -> dict[str, Option]:
         with session.reporter.progress("prepare") as report:
-            tokens = session.reader(report).ids(source, "calibration", settings.text_tokens)
+            reader, wanted = session.reader(report), settings.text_tokens
+            tokens = reader.ids(source, "calibration", wanted)
+            if settings.second is not None:
+                other = reader.ids(settings.second, "calibration", wanted)
+                tokens = half_and_half(tokens, other, settings.length)
             return prepare(
                 session.loaded.model,
                 session.shape,
@@ -66,6 +71,10 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                     f"prepare: {target.words()}, {option.steps} steps, {option.tokens:,} tokens, loss "
                     f"{option.first_loss:.4g} to {option.last_loss:.4g}, {duration(option.seconds)}"
                 )
+            for found in read_prepared(folder):
+                if found.retention is not None:
+                    ranks = " ".join(f"{rank:.2f}" for rank in found.retention.rank.nanmean(1).tolist())
+                    say(f"prepare: {found.target.words()}, by layer its rank correlation with KVzip+: {ranks}")
     attach(session.loaded.model, read_prepared(folder))
     if not session.helper:
         effects_stage(session)

@@ -38,6 +38,7 @@ class RetainGroup(Target):
     noun: ClassVar[str] = "retention"
     objective: ClassVar[str | None] = "reconstruction"
     in_expectation: ClassVar[bool] = True
+    objective: ClassVar[str | None] = "reconstruction"
 
     target: Literal["retain"] = "retain"
     sink: int = Field(4, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
@@ -68,6 +69,17 @@ class RetainGroup(Target):
             except ValueError as error:
                 raise ValueError(str(error).replace("beta", "cap")) from None
         return self
+
+    @property
+    def has_to_be_prepared(self) -> bool:
+        """Scorers by norms are of use as they are; what a preparation says of these is which threshold keeps what."""
+        made = SCORERS[self.scorer]
+        return made.fitted or made.stepped
+
+    @property
+    def prepared_as(self) -> RetainGroup:
+        """A scorer serves every window, threshold and cap."""
+        return RetainGroup(scorer=self.scorer, threshold=0.0, share=1.0)
 
     def span(self) -> Span:
         """What is seen without the tokens that are kept, by whole pages."""

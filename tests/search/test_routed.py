@@ -22,6 +22,7 @@ from compress.registry import layer_options
 from compress.runtime.step import Record
 from compress.search.baselines import chance_routed, drawn_places, even_layers, pruned_alike, removing
 from compress.search.budget.budget import Budget
+from compress.search.checks import section_problems
 from compress.search.choice.options import layers_of
 from compress.search.choice.saving import savings
 from compress.search.dense import Dense
@@ -31,6 +32,7 @@ from compress.search.run import make_problem
 from compress.search.solvers.even import Even
 from compress.search.solvers.frontier import UnitRemoval
 from compress.search.solvers.keep import Keep
+from compress.search.solvers.moa import Moa
 from compress.search.solvers.priced import Priced
 from compress.targets.layer_option import LayerOption
 from compress.targets.routed import RoutedGroup
@@ -278,6 +280,13 @@ def test_an_option_that_saves_too_little_is_refused_with_its_figure(dense: Dense
     )
     with pytest.raises(UserError, match="together, so single ones cannot stay full"):
         make_problem(dense, profile, Budget(kv=1.0), keep.model_copy(update={"level": "group"}), said.append)
+
+
+def test_a_share_of_active_heads_is_for_solvers_of_whole_layers() -> None:
+    budget = Budget(active=0.5)
+    assert not section_problems(Priced(), budget, None) and not section_problems(Even(option=PAPER), budget, None)
+    ((place, problem),) = section_problems(Moa(), budget, None)
+    assert place == ("search", "budget", "active") and "routed heads" in str(problem.fix)
 
 
 def test_options_of_a_grid_and_what_is_shared() -> None:

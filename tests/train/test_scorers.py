@@ -12,21 +12,29 @@ import pytest
 import scipy.stats
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import nn
 
+from compress.models.planned import planned_model
+from compress.models.prepared import attach, prepared_for, read_prepared
 from compress.models.reconstruction import TokenScores
 from compress.models.retention import Measured, Retention, spearman
+from compress.models.shape import shape_of
+from compress.plan import make_plan
 from compress.runtime.scorer_gate import Gate
 from compress.runtime.scorer_mlp import Mlp
 from compress.runtime.scorer_ridge import Ridge, scalars_of
 from compress.runtime.scorers import Scorer
+from compress.targets.retain import RetainGroup
 from compress.train.loop import Settings, train
 from compress.train.normal_equations import NormalEquations
 from compress.train.objectives.reconstruction import Reconstruction
+from compress.train.prepare import prepare
 from compress.train.schedule import Schedule
 from compress.train.scorers import Pieces, Scorers
+from compress.train.settings import PrepareSettings
 from compress.train.state import Partial
-from compress.train.windows import WindowBatches, Windows
+from compress.train.windows import WindowBatches, Windows, half_and_half
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 GROUPS, HIDDEN, DIM = 2, 48, 12
@@ -187,6 +195,42 @@ def _error(scorers: Scorers, batches: Pieces) -> float:
     """On texts that are trained on."""
     with scorers.repeating():
         return scorers.measure(batches, 0, GROUPS, 3).losses()[1]
+
+
+def test_a_share_becomes_a_threshold_of_every_head_group(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    shape = shape_of(model)
+    entries = [{"target": "retain", "scorer": scorer, "threshold": 0, "share": 1} for scorer in ("ridge", "value_norm")]
+    given: dict[str, Any] = {"length": 256, "batch_size": 2, "steps": 2, "targets": entries}
+    given["objectives"] = [{"name": "reconstruction", "documents": 2, "lengths": [128, 256]}]
+    tokens = random.Random(0).choices(range(4, VOCABULARY), k=256 * 6)
+    prepare(model, shape, PrepareSettings.model_validate(given), tokens, tmp_path, tokenizer=tiny_tokenizer())
+    attach(model, read_prepared(tmp_path))
+    for option in prepared_for(model):
+        assert option.retention is not None and option.retention.lengths.tolist() == [128, 256]
+        thresholds, spreads = option.retention.at(0.25)
+        known = option.target.model_dump() | {"alpha": 64, "sink": 0, "share": 0.25}
+        pairs = torch.stack([thresholds, spreads], -1).tolist()
+        groups = [[RetainGroup(**known | {"threshold": tau, "spread": spread}) for tau, spread in row] for row in pairs]
+        planned = planned_model(model, make_plan(shape, groups, provenance={}))
+        ids = torch.tensor([tokens[-256:]])
+        with torch.no_grad():
+            whole = planned(ids, use_cache=True)
+            start = planned(ids[:, :101], use_cache=True)
+            rest = planned(ids[:, 101:255], past_key_values=start.past_key_values).logits
+            last = planned(ids[:, 255:], past_key_values=start.past_key_values).logits
+        torch.testing.assert_close(torch.cat([rest, last], 1), whole.logits[:, 101:], rtol=1e-3, atol=1e-3)
+        cache = whole.past_key_values
+        counts = torch.cat([layer.states[0].tensors["count"].flatten() for layer in cache.paged])
+        assert abs(float(counts.float().mean()) / 256 - 0.25) < 0.08
+    (ridge, norm) = prepared_for(model)
+    assert ridge.record.last_loss < ridge.record.first_loss and not norm.tensors and norm.record.steps == 0
+    with pytest.raises(ValidationError, match="`transfer` trains nothing of `retain`"):
+        PrepareSettings.model_validate(given | {"objectives": [{"name": "transfer"}]})
+
+
+def test_two_texts_have_as_many_windows_each() -> None:
+    assert half_and_half(range(11), range(100, 140), 4) == [*range(8), *range(100, 108)]
 
 
 def test_no_text_is_longer_than_a_window() -> None:

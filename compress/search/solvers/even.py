@@ -24,6 +24,7 @@ class Even(Solver, LeastSaving):
     """
 
     needs_grid: ClassVar[bool] = False
+    chooses_layers: ClassVar[bool] = True
     cheaper: ClassVar[str] = "lower what is shared"
 
     option: Annotated[LayerOption, registry.layer_options] = Field(

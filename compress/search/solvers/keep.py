@@ -39,6 +39,7 @@ class Keep(Solver):
 
     placed: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = False
+    chooses_layers: ClassVar[bool] = True
     cheaper: ClassVar[str] = "lower `share` or prepare a smaller target"
 
     statistic: str | dict[str, Annotated[float, Field(ge=-FACTOR, le=FACTOR)]] = Field(

@@ -36,6 +36,7 @@ class Priced(Frontier, LeastSaving):
     """Chooses among the targets that were priced, prepared ones among them, under all budgets at once."""
 
     needs_grid: ClassVar[bool] = False
+    chooses_layers: ClassVar[bool] = True
     cheaper: ClassVar[str] = "price or prepare a cheaper target"
 
     part: Literal["absolute", "signed", "error"] = Field(
