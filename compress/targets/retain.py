@@ -38,7 +38,6 @@ class RetainGroup(Target):
     noun: ClassVar[str] = "retention"
     objective: ClassVar[str | None] = "reconstruction"
     in_expectation: ClassVar[bool] = True
-    objective: ClassVar[str | None] = "reconstruction"
 
     target: Literal["retain"] = "retain"
     sink: int = Field(4, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
@@ -79,22 +78,11 @@ class RetainGroup(Target):
     @property
     def prepared_as(self) -> RetainGroup:
         """A scorer serves every window, threshold and cap."""
-        return RetainGroup(scorer=self.scorer, threshold=0.0, share=1.0)
+        return RetainGroup(scorer=self.scorer)
 
     def span(self) -> Span:
         """What is seen without the tokens that are kept, by whole pages."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)
-
-    @property
-    def untrained(self) -> bool:  # type: ignore[override]
-        """Whether the scorer has nothing to train; preparing it then measures what its thresholds keep."""
-        made = SCORERS[self.scorer]
-        return not (made.fitted or made.stepped)
-
-    @property
-    def prepared_as(self) -> RetainGroup:
-        """See `Target.prepared_as`: a scorer is the same whatever the window, the threshold and the cap."""
-        return type(self)(scorer=self.scorer)
 
     def listed(self, length: int) -> tuple[float, int]:
         """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""
