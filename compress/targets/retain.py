@@ -70,10 +70,10 @@ class RetainGroup(Target):
         return self
 
     @property
-    def has_to_be_prepared(self) -> bool:
+    def untrained(self) -> bool:  # type: ignore[override]
         """Scorers by norms are of use as they are; what a preparation says of these is which threshold keeps what."""
         made = SCORERS[self.scorer]
-        return made.fitted or made.stepped
+        return not (made.fitted or made.stepped)
 
     @property
     def prepared_as(self) -> RetainGroup:
