@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +54,14 @@ def test_a_plan_says_all_of_it_and_is_read_again(fields: dict[str, Any]) -> None
     assert "cap" in group.rule_text() and group.short()
     with pytest.raises(ValueError, match="no stock architecture"):
         group.cost(Unit(query_heads=3, head_dim=16, paged=False), 100)
+
+
+def test_the_entry_of_a_plan_in_the_docs_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "retain.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
+    group = targets.parse(json.loads(entry))
+    assert targets.written(group) == {"spread": 0.0, **json.loads(entry)}
+    assert all(f"`{field}`" in text for field in targets.written(group) if field != "target")
 
 
 def pages_and_pairs(group: RetainGroup, kept: torch.Tensor) -> tuple[int, int, int]:
