@@ -84,7 +84,7 @@ RETAIN: tuple[Target, ...] = (
     RetainGroup(sink=4, alpha=40, beta=0.125, scorer="value_norm", threshold=1.77, share=0.5, cap=(10, 0.125)),
     RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=1.77, share=0.5),
     RetainGroup(sink=70, alpha=64, scorer="key_norm", threshold=-1.8, share=0.5, cap=(40, 0.0)),
-    RetainGroup(sink=0, alpha=20, scorer="value_norm", threshold=1.9, share=0.3),
+    RetainGroup(sink=0, alpha=20, scorer="gate", threshold=-3.0, share=0.5),
 )
 
 # The groups that the layers of a plan cycle through to try each registered target. Three models stand for all: one with

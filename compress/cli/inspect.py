@@ -221,8 +221,8 @@ def _print_options(folder: Path, as_json: bool) -> None:
     lengths = effects.lengths if effects is not None else ()
     table = Table(
         title="prepared targets",
-        caption="error: of a head group's outputs, squared, over the squared outputs; effect: the rise of the loss to "
-        "first order, nats, mean over head groups",
+        caption="error: of a head group's outputs, squared, over the squared outputs (of a scorer: of its scores, over "
+        "the variance of what they stand for); effect: the rise of the loss to first order, nats, mean over groups",
         box=None,
     )
     table.add_column("target", overflow="fold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -43,7 +44,7 @@ class RetainMixer(Mixer):
         self.windows = tuple(Span(0, span.alpha, span.beta, granule=PAGE) for span in self.spans)
         self.scorer: Scorer = SCORERS[groups[0]["scorer"]](len(groups), facts.hidden_size, facts.head_dim)
         self.needs_inputs = self.scorer.needs_hidden
-        self.thresholds = tuple(float(group["threshold"]) for group in groups)
+        self.thresholds = tuple(-math.inf if group["threshold"] is None else group["threshold"] for group in groups)
         self.caps = tuple(None if group["cap"] is None else (int(group["cap"][0]), group["cap"][1]) for group in groups)
 
     @classmethod

@@ -155,6 +155,10 @@ def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[U
             label = section if settings.text else "calibration"
             source = settings.text or calibration.text
             uses.append(Use(label, source, "calibration", section, settings.text_tokens, fits))
+            if settings.second is not None:
+                uses.append(
+                    Use(section, settings.second, "calibration", f"{section}.beside", settings.text_tokens, fits)
+                )
     return uses
 
 

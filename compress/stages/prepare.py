@@ -14,6 +14,7 @@ from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, missing, timed
 from compress.train.prepare import prepare
+from compress.train.windows import half_and_half
 from compress.words import duration
 
 
@@ -44,7 +45,11 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
 
     def work() -> dict[str, Option]:
         with session.reporter.progress("prepare") as report:
-            tokens = session.reader(report).ids(source, "calibration", settings.text_tokens)
+            reader, wanted = session.reader(report), settings.text_tokens
+            tokens = reader.ids(source, "calibration", wanted)
+            if settings.second is not None:
+                other = reader.ids(settings.second, "calibration", wanted)
+                tokens = half_and_half(tokens, other, settings.length)
             return prepare(
                 session.loaded.model,
                 session.shape,

@@ -220,8 +220,11 @@ class Session:
         if settings is None:
             raise ValueError("the recipe trains nothing")
         source = settings.text or self.recipe.calibration.text
-        text = self.inputs.text(source, characters_for(settings.text_tokens, "calibration"))
-        return [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
+        most = characters_for(settings.text_tokens, "calibration")
+        text = self.inputs.text(source, most)
+        others = [] if settings.second is None else [self.inputs.text(settings.second, most)]
+        facts = [settings.facts(), self.resolved["calibration"]["text"], text, self.recipe.seed, self.recipe.dtype]
+        return facts + others
 
     def _evaluated(self) -> list[str]:
         """Contents of the texts and files that the evaluation reads."""

@@ -36,8 +36,8 @@ class RetainGroup(Target):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_retain"
     noun: ClassVar[str] = "retention"
-    in_expectation: ClassVar[bool] = True
     objective: ClassVar[str | None] = "reconstruction"
+    in_expectation: ClassVar[bool] = True
 
     target: Literal["retain"] = "retain"
     sink: int = Field(4, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
@@ -46,8 +46,12 @@ class RetainGroup(Target):
     scorer: Annotated[str, AfterValidator(_known)] = Field(
         description=f"what judges a token when it is written: {SCORER_NAMES}"
     )
-    threshold: float = Field(allow_inf_nan=False, description="score from which on a token is kept")
-    share: float = Field(ge=0, le=1, description="share of the tokens before the window that is expected to be kept")
+    threshold: float | None = Field(
+        None, allow_inf_nan=False, description="score from which on a token is kept; null keeps all that a cap lets in"
+    )
+    share: float = Field(
+        1.0, ge=0, le=1, description="share of the tokens before the window that is expected to be kept"
+    )
     spread: float = Field(0.0, ge=0, le=1, description="standard deviation of that share over documents")
     cap: tuple[Annotated[int, Field(ge=0, le=LONGEST)], Annotated[float, Field(ge=0, le=1)]] | None = Field(
         None,
@@ -66,15 +70,15 @@ class RetainGroup(Target):
         return self
 
     @property
-    def has_to_be_prepared(self) -> bool:
+    def untrained(self) -> bool:  # type: ignore[override]
         """Scorers by norms are of use as they are; what a preparation says of these is which threshold keeps what."""
         made = SCORERS[self.scorer]
-        return made.fitted or made.stepped
+        return not (made.fitted or made.stepped)
 
     @property
     def prepared_as(self) -> RetainGroup:
         """A scorer serves every window, threshold and cap."""
-        return RetainGroup(scorer=self.scorer, threshold=0.0, share=1.0)
+        return RetainGroup(scorer=self.scorer)
 
     def span(self) -> Span:
         """What is seen without the tokens that are kept, by whole pages."""
@@ -127,8 +131,8 @@ class RetainGroup(Target):
     def words(self, native: int | None = None) -> str:
         grows = f" + {self.beta:g} of the position" if self.beta else ""
         most = "" if self.cap is None else f", at most {self.cap[0]} + {self.cap[1]:g} of the position"
-        kept = f"{100 * self.share:.3g}% before it by {self.scorer}{most}"
-        return f"sink {self.sink}, window {self.alpha}{grows}, keeps {kept}"
+        kept = "all" if self.threshold is None else f"{100 * self.share:.3g}% by {self.scorer}"
+        return f"sink {self.sink}, window {self.alpha}{grows}, before it {kept}{most}"
 
     def short(self, native: int | None = None) -> str:
         """`K sink|window` and the share that is kept."""

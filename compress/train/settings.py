@@ -82,6 +82,11 @@ class TrainSettings(Method):
         return math.ceil((self.tokens or 0) / (self.batch_size * self.length))
 
     @property
+    def second(self) -> Any:
+        """A text source from which every other sequence comes; None where all come from one."""
+        return None
+
+    @property
     def text_tokens(self) -> int:
         """Tokens of text with which no sequence is trained on twice."""
         return self.step_count * self.batch_size * self.length
@@ -222,7 +227,7 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
-    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto"}
+    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto", "beside": None}
     outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect", "layers", "options"}
 
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
@@ -234,6 +239,17 @@ class PrepareSettings(TrainSettings):
         max_length=ENTRIES,
         description="losses of a layer in place of the targets' own, each with its weight: `[{name: weights}]`",
     )
+
+    beside: TextSource | None = Field(
+        None,
+        description="a second text, from which half of the sequences come, its calibration part; for instance "
+        "`{source: generated}` beside prose, so that what is learnt is not the topics of one text",
+    )
+
+    @property
+    def second(self) -> Any:
+        """See `TrainSettings.second`."""
+        return self.beside
 
     @field_validator("objectives")
     @classmethod

@@ -42,6 +42,12 @@ def check_windows(available: int, length: int, context: int | None, section: str
         )
 
 
+def half_and_half(first: Sequence[int], second: Sequence[int], length: int) -> list[int]:
+    """Two texts behind one another, cut to the same number of whole windows of `length` tokens."""
+    same = min(len(first), len(second)) // length * length
+    return [*first[:same], *second[:same]]
+
+
 class Windows:
     """A text cut into windows; every epoch takes each of them once, in an order of its own.
 

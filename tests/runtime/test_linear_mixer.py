@@ -154,7 +154,7 @@ def feed(
     for start, stop in pairwise(cuts):
         query, key, value = (x[:, :, start:stop] for x in made[:3])
         valid = mask[:, start:stop]
-        step = Step.begin(cache, None if valid.all() else valid, 3, stop - start, query.device)
+        step = Step.begin(cache, None if valid.all() else valid, len(valid), stop - start, query.device)
         step.impl, step.hidden = "reference", made[3][:, start:stop]
         if cache is not None:
             key, value = cache.update(key, value, 0)

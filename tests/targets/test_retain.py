@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from compress.errors import UserError
+from compress.models.planned import mixers_of, planned_model
+from compress.models.prepared import PreparedOption, attach
+from compress.models.pruning import parameters_per_unit
 from compress.plan import uniform_plan
 from compress.registry import targets
 from compress.runtime.span import PAGE
@@ -17,13 +21,14 @@ from compress.targets.unit import Unit
 from tests.tiny import shape_of, tiny_model
 
 UNIT = Unit(query_heads=3, head_dim=16)
-NEEDED: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
+GIVEN: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scorer": "key"}, "expected one of key_norm, .*value_norm, got key"),
+        ({"scorer": None}, "valid string"),
+        ({"scorer": "key"}, "expected one of gate, key_norm, .*value_norm, got key"),
         ({"threshold": float("nan")}, "finite"),
         ({"share": 1.5}, "less than or equal to 1"),
         ({"cap": [-1, 0.5]}, "greater than or equal to 0"),
@@ -33,19 +38,16 @@ NEEDED: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
 )
 def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        targets.parse({"target": "retain", **NEEDED, **fields})
-    for name in NEEDED:
-        with pytest.raises((ValidationError, UserError), match=name):
-            targets.parse({"target": "retain", **{key: value for key, value in NEEDED.items() if key != name}})
+        targets.parse({"target": "retain", **GIVEN, **fields})
 
 
 @pytest.mark.parametrize("fields", [{}, {"beta": 0.25, "cap": [30, 0.125], "spread": 0.1}])
 def test_a_plan_says_all_of_it_and_is_read_again(fields: dict[str, Any]) -> None:
-    group = targets.parse({"target": "retain", **NEEDED, **fields})
+    group = targets.parse({"target": "retain", **GIVEN, **fields})
     assert targets.parse(targets.written(group)) == group
     assert group.stock(None) is None and not group.by_length and not group.fits_native
     assert group.in_expectation and uniform_plan(shape_of(tiny_model("llama-gqa")), group).in_expectation
-    assert "25% before it by key_norm" in group.words() and ("at most 30" in group.words()) == bool(fields)
+    assert "before it 25% by key_norm" in group.words() and ("at most 30" in group.words()) == bool(fields)
     assert "cap" in group.rule_text() and group.short()
     with pytest.raises(ValueError, match="no stock architecture"):
         group.cost(Unit(query_heads=3, head_dim=16, paged=False), 100)
@@ -84,6 +86,27 @@ def test_costs_are_means_over_texts(share: float, cap: Any) -> None:
         assert abs(cost.keys - keys) <= (0.1 * keys if 0 < share < 1 or cap is not None else 0)
 
 
-def test_parameters_of_the_scorer_are_counted() -> None:
-    counted = Unit(query_heads=3, head_dim=16, parameters=3 * 2 * 16 * 48 + 2 * 16 * 48)
-    assert RetainGroup(**NEEDED).cost(counted, 100).parameters == counted.parameters  # norms have none
+@pytest.mark.parametrize("scorer", ["key_norm", "ridge", "gate"])
+def test_scorers_are_counted_and_prepared(scorer: str) -> None:
+    model, group = tiny_model("llama-gqa"), RetainGroup(**{**GIVEN, "scorer": scorer, "cap": (4, 0.5)})
+    plan = uniform_plan(shape_of(model), group)
+    mixers = mixers_of(planned_model(model, plan, untrained=True))
+    own = sum(weight.numel() for mixer in mixers for weight in mixer.parameters())
+    dense = sum(weight.numel() for layer in model.model.layers for weight in layer.parameters())
+    assert plan.cost(100, sizes=parameters_per_unit(model)).parameters == dense + own
+    assert group.has_to_be_prepared == (own > 0) and group.learns
+    assert group.prepared_as == RetainGroup(scorer=scorer) == RetainGroup(scorer=scorer).prepared_as
+    # A scorer that is prepared serves all thresholds; what was not prepared is not run.
+    scorers = {
+        f"{layer}.{name}": torch.randn(weight.shape)
+        for layer, mixer in enumerate(mixers)
+        for name, weight in mixer.named_parameters()
+    }
+    if own:
+        with pytest.raises(UserError, match="prepare"):
+            planned_model(model, plan)
+    record: Any = SimpleNamespace(errors=[[0.0, 0.0]] * 3)
+    attach(model, (PreparedOption(group.prepared_as, record, scorers),))
+    for layer, mixer in enumerate(mixers_of(planned_model(model, plan))):
+        for name, weight in mixer.named_parameters():
+            assert torch.equal(weight, scorers[f"{layer}.{name}"])
