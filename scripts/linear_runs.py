@@ -75,8 +75,9 @@ def main() -> None:
     add = parser.add_argument
     add("--tokens", type=int, default=42_000_000, help="of the joint training of each row")
     add("--prepare-tokens", type=int, default=8_000_000, help="of the preparation of each target")
-    add("--prepare-length", type=int, default=2048, help="tokens of a sequence of the preparation")
-    add("--prepare-batch", type=int, default=16, help="sequences of a step of the preparation")
+    parser.set_defaults(length=8192, batch=8, micro=4)  # as long as what is measured: see profiles/smollm2-135m/linear
+    add("--prepare-length", type=int, default=8192, help="tokens of a sequence of the preparation")
+    add("--prepare-batch", type=int, default=4, help="sequences of a step of the preparation")
     add("--lengths", default="2048,8192", help="tokens of the measures' inputs, by commas")
     rows.main(parser.parse_args(), ROWS, run_row, print_table)
 

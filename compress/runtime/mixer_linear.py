@@ -138,10 +138,8 @@ class LinearMixer(SpanMixer):
     the keys that it hides; decays in the state count up to there. A group that is `alone` has no softmax: its queries
     read the state and the keys of their own page by the same rule.
 
-    Parameters, with G groups of R query heads: `map.*`; for a shared normaliser `gain` and `shrink` `[G, R]` and
-    `gain_query` `[G, R, D]`, which give log g = gain + gain_query . q - shrink * log(pages of hidden keys): features
-    give every key some weight, so a state's sum grows with the text, and with `shrink` 1 it does not, as the attention
-    that most heads have for far keys does not; for an added state `norm` `[G, R, V]`, `gate`
+    Parameters, with G groups of R query heads: `map.*`; for a shared normaliser `gain` `[G, R]` and `gain_query`
+    `[G, R, D]`, which give log g = gain + gain_query . q; for an added state `norm` `[G, R, V]`, `gate`
     `[G, R, hidden]` and `gate_bias` `[G, R]`; with decays of tokens `decay` `[G, hidden]` and `decay_bias` `[G]`, and
     for the delta rule `strength` and `strength_bias` likewise.
 
@@ -149,7 +147,7 @@ class LinearMixer(SpanMixer):
         branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
-    by_query = ("map.query", "map.query_bias", "gain", "gain_query", "shrink", "norm", "gate", "gate_bias")
+    by_query = ("map.query", "map.query_bias", "gain", "gain_query", "norm", "gate", "gate_bias")
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
@@ -171,7 +169,6 @@ class LinearMixer(SpanMixer):
         if self.shared:
             self.gain = nn.Parameter(torch.empty(count, share))
             self.gain_query = nn.Parameter(torch.empty(count, share, facts.head_dim))
-            self.shrink = nn.Parameter(torch.empty(count, share))
         else:
             self.norm = nn.Parameter(torch.empty(count, share, facts.head_dim))
             self.gate = nn.Parameter(torch.empty(count, share, facts.hidden_size))
@@ -205,7 +202,6 @@ class LinearMixer(SpanMixer):
         if self.shared:
             self.gain.zero_()
             self.gain_query.zero_()
-            self.shrink.zero_()
         else:
             self.norm.fill_(float(self.alone))
             self.gate.zero_()
@@ -298,20 +294,8 @@ class LinearMixer(SpanMixer):
             found, last = self._read_new(query, key, value, gates, state, rows, pages, factor)
         else:
             window = None if out is None or lse is None or not merged else self._window(out, lse)
-            log_pages = self._log_pages(step, query.device) if window is not None else None
             found, last = self._read_fast(
-                kernels,
-                query,
-                key,
-                value,
-                gates,
-                state,
-                rows,
-                pages,
-                factor,
-                merged=merged,
-                window=window,
-                log_pages=log_pages,
+                kernels, query, key, value, gates, state, rows, pages, factor, merged=merged, window=window
             )
         if state is not None:
             state.advance(step.gains)
@@ -348,23 +332,6 @@ class LinearMixer(SpanMixer):
     def _gains(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Of every query head a number and a vector, which give the logarithm of its gain."""
         return (self.gain.flatten(), self.gain_query.flatten(0, 1)) if self.shared else None
-
-    def _log_pages(self, step: Step, device: torch.device) -> torch.Tensor:
-        """Logarithm of the pages of keys that are hidden from every new column, 0 without any; `[B, H or 1, T]`.
-
-        Layers with the same spans share it.
-        """
-        name = ("hidden pages", tuple(self.fixed))
-        if (found := step.kept.get(name)) is None:
-            spans = self.fixed if len(set(self.fixed)) > 1 else self.fixed[:1]
-            rules = tuple((span.sink, span.alpha, span.beta_units) for span in spans)
-            sink, alpha, beta = _on_device(rules, device, torch.long)[..., None].unbind(1)  # [G, 1] each
-            first = first_key(step.positions(device).clamp(min=0)[:, None], alpha, beta, PAGE)
-            found = ((first - sink) // PAGE).clamp(min=1).float().log()
-            if len(spans) > 1:
-                found = found.repeat_interleave(self.facts.group_size, 1)
-            step.kept[name] = found
-        return found
 
     def features(self, query: torch.Tensor, key: torch.Tensor, step: Step, *, scale: float | None) -> Features:
         """The features of a pass without a cache and without padding; arguments as of `Mixer.prefill`."""
@@ -436,8 +403,7 @@ class LinearMixer(SpanMixer):
         q, log_gain = kernels.query_features(self.map, self.groups[0]["map"], query, scale, where, self._gains())
         options: dict[str, Any] = {"mean": self.shared}
         if out is not None and lse is not None and log_gain is not None:
-            window, log_pages = self._window(out, lse), self._log_pages(step, query.device)
-            log_gain = torch.addcmul(log_gain, self.shrink.flatten()[:, None].to(log_gain.dtype), log_pages, value=-1)
+            window = self._window(out, lse)
             options |= {"window": (window[0][:, :, 0], window[1][:, :, 0]), "log_gain": log_gain[:, :, 0]}
         found = kernels.read_one(q[:, :, 0], held, lengths, self.facts.head_dim, query.dtype, **options)[:, :, None]
         if not self.shared:
@@ -496,9 +462,6 @@ class LinearMixer(SpanMixer):
             q = wide(query).masked_fill(absent[..., None], 0).unflatten(1, (groups, share))
             turned = (q * self.gain_query[:, :, None].to(q.dtype)).sum(-1)
             log_gain = (self.gain[..., None].to(q.dtype) + turned).flatten(1, 2)
-            if not self.alone:
-                shrink = self.shrink.flatten()[:, None].to(q.dtype)
-                log_gain = log_gain - shrink * self._log_pages(step, query.device).to(q.dtype)
             return Parts(out, lse, num, log_mass(den), log_gain)
         hidden = self._hidden(step)
         weight, bias = self.gate.flatten(0, 1).to(hidden.dtype), self.gate_bias.flatten().to(hidden.dtype)
@@ -576,7 +539,6 @@ class LinearMixer(SpanMixer):
         *,
         merged: bool,
         window: tuple[torch.Tensor, torch.Tensor] | None,
-        log_pages: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_read_new` by kernels; with `merged` the first result is the heads' output, `[B, H, T, V]`."""
         device, columns, kind = query.device, query.shape[2], self.groups[0]["map"]
@@ -598,8 +560,6 @@ class LinearMixer(SpanMixer):
                 query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        if log_gain is not None and log_pages is not None:
-            log_gain = torch.addcmul(log_gain, self.shrink.flatten()[:, None].to(log_gain.dtype), log_pages, value=-1)
         held = None if state is None else state.matrix
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}

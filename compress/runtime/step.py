@@ -107,7 +107,6 @@ class Step:
         rotary: cos and sin `[B or 1, T, rotated size]` in the layer that runs now, where a mixer asks for them and
             the layer has any.
         scores: what the layer that runs now does to its scores; None for a plain softmax.
-        kept: what mixers of several layers need of this pass alike, by what it is; the first of them makes it.
         record: where mixers report side losses and gates; None where nobody asked.
     """
 
@@ -126,7 +125,6 @@ class Step:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     scores: Scores | None = None
     record: Record | None = None
-    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
     def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:

@@ -196,7 +196,7 @@ class LinearGroup(Target):
         width = made.width(self.feature_count(dim))
         hidden = unit.hidden_size
         own = (heads + 1) * width * (dim + made.biased) + self.gate_count * (hidden + 1)
-        own += heads * (2 + dim) if self.out == "shared" else heads * (dim + hidden + 1)
+        own += heads * (1 + dim) if self.out == "shared" else heads * (dim + hidden + 1)
         return unit.parameters + own
 
     def words(self, native: int | None = None) -> str:

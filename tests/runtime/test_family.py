@@ -162,8 +162,6 @@ def naive(kinds: Kinds, group: LinearGroup, weigh: Weigh, divided: bool) -> torc
             page = torch.arange(LENGTH) // 64
             seen = (page[:, None] - page <= 1) | (page == 0 if group.sink else torch.zeros(LENGTH, dtype=torch.bool))
             gain = torch.exp(mixer.gain[0, 0].double() + q @ mixer.gain_query[0, 0].double())
-            hidden_pages = (page - 1 - (1 if group.sink else 0)).clamp(min=1)
-            gain = gain * hidden_pages ** -mixer.shrink[0, 0].double()
             softmax = torch.exp(q @ k.T / math.sqrt(DIM)) * causal(distances())
             weights = torch.where(seen, softmax, gain[:, None] * weights)
         return ((weights @ v) / weights.sum(-1, keepdim=True))[None, None]

@@ -108,9 +108,7 @@ def naive(mixer: Any, sequence: list[torch.Tensor], scores: tuple[Any, Any] = NO
         mass = logits.exp() * seen
         total = mass.sum(-1) + (0 if extra is None else extra[head].exp())
         if mixer.shared:
-            pages = ((edge[:, 0] - sink) // 64).clamp(min=1)  # of hidden keys
             gain = torch.exp(mixer.gain[group, own] + query[head] @ mixer.gain_query[group, own])
-            gain = gain if entry["alone"] else gain * pages ** -mixer.shrink[group, own]
             outputs.append((mass @ value[group] + gain[:, None] * num) / (total + gain * den)[:, None])
         else:
             gate = torch.sigmoid(hidden @ mixer.gate[group, own] + mixer.gate_bias[group, own])

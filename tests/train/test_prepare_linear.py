@@ -81,7 +81,6 @@ def test_linear_heads_are_recovered_jointly_beside_their_windows(dense: Any, fol
         "map.key",
         "gain",
         "gain_query",
-        "shrink",
     }
     assert {mixer.branches for mixer in two_branched(model)} == {"both"}
     alone = windows_only(planned_model(dense, plan))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.plan import ModelShape
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Level = Annotated[float, Field(ge=-100, le=100)]
 
 
 @statistics.register("reconstruction")
@@ -39,7 +40,7 @@ class Reconstruction(HeadStatistic):
         description="of all scores, for which `reconstruction.weight` (KVzip) and `reconstruction.moved` (KVzip+) have "
         "the share of keys that is needed",
     )
-    levels: tuple[float, ...] = Field(
+    levels: tuple[Level, ...] = Field(
         (-10, -9, -8, -7, -6, -5, -4, -3, -2, -1),
         min_length=1,
         max_length=ENTRIES,
