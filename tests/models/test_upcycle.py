@@ -203,7 +203,11 @@ def test_training_has_the_balance_of_mlps_among_its_losses(
     assert routers <= changed and (changed == routers) == (train == "mixers")
     assert (train == "mixers") or "model.layers.2.mlp.experts.1.up_proj.weight" in changed
     steps = Curve(tmp_path / "loss.jsonl").steps()
-    assert all(0.9 < step["balance_loss"] < 2 and step["router_z_loss"] > 0 < step["text_loss"] for step in steps)
+    layers = len(model.model.layers)  # the loss is their sum, 1 each where loads are even
+    assert all(
+        0.9 * layers < step["balance_loss"] < 2 * layers and step["router_z_loss"] > 0 < step["text_loss"]
+        for step in steps
+    )
 
 
 def test_all_experts_on_few_rows_are_each_on_its_own() -> None:
