@@ -27,7 +27,7 @@ from compress.bench.kernel import (
 )
 from compress.bench.measure import Time, times
 from compress.bench.model import model_row, side
-from compress.bench.report import break_even, model_lines, routed_line
+from compress.bench.report import break_even, choosing_lines, model_lines, routed_line
 from compress.cli.app import app
 from compress.errors import UserError
 from compress.models.pruning import Kept, prune
@@ -117,6 +117,7 @@ def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
     dense = source.dense(CPU, torch.float32)
     planned, label = with_mix(dense, "A", 700), "A"
     row = model_row(dense, planned, source.name, label, 2, 700, steps=16)
+    assert row.all_on is None and not choosing_lines(row) and "skipped" not in str(row.values().keys())
     spans = spans_of(mix("A", 4, 700), 700)
     pages = sum(sum(span.reserved_pages(716)) for span in spans)
     assert row.plan.cache_bytes == 2 * 2 * pages * 64 * 2 * 8 * 4  # layers, sequences, keys and values, D, float32

@@ -230,8 +230,6 @@ def test_a_bench_tells_of_times_with_all_heads_on(model: Any, plan: Plan) -> Non
     assert gain_words(1.5) == "1.50 times as fast" and gain_words(1.0) == "nothing is saved (1.00 times)"
     named = model_row(dense, with_mix(dense, "R50", 80), "tiny", "R50", 1, 80, steps=16)
     assert named.skips is not None and named.skips.of_cache == named.skips.of_attention == 0.5
-    plain = model_row(dense, planned_model(dense, uniform_plan(plan.model, FullGroup())), "tiny", "full", 1, 80, 16)
-    assert plain.all_on is None and not choosing_lines(plain) and "skipped" not in str(plain.values().keys())
 
 
 def test_the_figures_of_the_docs_are_those_of_the_account() -> None:
