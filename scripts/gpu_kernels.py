@@ -19,6 +19,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
 from compress.bench.flex import flex_prefill
@@ -27,7 +29,6 @@ from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row
 from compress.bench.report import break_even, model_lines
 from compress.environment import environment
-from compress.files import write_json
 from compress.models.source import ModelSource, random_model
 from compress.plan import ModelShape
 from compress.profile.heads.influence import Influence
@@ -37,18 +38,13 @@ from compress.runtime import flash
 from compress.runtime.impl import IMPLS
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
+from scripts import gpu_check
+from scripts.gpu_check import error, poison, say
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
 RULES = [Span(70, 33, 0.25), Span(0, 130, 0.0), Span(), Span(4, -20, 0.5), Span(4, 60, 0.125, PAGE)]
 LSE_BOUND = 2**-20  # relative, some roundings of float32
-LINES: list[str] = []
-
-
-def say(line: str) -> None:
-    """A line of the table, printed at once and kept."""
-    print(line, flush=True)
-    LINES.append(line)
 
 
 def exact_rows(query: Any, key: Any, value: Any, rules: list[Span], at: torch.Tensor) -> torch.Tensor:
@@ -72,17 +68,6 @@ def exact_lse(query: Any, key: Any, rules: list[Span], at: torch.Tensor) -> torc
         seen = rules[head // share].visible(at[:, None], keys[None, :])
         found.append((scores * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True))
     return torch.stack(found, dim=1)
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm; NaN stays NaN."""
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-def poison() -> None:
-    """Fill the memory that the next outputs are given with NaN."""
-    blocks = [torch.full((2**20 * size,), torch.nan, device=DEVICE) for size in (1, 4, 16, 64, 256)]
-    del blocks
 
 
 def flash_rows(query: Any, key: Any, value: Any, rules: list[Span], at: torch.Tensor) -> torch.Tensor:
@@ -402,9 +387,7 @@ def main() -> None:
     def keep(name: str, value: Any) -> None:
         facts[name] = value
         facts["seconds"] = time.time() - start
-        facts["table"] = LINES
-        write_json(folder / "gpu_kernels.json", facts)
-        (folder / "gpu_kernels.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+        gpu_check.keep(folder, "gpu_kernels", facts)
 
     folder.mkdir(parents=True, exist_ok=True)
     copy = measure.copy_bandwidth(DEVICE)

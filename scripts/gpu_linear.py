@@ -25,10 +25,10 @@ import torch
 from torch.nn.functional import normalize, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from compress.bench import measure
 from compress.bench.dense import dense_attention
-from compress.environment import environment
-from compress.files import write_json
 from compress.models.graph import graph_of
 from compress.models.planned import with_runtime_plan
 from compress.runtime import (
@@ -56,30 +56,12 @@ from compress.runtime.triton_linear_features import KINDS, features
 from compress.runtime.triton_linear_layout import SEGMENT, layout
 from compress.runtime.triton_linear_states import Slots, running, segment_states
 from compress.targets.linear import LinearGroup
+from scripts.gpu_check import LINES, START, error, poison, run_sections, say
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
 # Norm of the difference over the norm: one rounding to bfloat16 is .0017, and weights and states are rounded besides.
 MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F32, "gradient"): 2e-5}
-LINES: list[str] = []
-START = time.time()
-
-
-def say(line: str) -> None:
-    """A line of the table, printed at once and kept."""
-    print(line, flush=True)
-    LINES.append(line)
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm; NaN stays NaN."""
-    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=1e-30))
-
-
-def poison() -> None:
-    """Fill the memory that the next outputs are given with NaN."""
-    blocks = [torch.full((2**20 * size,), torch.nan, device=DEVICE) for size in (1, 4, 16, 64, 256)]
-    del blocks
 
 
 class Checks:
@@ -984,22 +966,8 @@ SECTIONS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """The sections one after the other; one that fails is told, and the others go on."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_linear")
-    folder.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"environment": environment()}
-    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for name in sys.argv[2:] or [name for name in SECTIONS if name != "sweep"]:
-        try:
-            facts[name] = SECTIONS[name]()
-        except Exception:  # told, and the next section may still find something out
-            facts[name] = {"failed": traceback.format_exc()}
-            say(f"{name} FAILED: {traceback.format_exc()}")
-        measure.release(DEVICE)
-        say(f"-- {name}: {time.time() - START:.0f} s")
-        facts["table"] = LINES
-        write_json(folder / "gpu_linear.json", facts)
-        (folder / "gpu_linear.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    """See `run_sections`; all but the sweep of launch parameters."""
+    run_sections("gpu_linear", SECTIONS, [name for name in SECTIONS if name != "sweep"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,14 +24,14 @@ import torch
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from compress.bench import kernel, measure
 from compress.bench.kernel import Row, Shape, random_qkv, with_mix
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row
 from compress.bench.report import SAVED, gain_words, model_lines
 from compress.bench.routed import ROUTED, RoutedCache, RoutedLayer
-from compress.environment import environment
-from compress.files import write_json
 from compress.models.graph import graph_of
 from compress.models.planned import with_runtime_plan
 from compress.models.source import ModelSource
@@ -45,6 +44,7 @@ from compress.runtime.reference import Rows, only_active
 from compress.runtime.routers import Router
 from compress.runtime.span import PAGE, Span
 from compress.targets.routed import RoutedGroup
+from scripts.gpu_check import LINES, error, poison, run_sections, say
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -55,24 +55,6 @@ RULES = [Span(), Span(70, 33, 0.25), Span(4, 100, 0.0)]
 CLOSE_SCORES = 3e-5  # float32 may order units otherwise whose scores are closer
 COLD = 256 << 20  # bytes of the caches that a decode step reads in turn, several times what the chip keeps
 LENGTHS = [2**power for power in range(11, 18)]
-LINES: list[str] = []
-
-
-def say(line: str) -> None:
-    """A line of the table, printed at once and kept."""
-    print(line, flush=True)
-    LINES.append(line)
-
-
-def poison() -> None:
-    """Fill the memory that the next outputs are given with NaN."""
-    blocks = [torch.full((2**20 * size,), torch.nan, device=DEVICE) for size in (1, 4, 16, 64)]
-    del blocks
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm; NaN stays NaN."""
-    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp(min=1e-30))
 
 
 # --- numerics
@@ -545,26 +527,15 @@ SECTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
+HEAD = (
+    "R75 and R50: 75% and 50% of the head groups are on for a token, a quarter of all is chosen; R75h and R50h:",
+    "query heads. Weights of routers and tokens are random, so that all choices come up alike",
+)
+
+
 def main() -> None:
-    """The sections one after the other; one that fails is told, and the others go on."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_routed")
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    facts: dict[str, Any] = {"environment": environment()}
-    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    say("R75 and R50: 75% and 50% of the head groups are on for a token, a quarter of all is chosen; R75h and R50h:")
-    say("query heads. Weights of routers and tokens are random, so that all choices come up alike")
-    for name in sys.argv[2:] or SECTIONS:
-        try:
-            facts[name] = SECTIONS[name]()
-        except Exception:  # told, and the next section may still find something out
-            facts[name] = {"failed": traceback.format_exc()}
-            say(f"{name} FAILED: {traceback.format_exc()}")
-        measure.release(DEVICE)
-        say(f"-- {name}: {time.time() - start:.0f} s")
-        facts["table"] = LINES
-        write_json(folder / "gpu_routed.json", facts)
-        (folder / "gpu_routed.txt").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    """See `run_sections`."""
+    run_sections("gpu_routed", SECTIONS, list(SECTIONS), HEAD)
 
 
 if __name__ == "__main__":

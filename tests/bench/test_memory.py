@@ -16,7 +16,7 @@ from compress.bench.measure import Time
 from compress.cli.app import app
 from compress.models.source import ModelSource
 from compress.runtime.span import Span
-from scripts import gpu_kernels
+from scripts import gpu_check, gpu_kernels
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", 4, 2, 16)
@@ -27,8 +27,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The script on a CPU; the lines that it says."""
     monkeypatch.setattr(gpu_kernels, "DEVICE", CPU)
     monkeypatch.setattr(gpu_kernels, "DTYPE", torch.float32)
-    monkeypatch.setattr(gpu_kernels, "LINES", [])
-    return gpu_kernels.LINES
+    monkeypatch.setattr(gpu_check, "LINES", [])
+    return gpu_check.LINES
 
 
 def holding(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
