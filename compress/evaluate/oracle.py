@@ -1,4 +1,4 @@
-"""KVzip and KVzip+ as an evaluation: scores from two further passes over a text, and answers where the mask is in force.
+"""KVzip and KVzip+ as an evaluation: scores from two further passes over a text, and answers under the mask they give.
 
 Such a compression takes place behind the prompt (arXiv 2505.23416): the text is read dense, every head group keeps the
 tokens that the repetition of the text looks at most, with one threshold over all layers and groups, and what is asked
