@@ -147,8 +147,8 @@ class _Behind:
         """The layer's outputs `[1, H, N, D]`."""
         dtype, end = call.value.dtype, self.length
         call = replace(call, query=call.query.to(dtype), key=call.key.to(dtype))
-        text = (tensor[:, :, :end] for tensor in (call.query, call.key, call.value))
-        outputs = [causal_attention(*text, call.scaling, call.window, call.scores)]
+        query, key, value = (tensor[:, :, :end] for tensor in (call.query, call.key, call.value))
+        outputs = [causal_attention(query, key, value, call.scaling, call.window, call.scores)]
         groups, size = call.key.shape[1], call.query.shape[1] // call.key.shape[1]
         for mask, kept in enumerate(self.kept):
             low = end + mask * self.rows
