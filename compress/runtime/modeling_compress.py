@@ -51,6 +51,13 @@ LOOKBEHIND = 10
 
 BY_NAME = {row.name: row for row in ROWS}
 
+# Engines that put their own attention into models of transformers under a name of theirs, and so run without the plan:
+# what they are called, and what runs the plan there.
+ENGINES = {
+    "vllm": ("vLLM", "To run it, install the plugin compress-vllm beside vLLM (plugins/vllm of the toolkit compress)"),
+    "sglang": ("SGLang", "There is no plugin that runs it; transformers does, and vLLM with the plugin compress-vllm"),
+}
+
 logger = logging.get_logger(__name__)
 
 
@@ -114,6 +121,12 @@ class PlanModel(OneProcess):
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
+        if self.config._attn_implementation in ENGINES:
+            engine, instead = ENGINES[self.config._attn_implementation]
+            logger.warning_once(
+                f"{engine} runs this checkpoint with attention of its own: the plan is NOT in effect, the model runs "
+                f"dense and saves no memory. {instead}."
+            )
         rows = zip(self._layers(), self._widths(config.compress_plan), config.compress_plan["layers"], strict=True)
         for number, (layer, width, entry) in enumerate(rows):
             build(layer, width, config)
@@ -284,10 +297,11 @@ class PlanModel(OneProcess):
                 f"past_key_values: a PagedCache holds keys and values for the plan, and attn_implementation={name!r} "
                 "runs the model dense; pass a DynamicCache, or leave attn_implementation out"
             )
-        logger.warning_once(
-            f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
-            "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
-        )
+        if name not in ENGINES:  # those were named when the model was made
+            logger.warning_once(
+                f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
+                "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+            )
         return super().forward(**{CACHE: cache}, **arguments)  # type: ignore[misc]
 
     def _is_checkpointed(self) -> bool:
