@@ -59,6 +59,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         _check_scores(planned, plan, family_of(model.config))
         return planned
     prepared = () if untrained else prepared_for(model)
+    _check_closed(plan)
     if plan.prunes:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
@@ -87,6 +88,21 @@ def _check_rope(model: Any, plan: Plan) -> None:
             where="layer {} group {}".format(*undoing[0]),
             fix="take `rope: keep`",
         )
+
+
+def _check_closed(plan: Plan) -> None:
+    """Raise UserError where a plan leaves open what only a search fills in."""
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.open:
+                raise UserError(
+                    "the plan does not say which tokens a head group keeps",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a number as `threshold`",
+                    found=f"`threshold: {target.model_dump()['threshold']}`, an option of a search",
+                    fix="search with this target among what is priced: each head group gets the threshold that keeps "
+                    "its share",
+                )
 
 
 def check_norms(config: Any, plan: Plan) -> None:

@@ -57,7 +57,14 @@ class State:
     Attributes:
         lengths: tokens of each sequence so far, as the host knows it.
         tensors: what is kept, by name, each `[B, ...]`. What accumulates over tokens is kept in float32.
+        slack: last tokens of a sequence that can always be taken back by `crop`.
+        one_way: why none can be, and what that would need; None where some can.
     """
+
+    slack: int = 0
+    one_way: ClassVar[str | None] = (
+        "their state sums over the tokens; that would need a copy of it as it was before each of the last ones"
+    )
 
     def __init__(self, max_length: int | None = None) -> None:
         self.max_length = max_length
@@ -81,6 +88,23 @@ class State:
     def advance(self, gains: Sequence[int]) -> None:
         """Count `gains` more tokens of each sequence."""
         self.lengths = [length + gain for length, gain in zip(self.lengths, gains, strict=True)]
+
+    def hold(self, slack: int) -> None:
+        """Keep from now on what taking back `slack` tokens needs; no less than before, and only without a `one_way`."""
+        self.slack = slack
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last token of a sequence can always be taken back."""
+        return self.one_way is None and self.slack > 0
+
+    def crop_refusal(self, counts: Sequence[int]) -> str | None:
+        """Why `counts` last tokens of each sequence cannot be taken back; None where they can be."""
+        return self.one_way
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each sequence, for which there is no `crop_refusal`."""
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
 
     def assume(self, length: int) -> None:
         """Say that every sequence holds `length` tokens, as `PagedCache.assume` does."""

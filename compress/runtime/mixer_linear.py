@@ -23,7 +23,7 @@ from .maps_random import RandomFeatures
 from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
-from .mixer import LayerFacts, register
+from .mixer import LayerFacts, State, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
@@ -89,6 +89,7 @@ class LinearState(PagedState):
     """
 
     gates: torch.Tensor | None = None
+    one_way = State.one_way
 
     def __init__(
         self, rules: Sequence[AnySpan], max_length: int | None, shape: tuple[int, int], gates: int = 0

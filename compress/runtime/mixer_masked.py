@@ -58,7 +58,8 @@ class MaskedMixer(SpanMixer):
         out = self.attend(query, keys, values, t, positions, scale, dropout, self.scores(step))
         if state is not None:
             state.advance(step.gains)
-            choose_impl(step.impl, query).store(key, value, state.pages(), rows, state.spans)
+            store = choose_impl(step.impl, query).store
+            store(key, value, state.pages(), rows, state.spans, state.slack)
         return out
 
     def decode(

@@ -97,7 +97,7 @@ class SpanMixer(Mixer):
             out = impl.routed_prefill(query, key, value, spans, active, gates=gates, **options)
         if state is not None:
             state.advance(step.gains)
-            impl.store(key, value, state.pages(), rows, spans)
+            impl.store(key, value, state.pages(), rows, spans, state.slack)
         return out.transpose(1, 2)
 
     def decode_active(

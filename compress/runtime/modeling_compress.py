@@ -31,7 +31,7 @@ from .mlp_experts import MlpExperts, install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
 from .ranks import Part, part_of
 from .rope import crosses, rope_change, steady, turns
-from .span import native_windows
+from .span import PAGE, native_windows
 from .step import Record, Step
 from .widths import Width, build, width_of
 
@@ -47,7 +47,17 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 # Whether checkpointed layers in training mode take their cache away without gradients, too, as they did up to 5.23.
 DROPS_CACHE = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
 
+# Tokens that transformers compares where an assistant has another tokenizer, if the configuration says no other number.
+LOOKBEHIND = 10
+
 BY_NAME = {row.name: row for row in ROWS}
+
+# Engines that put their own attention into models of transformers under a name of theirs, and so run without the plan:
+# what they are called, and what runs the plan there.
+ENGINES = {
+    "vllm": ("vLLM", "To run it, install the plugin compress-vllm beside vLLM (plugins/vllm of the toolkit compress)"),
+    "sglang": ("SGLang", "There is no plugin that runs it; transformers does, and vLLM with the plugin compress-vllm"),
+}
 
 logger = logging.get_logger(__name__)
 
@@ -112,6 +122,12 @@ class PlanModel(WholeLayers):
         super().__init__(config)  # type: ignore[call-arg]
         if config.compress_plan is None:
             raise ValueError("this configuration carries no `compress_plan`; load a checkpoint that `compress` wrote")
+        if self.config._attn_implementation in ENGINES:
+            engine, instead = ENGINES[self.config._attn_implementation]
+            logger.warning_once(
+                f"{engine} runs this checkpoint with attention of its own: the plan is NOT in effect, the model runs "
+                f"dense and saves no memory. {instead}."
+            )
         rows = zip(self._layers(), self._widths(config.compress_plan), config.compress_plan["layers"], strict=True)
         for number, (layer, width, entry) in enumerate(rows):
             build(layer, width, config)
@@ -204,10 +220,13 @@ class PlanModel(WholeLayers):
                 return part_of(weight, by_rows=row.by_group or len(row.parts) == 1)
         return Part()
 
-    def new_cache(self, max_length: int | None = None) -> PagedCache:
-        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
+    def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:
+        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence.
+
+        `slack` last tokens can be taken back (`PagedCache.crop`), for which pages are freed that much later.
+        """
         self.split()
-        return PagedCache(self.compress_kinds, max_length)
+        return PagedCache(self.compress_kinds, max_length, slack)
 
     def forward(
         self,
@@ -312,10 +331,11 @@ class PlanModel(WholeLayers):
                 f"past_key_values: a PagedCache holds keys and values for the plan, and attn_implementation={name!r} "
                 "runs the model dense; pass a DynamicCache, or leave attn_implementation out"
             )
-        logger.warning_once(
-            f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
-            "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
-        )
+        if name not in ENGINES:  # those were named when the model was made
+            logger.warning_once(
+                f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
+                "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+            )
         return super().forward(**{CACHE: cache}, **arguments)  # type: ignore[misc]
 
     def _is_checkpointed(self) -> bool:
@@ -455,6 +475,20 @@ def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: tor
     return (cache.lengths[:, None] + new).clamp(min=0)
 
 
+def _candidates(draft: Any, cache: PagedCache, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What `draft` puts behind `input_ids` `[1, T]`, and its logits or None: the cache keeps what taking it back needs.
+
+    What a reserved cache has no room for, or could not take back, is left out.
+    """
+    tokens, logits = draft(input_ids, *args, **kwargs)
+    length = input_ids.shape[1]
+    if cache.max_length is None:
+        cache.hold(tokens.shape[1] - length)
+        return tokens, logits
+    most = max(0, min(cache.slack, cache.max_length - length))
+    return tokens[:, : length + most], None if logits is None else logits[:, :most]
+
+
 class PlanForCausalLM(WholeLayers):
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
@@ -472,9 +506,9 @@ class PlanForCausalLM(WholeLayers):
         """Put another plan into effect; see `PlanModel.set_plan`."""
         self.base_model.set_plan(plan)
 
-    def new_cache(self, max_length: int | None = None) -> PagedCache:
-        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
-        return self.base_model.new_cache(max_length)
+    def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:
+        """An empty cache for this plan; see `PlanModel.new_cache`."""
+        return self.base_model.new_cache(max_length, slack)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -483,17 +517,25 @@ class PlanForCausalLM(WholeLayers):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
-        if generation_mode.value == "assisted_generation" or generation_config.is_assistant:
+        kind = generation_config.cache_implementation
+        slack = 0
+        if generation_config.is_assistant:
+            # What was drafted last, and what another tokenizer may have cut otherwise, is taken back by the next call.
+            slack = generation_config.max_new_tokens + (generation_config.assistant_lookbehind or LOOKBEHIND)
+        elif generation_mode.value == "assisted_generation":
+            # A growing cache holds more as soon as a draft is known to be longer.
+            slack = 1 if kind != "static" else generation_config.prompt_lookup_num_tokens or PAGE
+        if slack and self.base_model.compress_by_length:
             raise ValueError(
-                "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
-                "generate without assistant_model and prompt_lookup_num_tokens"
+                "assisted decoding checks several tokens in a pass, and the plan's windows come from the length of the "
+                "input (`rule: length`); generate without assistant_model and prompt_lookup_num_tokens, or take a plan "
+                "with `rule: position`"
             )
         if self.base_model.compress_by_length and generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size: the plan's windows come from the length of the input (`rule: length`), so it is "
                 "not taken in chunks; leave prefill_chunk_size out, or take a plan with `rule: position`"
             )
-        kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={kind!r}: a planned model brings its own paged cache; leave "
@@ -508,8 +550,24 @@ class PlanForCausalLM(WholeLayers):
             adopt(given, self.base_model.compress_kinds)
         elif generation_config.use_cache is not False:
             most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
+            given = model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
+        if slack and given is not None:
+            try:
+                given.hold(slack)
+            except ValueError as error:
+                raise ValueError(
+                    f"assisted decoding takes tokens back from the cache. {error}; or generate without assistant_model "
+                    "and prompt_lookup_num_tokens"
+                ) from None
         return None
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model's, with drafts that the cache can take back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        cache = kwargs["model_kwargs"].get(CACHE)
+        if isinstance(cache, PagedCache):
+            generator.get_candidates = partial(_candidates, generator.get_candidates, cache)
+        return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's, where it runs dense. Raises ValueError where the plan is in effect."""

@@ -84,7 +84,8 @@ def prepare(
     digest = windows.digest(settings.step_count, settings.batch_size)
     common = {name: value for name, value in settings.facts().items() if name != "targets"}
     options = {}
-    for number, target in enumerate(settings.targets):
+    for number, named in enumerate(settings.targets):
+        target = named.prepared_as if named.open else named  # what is open is what the preparation is to say
         key = key_of("prepare", 1, common, target.model_dump(mode="json"), seed, shape.fingerprint, digest)
         name = f"{target.target}-{key}"
 

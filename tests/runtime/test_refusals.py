@@ -180,12 +180,6 @@ def test_cache_implementations_that_it_has_are_taken(model: Any, kind: str) -> N
         model.generate(IDS, cache_implementation=kind, past_key_values=model.new_cache(), max_new_tokens=2)
 
 
-def test_a_planned_model_is_refused_as_an_assistant_and_with_one(dense: Any, model: Any) -> None:
-    for target, assistant in ((model, dense), (dense, model)):
-        with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
-            target.generate(IDS, assistant_model=assistant, max_new_tokens=4)
-
-
 def test_masks_of_other_forms_are_named(model: Any) -> None:
     with pytest.raises(ValueError, match="got a dict"):
         model(IDS, attention_mask={"full_attention": None})
