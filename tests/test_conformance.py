@@ -257,8 +257,8 @@ def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:
     for row, length in enumerate(lengths):
         alone = logits(model, random_ids(3, width)[row : row + 1, :length])
         torch.testing.assert_close(batched[row : row + 1, mask[row].bool()], alone, **CLOSE)
-    # The next tokens, one by one, on the cache of the padded batch. Where its padding is shows in the first, and windows
-    # leave another page within seventy.
+    # The next tokens, one by one, on the cache of the padded batch. Where padding lies, shows in the first of them;
+    # within seventy every window leaves a page.
     more = random_ids(3, 70 if side == "left" else 8, seed=2)
     for step in range(more.shape[1]):
         mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
