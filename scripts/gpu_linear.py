@@ -908,22 +908,55 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     return reads
 
 
-def sweep_compile(jobs: list[tuple[str, Any, Any]]) -> None:
-    """Call everything once, in a process of its own, so that Triton's cache has it."""
-    for job in jobs:
+def sweep_compile(jobs: list[tuple[str, Any, Any]], numbers: list[int], told: Any) -> None:
+    """Call those jobs once, in a process of its own, so that Triton's cache has them; tells each that is done.
+
+    A launch that breaks the process's context ends it here: the job that was not told is the one.
+    """
+    for number in numbers:
         try:
-            sweep_call(*job)()
-        except Exception:  # a compiler's refusal is told where it is measured
-            continue
-    torch.cuda.synchronize()
+            sweep_call(*jobs[number])()
+            torch.cuda.synchronize()
+        except torch.AcceleratorError as failure:
+            print(f"  {jobs[number]}: {str(failure)[:150]}", flush=True)
+            return
+        except Exception as failure:  # a compiler's refusal is told where it is measured
+            print(f"  {jobs[number]}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
+        told.put(number)
+
+
+def sweep_breaks(jobs: list[tuple[str, Any, Any]]) -> set[int]:
+    """Call all jobs once, in many processes; the numbers of those whose launches break their process."""
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
+    lists, breaks = [list(range(at, len(jobs), workers)) for at in range(workers)], set[int]()
+    while lists := [numbers for numbers in lists if numbers]:
+        queues = [context.SimpleQueue() for _ in lists]
+        processes = [
+            context.Process(target=sweep_compile, args=(jobs, numbers, told))
+            for numbers, told in zip(lists, queues, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        for place, (numbers, told) in enumerate(zip(lists, queues, strict=True)):
+            done = set[int]()
+            while not told.empty():
+                done.add(told.get())
+            left = [number for number in numbers if number not in done]
+            breaks.update(left[:1])
+            lists[place] = left[1:]
+    return breaks
 
 
 def sweep_rows() -> list[dict[str, Any]]:
     """Other launch parameters for the kernels; the fastest should be those of `tuned.py`, the first of each list."""
     jobs = sweep_jobs()
-    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(sweep_compile, [jobs[at::workers] for at in range(workers)]))
+    breaks = sweep_breaks(jobs)
+    for number in sorted(breaks):
+        say(f"  BREAKS {jobs[number]}")
+    jobs = [job for number, job in enumerate(jobs) if number not in breaks]
     say(f"  launches are compiled after {time.time() - START:.0f} s")
     rows: list[dict[str, Any]] = []
     best: dict[str, list[tuple[float, str]]] = {}
