@@ -53,7 +53,7 @@ from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
 from compress.runtime.triton_linear_features import KINDS, features
-from compress.runtime.triton_linear_layout import SEGMENT, layout
+from compress.runtime.triton_linear_layout import SEGMENT, layout, with_decays
 from compress.runtime.triton_linear_states import Slots, running, segment_states
 from compress.targets.linear import LinearGroup
 from scripts.gpu_check import LINES, START, error, poison, run_sections, say
@@ -531,6 +531,30 @@ def part_rows() -> dict[str, float]:
     }
     for name, ms in took.items():
         say(f"32k, {name}: {ms:.3f} ms, {moved[name] / ms / 1e6:.0f} GB/s of what it has to move")
+    return took | delta_parts(8192)
+
+
+def delta_parts(length: int) -> dict[str, float]:
+    """Where the time of the gated delta rule goes, at the sizes that it is compared with fla at."""
+    heads, dim = 32, 128
+    query = torch.rand(1, heads, length, dim, device=DEVICE, dtype=BF16)
+    key = normalize(torch.rand(1, heads, length, dim, device=DEVICE, dtype=BF16), dim=-1)
+    value = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
+    strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
+    chunk = torch.arange(length // PAGE, device=DEVICE).expand(1, heads, -1).contiguous()
+    where = with_decays(layout(Rows.whole(1, length), chunk, length, own=True, segment=1), -0.05 * log_decay, length)
+    written, erased, kept = triton_linear_delta.chunk_writes(key, value, strength, where)
+    slots = Slots.like(key, value, length // PAGE, BF16)
+    calls: dict[str, Callable[[], Any]] = {
+        "writes of chunks": lambda: triton_linear_delta.chunk_writes(key, value, strength, where),
+        "states along them": lambda: triton_linear_delta.walk(
+            written, erased, kept, slots.matrices, None, where, reverse=False
+        ),
+        "read": lambda: triton_linear.read(query, key, written, slots, where, None, mean=False, mass=False),
+    }
+    took = {f"delta, {name}": measure.graphed_times(call, DEVICE, calls=5).median for name, call in calls.items()}
+    for name, ms in took.items():
+        say(f"{length:,} tokens, {name}: {ms:.3f} ms")
     return took
 
 

@@ -27,7 +27,7 @@ from .triton_linear_backward import of_keys, of_queries
 from .triton_linear_layout import (
     Layout,
     begin,
-    dot_wide,
+    dot_state,
     inner,
     load_part,
     overlapped,
@@ -147,13 +147,13 @@ def _states(
     FIRST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """BLOCK_V columns of the states, from the first slot on; or of their gradients, from the last slot back.
 
     With REVERSE the slots hold what the queries of each chunk add to the gradient, and get what all later ones do.
+    The state is float32. In a product it is rounded as K' is: the errors of V' and K', which are stored, are larger.
     """
     begin(OVERLAP)
     at_v = tl.program_id(0) * BLOCK_V
@@ -193,18 +193,18 @@ def _states(
         p_slot = p_slots + slot * (bg * 0 + size)
         b_written = load_part(p_written, j * VALUE_DIM, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
         if REVERSE:
-            update = dot_wide(b_kept, state, b_written, SPLIT, PRECISION)
+            update = dot_state(b_kept, state, b_written, PRECISION)
             own = tl.load(p_slot + o_state, mask=m_state, other=0.0)
-            state = dot_wide(b_erased.T, -update, own + state * scale, SPLIT, PRECISION)
+            state = dot_state(b_erased.T, -update, own + state * scale, PRECISION)
         else:
-            update = b_written - dot_wide(b_erased, state, b_written * 0.0, SPLIT, PRECISION)
-            state = dot_wide(b_kept.T, update, state * scale, SPLIT, PRECISION)
+            update = b_written - dot_state(b_erased, state, b_written * 0.0, PRECISION)
+            state = dot_state(b_kept.T, update, state * scale, PRECISION)
             tl.store(p_last + bg * size + o_state, state, mask=m_state & (o_state * 0 + slot == end))
         store_part(p_written, j * VALUE_DIM, update, m_j, at_v, VALUE_DIM, BLOCK_V)
         tl.store(p_slot + o_state, state.to(p_states.dtype.element_ty), mask=m_state)
 
 
-def _walk(
+def walk(
     written: torch.Tensor,
     erased: torch.Tensor,
     kept: torch.Tensor,
@@ -244,7 +244,6 @@ def _walk(
         FIRST=first is not None,
         REVERSE=reverse,
         STAGES=config["stages"],
-        SPLIT=kept.dtype == torch.bfloat16,
         PRECISION="tf32x3",
         num_warps=config["warps"],
         **overlapped(kept.device),
@@ -252,7 +251,7 @@ def _walk(
     return last.mT
 
 
-def _chunk_writes(
+def chunk_writes(
     key: torch.Tensor, value: torch.Tensor, strength: torch.Tensor, where: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """V' `[B, G, M, DV]`, K' and e^{L_C - L} K `[B, G, M, F]` of all chunks, zero where there is no token."""
@@ -299,10 +298,10 @@ class _Delta(torch.autograd.Function):
         first: torch.Tensor | None,
         where: Layout,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        written, erased, kept = _chunk_writes(key, value, strength, where)
+        written, erased, kept = chunk_writes(key, value, strength, where)
         slots = Slots.like(key, value, key.shape[2] // PAGE, value.dtype)  # there is no normaliser
         states = slots.matrices
-        last = _walk(written, erased, kept, states, first, where, reverse=False)
+        last = walk(written, erased, kept, states, first, where, reverse=False)
         result, _ = read(query, key, written, slots, where, None, mean=False, mass=False)
         ctx.save_for_backward(query, key, value, log_decay, strength, states, written, erased, kept, result)
         ctx.where, ctx.first = where, first is not None
@@ -334,7 +333,7 @@ class _Delta(torch.autograd.Function):
             if log_decay is not None:
                 of_sums = _of_rows((grad * result).sum(-1), where, tokens, key.shape[1])
                 of_sums -= (own_update.float() * update.float()).sum(-1)
-        _walk(of_update, erased, kept, flow, None, where, reverse=True)
+        walk(of_update, erased, kept, flow, None, where, reverse=True)
 
         # Inside the chunks: the update U = V' - K' S, and what it leaves.
         before, after = states[:, :, :-1].float().mT, flow[:, :, 1:].mT
