@@ -1,14 +1,14 @@
 """Bytes of KV cache as allocated on texts, where a plan's heads keep what a text gives them reason to.
 
-What such a plan holds is a mean over texts (`Cost.spread_bytes`, `Cost.over_bytes`). The text of the evaluation says what
-it holds there, beside what the plan expects.
+What such a plan holds is a mean over texts (`Cost.spread_bytes`, `Cost.over_bytes`). The text of the evaluation says
+what it holds there, beside what the plan expects.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,8 @@ from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subje
 from compress.limits import SEQUENCES
 from compress.models.cache_bytes import cache_bytes
 from compress.registry import measures
+
+MEASURED = "measured mean"
 
 
 class Held(BaseModel):
@@ -62,29 +64,18 @@ class KvHeldResult(Result):
         """Mean and spread, as measured and as expected, and the bound; in a table for the longest texts alone."""
         cells = []
         for texts in self.lengths:
-            rows = {
-                "KV bytes, measured": texts.mean,
-                "KV bytes, expected": texts.expected,
-                "spread over texts, measured": texts.deviation,
-                "spread over texts, expected at most": texts.spread,
-                "KV bytes of any text at most": texts.most,
-            }
-            for label, value in rows.items():
-                measured, count = label == "KV bytes, measured", len(texts.held)
-                error = texts.deviation / math.sqrt(count - 1) if measured and count > 1 else None
-                cells.append(
-                    Cell(
-                        label,
-                        "bytes",
-                        float(value),
-                        "lower",
-                        length=texts.length,
-                        error=error,
-                        count=count if measured else None,
-                        table="cost" if texts is self.lengths[-1] else None,
-                        dense=float(texts.dense),
-                    )
-                )
+            count = len(texts.held)
+            error = texts.deviation / math.sqrt(count - 1) if count > 1 else None
+            rows: list[tuple[str, float, dict[str, Any]]] = [
+                (MEASURED, texts.mean, {"error": error, "count": count}),
+                ("expected mean", texts.expected, {}),
+                ("measured spread", texts.deviation, {}),
+                ("expected spread, at most", texts.spread, {}),
+                ("any text, at most", texts.most, {}),
+            ]
+            about: dict[str, Any] = {"length": texts.length, "dense": float(texts.dense)}
+            about["table"] = "held" if texts is self.lengths[-1] else None
+            cells += [Cell(label, "bytes", float(value), "lower", **about, **more) for label, value, more in rows]
         return cells
 
     def words(self) -> str:
@@ -93,7 +84,9 @@ class KvHeldResult(Result):
             return ""
         count = len(self.lengths[-1].held)
         texts = "1 text" if count == 1 else f"{count} texts"
-        return f"measured on {texts} of {self.lengths[-1].length:,} tokens; spread: standard deviation"
+        return (
+            f"{texts} of {self.lengths[-1].length:,} tokens from the evaluation; spread: standard deviation over texts"
+        )
 
 
 @measures.register("kv_held")
