@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.placement import placement_of, put_like
 from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
@@ -279,7 +280,7 @@ def on_weights_of(model: Any, model_class: Any, config: Any, weights: Mapping[st
     made.tie_weights()
     carry_over(model, made)
     made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    return made.to(next(model.parameters()).device).train(model.training)
+    return put_like(model, made).train(model.training)
 
 
 def _start_mixers(made: Any, model: Any) -> set[str]:
@@ -288,13 +289,13 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     Returns:
         The names of those parameters.
     """
-    like = next(model.parameters())
-    names: set[str] = set()
-    mixers = set(mixers_of(made))
+    names, dtype = set[str](), next(model.parameters()).dtype
+    layers = {id(mixer): mixer.facts.index for mixer in mixers_of(made)}
+    places = placement_of(model).layers
     for path, module in made.named_modules():
-        parameters = dict(module.named_parameters()) if module in mixers else {}
+        parameters = dict(module.named_parameters()) if id(module) in layers else {}
         if parameters and all(tensor.is_meta for tensor in parameters.values()):
-            module.to_empty(device=like.device).to(like.dtype).reset_parameters()
+            module.to_empty(device=places[layers[id(module)]]).to(dtype).reset_parameters()
             names.update(f"{path}.{name}" for name in parameters)
     return names
 

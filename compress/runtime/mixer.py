@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from .ranks import Part
 from .span import kept_table
 
 if TYPE_CHECKING:
@@ -183,6 +184,12 @@ class Mixer(nn.Module):
         self.groups = tuple(groups)
         self.facts = facts
 
+    @property
+    def splits(self) -> bool:
+        """Whether a process may run some of its groups alone: no tokens choose among them, and no parameters are for
+        all of them."""
+        return not self.chooses and next(self.parameters(), None) is None
+
     def reset_parameters(self) -> None:
         """Give the mixer's parameters their first values, as its constructor has to; those of modules in it are reset
         by themselves. Called where the memory of the parameters is new."""
@@ -285,6 +292,7 @@ class Kinds:
                 raise ValueError(f"layer {facts.index} group {number}: this runtime has no target {group['target']!r}")
             kind = MIXERS[group["target"]]
             members.setdefault((kind, kind.form(group)), []).append(number)
+        self.groups, self.facts = tuple(groups), facts
         self.count = len(groups)
         self.members = tuple(map(tuple, members.values()))
         self.mixers: tuple[Mixer, ...] = tuple(
@@ -297,6 +305,26 @@ class Kinds:
         self.only = self.mixers[0] if len(self.mixers) == 1 else None
         self.group_size = facts.group_size
         self.key = json.dumps([list(groups), facts.native_window], sort_keys=True)
+
+    def part(self, part: Part) -> Kinds:
+        """What a process does that has a part of the head groups (tensor parallel).
+
+        Raises:
+            ValueError: the groups do not divide among the processes, or a mixer runs only as a whole.
+        """
+        where = f"layer {self.facts.index}"
+        if self.count % part.ranks:
+            raise ValueError(
+                f"tensor parallel: {where} has {self.count} head groups, which do not divide among {part.ranks} "
+                "processes; take fewer processes, or a plan that leaves a multiple of them in every layer"
+            )
+        for mixer in self.mixers:
+            if not mixer.splits:
+                raise ValueError(
+                    f"tensor parallel: {where} has heads with the target {mixer.targets[0]!r}, which cannot be split "
+                    'over processes; use device_map="auto", FSDP, or a plan of other targets'
+                )
+        return Kinds([self.groups[number] for number in part.of(self.count)], self.facts)
 
     @property
     def needs_inputs(self) -> bool:

@@ -360,7 +360,7 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
         assert step.lengths is not None
-        impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
+        impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
         kernels = self._kernels(query, step)
         self._absorb(state, lengths, step, self._scale(scale), kernels)
         if step.gains is not None:

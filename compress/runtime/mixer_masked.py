@@ -76,7 +76,7 @@ class MaskedMixer(SpanMixer):
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
-        lengths = step.lengths.to(key.device)
+        lengths = step.on("lengths", key.device)
         store_one = choose_impl(step.impl, query).store_one
         store_one(key[:, :, 0], value[:, :, 0], state.pages(), lengths, state.spans)
         keys, values, positions = stored(state, lengths)

@@ -29,6 +29,7 @@ from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
 from .mlp_experts import MlpExperts, install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
+from .ranks import Part, part_of
 from .rope import crosses, rope_change, steady, turns
 from .span import PAGE, native_windows
 from .step import Record, Step
@@ -80,8 +81,8 @@ class PlanConfig:
         return kwargs
 
 
-class OneProcess:
-    """A model whose attention layers are whole: it loads into one process, on one or several devices."""
+class WholeLayers:
+    """A model whose layers all lie in each of its processes, whole or split by heads (tensor parallel)."""
 
     _can_compile_fullgraph = False  # the compiler leaves the attention layers alone
 
@@ -97,20 +98,20 @@ class OneProcess:
         """As the stock model's.
 
         Raises:
-            ValueError: tensor or pipeline parallelism is asked for, which would give a process a part of the heads or
-                layers, while the plan and its cache know all of them.
+            ValueError: pipeline parallelism is asked for, which would give a process a part of the layers, while the
+                plan and its cache know all of them.
         """
         asked = kwargs.get("distributed_config")
-        sizes = [kwargs.get("tp_size"), getattr(asked, "tp_size", None), getattr(asked, "pp_size", None)]
-        if kwargs.get("tp_plan") or getattr(asked, "tp_plan", None) or any((size or 1) > 1 for size in sizes):
+        size = asked.get("pp_size") if isinstance(asked, dict) else getattr(asked, "pp_size", None)
+        if (size or 1) > 1:
             raise ValueError(
-                "tp_plan, tp_size, pp_size: a planned model cannot be split over processes by heads or layers; leave "
-                'them out. Several GPUs of one process (device_map="auto") and sharded training (FSDP) work'
+                "pp_size: a planned model cannot be split over processes by layers; leave it out. Several GPUs of one "
+                'process (device_map="auto"), tensor parallel (tp_plan="auto") and sharded training (FSDP) work'
             )
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-class PlanModel(OneProcess):
+class PlanModel(WholeLayers):
     """The decoder without head: gives every layer its width and mixers, every pass its cache and padding."""
 
     config: Any
@@ -186,14 +187,45 @@ class PlanModel(OneProcess):
                 mixer.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
             install(attention, kinds)
             self.compress_kinds.append(kinds)
+        self.compress_split: bool | None = None  # whether heads are split over processes; nobody has looked yet
         self.compress_key = tuple(kinds.key for kinds in self.compress_kinds)
         self.compress_by_length = any(mixer.by_length for kinds in self.compress_kinds for mixer in kinds.mixers)
+
+    def split(self) -> None:
+        """Leave every layer those head groups alone whose keys this process computes, where weights are split by heads
+        over processes (tensor parallel). The first pass or cache under a plan does this; the configuration keeps the
+        whole plan.
+
+        Raises:
+            ValueError: a layer cannot be split; says why.
+        """
+        if self.compress_split is not None:
+            return
+        parts = [self._part(layer) for layer in self._layers()]
+        self.compress_split = not all(part.whole for part in parts)
+        if not self.compress_split:
+            return
+        if any("experts" in (row.get("mlp") or {}) for row in self.config.compress_plan["layers"]):
+            raise ValueError("tensor parallel: several models lie side by side here; use device_map or FSDP")
+        self.compress_kinds = [kinds.part(part) for kinds, part in zip(self.compress_kinds, parts, strict=True)]
+        for layer, kinds in zip(self._layers(), self.compress_kinds, strict=True):
+            install(self.compress_family.attention_of(layer), kinds)
+        self.compress_key = tuple(kinds.key for kinds in self.compress_kinds)
+
+    def _part(self, layer: Any) -> Part:
+        """The head groups of a layer whose keys this process computes."""
+        for name, row in self.compress_family.projections.items():
+            if "key_value" in row.parts:
+                weight = layer.get_submodule(name).weight
+                return part_of(weight, by_rows=row.by_group or len(row.parts) == 1)
+        return Part()
 
     def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:
         """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence.
 
         `slack` last tokens can be taken back (`PagedCache.crop`), for which pages are freed that much later.
         """
+        self.split()
         return PagedCache(self.compress_kinds, max_length, slack)
 
     def forward(
@@ -241,6 +273,8 @@ class PlanModel(OneProcess):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.compress_split is None:
+            self.split()
         if self._is_checkpointed():
             use_cache = _no_cache(given)
         check_foreign(given)
@@ -455,7 +489,7 @@ def _candidates(draft: Any, cache: PagedCache, input_ids: torch.Tensor, *args: A
     return tokens[:, : length + most], None if logits is None else logits[:, :most]
 
 
-class PlanForCausalLM(OneProcess):
+class PlanForCausalLM(WholeLayers):
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
     config: Any
@@ -512,6 +546,7 @@ class PlanForCausalLM(OneProcess):
             if kind is not None:
                 raise ValueError("past_key_values and cache_implementation were both given; give one of them")
             check_foreign(given)
+            self.base_model.split()
             adopt(given, self.base_model.compress_kinds)
         elif generation_config.use_cache is not False:
             most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
 from compress.models.load import LoadedModel, load_model
+from compress.models.placement import first_device, placement_of
 from compress.models.prepared import attach
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, PREPARED, RECOVERED, WINDOWS, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
+from compress.stages.processes import together
 from compress.stages.reporter import Reporter
 from compress.train.settings import TrainSettings
 
@@ -37,7 +39,8 @@ class Session:
 
     Attributes:
         resolved: the recipe as plain data with every default written out.
-        helper: whether this process only trains, for another one that holds the folder.
+        helper: whether this process only works beside another one, which holds the folder.
+        helpers: whether all processes of a launch have this session; else there is one, or the others have ended.
     """
 
     recipe: Recipe
@@ -45,6 +48,7 @@ class Session:
     resolved: dict[str, Any]
     reporter: Reporter
     helper: bool = False
+    helpers: bool = False
     _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
@@ -55,12 +59,16 @@ class Session:
         started = time.monotonic()
         loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
         self.reporter.say(
-            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
-            f"loaded in {time.monotonic() - started:.1f} s"
+            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on "
+            f"{_places(loaded.model, device)}, loaded in {time.monotonic() - started:.1f} s"
         )
         for note in loaded.notes:
             self.reporter.say(f"  {note}")
         return loaded
+
+    def together(self) -> AbstractContextManager[None]:
+        """All processes that have this session meet here, and are one group inside (`processes.together`)."""
+        return together(resolve_device(self.recipe.device)) if self.helpers else nullcontext()
 
     def take_model(self, loaded: LoadedModel) -> None:
         """Use a dense model that is in memory already: the same name, dtype and device."""
@@ -189,7 +197,7 @@ class Session:
             self._content(self.run.plan),
             baselines,
             self.recipe.dtype,
-            resolve_device(self.recipe.device).partition(":")[0],
+            first_device(resolve_device(self.recipe.device)).type,
             self.recipe.seed,
             {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
             *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
@@ -256,15 +264,27 @@ class Session:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _places(model: Any, device: str) -> str:
+    """The device of a model as it was named, or all that it lies on."""
+    devices = placement_of(model).devices
+    return device if len(devices) == 1 else " and ".join(map(str, devices))
+
+
 @contextmanager
 def open_session(
-    recipe: Recipe, reporter: Reporter, *, overwrite: bool = False, fresh: bool = False, helper: bool = False
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    helper: bool = False,
+    helpers: bool = False,
 ) -> Iterator[Session]:
     """Hold the run folder of a recipe.
 
     Args:
         overwrite, fresh: as of `open_run`.
-        helper: this process only trains, for another one that holds the folder.
+        helper, helpers: as of `Session`.
 
     Raises:
         UserError: a folder that cannot be used (see `open_run`).
@@ -272,7 +292,7 @@ def open_session(
     resolved = recipe.resolved()
     output = Path(recipe.output).expanduser()
     if helper:
-        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True)
+        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True, helpers=True)
         return
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
@@ -280,5 +300,5 @@ def open_session(
         sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
-        yield Session(recipe, run, resolved, reporter)
+        yield Session(recipe, run, resolved, reporter, helpers=helpers)
         run.log("end")
