@@ -1,13 +1,15 @@
 """Linear heads on one model, row by row beside their controls: trained, measured, and put into one table.
 
-python scripts/linear_runs.py --texts FOLDER --out FOLDER [--rows a,b,c,window,dense,undo,...] [--seeds 0,1]
+python scripts/linear_runs.py --texts FOLDER --out FOLDER [--rows a,b,c,d,window,dense,...] [--seeds 0,1]
 
 Rows, all behind a window of 64 tokens and a page of the first ones:
 
     a        every head group linear (Hedgehog's map, prepared on attention weights, then distilled as a whole)
     b        half of the groups, those of the least error after their preparation
     c        all but the tenth that retrieves most
+    d        all but the fiftieth that retrieves most
     window   row a without its states, trained on the same tokens
+    c-window row c without its states, trained on the same tokens
     dense    the dense model, trained on the same tokens
     lolcats  recipes/smollm2-lolcats.yaml
     undo     row a with features of queries and keys before RoPE, so that no position is new to them
@@ -64,7 +66,9 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a": (KEEP | {"statistic": "retrieval", "share": 0.0}, "recover"),
     "b": (KEEP | {"statistic": "error", "share": 0.5}, "recover"),
     "c": (KEEP | {"statistic": "retrieval", "share": 0.1}, "recover"),
+    "d": (KEEP | {"statistic": "retrieval", "share": 0.02}, "recover"),
     "window": (KEEP | {"statistic": "retrieval", "share": 0.0}, "windows"),
+    "c-window": (KEEP | {"statistic": "retrieval", "share": 0.1}, "windows"),
     "dense": (KEEP | {"statistic": "retrieval", "share": 0.0}, "control"),
     "lolcats": ({"name": "keep", "statistic": "retrieval", "share": 0.0}, "recover"),
     "undo": (KEEP | {"statistic": "retrieval", "share": 0.0, "target": UNDO}, "recover"),
