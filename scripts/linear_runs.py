@@ -1,6 +1,6 @@
 """Linear heads on one model, row by row beside their controls: trained, measured, and put into one table.
 
-python scripts/linear_runs.py --texts FOLDER --out FOLDER [--rows a,b,c,window,dense,lolcats,delta] [--seeds 0,1]
+python scripts/linear_runs.py --texts FOLDER --out FOLDER [--rows a,b,c,window,dense,undo,...] [--seeds 0,1]
 
 Rows, all behind a window of 64 tokens and a page of the first ones:
 
@@ -10,6 +10,7 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     window   row a without its states, trained on the same tokens
     dense    the dense model, trained on the same tokens
     lolcats  recipes/smollm2-lolcats.yaml
+    undo     row a with features of queries and keys before RoPE, so that no position is new to them
     delta    row a with the gated delta rule
 
 Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a run
@@ -55,6 +56,7 @@ from scripts import rows
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 HEDGEHOG = {"target": "linear", "map": "hedgehog", "sink": 4, "alpha": 64}
+UNDO = HEDGEHOG | {"rope": "undo"}
 DELTA = {"target": "linear", "rule": "delta", "sink": 4, "alpha": 64}
 KEEP: dict[str, Any] = {"name": "keep", "target": HEDGEHOG}
 # For every row: the solver, and which of the trainings of `train_stage` it is.
@@ -65,6 +67,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "window": (KEEP | {"statistic": "retrieval", "share": 0.0}, "windows"),
     "dense": (KEEP | {"statistic": "retrieval", "share": 0.0}, "control"),
     "lolcats": ({"name": "keep", "statistic": "retrieval", "share": 0.0}, "recover"),
+    "undo": (KEEP | {"statistic": "retrieval", "share": 0.0, "target": UNDO}, "recover"),
     "delta": (KEEP | {"statistic": "retrieval", "share": 0.0, "target": DELTA}, "recover"),
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from compress.data.haystack import Frame, haystacks, reference_answer
-from compress.data.kinds import KINDS, VOCABULARIES, Wordings
+from compress.data.kinds import KINDS, Wordings
 from compress.data.prompt import Prompt, RecallTask
 from compress.data.text import tokenise
 from compress.registry import tasks
@@ -74,16 +74,8 @@ class Facts(RecallTask):
     ) -> tuple[list[list[int]], list[int], str, list[int], int]:
         """Statements (the one asked for first), question, answer, its reference and the budget for it."""
         others = rng.sample([kind for kind in self._all() if kind != asked], self.facts - 1)
-        (statement, question, expected), *more = [self._fact(kind, rng) for kind in (asked, *others)]
+        (statement, question, expected), *more = [KINDS[kind].stated(self.wordings, rng) for kind in (asked, *others)]
         ids = tokenise(frame.tokenizer, question)
         reference = reference_answer(frame.tokenizer, ids, question, expected)
         needles = [frame.needle(text) for text in (statement, *(other[0] for other in more))]
         return needles, ids, expected, reference, self.budget(reference)
-
-    def _fact(self, kind: str, rng: random.Random) -> tuple[str, str, str]:
-        """Statement, question and answer."""
-        words = VOCABULARIES[self.wordings]
-        statement, question = rng.choice(KINDS[kind].forms[self.wordings])
-        value = KINDS[kind].value(rng, words)
-        blanks = {"thing": words.thing(rng), "town": words.name(rng), "given": value.given, **value.fields}
-        return statement.format(value=value.text, **blanks), question.format(**blanks), value.text

@@ -66,6 +66,14 @@ class Kind:
     value: Callable[[random.Random, Vocabulary], Value]
     forms: dict[Wordings, tuple[tuple[str, str], ...]]
 
+    def stated(self, wordings: Wordings, rng: random.Random) -> tuple[str, str, str]:
+        """A statement, the question for it, and the answer, drawn from the words and wordings of a part."""
+        words = VOCABULARIES[wordings]
+        statement, question = rng.choice(self.forms[wordings])
+        value = self.value(rng, words)
+        blanks = {"thing": words.thing(rng), "town": words.name(rng), "given": value.given, **value.fields}
+        return statement.format(value=value.text, **blanks), question.format(**blanks), value.text
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -267,3 +275,8 @@ KINDS: dict[str, Kind] = {
         _email, {"evaluation": (("Questions about the {thing} go to {value}.", "Questions about the {thing} go to"),)}
     ),
 }
+
+
+# What no calibration asks for in any wording, and what it asks for in other words and wordings.
+NEW_KINDS = tuple(name for name, kind in KINDS.items() if "calibration" not in kind.forms)
+REWORDED = tuple(name for name, kind in KINDS.items() if {"calibration", "evaluation"} <= kind.forms.keys())

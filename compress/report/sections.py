@@ -425,7 +425,14 @@ def engines(folders: Sequence[Facts]) -> list[tuple[str, str]]:
 ENGINES = (
     ("transformers, trust_remote_code=True", "runs the plan: prefill, decode, padding, several turns, generate"),
     ("transformers, attn_implementation='sdpa' or another", "runs the dense model: correct output, but no savings"),
-    ("vLLM, SGLang, TensorRT-LLM", "use their own attention, so they run the dense model and save nothing"),
+    (
+        "vLLM, SGLang, as they are",
+        "use their own attention, so they run the dense model, say so at load, and save nothing",
+    ),
     ("llama.cpp and other GGUF engines", "ignore the plan and run the dense model"),
-    ("assisted (speculative) decoding", "refused with a message, because freed cache pages cannot be restored"),
+    (
+        "assisted (speculative) decoding",
+        "works, as target and as draft, while heads are full, windows, routed or pruned; refused with a message for "
+        "heads that have a state or keep tokens, which cannot take tokens back",
+    ),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -13,13 +15,16 @@ import compress.data.tasks  # noqa: F401  (registers the tasks)
 from compress.data.continuation import Continuation
 from compress.data.facts import Facts
 from compress.data.key_value import KeyValue
-from compress.data.kinds import KINDS, VOCABULARIES
+from compress.data.kinds import KINDS, NEW_KINDS, REWORDED, VOCABULARIES
 from compress.data.passkey import PassKey
+from compress.data.questions import TASKS, questioned_texts
 from compress.data.text import tokenise
 from compress.errors import UserError
+from compress.recipe.defaults import Defaults, Situation
 from compress.registry import tasks
 from tests.data.language import byte_tokenizer, story
 
+ROOT = Path(__file__).parents[2]
 TEXT = tokenise(byte_tokenizer(), story())
 MADE: list[Any] = [
     PassKey(length=300, count=5),
@@ -136,13 +141,47 @@ def test_every_kind_of_fact_is_stated_once_and_its_question_can_be_answered_from
 
 def test_evaluation_asks_in_words_and_of_kinds_that_calibration_never_has() -> None:
     calibrated, evaluated = VOCABULARIES["calibration"], VOCABULARIES["evaluation"]
-    for part in ("adjectives", "nouns", "first_names"):
+    for part in ("adjectives", "nouns", "syllables", "first_names"):
         assert not set(getattr(calibrated, part)) & set(getattr(evaluated, part))
     forms = [kind.forms for kind in KINDS.values()]
     assert sum("calibration" not in form for form in forms) >= 4
     assert not {f for form in forms for f in form.get("calibration", ())} & {
         f for form in forms for f in form["evaluation"]
     }
+
+
+def test_no_recipe_and_no_default_calibrates_on_what_is_kept_for_evaluation() -> None:
+    for path in [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("profiles/**/*.yaml")]:
+        sections = yaml.safe_load(path.read_text())
+        assert "evaluation" not in str({name: part for name, part in sections.items() if name != "evaluate"}), path
+    for situation in (Situation(gpu=True, cores=16), Situation(cores=2)):
+        data: dict[str, Any] = {"search": {"budget": {"kv": 0.5}}}
+        Defaults(data, situation).fill()
+        assert "'facts'" in str(data["calibration"])
+        assert "evaluation" not in str({name: part for name, part in data.items() if name != "evaluate"})
+
+
+def test_a_text_is_asked_for_every_kind_that_calibration_does_not_have() -> None:
+    assert set(NEW_KINDS) | set(REWORDED) == set(KINDS) and len(NEW_KINDS) >= 4
+    made = questioned_texts(byte_tokenizer(True), TEXT, 2900, 3, 0)
+    assert (
+        made
+        == questioned_texts(byte_tokenizer(True), TEXT, 2900, 3, 0)
+        != questioned_texts(byte_tokenizer(True), TEXT, 2900, 3, 1)
+    )
+    calibrated = {form for kind in KINDS.values() for form in kind.forms.get("calibration", ())}
+    for text in made:
+        assert len(text.tokens) == 2900
+        assert [question.kind for question in text.questions] == [*TASKS, *REWORDED, *NEW_KINDS]
+        whole = byte_tokenizer().decode(text.tokens)
+        for question in text.questions:
+            stated = byte_tokenizer().decode(text.tokens[slice(*question.evidence)])
+            asked = byte_tokenizer().decode(question.tokens)
+            assert question.expected in stated and stated in whole and whole.count(question.expected) >= 1
+            assert byte_tokenizer().decode(question.answer).strip() == question.expected
+            assert not any(asked == form[1] for form in calibrated)
+    starts = sorted(question.evidence[0] for text in made for question in text.questions)
+    assert starts[0] < 600 and starts[-1] > 2300  # they lie everywhere in the text
 
 
 def test_kinds_take_turns_over_the_documents() -> None:

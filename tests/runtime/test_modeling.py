@@ -1,12 +1,15 @@
 """What a planned model refuses, and that refusing is all it does with it."""
 
+import copy
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.utils import logging
 
 from compress.models.planned import planned_model, set_plan
 from compress.plan import uniform_plan
+from compress.runtime import modeling_compress
 from compress.targets.full import FullGroup
 from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
@@ -58,10 +61,8 @@ def test_a_cache_of_another_kind_is_refused_once_it_holds_tokens(dense, model):
         model(ids, past_key_values=filled)
 
 
-def test_generation_modes_that_take_tokens_back_are_refused(model):
+def test_what_a_plan_has_not_is_refused(model):
     ids = random_ids(1, 30)
-    with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
-        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
     with pytest.raises(ValueError, match="brings its own"):
         model.generate(ids, cache_implementation="quantized", max_new_tokens=4)
     with pytest.raises(ValueError, match="no attention weights"):
@@ -82,6 +83,28 @@ def test_another_attention_runs_dense_and_says_so(dense, monkeypatch):
     assert torch.equal(
         model.generate(ids, max_new_tokens=5, do_sample=False), dense.generate(ids, max_new_tokens=5, do_sample=False)
     )
+
+
+@pytest.mark.parametrize(("name", "engine"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_a_model_that_an_engine_makes_for_its_own_attention_says_at_once_that_the_plan_is_ignored(
+    dense, monkeypatch, name, engine
+):
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, AttentionInterface._global_mapping["sdpa"])
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, AttentionMaskInterface._global_mapping["sdpa"])
+    warned = []
+    monkeypatch.setattr(
+        logging.get_logger("compress.runtime.modeling_compress"), "warning_once", lambda line: warned.append(line)
+    )
+    config = copy.deepcopy(planned_model(dense, mixed_plan(shape_of(dense))).config)
+    config._attn_implementation = name
+    model = modeling_compress.CompressLlamaForCausalLM(config).eval()
+    assert len(warned) == 1 and warned[0].startswith(f"{engine} runs this checkpoint with attention of its own")
+    assert "the plan is NOT in effect" in warned[0] and "compress-vllm" in warned[0]
+    model.load_state_dict(dense.state_dict())
+    ids = random_ids(1, 200)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(warned) == 1  # the pass itself has nothing to add
 
 
 def test_training_passes_gradients_to_every_weight(dense):
