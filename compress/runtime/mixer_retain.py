@@ -90,7 +90,7 @@ class RetainMixer(Mixer):
             found = self.judge(key, value, step)
             kept, count = self.rule(found, state, step)
             if state is None:
-                self._report(found, kept.float(), step)
+                self._report(found, kept, step)
             return kept, count
 
     def rule(self, found: torch.Tensor, state: RetainState | None, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ class RetainMixer(Mixer):
             Keeping(
                 groups=tuple(head // size for head in self.heads[::size]),
                 scores=found.detach(),
-                kept=kept,
+                kept=kept.to(found.dtype),
                 gone=(at >= sinks[:, None]) & (at < ends[..., None]),
                 thresholds=tuple(group["threshold"] for group in self.groups),
                 shares=tuple(group["share"] for group in self.groups),
