@@ -121,15 +121,17 @@ class RetainMixer(Mixer):
         kept, count = self.kept(key, value, state, step)
         cached = state is not None and any(rows.past)
         options: dict[str, Any] = {"rows": rows, "scale": scale, "dropout": dropout, "scores": self.scores(step)}
-        ends = [past + new for past, new in zip(rows.past, rows.count, strict=True)]
+        ends, lists = [past + new for past, new in zip(rows.past, rows.count, strict=True)], None
         if all(span.first(max(ends) - 1) == 0 for span in self.windows):  # these heads are windows that hide nothing
             pages = state.window() if cached and state is not None else None
             out = impl.prefill(query, key, value, self.windows, pages=pages, **options)
         else:
             listed = state.pages() if cached and state is not None else None
+            if state is not None and impl.retain.compact is not None:
+                lists = options["lists"] = impl.retain.compact(key, value, kept, self.windows, rows, listed)
             out = impl.retain.prefill(query, key, value, kept, self.windows, pages=listed, **options)
         if state is not None:
-            state.write(key, value, kept, rows, impl.store)
+            state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
             state.tensors["count"].copy_(count)
         return out.transpose(1, 2)
 

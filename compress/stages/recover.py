@@ -11,9 +11,7 @@ from compress.files import write_text
 from compress.models.planned import planned_model
 from compress.plan import Plan, measured_plan
 from compress.runfolder import CONTROL, RECOVERED, TRAINED_PLAN, WINDOWS
-from compress.stages.device import resolve_device
 from compress.stages.plan import finished_plan
-from compress.stages.processes import together
 from compress.stages.session import Session
 from compress.stages.stage import missing, timed
 from compress.train.recovery import Recovered, read_recovered, recover
@@ -61,7 +59,7 @@ def train_stage(session: Session, *names: str) -> list[Path]:
     settings = session.recipe.recover
     assert settings is not None
     folders = []
-    with together(resolve_device(session.recipe.device)):
+    with session.together():
         plan = finished_plan(session)
         dense = session.loaded.model
         trainings: dict[str, tuple[Callable[[], str], str, Callable[[], Any]]] = {

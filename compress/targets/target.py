@@ -219,11 +219,17 @@ class Target(Method):
         return self
 
     @classmethod
+    def average(cls, groups: Sequence[Any]) -> Target:
+        """One entry that stands for several, which are equal but for how much of the tokens each keeps."""
+        first: Target = groups[0]
+        return first
+
+    @classmethod
     def ranges(cls, groups: Sequence[Any]) -> str:
         """In which ranges the entries of one option in many head groups lie, in words; empty where they are equal.
 
         Args:
-            groups: of this class, with the same `anywhere`.
+            groups: of this class, with the same `anywhere`, or equal but for how much of the tokens each keeps.
         """
         return ""
 
