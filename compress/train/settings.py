@@ -188,8 +188,8 @@ class RecoverSettings(TrainSettings):
         16,
         ge=1,
         le=DOCUMENTS,
-        description="sequences of the text, those behind the trained ones, on which thresholds and shares of `retain` "
-        "heads are measured again at the end",
+        description="sequences of the text on which thresholds and shares of `retain` heads are measured again at the "
+        "end",
     )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     mixer_rate: float | None = Field(
@@ -272,9 +272,9 @@ class RecoverSettings(TrainSettings):
         return (*asked, *(objective for objective in beside if objective.registered not in named))
 
     @property
-    def kept_loss(self) -> Kept:
-        """What holds the share that is kept: the one that `objectives` names, or that of `kept`."""
-        named = [objective for objective in self.objectives if isinstance(objective, Kept)]
+    def kept_loss(self) -> Any:
+        """What holds the share that is kept (`Kept`): the one that `objectives` names, or that of `kept`."""
+        named = [objective for objective in self.objectives if objective.of_keeping]
         return named[0] if named else Kept(weight=self.kept)
 
     @property
