@@ -132,6 +132,8 @@ def table(recipe: Recipe, situation: Situation) -> Table:
     if recover is not None:
         losses = "+".join(objective.registered for objective in recover.objectives) or recover.loss
         method = f"{recover.train}, loss {losses}"
+        if recipe.prepare is not None and any(target.in_expectation for target in recipe.prepare.targets):
+            method += f"\n{recover.decisions}"
         result.add_row(
             "recover", method, _batches(recover), f"training{' of plan and dense model' if recover.control else ''}"
         )

@@ -196,6 +196,10 @@ class RetainGroup(Target):
         """What is seen without the tokens that are kept, by whole pages."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)
 
+    def measured(self, threshold: float | None, share: float, spread: float) -> RetainGroup:
+        """See `Target.measured`."""
+        return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
+
     def listed(self, length: int) -> tuple[float, int]:
         """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""
         return self._listed(self.span(), length - 1)

@@ -181,6 +181,16 @@ class Target(Method):
         """The target whose trained tensors serve this one, too, where they were not trained for itself."""
         return self
 
+    def measured(self, threshold: float | None, share: float, spread: float) -> Target:
+        """The same with what it was found to hold of texts, where that is an expectation (`in_expectation`).
+
+        Args:
+            threshold: what decides which tokens it holds, where it has one.
+            share: of the tokens that it may leave out, those that it holds, mean over texts; spread: their standard
+                deviation.
+        """
+        return self
+
     @property
     def idle(self) -> bool:
         """Whether it changes nothing, so that no search chooses it: it names what is prepared for others."""
