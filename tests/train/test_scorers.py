@@ -244,12 +244,11 @@ def test_a_second_round_is_on_the_states_of_a_model_that_forgets(tmp_path: Path)
     model, target = tiny_model("qwen2"), RetainGroup(sink=0, alpha=1, scorer="ridge")
     shape, length = shape_of(model), 192
     tokens = random.Random(0).choices(range(4, VOCABULARY), k=length * 6)
-    settings = {"length": length, "batch_size": 1, "steps": 3, "targets": [target.model_dump()], "again": 0.125}
-    settings["objectives"] = [{"name": "reconstruction", "documents": 1, "lengths": [length], "chunk": 64}]
-    asked = PrepareSettings.model_validate(settings)
-    prepare(model, shape, asked, tokens, tmp_path, tokenizer=tiny_tokenizer())
+    objective = Reconstruction(documents=1, lengths=(length,), chunk=64)
+    settings: dict[str, Any] = {"length": length, "batch_size": 1, "steps": 3, "targets": [target.model_dump()]}
+    settings |= {"again": 0.125, "objectives": [{"name": "reconstruction", **objective.model_dump()}]}
+    prepare(model, shape, PrepareSettings.model_validate(settings), tokens, tmp_path, tokenizer=tiny_tokenizer())
     (option,) = read_prepared(tmp_path)
-    objective = Reconstruction.model_validate({k: v for k, v in settings["objectives"][0].items() if k != "name"})
     scorers = Scorers(model, tiny_tokenizer(), {layer: _Layer(Ridge) for layer in range(3)}, objective)
     pieces = Pieces(WindowBatches(Windows(tokens, length, 0), 1, None), (length,))
     with scorers.repeating(), torch.no_grad():
@@ -266,7 +265,8 @@ def test_a_second_round_is_on_the_states_of_a_model_that_forgets(tmp_path: Path)
             after = scorers.measure(pieces, 0, GROUPS, 3).losses()[1]
     assert first < after < 0.85 * before
     for layer in range(3):  # the option is what came of it
-        torch.testing.assert_close(option.tensors[f"{layer}.scorer.weight"], scorers.scorer(layer).weight.detach())
+        refitted = scorers.scorer(layer).get_parameter("weight").detach()
+        torch.testing.assert_close(option.tensors[f"{layer}.scorer.weight"], refitted)
     assert "again" not in PrepareSettings.model_validate(settings | {"again": None}).facts()
     with pytest.raises(ValidationError, match="`again` is a round for scorers, and `linear` has none"):
         PrepareSettings.model_validate({"steps": 1, "again": 0.5, "targets": [{"target": "linear"}]})
