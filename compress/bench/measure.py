@@ -85,17 +85,20 @@ def copy_bandwidth(device: torch.device, size: int = 2**31) -> float:
     return 2 * source.numel() / times(lambda: target.copy_(source), device).median * 1e3
 
 
-def release(device: torch.device) -> None:
-    """Give freed memory back and start the peak anew."""
+def release(*devices: torch.device) -> None:
+    """Give freed memory back and start the peaks anew."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """Most bytes that were allocated at once since `release`; None on a CPU, which has no such account."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def peak_bytes(*devices: torch.device) -> int | None:
+    """Most bytes that were allocated at once since `release`, added up; None on a CPU, which has no such account."""
+    if any(device.type != "cuda" for device in devices):
+        return None
+    return sum(torch.cuda.max_memory_allocated(device) for device in devices)
 
 
 def _summary(durations: list[float]) -> Time:

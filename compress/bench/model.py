@@ -20,6 +20,7 @@ from compress.bench.measure import Time, peak_bytes, release, times
 from compress.errors import UserError
 from compress.models.cache_bytes import cache_bytes
 from compress.models.graph import graph_of
+from compress.models.placement import input_device, placement_of, takes_graphs
 from compress.models.planned import all_on_model, carried_targets, mixers_of
 from compress.models.pruning import block_parameters
 from compress.models.replaced import AttentionCall, attention_function
@@ -205,23 +206,23 @@ def model_row(
     Raises:
         UserError: see `side`.
     """
-    device = next(dense.parameters()).device
+    device = input_device(dense)
     ids = torch.randint(dense.config.vocab_size, (batch, length), device=device)
     untied = [mixer.untie() for mixer in mixers_of(other)]
     planned = side(other, ids, steps, beside=dense)
     unchosen = all_on_model(other)
     all_on = None if unchosen is None else side(unchosen, ids, steps, beside=dense)
     dense_side = side(dense, ids, steps, beside=other)
-    release(device)
+    release(*placement_of(dense).devices)
     token = ids[:, :1].contiguous()
     with torch.inference_mode(), _attention(dense, NONE):
-        bare = _step_times(lambda: dense(input_ids=token, use_cache=False), device, steps)
+        bare = _step_times(dense, lambda: dense(input_ids=token, use_cache=False), device, steps)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (other, dense)]
     skips = None
     if all_on is not None and (plan := plan or _carried_plan(other, dense)) is not None:
         skips = Skipped.total(skipped(plan, length, next(dense.parameters()).itemsize), block_parameters(other))
     own, of_dense = counts
-    graph = device.type == "cuda"
+    graph = takes_graphs(dense)
     sides = (dense_side, planned, bare, graph, own, of_dense, all_on, skips, any(untied))
     return ModelRow(shape, mix, batch, length, *sides)
 
@@ -246,7 +247,7 @@ def side(model: Any, ids: torch.Tensor, steps: int = 64, *, beside: Any = None) 
         UserError: layers slide over less than the prompt by themselves, and no plan says so: dense attention has no
             windows here, so its times would be those of another model.
     """
-    release(ids.device)
+    release(*placement_of(model).devices)
     if hasattr(model, "new_cache"):
         figures = _planned_side(model, ids, steps)
     else:
@@ -284,10 +285,10 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     batch, length = ids.shape
-    device = ids.device
+    device, devices = ids.device, placement_of(model).devices
     fresh = lambda: _last(model, ids[:1], model.new_cache(max_length=length + steps))  # noqa: E731
     spent = _first_prefills(fresh, batch, device)
-    release(device)
+    release(*devices)
     cache = model.new_cache(max_length=length + steps)
     cache.resolve(length)
     for row in range(batch):
@@ -300,13 +301,14 @@ def _planned_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     cache.begin(batch, device)
     cache.assume(length)
     token = ids[:, -1:].contiguous()
-    decode = _step_times(lambda: model(input_ids=token, **{CACHE: cache}), device, steps, lambda: cache.assume(length))
-    return Side(spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {})
+    step = lambda: model(input_ids=token, **{CACHE: cache})  # noqa: E731
+    decode = _step_times(model, step, device, steps, lambda: cache.assume(length))
+    return Side(spent, decode, peak_bytes(*devices), cache_bytes(cache) or 0, {})
 
 
 def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     batch, length = ids.shape
-    device = ids.device
+    device, devices = ids.device, placement_of(model).devices
     backends = _backends(model, batch, length, device)
     layers = model.config.num_hidden_layers
 
@@ -319,7 +321,7 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
     with _attention(model, DENSE):
         model.config.bench_backend = backends["prefill"][1]
         spent = _first_prefills(lambda: prefill(0, blocks(length + 1)), batch, device)
-        release(device)
+        release(*devices)
         held = blocks(length + 1)
         for row in range(batch):
             alone = blocks(length + 1)
@@ -339,9 +341,13 @@ def _dense_side(model: Any, ids: torch.Tensor, steps: int) -> Side:
                 block.length = length
             model(input_ids=token, position_ids=position, **{CACHE: cache})
 
-        decode = _step_times(step, device, steps)
+        decode = _step_times(model, step, device, steps)
     return Side(
-        spent, decode, peak_bytes(device), cache_bytes(cache) or 0, {what: name for what, (name, _) in backends.items()}
+        spent,
+        decode,
+        peak_bytes(*devices),
+        cache_bytes(cache) or 0,
+        {what: name for what, (name, _) in backends.items()},
     )
 
 
@@ -359,7 +365,7 @@ def _backends(model: Any, batch: int, length: int, device: torch.device) -> dict
         name = min(spent, key=lambda name: spent[name])
         chosen[what] = (name, known[name])
         del calls
-        release(device)
+        release(*placement_of(model).devices)
     return chosen
 
 
@@ -385,10 +391,10 @@ def _spent(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _step_times(
-    step: Callable[[], Any], device: torch.device, steps: int, again: Callable[[], None] = lambda: None
+    model: Any, step: Callable[[], Any], device: torch.device, steps: int, again: Callable[[], None] = lambda: None
 ) -> Time:
     """Decode steps, replayed from a CUDA graph on a GPU; at most as many as were reserved for."""
-    if device.type != "cuda":
+    if not takes_graphs(model):
         step()
         again()
 

@@ -12,7 +12,7 @@ from compress.limits import ENTRIES, LONGEST
 
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLS = ("auto", "reference", "triton", "fla", "flash")
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+DEVICE = re.compile(r"auto|balanced|cpu|mps|cuda(:\d{1,3})?")
 RECIPES = (".yaml", ".yml")
 # A recipe's text and a run folder's files, where a model belongs.
 RUN_FILES = ("stages.json", "model.json", "recipe.resolved.yaml")
@@ -107,7 +107,7 @@ def device(text: str) -> str:
         raise UserError(
             "unknown device",
             where="--device",
-            expected="auto, cpu, mps, cuda or cuda:N",
+            expected="auto, balanced, cpu, mps, cuda or cuda:N",
             found=text,
             fix="`compress doctor` lists the devices",
         )

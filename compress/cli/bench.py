@@ -102,12 +102,14 @@ def measure(
     from compress.bench import model as whole
     from compress.environment import environment
     from compress.models.load import DTYPES
+    from compress.models.placement import first_device, placement_of
     from compress.models.source import ModelSource
     from compress.plan.states import states_of
     from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
 
-    where = torch.device(resolve_device(device))
+    named = resolve_device(device)
+    where = first_device(named)
     try:
         explain_impl(impl, where, DTYPES[dtype], 128)
     except ValueError as error:
@@ -145,7 +147,7 @@ def measure(
         if kind not in kinds:
             continue
         base = source if dense_model is None else ModelSource(dense_model)
-        dense = (source.layer if kind == "layer" else base.dense)(where, DTYPES[dtype])
+        dense = source.layer(where, DTYPES[dtype]) if kind == "layer" else base.dense(named, DTYPES[dtype])
         label = f"{source.name}, one layer" if kind == "layer" else source.name
         wanted: list[str | None] = [*mixes] or [None]
         for mix in wanted:
@@ -157,12 +159,13 @@ def measure(
                 elif dense_model is None:
                     planned, plan_name = source.planned(dense)
                 else:
-                    planned, plan_name = source.carried(where, DTYPES[dtype]), f"against {base.name}"
+                    planned, plan_name = source.carried(named, DTYPES[dtype]), f"against {base.name}"
                 planned.config.compress_impl = impl
                 time_both = partial(
                     whole.model_row, dense, planned, label, plan_name, batch, length, plan=plan_of_model
                 )
-                timed = memory.attempt(title, memory.model_need(dense, batch, length), where, time_both, skip)
+                need_of_one = memory.model_need(dense, batch, length) // len(placement_of(dense).devices)
+                timed = memory.attempt(title, need_of_one, where, time_both, skip)
                 models += [timed] if timed else []
                 del planned, time_both
                 measure.release(where)

@@ -276,7 +276,6 @@ def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) 
         specs: models; behind the first one also plan files, whose rows are the dense model with that plan.
         uniform: adds to each plan the uniform window of no more bytes.
     """
-    import torch
 
     from compress.evaluate.measure import Variant
     from compress.files import key_of
@@ -290,7 +289,7 @@ def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) 
 
     first = ModelSource(specs[0])
     if first.carries_plan:
-        model = first.dense(torch.device(device), DTYPES[dtype])
+        model = first.dense(device, DTYPES[dtype])
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
     else:
         loaded = load_model(specs[0], dtype=dtype, device=device)
@@ -318,7 +317,7 @@ def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) 
         source = ModelSource(spec)
 
         def build_other(source: ModelSource = source) -> Any:
-            return source.carried(torch.device(device), DTYPES[dtype])
+            return source.carried(device, DTYPES[dtype])
 
         key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
         add(spec, build_other, key, _plan_in(spec), _other(spec, loaded.tokenizer))

@@ -33,6 +33,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     import torch
 
     from compress.data.sampled import check_time
+    from compress.models.placement import first_device
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
     from compress.stages.check import check_run
     from compress.stages.device import resolve_device
@@ -40,7 +41,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.stages.speeds import measure_speeds
 
     tokens = check_run(loaded, Terminal())
-    device, situation = resolve_device(loaded.device), Situation.of(loaded.model, loaded.device)
+    device, situation = str(first_device(resolve_device(loaded.device))), Situation.of(loaded.model, loaded.device)
     speeds = measure_speeds(device, getattr(torch, loaded.dtype), situation.hidden, situation.intermediate)
     taken = seconds(loaded, situation, speeds, device)
     check_time(taken.get("text", 0.0))

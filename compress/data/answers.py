@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from compress.errors import NotFiniteError
+from compress.models.placement import input_device
 from compress.runtime.modeling_compress import CACHE
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def answer(
         NotFiniteError: the logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device = input_device(model)
     tokens = torch.tensor([list(prompt)], device=device)
     cache: Any = None
     written: list[int] = []

@@ -23,7 +23,7 @@ from compress.errors import NotFiniteError, UserError
 from compress.files import key_of, write_bytes, write_text
 from compress.json_file import read_sealed, sealed
 from compress.models.graph import graph_of
-from compress.models.memory import available_bytes
+from compress.models.placement import free_bytes, input_device, takes_graphs
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.runtime.modeling_compress import CACHE
@@ -240,12 +240,12 @@ class _Writer:
         self.request = request
         # The runtime's own cache: it takes steps that a graph can hold, and knows layers that slide by themselves.
         self.model = planned_model(loaded.model, uniform_plan(loaded.shape, FullGroup()))
-        self.device = next(loaded.model.parameters()).device
+        self.device = input_device(loaded.model)
         self.vocabulary = _Vocabulary(loaded.model, loaded.tokenizer, self.device)
         weights = next(loaded.model.parameters())
         cache = loaded.shape.dense_cost(request.length, weights.dtype.itemsize).held_bytes
         row_bytes = cache + 24 * len(self.vocabulary.banned)  # logits, their distribution and its sum, in float32
-        free = available_bytes(self.device)
+        free = free_bytes(loaded.model)
         room = AT_ONCE.get(self.device.type, 16) if free is None else int(SHARE_OF_MEMORY * free / row_bytes)
         self.at_once = request.batch or max(1, min(room, AT_ONCE.get(self.device.type, 16)))
 
@@ -304,7 +304,7 @@ class _Writer:
             token = ids.index_select(1, place - 1)
             choose(self.model(input_ids=token, **{CACHE: cache}).logits[:, -1].float())
 
-        if self.device.type == "cuda" and length - forced > 8:
+        if takes_graphs(self.model) and length - forced > 8:
             kept = age.clone(), place.clone()
             replay = graph_of(step)
             cache.assume(forced)

@@ -14,6 +14,7 @@ import torch
 
 from compress.data.questions import Question, QuestionedText
 from compress.models.cache_bytes import cache_bytes
+from compress.models.placement import input_device
 from compress.runtime.modeling_compress import CACHE
 
 
@@ -43,7 +44,7 @@ def is_answered(question: Question, likely: Sequence[int]) -> bool:
 @torch.inference_mode()
 def read_text(model: Any, tokens: Sequence[int]) -> Any:
     """The cache of a text, whose logits are of no interest."""
-    ids = torch.tensor([list(tokens)], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([list(tokens)], device=input_device(model))
     return getattr(model(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
 
 
@@ -64,7 +65,7 @@ def ask(model: Any, text: QuestionedText, cache: Any = None) -> Answers:
     cache.batch_repeat_interleave(len(pieces))
     first = min(len(question.tokens) for question in text.questions) - 1
     output = model(
-        input_ids=ids.to(model.get_input_embeddings().weight.device),
+        input_ids=ids.to(input_device(model)),
         use_cache=True,
         logits_to_keep=width - first,
         **{CACHE: cache},

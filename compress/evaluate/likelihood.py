@@ -9,6 +9,7 @@ import torch
 
 from compress.evaluate.device import device_name
 from compress.evaluate.requests import Answer, AnswerFile, Request, RequestFile
+from compress.models.placement import input_device
 
 Ids = tuple[int, ...]
 
@@ -35,7 +36,7 @@ def score(
     owners: dict[Ids, list[int]] = {}
     for number, request in enumerate(requests):
         owners.setdefault((*request.context_ids, *request.continuation_ids)[:-1], []).append(number)
-    device = model.device
+    device = input_device(model)
     total = torch.zeros(len(requests), dtype=torch.float64, device=device)
     misses = torch.zeros(len(requests), dtype=torch.int64, device=device)
     done = 0
@@ -74,7 +75,7 @@ def answer(
     """`score` all requests of a file, as a file that names the model, its precision and its device."""
     answers = score(model, asked.requests, batch_tokens=batch_tokens, progress=progress)
     dtype = str(model.dtype).removeprefix("torch.")
-    return AnswerFile(name, dtype, device_name(model.device), asked.key, tuple(answers))
+    return AnswerFile(name, dtype, device_name(input_device(model)), asked.key, tuple(answers))
 
 
 def _batches(inputs: Sequence[Ids], batch_tokens: int) -> Iterator[list[Ids]]:
@@ -90,7 +91,7 @@ def _logits(model: Any, rows: torch.Tensor, positions: torch.Tensor) -> torch.Te
     """Logits `[positions, vocabulary]` at some positions of `rows`, `[batch, length]`, counted over all rows."""
 
     def pick(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (inputs[0].flatten(0, 1)[positions][None],)
+        return (inputs[0].flatten(0, 1)[positions.to(inputs[0].device)][None],)
 
     # At the head, so that what a model does to its logits (scales, caps) stays its own.
     handle = model.get_output_embeddings().register_forward_pre_hook(pick)

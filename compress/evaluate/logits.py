@@ -34,9 +34,12 @@ def logits_of_output(
     for start in range(positions.start, positions.stop, SLICE):
         part = range(start, min(start + SLICE, positions.stop))
         states = type(output)(last_hidden_state=hidden[:, part.start : part.stop])
+        before = vars(decoder).get("forward")  # of a model on several devices, where hooks wrap it
         decoder.forward = lambda *args, states=states, **options: states
         try:
             logits = model(input_ids=tokens[None, part.start : part.stop], use_cache=False).logits[0]
         finally:
             del decoder.forward
+            if before is not None:
+                decoder.forward = before
         yield part, logits

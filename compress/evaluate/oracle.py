@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from compress.evaluate.logits import logits_of_output
 from compress.models.families import attentions_of, layers_of
+from compress.models.placement import input_device
 from compress.models.reconstruction import SINKS, Consume, Reconstruct, TokenScores
 from compress.models.replaced import AttentionCall, causal_attention, replaced_attention
 from compress.runtime.reference import masked
@@ -52,7 +53,7 @@ def oracle_scores(
         groups: head groups of a layer.
         beside: is handed every layer's scores, too.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found = torch.full((2, len(layers_of(model)), groups, len(tokens)), torch.inf, device=device)
 
     def take(scores: TokenScores) -> None:
@@ -93,7 +94,7 @@ def losses_behind(
 ) -> list[torch.Tensor]:
     """For every mask -ln p of the piece's tokens but the first, float64 on the CPU; arguments as of `_behind`."""
     found = []
-    targets = torch.tensor(list(piece), device=model.get_input_embeddings().weight.device)
+    targets = torch.tensor(list(piece), device=input_device(model))
     for logits in _behind(model, text, [piece], kept):
         losses, start = [], 1
         for part in logits:
@@ -118,7 +119,7 @@ def _behind(
     Yields:
         For every mask the logits of all pieces' tokens, `[rows, vocabulary]` for some rows after the other.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     row = [token for piece in pieces for token in piece]
     tokens = torch.tensor([*text, *row * len(kept)], device=device)
     own = torch.cat([torch.arange(len(piece)) for piece in pieces]) + len(text)
@@ -154,14 +155,16 @@ class _Behind:
             low = end + mask * self.rows
             here = slice(low, low + self.rows)
             key, value = (torch.cat([x[:, :, :end], x[:, :, here]], 2) for x in (call.key, call.value))
-            old = torch.ones(groups, end, dtype=torch.bool, device=key.device) if kept is None else kept[call.layer]
+            old = (
+                torch.ones(groups, end, dtype=torch.bool, device=self.own.device) if kept is None else kept[call.layer]
+            )
             seen = torch.cat(
                 [old[:, None].expand(-1, self.rows, -1), self.own.expand(groups, -1, -1)], dim=2
             )  # [G, rows, keys]
             if call.window is not None:
                 at = torch.cat([self.positions[:end], self.positions[here]])
                 seen = seen & (self.positions[here][:, None] - at < call.window)
-            by_head = seen.repeat_interleave(size, dim=0)[None]
+            by_head = seen.repeat_interleave(size, dim=0)[None].to(key.device)
             outputs.append(masked(call.query[:, :, here], key, value, by_head, call.scaling, 0.0, call.scores)[0])
         return torch.cat(outputs, 2)
 

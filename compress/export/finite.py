@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.errors import UserError
+from compress.models.placement import input_device
 
 PLAIN = "write `export: {dtype: bfloat16}`, which has the range of float32, or `{dtype: float32}`"
 DAMAGED = "check the download, or the training that these weights come from"
@@ -60,7 +61,7 @@ def refuse_not_finite(model: Any, dense: Any, ids: torch.Tensor, mask: torch.Ten
     """
     check_weights(model)
     if dense is not None:
-        device = next(dense.parameters()).device
+        device = input_device(dense)
         place = first_not_finite(dense, ids.to(device), mask.to(device))
         if place is not None:
             raise UserError(

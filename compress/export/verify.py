@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import UserError
 from compress.export.finite import refuse_not_finite
 from compress.files import scratch as scratch_folder
+from compress.models.placement import input_device
 from compress.plan import Plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import PAGE
@@ -97,7 +98,7 @@ def verify_checkpoint(
     """
     length = min(length, int(planned.config.max_position_embeddings) - 16)
     probe = make_probe(planned, tokenizer, length, alike=plan.by_length)
-    device = next(planned.parameters()).device
+    device = input_device(planned)
     ids, mask = probe["ids"].to(device), probe["mask"].to(device)
     with torch.inference_mode():
         padded = planned(ids, attention_mask=mask, logits_to_keep=4).logits.float().cpu()

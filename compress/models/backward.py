@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.models.families import layers_of
-from compress.models.memory import available_bytes
+from compress.models.placement import free_bytes
 from compress.runtime.families import head_size_of
 from compress.runtime.widths import width_of
 
@@ -43,7 +43,7 @@ def recomputed(
         if chosen is None:
             weight = model.get_input_embeddings().weight
             needed = activation_bytes(model, tokens, itemsize or weight.dtype.itemsize) * (2 if trained else 1)
-            free = available_bytes(weight.device)
+            free = free_bytes(model)
             chosen = free is not None and needed > ACTIVATIONS_SHARE * free
         if chosen:
             _checkpoint_layers(model, undo)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress.models.families import family_of, layers_of
+from compress.models.placement import input_device
 
 STD = 0.02  # of random routers, as of the linear layers of most models
 RIDGE = 1e-2  # of the mean square of the inputs
@@ -61,7 +62,7 @@ def fitted_routers(model: Any, texts: Sequence[torch.Tensor]) -> None:
                 for each in sums:
                     each.number = number
                 for window in windows:
-                    model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+                    model.base_model(input_ids=window[None].to(input_device(model)), use_cache=False)
         for (_, router), each in zip(places, sums, strict=True):
             router.copy_(each.fitted())
 

@@ -25,7 +25,7 @@ DROPPED = {
     "use_mtp": "a checkpoint has no heads that predict several tokens",
     "speculation_type": "a checkpoint does not draft tokens",
     "assistant_early_exit": "a checkpoint does not draft tokens",
-    "prompt_lookup_num_tokens": "the cache of a plan cannot remove drafted tokens",
+    "prompt_lookup_num_tokens": "not every plan can take drafted tokens back, so it is for the call of generate()",
     "compile_config": "a checkpoint is compiled only when the user asks for it",
 }
 ONE_ID = ("bos_token_id", "pad_token_id", "decoder_start_token_id")

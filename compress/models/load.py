@@ -25,6 +25,7 @@ from compress.models.folder import CONFIG, PLAN, read_config, read_values, refus
 from compress.models.generation import FILE as GENERATION
 from compress.models.generation import check_generation, plain_generation, read_generation, repaired
 from compress.models.gguf import read_gguf
+from compress.models.placement import loading, place_for, put
 from compress.models.shape import shape_of
 from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
 from compress.models.vocabulary import check_vocabulary
@@ -258,8 +259,7 @@ def check_sizes(config: Any, tensors: Tensors, where: str, *, build: bool = True
 
     def build_empty() -> dict[str, int]:
         native_windows(config, config.num_hidden_layers)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = _empty(config, trust_remote_code=False)
         return {name: weight.numel() for name, weight in model.named_parameters()}
 
     described = read_by("configuration", where, build_empty)
@@ -342,6 +342,12 @@ def check_loaded(spec: str, loading_info: dict[str, Any]) -> None:
         )
 
 
+def _empty(config: Any, trust_remote_code: bool) -> Any:
+    """A model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences warnings of transformers and of the hub's client, and progress bars where stderr is not a terminal.
@@ -387,15 +393,16 @@ def _checked(spec: str, *, trust_remote_code: bool, weights: bool) -> CheckedMod
 def load_model(
     spec: str, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """Model and tokenizer in eval mode on one device. Reads safetensors and GGUF only, never a pickle.
+    """Model and tokenizer in eval mode. Reads safetensors and GGUF only, never a pickle.
 
     Args:
         spec: `demo/smollm2-135m`, a local folder, a `.gguf` file or a hub id.
         dtype: `float32`, `bfloat16` or `float16`.
+        device: one device, or several GPUs (see `placement.place_for`).
         trust_remote_code: run code that the checkpoint carries; only on the user's word.
 
     Raises:
-        UserError: no such model, not readable, or an architecture that is not supported.
+        UserError: no such model, not readable, an architecture that is not supported, or more weights than memory.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype `{dtype}`", expected=f"one of {', '.join(DTYPES)}", fix=nearest(dtype, DTYPES))
@@ -403,6 +410,8 @@ def load_model(
         checked = _checked(spec, trust_remote_code=trust_remote_code, weights=True)
         place, folder = _locate(spec), checked.folder
         options = {"config": checked.config, **place.extra}
+        empty = functools.partial(_empty, checked.config, trust_remote_code)
+        to = read_by("model", spec, lambda: place_for(device, DTYPES[dtype], empty, spec))
         loaded: Any = read_by(
             "model",
             spec,
@@ -412,6 +421,7 @@ def load_model(
                 use_safetensors=None if folder is None else True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **(loading(to) if folder is not None else {}),
                 **options,
             ),
         )
@@ -425,4 +435,4 @@ def load_model(
             del model.config.quantization_config
     model.generation_config = plain_generation(checked.generation)
     steady(model)
-    return LoadedModel(model.to(device).eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)
+    return LoadedModel(put(model, to).eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)

@@ -49,6 +49,8 @@ def _refusal(target: Target, prepared: Prepared, config: Any) -> str | None:
         return "the model normalises every query head, so the norms of queries say nothing; take `router: two_stage`"
     if target.has_to_be_prepared and found_for(prepared)(target) is None:
         return "it has to be trained before it is useful: name it under `prepare.targets`, with `prepare.effect: true`"
+    if target.open and getattr(found_for(prepared)(target), "retention", None) is None:
+        return "no preparation says which threshold keeps its share: prepare its scorer under `prepare.targets`"
     if target.undoes_rope:
         return "it needs queries and keys before RoPE, which this statistic does not have"
     if target.target not in MIXERS:

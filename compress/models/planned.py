@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.placement import placement_of, put_like
 from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
@@ -58,6 +59,7 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         _check_scores(planned, plan, family_of(model.config))
         return planned
     prepared = () if untrained else prepared_for(model)
+    _check_closed(plan)
     if plan.prunes:
         model = pruned_model(model, plan)
         if not has_own_widths(model) and plan.as_built:
@@ -86,6 +88,21 @@ def _check_rope(model: Any, plan: Plan) -> None:
             where="layer {} group {}".format(*undoing[0]),
             fix="take `rope: keep`",
         )
+
+
+def _check_closed(plan: Plan) -> None:
+    """Raise UserError where a plan leaves open what only a search fills in."""
+    for number, layer in enumerate(plan.layers):
+        for group, target in enumerate(layer.groups):
+            if target.open:
+                raise UserError(
+                    "the plan does not say which tokens a head group keeps",
+                    where=f"layer {number} group {group}: {target.words()}",
+                    expected="a number as `threshold`",
+                    found=f"`threshold: {target.model_dump()['threshold']}`, an option of a search",
+                    fix="search with this target among what is priced: each head group gets the threshold that keeps "
+                    "its share",
+                )
 
 
 def check_norms(config: Any, plan: Plan) -> None:
@@ -263,7 +280,7 @@ def on_weights_of(model: Any, model_class: Any, config: Any, weights: Mapping[st
     made.tie_weights()
     carry_over(model, made)
     made.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
-    return made.to(next(model.parameters()).device).train(model.training)
+    return put_like(model, made).train(model.training)
 
 
 def _start_mixers(made: Any, model: Any) -> set[str]:
@@ -272,13 +289,13 @@ def _start_mixers(made: Any, model: Any) -> set[str]:
     Returns:
         The names of those parameters.
     """
-    like = next(model.parameters())
-    names: set[str] = set()
-    mixers = set(mixers_of(made))
+    names, dtype = set[str](), next(model.parameters()).dtype
+    layers = {id(mixer): mixer.facts.index for mixer in mixers_of(made)}
+    places = placement_of(model).layers
     for path, module in made.named_modules():
-        parameters = dict(module.named_parameters()) if module in mixers else {}
+        parameters = dict(module.named_parameters()) if id(module) in layers else {}
         if parameters and all(tensor.is_meta for tensor in parameters.values()):
-            module.to_empty(device=like.device).to(like.dtype).reset_parameters()
+            module.to_empty(device=places[layers[id(module)]]).to(dtype).reset_parameters()
             names.update(f"{path}.{name}" for name in parameters)
     return names
 

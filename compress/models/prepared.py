@@ -126,6 +126,17 @@ def found_for(prepared: Prepared) -> Callable[[Target], PreparedOption | None]:
     return lambda target: own.get(target) or serving.get(target.prepared_as)
 
 
+def placed_for(prepared: Prepared) -> Callable[[Target, int, int], Target]:
+    """What a target is in a layer's head group, with the threshold that a preparation says (`Target.placed`)."""
+    option_of = found_for(prepared)
+
+    def placed(target: Target, layer: int, group: int) -> Target:
+        option = option_of(target) if target.open else None
+        return target if option is None else target.placed(option.retention, layer, group)
+
+    return placed
+
+
 @torch.no_grad()
 def fill(mixer: Mixer, groups: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Give a mixer's parameters what they have for each of its groups, by name; the others keep what they have."""

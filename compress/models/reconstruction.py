@@ -23,6 +23,7 @@ import torch
 from compress.data.text import leading_tokens, tokenise
 from compress.errors import UserError
 from compress.models.families import layers_of
+from compress.models.placement import input_device
 from compress.models.pruning import output_projections
 from compress.models.replaced import AttentionCall, causal_attention, replaced_attention
 
@@ -98,6 +99,11 @@ class TokenScores:
     positions: torch.Tensor
     weight: torch.Tensor
     moved: torch.Tensor
+
+    def on(self, device: torch.device) -> TokenScores:
+        """The same on a device."""
+        values: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in values.items()})
 
     @property
     def wanted(self) -> torch.Tensor:
@@ -201,7 +207,7 @@ class _Reconstruction:
     def run(self, tokens: Sequence[int], consume: Consume) -> None:
         """Repeat a text, and hand on the scores of its tokens."""
         self._repetition, self._consume = self.request.of(tokens), consume
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         ids = torch.tensor([self._repetition.tokens], device=device)
         positions = self._repetition.positions()[None].to(device)
         self._check_positions(int(positions.max()) + 1)

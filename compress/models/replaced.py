@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from compress.errors import UserError
 from compress.models.families import attentions_of, layers_of
 from compress.runtime.attention import changing_arguments
+from compress.runtime.impl import current
 from compress.runtime.reference import prefill
 from compress.runtime.scores import Scores
 from compress.runtime.span import native_windows, own_span
@@ -85,7 +86,8 @@ def attention_function(
         window = None if windows is None else windows[layer]
         scores = Scores.given(softcap, s_aux)
         hidden, rotary = (None, None) if inputs is None else inputs.pop(layer)
-        output = attend(AttentionCall(module, layer, query, key, value, scaling, window, scores, hidden, rotary))
+        with current(query.device):
+            output = attend(AttentionCall(module, layer, query, key, value, scaling, window, scores, hidden, rotary))
         return output.transpose(1, 2).contiguous(), None
 
     return attention

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-LEVELS = 64  # shares are multiples of one of so many
+from compress.targets.retain import LEVELS
+
 MOST = 4096  # scores of a document and group that are kept, evenly spread over its tokens
 
 
@@ -47,6 +48,25 @@ class Retention:
         parts = (self.thresholds, self.spread)
         threshold, spread = (torch.lerp(part[..., low], part[..., low + 1], between) for part in parts)
         return threshold, spread
+
+    def above(self, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of the tokens whose scores are at or above one threshold, and its spread, `[layers, groups]`.
+
+        Between the thresholds that were measured; beyond these, half-way to none or all of the tokens.
+        """
+        count = len(self.shares)
+        passed = (self.thresholds >= threshold).sum(-1)  # thresholds fall with the share
+        low = (passed - 1).clamp(0, count - 2)[..., None]
+        first, last = (self.thresholds.gather(-1, low + place) for place in (0, 1))
+        between = ((first - threshold) / (first - last).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
+        shares = self.shares.expand_as(self.spread)
+        share, spread = (
+            torch.lerp(values.gather(-1, low), values.gather(-1, low + 1), between)[..., 0]
+            for values in (shares, self.spread)
+        )
+        share = torch.where(passed == 0, shares[..., 0] / 2, share)
+        share = torch.where(threshold < self.thresholds[..., -1], (1 + shares[..., -1]) / 2, share)
+        return share.where(~self.thresholds[..., 0].isnan(), math.nan), spread
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a file holds them, by name."""

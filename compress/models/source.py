@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
 from compress.models.known_shapes import SHAPES
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
-from compress.models.memory import available_bytes
+from compress.models.placement import filled, loading, place_for, put, room_on
 from compress.models.planned import planned_model, read_mixers, with_runtime_plan
 from compress.models.shape import shape_of
 from compress.models.weights import read_tensors
@@ -29,12 +30,17 @@ META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
 
 
-def random_model(values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights for a configuration given as a dictionary, made on the device itself."""
+def random_model(values: dict[str, Any], place: Any, dtype: torch.dtype) -> Any:
+    """A model of random weights for a configuration given as a dictionary, made where it is to be.
+
+    Args:
+        place: a device, or a map of modules (`placement.place_for`).
+    """
     known = dict(values)
     config = AutoConfig.for_model(known.pop("model_type"), **known)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with META if isinstance(place, dict) else torch.device(place):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return (filled(model, place) if isinstance(place, dict) else model).eval()
 
 
 class ModelSource:
@@ -78,7 +84,7 @@ class ModelSource:
         """The stock configuration, without loading weights."""
         return self._stock_config() if self.values or self.checkpoint else load_config(self.spec)
 
-    def dense(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def dense(self, device: str | torch.device, dtype: torch.dtype) -> Any:
         """The dense model; of an exported checkpoint, the stock architecture on its weights, without remote code.
 
         Raises:
@@ -86,7 +92,8 @@ class ModelSource:
         """
         if self.values is not None:
             self._check_memory(device, dtype)
-            return random_model(self.values, device, dtype)
+            empty = partial(random_model, self.values, META, dtype)
+            return random_model(self.values, place_for(device, dtype, empty, self.spec), dtype)
         if not self.carries_plan:
             return load_model(self.spec, dtype=str(dtype).split(".")[-1], device=str(device)).model
         if self.has_own_widths:
@@ -101,7 +108,7 @@ class ModelSource:
             )
         return self._weights_in(AutoModelForCausalLM, device, dtype, config=self._stock_config())
 
-    def _check_memory(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _check_memory(self, device: str | torch.device, dtype: torch.dtype) -> None:
         """Refuse random weights that do not fit, by the numbers of one layer and of none, which take no memory."""
         config = self._stock_config()
         layers = config.num_hidden_layers
@@ -111,7 +118,7 @@ class ModelSource:
             return sum(weight.numel() for weight in random_model(values, META, dtype).parameters())
 
         none, one = read_by("configuration", self.spec, lambda: (numbers(0), numbers(1)))
-        needed, free = (none + layers * (one - none)) * dtype.itemsize, available_bytes(device)
+        needed, free = (none + layers * (one - none)) * dtype.itemsize, room_on(device)
         if free is not None and needed > free:
             raise UserError(
                 "random weights of this shape need more memory than is available",
@@ -145,7 +152,7 @@ class ModelSource:
         """Whether it is several models side by side."""
         return self.carries_plan and any("experts" in (row.get("mlp") or {}) for row in self.checkpoint[PLAN]["layers"])
 
-    def carried(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def carried(self, device: str | torch.device, dtype: torch.dtype) -> Any:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
@@ -153,14 +160,25 @@ class ModelSource:
         planned = family_of(self._stock_config()).planned
         return self._weights_in(getattr(modeling_compress, f"{planned}ForCausalLM"), device, dtype)
 
-    def _weights_in(self, model_class: Any, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+    def _weights_in(self, model_class: Any, device: str | torch.device, dtype: torch.dtype, **options: Any) -> Any:
         """The checkpoint's weights in a class of our own or of transformers, in eval mode; never a pickle."""
         options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         folder = Path(self.spec).expanduser()
         with quiet():
-            model, loading = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
-        check_loaded(self.spec, loading)
-        return model.to(device).eval()
+            place = place_for(device, dtype, lambda: self._empty(model_class, folder, options), self.spec)
+            options |= loading(place)
+            model, found = read_by("model", self.spec, lambda: model_class.from_pretrained(folder, **options))
+        check_loaded(self.spec, found)
+        return put(model, place).eval()
+
+    @staticmethod
+    def _empty(model_class: Any, folder: Path, options: dict[str, Any]) -> Any:
+        """What `_weights_in` makes, without weights."""
+        config = options.get("config")
+        with META:
+            if config is not None:
+                return model_class.from_config(config)
+            return model_class(model_class.config_class.from_pretrained(folder))
 
     def _stock_config(self) -> Any:
         """The configuration of the stock architecture, with what is set instead of values such as `return_dict`."""

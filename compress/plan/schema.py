@@ -231,6 +231,8 @@ class Amount(Strict):
         of: what `dense` is, for instance `the dense KV bytes`.
         length: of the sequence in tokens; None where the cost depends on none.
         plan, dense: whole numbers of the unit.
+        spread: of `plan`, where that is a mean over texts: their standard deviation, at most; None where it is none.
+        most: what a text takes at most, likewise.
     """
 
     kind: str
@@ -239,6 +241,14 @@ class Amount(Strict):
     length: Tokens | None = None
     plan: int = Field(ge=0)
     dense: int = Field(ge=0)
+    spread: int | None = Field(None, ge=0)
+    most: int | None = Field(None, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _as_needed(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what only means over texts have."""
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key not in ("spread", "most") or value is not None}
 
     @property
     def fraction(self) -> float:

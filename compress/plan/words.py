@@ -31,7 +31,16 @@ def removal(plan: Plan) -> str | None:
 def amount_line(amount: Amount) -> str:
     """What a plan costs in one kind of budget, as a share and in numbers."""
     unit = f"{amount.plan:,} {amount.unit}" if amount.unit != "bytes" else size(amount.plan)
-    return f"{unit}{amount.at}, {amount.fraction:.1%} of {amount.of}"
+    return f"{unit}{amount.at}, {amount.fraction:.1%} of {amount.of}{expectation(amount)}"
+
+
+def expectation(amount: Amount) -> str:
+    """What has to be known of an amount that is a mean over texts, behind a comma; nothing of any other."""
+    if amount.spread is None or amount.most is None:
+        return ""
+    dense = max(amount.dense, 1)
+    spread, most = f"{amount.spread / dense:.1%}", f"{amount.most / dense:.1%}"
+    return f", on average over texts, whose standard deviation is at most {spread}; no text takes more than {most}"
 
 
 def added(plan: Plan) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 from compress.errors import Problem, UserError
 from compress.files import digest_of
 from compress.models.load import LoadedModel
+from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
 from compress.plan import ModelShape
 from compress.profile.key import Key
@@ -81,12 +82,11 @@ def run_profile(
     grid = _grid(statistics)
     lengths = [length for length in documents if documents[length]]
     statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
-    weight = loaded.model.get_input_embeddings().weight
-    subject = Subject(loaded, loaded.shape, weight.device, known or {})
+    subject = Subject(loaded, loaded.shape, input_device(loaded.model), known or {})
     trains = any(statistic.reads == "training" for statistic in statistics)
     key = run_key(
         subject.shape,
-        weight.dtype,
+        loaded.model.get_input_embeddings().weight.dtype,
         documents,
         statistics,
         training=training if trains else None,
@@ -105,8 +105,9 @@ def run_profile(
     if finished is not None:
         partial.remove()  # an interrupt may have come between the profile and this
         return finished
-    if subject.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(subject.device)
+    for device in placement_of(loaded.model).devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     corpora = (documents, second) if second else (documents,)
     report = progress or (lambda *_: None)
     run = Run(subject, corpora, training, seed, processes, partial, report, checkpointing, strip_bytes)

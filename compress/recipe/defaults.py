@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
 from compress.models.load import load_config
+from compress.models.placement import SPREAD
 from compress.models.shape import shape_without_weights
 from compress.plan import ModelShape
 from compress.registry import solvers, statistics
@@ -68,7 +69,7 @@ class Situation:
     @classmethod
     def here(cls, device: str) -> Situation:
         """Of this machine, whatever the model."""
-        gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+        gpu = torch.cuda.is_available() and (device in ("auto", SPREAD) or device.startswith("cuda"))
         known = memory()
         total = (
             torch.cuda.get_device_properties(0).total_memory if gpu else known["limit_bytes"] or known["total_bytes"]

@@ -25,7 +25,9 @@ class Outline(Section):
     model: PathText = Field(description="demo/smollm2-135m, a hub id, a folder, or a .gguf file")
     dtype: Dtype = Field("float32", description="dtype of the weights in memory")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$", description="auto, cpu, mps, cuda or cuda:N"
+        "auto",
+        pattern=r"^(auto|balanced|cpu|mps|cuda(:\d{1,3})?)$",
+        description="auto, cpu, mps, cuda, cuda:N, or balanced over all GPUs",
     )
     seed: int = Field(0, ge=0, le=SEED, description="of documents, sampling and evaluation")
     output: PathText = Field(description="the run folder, relative to the current folder")

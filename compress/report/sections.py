@@ -430,5 +430,9 @@ ENGINES = (
         "use their own attention, so they run the dense model, say so at load, and save nothing",
     ),
     ("llama.cpp and other GGUF engines", "ignore the plan and run the dense model"),
-    ("assisted (speculative) decoding", "refused with a message, because freed cache pages cannot be restored"),
+    (
+        "assisted (speculative) decoding",
+        "works, as target and as draft, while heads are full, windows, routed or pruned; refused with a message for "
+        "heads that have a state or keep tokens, which cannot take tokens back",
+    ),
 )

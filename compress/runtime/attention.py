@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .impl import current, is_elsewhere
 from .mixer import Kinds, Mixer
 from .paged_cache import CacheLayer
 from .reference import Rows
@@ -131,8 +131,8 @@ def plan_attention(
         kinds.check_scores()
     if key.shape[1] != kinds.count:
         raise ValueError(
-            f"layer {module.layer_idx} has {key.shape[1]} key/value heads here, and the plan {kinds.count}: a planned "
-            "model cannot be split over processes by heads (tensor parallel)"
+            f"layer {module.layer_idx} has {key.shape[1]} key/value heads here, and the plan {kinds.count}: heads can "
+            'be split over processes by from_pretrained(tp_plan="auto") alone (tensor parallel)'
         )
     layer = None if step.cache is None else step.cache.paged[module.layer_idx]
     if layer is not None:
@@ -145,11 +145,8 @@ def plan_attention(
     given, dtype = value.dtype, value.dtype if layer is None else layer.dtype
     if not query.dtype == key.dtype == given == dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
-    if step.autocast or elsewhere:
-        # Kernels run where the current device is; the layers of a model may lie on several.
-        current = torch.cuda.device(query.device) if elsewhere else nullcontext()
-        with torch.autocast(query.device.type, enabled=False), current:
+    if step.autocast or is_elsewhere(query.device):
+        with torch.autocast(query.device.type, enabled=False), current(query.device):
             out = _attend(module.layer_idx, kinds, query, key, value, layer, step, scaling, dropout)
     else:
         out = _attend(module.layer_idx, kinds, query, key, value, layer, step, scaling, dropout)
@@ -181,7 +178,7 @@ def _attend(
         if step.rows is None:
             step.rows = Rows(tuple(layer.lengths), (0,) * len(step.gains), tuple(step.gains))
     assert step.rows is not None
-    pick = None if step.pick is None else step.pick.to(query.device)
+    pick = None if step.pick is None else step.on("pick", query.device)
     if pick is not None:
         by_head = pick[:, None, :, None]
         query, key, value = (x.gather(2, by_head.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value))

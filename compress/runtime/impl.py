@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -96,6 +98,17 @@ else:
     IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER))
     IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER))
     IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER))
+
+
+def is_elsewhere(device: torch.device) -> bool:
+    """Whether a device is a GPU other than the current one."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which a device is the current one. Kernels run there, and the layers of a model may lie on
+    several."""
+    return torch.cuda.device(device) if is_elsewhere(device) else nullcontext()
 
 
 def choose_impl(name: str, query: torch.Tensor) -> Impl:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from .ranks import Part
 from .span import kept_table
 
 if TYPE_CHECKING:
@@ -56,7 +57,14 @@ class State:
     Attributes:
         lengths: tokens of each sequence so far, as the host knows it.
         tensors: what is kept, by name, each `[B, ...]`. What accumulates over tokens is kept in float32.
+        slack: last tokens of a sequence that can always be taken back by `crop`.
+        one_way: why none can be, and what that would need; None where some can.
     """
+
+    slack: int = 0
+    one_way: ClassVar[str | None] = (
+        "their state sums over the tokens; that would need a copy of it as it was before each of the last ones"
+    )
 
     def __init__(self, max_length: int | None = None) -> None:
         self.max_length = max_length
@@ -80,6 +88,23 @@ class State:
     def advance(self, gains: Sequence[int]) -> None:
         """Count `gains` more tokens of each sequence."""
         self.lengths = [length + gain for length, gain in zip(self.lengths, gains, strict=True)]
+
+    def hold(self, slack: int) -> None:
+        """Keep from now on what taking back `slack` tokens needs; no less than before, and only without a `one_way`."""
+        self.slack = slack
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last token of a sequence can always be taken back."""
+        return self.one_way is None and self.slack > 0
+
+    def crop_refusal(self, counts: Sequence[int]) -> str | None:
+        """Why `counts` last tokens of each sequence cannot be taken back; None where they can be."""
+        return self.one_way
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """Take back the last tokens of each sequence, for which there is no `crop_refusal`."""
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
 
     def assume(self, length: int) -> None:
         """Say that every sequence holds `length` tokens, as `PagedCache.assume` does."""
@@ -158,6 +183,12 @@ class Mixer(nn.Module):
         super().__init__()
         self.groups = tuple(groups)
         self.facts = facts
+
+    @property
+    def splits(self) -> bool:
+        """Whether a process may run some of its groups alone: no tokens choose among them, and no parameters are for
+        all of them."""
+        return not self.chooses and next(self.parameters(), None) is None
 
     def reset_parameters(self) -> None:
         """Give the mixer's parameters their first values, as its constructor has to; those of modules in it are reset
@@ -261,6 +292,7 @@ class Kinds:
                 raise ValueError(f"layer {facts.index} group {number}: this runtime has no target {group['target']!r}")
             kind = MIXERS[group["target"]]
             members.setdefault((kind, kind.form(group)), []).append(number)
+        self.groups, self.facts = tuple(groups), facts
         self.count = len(groups)
         self.members = tuple(map(tuple, members.values()))
         self.mixers: tuple[Mixer, ...] = tuple(
@@ -273,6 +305,26 @@ class Kinds:
         self.only = self.mixers[0] if len(self.mixers) == 1 else None
         self.group_size = facts.group_size
         self.key = json.dumps([list(groups), facts.native_window], sort_keys=True)
+
+    def part(self, part: Part) -> Kinds:
+        """What a process does that has a part of the head groups (tensor parallel).
+
+        Raises:
+            ValueError: the groups do not divide among the processes, or a mixer runs only as a whole.
+        """
+        where = f"layer {self.facts.index}"
+        if self.count % part.ranks:
+            raise ValueError(
+                f"tensor parallel: {where} has {self.count} head groups, which do not divide among {part.ranks} "
+                "processes; take fewer processes, or a plan that leaves a multiple of them in every layer"
+            )
+        for mixer in self.mixers:
+            if not mixer.splits:
+                raise ValueError(
+                    f"tensor parallel: {where} has heads with the target {mixer.targets[0]!r}, which cannot be split "
+                    'over processes; use device_map="auto", FSDP, or a plan of other targets'
+                )
+        return Kinds([self.groups[number] for number in part.of(self.count)], self.facts)
 
     @property
     def needs_inputs(self) -> bool:

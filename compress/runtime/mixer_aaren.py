@@ -139,7 +139,7 @@ class AarenMixer(Mixer):
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
-        token = (step.lengths > 0).to(key.device)[:, None, None]  # [B, 1, 1]
+        token = (step.on("lengths", key.device) > 0)[:, None, None]  # [B, 1, 1]
         score = self.scores(key, scale)[..., 0].masked_fill(~token, NEVER)  # [B, G, R]
         top, total, values = state.prefix
         best = torch.maximum(top, score)

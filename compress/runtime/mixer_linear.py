@@ -23,7 +23,7 @@ from .maps_random import RandomFeatures
 from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
-from .mixer import LayerFacts, register
+from .mixer import LayerFacts, State, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
 from .reference import Rows
@@ -89,6 +89,7 @@ class LinearState(PagedState):
     """
 
     gates: torch.Tensor | None = None
+    one_way = State.one_way
 
     def __init__(
         self, rules: Sequence[AnySpan], max_length: int | None, shape: tuple[int, int], gates: int = 0
@@ -359,7 +360,7 @@ class LinearMixer(SpanMixer):
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
         assert step.lengths is not None
-        impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
+        impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
         kernels = self._kernels(query, step)
         self._absorb(state, lengths, step, self._scale(scale), kernels)
         if step.gains is not None:

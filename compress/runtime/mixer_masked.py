@@ -58,7 +58,8 @@ class MaskedMixer(SpanMixer):
         out = self.attend(query, keys, values, t, positions, scale, dropout, self.scores(step))
         if state is not None:
             state.advance(step.gains)
-            choose_impl(step.impl, query).store(key, value, state.pages(), rows, state.spans)
+            store = choose_impl(step.impl, query).store
+            store(key, value, state.pages(), rows, state.spans, state.slack)
         return out
 
     def decode(
@@ -75,7 +76,7 @@ class MaskedMixer(SpanMixer):
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
-        lengths = step.lengths.to(key.device)
+        lengths = step.on("lengths", key.device)
         store_one = choose_impl(step.impl, query).store_one
         store_one(key[:, :, 0], value[:, :, 0], state.pages(), lengths, state.spans)
         keys, values, positions = stored(state, lengths)

@@ -124,7 +124,7 @@ class RetainMixer(Mixer):
     ) -> torch.Tensor:
         """As `Mixer.decode`."""
         assert step.lengths is not None
-        impl, lengths = choose_impl(step.impl, query), step.lengths.to(key.device)
+        impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
         kept, count = self.kept(key, value, state, step)
         state.tensors["count"].copy_(count)
         state.leave(lengths, step.gains)

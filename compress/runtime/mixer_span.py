@@ -97,7 +97,7 @@ class SpanMixer(Mixer):
             out = impl.routed_prefill(query, key, value, spans, active, gates=gates, **options)
         if state is not None:
             state.advance(step.gains)
-            impl.store(key, value, state.pages(), rows, spans)
+            impl.store(key, value, state.pages(), rows, spans, state.slack)
         return out.transpose(1, 2)
 
     def decode_active(
@@ -118,7 +118,7 @@ class SpanMixer(Mixer):
         if step.gains is not None:
             state.advance(step.gains)
         assert step.lengths is not None
-        pages, lengths = state.pages(), step.lengths.to(key.device)
+        pages, lengths = state.pages(), step.on("lengths", key.device)
         impl.store_one(key[:, :, 0], value[:, :, 0], pages, lengths, state.spans)
         options: dict[str, Any] = {} if active is None else {"active": active, "gates": gates}
         scores = self.scores(step)

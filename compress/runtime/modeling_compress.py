@@ -29,8 +29,9 @@ from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
 from .mlp_experts import MlpExperts, install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
+from .ranks import Part, part_of
 from .rope import crosses, rope_change, steady, turns
-from .span import native_windows
+from .span import PAGE, native_windows
 from .step import Record, Step
 from .widths import Width, build, width_of
 
@@ -45,6 +46,9 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 
 # Whether checkpointed layers in training mode take their cache away without gradients, too, as they did up to 5.23.
 DROPS_CACHE = "is_grad_enabled" not in inspect.getsource(GradientCheckpointingLayer)
+
+# Tokens that transformers compares where an assistant has another tokenizer, if the configuration says no other number.
+LOOKBEHIND = 10
 
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -77,8 +81,8 @@ class PlanConfig:
         return kwargs
 
 
-class OneProcess:
-    """A model whose attention layers are whole: it loads into one process, on one or several devices."""
+class WholeLayers:
+    """A model whose layers all lie in each of its processes, whole or split by heads (tensor parallel)."""
 
     _can_compile_fullgraph = False  # the compiler leaves the attention layers alone
 
@@ -94,20 +98,20 @@ class OneProcess:
         """As the stock model's.
 
         Raises:
-            ValueError: tensor or pipeline parallelism is asked for, which would give a process a part of the heads or
-                layers, while the plan and its cache know all of them.
+            ValueError: pipeline parallelism is asked for, which would give a process a part of the layers, while the
+                plan and its cache know all of them.
         """
         asked = kwargs.get("distributed_config")
-        sizes = [kwargs.get("tp_size"), getattr(asked, "tp_size", None), getattr(asked, "pp_size", None)]
-        if kwargs.get("tp_plan") or getattr(asked, "tp_plan", None) or any((size or 1) > 1 for size in sizes):
+        size = asked.get("pp_size") if isinstance(asked, dict) else getattr(asked, "pp_size", None)
+        if (size or 1) > 1:
             raise ValueError(
-                "tp_plan, tp_size, pp_size: a planned model cannot be split over processes by heads or layers; leave "
-                'them out. Several GPUs of one process (device_map="auto") and sharded training (FSDP) work'
+                "pp_size: a planned model cannot be split over processes by layers; leave it out. Several GPUs of one "
+                'process (device_map="auto"), tensor parallel (tp_plan="auto") and sharded training (FSDP) work'
             )
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-class PlanModel(OneProcess):
+class PlanModel(WholeLayers):
     """The decoder without head: gives every layer its width and mixers, every pass its cache and padding."""
 
     config: Any
@@ -183,12 +187,46 @@ class PlanModel(OneProcess):
                 mixer.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
             install(attention, kinds)
             self.compress_kinds.append(kinds)
+        self.compress_split: bool | None = None  # whether heads are split over processes; nobody has looked yet
         self.compress_key = tuple(kinds.key for kinds in self.compress_kinds)
         self.compress_by_length = any(mixer.by_length for kinds in self.compress_kinds for mixer in kinds.mixers)
 
-    def new_cache(self, max_length: int | None = None) -> PagedCache:
-        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
-        return PagedCache(self.compress_kinds, max_length)
+    def split(self) -> None:
+        """Leave every layer those head groups alone whose keys this process computes, where weights are split by heads
+        over processes (tensor parallel). The first pass or cache under a plan does this; the configuration keeps the
+        whole plan.
+
+        Raises:
+            ValueError: a layer cannot be split; says why.
+        """
+        if self.compress_split is not None:
+            return
+        parts = [self._part(layer) for layer in self._layers()]
+        self.compress_split = not all(part.whole for part in parts)
+        if not self.compress_split:
+            return
+        if any("experts" in (row.get("mlp") or {}) for row in self.config.compress_plan["layers"]):
+            raise ValueError("tensor parallel: several models lie side by side here; use device_map or FSDP")
+        self.compress_kinds = [kinds.part(part) for kinds, part in zip(self.compress_kinds, parts, strict=True)]
+        for layer, kinds in zip(self._layers(), self.compress_kinds, strict=True):
+            install(self.compress_family.attention_of(layer), kinds)
+        self.compress_key = tuple(kinds.key for kinds in self.compress_kinds)
+
+    def _part(self, layer: Any) -> Part:
+        """The head groups of a layer whose keys this process computes."""
+        for name, row in self.compress_family.projections.items():
+            if "key_value" in row.parts:
+                weight = layer.get_submodule(name).weight
+                return part_of(weight, by_rows=row.by_group or len(row.parts) == 1)
+        return Part()
+
+    def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:
+        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence.
+
+        `slack` last tokens can be taken back (`PagedCache.crop`), for which pages are freed that much later.
+        """
+        self.split()
+        return PagedCache(self.compress_kinds, max_length, slack)
 
     def forward(
         self,
@@ -235,6 +273,8 @@ class PlanModel(OneProcess):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.compress_split is None:
+            self.split()
         if self._is_checkpointed():
             use_cache = _no_cache(given)
         check_foreign(given)
@@ -435,7 +475,21 @@ def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: tor
     return (cache.lengths[:, None] + new).clamp(min=0)
 
 
-class PlanForCausalLM(OneProcess):
+def _candidates(draft: Any, cache: PagedCache, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What `draft` puts behind `input_ids` `[1, T]`, and its logits or None: the cache keeps what taking it back needs.
+
+    What a reserved cache has no room for, or could not take back, is left out.
+    """
+    tokens, logits = draft(input_ids, *args, **kwargs)
+    length = input_ids.shape[1]
+    if cache.max_length is None:
+        cache.hold(tokens.shape[1] - length)
+        return tokens, logits
+    most = max(0, min(cache.slack, cache.max_length - length))
+    return tokens[:, : length + most], None if logits is None else logits[:, :most]
+
+
+class PlanForCausalLM(WholeLayers):
     """The language model around a `PlanModel`; `generate` uses the paged cache."""
 
     config: Any
@@ -452,9 +506,9 @@ class PlanForCausalLM(OneProcess):
         """Put another plan into effect; see `PlanModel.set_plan`."""
         self.base_model.set_plan(plan)
 
-    def new_cache(self, max_length: int | None = None) -> PagedCache:
-        """An empty cache for this plan; `max_length` reserves it for that many tokens a sequence."""
-        return self.base_model.new_cache(max_length)
+    def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:
+        """An empty cache for this plan; see `PlanModel.new_cache`."""
+        return self.base_model.new_cache(max_length, slack)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
@@ -463,17 +517,25 @@ class PlanForCausalLM(OneProcess):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
-        if generation_mode.value == "assisted_generation" or generation_config.is_assistant:
+        kind = generation_config.cache_implementation
+        slack = 0
+        if generation_config.is_assistant:
+            # What was drafted last, and what another tokenizer may have cut otherwise, is taken back by the next call.
+            slack = generation_config.max_new_tokens + (generation_config.assistant_lookbehind or LOOKBEHIND)
+        elif generation_mode.value == "assisted_generation":
+            # A growing cache holds more as soon as a draft is known to be longer.
+            slack = 1 if kind != "static" else generation_config.prompt_lookup_num_tokens or PAGE
+        if slack and self.base_model.compress_by_length:
             raise ValueError(
-                "assisted decoding takes tokens back from the cache, and a paged cache has freed their pages; "
-                "generate without assistant_model and prompt_lookup_num_tokens"
+                "assisted decoding checks several tokens in a pass, and the plan's windows come from the length of the "
+                "input (`rule: length`); generate without assistant_model and prompt_lookup_num_tokens, or take a plan "
+                "with `rule: position`"
             )
         if self.base_model.compress_by_length and generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 "prefill_chunk_size: the plan's windows come from the length of the input (`rule: length`), so it is "
                 "not taken in chunks; leave prefill_chunk_size out, or take a plan with `rule: position`"
             )
-        kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={kind!r}: a planned model brings its own paged cache; leave "
@@ -484,11 +546,28 @@ class PlanForCausalLM(OneProcess):
             if kind is not None:
                 raise ValueError("past_key_values and cache_implementation were both given; give one of them")
             check_foreign(given)
+            self.base_model.split()
             adopt(given, self.base_model.compress_kinds)
         elif generation_config.use_cache is not False:
             most = max(generation_config.max_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
+            given = model_kwargs[CACHE] = self.new_cache(most if kind == "static" else None)
+        if slack and given is not None:
+            try:
+                given.hold(slack)
+            except ValueError as error:
+                raise ValueError(
+                    f"assisted decoding takes tokens back from the cache. {error}; or generate without assistant_model "
+                    "and prompt_lookup_num_tokens"
+                ) from None
         return None
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock model's, with drafts that the cache can take back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        cache = kwargs["model_kwargs"].get(CACHE)
+        if isinstance(cache, PagedCache):
+            generator.get_candidates = partial(_candidates, generator.get_candidates, cache)
+        return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's, where it runs dense. Raises ValueError where the plan is in effect."""

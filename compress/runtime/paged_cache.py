@@ -23,12 +23,12 @@ class CacheLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False
     is_sliding = False
 
     def __init__(self, kinds: Kinds, max_length: int | None = None) -> None:
         super().__init__()
         self.groups = kinds.count
+        self.targets = tuple(mixer.targets[0] for mixer in kinds.mixers)
         self.states: tuple[State, ...] = kinds.states(max_length)
         self.reset()
 
@@ -111,13 +111,16 @@ class CacheLayer(CacheLayerMixin):
         """Repeat every sequence `repeats` times."""
         self._select([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: an evicted page cannot come back. Raises ValueError unless there is nothing to remove."""
-        if tokens_to_remove != 0:
-            raise ValueError(
-                "a paged cache cannot be cropped: pages outside a head group's window are freed for good. "
-                "Assisted decoding and other methods that take tokens back need the dense model."
-            )
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the last token of a sequence can always be taken back."""
+        return all(state.is_croppable for state in self.states)
+
+    def crop(self, counts: Sequence[int], columns: int) -> None:
+        """Take back the last tokens of each sequence, which lie in as many last columns."""
+        for state in self.states:
+            state.crop(counts)
+        self.columns -= columns
 
     def offload(self) -> None:
         """Refused: the states stay where the model is."""
@@ -147,9 +150,10 @@ class PagedCache(Cache):
         max_length: reserve memory for that many tokens a sequence at the first use. A decode step then needs
             nothing from the host, so a CUDA graph can hold it; `synchronize` tells the host what replays did.
             None takes memory as it is needed.
+        slack: last tokens that `crop` can always take back, see `hold`.
     """
 
-    def __init__(self, layers: Sequence[Kinds], max_length: int | None = None) -> None:
+    def __init__(self, layers: Sequence[Kinds], max_length: int | None = None, slack: int = 0) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: expected at least one token, got {max_length}")
         self.paged = [CacheLayer(kinds, max_length) for kinds in layers]
@@ -160,6 +164,8 @@ class PagedCache(Cache):
         self.lengths: torch.Tensor | None = None  # [B] int32 on the device, tokens of each sequence
         self.width: torch.Tensor | None = None  # [1] int32 on the device, columns so far
         self.seen: torch.Tensor | None = None  # [B, columns] bool, which columns were tokens; None while all were
+        self.slack = 0
+        self.hold(slack)
 
     def resolve(self, length: int) -> None:
         """Fix what depends on the length of the input, `length` tokens, before the first of them is stored."""
@@ -203,6 +209,73 @@ class PagedCache(Cache):
                 f"the cache was reserved for {self.max_length} tokens, and a sequence comes to {most}; "
                 "make it with a larger max_length"
             )
+
+    def hold(self, slack: int) -> None:
+        """Free pages `slack` tokens later from now on, so that as many last tokens can be taken back by `crop`.
+
+        A group with a window then holds up to ceil(slack / 64) pages more, and one that sees everything none.
+        `allocated_bytes` and `held_bytes` count them. A cache that holds as many already stays as it is.
+
+        Raises:
+            ValueError: a kind of head group cannot take tokens back, or the memory is reserved for less.
+        """
+        if slack < 0:
+            raise ValueError(f"slack: expected 0 or more tokens, got {slack}")
+        if slack <= self.slack:
+            return
+        for number, layer in enumerate(self.paged):
+            for target, state in zip(layer.targets, layer.states, strict=True):
+                if state.one_way is not None:
+                    raise ValueError(
+                        f"slack: no token can be taken back from the `{target}` groups of layer {number}: "
+                        f"{state.one_way}"
+                    )
+        if self.max_length is not None and self.paged[0].is_initialized:
+            raise ValueError(
+                f"slack: this cache was reserved for taking {self.slack} tokens back, and {slack} were asked for; make "
+                "it with a larger slack"
+            )
+        self.slack = slack
+        for layer in self.paged:
+            for state in layer.states:
+                state.hold(slack)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last columns back, as if they had not been given: what an assistant drafted and was not accepted.
+
+        Args:
+            tokens_to_remove: less than 0, how many, as since transformers 5.24; more than 0, how many columns to leave.
+
+        Raises:
+            ValueError: they are more than there are, or pages that would be needed again are freed. The cache is then
+                what it was.
+        """
+        held = self.get_seq_length()
+        columns = max(held - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        if columns == 0:
+            return
+        if columns > held:
+            raise ValueError(f"crop: {columns} tokens cannot be taken back from a cache of {held}")
+        if self.max_length is not None:
+            self.synchronize()
+        counts = [columns] * len(self.paged[0].lengths)
+        if self.seen is not None:
+            counts = self.seen[:, held - columns :].sum(1).tolist()
+        for number, layer in enumerate(self.paged):
+            for target, state in zip(layer.targets, layer.states, strict=True):
+                reason = state.crop_refusal(counts)
+                if reason is not None:
+                    raise ValueError(
+                        f"crop: {columns} tokens cannot be taken back from the `{target}` groups of layer {number}: "
+                        f"{reason}. A cache takes as many back as it is made for, model.new_cache(slack=...)"
+                    )
+        for layer in self.paged:
+            layer.crop(counts, columns)
+        assert self.lengths is not None and self.width is not None
+        self.lengths -= torch.tensor(counts, dtype=torch.int32, device=self.lengths.device)
+        self.width -= columns
+        if self.seen is not None:
+            self.seen = self.seen[:, : held - columns]
 
     def synchronize(self) -> None:
         """Read the lengths back from the device, where replays of a CUDA graph have advanced them."""

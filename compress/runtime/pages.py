@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +39,8 @@ class PagedState(State):
     will need (`Span.reserved_pages`); its table is then constant, the pages of a window following each other
     in a ring, so that a decode step changes nothing but what lies on the device.
 
+    With a slack a page is freed that many tokens later, so that as many can be taken back.
+
     Args:
         rules: which keys each group needs; those by length are resolved before the first token.
         max_length: tokens to reserve for; None grows.
@@ -47,6 +50,7 @@ class PagedState(State):
     """
 
     pooled: tuple[str, ...] = ("keys", "values")
+    one_way: ClassVar[str | None] = None
 
     def __init__(self, rules: Sequence[AnySpan], max_length: int | None = None) -> None:
         self.rules = tuple(rules)
@@ -62,6 +66,7 @@ class PagedState(State):
             setattr(self, name, None)
         self.tables: list[list[list[int]]] = []  # [sequences][groups] -> pool pages in the order of Span.pages
         self._free: list[int] = []
+        self._lows: list[int] = []  # per sequence, the least length that it can be taken back to, as of the last `crop`
         self._turns: list[int] = []  # per sequence, the length up to which its pages stay the same
         self._table: torch.Tensor | None = None
 
@@ -80,14 +85,14 @@ class PagedState(State):
         self.keys = key.new_zeros(pages, PAGE, key.shape[-1], dtype=value.dtype)
         self.values = value.new_zeros(pages, PAGE, value.shape[-1])
         self.tables = [[[] for _ in self.spans] for _ in range(batch)]
-        self._turns = [0] * batch
+        self._lows, self._turns = [0] * batch, [0] * batch
 
     def _ring_table(self, batch: int, max_length: int) -> tuple[torch.Tensor, int]:
         """The constant table of a reserved state, and the pages of its pool, sequence by sequence."""
         numbers = torch.arange(-(-max_length // PAGE))
         rows, taken = [], 0
         for span in self.spans:
-            sinks, ring = span.reserved_pages(max_length)
+            sinks, ring = span.reserved_pages(max_length, self.slack)
             rows.append(taken + torch.where(numbers < sinks, numbers, sinks + (numbers - sinks) % max(ring, 1)))
             taken += sinks + ring
         first = torch.arange(batch)[:, None, None] * taken
@@ -95,16 +100,56 @@ class PagedState(State):
 
     def held_pages(self, row: int, group: int) -> list[int]:
         """Numbers (not pool places) of the pages that are held for one sequence and group."""
-        return self.spans[group].pages(self.lengths[row])
+        return self.spans[group].pages(self.lengths[row], self.low(row))
+
+    def hold(self, slack: int) -> None:
+        """See `State.hold`; pages that are freed already stay so."""
+        self._lows = [self.low(row) for row in range(len(self._lows))]
+        super().hold(slack)
+
+    def low(self, row: int) -> int:
+        """The least length that a sequence can always be taken back to."""
+        return max(self._lows[row], self.lengths[row] - self.slack)
+
+    @property
+    def is_croppable(self) -> bool:
+        """See `State.is_croppable`; what no window hides can always be taken back."""
+        return super().is_croppable or (self.one_way is None and all(rule.is_full for rule in self.rules))
+
+    def crop_refusal(self, counts: Sequence[int]) -> str | None:
+        """See `State.crop_refusal`; beyond the slack tokens can be taken back while no page is freed that is needed."""
+        if self.one_way is not None or not self.tables:
+            return self.one_way
+        for row, count in enumerate(counts):
+            length, low = self.lengths[row], self.low(row)
+            after = length - count
+            gone = (set(span.pages(after)).difference(span.pages(length, low)) for span in self.spans)
+            if after < low and any(gone):
+                return f"of what they would see again, pages are freed: these stay for {self.slack} tokens (`slack`)"
+        return None
+
+    def crop(self, counts: Sequence[int]) -> None:
+        """See `State.crop`; pages of which no token is left are freed."""
+        if not self.tables:  # a layer that no pass has reached
+            return
+        for row, count in enumerate(counts):
+            if count:
+                after = self.lengths[row] - count
+                self._move(row, after, min(self.low(row), after))
 
     def advance(self, gains: Sequence[int]) -> None:
         """Bring the sequences to their new lengths: free the pages that leave a span, take those that enter."""
         for row, gain in enumerate(gains):
             new = self.lengths[row] + gain
             if self.max_length is None and new > self._turns[row]:
-                self._turn(row, new)
+                self._move(row, new, self._lows[row])
             else:
                 self.lengths[row] = new
+
+    def assume(self, length: int) -> None:
+        """See `State.assume`."""
+        super().assume(length)
+        self._lows = [0] * len(self._lows)
 
     def pages(self) -> Pages:
         """Pools and table as an implementation reads them."""
@@ -128,7 +173,8 @@ class PagedState(State):
 
     def held_bytes(self) -> int:
         """The same without the free list: the pages in use."""
-        used = sum(span.page_count(length) for span in self.spans for length in self.lengths)
+        rows = [(length, self.low(row)) for row, length in enumerate(self.lengths)]
+        used = sum(span.page_count(length, low) for span in self.spans for length, low in rows)
         return super().held_bytes() + used * self.page_bytes
 
     @property
@@ -157,24 +203,27 @@ class PagedState(State):
         else:
             flat[slots] = torch.where(here, new.to(flat.dtype), flat[slots])
 
-    def _turn(self, row: int, new: int) -> None:
-        """Bring one sequence to a length at which it holds other pages than before."""
-        old = self.lengths[row]
-        self.lengths[row] = new
-        self._turns[row] = min(span.same_pages_until(new) for span in self.spans)
+    def _move(self, row: int, new: int, low: int) -> None:
+        """Bring one sequence to a length at which it holds other pages than before, and `_lows` to `low`."""
+        held = [self.held_pages(row, group) for group in range(len(self.spans))]
+        self.lengths[row], self._lows[row] = new, low
+        if self.max_length is not None:
+            return
+        low = self.low(row)
+        self._turns[row] = min(span.same_pages_until(new, low, self.slack) for span in self.spans)
         self._table = None
         entering: list[tuple[int, list[int], dict[int, int]]] = []
         missing = 0
-        for group, span in enumerate(self.spans):
-            after = span.pages(new)
+        for group, before in enumerate(held):
+            after = self.held_pages(row, group)
             staying = set(after)
-            held = dict(zip(span.pages(old), self.tables[row][group], strict=True))
-            self._free += [place for number, place in held.items() if number not in staying]
-            missing += sum(number not in held for number in after)
-            entering.append((group, after, held))
+            places = dict(zip(before, self.tables[row][group], strict=True))
+            self._free += [place for number, place in places.items() if number not in staying]
+            missing += sum(number not in places for number in after)
+            entering.append((group, after, places))
         self._grow(missing - len(self._free))
-        for group, after, held in entering:
-            self.tables[row][group] = [held[number] if number in held else self._free.pop() for number in after]
+        for group, after, places in entering:
+            self.tables[row][group] = [places[number] if number in places else self._free.pop() for number in after]
 
     def _grow(self, count: int) -> None:
         """Add `count` pages to the pools; exactly as many as are missing, since an idle page is memory nobody saved."""
@@ -201,13 +250,15 @@ class PagedState(State):
             setattr(self, name, pool[order])
         fresh = iter(range(len(places)))
         self.tables = [[[next(fresh) for _ in table] for table in self.tables[row]] for row in rows]
-        self._turns = [self._turns[row] for row in rows]
+        self._lows, self._turns = ([each[row] for row in rows] for each in (self._lows, self._turns))
         self._free = []
         super().select(rows)
 
     def fill(self, row: int, single: State) -> None:
         """Copy the one sequence of a reserved state into this one: reserved pools have sequence behind sequence."""
         assert isinstance(single, PagedState) and self.max_length == single.max_length is not None
+        assert self.slack == single.slack
         for name, source in single.pools().items():
             getattr(self, name)[row * len(source) : (row + 1) * len(source)] = source
+        self._lows[row] = single._lows[0]
         super().fill(row, single)

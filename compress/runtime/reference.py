@@ -374,12 +374,19 @@ def decode_seen(
     return out if lse is None else (out, lse[..., 0].masked_fill(absent, float("-inf")))
 
 
-def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:
-    """Write new tokens `[B, G, T, D]` into the pages that are held once they are there, detached."""
+def store(
+    key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span], slack: int = 0
+) -> None:
+    """Write new tokens `[B, G, T, D]` into the pages that are held once they are there, detached.
+
+    Args:
+        slack: how many tokens later than a span says pages are freed.
+    """
     key, value = key.detach(), value.detach()
     for row, (past, start, count) in enumerate(zip(rows.past, rows.start, rows.count, strict=True)):
         for group, span in enumerate(spans):
-            numbers = torch.tensor(span.pages(past + count), dtype=torch.long, device=pages.table.device)
+            held = span.pages(past + count, past + count - slack)
+            numbers = torch.tensor(held, dtype=torch.long, device=pages.table.device)
             positions = slots_of(numbers)
             fresh = (positions >= past) & (positions < past + count)
             slots = slots_of(pages.table[row, group][numbers].long())[fresh]

@@ -55,6 +55,10 @@ class RetainState(PagedState):
     """
 
     pooled = ("keys", "values", "kept")
+    one_way = (
+        "tokens that leave their window go into a list or are dropped at once; that would need both to wait until no "
+        "token can be taken back any more"
+    )
 
     def __init__(
         self, spans: Sequence[Span], caps: Sequence[Cap | None], shares: Sequence[float], max_length: int | None

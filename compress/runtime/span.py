@@ -115,40 +115,46 @@ class Span:
         """How many keys the query at position t sees."""
         return keys_seen(t, self.sink, self.alpha, self.beta_units, self.granule)
 
-    def pages(self, length: int) -> list[int]:
+    def pages(self, length: int, low: int | None = None) -> list[int]:
         """Numbers of the pages that a cache of `length` tokens holds, ascending.
 
         A page is held while the last query (t = length - 1) or a later one can see a token of it. The count
         times the bytes of a page is what the cache allocates, whatever the chunks it was filled with.
+
+        Args:
+            low: the fewest tokens that the cache may be taken back to, <= `length`: pages that the query at low - 1
+                sees are held, too. None where no token is taken back.
         """
-        sink_end, start, end = self.page_bounds(length)
+        sink_end, start, end = self.page_bounds(length, low)
         return [*range(sink_end), *range(start, end)]
 
-    def page_count(self, length: int) -> int:
-        """How many pages `pages(length)` lists."""
-        sink_end, start, end = self.page_bounds(length)
+    def page_count(self, length: int, low: int | None = None) -> int:
+        """How many pages `pages` lists."""
+        sink_end, start, end = self.page_bounds(length, low)
         return sink_end + end - start
 
-    def page_bounds(self, length: int) -> tuple[int, int, int]:
-        """End of the sink's page numbers, then start and end of the window's; what `pages(length)` lists."""
+    def page_bounds(self, length: int, low: int | None = None) -> tuple[int, int, int]:
+        """End of the sink's page numbers, then start and end of the window's; what `pages` lists."""
         end = -(-length // PAGE)
         sink_end = -(-min(self.sink, length) // PAGE)
-        return sink_end, max(min(self.first(length - 1) // PAGE, end), sink_end), end
+        first = self.first((length if low is None else max(low, 0)) - 1)
+        return sink_end, max(min(first // PAGE, end), sink_end), end
 
-    def same_pages_until(self, length: int) -> int:
-        """The greatest length at which `pages` is what it is at `length`."""
-        _, start, end = self.page_bounds(length)
-        return max(length, min(end * PAGE, self.last_query((start + 1) * PAGE - 1) + 1))
+    def same_pages_until(self, length: int, low: int | None = None, slack: int = 0) -> int:
+        """The greatest length at which `pages` is what it is at `length`, if `low` then is `slack` tokens behind."""
+        _, start, end = self.page_bounds(length, low)
+        return max(length, min(end * PAGE, self.last_query((start + 1) * PAGE - 1) + 1 + slack))
 
-    def reserved_pages(self, max_length: int) -> tuple[int, int]:
+    def reserved_pages(self, max_length: int, slack: int = 0) -> tuple[int, int]:
         """Pages that hold any cache of up to `max_length` tokens: those of the sink, and a ring for the window.
 
         A window of S tokens lies on at most (S + 62) // 64 + 1 pages, and S never shrinks. A rule by pages takes no
-        more, with the S of the first query of a page.
+        more, with the S of the first query of a page. With a slack the window of the query that many tokens before
+        the last is held, which by pages begins up to 63 tokens earlier still.
         """
         total = -(-max_length // PAGE)
         sinks = -(-min(self.sink, max_length) // PAGE)
-        longest = self.length((max_length - 1) & -self.granule)
+        longest = self.length((max_length - 1) & -self.granule) + (slack + self.granule - 1 if slack else 0)
         return sinks, min(total - sinks, (min(longest, max_length) + PAGE - 2) // PAGE + 1)
 
 

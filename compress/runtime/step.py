@@ -108,6 +108,7 @@ class Step:
             the layer has any.
         scores: what the layer that runs now does to its scores; None for a plain softmax.
         record: where mixers report side losses and gates; None where nobody asked.
+        copies: of the tensors here, by name and device (see `on`).
     """
 
     cache: PagedCache | None
@@ -125,6 +126,17 @@ class Step:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     scores: Scores | None = None
     record: Record | None = None
+    copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def on(self, name: str, device: torch.device) -> torch.Tensor:
+        """The tensor `lengths` or `pick` where a layer lies: itself on the device of the input, and on each other
+        device that layers of the model lie on one copy a pass, made by the first layer there that asks."""
+        tensor: torch.Tensor = getattr(self, name)
+        if tensor.device == device:
+            return tensor
+        if (name, device) not in self.copies:
+            self.copies[name, device] = tensor.to(device)
+        return self.copies[name, device]
 
     @staticmethod
     def begin(cache: PagedCache | None, valid: torch.Tensor | None, batch: int, count: int, device: Any) -> Step:
@@ -166,7 +178,7 @@ class Step:
         """Position of every column among its sequence's tokens, from 0, `[B, T]`; -1 where it is no token."""
         if self.rows is None:
             assert self.lengths is not None
-            return (self.lengths.to(device).long() - 1)[:, None]
+            return (self.on("lengths", device).long() - 1)[:, None]
         past, start, count = self.rows.tensor(device).long().unbind(1)
         order = torch.arange(self.columns, device=device) - start[:, None]
         return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
@@ -176,7 +188,7 @@ class Step:
         real = self.positions(device) >= 0
         if self.pick is None:
             return real
-        return torch.zeros_like(real).scatter(1, self.pick.to(device), real)
+        return torch.zeros_like(real).scatter(1, self.on("pick", device), real)
 
     def end(self) -> None:
         """Count the new tokens on the device, in place, and the new columns; the record of the pass is whole."""

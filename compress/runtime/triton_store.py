@@ -28,6 +28,7 @@ def _store(
     p_rows,  # [B, 3] int32: past, start, count; with ONE [B] lengths, the new token included
     p_rules,  # [G, 4] int32
     numbers,
+    slack,  # tokens that pages stay for behind their window
     key_b,
     key_g,
     key_t,
@@ -55,7 +56,7 @@ def _store(
         total = past + count
     sink, alpha, beta, mask = load_rule(p_rules, g)
     sinks = (tl.minimum(sink, total) + PAGE - 1) // PAGE
-    window = first_key(total - 1, alpha, beta, mask) // PAGE
+    window = first_key(tl.maximum(total - slack, 0) - 1, alpha, beta, mask) // PAGE
     # [BLOCK_T]
     o_token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     number = (past + o_token) // PAGE
@@ -70,20 +71,28 @@ def _store(
     store_block(p_value_pages, slot * VALUE_DIM, b_value, m_held, VALUE_DIM, BLOCK_D)
 
 
-def store(key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span]) -> None:
+def store(
+    key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: Rows, spans: Sequence[Span], slack: int = 0
+) -> None:
     """As `reference.store`."""
-    _launch(key.detach(), value.detach(), pages, rows.tensor(key.device), spans, one=False)
+    _launch(key.detach(), value.detach(), pages, rows.tensor(key.device), spans, slack, one=False)
 
 
 def store_one(
     key: torch.Tensor, value: torch.Tensor, pages: Pages, lengths: torch.Tensor, spans: Sequence[Span]
 ) -> None:
     """As `reference.store_one`; nothing is written past the end of the table."""
-    _launch(key.detach()[:, :, None], value.detach()[:, :, None], pages, lengths, spans, one=True)
+    _launch(key.detach()[:, :, None], value.detach()[:, :, None], pages, lengths, spans, 0, one=True)
 
 
 def _launch(
-    key: torch.Tensor, value: torch.Tensor, pages: Pages, rows: torch.Tensor, spans: Sequence[Span], one: bool
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: Pages,
+    rows: torch.Tensor,
+    spans: Sequence[Span],
+    slack: int,
+    one: bool,
 ) -> None:
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     batch, groups, count, dim = key.shape
@@ -97,6 +106,7 @@ def _launch(
         rows,
         span_rules(tuple(spans), key.device),
         pages.table.shape[-1],
+        slack,
         key.stride(0),
         key.stride(1),
         key.stride(2),

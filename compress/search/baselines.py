@@ -17,6 +17,7 @@ from compress.search.problem import FULL_GROUP, Candidate, Place, Problem
 from compress.search.solver import Solver
 from compress.search.solvers.amp import Amp
 from compress.search.solvers.even import evenly
+from compress.search.solvers.shares import kinds_of, one_threshold, same_share
 from compress.search.solvers.streaming import Streaming
 from compress.search.solvers.uniform import Uniform
 from compress.targets.target import Target, layer_cost
@@ -29,7 +30,8 @@ UNIFORM: dict[str, Callable[[Problem], tuple[Solver, Problem]]] = {
 }
 DRAWN, INTERLEAVED = "random", "interleaved"
 EVEN, CHANCE, PRUNED_ALIKE = "even", "random-routing", "static-pruning"  # beside plans with routed layers
-NAMES = (*UNIFORM, DRAWN, INTERLEAVED, EVEN, CHANCE, PRUNED_ALIKE)
+SAME_SHARE, ONE_THRESHOLD = "uniform-share", "global-threshold"  # beside plans with heads that keep tokens
+NAMES = (*UNIFORM, DRAWN, INTERLEAVED, EVEN, CHANCE, PRUNED_ALIKE, SAME_SHARE, ONE_THRESHOLD)
 # What ranks the heads that a static pruning keeps, where no option of layers says it, the first that was measured.
 RANKS = ("taylor", "removal", "wanda_sp", "flap", "amp")
 
@@ -86,7 +88,7 @@ def drawn_places(problem: Problem, like: Candidate, seed: int) -> Candidate:
         chance.shuffle(drawn_layers)
         plan = problem.with_layers(dict(zip(free, drawn_layers, strict=True)))
         return Candidate(plan, note=f"the same layers in places drawn with seed {seed}")
-    targets = [like.layers[layer].groups[group] for layer, group in problem.free]
+    targets = [problem.anywhere(like.layers[layer].groups[group]) for layer, group in problem.free]
     chance.shuffle(targets)
     placed = dict(zip(problem.free, targets, strict=True))
     return Candidate(
@@ -100,7 +102,7 @@ def interleaved(problem: Problem, like: Candidate) -> Candidate | None:
     As many layers are full, evenly spread, as cost no more than that plan in every row of the budget. None where the
     plan has no such target, or where it alone in every layer costs more.
     """
-    counts = Counter(like.layers[layer].groups[group] for layer, group in problem.free)
+    counts = Counter(problem.anywhere(like.layers[layer].groups[group]) for layer, group in problem.free)
     others = [
         target
         for target, _ in counts.most_common()
@@ -138,6 +140,20 @@ def even_layers(problem: Problem, like: Candidate) -> Candidate | None:
         if (plan := evenly(within, WholeLayers(ladder))) is not None:
             return plan
     return None
+
+
+def kept_alike(problem: Problem, like: Candidate) -> dict[str, Candidate | None]:
+    """Plans in which all head groups keep tokens alike: by one share, and by one threshold as KVzip has it.
+
+    Both meet the budget, with the window and the scorer that a plan has most often. Empty where it has none, or where
+    nothing is known of their thresholds.
+    """
+    groups = [like.layers[layer].groups[group] for layer, group in problem.free]
+    kinds = Counter(kind for group in groups for kind in kinds_of([group]) if problem.thresholds(kind) is not None)
+    if not kinds:
+        return {}
+    kind = kinds.most_common(1)[0][0]
+    return {SAME_SHARE: same_share(problem, kind), ONE_THRESHOLD: one_threshold(problem, kind)}
 
 
 def chance_routed(like: Candidate) -> Candidate | None:

@@ -75,6 +75,7 @@ class _Untrained:
 
     target: Target
     errors: torch.Tensor
+    retention: None = None
 
 
 def check_search(
@@ -120,7 +121,7 @@ def check_search(
     effects = None
     if prepare is not None and prepare.effect:
         after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
-        effects = replace(profile, priced=trained, priced_layers=after.layers)
+        effects = replace(profile, priced=after.targets, priced_layers=after.layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
     for candidate in solver.check(problem):
         _check_plan(config, shape, candidate.layers)

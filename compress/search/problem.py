@@ -26,7 +26,7 @@ from compress.search.dense import Dense
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 from compress.targets.layer_option import Alike, LayerOption
-from compress.targets.target import Target, layer_cost
+from compress.targets.target import Target, Thresholds, layer_cost
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
 
@@ -84,6 +84,10 @@ class Trained(Protocol):
     @property
     def errors(self) -> torch.Tensor:
         """Relative squared error of the outputs of every head group, `[layers, groups]`; NaN where it has no place."""
+
+    @property
+    def retention(self) -> Thresholds | None:
+        """Which thresholds keep which shares of the tokens; None for a target without."""
 
 
 @dataclass(frozen=True)
@@ -390,11 +394,24 @@ class Problem:
         """Whether a plan meets the budget in every row."""
         return bool((self.total(layers) <= self.limits).all())
 
+    def thresholds(self, target: Target) -> Thresholds | None:
+        """Which thresholds of a target keep which shares of the tokens; None where that was not measured."""
+        serving = {option.target.prepared_as: option.retention for option in self.prepared}
+        return serving.get(target.prepared_as)
+
+    def placed(self, target: Target, place: Place) -> Target:
+        """What a head group has under an option: the same, or with a threshold of its own (`Target.placed`)."""
+        return target.placed(self.thresholds(target), *place) if target.open else target
+
+    def anywhere(self, target: Target) -> Target:
+        """What a head group has, as an option for all of them; itself where it could not be placed again."""
+        return target if self.thresholds(target) is None else target.anywhere
+
     def with_targets(self, choose: Callable[[Place], Target]) -> Layers:
-        """The layers of `start` with a target for every head group that may change."""
+        """The layers of `start` with a target for every head group that may change, placed there."""
         rows = [list(layer.groups) for layer in self.start]
         for layer, group in self.free:
-            rows[layer][group] = choose((layer, group))
+            rows[layer][group] = self.placed(choose((layer, group)), (layer, group))
         return tuple(
             layer.model_copy(update={"groups": tuple(row)}) for layer, row in zip(self.start, rows, strict=True)
         )

@@ -9,6 +9,7 @@ import torch
 
 from compress.data.sample import Sample
 from compress.errors import UserError
+from compress.models.placement import input_device
 
 
 @torch.inference_mode()
@@ -27,7 +28,7 @@ def response_loss(model: Any, documents: Sequence[Sample]) -> float:
     """
     if not documents:
         raise UserError("no held-out documents to measure the response loss on", where="calibration.held_out")
-    device = next(model.parameters()).device
+    device = input_device(model)
     losses = []
     for document in documents:
         start, end = document.rows

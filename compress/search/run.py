@@ -25,6 +25,7 @@ from compress.search.baselines import (
     drawn_places,
     even_layers,
     interleaved,
+    kept_alike,
     pruned_alike,
     removing,
 )
@@ -277,6 +278,7 @@ def _like(
     found: dict[str, Candidate | None] = {}
     if solver.placed or any(group.objective is not None for group in groups):
         found |= {DRAWN: drawn_places(problem, chosen, seed), INTERLEAVED: interleaved(problem, chosen)}
+    found |= kept_alike(problem, chosen)
     task = problem
     if any(group.by_layer for group in groups):
         found |= {EVEN: even_layers(problem, chosen), CHANCE: chance_routed(chosen)}

@@ -16,6 +16,7 @@ from compress.evaluate.tables import markdown
 from compress.export.export import update_card
 from compress.export.native import form_for
 from compress.models.load import load_model
+from compress.models.placement import input_device
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
@@ -121,7 +122,7 @@ def _experts(session: Session, plan: Plan, dense: Callable[[int], Cost]) -> list
     if recipe.upcycle is None or plan.upcycle is None:
         return []
     marks = {expert.name: expert.fingerprint for expert in plan.upcycle.experts}
-    device = str(session.loaded.model.device)
+    device = str(input_device(session.loaded.model))
 
     def build(name: str) -> Any:
         return load_model(name, dtype=recipe.dtype, device=device).model

@@ -7,6 +7,7 @@ from compress.profile.heads.effect import Effect
 from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
+from compress.registry import targets
 from compress.runfolder import EFFECTS, PREPARED
 from compress.stages.device import resolve_device
 from compress.stages.processes import together
@@ -66,9 +67,10 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
             say(f"prepare: done before, {folder}")
         else:
             options = timed(session, "prepare", session.prepare_key, [PREPARED], work)
-            for target, option in zip(settings.targets, options.values(), strict=True):
+            for option in options.values():
+                words = targets.parse(option.target).words()
                 say(
-                    f"prepare: {target.words()}, {option.steps} steps, {option.tokens:,} tokens, loss "
+                    f"prepare: {words}, {option.steps} steps, {option.tokens:,} tokens, loss "
                     f"{option.first_loss:.4g} to {option.last_loss:.4g}, {duration(option.seconds)}"
                 )
             for found in read_prepared(folder):
@@ -118,7 +120,7 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
             )
 
     effects = timed(session, "effect", session.effect_key, [EFFECTS], work)
-    for target in settings.targets:
+    for target in effects.priced:
         losses = [f"{float(effects.effect(target, length).mean()):.3g} at {length:,}" for length in effects.lengths]
         say(f"effect: {target.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")
     for option in effects.priced_layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
+from compress.models.placement import input_device
 from compress.plan import Plan, read_plan
 from compress.report.plots import search_plots
 from compress.search.run import SearchResult, run_search
@@ -67,7 +68,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 progress=report,
                 refine_documents=learnt,
                 seed=recipe.seed,
-                bandwidth=lambda: copy_bandwidth(session.loaded.model.device),
+                bandwidth=lambda: copy_bandwidth(input_device(session.loaded.model)),
                 say=lambda line: say(f"search: {line}"),
                 effects=effects,
             )

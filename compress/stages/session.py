@@ -21,6 +21,7 @@ from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
 from compress.models.load import LoadedModel, load_model
+from compress.models.placement import first_device, placement_of
 from compress.models.prepared import attach
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
@@ -55,8 +56,8 @@ class Session:
         started = time.monotonic()
         loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
         self.reporter.say(
-            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on {device}, "
-            f"loaded in {time.monotonic() - started:.1f} s"
+            f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on "
+            f"{_places(loaded.model, device)}, loaded in {time.monotonic() - started:.1f} s"
         )
         for note in loaded.notes:
             self.reporter.say(f"  {note}")
@@ -189,7 +190,7 @@ class Session:
             self._content(self.run.plan),
             baselines,
             self.recipe.dtype,
-            resolve_device(self.recipe.device).partition(":")[0],
+            first_device(resolve_device(self.recipe.device)).type,
             self.recipe.seed,
             {key: value for key, value in self.resolved["evaluate"].items() if value is not None},
             *(form for form in [self.resolved["export"]["form"]] if form != "patched"),  # whose bytes are counted
@@ -254,6 +255,12 @@ class Session:
     @staticmethod
     def _content(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _places(model: Any, device: str) -> str:
+    """The device of a model as it was named, or all that it lies on."""
+    devices = placement_of(model).devices
+    return device if len(devices) == 1 else " and ".join(map(str, devices))
 
 
 @contextmanager

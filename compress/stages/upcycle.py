@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from compress.data.text import Source
+from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.limits import SHOWN_LENGTHS
 from compress.models.expert_routers import fitted_routers, random_routers
 from compress.models.families import layers_of
 from compress.models.load import load_model
+from compress.models.placement import input_device, placement_of, spread_map
 from compress.models.pruning import block_parameters
 from compress.models.trained import read_trained, write_trained
 from compress.models.upcycle import (
@@ -68,6 +70,14 @@ def upcycle_stage(session: Session, *, must_be_done: bool = False) -> Plan:
 
     def work() -> tuple[Plan, Averaged]:
         seed = session.loaded
+        if spread_map(seed.model) is not None:
+            raise UserError(
+                "models are not put side by side on several GPUs",
+                where="device",
+                expected="one device",
+                found=" and ".join(map(str, placement_of(seed.model).devices)),
+                fix="take `device: cpu` for `compress upcycle`, which needs no speed; later stages take any",
+            )
         check_upcyclable(seed.model.config, section.kv)
         experts = {name: _expert(session, name) for name in section.names(recipe.model)}
         model, plan, averaged = upcycle(
@@ -104,7 +114,7 @@ def _expert(session: Session, name: str) -> Any:
     seed = session.loaded
     if name == session.recipe.model:
         return seed.model
-    loaded = load_model(name, dtype=session.recipe.dtype, device=str(seed.model.device))
+    loaded = load_model(name, dtype=session.recipe.dtype, device=str(input_device(seed.model)))
     check_configs(seed.model.config, loaded.model.config, name)
     check_weights(seed.model, loaded.model, name)
     check_tokenizers(seed.tokenizer, loaded.tokenizer, name)

@@ -19,6 +19,9 @@ class Cost:
         parameters: of the decoder layers; 0 where they were not counted.
         state_bytes: of `held_bytes`, those of states, which do not grow with the length.
         heads: query heads that a token computes.
+        spread_bytes: standard deviation of `held_bytes` over texts, where these are a mean over texts. Those of several
+            units add up to what the whole deviates by at most, which it does where all units do so on the same texts.
+        over_bytes: how many more than `held_bytes` are held at most, whatever the text.
     """
 
     held_bytes: int = 0
@@ -28,6 +31,13 @@ class Cost:
     parameters: int = 0
     state_bytes: int = 0
     heads: int = 0
+    spread_bytes: int = 0
+    over_bytes: int = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that are held at most, whatever the text."""
+        return self.held_bytes + self.over_bytes
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from compress.limits import LONGEST
-from compress.registry import targets
+from compress.limits import ENTRIES, FACTOR, LONGEST
+from compress.registry import Method, targets
 from compress.runtime.mixer_retain import KNOWN
 from compress.runtime.retain_state import cap_at
 from compress.runtime.scorers import SCORERS
-from compress.runtime.span import NO_END, PAGE, Span
+from compress.runtime.span import BETA_UNIT, NO_END, PAGE, Span
 from compress.targets.cost import Cost
 from compress.targets.span import visible_keys, visible_pairs
-from compress.targets.target import Target
+from compress.targets.target import Target, Thresholds
 from compress.targets.unit import Unit
 
 SCORER_NAMES = ", ".join(sorted(name for name, made in SCORERS.items() if made in KNOWN))
+LEVELS = 64  # shares that thresholds are measured for are multiples of one of so many
 COUNTERS = 2 * 4  # bytes that a sequence and group has beside its pages: tokens in the list, and tokens that are kept
 
 
@@ -25,6 +29,41 @@ def _known(name: str) -> str:
     if name not in SCORERS:
         raise ValueError(f"expected one of {SCORER_NAMES}, got {name}")
     return name
+
+
+class RetainGrid(Method):
+    """The heads that keep tokens to choose from: every scorer with every window, share and cap."""
+
+    scorers: Annotated[
+        tuple[Annotated[str, AfterValidator(_known)], ...],
+        Field(min_length=1, max_length=ENTRIES, description=f"what judges tokens: {SCORER_NAMES}"),
+    ] = ("ridge",)
+    sinks: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=LONGEST)], ...],
+        Field(min_length=1, max_length=ENTRIES, description="tokens at the start that stay visible, in whole pages"),
+    ] = (4,)
+    alphas: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...],
+        Field(min_length=1, max_length=ENTRIES, description="windows in tokens"),
+    ] = (128,)
+    shares: Annotated[
+        tuple[Annotated[float, Field(ge=1 / LEVELS, le=1 - 1 / LEVELS)], ...],
+        Field(
+            min_length=1,
+            max_length=ENTRIES,
+            description="shares of the tokens before the window that are kept, from 1/64 to 63/64; each head group "
+            "gets the threshold that keeps such a share",
+        ),
+    ] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    caps: Annotated[
+        tuple[Annotated[float, Field(ge=1, le=FACTOR)] | None, ...],
+        Field(
+            min_length=1,
+            max_length=ENTRIES,
+            description="hard bounds, as multiples of the share: `[1.5]` lets a text keep half as many tokens again, "
+            "beside a page; null has none",
+        ),
+    ] = (None,)
 
 
 @targets.register("retain")
@@ -38,6 +77,7 @@ class RetainGroup(Target):
     noun: ClassVar[str] = "retention"
     objective: ClassVar[str | None] = "reconstruction"
     in_expectation: ClassVar[bool] = True
+    grid: ClassVar[type[Method] | None] = RetainGrid
 
     target: Literal["retain"] = "retain"
     sink: int = Field(4, ge=0, lt=NO_END, description="tokens at the start that stay visible, in whole pages of 64")
@@ -46,8 +86,10 @@ class RetainGroup(Target):
     scorer: Annotated[str, AfterValidator(_known)] = Field(
         description=f"what judges a token when it is written: {SCORER_NAMES}"
     )
-    threshold: float | None = Field(
-        None, allow_inf_nan=False, description="score from which on a token is kept; null keeps all that a cap lets in"
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | Literal["share"] | None = Field(
+        None,
+        description="score from which on a token is kept; null keeps all that a cap lets in; `share` stands for the "
+        "threshold that keeps `share`, which a preparation of the scorer says for every head group",
     )
     share: float = Field(
         1.0, ge=0, le=1, description="share of the tokens before the window that is expected to be kept"
@@ -67,7 +109,75 @@ class RetainGroup(Target):
                 Span(0, 0, self.cap[1])
             except ValueError as error:
                 raise ValueError(str(error).replace("beta", "cap")) from None
+        if self.open and not 1 / LEVELS <= self.share <= 1 - 1 / LEVELS:
+            raise ValueError(
+                f"threshold: expected a share from 1/{LEVELS} to {LEVELS - 1}/{LEVELS}, for which there are "
+                f"thresholds, got {self.share:g}"
+            )
         return self
+
+    @property
+    def open(self) -> bool:
+        """Whether its threshold is the one that keeps `share`."""
+        return self.threshold == "share"
+
+    @property
+    def idle(self) -> bool:
+        """Whether it keeps all tokens."""
+        return self.threshold is None and self.cap is None
+
+    def placed(self, thresholds: Thresholds | None, layer: int, group: int) -> RetainGroup:
+        """With the threshold that keeps `share` in one head group, and the spread of that."""
+        if not self.open or thresholds is None:
+            return self
+        found, spread = (float(values[layer, group]) for values in thresholds.at(self.share))
+        return self if math.isnan(found) else self.model_copy(update={"threshold": found, "spread": spread})
+
+    @property
+    def anywhere(self) -> RetainGroup:
+        """With `share` in place of a threshold, where there is one for its share."""
+        if self.threshold is None or not 1 / LEVELS <= self.share <= 1 - 1 / LEVELS:
+            return self
+        return self.model_copy(update={"threshold": "share", "spread": 0.0})
+
+    def with_share(self, share: float) -> RetainGroup:
+        """See `Target.with_share`; its threshold is open then, and a cap is as many times the share as before."""
+        cap = self.cap
+        if cap is not None and self.share:
+            cap = (cap[0], min(math.ceil(cap[1] * share / self.share * BETA_UNIT), BETA_UNIT) / BETA_UNIT)
+        return self.model_copy(update={"threshold": "share", "share": share, "spread": 0.0, "cap": cap})
+
+    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> RetainGroup:
+        """With the share that a threshold keeps in one head group, and the spread of that."""
+        share, spread = (float(values[layer, group]) for values in thresholds.above(threshold))
+        return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
+
+    @classmethod
+    def ranges(cls, groups: Sequence[RetainGroup]) -> str:
+        """The thresholds, and by how much a text's share differs from the expected one."""
+        scores = [group.threshold for group in groups if isinstance(group.threshold, float)]
+        spreads = [group.spread for group in groups]
+        if not scores:
+            return ""
+        span = (
+            f"thresholds {min(scores):.3g} to {max(scores):.3g}"
+            if len(set(scores)) > 1
+            else f"threshold {scores[0]:.3g}"
+        )
+        return f"{span}, share over texts ±{100 * min(spreads):.2g} to ±{100 * max(spreads):.2g} points"
+
+    @classmethod
+    def options(cls, unit: Unit, lengths: Sequence[int], grid: RetainGrid | None = None) -> list[Target]:
+        """Every scorer, window, share and cap of the grid, with open thresholds; none in a layer that slides."""
+        if unit.native is not None:
+            return []
+        grid = grid or RetainGrid()
+        made: list[Target] = []
+        for scorer, sink, alpha, share, times in product(grid.scorers, grid.sinks, grid.alphas, grid.shares, grid.caps):
+            cap = None if times is None else (PAGE, min(math.ceil(times * share * BETA_UNIT), BETA_UNIT) / BETA_UNIT)
+            fields: dict[str, Any] = {"scorer": scorer, "sink": sink, "alpha": alpha, "share": share, "cap": cap}
+            made.append(cls(threshold="share", **fields))
+        return made
 
     @property
     def untrained(self) -> bool:  # type: ignore[override]
@@ -113,7 +223,10 @@ class RetainGroup(Target):
             raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
         span, dim = self.span(), unit.head_dim
         kept, most = self.listed(length)
-        slots = span.page_count(length) * PAGE + round(min(kept + (PAGE - 1) / 2, PAGE * kept, -(-most // PAGE) * PAGE))
+        all_pages = -(-most // PAGE) * PAGE
+        listed = round(min(kept + (PAGE - 1) / 2, PAGE * kept, all_pages))
+        slots = span.page_count(length) * PAGE + listed
+        spread = min(self.spread * (int(span.boundary(length - 1)) - span.sink), most)
         pairs = visible_pairs(span, length)
         pairs += self._listed_pairs(span, length, length * (length + 1) // 2 - pairs)
         made = SCORERS[self.scorer]
@@ -126,6 +239,8 @@ class RetainGroup(Target):
             flops=flops,
             parameters=unit.parameters + own,
             heads=unit.query_heads,
+            spread_bytes=round(spread * (unit.token_bytes + 1)),
+            over_bytes=(all_pages - listed) * (unit.token_bytes + 1),
         )
 
     def words(self, native: int | None = None) -> str:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compress.registry import Method, targets
 from compress.targets.cost import Cost
@@ -27,6 +27,16 @@ class StockForm:
     """
 
     window: int | None = None
+
+
+class Thresholds(Protocol):
+    """What texts said of the scores of tokens in every head group (`models.retention.Retention`)."""
+
+    def at(self, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thresholds that keep a share of the tokens, and its standard deviation over texts, `[layers, groups]`."""
+
+    def above(self, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of the tokens that one threshold keeps, and its standard deviation, `[layers, groups]`."""
 
 
 class Target(Method):
@@ -170,6 +180,42 @@ class Target(Method):
     def prepared_as(self) -> Target:
         """The target whose trained tensors serve this one, too, where they were not trained for itself."""
         return self
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing, so that no search chooses it: it names what is prepared for others."""
+        return False
+
+    @property
+    def open(self) -> bool:
+        """Whether something of it is still to be taken from what a preparation measured, head group by head group."""
+        return False
+
+    def placed(self, thresholds: Thresholds | None, layer: int, group: int) -> Target:
+        """What a head group has where this is its option; itself where nothing is open, or nothing is known."""
+        return self
+
+    @property
+    def anywhere(self) -> Target:
+        """As an option for any head group, without what only one of them has: the inverse of `placed`."""
+        return self
+
+    def with_share(self, share: float) -> Target:
+        """The same with another share of the tokens kept; itself where it keeps none by a share."""
+        return self
+
+    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> Target:
+        """What a head group has under a threshold that all share; itself where it has none."""
+        return self
+
+    @classmethod
+    def ranges(cls, groups: Sequence[Any]) -> str:
+        """In which ranges the entries of one option in many head groups lie, in words; empty where they are equal.
+
+        Args:
+            groups: of this class, with the same `anywhere`.
+        """
+        return ""
 
     @property
     def reads_norms(self) -> bool:

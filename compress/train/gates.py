@@ -17,6 +17,7 @@ from torch import nn
 
 from compress.data.sample import Sample
 from compress.models.backward import recomputed
+from compress.models.placement import input_device
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.plan import ModelShape
 from compress.runtime.impl import choose_impl
@@ -55,7 +56,7 @@ def train_gates(
     """
     if all(native is not None for native in shape.native_windows):
         return torch.ones(shape.layers, shape.kv_heads, dtype=torch.float64)
-    accelerator = Accelerator(cpu=model.get_input_embeddings().weight.device.type == "cpu")
+    accelerator = Accelerator(cpu=input_device(model).type == "cpu")
     mixture = Mixture(model, shape, span)
     settings = Settings(
         seed=f"{seed}/gates",
@@ -96,7 +97,7 @@ class Mixture(nn.Module):
 
     def __init__(self, model: Any, shape: ModelShape, span: Span) -> None:
         super().__init__()
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         self.gates = nn.Parameter(torch.ones(shape.layers, shape.kv_heads, device=device))
         self.free = torch.tensor([native is None for native in shape.native_windows], device=device)
         self.shape, self.span = shape, span
@@ -123,7 +124,7 @@ class Mixture(nn.Module):
         prefill = choose_impl("auto", call.query).prefill
         spans = (self.span,) * self.shape.kv_heads
         streaming = prefill(call.query, call.key, call.value, spans, scale=call.scaling, scores=call.scores)
-        gate = self.gates[call.layer].repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
+        gate = self.gates[call.layer].to(output.device).repeat_interleave(self.shape.query_heads // self.shape.kv_heads)
         # In float32: a gate's gradient is the sum of a difference over all rows.
         difference = output.float() - streaming.float()
         return (streaming.float() + gate[None, :, None, None] * difference).to(output.dtype)
@@ -144,4 +145,4 @@ class Mixture(nn.Module):
         """Hidden states behind the final norm on the rows that the loss is taken on, `[rows, hidden]`."""
         states = self._model[0].base_model(**sample.body(self.gates.device)).last_hidden_state
         rows: torch.Tensor = states[0, slice(*sample.rows)]
-        return rows
+        return rows.to(self.gates.device)

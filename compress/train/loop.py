@@ -141,7 +141,8 @@ def train(
         curve.cut(first)
     passes = _Passes(trainee, module, objectives, accelerator, device, spread)
     with ExitStack() as undo:
-        undo.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        places = sorted({weight.device for weight in module.parameters() if weight.is_cuda}, key=str)
+        undo.enter_context(torch.random.fork_rng(devices=places))
         stopped = undo.enter_context(noted_signals())
         module.train()
         began = time.perf_counter()
@@ -244,10 +245,10 @@ class _Passes:
                     continue
                 with nullcontext() if objective.weight else torch.no_grad():
                     total = objective.loss(student, teacher, some)
-                sums[number] += total.detach()
+                sums[number] += total.detach().to(sums.device)
                 if objective.weight:
                     term = objective.weight / self.counts[number] * total
-                    loss = term if loss is None else loss + term
+                    loss = term if loss is None else loss + term.to(loss.device)
             if loss is not None:
                 self.accelerator.backward(loss * factor)
 

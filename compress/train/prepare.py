@@ -21,6 +21,7 @@ from compress.errors import UserError
 from compress.files import key_of
 from compress.json_file import read_sealed
 from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.placement import input_device
 from compress.models.planned import planned_model
 from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
 from compress.models.replaced import AttentionCall, causal_attention, replaced_attention
@@ -79,11 +80,12 @@ def prepare(
     check_tokens(text_tokens, model.config, "the text of the preparation")
     windows = Windows(text_tokens, settings.length, seed)
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, "prepare.batch_size")
-    accelerator = Accelerator(cpu=model.get_input_embeddings().weight.device.type == "cpu")
+    accelerator = Accelerator(cpu=input_device(model).type == "cpu")
     digest = windows.digest(settings.step_count, settings.batch_size)
     common = {name: value for name, value in settings.facts().items() if name != "targets"}
     options = {}
-    for number, target in enumerate(settings.targets):
+    for number, named in enumerate(settings.targets):
+        target = named.prepared_as if named.open else named  # what is open is what the preparation is to say
         key = key_of("prepare", 1, common, target.model_dump(mode="json"), seed, shape.fingerprint, digest)
         name = f"{target.target}-{key}"
 
@@ -125,7 +127,7 @@ def _train_option(
 ) -> None:
     """Train one target, and write its option."""
     losses = settings.objectives_of(target)
-    mixers = _Mixers(model, shape, target, losses, settings.low(model.get_input_embeddings().weight.device))
+    mixers = _Mixers(model, shape, target, losses, settings.low(input_device(model)))
     partial, curve = Partial(folder, key), Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,7 @@ def _train_scorers(
     """Fit or train the scorers of one target, measure their thresholds, and write its option."""
     objective: Any = settings.objectives_of(target)[0]
     kinds = _kinds(model, shape, target)
-    low = settings.low(model.get_input_embeddings().weight.device)
+    low = settings.low(input_device(model))
     scorers = Scorers(model, tokenizer, {layer: each.mixers[0] for layer, each in kinds.items()}, objective, low)
     pieces = Pieces(batches, objective.lengths_within(settings.length))
     kind, steps = scorers.kind, settings.step_count
@@ -325,7 +327,7 @@ class _Mixers(nn.Module):
             outputs, dense = student["outputs"].detach().float(), teacher["outputs"].float()
             for place, values in ((0, outputs - dense), (1, dense)):
                 heads = values.square().sum((0, 1, 3), dtype=torch.float64)
-                sums[place, student["layer"]] += heads.view(shape.kv_heads, -1).sum(1)
+                sums[place, student["layer"]] += heads.view(shape.kv_heads, -1).sum(1).to(device)
 
         self.eval()
         self._apart = self._chosen_alone = False  # the outputs alone

@@ -20,6 +20,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
+from compress.models.placement import input_device
 from compress.models.planned import has_routers, mixers_of, own_weights
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
@@ -123,7 +124,7 @@ def recover(
     check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch)
-    steps, device = settings.step_count, next(model.parameters()).device
+    steps, device = settings.step_count, input_device(model)
     accelerator = _accelerator(settings, device)
     batches.per_process(accelerator.num_processes)
     before, followed = _fingerprint(model), None if teacher is None else _fingerprint(teacher)
@@ -223,9 +224,10 @@ class _Student:
         for rows in torch.arange(len(leaf)).tensor_split(parts):
             place = slice(int(rows[0]), int(rows[-1]) + 1)
             with self._autocast(inputs):
-                logits = module.get_output_embeddings()(leaf[place])
+                device = inputs["input_ids"].device
+                logits = module.get_output_embeddings()(leaf[place]).to(device)
                 with torch.no_grad():
-                    other = None if dense is None else self.teacher.get_output_embeddings()(dense[place])
+                    other = None if dense is None else self.teacher.get_output_embeddings()(dense[place]).to(device)
             learn(
                 {"logits": logits},
                 None if other is None else {"logits": other},
@@ -291,7 +293,8 @@ def has_plain_head(model: Any) -> bool:
     ids = torch.arange(min(8, len(table)), device=table.device)[None]  # one alone may be padding, whose states are 0
     with frozen(model):
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(model.get_output_embeddings()(states), model(input_ids=ids, use_cache=False).logits)
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.equal(model.get_output_embeddings()(states).to(logits.device), logits)
 
 
 def _accelerator(settings: RecoverSettings, device: torch.device) -> Accelerator:
@@ -336,7 +339,7 @@ def _train_and_merge(
     """Train and leave plain modules behind. A model that is to be spread is trained as a copy: nothing undoes that."""
     spread = accelerator.distributed_type == DistributedType.FSDP
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    low = settings.low(next(model.parameters()).device)
+    low = settings.low(input_device(model))
     kept = {each.get_input_embeddings().weight.dtype for each in (model, teacher) if each is not None}
     as_kept = not spread and kept == {low}
     losses = settings.losses_of(routed=has_routers(model))
@@ -393,7 +396,7 @@ def _prepare(model: Any, settings: RecoverSettings, seed: int) -> Any:
     Raises:
         UserError: nothing to train.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     low = settings.low(device) if settings.train != "full" and not settings.shard else None
     own = own_weights(model)
     for weight in model.parameters():

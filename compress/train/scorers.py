@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from compress.models.placement import input_device
 from compress.models.reconstruction import Reconstruct, TokenScores, reconstructing
 from compress.models.retention import Measured
 from compress.runtime.scorer_ridge import scalars_of
@@ -168,7 +169,7 @@ class Scorers(nn.Module):
         def take(scores: TokenScores) -> None:
             measured.add(scores.layer, self.judged(scores), scores.wanted)
 
-        device = self._model[0].get_input_embeddings().weight.device
+        device = input_device(self._model[0])
         for length in batches.lengths:
             for text in batches.texts(length, self._objective.documents, start):
                 measured.begin(length)

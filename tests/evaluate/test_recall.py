@@ -38,6 +38,9 @@ class Rigged(torch.nn.Module):
         self.answers = answers
         self.batches: list[int] = []
 
+    def get_input_embeddings(self) -> Rigged:
+        return self
+
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
         assert options["use_cache"] and not options["do_sample"]
         self.batches.append(len(input_ids))

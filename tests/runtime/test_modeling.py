@@ -61,10 +61,8 @@ def test_a_cache_of_another_kind_is_refused_once_it_holds_tokens(dense, model):
         model(ids, past_key_values=filled)
 
 
-def test_generation_modes_that_take_tokens_back_are_refused(model):
+def test_what_a_plan_has_not_is_refused(model):
     ids = random_ids(1, 30)
-    with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
-        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)
     with pytest.raises(ValueError, match="brings its own"):
         model.generate(ids, cache_implementation="quantized", max_new_tokens=4)
     with pytest.raises(ValueError, match="no attention weights"):

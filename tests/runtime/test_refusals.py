@@ -143,21 +143,11 @@ def test_every_argument_that_a_layer_of_transformers_hands_on_is_known() -> None
     assert unknown == set()
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"tp_plan": "auto"},
-        {"tp_size": 2},
-        {"distributed_config": DistributedConfig(tp_plan="auto")},
-        {"distributed_config": DistributedConfig(tp_size=2)},
-        {"distributed_config": DistributedConfig(pp_size=2)},
-    ],
-    ids=str,
-)
-def test_splitting_a_model_over_processes_is_refused_before_it_loads(model: Any, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", [DistributedConfig(pp_size=2), {"pp_size": 2}], ids=["object", "dictionary"])
+def test_splitting_a_model_by_layers_is_refused_before_it_loads(model: Any, config: Any) -> None:
     for kind in (type(model), type(model.model)):
-        with pytest.raises(ValueError, match="a planned model cannot be split over processes by heads or layers"):
-            kind.from_pretrained("/nowhere", **how)
+        with pytest.raises(ValueError, match="a planned model cannot be split over processes by layers"):
+            kind.from_pretrained("/nowhere", distributed_config=config)
 
 
 def test_a_layer_with_a_part_of_the_heads_says_so(model: Any) -> None:
@@ -188,12 +178,6 @@ def test_cache_implementations_that_it_has_are_taken(model: Any, kind: str) -> N
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, cache_implementation=kind), expected)
     with pytest.raises(ValueError, match="were both given; give one of them"):
         model.generate(IDS, cache_implementation=kind, past_key_values=model.new_cache(), max_new_tokens=2)
-
-
-def test_a_planned_model_is_refused_as_an_assistant_and_with_one(dense: Any, model: Any) -> None:
-    for target, assistant in ((model, dense), (dense, model)):
-        with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
-            target.generate(IDS, assistant_model=assistant, max_new_tokens=4)
 
 
 def test_masks_of_other_forms_are_named(model: Any) -> None:

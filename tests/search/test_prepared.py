@@ -54,6 +54,7 @@ class Option:
     def __init__(self, target: Target, seed: int) -> None:
         self.target = target
         self.errors = torch.rand(4, 2, generator=torch.Generator().manual_seed(seed))
+        self.retention = None
 
 
 class Effects:

@@ -55,8 +55,7 @@ def test_costs_add_up() -> None:
 def test_every_option_is_a_target_of_its_own_kind_and_has_words() -> None:
     for name, target in targets.items():
         options = target.options(UNIT, [200])
-        # Which tokens stay of a text is said by thresholds, which a target in expectation takes from texts.
-        assert bool(options) != (target.by_layer or target.in_expectation) and all(
+        assert bool(options) != target.by_layer and all(
             option.target == name and option.words() and option.short() for option in options
         )
         assert len(set(options)) == len(options)

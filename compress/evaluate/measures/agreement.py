@@ -17,6 +17,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 
@@ -105,7 +106,7 @@ class Agreement(TextMeasure):
     def _choices(self, ids: Sequence[int], model: Any, number: int) -> torch.Tensor:
         """A model's most likely next token at every position of a window, int32 `[N]` on the CPU."""
         window = torch.tensor(ids[number * self.length : (number + 1) * self.length])
-        return _choices(model, window.to(next(model.parameters()).device))
+        return _choices(model, window.to(input_device(model)))
 
 
 def _choices(model: Any, window: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from compress.evaluate.measures.recall import WRITTEN, recall
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.limits import DOCUMENTS, ENTRIES, LONGEST
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.span import PAGE
@@ -242,7 +243,7 @@ class Distance(Measure):
 
     @torch.inference_mode()
     def _words(self, length: int, texts: Sequence[Associations], subject: Subject, step: Step) -> Result:
-        device = next(subject.model.parameters()).device
+        device = input_device(subject.model)
         items: list[Recalled] = []
         for number, text in enumerate(texts):
             ids = torch.tensor(text.tokens, device=device)

@@ -23,6 +23,7 @@ from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST
 from compress.models.branches import branched
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.reference import Rows
@@ -92,7 +93,7 @@ class Drift(TextMeasure):
     def _measured(self, ids: Sequence[int], subject: Subject, step: Step) -> Result:
         model = subject.model
         layers: dict[int, float] = {}
-        device = next(model.parameters()).device
+        device = input_device(model)
         with _beside(model, layers):
             if branched(model):
                 model.get_decoder()(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)

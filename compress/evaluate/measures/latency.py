@@ -14,6 +14,7 @@ from compress.evaluate.cell import Cell
 from compress.evaluate.device import device_name
 from compress.evaluate.measure import Inputs, Job, Measure, Result, Setting, Step, Subject
 from compress.limits import BATCH, LONGEST
+from compress.models.placement import input_device, placement_of, takes_graphs
 from compress.plan import ModelShape
 from compress.registry import measures
 
@@ -109,7 +110,7 @@ class Latency(Measure):
     def jobs(self, setting: Setting) -> list[Job]:
         self.check(setting.context)
         # Of another machine or torch the times are measured again.
-        device = setting.reader.loaded.model.device
+        device = input_device(setting.reader.loaded.model)
         machine = [device_name(device), torch.get_num_threads(), torch.__version__]
         return [Job("latency", ["latency", self.model_dump(mode="json"), machine], 1, self._measured)]
 
@@ -123,19 +124,19 @@ def latency(model: Any, dense: Any, request: Latency) -> LatencyResult:
     Raises:
         UserError: the dense model's layers slide over less than the prompt (see `side`).
     """
-    device = next(dense.parameters()).device
+    device = input_device(dense)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(dense.config.vocab_size, (request.batch, request.length), generator=generator).to(device)
     measured = side(model, ids, request.steps, beside=dense)
     other = measured if model is dense else side(dense, ids, request.steps, beside=model)
-    release(device)
+    release(*placement_of(dense).devices)
     return LatencyResult(
         length=request.length,
         batch=request.batch,
         own=_timing(measured),
         dense=_timing(other),
         backend=other.backend,
-        graph=device.type == "cuda",
+        graph=takes_graphs(dense),
     )
 
 

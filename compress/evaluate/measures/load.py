@@ -20,6 +20,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
@@ -205,7 +206,7 @@ class Load(TextMeasure):
         result = LoadResult(length=self.length, windows=self.windows)
         if not hasattr(model.config, "compress_plan"):
             return result
-        device = next(model.parameters()).device
+        device = input_device(model)
         heads: dict[int, _Sums] = {}
         mlps: dict[int, _Sums] = {}
         gates: dict[int, torch.Tensor] = {}

@@ -20,6 +20,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 
@@ -194,7 +195,7 @@ def perplexity(
     """
     request.check_fits(len(text), getattr(model.config, "max_position_embeddings", None))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
-    device = next(model.parameters()).device
+    device = input_device(model)
     per_position = torch.zeros(request.length, dtype=torch.float64)
     counts = torch.zeros(request.length, dtype=torch.long)
     window_nll = []

@@ -19,6 +19,7 @@ from compress.evaluate.measure import Inputs, Job, Measure, Reading, Result, Set
 from compress.evaluate.paired import wilson
 from compress.files import text_key
 from compress.models.cache_bytes import cache_bytes
+from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
@@ -235,7 +236,7 @@ def recall(
 
 def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list[list[int]], int | None]:
     """Answer tokens of each prompt, and the bytes that the cache holds for all of them."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     width = max(len(prompt.tokens) for prompt in batch)
     # The mask hides padding, so any token serves where the tokenizer has none of its own.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -34,7 +34,7 @@ from compress import registry
 from compress.errors import UserError
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced, facts_of, reads_inputs
-from compress.models.prepared import Prepared, found_for, prepared_for
+from compress.models.prepared import Prepared, found_for, placed_for, prepared_for
 from compress.profile.heads.base import HeadStatistic, Table
 from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
@@ -131,7 +131,9 @@ class Effect(HeadStatistic):
                 layers += layer_options[name].options(shape.kv_heads, shape.group_size, known)
             else:
                 priced += targets[name].options(unit, lengths, known)
-        chosen = tuple(target for target in dict.fromkeys(priced) if target.removes or not target.as_built)
+        chosen = tuple(
+            target for target in dict.fromkeys(priced) if (target.removes or not target.as_built) and not target.idle
+        )
         whole = tuple(dict.fromkeys(layers))
         if len(chosen) + len(whole) > MOST:
             raise UserError(
@@ -145,8 +147,12 @@ class Effect(HeadStatistic):
             raise UserError(
                 "there is nothing to price",
                 where="profile.statistics.effect.options",
-                expected="options that a layer of this model can have",
-                found=f"{shape.kv_heads} head groups of {shape.group_size} query heads",
+                expected="options that a layer of this model can have, and targets that change something",
+                found=f"{shape.kv_heads} head groups of {shape.group_size} query heads"
+                + "".join(f"; {target.words()}" for target in priced if target.idle),
+                fix="name options, for instance `options: {retain: {scorers: [ridge], shares: [0.125, 0.25]}}`"
+                if any(target.idle for target in priced)
+                else None,
             )
         return self.model_copy(update={"targets": chosen, "options": {}, "layers": whole})
 
@@ -200,9 +206,9 @@ class Effect(HeadStatistic):
         return {target for option in self._entries for targets in option.values() for target in targets}
 
     def add_layer(self, sums: Sums, layer: LayerTensors, item: Item) -> None:
-        groups = layer.key.shape[0]
+        groups, placed = layer.key.shape[0], placed_for(self._prepared)
         alternatives: dict[int, Sequence[Target]] = {
-            number: [target] * groups
+            number: [placed(target, layer.layer, group) for group in range(groups)]
             for number, target in enumerate(self.targets)
             if layer.window is None or target.as_built
         }

@@ -12,6 +12,7 @@ from compress.profile.passes.samples import Read, SamplePass
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.profile.statistic import Item, Reads
 from compress.profile.sums import Sheet
+from compress.runtime.impl import current
 
 if TYPE_CHECKING:
     from compress.profile.heads.base import HeadStatistic
@@ -57,7 +58,11 @@ class Feed:
         self.strip_bytes = strip_bytes
 
     def layer(self, tensors: LayerTensors) -> None:
-        """Take one layer."""
+        """Take one layer; the sums lie on one device, and all is computed there."""
+        with current(self.workspace.device):
+            self._take(tensors.on(self.workspace.device))
+
+    def _take(self, tensors: LayerTensors) -> None:
         fed = [
             (statistic, sums[self.item.length])
             for statistic, sums in zip(self.statistics, self.sheet.sums, strict=True)

@@ -22,6 +22,7 @@ import torch
 
 from compress.errors import UserError
 from compress.models.backward import loss_scale, recomputed
+from compress.models.placement import input_device
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.profile.passes.tiles import LayerTensors
 
@@ -79,14 +80,14 @@ class Capture:
         Raises:
             UserError: attention outputs or gradients that are not finite; names the layer.
         """
-        weight = self.model.get_input_embeddings().weight
+        device = input_device(self.model)
         if not self.gradient:
             with torch.no_grad():
-                self.model.base_model(**sample.body(weight.device))
+                self.model.base_model(**sample.body(device))
             return None
-        self._scale = loss_scale(weight.dtype)
+        self._scale = loss_scale(self.model.get_input_embeddings().weight.dtype)
         with torch.enable_grad(), recomputed(self.model, sample.length, chosen=self.checkpointing):
-            total, count = sample.loss(self.model(**sample.inputs(weight.device)))
+            total, count = sample.loss(self.model(**sample.inputs(device)))
             loss = total / count
             (loss * self._scale).backward()
         return float(loss.detach())

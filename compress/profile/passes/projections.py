@@ -13,6 +13,7 @@ import torch
 
 from compress.models.backward import loss_scale, recomputed
 from compress.models.families import check_reading
+from compress.models.placement import input_device
 from compress.models.replaced import frozen
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
@@ -71,16 +72,16 @@ class _Reader:
     def read(self, item: Item, sheet: Sheet) -> None:
         """See `samples.Read`."""
         self.sheet, sample, model = sheet, item.sample, self.subject.model
-        weight = model.get_input_embeddings().weight
+        device = input_device(model)
         if not self.gradient:
             with torch.no_grad(), self._taking():
-                model.base_model(**sample.body(weight.device))
+                model.base_model(**sample.body(device))
             return
-        scale = loss_scale(weight.dtype)
+        scale = loss_scale(model.get_input_embeddings().weight.dtype)
         self._drop_gradients()
         with torch.enable_grad(), recomputed(model, sample.length, chosen=self.checkpointing):
             with self._taking():
-                output = model(**sample.inputs(weight.device))
+                output = model(**sample.inputs(device))
             loss, _ = sample.loss(output)
             (loss * scale).backward()
         for layer in self.subject.units:

@@ -32,6 +32,7 @@ class ReconstructionPass(SamplePass):
 
             def read(item: Item, sheet: Sheet) -> None:
                 def take(scores: TokenScores) -> None:
+                    scores = scores.on(run.subject.device)
                     for statistic, sums in zip(statistics, sheet.sums, strict=True):
                         statistic.add_scores(sums[item.length], scores)
 

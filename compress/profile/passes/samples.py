@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from compress.errors import Problem, UserError
-from compress.models.memory import peak_bytes
+from compress.models.placement import most_bytes
 from compress.profile.passes.base import Pass, Run, Samples
 from compress.profile.statistic import Item, Results
 from compress.profile.sums import Sheet
@@ -63,7 +63,7 @@ class SamplePass(Pass):
                 message = _take(batch, totals, run, statistics, read)
                 before, done = done, done + len(batch)
                 run.partial.seconds += time.perf_counter() - started
-                run.partial.peak = max(run.partial.peak, peak_bytes(run.subject.device))
+                run.partial.peak = max(run.partial.peak, most_bytes(run.subject.model))
                 if done // interval > before // interval and run.processes.main:
                     self._save(run, step, done, totals)
                 run.report(done, len(queue), message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -65,6 +65,25 @@ class LayerTensors:
     scores: Scores | None = None
     hidden: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def on(self, device: torch.device) -> LayerTensors:
+        """The same on a device; itself where it lies there."""
+        if self.query.device == device:
+            return self
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            query=self.query.to(device),
+            key=self.key.to(device),
+            value=self.value.to(device),
+            output_gradient=moved(self.output_gradient),
+            scores=None if self.scores is None else Scores(self.scores.cap, moved(self.scores.extra)),
+            hidden=moved(self.hidden),
+            rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
+        )
 
 
 @dataclass

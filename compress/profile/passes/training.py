@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from compress.models.memory import peak_bytes
+from compress.models.placement import most_bytes
 from compress.profile.partial import Step
 from compress.profile.passes.base import Pass, Run, Samples
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
@@ -49,7 +49,7 @@ class TrainingPass(Pass):
                 started = time.perf_counter()
                 trained = statistic.train(run.subject, run.training, lengths, step, run.seed, run.report)
                 run.partial.seconds += time.perf_counter() - started
-                run.partial.peak = max(run.partial.peak, peak_bytes(run.subject.device))
+                run.partial.peak = max(run.partial.peak, most_bytes(run.subject.model))
                 run.partial.finish(step.name, {statistic.name: trained})
             results[statistic.name] = run.partial.done[step.name][statistic.name]
         return results

@@ -6,4 +6,5 @@ import compress.search.budget.decode_time
 import compress.search.budget.density
 import compress.search.budget.flops
 import compress.search.budget.kv
+import compress.search.budget.kv_bound
 import compress.search.budget.parameters  # noqa: F401  (importing a kind registers it)

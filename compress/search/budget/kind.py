@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.errors import Problem
 from compress.limits import BYTES, ENTRIES, LONGEST
 from compress.plan import Amount
-from compress.registry import Method
+from compress.registry import Method, budget_kinds
 
 if TYPE_CHECKING:
     from compress.search.dense import Dense
@@ -83,7 +83,10 @@ class Row:
     def amount_of(self, cost: Cost) -> Amount | None:
         """What a plan of this cost takes of the kind, beside the dense model; None where `report` says it better."""
         spent = self.amount(self.cost(cost))
-        return Amount(kind=self.kind, unit=self.unit, of=self.of, length=self.length, plan=spent, dense=self.dense)
+        varies = budget_kinds[self.kind].in_expectation and (cost.spread_bytes or cost.over_bytes)
+        about = {"spread": cost.spread_bytes, "most": spent + cost.over_bytes} if varies else {}
+        facts = {"kind": self.kind, "unit": self.unit, "of": self.of, "length": self.length}
+        return Amount(**facts, plan=spent, dense=self.dense, **about)
 
     def report(self, costs: Callable[[int], Cost]) -> dict[str, Any] | None:
         """What the provenance of a plan says under the kind's name besides its costs; for most kinds nothing.
@@ -122,11 +125,13 @@ class BudgetKind(Method):
         reads: fields of `Cost`.
         spent: whether it counts what a plan spends; else a share of it need not save anything.
         newer: whether it came after files were written that name all kinds, which then only do where it is given.
+        in_expectation: whether it counts a mean over texts, whose spread and bound are told beside it.
     """
 
     reads: ClassVar[tuple[str, ...]]
     spent: ClassVar[bool] = True
     newer: ClassVar[bool] = False
+    in_expectation: ClassVar[bool] = False
 
     @classmethod
     def value(cls, budget: Any) -> Any:

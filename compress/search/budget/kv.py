@@ -12,12 +12,16 @@ from compress.search.budget.kind import ShareByLength, Shares
 
 @budget_kinds.register("kv")
 class Kv(ShareByLength):
-    """KV bytes held, in whole pages; half of the dense model's where a budget gives no other kind."""
+    """KV bytes held, in whole pages; half of the dense model's where a budget gives no other kind.
+
+    A mean over texts, where what is held depends on them; `kv_bound` counts what is held at most.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("held_bytes",)
     unit: ClassVar[str] = "bytes"
     of: ClassVar[str] = "the dense KV bytes"
     whole_numbers: ClassVar[bool] = True
+    in_expectation: ClassVar[bool] = True
 
     kv: Annotated[
         float | dict[int, float] | None,

@@ -90,19 +90,20 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class GroupsOfLayer:
-    """All head groups of a layer that stay; a choice is one target for all of them."""
+    """All head groups of a layer that stay; a choice is one option for all of them, placed in each."""
 
     place: Place
     joint: ClassVar[bool] = False
     decides_groups: ClassVar[bool] = True
 
-    def put(self, draft: dict[str, Any], choice: Target) -> None:
-        """The target of every group that is not removed."""
-        draft["groups"][:] = [group if group.removes else choice for group in draft["groups"]]
+    def put(self, draft: dict[str, Any], choice: Sequence[Target]) -> None:
+        """The targets of the groups that are not removed."""
+        targets = iter(choice)
+        draft["groups"][:] = [group if group.removes else next(targets) for group in draft["groups"]]
 
-    def read(self, layer: LayerPlan) -> Target:
-        """The target of the groups."""
-        return layer.groups[layer.kept_groups[0]]
+    def read(self, layer: LayerPlan) -> tuple[Target, ...]:
+        """The targets of the groups that are not removed."""
+        return tuple(layer.groups[group] for group in layer.kept_groups)
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,14 @@ class Options:
 
 
 def by_layer(options: Sequence[Options]) -> list[Options]:
-    """The options of whole layers, from those of their head groups, which may choose the same targets."""
+    """The options of whole layers, from those of their head groups, which may choose the same in the same order."""
     layers: dict[int, list[Options]] = {}
     for unit in options:
         layers.setdefault(unit.unit.place[0], []).append(unit)
     return [
         Options(
             GroupsOfLayer((layer, 0)),
-            units[0].choices,
+            tuple(zip(*(unit.choices for unit in units), strict=True)),
             np.sum([unit.losses for unit in units], axis=0),
             np.sum([unit.costs for unit in units], axis=0),
         )

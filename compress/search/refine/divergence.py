@@ -9,6 +9,7 @@ import torch
 
 from compress.data.sample import Sample
 from compress.errors import UserError
+from compress.models.placement import input_device
 
 LIKELIEST = 256  # tokens of the dense model's distribution that are kept apart; all others count as one
 BATCH_TOKENS = {"cpu": 1, "cuda": 65_536}  # at least one document
@@ -32,7 +33,7 @@ class Divergence:
         if not documents:
             raise UserError("there are no documents to refine on", where="calibration.documents")
         self.documents = list(documents)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.likeliest: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(documents)
         with torch.no_grad():  # inference tensors could take no part in a backward pass
             for members in self.batches(range(len(documents))):

@@ -91,7 +91,8 @@ def sampled_effects(
         return tapped(output, add, query, key, value, output, *read)
 
     def tap_neurons(layer: int, mask: torch.Tensor) -> Any:
-        removed = mask.to(device, torch.float32)
+        _, down = output_projections(layers_of(model)[layer], model.config)
+        removed = mask.to(down.weight.device, torch.float32)
 
         def before(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             rows = current[1]
@@ -102,7 +103,6 @@ def sampled_effects(
 
             return (tapped(inputs[0], add, inputs[0]), *inputs[1:])
 
-        _, down = output_projections(layers_of(model)[layer], model.config)
         return down.register_forward_pre_hook(before)
 
     with (

@@ -110,20 +110,20 @@ def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Ta
     layers, windows, and the group's own last. Where the profile priced no rules, the targets that it did price are in
     place of the windows.
     """
-    groups = problem.shape.kv_heads
-    first: list[list[Target]] = [[FULL_GROUP] * groups]
+    first: list[Target] = [FULL_GROUP]
     if problem.dense.removes:
-        first.append([PRUNED] * groups)
-    prepared = [option.target for option in problem.prepared]
-    first += [[target] * groups for target in prepared]
-    whole = _layer_rows(problem, layers)
-    if problem.profile.grid is None:
-        first += [[target] * groups for target in problem.profile.priced if not target.removes]
-        return [[*first, *rows, list(layer.groups)] for layer, rows in zip(layers, whole, strict=True)]
-    return [
-        [*first, *rows, *_windows(problem, layer.groups), list(layer.groups)]
-        for layer, rows in zip(layers, whole, strict=True)
-    ]
+        first.append(PRUNED)
+    first += [option.target for option in problem.prepared if not option.target.idle]
+    if problem.effects is not None:
+        first += [target for target in problem.effects.priced if target.open]
+    windows = problem.profile.grid is not None
+    if not windows:
+        first += [target for target in problem.profile.priced if not target.removes]
+    rules = []
+    for number, (layer, whole) in enumerate(zip(layers, _layer_rows(problem, layers), strict=True)):
+        placed = [[problem.placed(target, (number, group)) for group in range(len(layer.groups))] for target in first]
+        rules.append([*placed, *whole, *(_windows(problem, layer.groups) if windows else ()), list(layer.groups)])
+    return rules
 
 
 def _layer_rows(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:

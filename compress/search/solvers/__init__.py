@@ -8,5 +8,6 @@ import compress.search.solvers.keep
 import compress.search.solvers.layers
 import compress.search.solvers.moa
 import compress.search.solvers.priced
+import compress.search.solvers.shares
 import compress.search.solvers.streaming
 import compress.search.solvers.uniform  # noqa: F401  (importing a solver registers it)

@@ -89,7 +89,9 @@ class Keep(Solver):
             UserError: nothing was prepared or priced, and the recipe names no target; or it is one of whole layers,
                 and single groups are to stay full.
         """
-        prepared = [option.target for option in problem.prepared]
+        prepared = [option.target for option in problem.prepared if not option.target.idle]
+        if problem.effects is not None:
+            prepared += [target for target in problem.effects.priced if target.open]
         found = prepared or [target for target in problem.profile.priced if not target.removes]
         if self.target is not None:
             found = [self.target]

@@ -80,7 +80,7 @@ class Priced(Frontier, LeastSaving):
             UserError: nothing was.
         """
         if self.part == "error":
-            priced = [option.target for option in problem.prepared]
+            priced = [option.target for option in problem.prepared if not option.target.idle]
         else:
             priced = [target for target in problem.priced if not target.removes and not target.by_layer]
         if not priced and not self._layer_options(problem):
@@ -168,7 +168,8 @@ class Priced(Frontier, LeastSaving):
             for group in layer.kept_groups:
                 place = (number, group)
                 count = len(targets) if place in free else 1
-                unit = Options(HeadGroup(place), tuple(targets[:count]), losses[number, group, :count], costs[:count])
+                choices = tuple(problem.placed(target, place) for target in targets[:count])
+                unit = Options(HeadGroup(place), choices, losses[number, group, :count], costs[:count])
                 options.append(unit)
         if self.level == "layer":
             return [unit.kept() for unit in self._with_whole(problem, by_layer(options))]
@@ -195,8 +196,8 @@ class Priced(Frontier, LeastSaving):
             if number not in whole:
                 units.append(unit)
                 continue
-            other, count = whole[number], problem.shape.kv_heads
-            choices = (*((target,) * count for target in unit.choices), *other.choices)
+            other = whole[number]
+            choices = (*unit.choices, *other.choices)
             losses, costs = np.vstack([unit.losses, other.losses]), np.vstack([unit.costs, other.costs])
             units.append(Options(other.unit, choices, losses, costs))
         return units

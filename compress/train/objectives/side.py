@@ -32,4 +32,5 @@ class Side(Objective):
         reported = student["record"].losses
         if self.loss_name not in reported:
             raise ValueError(f"no mixer reports a loss {self.loss_name!r}; reported: {', '.join(reported) or 'none'}")
-        return self.count(inputs) * torch.stack(reported[self.loss_name]).sum()
+        found = reported[self.loss_name]  # layers may lie on several devices
+        return self.count(inputs) * torch.stack([loss.to(found[0].device) for loss in found]).sum()

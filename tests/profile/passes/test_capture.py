@@ -103,7 +103,7 @@ def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) 
     model = tiny_model("llama-gqa")
     estimate = backward.activation_bytes(model, 1000, 4)
     for free, expected in ((estimate * 5, False), (estimate * 3, True), (None, False)):
-        monkeypatch.setattr(backward, "available_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(backward, "free_bytes", lambda _, free=free: free)
         with backward.recomputed(model, 1000) as found:
             assert found is expected and model.model.layers[0].training is expected
         assert not model.model.layers[0].training
