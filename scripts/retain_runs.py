@@ -39,7 +39,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -51,23 +51,29 @@ from compress.data.questions import TASKS, Question, QuestionedText, questioned_
 from compress.data.reader import Reader
 from compress.data.text import UndividedText
 from compress.environment import environment
+from compress.errors import UserError
 from compress.evaluate.asked import ask, asked_tokens, is_answered, read_text
 from compress.evaluate.logits import logits_in_slices
 from compress.evaluate.oracle import give_scores, kept_at, likely_behind, losses_behind, oracle_scores
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel, load_model
 from compress.models.planned import planned_model
-from compress.models.prepared import PreparedOption, attach, prepared_for, read_prepared
+from compress.models.prepared import attach, prepared_for, read_prepared
 from compress.models.reconstruction import TokenScores, reconstructing
 from compress.models.retention import spearman
-from compress.plan import ModelShape, Plan, make_plan, read_plan, uniform_plan
+from compress.plan import ModelShape, Plan, plan_of_layers, read_plan, uniform_plan
 from compress.runfolder import PREPARED
+from compress.search.budget.budget import Budget
+from compress.search.dense import Dense
+from compress.search.problem import Problem
+from compress.search.solver import Solver
+from compress.search.solvers.shares import Shares
+from compress.search.solvers.uniform import Uniform
 from compress.stages.device import resolve_device
 from compress.stages.prepare import prepare_stage
 from compress.stages.session import Session
 from compress.targets.retain import RetainGroup
 from compress.targets.span import visible_keys
-from compress.targets.window import WindowGroup
 from scripts import rows
 
 ROOM = 128  # tokens for a question and its answer, so that a text with them has `--length` at most
@@ -94,7 +100,7 @@ def main() -> None:
         options.length, options.shares, options.window = 1536, "50,25", 64
         options.prompts, options.windows, options.dtype, options.at_once = 2, 1, "float32", 1
         options.prepare_tokens, options.prepare_lengths, options.documents = 2048, "256,512", 2
-        options.written, options.written_length, options.minutes = 1024, 256, 60.0
+        options.written, options.written_length, options.minutes = 0, 256, 60.0
     rows.main(options, ROWS, run_row, print_table)
 
 
@@ -315,80 +321,46 @@ def dense_bytes(shape: ModelShape, model: Any) -> Callable[[int], int]:
     return lambda length: shape.dense_cost(length, model.dtype.itemsize).held_bytes
 
 
-def share_to_keep(options: argparse.Namespace, loaded: LoadedModel, scorer: str, share: float) -> float | None:
-    """The share of the tokens before the window with which a plan has so many percent of the dense bytes.
+class NothingMeasured:
+    """In place of a profile, for solvers that read none."""
 
-    None where the window and the sinks alone have more.
-    """
+    grid = None
+    priced = priced_layers = ()
+
+    def __init__(self, length: int) -> None:
+        self.lengths = (length,)
+
+
+def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, share: float) -> Plan | None:
+    """The plan of a solver with so many percent of the dense bytes; None where none has so few."""
     length, itemsize = options.length - ROOM, loaded.model.dtype.itemsize
-    limit = share / 100 * loaded.shape.dense_cost(length, itemsize).held_bytes
-
-    def fits(kept: float) -> bool:
-        group = RetainGroup(scorer=scorer, alpha=options.window, threshold=0.0, share=kept)
-        return uniform_plan(loaded.shape, group).cost(length, itemsize).held_bytes <= limit
-
-    return largest(fits, 0.0, 1.0) if fits(0.0) else None
-
-
-def largest(fits: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest number between two that fits, by halves; `low` fits."""
-    if fits(high):
-        return high
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    budget = Budget.model_validate({"kv": share / 100, "lengths": [length]})
+    unknown: Any = NothingMeasured(length)
+    dense = Dense(loaded.shape, itemsize)
+    problem = Problem(dense, unknown, budget.rows(dense, [length]), prepared=prepared_for(loaded.model))
+    try:
+        (candidate,) = solver.solve(problem)
+    except UserError as error:
+        print(f"{solver.words()} at {share:g}%: {error}", flush=True)
+        return None
+    return plan_of_layers(loaded.shape, candidate.layers)
 
 
-def option_of(loaded: LoadedModel, scorer: str) -> PreparedOption:
-    """The prepared scorer."""
-    found = prepared_for(loaded.model)
-    return next(option for option in found if option.target == RetainGroup(scorer=scorer))
-
-
-def retain_plan(
-    options: argparse.Namespace, loaded: LoadedModel, scorer: str, kept: float, one_threshold: bool = False
-) -> Plan:
-    """A plan that keeps a share of the tokens before the window, with thresholds from the preparation.
+def retain_row(scorer: str, same: Literal["share", "threshold"] = "share") -> Callable[..., Iterator[dict[str, Any]]]:
+    """The row of a scorer.
 
     Args:
-        one_threshold: for all head groups; otherwise each has the one that keeps the share there.
+        same: what all head groups have in common, the share of the tokens or the threshold.
     """
-    retention = option_of(loaded, scorer).retention
-    assert retention is not None
-    group = RetainGroup(scorer=scorer, alpha=options.window)
-    if one_threshold:
-        known = retention.thresholds[~retention.thresholds.isnan()]
-        low, high = float(known.min()) - 1, float(known.max()) + 1
-        # The higher a threshold the less is kept, so it is the negative one that grows with the share.
-        tau = -largest(lambda less: float(retention.above(-less)[0].nanmean()) <= kept, -high, -low)
-        share, spread = retention.above(tau)
-        threshold = torch.full_like(share, tau)
-    else:
-        threshold, spread = retention.at(kept)
-        share = torch.full_like(threshold, kept)
-    groups = [
-        [
-            group.model_copy(update={"threshold": tau, "share": min(1.0, part), "spread": min(1.0, off)})
-            for tau, part, off in zip(*row, strict=True)
-        ]
-        for row in zip(threshold.tolist(), share.tolist(), spread.tolist(), strict=True)
-    ]
-    return make_plan(loaded.shape, groups)
-
-
-def retain_row(scorer: str, one_threshold: bool = False) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The row of a scorer."""
 
     def run(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
         dense = dense_bytes(loaded.shape, loaded.model)
+        solver = Shares(same=same, target=RetainGroup(scorer=scorer, alpha=options.window))
         for share in shares_of(options):
-            kept = share_to_keep(options, loaded, scorer, share)
-            if kept is None:
-                continue
-            plan = retain_plan(options, loaded, scorer, kept, one_threshold)
-            name = f"{scorer}, one threshold" if one_threshold else scorer
-            yield measure(name, share, planned_model(loaded.model, plan), asked, dense)
+            plan = solved(options, loaded, solver, share)
+            if plan is not None:
+                name = scorer if same == "share" else f"{scorer}, one threshold"
+                yield measure(name, share, planned_model(loaded.model, plan), asked, dense)
 
     return run
 
@@ -404,16 +376,11 @@ def refined_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) 
 
 def uniform_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
     """The largest window that has the bytes, in every head group."""
-    dense, length = dense_bytes(loaded.shape, loaded.model), options.length - ROOM
-
-    def plan_of(pages: float) -> Plan:
-        return uniform_plan(loaded.shape, WindowGroup(sink=64, alpha=64 * max(1, int(pages)), beta=0.0))
-
     for share in shares_of(options):
-        limit = share / 100 * dense(length)
-        itemsize = loaded.model.dtype.itemsize
-        pages = largest(lambda n: plan_of(n).cost(length, itemsize).held_bytes <= limit, 1, length / 64)  # noqa: B023
-        yield measure("uniform windows", share, planned_model(loaded.model, plan_of(pages)), asked, dense)
+        plan = solved(options, loaded, Uniform(), share)
+        if plan is not None:
+            model = planned_model(loaded.model, plan)
+            yield measure("uniform windows", share, model, asked, dense_bytes(loaded.shape, loaded.model))
 
 
 def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -486,9 +453,10 @@ def rule_cells(
     """Retain heads that are told what KVzip+ keeps, with one threshold over all head groups."""
     device = loaded.model.get_input_embeddings().weight.device
     for share in shares_of(options):
-        kept = share_to_keep(options, loaded, "key_norm", share)
-        if kept is None:
+        plan = solved(options, loaded, Shares(target=RetainGroup(scorer="key_norm", alpha=options.window)), share)
+        if plan is None:
             continue
+        kept = float(plan.layers[0].groups[0].model_dump()["share"])
         group = RetainGroup(scorer="key_norm", alpha=options.window, threshold=0.5, share=kept)
         model = planned_model(loaded.model, uniform_plan(loaded.shape, group))
 
@@ -509,7 +477,7 @@ def scorers_of(loaded: LoadedModel, scorer: str) -> dict[int, Any]:
 ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "oracle": oracle_row,
     **{scorer: retain_row(scorer) for scorer in SCORERS},
-    **{f"{scorer}-global": retain_row(scorer, one_threshold=True) for scorer in GLOBAL},
+    **{f"{scorer}-global": retain_row(scorer, "threshold") for scorer in GLOBAL},
     "refined": refined_row,
     "uniform": uniform_row,
 }
