@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import pytest
 import torch
 
-from tests import processes
+from tests import interpreter, processes
 
 # Kernels run in Triton's interpreter where there is no GPU. Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
@@ -37,6 +37,12 @@ def fresh() -> Iterator[Callable[..., Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "run_fresh", processes.run_fresh)
         yield own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hastened_interpreter() -> None:
+    """Kernels run as they do, without what the interpreter computes for nobody."""
+    interpreter.hasten()
 
 
 @pytest.fixture(scope="session", autouse=True)

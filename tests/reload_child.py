@@ -4,7 +4,6 @@ Usage: python reload_child.py SCRATCH CHECKPOINT [CHECKPOINT ...]
 """
 
 import gc
-import importlib
 import json
 import os
 import sys
@@ -19,10 +18,6 @@ def main(scratch: Path, folders: list[Path]) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel, AutoModelForCausalLM
 
-    # All checkpoints carry the same files, which are compiled once here.
-    sys.path.insert(0, str(Path(__file__).parent))
-    importlib.import_module("zygote").compile_runtime()
-    del sys.path[0]
     gc.freeze()  # what is imported is not looked at again in every collection
     try:
         import compress  # noqa: F401

@@ -32,6 +32,7 @@ MODULES = [
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
 ]
+RUNTIME = sorted((pathlib.Path(__file__).parents[1] / "compress" / "runtime").glob("*.py"))
 Order = dict[str, Any]
 
 
@@ -43,6 +44,7 @@ def import_all() -> None:
 
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, and keeps them
     compile_runtime()
+    read_imports()
     if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
         sys.exit("zygote: an import has started a thread, so that a fork would not be safe")
     if any(name.partition(".")[0] == "compress" for name in sys.modules):
@@ -51,8 +53,7 @@ def import_all() -> None:
 
 def compile_runtime() -> None:
     """Compile the runtime's files once: every checkpoint carries copies, which every child would compile anew."""
-    paths = sorted((pathlib.Path(__file__).parents[1] / "compress" / "runtime").glob("*.py"))
-    known = {path.read_bytes(): path for path in paths}
+    known = {path.read_bytes(): path for path in RUNTIME}
     codes = {data: compile(data, path, "exec", dont_inherit=True) for data, path in known.items()}
     loader: Any = importlib.machinery.SourceFileLoader
     usual = loader.source_to_code
@@ -62,6 +63,23 @@ def compile_runtime() -> None:
         return code if code is not None else usual(self, data, path, **options)
 
     loader.source_to_code = source_to_code
+
+
+def read_imports() -> None:
+    """Note what files import, the runtime's first: transformers parses every copy of them anew at every load."""
+    from transformers import dynamic_module_utils
+
+    for name in ("get_imports", "get_relative_imports"):
+        usual = getattr(dynamic_module_utils, name)
+        known = {path.read_bytes(): usual(path) for path in RUNTIME}
+
+        def read(path: Any, usual: Any = usual, known: dict[bytes, list[str]] = known) -> list[str]:
+            data = pathlib.Path(path).read_bytes()
+            if data not in known:
+                known[data] = usual(path)
+            return list(known[data])
+
+        setattr(dynamic_module_utils, name, read)
 
 
 def serve(channel: socket.socket) -> Order:

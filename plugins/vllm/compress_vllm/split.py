@@ -1,0 +1,143 @@
+"""One attention module of vLLM for each rule of a layer, in place of one for all its heads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+from compress_vllm.backend import SpanBackend
+from compress_vllm.plan import Layer, Part, check_ranks, of_rank, parts_of, slot_of
+from compress_vllm.rule import Rule
+from compress_vllm.spec import SpanSpec
+
+ARGUMENTS = "_compress_arguments"
+KNOWN = frozenset(inspect.signature(Attention.__init__).parameters) - {"self", "extra_impl_args"}
+
+
+@contextmanager
+def arguments_kept() -> Iterator[None]:
+    """Inside, every `Attention` keeps the arguments that it was made with, so that it can be made for fewer heads."""
+    stock, signature = Attention.__init__, inspect.signature(Attention.__init__)
+
+    @wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        del given["self"]
+        extra = {name: value for name, value in given.pop("extra_impl_args", {}).items() if value is not None}
+        vars(self)[ARGUMENTS] = given | extra
+
+    Attention.__init__ = init
+    try:
+        yield
+    finally:
+        Attention.__init__ = stock
+
+
+def split(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Replace the attention of every layer by a `SplitAttention`, wherever the model class keeps it.
+
+    Raises:
+        ValueError: the ranks of tensor parallelism do not all have the same rules; or attention with what its parts
+            cannot have.
+    """
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    check_ranks(layers, ranks)
+    slot, done = slot_of(layers, ranks), 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Attention:
+                layer = layers[extract_layer_index(child.layer_name)]
+                setattr(module, name, SplitAttention(child, parts_of(of_rank(layer.rules, rank, ranks), slot)))
+                done += 1
+    if not done:
+        raise ValueError("the plan is not in effect: vLLM's class of this model has no attention module that is known")
+
+
+class SpanAttention(Attention):
+    """Heads with sinks, or a window that grows: a cache and a backend of their own."""
+
+    def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
+        super().__init__(*args, attn_backend=SpanBackend, **kwargs)
+        self.rule = rule
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SpanSpec:
+        """What the scheduler is told."""
+        return SpanSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+            sliding_window=max(1, self.rule.alpha),
+            rule=self.rule,
+        )
+
+
+class SplitAttention(nn.Module):
+    """As `Attention`, for heads that differ in what they see and keep."""
+
+    def __init__(self, whole: Attention, parts: Sequence[Part]) -> None:
+        super().__init__()
+        given = dict(getattr(whole, ARGUMENTS))
+        unknown = sorted(given.keys() - KNOWN)
+        if unknown or given.get("kv_sharing_target_layer_name") is not None:
+            what = f"`{unknown[0]}`" if unknown else "the cache of another layer"
+            raise ValueError(f"{whole.layer_name}: attention with {what} cannot be split by head groups")
+        # It was entered where the scheduler looks for caches.
+        del get_current_vllm_config().compilation_config.static_forward_context[whole.layer_name]
+        self.groups, self.size, self.size_v = whole.num_kv_heads, whole.head_size, whole.head_size_v
+        self.share = whole.num_heads // whole.num_kv_heads
+        self.parts = nn.ModuleList()
+        self.places = [_place(part.groups) for part in parts]
+        for number, part in enumerate(parts):
+            given |= {
+                "num_heads": len(part.groups) * self.share,
+                "num_kv_heads": len(part.groups),
+                "prefix": f"{whole.layer_name}_part{number}",
+            }
+            self.parts.append(_attention(given, part.rule))
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_shape: torch.Size | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Attention of `[tokens, heads x size]`, each head group in the module of its rule."""
+        count = query.shape[0]
+        query = query.reshape(count, self.groups, self.share * self.size)
+        key = key.reshape(count, self.groups, self.size)
+        value = value.reshape(count, self.groups, self.size_v)
+        output = query.new_empty(count, self.groups, self.share * self.size_v, dtype=output_dtype)
+        for part, place in zip(self.parts, self.places, strict=True):
+            inputs = (tensor[:, place].flatten(1) for tensor in (query, key, value))
+            output[:, place] = part(*inputs, output_dtype=output_dtype).view(count, -1, self.share * self.size_v)
+        return output.view(count, -1) if output_shape is None else output.view(output_shape)
+
+
+def _attention(given: dict[str, Any], rule: Rule | None) -> Attention:
+    """One part: vLLM's own attention where that knows the rule."""
+    if rule is None:
+        return Attention(**given)
+    if rule.is_plain:
+        return Attention(**given | {"per_layer_sliding_window": max(1, rule.alpha)})
+    return SpanAttention(**given, rule=rule)
+
+
+def _place(groups: tuple[int, ...]) -> Any:
+    """An index of head groups: a slice, which copies less, where they lie behind each other."""
+    first, last = groups[0], groups[-1]
+    return slice(first, last + 1) if groups == tuple(range(first, last + 1)) else list(groups)

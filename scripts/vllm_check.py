@@ -1,0 +1,387 @@
+#!/usr/bin/env python3
+"""Serves checkpoints in vLLM on a CPU, with the plugin of plugins/vllm, and compares with transformers.
+
+    scripts/vllm_check [--out FILE] [--speed] [NAME ...]       makes vLLM's environment and calls this file
+    scripts/vllm_check.py --python VLLM/bin/python ...         with an environment that is there
+
+Greedy tokens, one request at a time and eight at once, prompts whole and in chunks; the blocks that each head group
+held against its span; prefixes from the cache; ranks of tensor parallelism; native checkpoints. With --speed also how
+many requests run at once in the same memory, dense and by a plan. All in float32; the exit status is 1 where anything
+differs. Weights are those of SmolLM2 and random ones of small models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from compress.export.layout import copy_runtime, point_to_runtime
+from compress.export.native import native_model
+from compress.models.families import family_of
+from compress.models.load import load_model
+from compress.models.planned import patched_model, planned_model
+from compress.models.shape import shape_of
+from compress.plan import LayerPlan, Mlp, Plan, make_plan, plan_of_layers, read_plan
+from compress.targets.full import FullGroup
+from compress.targets.pruned import PrunedGroup
+from compress.targets.window import WindowGroup
+from compress_vllm.families import ROWS
+from compress_vllm.plan import read_layers
+from compress_vllm.rule import Rule
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+ENGINE = Path(__file__).with_name("vllm_engine.py")
+HALF = ROOT / "profiles" / "smollm2-135m" / "quickstart.plan.json"
+QUARTER = ROOT / "profiles" / "smollm2-135m" / "quarter.plan.json"
+SINKS = (
+    FullGroup(),
+    WindowGroup(sink=4, alpha=30, beta=0.0),
+    WindowGroup(sink=64, alpha=40, beta=0.25),
+    WindowGroup(sink=0, alpha=48, beta=0.0),
+    WindowGroup(sink=0, alpha=5, beta=0.5),
+)
+SLIDES = WindowGroup(sink=0, alpha=50, beta=0.0)
+
+
+@dataclass
+class Job:
+    """One engine: a checkpoint, options, rounds of prompts with the tokens that transformers gives.
+
+    Attributes:
+        layers: per layer, the rule of every head group that stays, None where it sees everything; None of a stock
+            architecture.
+        fails: what the engine's error has to say, where it must not start.
+        cached: the tokens that each prompt of the last round finds in the cache; None where it is not asked.
+    """
+
+    name: str
+    model: Path
+    prompts: list[list[int]]
+    expected: list[list[int]]
+    sizes: tuple[int, ...] = (0,)
+    options: dict[str, Any] = field(default_factory=dict)
+    layers: list[tuple[Rule | None, ...]] | None = None
+    fails: str | None = None
+    cached: list[int] | None = None
+    poison: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """What the engine's script reads."""
+        rounds = [{"prompts": self.prompts, "at_once": size, "new": len(self.expected[0])} for size in self.sizes]
+        return {
+            "name": self.name,
+            "model": str(self.model),
+            "options": self.options,
+            "rounds": rounds,
+            "poison": self.poison,
+            "in_process": "tensor_parallel_size" not in self.options,
+        }
+
+
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    """What transformers generates behind each prompt."""
+    found = []
+    for ids in prompts:
+        row = torch.tensor([list(ids)])
+        with torch.inference_mode():
+            out = model.generate(
+                row,
+                attention_mask=torch.ones_like(row),
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        found.append(out[0, len(ids) :].tolist())
+    return found
+
+
+def write_patched(dense: Any, plan: Plan, folder: Path) -> tuple[Any, list[tuple[Rule | None, ...]]]:
+    """A checkpoint with its own code, as `compress export` writes it without tokenizer and card; and its rules."""
+    model = patched_model(planned_model(dense, plan), plan)
+    model.save_pretrained(folder)
+    copy_runtime(folder)
+    point_to_runtime(folder, family_of(model.config))
+    row = next(row for row in ROWS if row.planned == type(model).__name__)
+    layers = read_layers(model.config.compress_plan, row, model.config)
+    windows = plan.model.native_windows
+    own = [None if window is None else Rule(0, window, 0) for window in windows]
+    return model, [
+        tuple(native if rule is None else rule for rule in layer.rules)
+        for layer, native in zip(layers, own, strict=True)
+    ]
+
+
+def small_model(family: str) -> Any:
+    """A random model whose heads are as long as vLLM's kernels for CPUs want them."""
+    sizes = dict(tiny.SIZES)
+    tiny.SIZES.update(hidden_size=128)
+    try:
+        stock = family in tiny.CONFIGS
+        config = (
+            tiny.CONFIGS[family]()
+            if stock
+            else transformers.AutoConfig.for_model(family, **tiny.SIZES | tiny.MORE[family])
+        )
+    finally:
+        tiny.SIZES.update(sizes)
+    if getattr(config, "head_dim", None) in (12, 16):
+        config.head_dim = 32
+    if hasattr(config, "rotary_dim"):
+        config.rotary_dim = 16
+    # What the tests give every family, and only some know.
+    for name in ("num_key_value_heads", "moe_intermediate_size"):
+        if name not in type(config)().to_dict():
+            vars(config).pop(name, None)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def small_prompts() -> list[list[int]]:
+    """Two prompts of another length each."""
+    return [[4 + (number * 7) % 90 for number in range(300)], [4 + (number * 11) % 90 for number in range(150)]]
+
+
+def tiny_jobs(folder: Path) -> Iterator[Job]:
+    """Small random models of every family with full heads, sinks and windows, fixed and growing."""
+    prompts = small_prompts()
+    for family in sorted({"llama-gqa", "gemma3", "ministral", "mistral", "phi3", "qwen2", "qwen3", *tiny.MORE}):
+        dense = small_model(family)
+        model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
+        job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
+        job.options = {"max_num_batched_tokens": 128}
+        if family == "gpt_oss":
+            job.fails = "attention with `sinks` cannot be split by head groups"
+        yield job
+
+
+def special_jobs(folder: Path) -> Iterator[Job]:
+    """Unequal widths, freed memory full of NaN, two ranks, prefixes from the cache."""
+    prompts, dense = small_prompts(), small_model("llama-mha")
+    shape = shape_of(dense)
+    window, other = WindowGroup(sink=4, alpha=30, beta=0.0), WindowGroup(sink=64, alpha=40, beta=0.25)
+    narrow = LayerPlan(groups=(window, FullGroup(), PrunedGroup(), window), mlp=Mlp.of(range(32)))
+    whole = LayerPlan(groups=(FullGroup(), other, other, FullGroup()))
+    plan = plan_of_layers(shape, [narrow, whole, narrow])
+    model, layers = write_patched(dense, plan, folder / "widths")
+    yield Job("layers of other widths", folder / "widths", prompts, greedy(model, prompts, 24), layers=layers)
+
+    full = FullGroup()
+    plan = make_plan(shape, [(full, window, window, full), (other, window, window, other), (full,) * 4])
+    model, layers = write_patched(dense, plan, folder / "ranks")
+    expected = greedy(model, prompts, 24)
+    yield Job("freed blocks hold NaN", folder / "ranks", prompts, expected, layers=layers, poison=True)
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    yield Job("two ranks of tensor parallelism", folder / "ranks", prompts, expected, layers=layers, options=ranks)
+
+    shared = [[*prompts[0][:288], 5, 6, 7], [*prompts[0][:288], 8, 9, 10, 11]]
+    job = Job("prefixes from the cache", folder / "ranks", shared, greedy(model, shared, 24), layers=layers)
+    job.options, job.sizes, job.cached = {"enable_prefix_caching": True}, (1, 1), [288, 288]
+    yield job
+
+
+def native_jobs(folder: Path) -> Iterator[Job]:
+    """Stock architectures with layers that slide, and pruned ones."""
+    prompts = small_prompts()
+    flag = {"model_impl": "transformers"}
+    for family in ("llama-gqa", "mistral", "qwen2", "qwen3"):
+        dense = small_model(family)
+        shape = shape_of(dense)
+        plan = make_plan(shape, [[target] * shape.kv_heads for target in (SLIDES, FullGroup(), SLIDES)])
+        model = native_model(planned_model(dense, plan), plan)
+        path = folder / f"native-{family}"
+        model.save_pretrained(path)
+        expected = greedy(model, prompts, 24)
+        assert expected != greedy(dense, prompts, 24)
+        needs_flag = family.startswith("qwen")
+        yield Job(f"native {family}, windows", path, prompts, expected, options=flag if needs_flag else {})
+        if needs_flag:
+            stops = "Sliding window for some but all layers is not supported"
+            yield Job(f"native {family}, without the flag", path, prompts, expected, fails=stops)
+    for family in ("llama-gqa", "llama-mha", "qwen2", "qwen3"):
+        dense = small_model(family)
+        shape = shape_of(dense)
+        groups = (FullGroup(),) * (shape.kv_heads - 1) + (PrunedGroup(),)
+        plan = plan_of_layers(shape, [LayerPlan(groups=groups, mlp=Mlp.of(range(32)))] * shape.layers)
+        model = native_model(planned_model(dense, plan), plan)
+        path = folder / f"pruned-{family}"
+        model.save_pretrained(path)
+        yield Job(f"native {family}, pruned", path, prompts, greedy(model, prompts, 24))
+
+
+def smollm2_jobs(folder: Path) -> Iterator[Job]:
+    """SmolLM2 by its half plan, and by one with sinks, growing windows and layers without some heads; 20 texts."""
+    loaded = load_model("demo/smollm2-135m")
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = loaded.tokenizer.encode(text)
+    prompts = [ids[number * 600 : number * 600 + 90 + 21 * number] for number in range(20)]
+    shape = shape_of(loaded.model)
+    kinds = [SINKS[number % len(SINKS)] for number in range(shape.layers * shape.kv_heads)]
+    rows = [tuple(kinds[layer * 3 : layer * 3 + 3]) for layer in range(shape.layers)]
+    mixed = plan_of_layers(
+        shape,
+        [
+            LayerPlan(groups=(*row[:2], PrunedGroup()), mlp=Mlp.of(range(1024)))
+            if layer % 5 == 4
+            else LayerPlan(groups=row)
+            for layer, row in enumerate(rows)
+        ],
+    )
+    dense = greedy(loaded.model, prompts[-3:], 16)
+    for name, plan in (("half", read_plan(HALF)), ("sinks, growing, pruned", mixed)):
+        path = folder / f"smollm2-{name.partition(',')[0]}"
+        model, layers = write_patched(loaded.model, plan, path)
+        expected = greedy(model, prompts, 16)
+        assert expected[-3:] != dense, "the plan hides nothing of these prompts"
+        for how, tokens in (("whole", 4096), ("in chunks of 128", 128)):
+            job = Job(f"SmolLM2, {name}: {how}", path, prompts, expected, (1, 8), layers=layers)
+            job.options = {"max_num_batched_tokens": tokens}
+            yield job
+
+
+SETS: dict[str, Callable[[Path], Iterator[Job]]] = {
+    "tiny": tiny_jobs,
+    "special": special_jobs,
+    "native": native_jobs,
+    "smollm2": smollm2_jobs,
+}
+
+
+def check(job: Job, result: dict[str, Any]) -> list[str]:
+    """What of a result is not as it has to be."""
+    error = result.get("error")
+    if job.fails is not None:
+        return [] if error and job.fails in error else [f"expected the error {job.fails!r}, got {error or 'none'}"]
+    if error:
+        return [error]
+    wrong = []
+    for size, round_ in zip(job.sizes, result["rounds"], strict=True):
+        same = sum(one == other for one, other in zip(round_["tokens"], job.expected, strict=True))
+        if same < len(job.expected):
+            wrong.append(f"{same} of {len(job.expected)} texts are the same, {size or 'all'} at once")
+    if job.cached is not None and result["rounds"][-1]["cached"] != job.cached:
+        wrong.append(f"tokens from the cache: {result['rounds'][-1]['cached']}, expected {job.cached}")
+    if job.layers is not None:
+        wrong += check_groups(job.layers, result["groups"])
+        if job.cached is None:
+            wrong += check_held(result)
+    return wrong
+
+
+def rule_of(group: dict[str, Any]) -> Rule | None:
+    """The rule of a KV cache group of the engine."""
+    if group["rule"] is not None:
+        return Rule(*group["rule"])
+    return Rule(0, group["window"], 0) if group["kind"] == "SlidingWindowSpec" else None
+
+
+def check_groups(layers: list[tuple[Rule | None, ...]], groups: list[dict[str, Any]]) -> list[str]:
+    """Whether the engine has as many heads of each rule in each layer as the plan."""
+    found: Counter[tuple[int, Rule | None]] = Counter()
+    for group in groups:
+        for module in group["modules"]:
+            found[int(module.split("layers.")[-1].split("h.")[-1].split(".")[0]), rule_of(group)] += group["heads"]
+    wanted = Counter((number, rule) for number, row in enumerate(layers) for rule in row)
+    ranks = sum(wanted.values()) // sum(found.values())  # the engine's groups are those of one
+    for (number, rule), heads in wanted.items():
+        if found[number, rule] * ranks != heads:
+            return [f"layer {number}: {heads} head groups of {rule}, the engine has {found[number, rule] * ranks}"]
+    return []
+
+
+def check_held(result: dict[str, Any]) -> list[str]:
+    """Whether every request held, in its last step, the blocks that its rules say."""
+    for round_ in result["rounds"]:
+        for request in round_["held"]:
+            for group, held in zip(result["groups"], request["blocks"], strict=True):
+                rule, block = rule_of(group), group["block"]
+                there = range(-(-request["after"] // block))
+                # A step that is computed while the next is planned is given back one step later.
+                allowed = []
+                for done in (request["before"], request["before"] - 1):
+                    start, end = (0, 0) if rule is None else rule.gap(done, block)
+                    allowed.append([number for number in there if not start <= number < end])
+                if held not in allowed:
+                    return [f"{rule}: after {request['after']} tokens blocks {held}, expected {allowed[0]}"]
+    return []
+
+
+def pages(result: dict[str, Any]) -> tuple[int, int]:
+    """Pages that the requests of the first round held in their last step, and those that dense ones would."""
+    held = dense = 0
+    for request in result["rounds"][0]["held"]:
+        for group, blocks in zip(result["groups"], request["blocks"], strict=True):
+            held += len(blocks) * len(group["modules"])
+            dense += -(-request["after"] // group["block"]) * len(group["modules"])
+    return held, dense
+
+
+def run_engine(python: Path, jobs: Sequence[dict[str, Any]], **environment: str) -> tuple[dict[str, Any], str]:
+    """Run jobs in vLLM's interpreter; the results, and what it printed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, written = Path(scratch) / "jobs.json", Path(scratch) / "results.json"
+        asked.write_text(json.dumps(list(jobs)))
+        found = subprocess.run(
+            [str(python), "-P", str(ENGINE), str(asked), str(written)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": "", **environment},
+        )
+        if not written.exists():
+            raise RuntimeError(f"vLLM ended with status {found.returncode}: {(found.stdout + found.stderr)[-3000:]}")
+        return json.loads(written.read_text()), found.stdout + found.stderr
+
+
+def main() -> int:
+    """Write checkpoints, run them, print a table; 0 where all agrees."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SETS)}; all without")
+    parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM and the plugin")
+    parser.add_argument("--out", type=Path, help="write what was found to this JSON file")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [job for name in options.names or SETS for job in SETS[name](Path(scratch))]
+        found, _ = run_engine(options.python, [job.as_json() for job in jobs])
+    table = Table(title=", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    for head in ("checkpoint", "KV groups", "pages of dense", "as transformers"):
+        table.add_column(head)
+    rows = []
+    for job, result in zip(jobs, found["results"], strict=True):
+        wrong = check(job, result)
+        row: dict[str, Any] = {"name": job.name, "wrong": wrong, "expected_error": job.fails}
+        if "error" not in result:
+            row |= {"class": result["class"], "kv_groups": len(result["groups"]), "pages": pages(result)}
+            row["seconds"] = [round_["seconds"] for round_ in result["rounds"]]
+        rows.append(row)
+        held, dense = row.get("pages", (0, 0))
+        saved = f"{held} of {dense}" if dense else ""
+        verdict = "NO: " + "; ".join(wrong) if wrong else "stops, as it has to" if job.fails else "yes"
+        table.add_row(job.name, str(row.get("kv_groups", "")), saved, verdict)
+    Console(width=150).print(table)
+    if options.out is not None:
+        machine = {"machine": platform.machine(), "processors": os.cpu_count(), "python": platform.python_version()}
+        here = {"transformers": transformers.__version__, "torch": torch.__version__}
+        facts = {"engine": found["versions"], "compared with": here, **machine, "cpu_seconds": found["cpu_seconds"]}
+        options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return int(any(row["wrong"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
