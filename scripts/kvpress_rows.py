@@ -25,7 +25,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ import torch
 from torch.nn import functional
 
 PRESSES = ("KVzip", "KVzipPlus", "TOVA", "SnapKV", "ExpectedAttention", "Knorm")
-Kept = Callable[[float, Any], None]  # is given a share, and the cache of a text at it
 
 
 def main() -> None:
@@ -83,12 +83,13 @@ def save(folder: Path) -> None:
 
 def load(options: argparse.Namespace) -> Any:
     """The model, once kvpress has patched transformers' attention."""
-    import kvpress  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import_module("kvpress")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()
 
 
@@ -157,14 +158,12 @@ def compressed(
     model: Any, press: str, tokens: Sequence[int], shares: Sequence[float]
 ) -> Iterator[tuple[float, Any, float]]:
     """The cache of a text at every share, to be used up before the next one, and the seconds that it took."""
-    import kvpress
-
     ids = torch.tensor([tokens], device=model.device)
     if press.startswith("KVzip"):
         yield from of_kvzip(model, ids, shares, plus=press == "KVzipPlus")
         return
     for share in shares:
-        made = getattr(kvpress, f"{press}Press")(compression_ratio=1 - share / 100)
+        made = getattr(import_module("kvpress"), f"{press}Press")(compression_ratio=1 - share / 100)
         cache, started = new_cache(), clock()
         with made(model):
             model.model(input_ids=ids, past_key_values=cache)
@@ -180,12 +179,15 @@ def new_cache() -> Any:
 
 def of_kvzip(model: Any, ids: torch.Tensor, shares: Sequence[float], plus: bool) -> Iterator[tuple[float, Any, float]]:
     """KVzip's masks at every share, from one scoring."""
-    from kvpress import KVzipPress
+    base: Any = import_module("kvpress").KVzipPress
 
-    class Levels(KVzipPress):  # type: ignore[misc, valid-type]
+    class Levels(base):  # type: ignore[misc]
         """Keeps the scores of a text, which `compress_post` takes its masks from."""
 
+        score_val: torch.Tensor
+
         def compress_post(self, model: Any) -> None:
+            """Called once a text is scored; `mask` does the work."""
             self.scores = self.score_val.clone()
 
         def mask(self, model: Any, share: float) -> None:

@@ -14,7 +14,7 @@ A text is read without its questions, so that no row can know them. Rows:
                    retain heads by this scorer, with the threshold in each head group that keeps one share in all
     ridge-global, mlp-global
                    with one threshold for all head groups, which is how KVzip gives heads different shares
-    searched       windows, full and retaining heads chosen by recipes/smollm2-retain.yaml
+    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
 
@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -71,6 +72,8 @@ from compress.search.solvers.shares import Shares
 from compress.search.solvers.uniform import Uniform
 from compress.stages.device import resolve_device
 from compress.stages.prepare import prepare_stage
+from compress.stages.profile import profile_stage
+from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.targets.retain import RetainGroup
 from compress.targets.span import visible_keys
@@ -78,6 +81,7 @@ from scripts import rows
 
 ROOM = 128  # tokens for a question and its answer, so that a text with them has `--length` at most
 SCORERS = ("ridge", "mlp", "gate", "key_norm", "value_norm")
+RECIPES = Path(__file__).parents[1] / "recipes"
 REFINED = Path(__file__).parents[1] / "profiles" / "smollm2-135m" / "8k"
 REFINED_AT = {50.0: "refined-5", 25.0: "refined-25", 12.5: "refined-125"}
 GLOBAL = ("ridge", "mlp")
@@ -383,6 +387,35 @@ def uniform_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) 
             yield measure("uniform windows", share, model, asked, dense_bytes(loaded.shape, loaded.model))
 
 
+def searched_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
+    """Full, window and retaining heads, as recipes/smollm2-retain.yaml chooses them."""
+    for share in shares_of(options):
+        with rows.session_of(options, "searched", options.seed, searched_recipe(options, share)) as session:
+            session.take_model(loaded)
+            profile_stage(session)
+            prepare_stage(session)
+            plan = search_stage(session)
+        model = planned_model(loaded.model, plan)
+        yield measure("searched", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+
+
+def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
+    """The recipe with the scorers of the base, and documents from its texts."""
+    recipe: dict[str, Any] = yaml.safe_load((RECIPES / "smollm2-retain.yaml").read_text())
+    base = base_recipe(options)
+    grid = {"scorers": ["ridge", "mlp"], "alphas": sorted({64, options.window})}
+    prepare = base["prepare"] | {"effect": True, "options": {"retain": recipe["prepare"]["options"]["retain"] | grid}}
+    budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
+    recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget}}
+    recipe["calibration"] |= {"text": base["calibration"]["text"]}
+    if options.quick:
+        recipe["calibration"]["documents"] = [{"task": "passkey", "length": 512, "count": 1}]
+        recipe["calibration"]["held_out"] = [{"task": "passkey", "length": 768, "count": 1}]
+        windows = {"sinks": [4], "betas": [0], "alpha_max": 256, "alpha_step": 192}
+        recipe["profile"]["statistics"] = [{"name": "effect", "options": {"window": windows}}]
+    return recipe
+
+
 def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
     """The dense model, KVzip and KVzip+ behind the text, and the retain rule with KVzip+'s scores."""
     model, shape, shares = loaded.model, loaded.shape, shares_of(options)
@@ -478,6 +511,7 @@ ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "oracle": oracle_row,
     **{scorer: retain_row(scorer) for scorer in SCORERS},
     **{f"{scorer}-global": retain_row(scorer, "threshold") for scorer in GLOBAL},
+    "searched": searched_row,
     "refined": refined_row,
     "uniform": uniform_row,
 }
