@@ -16,13 +16,16 @@ Each press compresses a text behind its prefill, without knowing the questions; 
 with a copy of the cache, and an answer is right when each of its tokens is the most likely one. KVzip's scores do not
 depend on the share, so it scores a text once for all of them. Presses with weights of their own are not here: KVzap's
 are on a hub that a machine without network cannot reach, and there are none for this model. Knorm, SnapKV, TOVA and
-ExpectedAttention keep equally many tokens in all head groups and free the others; KVzip masks, and frees nothing.
+ExpectedAttention keep equally many tokens in all head groups and free the others; KVzip masks, and frees nothing. For a
+masked key kvpress looks for a vector that gets no weight from any query of a pass, and fails where these are many, so
+here its masks are masks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +36,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+NAME = "masked_by_kvpress"
 PRESSES = ("KVzip", "KVzipPlus", "TOVA", "SnapKV", "ExpectedAttention", "Knorm")
 
 
@@ -83,14 +87,46 @@ def save(folder: Path) -> None:
 
 def load(options: argparse.Namespace) -> Any:
     """The model, once kvpress has patched transformers' attention."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
     import_module("kvpress")
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    import_module("transformers.utils.logging").disable_progress_bar()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *given, **named: None)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=NAME)
     return model.to(device).eval()
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention without padding, and without the keys that a press has masked."""
+    batch, groups, length, _ = key.shape
+    count, size = query.shape[2], query.shape[1] // groups
+    keys, values = (tensor.repeat_interleave(size, 1) for tensor in (key, value))
+    if count == length:  # a prefill, before any press masks
+        module.masked_key_indices = None
+        out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    seen = torch.ones(count, length, dtype=torch.bool, device=key.device).tril(length - count)
+    seen = seen.expand(batch, groups, -1, -1)
+    if getattr(module, "masked_key_indices", None) is not None:
+        hidden = torch.zeros(batch, groups, length, dtype=torch.bool, device=key.device)
+        hidden[tuple(places.to(key.device) for places in module.masked_key_indices)] = True
+        seen = seen & ~hidden[:, :, None]
+    mask = seen.repeat_interleave(size, 1)
+    out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def record(press: str, seed: int, cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +217,7 @@ def of_kvzip(model: Any, ids: torch.Tensor, shares: Sequence[float], plus: bool)
     """KVzip's masks at every share, from one scoring."""
     base: Any = import_module("kvpress").KVzipPress
 
-    class Levels(base):  # type: ignore[misc]
+    class Levels(base):
         """Keeps the scores of a text, which `compress_post` takes its masks from."""
 
         score_val: torch.Tensor

@@ -38,6 +38,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,11 +60,13 @@ from compress.evaluate.oracle import give_scores, kept_at, likely_behind, losses
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel, load_model
 from compress.models.planned import planned_model
-from compress.models.prepared import attach, prepared_for, read_prepared
+from compress.models.prepared import attach, prepared_for, read_options, read_prepared, write_option, write_record
 from compress.models.reconstruction import TokenScores, reconstructing
-from compress.models.retention import spearman
+from compress.models.replaced import AttentionCall, replaced_attention
+from compress.models.retention import Measured, spearman
 from compress.plan import ModelShape, Plan, plan_of_layers, read_plan, uniform_plan
 from compress.runfolder import PREPARED
+from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import Problem
@@ -95,15 +98,15 @@ def main() -> None:
     add("--shares", default="50,25,12.5,6.25", help="of the bytes of the dense model's cache, in percent, by commas")
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
     add("--prepare-tokens", type=int, default=400_000, help="that scorers are trained on")
-    add("--prepare-lengths", default="2048,8192", help="tokens of the texts of the preparation, by commas")
-    add("--documents", type=int, default=8, help="texts of each of these lengths that thresholds are measured on")
+    add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
+    add("--long-texts", type=int, default=16, help="texts as long as those of the measures that give thresholds")
     add("--quick", action="store_true", help="a run of minutes on a CPU, to see all of it work")
     parser.set_defaults(length=8192, windows=8, written=200_000, written_length=512)
     options = parser.parse_args()
     if options.quick:
         options.length, options.shares, options.window = 1536, "50,25", 64
         options.prompts, options.windows, options.dtype, options.at_once = 2, 1, "float32", 1
-        options.prepare_tokens, options.prepare_lengths, options.documents = 2048, "256,512", 2
+        options.prepare_tokens, options.prepare_lengths, options.long_texts = 2048, "256,512", 2
         options.written, options.written_length, options.minutes = 0, 256, 60.0
     rows.main(options, ROWS, run_row, print_table)
 
@@ -146,6 +149,43 @@ def prepare_base(options: argparse.Namespace, seed: int) -> None:
     write_json(rows.figures(options, rows.BASE, seed), {"row": rows.BASE, "seed": seed, **facts, "cells": []})
 
 
+def set_thresholds(options: argparse.Namespace, session: Session, seed: int) -> None:
+    """Take thresholds from texts as long as the measured ones, which need no repetition: the scores of shorter texts
+    are higher, and a threshold of theirs keeps less of a long one than it says."""
+    model, length = session.loaded.model, options.length - ROOM
+    text = UndividedText(path=str(rows.corpus(options)))
+    ids = session.reader(None).ids(text, "calibration", 1 << 40)
+    starts = [(len(ids) - length) * number // options.long_texts for number in range(options.long_texts)]
+    mixers = {scorer: scorers_of(session.loaded, scorer) for scorer in SCORERS}
+    found = {scorer: Measured(session.shape.layers, session.shape.kv_heads) for scorer in SCORERS}
+
+    def attend(call: AttentionCall) -> torch.Tensor:
+        assert call.hidden is not None
+        positions = torch.arange(call.key.shape[2], device=call.key.device)[None]
+        for scorer, by_layer in mixers.items() if call.window is None else ():
+            scores = by_layer[call.layer](call.hidden, call.key, call.value, positions)[0, :, PAGE:]
+            found[scorer].add(call.layer, scores, scores)
+        return call.dense()
+
+    with torch.no_grad(), replaced_attention(model, "compress_thresholds", attend, inputs=True):
+        for start in starts:
+            for measured in found.values():
+                measured.begin(length)
+            tokens = torch.tensor([list(ids[start : start + length])], device=model.device)
+            model.base_model(input_ids=tokens, use_cache=False)
+    folder = options_of(options, seed)
+    records = read_options(folder)
+    named = {RetainGroup.model_validate(record.target).scorer: name for name, record in records.items()}
+    for option in read_prepared(folder):
+        assert option.retention is not None
+        name = named[option.target.model_dump()["scorer"]]
+        retention = found[option.target.model_dump()["scorer"]].retention()
+        retention = replace(retention, rank=option.retention.rank)
+        records[name] = write_option(folder / name, records[name], option.tensors, retention)
+    write_record(folder, records)
+    attach(model, read_prepared(folder))
+
+
 def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe whose preparation trains the scorers; its other stages do not run."""
     lengths = [int(length) for length in options.prepare_lengths.split(",")]
@@ -153,7 +193,7 @@ def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     written = {"source": "generated", "tokens": options.written, "length": options.written_length}
     prepare: dict[str, Any] = {
         "targets": [{"target": "retain", "scorer": scorer} for scorer in SCORERS],
-        "objectives": [{"name": "reconstruction", "lengths": lengths, "documents": options.documents}],
+        "objectives": [{"name": "reconstruction", "lengths": lengths, "documents": 4}],
         "text": text,
         "length": max(lengths),
         "batch_size": 1,
@@ -430,12 +470,27 @@ def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -
         by_name = {"KVzip": found.weight, "KVzip+": found.moved}
         return [None, *(kept_at(by_name[name], share / 100) for name, share in masks)]
 
+    of_text: dict[str, list[torch.Tensor]] = {}
+
+    def compare(scores: TokenScores) -> None:
+        for scorer, by_layer in mixers.items():
+            given = (scores.hidden[None], scores.key[None], scores.value[None], scores.positions[None])
+            own = by_layer[scores.layer](*given)[0]
+            of_text[scorer].append(spearman(own.double().cpu(), scores.wanted.double().cpu()))
+
     scored: list[torch.Tensor] = []
-    for text in asked.texts:
+    compared = max(1, len(asked.texts) // 5)
+    for number, text in enumerate(asked.texts):
         pieces = [asked_tokens(question) for question in text.questions]
+        of_text.update({scorer: [] for scorer in SCORERS})
+        beside = {"beside": compare} if number < compared else {}
         with reconstructing(model, loaded.tokenizer) as repeat:
             started = clock(device)
-            found = oracle_scores(model, repeat, text.tokens, groups)
+            found = oracle_scores(model, repeat, text.tokens, groups, **beside)
+        if beside:
+            for scorer, values in of_text.items():
+                ranks[scorer].append(torch.stack(values))  # [layers, groups]
+        if not beside or len(asked.texts) == 1:
             seconds.append(clock(device) - started)
         answers = likely_behind(model, text.tokens, pieces, kept_by(found))
         for cell, likely in zip(cells, answers, strict=True):
@@ -443,20 +498,6 @@ def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -
             add_right(cell, asked, [is_answered(question, row) for question, row in rows_of])
             cell["kept"].append(1.0 if cell["share"] is None else cell["share"] / 100)
         scored.append(found.moved.cpu())
-    for text in asked.texts[: max(1, len(asked.texts) // 5)]:
-        of_text: dict[str, list[torch.Tensor]] = {scorer: [] for scorer in SCORERS}
-
-        def compare(scores: TokenScores, of_text: dict[str, list[torch.Tensor]] = of_text) -> None:
-            for scorer, by_layer in mixers.items():
-                found = by_layer[scores.layer](
-                    scores.hidden[None], scores.key[None], scores.value[None], scores.positions[None]
-                )
-                of_text[scorer].append(spearman(found[0].double().cpu(), scores.wanted.double().cpu()))
-
-        with reconstructing(model, loaded.tokenizer) as repeat:
-            oracle_scores(model, repeat, text.tokens, groups, compare)
-        for scorer, values in of_text.items():
-            ranks[scorer].append(torch.stack(values))  # [layers, groups]
     for text in asked.texts[:10]:
         started = clock(device)
         read_text(model, text.tokens)

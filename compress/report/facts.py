@@ -60,10 +60,10 @@ class Facts:
     Attributes:
         name: the folder's own name.
         statistics: tensors of the profile with one number a head group, by key, `[layers][groups]`.
-        retention: curves of the longest documents; None where they were not measured.
         stability: by importance statistic, how two corpora agree on it.
         form: of the checkpoint that the plan was exported to; None before it was.
         environment: versions and devices of the last command that wrote there.
+        retention: curves of the longest documents; None where they were not measured.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Facts:
     plan: Plan | None
     form: Form | None
     statistics: dict[str, list[list[float]]]
-    retention: RetentionCurves | None
     stability: dict[str, str]
     bench: BenchFile | None
     environment: dict[str, Any]
     recipe: str | None
     seconds: dict[str, float]
+    retention: RetentionCurves | None = None
 
     @property
     def chosen(self) -> VariantResult | None:
