@@ -16,6 +16,7 @@ from compress.json_file import AGAIN, read_bytes, read_model, read_object
 from compress.plan import CHECKPOINT_PLAN, Form, Plan, read_plan
 from compress.profile.stability import stabilities
 from compress.profile.store import HEADER, Profile, read_profile
+from compress.runfolder import TRAINED_PLAN
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
@@ -75,7 +76,8 @@ def read_facts(folder: Path) -> Facts:
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder), expected=WANTED, fix=MAKE)
-    plan = next((folder / name for name in ("plan.json", CHECKPOINT_PLAN) if (folder / name).is_file()), None)
+    plans = (TRAINED_PLAN, "plan.json", CHECKPOINT_PLAN)
+    plan = next((folder / name for name in plans if (folder / name).is_file()), None)
     files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
     there = {name: path.is_file() for name, path in files.items()}
     if plan is None and not there["evaluation"] and not there["bench"]:

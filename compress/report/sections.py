@@ -132,6 +132,8 @@ def costs(facts: Facts) -> list[dict[str, Any]]:
                 "used": used.held_bytes,
                 "dense": dense.held_bytes,
                 "share": used.held_bytes / dense.held_bytes,
+                "spread": used.spread_bytes / dense.held_bytes if plan.in_expectation else None,
+                "most": used.most_bytes / dense.held_bytes if plan.in_expectation else None,
                 "prefill_sparsity": 1 - _prefill_share(plan, length),
                 "decode_sparsity": 1 - _decode_share(plan, length),
             }

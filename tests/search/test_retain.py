@@ -142,8 +142,7 @@ def test_baselines_place_thresholds_anew(retention: Retention) -> None:
     assert all([task.placed(OPTIONS[0], (n, g)) for g in range(2)] in rules for n, rules in enumerate(refined))
 
 
-@pytest.mark.parametrize("same", ["share", "threshold"])
-@pytest.mark.parametrize("caps", [(None,), (1.5,)])
+@pytest.mark.parametrize(("same", "caps"), [("share", (1.5,)), ("threshold", (None,))])
 def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same: Any, caps: Any) -> None:
     options: Any = RetainGroup.options(Unit(2, 16), [512], RetainGrid(shares=(0.125,), alphas=(64,), caps=caps))
     solver = Shares(same=same, target=options[0])
