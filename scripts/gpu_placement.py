@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from compress.bench.measure import release
+from compress.bench.measure import peak_bytes, release
 from compress.data.sample import TextSample
 from compress.evaluate.measures.perplexity import Perplexity, perplexity
 from compress.export.layout import copy_runtime, point_to_runtime
@@ -44,6 +45,7 @@ from compress.models.load import LoadedModel, load_model
 from compress.models.placement import placement_of
 from compress.models.planned import planned_model, with_runtime_plan
 from compress.models.source import random_model
+from compress.models.stream import RandomWeights, Stream
 from compress.plan import make_plan
 from compress.profile.heads.attention import Attention
 from compress.profile.heads.influence import Influence
@@ -230,8 +232,6 @@ def heads(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[str
 
 def heads_child(options: argparse.Namespace, name: str, **how: Any) -> None:
     """Load the checkpoint in some way, and write its logits, greedy tokens, cache bytes and speed."""
-    from transformers import AutoModelForCausalLM
-
     rank, folder = int(os.environ.get("RANK", "0")), Path(options.work)
     if GPU:
         torch.cuda.set_device(rank)
@@ -347,6 +347,49 @@ def recovery(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[
                 say(f"recover, {train}: FAILED: {done.stderr.strip()[-1500:]}")
 
 
+# --- layer by layer ----------------------------------------------------------------------------------------------
+
+
+def streamed(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    """A 70B shape with random weights, forward and backward, of which one layer at a time is in memory.
+
+    Weights are drawn on the GPU when a layer is wanted, so that neither a disk nor a bus is measured.
+    """
+    values = shape(options, "llama-3-70b")
+    device = torch.device(place())
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype(options)).eval()
+    whole = sum(weight.nbytes for weight in model.parameters())
+    stream = Stream(model, RandomWeights(0.02, device), device)
+    one = max(sum(weight.nbytes for weight in layer.parameters()) for layer in stream.layers)
+    beside = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
+    loaded: Any = LoadedModel(model, None, "random")
+    release(device)
+    started = time.time()
+    loaded.shape  # noqa: B018  # the fingerprint reads all weights
+    marked, read = time.time() - started, stream.read
+    count, length = (2, 128) if options.small else (4, 4096)
+    started = time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = [Influence(), Attention(sink=4), Amp()]
+        made = run_profile(loaded, documents(count, length, 96), asked, Path(scratch) / "profile", seed=0)
+    synchronize()
+    spent = time.time() - started
+    peak = peak_bytes(device) if GPU else None
+    layers = len(stream.layers)
+    facts |= {"bytes": whole, "layer_bytes": one, "beside_bytes": beside, "peak_bytes": peak, "seconds": spent}
+    facts |= {"layers": layers, "fingerprint_seconds": marked, "read_bytes": stream.read - read, "count": count}
+    finite = all(bool(torch.isfinite(values).all()) for values in made.tensors.values())
+    ok = finite and (peak is None or peak < 70e9)
+    say(
+        f"{layers} layers, {whole / 1e9:.1f} GB of weights: {count} documents of {length:,} tokens, forward, backward "
+        f"and for importance, in {spent:.0f} s ({marked:.0f} s before for the fingerprint)"
+    )
+    told = "not known" if peak is None else f"{peak / 1e9:.1f} GB"
+    say(f"  {beside / 1e9:.2f} GB beside the layers and {one / 1e9:.2f} GB a layer; at most {told} held{mark(ok)}")
+
+
 # --- sections --------------------------------------------------------------------------------------------------------
 
 SECTIONS: Mapping[str, Callable[..., None]] = {
@@ -354,6 +397,7 @@ SECTIONS: Mapping[str, Callable[..., None]] = {
     "heads": heads,
     "profile": profile,
     "recover": recovery,
+    "stream": streamed,
 }
 CHILDREN: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "heads_one": heads_one,
