@@ -153,10 +153,10 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
     assert len({group.threshold for group in groups}) == (1 if same == "threshold" else 8)
     assert len({group.share for group in groups}) > 1 or same == "share"
     assert all(group.cap == options[0].with_share(0.5).cap for group in groups) or same == "share"
-    (alike,) = [kept_alike(task, Candidate(task.uniform(options[0])))]
+    alike = kept_alike(task, [Candidate(task.start), Candidate(task.uniform(options[0]))])
     assert list(alike) == ["uniform-share", "global-threshold"]
     assert alike["uniform-share" if same == "share" else "global-threshold"] == plan
-    assert kept_alike(task, Candidate(task.start)) == {}
+    assert kept_alike(task, [Candidate(task.start)]) == {}
     with pytest.raises(UserError, match="no plan meets the budget at length 4096"):
         problem(solver, Budget(kv=0.04, lengths=(4096,)), retention, options)
     unknown = Shares(same=same, target=RetainGroup(scorer="mlp"))
