@@ -290,7 +290,7 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
-    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto", "beside": None}
+    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto", "beside": None, "again": None}
     outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect", "layers", "options"}
 
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
@@ -307,6 +307,14 @@ class PrepareSettings(TrainSettings):
         None,
         description="a second text, from which half of the sequences come, its calibration part; for instance "
         "`{source: generated}` beside prose, so that what is learnt is not the topics of one text",
+    )
+
+    again: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="one more round for scorers, on the states of the model whose heads all keep this share of the "
+        "tokens by them: what a layer sees changes once layers before it forget; null is without",
     )
 
     @property
@@ -355,6 +363,10 @@ class PrepareSettings(TrainSettings):
         for target in self.targets if repeated else ():
             if registry.objectives[str(target.objective)].repeats != repeated[0]:
                 raise ValueError(f"`{self.objectives[0].registered}` trains nothing of `{target.target}`")
+        if self.again is not None:
+            for target in self.targets:
+                if target.objective is None or not registry.objectives[target.objective].repeats:
+                    raise ValueError(f"`again` is a round for scorers, and `{target.target}` has none")
         return self
 
     @property
