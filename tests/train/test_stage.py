@@ -130,7 +130,7 @@ def test_validate_shows_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
-    """Profile, losses and training are shared, the first two to the bit; the other process prints and writes nothing."""
+    """Profile, losses and training are shared, the first two to the bit; the other process says and writes nothing."""
     recipe = recipe_of(tmp_path)
     told, printed = "", ""
     for process in processes.launch("compress", "run", recipe, count=2):
