@@ -500,7 +500,7 @@ def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: 
     state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
 
 
-SCORER = {  # percent of a layer that judging and counting take in a prefill, and in a decode step of one token; predicted
+SCORER = {  # predicted percent of a layer that judging and counting take, in a prefill and in a decode step (1)
     ("ridge", 8192): 1.3, ("ridge", 32768): 0.8, ("ridge", 65536): 0.7, ("mlp", 8192): 2.2, ("mlp", 32768): 1.8,
     ("mlp", 65536): 1.8, ("ridge", 1): 1.2, ("mlp", 1): 3.0, ("value_norm", 1): 0.6,
 }  # fmt: skip
@@ -545,8 +545,9 @@ def part_rows() -> list[dict[str, Any]]:
         store = one.us(one.store)
         percent = {"judge and count": 100 * (whole - attention - store) / (matrices + whole)}
         say(
-            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, a store alone "
-            f"{store:.1f}, matrices {matrices:.1f}; % of the layer: {told(percent, {'judge and count': SCORER[scorer, 1]})}"
+            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, a store "
+            f"alone {store:.1f}, matrices {matrices:.1f}; % of the layer: "
+            + told(percent, {"judge and count": SCORER[scorer, 1]})
         )
         found.append(
             {"scorer": scorer, "attention_us": attention, "step_us": whole, "store_us": store, "matrices_us": matrices}
