@@ -41,6 +41,8 @@ def run(
         from compress.stages.upcycle import upcycle_stage
 
         if session.helper:
+            if session.recipe.upcycle is None:
+                profile_stage(session)
             prepare_stage(session)
             recover_stage(session)
             return

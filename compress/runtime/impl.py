@@ -47,10 +47,17 @@ class Router:
 
 @dataclass(frozen=True)
 class Retain:
-    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments."""
+    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments.
+
+    Attributes:
+        compact, append: how the tokens of a pass get into the lists, as `triton_retain.py` documents them; what
+            `compact` gives is an argument of `prefill`, too. None where `RetainState.write` does it.
+    """
 
     prefill: Callable[..., torch.Tensor] = retain_prefill
     decode: Callable[..., torch.Tensor] = retain_decode
+    compact: Callable[..., Any] | None = None
+    append: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ try:
     from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
     from .triton_linear_heads import LINEAR
+    from .triton_retain import RETAIN
     from .triton_routed import routed_prefill as skipping
     from .triton_router import ROUTER
 except ImportError as error:  # no Triton here
@@ -95,9 +103,9 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER))
-    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER))
-    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER))
+    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER), Retain(*RETAIN))
+    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER), Retain(*RETAIN))
+    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER), Retain(*RETAIN))
 
 
 def is_elsewhere(device: torch.device) -> bool:

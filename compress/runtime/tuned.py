@@ -38,6 +38,11 @@ def rows_block(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 1024  # the interpreter: small blocks, so that small inputs have several
 
 
+def flag_pages(device: torch.device) -> int:
+    """Pages of 64 tokens whose flags one program counts at once."""
+    return 2 if device.type == "cpu" else 128  # the interpreter: small blocks, so that small inputs have several
+
+
 def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[str, int]:
     """Numbers of a token's input that meet the router's weights at once, and how many such blocks are on their way.
 

@@ -186,7 +186,7 @@ def run_search(
     documents = list(_flat(held_out_documents))
 
     candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
-    baselines = dict(baselines_of(solver, problem))
+    baselines = dict(baselines_of(solver, problem)) | kept_alike(problem, list(candidates.values()))
     refined = None
     if section.refine is not None:
         starts = _starts(problem, candidates, baselines)
@@ -278,7 +278,6 @@ def _like(
     found: dict[str, Candidate | None] = {}
     if solver.placed or any(group.objective is not None for group in groups):
         found |= {DRAWN: drawn_places(problem, chosen, seed), INTERLEAVED: interleaved(problem, chosen)}
-    found |= kept_alike(problem, chosen)
     task = problem
     if any(group.by_layer for group in groups):
         found |= {EVEN: even_layers(problem, chosen), CHANCE: chance_routed(chosen)}

@@ -7,6 +7,7 @@ from compress.data.sample import Sample
 from compress.models.placement import input_device
 from compress.plan import Plan, read_plan
 from compress.report.plots import search_plots
+from compress.runfolder import TRAINED_PLAN
 from compress.search.run import SearchResult, run_search
 from compress.stages.prepare import effects_stage, prepare_stage
 from compress.stages.profile import profile_stage
@@ -73,7 +74,8 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 effects=effects,
             )
 
-    (run.plots / SPANS).unlink(missing_ok=True)
+    for outdated in (run.plots / SPANS, run.path / TRAINED_PLAN):
+        outdated.unlink(missing_ok=True)
     result = timed(session, "search", session.search_key, ["plan.json", "search"], work)
     plan = result.plan
     if "refine" in result.report:

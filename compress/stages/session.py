@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, PREPARED, RECOVERED, WINDOWS, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
+from compress.stages.processes import together
 from compress.stages.reporter import Reporter
 from compress.train.settings import TrainSettings
 
@@ -38,7 +39,8 @@ class Session:
 
     Attributes:
         resolved: the recipe as plain data with every default written out.
-        helper: whether this process only trains, for another one that holds the folder.
+        helper: whether this process only works beside another one, which holds the folder.
+        helpers: whether all processes of a launch have this session; else there is one, or the others have ended.
     """
 
     recipe: Recipe
@@ -46,6 +48,7 @@ class Session:
     resolved: dict[str, Any]
     reporter: Reporter
     helper: bool = False
+    helpers: bool = False
     _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
@@ -62,6 +65,10 @@ class Session:
         for note in loaded.notes:
             self.reporter.say(f"  {note}")
         return loaded
+
+    def together(self) -> AbstractContextManager[None]:
+        """All processes that have this session meet here, and are one group inside (`processes.together`)."""
+        return together(resolve_device(self.recipe.device)) if self.helpers else nullcontext()
 
     def take_model(self, loaded: LoadedModel) -> None:
         """Use a dense model that is in memory already: the same name, dtype and device."""
@@ -265,13 +272,19 @@ def _places(model: Any, device: str) -> str:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, reporter: Reporter, *, overwrite: bool = False, fresh: bool = False, helper: bool = False
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    helper: bool = False,
+    helpers: bool = False,
 ) -> Iterator[Session]:
     """Hold the run folder of a recipe.
 
     Args:
         overwrite, fresh: as of `open_run`.
-        helper: this process only trains, for another one that holds the folder.
+        helper, helpers: as of `Session`.
 
     Raises:
         UserError: a folder that cannot be used (see `open_run`).
@@ -279,7 +292,7 @@ def open_session(
     resolved = recipe.resolved()
     output = Path(recipe.output).expanduser()
     if helper:
-        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True)
+        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True, helpers=True)
         return
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
@@ -287,5 +300,5 @@ def open_session(
         sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
-        yield Session(recipe, run, resolved, reporter)
+        yield Session(recipe, run, resolved, reporter, helpers=helpers)
         run.log("end")

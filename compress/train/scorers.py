@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from compress.models.placement import input_device
-from compress.models.reconstruction import Reconstruct, TokenScores, reconstructing
+from compress.models.reconstruction import Reconstruct, Request, TokenScores, reconstructing
 from compress.models.retention import Measured
 from compress.runtime.scorer_ridge import scalars_of
 from compress.runtime.scorers import Scorer
+from compress.train.compressed_states import Given, States, given_to_scorers
 from compress.train.loop import Learn, Progress
 from compress.train.normal_equations import NormalEquations
 from compress.train.objectives.objective import Inputs
@@ -87,6 +90,7 @@ class Scorers(nn.Module):
         self._model, self._tokenizer = (model,), tokenizer  # in a tuple, so that its weights are none of this module's
         self._objective, self._low = objective, low
         self._repeat: Reconstruct | None = None
+        self._states: States | None = None
 
     @property
     def module(self) -> Scorers:
@@ -114,6 +118,14 @@ class Scorers(nn.Module):
         with reconstructing(self._model[0], self._tokenizer, self._objective.chunk) as self._repeat:
             yield
         self._repeat = None
+
+    @contextmanager
+    def reading(self, model: Any) -> Iterator[None]:
+        """While it is open the scorers see the states of another model of the same text, one that keeps tokens; what
+        they are to give is still what the dense model looks at."""
+        with given_to_scorers(model) as self._states:
+            yield
+        self._states = None
 
     def scored(self, text: torch.Tensor) -> Iterator[TokenScores]:
         """The scores of a text `[tokens]`, layer by layer; all layers are held until the last was taken."""
@@ -178,5 +190,17 @@ class Scorers(nn.Module):
 
     def _read(self, text: torch.Tensor, take: Any) -> None:
         assert self._repeat is not None
+        tokens = text.tolist()
         with torch.autocast(text.device.type, self._low or torch.bfloat16, enabled=self._low is not None):
-            self._repeat(text.tolist(), take)
+            if self._states is not None:
+                repetition = Request(self._tokenizer, self._objective.chunk).of(tokens)
+                given = self._states(repetition.tokens[: repetition.end])
+                take = partial(_with_states, take, given, slice(repetition.first, repetition.end))
+            self._repeat(tokens, take)
+
+
+def _with_states(take: Any, given: Given, place: slice, scores: TokenScores) -> None:
+    """Hand on the scores of a layer with what a scorer was given of the same tokens in another model."""
+    hidden, key, value, _ = given[scores.layer]
+    hidden = scores.hidden if hidden is None else hidden[0, place]
+    take(replace(scores, hidden=hidden, key=key[0, :, place], value=value[0, :, place]))

@@ -202,6 +202,15 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         ("recipe.schema.EvaluateSection", "compare", name): ("tests/search/test_routed_run.py", f"compare: .*{name}")
         for name in ("even", "random-routing", "static-pruning")
     },
+    **{
+        ("recipe.schema.EvaluateSection", "compare", name): ("tests/search/test_retain_run.py", f"compare: .*{name}")
+        for name in ("uniform-share", "global-threshold")
+    },
+    **dict.fromkeys(
+        (("search.solvers.shares.Shares", "", ""), ("search.solvers.shares.Shares", "same", "share")),
+        ("tests/search/test_retain.py", r"Shares\(same=same.*[\s\S]*\"share\""),
+    ),
+    ("search.solvers.shares.Shares", "same", "threshold"): ("tests/search/test_retain.py", r'Shares\(same="threshold"'),
 }
 
 

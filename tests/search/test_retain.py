@@ -142,8 +142,7 @@ def test_baselines_place_thresholds_anew(retention: Retention) -> None:
     assert all([task.placed(OPTIONS[0], (n, g)) for g in range(2)] in rules for n, rules in enumerate(refined))
 
 
-@pytest.mark.parametrize("same", ["share", "threshold"])
-@pytest.mark.parametrize("caps", [(None,), (1.5,)])
+@pytest.mark.parametrize(("same", "caps"), [("share", (1.5,)), ("threshold", (None,))])
 def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same: Any, caps: Any) -> None:
     options: Any = RetainGroup.options(Unit(2, 16), [512], RetainGrid(shares=(0.125,), alphas=(64,), caps=caps))
     solver = Shares(same=same, target=options[0])
@@ -154,10 +153,10 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
     assert len({group.threshold for group in groups}) == (1 if same == "threshold" else 8)
     assert len({group.share for group in groups}) > 1 or same == "share"
     assert all(group.cap == options[0].with_share(0.5).cap for group in groups) or same == "share"
-    (alike,) = [kept_alike(task, Candidate(task.uniform(options[0])))]
+    alike = kept_alike(task, [Candidate(task.start), Candidate(task.uniform(options[0]))])
     assert list(alike) == ["uniform-share", "global-threshold"]
     assert alike["uniform-share" if same == "share" else "global-threshold"] == plan
-    assert kept_alike(task, Candidate(task.start)) == {}
+    assert kept_alike(task, [Candidate(task.start)]) == {}
     with pytest.raises(UserError, match="no plan meets the budget at length 4096"):
         problem(solver, Budget(kv=0.04, lengths=(4096,)), retention, options)
     unknown = Shares(same=same, target=RetainGroup(scorer="mlp"))
