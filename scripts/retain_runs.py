@@ -17,6 +17,9 @@ A text is read without its questions, so that no row can know them. Rows:
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
+    recovered      the row `ridge`, with its decisions trained together with low-rank updates of the weights on what the
+                   dense model says, at `--recover-shares`; trained-dense: the dense model, trained on the same tokens;
+                   both run only where they are named
 
 Texts, what is measured and what scorers are trained on differ from seed to seed. What rows of a seed have in common
 (the trained scorers, the texts) is made once, in FOLDER/base-SEED; FOLDER/prompts.SEED.json has the texts for other
@@ -31,6 +34,7 @@ or in wikitext2/, if any; scorers are trained on these other texts, and on as mu
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -64,6 +68,7 @@ from compress.models.prepared import attach, prepared_for, read_options, read_pr
 from compress.models.reconstruction import TokenScores, reconstructing
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.models.retention import Measured, spearman
+from compress.models.trained import load_trained
 from compress.plan import ModelShape, Plan, plan_of_layers, read_plan, uniform_plan
 from compress.runfolder import PREPARED
 from compress.runtime.span import PAGE
@@ -76,6 +81,7 @@ from compress.search.solvers.uniform import Uniform
 from compress.stages.device import resolve_device
 from compress.stages.prepare import prepare_stage
 from compress.stages.profile import profile_stage
+from compress.stages.recover import train_stage, trained_plan
 from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.targets.retain import RetainGroup
@@ -93,12 +99,15 @@ KINDS = {"tasks": TASKS, "reworded": REWORDED, "new": NEW_KINDS}
 
 def main() -> None:
     """Measure the rows that are asked for, and print the table."""
-    parser = rows.arguments((__doc__ or "").splitlines()[0], ROWS)
+    parser = rows.arguments((__doc__ or "").splitlines()[0], UNTRAINED)
     add = parser.add_argument
     add("--shares", default="50,25,12.5,6.25", help="of the bytes of the dense model's cache, in percent, by commas")
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
     add("--prepare-tokens", type=int, default=400_000, help="that scorers are trained on")
     add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
+    add("--recover-tokens", type=int, default=1_000_000, help="of the training of `recovered`")
+    add("--recover-length", type=int, default=4096, help="tokens of its sequences")
+    add("--recover-shares", default="12.5", help="at which it is trained, in percent, by commas")
     add("--long-texts", type=int, default=16, help="texts as long as those of the measures that give thresholds")
     add("--quick", action="store_true", help="a run of minutes on a CPU, to see all of it work")
     parser.set_defaults(length=8192, windows=8, written=200_000, written_length=512)
@@ -108,6 +117,7 @@ def main() -> None:
         options.prompts, options.windows, options.dtype, options.at_once = 2, 1, "float32", 1
         options.prepare_tokens, options.prepare_lengths, options.long_texts = 2048, "256,512", 2
         options.written, options.written_length, options.minutes = 0, 256, 60.0
+        options.recover_tokens, options.recover_length, options.recover_shares = 1024, 512, "25"
     rows.main(options, ROWS, run_row, print_table)
 
 
@@ -351,6 +361,8 @@ def losses_of(model: Any, window: Sequence[int]) -> torch.Tensor:
 def kept_share(cache: Any, length: int) -> float:
     """Share of all pairs of key and value of a text that its cache still has, mean over layers and head groups."""
     kept = total = 0
+    if not hasattr(cache, "paged"):
+        return 1.0
     for layer in cache.paged:
         for state in layer.states:
             listed = state.tensors.get("listed")
@@ -456,6 +468,52 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
     return recipe
 
 
+def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
+    """The row `ridge`, whose decisions and weights are then trained together on what the dense model says."""
+    for share in map(float, options.recover_shares.split(",")):
+        name = f"recovered-{share:g}"
+        with rows.session_of(options, name, options.seed, recover_recipe(options, share)) as session:
+            session.take_model(loaded)
+            profile_stage(session)
+            prepare_stage(session)
+            plan = search_stage(session)
+            (weights,) = train_stage(session, "recover")
+        model = load_trained(planned_model(loaded.model, trained_plan(plan, weights)), weights)
+        yield measure("ridge, trained", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+
+
+def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
+    """The dense model, trained on the same tokens."""
+    share = float(options.recover_shares.split(",")[0])
+    with rows.session_of(options, "trained-dense", options.seed, recover_recipe(options, share)) as session:
+        session.take_model(loaded)
+        profile_stage(session)
+        prepare_stage(session)
+        search_stage(session)
+        (weights,) = train_stage(session, "control")
+    model = load_trained(copy.deepcopy(loaded.model), weights)
+    yield measure("dense, trained", None, model, asked, dense_bytes(loaded.shape, loaded.model))
+
+
+def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
+    """The row `ridge` as a recipe, with a training."""
+    recipe = base_recipe(options)
+    target = {"target": "retain", "scorer": "ridge", "alpha": options.window}
+    budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
+    recipe["search"] = {"solver": {"name": "shares", "same": "share", "target": target}, "budget": budget}
+    length = min(options.recover_length, options.length)
+    recipe["recover"] = {
+        "train": "lora",
+        "loss": "distill",
+        "mixer_rate": 1e-3,
+        "text": recipe["prepare"]["text"],
+        "length": length,
+        "batch_size": 4 if not options.quick else 1,
+        "tokens": options.recover_tokens,
+    }
+    return recipe
+
+
 def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
     """The dense model, KVzip and KVzip+ behind the text, and the retain rule with KVzip+'s scores."""
     model, shape, shares = loaded.model, loaded.shape, shares_of(options)
@@ -555,7 +613,10 @@ ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "searched": searched_row,
     "refined": refined_row,
     "uniform": uniform_row,
+    "recovered": recovered_row,
+    "trained-dense": trained_dense_row,
 }
+UNTRAINED = [name for name in ROWS if name not in ("recovered", "trained-dense")]  # rows where none are named
 
 
 def mean(values: Sequence[float]) -> float:
@@ -578,7 +639,7 @@ def print_table(folder: Path) -> None:
         return
     by_row: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
-        by_row[-(cell["share"] or 101), cell["row"]].append(cell)
+        by_row[-(cell["share"] or 101.0), cell["row"]].append(cell)
     reference = {cell["seed"]: cell for cell in cells if cell["row"] == "dense"}
     known = environment()
     devices = sorted({file["device"] for file in files if "device" in file})

@@ -39,7 +39,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
             second = documents_of(session, calibration.documents, "calibration", calibration.second)
         with session.reporter.progress("profile") as report:
             return run_profile(
-                session.loaded,
+                session.measured,
                 documents,
                 recipe.profile.statistics,
                 run.profile,
@@ -51,6 +51,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
 
     made = ["profile/profile.json", "profile/statistics.safetensors"]
     with session.together():
+        _ = session.measured  # whose shape the key has
         if run.stage_done("profile", session.profile_key()):
             say(f"profile: done before, {run.profile}")
             return read_profile(run.profile, session.shape)

@@ -20,7 +20,7 @@ from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
-from compress.models.load import LoadedModel, load_model
+from compress.models.load import LoadedModel, load_model, load_streamed
 from compress.models.placement import first_device, placement_of
 from compress.models.prepared import attach
 from compress.plan import ModelShape
@@ -66,6 +66,16 @@ class Session:
             self.reporter.say(f"  {note}")
         return loaded
 
+    @functools.cached_property
+    def measured(self) -> LoadedModel:
+        """The dense model as the profile reads it: the whole one, or layer by layer where the recipe says so."""
+        if not self.recipe.profile.stream or "loaded" in vars(self):
+            return self.loaded
+        device = resolve_device(self.recipe.device)
+        loaded = load_streamed(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        self.reporter.say(f"{self.recipe.model}: {self.shape_line(loaded.model)}, layer by layer on {device}")
+        return loaded
+
     def together(self) -> AbstractContextManager[None]:
         """All processes that have this session meet here, and are one group inside (`processes.together`)."""
         return together(resolve_device(self.recipe.device)) if self.helpers else nullcontext()
@@ -78,7 +88,8 @@ class Session:
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
-        return self.loaded.shape
+        known = vars(self).get("loaded") or vars(self).get("measured")
+        return self.loaded.shape if known is None else known.shape
 
     @property
     def fingerprint(self) -> str:
@@ -158,7 +169,7 @@ class Session:
             calibration["text"],
             calibration["documents"],
             calibration["training"],
-            self.resolved["profile"],
+            {key: value for key, value in self.resolved["profile"].items() if key != "stream"},
             *([calibration["second"]] if calibration["second"] else []),
         )
 

@@ -99,12 +99,13 @@ def documents_of(
     """
     if not requests:
         return {}
-    processes = find_processes(input_device(session.loaded.model))
+    loaded = session.measured if part == "calibration" else session.loaded
+    processes = find_processes(input_device(loaded.model))
     if not processes.main:
         processes.wait()
     with session.reporter.progress(f"documents ({part.replace('_', ' ')})") as report:
         documents = calibration_documents(
-            session.loaded,
+            loaded,
             requests,
             text or session.recipe.calibration.text,
             part,
