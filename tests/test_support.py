@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_class_that_a_configuration_names_is_found_in_transformers(subjects:
     """As `transformers serve` looks for it, and with the arguments that it gives."""
     patched = subjects["patched"]
     config = transformers.AutoConfig.from_pretrained(patched.folder, trust_remote_code=True, attn_implementation=None)
-    kind = getattr(transformers, config.architectures[0])
+    kind = getattr(importlib.import_module("transformers"), config.architectures[0])
     model = kind.from_pretrained(patched.folder, trust_remote_code=True, attn_implementation=None).eval()
     patched.same(model)
 
