@@ -639,8 +639,9 @@ def tuned(subject: Subject, kind: str, rows: list[dict[str, str]], given: dict[s
         given: arguments of the trainer, made anew from the model by the caller.
         options: of its configuration.
     """
-    import trl
     from datasets import Dataset
+
+    trl = importlib.import_module("trl")
 
     arguments = {"model": subject.load(dtype=torch.float32)} | given
     model = arguments["model"]

@@ -268,7 +268,7 @@ class PlanModel(WholeLayers):
                 "torch.export: an exported program cannot choose pages and windows while it runs, as the plan needs; "
                 "export the dense model, or a native checkpoint where the plan has one"
             )
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise ValueError(
                 "torch.jit.trace: a traced program keeps the pages and windows of the tokens that it was traced with; "
                 "trace the dense model, or a native checkpoint where the plan has one"
