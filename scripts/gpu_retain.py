@@ -424,6 +424,13 @@ class Decoding:
         for state in self.states:
             IMPLS["triton"].retain.decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
 
+    def store(self) -> None:
+        """The store of the token alone, as heads with a window have it."""
+        for state in self.states:
+            window = state.window()
+            key, value = self.key[:, :, 0], self.value[:, :, 0]
+            IMPLS["triton"].store_one(key, value, window, self.lengths, self.mixer.windows)
+
     def us(self, call: Callable[[], Any]) -> float:
         """Microseconds of one cache's part of a call, in a CUDA graph."""
         calls = max(1, 16 // self.copies)
@@ -493,7 +500,10 @@ def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: 
     state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
 
 
-SCORER = {"ridge": 0.6, "mlp": 1.3}  # predicted percent of a layer in a prefill
+SCORER = {  # predicted percent of a layer that judging and counting take, in a prefill and in a decode step (1)
+    ("ridge", 8192): 1.3, ("ridge", 32768): 0.8, ("ridge", 65536): 0.7, ("mlp", 8192): 2.2, ("mlp", 32768): 1.8,
+    ("mlp", 65536): 1.8, ("ridge", 1): 1.2, ("mlp", 1): 3.0, ("value_norm", 1): 0.6,
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -522,23 +532,26 @@ def part_rows() -> list[dict[str, Any]]:
             percent = {name: 100 * spent[name] / layer for name in ("judge", "judge and count", "compact and write")}
             say(
                 f"parts of a prefill of {length:,}, {scorer}, ms: {told(spent, {})}; % of the layer: "
-                + told(percent, {"judge and count": SCORER[scorer]})
+                + told(percent, {"judge and count": SCORER.get((scorer, length), math.nan)})
             )
             found.append({"length": length, "scorer": scorer, "ms": spent, "percent": percent})
         calls.clear()
         measure.release(DEVICE)
     hidden = torch.randn(1, 1, HIDDEN, device=DEVICE, dtype=BF16)
     matrices = measure.graphed_times(partial(run, hidden), DEVICE, calls=8, seconds=0.1).median * 1e3
-    for scorer, guess in (("ridge", 1.5), ("mlp", 3.0), ("value_norm", 1.5)):
+    for scorer in ("ridge", "mlp", "value_norm"):
         one = Decoding(layer_of(0.125, scorer, cap=True), 1, 32768, 4)
         attention, whole = one.us(one.attend), one.us(one.step)
-        percent = {"judge, count and store": 100 * (whole - attention) / (matrices + whole)}
+        store = one.us(one.store)
+        percent = {"judge and count": 100 * (whole - attention - store) / (matrices + whole)}
         say(
-            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, matrices "
-            f"{matrices:.1f}; % of the layer: {told(percent, {'judge, count and store': guess})}"
+            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, a store "
+            f"alone {store:.1f}, matrices {matrices:.1f}; % of the layer: "
+            + told(percent, {"judge and count": SCORER[scorer, 1]})
         )
         found.append(
-            {"scorer": scorer, "attention_us": attention, "step_us": whole, "matrices_us": matrices, **percent}
+            {"scorer": scorer, "attention_us": attention, "step_us": whole, "store_us": store, "matrices_us": matrices}
+            | percent
         )
     return found
 
