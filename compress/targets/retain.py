@@ -147,9 +147,8 @@ class RetainGroup(Target):
             cap = (cap[0], min(math.ceil(cap[1] * share / self.share * BETA_UNIT), BETA_UNIT) / BETA_UNIT)
         return self.model_copy(update={"threshold": "share", "share": share, "spread": 0.0, "cap": cap})
 
-    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> RetainGroup:
-        """With the share that a threshold keeps in one head group, and the spread of that."""
-        share, spread = (float(values[layer, group]) for values in thresholds.above(threshold))
+    def with_threshold(self, threshold: float, share: float, spread: float) -> RetainGroup:
+        """See `Target.with_threshold`."""
         return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
 
     @classmethod

@@ -214,8 +214,8 @@ class Target(Method):
         """The same with another share of the tokens kept; itself where it keeps none by a share."""
         return self
 
-    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> Target:
-        """What a head group has under a threshold that all share; itself where it has none."""
+    def with_threshold(self, threshold: float, share: float, spread: float) -> Target:
+        """The same under a threshold that keeps a share of the tokens, with its spread; itself where it has none."""
         return self
 
     @classmethod

@@ -70,9 +70,10 @@ def test_a_share_has_a_threshold_in_every_head_group_that_keeps_it(retention: Re
             placed = RetainGroup(scorer="ridge", threshold="share", share=share).placed(retention, layer, group)
             assert (placed.threshold, placed.spread) == (float(found[layer, group]), float(spread[layer, group]))
             assert placed.anywhere.placed(retention, layer, group) == placed and not placed.open
-            kept, _ = retention.above(float(found[layer, group]))
+            kept, deviates = retention.above(float(found[layer, group]))
             assert abs(float(kept[layer, group]) - share) < 1e-5
-            again = placed.with_threshold(float(found[layer, group]), retention, layer, group)
+            numbers = float(found[layer, group]), float(kept[layer, group]), float(deviates[layer, group])
+            again = placed.with_threshold(*numbers)
             assert abs(again.share - share) < 1e-5 and abs(again.spread - placed.spread) < 1e-4
     everything, _ = retention.above(-1e9)
     nothing, _ = retention.above(1e9)
@@ -176,7 +177,7 @@ def test_before_anything_is_measured_thresholds_are_open() -> None:
 
 def test_layers_that_slide_keep_their_windows(retention: Retention) -> None:
     windows = (100, None, 100, None)
-    solver = Priced(points=0)
+    solver = Keep(share=0.0, target=OPTIONS[0])
     task = problem(solver, Budget(kv=0.5, lengths=(4096,)), retention, windows=windows)
     for plan in solver.solve(task):
         assert {group for layer in (0, 2) for group in plan.layers[layer].groups} == {FULL_GROUP}

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from compress.cli.validate import table
 from compress.evaluate.comparison import Comparison, read_comparison
 from compress.export.card import render_card
 from compress.export.verify import Checks
 from compress.models.prepared import read_prepared
 from compress.plan import Plan, read_plan
+from compress.recipe.defaults import Situation
+from compress.recipe.load import load_recipe
 from compress.report.facts import Facts
 from compress.report.sections import costs
+from compress.stages.expectation import expectation
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import tiny_model
 
@@ -41,7 +47,7 @@ search:
   solver: {{name: priced}}
   budget: {{kv: 0.6, lengths: [512]}}
 evaluate:
-  compare: [plan, uniform, uniform-share, global-threshold]
+  compare: [plan, uniform-share, global-threshold]
   perplexity: {{text: *text, length: 512, windows: 1}}
 """
 )
@@ -59,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("retain")
     recipe = make_recipe(folder, tiny_model("llama-gqa"))
     recipe.write_text(RECIPE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
-    said = "".join(call(command, recipe) for command in ("validate", "profile", "prepare", "search"))
+    said = "".join(call(command, recipe) for command in ("profile", "prepare", "search"))
     (folder / "said.txt").write_text(said)
     return folder
 
@@ -104,7 +110,6 @@ def test_a_plan_has_thresholds_of_its_head_groups_and_holds_the_budget_on_averag
 
 def test_commands_say_what_is_a_mean_how_it_spreads_and_what_bounds_it(run: Path, plan: Plan) -> None:
     said = " ".join((run / "said.txt").read_text().split())
-    assert "expected: 2 options:" in said and "bound: 76.6% to 102.1% of any text" in said and "spread: known" in said
     assert "on average over texts, whose standard deviation is at most" in said
     assert "50% by ridge, at most 64 + 0.75 of the position, nats to first order" in said
     shown = " ".join(call("inspect", run / "run").split())
@@ -115,13 +120,31 @@ def test_commands_say_what_is_a_mean_how_it_spreads_and_what_bounds_it(run: Path
     assert listed.count("by ridge") == 3
 
 
+def test_before_a_run_options_are_told_with_their_bounds(run: Path, plan: Plan) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    console = Console(file=StringIO(), width=240)
+    console.print(table(recipe, Situation(shape=plan.model)))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "expected: 2 options: 52.7% to 76.6% of a head group's" in shown and "spread: known after prepare" in shown
+    assert "bound: 76.6% to 102.1% of any text" in shown
+    budget = recipe.search.budget.model_copy(update={"kv": None, "kv_bound": 0.5})
+    section = recipe.search.model_copy(update={"budget": budget})
+    bound = expectation(recipe.model_copy(update={"search": section}), plan.model)
+    assert bound is not None and "the budget asks for the bound" in bound.mean
+    (target,) = recipe.prepare.targets if recipe.prepare is not None else ()
+    open_ended = recipe.prepare.model_copy(update={"effect": False, "options": {}}) if recipe.prepare else None
+    one = expectation(recipe.model_copy(update={"prepare": open_ended}), plan.model)
+    assert one is not None and "as large as the budget holds" in one.mean and "no cap" in one.bound
+    assert target.idle and expectation(recipe.model_copy(update={"prepare": None}), plan.model) is None
+
+
 def test_an_evaluation_measures_what_its_texts_hold(run: Path, plan: Plan, comparison: Comparison) -> None:
     for row in comparison.variants:
         cells = {cell.label: cell for result in row.of("kv_held") for cell in result.cells()}
         beside = run / "run" / "search" / f"{row.name}.json"
         made = plan if row.name == "plan" else read_plan(beside) if beside.is_file() else None
         if made is None or not made.in_expectation:
-            assert not cells and row.name in ("dense", "uniform")
+            assert not cells and row.name == "dense"
             continue
         cost = made.cost(512, 4)
         assert cells["expected mean"].value == cost.held_bytes and cells["any text, at most"].value == cost.most_bytes
