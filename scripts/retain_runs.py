@@ -14,7 +14,8 @@ A text is read without its questions, so that no row can know them. Rows:
                    retain heads by this scorer, with the threshold in each head group that keeps one share in all
     ridge-global, mlp-global
                    with one threshold for all head groups, which is how KVzip gives heads different shares
-    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml
+    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
+                   refinement, or with `--refine-minutes`
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
     recovered      the row `ridge`, with its decisions trained together with low-rank updates of the weights on what the
@@ -98,7 +99,7 @@ GLOBAL = ("ridge", "mlp")
 FACTS = ("device", "versions", "all", "tokens", "seconds")  # of a row's file, beside its cells
 OPTIONS = (
     *("model", "dtype", "seeds", "length", "shares", "window", "prompts", "windows", "written", "at_once"),
-    *("prepare_tokens", "prepare_lengths", "long_texts", "recover_tokens", "recover_length"),
+    *("prepare_tokens", "prepare_lengths", "long_texts", "refine_minutes", "recover_tokens", "recover_length"),
 )
 KINDS = {"tasks": TASKS, "reworded": REWORDED, "new": NEW_KINDS}
 
@@ -111,6 +112,7 @@ def main() -> None:
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
     add("--prepare-tokens", type=int, default=400_000, help="that scorers are trained on")
     add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
+    add("--refine-minutes", type=float, default=0.0, help="of refining each plan of `searched`; 0 for none")
     add("--recover-tokens", type=int, default=1_000_000, help="of the training of `recovered`")
     add("--recover-length", type=int, default=4096, help="tokens of its sequences")
     add("--recover-shares", default="12.5", help="at which it is trained, in percent, by commas")
@@ -402,6 +404,7 @@ def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, sha
     unknown: Any = NothingMeasured(length)
     dense = Dense(loaded.shape, itemsize)
     problem = Problem(dense, unknown, budget.rows(dense, [length]), prepared=prepared_for(loaded.model))
+    problem = problem.counting([RetainGroup(scorer="key_norm", share=units / 1024) for units in range(16, 512, 7)])
     try:
         (candidate,) = solver.solve(problem)
     except UserError as error:
@@ -466,7 +469,9 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
     grid = {"scorers": ["ridge", "mlp"], "alphas": sorted({64, options.window})}
     prepare = base["prepare"] | {"effect": True, "options": {"retain": recipe["prepare"]["options"]["retain"] | grid}}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
-    recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget}}
+    refine = {"minutes": options.refine_minutes} if options.refine_minutes else None
+    recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget, "refine": refine}}
+    recipe["calibration"]["documents"].append({"task": "facts", "length": 2048, "count": 16})
     recipe["calibration"] |= {"text": base["calibration"]["text"]}
     if options.quick:
         recipe["calibration"]["documents"] = [{"task": "passkey", "length": 512, "count": 1}]
