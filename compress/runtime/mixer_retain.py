@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from .impl import choose_impl
+from .impl import Impl, choose_impl
 from .mixer import LayerFacts, Mixer, register
-from .retain_reference import keep
 from .retain_state import RetainState
 from .retain_training import Decisions
 from .retain_training import prefill as trained_prefill
@@ -74,13 +73,24 @@ class RetainMixer(Mixer):
 
     def judge(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
         """What the scorer says of new tokens, `[B, G, T]` in float32, from their `[B, G, T, D]`."""
-        positions = step.positions(key.device)
+        positions, fast = step.positions(key.device), choose_impl(step.impl, key).retain.scores
+        if fast is not None and (found := fast(self.scorer, step.hidden, key, value, positions)) is not None:
+            return found
         absent = (positions < 0)[..., None]
         key, value = (x.masked_fill(absent[:, None], 0) for x in (key, value))
         hidden = step.hidden.masked_fill(absent, 0) if self.scorer.needs_hidden and step.hidden is not None else None
         with torch.autocast(key.device.type, enabled=False):  # scores are compared in float32
-            found: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
-        return found
+            judged: torch.Tensor = self.scorer(hidden, key, value, positions.clamp(min=0))
+        return judged
+
+    def rules(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Thresholds, sinks and caps as `retain_reference.keep` takes them."""
+        caps = tuple((NO_CAP, 0) if cap is None else (cap[0], int(cap[1] * BETA_UNIT)) for cap in self.caps)
+        return (
+            _on_device(self.thresholds, device, torch.float32),
+            _on_device(tuple(span.sink for span in self.spans), device, torch.long),
+            _on_device(caps, device, torch.long),
+        )
 
     def kept(
         self, key: torch.Tensor, value: torch.Tensor, state: RetainState | None, step: Step
@@ -88,19 +98,18 @@ class RetainMixer(Mixer):
         """Which new tokens are kept, bool `[B, G, T]`, and how many behind the sinks are then, `[B, G]` int32."""
         with torch.no_grad():
             found = self.judge(key, value, step)
-            kept, count = self.rule(found, state, step)
+            kept, count = self.rule(found, state, step, choose_impl(step.impl, key))
             if state is None:
                 self._report(found, kept, step)
             return kept, count
 
-    def rule(self, found: torch.Tensor, state: RetainState | None, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def rule(
+        self, found: torch.Tensor, state: RetainState | None, step: Step, impl: Impl
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from what the scorer says, `[B, G, T]`."""
         device = found.device
         count = found.new_zeros(found.shape[:2], dtype=torch.int32) if state is None else state.tensors["count"]
-        thresholds = _on_device(self.thresholds, device, torch.float32)
-        sinks = _on_device(tuple(span.sink for span in self.spans), device, torch.long)
-        caps = tuple((NO_CAP, 0) if cap is None else (cap[0], int(cap[1] * BETA_UNIT)) for cap in self.caps)
-        return keep(found, step.positions(device), count, thresholds, sinks, _on_device(caps, device, torch.long))
+        return impl.retain.keep(found, step.positions(device), count, *self.rules(device))
 
     def prefill(
         self,
@@ -146,11 +155,10 @@ class RetainMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `prefill` without a state, with gradients of what is kept."""
-        positions, device = step.positions(key.device), key.device
+        positions = step.positions(key.device)
         found = self.judge(key, value, step)
-        kept = self.rule(found.detach(), None, step)[0]
-        thresholds = _on_device(self.thresholds, device, torch.float32)
-        sinks = _on_device(tuple(span.sink for span in self.spans), device, torch.long)
+        kept = self.rule(found.detach(), None, step, choose_impl(step.impl, query))[0]
+        thresholds, sinks, _ = self.rules(key.device)
         fixed = (positions[:, None] < sinks[:, None]) | ~thresholds.isfinite()[:, None]
         taken, through = decisions.take(found, thresholds, kept, fixed)
         self._report(found, through, step)
@@ -193,10 +201,17 @@ class RetainMixer(Mixer):
         """As `Mixer.decode`."""
         assert step.lengths is not None
         impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
-        kept, count = self.kept(key, value, state, step)
-        state.tensors["count"].copy_(count)
-        state.leave(lengths, step.gains)
-        state.store_one(key[:, :, 0], value[:, :, 0], kept[:, :, 0], lengths, impl.store_one)
+        if impl.retain.take is None:
+            kept, count = self.kept(key, value, state, step)
+            state.tensors["count"].copy_(count)
+            state.leave(lengths, step.gains)
+            state.store_one(key[:, :, 0], value[:, :, 0], kept[:, :, 0], lengths, impl.store_one)
+        else:
+            leaves = state.make_room(lengths, step.gains)
+            impl.retain.take(
+                self.scorer, step.hidden, key[:, :, 0], value[:, :, 0], lengths, state.tensors["count"],
+                self.rules(key.device), state.pages(), self.windows, leaves, partial(self.judge, key, value, step),
+            )  # fmt: skip
         options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
         out: torch.Tensor = impl.retain.decode(query[:, :, 0], state.pages(), lengths, self.windows, **options)
         return out[:, None]

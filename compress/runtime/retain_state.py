@@ -290,6 +290,14 @@ class RetainState(PagedState):
                     flat[torch.where(flags, target, own)] = numbers
         self.tensors["listed"].copy_(listed)
 
+    def make_room(self, lengths: torch.Tensor, gains: Sequence[int] | None) -> bool:
+        """As `leave`, but that a reserved state leaves the page to who stores the token; whether it does."""
+        if self.max_length is None:
+            self.leave(lengths, gains)
+        elif gains is not None:
+            self.advance(gains)
+        return self.max_length is not None
+
     def store_one(
         self,
         key: torch.Tensor,

@@ -210,9 +210,12 @@ class Step:
         if self.rows is None:
             assert self.lengths is not None
             return (self.on("lengths", device).long() - 1)[:, None]
-        past, start, count = self.rows.tensor(device).long().unbind(1)
-        order = torch.arange(self.columns, device=device) - start[:, None]
-        return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+        if ("positions", device) not in self.copies:  # once for all layers there
+            past, start, count = self.rows.tensor(device).long().unbind(1)
+            order = torch.arange(self.columns, device=device) - start[:, None]
+            found = torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+            self.copies["positions", device] = found
+        return self.copies["positions", device]
 
     def real(self, device: torch.device) -> torch.Tensor:
         """Which columns are tokens, `[B, T]`, in the order in which the model has them."""

@@ -13,8 +13,9 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from . import retain_reference
 from .reference import Rows
+from .retain_reference import decode as reference_decode
+from .retain_reference import prefill as reference_prefill
 from .retain_state import ListedPages
 from .scores import KernelScores, Scores
 from .span import PAGE, Span
@@ -302,7 +303,7 @@ def prefill(
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if form is None or dropout > 0 or trained:
         options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": scores}
-        return retain_reference.prefill(query, key, value, kept, spans, rows=rows, pages=pages, **options)
+        return reference_prefill(query, key, value, kept, spans, rows=rows, pages=pages, **options)
     rows = rows or Rows.whole(query.shape[0], query.shape[2])
     out, _ = forward(
         query if query.stride(-1) == 1 else query.contiguous(),
@@ -333,7 +334,7 @@ def decode(
 ) -> torch.Tensor:
     """As `retain_reference.decode`: list and window are one list of pages, which programs share evenly."""
     if (scores is not None and scores.for_kernels is None) or not pages.table.shape[-1]:
-        return retain_reference.decode(query, pages, lengths, spans, scale=scale, scores=scores)
+        return reference_decode(query, pages, lengths, spans, scale=scale, scores=scores)
     lists = (pages.listed, pages.offset)
     out: torch.Tensor = paged_decode(query, pages, lengths, spans, scale=scale, scores=scores, lists=lists)
     return out

@@ -83,6 +83,11 @@ def _write_plan(session: Session, plan: Plan, folder: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         write_text(path, trained.to_json())
+        shares = [one.share for row in read_recovered(folder).kept or () for one in row if one is not None]
+        session.reporter.say(
+            f"recover: heads keep {min(shares):.3g} to {max(shares):.3g} of the tokens before their windows, mean "
+            f"{sum(shares) / len(shares):.3g}; the plan with their new thresholds: {path}"
+        )
 
 
 def trained_plan(plan: Plan, weights: Path | None) -> Plan:

@@ -13,14 +13,18 @@ import torch
 import transformers
 from pydantic import ValidationError
 
+from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.models.backward import recomputed
 from compress.models.planned import keeps_tokens, planned_model
 from compress.models.prepared import attach
 from compress.models.shape import shape_of
 from compress.models.trained import load_trained
-from compress.plan import measured_plan, uniform_plan
+from compress.plan import measured_plan, read_plan, uniform_plan
+from compress.runfolder import TRAINED_PLAN
 from compress.runtime.step import Record
+from compress.stages.evaluate import _variants
+from compress.stages.recover import recover_stage, trained_plan
 from compress.targets.full import FullGroup
 from compress.targets.retain import RetainGroup
 from compress.train import recovery
@@ -28,6 +32,7 @@ from compress.train.keeping import check_decisions, decided, decisions_at, keepe
 from compress.train.objectives.distill import distill_loss
 from compress.train.objectives.kept import Kept, share_that_leaves
 from compress.train.recovery import recover
+from tests.cli.recipes import make_recipe
 from tests.tiny import SIZES, VOCABULARY, attach_as_they_start, random_ids
 from tests.train.common import settings
 
@@ -227,6 +232,8 @@ def test_bytes_of_the_plan_or_the_share_of_every_group() -> None:
     model = untrained(dense_model())
     found = measure_again(model, documents(), "group", None)
     assert all(one.share == pytest.approx(SHARE, abs=0.02) for row in found for one in row)
+    for by in ("plan", "group"):  # of texts that leave no window nothing is to be held
+        assert measure_again(model, documents()[:1], by, 64)[0][0].threshold == found[0][0].threshold
     windows = GROUP.model_copy(update={"alpha": 64, "beta": 0.25}).span()
     assert share_that_leaves(windows, None) == 0.75 and share_that_leaves(windows, 64) == 0
     assert share_that_leaves(windows, 1024) == (961 - (64 + 961 // 4)) // 64 * 64 / 1024
@@ -252,3 +259,27 @@ def test_only_models_that_keep_tokens_have_the_loss(tmp_path: Path) -> None:
         check_decisions(untrained(dense), 64)
     assert caught.value.problems[0].expected == "more than 64 tokens, better several times as many"
     check_decisions(untrained(dense), 65)
+
+
+def test_a_run_goes_on_with_the_thresholds_that_were_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a scorer without parameters, whose scores move with the keys."""
+    recipe = make_recipe(tmp_path, dense_model())
+    section = "recover: {length: 192, batch_size: 1, steps: 1, rate: 0.01, loss: distill, keep_documents: 2}\n"
+    recipe.write_text(recipe.read_text() + section)
+    group = RetainGroup(sink=0, alpha=1, scorer="key_norm", threshold=-1.0, share=0.25)
+    with opened(str(recipe)) as session:
+        plan = uniform_plan(session.shape, group)
+        monkeypatch.setattr("compress.stages.recover.finished_plan", lambda session: plan)
+        folder = recover_stage(session)
+        assert folder is not None
+        found = read_plan(session.run.path / TRAINED_PLAN, session.shape)
+        assert found == trained_plan(plan, folder) != plan and trained_plan(plan, None) is plan
+        assert mean_share([layer.groups for layer in found.layers]) == pytest.approx(0.25, abs=0.01)
+        rows = {row.name: row for row in _variants(session, plan, folder)}
+        assert list(rows)[:3] == ["dense", "plan", "plan before recovery"]
+        kept = {name: keepers_of(rows[name].build())[0].thresholds for name in list(rows)[1:3]}
+        assert kept["plan before recovery"] == (-1.0, -1.0)
+        assert kept["plan"] == tuple(target.model_dump()["threshold"] for target in found.layers[0].groups)
+        assert rows["plan"].cost is not None and rows["plan"].cost(512) == found.cost(512, 4)
