@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Serves checkpoints in vLLM on a CPU, with the plugin of plugins/vllm, and compares with transformers.
 
-    scripts/vllm_check [--out FILE] [--speed] [NAME ...]       makes vLLM's environment and calls this file
+    scripts/vllm_check [--out FILE] [NAME ...]                 makes vLLM's environment and calls this file
     scripts/vllm_check.py --python VLLM/bin/python ...         with an environment that is there
 
 Greedy tokens, one request at a time and eight at once, prompts whole and in chunks; the blocks that each head group
-held against its span; prefixes from the cache; ranks of tensor parallelism; native checkpoints. With --speed also how
-many requests run at once in the same memory, dense and by a plan. All in float32; the exit status is 1 where anything
-differs. Weights are those of SmolLM2 and random ones of small models.
+held against its span; prefixes from the cache; ranks of tensor parallelism; native checkpoints; and how many requests
+run at once in the same memory, dense and by a plan. All in float32; the exit status is 1 where anything differs.
+Weights are those of SmolLM2 and random ones of small models. On two cores all of it takes some 20 minutes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ class Job:
             "options": self.options,
             "rounds": rounds,
             "poison": self.poison,
-            "in_process": "tensor_parallel_size" not in self.options,
         }
 
 
@@ -230,7 +229,7 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
     loaded = load_model("demo/smollm2-135m")
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     ids = loaded.tokenizer.encode(text)
-    prompts = [ids[number * 600 : number * 600 + 90 + 21 * number] for number in range(20)]
+    prompts = [ids[number * 600 : number * 600 + 80 + 16 * number] for number in range(20)]
     shape = shape_of(loaded.model)
     kinds = [SINKS[number % len(SINKS)] for number in range(shape.layers * shape.kv_heads)]
     rows = [tuple(kinds[layer * 3 : layer * 3 + 3]) for layer in range(shape.layers)]
@@ -243,11 +242,11 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
             for layer, row in enumerate(rows)
         ],
     )
-    dense = greedy(loaded.model, prompts[-3:], 16)
+    dense = greedy(loaded.model, prompts[-3:], 12)
     for name, plan in (("half", read_plan(HALF)), ("sinks, growing, pruned", mixed)):
         path = folder / f"smollm2-{name.partition(',')[0]}"
         model, layers = write_patched(loaded.model, plan, path)
-        expected = greedy(model, prompts, 16)
+        expected = greedy(model, prompts, 12)
         assert expected[-3:] != dense, "the plan hides nothing of these prompts"
         for how, tokens in (("whole", 4096), ("in chunks of 128", 128)):
             job = Job(f"SmolLM2, {name}: {how}", path, prompts, expected, (1, 8), layers=layers)
@@ -348,38 +347,122 @@ def run_engine(python: Path, jobs: Sequence[dict[str, Any]], **environment: str)
         return json.loads(written.read_text()), found.stdout + found.stderr
 
 
+def speed(python: Path, folder: Path, bytes_: int = 120 << 20) -> dict[str, Any]:
+    """How many requests run at once, and how many tokens a second come out, dense and by a plan, in the same memory.
+
+    SmolLM2 in bfloat16, 20 requests of 576 tokens and 64 new ones: there the quarter plan of 2k tokens keeps half of
+    the blocks. Seconds of the processor are given beside those of the clock, which depend on what else runs.
+    """
+    loaded, new, length = load_model("demo/smollm2-135m"), 64, 576
+    write_patched(loaded.model, read_plan(QUARTER), folder / "plan")
+    loaded.model.save_pretrained(folder / "dense")
+    prompts = [[100 + (row * 7919 + token * 104729) % 40000 for token in range(length)] for row in range(20)]
+    rounds = [{"prompts": [prompts[0][:64]], "new": 4}, {"prompts": prompts, "new": new}]
+    options = {"kv_cache_memory_bytes": bytes_, "max_num_seqs": 32, "max_num_batched_tokens": 256, "dtype": "bfloat16"}
+    jobs = [
+        {"name": name, "model": str(folder / name), "options": options, "rounds": rounds} for name in ("dense", "plan")
+    ]
+    found, _ = run_engine(python, jobs)
+    rows = {}
+    for result in found["results"]:
+        if "error" in result:
+            raise RuntimeError(result["error"])
+        round_ = result["rounds"][1]
+        pages = sum(
+            len(blocks) * len(group["modules"]) * group["page_bytes"]
+            for request in round_["held"]
+            for group, blocks in zip(result["groups"], request["blocks"], strict=True)
+        )
+        rows[result["name"]] = {
+            "at_once": max(int(count) for count in round_["running"]),
+            "preempted": round_["preempted"],
+            "seconds": round_["seconds"],
+            "cpu_seconds": round_["cpu_seconds"],
+            "tokens_per_second": len(prompts) * (length + new) / round_["seconds"],
+            "tokens_per_cpu_second": len(prompts) * (length + new) / round_["cpu_seconds"],
+            "bytes_of_a_request": pages // len(prompts),
+            "kv_groups": len(result["groups"]),
+        }
+    return {
+        "requests": len(prompts),
+        "prompt_tokens": length,
+        "new_tokens": new,
+        **options,
+        **rows,
+        "bytes": rows["plan"]["bytes_of_a_request"] / rows["dense"]["bytes_of_a_request"],
+        "more_at_once": rows["plan"]["at_once"] / rows["dense"]["at_once"],
+        "faster": rows["dense"]["cpu_seconds"] / rows["plan"]["cpu_seconds"],
+    }
+
+
+def without_plugin(python: Path, folder: Path) -> list[str]:
+    """What is wrong where the plugin is not loaded: a patched checkpoint runs dense there, and says so."""
+    prompts, dense = small_prompts(), small_model("llama-gqa")
+    write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / "alone")
+    job = Job("alone", folder / "alone", prompts, greedy(dense, prompts, 24), options={"trust_remote_code": True})
+    found, printed = run_engine(python, [job.as_json()], VLLM_PLUGINS="none")
+    wrong = check(job, found["results"][0])
+    said = "the plan is NOT in effect" in printed and "compress-vllm" in printed
+    return wrong if said else [*wrong, "it does not say that the plan is not in effect"]
+
+
+def write(path: Path, found: dict[str, Any], rows: list[dict[str, Any]], measured: dict[str, Any] | None) -> None:
+    """Put what was found into a file, in place of rows of the same names that are there."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    new = {row["name"] for row in rows}
+    facts = {
+        "engine": found["versions"],
+        "compared_with": {"transformers": transformers.__version__, "torch": torch.__version__},
+        "machine": f"{os.cpu_count()} processors, {platform.machine()}, Python {platform.python_version()}",
+        "rows": [row for row in before.get("rows", []) if row["name"] not in new] + rows,
+        "speed": measured or before.get("speed"),
+    }
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Write checkpoints, run them, print a table; 0 where all agrees."""
+    parts = [*SETS, "alone", "speed"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SETS)}; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(parts)}; all without")
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM and the plugin")
-    parser.add_argument("--out", type=Path, help="write what was found to this JSON file")
+    parser.add_argument("--out", type=Path, help="write what was found to this JSON file, over rows of the same names")
     options = parser.parse_args()
+    names = options.names or parts
+    if unknown := [name for name in names if name not in parts]:
+        parser.error(f"{unknown[0]}: expected {', '.join(parts)}")
 
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = [job for name in options.names or SETS for job in SETS[name](Path(scratch))]
+        folder = Path(scratch)
+        jobs = [job for name in SETS if name in names for job in SETS[name](folder)]
         found, _ = run_engine(options.python, [job.as_json() for job in jobs])
+        alone = without_plugin(options.python, folder) if "alone" in names else None
+        measured = speed(options.python, folder) if "speed" in names else None
     table = Table(title=", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    for head in ("checkpoint", "KV groups", "pages of dense", "as transformers"):
+    for head in ("checkpoint", "class", "KV groups", "pages of dense", "as transformers"):
         table.add_column(head)
     rows = []
     for job, result in zip(jobs, found["results"], strict=True):
-        wrong = check(job, result)
-        row: dict[str, Any] = {"name": job.name, "wrong": wrong, "expected_error": job.fails}
-        if "error" not in result:
-            row |= {"class": result["class"], "kv_groups": len(result["groups"]), "pages": pages(result)}
-            row["seconds"] = [round_["seconds"] for round_ in result["rounds"]]
+        row: dict[str, Any] = {"name": job.name, "wrong": check(job, result)}
+        held, dense = (0, 0) if "error" in result else pages(result)
+        verdict = "NO: " + "; ".join(row["wrong"]) if row["wrong"] else "stops, as it has to" if job.fails else "yes"
+        if job.fails is not None:
+            row["stops"] = job.fails
+        elif "error" not in result:
+            row |= {"class": result["class"], "kv_groups": len(result["groups"]), "pages": [held, dense]}
+            row["texts"], row["at_once"] = len(job.expected), list(job.sizes)
         rows.append(row)
-        held, dense = row.get("pages", (0, 0))
         saved = f"{held} of {dense}" if dense else ""
-        verdict = "NO: " + "; ".join(wrong) if wrong else "stops, as it has to" if job.fails else "yes"
-        table.add_row(job.name, str(row.get("kv_groups", "")), saved, verdict)
-    Console(width=150).print(table)
+        table.add_row(job.name, row.get("class", ""), str(row.get("kv_groups", "")), saved, verdict)
+    if alone is not None:
+        rows.append({"name": "patched, without the plugin", "wrong": alone})
+        table.add_row(rows[-1]["name"], "", "", "", "NO: " + "; ".join(alone) if alone else "dense, and says so")
+    console = Console(width=150)
+    console.print(table)
+    if measured is not None:
+        console.print_json(json.dumps(measured))
     if options.out is not None:
-        machine = {"machine": platform.machine(), "processors": os.cpu_count(), "python": platform.python_version()}
-        here = {"transformers": transformers.__version__, "torch": torch.__version__}
-        facts = {"engine": found["versions"], "compared with": here, **machine, "cpu_seconds": found["cpu_seconds"]}
-        options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write(options.out, found, rows, measured)
     return int(any(row["wrong"] for row in rows))
 
 
