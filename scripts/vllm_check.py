@@ -171,7 +171,7 @@ def tiny_jobs(folder: Path) -> Iterator[Job]:
 
 
 def special_jobs(folder: Path) -> Iterator[Job]:
-    """Unequal widths, freed memory full of NaN, two ranks, prefixes from the cache."""
+    """Unequal widths, freed memory full of NaN, prefixes from the cache."""
     prompts, dense = small_prompts(), small_model("llama-mha")
     shape = shape_of(dense)
     window, other = WindowGroup(sink=4, alpha=30, beta=0.0), WindowGroup(sink=64, alpha=40, beta=0.25)
@@ -181,17 +181,32 @@ def special_jobs(folder: Path) -> Iterator[Job]:
     model, layers = write_patched(dense, plan, folder / "widths")
     yield Job("layers of other widths", folder / "widths", prompts, greedy(model, prompts, 24), layers=layers)
 
-    full = FullGroup()
-    plan = make_plan(shape, [(full, window, window, full), (other, window, window, other), (full,) * 4])
-    model, layers = write_patched(dense, plan, folder / "ranks")
+    model, layers = write_patched(dense, even_plan(shape), folder / "even")
     expected = greedy(model, prompts, 24)
-    yield Job("freed blocks hold NaN", folder / "ranks", prompts, expected, layers=layers, poison=True)
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    yield Job("two ranks of tensor parallelism", folder / "ranks", prompts, expected, layers=layers, options=ranks)
+    yield Job("freed blocks hold NaN", folder / "even", prompts, expected, layers=layers, poison=True)
 
     shared = [[*prompts[0][:288], 5, 6, 7], [*prompts[0][:288], 8, 9, 10, 11]]
-    job = Job("prefixes from the cache", folder / "ranks", shared, greedy(model, shared, 24), layers=layers)
+    job = Job("prefixes from the cache", folder / "even", shared, greedy(model, shared, 24), layers=layers)
     job.options, job.sizes, job.cached = {"enable_prefix_caching": True}, (1, 1), [288, 288]
+    yield job
+
+
+def even_plan(shape: Any) -> Plan:
+    """Four head groups a layer, of which both halves have the same spans."""
+    full, window, other = (
+        FullGroup(),
+        WindowGroup(sink=4, alpha=30, beta=0.0),
+        WindowGroup(sink=64, alpha=40, beta=0.25),
+    )
+    return make_plan(shape, [(full, window, window, full), (other, window, window, other), (full,) * 4])
+
+
+def ranks_jobs(folder: Path) -> Iterator[Job]:
+    """Two ranks of tensor parallelism."""
+    prompts, dense = small_prompts(), small_model("llama-mha")
+    model, layers = write_patched(dense, even_plan(shape_of(dense)), folder / "ranks")
+    job = Job("two ranks of tensor parallelism", folder / "ranks", prompts, greedy(model, prompts, 24), layers=layers)
+    job.options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     yield job
 
 
@@ -221,7 +236,11 @@ def native_jobs(folder: Path) -> Iterator[Job]:
         model = native_model(planned_model(dense, plan), plan)
         path = folder / f"pruned-{family}"
         model.save_pretrained(path)
-        yield Job(f"native {family}, pruned", path, prompts, greedy(model, prompts, 24))
+        expected = greedy(model, prompts, 24)
+        # vLLM's own class of Qwen2 works the size of a head out from the number of heads.
+        yield Job(f"native {family}, pruned", path, prompts, expected, options=flag if family == "qwen2" else {})
+        if family == "qwen2":
+            yield Job("native qwen2, pruned, without the flag", path, prompts, expected, fails="exceeds dimension size")
 
 
 def smollm2_jobs(folder: Path) -> Iterator[Job]:
@@ -257,6 +276,7 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
 SETS: dict[str, Callable[[Path], Iterator[Job]]] = {
     "tiny": tiny_jobs,
     "special": special_jobs,
+    "ranks": ranks_jobs,
     "native": native_jobs,
     "smollm2": smollm2_jobs,
 }
@@ -347,18 +367,26 @@ def run_engine(python: Path, jobs: Sequence[dict[str, Any]], **environment: str)
         return json.loads(written.read_text()), found.stdout + found.stderr
 
 
-def speed(python: Path, folder: Path, bytes_: int = 120 << 20) -> dict[str, Any]:
+def speed(python: Path, folder: Path) -> dict[str, Any]:
     """How many requests run at once, and how many tokens a second come out, dense and by a plan, in the same memory.
 
-    SmolLM2 in bfloat16, 20 requests of 576 tokens and 64 new ones: there the quarter plan of 2k tokens keeps half of
-    the blocks. Seconds of the processor are given beside those of the clock, which depend on what else runs.
+    SmolLM2 in bfloat16, 40 requests of 640 tokens and 64 new ones, in the memory of twelve dense ones and a half: there
+    the quarter plan of 2k tokens keeps half of the blocks. Seconds of the processor are given beside those of the
+    clock, which depend on what else runs.
     """
-    loaded, new, length = load_model("demo/smollm2-135m"), 64, 576
+    loaded, new, length = load_model("demo/smollm2-135m"), 64, 640
     write_patched(loaded.model, read_plan(QUARTER), folder / "plan")
     loaded.model.save_pretrained(folder / "dense")
-    prompts = [[100 + (row * 7919 + token * 104729) % 40000 for token in range(length)] for row in range(20)]
+    prompts = [[100 + (row * 7919 + token * 104729) % 40000 for token in range(length)] for row in range(40)]
     rounds = [{"prompts": [prompts[0][:64]], "new": 4}, {"prompts": prompts, "new": new}]
-    options = {"kv_cache_memory_bytes": bytes_, "max_num_seqs": 32, "max_num_batched_tokens": 256, "dtype": "bfloat16"}
+    shape = shape_of(loaded.model)
+    token = shape.layers * shape.kv_heads * shape.head_dim * 2 * torch.bfloat16.itemsize
+    options = {
+        "kv_cache_memory_bytes": token * (length + new) * 25 // 2,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 512,
+        "dtype": "bfloat16",
+    }
     jobs = [
         {"name": name, "model": str(folder / name), "options": options, "rounds": rounds} for name in ("dense", "plan")
     ]

@@ -21,7 +21,7 @@ from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
 from compress_vllm.families import BY_CLASS, ROWS
-from compress_vllm.plan import REFUSED, Layer, check_ranks, of_rank, parts_of, read_layers, slot_of
+from compress_vllm.plan import REFUSED, Layer, check_attention, check_ranks, of_rank, parts_of, read_layers, slot_of
 from compress_vllm.rule import BETA_UNIT, Rule
 from tests.tiny import mixed_plan, shape_of, tiny_model
 
@@ -157,6 +157,17 @@ def test_ranks_need_the_same_spans_in_any_order():
             check_ranks([even, Layer(rules, 8, 64)], 2)
     with pytest.raises(ValueError, match="3 head groups do not divide among 2 ranks"):
         check_ranks([Layer((None,) * 3, 6, 64)], 2)
+
+
+def test_attention_that_vllm_makes_otherwise_than_the_model_is_refused():
+    qwen, sliding = tiny_model("qwen2").config, tiny_model("qwen2-part-sliding").config
+    check_attention("layers.1.attn", 1, 12, None, qwen)
+    check_attention("layers.0.attn", 0, 12, None, sliding)
+    check_attention("layers.2.attn", 2, 12, 50, sliding)
+    with pytest.raises(ValueError, match=r"layers.1.attn: heads have 12 numbers, and .* takes 16"):
+        check_attention("layers.1.attn", 1, 16, None, qwen)
+    with pytest.raises(ValueError, match=r"layers.2.attn: the layer slides over 50 tokens by itself"):
+        check_attention("layers.2.attn", 2, 12, None, sliding)
 
 
 def test_the_families_are_those_of_the_checkpoints():

@@ -26,7 +26,7 @@ class Planned:
         _check(vllm_config, [rule for layer in layers for rule in layer.rules if rule and not rule.is_plain])
         with own_widths(config, self.compress_row, layers), arguments_kept():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        split(self, layers)  # type: ignore[arg-type]
+        split(self, layers, config)  # type: ignore[arg-type]
 
 
 def _check(vllm_config: Any, own_rules: list[Any]) -> None:
