@@ -38,6 +38,7 @@ LOCK = ".lock"
 PREPARED = "options/prepare.json"  # what was trained before the search
 EFFECTS = "options/effect"  # what that costs the loss, in the form of a profile
 RECOVERED, CONTROL = "recover/recover.json", "recover/control/recover.json"  # records of what was trained
+TRAINED_PLAN = "recover/plan.json"  # of a training that changed what its heads keep
 WINDOWS = "recover/windows/recover.json"  # of the plan without the states of its linear heads
 SCHEMA = 1
 # What is there before the first stage begins; where nothing else is, nothing is lost.

@@ -105,6 +105,12 @@ def main() -> None:
     add("--rate", type=float, default=1e-4, help="highest learning rate of all trainings")
     add("--router-rate", type=float, default=1e-3, help="the same of routers")
     add("--balance", type=float, default=0.01, help="weight of the load balance of MLPs")
+    add(
+        "--balance-over",
+        choices=("sequence", "pass"),
+        default="pass",
+        help="tokens that their load is taken over; over a sequence, every text has to use all experts",
+    )
     add("--router-z", type=float, default=1e-3, help="weight of the squared log-sum-exp of their routers' logits")
     add("--router-tokens", type=int, default=32_768, help="of each expert's text that routers start from")
     parser.set_defaults(length=512, batch=16, micro=16, windows=128)
@@ -156,7 +162,10 @@ def recipe_of(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
             **training(options, options.tokens),
             "text": undivided(options, "mix"),
             "mixer_rate": options.router_rate,
-            "balance": options.balance,
+            "objectives": [
+                {"name": "text"},
+                {"name": "balance", "weight": options.balance, "over": options.balance_over},
+            ],
             "router_z": options.router_z,
         },
         "evaluate": {"compare": ["plan"]},

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from html import escape
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,12 +14,19 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import pytest
 import torch
+from torch.utils import collect_env
 
 from tests import interpreter, processes
 
 # Kernels run in Triton's interpreter where there is no GPU. Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# lm-eval writes it into the report of every task, where nobody reads it: it lists what pip has installed, for a second.
+collect_env.get_pretty_env_info = lambda: ""
+
+
+LOOKING = ("tests/plots/", "tests/report/", "tests/cli/test_run.py")  # the last draws what whole runs draw
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +51,26 @@ def fresh() -> Iterator[Callable[..., Any]]:
 def hastened_interpreter() -> None:
     """Kernels run as they do, without what the interpreter computes for nobody."""
     interpreter.hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketches() -> Iterator[None]:
+    """Figures are files with their words and nothing drawn, a fifth of many runs, but for tests that look at them."""
+    from compress.plots import figure
+
+    usual = figure.rendered
+
+    def rendered(drawing: Any, kind: str) -> bytes:
+        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith(
+            ("tests/plots/", "tests/report/", "tests/cli/test_run")
+        ):
+            return usual(drawing, kind)
+        words = " ".join(text.get_text() for text in drawing.findobj(lambda part: hasattr(part, "get_text")))
+        return f'<svg viewBox="0 0 1 1"><text>{escape(words)}</text></svg>'.encode()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "rendered", rendered)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,6 +111,7 @@ TESTS = {
         "balance": "train/test_routing.py",
         "distill": "train/test_recover.py",
         "gates": "profile/heads/test_scores.py",
+        "kept": "train/test_keeping.py",
         "parts": "train/test_hidden.py",
         "reconstruction": "train/test_scorers.py",
         "router_z": "train/test_routing.py",

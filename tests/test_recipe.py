@@ -237,7 +237,10 @@ def inner_numbers(
 
 
 # Checked by validators of their own, with shares up to 1 or the limits of lengths.
-ELSEWHERE = {("SpanGrid", "betas"), *(("Budget", kind) for kind in ("bytes_read", "density", "flops", "kv"))}
+ELSEWHERE = {
+    ("SpanGrid", "betas"),
+    *(("Budget", kind) for kind in ("bytes_read", "density", "flops", "kv", "kv_bound")),
+}
 ELSEWHERE |= {(task, "depth") for task in ("PassKey", "PassKeys", "KeyValue", "Facts")}
 # Nothing grows with them: shares to clip, weights of scores, layers of the model, full groups of a layer.
 HARMLESS = {

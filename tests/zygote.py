@@ -31,6 +31,8 @@ MODULES = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
+    "peft",
+    "pydantic",
 ]
 RUNTIME = sorted((pathlib.Path(__file__).parents[1] / "compress" / "runtime").glob("*.py"))
 Order = dict[str, Any]

@@ -19,7 +19,9 @@ KINDS = ("kernel", "layer", "model")
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A shape (llama-3-8b, qwen2.5-7b, tiny), a config.json, or a model.")],
+    model: Annotated[
+        str, typer.Argument(help="A shape (llama-3-8b, llama-3-70b, qwen2.5-7b, tiny), a config.json, or a model.")
+    ],
     plan: Annotated[str | None, typer.Option(help="A plan.json, for a model that carries none.")] = None,
     mix: Annotated[
         str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -20,6 +19,8 @@ from compress.words import counted, duration, size
 
 if TYPE_CHECKING:
     from compress.plan import Form, Plan
+
+MOST_OPTIONS = 8  # of one kind that are listed one by one
 
 Artifact = Annotated[
     str, typer.Argument(metavar="PATH", help="A plan.json, a profile, prepared options, a checkpoint or a run folder.")
@@ -144,15 +145,17 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         widths = (str(queries[number]), "all" if mlp is None else f"{mlp.kept:,}") if left else ()
         table.add_row(str(number), *(group.short(native) for group in layer.groups), *widths)
     show(table)
-    for target, count in Counter(group for layer in plan.layers for group in layer.groups).items():
-        if target.objective is not None or target.by_layer:
-            typer.echo(f"{target.short()}: {counted(count, 'head group')}, {target.words()}")
-    costs = Table(title="KV cache of one sequence, float16 or bfloat16", box=None)
-    for column in ("tokens", "plan", "dense", "share"):
+    for line in _option_lines(plan):
+        typer.echo(line)
+    varies = plan.in_expectation
+    means = "; means over texts, spread: their standard deviation at most" if varies else ""
+    costs = Table(title=f"KV cache of one sequence, float16 or bfloat16{means}", box=None)
+    for column in ("tokens", "plan", "dense", "share", *(("spread", "any text, at most") if varies else ())):
         costs.add_column(column, justify="right")
     for length in sorted({*SHOWN_LENGTHS, *plan.predicted.lengths}):
-        used, dense = plan.cost(length, form=form).held_bytes, plan.dense_cost(length).held_bytes
-        costs.add_row(f"{length:,}", size(used), size(dense), f"{used / dense:.1%}")
+        cost, dense = plan.cost(length, form=form), plan.dense_cost(length).held_bytes
+        shares = [cost.held_bytes, *((cost.spread_bytes, cost.most_bytes) if varies else ())]
+        costs.add_row(f"{length:,}", size(cost.held_bytes), size(dense), *(f"{part / dense:.1%}" for part in shares))
     show(costs)
     states = states_of(plan, form=form)
     if states is not None:
@@ -173,6 +176,26 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         )
     if plan.provenance:
         typer.echo("provenance " + json.dumps(plan.provenance))
+
+
+def _option_lines(plan: Plan) -> list[str]:
+    """What head groups have that were prepared, or decided together: a line for every option of a search.
+
+    Where shares differ from group to group, as under one threshold for all, the options of a kind are one line.
+    """
+    kinds: dict[Any, dict[Any, list[Any]]] = {}
+    for layer in plan.layers:
+        for group in layer.groups:
+            if group.objective is not None or group.by_layer:
+                kinds.setdefault(group.with_share(0.5), {}).setdefault(group.anywhere, []).append(group)
+    lines = []
+    for options in kinds.values():
+        together = [group for groups in options.values() for group in groups]
+        for groups in options.values() if len(options) <= MOST_OPTIONS else [together]:
+            mean = groups[0].average(groups)
+            parts = [counted(len(groups), "head group"), mean.words(), mean.ranges(groups)]
+            lines.append(f"{mean.short()}: {', '.join(filter(None, parts))}")
+    return lines
 
 
 def _print_profile(profile: Any) -> None:
@@ -244,6 +267,9 @@ def _print_options(folder: Path, as_json: bool) -> None:
             f"{max(errors):.3g}",
             *(_effect(effects, target, length) for length in lengths),
         )
+    for target in effects.priced if effects is not None else ():
+        if target.open:  # a scorer that was prepared serves it
+            table.add_row(target.words(), *[""] * 6, *(_effect(effects, target, length) for length in lengths))
     show(table)
 
 

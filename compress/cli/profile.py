@@ -13,8 +13,11 @@ def profile(
     fresh: Fresh = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure what every head group does, on calibration documents. Goes on where it was interrupted."""
-    with opened(recipe, settings, overwrite=overwrite, fresh=fresh) as session:
+    """Measure what every head group does, on calibration documents. Goes on where it was interrupted.
+
+    Several processes share the documents: torchrun -m compress profile RECIPE.
+    """
+    with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.stages.profile import profile_stage
 
         profile_stage(session)

@@ -65,5 +65,5 @@ def opened(
     recipe = read_recipe(file, settings)
     from compress.stages.session import open_session  # imports torch, as reading the recipe has
 
-    with open_session(recipe, Terminal(), overwrite=overwrite, fresh=fresh, helper=helper) as session:
+    with open_session(recipe, Terminal(), overwrite=overwrite, fresh=fresh, helper=helper, helpers=helpers) as session:
         yield session

@@ -37,11 +37,15 @@ def run(
         from compress.stages.prepare import prepare_stage
         from compress.stages.profile import profile_stage
         from compress.stages.recover import recover_stage
-        from compress.stages.search import search_stage
+        from compress.stages.search import help_search, search_stage
         from compress.stages.upcycle import upcycle_stage
 
         if session.helper:
+            if session.recipe.upcycle is None:
+                profile_stage(session)
             prepare_stage(session)
+            if session.recipe.upcycle is None:
+                help_search(session)
             recover_stage(session)
             return
         check_target(session, overwrite)

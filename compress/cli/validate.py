@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compress.data.prompt import Task
+    from compress.recipe.defaults import Situation
     from compress.recipe.schema import Recipe, UpcycleSection
     from compress.train.settings import TrainSettings
 
@@ -48,7 +49,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     if as_json:
         typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
         return
-    show(table(loaded))
+    show(table(loaded, situation))
     output = Path(loaded.output).expanduser()
     for number, line in enumerate(loaded.chosen):
         typer.echo(f"{'' if number else 'default':<9}{line}")
@@ -84,12 +85,15 @@ def _batches(settings: TrainSettings) -> str:
     return f"{settings.step_count:,} steps of {settings.batch_size} x {settings.length:,} tokens"
 
 
-def table(recipe: Recipe) -> Table:
+def table(recipe: Recipe, situation: Situation) -> Table:
     """The stages with their method, what they read, and the model passes that they take."""
     from rich.table import Table
 
     from compress.evaluate.measure import asked_for
+    from compress.models.prepared import read_prepared
+    from compress.runfolder import PREPARED
     from compress.stages.evaluate import row_names
+    from compress.stages.expectation import expectation
 
     result = Table(title=f"{recipe.source}")
     for column in ("stage", "method", "documents", "model passes"):
@@ -122,10 +126,19 @@ def table(recipe: Recipe) -> Table:
             _lines(parts["search"]) or "none: chosen by prediction",
             f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
         )
+        done = Path(recipe.output).expanduser() / PREPARED
+        expected = expectation(recipe, situation.shape)
+        if expected is not None and done.is_file():
+            expected = expectation(recipe, situation.shape, read_prepared(done.parent))
+        if expected is not None:
+            about = f"expected: {expected.mean}\nbound: {expected.bound}"
+            result.add_row("on average", about, f"spread: {expected.spread}", "none")
     recover = recipe.recover
     if recover is not None:
         losses = "+".join(objective.registered for objective in recover.objectives) or recover.loss
         method = f"{recover.train}, loss {losses}"
+        if recipe.prepare is not None and any(target.in_expectation for target in recipe.prepare.targets):
+            method += f"\n{recover.decisions}"
         result.add_row(
             "recover", method, _batches(recover), f"training{' of plan and dense model' if recover.control else ''}"
         )

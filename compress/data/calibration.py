@@ -19,6 +19,7 @@ from compress.data.sample import TextSample
 from compress.data.text import Part, TextSource
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
+from compress.models.stream import refuse_streamed
 from compress.models.vocabulary import check_tokens
 
 SCHEMA = 1
@@ -52,6 +53,8 @@ def calibration_documents(
             answer, so this is known at once.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
+    if any(request.answer != "text" for request in requests):
+        refuse_streamed(model, "the dense model's own answer", "calibration.documents", "set `answer: text`")
     longest = max((request.length for request in requests), default=0)
     part = text.read(Reader(loaded, seed, cache_dir, progress), split, longest)
     check_tokens(part.ids, model.config, text.source)

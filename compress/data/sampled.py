@@ -25,6 +25,7 @@ from compress.json_file import read_sealed, sealed
 from compress.models.graph import graph_of
 from compress.models.placement import free_bytes, input_device, takes_graphs
 from compress.models.planned import planned_model
+from compress.models.stream import refuse_streamed
 from compress.plan import uniform_plan
 from compress.runtime.modeling_compress import CACHE
 from compress.targets.full import FullGroup
@@ -238,6 +239,7 @@ class _Writer:
 
     def __init__(self, loaded: Any, request: GeneratedText) -> None:
         self.request = request
+        refuse_streamed(loaded.model, "text that the model writes", "source: generated", "take another text")
         # The runtime's own cache: it takes steps that a graph can hold, and knows layers that slide by themselves.
         self.model = planned_model(loaded.model, uniform_plan(loaded.shape, FullGroup()))
         self.device = input_device(loaded.model)

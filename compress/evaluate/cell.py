@@ -46,8 +46,8 @@ class Cell:
             place are in a table of the variant's own, and in no other.
         heads: query heads that it is of, those of the layer in `place` that stay; None for all of them.
         table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`),
-            of the tables of branches and of loads (`branches`, `load`), a row of the last table with its difference to
-            dense (`task`), or only in charts and files (None).
+            of the tables of branches, of loads and of what texts hold (`branches`, `load`, `held`), a row of the last
+            table with its difference to dense (`task`), or only in charts and files (None).
         axis: for a cost, the words of an axis that quality is drawn over: `share of the dense KV bytes`.
         dense: the dense model's number where it was measured beside this one, and not in the dense variant's row.
         note: what has to be known of the number: the metric, how many items.
@@ -66,7 +66,7 @@ class Cell:
     part: Part | None = None
     place: tuple[int, int | None] | None = None
     heads: tuple[int, ...] | None = None
-    table: Literal["summary", "cost", "branches", "load", "task"] | None = None
+    table: Literal["summary", "cost", "branches", "load", "held", "task"] | None = None
     axis: str = ""
     dense: float | None = None
     note: str = ""

@@ -17,6 +17,7 @@ from compress.registry import measures
 OF_SOME = {
     "branches": "which branch of the converted heads does the work",
     "load": "how evenly tokens choose",
+    "held": "KV bytes that texts hold, where heads keep tokens by their scores",
 }
 AXES = {
     "position": "by position of the token in its window",

@@ -79,8 +79,12 @@ def render_card(
     def held(length: int) -> int:
         return plan.cost(length, itemsize, form=form).held_bytes
 
+    def about(length: int) -> dict[str, int]:
+        cost = plan.cost(length, itemsize, form=form)
+        return {"bytes": cost.held_bytes, "spread": cost.spread_bytes, "most": cost.most_bytes, "dense": dense(length)}
+
     costs = [
-        {"length": length, "bytes": held(length), "dense": dense(length)}
+        {"length": length, **about(length)}
         for length in sorted(
             {length for length in SHOWN_LENGTHS if length <= context} | {min(context, SHOWN_LENGTHS[-1])}
         )
@@ -122,6 +126,7 @@ def render_card(
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
         "states": states,
+        "varies": plan.in_expectation,
         "stored": STORED,
         "choosing": choosing,
         "saves": any(max(row.of_prefill, row.of_step()) >= NOTHING for row in choosing),
@@ -183,6 +188,8 @@ def _tags(plan: Plan, windowed: bool, states: States | None, routed: bool) -> li
         tags += ["sparse-attention", "kv-cache"]
     if states is not None:
         tags.append("linear-attention")
+    if plan.in_expectation:
+        tags.append("token-eviction")
     if routed:
         tags.append("mixture-of-heads")
     return tags
@@ -214,6 +221,8 @@ def _form(
     parts = ["a width of its own for every layer"] if len(plan.widths) > 1 else []
     if windowed or not (plan.prunes or routed):
         parts.append("a span of its own for every key/value head")
+    if plan.in_expectation:
+        parts.append("scorers that say which older tokens some of them keep")
     if states is not None:
         parts.append("states of constant size for the keys that some of them hide")
     if routed:

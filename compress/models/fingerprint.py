@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from compress.models.stream import each_weight
+
 PREFIX = "v2:"  # of every value; `sha256:`, which plans had before, is of a sample
 PATTERN = r"^(v2|sha256):[0-9a-f]{64}$"
 
@@ -39,9 +41,9 @@ def fingerprint_of(model: torch.nn.Module, sizes: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256(repr(sorted(sizes.items())).encode())
     digest.update(json.dumps(_rules(getattr(model, "config", None)), sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in each_weight(model):
         digest.update(f"{name}:{tuple(weight.shape)}".encode())
-        for sums in block_sums(weight.detach()):
+        for sums in block_sums(weight):
             digest.update(sums.cpu().numpy().tobytes())
     return f"{PREFIX}{digest.hexdigest()}"
 
@@ -52,8 +54,8 @@ def sampled_fingerprint_of(model: torch.nn.Module, sizes: Mapping[str, Any]) -> 
     It is only compared with theirs: two models that differ in other values have the same.
     """
     digest = hashlib.sha256(repr(sorted(sizes.items())).encode())
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
+    for name, weight in each_weight(model):
+        flat = weight.reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)][:256].cpu().bfloat16().float()
         digest.update(f"{name}:{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())

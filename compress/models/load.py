@@ -25,8 +25,9 @@ from compress.models.folder import CONFIG, PLAN, read_config, read_values, refus
 from compress.models.generation import FILE as GENERATION
 from compress.models.generation import check_generation, plain_generation, read_generation, repaired
 from compress.models.gguf import read_gguf
-from compress.models.placement import loading, place_for, put
+from compress.models.placement import first_device, loading, place_for, put
 from compress.models.shape import shape_of
+from compress.models.stream import StoredWeights, Stream
 from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
 from compress.models.vocabulary import check_vocabulary
 from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tensors, refuse_pointer
@@ -436,3 +437,38 @@ def load_model(
     model.generation_config = plain_generation(checked.generation)
     steady(model)
     return LoadedModel(put(model, to).eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)
+
+
+def load_streamed(spec: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """A model that is read layer by layer (`models.stream`), with its tokenizer.
+
+    Args:
+        spec: a local folder or a hub id; the weights of a GGUF file are in no form that can be read so.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: where it computes; one device.
+
+    Raises:
+        UserError: as `load_model`, or weights that cannot be read so.
+    """
+    with quiet():
+        checked = _checked(spec, trust_remote_code=False, weights=True)
+        if checked.folder is None:
+            raise UserError(
+                "the weights of a GGUF file cannot be read layer by layer",
+                where=spec,
+                expected="a folder with safetensors, or a hub id",
+                fix="take the model that the file was made of, or `profile.stream: false`",
+            )
+        folder, wanted = checked.folder, DTYPES[dtype]
+
+        def build() -> Any:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(checked.config, dtype=wanted)
+            named = read_values(folder / CONFIG).get("transformers_weights")
+            Stream(model, StoredWeights(folder, named), first_device(device))
+            return model
+
+        model = read_by("model", spec, build)
+    model.generation_config = plain_generation(checked.generation)
+    steady(model)
+    return LoadedModel(model.eval(), checked.tokenizer, spec, folder, checked.generation, checked.notes)

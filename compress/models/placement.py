@@ -17,6 +17,7 @@ from accelerate.utils import get_balanced_memory
 from compress.errors import UserError
 from compress.models.families import layers_of
 from compress.models.memory import available_bytes, peak_bytes
+from compress.models.stream import stream_of
 
 SPREAD = "balanced"  # what accelerate calls a model that lies on all GPUs, as evenly as whole layers allow
 SHARE = 0.7  # of a GPU's free memory, what weights may take before a model is spread: the rest is for activations
@@ -44,7 +45,10 @@ class Placement:
 
 def placement_of(model: Any) -> Placement:
     """Where a dense or planned model lies. Weights that are loaded when their layer runs count where it runs."""
-    return Placement(input_device(model), tuple(_device(layer) for layer in layers_of(model)))
+    stream, layers = stream_of(model), layers_of(model)
+    if stream is not None:
+        return Placement(stream.device, (stream.device,) * len(layers))
+    return Placement(input_device(model), tuple(_device(layer) for layer in layers))
 
 
 def input_device(model: Any) -> torch.device:

@@ -155,6 +155,11 @@ def has_routers(model: Any) -> bool:
     return any(getattr(module, "chooses", False) for module in model.modules())
 
 
+def keeps_tokens(model: Any) -> bool:
+    """Whether heads of the model decide which tokens they keep, and say so (`Record`)."""
+    return any(mixer.keeps for mixer in mixers_of(model))
+
+
 def has_own_widths(model: Any) -> bool:
     """Whether a layer of the model has other widths than its configuration says."""
     return any(width_of(layer, model.config) != Width.of(model.config) for layer in layers_of(model))
@@ -351,6 +356,23 @@ def set_plan(planned: Any, plan: Plan) -> None:
     load_mixers(targets_of(runtime_plan(plan)))
     planned.set_plan(runtime_plan(plan))
     _fill_mixers(planned, plan, before)
+
+
+def change_entries(planned: Any, plan: dict[str, Any]) -> None:
+    """Give a planned model other entries for the same targets, in place: all mixers keep their parameters.
+
+    Args:
+        plan: the part that the runtime needs, whose mixers have the parameters of those that are there.
+    """
+    tensors = {
+        f"{path}.{name}": weight.detach()
+        for path, module in planned.named_modules()
+        if module in set(mixers_of(planned))
+        for name, weight in module.named_parameters()
+    }
+    planned.set_plan(plan)
+    planned.load_state_dict(tensors, strict=False)
+    planned.train(planned.training)
 
 
 def read_mixers(planned: Any, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The plan: its schema, how it is made, read and described, and the facts about the model that it is bound to."""
 
-from compress.plan.build import make_plan, plan_of_layers, uniform_plan
+from compress.plan.build import make_plan, measured_plan, plan_of_layers, uniform_plan
 from compress.plan.facts import ModelShape
 from compress.plan.read import CHECKPOINT_PLAN, read_plan
 from compress.plan.schema import (
@@ -35,6 +35,7 @@ __all__ = [
     "added",
     "amount_line",
     "make_plan",
+    "measured_plan",
     "plan_of_layers",
     "read_plan",
     "removal",

@@ -60,6 +60,22 @@ def uniform_plan(shape: ModelShape, group: Group, **fields: Any) -> Plan:
     )
 
 
+def measured_plan(plan: Plan, found: Sequence[Sequence[Any]]) -> Plan:
+    """The plan with what its head groups were found to hold of texts (`Target.measured`).
+
+    Args:
+        found: `[layers][groups that stay]`, None or what has a `threshold`, a `share` and a `spread`.
+    """
+    layers = []
+    for layer, row in zip(plan.layers, found, strict=True):
+        groups = list(layer.groups)
+        for number, one in zip(layer.kept_groups, row, strict=True):
+            if one is not None:
+                groups[number] = groups[number].measured(one.threshold, one.share, one.spread)
+        layers.append(layer.model_copy(update={"groups": tuple(groups)}))
+    return plan.model_copy(update={"layers": tuple(layers)})
+
+
 def count_problems(plan: Plan, where: str) -> list[Problem]:
     """Counts that disagree with each other, and windows where the architecture slides already."""
     problems = []

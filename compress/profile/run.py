@@ -14,6 +14,7 @@ from compress.files import digest_of
 from compress.models.load import LoadedModel
 from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
+from compress.models.stream import refuse_streamed
 from compress.plan import ModelShape
 from compress.profile.key import Key
 from compress.profile.partial import Partial
@@ -149,6 +150,10 @@ def measure_all(run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]
         for kind in PASSES:
             chosen = [statistic for statistic in of_round if statistic.reads == kind.reads]
             if chosen:
+                if not kind.streams:
+                    what = ", ".join(f"`{statistic.name}`" for statistic in chosen)
+                    fix = "leave it out, or profile the whole model"
+                    refuse_streamed(run.subject.model, what, "profile.statistics", fix)
                 results |= kind().measure(taken, chosen)
     return results
 

@@ -13,7 +13,9 @@ import torch
 
 from compress.errors import UserError
 from compress.models.families import layers_of
+from compress.models.placement import placement_of
 from compress.models.pruning import output_projections
+from compress.models.stream import holding
 from compress.models.units import LayerUnits, units_of
 from compress.profile.key import Key
 from compress.registry import Method, statistics
@@ -61,6 +63,11 @@ class Subject:
         return units_of(self.model)
 
     @cached_property
+    def places(self) -> tuple[torch.device, ...]:
+        """The device of every layer."""
+        return placement_of(self.model).layers
+
+    @cached_property
     def reach(self) -> list[torch.Tensor]:
         """W_o^T W_o of every layer over the query heads of a group, `[groups, head_dim, head_dim]` float64: of a value,
         v, they add to the hidden state what has the summed squares v^T reach v.
@@ -69,8 +76,9 @@ class Subject:
             UserError: the projections of the architecture are not understood.
         """
         shape, reach = self.shape, []
-        for layer in layers_of(self.model):
-            weight = output_projections(layer, self.model.config)[0].weight.detach().double()
+        for number, layer in enumerate(layers_of(self.model)):
+            with holding(self.model, number):
+                weight = output_projections(layer, self.model.config)[0].weight.detach().double()
             heads = weight.view(weight.shape[0], shape.kv_heads, -1, shape.head_dim)
             reach.append(torch.einsum("ogqd,ogqe->gde", heads, heads).to(self.device))
         return reach

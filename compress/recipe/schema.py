@@ -51,6 +51,11 @@ class ProfileSection(Section):
     statistics: tuple[Annotated[Statistic, registry.statistics], ...] = Field(
         min_length=1, description="statistics to take; by default those that the solver reads"
     )
+    stream: bool = Field(
+        False,
+        description="read the model layer by layer, so that one layer of it is in memory: for models larger than the "
+        "device. The numbers are the same. Documents then need `answer: text`",
+    )
 
 
 class UpcycleSection(Section):

@@ -14,8 +14,10 @@ from compress.evaluate.comparison import Comparison, VariantResult, read_compari
 from compress.export.layout import checkpoint_form
 from compress.json_file import AGAIN, read_bytes, read_model, read_object
 from compress.plan import CHECKPOINT_PLAN, Form, Plan, read_plan
+from compress.profile.key import Key
 from compress.profile.stability import stabilities
 from compress.profile.store import HEADER, Profile, read_profile
+from compress.runfolder import TRAINED_PLAN
 
 WANTED = "a run folder, or a folder that `compress eval` or `compress bench --out` wrote"
 
@@ -37,6 +39,21 @@ class _Stages(BaseModel):
 
 
 @dataclass(frozen=True)
+class RetentionCurves:
+    """Of the statistic `reconstruction`: what share of its keys a head group needs for shares of their scores.
+
+    Attributes:
+        length: of the documents, in tokens.
+        shares: of the scores of KVzip+, ascending.
+        needed: `[layers][groups][shares]`, shares of the keys; 0 in layers that slide by themselves.
+    """
+
+    length: int
+    shares: tuple[float, ...]
+    needed: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
 class Facts:
     """One folder.
 
@@ -46,6 +63,7 @@ class Facts:
         stability: by importance statistic, how two corpora agree on it.
         form: of the checkpoint that the plan was exported to; None before it was.
         environment: versions and devices of the last command that wrote there.
+        retention: curves of the longest documents; None where they were not measured.
     """
 
     name: str
@@ -59,6 +77,7 @@ class Facts:
     environment: dict[str, Any]
     recipe: str | None
     seconds: dict[str, float]
+    retention: RetentionCurves | None = None
 
     @property
     def chosen(self) -> VariantResult | None:
@@ -75,7 +94,8 @@ def read_facts(folder: Path) -> Facts:
     """
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder), expected=WANTED, fix=MAKE)
-    plan = next((folder / name for name in ("plan.json", CHECKPOINT_PLAN) if (folder / name).is_file()), None)
+    plans = (TRAINED_PLAN, "plan.json", CHECKPOINT_PLAN)
+    plan = next((folder / name for name in plans if (folder / name).is_file()), None)
     files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
     there = {name: path.is_file() for name, path in files.items()}
     if plan is None and not there["evaluation"] and not there["bench"]:
@@ -99,6 +119,7 @@ def read_facts(folder: Path) -> Facts:
         plan=chosen,
         form=checkpoint_form(folder) or checkpoint_form(folder / "checkpoint"),
         statistics=_statistics(profile) if profile is not None else {},
+        retention=retention_curves(profile) if profile is not None else None,
         stability={name: agreement.line() for name, agreement in stabilities(profile).items()}
         if profile is not None
         else {},
@@ -135,3 +156,15 @@ def _profile(folder: Path, plan: Plan | None) -> Profile | None:
 def _statistics(profile: Profile) -> dict[str, list[list[float]]]:
     keys = [key for key in profile.tensors if profile.entry(key).axes == ("layer", "group") and key.target is None]
     return {str(key): profile.tensor(key).tolist() for key in sorted(keys, key=str)}
+
+
+def retention_curves(profile: Profile) -> RetentionCurves | None:
+    """What the statistic `reconstruction` says of the longest documents; None where a profile has it not."""
+    entry = profile.header.statistics.get("reconstruction")
+    length = max(profile.lengths)
+    needed = profile.find(Key("reconstruction", "moved", length))
+    if entry is None or needed is None:
+        return None
+    order = sorted(range(needed.shape[-1]), key=lambda place: entry.parameters["shares"][place])
+    shares = tuple(float(entry.parameters["shares"][place]) for place in order)
+    return RetentionCurves(length, shares, needed[..., order].tolist())

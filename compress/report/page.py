@@ -60,6 +60,7 @@ def _part(facts: Facts, name: str) -> dict[str, Any]:
             chart_svg(chart, f"{name}layers{number}") for number, chart in enumerate(sections.layer_charts(comparison))
         ],
         "map": sections.head_map(facts),
+        "retention": sections.retention(facts),
         "heads": [sections.shaded(each) for each in sections.maps_of_heads(comparison)],
         "position": sections.by_position(facts, f"{name}position"),
         "recall": sections.by_depth(facts),

@@ -132,6 +132,8 @@ def costs(facts: Facts) -> list[dict[str, Any]]:
                 "used": used.held_bytes,
                 "dense": dense.held_bytes,
                 "share": used.held_bytes / dense.held_bytes,
+                "spread": used.spread_bytes / dense.held_bytes if plan.in_expectation else None,
+                "most": used.most_bytes / dense.held_bytes if plan.in_expectation else None,
                 "prefill_sparsity": 1 - _prefill_share(plan, length),
                 "decode_sparsity": 1 - _decode_share(plan, length),
             }
@@ -176,6 +178,50 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
     return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}
+
+
+def retention(facts: Facts) -> dict[str, Any] | None:
+    """Every head group's retention curve: what share of its keys it needs for a share of their scores.
+
+    Returns:
+        `layers`: rows of cells, each with `words` and the `points` of a line in a square of 24 units, keys from left to
+        right and scores from bottom to top; a cell is None where a layer slides by itself. None where nothing was
+        measured.
+    """
+    curves = facts.retention
+    if curves is None:
+        return None
+    rows: list[list[dict[str, Any] | None]] = []
+    for layer, groups in enumerate(curves.needed):
+        cells: list[dict[str, Any] | None] = []
+        for number, needed in enumerate(groups):
+            if not any(needed):
+                cells.append(None)
+                continue
+            curve = [(0.0, 0.0), *zip(needed, curves.shares, strict=True), (1.0, 1.0)]
+            cells.append(
+                {
+                    "points": " ".join(f"{24 * keys:.1f},{24 - 24 * scores:.1f}" for keys, scores in curve),
+                    "words": [
+                        f"layer {layer}, group {number}",
+                        *(
+                            f"{share:.0%} of the scores in {keys:.1%} of the keys"
+                            for keys, share in zip(needed, curves.shares, strict=True)
+                        ),
+                    ],
+                }
+            )
+        rows.append(cells)
+    middle = min(curves.shares, key=lambda share: abs(share - 0.9))
+    place = curves.shares.index(middle)
+    found = sorted(needed[place] for groups in curves.needed for needed in groups if any(needed))
+    words = (
+        f"{middle:.0%} of the scores of KVzip+ are in {found[0]:.1%} to {found[-1]:.1%} of the keys of a head group, "
+        f"in {found[len(found) // 2]:.1%} of those of the middle one"
+        if found
+        else "all layers slide by themselves"
+    )
+    return {"layers": rows, "groups": len(rows[0]), "length": curves.length, "words": words}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .flash import refusal as flash_refusal
 from .reference import decode, prefill, routed_prefill, store, store_one
 from .retain_reference import decode as retain_decode
+from .retain_reference import keep as retain_keep
 from .retain_reference import prefill as retain_prefill
 
 logger = logging.get_logger(__name__)
@@ -47,10 +48,25 @@ class Router:
 
 @dataclass(frozen=True)
 class Retain:
-    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments."""
+    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments.
+
+    Attributes:
+        scores: what a scorer says of tokens, as `triton_scorers.py` documents it, or None where it has no kernel.
+        keep: which tokens are kept by their scores.
+        take: how one token a sequence is judged and stored at once, as `triton_retain_step.py` documents it.
+        compact, append: how the tokens of a pass get into the lists, as `triton_retain.py` documents them; what
+            `compact` gives is an argument of `prefill`, too.
+
+    What is None is done by the scorers themselves and by `RetainState`.
+    """
 
     prefill: Callable[..., torch.Tensor] = retain_prefill
     decode: Callable[..., torch.Tensor] = retain_decode
+    keep: Callable[..., tuple[torch.Tensor, torch.Tensor]] = retain_keep
+    scores: Callable[..., torch.Tensor | None] | None = None
+    take: Callable[..., None] | None = None
+    compact: Callable[..., Any] | None = None
+    append: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +97,12 @@ try:
     from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
     from .triton_linear_heads import LINEAR
+    from .triton_retain import RETAIN
+    from .triton_retain_step import take
     from .triton_routed import routed_prefill as skipping
     from .triton_router import ROUTER
+    from .triton_scorers import keep as keep_by_scan
+    from .triton_scorers import scores
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -95,9 +115,10 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER))
-    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER))
-    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER))
+    _RETAIN = Retain(*RETAIN[:2], keep_by_scan, scores, take, *RETAIN[2:])
+    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)
+    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER), _RETAIN)
+    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)
 
 
 def is_elsewhere(device: torch.device) -> bool:

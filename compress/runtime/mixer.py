@@ -63,7 +63,7 @@ class State:
 
     slack: int = 0
     one_way: ClassVar[str | None] = (
-        "their state sums over the tokens; that would need a copy of it as it was before each of the last ones"
+        "their state takes tokens in for good; that would need a copy of it as it was before each of the last ones"
     )
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -152,6 +152,7 @@ class Mixer(nn.Module):
         heads: the query heads of the layer that it runs.
         knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
         chooses: whether every token chooses what it uses of it, and `Record.routing` has the choices.
+        keeps: whether it decides which tokens it keeps, and `Record.keeping` has the decisions.
         learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
@@ -162,6 +163,7 @@ class Mixer(nn.Module):
     knows_scores: bool = False
     learns: bool = True
     chooses: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
     by_length: bool = False
     by_query: tuple[str, ...] = ()
     heads: tuple[int, ...] = ()

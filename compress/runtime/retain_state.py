@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -173,6 +174,8 @@ class RetainState(PagedState):
         kept: torch.Tensor,
         rows: Rows,
         store: Callable[..., None],
+        lists: Any = None,
+        append: Callable[..., None] | None = None,
     ) -> None:
         """Take in the new tokens of a pass of prefill, and move what leaves the windows into the lists.
 
@@ -181,7 +184,12 @@ class RetainState(PagedState):
             kept: `[B, G, T]`, which of them are kept; False where a column is no token.
             rows: which columns are tokens.
             store: writes what stays in the windows, as `reference.store`.
+            lists: what leaves them, where the implementation has brought it together already; `append` writes it.
+            append: as of `impl.Retain`; None where this does everything.
         """
+        if append is not None:
+            self._write_lists(key, value, kept, rows, store, lists, append)
+            return
         past, start, count = rows.tensor(key.device).long().unbind(1)
         first = self.first_keys(past + count - 1)[..., None]
         positions = past[:, None] + torch.arange(key.shape[2], device=key.device) - start[:, None]
@@ -221,6 +229,28 @@ class RetainState(PagedState):
         place = window.table[row, group, at // PAGE].long() * PAGE + at % PAGE
         self.kept.view(-1)[place] = kept[row, group, column]
 
+    def _write_lists(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kept: torch.Tensor,
+        rows: Rows,
+        store: Callable[..., None],
+        lists: Any,
+        append: Callable[..., None],
+    ) -> None:
+        """`write` where an implementation has brought together what leaves; a reserved state waits for no device."""
+        moved, listed = self._leaving(rows.past, rows.count), self.tensors["listed"]
+        self.advance(list(rows.count))
+        if moved:
+            self._take_list_pages(listed + lists.leaving)
+            append(lists, self.pages())
+            listed += lists.leaving
+        assert self.kept is not None
+        window, flags, pool = self.window(), kept.view(torch.uint8)[..., None], self.kept.view(torch.uint8)
+        store(key, value, window, rows, self.spans)
+        store(flags, flags, Pages(pool, pool, window.table), rows, self.spans)
+
     def leave(self, lengths: torch.Tensor, gains: Sequence[int] | None) -> None:
         """Move the page that leaves the sight of a new token into the lists, and make room for the token.
 
@@ -259,6 +289,14 @@ class RetainState(PagedState):
                     own = place[..., None] * PAGE + torch.arange(PAGE, device=place.device)
                     flat[torch.where(flags, target, own)] = numbers
         self.tensors["listed"].copy_(listed)
+
+    def make_room(self, lengths: torch.Tensor, gains: Sequence[int] | None) -> bool:
+        """As `leave`, but that a reserved state leaves the page to who stores the token; whether it does."""
+        if self.max_length is None:
+            self.leave(lengths, gains)
+        elif gains is not None:
+            self.advance(gains)
+        return self.max_length is not None
 
     def store_one(
         self,

@@ -9,6 +9,7 @@ import torch
 
 from .reference import Rows
 from .scores import Scores
+from .span import Span
 
 if TYPE_CHECKING:
     from .paged_cache import PagedCache
@@ -35,6 +36,29 @@ class Routing:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What heads that keep tokens decided about those of one pass without a cache, in one layer.
+
+    Attributes:
+        groups: their numbers among the head groups of the layer that stay.
+        scores: `[B, G, T]` float32, what the scorer says.
+        kept: `[B, G, T]`, 1 where the rule keeps a token and 0 elsewhere, with gradients where decisions are trained.
+        gone: bool `[B, G, T]`, tokens behind the sink that are in no later window, so that the decision matters.
+        thresholds: of the groups; None where only a cap decides.
+        shares: of those tokens, that the plan expects to be kept.
+        spans: of the groups, with their sinks.
+    """
+
+    groups: tuple[int, ...]
+    scores: torch.Tensor
+    kept: torch.Tensor
+    gone: torch.Tensor
+    thresholds: tuple[float | None, ...]
+    shares: tuple[float, ...]
+    spans: tuple[Span, ...]
+
+
 @dataclass
 class Record:
     """What mixers report of one forward pass; a caller passes one as `compress_record`, and reads it afterwards.
@@ -47,6 +71,7 @@ class Record:
         routing: by number of the layer, what tokens chose where it has routed heads.
         mlp_routing: by number of the layer, which MLPs tokens chose where it has several; their units are no heads.
         expert_gates: by number of the layer, the gates of experts' attentions, `[N, experts]` of its N tokens.
+        keeping: by number of the layer, what its heads that keep tokens decided.
         closed: whether the pass is over.
     """
 
@@ -55,6 +80,7 @@ class Record:
     routing: dict[int, Routing] = field(default_factory=dict)
     mlp_routing: dict[int, Routing] = field(default_factory=dict)
     expert_gates: dict[int, torch.Tensor] = field(default_factory=dict)
+    keeping: dict[int, list[Keeping]] = field(default_factory=dict)
     closed: bool = False
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
@@ -83,6 +109,11 @@ class Record:
         """Add the gates of experts' attentions in a layer, those of its tokens alone."""
         if not self.closed:
             self.expert_gates[layer] = gates
+
+    def add_keeping(self, layer: int, keeping: Keeping) -> None:
+        """Add what a mixer of a layer decided about its tokens."""
+        if not self.closed:
+            self.keeping.setdefault(layer, []).append(keeping)
 
 
 @dataclass
@@ -179,9 +210,12 @@ class Step:
         if self.rows is None:
             assert self.lengths is not None
             return (self.on("lengths", device).long() - 1)[:, None]
-        past, start, count = self.rows.tensor(device).long().unbind(1)
-        order = torch.arange(self.columns, device=device) - start[:, None]
-        return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+        if ("positions", device) not in self.copies:  # once for all layers there
+            past, start, count = self.rows.tensor(device).long().unbind(1)
+            order = torch.arange(self.columns, device=device) - start[:, None]
+            found = torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+            self.copies["positions", device] = found
+        return self.copies["positions", device]
 
     def real(self, device: torch.device) -> torch.Tensor:
         """Which columns are tokens, `[B, T]`, in the order in which the model has them."""

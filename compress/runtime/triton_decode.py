@@ -37,10 +37,20 @@ def _bounds(length, sink, alpha, beta, mask, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _list_bounds(length, listed, offset, alpha, beta, mask, PAGE: tl.constexpr):
+    """The same of a table whose first `offset` pages hold a list of so many tokens in the place of a sink."""
+    end = (length + PAGE - 1) // PAGE
+    start = tl.minimum(first_key(length - 1, alpha, beta, mask) // PAGE, end)
+    return (listed + PAGE - 1) // PAGE, offset + start, offset + end
+
+
+@triton.jit
 def _work(
     p_lengths,  # [B] int32
     p_rules,  # [G, 4] int32
     p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2, None with ACTIVE 0
+    p_listed,  # [B, G] int32 tokens in a list before the window, where LISTED; else None
+    offset,  # pages of the table before those of the window, where LISTED; else None
     segments,
     most,
     SHARE: tl.constexpr,
@@ -50,6 +60,7 @@ def _work(
     PAGE: tl.constexpr,
     FEWEST: tl.constexpr,
     ACTIVE: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     """Pages of every segment, a (sequence, group), and how many of `most` programs share them.
 
@@ -62,7 +73,11 @@ def _work(
     group = every % GROUPS
     length = tl.load(p_lengths + every // GROUPS, mask=known, other=0)
     sink, alpha, beta, mask = load_rule(p_rules, group)
-    sinks, start, end = _bounds(length, sink, alpha, beta, mask, PAGE)
+    if LISTED:
+        listed = tl.load(p_listed + every, mask=known, other=0)
+        sinks, start, end = _list_bounds(length, listed, offset, alpha, beta, mask, PAGE)
+    else:
+        sinks, start, end = _bounds(length, sink, alpha, beta, mask, PAGE)
     counts = tl.where(known & (length > 0), sinks + end - start, 0)
     if ACTIVE == 1:
         counts = tl.where(tl.load(p_active + every, mask=known, other=0) != 0, counts, 0)
@@ -77,7 +92,7 @@ def _work(
     return sinks, start, counts, pages, programs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _decode(
     p_query,  # [B, H, D]
     p_key_pages,  # [places, PAGE, D]
@@ -88,6 +103,8 @@ def _decode(
     p_extra,  # [H] the extra logit of every query head, where EXTRA; its bias with SCORE 1 and 2
     p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2: what is on; None with ACTIVE 0
     p_gates,  # float32 of the same shape, factors on the outputs, where GATED
+    p_listed,  # as in `_work`, and so is the offset
+    offset,
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
     p_stats,  # [programs, 2, 2, SHARE] float32: its running maximum and total
@@ -117,6 +134,7 @@ def _decode(
     SCORE: tl.constexpr,
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
+    LISTED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -130,8 +148,9 @@ def _decode(
     every = tl.arange(0, BLOCK_S)
     most = tl.num_programs(0)
     sinks, start, counts, pages, programs = _work(
-        p_lengths, p_rules, p_active, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST, ACTIVE
-    )
+        p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST,
+        ACTIVE, LISTED,
+    )  # fmt: skip
     if program >= programs:
         return
     ends = tl.cumsum(counts, 0)
@@ -152,6 +171,10 @@ def _decode(
         n_tokens = tl.load(p_lengths + b)
         sink, alpha, beta, mask = load_rule(p_rules, g)
         first = first_key(n_tokens - 1, alpha, beta, mask)
+        if LISTED:  # from here on by slots of the table
+            sink = tl.load(p_listed + s)
+            first += offset * PAGE
+            n_tokens += offset * PAGE
         sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
         skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
         piece_end = tl.minimum(stop, seg_end)
@@ -222,7 +245,7 @@ def _decode(
         at = piece_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _join(
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32
@@ -230,8 +253,10 @@ def _join(
     p_lse,  # [B, H] float32, where KEEP_LSE
     p_lengths,  # [B] int32
     p_rules,  # [G, 4] int32
-    p_active,  # as in `_decode`, and so are the gates
+    p_active,  # as in `_decode`, and so are the gates and the lists
     p_gates,
+    p_listed,
+    offset,
     segments,
     most,
     out_b,
@@ -249,6 +274,7 @@ def _join(
     OVERLAP: tl.constexpr,
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
+    LISTED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
 ):
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
@@ -257,8 +283,9 @@ def _join(
     every = tl.arange(0, BLOCK_S)
     # None of this is a result of `_decode`, so it is known before that has ended.
     _, _, counts, pages, programs = _work(
-        p_lengths, p_rules, p_active, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST, ACTIVE
-    )
+        p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST,
+        ACTIVE, LISTED,
+    )  # fmt: skip
     start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
     count = tl.sum(tl.where(every == s, counts, 0), 0)
     # [BLOCK_C]
@@ -318,10 +345,15 @@ def decode(
     keep_lse: bool = False,
     active: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
+    lists: tuple[torch.Tensor, int] | None = None,
 ) -> Any:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
 
     Scores that the kernels do not have go to the reference.
+
+    Args:
+        lists: of a table whose first pages are a list of tokens, which are all seen, how many tokens those are,
+            `[B, G]` int32, and how many pages; the spans have no sinks then. None without.
     """
     batch, heads, dim = query.shape
     groups = len(spans)
@@ -343,6 +375,7 @@ def decode(
         )
     cap, extra = form.cap, form.by_head
     flags, unit = None, 0
+    listed, offset = (None, None) if lists is None else lists
     if active is not None:
         check_active(active, heads, groups, gates)
         flags, unit = active.contiguous().view(torch.uint8), 1 if active.shape[1] == groups else 2
@@ -357,6 +390,8 @@ def decode(
         rules if extra is None else extra,
         flags,
         gates,
+        listed,
+        offset,
         out,
         parts,
         stats,
@@ -386,6 +421,7 @@ def decode(
         SCORE=form.score,
         ACTIVE=unit,
         GATED=gates is not None,
+        LISTED=lists is not None,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
@@ -402,6 +438,8 @@ def decode(
         rules,
         flags,
         gates,
+        listed,
+        offset,
         batch * groups,
         programs,
         out.stride(0),
@@ -419,6 +457,7 @@ def decode(
         OVERLAP=overlap,
         ACTIVE=unit,
         GATED=gates is not None,
+        LISTED=lists is not None,
         KEEP_LSE=keep_lse,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),

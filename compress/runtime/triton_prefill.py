@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -57,7 +59,7 @@ def _accumulate(
     return acc, best, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_pages", "offset"])
 def _forward(
     p_query,  # [B, H, T, D]
     key_tiles,  # descriptor of [B, G, T, D], tiles [BLOCK_N, BLOCK_D]
@@ -73,6 +75,12 @@ def _forward(
     p_on,  # [B, G, T * SHARE] int32: the rows that are computed, token * SHARE + head of the group; None for all
     p_on_counts,  # [B, G] int32: how many of them there are
     p_gates,  # [B, G, T] float32 with GATED 1, [B, H, T] with GATED 2: factors on the outputs; None with GATED 0
+    list_key_tiles,  # descriptor of [B, G, L, D], tiles [BLOCK_N, BLOCK_D], where LISTED; else None, as those below
+    list_value_tiles,  # descriptor of [B, G, L, DV], tiles [BLOCK_N, BLOCK_V]
+    p_before,  # [B, G, list_pages] int32: tokens of the list before the n-th page from the first of the cached window
+    p_listed,  # [B, G] int32: tokens in the first `offset` pages of the table, where PAGED
+    list_pages,
+    offset,
     numbers,
     tiles,
     batch,
@@ -101,6 +109,7 @@ def _forward(
     PAGED: tl.constexpr,
     GATHERED: tl.constexpr,
     GATED: tl.constexpr,
+    LISTED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -110,7 +119,8 @@ def _forward(
 ):
     """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other.
 
-    Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do.
+    Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do. Where LISTED,
+    a query sees beside its window a prefix of a list of keys: those before the first page of its window.
     """
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
@@ -165,15 +175,44 @@ def _forward(
         if SCORE != 3:
             total += 1.0
 
-    # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask.
-    begin = tl.maximum(earliest - past, 0) // BLOCK_N
-    end = (high + BLOCK_N) // BLOCK_N
-    inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) + BLOCK_N - 1) // BLOCK_N, begin), end)
-    outer = tl.maximum((low + 1) // BLOCK_N, inner)
+    if LISTED:
+        from_page = first_key(past - 1, alpha, beta, mask) // BLOCK_P
+        p_own_before = p_before + (b * GROUPS + g).to(tl.int64) * list_pages
+        all_rows = tl.load(p_own_before + earliest // BLOCK_P - from_page)
+        any_row = tl.load(p_own_before + latest // BLOCK_P - from_page)
+        whole = all_rows // BLOCK_N
+        for i in tl.range(0, whole, num_stages=STAGES):
+            # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+            b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+            b_value = list_value_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+            acc, top, total = _accumulate(
+                acc, top, total, b_query, b_key, b_value, None, scale, to_cap, shift, False, CAPPED, SCORE, PRECISION
+            )
+        # [BLOCK_M]
+        n_before = tl.load(p_own_before + first // BLOCK_P - from_page, mask=m_token, other=0)
+        for i in tl.range(whole, (any_row + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+            # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
+            entry = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+            b_value = list_value_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+            b_value = tl.where((entry < any_row)[:, None], b_value, 0.0)  # behind the list there may be NaN
+            # [BLOCK_M, BLOCK_N]
+            m_seen = entry[None, :] < n_before[:, None]
+            acc, top, total = _accumulate(
+                acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, shift, True, CAPPED, SCORE, PRECISION
+            )
+
+    # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask. Behind a
+    # list they start with the window, which moves by whole pages, so that most tiles start where it does.
+    origin = tl.maximum(earliest - past, 0) if LISTED else 0
+    begin = (tl.maximum(earliest - past, 0) - origin) // BLOCK_N
+    end = (high - origin + BLOCK_N) // BLOCK_N
+    inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) - origin + BLOCK_N - 1) // BLOCK_N, begin), end)
+    outer = tl.maximum((low + 1 - origin) // BLOCK_N, inner)
     for i in tl.range(inner, outer, num_stages=STAGES):
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
-        b_key = key_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
-        b_value = value_tiles.load([b, g, start + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        b_key = key_tiles.load([b, g, start + origin + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        b_value = value_tiles.load([b, g, start + origin + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
         acc, top, total = _accumulate(
             acc, top, total, b_query, b_key, b_value, None, scale, to_cap, shift, False, CAPPED, SCORE, PRECISION
         )
@@ -183,9 +222,9 @@ def _forward(
     for i in tl.range(0, sinks + left + end - outer, num_stages=STAGES):
         number = tl.where(i < sinks, i, tl.where(i < sinks + left, begin + i - sinks, outer + i - sinks - left))
         # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
-        column = number * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_key = key_tiles.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
-        b_value = value_tiles.load([b, g, start + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
+        column = origin + number * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_key = key_tiles.load([b, g, start + origin + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+        b_value = value_tiles.load([b, g, start + origin + number * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
         if RAGGED:  # columns behind the sequence's end may hold anything, NaN included
             b_value = tl.where((column < count)[:, None], b_value, 0.0)
         # [BLOCK_M, BLOCK_N]
@@ -200,6 +239,22 @@ def _forward(
         sinks = tl.minimum((tl.minimum(sink, past) + BLOCK_P - 1) // BLOCK_P, pages_end)
         begin = tl.minimum(tl.maximum(earliest // BLOCK_P, sinks), pages_end)
         p_held = p_table + (b * GROUPS + g).to(tl.int64) * numbers
+        if LISTED:
+            n_listed = tl.load(p_listed + b * GROUPS + g)
+            for i in tl.range(0, (n_listed + BLOCK_P - 1) // BLOCK_P, num_stages=STAGES):
+                place = tl.load(p_held + i).to(tl.int64)
+                # [BLOCK_P], [BLOCK_P, BLOCK_D], [BLOCK_P, BLOCK_V]
+                m_stored = i * BLOCK_P + o_slot < n_listed
+                b_key = load_block(p_key_pages + place * BLOCK_P * DIM, o_slot * DIM, m_stored, DIM, BLOCK_D)
+                p_values = p_value_pages + place * BLOCK_P * VALUE_DIM
+                b_value = load_block(p_values, o_slot * VALUE_DIM, m_stored, VALUE_DIM, BLOCK_V)
+                # [BLOCK_M, BLOCK_P]
+                m_seen = m_stored[None, :] & m_token[:, None]
+                acc, top, total = _accumulate(
+                    acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, shift, True, CAPPED, SCORE,
+                    PRECISION,
+                )  # fmt: skip
+            p_held += offset
         for i in tl.range(0, sinks + pages_end - begin, num_stages=STAGES):
             number = tl.where(i < sinks, i, begin + i - sinks)
             place = tl.load(p_held + number).to(tl.int64)
@@ -226,6 +281,28 @@ def _forward(
         tl.store(p_lse + o_lse, top + tl.log2(total), mask=m_token)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Keys that queries see before their windows, in order; see `triton_retain.compact`.
+
+    Attributes:
+        keys, values: `[B, G, L, D]`; what lies behind a list's end may be anything.
+        before: `[B, G, N]` int32, how many of them lie before the n-th page of 64 tokens, counted from the first page
+            of the cached window, that of the query at the position before the new tokens.
+        listed: `[B, G]` int32, how many lie in the first `offset` pages of the table besides, which all queries see;
+            None without a cache.
+        leaving: `[B, G]` int32, the lists' lengths: what leaves the windows by the end of the pass.
+        offset: pages of the table before those of the window.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    before: torch.Tensor
+    leaving: torch.Tensor
+    listed: torch.Tensor | None = None
+    offset: int = 0
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -242,12 +319,14 @@ def forward(
     score: int = 0,
     on: tuple[torch.Tensor, torch.Tensor] | None = None,
     gates: torch.Tensor | None = None,
+    lists: Lists | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
     Args:
         on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
         gates: float32 `[B, G, T]` or `[B, H, T]` of any strides, factors on the outputs; None for 1.
+        lists: what queries see before their windows, which then move by whole pages and have no sinks; None without.
 
     Returns:
         Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
@@ -281,6 +360,7 @@ def forward(
         rows if extra is None else extra,
         *((None, None) if on is None else on),
         gates,
+        *_list_arguments(lists, block_n, block_d, block_v),
         table.shape[-1],
         tiles,
         batch,
@@ -307,6 +387,7 @@ def forward(
         PAGED=pages is not None,
         GATHERED=on is not None,
         GATED=0 if gates is None else 1 if gates.shape[1] == groups else 2,
+        LISTED=lists is not None,
         KEEP_LSE=keep_lse,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,
@@ -316,6 +397,20 @@ def forward(
         num_warps=config["warps"],
     )
     return out, lse
+
+
+def _list_arguments(lists: Lists | None, block_n: int, block_d: int, block_v: int) -> tuple[Any, ...]:
+    """What the kernel is given of lists."""
+    if lists is None:
+        return (None,) * 6
+    return (
+        _descriptor(lists.keys, block_n, block_d),
+        _descriptor(lists.values, block_n, block_v),
+        lists.before,
+        lists.listed,
+        lists.before.shape[-1],
+        lists.offset,
+    )
 
 
 def _descriptor(tensor: torch.Tensor, block: int, width: int) -> TensorDescriptor:

@@ -38,6 +38,34 @@ def rows_block(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 1024  # the interpreter: small blocks, so that small inputs have several
 
 
+def flag_pages(device: torch.device) -> int:
+    """Pages of 64 tokens whose flags one program counts at once."""
+    return 2 if device.type == "cpu" else 128  # the interpreter: small blocks, so that small inputs have several
+
+
+def scorer_config(width: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Tokens at once, groups at once where the scorer has hidden units, numbers of the input at once, warps, depth."""
+    if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
+        return {"tokens": 64, "groups": 1, "block": 16, "warps": 4, "stages": 1}
+    if itemsize > 2:
+        return {"tokens": 32, "groups": 1, "block": 32, "warps": 4, "stages": 2}
+    if width:
+        return {"tokens": 128, "groups": 2, "block": 64, "warps": 8, "stages": 3}
+    return {"tokens": 64, "groups": 1, "block": 128, "warps": 4, "stages": 4}
+
+
+def keep_block(columns: int, device: torch.device) -> int:
+    """Tokens at once where those that are kept are counted one after the other."""
+    return 32 if device.type == "cpu" else 1024 if columns <= 8192 else 4096
+
+
+def judge_config(size: int, device: torch.device) -> dict[str, int]:
+    """Numbers of a layer's input of `size` that one program takes at once where it judges one token, and warps."""
+    if device.type == "cpu":
+        return {"block": 16, "units": 16, "warps": 4}
+    return {"block": max(128, min(2048, 2 ** (max(size, 1) - 1).bit_length())), "units": 8, "warps": 8}
+
+
 def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[str, int]:
     """Numbers of a token's input that meet the router's weights at once, and how many such blocks are on their way.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from compress.errors import UserError
@@ -142,18 +142,19 @@ def even_layers(problem: Problem, like: Candidate) -> Candidate | None:
     return None
 
 
-def kept_alike(problem: Problem, like: Candidate) -> dict[str, Candidate | None]:
+def kept_alike(problem: Problem, plans: Sequence[Candidate]) -> dict[str, Candidate]:
     """Plans in which all head groups keep tokens alike: by one share, and by one threshold as KVzip has it.
 
-    Both meet the budget, with the window and the scorer that a plan has most often. Empty where it has none, or where
-    nothing is known of their thresholds.
+    Both meet the budget, with the window and the scorer that plans have most often. Empty where they have none, or
+    where nothing is known of their thresholds; one that the budget does not hold is left out.
     """
-    groups = [like.layers[layer].groups[group] for layer, group in problem.free]
+    groups = [plan.layers[layer].groups[group] for plan in plans for layer, group in problem.free]
     kinds = Counter(kind for group in groups for kind in kinds_of([group]) if problem.thresholds(kind) is not None)
     if not kinds:
         return {}
     kind = kinds.most_common(1)[0][0]
-    return {SAME_SHARE: same_share(problem, kind), ONE_THRESHOLD: one_threshold(problem, kind)}
+    made = {SAME_SHARE: same_share(problem, kind), ONE_THRESHOLD: one_threshold(problem, kind)}
+    return {name: plan for name, plan in made.items() if plan is not None}
 
 
 def chance_routed(like: Candidate) -> Candidate | None:

@@ -110,7 +110,9 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
     if recipe.prepare is not None:
         targets, prepare = len(recipe.prepare.targets), recipe.prepare
         chosen = sum(all(each.needs_choice for each in prepare.objectives_of(target)) for target in prepare.targets)
-        stages["prepare"] = _training(prepare, of, 1 + (1 + BACKWARD) * (targets - chosen) + CHOICE * chosen)
+        rounds = 1 if prepare.again is None else 2
+        passes = (1 + BACKWARD) * (targets - chosen) * rounds + CHOICE * chosen
+        stages["prepare"] = _training(prepare, of, rounds + passes)
         if recipe.prepare.effect:
             others = targets
             if recipe.prepare.priced_layers and of.shape is not None:

@@ -24,7 +24,7 @@ from compress.recipe.schema import Recipe
 from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key
 from compress.stages.plan import finished_plan
-from compress.stages.recover import recover_stage
+from compress.stages.recover import recover_stage, trained_plan
 from compress.stages.session import Session
 from compress.stages.stage import draw, require_weights, timed
 from compress.targets.cost import Cost
@@ -108,12 +108,21 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
         if label == "plan":
             variants += _experts(session, plan, dense)
         if label == "plan" and weights is not None and settings is not None:
-            variants += _recovered(session, settings, weights, plan, build, cost, dense)
+            after = trained_plan(plan, weights)
+            trained = functools.partial(_trained, model, after, weights)
+            key = f"{plan_key(after)} {read_recovered(weights).sha256}"
+            variants.append(Variant("plan", trained, key, functools.partial(cost, entry=after)))
+            variants.append(Variant(f"plan{UNTRAINED}", build, plan_key(plan), cost))
+            variants += _controls(session, settings, weights, build, cost, dense)
         else:
             # Baselines are not trained: beside a trained plan their names say so.
             row = label if weights is None else f"{label}{UNTRAINED}"
             variants.append(Variant(row, build, plan_key(entry), cost))
     return variants
+
+
+def _trained(model: Any, plan: Plan, weights: Path) -> Any:
+    return load_trained(planned_model(model, plan), weights)
 
 
 def _experts(session: Session, plan: Plan, dense: Callable[[int], Cost]) -> list[Variant]:
@@ -139,19 +148,16 @@ def _expert_rows(names: Sequence[str]) -> list[str]:
     return [f"expert {number} {file_part(name)}" for number, name in enumerate(names, 1)]
 
 
-def _recovered(
+def _controls(
     session: Session,
     settings: RecoverSettings,
     weights: Path,
-    plan: Plan,
     build: Callable[[], Any],
     cost: Callable[[int], Cost],
     dense: Callable[[int], Cost],
 ) -> list[Variant]:
-    """The plan with its trained weights, without them, and the dense model trained alike, where there is one."""
-    key = plan_key(plan)
-    trained = Variant("plan", lambda: load_trained(build(), weights), f"{key} {read_recovered(weights).sha256}", cost)
-    rows = [trained, Variant(f"plan{UNTRAINED}", build, key, cost)]
+    """What was trained beside the plan, as a comparison: the dense model, and the plan without its states."""
+    rows = []
     if settings.control:
         control = weights / "control"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from compress.export.export import ExportReport, export_checkpoint
 from compress.export.staging import refuse_existing
 from compress.stages.plan import finished_plan
-from compress.stages.recover import recover_stage
+from compress.stages.recover import recover_stage, trained_plan
 from compress.stages.session import Session
 from compress.stages.stage import require_weights, timed
 from compress.words import size
@@ -33,7 +33,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
     def work() -> ExportReport:
         return export_checkpoint(
             session.loaded,
-            plan,
+            trained_plan(plan, weights),
             run.checkpoint,
             weights=weights,
             recipe_text=recipe.text,

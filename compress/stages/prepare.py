@@ -9,8 +9,6 @@ from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
 from compress.registry import targets
 from compress.runfolder import EFFECTS, PREPARED
-from compress.stages.device import resolve_device
-from compress.stages.processes import together
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
 from compress.stages.stage import documents_of, missing, timed
@@ -24,7 +22,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
 
     Afterwards the dense model of the session carries the tensors, so that plans with these targets find them, and with
     `effect: true` what the targets cost the loss is measured. In a launch of several processes all of them call this,
-    and wait here for the main one, which measures alone.
+    and wait here for the main one.
 
     Args:
         must_be_done: only read what is there.
@@ -62,7 +60,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                 tokenizer=session.loaded.tokenizer,
             )
 
-    with together(resolve_device(session.recipe.device)):
+    with session.together():
         if run.stage_done("prepare", session.prepare_key()):
             say(f"prepare: done before, {folder}")
         else:
@@ -78,8 +76,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
                     ranks = " ".join(f"{rank:.2f}" for rank in found.retention.rank.nanmean(1).tolist())
                     say(f"prepare: {found.target.words()}, by layer its rank correlation with KVzip+: {ranks}")
     attach(session.loaded.model, read_prepared(folder))
-    if not session.helper:
-        effects_stage(session)
+    effects_stage(session)
 
 
 def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | None:
@@ -102,12 +99,10 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
         return None
     run, recipe, say = session.run, session.recipe, session.reporter.say
     folder = run.path / EFFECTS
-    if run.stage_done("effect", session.effect_key()):
-        if not must_be_done:
-            say(f"effect: done before, {folder}")
-        return read_profile(folder, session.shape)
     if must_be_done:
-        raise missing(session, "prepare", folder)
+        if not run.stage_done("effect", session.effect_key()):
+            raise missing(session, "prepare", folder)
+        return read_profile(folder, session.shape)
 
     def work() -> Profile:
         documents = documents_of(session, recipe.calibration.documents, "calibration")
@@ -119,7 +114,11 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
                 session.loaded, documents, [statistic], folder, seed=recipe.seed, progress=report, known=known
             )
 
-    effects = timed(session, "effect", session.effect_key, [EFFECTS], work)
+    with session.together():
+        if run.stage_done("effect", session.effect_key()):
+            say(f"effect: done before, {folder}")
+            return read_profile(folder, session.shape)
+        effects = timed(session, "effect", session.effect_key, [EFFECTS], work)
     for target in effects.priced:
         losses = [f"{float(effects.effect(target, length).mean()):.3g} at {length:,}" for length in effects.lengths]
         say(f"effect: {target.words()}, nats to first order, mean over head groups: {', '.join(losses)} tokens")

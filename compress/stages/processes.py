@@ -1,20 +1,24 @@
-"""The processes of `torchrun` or `accelerate launch`: one main, which does everything, and helpers, which only train.
+"""The processes of `torchrun` or `accelerate launch`: one main, which does everything, and helpers, which measure and
+train beside it.
 
 A launch is known by its environment variables. They are hidden while the main process works alone, so that no library
-waits there for the helpers, and are back in place while all train together.
+waits there for the helpers, and are back in place while all work together.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SHARDING = "ACCELERATE_USE_FSDP"  # the recipe decides this; transformers would leave weights out in helpers
+_MEETINGS = itertools.count()  # how often the processes of the launch have met
 PATIENCE = timedelta(days=7)  # helpers wait through the stages before
 
 
@@ -41,9 +45,18 @@ def launch() -> Launch | None:
 
 
 def is_helper() -> bool:
-    """Whether this process only trains: it prints nothing, and writes nothing."""
+    """Whether this process only works beside the main one: it prints nothing, and writes nothing."""
     started = launch()
     return started is not None and started.rank > 0
+
+
+@functools.cache
+def _store() -> Any:
+    """Where the processes of the launch find one another; it is there until the main process ends."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    return store
 
 
 @contextmanager
@@ -51,7 +64,7 @@ def together(device: str) -> Iterator[None]:
     """All processes of the launch meet here, and are one group inside. Without a launch nothing happens.
 
     Args:
-        device: where this process trains; `cpu` connects by gloo, a GPU by nccl.
+        device: where this process computes; `cpu` connects by gloo, a GPU by nccl.
     """
     started = launch()
     if started is None:
@@ -59,11 +72,15 @@ def together(device: str) -> Iterator[None]:
         return
     import torch
     from accelerate.state import AcceleratorState, PartialState
+    from torch.distributed.distributed_c10d import PrefixStore
 
     AcceleratorState._reset_state(True)
     os.environ.update(started.variables)
     try:
-        PartialState(cpu=device == "cpu", timeout=PATIENCE)
+        # A place of its own for each meeting: addresses that an earlier one has left would be those of nobody.
+        place = PrefixStore(f"meeting-{next(_MEETINGS)}", _store())
+        known = {"store": place, "rank": started.rank, "world_size": started.count, "timeout": PATIENCE}
+        PartialState(cpu=device == "cpu", **known)
         yield
     finally:
         for name in started.variables:

@@ -13,6 +13,8 @@ from compress.words import duration, size
 def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     """The profile of the recipe's model, measured or as it was measured before.
 
+    In a launch of several processes all of them call this, and share the documents; the numbers are those of one.
+
     Args:
         must_be_done: only read what is there.
 
@@ -23,13 +25,10 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
     if must_be_done:
         require(session, "profile")
     refuse_upcycled(session, "profile")
-    key = session.profile_key()
-    if run.stage_done("profile", key):
-        if not must_be_done:
-            say(f"profile: done before, {run.profile}")
-        return read_profile(run.profile, session.shape)
     if must_be_done:
-        raise missing(session, "profile", run.profile)
+        if not run.stage_done("profile", session.profile_key()):
+            raise missing(session, "profile", run.profile)
+        return read_profile(run.profile, session.shape)
 
     def work() -> Profile:
         calibration = recipe.calibration
@@ -40,7 +39,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
             second = documents_of(session, calibration.documents, "calibration", calibration.second)
         with session.reporter.progress("profile") as report:
             return run_profile(
-                session.loaded,
+                session.measured,
                 documents,
                 recipe.profile.statistics,
                 run.profile,
@@ -50,9 +49,13 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
                 progress=report,
             )
 
-    profile = timed(
-        session, "profile", session.profile_key, ["profile/profile.json", "profile/statistics.safetensors"], work
-    )
+    made = ["profile/profile.json", "profile/statistics.safetensors"]
+    with session.together():
+        _ = session.measured  # whose shape the key has
+        if run.stage_done("profile", session.profile_key()):
+            say(f"profile: done before, {run.profile}")
+            return read_profile(run.profile, session.shape)
+        profile = timed(session, "profile", session.profile_key, made, work)
     header = profile.header
     counts = ", ".join(f"{count} x {length:,} tokens" for length, count in sorted(header.documents.items()))
     say(

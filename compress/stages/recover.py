@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compress.files import write_text
 from compress.models.planned import planned_model
-from compress.runfolder import CONTROL, RECOVERED, WINDOWS
-from compress.stages.device import resolve_device
+from compress.plan import Plan, measured_plan
+from compress.runfolder import CONTROL, RECOVERED, TRAINED_PLAN, WINDOWS
 from compress.stages.plan import finished_plan
-from compress.stages.processes import together
 from compress.stages.session import Session
 from compress.stages.stage import missing, timed
-from compress.train.recovery import Recovered, recover
+from compress.train.recovery import Recovered, read_recovered, recover
 from compress.train.settings import RecoverSettings
 from compress.train.window_dropout import windows_only
 from compress.words import duration
@@ -31,10 +31,11 @@ def recover_stage(session: Session, *, must_be_done: bool = False) -> Path | Non
     Raises:
         UserError: there is no plan, or the stage is not done although it must be, or it failed (see `recover`).
     """
-    settings = session.recipe.recover
+    settings, run = session.recipe.recover, session.run
     if settings is None:
+        if not session.helper:
+            (run.path / TRAINED_PLAN).unlink(missing_ok=True)
         return None
-    run = session.run
     folder = run.path / "recover"
     if must_be_done:
         done = run.stage_done("recover", session.recover_key())
@@ -58,7 +59,7 @@ def train_stage(session: Session, *names: str) -> list[Path]:
     settings = session.recipe.recover
     assert settings is not None
     folders = []
-    with together(resolve_device(session.recipe.device)):
+    with session.together():
         plan = finished_plan(session)
         dense = session.loaded.model
         trainings: dict[str, tuple[Callable[[], str], str, Callable[[], Any]]] = {
@@ -70,7 +71,33 @@ def train_stage(session: Session, *names: str) -> list[Path]:
             key, made, build = trainings[name]
             folders.append(session.run.path / Path(made).parent)
             _train(session, settings, name, key, folders[-1], made, build)
+            if name == "recover" and not session.helper:
+                _write_plan(session, plan, folders[-1])
     return folders
+
+
+def _write_plan(session: Session, plan: Plan, folder: Path) -> None:
+    """The plan beside the trained weights, for readers, where it is not the one that was searched."""
+    path, trained = session.run.path / TRAINED_PLAN, trained_plan(plan, folder)
+    if trained is plan:
+        path.unlink(missing_ok=True)
+    else:
+        write_text(path, trained.to_json())
+        shares = [one.share for row in read_recovered(folder).kept or () for one in row if one is not None]
+        session.reporter.say(
+            f"recover: heads keep {min(shares):.3g} to {max(shares):.3g} of the tokens before their windows, mean "
+            f"{sum(shares) / len(shares):.3g}; the plan with their new thresholds: {path}"
+        )
+
+
+def trained_plan(plan: Plan, weights: Path | None) -> Plan:
+    """The plan that trained weights run: as it was, but for the thresholds and shares of heads that keep tokens.
+
+    Args:
+        weights: folder of the weights, as `recover_stage` gives it; None where nothing was trained.
+    """
+    kept = None if weights is None else read_recovered(weights).kept
+    return plan if kept is None else measured_plan(plan, kept)
 
 
 def _train(

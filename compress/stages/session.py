@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from compress.environment import environment
 from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
-from compress.models.load import LoadedModel, load_model
+from compress.models.load import LoadedModel, load_model, load_streamed
 from compress.models.placement import first_device, placement_of
 from compress.models.prepared import attach
 from compress.plan import ModelShape
@@ -28,6 +28,7 @@ from compress.recipe.schema import Recipe
 from compress.runfolder import CONTROL, PREPARED, RECOVERED, WINDOWS, RunFolder, open_run, stage_key
 from compress.stages.device import resolve_device
 from compress.stages.inputs import Inputs
+from compress.stages.processes import together
 from compress.stages.reporter import Reporter
 from compress.train.settings import TrainSettings
 
@@ -38,7 +39,8 @@ class Session:
 
     Attributes:
         resolved: the recipe as plain data with every default written out.
-        helper: whether this process only trains, for another one that holds the folder.
+        helper: whether this process only works beside another one, which holds the folder.
+        helpers: whether all processes of a launch have this session; else there is one, or the others have ended.
     """
 
     recipe: Recipe
@@ -46,6 +48,7 @@ class Session:
     resolved: dict[str, Any]
     reporter: Reporter
     helper: bool = False
+    helpers: bool = False
     _weightless: bool = field(default=False, repr=False)
 
     @functools.cached_property
@@ -63,6 +66,20 @@ class Session:
             self.reporter.say(f"  {note}")
         return loaded
 
+    @functools.cached_property
+    def measured(self) -> LoadedModel:
+        """The dense model as the profile reads it: the whole one, or layer by layer where the recipe says so."""
+        if not self.recipe.profile.stream or "loaded" in vars(self):
+            return self.loaded
+        device = resolve_device(self.recipe.device)
+        loaded = load_streamed(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        self.reporter.say(f"{self.recipe.model}: {self.shape_line(loaded.model)}, layer by layer on {device}")
+        return loaded
+
+    def together(self) -> AbstractContextManager[None]:
+        """All processes that have this session meet here, and are one group inside (`processes.together`)."""
+        return together(resolve_device(self.recipe.device)) if self.helpers else nullcontext()
+
     def take_model(self, loaded: LoadedModel) -> None:
         """Use a dense model that is in memory already: the same name, dtype and device."""
         attach(loaded.model, ())  # what another run prepared
@@ -71,7 +88,8 @@ class Session:
     @functools.cached_property
     def shape(self) -> ModelShape:
         """Sizes and fingerprint of the model."""
-        return self.loaded.shape
+        known = vars(self).get("loaded") or vars(self).get("measured")
+        return self.loaded.shape if known is None else known.shape
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +169,7 @@ class Session:
             calibration["text"],
             calibration["documents"],
             calibration["training"],
-            self.resolved["profile"],
+            {key: value for key, value in self.resolved["profile"].items() if key != "stream"},
             *([calibration["second"]] if calibration["second"] else []),
         )
 
@@ -265,13 +283,19 @@ def _places(model: Any, device: str) -> str:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, reporter: Reporter, *, overwrite: bool = False, fresh: bool = False, helper: bool = False
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    helper: bool = False,
+    helpers: bool = False,
 ) -> Iterator[Session]:
     """Hold the run folder of a recipe.
 
     Args:
         overwrite, fresh: as of `open_run`.
-        helper: this process only trains, for another one that holds the folder.
+        helper, helpers: as of `Session`.
 
     Raises:
         UserError: a folder that cannot be used (see `open_run`).
@@ -279,7 +303,7 @@ def open_session(
     resolved = recipe.resolved()
     output = Path(recipe.output).expanduser()
     if helper:
-        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True)
+        yield Session(recipe, RunFolder(output), resolved, reporter, helper=True, helpers=True)
         return
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     with open_run(output, model=recipe.model, text=recipe.text, resolved=text, overwrite=overwrite, fresh=fresh) as run:
@@ -287,5 +311,5 @@ def open_session(
         sweep_scratch()
         write_json(run.path / "environment.json", environment())
         run.log("start", recipe=str(recipe.source))
-        yield Session(recipe, run, resolved, reporter)
+        yield Session(recipe, run, resolved, reporter, helpers=helpers)
         run.log("end")

@@ -12,6 +12,8 @@ from compress.data.prompt import Task
 from compress.data.sample import TextSample
 from compress.data.text import Part, Source
 from compress.errors import UserError
+from compress.models.placement import input_device
+from compress.profile.processes import find_processes
 from compress.stages.session import Session
 
 Result = TypeVar("Result")
@@ -91,12 +93,19 @@ def missing(session: Session, stage: str, where: Path) -> UserError:
 def documents_of(
     session: Session, requests: Sequence[Task], part: Part, text: Source | None = None
 ) -> dict[int, list[TextSample]]:
-    """The documents of a part of a text (without one, the calibration's), by length, with the dense model's answers."""
+    """The documents of a part of a text (without one, the calibration's), by length, with the dense model's answers.
+
+    Of several processes that work together the main one makes them, and the others read what it has written.
+    """
     if not requests:
         return {}
+    loaded = session.measured if part == "calibration" else session.loaded
+    processes = find_processes(input_device(loaded.model))
+    if not processes.main:
+        processes.wait()
     with session.reporter.progress(f"documents ({part.replace('_', ' ')})") as report:
-        return calibration_documents(
-            session.loaded,
+        documents = calibration_documents(
+            loaded,
             requests,
             text or session.recipe.calibration.text,
             part,
@@ -104,6 +113,9 @@ def documents_of(
             session.run.path / "calibration",
             progress=report,
         )
+    if processes.main:
+        processes.wait()
+    return documents
 
 
 def draw(session: Session, plots: Callable[[Path], list[Path]]) -> None:

@@ -147,24 +147,25 @@ class RetainGroup(Target):
             cap = (cap[0], min(math.ceil(cap[1] * share / self.share * BETA_UNIT), BETA_UNIT) / BETA_UNIT)
         return self.model_copy(update={"threshold": "share", "share": share, "spread": 0.0, "cap": cap})
 
-    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> RetainGroup:
-        """With the share that a threshold keeps in one head group, and the spread of that."""
-        share, spread = (float(values[layer, group]) for values in thresholds.above(threshold))
+    def with_threshold(self, threshold: float, share: float, spread: float) -> RetainGroup:
+        """See `Target.with_threshold`."""
         return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
 
     @classmethod
+    def average(cls, groups: Sequence[RetainGroup]) -> RetainGroup:
+        """The first with the mean share."""
+        return groups[0].model_copy(update={"share": sum(group.share for group in groups) / len(groups)})
+
+    @classmethod
     def ranges(cls, groups: Sequence[RetainGroup]) -> str:
-        """The thresholds, and by how much a text's share differs from the expected one."""
+        """Of shares and thresholds, and of how far the share of a text is from the expected one."""
         scores = [group.threshold for group in groups if isinstance(group.threshold, float)]
-        spreads = [group.spread for group in groups]
         if not scores:
             return ""
-        span = (
-            f"thresholds {min(scores):.3g} to {max(scores):.3g}"
-            if len(set(scores)) > 1
-            else f"threshold {scores[0]:.3g}"
-        )
-        return f"{span}, share over texts ±{100 * min(spreads):.2g} to ±{100 * max(spreads):.2g} points"
+        shares, spreads = ([100 * getattr(group, name) for group in groups] for name in ("share", "spread"))
+        parts = [f"shares {_range(shares, '.3g')}%"] if len(set(shares)) > 1 else []
+        parts.append(f"threshold{'s' if len(set(scores)) > 1 else ''} {_range(scores, '.3g')}")
+        return ", ".join([*parts, f"shares of texts deviate by {_range(spreads, '.2g')} points"])
 
     @classmethod
     def options(cls, unit: Unit, lengths: Sequence[int], grid: RetainGrid | None = None) -> list[Target]:
@@ -194,6 +195,10 @@ class RetainGroup(Target):
         """What is seen without the tokens that are kept, by whole pages."""
         return Span(self.sink, self.alpha, self.beta, granule=PAGE)
 
+    def measured(self, threshold: float | None, share: float, spread: float) -> RetainGroup:
+        """See `Target.measured`."""
+        return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
+
     def listed(self, length: int) -> tuple[float, int]:
         """Tokens behind the sink that have left the window of `length` tokens and are kept: expected, and at most."""
         return self._listed(self.span(), length - 1)
@@ -213,8 +218,8 @@ class RetainGroup(Target):
     def cost(self, unit: Unit, length: int) -> Cost:
         """Pages of the window, of the sink and of the expected list, with a flag for every token, and two counters.
 
-        A list of n tokens fills n / 64 pages, and half of one more on average, but no more than one a token and than
-        hold all tokens that are hidden.
+        A list of n tokens fills n / 64 pages, and half of one more on average, but no less than one, no more than one a
+        token, and no more than hold all tokens that are hidden.
 
         Raises:
             ValueError: tokens are asked for; no stock architecture has this target.
@@ -224,7 +229,7 @@ class RetainGroup(Target):
         span, dim = self.span(), unit.head_dim
         kept, most = self.listed(length)
         all_pages = -(-most // PAGE) * PAGE
-        listed = round(min(kept + (PAGE - 1) / 2, PAGE * kept, all_pages))
+        listed = round(min(max(kept + (PAGE - 1) / 2, PAGE), PAGE * kept, all_pages))
         slots = span.page_count(length) * PAGE + listed
         spread = min(self.spread * (int(span.boundary(length - 1)) - span.sink), most)
         pairs = visible_pairs(span, length)
@@ -246,8 +251,8 @@ class RetainGroup(Target):
     def words(self, native: int | None = None) -> str:
         grows = f" + {self.beta:g} of the position" if self.beta else ""
         most = "" if self.cap is None else f", at most {self.cap[0]} + {self.cap[1]:g} of the position"
-        kept = "all" if self.threshold is None else f"{100 * self.share:.3g}% by {self.scorer}"
-        return f"sink {self.sink}, window {self.alpha}{grows}, before it {kept}{most}"
+        kept = "all" if self.threshold is None else f"{100 * self.share:.3g}%"
+        return f"sink {self.sink}, window {self.alpha}{grows}, before it {kept} by {self.scorer}{most}"
 
     def short(self, native: int | None = None) -> str:
         """`K sink|window` and the share that is kept."""
@@ -261,3 +266,8 @@ class RetainGroup(Target):
             "and, with a `cap` of a and b, fewer than `a + floor(b * (j + 1))` tokens behind the sink are kept before "
             "it. What is not kept is freed for good when it leaves the window."
         )
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

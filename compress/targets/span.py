@@ -81,6 +81,7 @@ class SpanTarget(Target):
         return self.span().rule == "length"
 
 
+@lru_cache(maxsize=4096)
 def visible_pairs(span: Span, length: int) -> int:
     """Pairs of a query and a key that it sees, over all queries of `length` tokens in one query head.
 

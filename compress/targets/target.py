@@ -183,6 +183,16 @@ class Target(Method):
         """The target whose trained tensors serve this one, too, where they were not trained for itself."""
         return self
 
+    def measured(self, threshold: float | None, share: float, spread: float) -> Target:
+        """The same with what it was found to hold of texts, where that is an expectation (`in_expectation`).
+
+        Args:
+            threshold: what decides which tokens it holds, where it has one.
+            share: of the tokens that it may leave out, those that it holds, mean over texts; spread: their standard
+                deviation.
+        """
+        return self
+
     @property
     def idle(self) -> bool:
         """Whether it changes nothing, so that no search chooses it: it names what is prepared for others."""
@@ -206,16 +216,22 @@ class Target(Method):
         """The same with another share of the tokens kept; itself where it keeps none by a share."""
         return self
 
-    def with_threshold(self, threshold: float, thresholds: Thresholds, layer: int, group: int) -> Target:
-        """What a head group has under a threshold that all share; itself where it has none."""
+    def with_threshold(self, threshold: float, share: float, spread: float) -> Target:
+        """The same under a threshold that keeps a share of the tokens, with its spread; itself where it has none."""
         return self
+
+    @classmethod
+    def average(cls, groups: Sequence[Any]) -> Target:
+        """One entry that stands for several, which are equal but for how much of the tokens each keeps."""
+        first: Target = groups[0]
+        return first
 
     @classmethod
     def ranges(cls, groups: Sequence[Any]) -> str:
         """In which ranges the entries of one option in many head groups lie, in words; empty where they are equal.
 
         Args:
-            groups: of this class, with the same `anywhere`.
+            groups: of this class, with the same `anywhere`, or equal but for how much of the tokens each keeps.
         """
         return ""
 

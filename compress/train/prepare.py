@@ -33,6 +33,7 @@ from compress.runtime.span import Span
 from compress.runtime.step import Record, Step
 from compress.runtime.widths import projections
 from compress.targets.target import Target
+from compress.train.compressed_states import forgetful
 from compress.train.curve import Curve
 from compress.train.loop import Learn, Progress, train
 from compress.train.objectives.objective import Inputs, Objective
@@ -181,16 +182,26 @@ def _train_scorers(
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     started, parts = time.perf_counter(), kind.fitted + kind.stepped
+    rounds = parts + (settings.again is not None and parts > 0)
+    loop, later = settings.loop(seed, "lower `prepare.rate`"), Partial(folder / "again", key)
 
     def report(part: int) -> Progress:
-        return lambda done, total, what: progress(part * total + done, parts * total, what)
+        return lambda done, total, what: progress(part * total + done, rounds * total, what)
 
-    with scorers.repeating():
+    with scorers.repeating(), ExitStack() as undo:
         if kind.fitted and partial.read() is None:
             scorers.fit(pieces, steps, accelerator, report(0))
         if kind.stepped:
-            loop = settings.loop(seed, "lower `prepare.rate`")
             train(scorers, [objective], pieces, loop, partial, accelerator, curve=curve, progress=report(parts - 1))
+        if settings.again is not None:
+            retention = scorers.measure(pieces, steps, shape.kv_heads, shape.layers).retention()
+            layers = {layer: scorers.scorer(layer) for layer in kinds}
+            undo.enter_context(scorers.reading(forgetful(model, shape, target, settings.again, retention, layers)))
+            if kind.stepped:
+                again = Curve(folder / "again.jsonl")
+                train(scorers, [objective], pieces, loop, later, accelerator, curve=again, progress=report(parts))
+            elif kind.fitted:
+                scorers.fit(pieces, steps, accelerator, report(parts))
         if accelerator.is_main_process:
             measured = scorers.measure(pieces, steps, shape.kv_heads, shape.layers)
     if accelerator.is_main_process:
@@ -210,7 +221,8 @@ def _train_scorers(
             versions=versions("accelerate"),
         )
         write_option(folder, record, scorers.tensors(), measured.retention())
-        partial.remove()
+        for state in (partial, later):
+            state.remove()
     accelerator.wait_for_everyone()
 
 

@@ -21,12 +21,13 @@ from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.fingerprint import fingerprint_of
 from compress.models.placement import input_device
-from compress.models.planned import has_routers, mixers_of, own_weights
+from compress.models.planned import has_routers, keeps_tokens, mixers_of, own_weights
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
 from compress.runtime.step import Record
 from compress.train.curve import Curve
+from compress.train.keeping import AnnealedDecisions, KeptShare, check_decisions, decided, measure_again
 from compress.train.loop import Learn, Progress, train
 from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs, Objective
@@ -51,6 +52,7 @@ class Recovered(BaseModel):
         before, teacher: fingerprints of the model as it was and of the dense model that it followed, if any.
         batches: hash of all batches in order.
         processes: that shared the last part of the work.
+        kept: `[layers][groups that stay]`, what heads that keep tokens keep now; None where the plan has none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +71,7 @@ class Recovered(BaseModel):
     processes: int
     device: str
     versions: dict[str, str]
+    kept: list[list[KeptShare | None]] | None = None
 
 
 def read_recovered(folder: Path) -> Recovered:
@@ -108,8 +111,8 @@ def recover(
         UserError: the text or the batch does not fit, weights cannot be spread here, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    losses = settings.losses_of(routed=has_routers(model))
-    if not losses:
+    losses = _losses(model, settings)
+    if all(objective.of_keeping for objective in losses):
         raise UserError(
             "nothing is minimised",
             where="recover.objectives",
@@ -121,6 +124,7 @@ def recover(
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if follows else None
     check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None))
+    check_decisions(model, settings.length)
     check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch)
@@ -144,6 +148,7 @@ def recover(
     _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
     if accelerator.is_main_process:
         lines = curve.steps()
+        kept = _kept_again(model, settings, windows)
         record = Recovered(
             settings=settings.model_dump(mode="json"),
             seed=seed,
@@ -159,11 +164,27 @@ def recover(
             processes=accelerator.num_processes,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             versions=versions("peft", "accelerate"),
+            kept=kept,
         )
-        write_text(folder / RECORD, sealed(record.model_dump(mode="json")))
+        unused = {"kept"} if kept is None else set()
+        write_text(folder / RECORD, sealed(record.model_dump(mode="json", exclude=unused)))
         partial.remove()
     accelerator.wait_for_everyone()
     return read_recovered(folder)
+
+
+def _losses(model: Any, settings: RecoverSettings) -> tuple[Objective, ...]:
+    return settings.losses_of(routed=has_routers(model), keeps=keeps_tokens(model))
+
+
+def _kept_again(model: Any, settings: RecoverSettings, windows: Windows) -> list[list[KeptShare | None]] | None:
+    """What a trained model keeps, by thresholds that are measured again; None where it keeps no tokens."""
+    if not keeps_tokens(model):
+        return None
+    start = settings.step_count * settings.batch_size // settings.keep_documents + 1
+    documents = windows.batch(start, settings.keep_documents).to(input_device(model))
+    loss = settings.kept_loss
+    return measure_again(model, documents.unbind(), loss.by, loss.at)
 
 
 class _Student:
@@ -198,7 +219,7 @@ class _Student:
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
         given = {"input_ids": inputs["input_ids"]}
-        with window_dropped(self.module, inputs.get("dropped", ())):
+        with window_dropped(self.module, inputs.get("dropped", ())), decided(self.module, inputs.get("decisions")):
             if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
                 self._run_in_parts(module, given, planned, learn, parts)
                 return
@@ -235,9 +256,9 @@ class _Student:
                 which=_of_logits,
             )
         record: Record | None = planned.get("compress_record")
-        if record is not None and (record.routing or record.mlp_routing):
+        if record is not None and (record.routing or record.mlp_routing or record.keeping):
             beside = None if leaf.grad is None else (states * leaf.grad).sum()  # its gradient is that of the losses
-            learn({"record": record}, None, which=_of_routers, beside=beside)
+            learn({"record": record}, None, which=_of_record, beside=beside)
         elif leaf.grad is not None:
             states.backward(leaf.grad)
 
@@ -282,8 +303,8 @@ def _of_logits(objective: Objective) -> bool:
     return objective.of_logits
 
 
-def _of_routers(objective: Objective) -> bool:
-    return objective.of_routers
+def _of_record(objective: Objective) -> bool:
+    return objective.of_record
 
 
 @torch.no_grad()
@@ -342,8 +363,8 @@ def _train_and_merge(
     low = settings.low(input_device(model))
     kept = {each.get_input_embeddings().weight.dtype for each in (model, teacher) if each is not None}
     as_kept = not spread and kept == {low}
-    losses = settings.losses_of(routed=has_routers(model))
-    whole = spread or not all(objective.of_logits or objective.of_routers for objective in losses)
+    losses = _losses(model, settings)
+    whole = spread or not all(objective.of_logits or objective.of_record for objective in losses)
     whole = whole or not all(has_plain_head(each) for each in (model, teacher) if each is not None)
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
@@ -353,7 +374,7 @@ def _train_and_merge(
         trained = train(
             _Student(copied, teacher, low, whole=whole, as_kept=as_kept),
             losses,
-            DroppedWindows.of(batches, copied, settings, f"{seed}/windows"),
+            AnnealedDecisions.of(DroppedWindows.of(batches, copied, settings, f"{seed}/windows"), copied, settings),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
             accelerator,

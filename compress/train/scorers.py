@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from compress.errors import UserError
 from compress.models.placement import input_device
-from compress.models.reconstruction import Reconstruct, TokenScores, reconstructing
+from compress.models.reconstruction import Reconstruct, Request, TokenScores, reconstructing
 from compress.models.retention import Measured
 from compress.runtime.scorer_ridge import scalars_of
 from compress.runtime.scorers import Scorer
+from compress.train.compressed_states import Given, States, given_to_scorers
 from compress.train.loop import Learn, Progress
 from compress.train.normal_equations import NormalEquations
 from compress.train.objectives.objective import Inputs
@@ -57,6 +61,25 @@ class Pieces:
                 yield text
             step += 1
 
+    def stretches(self, length: int, count: int) -> list[torch.Tensor]:
+        """At most so many texts of one length, evenly spread over all of the text, `[length]` each.
+
+        Raises:
+            UserError: the text is shorter.
+        """
+        whole = self.batches.windows.table.flatten()
+        if len(whole) < length:
+            raise UserError(
+                "the text is too short for thresholds of this length",
+                where="prepare.objectives.reconstruction.thresholds",
+                expected=f"at most {len(whole):,} tokens",
+                found=f"{length:,}",
+                fix="give a longer text, or shorter `thresholds`",
+            )
+        count = min(count, len(whole) // length)
+        starts = [(len(whole) - length) * number // max(count - 1, 1) for number in range(count)]
+        return [whole[start : start + length] for start in starts]
+
 
 def _cut(windows: torch.Tensor, length: int) -> torch.Tensor:
     whole = windows.shape[1] // length * length
@@ -87,6 +110,7 @@ class Scorers(nn.Module):
         self._model, self._tokenizer = (model,), tokenizer  # in a tuple, so that its weights are none of this module's
         self._objective, self._low = objective, low
         self._repeat: Reconstruct | None = None
+        self._states: States | None = None
 
     @property
     def module(self) -> Scorers:
@@ -114,6 +138,14 @@ class Scorers(nn.Module):
         with reconstructing(self._model[0], self._tokenizer, self._objective.chunk) as self._repeat:
             yield
         self._repeat = None
+
+    @contextmanager
+    def reading(self, model: Any) -> Iterator[None]:
+        """While it is open the scorers see the states of another model of the same text, one that keeps tokens; what
+        they are to give is still what the dense model looks at."""
+        with given_to_scorers(model) as self._states:
+            yield
+        self._states = None
 
     def scored(self, text: torch.Tensor) -> Iterator[TokenScores]:
         """The scores of a text `[tokens]`, layer by layer; all layers are held until the last was taken."""
@@ -174,9 +206,32 @@ class Scorers(nn.Module):
             for text in batches.texts(length, self._objective.documents, start):
                 measured.begin(length)
                 self._read(text.to(device), take)
+        if self._objective.thresholds:
+            measured.longer = longer = Measured(layers, groups)
+
+            def take_alone(scores: TokenScores) -> None:
+                found = self.judged(scores)
+                longer.add(scores.layer, found, found)
+
+            for length in self._objective.thresholds:
+                for text in batches.stretches(length, self._objective.documents):
+                    longer.begin(length)
+                    self._read(text.to(device), take_alone, repeated=False)
         return measured
 
-    def _read(self, text: torch.Tensor, take: Any) -> None:
+    def _read(self, text: torch.Tensor, take: Any, *, repeated: bool = True) -> None:
         assert self._repeat is not None
+        tokens = text.tolist()
         with torch.autocast(text.device.type, self._low or torch.bfloat16, enabled=self._low is not None):
-            self._repeat(text.tolist(), take)
+            if self._states is not None:
+                repetition = Request(self._tokenizer, self._objective.chunk).of(tokens)
+                given = self._states(repetition.tokens[: repetition.end])
+                take = partial(_with_states, take, given, slice(repetition.first, repetition.end))
+            self._repeat(tokens, take, repeated=repeated)
+
+
+def _with_states(take: Any, given: Given, place: slice, scores: TokenScores) -> None:
+    """Hand on the scores of a layer with what a scorer was given of the same tokens in another model."""
+    hidden, key, value, _ = given[scores.layer]
+    hidden = scores.hidden if hidden is None else hidden[0, place]
+    take(replace(scores, hidden=hidden, key=key[0, :, place], value=value[0, :, place]))

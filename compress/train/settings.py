@@ -11,16 +11,19 @@ from pydantic import Field, field_validator, model_validator
 
 from compress import registry
 from compress.data.text import TextSource
-from compress.limits import BATCH, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
+from compress.limits import BATCH, DOCUMENTS, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
 from compress.registry import Method
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.train.loop import Settings
 from compress.train.objectives.distill import Distill
+from compress.train.objectives.kept import Kept
 from compress.train.objectives.objective import Objective
 from compress.train.objectives.routing import Balance, RouterZ
 from compress.train.objectives.text import Text
 from compress.train.schedule import Schedule
+
+Temperature = Annotated[float, Field(ge=1e-3, le=100)]
 
 
 def _once(named: Sequence[Objective]) -> None:
@@ -124,6 +127,11 @@ class RecoverSettings(TrainSettings):
         "window_dropout": [],
         "balance": 0.01,
         "router_z": 0.0,
+        "kept": 0.3,
+        "keep_temperature": [0.5, 0.05],
+        "keep_noise": True,
+        "keep_hard": 0.25,
+        "keep_documents": 16,
     }
 
     train: Literal["lora", "full", "mixers"] = Field(
@@ -155,6 +163,33 @@ class RecoverSettings(TrainSettings):
     )
     router_z: float = Field(
         0.0, ge=0, le=FACTOR, description="weight of the squared log-sum-exp of their routers' logits, likewise"
+    )
+    kept: float = Field(
+        0.3,
+        ge=0,
+        le=FACTOR,
+        description="weight of the loss that holds what `retain` heads keep at what the plan expects, where it has any "
+        "(objective `kept`, which `objectives` may name with other settings)",
+    )
+    keep_temperature: tuple[Temperature, Temperature] = Field(
+        (0.5, 0.05),
+        description="of the decisions of `retain` heads, in the unit of their scores: at the first and at the last "
+        "step in which tokens are kept softly; between them it falls by the same factor in every step",
+    )
+    keep_noise: bool = Field(True, description="draw soft decisions (Gumbel-sigmoid); false takes them as they are")
+    keep_hard: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of the steps, the last ones, in which `retain` heads keep tokens by the rule itself, caps "
+        "included; scorers then learn straight through, and the model learns what it will do",
+    )
+    keep_documents: int = Field(
+        16,
+        ge=1,
+        le=DOCUMENTS,
+        description="sequences of the text on which thresholds and shares of `retain` heads are measured again at the "
+        "end",
     )
     rate: float = Field(3e-4, gt=0, le=FACTOR, description="highest learning rate of AdamW")
     mixer_rate: float | None = Field(
@@ -189,6 +224,11 @@ class RecoverSettings(TrainSettings):
         for objective in self.objectives:
             if objective.of_layer:
                 raise ValueError(f"`{objective.registered}` is a loss of single layers, which `prepare` takes")
+        if self.keep_temperature[0] < self.keep_temperature[1]:
+            raise ValueError(
+                f"expected `keep_temperature` to fall, got {self.keep_temperature[0]:g} first and "
+                f"{self.keep_temperature[1]:g} at the end"
+            )
         if self.control and self.train == "mixers":
             raise ValueError("the dense model has no mixers to train, so `train: mixers` has no `control`")
         if self.window_control and (self.train == "mixers" or any(self.window_dropout)):
@@ -198,21 +238,44 @@ class RecoverSettings(TrainSettings):
         return self
 
     @property
+    def soft_steps(self) -> int:
+        """The first steps, in which `retain` heads keep tokens softly; none where their scorers are not trained."""
+        return 0 if self.mixer_rate == 0 else self.step_count - math.ceil(self.keep_hard * self.step_count)
+
+    @property
+    def decisions(self) -> str:
+        """How `retain` heads keep tokens meanwhile, in words."""
+        first, last = self.keep_temperature
+        soft = f"softly in {self.soft_steps:,} steps, temperature {first:g} to {last:g}, then "
+        return f"tokens kept {soft if self.soft_steps else ''}by the rule"
+
+    @property
     def controls(self) -> list[str]:
         """What is trained beside the plan, as a comparison: the dense model, and the plan without its states."""
         return ["control"] * self.control + ["windows"] * self.window_control
 
-    def losses_of(self, *, routed: bool) -> tuple[Objective, ...]:
+    def losses_of(self, *, routed: bool = False, keeps: bool = False) -> tuple[Objective, ...]:
         """What is minimised, and what is only recorded beside it (weight 0).
 
         Args:
             routed: whether the model that is trained has routers, whose losses every other model goes without.
+            keeps: likewise, whether it has heads that keep tokens.
         """
-        if not routed:
-            return tuple(objective for objective in self.losses if not objective.of_routers)
+        asked = [
+            objective
+            for objective in self.losses
+            if not objective.of_record or (objective.of_routers and routed) or (objective.of_keeping and keeps)
+        ]
         named = {objective.registered for objective in self.losses}
-        of_routers = (Balance(weight=self.balance), RouterZ(weight=self.router_z))
-        return (*self.losses, *(objective for objective in of_routers if objective.registered not in named))
+        beside: list[Objective] = [Balance(weight=self.balance), RouterZ(weight=self.router_z)] if routed else []
+        beside += [self.kept_loss] if keeps else []
+        return (*asked, *(objective for objective in beside if objective.registered not in named))
+
+    @property
+    def kept_loss(self) -> Any:
+        """What holds the share that is kept (`Kept`): the one that `objectives` names, or that of `kept`."""
+        named = [objective for objective in self.objectives if objective.of_keeping]
+        return named[0] if named else Kept(weight=self.kept)
 
     @property
     def losses(self) -> tuple[Objective, ...]:
@@ -227,7 +290,7 @@ class RecoverSettings(TrainSettings):
 class PrepareSettings(TrainSettings):
     """Training of what targets have of their own, before the search, on the dense model's activations."""
 
-    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto", "beside": None}
+    newer: ClassVar[dict[str, Any]] = {"objectives": [], "precision": "auto", "beside": None, "again": None}
     outside: ClassVar[frozenset[str]] = TrainSettings.outside | {"effect", "layers", "options"}
 
     targets: tuple[Annotated[Target, registry.targets], ...] = Field(
@@ -244,6 +307,14 @@ class PrepareSettings(TrainSettings):
         None,
         description="a second text, from which half of the sequences come, its calibration part; for instance "
         "`{source: generated}` beside prose, so that what is learnt is not the topics of one text",
+    )
+
+    again: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="one more round for scorers, on the states of the model whose heads all keep this share of the "
+        "tokens by them: what a layer sees changes once layers before it forget; null is without",
     )
 
     @property
@@ -292,6 +363,10 @@ class PrepareSettings(TrainSettings):
         for target in self.targets if repeated else ():
             if registry.objectives[str(target.objective)].repeats != repeated[0]:
                 raise ValueError(f"`{self.objectives[0].registered}` trains nothing of `{target.target}`")
+        if self.again is not None:
+            for target in self.targets:
+                if target.objective is None or not registry.objectives[target.objective].repeats:
+                    raise ValueError(f"`again` is a round for scorers, and `{target.target}` has none")
         return self
 
     @property

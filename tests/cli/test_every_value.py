@@ -134,6 +134,7 @@ calibration:
   documents:
     - {{task: continuation, length: 128, count: 1, answer: text, answer_tokens: 4}}
 profile:
+  stream: true
   statistics:
     - {{name: hidden_mass, grid: {{sinks: [4]}}}}
 search:
@@ -142,7 +143,7 @@ search:
 evaluate: {{}}
 """
 TRAININGS = (
-    "recover: {steps: 1, length: 32, batch_size: 1, checkpointing: false}",
+    "recover: {steps: 1, length: 32, batch_size: 1, checkpointing: false, keep_noise: false}",
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )
@@ -202,6 +203,15 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         ("recipe.schema.EvaluateSection", "compare", name): ("tests/search/test_routed_run.py", f"compare: .*{name}")
         for name in ("even", "random-routing", "static-pruning")
     },
+    **{
+        ("recipe.schema.EvaluateSection", "compare", name): ("tests/search/test_retain_run.py", f"compare: .*{name}")
+        for name in ("uniform-share", "global-threshold")
+    },
+    **dict.fromkeys(
+        (("search.solvers.shares.Shares", "", ""), ("search.solvers.shares.Shares", "same", "share")),
+        ("tests/search/test_retain.py", r"Shares\(same=same.*[\s\S]*\"share\""),
+    ),
+    ("search.solvers.shares.Shares", "same", "threshold"): ("tests/search/test_retain.py", r'Shares\(same="threshold"'),
 }
 
 

@@ -41,6 +41,7 @@ MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
     "drift": ({"length": 128}, set()),
     "flops": ({"lengths": (64,)}, {"prefill FLOPs"}),
     "kv_bytes": ({}, {"KV bytes"}),
+    "kv_held": ({}, set()),
     "latency": (
         {"length": 32, "steps": 16},
         {"prefill", "decode step, batch 1", "KV cache as allocated, batch 1"},

@@ -48,14 +48,18 @@ def test_equal_widths_are_a_stock_checkpoint(family: str, tmp_path: Path) -> Non
     assert "trust_remote_code=True" not in card
 
 
-@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}])
-@pytest.mark.parametrize("tied", [False, True])
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("tied", "rope"),
+    [(False, None), (True, LLAMA3 | {"original_max_position_embeddings": 64})],
+    ids=["plain", "llama3"],
+)
 def test_heads_that_do_not_divide_the_hidden_size_are_a_stock_checkpoint_of_mistral(
     tied: bool, rope: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     """30% of Llama-3-8B is such a plan: 24 heads on a hidden size of 4,096, which Llama's configuration refuses."""
-    if rope is not None:
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": tied}
     torch.manual_seed(0)
     model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope)).eval()

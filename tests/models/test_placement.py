@@ -54,10 +54,10 @@ def check_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         on_one(query, key, value)
         return torch.zeros_like(query)
 
-    def store(key: Any, value: Any, pages: Any, rows: Any, spans: Any) -> None:
+    def store(key: Any, value: Any, pages: Any, rows: Any, *others: Any) -> None:
         on_one(key, value, pages.keys, pages.values, pages.table, rows.tensor(key.device))
 
-    def store_one(key: Any, value: Any, pages: Any, lengths: Any, spans: Any) -> None:
+    def store_one(key: Any, value: Any, pages: Any, lengths: Any, *others: Any) -> None:
         on_one(key, value, pages.keys, pages.values, pages.table, lengths)
 
     def decode(query: Any, pages: Any, lengths: Any, spans: Any, **options: Any) -> torch.Tensor:

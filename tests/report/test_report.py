@@ -7,14 +7,19 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from compress.cli.app import app
 from compress.errors import UserError
-from compress.report.facts import read_facts
+from compress.profile.key import Key
+from compress.report.facts import RetentionCurves, read_facts, retention_curves
 from compress.report.page import render
 from compress.report.sections import costs, head_map
 from tests.report.common import PLAN, make_folder
@@ -49,6 +54,32 @@ def test_every_part_is_there_and_nothing_from_outside(folder: Path) -> None:
     assert len(page.encode()) < 2**21
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_every_head_group_has_its_retention_curve(folder: Path) -> None:
+    assert "Retention curves" not in render([read_facts(folder)], "2026-01-02", "0")
+    needed = [[[0.1 * (1 + group), 0.5] for group in range(3)] if layer else [[0.0, 0.0]] * 3 for layer in range(30)]
+    facts = replace(read_facts(folder), retention=RetentionCurves(512, (0.9, 0.99), needed))
+    page = render([facts], "2026-01-02", "0")
+    assert page.count("<polyline") == 29 * 3 and page.count('tabindex="0"') == 90 + 29 * 3
+    assert 'points="0.0,24.0 2.4,2.4 12.0,0.2 24.0,0.0"' in page
+    assert "layer 1, group 2; 90% of the scores in 30.0% of the keys; 99% of the scores in 50.0% of the keys" in page
+    assert "90% of the scores of KVzip+ are in 10.0% to 30.0% of the keys of a head group, in 20.0% of those" in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_retention_curves_are_those_of_the_longest_documents() -> None:
+    needed = torch.tensor([[[0.5, 0.1]]])
+    entry = SimpleNamespace(parameters={"shares": [0.99, 0.9]})
+    tensors = {Key("reconstruction", "moved", 512): needed, Key("reconstruction", "moved", 256): needed / 2}
+    header = SimpleNamespace(statistics={"reconstruction": entry})
+    profile: Any = SimpleNamespace(header=header, lengths=(256, 512), find=tensors.get)
+    found = retention_curves(profile)
+    assert found is not None and (found.length, found.shares) == (512, (0.9, 0.99))
+    assert found.needed == [[[pytest.approx(0.1), 0.5]]]
+    header.statistics = {}
+    assert retention_curves(profile) is None
 
 
 def test_folders_side_by_side(folder: Path, tmp_path: Path) -> None:

@@ -146,7 +146,13 @@ def run(kinds: Kinds, made: Any, mask: Any, cuts: list[int], reserve: Any, cache
 
 
 def feed(
-    kinds: Kinds, cache: Any, made: Any, mask: torch.Tensor, cuts: list[int], scores: tuple[Any, Any] = NO_SCORES
+    kinds: Kinds,
+    cache: Any,
+    made: Any,
+    mask: torch.Tensor,
+    cuts: list[int],
+    scores: tuple[Any, Any] = NO_SCORES,
+    impl: str = "reference",
 ) -> torch.Tensor:
     """The columns from the first cut to the last, a pass from each to the next."""
     module: Any = SimpleNamespace(compress_kinds=kinds, layer_idx=0)
@@ -155,7 +161,7 @@ def feed(
         query, key, value = (x[:, :, start:stop] for x in made[:3])
         valid = mask[:, start:stop]
         step = Step.begin(cache, None if valid.all() else valid, len(valid), stop - start, query.device)
-        step.impl, step.hidden = "reference", made[3][:, start:stop]
+        step.impl, step.hidden = impl, made[3][:, start:stop]
         if cache is not None:
             key, value = cache.update(key, value, 0)
         arguments: Any = {"compress_step": step, "softcap": scores[0], "s_aux": scores[1]}

@@ -70,9 +70,10 @@ def test_a_share_has_a_threshold_in_every_head_group_that_keeps_it(retention: Re
             placed = RetainGroup(scorer="ridge", threshold="share", share=share).placed(retention, layer, group)
             assert (placed.threshold, placed.spread) == (float(found[layer, group]), float(spread[layer, group]))
             assert placed.anywhere.placed(retention, layer, group) == placed and not placed.open
-            kept, _ = retention.above(float(found[layer, group]))
+            kept, deviates = retention.above(float(found[layer, group]))
             assert abs(float(kept[layer, group]) - share) < 1e-5
-            again = placed.with_threshold(float(found[layer, group]), retention, layer, group)
+            numbers = float(found[layer, group]), float(kept[layer, group]), float(deviates[layer, group])
+            again = placed.with_threshold(*numbers)
             assert abs(again.share - share) < 1e-5 and abs(again.spread - placed.spread) < 1e-4
     everything, _ = retention.above(-1e9)
     nothing, _ = retention.above(1e9)
@@ -142,8 +143,7 @@ def test_baselines_place_thresholds_anew(retention: Retention) -> None:
     assert all([task.placed(OPTIONS[0], (n, g)) for g in range(2)] in rules for n, rules in enumerate(refined))
 
 
-@pytest.mark.parametrize("same", ["share", "threshold"])
-@pytest.mark.parametrize("caps", [(None,), (1.5,)])
+@pytest.mark.parametrize(("same", "caps"), [("share", (1.5,)), ("threshold", (None,))])
 def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same: Any, caps: Any) -> None:
     options: Any = RetainGroup.options(Unit(2, 16), [512], RetainGrid(shares=(0.125,), alphas=(64,), caps=caps))
     solver = Shares(same=same, target=options[0])
@@ -154,10 +154,10 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
     assert len({group.threshold for group in groups}) == (1 if same == "threshold" else 8)
     assert len({group.share for group in groups}) > 1 or same == "share"
     assert all(group.cap == options[0].with_share(0.5).cap for group in groups) or same == "share"
-    (alike,) = [kept_alike(task, Candidate(task.uniform(options[0])))]
+    alike = kept_alike(task, [Candidate(task.start), Candidate(task.uniform(options[0]))])
     assert list(alike) == ["uniform-share", "global-threshold"]
     assert alike["uniform-share" if same == "share" else "global-threshold"] == plan
-    assert kept_alike(task, Candidate(task.start)) == {}
+    assert kept_alike(task, [Candidate(task.start)]) == {}
     with pytest.raises(UserError, match="no plan meets the budget at length 4096"):
         problem(solver, Budget(kv=0.04, lengths=(4096,)), retention, options)
     unknown = Shares(same=same, target=RetainGroup(scorer="mlp"))
@@ -177,7 +177,7 @@ def test_before_anything_is_measured_thresholds_are_open() -> None:
 
 def test_layers_that_slide_keep_their_windows(retention: Retention) -> None:
     windows = (100, None, 100, None)
-    solver = Priced(points=0)
+    solver = Keep(share=0.0, target=OPTIONS[0])
     task = problem(solver, Budget(kv=0.5, lengths=(4096,)), retention, windows=windows)
     for plan in solver.solve(task):
         assert {group for layer in (0, 2) for group in plan.layers[layer].groups} == {FULL_GROUP}

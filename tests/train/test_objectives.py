@@ -12,7 +12,8 @@ from torch import nn
 
 import compress.train.objectives  # noqa: F401  (importing the package registers them)
 from compress.registry import objectives
-from compress.runtime.step import Record, Routing
+from compress.runtime.span import PAGE, Span
+from compress.runtime.step import Keeping, Record, Routing
 from compress.train.settings import RecoverSettings
 from tests.train.common import model_of, settings, trained
 from tests.train.hybrid import Hybrid, of_rows
@@ -64,6 +65,14 @@ def chosen(rows: slice) -> dict[str, Any]:
     return {"record": record, "layer": 1}
 
 
+def keeping(rows: slice) -> dict[str, Any]:
+    """What two head groups of a layer keep of some sequences: more than they should of each."""
+    kept, record = torch.tensor([[1.0, 1, 0, 1, 0], [0, 1, 1, 0, 1]]).repeat(6, 1, 1)[rows], Record()
+    gone, span = torch.ones_like(kept, dtype=torch.bool), Span(0, 64, 0.25, granule=PAGE)
+    record.add_keeping(0, Keeping((0, 1), kept, kept, gone, (0.5, 0.5), (0.25, 0.5), (span, span)))
+    return {"record": record}
+
+
 def projected(rows: slice) -> dict[str, Any]:
     """Outputs of a layer's heads, and what reads them."""
     generator = torch.Generator().manual_seed(4)
@@ -87,6 +96,7 @@ CASES: dict[str, tuple[Outputs, Outputs]] = {
     "side": (balanced, balanced),
     "balance": (chosen, chosen),
     "router_z": (chosen, chosen),
+    "kept": (keeping, keeping),
     "routing": (chosen, projected),
     "gates": (states(0), states(1)),
     "reconstruction": (scores(0), scores(1)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from compress.train.stop import noted_signals
 from tests import processes
 from tests.processes import Process
 from tests.train.common import pruned_model, settings, text, trained
+
+Alone = Callable[[str], tuple[RecoverSettings, Path]]
 
 
 def start(folder: Path, options: RecoverSettings, *more: str) -> Process:
@@ -144,30 +148,41 @@ def test_a_state_is_replaced_by_the_next_one(tmp_path: Path) -> None:
     assert Partial(tmp_path, "other").read() is None
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """Settings of a training, and the folder of what one process makes of them, by what is trained."""
+    root = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def of(train: str) -> tuple[RecoverSettings, Path]:
+        options = settings(train=train, loss="both", rate=0.002)
+        one = start(root / train, options).done(timeout=240)
+        assert one.returncode == 0, one.stderr
+        return options, root / train
+
+    return of
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_two_processes_train_as_one(tmp_path: Path, train: str) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, train: str, alone: Alone) -> None:
     """Sums are in another order, and Adam divides by small numbers: 1e-3 of the loss after six steps."""
-    options = settings(train=train, loss="both", rate=0.002)
+    options, one = alone(train)
     for status, told in start_two(tmp_path / "two", options):
         assert status == 0, told
-    one = start(tmp_path / "one", options).done(timeout=240)
-    assert one.returncode == 0, one.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    records = [json.loads((tmp_path / name / "recover.json").read_text()) for name in ("one", "two")]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
+    records = [json.loads((folder / "recover.json").read_text()) for folder in (one, tmp_path / "two")]
     assert [record["processes"] for record in records] == [1, 2]
     assert records[0]["batches"] == records[1]["batches"]
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_spread_weights_train_as_whole_ones_and_go_on_after_a_stop(tmp_path: Path, train: str) -> None:
-    options = settings(train=train, loss="both", rate=0.002)
-    one = start(tmp_path / "one", options).done(timeout=240)
-    assert one.returncode == 0, one.stderr
+def test_spread_weights_train_as_whole_ones_and_go_on_after_a_stop(tmp_path: Path, train: str, alone: Alone) -> None:
+    options, one = alone(train)
     spread = options.model_copy(update={"shard": True, "save_every": 1000})
     for status, told in start_two(tmp_path / "whole", spread, script="spread"):
         assert status == 0, told
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "whole"))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(one), rel=1e-3)
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "whole"))
     assert first.keys() == second.keys()
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-2, atol=2e-3)

@@ -15,17 +15,19 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
+from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.prepared import attach, prepared_for, read_prepared
-from compress.models.reconstruction import TokenScores
+from compress.models.reconstruction import SINKS, TokenScores
 from compress.models.retention import Measured, Retention, spearman
 from compress.models.shape import shape_of
-from compress.plan import make_plan
+from compress.plan import make_plan, uniform_plan
 from compress.runtime.scorer_gate import Gate
 from compress.runtime.scorer_mlp import Mlp
 from compress.runtime.scorer_ridge import Ridge, scalars_of
 from compress.runtime.scorers import Scorer
 from compress.targets.retain import RetainGroup
+from compress.train.compressed_states import forgetful, given_to_scorers
 from compress.train.loop import Settings, train
 from compress.train.normal_equations import NormalEquations
 from compress.train.objectives.reconstruction import Reconstruction
@@ -166,6 +168,42 @@ def test_a_ridge_is_the_least_squares_of_all_tokens(fitted: Scorers, batches: Pi
             np.testing.assert_allclose(x @ found.detach().double().numpy(), x @ expected, rtol=1e-3, atol=1e-3)
 
 
+def test_thresholds_may_be_of_longer_texts_that_are_not_repeated(
+    fitted: Scorers, batches: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitted, "_objective", OBJECTIVE.model_copy(update={"documents": 2}))
+    short = fitted.measure(batches, 0, GROUPS, 3).retention()
+    longer = OBJECTIVE.model_copy(update={"thresholds": (200, 300), "documents": 2})
+    monkeypatch.setattr(fitted, "_objective", longer)
+    found = fitted.measure(batches, 0, GROUPS, 3)
+    retention = found.retention()
+    assert retention.lengths.tolist() == [200, 300] and torch.equal(retention.rank, short.rank)
+    # The scores of the texts as one pass of the model gives them.
+    model, whole = fitted._model[0], batches.batches.windows.table.flatten()
+    all_kept = uniform_plan(shape_of(model), RetainGroup(scorer="ridge"))
+    texts = [whole[start : start + length] for length, last in ((200, 568), (300, 468)) for start in (0, last)]
+    scored: list[list[torch.Tensor]] = []
+    with given_to_scorers(planned_model(model, all_kept, untrained=True)) as states:
+        for text in texts:
+            given = states(tuple(text.tolist()))
+            scored.append([])
+            for layer in range(3):
+                hidden, key, value, _ = given[layer]
+                at = torch.arange(len(text))[None]
+                scored[-1].append(fitted.scorer(layer)(hidden, key, value, at)[0, :, SINKS:])
+    for layer in range(3):
+        every = torch.cat([document[layer] for document in scored], 1)
+        kept = (every[..., None] >= retention.thresholds[layer][:, None]).double().mean(1)
+        torch.testing.assert_close(kept, retention.shares.double().expand_as(kept), atol=0.005, rtol=0)
+    assert (
+        Reconstruction().model_dump().keys()
+        == OBJECTIVE.model_dump().keys()
+        == longer.model_dump().keys() - {"thresholds"}
+    )
+    with pytest.raises(UserError, match="too short for thresholds"):
+        batches.stretches(769, 1)
+
+
 def _rows(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
     """Features with a one, `[G, n, F]`, and what is fitted."""
     scalars = scalars_of(scores.key[None], scores.value[None], scores.positions[None])[0]
@@ -237,3 +275,35 @@ def test_no_text_is_longer_than_a_window() -> None:
     assert Reconstruction().lengths_within(512) == (128, 256, 512)
     assert Reconstruction(lengths=(1024, 64)).lengths_within(512) == (64,)
     assert Reconstruction().lengths_within(20) == (20,)
+
+
+def test_a_second_round_is_on_the_states_of_a_model_that_forgets(tmp_path: Path) -> None:
+    model, target = tiny_model("qwen2"), RetainGroup(sink=0, alpha=1, scorer="ridge")
+    shape, length = shape_of(model), 192
+    tokens = random.Random(0).choices(range(4, VOCABULARY), k=length * 6)
+    objective = Reconstruction(documents=1, lengths=(length,), chunk=64)
+    settings: dict[str, Any] = {"length": length, "batch_size": 1, "steps": 3, "targets": [target.model_dump()]}
+    settings |= {"again": 0.125, "objectives": [{"name": "reconstruction", **objective.model_dump()}]}
+    prepare(model, shape, PrepareSettings.model_validate(settings), tokens, tmp_path, tokenizer=tiny_tokenizer())
+    (option,) = read_prepared(tmp_path)
+    scorers = Scorers(model, tiny_tokenizer(), {layer: _Layer(Ridge) for layer in range(3)}, objective)
+    pieces = Pieces(WindowBatches(Windows(tokens, length, 0), 1, None), (length,))
+    with scorers.repeating(), torch.no_grad():
+        scorers.fit(pieces, 3, Accelerator(cpu=True))
+        retention = scorers.measure(pieces, 3, GROUPS, 3).retention()
+        layers = {layer: scorers.scorer(layer) for layer in range(3)}
+        first = scorers.measure(pieces, 0, GROUPS, 3).losses()[1]
+        everything = planned_model(model, uniform_plan(shape, target), untrained=True)
+        with scorers.reading(everything):  # what forgets nothing has the states of the dense model
+            assert scorers.measure(pieces, 0, GROUPS, 3).losses()[1] == pytest.approx(first, rel=1e-3)
+        with scorers.reading(forgetful(model, shape, target, 0.125, retention, layers)):
+            before = scorers.measure(pieces, 0, GROUPS, 3).losses()[1]
+            scorers.fit(pieces, 3, Accelerator(cpu=True))
+            after = scorers.measure(pieces, 0, GROUPS, 3).losses()[1]
+    assert first < after < 0.85 * before
+    for layer in range(3):  # the option is what came of it
+        refitted = scorers.scorer(layer).get_parameter("weight").detach()
+        torch.testing.assert_close(option.tensors[f"{layer}.scorer.weight"], refitted)
+    assert "again" not in PrepareSettings.model_validate(settings | {"again": None}).facts()
+    with pytest.raises(ValidationError, match="`again` is a round for scorers, and `linear` has none"):
+        PrepareSettings.model_validate({"steps": 1, "again": 0.5, "targets": [{"target": "linear"}]})

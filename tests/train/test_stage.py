@@ -130,7 +130,7 @@ def test_validate_shows_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
-    """The main process does all stages but the training alone; the other one neither prints nor writes."""
+    """Profile, losses and training are shared, the first two to the bit; the other process says and writes nothing."""
     recipe = recipe_of(tmp_path)
     told, printed = "", ""
     for process in processes.launch("compress", "run", recipe, count=2):
@@ -139,6 +139,10 @@ def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
     assert told.count("recover: starting") == 1 and printed.count("run folder") == 1
     record = json.loads((tmp_path / "run/recover/recover.json").read_text())
     assert record["processes"] == 2
+    losses = [folder / "search/response.jsonl" for folder in (tmp_path / "run", recovered.parent / "run")]
+    assert losses[0].read_text() == losses[1].read_text()
+    profiles = [folder / "profile/statistics.safetensors" for folder in (tmp_path / "run", recovered.parent / "run")]
+    assert profiles[0].read_bytes() == profiles[1].read_bytes()
     two, one = values(tmp_path), values(recovered.parent)
     assert two == pytest.approx(one, rel=0.05)
     assert two["dense"] == one["dense"] and two["plan before recovery"] == one["plan before recovery"]

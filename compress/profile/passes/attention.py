@@ -15,6 +15,7 @@ from compress.profile.sums import Sheet
 from compress.runtime.impl import current
 
 if TYPE_CHECKING:
+    from compress.data.sample import Sample
     from compress.profile.heads.base import HeadStatistic
 
 
@@ -22,6 +23,8 @@ class AttentionPass(SamplePass):
     """Feeds statistics of head groups layer by layer; backwards where any of them needs gradients."""
 
     reads: ClassVar[Reads] = "attention"
+    streams: ClassVar[bool] = True
+    has_loss: ClassVar[bool] = True  # that of the profile
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[HeadStatistic]) -> Iterator[Read]:
@@ -31,15 +34,24 @@ class AttentionPass(SamplePass):
         model, checkpointing = run.subject.model, run.checkpointing
         with Capture(model, feed.layer, gradient=gradient, checkpointing=checkpointing, inputs=inputs) as capture:
 
-            def read(item: Item, sheet: Sheet) -> float | None:
-                feed.item, feed.sheet = item, sheet
-                return self.run(capture, item, statistics)
+            def read(items: Sequence[Item], sheets: Sequence[Sheet]) -> list[float | None]:
+                taken = [self.sample_of(item, statistics) for item in items]
+                places = [number for number, sample in enumerate(taken) if sample is not None]
+
+                def begin(number: int) -> None:
+                    feed.item, feed.sheet = items[places[number]], sheets[places[number]]
+
+                losses: list[float | None] = [None] * len(items)
+                found = capture.run_all([sample for sample in taken if sample is not None], begin, run.report)
+                for place, loss in zip(places, found if self.has_loss else [], strict=self.has_loss):
+                    losses[place] = loss
+                return losses
 
             yield read
 
-    def run(self, capture: Capture, item: Item, statistics: Sequence[HeadStatistic]) -> float | None:
-        """Pass one sample through the model; its mean loss in nats, None without a backward pass."""
-        return capture.run(item.sample)
+    def sample_of(self, item: Item, statistics: Sequence[HeadStatistic]) -> Sample | None:
+        """What passes through the model; None leaves an item out."""
+        return item.sample
 
 
 class Feed:

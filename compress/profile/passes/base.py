@@ -42,9 +42,15 @@ class Run:
 
 
 class Pass(ABC):
-    """Base of the passes; `reads` is what statistics declare to be taken in it."""
+    """Base of the passes.
+
+    Attributes:
+        reads: what statistics declare to be taken in it.
+        streams: whether it takes a model that is read layer by layer (`models.stream`).
+    """
 
     reads: ClassVar[Reads]
+    streams: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:

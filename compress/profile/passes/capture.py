@@ -13,7 +13,7 @@ handled here, so that no N x N mask exists either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from compress.errors import UserError
 from compress.models.backward import loss_scale, recomputed
 from compress.models.placement import input_device
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
+from compress.models.stream import LayerByLayer, stream_of
 from compress.profile.passes.tiles import LayerTensors
 
 if TYPE_CHECKING:
@@ -71,6 +72,38 @@ class Capture:
     ) -> None:
         self._undo.close()
 
+    def run_all(
+        self, samples: Sequence[Sample], begin: Callable[[int], None], tell: Callable[[int, int, str], None]
+    ) -> list[float | None]:
+        """`run` of several samples, which pass a model that is read layer by layer together.
+
+        Args:
+            begin: called with the number of a sample before layers of it are handed out.
+            tell: called with (layers done, layers in all, what) where the model is read so.
+        """
+        losses: list[float | None] = [None] * len(samples)
+        if stream_of(self.model) is None:
+            for number, sample in enumerate(samples):
+                begin(number)
+                losses[number] = self.run(sample)
+            return losses
+        passing = LayerByLayer(self.model, tell)
+        self._scale, found = self._loss_scale(), dict[int, float]()
+
+        def loss(sample: Sample, output: Any) -> torch.Tensor:
+            total, count = sample.loss(output)
+            found[len(found)] = float((total / count).detach())
+            return total / count * self._scale
+
+        with passing.opened():
+            states, inputs = passing.forward(samples, begin, keep=self.gradient)
+            if self.gradient:
+                passing.backward(samples, loss, states, inputs, begin)
+        return [found.get(number) for number in range(len(samples))]
+
+    def _loss_scale(self) -> float:
+        return loss_scale(self.model.get_input_embeddings().weight.dtype)
+
     def run(self, sample: Sample) -> float | None:
         """Pass one sample through the model.
 
@@ -85,7 +118,7 @@ class Capture:
             with torch.no_grad():
                 self.model.base_model(**sample.body(device))
             return None
-        self._scale = loss_scale(self.model.get_input_embeddings().weight.dtype)
+        self._scale = self._loss_scale()
         with torch.enable_grad(), recomputed(self.model, sample.length, chosen=self.checkpointing):
             total, count = sample.loss(self.model(**sample.inputs(device)))
             loss = total / count

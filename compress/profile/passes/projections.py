@@ -15,13 +15,15 @@ from compress.models.backward import loss_scale, recomputed
 from compress.models.families import check_reading
 from compress.models.placement import input_device
 from compress.models.replaced import frozen
+from compress.models.stream import LayerByLayer, stream_of
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
-from compress.profile.passes.samples import Read, SamplePass
-from compress.profile.statistic import Item, Reads, Subject
+from compress.profile.passes.samples import Read, SamplePass, one_by_one
+from compress.profile.statistic import Item, Progress, Reads, Subject
 from compress.profile.sums import Sheet
 
 if TYPE_CHECKING:
+    from compress.data.sample import Sample
     from compress.profile.units.base import UnitStatistic
 
 ROWS = 1024  # tokens that are handed out at once: float32 copies of long documents would not fit
@@ -35,11 +37,12 @@ class ProjectionsPass(SamplePass):
     """
 
     reads: ClassVar[Reads] = "projections"
+    streams: ClassVar[bool] = True
     corpora: ClassVar[int] = 2
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[UnitStatistic]) -> Iterator[Read]:
-        reader = _Reader(run.subject, statistics, run.checkpointing)
+        reader = _Reader(run.subject, statistics, run.checkpointing, run.report)
         with ExitStack() as undo:
             reader.open(undo)
             yield reader.read
@@ -50,8 +53,10 @@ class _Reader:
 
     sheet: Sheet
 
-    def __init__(self, subject: Subject, statistics: Sequence[UnitStatistic], checkpointing: bool | None) -> None:
-        self.subject, self.statistics, self.checkpointing = subject, statistics, checkpointing
+    def __init__(
+        self, subject: Subject, statistics: Sequence[UnitStatistic], checkpointing: bool | None, report: Progress
+    ) -> None:
+        self.subject, self.statistics, self.checkpointing, self.report = subject, statistics, checkpointing, report
         self.gradient = any(statistic.needs_gradient for statistic in statistics)
         self._forward = False
 
@@ -69,8 +74,35 @@ class _Reader:
                     module.weight.requires_grad_()
         undo.callback(self._drop_gradients)
 
-    def read(self, item: Item, sheet: Sheet) -> None:
-        """See `samples.Read`."""
+    def read(self, items: Sequence[Item], sheets: Sequence[Sheet]) -> list[float | None]:
+        """See `samples.Read`; without losses, which are not those of the profile."""
+        if stream_of(self.subject.model) is not None:
+            self._read_by_layer([item.sample for item in items], sheets)
+        else:
+            one_by_one(self._read)(items, sheets)
+        return [None] * len(items)
+
+    def _read_by_layer(self, samples: Sequence[Sample], sheets: Sequence[Sheet]) -> None:
+        passing, model = LayerByLayer(self.subject.model, self.report), self.subject.model
+        scale = loss_scale(model.get_input_embeddings().weight.dtype)
+
+        def begin(number: int) -> None:
+            self.sheet = sheets[number]
+
+        with passing.opened():
+            with self._taking():
+                states, inputs = passing.forward(samples, begin, keep=self.gradient)
+            if self.gradient:
+                passing.backward(
+                    samples,
+                    lambda sample, output: sample.loss(output)[0] * scale,
+                    states,
+                    inputs,
+                    begin,
+                    lambda layer, number: self._add_gradients(self.subject.units[layer], sheets[number], scale),
+                )
+
+    def _read(self, item: Item, sheet: Sheet) -> None:
         self.sheet, sample, model = sheet, item.sample, self.subject.model
         device = input_device(model)
         if not self.gradient:
@@ -85,13 +117,17 @@ class _Reader:
             loss, _ = sample.loss(output)
             (loss * scale).backward()
         for layer in self.subject.units:
-            for name, module in layer.projections.items():
-                gradient: Any = module.weight.grad
-                gradient = gradient.float() / scale
-                module.weight.grad = None
-                for statistic, sums in zip(self.statistics, sheet.sums, strict=True):
-                    if statistic.needs_gradient:
-                        statistic.add_gradient(sums[layer.index], name, gradient)
+            self._add_gradients(layer, sheet, scale)
+
+    def _add_gradients(self, layer: LayerUnits, sheet: Sheet, scale: float) -> None:
+        """Take the gradients of a layer's projections, and drop them."""
+        for name, module in layer.projections.items():
+            gradient: Any = module.weight.grad
+            gradient = gradient.float() / scale
+            module.weight.grad = None
+            for statistic, sums in zip(self.statistics, sheet.sums, strict=True):
+                if statistic.needs_gradient:
+                    statistic.add_gradient(sums[layer.index], name, gradient)
 
     @contextmanager
     def _taking(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from compress.errors import UserError
 from compress.models.reconstruction import TokenScores, reconstructing
 from compress.profile.passes.base import Run
-from compress.profile.passes.samples import Read, SamplePass
+from compress.profile.passes.samples import Read, SamplePass, one_by_one
 from compress.profile.statistic import Item, Reads
 from compress.profile.sums import Sheet
 
@@ -30,7 +30,7 @@ class ReconstructionPass(SamplePass):
         (chunk,) = {statistic.chunk for statistic in statistics}
         with reconstructing(loaded.model, loaded.tokenizer, chunk) as reconstruct:
 
-            def read(item: Item, sheet: Sheet) -> None:
+            def read_one(item: Item, sheet: Sheet) -> None:
                 def take(scores: TokenScores) -> None:
                     scores = scores.on(run.subject.device)
                     for statistic, sums in zip(statistics, sheet.sums, strict=True):
@@ -47,4 +47,4 @@ class ReconstructionPass(SamplePass):
                     )
                 reconstruct(ids[0].tolist(), take)
 
-            yield read
+            yield one_by_one(read_one)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.profile.passes.attention import AttentionPass
 from compress.profile.passes.base import Run
-from compress.profile.passes.capture import Capture
 from compress.profile.passes.samples import Read
 from compress.profile.statistic import Item, Reads
 
 if TYPE_CHECKING:
+    from compress.data.sample import Sample
     from compress.profile.heads.ar_loss import ArLoss
 
 
@@ -20,6 +20,7 @@ class RepeatsPass(AttentionPass):
     """Feeds statistics of head groups with the gradients of that loss; a sample without such tokens is left out."""
 
     reads: ClassVar[Reads] = "repeats"
+    has_loss: ClassVar[bool] = False
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[Any]) -> Iterator[Read]:
@@ -28,8 +29,7 @@ class RepeatsPass(AttentionPass):
         with super().reader(run, statistics) as read:
             yield read
 
-    def run(self, capture: Capture, item: Item, statistics: Sequence[ArLoss]) -> None:  # type: ignore[override]
-        """Pass one sample through the model. Its loss is not that of the profile, so none is given."""
+    def sample_of(self, item: Item, statistics: Sequence[ArLoss]) -> Sample | None:  # type: ignore[override]
+        """The sample with its loss on what can be looked up in it."""
         (sample,) = {statistic.looked_up(item.sample) for statistic in statistics}
-        if sample is not None:
-            capture.run(sample)
+        return sample

@@ -11,22 +11,35 @@ from typing import Any, ClassVar
 
 from compress.errors import Problem, UserError
 from compress.models.placement import most_bytes
+from compress.models.stream import LayerByLayer, stream_of
 from compress.profile.passes.base import Pass, Run, Samples
 from compress.profile.statistic import Item, Results
 from compress.profile.sums import Sheet
 
 SAVE_BYTES = 32 << 20  # sums of n times as much are written after every nth sample
 
-# Runs one sample and adds to the sheet; the loss, None without a backward pass.
-Read = Callable[[Item, Sheet], float | None]
+# Runs samples and adds to their sheets; the loss of each, None without a backward pass.
+Read = Callable[[Sequence[Item], Sequence[Sheet]], list[float | None]]
+
+
+def one_by_one(read: Callable[[Item, Sheet], None]) -> Read:
+    """What runs a sample, for several of them; without losses."""
+
+    def each(items: Sequence[Item], sheets: Sequence[Sheet]) -> list[float | None]:
+        for item, sheet in zip(items, sheets, strict=True):
+            read(item, sheet)
+        return [None] * len(items)
+
+    return each
 
 
 class SamplePass(Pass):
     """Sums over samples.
 
-    Each process reads one of as many samples as there are processes; their sums are then added in the order of the
-    samples. So the number of processes changes no bit (where the processes compute alike), and another number of them
-    may continue what one of them wrote. All processes have to read the same folder.
+    Each process reads one of as many samples as there are processes, or several where they pass a model together that
+    is read layer by layer (`models.stream`); their sums are then added in the order of the samples. So the number of
+    processes changes no bit (where the processes compute alike), and another number of them may continue what one of
+    them wrote. All processes have to read the same folder.
     """
 
     corpora: ClassVar[int] = 1
@@ -59,7 +72,7 @@ class SamplePass(Pass):
         with self.reader(run, statistics) as read:
             while done < len(queue):
                 started = time.perf_counter()
-                batch = queue[done : done + run.processes.world]
+                batch = queue[done : done + self._at_once(run, queue[done:], statistics)]
                 message = _take(batch, totals, run, statistics, read)
                 before, done = done, done + len(batch)
                 run.partial.seconds += time.perf_counter() - started
@@ -74,6 +87,16 @@ class SamplePass(Pass):
         }
         run.partial.finish(step, results)
         return results
+
+    def _at_once(self, run: Run, queue: Sequence[Item], statistics: Sequence[Any]) -> int:
+        """How many samples all processes read before their sums are added."""
+        world = run.processes.world
+        if stream_of(run.subject.model) is None:
+            return world
+        gradient = any(statistic.needs_gradient for statistic in statistics)
+        samples = [item.sample for item in queue[::world]]
+        group: int = run.processes.broadcast(LayerByLayer(run.subject.model).group(samples, gradient), 0)
+        return world * group
 
     def _save(self, run: Run, step: str, done: int, totals: Sequence[Sheet]) -> None:
         tensors = {
@@ -94,26 +117,29 @@ def queue_of(*corpora: Samples) -> list[Item]:
 
 
 def _take(batch: Sequence[Item], totals: Sequence[Sheet], run: Run, statistics: Sequence[Any], read: Read) -> str:
-    """Read one sample in each process and add all of them; what to say of it."""
+    """Read samples in each process, every world-th of them, and add all of them; what to say of the last."""
     processes, message = run.processes, ""
-    mine = Sheet(statistics, run.subject, [batch[min(processes.rank, len(batch) - 1)].length])
+    own = batch[processes.rank :: processes.world]
+    sheets = [Sheet(statistics, run.subject, [item.length]) for item in own]
     problems: list[Problem] | None = None
-    if processes.rank < len(batch):
-        try:
-            loss = read(batch[processes.rank], mine)
-        except UserError as error:
-            if processes.world == 1:
-                raise
-            problems = error.problems
-        else:
+    try:
+        losses = read(own, sheets) if own else []
+    except UserError as error:
+        if processes.world == 1:
+            raise
+        problems = error.problems
+    else:
+        for item, sheet, loss in zip(own, sheets, losses, strict=True):
             if loss is not None:
-                mine.loss.fill_(loss)
-            mine.close(batch[processes.rank])
-    for source, item in enumerate(batch):
+                sheet.loss.fill_(loss)
+            sheet.close(item)
+    for number, item in enumerate(batch):
+        source = number % processes.world
         # All processes stop together: none may wait for one that has stopped.
         if (refused := processes.broadcast(problems, source)) is not None:
             raise UserError(refused)
-        sheet = mine if source == processes.rank else Sheet(statistics, run.subject, [item.length])
+        mine = source == processes.rank
+        sheet = sheets[number // processes.world] if mine else Sheet(statistics, run.subject, [item.length])
         processes.spread([*(total for _, total in sheet.tensors()), sheet.loss], source)
         sheet.check_finite(item.where)
         totals[item.corpus].add(sheet, item)

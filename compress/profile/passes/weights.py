@@ -14,6 +14,7 @@ class WeightsPass(Pass):
     """No sample is read."""
 
     reads: ClassVar[Reads] = "weights"
+    streams: ClassVar[bool] = True
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
         return {

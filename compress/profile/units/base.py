@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from compress.models.stream import holding
 from compress.models.units import LayerUnits
 from compress.profile.key import CORPORA, Key
 from compress.profile.statistic import Item, Reads, Result, Results, Subject, SummedStatistic, Sums, not_finite
@@ -81,7 +82,7 @@ class UnitStatistic(SummedStatistic):
         """See `SummedStatistic.begin`; the same for every length."""
         return {
             layer.index: {
-                name: torch.zeros(size, dtype=self.dtype, device=layer.output("neuron").weight.device)
+                name: torch.zeros(size, dtype=self.dtype, device=subject.places[layer.index])
                 for name, size in self.sizes(layer).items()
             }
             for layer in subject.units
@@ -116,7 +117,8 @@ class UnitStatistic(SummedStatistic):
         for layer in subject.units:
             first, *others = [sums[layer.index] for sums, _ in totals]
             whole = {name: sum((other[name] for other in others), start=total) for name, total in first.items()}
-            scores = {part: values.float().cpu() for part, values in self.scores(whole, counts, layer).items()}
+            with holding(subject.model, layer.index):
+                scores = {part: values.float().cpu() for part, values in self.scores(whole, counts, layer).items()}
             for part, values in scores.items():
                 if not bool(torch.isfinite(values).all()):
                     raise not_finite(self.name, part, layer.index, "all documents")

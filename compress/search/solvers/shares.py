@@ -148,4 +148,5 @@ def one_threshold(problem: Problem, kind: Target) -> Candidate | None:
 
 
 def _all_above(kind: Target, threshold: float, known: Thresholds) -> Callable[[Place], Target]:
-    return lambda place: kind.with_threshold(threshold, known, *place)
+    shares, spreads = known.above(threshold)
+    return lambda place: kind.with_threshold(threshold, float(shares[place]), float(spreads[place]))

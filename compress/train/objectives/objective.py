@@ -31,6 +31,7 @@ class Objective(Method):
         needs_choice: likewise, whether it asks for what tokens choose, and for nothing else.
         repeats: likewise, whether it is of scorers (`runtime.scorers`), on texts that the dense model repeats.
         of_routers: whether it is a loss of what routers did in a whole model; a model without any goes without it.
+        of_keeping: likewise, of which tokens heads kept.
         unit: of the loss a term.
     """
 
@@ -44,7 +45,13 @@ class Objective(Method):
     needs_choice: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     of_routers: ClassVar[bool] = False
+    of_keeping: ClassVar[bool] = False
     unit: ClassVar[str] = "nats a token"
+
+    @property
+    def of_record(self) -> bool:
+        """Whether it reads what mixers report of a pass (`runtime.step.Record`); a model without goes without it."""
+        return self.of_routers or self.of_keeping
 
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: all that need gradients."""
