@@ -57,10 +57,11 @@ def split(model: nn.Module, layers: Sequence[Layer], config: Any) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Attention:
-                number = extract_layer_index(child.layer_name)
-                check_attention(child.layer_name, number, child.head_size, child.sliding_window, config)
+                whole: Any = child
+                number = extract_layer_index(whole.layer_name)
+                check_attention(whole.layer_name, number, whole.head_size, whole.sliding_window, config)
                 rules = of_rank(layers[number].rules, rank, ranks)
-                setattr(module, name, SplitAttention(child, parts_of(rules, slot)))
+                setattr(module, name, SplitAttention(whole, parts_of(rules, slot)))
                 done += 1
     if not done:
         raise ValueError("the plan is not in effect: vLLM's class of this model has no attention module that is known")
