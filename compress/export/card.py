@@ -35,7 +35,7 @@ VLLM = {
     "Qwen3ForCausalLM": QWEN,
 }
 # Architectures whose patched checkpoints the plugin of plugins/vllm refuses, whatever the plan.
-NOT_IN_VLLM = frozenset({"GptOssForCausalLM"})
+NOT_IN_VLLM = frozenset({"GptOssForCausalLM", "PhimoeForCausalLM"})
 LONG = 1 << 20  # tokens, longer than any window
 UNTRAINED = "The weights are those of the original model"
 OF_EXPERTS = "The weights are those of the models that it is made of, and routers that start as the recipe says"

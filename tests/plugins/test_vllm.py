@@ -12,6 +12,7 @@ import torch
 
 import compress_vllm
 from compress import registry
+from compress.export.card import NOT_IN_VLLM
 from compress.models.planned import runtime_plan
 from compress.plan import LayerPlan, Mlp, plan_of_layers
 from compress.runtime.families import FAMILIES
@@ -176,6 +177,7 @@ def test_the_families_are_those_of_the_checkpoints():
         family = FAMILIES[row.model_type]
         assert row.architecture == family.architecture and row.planned == f"{family.planned}ForCausalLM"
         assert (row.groups, row.neurons, row.experts) == (family.groups, family.neurons, family.has_experts)
+    assert {row.architecture for row in ROWS if row.refused} == NOT_IN_VLLM
 
 
 def test_the_plugin_stands_alone():

@@ -21,6 +21,8 @@ class Planned:
     compress_row: Row
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if self.compress_row.refused is not None:
+            raise ValueError(f"a {self.compress_row.architecture} is not served: {self.compress_row.refused}")
         config = vllm_config.model_config.hf_config
         layers = read_layers(config.compress_plan, self.compress_row, config)
         _check(vllm_config, [rule for layer in layers for rule in layer.rules if rule and not rule.is_plain])
