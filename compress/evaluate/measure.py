@@ -134,6 +134,7 @@ class Job:
         steps: items, for the progress.
         run: makes the result.
         kept: whether the result is worth a file, from which it is read the next time.
+        timed: whether it is a time, which nothing else may disturb.
     """
 
     label: str
@@ -141,6 +142,7 @@ class Job:
     steps: int
     run: Callable[[Subject, Step], Result]
     kept: bool = True
+    timed: bool = False
 
 
 @dataclass(frozen=True)
