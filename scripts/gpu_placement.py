@@ -134,13 +134,13 @@ def spread(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[st
     """What the stages compute of a small model over all GPUs, and of the same on one."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = written_model(Path(scratch) / "model", layers=4 if options.small else 8)
-        found = {}
-        for device in (place(), "balanced" if GPU else place()):
+        found = []
+        for number, device in enumerate((place(), "balanced" if GPU else place())):
             loaded = load_model(str(folder), dtype="float32", device=device)
-            found[device] = stages(loaded, Path(scratch) / device.replace(":", "-"))
-            facts[device] = {"devices": [str(each) for each in placement_of(loaded.model).devices]}
-            say(f"{device}: layers on {', '.join(facts[device]['devices'])}")
-        one, other = found.values() if len(found) > 1 else [*found.values()] * 2
+            found.append(stages(loaded, Path(scratch) / str(number)))
+            facts[f"devices of {device}"] = [str(each) for each in placement_of(loaded.model).devices]
+            say(f"{device}: layers on {', '.join(map(str, placement_of(loaded.model).devices))}")
+        one, other = found
         for name, value in one.items():
             same = value == other[name]
             gap = 0.0 if same else difference(value, other[name])

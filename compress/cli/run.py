@@ -32,7 +32,7 @@ def run(
     with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.cli.report import write_report
         from compress.environment import peak_memory
-        from compress.stages.evaluate import evaluate_stage
+        from compress.stages.evaluate import evaluate_stage, help_evaluate
         from compress.stages.export import check_target, export_stage
         from compress.stages.prepare import prepare_stage
         from compress.stages.profile import profile_stage
@@ -47,6 +47,7 @@ def run(
             if session.recipe.upcycle is None:
                 help_search(session)
             recover_stage(session)
+            help_evaluate(session)
             return
         check_target(session, overwrite)
         if session.recipe.upcycle is not None:
