@@ -1,6 +1,6 @@
 """What models do on several GPUs, beside one: pipelines of one process, heads split, documents shared, weights spread.
 
-python scripts/gpu_placement.py FOLDER [SECTION ...]     two GPUs, under 4 minutes; with --small on any machine
+python scripts/gpu_placement.py FOLDER [SECTION ...]     two GPUs, about 4 minutes; with --small on any machine
 
 Every section is a process, or a launch, of its own; one that fails is told, and the others go on. `FOLDER` gets what
 each has found (SECTION.json) and the table. Sections:
@@ -67,7 +67,8 @@ GPU = torch.cuda.is_available()
 MODULE = "scripts.gpu_placement"
 WORDS = 96  # of the vocabulary that models written here have, beside four special tokens
 BELOW = 0.02  # largest relative difference of logits in bfloat16, where products are added in another order
-LIMIT = {"spread": 75, "heads": 170, "profile": 120, "recover": 200, "stream": 150}  # seconds
+TOGETHER = (("spread", "recover"), ("heads",), ("profile",), ("stream",))  # what no time is taken of runs at once
+LIMIT = {"spread": 120, "heads": 170, "profile": 120, "recover": 200, "stream": 150}  # seconds
 
 
 def shape(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -133,19 +134,23 @@ def spread(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[st
     """What the stages compute of a small model over all GPUs, and of the same on one."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = written_model(Path(scratch) / "model", layers=4 if options.small else 8)
-        found = {}
-        for device in (place(), "balanced" if GPU else place()):
+        found = []
+        for number, device in enumerate((place(), "balanced" if GPU else place())):
             loaded = load_model(str(folder), dtype="float32", device=device)
-            found[device] = stages(loaded, Path(scratch) / device.replace(":", "-"))
-            facts[device] = {"devices": [str(each) for each in placement_of(loaded.model).devices]}
-            say(f"{device}: layers on {', '.join(facts[device]['devices'])}")
-        one, other = found.values() if len(found) > 1 else [*found.values()] * 2
+            found.append(stages(loaded, Path(scratch) / str(number)))
+            facts[f"devices of {device}"] = [str(each) for each in placement_of(loaded.model).devices]
+            say(f"{device}: layers on {', '.join(map(str, placement_of(loaded.model).devices))}")
+        one, other = found
+        alike = []
         for name, value in one.items():
             same = value == other[name]
             gap = 0.0 if same else difference(value, other[name])
             facts[name] = {"equal": same, "difference": gap}
-            ok = same or gap < 1e-4
-            say(f"{name}: {'equal to the bit' if same else f'largest relative difference {gap:.1e}'}{mark(ok)}")
+            if same:
+                alike.append(name)
+            else:
+                say(f"{name}: largest relative difference {gap:.1e}{mark(gap < 1e-4)}")
+        say(f"equal to the bit, {len(alike)} of {len(one)}: {'; '.join(alike)}")
 
 
 def stages(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
@@ -330,11 +335,15 @@ def recovery(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[
         small = options.small
         model = written_model(Path(scratch) / "model", layers=2 if small else 8, hidden=64 if small else 512)
         text = written_text(Path(scratch) / "text.txt", 40_000)
+        running = {}
         for train in ("lora", "full"):
             command = [sys.executable, "-m", "scripts.recover_processes", "--model", str(model), "--text", str(text)]
             command += ["--train", train, "--steps", "4" if small else "10", "--length", "128", "--batch", "8"]
-            done = subprocess.run([*command, *(["--shard"] if GPU else [])], capture_output=True, text=True)
-            rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            command += ["--shard"] if GPU else []
+            running[train] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for train, process in running.items():
+            told, wrong = process.communicate()
+            rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
             facts[train] = rows
             for row in rows[1:]:
                 gap = row["largest_gap_to_one_process"]
@@ -343,8 +352,8 @@ def recovery(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[
                     f"recover, {train}, {row['processes']} processes, {what}: loss {row['first_loss']:.4f} to "
                     f"{row['last_loss']:.4f}, at most {gap:.1e} from one process{mark(gap < 0.01)}"
                 )
-            if done.returncode:
-                say(f"recover, {train}: FAILED: {done.stderr.strip()[-1500:]}")
+            if process.returncode:
+                say(f"recover, {train}: FAILED: {wrong.strip()[-1500:]}")
 
 
 # --- layer by layer ----------------------------------------------------------------------------------------------
@@ -369,7 +378,7 @@ def streamed(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[
     started = time.time()
     loaded.shape  # noqa: B018  # the fingerprint reads all weights
     marked, read = time.time() - started, stream.read
-    count, length = (2, 128) if options.small else (4, 4096)
+    count, length = (2, 128) if options.small else (2, 4096)
     started = time.time()
     with tempfile.TemporaryDirectory() as scratch:
         asked = [Influence(), Attention(sink=4), Amp()]
@@ -482,18 +491,25 @@ def main() -> None:
     head = f"{max(1, torch.cuda.device_count())} x {name}, torch {torch.__version__}"
     print(head, flush=True)
     table, begun = [head], time.time()
-    for section in options.sections or SECTIONS:
-        started = time.time()
-        process = subprocess.Popen([*command_of(options, 1), "--section", section], start_new_session=True)
-        try:
-            process.wait(timeout=LIMIT[section] * (5 if options.small else 1))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-            print(f"{section} FAILED: more than {LIMIT[section]} s", flush=True)
-        path = options.folder / f"{section}.json"
-        lines = json.loads(path.read_text())["table"] if path.is_file() else [f"{section} FAILED: it left nothing"]
-        table += [f"-- {section}, {time.time() - started:.0f} s", *lines]
-        (options.folder / "table.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+    asked = options.sections or [*SECTIONS]
+    for group in TOGETHER:
+        sections, started = [section for section in group if section in asked], time.time()
+        running = {}
+        for section in sections:
+            (options.folder / f"{section}.json").unlink(missing_ok=True)
+            command = [*command_of(options, 1), "--section", section]
+            running[section] = subprocess.Popen(command, start_new_session=True)
+        for section, process in running.items():
+            limit = LIMIT[section] * (5 if options.small else 1)
+            try:
+                process.wait(timeout=max(1.0, started + limit - time.time()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+                print(f"{section} FAILED: more than {limit} s", flush=True)
+            path = options.folder / f"{section}.json"
+            lines = json.loads(path.read_text())["table"] if path.is_file() else [f"{section} FAILED: it left nothing"]
+            table += [f"-- {section}, {time.time() - started:.0f} s", *lines]
+            (options.folder / "table.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
     print(f"\n{'=' * 40} the table, {time.time() - begun:.0f} s")
     print("\n".join(table), flush=True)
 

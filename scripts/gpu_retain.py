@@ -238,30 +238,31 @@ def layer_case(dtype: torch.dtype, dim: int, share: int, columns: int, scorer: s
 CASES: list[tuple[Any, ...]] = [
     (BF16, 128, 4, 1501, "ridge"), (BF16, 64, 3, 1003, "value_norm"), (BF16, 80, 1, 777, "ridge"),
     (BF16, 96, 7, 777, "ridge"), (BF16, 256, 2, 777, "value_norm"), (F32, 64, 3, 1003, "ridge"),
-    (BF16, 128, 4, 777, "mlp"), (F32, 128, 4, 777, "value_norm"),
+    (BF16, 128, 4, 777, "mlp"),
 ]  # fmt: skip
+WIDE: list[tuple[Any, ...]] = [(F32, 128, 4, 777, "value_norm"), (F32, 256, 2, 500, "ridge")]
 
 
-def numeric_case(number: int) -> tuple[list[dict[str, Any]], list[str]]:
+def numeric_case(case: tuple[Any, ...]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of one case, and the lines that it printed; runs in a process of its own."""
     torch.manual_seed(torch.seed() % 2**32)
     LINES.clear()
     try:
         with torch.no_grad():
-            return layer_case(*CASES[number]), list(LINES)
+            return layer_case(*case), list(LINES)
     except Exception:  # told as a failed check, and the other cases go on
-        say(f"  FAILED {CASES[number]}: {traceback.format_exc()}")
-        return [{"what": str(CASES[number]), "dtype": "", "error": math.inf, "most": 0.0, "ok": False}], list(LINES)
+        say(f"  FAILED {case}: {traceback.format_exc()}")
+        return [{"what": str(case), "dtype": "", "error": math.inf, "most": 0.0, "ok": False}], list(LINES)
 
 
-def numerics() -> list[dict[str, Any]]:
+def numerics(cases: list[tuple[Any, ...]] = CASES) -> list[dict[str, Any]]:
     """Every kernel against float64; cases run side by side, as most of their time is the compiler's."""
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(8, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found, lines in pool.map(numeric_case, range(len(CASES))):
+        for found, lines in pool.map(numeric_case, cases):
             rows += found
             LINES.extend(lines)
-    for dtype in (BF16, F32):
+    for dtype in dict.fromkeys(case[0] for case in cases):
         own = [row for row in rows if row["dtype"] == str(dtype) and row["most"] > 0]
         bad = sum(not row["ok"] for row in rows if row["dtype"] in ("", str(dtype)))
         worst: dict[str, Any] = max(own, key=lambda row: row["error"] / row["most"], default={})
@@ -424,6 +425,13 @@ class Decoding:
         for state in self.states:
             IMPLS["triton"].retain.decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
 
+    def store(self) -> None:
+        """The store of the token alone, as heads with a window have it."""
+        for state in self.states:
+            window = state.window()
+            key, value = self.key[:, :, 0], self.value[:, :, 0]
+            IMPLS["triton"].store_one(key, value, window, self.lengths, self.mixer.windows)
+
     def us(self, call: Callable[[], Any]) -> float:
         """Microseconds of one cache's part of a call, in a CUDA graph."""
         calls = max(1, 16 // self.copies)
@@ -493,7 +501,10 @@ def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: 
     state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
 
 
-SCORER = {"ridge": 0.6, "mlp": 1.3}  # predicted percent of a layer in a prefill
+SCORER = {  # predicted percent of a layer that judging and counting take, in a prefill and in a decode step (1)
+    ("ridge", 8192): 1.3, ("ridge", 32768): 0.8, ("ridge", 65536): 0.7, ("mlp", 8192): 2.2, ("mlp", 32768): 1.8,
+    ("mlp", 65536): 1.8, ("ridge", 1): 1.2, ("mlp", 1): 3.0, ("value_norm", 1): 0.6,
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -522,23 +533,26 @@ def part_rows() -> list[dict[str, Any]]:
             percent = {name: 100 * spent[name] / layer for name in ("judge", "judge and count", "compact and write")}
             say(
                 f"parts of a prefill of {length:,}, {scorer}, ms: {told(spent, {})}; % of the layer: "
-                + told(percent, {"judge and count": SCORER[scorer]})
+                + told(percent, {"judge and count": SCORER.get((scorer, length), math.nan)})
             )
             found.append({"length": length, "scorer": scorer, "ms": spent, "percent": percent})
         calls.clear()
         measure.release(DEVICE)
     hidden = torch.randn(1, 1, HIDDEN, device=DEVICE, dtype=BF16)
     matrices = measure.graphed_times(partial(run, hidden), DEVICE, calls=8, seconds=0.1).median * 1e3
-    for scorer, guess in (("ridge", 1.5), ("mlp", 3.0), ("value_norm", 1.5)):
+    for scorer in ("ridge", "mlp", "value_norm"):
         one = Decoding(layer_of(0.125, scorer, cap=True), 1, 32768, 4)
         attention, whole = one.us(one.attend), one.us(one.step)
-        percent = {"judge, count and store": 100 * (whole - attention) / (matrices + whole)}
+        store = one.us(one.store)
+        percent = {"judge and count": 100 * (whole - attention - store) / (matrices + whole)}
         say(
-            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, matrices "
-            f"{matrices:.1f}; % of the layer: {told(percent, {'judge, count and store': guess})}"
+            f"parts of a decode step at 32,768, {scorer}, us: attention {attention:.1f}, all {whole:.1f}, a store "
+            f"alone {store:.1f}, matrices {matrices:.1f}; % of the layer: "
+            + told(percent, {"judge and count": SCORER[scorer, 1]})
         )
         found.append(
-            {"scorer": scorer, "attention_us": attention, "step_us": whole, "matrices_us": matrices, **percent}
+            {"scorer": scorer, "attention_us": attention, "step_us": whole, "store_us": store, "matrices_us": matrices}
+            | percent
         )
     return found
 
@@ -588,13 +602,14 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "prefill": prefill_rows,
     "decode": decode_rows,
     "parts": part_rows,
+    "wide": partial(numerics, WIDE),  # minutes of a compiler, so only where it is named
 }
 HEAD = (f"a sink of one page, a window of {WINDOW} tokens by whole pages, and a share of the tokens before it",)
 
 
 def main() -> None:
     """See `run_sections`."""
-    run_sections("gpu_retain", SECTIONS, list(SECTIONS), HEAD)
+    run_sections("gpu_retain", SECTIONS, list(SECTIONS)[:-1], HEAD)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ depend on the share, so it scores a text once for all of them. Presses with weig
 are on a hub that a machine without network cannot reach, and there are none for this model. Knorm, SnapKV, TOVA and
 ExpectedAttention keep equally many tokens in all head groups and free the others; KVzip masks, and frees nothing. For a
 masked key kvpress looks for a vector that gets no weight from any query of a pass, and fails where these are many, so
-here its masks are masks.
+here its masks are masks. Texts have no chat template, whose beginning kvpress's KVzip takes the first tokens for: it
+never repeats those, and they are not kept.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -89,6 +92,11 @@ def load(options: argparse.Namespace) -> Any:
     """The model, once kvpress has patched transformers' attention."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+    for name in ("datasets", "requests"):  # no press here loads anything by them
+        if find_spec(name) is None:
+            stub: Any = ModuleType(name)
+            stub.load_dataset = None
+            sys.modules[name] = stub
     import_module("kvpress")
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     import_module("transformers.utils.logging").disable_progress_bar()

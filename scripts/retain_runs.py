@@ -14,7 +14,8 @@ A text is read without its questions, so that no row can know them. Rows:
                    retain heads by this scorer, with the threshold in each head group that keeps one share in all
     ridge-global, mlp-global
                    with one threshold for all head groups, which is how KVzip gives heads different shares
-    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml
+    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
+                   refinement, or with `--refine-minutes`
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
     recovered      the row `ridge`, with its decisions trained together with low-rank updates of the weights on what the
@@ -37,6 +38,7 @@ import argparse
 import copy
 import json
 import math
+import platform
 import statistics
 import sys
 import time
@@ -56,7 +58,6 @@ from compress.data.kinds import NEW_KINDS, REWORDED
 from compress.data.questions import TASKS, Question, QuestionedText, questioned_texts
 from compress.data.reader import Reader
 from compress.data.text import UndividedText
-from compress.environment import environment
 from compress.errors import UserError
 from compress.evaluate.asked import ask, asked_tokens, is_answered, read_text
 from compress.evaluate.logits import logits_in_slices
@@ -86,6 +87,7 @@ from compress.stages.search import search_stage
 from compress.stages.session import Session
 from compress.targets.retain import RetainGroup
 from compress.targets.span import visible_keys
+from compress.versions import versions
 from scripts import rows
 
 ROOM = 128  # tokens for a question and its answer, so that a text with them has `--length` at most
@@ -94,6 +96,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 REFINED = Path(__file__).parents[1] / "profiles" / "smollm2-135m" / "8k"
 REFINED_AT = {50.0: "refined-5", 25.0: "refined-25", 12.5: "refined-125"}
 GLOBAL = ("ridge", "mlp")
+FACTS = ("device", "versions", "all", "tokens", "seconds")  # of a row's file, beside its cells
+OPTIONS = (
+    *("model", "dtype", "seeds", "length", "shares", "window", "prompts", "windows", "written", "at_once"),
+    *("prepare_tokens", "prepare_lengths", "long_texts", "refine_minutes", "recover_tokens", "recover_length"),
+)
 KINDS = {"tasks": TASKS, "reworded": REWORDED, "new": NEW_KINDS}
 
 
@@ -105,6 +112,7 @@ def main() -> None:
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
     add("--prepare-tokens", type=int, default=400_000, help="that scorers are trained on")
     add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
+    add("--refine-minutes", type=float, default=0.0, help="of refining each plan of `searched`; 0 for none")
     add("--recover-tokens", type=int, default=1_000_000, help="of the training of `recovered`")
     add("--recover-length", type=int, default=4096, help="tokens of its sequences")
     add("--recover-shares", default="12.5", help="at which it is trained, in percent, by commas")
@@ -118,7 +126,7 @@ def main() -> None:
         options.prepare_tokens, options.prepare_lengths, options.long_texts = 2048, "256,512", 2
         options.written, options.written_length, options.minutes = 0, 256, 60.0
         options.recover_tokens, options.recover_length, options.recover_shares = 1024, 512, "25"
-    rows.main(options, ROWS, run_row, print_table)
+    rows.main(options, ROWS, run_row, lambda folder: print_table(options))
 
 
 def shares_of(options: argparse.Namespace) -> list[float]:
@@ -131,12 +139,14 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
     if row == rows.BASE:
         prepare_base(options, seed)
         return
+    started = time.perf_counter()
     loaded = load_model(options.model, dtype=options.dtype, device=resolve_device(options.device))
     attach(loaded.model, read_prepared(options_of(options, seed)))
     asked = Asked.read(options.out / f"prompts.{seed}.json")
     cells = [{**cell, "seed": seed} for cell in ROWS[row](options, loaded, asked)]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    write_json(rows.figures(options, row, seed), {"row": row, "seed": seed, "device": name, "cells": cells})
+    facts = {"device": name, "versions": versions("triton"), "all": round(time.perf_counter() - started, 1)}
+    write_json(rows.figures(options, row, seed), {"row": row, "seed": seed, **facts, "cells": cells})
 
 
 def options_of(options: argparse.Namespace, seed: int) -> Path:
@@ -394,6 +404,7 @@ def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, sha
     unknown: Any = NothingMeasured(length)
     dense = Dense(loaded.shape, itemsize)
     problem = Problem(dense, unknown, budget.rows(dense, [length]), prepared=prepared_for(loaded.model))
+    problem = problem.counting([RetainGroup(scorer="key_norm", share=units / 1024) for units in range(16, 512, 7)])
     try:
         (candidate,) = solver.solve(problem)
     except UserError as error:
@@ -458,7 +469,9 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
     grid = {"scorers": ["ridge", "mlp"], "alphas": sorted({64, options.window})}
     prepare = base["prepare"] | {"effect": True, "options": {"retain": recipe["prepare"]["options"]["retain"] | grid}}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
-    recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget}}
+    refine = {"minutes": options.refine_minutes} if options.refine_minutes else None
+    recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget, "refine": refine}}
+    recipe["calibration"]["documents"].append({"task": "facts", "length": 2048, "count": 16})
     recipe["calibration"] |= {"text": base["calibration"]["text"]}
     if options.quick:
         recipe["calibration"]["documents"] = [{"task": "passkey", "length": 512, "count": 1}]
@@ -629,11 +642,19 @@ def spread(values: Sequence[float]) -> float:
     return statistics.pstdev(values) if values else math.nan
 
 
-def print_table(folder: Path) -> None:
+def finite(value: Any) -> Any:
+    """Plain values, with None for a number that is none, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(options: argparse.Namespace) -> None:
     """The rows that are done; all their numbers, with machine and versions, in `retain.json`."""
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    files = [json.loads(path.read_text()) for path in sorted(options.out.glob("*-*.json"))]
     cells = [cell for file in files for cell in file["cells"]]
-    prepared = [{name: file[name] for name in ("seed", "tokens", "seconds")} for file in files if "tokens" in file]
     if not cells:
         print("no row is done yet; run the same command again")
         return
@@ -641,12 +662,13 @@ def print_table(folder: Path) -> None:
     for cell in cells:
         by_row[-(cell["share"] or 101.0), cell["row"]].append(cell)
     reference = {cell["seed"]: cell for cell in cells if cell["row"] == "dense"}
-    known = environment()
-    devices = sorted({file["device"] for file in files if "device" in file})
     summary = [summarised(group, reference) for _, group in sorted(by_row.items(), key=lambda item: item[0][0])]
     ranks = [{"seed": cell["seed"], **cell["ranks"]} for cell in cells if "ranks" in cell]
-    facts = {"machine": {"devices": devices, **known}, "command": sys.argv, "prepared": prepared, "ranks": ranks}
-    write_json(folder / "retain.json", {**facts, "summary": summary, "cells": cells})
+    made = {f"{file['row']}-{file['seed']}": {name: file[name] for name in FACTS if name in file} for file in files}
+    asked = {name: value for name, value in vars(options).items() if name in OPTIONS}
+    facts = {"python": platform.python_version(), "options": asked, "rows": made, "ranks": ranks}
+    text = json.dumps(finite({**facts, "summary": summary, "cells": cells}))
+    write_text(options.out / "retain.json", text.replace('{"row": ', '\n{"row": ') + "\n")
     print("\nrecall of the questions that follow a text: `tasks` a pass key and one of two lines, `reworded` kinds of")
     print("facts in other words and wordings than calibrations have, `new` kinds that they do not have; all: mean and")
     print("standard error over texts; least: the kind that keeps the smallest part of the dense model's answers")

@@ -10,10 +10,14 @@ import copy
 import functools
 import importlib
 import io
+import json
 import os
 import pickle
 import socket
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +27,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
 
 LENGTH, NEW = 120, 12
-PACKAGES = ("bitsandbytes", "torchao", "optimum-quanto")
+PACKAGES = ("bitsandbytes", "torchao", "optimum-quanto", "trl", "fastapi")
 
 
 class Wrong(Exception):
@@ -92,6 +104,15 @@ class Subject:
     def model(self) -> Any:
         """A model that rows share, and leave as it is."""
         return self.load()
+
+    @functools.cached_property
+    def dense(self) -> Any:
+        """The model that the checkpoint was made of: all layers see everything."""
+        if self.remote:
+            return self.load(attn_implementation="sdpa")
+        config = AutoConfig.from_pretrained(self.folder)
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+        return self.load(config=config)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -227,7 +248,10 @@ def turns(subject: Subject) -> None:
     equal(second, subject.generate(ids=prompt, use_cache=False))
 
 
-@row(CACHES, "`cache.crop` to take tokens back", "logits = those without the tokens")
+WITHOUT = "logits = those without the tokens"
+
+
+@row(CACHES, "`cache.crop` to take tokens back from a short text", WITHOUT)
 def crop(subject: Subject) -> None:
     cache = DynamicCache(config=subject.model.config)
     with torch.no_grad():
@@ -235,6 +259,20 @@ def crop(subject: Subject) -> None:
         cache.crop(-20)
         rest = subject.model(subject.ids[:1, 20:60], past_key_values=cache).logits
     close(rest, subject.logits[:1, 20:60])
+
+
+@row(CACHES, "the same behind freed pages, with `model.new_cache(slack=20)` or `activate_past_recording`", WITHOUT)
+def crop_within_slack(subject: Subject) -> None:
+    if subject.remote:
+        cache = subject.model.new_cache(slack=20)
+    else:
+        cache = DynamicCache(config=subject.model.config)
+        cache.activate_past_recording()
+    with torch.no_grad():
+        subject.model(subject.ids[:1, :110], past_key_values=cache)
+        cache.crop(-20)
+        rest = subject.model(subject.ids[:1, 90:], past_key_values=cache).logits
+    close(rest, subject.logits[:1, 90:])
 
 
 # Generation
@@ -246,6 +284,7 @@ MODES: Options = {
     "greedy": {},
     "sampling, two answers a prompt": {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
     "sampling with temperature, top-p, min-p": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "min_p": 0.02},
+    "`guidance_scale`": {"guidance_scale": 1.5},
     "beams": {"num_beams": 3},
     "beams that are sampled": {"num_beams": 3, "do_sample": True},
     "repetition penalty, no repeated n-grams": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
@@ -263,6 +302,11 @@ GREEDY: Options = {
     '`cache_implementation="offloaded"`': {"cache_implementation": "offloaded"},
     '`cache_implementation="quantized"` (optimum-quanto)': {"cache_implementation": "quantized"},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    'prompt lookup, `cache_implementation="static"`': {
+        "prompt_lookup_num_tokens": 3,
+        "cache_implementation": "static",
+    },
+    "`assistant_early_exit`": {"assistant_early_exit": 1},
 }
 
 
@@ -278,6 +322,12 @@ for _name, _options in GREEDY.items():
 @row(GENERATE, "an assistant model", PLAIN)
 def assisted(subject: Subject) -> None:
     equal(subject.generate(ids=subject.ids[:1], assistant_model=subject.load()), subject.text[:1])
+
+
+@row(GENERATE, "as the assistant of its dense model", "tokens = the dense model's alone")
+def drafting(subject: Subject) -> None:
+    expected = subject.generate(subject.dense, subject.ids[:1])
+    equal(subject.generate(subject.dense, subject.ids[:1], assistant_model=subject.load()), expected)
 
 
 def padded(subject: Subject, side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -373,6 +423,16 @@ def packed(subject: Subject) -> None:
     close(found[:, 70:], logits(subject.model, subject.ids[:1, 70:]))
 
 
+@row(GENERATE, "packed sequences of `DataCollatorWithFlattening`, with `cu_seq_lens`", "each = alone")
+def flattened(subject: Subject) -> None:
+    rows = [{"input_ids": ids.tolist()} for ids in (subject.ids[0, :70], subject.ids[0, 70:])]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+    packed_rows = collate(rows)
+    del packed_rows["labels"]
+    found = logits(subject.model, packed_rows.pop("input_ids"), use_cache=False, **packed_rows)
+    close(found[:, 70:], logits(subject.model, subject.ids[:1, 70:]))
+
+
 # Pipelines and evaluation
 
 TOOLS = "pipelines and tools"
@@ -396,6 +456,42 @@ def pipeline_of_path(subject: Subject) -> None:
 def pipeline_of_model(subject: Subject) -> None:
     options: dict[str, Any] = {"model": subject.model, "tokenizer": subject.tokenizer}
     said(subject, transformers.pipeline("text-generation", **options), batch_size=2)
+
+
+@row(TOOLS, "`transformers serve --trust-remote-code`, a completion (fastapi)", "text = greedy", cheap=False)
+def served(subject: Subject) -> None:
+    from transformers.cli.serve import Serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Serve(
+        force_model=str(subject.folder),
+        device="cpu",
+        trust_remote_code=subject.remote,
+        host="127.0.0.1",
+        port=port,
+        non_blocking=True,
+    )
+    prompt = subject.tokenizer.decode(subject.ids[0])
+    body = {"model": str(subject.folder), "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        for wait in range(60):
+            try:
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    text = json.load(answer)["choices"][0]["text"]
+                break
+            except urllib.error.URLError as error:
+                if wait == 59 or not isinstance(error.reason, ConnectionError):
+                    raise
+                time.sleep(1)
+    finally:
+        server.kill_server()
+    expected = subject.tokenizer.decode(subject.text[0, LENGTH:], skip_special_tokens=True)
+    check(text.split() == expected.split(), f"other text: {text}")
 
 
 @row(TOOLS, "lm-eval, `HFLM`", "log-likelihood = that of the logits", cheap=False)
@@ -530,6 +626,92 @@ def fsdp(subject: Subject) -> None:
     close(found, expected_gradients(subject), 1e-5)
 
 
+# TRL
+
+TRL = "TRL"
+MOVES = "the loss is a number, and the weights move"
+
+
+def tuned(subject: Subject, kind: str, rows: list[dict[str, str]], given: dict[str, Any], **options: Any) -> None:
+    """Two steps of a trainer of TRL, with its own defaults: gradient checkpointing is on.
+
+    Args:
+        given: arguments of the trainer, made anew from the model by the caller.
+        options: of its configuration.
+    """
+    from datasets import Dataset
+
+    trl = importlib.import_module("trl")
+
+    arguments = {"model": subject.load(dtype=torch.float32)} | given
+    model = arguments["model"]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with TemporaryDirectory() as folder, accelerate_of_its_own():
+        config = getattr(trl, f"{kind}Config")(
+            folder,
+            use_cpu=True,
+            bf16=False,
+            max_steps=2,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            **{"per_device_train_batch_size": 2, **options},
+        )
+        trainer = getattr(trl, f"{kind}Trainer")(
+            args=config, train_dataset=Dataset.from_list(rows), processing_class=subject.tokenizer, **arguments
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        after = {name.replace("base_model.model.", ""): weight for name, weight in trainer.model.named_parameters()}
+    check(len(losses) == 2 and all(abs(loss) < float("inf") for loss in losses), f"losses {losses}")
+    moved = [name for name, weight in before.items() if name in after and not torch.equal(after[name], weight)]
+    check(bool(moved) or any("lora_B" in name and bool(weight.any()) for name, weight in after.items()), "none moved")
+
+
+def texts(subject: Subject) -> list[str]:
+    """Four texts of 60 tokens."""
+    return [subject.tokenizer.decode(ids) for ids in subject.ids.reshape(4, -1)]
+
+
+def sft(subject: Subject, **options: Any) -> None:
+    tuned(subject, "SFT", [{"text": text} for text in texts(subject)], {}, **{"max_length": 64, **options})
+
+
+def dpo(subject: Subject, given: Callable[[], dict[str, Any]], **options: Any) -> None:
+    one, two, *_ = texts(subject)
+    rows = [{"prompt": "w50 w51", "chosen": chosen, "rejected": other} for chosen, other in ((one, two), (two, one))]
+    tuned(subject, "DPO", rows, given(), max_length=70, **options)
+
+
+def grpo(subject: Subject) -> None:
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text))) for text in completions]
+
+    rows = [{"prompt": text} for text in texts(subject)]
+    lengths = {"num_generations": 2, "max_completion_length": 6, "temperature": 2.0}
+    tuned(subject, "GRPO", rows, {"reward_funcs": reward}, **lengths)
+
+
+def add_trl(name: str, run: Callable[[Subject], None]) -> None:
+    add(TRL, f"{name} (trl)", MOVES, run, cheap=False)
+
+
+add_trl("`SFTTrainer`", sft)
+add_trl("`SFTTrainer(packing=True)`", functools.partial(sft, packing=True))
+add_trl("`SFTTrainer(padding_free=True)`", functools.partial(sft, padding_free=True, max_length=None))
+add_trl("`DPOTrainer`, the reference loaded by name", lambda subject: dpo(subject, dict))
+add_trl(
+    "the same, `DPOConfig(trust_remote_code=True)`",
+    lambda subject: dpo(subject, dict, trust_remote_code=subject.remote),
+)
+add_trl("`DPOTrainer(ref_model=...)`", lambda subject: dpo(subject, lambda: {"ref_model": subject.load()}))
+add_trl("`DPOTrainer(peft_config=...)`", lambda subject: dpo(subject, lambda: {"peft_config": lora_config()}))
+add_trl("`GRPOTrainer`", grpo)
+
+
 # Precision, compilation
 
 PRECISION = "precision and compilation"
@@ -588,6 +770,19 @@ def whole_graph(subject: Subject) -> None:
 def exported(subject: Subject) -> None:
     program = torch.export.export(subject.load(), (), {"input_ids": subject.ids, "use_cache": False}, strict=False)
     close(program.module()(input_ids=subject.ids, use_cache=False).logits, subject.logits)
+
+
+@row(PRECISION, "`torch.jit.trace`", "logits = the model's")
+def traced(subject: Subject) -> None:
+    model = subject.load(use_cache=False)
+
+    class Logits(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return model(ids).logits
+
+    with torch.no_grad():
+        program = torch.jit.trace(Logits(), subject.ids, check_trace=False)
+        close(program(subject.ids), subject.logits)
 
 
 # PEFT
@@ -711,6 +906,7 @@ LOADED: Options = {
     '`device_map="cpu"`': {"device_map": "cpu"},
     '`device_map="auto"`': {"device_map": "auto"},
     "`dtype=float32`, `low_cpu_mem_usage=True`": {"dtype": torch.float32, "low_cpu_mem_usage": True},
+    "`attn_implementation=None`": {"attn_implementation": None},
 }
 
 

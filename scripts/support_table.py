@@ -5,7 +5,7 @@ python scripts/support_table.py [--families] [--only WORD] [--print]     a few m
 `--families` writes only their table, made from their rows, as `compress doctor --families` is. Both checkpoints are
 exported on the spot from a tiny random Llama. A row works when it computes what the reference does, is refused when an
 error says so, and fails otherwise. What is not installed is told by the library's own message: for the whole table
-install bitsandbytes, torchao and optimum-quanto beside it.
+install bitsandbytes, torchao, optimum-quanto, trl, and transformers' `serving` extra beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,6 +87,7 @@ def sentence(error: BaseException) -> str:
     """The first of an error's message, on one line that a table can hold."""
     line = " ".join(str(error).split()).partition(". ")[0].replace("|", "/").replace("*", "\\*").strip(". ")
     line = re.sub(r" at 0x[0-9a-f]+", "", line)  # where an object lies is another place in every process
+    line = re.sub(rf"{re.escape(gettempdir())}/\w+/", "", line)
     line = re.sub(r"transformers_modules\.(\w+\.)*", "", line.replace(str(Path.home()), "~"))
     return line if len(line) <= LONGEST else line[:LONGEST].rsplit(" ", 1)[0] + " …"
 

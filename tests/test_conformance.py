@@ -243,6 +243,30 @@ def test_chunks_and_turns_are_one_prefill(family: str) -> None:
     assert torch.equal(chunked, model.generate(ids[:1], max_new_tokens=10, do_sample=False))
 
 
+@pytest.mark.parametrize("family", [*BASES, *CELLS])
+def test_what_is_taken_back_was_never_given(family: str) -> None:
+    plan, model = planned_from(family)[1], planned(family)[2]
+    one_way = {group.target for layer in plan.layers for group in layer.groups} & {
+        "linear",
+        "aaren",
+        "retain",
+        "strided",
+    }
+    if one_way:
+        with pytest.raises(
+            ValueError, match=f"taken back from the `({'|'.join(one_way)})` groups of layer .* would need"
+        ):
+            model.new_cache(slack=16)
+        return
+    ids, others, cache = random_ids(1, 170), random_ids(1, 16, seed=3), model.new_cache(slack=16)
+    logits(model, ids[:, :130], past_key_values=cache)
+    logits(model, others, past_key_values=cache)
+    cache.crop(-14)
+    rest = logits(model, torch.cat([others[:, 2:3], ids[:, 133:]], dim=1), past_key_values=cache)
+    whole = logits(model, torch.cat([ids[:, :130], others[:, :3], ids[:, 133:]], dim=1))
+    torch.testing.assert_close(rest, whole[:, 132:], **CLOSE)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_padded_batch_is_each_sequence_alone(family: str, side: str) -> None:

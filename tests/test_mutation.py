@@ -30,7 +30,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
 def count_of(reader: Reader) -> int:
     if reader.slow:
         return 0
-    return 4 if reader.command[0] in QUICK else 1
+    return 2 if reader.command[0] in QUICK else 1
 
 
 @pytest.mark.parametrize("kind", sorted({reader.kind for reader in READERS}))

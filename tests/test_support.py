@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -62,6 +63,15 @@ def test_it_is_still_so(row: Row, kind: str, subjects: dict[str, Subject]) -> No
         assert found == said
     else:  # another version has other words
         assert found.partition(":")[0] == said.partition(":")[0]
+
+
+def test_the_class_that_a_configuration_names_is_found_in_transformers(subjects: dict[str, Subject]) -> None:
+    """As `transformers serve` looks for it, and with the arguments that it gives."""
+    patched = subjects["patched"]
+    config = transformers.AutoConfig.from_pretrained(patched.folder, trust_remote_code=True, attn_implementation=None)
+    kind = getattr(importlib.import_module("transformers"), config.architectures[0])
+    model = kind.from_pretrained(patched.folder, trust_remote_code=True, attn_implementation=None).eval()
+    patched.same(model)
 
 
 def test_the_script_tells_wrong_from_refused() -> None:

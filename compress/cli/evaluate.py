@@ -237,9 +237,12 @@ def _folder_name(spec: str) -> str:
 
 
 def _recipe(path: str, settings: list[str] | None, overwrite: bool) -> Comparison:
-    with opened(path, settings, overwrite=overwrite) as session:
-        from compress.stages.evaluate import evaluate_stage
+    with opened(path, settings, overwrite=overwrite, helpers=True) as session:
+        from compress.stages.evaluate import evaluate_stage, help_evaluate
 
+        if session.helper:
+            help_evaluate(session)
+            raise typer.Exit()
         return evaluate_stage(session)
 
 

@@ -32,19 +32,22 @@ def run(
     with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.cli.report import write_report
         from compress.environment import peak_memory
-        from compress.stages.evaluate import evaluate_stage
+        from compress.stages.evaluate import evaluate_stage, help_evaluate
         from compress.stages.export import check_target, export_stage
         from compress.stages.prepare import prepare_stage
         from compress.stages.profile import profile_stage
         from compress.stages.recover import recover_stage
-        from compress.stages.search import search_stage
+        from compress.stages.search import help_search, search_stage
         from compress.stages.upcycle import upcycle_stage
 
         if session.helper:
             if session.recipe.upcycle is None:
                 profile_stage(session)
             prepare_stage(session)
+            if session.recipe.upcycle is None:
+                help_search(session)
             recover_stage(session)
+            help_evaluate(session)
             return
         check_target(session, overwrite)
         if session.recipe.upcycle is not None:

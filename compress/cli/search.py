@@ -15,10 +15,16 @@ def search(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Decide what every head group becomes under the budget, and write plan.json. Needs the profile."""
-    with opened(recipe, settings, overwrite=overwrite) as session:
-        from compress.stages.search import search_stage
+    """Decide what every head group becomes under the budget, and write plan.json. Needs the profile.
 
+    Several processes share the documents that losses are measured on: torchrun -m compress search RECIPE.
+    """
+    with opened(recipe, settings, overwrite=overwrite, helpers=True) as session:
+        from compress.stages.search import help_search, search_stage
+
+        if session.helper:
+            help_search(session)
+            return
         plan = search_stage(session)
     if as_json:
         typer.echo(plan.to_json(), nl=False)

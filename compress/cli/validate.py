@@ -90,6 +90,8 @@ def table(recipe: Recipe, situation: Situation) -> Table:
     from rich.table import Table
 
     from compress.evaluate.measure import asked_for
+    from compress.models.prepared import read_prepared
+    from compress.runfolder import PREPARED
     from compress.stages.evaluate import row_names
     from compress.stages.expectation import expectation
 
@@ -124,7 +126,10 @@ def table(recipe: Recipe, situation: Situation) -> Table:
             _lines(parts["search"]) or "none: chosen by prediction",
             f"{held_out} forward for each plan of the Pareto set and each baseline" if held_out else "none",
         )
+        done = Path(recipe.output).expanduser() / PREPARED
         expected = expectation(recipe, situation.shape)
+        if expected is not None and done.is_file():
+            expected = expectation(recipe, situation.shape, read_prepared(done.parent))
         if expected is not None:
             about = f"expected: {expected.mean}\nbound: {expected.bound}"
             result.add_row("on average", about, f"spread: {expected.spread}", "none")

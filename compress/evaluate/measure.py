@@ -101,6 +101,7 @@ class Setting:
         reader: reads texts for the dense model.
         text: where haystacks, and measures without a text of their own, take their text from.
         lengths: tokens of the inputs of all measures, ascending; costs are predicted at these.
+        varies: whether what some variant holds depends on the text.
     """
 
     reader: Reader
@@ -108,6 +109,7 @@ class Setting:
     seed: int
     batch_size: int
     lengths: tuple[int, ...]
+    varies: bool = False
 
     @property
     def context(self) -> int | None:
@@ -134,6 +136,7 @@ class Job:
         steps: items, for the progress.
         run: makes the result.
         kept: whether the result is worth a file, from which it is read the next time.
+        timed: whether it is a time, which nothing else may disturb.
     """
 
     label: str
@@ -141,6 +144,7 @@ class Job:
     steps: int
     run: Callable[[Subject, Step], Result]
     kept: bool = True
+    timed: bool = False
 
 
 @dataclass(frozen=True)

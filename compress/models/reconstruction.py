@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -112,7 +112,18 @@ class TokenScores:
 
 
 Consume = Callable[[TokenScores], None]
-Reconstruct = Callable[[Sequence[int], Consume], None]
+
+
+class Reconstruct(Protocol):
+    """Has the model repeat a text, and hands on the scores layer by layer."""
+
+    def __call__(self, tokens: Sequence[int], consume: Consume, *, repeated: bool = True) -> None:
+        """Read the tokens of a text.
+
+        Args:
+            consume: called with the scores of one layer after the other.
+            repeated: False reads the text alone, whose scores are then 0.
+        """
 
 
 class Request:
@@ -134,11 +145,12 @@ class Request:
         self._behind = tuple(tokenise(tokenizer, behind))
         self._first, self._later = tuple(tokenise(tokenizer, FIRST)), tuple(tokenise(tokenizer, LATER))
 
-    def of(self, tokens: Sequence[int]) -> Repetition:
+    def of(self, tokens: Sequence[int], *, repeated: bool = True) -> Repetition:
         """The input that repeats a text.
 
         Args:
             tokens: of the text; what the tokenizer itself or the chat template puts before a text may be among them.
+            repeated: False for the text alone, as it stands there.
         """
         text, leading = tuple(tokens), self._leading
         before = self._before
@@ -148,7 +160,7 @@ class Request:
             text, before = text[len(leading) :], before or leading
         start, end = len(before), len(before) + len(text)
         whole, chunks = list(before + text), []
-        for low in range(0, len(text), self.chunk):
+        for low in range(0, len(text), self.chunk) if repeated else ():
             part = text[low : low + self.chunk]
             asked = self._later + text[max(0, low - OVERLAP) : low] if low else self._first
             row = len(whole)
@@ -204,9 +216,9 @@ class _Reconstruction:
         self.model, self.request = model, request
 
     @torch.no_grad()
-    def run(self, tokens: Sequence[int], consume: Consume) -> None:
-        """Repeat a text, and hand on the scores of its tokens."""
-        self._repetition, self._consume = self.request.of(tokens), consume
+    def run(self, tokens: Sequence[int], consume: Consume, *, repeated: bool = True) -> None:
+        """See `Reconstruct`."""
+        self._repetition, self._consume = self.request.of(tokens, repeated=repeated), consume
         device = input_device(self.model)
         ids = torch.tensor([self._repetition.tokens], device=device)
         positions = self._repetition.positions()[None].to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,7 +83,12 @@ class Measured:
 
     Args:
         layers, groups: of the model.
+
+    Attributes:
+        longer: scores of other texts, which thresholds are taken from; None takes them from these.
     """
+
+    longer: Measured | None = None
 
     def __init__(self, layers: int, groups: int) -> None:
         self.layers, self.groups = layers, groups
@@ -122,6 +127,8 @@ class Measured:
 
     def retention(self) -> Retention:
         """Of all documents so far, at least one; every document of a length counts by its tokens that were kept."""
+        if self.longer is not None:
+            return replace(self.longer.retention(), rank=torch.stack(self._ranks).mean(0).float())
         shares = torch.arange(1, LEVELS) / LEVELS
         lengths = sorted(set(self._lengths))
         size = (self.layers, self.groups, len(shares))

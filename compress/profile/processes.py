@@ -42,6 +42,14 @@ class Processes:
         distributed.broadcast_object_list(held, source)
         return held[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has as `value`, in their order, in each of them; it has to be picklable."""
+        if self.world == 1:
+            return [value]
+        held: list[Any] = [None] * self.world
+        distributed.all_gather_object(held, value)
+        return held
+
 
 def find_processes(device: torch.device) -> Processes:
     """The processes of this run, joined to one another if they are not yet; a single one outside of a launcher."""

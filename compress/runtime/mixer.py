@@ -63,7 +63,7 @@ class State:
 
     slack: int = 0
     one_way: ClassVar[str | None] = (
-        "their state sums over the tokens; that would need a copy of it as it was before each of the last ones"
+        "their state takes tokens in for good; that would need a copy of it as it was before each of the last ones"
     )
 
     def __init__(self, max_length: int | None = None) -> None:

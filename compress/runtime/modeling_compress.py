@@ -108,6 +108,8 @@ class WholeLayers:
                 "pp_size: a planned model cannot be split over processes by layers; leave it out. Several GPUs of one "
                 'process (device_map="auto"), tensor parallel (tp_plan="auto") and sharded training (FSDP) work'
             )
+        if kwargs.get("attn_implementation", NAME) is None:  # nothing is asked for, which is the plan's own
+            del kwargs["attn_implementation"]
         return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -265,6 +267,11 @@ class PlanModel(WholeLayers):
             raise ValueError(
                 "torch.export: an exported program cannot choose pages and windows while it runs, as the plan needs; "
                 "export the dense model, or a native checkpoint where the plan has one"
+            )
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.jit.trace: a traced program keeps the pages and windows of the tokens that it was traced with; "
+                "trace the dense model, or a native checkpoint where the plan has one"
             )
         refuse_arguments(kwargs)
         if getattr(self.config, "output_attentions", False):
@@ -582,6 +589,9 @@ class PlanForCausalLM(WholeLayers):
 def __getattr__(name: str) -> Any:
     """The class of a family (PEP 562), made with its two companions when the first of them is asked for.
 
+    `transformers serve` reads a configuration and then looks for the class that it names in transformers itself, so
+    the one whose configuration was asked for last is there.
+
     Raises:
         AttributeError: no such class.
         ImportError: the installed transformers lacks the architecture.
@@ -589,7 +599,11 @@ def __getattr__(name: str) -> Any:
     match = re.fullmatch(r"Compress(\w+?)(?:Config|Model|ForCausalLM)", name)
     if match is None or match[1] not in BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _trio(match[1])[name]
+    trio = _trio(match[1])
+    if name.endswith("Config"):
+        causal = f"Compress{match[1]}ForCausalLM"
+        setattr(transformers, causal, trio[causal])
+    return trio[name]
 
 
 @cache  # not in the module's namespace: transformers runs the file again in the same module when it has changed

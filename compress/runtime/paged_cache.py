@@ -116,7 +116,7 @@ class CacheLayer(CacheLayerMixin):
         """Whether the last token of a sequence can always be taken back."""
         return all(state.is_croppable for state in self.states)
 
-    def crop(self, counts: Sequence[int], columns: int) -> None:
+    def take_back(self, counts: Sequence[int], columns: int) -> None:
         """Take back the last tokens of each sequence, which lie in as many last columns."""
         for state in self.states:
             state.crop(counts)
@@ -270,10 +270,11 @@ class PagedCache(Cache):
                         f"{reason}. A cache takes as many back as it is made for, model.new_cache(slack=...)"
                     )
         for layer in self.paged:
-            layer.crop(counts, columns)
+            layer.take_back(counts, columns)
         assert self.lengths is not None and self.width is not None
-        self.lengths -= torch.tensor(counts, dtype=torch.int32, device=self.lengths.device)
-        self.width -= columns
+        with torch.inference_mode(self.lengths.is_inference()):  # they stay where they lie, as a CUDA graph has them
+            self.lengths -= torch.tensor(counts, dtype=torch.int32, device=self.lengths.device)
+            self.width -= columns
         if self.seen is not None:
             self.seen = self.seen[:, : held - columns]
 

@@ -83,6 +83,8 @@ def measure(
     loss: Callable[[Plan | None, Sample], float],
     log: LossLog,
     progress: Progress | None = None,
+    shared: Callable[[Plan | None, Sequence[Sample]], Sequence[float]] | None = None,
+    at_once: int = 1,
 ) -> dict[str, float]:
     """Mean loss of every plan over the documents, by the plan's name; known losses are taken from the log.
 
@@ -90,6 +92,8 @@ def measure(
         plans: plans by name; None is the dense model.
         loss: measures one plan on one document.
         progress: called with (measured, in all, name of the plan).
+        shared: in place of `loss`, measures one plan on several documents, in as many processes.
+        at_once: how many documents that are.
     """
     keys = [document.key for document in documents]
     total = len(plans) * len(documents)
@@ -97,17 +101,20 @@ def measure(
     means = {}
     for name, plan in plans.items():
         identity = plan_key(plan)
-        values = []
-        for key, document in zip(keys, documents, strict=True):
-            value = log.get(identity, key)
-            if value is None:
-                value = loss(plan, document)
-                log.put(identity, key, value)
-            values.append(value)
-            done += 1
+        values: dict[int, float] = {}
+        for first in range(0, len(documents), at_once):
+            part = range(first, min(first + at_once, len(documents)))
+            values |= {number: known for number in part if (known := log.get(identity, keys[number])) is not None}
+            fresh = [number for number in part if number not in values]
+            asked = [documents[number] for number in fresh]
+            found = [loss(plan, document) for document in asked] if shared is None else shared(plan, asked)
+            for number, value in zip(fresh, found if fresh else (), strict=True):
+                log.put(identity, keys[number], value)
+                values[number] = value
+            done += len(part)
             if progress is not None:
                 progress(done, total, name)
-        means[name] = sum(values) / len(values)
+        means[name] = sum(values[number] for number in range(len(documents))) / len(values)
     return means
 
 

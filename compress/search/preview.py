@@ -130,7 +130,17 @@ def check_search(
 
 
 def check_prepare(config: Any, prepare: PrepareSettings) -> None:
-    """Whether all head groups of this model can become the targets that a recipe prepares. Raises UserError."""
+    """Whether all head groups of this model can become the targets that a recipe prepares, and whether texts that
+    thresholds are measured on fit it. Raises UserError."""
+    context = getattr(config, "max_position_embeddings", None)
+    longest = max((length for each in prepare.objectives for length in getattr(each, "thresholds", ())), default=0)
+    if context is not None and longest > context:
+        raise UserError(
+            "texts that thresholds are measured on are longer than the model's context",
+            where="prepare.objectives",
+            expected=f"`thresholds` of at most {context:,} tokens",
+            found=f"{longest:,}",
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_without_weights(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from compress.search.refine.refine import Refine, State, refine
 from compress.search.response import response_loss
 from compress.search.solver import Solver, check_rows
 from compress.search.words import cost_lines, sliding_line
+from compress.search.workers import Workers
 from compress.words import counted
 
 REFINED = "refined"
@@ -155,6 +157,7 @@ def run_search(
     bandwidth: Callable[[], float] | None = None,
     say: Callable[[str], None] = lambda line: None,
     effects: ProfileLike | None = None,
+    workers: Workers | None = None,
 ) -> SearchResult:
     """Search, refine where asked, choose by measured response loss; write `plan.json` and `search/` of the run folder.
 
@@ -172,6 +175,7 @@ def run_search(
         say: called with a line on how much of a model with sliding layers can be compressed.
         effects: what the targets that `loaded` carries prepared cost the loss to first order, None where that was not
             measured.
+        workers: processes that share what is measured; None measures here alone.
 
     Raises:
         UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
@@ -201,6 +205,7 @@ def run_search(
             seed,
             progress,
             solver.ranks,
+            workers,
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
         start = {**candidates, **baselines}[refined.start]
@@ -228,14 +233,17 @@ def run_search(
     def loss(plan: Plan | None, document: Sample) -> float:
         return response_loss(planned.of(plan), [document])
 
+    dealt: dict[str, Any] = {}
+    if workers is not None:
+        dealt = {"shared": partial(workers.deal, "response"), "at_once": workers.count}
     if documents:
-        losses = measure({"dense": None, **plans, **compared}, documents, loss, log, progress)
+        losses = measure({"dense": None, **plans, **compared}, documents, loss, log, progress, **dealt)
     # Without held-out documents only the refinement has measured anything.
     chosen = REFINED if refined is not None and not losses else choose(plans, losses)
     for name, (candidate, task) in _like(solver, problem, budget, candidates[chosen], seed).items():
         baselines[name], compared[name] = candidate, baseline(name, candidate, task)
         if documents:
-            losses |= measure({name: compared[name]}, documents, loss, log, progress)
+            losses |= measure({name: compared[name]}, documents, loss, log, progress, **dealt)
     measured = {
         "held_out_documents": len(documents),
         "response_loss": losses.get(chosen),

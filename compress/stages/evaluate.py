@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.evaluate.compare import compare
+from compress.evaluate.compare import compare, share
 from compress.evaluate.comparison import CONTROL_ROW, UNTRAINED, WINDOWS_ROW, Comparison, read_comparison
 from compress.evaluate.measure import Variant, asked_for
 from compress.evaluate.names import file_part
@@ -20,6 +20,7 @@ from compress.models.placement import input_device
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
+from compress.profile.processes import find_processes
 from compress.recipe.schema import Recipe
 from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key
@@ -38,10 +39,12 @@ QUALITY = "quality.svg"  # written last of the stage's plots: where it is, all a
 def evaluate_stage(session: Session) -> Comparison:
     """Perplexity and recall of the dense model, the plan and the baselines; also into the checkpoint's card.
 
+    In a launch of several processes the others call `help_evaluate`, and each makes a share of the measurements.
+
     Raises:
         UserError: there is no plan, a baseline is not there, or the evaluation failed (see `compare`).
     """
-    run, recipe, say = session.run, session.recipe, session.reporter.say
+    run, say = session.run, session.reporter.say
     require_weights(session)
     plan = finished_plan(session)
     variants = _variants(session, plan, recover_stage(session, must_be_done=True))
@@ -49,16 +52,7 @@ def evaluate_stage(session: Session) -> Comparison:
 
     def work() -> Comparison:
         with session.reporter.progress("evaluate") as report:
-            comparison = compare(
-                session.loaded,
-                variants,
-                asked_for(recipe.evaluate),
-                text=recipe.calibration.text,
-                seed=recipe.seed,
-                batch_size=recipe.evaluate.batch_size,
-                cache_dir=run.path / "evaluation",
-                progress=report,
-            )
+            comparison = compare(**_arguments(session, variants), progress=report)
         comparison.write(path)
         return comparison
 
@@ -67,12 +61,41 @@ def evaluate_stage(session: Session) -> Comparison:
         comparison = read_comparison(path)
     else:
         (run.plots / QUALITY).unlink(missing_ok=True)
-        comparison = timed(session, "evaluate", session.evaluate_key, ["evaluation.json"], work)
+        with session.together():
+            comparison = timed(session, "evaluate", session.evaluate_key, ["evaluation.json"], work)
     if not (run.plots / QUALITY).is_file():
         draw(session, evaluation_plots)
     if (run.checkpoint / "config.json").is_file() and run.stage_done("export", session.export_key()):
         update_card(run.checkpoint, session.loaded, markdown(comparison))
     return comparison
+
+
+def help_evaluate(session: Session) -> None:
+    """What a helper does in the evaluate stage: its share of the measurements.
+
+    Raises:
+        UserError: as `evaluate_stage`.
+    """
+    if session.run.stage_done("evaluate", session.evaluate_key()):
+        return
+    with session.together():
+        plan = finished_plan(session)
+        share(**_arguments(session, _variants(session, plan, recover_stage(session, must_be_done=True))))
+
+
+def _arguments(session: Session, variants: Sequence[Variant]) -> dict[str, Any]:
+    """Of `compare` and `share`."""
+    recipe = session.recipe
+    return {
+        "loaded": session.loaded,
+        "variants": variants,
+        "asked": asked_for(recipe.evaluate),
+        "text": recipe.calibration.text,
+        "seed": recipe.seed,
+        "batch_size": recipe.evaluate.batch_size,
+        "cache_dir": session.run.path / "evaluation",
+        "processes": find_processes(input_device(session.loaded.model)),
+    }
 
 
 def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Variant]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from compress.models.prepared import Prepared, placed_for
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
 from compress.registry import statistics
 from compress.search.budget.kind import shares_by_length
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
+from compress.targets.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Expectation:
 
     Attributes:
         mean: what the options hold.
-        spread: where it will be known from.
+        spread: its standard deviation over texts, as far as it is known.
         bound: what no text exceeds.
     """
 
@@ -28,11 +30,12 @@ class Expectation:
     bound: str
 
 
-def expectation(recipe: Recipe, shape: ModelShape | None) -> Expectation | None:
+def expectation(recipe: Recipe, shape: ModelShape | None, prepared: Prepared = ()) -> Expectation | None:
     """What a recipe's options hold at the longest budgeted length; None where none depends on the text.
 
     Args:
         shape: of the recipe's model.
+        prepared: what an earlier run left, whose thresholds say how texts deviate.
     """
     options = [target for target in _named(recipe, shape) if target.in_expectation]
     if not options or shape is None:
@@ -45,7 +48,7 @@ def expectation(recipe: Recipe, shape: ModelShape | None) -> Expectation | None:
     dense = FullGroup().cost(unit, length).held_bytes
     costs = [target.cost(unit, length) for target in options if not target.idle]
     at = f"at {length:,} tokens"
-    spread = "known after prepare: the standard deviation\nover its texts, summed over head groups"
+    spread = _spread(options, shape, unit, length, prepared)
     if not costs:
         return Expectation(f"shares as large as the budget holds {at}", spread, "all tokens: no cap")
     held, most = ([getattr(cost, name) / dense for cost in costs] for name in ("held_bytes", "most_bytes"))
@@ -73,6 +76,19 @@ def _named(recipe: Recipe, shape: ModelShape | None) -> Iterator[Target]:
     named = getattr(recipe.search.solver, "target", None)
     if named is not None:
         yield named
+
+
+def _spread(options: Sequence[Target], shape: ModelShape, unit: Unit, length: int, prepared: Prepared) -> str:
+    """The standard deviation of the options' bytes over the texts of a preparation, mean over head groups."""
+    placed, dense, found = placed_for(prepared), FullGroup().cost(unit, length).held_bytes, []
+    for target in options:
+        groups = [placed(target, layer, group) for layer in range(shape.layers) for group in range(shape.kv_heads)]
+        spreads = [group.cost(unit, length).spread_bytes / dense for group in groups if not group.open]
+        if target.open and spreads:
+            found.append(sum(spreads) / len(spreads))
+    if not found:
+        return "known after prepare, from its texts"
+    return f"{_range(found)} of a head group's KV bytes,\nas prepared before, mean over head groups"
 
 
 def _range(shares: list[float]) -> str:

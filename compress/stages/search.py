@@ -6,9 +6,11 @@ from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
 from compress.models.placement import input_device
 from compress.plan import Plan, read_plan
+from compress.profile.processes import find_processes
 from compress.report.plots import search_plots
 from compress.runfolder import TRAINED_PLAN
 from compress.search.run import SearchResult, run_search
+from compress.search.workers import Measurer, Workers
 from compress.stages.prepare import effects_stage, prepare_stage
 from compress.stages.profile import profile_stage
 from compress.stages.session import Session
@@ -24,8 +26,29 @@ NO_STEPS = {
 }
 
 
+def help_search(session: Session) -> None:
+    """What a helper does in the search stage: it measures what the main process asks for.
+
+    Raises:
+        UserError: as `search_stage` there.
+    """
+    run = session.run
+    prepare_stage(session, must_be_done=True)
+    if run.stage_done("search", session.search_key()):
+        return
+    with session.together():
+        processes = find_processes(input_device(session.loaded.model))
+        documents_of(session, session.recipe.calibration.held_out, "held_out")
+        if session.recipe.search.refine is not None:
+            for requests in (session.recipe.calibration.documents, session.recipe.calibration.training):
+                documents_of(session, requests, "calibration")
+        Workers(processes, Measurer(session.loaded.model).works).serve()
+
+
 def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     """The plan of the recipe, searched or as it was found before.
+
+    In a launch of several processes all of them call this: the main one searches, and all share what it measures.
 
     Args:
         must_be_done: only read what is there.
@@ -52,7 +75,7 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
     profile = profile_stage(session, must_be_done=True)
     effects = effects_stage(session, must_be_done=True)
 
-    def work() -> SearchResult:
+    def work(workers: Workers | None) -> SearchResult:
         held_out = documents_of(session, recipe.calibration.held_out, "held_out")
         learnt: list[Sample] = []
         if recipe.search.refine is not None:
@@ -72,11 +95,23 @@ def search_stage(session: Session, *, must_be_done: bool = False) -> Plan:
                 bandwidth=lambda: copy_bandwidth(input_device(session.loaded.model)),
                 say=lambda line: say(f"search: {line}"),
                 effects=effects,
+                workers=workers,
             )
+
+    def shared_work() -> SearchResult:
+        processes = find_processes(input_device(session.loaded.model))
+        if processes.world == 1:
+            return work(None)
+        workers = Workers(processes, Measurer(session.loaded.model).works)
+        try:
+            return work(workers)
+        finally:
+            workers.end()
 
     for outdated in (run.plots / SPANS, run.path / TRAINED_PLAN):
         outdated.unlink(missing_ok=True)
-    result = timed(session, "search", session.search_key, ["plan.json", "search"], work)
+    with session.together():
+        result = timed(session, "search", session.search_key, ["plan.json", "search"], shared_work)
     plan = result.plan
     if "refine" in result.report:
         refined = result.report["refine"]

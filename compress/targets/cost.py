@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,27 @@ class Cost:
     over_bytes: int = 0
 
     @property
+    def varies(self) -> bool:
+        """Whether what is held depends on the text."""
+        return self.spread_bytes > 0 or self.over_bytes > 0
+
+    @property
     def most_bytes(self) -> int:
         """Bytes that are held at most, whatever the text."""
         return self.held_bytes + self.over_bytes
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Cost(*(mine + theirs for mine, theirs in zip(_values(self), _values(other), strict=True)))
 
     def __mul__(self, units: int) -> Cost:
         """The cost of so many equal units."""
-        return Cost(*(value * units for value in astuple(self)))
+        return Cost(*(value * units for value in _values(self)))
 
     @staticmethod
     def total(costs: Iterable[Cost]) -> Cost:
         """The sum of costs; of none, nothing."""
-        return Cost(*map(sum, zip(astuple(Cost()), *map(astuple, costs), strict=True)))
+        return Cost(*map(sum, zip(_values(Cost()), *map(_values, costs), strict=True)))
+
+
+# All numbers of a cost in their order; `dataclasses.astuple` copies each, and a search adds up millions.
+_values = attrgetter(*(field.name for field in fields(Cost)))

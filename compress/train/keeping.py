@@ -110,8 +110,8 @@ def measure_again(model: Any, documents: Sequence[torch.Tensor], by: str, at: in
 
     Training moves scores, and with them what a threshold keeps. All thresholds are moved by the same number, so that
     head groups keep the differences that they have learnt, and the bytes of all together are the plan's; with `by:
-    group` each is moved so that its group keeps its own share. Groups that hide nothing of these documents, and such
-    without a threshold, keep what they have.
+    group` each is moved so that its group keeps its own share. Groups that hide nothing of these documents, or of a
+    text of `at` tokens, and such without a threshold, keep what they have.
 
     Args:
         model: planned, in eval mode and in the dtype in which it will run.
@@ -128,7 +128,7 @@ def measure_again(model: Any, documents: Sequence[torch.Tensor], by: str, at: in
     }
     for _ in range(ROUNDS):
         scores = {place: torch.cat([part[0] for part in parts]) for place, parts in _read(model, documents).items()}
-        free = [place for place in scores if entries[place]["threshold"] is not None]
+        free = [place for place in scores if entries[place]["threshold"] is not None and _leave(entries[place], at)]
         for together in [free] if by == "plan" else [[place] for place in free]:
             moved = _moved(together, scores, entries, at) if together else 0.0
             for place in together:
@@ -170,6 +170,11 @@ def _read(model: Any, documents: Sequence[torch.Tensor]) -> dict[Place, list[tup
     return found
 
 
+def _leave(entry: Mapping[str, Any], at: int | None) -> float:
+    """See `share_that_leaves`."""
+    return share_that_leaves(Span(entry["sink"], entry["alpha"], entry["beta"], granule=PAGE), at)
+
+
 def _moved(
     places: Sequence[Place], scores: Mapping[Place, torch.Tensor], entries: Mapping[Place, Any], at: int | None
 ) -> float:
@@ -177,7 +182,7 @@ def _moved(
     margins, weights, expected = [], [], 0.0
     for place in places:
         entry = entries[place]
-        leave = share_that_leaves(Span(entry["sink"], entry["alpha"], entry["beta"], granule=PAGE), at)
+        leave = _leave(entry, at)
         margins.append(scores[place].double() - entry["threshold"])
         weights.append(torch.full_like(margins[-1], leave / len(margins[-1])))
         expected += leave * entry["share"]

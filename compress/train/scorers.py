@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from compress.errors import UserError
 from compress.models.placement import input_device
 from compress.models.reconstruction import Reconstruct, Request, TokenScores, reconstructing
 from compress.models.retention import Measured
@@ -59,6 +60,25 @@ class Pieces:
                 count -= 1
                 yield text
             step += 1
+
+    def stretches(self, length: int, count: int) -> list[torch.Tensor]:
+        """At most so many texts of one length, evenly spread over all of the text, `[length]` each.
+
+        Raises:
+            UserError: the text is shorter.
+        """
+        whole = self.batches.windows.table.flatten()
+        if len(whole) < length:
+            raise UserError(
+                "the text is too short for thresholds of this length",
+                where="prepare.objectives.reconstruction.thresholds",
+                expected=f"at most {len(whole):,} tokens",
+                found=f"{length:,}",
+                fix="give a longer text, or shorter `thresholds`",
+            )
+        count = min(count, len(whole) // length)
+        starts = [(len(whole) - length) * number // max(count - 1, 1) for number in range(count)]
+        return [whole[start : start + length] for start in starts]
 
 
 def _cut(windows: torch.Tensor, length: int) -> torch.Tensor:
@@ -186,9 +206,20 @@ class Scorers(nn.Module):
             for text in batches.texts(length, self._objective.documents, start):
                 measured.begin(length)
                 self._read(text.to(device), take)
+        if self._objective.thresholds:
+            measured.longer = longer = Measured(layers, groups)
+
+            def take_alone(scores: TokenScores) -> None:
+                found = self.judged(scores)
+                longer.add(scores.layer, found, found)
+
+            for length in self._objective.thresholds:
+                for text in batches.stretches(length, self._objective.documents):
+                    longer.begin(length)
+                    self._read(text.to(device), take_alone, repeated=False)
         return measured
 
-    def _read(self, text: torch.Tensor, take: Any) -> None:
+    def _read(self, text: torch.Tensor, take: Any, *, repeated: bool = True) -> None:
         assert self._repeat is not None
         tokens = text.tolist()
         with torch.autocast(text.device.type, self._low or torch.bfloat16, enabled=self._low is not None):
@@ -196,7 +227,7 @@ class Scorers(nn.Module):
                 repetition = Request(self._tokenizer, self._objective.chunk).of(tokens)
                 given = self._states(repetition.tokens[: repetition.end])
                 take = partial(_with_states, take, given, slice(repetition.first, repetition.end))
-            self._repeat(tokens, take)
+            self._repeat(tokens, take, repeated=repeated)
 
 
 def _with_states(take: Any, given: Given, place: slice, scores: TokenScores) -> None:

@@ -134,6 +134,7 @@ calibration:
   documents:
     - {{task: continuation, length: 128, count: 1, answer: text, answer_tokens: 4}}
 profile:
+  stream: true
   statistics:
     - {{name: hidden_mass, grid: {{sinks: [4]}}}}
 search:
@@ -142,7 +143,7 @@ search:
 evaluate: {{}}
 """
 TRAININGS = (
-    "recover: {steps: 1, length: 32, batch_size: 1, checkpointing: false}",
+    "recover: {steps: 1, length: 32, batch_size: 1, checkpointing: false, keep_noise: false}",
     "recover: {steps: 1, length: 32, train: full, loss: distill, precision: float32, checkpointing: true}",
     "recover: {steps: 1, length: 32, batch_size: 1, loss: both, precision: bfloat16, control: true}",
 )

@@ -39,10 +39,10 @@ def tokenizer_for(name: str) -> Any:
 def test_items(name: str) -> None:
     suite, tokenizer = SUITES[name], tokenizer_for(name)
     length = 300 if name == "mqar" else 20_000 if name == "cwe" else LENGTH
-    items = suite.items(tokenizer, length, 3, 7, TEXT)
-    assert items == suite.items(tokenizer, length, 3, 7, TEXT)
-    assert items != suite.items(tokenizer, length, 3, 8, TEXT)
-    assert len({item.prompt for item in items}) == 3
+    items = suite.items(tokenizer, length, 2, 7, TEXT)
+    assert items == suite.items(tokenizer, length, 2, 7, TEXT)
+    assert items[:1] != suite.items(tokenizer, length, 1, 8, TEXT)
+    assert len({item.prompt for item in items}) == 2
     for item in items:
         used = len(tokenizer(item.prompt)["input_ids"]) + suite.answer_tokens
         assert 0.8 * length <= used <= length

@@ -206,3 +206,24 @@ def test_the_rule_of_the_reference_is_the_hard_one() -> None:
     at = torch.arange(150).expand(2, -1)
     found = prefill(query, key, value, kept.float(), WINDOWS, at, hard=True)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_memory_grows_with_the_length_and_not_with_its_square(hard: bool) -> None:
+    """Bytes that autograd holds until the backward pass."""
+    held = []
+    for length in (192, 768):
+        query = torch.randn(1, GROUPS * SHARE, length, DIM, requires_grad=True)
+        key, value = torch.randn(2, 1, GROUPS, length, DIM).unbind()
+        taken = torch.zeros(1, GROUPS, length, requires_grad=True)
+        found: dict[int, int] = {}
+
+        def note(x: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            out = prefill(query, key, value, taken, WINDOWS, torch.arange(length)[None], hard=hard)
+        held.append(sum(found.values()))
+        assert held[-1] < 4 * length * length and out.requires_grad
+    assert 0 < held[1] < 4.5 * held[0]

@@ -21,6 +21,7 @@ from compress.search.run import make_problem
 from compress.search.solvers.keep import Keep
 from compress.search.solvers.priced import Priced
 from compress.search.solvers.shares import Shares
+from compress.targets.linear import LinearGroup
 from compress.targets.retain import RetainGrid, RetainGroup
 from compress.targets.unit import Unit
 from tests.search.synthetic import ITEMSIZE, dense_of, make_shape, random_profile
@@ -52,7 +53,9 @@ def problem(
     effects: Any = SimpleNamespace(
         priced=tuple(options),
         priced_layers=(),
-        effect=lambda target, length, part="absolute": drawn * (1 - target.share) * 1e-3,
+        effect=lambda target, length, part="absolute": (
+            drawn * (1 - target.share) * 1e-3 if target.target == "retain" else drawn.flip(0) * 6e-4
+        ),
     )
     prepared: Any = SimpleNamespace(target=RetainGroup(scorer="ridge"), retention=retention, errors=drawn)
     profile = random_profile(shape, (512,))
@@ -83,9 +86,10 @@ def test_a_share_has_a_threshold_in_every_head_group_that_keeps_it(retention: Re
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
-def test_shares_compete_with_windows_head_group_by_head_group(retention: Retention, share: float) -> None:
+def test_shares_compete_with_windows_and_states_head_group_by_head_group(retention: Retention, share: float) -> None:
     solver = Priced(gap=0.0, points=0)
-    task = problem(solver, Budget(kv=share, lengths=(4096,)), retention)
+    options = [*OPTIONS, LinearGroup(sink=4, alpha=64, features=8)]
+    task = problem(solver, Budget(kv=share, lengths=(4096,)), retention, options)
     (plan,) = solver.solve(task)
     chosen = groups_of(task, plan.layers)
     assert task.fits(plan.layers) and not any(group.open for group in chosen)
@@ -108,7 +112,7 @@ def test_shares_compete_with_windows_head_group_by_head_group(retention: Retenti
     for first, second in itertools.product(gains, gains):
         if first[2] != second[2] and first[0] + second[0] <= spare:
             assert first[1] + second[1] > -1e-9
-    assert any(group.target == "retain" for group in chosen)
+    assert {"retain", "linear"} <= {group.target for group in chosen}
     for group, place in zip(chosen, task.free, strict=True):
         if group.target == "retain":
             assert group.threshold == float(retention.at(group.share)[0][place])

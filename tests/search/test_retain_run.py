@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def test_before_a_run_options_are_told_with_their_bounds(run: Path, plan: Plan) 
     console = Console(file=StringIO(), width=240)
     console.print(table(recipe, Situation(shape=plan.model)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "expected: 2 options: 52.7% to 76.6% of a head group's" in shown and "spread: known after prepare" in shown
+    assert "expected: 2 options: 52.7% to 76.6% of a head group's" in shown and "known after" not in shown
+    assert re.search(r"spread: \d\.\d% to \d\.\d% of a head group's KV bytes,", shown)
     assert "bound: 76.6% to 102.1% of any text" in shown
     budget = recipe.search.budget.model_copy(update={"kv": None, "kv_bound": 0.5})
     section = recipe.search.model_copy(update={"budget": budget})
@@ -134,6 +136,7 @@ def test_before_a_run_options_are_told_with_their_bounds(run: Path, plan: Plan) 
     (target,) = recipe.prepare.targets if recipe.prepare is not None else ()
     open_ended = recipe.prepare.model_copy(update={"effect": False, "options": {}}) if recipe.prepare else None
     one = expectation(recipe.model_copy(update={"prepare": open_ended}), plan.model)
+    assert bound.spread == "known after prepare, from its texts"
     assert one is not None and "as large as the budget holds" in one.mean and "no cap" in one.bound
     assert target.idle and expectation(recipe.model_copy(update={"prepare": None}), plan.model) is None
 

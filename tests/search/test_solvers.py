@@ -1,6 +1,8 @@
 """What every registered solver of spans has to do; test_pruning.py has those that prune. A new one needs no line."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,11 +28,16 @@ from tests.search.synthetic import (
 )
 
 assert compress.search.solvers
-# Those that need more than their name choose whole layers, and have tests of their own.
-BY_NAME = [name for name in solvers if not any(field.is_required() for field in solvers[name].model_fields.values())]
+# Those that need more than their name, or heads that were prepared, have tests of their own.
+BY_NAME = [
+    name
+    for name in solvers
+    if name != "shares" and not any(field.is_required() for field in solvers[name].model_fields.values())
+]
 every_solver = pytest.mark.parametrize("name", [name for name in BY_NAME if solvers.parse({"name": name}).spans])
 
-PROBLEMS = {
+# Built once, for it remembers what rules cost.
+PROBLEMS: dict[str, Callable[[], Any]] = {
     "half": lambda: random_problem(0.5),
     "third at lengths that are not profiled": lambda: random_problem(0.34, lengths=(448, 700, 1024)),
     "odd lengths": lambda: random_problem(0.6, profiled=(333, 501)),
@@ -46,6 +53,7 @@ PROBLEMS = {
     "all kinds": lambda: budget_problem(Budget(density=0.5, decode_time=0.8, kv=0.6), profiled=(333, 501)),
     "some layers slide": lambda: random_problem(0.7, shape=make_shape(4, 2, (100, None, 100, None))),
 }
+PROBLEMS = {case: functools.cache(problem) for case, problem in PROBLEMS.items()}
 
 
 def make(name: str, **fields: Any) -> Any:
@@ -175,11 +183,11 @@ def test_uniform_uses_the_budget_at_every_length() -> None:
 
 
 def test_heads_of_the_highest_score_are_full() -> None:
-    problem = random_problem(0.75, shape=make_shape(6, 3), profiled=(512, 1024), lengths=(1024,))
+    problem = random_problem(0.75, shape=make_shape(6, 3), profiled=(320, 512), lengths=(512,))
     (plan,) = make("heads", window=128).solve(problem)
     full = {(i, j) for i, row in enumerate(plan.targets) for j, span in enumerate(row) if span == FULL_GROUP}
     score = (
-        problem.profile.tensor(Key("retrieval", length=512)) + problem.profile.tensor(Key("retrieval", length=1024))
+        problem.profile.tensor(Key("retrieval", length=320)) + problem.profile.tensor(Key("retrieval", length=512))
     ).double()
     ranked = sorted(((i, j) for i in range(6) for j in range(3)), key=lambda place: -float(score[place]))
     assert 0 < len(full) < 18 and full == set(ranked[: len(full)])
@@ -196,7 +204,7 @@ def test_heads_of_the_highest_score_are_full() -> None:
 
 @pytest.mark.parametrize("order", ["score", "first", "last", "spread"])
 def test_layers_are_wholly_full_or_one_window(order: str) -> None:
-    problem = random_problem(0.6, shape=make_shape(8, 2), profiled=(512, 1024), lengths=(1024,))
+    problem = random_problem(0.6, shape=make_shape(8, 2), profiled=(320, 512), lengths=(512,))
     (plan,) = make("layers", order=order, window=128).solve(problem)
     assert all(len(set(row)) == 1 for row in plan.targets)
     full = [layer for layer, row in enumerate(plan.targets) if row[0] == FULL_GROUP]
@@ -208,5 +216,5 @@ def test_layers_are_wholly_full_or_one_window(order: str) -> None:
     if order == "spread":
         assert max(later - earlier for earlier, later in itertools.pairwise(full)) <= -(-8 // len(full)) + 1
     if order == "score":
-        score = sum(problem.profile.tensor(Key("retrieval", length=length)) for length in (512, 1024)).double().mean(1)
+        score = sum(problem.profile.tensor(Key("retrieval", length=length)) for length in (320, 512)).double().mean(1)
         assert full == sorted(score.argsort(descending=True)[: len(full)].tolist())

@@ -232,6 +232,8 @@ def test_bytes_of_the_plan_or_the_share_of_every_group() -> None:
     model = untrained(dense_model())
     found = measure_again(model, documents(), "group", None)
     assert all(one.share == pytest.approx(SHARE, abs=0.02) for row in found for one in row)
+    for by in ("plan", "group"):  # of texts that leave no window nothing is to be held
+        assert measure_again(model, documents()[:1], by, 64)[0][0].threshold == found[0][0].threshold
     windows = GROUP.model_copy(update={"alpha": 64, "beta": 0.25}).span()
     assert share_that_leaves(windows, None) == 0.75 and share_that_leaves(windows, 64) == 0
     assert share_that_leaves(windows, 1024) == (961 - (64 + 961 // 4)) // 64 * 64 / 1024

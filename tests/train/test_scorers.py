@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
+from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.prepared import attach, prepared_for, read_prepared
-from compress.models.reconstruction import TokenScores
+from compress.models.reconstruction import SINKS, TokenScores
 from compress.models.retention import Measured, Retention, spearman
 from compress.models.shape import shape_of
 from compress.plan import make_plan, uniform_plan
@@ -26,7 +27,7 @@ from compress.runtime.scorer_mlp import Mlp
 from compress.runtime.scorer_ridge import Ridge, scalars_of
 from compress.runtime.scorers import Scorer
 from compress.targets.retain import RetainGroup
-from compress.train.compressed_states import forgetful
+from compress.train.compressed_states import forgetful, given_to_scorers
 from compress.train.loop import Settings, train
 from compress.train.normal_equations import NormalEquations
 from compress.train.objectives.reconstruction import Reconstruction
@@ -165,6 +166,42 @@ def test_a_ridge_is_the_least_squares_of_all_tokens(fitted: Scorers, batches: Pi
             scorer = fitted.scorer(layer)
             found = torch.cat([scorer.weight[group], scorer.scalars[group], scorer.bias[group : group + 1]])  # type: ignore[index]
             np.testing.assert_allclose(x @ found.detach().double().numpy(), x @ expected, rtol=1e-3, atol=1e-3)
+
+
+def test_thresholds_may_be_of_longer_texts_that_are_not_repeated(
+    fitted: Scorers, batches: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitted, "_objective", OBJECTIVE.model_copy(update={"documents": 2}))
+    short = fitted.measure(batches, 0, GROUPS, 3).retention()
+    longer = OBJECTIVE.model_copy(update={"thresholds": (200, 300), "documents": 2})
+    monkeypatch.setattr(fitted, "_objective", longer)
+    found = fitted.measure(batches, 0, GROUPS, 3)
+    retention = found.retention()
+    assert retention.lengths.tolist() == [200, 300] and torch.equal(retention.rank, short.rank)
+    # The scores of the texts as one pass of the model gives them.
+    model, whole = fitted._model[0], batches.batches.windows.table.flatten()
+    all_kept = uniform_plan(shape_of(model), RetainGroup(scorer="ridge"))
+    texts = [whole[start : start + length] for length, last in ((200, 568), (300, 468)) for start in (0, last)]
+    scored: list[list[torch.Tensor]] = []
+    with given_to_scorers(planned_model(model, all_kept, untrained=True)) as states:
+        for text in texts:
+            given = states(tuple(text.tolist()))
+            scored.append([])
+            for layer in range(3):
+                hidden, key, value, _ = given[layer]
+                at = torch.arange(len(text))[None]
+                scored[-1].append(fitted.scorer(layer)(hidden, key, value, at)[0, :, SINKS:])
+    for layer in range(3):
+        every = torch.cat([document[layer] for document in scored], 1)
+        kept = (every[..., None] >= retention.thresholds[layer][:, None]).double().mean(1)
+        torch.testing.assert_close(kept, retention.shares.double().expand_as(kept), atol=0.005, rtol=0)
+    assert (
+        Reconstruction().model_dump().keys()
+        == OBJECTIVE.model_dump().keys()
+        == longer.model_dump().keys() - {"thresholds"}
+    )
+    with pytest.raises(UserError, match="too short for thresholds"):
+        batches.stretches(769, 1)
 
 
 def _rows(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,7 @@ def test_validate_shows_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
-    """The profile and the training are shared, the profile to the bit; the other process neither prints nor writes."""
+    """Profile, losses and training are shared, the first two to the bit; the other process says and writes nothing."""
     recipe = recipe_of(tmp_path)
     told, printed = "", ""
     for process in processes.launch("compress", "run", recipe, count=2):
@@ -139,6 +139,8 @@ def test_two_processes_run_one_recipe(tmp_path: Path, recovered: Path) -> None:
     assert told.count("recover: starting") == 1 and printed.count("run folder") == 1
     record = json.loads((tmp_path / "run/recover/recover.json").read_text())
     assert record["processes"] == 2
+    losses = [folder / "search/response.jsonl" for folder in (tmp_path / "run", recovered.parent / "run")]
+    assert losses[0].read_text() == losses[1].read_text()
     profiles = [folder / "profile/statistics.safetensors" for folder in (tmp_path / "run", recovered.parent / "run")]
     assert profiles[0].read_bytes() == profiles[1].read_bytes()
     two, one = values(tmp_path), values(recovered.parent)

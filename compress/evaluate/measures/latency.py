@@ -112,7 +112,7 @@ class Latency(Measure):
         # Of another machine or torch the times are measured again.
         device = input_device(setting.reader.loaded.model)
         machine = [device_name(device), torch.get_num_threads(), torch.__version__]
-        return [Job("latency", ["latency", self.model_dump(mode="json"), machine], 1, self._measured)]
+        return [Job("latency", ["latency", self.model_dump(mode="json"), machine], 1, self._measured, timed=True)]
 
     def _measured(self, subject: Subject, step: Step) -> Result:
         return latency(subject.model, subject.dense, self)

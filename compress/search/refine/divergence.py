@@ -73,11 +73,13 @@ class Divergence:
     @torch.no_grad()
     def measure(self, model: Any, numbers: Sequence[int] | None = None) -> dict[int, float]:
         """The divergence of a planned model on each document, by its number."""
-        values: dict[int, float] = {}
-        for members in self.batches(range(len(self.documents)) if numbers is None else numbers):
-            for number, rows in self.answer_logits(model, members):
-                values[number] = float(self.of_rows(number, rows))
-        return values
+        batches = self.batches(range(len(self.documents)) if numbers is None else numbers)
+        return {number: value for members in batches for number, value in self.of_batch(model, members)}
+
+    @torch.no_grad()
+    def of_batch(self, model: Any, members: Sequence[int]) -> list[tuple[int, float]]:
+        """The same on the documents of one batch."""
+        return [(number, float(self.of_rows(number, rows))) for number, rows in self.answer_logits(model, members)]
 
     def by_task(self, measured: Mapping[int, float]) -> dict[str, float]:
         """Mean over the documents of each task."""

@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -38,6 +39,9 @@ from compress.search.refine.divergence import Divergence
 from compress.search.refine.effects import sampled_effects
 from compress.search.refine.exchange import exchange
 from compress.search.refine.moves import Moves
+
+if TYPE_CHECKING:
+    from compress.search.workers import Workers
 
 FLOOR = 0.01  # nats, a perplexity 1% higher: where the uniform plan loses less on a task, this is the task's unit
 WIDEN, SHRINK = 1.5, 0.5
@@ -122,15 +126,24 @@ class Loss:
 
     Args:
         uniform: the plan whose losses are the tasks' units.
+        workers: processes that share the documents; None measures here alone.
     """
 
     def __init__(
-        self, model: Any, problem: Problem, documents: Sequence[Sample], settings: Refine, uniform: Layers
+        self,
+        model: Any,
+        problem: Problem,
+        documents: Sequence[Sample],
+        settings: Refine,
+        uniform: Layers,
+        workers: Workers | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.workers = model, workers
         self.shape = problem.shape
         self.divergence = Divergence(model, documents)
         self._planned = Planned(model)
+        if workers is not None:
+            workers.deal("documents", list(documents), range(workers.count))
         tasks = {document.task for document in documents}
         unknown = sorted(set(settings.weights) - tasks)
         if unknown:
@@ -146,8 +159,11 @@ class Loss:
 
     def by_task(self, layers: Layers) -> dict[str, float]:
         """Mean divergence in nats a row, by task."""
-        model = self._planned.of(plan_of_layers(self.shape, layers))
-        return self.divergence.by_task(self.divergence.measure(model))
+        plan = plan_of_layers(self.shape, layers)
+        if self.workers is None:
+            return self.divergence.by_task(self.divergence.measure(self._planned.of(plan)))
+        batches = list(self.divergence.batches(range(len(self.divergence.documents))))
+        return self.divergence.by_task(dict(chain.from_iterable(self.workers.deal("divergence", plan, batches))))
 
     def total(self, tasks: Mapping[str, float]) -> float:
         """The loss from its parts."""
@@ -175,6 +191,7 @@ def refine(
     seed: int,
     progress: Progress | None = None,
     importance: str | None = None,
+    workers: Workers | None = None,
 ) -> State:
     """Refine the best of several plans; `refine.json` in the folder holds every step and continues an interrupted run.
 
@@ -185,6 +202,7 @@ def refine(
         documents: what the loss is measured on.
         progress: called with (seconds spent, seconds in all, what).
         importance: the statistic that ranks neurons; None where nothing is removed.
+        workers: processes that share the documents; None measures here alone.
 
     Returns:
         The last state. Its loss is never above that of the best start.
@@ -194,7 +212,7 @@ def refine(
     """
     path = folder / "refine.json"
     key = _key(problem, settings, starts, documents, seed)
-    loss = Loss(model, problem, documents, settings, uniform)
+    loss = Loss(model, problem, documents, settings, uniform, workers)
     report = progress or (lambda *_: None)
     budget = settings.minutes * 60
     state = _read(path, key)

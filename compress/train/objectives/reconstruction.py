@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from compress.limits import DOCUMENTS, ENTRIES, FACTOR, LONGEST
 from compress.models.reconstruction import CHUNK
@@ -31,6 +31,20 @@ class Reconstruction(Objective):
     documents: int = Field(
         8, ge=1, le=DOCUMENTS, description="texts of each length that thresholds and their spread are measured on"
     )
+    thresholds: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
+        (),
+        max_length=ENTRIES,
+        description="tokens of the texts that thresholds are measured on, best as long as those of use: one pass over "
+        "each, without a repetition; none takes `lengths`",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without lengths for thresholds where there are none, so that earlier preparations keep their keys."""
+        written: dict[str, Any] = write(self)
+        if not self.thresholds:
+            written.pop("thresholds")
+        return written
 
     needs_teacher: ClassVar[bool] = True
     of_layer: ClassVar[bool] = True
