@@ -87,6 +87,19 @@ def group_of(group: Any) -> dict[str, Any]:
     }
 
 
+def class_of(llm: Any) -> str:
+    """The class of vLLM that a model has, or whose attention the plugin has split."""
+    found = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model)
+    own = found.__bases__[-1] if found.__name__.startswith("Compress") else found
+    return str(own.__name__)
+
+
+def cpu_seconds() -> float:
+    """Of this process, on all its threads, so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
 def poison(core: Any) -> None:
     """Write NaN where freed entries of block tables point to."""
     for cache in core.model_executor.driver_worker.worker.model_runner.kv_caches:
@@ -98,14 +111,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     started = time.perf_counter()
+    ranks = job.get("options", {}).get("tensor_parallel_size", 1)
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    if ranks > 1:  # by itself vLLM wants a NUMA node for each
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks))
     llm = LLM(model=job["model"], **OPTIONS | job.get("options", {}))
     core = llm.llm_engine.engine_core.engine_core
     result: dict[str, Any] = {
         "groups": [group_of(group) for group in core.scheduler.kv_cache_config.kv_cache_groups],
         "blocks": core.scheduler.kv_cache_config.num_blocks,
-        "class": type(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model).__bases__[-1].__name__
-        if job.get("in_process", True)
-        else None,
+        "class": class_of(llm) if ranks == 1 else None,
         "start_seconds": time.perf_counter() - started,
         "rounds": [],
     }
@@ -117,7 +132,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         sampling = SamplingParams(max_tokens=round_["new"], temperature=0, ignore_eos=True, detokenize=False)
         prompts = [{"prompt_token_ids": ids} for ids in round_["prompts"]]
         size, found = round_.get("at_once") or len(prompts), []
-        started = time.perf_counter()
+        started, used = time.perf_counter(), cpu_seconds()
         for first in range(0, len(prompts), size):
             found += llm.generate(prompts[first : first + size], sampling, use_tqdm=False)
         result["rounds"].append(
@@ -125,12 +140,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 "tokens": [list(one.outputs[0].token_ids) for one in found],
                 "cached": [one.num_cached_tokens for one in found],
                 "seconds": time.perf_counter() - started,
+                "cpu_seconds": cpu_seconds() - used,
                 "held": list(watch.held.values()),
                 "running": dict(watch.running),
                 "preempted": watch.preempted,
             }
         )
     core.shutdown()
+    if bound is None:
+        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
+    else:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound
     return result
 
 
@@ -149,10 +169,9 @@ def main() -> int:
             results.append({"name": job["name"], "error": f"{type(error).__name__}: {error}"})
         gc.collect()
         cleanup_dist_env_and_memory()
-    used = resource.getrusage(resource.RUSAGE_SELF)
     written = {
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "cpu_seconds": cpu_seconds(),
         "results": results,
     }
     Path(sys.argv[2]).write_text(json.dumps(written))

@@ -145,7 +145,9 @@ class _Work:
             )
         lengths = tuple(sorted({length for measure in asked for length in measure.input_lengths}))
         reader = Reader(loaded, seed, cache_dir, progress)
-        setting = Setting(reader, texts_of(asked, text or EmbeddedText()), seed, batch_size, lengths)
+        costs = [variant.cost for variant in variants if variant.cost is not None]
+        varies = bool(lengths) and any(cost(lengths[-1]).varies for cost in costs)
+        setting = Setting(reader, texts_of(asked, text or EmbeddedText()), seed, batch_size, lengths, varies)
         for measure in asked:
             measure.check(setting.context)
         jobs = [(measure, job) for measure in asked for job in measure.jobs(setting)]

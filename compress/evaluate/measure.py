@@ -101,6 +101,7 @@ class Setting:
         reader: reads texts for the dense model.
         text: where haystacks, and measures without a text of their own, take their text from.
         lengths: tokens of the inputs of all measures, ascending; costs are predicted at these.
+        varies: whether what some variant holds depends on the text.
     """
 
     reader: Reader
@@ -108,6 +109,7 @@ class Setting:
     seed: int
     batch_size: int
     lengths: tuple[int, ...]
+    varies: bool = False
 
     @property
     def context(self) -> int | None:

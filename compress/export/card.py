@@ -34,6 +34,8 @@ VLLM = {
     "Qwen2ForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
 }
+# Architectures whose patched checkpoints the plugin of plugins/vllm refuses, whatever the plan.
+NOT_IN_VLLM = frozenset({"GptOssForCausalLM", "PhimoeForCausalLM"})
 LONG = 1 << 20  # tokens, longer than any window
 UNTRAINED = "The weights are those of the original model"
 OF_EXPERTS = "The weights are those of the models that it is made of, and routers that start as the recipe says"
@@ -133,6 +135,7 @@ def render_card(
         "checks": checks,
         "versions": versions,
         "tried": tried(checks.loaded_as, besides=versions["transformers"]),
+        "plugin": _in_vllm(plan),
         "vllm": VLLM.get(checks.loaded_as, "not tried"),
         "provenance": provenance_lines(plan.provenance),
         "recipe": recipe,
@@ -167,6 +170,12 @@ def _hides(plan: Plan) -> bool:
         for unit, row in zip(units, plan.groups_that_stay(), strict=True)
         for group, _ in row
     )
+
+
+def _in_vllm(plan: Plan) -> bool:
+    """Whether the plugin for vLLM serves a patched checkpoint of the plan."""
+    refused = plan.by_length or plan.upcycle is not None or plan.source.architecture in NOT_IN_VLLM
+    return not refused and all(group.in_vllm for layer in plan.layers for group in layer.groups)
 
 
 def _tags(plan: Plan, windowed: bool, states: States | None, routed: bool) -> list[str]:

@@ -472,6 +472,10 @@ ENGINES = (
     ("transformers, trust_remote_code=True", "runs the plan: prefill, decode, padding, several turns, generate"),
     ("transformers, attn_implementation='sdpa' or another", "runs the dense model: correct output, but no savings"),
     (
+        "vLLM with the plugin plugins/vllm",
+        "runs plans of full, windowed and removed heads; refuses others by name",
+    ),
+    (
         "vLLM, SGLang, as they are",
         "use their own attention, so they run the dense model, say so at load, and save nothing",
     ),

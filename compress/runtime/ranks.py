@@ -48,7 +48,7 @@ def part_of(weight: torch.Tensor, by_rows: bool) -> Part:
     if DTensor is None or not isinstance(weight, DTensor) or not by_rows:
         return Part()
     mesh: Any = weight.device_mesh
-    names = mesh.mesh_dim_names or ((AXIS,) if mesh.ndim == 1 else ())
+    names = mesh.mesh_dim_names or ()  # a mesh without names may be one that FSDP made for itself
     if AXIS not in names:
         return Part()
     axis = names.index(AXIS)

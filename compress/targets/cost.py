@@ -36,6 +36,11 @@ class Cost:
     over_bytes: int = 0
 
     @property
+    def varies(self) -> bool:
+        """Whether what is held depends on the text."""
+        return self.spread_bytes > 0 or self.over_bytes > 0
+
+    @property
     def most_bytes(self) -> int:
         """Bytes that are held at most, whatever the text."""
         return self.held_bytes + self.over_bytes

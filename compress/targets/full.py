@@ -18,6 +18,7 @@ class FullGroup(SpanTarget):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     as_built: ClassVar[bool] = True
+    in_vllm: ClassVar[bool] = True
 
     target: Literal["full"] = "full"
 

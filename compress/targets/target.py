@@ -58,6 +58,7 @@ class Target(Method):
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
         in_expectation: whether what it holds depends on the text, so that `cost` is a mean over texts.
+        in_vllm: whether the plugin of plugins/vllm serves it; it refuses others by name.
     """
 
     runtime: ClassVar[str | None] = None
@@ -69,6 +70,7 @@ class Target(Method):
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
     in_expectation: ClassVar[bool] = False
+    in_vllm: ClassVar[bool] = False
 
     target: str
 

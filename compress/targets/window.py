@@ -187,6 +187,7 @@ class WindowGroup(SpanTarget):
 
     runtime: ClassVar[str | None] = "compress.runtime.mixer_span"
     grid: ClassVar[type[Method] | None] = SpanGrid
+    in_vllm: ClassVar[bool] = True
 
     target: Literal["window"] = "window"
     sink: int = Field(ge=0, lt=NO_END, description="tokens at the start that stay visible")

@@ -202,6 +202,19 @@ def test_the_card_says_which_versions_were_tried(tmp_path: Path, monkeypatch: py
     assert "| transformers 5.0.0 | OSError: no |" in text and "| transformers 5.24.0 | the plan, by Triton" in text
 
 
+def test_the_card_says_whether_the_plugin_for_vllm_serves_the_plan() -> None:
+    shape = shape_of(tiny_model("llama-gqa"))
+
+    def row(*targets: Any) -> str:
+        plan = make_plan(shape, [targets] * shape.layers)
+        return next(line for line in card("org/model", plan).splitlines() if "plugin compress-vllm" in line)
+
+    windows = FullGroup(), WindowGroup(sink=4, alpha=30, beta=0.5)
+    assert "the plan, with the memory that it saves; needs no" in row(*windows)
+    for other in (LinearGroup(alpha=64), WindowGroup(sink=4, alpha=30, beta=0.5, rule="length")):
+        assert "refuses, and says which" in row(FullGroup(), other)
+
+
 @pytest.mark.parametrize(("family", "words"), [("qwen3", "--model-impl transformers"), ("llama-gqa", "by itself")])
 def test_the_card_says_what_vllm_does_with_native_windows(family: str, words: str) -> None:
     shape = shape_of(tiny_model(family))

@@ -12,9 +12,9 @@ import torch
 
 import compress_vllm
 from compress import registry
+from compress.export.card import NOT_IN_VLLM
 from compress.models.planned import runtime_plan
 from compress.plan import LayerPlan, Mlp, plan_of_layers
-from compress.registry import Method
 from compress.runtime.families import FAMILIES
 from compress.runtime.span import Span
 from compress.runtime.widths import Width
@@ -22,7 +22,7 @@ from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
 from compress_vllm.families import BY_CLASS, ROWS
-from compress_vllm.plan import REFUSED, Layer, check_ranks, of_rank, parts_of, read_layers, slot_of
+from compress_vllm.plan import REFUSED, Layer, check_attention, check_ranks, of_rank, parts_of, read_layers, slot_of
 from compress_vllm.rule import BETA_UNIT, Rule
 from tests.tiny import mixed_plan, shape_of, tiny_model
 
@@ -115,7 +115,8 @@ def test_a_plan_is_read_as_the_checkpoints_own_code_reads_it(model):
 
 def test_every_target_is_served_or_refused_with_what_it_would_need(model):
     own = [name for name, target in registry.targets.items() if target.__module__.startswith("compress.")]
-    assert set(own) - {"full", "window", "pruned"} <= REFUSED.keys() and issubclass(registry.targets["full"], Method)
+    assert {"full", "window", "pruned"} == {name for name in own if registry.targets[name].in_vllm}
+    assert set(own) - {"full", "window", "pruned"} <= REFUSED.keys()
     for name, needs in REFUSED.items():
         plan = {"layers": [{"groups": [{"target": "full"}, {"target": name}]}]}
         with pytest.raises(
@@ -159,12 +160,24 @@ def test_ranks_need_the_same_spans_in_any_order():
         check_ranks([Layer((None,) * 3, 6, 64)], 2)
 
 
+def test_attention_that_vllm_makes_otherwise_than_the_model_is_refused():
+    qwen, sliding = tiny_model("qwen2").config, tiny_model("qwen2-part-sliding").config
+    check_attention("layers.1.attn", 1, 12, None, qwen)
+    check_attention("layers.0.attn", 0, 12, None, sliding)
+    check_attention("layers.2.attn", 2, 12, 50, sliding)
+    with pytest.raises(ValueError, match=r"layers.1.attn: heads have 12 numbers, and .* takes 16"):
+        check_attention("layers.1.attn", 1, 16, None, qwen)
+    with pytest.raises(ValueError, match=r"layers.2.attn: the layer slides over 50 tokens by itself"):
+        check_attention("layers.2.attn", 2, 12, None, sliding)
+
+
 def test_the_families_are_those_of_the_checkpoints():
     assert [row.model_type for row in ROWS] == sorted(FAMILIES)
     for row in ROWS:
         family = FAMILIES[row.model_type]
         assert row.architecture == family.architecture and row.planned == f"{family.planned}ForCausalLM"
         assert (row.groups, row.neurons, row.experts) == (family.groups, family.neurons, family.has_experts)
+    assert {row.architecture for row in ROWS if row.refused} == NOT_IN_VLLM
 
 
 def test_the_plugin_stands_alone():

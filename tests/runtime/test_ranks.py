@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compress.models.planned import planned_model
@@ -31,7 +33,7 @@ def planned(family: str) -> Any:
 
 
 def split_in_process(rank: int, folder: str) -> None:
-    """One of two processes, which compares the split model with the whole one."""
+    """One of two processes, which compares the split model with the whole one, and one whose weights are spread."""
     join(rank, 2, f"{folder}/store")
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     ids, wanted = random_ids(2, 150), {"max_new_tokens": 6, "do_sample": False}
@@ -59,6 +61,16 @@ def split_in_process(rank: int, folder: str) -> None:
         with torch.no_grad():
             split(ids, **{CACHE: cache})
         assert gathered or cache.held_bytes() + own == getattr(expected, CACHE).held_bytes()  # the other rank's groups
+    spread = planned("llama-gqa")
+    for layer in spread.model.layers:
+        fully_shard(layer)
+    fully_shard(spread)
+    whole, cache = planned("llama-gqa"), spread.new_cache()  # while weights are in parts
+    assert isinstance(spread.model.layers[0].self_attn.k_proj.weight, DTensor)
+    with torch.no_grad():
+        assert torch.equal(spread(ids, **{CACHE: cache}).logits, whole(ids).logits)
+    assert torch.equal(spread.generate(ids, **wanted), whole.generate(ids, **wanted))
+    assert spread.base_model.compress_split is False
     distributed.destroy_process_group()
 
 

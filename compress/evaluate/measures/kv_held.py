@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +18,7 @@ from compress.bench.file import Bytes, Tokens
 from compress.evaluate.asked import read_text
 from compress.evaluate.cell import Cell
 from compress.evaluate.measure import Job, Measure, Result, Setting, Step, Subject
+from compress.files import text_key
 from compress.limits import SEQUENCES
 from compress.models.cache_bytes import cache_bytes
 from compress.registry import measures
@@ -99,33 +102,32 @@ class KvHeld(Measure):
     texts: int = Field(4, ge=1, le=SEQUENCES, description="texts of each length that are read, at most")
 
     def jobs(self, setting: Setting) -> list[Job]:
+        """One job; texts are read only where a variant holds what depends on them."""
+        if not setting.varies:
+            return [Job("KV bytes on texts", ["kv_held"], 0, lambda subject, step: KvHeldResult(), kept=False)]
+        ids = setting.tokens(setting.text, max(setting.lengths) * self.texts)
+        facts = ["kv_held", self.texts, list(setting.lengths), text_key(str(list(ids)))]
+        return [Job("KV bytes on texts", facts, 0, partial(self._held, setting.lengths, ids))]
 
-        def held(subject: Subject, step: Step) -> Result:
-            cost, dense = subject.variant.cost, subject.beside.cost
-            if cost is None or dense is None:
-                return KvHeldResult()
-            found = []
-            for length in setting.lengths:
-                expected = cost(length)
-                if not (expected.spread_bytes or expected.over_bytes):
-                    continue
-                ids = setting.tokens(setting.text, length * self.texts)
-                pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][
-                    : self.texts
-                ]
-                sizes = [cache_bytes(read_text(subject.model, piece)) or 0 for piece in pieces]
-                if sizes:
-                    found.append(
-                        Held(
-                            length=length,
-                            held=sizes,
-                            expected=expected.held_bytes,
-                            spread=expected.spread_bytes,
-                            most=expected.most_bytes,
-                            dense=dense(length).held_bytes,
-                        )
-                    )
-            return KvHeldResult(lengths=found)
-
-        facts = ["kv_held", self.texts, list(setting.lengths), setting.text.model_dump(mode="json"), setting.seed]
-        return [Job("KV bytes on texts", facts, 0, held)]
+    def _held(self, lengths: Sequence[int], ids: Sequence[int], subject: Subject, step: Step) -> Result:
+        cost, dense = subject.variant.cost, subject.beside.cost
+        if cost is None or dense is None:
+            return KvHeldResult()
+        found = []
+        for length in lengths:
+            expected, count = cost(length), min(self.texts, len(ids) // length)
+            if not count or not expected.varies:
+                continue
+            pieces = [ids[number * length : (number + 1) * length] for number in range(count)]
+            sizes = [cache_bytes(read_text(subject.model, piece)) or 0 for piece in pieces]
+            found.append(
+                Held(
+                    length=length,
+                    held=sizes,
+                    expected=expected.held_bytes,
+                    spread=expected.spread_bytes,
+                    most=expected.most_bytes,
+                    dense=dense(length).held_bytes,
+                )
+            )
+        return KvHeldResult(lengths=found)

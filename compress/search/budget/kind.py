@@ -83,7 +83,7 @@ class Row:
     def amount_of(self, cost: Cost) -> Amount | None:
         """What a plan of this cost takes of the kind, beside the dense model; None where `report` says it better."""
         spent = self.amount(self.cost(cost))
-        varies = budget_kinds[self.kind].in_expectation and (cost.spread_bytes or cost.over_bytes)
+        varies = budget_kinds[self.kind].in_expectation and cost.varies
         about = {"spread": cost.spread_bytes, "most": spent + cost.over_bytes} if varies else {}
         facts = {"kind": self.kind, "unit": self.unit, "of": self.of, "length": self.length}
         return Amount(**facts, plan=spent, dense=self.dense, **about)

@@ -1,7 +1,7 @@
 """Attention by a span rule in plain PyTorch, on vLLM's blocks: only blocks that the rule keeps are read.
 
-A query of one token is computed with those of all other requests in one call; a prompt, or a chunk of it, alone. Keys
-are stored behind RoPE, so that which are read is all that matters and not where they lie.
+A query of one token is computed with those of all other requests in one call; a prompt, or a chunk of it, piece by
+piece. Keys are stored behind RoPE, so that which are read is all that matters and not where they lie.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from compress_vllm.rule import Rule
+
+PIECE = 128  # queries of a prompt that are computed together; all of them read what the first and the last see
 
 
 @dataclass
@@ -57,9 +59,10 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
         counts = [end - start for start, end in pairwise(starts)]
         alone = [row for row, count in enumerate(counts) if count == 1]
         chunks = [
-            self._chunk(starts[row], count, lengths[row], batch.block_table_tensor[row])
+            self._chunk(starts[row], max(lengths[row] - count, 0), piece, count, batch.block_table_tensor[row])
             for row, count in enumerate(counts)
             if count > 1
+            for piece in range(0, count, PIECE)
         ]
         return SpanMetadata(self._single(alone, starts, lengths, batch.block_table_tensor) if alone else None, chunks)
 
@@ -77,20 +80,17 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
         tokens = torch.tensor([starts[row] for row in rows], device=device)
         return Rows(tokens, blocks, keys % self.block, visible)
 
-    def _chunk(self, start: int, count: int, length: int, table: torch.Tensor) -> Rows:
-        """`count` queries of one request of `length` tokens, these among them."""
-        device = table.device
-        before = max(length - count, 0)
-        first = self.rule.first(before)
+    def _chunk(self, start: int, before: int, piece: int, count: int, table: torch.Tensor) -> Rows:
+        """A piece, from query `piece` on, of `count` queries of one request that had `before` tokens before them."""
+        device, end = table.device, min(piece + PIECE, count)
+        first = self.rule.first(before + piece)
         keys = torch.cat(
-            [
-                torch.arange(min(self.rule.sink, first), device=device),
-                torch.arange(first, before + count, device=device),
-            ]
+            [torch.arange(min(self.rule.sink, first), device=device), torch.arange(first, before + end, device=device)]
         )
-        queries = torch.arange(before, before + count, device=device)[:, None]
+        queries = torch.arange(before + piece, before + end, device=device)[:, None]
         visible = (keys <= queries) & ((keys < self.rule.sink) | (keys >= self.rule.first(queries)))
-        return Rows(slice(start, start + count), table[keys // self.block].long(), keys % self.block, visible)
+        tokens = slice(start + piece, start + end)
+        return Rows(tokens, table[keys // self.block].long(), keys % self.block, visible)
 
 
 class SpanAttentionImpl(AttentionImpl[SpanMetadata]):

@@ -21,12 +21,14 @@ class Planned:
     compress_row: Row
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if self.compress_row.refused is not None:
+            raise ValueError(f"a {self.compress_row.architecture} is not served: {self.compress_row.refused}")
         config = vllm_config.model_config.hf_config
         layers = read_layers(config.compress_plan, self.compress_row, config)
         _check(vllm_config, [rule for layer in layers for rule in layer.rules if rule and not rule.is_plain])
         with own_widths(config, self.compress_row, layers), arguments_kept():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        split(self, layers)  # type: ignore[arg-type]
+        split(self, layers, config)  # type: ignore[arg-type]
 
 
 def _check(vllm_config: Any, own_rules: list[Any]) -> None:

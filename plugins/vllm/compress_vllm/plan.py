@@ -119,6 +119,26 @@ def check_ranks(layers: Sequence[Layer], ranks: int) -> None:
             )
 
 
+def check_attention(name: str, layer: int, head_size: int, window: int | None, config: Any) -> None:
+    """Raise ValueError where vLLM's class of a model made a layer's attention otherwise than the configuration says.
+
+    Some of its classes work the size of a head out from the number of heads, which is wrong where heads were removed,
+    and some know no layers that slide by themselves.
+    """
+    wanted = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_size != wanted:
+        raise ValueError(
+            f"{name}: heads have {wanted} numbers, and vLLM's class of this model takes {head_size}, which it works "
+            "out from the number of heads; such a model without some heads cannot be served"
+        )
+    types, slides = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    slides = slides if types is None or types[layer] == "sliding_attention" else None
+    if slides is not None and slides < config.max_position_embeddings and window is None:
+        raise ValueError(
+            f"{name}: the layer slides over {slides} tokens by itself, and vLLM's class of this model does not know it"
+        )
+
+
 def slot_of(layers: Sequence[Layer], ranks: int) -> int:
     """Head groups of each attention module: the most that all modules of the model can have.
 

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from compress_vllm.backend import SpanBackend
-from compress_vllm.plan import Layer, Part, check_ranks, of_rank, parts_of, slot_of
+from compress_vllm.plan import Layer, Part, check_attention, check_ranks, of_rank, parts_of, slot_of
 from compress_vllm.rule import Rule
 from compress_vllm.spec import SpanSpec
 
@@ -44,12 +44,12 @@ def arguments_kept() -> Iterator[None]:
         Attention.__init__ = stock
 
 
-def split(model: nn.Module, layers: Sequence[Layer]) -> None:
+def split(model: nn.Module, layers: Sequence[Layer], config: Any) -> None:
     """Replace the attention of every layer by a `SplitAttention`, wherever the model class keeps it.
 
     Raises:
-        ValueError: the ranks of tensor parallelism do not all have the same rules; or attention with what its parts
-            cannot have.
+        ValueError: the ranks of tensor parallelism do not all have the same rules; or vLLM's class made attention that
+            is not that of the configuration, or with what its parts cannot have.
     """
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     check_ranks(layers, ranks)
@@ -57,8 +57,11 @@ def split(model: nn.Module, layers: Sequence[Layer]) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Attention:
-                layer = layers[extract_layer_index(child.layer_name)]
-                setattr(module, name, SplitAttention(child, parts_of(of_rank(layer.rules, rank, ranks), slot)))
+                whole: Any = child
+                number = extract_layer_index(whole.layer_name)
+                check_attention(whole.layer_name, number, whole.head_size, whole.sliding_window, config)
+                rules = of_rank(layers[number].rules, rank, ranks)
+                setattr(module, name, SplitAttention(whole, parts_of(rules, slot)))
                 done += 1
     if not done:
         raise ValueError("the plan is not in effect: vLLM's class of this model has no attention module that is known")

@@ -48,7 +48,8 @@ def own_widths(config: Any, row: Row, layers: Sequence[Layer]) -> Iterator[None]
         return stock(count, layer_of_own_width, prefix, **kwargs)
 
     modules: list[Any] = list(sys.modules.values())
-    users = [module for module in modules if getattr(module, "make_layers", None) is stock]
+    # By `vars`: asked by name, modules that import lazily would import.
+    users = [module for module in modules if vars(module).get("make_layers") is stock]
     for module in users:
         module.make_layers = make_layers
     try:
