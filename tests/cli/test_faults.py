@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,17 @@ def test_memory_and_what_nobody_foresaw(capsys: pytest.CaptureFixture[str]) -> N
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals that a shell lets the programs ignore that it starts in the background, the tests among them."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_what_ends_a_process_from_outside_ends_a_command_orderly(capsys: pytest.CaptureFixture[str]) -> None:
     tidied: list[int] = []
 
