@@ -141,12 +141,16 @@ def spread(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[st
             facts[f"devices of {device}"] = [str(each) for each in placement_of(loaded.model).devices]
             say(f"{device}: layers on {', '.join(map(str, placement_of(loaded.model).devices))}")
         one, other = found
+        alike = []
         for name, value in one.items():
             same = value == other[name]
             gap = 0.0 if same else difference(value, other[name])
             facts[name] = {"equal": same, "difference": gap}
-            ok = same or gap < 1e-4
-            say(f"{name}: {'equal to the bit' if same else f'largest relative difference {gap:.1e}'}{mark(ok)}")
+            if same:
+                alike.append(name)
+            else:
+                say(f"{name}: largest relative difference {gap:.1e}{mark(gap < 1e-4)}")
+        say(f"equal to the bit, {len(alike)} of {len(one)}: {'; '.join(alike)}")
 
 
 def stages(loaded: LoadedModel, folder: Path) -> dict[str, Any]:
