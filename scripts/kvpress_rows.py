@@ -174,7 +174,7 @@ def run(options: argparse.Namespace, model: Any, press: str, data: dict[str, Any
     cell: Any
     for number, text in enumerate([texts[0], *texts]):  # the first one twice: its first time is that of starting
         for share, cache, seconds in compressed(model, press, text["tokens"], shares):
-            if not number and len(texts) > 1:
+            if not number:
                 continue
             cell = cells[share]
             size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

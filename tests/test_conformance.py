@@ -196,14 +196,14 @@ def test_the_plan_is_in_effect(family: str) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_generation_with_cache_is_generation_without(family: str) -> None:
     model = planned(family)[2]
-    ids = random_ids(2, 150)
+    ids = random_ids(2, 170)  # a page begins behind another 22
     arguments = {"do_sample": False, "min_new_tokens": 40, "max_new_tokens": 40}
-    cached = model.generate(ids, attention_mask=torch.ones(2, 150), **arguments)
+    cached = model.generate(ids, attention_mask=torch.ones(2, 170), **arguments)
     # One pass over all of it says of every position what comes next, as forty passes without a cache would.
-    scores = logits(model, cached)[:, 149:-1].clone()
+    scores = logits(model, cached)[:, 169:-1].clone()
     scores[..., model.config.eos_token_id] = -torch.inf
-    assert torch.equal(cached[:, 150:], scores.argmax(-1))
-    assert len(set(cached[0, 150:].tolist())) > 3  # a model that repeats one token would prove nothing
+    assert torch.equal(cached[:, 170:], scores.argmax(-1))
+    assert len(set(cached[0, 170:].tolist())) > 3  # a model that repeats one token would prove nothing
 
 
 @pytest.mark.parametrize("family", MODELS)
