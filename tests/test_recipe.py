@@ -68,6 +68,16 @@ def test_defaults_are_written_out_and_read_back_the_same() -> None:
     assert json.dumps(again.resolved()) == json.dumps(resolved)
 
 
+def test_an_engine_is_written_out_only_where_one_is_named() -> None:
+    assert "serve" not in read(MINIMAL).resolved()["search"]
+    text = MINIMAL + "  solver: {name: moa}\n  serve: {engine: vllm, ranks: 2}\n"
+    resolved = read(text).resolved()
+    assert resolved["search"]["serve"] == {"engine": "vllm", "slot": 2, "spans": 3, "ranks": 2}
+    assert read(json.dumps(resolved)).resolved() == resolved
+    (refused,) = problems(text.replace("moa", "heads"))
+    assert refused.startswith("r.yaml:9:10: `heads` decides head group by head group")
+
+
 def test_all_problems_at_once_with_line_and_nearest_name() -> None:
     text = MINIMAL.replace("output:", "outptu:").replace("count: 1", "count: four").replace("0.5", "1.5")
     found = problems(text)

@@ -34,7 +34,7 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
     """All problems of a recipe whose keys are each right; those that only a search would find out after the others."""
     plain = [*_repeated(recipe), *_too_many_documents(recipe), *_no_right_answer(recipe), *_missing_scores(recipe)]
     return plain or [
-        *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine),
+        *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine, recipe.search.serve),
         *_grids(recipe),
         *_second(recipe),
         *_nothing_to_train_on(recipe),

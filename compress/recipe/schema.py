@@ -18,6 +18,7 @@ from compress.registry import PathText
 from compress.search import baselines
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
+from compress.search.serve import Serve
 from compress.search.solver import Solver
 from compress.targets.expert import MOST_EXPERTS
 from compress.train.settings import PrepareSettings, RecoverSettings
@@ -116,6 +117,7 @@ class SearchSection(Section):
     solver: Annotated[Solver, registry.solvers] = Field(description="the method that decides")
     budget: Budget = Field(description="what the plan may cost")
     refine: Refine | None = Field(None, description="exchanges between units by measured loss, afterwards")
+    serve: Serve | None = Field(None, description="what an engine asks of the plan")
 
 
 class ExportSection(Section):
@@ -197,7 +199,9 @@ class Recipe(Outline):
     def resolved(self) -> dict[str, Any]:
         """Plain data with every default written out, in the order of the schema, and the same for the same recipe.
 
-        Only what an upcycled model needs is there of a recipe that makes one, and nothing of that in any other.
+        Only what an upcycled model needs is there of a recipe that makes one, and nothing of that in any other; what an
+        engine asks only where one is named.
         """
-        left_out = {"upcycle"} if self.upcycle is None else set(REPLACED)
+        left_out: dict[str, Any] = {"search": {"serve"}} if self.search.serve is None else {}
+        left_out |= dict.fromkeys(["upcycle"] if self.upcycle is None else REPLACED, True)
         return self.model_dump(mode="json", by_alias=True, exclude=left_out)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.errors import Problem
-from compress.registry import budget_kinds
+from compress.registry import budget_kinds, solvers
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
+from compress.search.serve import Serve
 from compress.search.solver import Solver
 
 Finding = tuple[tuple[str | int, ...], Problem]
 
 
-def section_problems(solver: Solver, budget: Budget, refine: Refine | None) -> list[Finding]:
-    """What of a search section does not go together: its solver, its budget and its refinement."""
+def section_problems(
+    solver: Solver, budget: Budget, refine: Refine | None, serve: Serve | None = None
+) -> list[Finding]:
+    """What of a search section does not go together: its solver, its budget, its refinement and its engine."""
     problems: list[Finding] = []
     usable, given = solver.budgets(), list(budget.given())
     for name in given:
@@ -46,6 +49,21 @@ def section_problems(solver: Solver, budget: Budget, refine: Refine | None) -> l
                     "refinement exchanges spans, and this solver chooses none",
                     "search.refine",
                     fix="leave it out, or take `moa` with a `removal`",
+                ),
+            )
+        )
+    if serve is not None and (solver.removes or not solver.slots):
+        able = [name for name, kind in solvers.items() if kind.slots]
+        problems.append(
+            (
+                ("search", "serve"),
+                Problem(
+                    f"`{solver.registered}` with `removal` gives layers other numbers of heads, which no slots divide"
+                    if solver.slots
+                    else f"`{solver.registered}` decides head group by head group, or what the engine does not serve",
+                    "search.serve",
+                    f"one of {', '.join(f'`{name}`' for name in able)}, without `removal`",
+                    fix="take one of these, or leave `serve` out",
                 ),
             )
         )

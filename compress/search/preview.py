@@ -122,7 +122,7 @@ def check_search(
     if prepare is not None and prepare.effect:
         after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
         effects = replace(profile, priced=after.targets, priced_layers=after.layers)
-    problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects)
+    problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects, serve=section.serve)
     for candidate in solver.check(problem):
         _check_plan(config, shape, candidate.layers)
     if section.refine is not None and "uniform" not in baselines_of(solver, problem):

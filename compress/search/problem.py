@@ -23,6 +23,7 @@ from compress.search.budget.kind import Row
 from compress.search.budget.kv import Kv
 from compress.search.budget.parameters import Parameters
 from compress.search.dense import Dense
+from compress.search.serve import Serve
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 from compress.targets.layer_option import Alike, LayerOption
@@ -105,6 +106,7 @@ class Problem:
         counted: targets whose costs the rows count exactly, see `counting`.
         whole: targets of all groups of a layer, likewise.
         asked: lengths in tokens that the budget names, for kinds of it that have none.
+        serve: what an engine asks of the plans; None where nothing is.
     """
 
     dense: Dense
@@ -117,6 +119,7 @@ class Problem:
     counted: tuple[Target, ...] = ()
     whole: tuple[tuple[Target, ...], ...] = ()
     asked: tuple[int, ...] = ()
+    serve: Serve | None = None
     _costs: dict[Any, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _assigned: dict[LayerOption, dict[int, tuple[Target, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False

@@ -37,8 +37,9 @@ from compress.search.measure import LossLog, Planned, Progress, best_plan, measu
 from compress.search.problem import Candidate, Layers, Problem, ProfileLike, Trained
 from compress.search.refine.refine import Refine, State, refine
 from compress.search.response import response_loss
+from compress.search.serve import FREE, Serve
 from compress.search.solver import Solver, check_rows
-from compress.search.words import cost_lines, sliding_line
+from compress.search.words import cost_lines, serving_line, sliding_line
 from compress.search.workers import Workers
 from compress.words import counted
 
@@ -60,6 +61,10 @@ class SearchSection(Protocol):
     def refine(self) -> Refine | None:
         """What follows the choice."""
 
+    @property
+    def serve(self) -> Serve | None:
+        """What an engine asks of the plan."""
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -69,7 +74,7 @@ class SearchResult:
         plan: the chosen plan (`plan.json`).
         baselines: plans to compare it with, by name (`search/<name>.json`).
         report: the content of `search/pareto.json`.
-        lines: what the plan costs beside the dense model, a sentence each.
+        lines: what the plan costs beside the dense model, and what serving costs, a sentence each.
     """
 
     plan: Plan
@@ -87,6 +92,7 @@ def make_problem(
     *,
     prepared: Sequence[Trained] = (),
     effects: ProfileLike | None = None,
+    serve: Serve | None = None,
 ) -> Problem:
     """The problem of a model, a profile and a budget, for a solver.
 
@@ -94,16 +100,20 @@ def make_problem(
         say: called with a line on how much of a model with sliding layers can be compressed.
         prepared: targets that were trained before.
         effects: what these cost the loss to first order, None where that was not measured.
+        serve: what an engine asks of the plans.
 
     Raises:
-        UserError: the budget needs what is missing (see `Budget.rows`), the profile has no table of rules, or no plan
-            that the solver may choose meets the budget.
+        UserError: the budget needs what is missing (see `Budget.rows`), the profile has no table of rules, no plan
+            that the solver may choose meets the budget, or the engine cannot serve what it may choose.
     """
     dense = replace(dense, removes=solver.removes)
     rows = budget.rows(dense, sorted(profile.lengths))
     asked = tuple(budget.lengths or ())
-    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects, asked=asked)
+    problem = Problem(dense, profile, rows, prepared=tuple(prepared), effects=effects, asked=asked, serve=serve)
     choices, whole = solver.choices(problem), solver.whole_layers(problem)
+    if serve is not None:
+        serve.check_groups(dense.shape.kv_heads)
+        serve.check_targets([*choices, *(target for groups in whole.entries for target in groups)])
     for remark in whole.remarks:
         say(remark)
     problem = problem.counting(choices, whole.entries)
@@ -181,16 +191,18 @@ def run_search(
         UserError: the budget cannot be met, a cost table cannot be used, or the profile does not fit.
     """
     solver, budget = section.solver, section.budget
-    if wrong := section_problems(solver, budget, section.refine):
+    if wrong := section_problems(solver, budget, section.refine, section.serve):
         raise UserError([problem for _, problem in wrong])
     check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
-    problem = make_problem(dense, profile, budget, solver, say, prepared=prepared_for(loaded.model), effects=effects)
+    prepared, serve = prepared_for(loaded.model), section.serve
+    problem = make_problem(dense, profile, budget, solver, say, prepared=prepared, effects=effects, serve=serve)
     smallest = solver.least_amounts(problem)
     documents = list(_flat(held_out_documents))
 
     candidates = {f"{solver.stem}-{number}": candidate for number, candidate in enumerate(solver.solve(problem))}
     baselines = dict(baselines_of(solver, problem)) | kept_alike(problem, list(candidates.values()))
+    solved = list(candidates)
     refined = None
     if section.refine is not None:
         starts = _starts(problem, candidates, baselines)
@@ -244,11 +256,27 @@ def run_search(
         baselines[name], compared[name] = candidate, baseline(name, candidate, task)
         if documents:
             losses |= measure({name: compared[name]}, documents, loss, log, progress, **dealt)
-    measured = {
+    measured: dict[str, Any] = {
         "held_out_documents": len(documents),
         "response_loss": losses.get(chosen),
         "dense_response_loss": losses.get("dense"),
     }
+    serving: dict[str, Any] = {}
+    if serve is not None:
+        # Both by the best of the solver's plans: a refinement would be of the served ones alone.
+        free = {f"{FREE}-{number}": one for number, one in enumerate(solver.solve(replace(problem, serve=None)))}
+        without = {name: baseline(FREE, candidate) for name, candidate in free.items()}
+        of_free = measure(without, documents, loss, log, progress, **dealt) if documents else {}
+        best = choose(without, of_free)
+        baselines[FREE], compared[FREE] = free[best], without[best]
+        if documents:
+            losses[FREE] = of_free[best]
+        first = choose({name: plans[name] for name in solved}, losses)
+        both = (plans[first].predicted.loss, without[best].predicted.loss)
+        loss_served, loss_free = (losses[first], losses[FREE]) if documents else both
+        serving = {**serve.model_dump(mode="json"), "loss": loss_served, "loss_without": loss_free}
+        serving["measured"] = bool(documents)
+        measured["serve"] = serving
     plan = plans[chosen].model_copy(update={"provenance": plans[chosen].provenance | measured})
     shape = problem.shape
     report: dict[str, Any] = {
@@ -270,10 +298,14 @@ def run_search(
     }
     if refined is not None:
         report["refine"] = refined.summary()
+    lines = cost_lines(plan, problem.rows)
+    if serve is not None:
+        report["serve"] = serving
+        lines.append(serving_line(serve, serving))
     if remarks := solver.whole_layers(problem).remarks:
         report["remarks"] = remarks
     write_result(folder, report, plan, plans, compared)
-    return SearchResult(plan, compared, report, cost_lines(plan, problem.rows))
+    return SearchResult(plan, compared, report, lines)
 
 
 def _like(
@@ -297,7 +329,8 @@ def _like(
 def _starts(
     problem: Problem, candidates: Mapping[str, Candidate], baselines: Mapping[str, Candidate]
 ) -> dict[str, Layers]:
-    """The plans that a refinement may start from, by name: they go by position and meet the budget.
+    """The plans that a refinement may start from, by name: they go by position, meet the budget, and are as an engine
+    asks.
 
     Raises:
         UserError: there is no uniform plan.
@@ -308,7 +341,9 @@ def _starts(
     return {
         name: layers
         for name, layers in plans.items()
-        if problem.fits(layers) and not any(group.by_length for layer in layers for group in layer.groups)
+        if problem.fits(layers)
+        and not any(group.by_length for layer in layers for group in layer.groups)
+        and (problem.serve is None or problem.serve.holds(layers))
     }
 
 

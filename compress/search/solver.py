@@ -22,6 +22,7 @@ class Solver(Method):
             trained targets always are.
         needs_grid: whether it chooses windows of the grid of rules that statistics price; of a solver of spans.
         chooses_layers: whether it chooses what whole layers become, so that tokens may compute fewer heads.
+        slots: whether its plans are as an engine asks, where a recipe says so (`search.serve`).
         cheaper: what to do besides, where its smallest plan is beyond the budget.
     """
 
@@ -29,6 +30,7 @@ class Solver(Method):
     placed: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = True
     chooses_layers: ClassVar[bool] = False
+    slots: ClassVar[bool] = False
     cheaper: ClassVar[str] = "profile a grid with a smaller sink or alpha_min"
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compress.plan import Plan, amount_line
 from compress.search.budget.kind import Row, rounded_up
 from compress.search.problem import Problem
+from compress.search.serve import Serve
 
 
 def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
@@ -29,6 +31,21 @@ def sliding_line(problem: Problem, smallest: Sequence[int]) -> str | None:
         f"full-attention layer{'' if full == 1 else 's'} can be compressed. The least that any plan takes is "
         f"{', '.join(shares)}"
     )
+
+
+def serving_line(serve: Serve, told: Mapping[str, Any]) -> str:
+    """What it costs that a plan is as an engine asks.
+
+    Args:
+        told: the losses with that and without, each of the best of the solver's plans, None where a solver predicts
+            none; and whether they were measured.
+    """
+    asked = f"as {serve.engine} serves it ({serve.words()})"
+    if told["loss"] is None or told["loss_without"] is None:
+        return f"{asked}: what that costs is not known, without held-out documents and a predicted loss"
+    what = "response loss" if told["measured"] else "predicted loss at the longest length"
+    more = told["loss"] - told["loss_without"]
+    return f"{asked}: {what} {told['loss']:.4f}, without that {told['loss_without']:.4f} ({more:+.4f})"
 
 
 def cost_lines(plan: Plan, rows: Sequence[Row]) -> list[str]:

@@ -119,7 +119,8 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
                 lengths = sorted({task.length for task in calibration.documents})
                 others += statistics["effect"](**recipe.prepare.priced_layers).alternatives(of.shape, lengths)
             stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * others)
-    plans = 1 + search.solver.most_plans(len({task.length for task in calibration.documents})) + BASELINES
+    searched = search.solver.most_plans(len({task.length for task in calibration.documents}))
+    plans = 1 + searched * (1 if search.serve is None else 2) + BASELINES
     if recipe.upcycle is None:
         stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
     if search.refine is not None:

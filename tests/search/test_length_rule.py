@@ -39,9 +39,8 @@ def test_losses_are_the_influence_that_the_window_hides(lengths: tuple[int, ...]
     tables = {f"influence.absolute.{each}": influence_table(found, SIGNED, each) for each, found in influence.items()}
     limits = dict.fromkeys((300, 700), 10**9)
     problem = problem_of(shape, SIGNED, lengths, tables, limits)
-    options = window_options(
-        problem, [Objective((("influence.absolute", 1.0),), length) for length in lengths], "length"
-    )
+    objectives = [Objective((("influence.absolute", 1.0),), length) for length in lengths]
+    options = [each.kept() for each in window_options(problem, objectives, "length")]
     spans = [[target.span() for target in each.choices] for each in options]
     assert {type(span) for row in spans for span in row} == {Span, LengthSpan}
     for each, row in zip(options, spans, strict=True):
@@ -87,7 +86,7 @@ def test_at_one_length_growing_rules_are_fixed_windows(grid: SpanGrid, kv: float
     for mine, fixed in zip(*both, strict=True):
         rows = [
             {target.span().at_length(512): loss[0] for target, loss in zip(group.choices, group.losses, strict=True)}
-            for group in (mine, fixed)
+            for group in (mine.kept(), fixed.kept())
         ]
         assert rows[0] == rows[1]
         assert len(rows[0]) > 3

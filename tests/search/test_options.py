@@ -42,7 +42,7 @@ def test_nondominated_equals_the_definition(count: int, columns: int, values: in
 def test_options_keep_full_and_leave_sliding_layers() -> None:
     problem = random_problem(0.8, shape=make_shape(3, 2, (None, 100, None)))
     objectives = [Objective((("influence.absolute", 1.0),), length) for length in problem.lengths]
-    options = window_options(problem, objectives)
+    options = [each.kept() for each in window_options(problem, objectives)]
     assert [each.unit.place for each in options] == [(layer, g) for layer in range(3) for g in range(2)]
     for each in options:
         assert each.losses.shape == (len(each.choices), 2)
@@ -68,7 +68,7 @@ def test_rows_of_keys_stand_beside_those_of_pages() -> None:
     assert [(row.kind, row.length) for row in problem.rows] == [("density", 400), ("density", 512), ("kv", 500)]
     spans = [rule.span for rule in problem.grid.rules(512)]
     objectives = [Objective((("influence.absolute", 1.0),), 512)]
-    for each in window_options(problem, objectives):
+    for each in [every.kept() for every in window_options(problem, objectives)]:
         for target, costs in zip(each.choices, each.costs, strict=True):
             span = target.span()
             keys = [int(span.visible(torch.tensor(n - 1), torch.arange(n)).sum()) for n in (400, 512)]
@@ -87,7 +87,7 @@ def test_full_stays_where_signed_influence_says_that_hiding_helps() -> None:
     objective = Objective((("influence.signed", 1.0),), 512)
     table = {"influence.signed.512": -problem.profile.tensor(Key.parse("influence.signed.512")).abs()}
     better = problem_of(problem.shape, problem.grid, (512,), table, {512: 10**9})
-    assert all(FULL_GROUP in each.choices for each in window_options(better, [objective]))
+    assert all(FULL_GROUP in each.kept().choices for each in window_options(better, [objective]))
 
 
 def test_a_table_that_does_not_fit_is_an_error() -> None:

@@ -68,7 +68,7 @@ def problem_of(model: Any, profile: Any, share: float) -> Problem:
 class Section:
     """A recipe's search section."""
 
-    refine = None
+    refine = serve = None
 
     def __init__(self, solver: Any, budget: Budget) -> None:
         self.solver, self.budget = solver, budget

@@ -30,6 +30,7 @@ class Section:
     solver: Any
     budget: Budget
     refine: Any = None
+    serve: Any = None
 
 
 SECTION = Section(Moa(points=2), Budget(kv=0.5))

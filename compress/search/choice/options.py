@@ -66,6 +66,9 @@ class Decided(Protocol):
     def read(self, layer: LayerPlan) -> Any:
         """The choice that a layer has made."""
 
+    def targets(self, choice: Any) -> tuple[Target, ...]:
+        """What a choice makes of head groups."""
+
 
 @dataclass(frozen=True)
 class HeadGroup:
@@ -79,6 +82,10 @@ class HeadGroup:
         """The target of the group."""
         draft["groups"][self.place[1]] = choice
 
+    def targets(self, choice: Any) -> tuple[Target, ...]:
+        """See `Decided.targets`."""
+        return (choice,)
+
     def read(self, layer: LayerPlan) -> Target:
         """The target of the group."""
         return layer.groups[self.place[1]]
@@ -86,6 +93,37 @@ class HeadGroup:
     def of_groups(self, values: torch.Tensor) -> torch.Tensor:
         """Its part of what the head groups of its layer have, `[..., groups, n]` to `[..., n]`."""
         return values[..., self.place[1], :]
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Some head groups of one layer that get the same target, as an engine has them in one slot; a choice is that."""
+
+    places: tuple[Place, ...]
+    joint: ClassVar[bool] = False
+    decides_groups: ClassVar[bool] = True
+
+    @property
+    def place(self) -> Place:
+        """Of the first."""
+        return self.places[0]
+
+    def put(self, draft: dict[str, Any], choice: Target) -> None:
+        """The target of the groups."""
+        for _, group in self.places:
+            draft["groups"][group] = choice
+
+    def targets(self, choice: Any) -> tuple[Target, ...]:
+        """See `Decided.targets`."""
+        return (choice,)
+
+    def read(self, layer: LayerPlan) -> Target:
+        """The target of the groups."""
+        return layer.groups[self.place[1]]
+
+    def of_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """What they have together of what the head groups of their layer have, `[..., groups, n]` to `[..., n]`."""
+        return values[..., [group for _, group in self.places], :].sum(-2)
 
 
 @dataclass(frozen=True)
@@ -100,6 +138,10 @@ class GroupsOfLayer:
         """The targets of the groups that are not removed."""
         targets = iter(choice)
         draft["groups"][:] = [group if group.removes else next(targets) for group in draft["groups"]]
+
+    def targets(self, choice: Any) -> tuple[Target, ...]:
+        """See `Decided.targets`."""
+        return tuple(choice)
 
     def read(self, layer: LayerPlan) -> tuple[Target, ...]:
         """The targets of the groups that are not removed."""
@@ -121,6 +163,10 @@ class WholeLayer:
     def put(self, draft: dict[str, Any], choice: Sequence[Target]) -> None:
         """The targets of all groups."""
         draft["groups"][:] = choice
+
+    def targets(self, choice: Any) -> tuple[Target, ...]:
+        """See `Decided.targets`."""
+        return tuple(choice)
 
     def read(self, layer: LayerPlan) -> tuple[Target, ...]:
         """The targets of all groups."""
@@ -262,7 +308,7 @@ def rule_losses(table: torch.Tensor, rules: Sequence[Rule]) -> NDArray[np.float6
 def window_options(
     problem: Problem, objectives: Sequence[Objective], rule: Literal["position", "length"] = "position"
 ) -> list[Options]:
-    """Full attention and the windows of the grid for every head group that stays, layer by layer.
+    """Full attention and the windows of the grid for every head group that stays, layer by layer; dominated ones, too.
 
     A layer with a sliding window of its own has only `full`, which there means the model's own window.
 
@@ -286,7 +332,7 @@ def window_options(
         for group in layer.kept_groups:
             place = (number, group)
             if place in free:
-                options.append(Options(HeadGroup(place), tuple(targets), losses[number, group], costs).kept())
+                options.append(Options(HeadGroup(place), tuple(targets), losses[number, group], costs))
             else:
                 zero = np.zeros((1, len(objectives)))
                 options.append(Options(HeadGroup(place), (FULL_GROUP,), zero, costs[:1]))

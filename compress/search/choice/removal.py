@@ -60,6 +60,10 @@ class Neurons:
         """The neurons that stay; nothing where all do."""
         draft["mlp"] = None if choice == len(self.order) else Mlp.of(self.order[:choice])
 
+    def targets(self, choice: int) -> tuple[()]:
+        """See `Decided.targets`."""
+        return ()
+
     def read(self, layer: LayerPlan) -> int:
         """How many stay."""
         return len(self.order) if layer.mlp is None else layer.mlp.kept

@@ -12,9 +12,11 @@ import torch
 from compress.plan import LayerPlan
 from compress.profile.key import Key
 from compress.runtime.span import PAGE
-from compress.search.choice.options import HeadGroup, Options, WholeLayer
+from compress.search.choice.options import HeadGroup, HeadGroups, Options, WholeLayer
 from compress.search.choice.removal import PRUNED, Neurons, counted
+from compress.search.choice.slots import slots_of
 from compress.search.problem import FULL_GROUP, Layers, Problem
+from compress.search.serve import Serve, distinct
 from compress.targets.target import Target
 from compress.targets.window import WindowGroup
 
@@ -28,8 +30,8 @@ class Moves:
 
     Attributes:
         problem: with the plan as its start.
-        units: what can change; head groups, or layers whose groups are decided together, then MLPs. Their losses are
-            left out.
+        units: what can change; head groups, the slots of an engine, or layers whose groups are decided together, then
+            MLPs. Their losses are left out.
         rules: targets `[layers][rules][groups]`; the options of a head group are some of its column, those of a layer
             whole rows.
         picked: by head group or layer, the first units, which rules are its options; the other units are MLPs.
@@ -50,6 +52,8 @@ class Moves:
             importance: the statistic that ranks neurons; without one nothing is removed or comes back.
         """
         problem = replace(problem, base=layers)
+        if problem.serve is not None:
+            return _of_slots(problem, layers, problem.serve)
         rules = rules_of(problem, layers)
         units, picked = [], list[list[int]]()
         for number, (layer, native) in enumerate(zip(layers, problem.shape.native_windows, strict=True)):
@@ -103,6 +107,23 @@ class Moves:
         ]
         parts += [neurons[:, :, unit.unit.place[0], : len(unit.choices)] for unit in of_neurons]
         return torch.cat(parts, -1)
+
+
+def _of_slots(problem: Problem, layers: Layers, serve: Serve) -> Moves:
+    """The moves of a plan that an engine serves: whole slots, among the targets that it has, and full attention where
+    there may be one more. So it stays as the engine asks."""
+    targets = list(distinct(layers))
+    if FULL_GROUP not in targets and len(targets) < serve.spans:
+        targets.append(FULL_GROUP)
+    rules: list[list[list[Target]]] = [[[target] * len(layer.groups) for target in targets] for layer in layers]
+    units = []
+    for number, (layer, native) in enumerate(zip(layers, problem.shape.native_windows, strict=True)):
+        if native is None:
+            costs = problem.costs(number, targets, layer)
+            for slot in slots_of(layer, serve):
+                unit = HeadGroups(tuple((number, group) for group in slot))
+                units.append(Options(unit, tuple(targets), np.zeros((len(targets), 1)), costs * len(slot)))
+    return Moves(problem, units, rules, [list(range(len(targets)))] * len(units), {})
 
 
 def rules_of(problem: Problem, layers: Sequence[LayerPlan]) -> list[list[list[Target]]]:

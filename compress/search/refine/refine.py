@@ -291,6 +291,7 @@ def _key(
     seed: int,
 ) -> str:
     """Hash of all that a refinement depends on, but for the time that it may take."""
+    served = [] if problem.serve is None else [problem.serve.model_dump(mode="json")]
     return key_of(
         problem.shape.fingerprint,
         [repr(row) for row in problem.rows],
@@ -298,6 +299,7 @@ def _key(
         {name: [layer.model_dump(mode="json") for layer in layers] for name, layers in starts.items()},
         [document.key for document in documents],
         seed,
+        *served,
     )
 
 

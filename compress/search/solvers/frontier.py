@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,9 @@ from compress.search.choice.knapsack import Knapsack
 from compress.search.choice.options import Options, in_place_of, layers_of, losses_of, room
 from compress.search.choice.pareto import pareto_front
 from compress.search.choice.removal import PRUNED, Removal
+from compress.search.choice.slots import few_targets, from_targets, in_slots
 from compress.search.problem import Candidate, Problem
+from compress.search.serve import Serve, distinct
 from compress.search.solver import Solver, check_rows
 
 
@@ -91,6 +93,8 @@ class UnitRemoval(Removal):
 class Frontier(Solver):
     """Base of these solvers: a subclass says what head groups that stay can become, and what that loses."""
 
+    slots: ClassVar[bool] = True
+
     removal: UnitRemoval | None = Field(
         None, description="remove head groups and neurons in the same plan; null removes nothing"
     )
@@ -113,7 +117,7 @@ class Frontier(Solver):
 
     @abstractmethod
     def group_options(self, problem: Problem) -> list[Options]:
-        """What the head groups that stay can become, in the order of the layers.
+        """What the head groups that stay can become, in the order of the layers, dominated options among it.
 
         Raises:
             UserError: the profile does not say what that loses.
@@ -130,6 +134,9 @@ class Frontier(Solver):
         """The Pareto set over the objectives; see `Solver.solve`."""
         check_rows(problem, self.least_amounts(problem), self)
         stay = self.group_options(problem)
+        if problem.serve is not None:
+            return met(self._served(problem, problem.serve, stay), problem)
+        stay = [unit.kept() for unit in stay]
         if self.removal is None:
             return met(self._front(problem, stay), problem)
         priced, plans = self.removal_losses(problem), []
@@ -151,10 +158,49 @@ class Frontier(Solver):
         fronts = 1 if self.removal is None else len(self.removal.weights) + 1
         return fronts * (1 if lengths == 1 else lengths + 1 + self.points)
 
+    def _served(self, problem: Problem, serve: Serve, stay: Sequence[Options]) -> list[Candidate]:
+        """The plans that an engine serves: of slots, and of few targets, those that lose least of the sets tried.
+
+        Raises:
+            UserError: an option is not served, or the budget needs more targets.
+        """
+        slots = in_slots(stay, serve, problem.shape.kv_heads)
+        for unit in slots:
+            for choice in unit.choices:
+                serve.check_targets(unit.unit.targets(choice))
+        most = [unit.kept() for unit in slots]
+        free = self._front(problem, most)
+        if all(len(distinct(plan.layers)) <= serve.spans for plan in free):
+            return free
+        scale, least = Knapsack(most, room(problem, most).tolist()).scale, np.inf
+        sets = few_targets([plan.layers for plan in free], slots, serve)
+        considered = from_targets(slots, frozenset().union(*sets))
+        best: list[Options] | None = None
+        for targets in sets:
+            options = [unit.kept() for unit in from_targets(considered, targets)]
+            knapsack = Knapsack(options, room(problem, options).tolist())
+            # The mean over objectives, each in the unit that it has where all targets may be chosen.
+            weights = knapsack.scale / scale / len(scale)
+            solution = knapsack.solve(weights, gap=self.gap, time_limit=self.time_limit / 3 / len(sets))
+            if solution is not None and (loss := float((solution.losses / scale).mean())) < least:
+                best, least = options, loss
+        if best is None:
+            raise UserError(
+                "no plan of so few targets meets the budget",
+                where="search.serve.spans",
+                expected=f"more than {serve.spans} targets",
+                fix="raise it, or the budget",
+            )
+        return [
+            replace(plan, note=f"{plan.note}, of {serve.spans} targets at most") for plan in self._front(problem, best)
+        ]
+
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""
         names = self.objectives(problem)
         fronts = 1 if self.removal is None else len(self.removal.weights) + 1
+        if problem.serve is not None:
+            fronts = 3  # all targets, sets of them, the best set
         front = pareto_front(
             Knapsack(options, room(problem, options).tolist(), in_place_of(options)),
             names=names,

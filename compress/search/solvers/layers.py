@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from compress.search.solvers.heads import Heads, decide, widened, widest
 @solvers.register("layers")
 class Layers(Solver):
     """Full attention for as many layers as the budget allows; the others share one window of what is left."""
+
+    slots: ClassVar[bool] = True
 
     order: Annotated[
         Literal["score", "first", "last", "spread"],

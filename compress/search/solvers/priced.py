@@ -172,8 +172,8 @@ class Priced(Frontier, LeastSaving):
                 unit = Options(HeadGroup(place), choices, losses[number, group, :count], costs[:count])
                 options.append(unit)
         if self.level == "layer":
-            return [unit.kept() for unit in self._with_whole(problem, by_layer(options))]
-        return [unit.kept() for unit in (*options, *self._whole(problem, joint=True))]
+            return self._with_whole(problem, by_layer(options))
+        return [*options, *self._whole(problem, joint=True)]
 
     def _whole(self, problem: Problem, joint: bool) -> list[Options]:
         """What whole layers may become; see `WholeLayer`."""

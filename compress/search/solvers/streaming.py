@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class Streaming(Solver):
 
     The window is fixed, as in the paper, so a budget at several lengths is bound by the length where it is tightest.
     """
+
+    slots: ClassVar[bool] = True
 
     sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -27,6 +27,8 @@ class Uniform(Solver):
     and leave bytes unused at the others; the window then grows with the position (unless `elastic` is false), so
     that the baseline has the budget's bytes, or up to a page or two less a group, at every length.
     """
+
+    slots: ClassVar[bool] = True
 
     sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 64
     elastic: Annotated[
