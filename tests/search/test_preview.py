@@ -19,7 +19,7 @@ from tests.tiny import tiny_model
 def section(target: RoutedGroup) -> Any:
     """A search that gives every layer one target."""
     solver = Keep(share=0.0, level="layer", statistic="retrieval", target=target)
-    return SimpleNamespace(solver=solver, budget=Budget(kv=1.0, lengths=(128,)), refine=None)
+    return SimpleNamespace(solver=solver, budget=Budget(kv=1.0, lengths=(128,)), refine=None, serve=None)
 
 
 def test_norms_that_are_all_alike_choose_nothing() -> None:
