@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 collect_env.get_pretty_env_info = lambda: ""
 
 
-LOOKING = ("tests/plots/", "tests/report/", "tests/cli/test_run.py")  # the last draws what whole runs draw
+LOOKING = ("tests/plots/", "tests/report/")  # rooms of tests that look at figures
 
 
 @pytest.fixture(autouse=True)
@@ -54,23 +54,22 @@ def hastened_interpreter() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def sketches() -> Iterator[None]:
-    """Figures are files with their words and nothing drawn, a fifth of many runs, but for tests that look at them."""
+def sketches() -> Iterator[Callable[..., bytes]]:
+    """Figures are files with their words and nothing drawn, a fifth of many runs, but for tests that look at them; what
+    draws them for users."""
     from compress.plots import figure
 
     usual = figure.rendered
 
     def rendered(drawing: Any, kind: str) -> bytes:
-        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith(
-            ("tests/plots/", "tests/report/", "tests/cli/test_run")
-        ):
+        if os.environ.get("PYTEST_CURRENT_TEST", "").startswith(LOOKING):
             return usual(drawing, kind)
         words = " ".join(text.get_text() for text in drawing.findobj(lambda part: hasattr(part, "get_text")))
         return f'<svg viewBox="0 0 1 1"><text>{escape(words)}</text></svg>'.encode()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, "rendered", rendered)
-        yield
+        yield usual
 
 
 @pytest.fixture(scope="session", autouse=True)

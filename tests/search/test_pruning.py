@@ -314,7 +314,7 @@ def test_what_does_not_belong_together_says_so(tmp_path: Path) -> None:
     for solver, budget, expected in [
         (Amp(), Budget(kv=0.5), "`parameters` for `amp`"),
         (Amp(), Budget(parameters=0.5, kv=0.5), "`parameters` for `amp`"),
-        (Moa(), Budget(parameters=0.5), "`kv` for `moa`"),
+        (Moa(), Budget(parameters=0.5), "`kv_bound` for `moa`"),
     ]:
         with pytest.raises(UserError, match="this solver cannot meet this kind of budget") as error:
             run_search(loaded, Scored(loaded.model), [], Section(solver, budget), tmp_path)
