@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from compress.errors import UserError
+from compress.profile.heads.hidden_mass import HiddenMass
 from compress.search.budget.budget import Budget
 from compress.search.preview import check_prepare, check_search
+from compress.search.serve import Serve
 from compress.search.solvers.keep import Keep
+from compress.search.solvers.uniform import Uniform
 from compress.targets.routed import RoutedGroup
+from compress.targets.window import SpanGrid
 from compress.train.settings import PrepareSettings
 from tests.tiny import tiny_model
 
@@ -33,6 +37,21 @@ def test_norms_that_are_all_alike_choose_nothing() -> None:
     with pytest.raises(UserError, match="how many routed units") as refused:
         check_search(plain, "float32", section(RoutedGroup(active=1, of=5)), [], {128})
     assert len(refused.value.problems) == 1
+
+
+def test_slots_that_do_not_divide_the_heads_are_refused_beforehand() -> None:
+    config = tiny_model("llama-gqa").config
+    influence = HiddenMass(grid=SpanGrid(sinks=(0,)))
+
+    def asked(ranks: int) -> Any:
+        serve = Serve(slot=2, ranks=ranks)
+        return SimpleNamespace(solver=Uniform(), budget=Budget(kv=0.9, lengths=(256,)), refine=None, serve=serve)
+
+    check_search(config, "float32", asked(1), [influence], {256})
+    with pytest.raises(UserError, match="do not divide into slots") as refused:
+        check_search(config, "float32", asked(2), [influence], {256})
+    (problem,) = refused.value.problems
+    assert (problem.where, problem.found) == ("search.serve", "2 times 2")
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral-sliding"])
