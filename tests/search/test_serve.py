@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.plan import LayerPlan, read_plan
 from compress.search.budget.budget import Budget
 from compress.search.checks import section_problems
-from compress.search.choice.options import losses_of
+from compress.search.choice.options import layers_of, losses_of, room
 from compress.search.choice.slots import in_slots, slots_of
 from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.search.refine.moves import Moves
@@ -159,7 +159,16 @@ def test_refinement_moves_slots_among_the_targets_of_the_plan() -> None:
     known = {*distinct(plan.layers), FULL_GROUP}
     assert all(set(unit.choices) == known for unit in moves.units)
     now = moves.options_of(plan.layers)
-    assert len(now) == 6
+    assert layers_of(moves.problem, moves.units, now) == plan.layers
+    assert room(moves.problem, moves.units).tolist() == problem.limits.tolist()
+    # Whatever is exchanged, the plan stays one that the engine serves.
+    chance = np.random.default_rng(0)
+    for _ in range(5):
+        choice = [int(chance.integers(len(unit.choices))) for unit in moves.units]
+        other = layers_of(moves.problem, moves.units, choice)
+        assert SERVE.holds(other) and moves.options_of(other) == choice
+        spent = sum(unit.costs[index] for unit, index in zip(moves.units, choice, strict=True))
+        assert problem.total(other).tolist() == spent.tolist()
     groups = np.arange(3 * 8 * len(known), dtype=np.float32).reshape(1, 1, 3, 8, len(known))
     found = moves.columns(torch.from_numpy(groups), torch.zeros(1, 1, 3, 0))[0, 0]
     places = [group for _, group in moves.units[1].unit.places]  # type: ignore[attr-defined]
