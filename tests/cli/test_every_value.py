@@ -211,6 +211,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         (("search.solvers.shares.Shares", "", ""), ("search.solvers.shares.Shares", "same", "share")),
         ("tests/search/test_retain.py", r"Shares\(same=same.*[\s\S]*\"share\""),
     ),
+    ("search.serve.Serve", "engine", "vllm"): ("tests/search/test_serve.py", r"Serve\("),
     ("search.solvers.shares.Shares", "same", "threshold"): ("tests/search/test_retain.py", r'Shares\(same="threshold"'),
 }
 

@@ -20,6 +20,7 @@ from compress.cli.output import DEFECT, guarded
 from compress.cli.recipe import opened
 from compress.errors import UserError
 from compress.export.staging import settle, staged
+from compress.plots import figure
 from compress.runfolder import RunFolder
 from compress.stages.export import check_target
 
@@ -221,7 +222,10 @@ def test_a_staged_folder_that_cannot_be_put_in_place(
     assert (folder / "config.json").read_text() == "old"
 
 
-def test_plots_that_a_kill_interrupted_are_drawn_again(copied: Path) -> None:
+def test_plots_that_a_kill_interrupted_are_drawn_again(
+    copied: Path, sketches: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure, "rendered", sketches)  # as those of the finished run
     plots = copied.parent / "run" / "plots"
     whole = contents(plots)
     for lost in (
