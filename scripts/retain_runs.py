@@ -44,7 +44,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +64,12 @@ from compress.evaluate.oracle import give_scores, kept_at, likely_behind, losses
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel, load_model
 from compress.models.planned import planned_model
-from compress.models.prepared import attach, prepared_for, read_options, read_prepared, write_option, write_record
+from compress.models.prepared import attach, prepared_for, read_prepared
 from compress.models.reconstruction import TokenScores, reconstructing
-from compress.models.replaced import AttentionCall, replaced_attention
-from compress.models.retention import Measured, spearman
+from compress.models.retention import spearman
 from compress.models.trained import load_trained
 from compress.plan import ModelShape, Plan, plan_of_layers, read_plan, uniform_plan
 from compress.runfolder import PREPARED
-from compress.runtime.span import PAGE
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import Problem
@@ -116,7 +113,7 @@ def main() -> None:
     add("--recover-tokens", type=int, default=1_000_000, help="of the training of `recovered`")
     add("--recover-length", type=int, default=4096, help="tokens of its sequences")
     add("--recover-shares", default="12.5", help="at which it is trained, in percent, by commas")
-    add("--long-texts", type=int, default=16, help="texts as long as those of the measures that give thresholds")
+    add("--long-texts", type=int, default=8, help="texts, as long as those of the measures, that give thresholds")
     add("--quick", action="store_true", help="a run of minutes on a CPU, to see all of it work")
     parser.set_defaults(length=8192, windows=8, written=200_000, written_length=512)
     options = parser.parse_args()
@@ -169,43 +166,6 @@ def prepare_base(options: argparse.Namespace, seed: int) -> None:
     write_json(rows.figures(options, rows.BASE, seed), {"row": rows.BASE, "seed": seed, **facts, "cells": []})
 
 
-def set_thresholds(options: argparse.Namespace, session: Session, seed: int) -> None:
-    """Take thresholds from texts as long as the measured ones, which need no repetition: the scores of shorter texts
-    are higher, and a threshold of theirs keeps less of a long one than it says."""
-    model, length = session.loaded.model, options.length - ROOM
-    text = UndividedText(path=str(rows.corpus(options)))
-    ids = session.reader(None).ids(text, "calibration", 1 << 40)
-    starts = [(len(ids) - length) * number // options.long_texts for number in range(options.long_texts)]
-    mixers = {scorer: scorers_of(session.loaded, scorer) for scorer in SCORERS}
-    found = {scorer: Measured(session.shape.layers, session.shape.kv_heads) for scorer in SCORERS}
-
-    def attend(call: AttentionCall) -> torch.Tensor:
-        assert call.hidden is not None
-        positions = torch.arange(call.key.shape[2], device=call.key.device)[None]
-        for scorer, by_layer in mixers.items() if call.window is None else ():
-            scores = by_layer[call.layer](call.hidden, call.key, call.value, positions)[0, :, PAGE:]
-            found[scorer].add(call.layer, scores, scores)
-        return call.dense()
-
-    with torch.no_grad(), replaced_attention(model, "compress_thresholds", attend, inputs=True):
-        for start in starts:
-            for measured in found.values():
-                measured.begin(length)
-            tokens = torch.tensor([list(ids[start : start + length])], device=model.device)
-            model.base_model(input_ids=tokens, use_cache=False)
-    folder = options_of(options, seed)
-    records = read_options(folder)
-    named = {RetainGroup.model_validate(record.target).scorer: name for name, record in records.items()}
-    for option in read_prepared(folder):
-        assert option.retention is not None
-        name = named[option.target.model_dump()["scorer"]]
-        retention = found[option.target.model_dump()["scorer"]].retention()
-        retention = replace(retention, rank=option.retention.rank)
-        records[name] = write_option(folder / name, records[name], option.tensors, retention)
-    write_record(folder, records)
-    attach(model, read_prepared(folder))
-
-
 def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe whose preparation trains the scorers; its other stages do not run."""
     lengths = [int(length) for length in options.prepare_lengths.split(",")]
@@ -213,7 +173,15 @@ def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     written = {"source": "generated", "tokens": options.written, "length": options.written_length}
     prepare: dict[str, Any] = {
         "targets": [{"target": "retain", "scorer": scorer} for scorer in SCORERS],
-        "objectives": [{"name": "reconstruction", "lengths": lengths, "documents": 4}],
+        "objectives": [
+            {
+                "name": "reconstruction",
+                "lengths": lengths,
+                "documents": options.long_texts,
+                # Scores of shorter texts are higher: a threshold of theirs keeps less of a long one than it says.
+                "thresholds": [options.length - ROOM],
+            }
+        ],
         "text": text,
         "length": max(lengths),
         "batch_size": 1,
