@@ -230,7 +230,14 @@ def delta_case(checks: Checks, dim: int, share: int, dtype: torch.dtype, *, deca
     name = f"delta D {dim} heads {share}{' decay' * decay}{' own' * own}"
     checks.add(f"{name} out", "out", dtype, mine, exact)
     checks.add(f"{name} state", "out", dtype, state, states[:, :, last])
-    found = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights)
+    pairs = layout(Rows.whole(batch, columns), chunk, stream, count=count, absorbed=absorbed, own=own)
+    poison()
+    with torch.inference_mode():  # a state for every other chunk, which only gradients want
+        again, state = gated_delta(q, k, v, s, pairs, log_decay=d, strength=b)
+    checks.add(f"{name} out by pairs", "out", dtype, again, exact)
+    checks.add(f"{name} state by pairs", "out", dtype, state, states[:, :, last])
+    poison()
+    found = torch.autograd.grad(mine, [x for x in leaves if x is not None], weights.to(mine.dtype))
     for label, a, e in zip(("query", "key", "value", "first", "strength", "decay"), found, wanted, strict=False):
         checks.add(f"{name} d{label}", "gradient", dtype, a, e)
 
@@ -542,14 +549,15 @@ def delta_parts(length: int) -> dict[str, float]:
     value = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
     strength, log_decay = (torch.rand(1, heads, length, device=DEVICE) for _ in range(2))
     chunk = torch.arange(length // PAGE, device=DEVICE).expand(1, heads, -1).contiguous()
-    where = with_decays(layout(Rows.whole(1, length), chunk, length, own=True, segment=1), -0.05 * log_decay, length)
-    written, erased, kept = triton_linear_delta.chunk_writes(key, value, strength, where)
-    slots = Slots.like(key, value, length // PAGE, BF16)
+    log_decay = -0.05 * log_decay
+    bare = layout(Rows.whole(1, length), chunk, length, own=True)
+    where = with_decays(bare, log_decay, length)
+    written, erased = triton_linear_delta.chunk_writes(key, value, strength, where)
+    slots = Slots(triton_linear_delta.chunk_updates(key, written, erased, None, where)[0], strength)
     calls: dict[str, Callable[[], Any]] = {
+        "sums of decays": lambda: with_decays(bare, log_decay, length),
         "writes of chunks": lambda: triton_linear_delta.chunk_writes(key, value, strength, where),
-        "states along them": lambda: triton_linear_delta.walk(
-            written, erased, kept, slots.matrices, None, where, reverse=False
-        ),
+        "states along them": lambda: triton_linear_delta.chunk_updates(key, written, erased, None, where),
         "read": lambda: triton_linear.read(query, key, written, slots, where, None, mean=False, mass=False),
     }
     took = {f"delta, {name}": measure.graphed_times(call, DEVICE, calls=5).median for name, call in calls.items()}
@@ -681,7 +689,15 @@ def fla_pairs(length: int) -> tuple[dict[str, tuple[Callable[[], Any], Callable[
             lambda: chunk_simple_gla(*by_token, scale=1.0, g_gamma=slopes)[0],
         ),
         "gated delta": (
-            lambda: gated_delta(query, unit, value, None, by_chunk, log_decay=log_decay, strength=strength)[0],
+            lambda: gated_delta(
+                query,
+                unit,
+                value,
+                None,
+                where if torch.is_inference_mode_enabled() else by_chunk,
+                log_decay=log_decay,
+                strength=strength,
+            )[0],
             lambda: chunk_gated_delta_rule(*with_unit, *gates, scale=1.0)[0],
         ),
     }
@@ -828,14 +844,19 @@ FEATURES: tuple[dict[str, Any], ...] = (
     {}, {"registers": 128}, {"registers": 144}, {"registers": 192}, {"registers": 255}, {"warps": 8, "registers": 128},
     {"tokens": 32}, {"tokens": 32, "warps": 2}, {"tokens": 128, "warps": 8},
 )  # fmt: skip
-DELTA: tuple[dict[str, Any], ...] = ({}, {"stages": 1}, {"values": 64, "stages": 1}, {"values": 16}, {"warps": 8})
+DELTA: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("delta", {}), ("delta", {"stages": 1}), ("delta", {"stages": 2}), ("delta", {"stages": 4}),
+    ("delta", {"values": 16}), ("delta", {"values": 16, "stages": 2}), ("delta", {"values": 64}),
+    ("delta", {"warps": 8}), ("writes", {"registers": 128}), ("writes", {"registers": 255}),
+    ("writes", {"warps": 8, "registers": 128}), ("writes", {"warps": 8, "registers": 80}),
+)  # fmt: skip
 
 
 def with_config(name: str, change: dict[str, int]) -> Any:
     """A context in which the launches of that name, or of one that begins so, have other parameters."""
     configs = tuned.linear_config(2, DEVICE)
     changed = {of: config | change if of.startswith(name) else config for of, config in configs.items()}
-    module = triton_linear_delta if name == "delta" else triton_linear_layout
+    module = triton_linear_delta if name in ("delta", "writes") else triton_linear_layout
     return mock.patch.object(module, "linear_config", lambda *_: changed)
 
 
@@ -888,7 +909,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     query = torch.rand(1, heads, length, count, device=DEVICE, dtype=BF16)
     key = torch.rand(1, groups, stream, count, device=DEVICE, dtype=BF16)
     value = torch.rand(1, groups, stream, dim, device=DEVICE, dtype=BF16)
-    segment = 1 if what == "delta" else change if what == "segments" else SEGMENT
+    segment = change if what == "segments" else SEGMENT
     where = layout(Rows.whole(1, length), chunk, stream, own=own, segment=segment)
     if what == "states":
         way, more = change
@@ -904,7 +925,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
         unit = normalize(key, dim=-1)
 
         def delta() -> None:
-            with with_config("delta", change):
+            with with_config(*change), torch.inference_mode():
                 gated_delta(query, unit, value, None, where, log_decay=decay, strength=strength)
 
         return delta

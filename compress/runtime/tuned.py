@@ -107,6 +107,10 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys")
+_DELTA = ("writes", "delta", "delta_back")
+
+
 def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
     """Of the kernels of linear heads, by name: features, values and heads at once, warps, pipeline depth.
 
@@ -114,11 +118,10 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
-        return dict.fromkeys(("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys", "delta"), small)
+        return dict.fromkeys((*_LINEAR, *_DELTA), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        found = dict.fromkeys(("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys"), small)
-        return {**found, "delta": {**small, "values": 16}}
+        return dict.fromkeys(_LINEAR, small) | {name: {**small, "values": 16} for name in _DELTA}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
         "scan_few": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 4},
@@ -127,7 +130,9 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
         "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 3, "registers": 128},
         "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
-        "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
+        "writes": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1, "registers": 168},
+        "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 3},
+        "delta_back": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
     }
 
 
