@@ -156,17 +156,20 @@ def linear_few(programs: int, device: torch.device) -> bool:
     return programs <= _multiprocessors(device)
 
 
-def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
-    """How one token reads a state, for query heads of a group.
+def linear_decode_config(share: int, features: int, device: torch.device) -> dict[str, Any]:
+    """How one token reads a state of so many features, for query heads of a group.
 
     Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
-    features; numbers of a block, warps, and blocks on their way.
+    features; numbers of a block, features that follow each other in a thread's neighbours (`piece`), warps, and blocks
+    on their way.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
-        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1}
+        return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1}
     if share > 4:
-        return {"dot": True, "features": 256, "numbers": 4096, "warps": 2, "stages": 1}
-    return {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1}
+        return {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1}
+    # Blocks of eight columns, or of fewer where they are long.
+    numbers = 1024 if features <= 128 else 2048
+    return {"dot": False, "features": 0, "numbers": numbers, "piece": 1024, "warps": 1, "stages": 1}
 
 
 def launches_overlap(device: torch.device) -> bool:
