@@ -43,8 +43,8 @@ def on_the_gpu_where_there_is_one() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def outputs_between_guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What kernels write into lies in NaN, and between rows of it that stay as they are."""
-    guard, made = 1024, []
-    plain = torch.Tensor.new_empty
+    guard, plain = 1024, torch.Tensor.new_empty
+    made: list[torch.Tensor] = []
 
     def new_empty(like: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
         size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
