@@ -169,7 +169,7 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
         return {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1}
     # Blocks of eight columns, or of fewer where they are long.
     numbers = 1024 if features <= 128 else 2048
-    return {"dot": False, "features": 0, "numbers": numbers, "piece": 1024, "warps": 1, "stages": 1}
+    return {"dot": False, "features": 0, "numbers": numbers, "piece": 32, "warps": 1, "stages": 1}
 
 
 def launches_overlap(device: torch.device) -> bool:
