@@ -505,7 +505,8 @@ def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: 
 
 def written_again(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, rows: Rows) -> Any:
     """The same into a reserved cache that is taken for empty each time, so that a CUDA graph can hold it."""
-    impl, state = IMPLS["triton"], mixer.state(key.shape[2])
+    impl: Any = IMPLS["triton"]
+    state = mixer.state(key.shape[2])
     state.begin(key, value)
 
     def write() -> None:
@@ -559,7 +560,7 @@ def part_rows() -> list[dict[str, Any]]:
     """What judging, counting and compacting take of a layer: of a prefill with a cache, and of a decode step."""
     found: list[dict[str, Any]] = []
     run = dense_layer()
-    impl = IMPLS["triton"]
+    impl: Any = IMPLS["triton"]
     for length in LENGTHS:
         query, key, value = random_qkv(LLAMA, 1, length, DEVICE, BF16)
         hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)

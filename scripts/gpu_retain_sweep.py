@@ -3,8 +3,8 @@
 python scripts/gpu_retain.py FOLDER sweep     one GPU, about 200 s
 
 A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once in a process of its own,
-where it is compiled and where a wrong launch spoils nothing else; what it gives has to agree with what the parameters in
-use give. Those that are right are then timed in one process, one after the other.
+where it is compiled and where a wrong launch spoils nothing else; what it gives has to agree with what the parameters
+in use give. Those that are right are then timed in one process, one after the other.
 """
 
 from __future__ import annotations
