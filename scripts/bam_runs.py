@@ -9,14 +9,16 @@ on the mix of both. Rows:
     wiki-mixed, novels-mixed   each of them, trained on the mix as the upcycled models are
     average                    the mean of their weights, trained on the mix
     dense                      the model itself, trained on the mix on the tokens of all three trainings together
-    ffn                        MLP experts alone, one attention (the mean of both)
-    bam                        attention and MLP experts, each with keys and values of its own
+    ffn                        MLP experts alone, all mixed by gates, and one attention (the mean of both)
+    bam                        attention and MLP experts, all mixed by gates, each with keys and values of its own
     bam-shared                 the same with shared keys and values
-    bam-random                 as bam, with routers that start at random, as published, and not from the texts
+    bam-top1                   as bam, with one MLP a token, as published; ffn-top1 likewise
+    bam-random                 as bam-top1, with routers that start at random, as published, and not from the texts
     bam-p                      as bam-random, with MLPs times the router's share, as published
     bam-three                  as bam-random, with the model itself as a third expert, as published
 
-The last three run only where they are named. WikiText-2's training part is trained on and its test part measured on;
+The last three and ffn-top1 run only where they are named. An expert reads less than two passes of its text, and the mix
+has as many tokens: with more, these small texts are learnt by heart (profiles/smollm2-135m/bam). WikiText-2's training part is trained on and its test part measured on;
 of every novel the first nine tenths are trained on and the rest is measured on. In the mix both have the same share:
 the shorter text is repeated. FOLDER of texts has novels (*.txt, in it or in pg_books/) and WikiText-2's raw files
 (wiki.train*.txt and wiki.test*.txt, in it or in wikitext2/).
@@ -80,7 +82,8 @@ class Row:
     named: bool = False
 
 
-RANDOM = {"texts": [], "start": "random"}
+TOP = {"mlp": {"top": 1}}
+RANDOM = {"texts": [], "start": "random", **TOP}
 ROWS = {
     **{name: Row("seed", name) for name in EXPERTS},
     **{f"{name}-mixed": Row(name) for name in EXPERTS},
@@ -89,8 +92,10 @@ ROWS = {
     "ffn": Row(upcycle={"attention": "base"}),
     "bam": Row(),
     "bam-shared": Row(upcycle={"kv": "shared"}),
+    "bam-top1": Row(upcycle=TOP),
+    "ffn-top1": Row(upcycle={"attention": "base", **TOP}, named=True),
     "bam-random": Row(upcycle=RANDOM, named=True),
-    "bam-p": Row(upcycle=RANDOM | {"mlp": {"weight": "p"}}, named=True),
+    "bam-p": Row(upcycle=RANDOM | {"mlp": {"top": 1, "weight": "p"}}, named=True),
     "bam-three": Row(upcycle=RANDOM | {"seed": True}, named=True),
 }
 
@@ -100,8 +105,8 @@ def main() -> None:
     usual = [name for name, row in ROWS.items() if not row.named]
     parser = rows.arguments((__doc__ or "").splitlines()[0], usual)
     add = parser.add_argument
-    add("--expert-tokens", type=int, default=1_638_400, help="that each expert is trained on")
-    add("--tokens", type=int, default=1_638_400, help="of the mix that each other row is trained on")
+    add("--expert-tokens", type=int, default=409_600, help="that each expert is trained on")
+    add("--tokens", type=int, default=409_600, help="of the mix that each other row is trained on")
     add("--rate", type=float, default=1e-4, help="highest learning rate of all trainings")
     add("--router-rate", type=float, default=1e-3, help="the same of routers")
     add("--balance", type=float, default=0.01, help="weight of the load balance of MLPs")
@@ -113,7 +118,7 @@ def main() -> None:
     )
     add("--router-z", type=float, default=1e-3, help="weight of the squared log-sum-exp of their routers' logits")
     add("--router-tokens", type=int, default=32_768, help="of each expert's text that routers start from")
-    parser.set_defaults(length=512, batch=16, micro=16, windows=128)
+    parser.set_defaults(length=512, batch=8, micro=8, windows=128)
     rows.main(parser.parse_args(), ROWS, run_row, print_table, first=EXPERTS)
 
 
@@ -240,8 +245,8 @@ def upcycled(session: Session, name: str, plan: Plan, weights: Path) -> Variant:
 
 @torch.no_grad()
 def gates_of(options: argparse.Namespace, session: Session, model: Any) -> dict[str, dict[str, list[float]]]:
-    """By text and kind, the mean over layers and tokens of every expert's gate: that of its attention, and how often
-    its MLP is chosen."""
+    """By text and kind, the mean over layers and tokens of every expert's gate: that of its attention, and that of its
+    MLP, or how often it is chosen."""
     found: dict[str, dict[str, list[float]]] = {}
     for name in EXPERTS:
         text = UndividedText(path=str(text_file(options, f"{name}-test")))
@@ -252,8 +257,8 @@ def gates_of(options: argparse.Namespace, session: Session, model: Any) -> dict[
             record = Record()
             model.base_model(input_ids=window[None].to(model.device), use_cache=False, compress_record=record)
             gates = list(record.expert_gates.values())
-            chosen = [routing.chosen.double() for routing in record.mlp_routing.values()]
-            for kind, values in (("attention", gates), ("mlp", chosen)):
+            mlps = [x.probs if bool(x.chosen.all()) else x.chosen for x in record.mlp_routing.values()]
+            for kind, values in (("attention", gates), ("mlp", mlps)):
                 if values:
                     mean = torch.stack([each.double().mean(0).cpu() for each in values]).mean(0)
                     sums.setdefault(kind, []).append(mean)
@@ -344,7 +349,7 @@ def print_table(folder: Path) -> None:
                 expert = EXPERTS.index(text) + len(means) - len(EXPERTS)  # the model itself is the first of three
                 word = "named" if max(means) == means[expert] else "NOT named"
                 shown = ", ".join(f"{mean:.3f}" for mean in means)
-                what = "mean gate of attentions" if kind == "attention" else "share of MLPs chosen"
+                what = "mean gate of attentions" if kind == "attention" else "mean gate, or share chosen, of MLPs"
                 print(f"{row['row']}-{row['seed']} on {text}: {what} {shown}; the expert of {text} is {word}")
 
 

@@ -10,6 +10,9 @@ Rows, all trained on the same tokens with the same losses; SHARE is the percenta
     UNIT-75-ROUTER-free         no unit is shared
     UNIT-75-two_stage-relative  routers are prepared on what is more than usual of each unit (`relative`)
     UNIT-75-two_stage-both      `relative`, and no unit is shared
+    UNIT-75-two_stage-fade      what a token does not use fades over the first third of the training (`fade`)
+    UNIT-75-two_stage-loose     with a tenth of the balance loss; -slow: with a third of the routers' learning rate
+    UNIT-75-two_stage-eased     `fade` and `loose`; -eased-relative and -eased-both also prepared as the two above
     group-75-two_stage-uneven   without a balance loss; -mean: with the mean over layers of it in place of the sum
     group-75-two_stage-mixers   trains the routers alone; -lora: with low-rank updates of the projections
     pruned-SHARE                removes as many groups of each layer as `group-SHARE` has off, those that score least
@@ -25,7 +28,7 @@ common (profile, written text, the routers' preparation, the dense model's figur
 Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
 command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
 FOLDER/rows.json all its numbers; FOLDER/plots draws the load of every head, a file a row. Rows that are not at 75% run
-with the first seed alone. Where no rows are named, the forms of the second to seventh line, and `random` at other
+with the first seed alone. Where no rows are named, the forms from the second line to `-lora`, and `random` at other
 shares than 75%, are left out.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
@@ -115,8 +118,14 @@ def all_rows() -> dict[str, Row]:
             found[f"{unit}-75-{router}-first"] = Row(75, unit, router, "first")
             found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
         relative = ("objectives", [{"name": "routing", "relative": True}])
-        found[f"{unit}-75-two_stage-relative"] = Row(75, unit, "two_stage", prepare=(relative,))
-        found[f"{unit}-75-two_stage-both"] = Row(75, unit, "two_stage", "none", prepare=(relative,))
+        fade, loose = ("fade", 0.33), ("balance", 0.001)
+        for end, keys in (("", ()), ("eased-", (fade, loose))):
+            name = f"{unit}-75-two_stage-{end}"
+            found[f"{name}relative"] = Row(75, unit, "two_stage", recover=keys, prepare=(relative,))
+            found[f"{name}both"] = Row(75, unit, "two_stage", "none", recover=keys, prepare=(relative,))
+        for end, keys in (("fade", (fade,)), ("loose", (loose,)), ("eased", (fade, loose))):
+            found[f"{unit}-75-two_stage-{end}"] = Row(75, unit, "two_stage", recover=keys)
+        found[f"{unit}-75-two_stage-slow"] = Row(75, unit, "two_stage", recover=(("mixer_rate", 1e-3),))
     changed: dict[str, tuple[tuple[str, Any], ...]] = {
         "uneven": (("balance", 0.0),),
         "mean": (("objectives", MEAN),),

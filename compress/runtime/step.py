@@ -205,6 +205,11 @@ class Step:
         runs = Rows(tuple(past), (0,) * batch, (count,) * batch) if valid is None else None
         return _step_of_runs(cache, runs, valid, past)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the host knows that every column is a token."""
+        return self.rows is not None and self.rows.is_whole(self.columns)
+
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position of every column among its sequence's tokens, from 0, `[B, T]`; -1 where it is no token."""
         if self.rows is None:

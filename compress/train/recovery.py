@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
 from compress.runtime.step import Record
 from compress.train.curve import Curve
+from compress.train.fading import FadingUnits, faded
 from compress.train.keeping import AnnealedDecisions, KeptShare, check_decisions, decided, measure_again
 from compress.train.loop import Learn, Progress, train
 from compress.train.lora import attach, merge
@@ -219,7 +221,10 @@ class _Student:
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
         given = {"input_ids": inputs["input_ids"]}
-        with window_dropped(self.module, inputs.get("dropped", ())), decided(self.module, inputs.get("decisions")):
+        with ExitStack() as during:
+            during.enter_context(window_dropped(self.module, inputs.get("dropped", ())))
+            during.enter_context(decided(self.module, inputs.get("decisions")))
+            during.enter_context(faded(self.module, inputs.get("left", 0.0)))
             if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
                 self._run_in_parts(module, given, planned, learn, parts)
                 return
@@ -374,7 +379,7 @@ def _train_and_merge(
         trained = train(
             _Student(copied, teacher, low, whole=whole, as_kept=as_kept),
             losses,
-            AnnealedDecisions.of(DroppedWindows.of(batches, copied, settings, f"{seed}/windows"), copied, settings),
+            _batches(batches, copied, settings, seed),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
             partial,
             accelerator,
@@ -395,6 +400,12 @@ def _train_and_merge(
         weight.data = weight.data.to(dtypes[name])
         weight.grad = None
     model.requires_grad_(True).eval()
+
+
+def _batches(batches: WindowBatches, model: Any, settings: RecoverSettings, seed: int) -> Any:
+    """Batches that say what is otherwise in their passes: windows left out, soft decisions, heads that fade."""
+    made = DroppedWindows.of(batches, model, settings, f"{seed}/windows")
+    return FadingUnits.of(AnnealedDecisions.of(made, model, settings), model, settings)
 
 
 def _rates(model: Any, settings: RecoverSettings) -> dict[str, float]:
