@@ -119,13 +119,16 @@ def all_rows() -> dict[str, Row]:
             found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
         relative = ("objectives", [{"name": "routing", "relative": True}])
         fade, loose = ("fade", 0.33), ("balance", 0.001)
-        for end, keys in (("", ()), ("eased-", (fade, loose))):
-            name = f"{unit}-75-two_stage-{end}"
-            found[f"{name}relative"] = Row(75, unit, "two_stage", recover=keys, prepare=(relative,))
-            found[f"{name}both"] = Row(75, unit, "two_stage", "none", recover=keys, prepare=(relative,))
-        for end, keys in (("fade", (fade,)), ("loose", (loose,)), ("eased", (fade, loose))):
-            found[f"{unit}-75-two_stage-{end}"] = Row(75, unit, "two_stage", recover=keys)
-        found[f"{unit}-75-two_stage-slow"] = Row(75, unit, "two_stage", recover=(("mixer_rate", 1e-3),))
+        for eased in (False, True):
+            own: tuple[tuple[str, Any], ...] = (fade, loose) if eased else ()
+            name = f"{unit}-75-two_stage-{'eased-' if eased else ''}"
+            found[f"{name}relative"] = Row(75, unit, "two_stage", recover=own, prepare=(relative,))
+            found[f"{name}both"] = Row(75, unit, "two_stage", "none", recover=own, prepare=(relative,))
+        slow = ("mixer_rate", 1e-3)
+        forms: dict[str, tuple[tuple[str, Any], ...]]
+        forms = {"fade": (fade,), "loose": (loose,), "eased": (fade, loose), "slow": (slow,)}
+        for form, own in forms.items():
+            found[f"{unit}-75-two_stage-{form}"] = Row(75, unit, "two_stage", recover=own)
     changed: dict[str, tuple[tuple[str, Any], ...]] = {
         "uneven": (("balance", 0.0),),
         "mean": (("objectives", MEAN),),
