@@ -152,8 +152,11 @@ def test_of_several_models_in_one_it_tells_of_their_mlps_and_gates(text: FileTex
     experts = {"a": loaded.model, "b": loaded.model}
     several, _, _ = upcycle(loaded.model, experts, mlp=MlpRouting(top=1))  # routers of zeros
     mixed, _, _ = upcycle(loaded.model, experts)
-    rows = [Variant(name, lambda model=model: model, name) for name, model in (("b", several), ("c", mixed))]
-    rows.insert(0, Variant("dense", lambda: loaded.model))
+    rows = [
+        Variant("dense", lambda: loaded.model),
+        Variant("b", lambda: several, "b"),
+        Variant("c", lambda: mixed, "c"),
+    ]
     asked = [measures["load"](text=text, length=LENGTH, windows=1)]
     comparison = compare(loaded, rows, asked, seed=0, cache_dir=tmp_path)
     (found,), (of_mixed,) = (variant.of("load") for variant in comparison.variants[1:])
