@@ -283,7 +283,7 @@ def gates_of(options: argparse.Namespace, session: Session, model: Any) -> dict[
             record = Record()
             model.base_model(input_ids=window[None].to(model.device), use_cache=False, compress_record=record)
             gates = list(record.expert_gates.values())
-            mlps = [x.probs if bool(x.chosen.all()) else x.chosen for x in record.mlp_routing.values()]
+            mlps = [each.probs if each.mixed else each.chosen for each in record.mlp_routing.values()]
             for kind, values in (("attention", gates), ("mlp", mlps)):
                 if values:
                     mean = torch.stack([each.double().mean(0).cpu() for each in values]).mean(0)

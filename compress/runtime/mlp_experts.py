@@ -99,7 +99,8 @@ class MlpExperts(nn.Module):
             real, tokens = by_sequence.flatten(), tuple(by_sequence.sum(1).tolist())
             parts = (parts[0][real], parts[1][real], parts[2][real])
         units = ((),) * len(self.experts)
-        step.record.add_mlp_routing(self.layer, Routing(*parts, units, (), tokens))
+        mixed = self.top == len(self.experts)
+        step.record.add_mlp_routing(self.layer, Routing(*parts, units, (), tokens, mixed))
 
     def routed(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, which experts are chosen, and their weights in the dtype of the rows, `[rows, experts]` each."""

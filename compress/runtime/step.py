@@ -26,6 +26,7 @@ class Routing:
         units: for each of the E units, the query heads of the layer that it is, of those that stay.
         shared: the same for the units that are always on.
         tokens: of each sequence, whose rows follow each other; N together.
+        mixed: whether every token uses all of them, times their probabilities, so that nothing is chosen.
     """
 
     logits: torch.Tensor
@@ -34,6 +35,7 @@ class Routing:
     units: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...]
+    mixed: bool = False
 
 
 @dataclass(frozen=True)

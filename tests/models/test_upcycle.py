@@ -22,6 +22,7 @@ from compress.runtime.families import ROWS
 from compress.runtime.span import PAGE
 from compress.runtime.step import Record
 from compress.train.curve import Curve
+from compress.train.objectives.routing import balance_loss
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
@@ -153,6 +154,9 @@ def test_only_real_tokens_are_recorded(made: tuple[Any, Any]) -> None:
         assert torch.equal(padded.mlp_routing[layer].chosen, chosen)
         assert chosen.sum(1).eq(plan.upcycle.mlps).all()
         assert padded.mlp_routing[layer].tokens == (20, 25)
+        assert (float(balance_loss(padded.mlp_routing[layer]).detach()) == 0) == (
+            plan.upcycle.mlps == 2
+        )  # mixed: no load
         assert len(chosen) == int(mask.sum())
 
 
