@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -103,12 +104,14 @@ def dense_model() -> Any:
         num_key_value_heads=3,
         head_dim=64,
         max_position_embeddings=8192,
-        rope_theta=100_000,
+        initializer_range=0.05,  # logits that say something
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000},
         tie_word_embeddings=True,
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to("cuda", torch.bfloat16).eval()
 
 
 def measured(dense: Any, row: str, name: str, text: list[int], options: Any) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def measured(dense: Any, row: str, name: str, text: list[int], options: Any) -> 
         model = copy.deepcopy(dense)
         with torch.no_grad():  # or there is nothing to learn
             for weight in model.parameters():
-                weight.add_(0.002 * torch.randn_like(weight))
+                weight.add_(0.01 * torch.randn_like(weight))
     else:
         linear = LinearGroup(map="hedgehog", sink=4, alpha=64)
         model = planned_model(dense, uniform_plan(shape_of(dense), linear), untrained=True)
@@ -160,7 +163,7 @@ def measured(dense: Any, row: str, name: str, text: list[int], options: Any) -> 
         profiler.__exit__(None, None, None)
         table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=80)
         (options.folder / f"kernels-{row}.txt").write_text(table)
-    gaps = [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+    gaps = [1000 * (b - a) for a, b in pairwise(times)]
     gaps = gaps[:-1] if profiler is not None else gaps  # the last step was profiled
     curve = [json.loads(each) for each in (folder / "loss.jsonl").read_text().splitlines()]
     seconds = [float(part) for each in lines for part in re.findall(r"compiled decoder layers in (\d+) s", each)]
@@ -183,7 +186,7 @@ def line(key: str, each: dict[str, Any], found: dict[str, Any]) -> str:
         return f"{key:28}  {each['error'][:90]}"
     first = found.get(f"{key.split(':')[0]}: before", {}).get("step_ms")
     faster = f"{first / each['step_ms']:.2f}" if first else "-"
-    losses = " ".join(f"{loss:.5f}" for loss in each["distill"][:4])
+    losses = " ".join(f"{loss:.5g}" for loss in each["distill"][:4])
     compiled = "-" if each["compiled_s"] is None else f"{each['compiled_s']:.0f}"
     refused = f"  LOSSES IN PLAIN PYTORCH: {each['losses_refused']}" if each["losses_refused"] else ""
     return (

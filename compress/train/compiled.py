@@ -79,7 +79,7 @@ def compiled(
 def _compile(models: Sequence[Any], undo: ExitStack, by_part: bool) -> None:
     from torch._dynamo import config  # which takes a second to import
 
-    undo.enter_context(config.patch(recompile_limit=VARIANTS, suppress_errors=True))  # type: ignore[no-untyped-call]
+    undo.enter_context(config.patch(recompile_limit=VARIANTS, suppress_errors=True))
     for model in models:
         for layer in layers_of(model):
             for unit in layer.children() if by_part else (layer,):

@@ -177,7 +177,7 @@ class Divergence(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         student, teacher, student_log, teacher_log = ctx.saved_tensors
         rows, size = student.shape
         to, block = torch.empty_like(student, memory_format=torch.contiguous_format), _block(size)
@@ -214,7 +214,7 @@ class Surprise(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, log = ctx.saved_tensors
         rows, size = logits.shape
         to, block = torch.empty_like(logits, memory_format=torch.contiguous_format), _block(size)

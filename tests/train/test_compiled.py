@@ -27,7 +27,7 @@ def distilled(folder: Path, said: LINES, **changes: Any) -> torch.Tensor:
     model = planned_model(
         dense, uniform_plan(shape_of(dense), LinearGroup(map="hedgehog", sink=1, alpha=4)), untrained=True
     )
-    given = {"train": "full", "loss": "distill", "steps": 2, "micro_batch": 3, **changes}
+    given = {"train": "full", "loss": "distill", "steps": 2, **changes}
     recover(model, settings(**given), text(), folder, teacher=dense, progress=lambda *line: said.append(line[2]))
     for each in (dense, model):
         assert not any("forward" in vars(module) for module in each.modules())
@@ -48,7 +48,7 @@ def test_compiled_layers_train_to_the_same_weights(
     said: LINES = []
     weights = distilled(tmp_path, said, compile=True, checkpointing=checkpointing)
     assert any(line.startswith("compiled decoder layers in") for line in said)
-    torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_a_compiler_that_fails_stops_nothing(

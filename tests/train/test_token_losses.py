@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -40,8 +38,8 @@ def close(loss: torch.Tensor, leaf: torch.Tensor, exact: torch.Tensor, wide: tor
 def test_divergence_is_that_of_float64(dtype: torch.dtype, size: int, temperature: float) -> None:
     leaf, teacher = logits(4, size, dtype).requires_grad_(), logits(4, size, dtype)
     wide = leaf.detach().double().requires_grad_()
-    logs = ((x / temperature).log_softmax(-1) for x in (wide, teacher.double()))
-    exact = kl_div(*logs, reduction="sum", log_target=True)
+    own, other = ((x / temperature).log_softmax(-1) for x in (wide, teacher.double()))
+    exact = kl_div(own, other, reduction="sum", log_target=True)
     close(Divergence.apply(leaf, teacher, temperature), leaf, exact, wide)
 
 
@@ -69,12 +67,12 @@ def test_kernels_that_compute_something_else_are_refused_and_told(
     device = torch.device(DEVICE)
     assert token_losses.refusal(device, torch.float32) is None
 
-    def wrong(*args: Any) -> torch.Tensor:
-        return 1.01 * Surprise.apply(*args)
+    def wrong(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.float().mean()
 
     told: list[str] = []
     monkeypatch.setattr(token_losses.logger, "warning", told.append)
-    monkeypatch.setattr(token_losses.Surprise, "apply", wrong)
+    monkeypatch.setattr(Surprise, "apply", wrong)
     token_losses.refusal.cache_clear()
     assert token_losses.refusal(device, torch.float32) is not None
     assert token_losses.refusal(device, torch.float32) is not None
