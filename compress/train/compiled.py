@@ -46,8 +46,7 @@ def compiled(
 ) -> Iterator[bool]:
     """Compile the decoder layers of models until the context ends; yields whether they are compiled.
 
-    What does not compile runs as it is. A compiler that fails stops nothing: one line is said, and the layers are left
-    as they were.
+    A compiler that fails stops nothing: that is told in one line, and the layers are left as they were.
 
     Args:
         rehearse: runs passes as they will be, which is when the compiler works.
@@ -60,26 +59,29 @@ def compiled(
         say(f"layers are not compiled: {reason}")
         yield False
         return
+    from torch._dynamo import config  # which takes a second to import
+
     began = time.perf_counter()
     with ExitStack() as undo:
+        undo.enter_context(config.patch(recompile_limit=VARIANTS))
         try:
             _compile(models, undo, by_part)
             say("compiling decoder layers")
             rehearse()
         except Exception as error:  # a compiler has many ways to fail, and none may end a training
             undo.close()
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning(f"decoder layers are trained as they are, because they cannot be compiled here: {first}")
+            reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+            logger.warning(f"decoder layers are trained as they are, because they cannot be compiled here: {reason}")
             yield False
             return
+        undo.enter_context(
+            config.patch(suppress_errors=True)
+        )  # what comes later runs as it is where it does not compile
         say(f"compiled decoder layers in {time.perf_counter() - began:.0f} s")
         yield True
 
 
 def _compile(models: Sequence[Any], undo: ExitStack, by_part: bool) -> None:
-    from torch._dynamo import config  # which takes a second to import
-
-    undo.enter_context(config.patch(recompile_limit=VARIANTS, suppress_errors=True))
     for model in models:
         for layer in layers_of(model):
             for unit in layer.children() if by_part else (layer,):
