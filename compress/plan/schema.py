@@ -193,7 +193,9 @@ class LayerPlan(Strict):
     """The decision for one layer.
 
     Attributes:
-        groups: one target per head group of the model.
+        groups: one target per head group of the model, in the model's order.
+        order: the head groups that stay in the order in which the planned model and its checkpoint have them; None
+            where that is the model's.
         queries: indices of the query heads that stay, the same number in every group that stays; None where groups
             keep all of theirs.
         mlp: None where the MLP is left as it is.
@@ -201,13 +203,23 @@ class LayerPlan(Strict):
     """
 
     groups: tuple[Group, ...] = Field(min_length=1)
+    order: tuple[int, ...] | None = None
     queries: tuple[int, ...] | None = None
     mlp: Mlp | None = None
     bias: OutputBias | None = None
 
+    @model_validator(mode="after")
+    def _orders_what_stays(self) -> LayerPlan:
+        stay = [number for number, group in enumerate(self.groups) if not group.removes]
+        if self.order is not None and sorted(self.order) != stay:
+            raise ValueError(f"order: expected each of the groups that stay once, {stay}, got {list(self.order)}")
+        return self
+
     @property
     def kept_groups(self) -> tuple[int, ...]:
-        """Indices of the head groups that stay."""
+        """Indices of the head groups that stay, in the order in which the planned model has them."""
+        if self.order is not None:
+            return self.order
         return tuple(number for number, group in enumerate(self.groups) if not group.removes)
 
     @property
@@ -345,7 +357,7 @@ class Plan(Strict):
         layers = []
         for layer in self.layers:
             row: dict[str, Any] = {
-                "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
+                "groups": [layer.groups[number].model_dump(mode="json") for number in layer.kept_groups]
             }
             wider = self.model.group_size > self.source.group_size
             if layer.queries is not None or len(row["groups"]) < len(layer.groups) or wider:
@@ -399,7 +411,7 @@ class Plan(Strict):
     def groups_that_stay(self) -> list[list[tuple[Target, int | None]]]:
         """Per layer, the target of every head group that stays, and the window that the layer itself has."""
         return [
-            [(group, native) for group in layer.groups if not group.removes]
+            [(layer.groups[number], native) for number in layer.kept_groups]
             for layer, native in zip(self.layers, self.model.native_windows, strict=True)
         ]
 
@@ -476,3 +488,8 @@ class Plan(Strict):
     def prunes(self) -> bool:
         """Whether anything of the model is removed."""
         return any(layer.prunes for layer in self.layers)
+
+    @property
+    def reordered_layers(self) -> int:
+        """Layers whose head groups the planned model has in another order than the model."""
+        return sum(layer.order is not None for layer in self.layers)

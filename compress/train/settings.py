@@ -120,7 +120,9 @@ class TrainSettings(Method):
 class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
-    outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control", "window_control"})
+    outside: ClassVar[frozenset[str]] = frozenset(
+        {"save_every", "shard", "checkpointing", "compile", "control", "window_control"}
+    )
     newer: ClassVar[dict[str, Any]] = {
         "objectives": [],
         "mixer_rate": None,
@@ -207,6 +209,11 @@ class RecoverSettings(TrainSettings):
     )
     checkpointing: bool | None = Field(
         None, description="recompute layers in the backward pass; null does so if memory is short"
+    )
+    compile: bool | None = Field(
+        None,
+        description="compile the decoder layers for the training (`torch.compile`); null does so on a GPU where the "
+        "training is long enough to gain by it",
     )
     shard: bool = Field(
         False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"
