@@ -35,8 +35,8 @@ Rows run in `--at-once` processes on each GPU, those that are done are only read
 `--minutes`. The table is printed last; FOLDER/retain.json has all numbers with the machine and the versions.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's training text in it
-or in wikitext2/, if any. Scorers are trained on these other texts, book and encyclopedia in turn, every second piece of
-each with facts that are stated in between, in wordings and words for calibration.
+or in wikitext2/, if any. Scorers are trained on these other texts, half as much encyclopedia as books, with facts
+stated in half of the pieces, in wordings and words for calibration.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def prepare_base(options: argparse.Namespace, seed: int) -> None:
 
 
 def training_text(options: argparse.Namespace) -> Path:
-    """Book and encyclopedia in turn, as much of each, and statements of facts between paragraphs of every second piece.
+    """Books, half as much of an encyclopedia in turn with them, and facts between paragraphs of half of the pieces.
 
     Scorers that only see prose never learn what is worth keeping of what people ask for.
     """
@@ -194,7 +194,7 @@ def training_text(options: argparse.Namespace) -> Path:
         prose = _paragraphs(files or [held])
         size, articles = sum(map(len, prose)), _paragraphs([] if train is None else [train])
         total, rng = 0, random.Random("statements")
-        while articles and sum(map(len, articles)) > size:  # as much as there are books
+        while articles and sum(map(len, articles)) > size / 2:  # thresholds are for novels
             articles.pop()
         parts = [_pieces(prose), _pieces(articles)]
         pieces = [part[number] for number in range(max(map(len, parts))) for part in parts if number < len(part)]
