@@ -44,26 +44,34 @@ def flag_pages(device: torch.device) -> int:
 
 
 def scorer_config(width: int, itemsize: int, device: torch.device) -> dict[str, int]:
-    """Tokens at once, groups at once where the scorer has hidden units, numbers of the input at once, warps, depth."""
+    """Tokens at once, groups at once where the scorer has hidden units, numbers of the input at once, warps, depth.
+
+    Groups are a power of two.
+    """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         return {"tokens": 64, "groups": 1, "block": 16, "warps": 4, "stages": 1}
     if itemsize > 2:
         return {"tokens": 32, "groups": 1, "block": 32, "warps": 4, "stages": 2}
     if width:
-        return {"tokens": 128, "groups": 2, "block": 64, "warps": 8, "stages": 3}
+        groups = max(1, min(4, 2 ** (256 // width).bit_length() // 2))  # up to 256 hidden units
+        return {"tokens": 128, "groups": groups, "block": 64, "warps": 8, "stages": 3}
     return {"tokens": 64, "groups": 1, "block": 128, "warps": 4, "stages": 4}
 
 
-def keep_block(columns: int, device: torch.device) -> int:
-    """Tokens at once where those that are kept are counted one after the other."""
-    return 32 if device.type == "cpu" else 1024 if columns <= 8192 else 4096
+def keep_block(device: torch.device) -> int:
+    """Tokens of one program that counts those that are kept."""
+    return 32 if device.type == "cpu" else 1024  # the interpreter: small blocks, so that small inputs have several
 
 
 def judge_config(size: int, device: torch.device) -> dict[str, int]:
-    """Numbers of a layer's input of `size` that one program takes at once where it judges one token, and warps."""
+    """Numbers of a layer's input of `size` that one program takes at once where it judges one token, and warps.
+
+    Of hidden units a program takes so many, and so many numbers of their weights at once (`columns`).
+    """
     if device.type == "cpu":
-        return {"block": 16, "units": 16, "warps": 4}
-    return {"block": max(128, min(2048, 2 ** (max(size, 1) - 1).bit_length())), "units": 8, "warps": 8}
+        return {"block": 16, "units": 16, "columns": 16, "warps": 4}
+    whole = 2 ** (max(size, 1) - 1).bit_length()
+    return {"block": max(128, min(2048, whole)), "units": 4, "columns": max(128, min(4096, whole)), "warps": 8}
 
 
 def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[str, int]:
