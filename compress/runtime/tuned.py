@@ -115,8 +115,8 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys")
-_DELTA = ("writes", "delta", "delta_back")
+_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
+_DELTA = ("writes", "delta", "delta_back", "inside")
 
 
 def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
@@ -129,18 +129,20 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
         return dict.fromkeys((*_LINEAR, *_DELTA), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        return dict.fromkeys(_LINEAR, small) | {name: {**small, "values": 16} for name in _DELTA}
+        return dict.fromkeys(_LINEAR, small) | {name: {**small, "features": 32, "values": 16} for name in _DELTA}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
         "scan_few": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 4},
         "sums": {"features": 64, "values": 128, "heads": 1, "warps": 4, "stages": 1},
         "query_sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
         "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 3, "registers": 128},
+        "read_sum": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 2, "registers": 128},
         "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "writes": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1, "registers": 168},
         "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 3},
         "delta_back": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
+        "inside": {"features": 64, "values": 256, "heads": 1, "warps": 8, "stages": 1},
     }
 
 
