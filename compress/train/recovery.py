@@ -221,7 +221,7 @@ def _kept_again(model: Any, settings: RecoverSettings, windows: Windows) -> list
     return measure_again(model, documents.unbind(), loss.by, loss.at)
 
 
-class _Student:
+class Student:
     """A model that is trained, and the dense one that it may follow.
 
     Where all losses are of logits, or of routers, and the logits of a pass are large, the head runs on some sequences
@@ -435,7 +435,7 @@ def _train_and_merge(
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length // settings.context
     with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
         trained = train(
-            _Student(copied, teacher, low, whole=whole, as_kept=as_kept, shard=shard),
+            Student(copied, teacher, low, whole=whole, as_kept=as_kept, shard=shard),
             losses,
             AnnealedDecisions.of(DroppedWindows.of(batches, copied, settings, f"{seed}/windows"), copied, settings),
             settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
