@@ -533,7 +533,8 @@ class ContextChild:
 
         torch.manual_seed(0)
         heads = [torch.randn(1, 9, length, 64, device=self.device, dtype=torch.bfloat16) for _ in range(3)]
-        part, found = part_of_sequence(length, 2), {}
+        part = part_of_sequence(length, 2)
+        found: dict[str, float] = {}
 
         def ours() -> None:
             here = part.positions(self.device)
