@@ -68,10 +68,11 @@ from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
 from compress.train.curve import Curve
-from compress.train.objectives.text import Text, next_tokens
+from compress.train.objectives.text import Text
 from compress.train.prepare import prepare
 from compress.train.recovery import Student, recover
 from compress.train.settings import PrepareSettings, RecoverSettings
+from compress.train.token_losses import next_tokens
 from scripts.gpu_check import error
 
 GPU = torch.cuda.is_available()

@@ -122,7 +122,7 @@ class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
     outside: ClassVar[frozenset[str]] = frozenset(
-        {"save_every", "shard", "context", "checkpointing", "control", "window_control"}
+        {"save_every", "shard", "context", "checkpointing", "compile", "control", "window_control"}
     )
     newer: ClassVar[dict[str, Any]] = {
         "objectives": [],
@@ -130,6 +130,7 @@ class RecoverSettings(TrainSettings):
         "window_dropout": [],
         "balance": 0.01,
         "router_z": 0.0,
+        "fade": 0.0,
         "kept": 0.3,
         "keep_temperature": [0.5, 0.05],
         "keep_noise": True,
@@ -166,6 +167,13 @@ class RecoverSettings(TrainSettings):
     )
     router_z: float = Field(
         0.0, ge=0, le=FACTOR, description="weight of the squared log-sum-exp of their routers' logits, likewise"
+    )
+    fade: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps, the first ones, in which routed heads that a token does not use are not off "
+        "yet: what multiplies them falls evenly from 1 to 0",
     )
     kept: float = Field(
         0.3,
@@ -209,7 +217,14 @@ class RecoverSettings(TrainSettings):
         "its work: shares of the passes, each for an equal part of the training, for instance `[0.2, 0.1, 0]`",
     )
     checkpointing: bool | None = Field(
-        None, description="recompute layers in the backward pass; null does so if memory is short"
+        None,
+        description="recompute layers in the backward pass; null does so if memory is short, and where processes share a "
+        "sequence",
+    )
+    compile: bool | None = Field(
+        None,
+        description="compile the decoder layers for the training (`torch.compile`); null does so on a GPU where the "
+        "training is long enough to gain by it",
     )
     shard: bool = Field(
         False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"

@@ -12,7 +12,7 @@ import torch
 
 from compress.errors import UserError
 from compress.models.context.layout import Layout
-from compress.train.objectives.text import next_tokens
+from compress.train.token_losses import next_tokens
 
 
 def check_windows(available: int, length: int, context: int | None, section: str = "recover") -> None:

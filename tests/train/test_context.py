@@ -63,7 +63,7 @@ def test_a_sequence_is_dealt_out_from_both_ends() -> None:
             assert torch.equal(part["input_ids"][0], row[here])
             following = part["next_ids"][0]
             assert torch.equal(following[here < 255], row[here[here < 255] + 1])
-            assert bool((following[here == 255] == -100).all())
+            assert bool((following[here == 255] == -1).all())
 
 
 def test_what_does_not_fit_is_told_before_anything_is_trained(tmp_path: Path) -> None:

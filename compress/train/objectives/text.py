@@ -5,27 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from compress.registry import objectives
 from compress.train.objectives.objective import Inputs, Objective
-
-NO_TOKEN = -100  # where nothing follows
-
-
-def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """What follows each token `[B, T]`; `NO_TOKEN` behind the last."""
-    return functional.pad(tokens[:, 1:], (0, 1), value=NO_TOKEN)
-
-
-def text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum of -ln p over the tokens behind the first of each sequence, nats.
-
-    Args:
-        logits: `[B, T, V]`.
-        tokens: `[B, T]`.
-    """
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+from compress.train.token_losses import NO_TOKEN, following_loss, text_loss
 
 
 @objectives.register("text")
@@ -46,5 +29,4 @@ class Text(Objective):
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         if "next_ids" not in inputs:
             return text_loss(student["logits"], inputs["input_ids"])
-        logits, following = student["logits"].flatten(0, 1).float(), inputs["next_ids"].flatten()
-        return functional.cross_entropy(logits, following, ignore_index=NO_TOKEN, reduction="sum")
+        return following_loss(student["logits"], inputs["next_ids"])
