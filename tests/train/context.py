@@ -15,15 +15,28 @@ from accelerate import PartialState
 from torch.nn import functional
 
 from compress.models.context.processes import part_of_sequence
+from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
 from compress.plan import make_plan
+from compress.profile.heads.attention import Attention
+from compress.profile.heads.hidden_mass import HiddenMass
+from compress.profile.heads.influence import Influence
+from compress.profile.heads.lse_spread import LseSpread
+from compress.profile.heads.output_error import OutputError
+from compress.profile.heads.retrieval import Retrieval
+from compress.profile.run import run_profile
+from compress.profile.units.amp import Amp
+from compress.profile.units.flap import Flap
+from compress.profile.units.taylor import Taylor
+from compress.profile.units.wanda_sp import WandaSp
 from compress.runtime.shard import Shard
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
 from compress.train.objectives.text import next_tokens
 from compress.train.recovery import recover
-from tests.tiny import random_ids, shape_of
+from tests.profile.common import document
+from tests.tiny import random_ids, shape_of, tiny_model
 from tests.train.common import model_of, settings, text
 
 LENGTH = 512
@@ -36,6 +49,10 @@ KINDS = (
     WindowGroup(sink=0, alpha=100, beta=0.0),
     LinearGroup(rule="delta", decay="token"),
     LinearGroup(map="cosine", reach=LENGTH),
+)
+STATISTICS = (
+    *(Influence(), Attention(sink=4), HiddenMass(), OutputError(sink=4, window=64), LseSpread(), Retrieval()),
+    *(Amp(), Flap(), Taylor(), WandaSp()),
 )
 TRAININGS: dict[str, dict[str, Any]] = {
     "planned": {"train": "full", "loss": "both", "batch_size": 2, "micro_batch": 1, "window_dropout": [0.5]},
@@ -75,6 +92,13 @@ def training(folder: Path, name: str, context: int) -> None:
     recover(model, given, text(4096), folder / f"{name}-{context}", teacher=model_of(max_position_embeddings=1024))
 
 
+def profile(folder: Path, context: int) -> None:
+    """Statistics of documents of two lengths, one of which does not divide among the processes."""
+    loaded: Any = LoadedModel(tiny_model("gemma3"), None, "random")  # with layers that slide by themselves
+    documents = {400: [document(400, 20, evidence=((50, 60), (300, 310)))], 256: [document(250, 3)]}
+    run_profile(loaded, documents, STATISTICS, folder / f"profile-{context}", seed=0, context=context)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     PartialState(cpu=True)
@@ -86,4 +110,5 @@ if __name__ == "__main__":
         torch.save(sums, Path(sys.argv[1]) / "gradients.pt")
     for wanted in TRAININGS:
         training(Path(sys.argv[1]), wanted, 2)
+    profile(Path(sys.argv[1]), 2)
     torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +13,24 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from compress.errors import UserError
+from compress.models.context.dense import SharedSample
+from compress.models.context.exchange import Part
 from compress.models.context.layout import Layout
 from compress.models.context.processes import check_processes
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
+from compress.profile.heads.attention import Attention
+from compress.profile.heads.query_constancy import QueryConstancy
+from compress.profile.heads.removal import RemovalEffect
+from compress.profile.run import check_context, run_profile
+from compress.profile.store import read_profile
 from compress.targets.retain import RetainGroup
 from compress.train.objectives.text import Text
 from compress.train.recovery import recover
 from compress.train.windows import WindowBatches, Windows
 from tests import processes
-from tests.tiny import VOCABULARY, shape_of
+from tests.profile.common import document
+from tests.tiny import VOCABULARY, shape_of, tiny_loaded
 from tests.train import context
 from tests.train.common import model_of, settings, text, trained
 
@@ -46,6 +55,29 @@ def test_two_processes_share_sequences(tmp_path: Path) -> None:
         records = [json.loads((path / "recover.json").read_text()) for path in (one, two)]
         assert [record["processes"] for record in records] == [1, 2]
         assert records[0]["tokens"] == records[1]["tokens"]
+    context.profile(tmp_path, 1)
+    alone, shared = (read_profile(tmp_path / f"profile-{count}") for count in (1, 2))
+    assert alone.tensors.keys() == shared.tensors.keys() and alone.header.key == shared.header.key
+    for statistic, values in alone.tensors.items():
+        bound = 1e-5 * float(values.abs().max())
+        torch.testing.assert_close(shared.tensors[statistic], values, rtol=1e-4, atol=bound, msg=str(statistic))
+    assert alone.header.loss == pytest.approx(shared.header.loss, rel=1e-6)
+
+
+def test_statistics_that_need_whole_documents_are_refused(tmp_path: Path) -> None:
+    loaded = tiny_loaded("llama-gqa")
+    samples = {64: [document(64)]}
+    with pytest.raises(UserError, match="`query_constancy`, `removal`") as error:
+        run_profile(loaded, samples, [QueryConstancy(), Attention(), RemovalEffect()], tmp_path, seed=0, context=2)
+    assert "profile.context" in str(error.value)
+    with pytest.raises(UserError, match="2 processes, or a multiple of 2"):
+        run_profile(loaded, samples, [Attention()], tmp_path, seed=0, context=2)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    stretched: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters=rope, max_position_embeddings=32))
+    with pytest.raises(UserError, match="samples of at most 32 tokens"):
+        check_context(stretched, [Attention()], 2, 64)
+    with pytest.raises(UserError, match="samples that are no text"):
+        SharedSample(SimpleNamespace(unit="patches", length=4), Part(Layout(256, 2), 0))
 
 
 def test_a_sequence_is_dealt_out_from_both_ends() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import distributed
 
 from compress.errors import UserError
@@ -47,19 +50,41 @@ def check_processes(world: int, processes: int, where: str) -> None:
         )
 
 
-def part_of_sequence(length: int, world: int) -> Part:
-    """This process's part of sequences of `length` tokens that every `world` processes which follow each other share.
+@dataclass(frozen=True)
+class Sharing:
+    """This process among those that share sequences with it: `world` that follow each other in a launch.
 
-    All processes of a launch call it.
+    Attributes:
+        rank: of this process among them.
+        group: of `torch.distributed`; None for all processes.
     """
-    rank, count = distributed.get_rank(), distributed.get_world_size()
-    return Part(Layout(length, world), rank % world, None if world == count else _group(rank, count, world))
+
+    world: int
+    rank: int
+    group: Any = None
+
+    @staticmethod
+    def join(world: int) -> Sharing:
+        """The processes that share a sequence with this one; all of a launch call it, and make the groups of all."""
+        rank, count = distributed.get_rank(), distributed.get_world_size()
+        if world == count:
+            return Sharing(world, rank)
+        groups = [distributed.new_group(list(range(start, start + world))) for start in range(0, count, world)]
+        return Sharing(world, rank % world, groups[rank // world])
+
+    def part(self, length: int) -> Part:
+        """This process's part of sequences of `length` tokens."""
+        return Part(Layout(length, self.world), self.rank, self.group)
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace tensors by their sums over the processes."""
+        for tensor in tensors:
+            distributed.all_reduce(tensor, group=self.group)
 
 
-def _group(rank: int, count: int, world: int) -> Any:
-    """The processes that share a sequence with this one; every process makes the groups of all."""
-    groups = [distributed.new_group(list(range(start, start + world))) for start in range(0, count, world)]
-    return groups[rank // world]
+def part_of_sequence(length: int, world: int) -> Part:
+    """This process's part of sequences of `length` tokens that `world` processes share; all of a launch call it."""
+    return Sharing.join(world).part(length)
 
 
 def check_shareable(model: Any, where: str) -> None:
