@@ -218,8 +218,8 @@ class RecoverSettings(TrainSettings):
     )
     checkpointing: bool | None = Field(
         None,
-        description="recompute layers in the backward pass; null does so if memory is short, and where processes share a "
-        "sequence",
+        description="recompute layers in the backward pass; null does so if memory is short, and where processes share "
+        "sequences",
     )
     compile: bool | None = Field(
         None,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.nn import functional
 
 from compress.models.context.processes import part_of_sequence
 from compress.models.load import LoadedModel
@@ -33,8 +32,8 @@ from compress.runtime.shard import Shard
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
-from compress.train.objectives.text import next_tokens
 from compress.train.recovery import recover
+from compress.train.token_losses import following_loss, next_tokens
 from tests.profile.common import document
 from tests.tiny import random_ids, shape_of, tiny_model
 from tests.train.common import model_of, settings, text
@@ -79,7 +78,7 @@ def gradients(shard: Shard | None) -> dict[str, torch.Tensor]:
     here: dict[str, Any] = {} if shard is None else {"compress_shard": shard}
     columns = torch.arange(LENGTH) if shard is None else shard.positions(ids.device)
     logits = model(ids[:, columns], use_cache=False, **here).logits
-    loss = functional.cross_entropy(logits.flatten(0, 1), following[:, columns].flatten(), reduction="sum")
+    loss = following_loss(logits, following[:, columns])
     loss.backward()
     found = {name: weight.grad for name, weight in model.named_parameters()}
     return {"loss": loss.detach(), **found}
