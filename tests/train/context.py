@@ -29,8 +29,10 @@ from compress.profile.units.flap import Flap
 from compress.profile.units.taylor import Taylor
 from compress.profile.units.wanda_sp import WandaSp
 from compress.runtime.shard import Shard
+from compress.targets.aaren import AarenGroup
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
+from compress.targets.score import ScoreGroup
 from compress.targets.window import WindowGroup
 from compress.train.recovery import recover
 from compress.train.token_losses import following_loss, next_tokens
@@ -48,6 +50,8 @@ KINDS = (
     WindowGroup(sink=0, alpha=100, beta=0.0),
     LinearGroup(rule="delta", decay="token"),
     LinearGroup(map="cosine", reach=LENGTH),
+    AarenGroup(),
+    ScoreGroup(score="ssmax", reference=64, sink=4, alpha=70, beta=0.0),
 )
 STATISTICS = (
     *(Influence(), Attention(sink=4), HiddenMass(), OutputError(sink=4, window=64), LseSpread(), Retrieval()),
@@ -61,7 +65,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 def planned() -> Any:
     """A model with every kind of group, two in each layer, whose mixers are not as they start."""
-    dense = model_of(max_position_embeddings=1024, num_hidden_layers=4)
+    dense = model_of(max_position_embeddings=1024, num_hidden_layers=5)
     shape, turn = shape_of(dense), cycle(KINDS)
     groups = [[next(turn) for _ in range(shape.kv_heads)] for _ in range(shape.layers)]
     model = planned_model(dense, make_plan(shape, groups), untrained=True)
