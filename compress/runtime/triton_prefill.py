@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span, kept_table
-from .triton_scores import row_shift, unnormed
+from .triton_scores import LN2, row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
@@ -283,7 +283,10 @@ def _forward(
     store_block(p_out, o_out, acc / total[:, None], m_token, VALUE_DIM, BLOCK_V)
     if KEEP_LSE:
         o_lse = (b * GROUPS * SHARE + head).to(tl.int64) * columns + o_column
-        tl.store(p_lse + o_lse, top + tl.log2(total), mask=m_token)
+        lse = top + tl.log2(total)
+        if KEEP_LSE == 2:
+            lse = lse * LN2
+        tl.store(p_lse + o_lse, lse, mask=m_token)
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,7 @@ def forward(
     scale: float,
     *,
     keep_lse: bool,
+    natural: bool = False,
     cap: float | None = None,
     extra: torch.Tensor | None = None,
     score: int = 0,
@@ -329,12 +333,13 @@ def forward(
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
     Args:
+        natural: keep the natural log-sum-exp instead of that to the base 2, which the gradients take.
         on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
         gates: float32 `[B, G, T]` or `[B, H, T]` of any strides, factors on the outputs; None for 1.
         lists: what queries see before their windows, which then move by whole pages and have no sinks; None without.
 
     Returns:
-        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
+        Output `[B, H, T, D]` and, if kept, the log-sum-exp of every row `[B, H, T]`, the extra logit included,
         -inf where a column is no token. Of rows that are not computed they are 0 and -inf.
     """
     batch, heads, columns, dim = query.shape
@@ -393,7 +398,7 @@ def forward(
         GATHERED=on is not None,
         GATED=0 if gates is None else 1 if gates.shape[1] == groups else 2,
         LISTED=lists is not None,
-        KEEP_LSE=keep_lse,
+        KEEP_LSE=(2 if natural else 1) if keep_lse else 0,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,
         SCORE=score,
