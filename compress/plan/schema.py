@@ -129,11 +129,15 @@ class MlpRouting(Strict):
     """How an upcycled model's tokens use its MLPs (`runtime/mlp_experts.py`).
 
     Attributes:
-        top: MLPs that a token uses.
-        weight: what their outputs are multiplied by.
+        top: MLPs that a token uses, `all` or a number.
+        weight: what their outputs are multiplied by; where a token uses all, by p, which sums to 1.
     """
 
-    top: int = Field(1, ge=1, le=MOST_EXPERTS, description="MLPs that a token uses")
+    top: Annotated[int, Field(ge=1, le=MOST_EXPERTS)] | Literal["all"] = Field(
+        "all",
+        description="MLPs that a token uses: all, mixed by p as attentions are, at the operations of all of them; or "
+        "those with the highest p, one as published",
+    )
     weight: Literal["one", "p"] = Field(
         "one",
         description="what their outputs are multiplied by: weights that sum to 1, with one MLP straight-through, so "
@@ -184,9 +188,14 @@ class Upcycle(Strict):
             for _ in range(self.seed.kv_heads)
         )
 
+    @property
+    def mlps(self) -> int:
+        """MLPs that a token uses."""
+        return self.count if self.mlp.top == "all" else self.mlp.top
+
     def runtime_mlp(self) -> dict[str, Any]:
         """What a checkpoint's configuration says of the MLP of a layer."""
-        return {"experts": self.count, **self.mlp.model_dump()}
+        return {"experts": self.count, "top": self.mlps, "weight": self.mlp.weight}
 
 
 class LayerPlan(Strict):

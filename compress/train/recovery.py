@@ -30,6 +30,7 @@ from compress.models.vocabulary import check_tokens
 from compress.runtime.step import Record
 from compress.train.compiled import compiled, pays
 from compress.train.curve import Curve
+from compress.train.fading import FadingUnits, faded
 from compress.train.keeping import AnnealedDecisions, KeptShare, check_decisions, decided, measure_again
 from compress.train.loop import Learn, Progress, one_of_each_shape, rehearse, train
 from compress.train.lora import attach, merge
@@ -225,7 +226,10 @@ class _Student:
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
         given = {"input_ids": inputs["input_ids"]}
-        with window_dropped(self.module, inputs.get("dropped", ())), decided(self.module, inputs.get("decisions")):
+        with ExitStack() as during:
+            during.enter_context(window_dropped(self.module, inputs.get("dropped", ())))
+            during.enter_context(decided(self.module, inputs.get("decisions")))
+            during.enter_context(faded(self.module, inputs.get("left", 0.0)))
             if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
                 self._run_in_parts(module, given, planned, learn, parts)
                 return
@@ -393,7 +397,7 @@ def _train_and_merge(
     sequences = batches.per_process(accelerator.num_processes)
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length
     student = _Student(copied, teacher, low, whole=whole, as_kept=as_kept)
-    taught = AnnealedDecisions.of(DroppedWindows.of(batches, copied, settings, f"{seed}/windows"), copied, settings)
+    taught = _batches(batches, copied, settings, seed)
     loop = settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32")
     measured = not spread and input_device(copied).type == "cuda"
     models = [each for each in (copied, teacher) if each is not None]
@@ -448,6 +452,12 @@ def _train_and_merge(
         weight.data = weight.data.to(dtypes[name])
         weight.grad = None
     model.requires_grad_(True).eval()
+
+
+def _batches(batches: WindowBatches, model: Any, settings: RecoverSettings, seed: int) -> Any:
+    """Batches that say what is otherwise in their passes: windows left out, soft decisions, heads that fade."""
+    made = DroppedWindows.of(batches, model, settings, f"{seed}/windows")
+    return FadingUnits.of(AnnealedDecisions.of(made, model, settings), model, settings)
 
 
 def _rates(model: Any, settings: RecoverSettings) -> dict[str, float]:

@@ -129,6 +129,7 @@ class RecoverSettings(TrainSettings):
         "window_dropout": [],
         "balance": 0.01,
         "router_z": 0.0,
+        "fade": 0.0,
         "kept": 0.3,
         "keep_temperature": [0.5, 0.05],
         "keep_noise": True,
@@ -165,6 +166,13 @@ class RecoverSettings(TrainSettings):
     )
     router_z: float = Field(
         0.0, ge=0, le=FACTOR, description="weight of the squared log-sum-exp of their routers' logits, likewise"
+    )
+    fade: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps, the first ones, in which routed heads that a token does not use are not off "
+        "yet: what multiplies them falls evenly from 1 to 0",
     )
     kept: float = Field(
         0.3,

@@ -186,6 +186,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         )
     },
     (UPCYCLED, "seed", False): ("tests/cli/test_upcycle_run.py", r"upcycle:\n  experts: .*\n  texts"),
+    ("plan.schema.MlpRouting", "top", "all"): ("tests/cli/test_upcycle_run.py", r'"top": "all"'),
     **{
         ("plan.schema.MlpRouting", "weight", each): ("tests/cli/test_upcycle_run.py", f'"weight": "{each}"')
         for each in ("one", "p")
