@@ -156,7 +156,12 @@ def test_strips_cover_all_rows_within_the_budget() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_activation_estimate_is_within_a_third(trained: bool, dtype: torch.dtype) -> None:
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     model = model_of(**sizes, head_dim=64, num_hidden_layers=1).to(dtype).requires_grad_(trained)
 
     def layers(tokens: int) -> int:
