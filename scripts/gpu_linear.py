@@ -772,8 +772,10 @@ def fla_rows() -> list[dict[str, Any]]:
                 if length == FLA_LENGTHS[0]:
                     for n, call, of in zip(("ours", "fla"), (ours, theirs), leaves[name], strict=True):
                         try:
-                            row[f"{n}_both"] = measure.times(with_gradients(call, of), DEVICE).median
-                            words.append(f"{row[f'{n}_both']:.2f}")
+                            both = with_gradients(call, of)
+                            row[f"{n}_both_eager"] = measure.times(both, DEVICE).median
+                            row[f"{n}_both"] = measure.graphed_times(both, DEVICE, calls=3).median
+                            words.append(f"{row[f'{n}_both']:.2f} (launched by the host {row[f'{n}_both_eager']:.2f})")
                         except RuntimeError as refused:  # its gated delta on some versions of Triton
                             for x in of:
                                 x.requires_grad_(False)
@@ -804,15 +806,15 @@ READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
 # Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
 LLAMA, ALONE = (32, 8, 128, 256, 32768, False), (32, 32, 128, 128, 8192, True)
 STATES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("scan", {}), ("scan", {"stages": 2}), ("scan", {"stages": 4}), ("scan", {"values": 32}),
+    ("scan", {}), ("scan", {"stages": 3}), ("scan", {"stages": 2}), ("scan", {"stages": 4}), ("scan", {"values": 32}),
     ("scan", {"features": 128}), ("scan", {"features": 128, "values": 32}), ("scan", {"features": 128, "warps": 8}),
-    ("sums", {}), ("sums", {"values": 64, "warps": 4}), ("sums", {"features": 64, "warps": 4}),
-    ("sums", {"values": 64}), ("sums", {"features": 64, "values": 64, "warps": 4}), ("sums", {"registers": 128}),
+    ("sums", {}), ("sums", {"features": 128, "warps": 8}), ("sums", {"features": 128, "values": 64}),
+    ("sums", {"values": 64}), ("sums", {"warps": 8}), ("sums", {"registers": 128}),
 )  # fmt: skip
 READ: tuple[dict[str, Any], ...] = (
-    {}, {"stages": 3}, {"stages": 4}, {"stages": 1}, {"registers": 255}, {"features": 32, "stages": 3},
-    {"features": 128}, {"heads": 2}, {"heads": 2, "stages": 3}, {"heads": 2, "warps": 8, "registers": 168},
-    {"heads": 2, "warps": 8, "registers": 255}, {"warps": 8, "registers": 255}, {"values": 64},
+    {}, {"stages": 2}, {"features": 128, "stages": 2}, {"features": 32}, {"features": 32, "stages": 4},
+    {"registers": 168}, {"heads": 2}, {"heads": 2, "warps": 8, "registers": 168}, {"warps": 8, "registers": 255},
+    {"warps": 8, "registers": 168}, {"features": 32, "warps": 8, "registers": 168},
 )  # fmt: skip
 GRADIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("queries", {}), ("queries", {"stages": 2}), ("queries", {"registers": 255}), ("queries", {"features": 64}),
@@ -823,17 +825,16 @@ GRADIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("query_sums", {"values": 64, "warps": 4}),
 )  # fmt: skip
 FEATURES: tuple[dict[str, Any], ...] = (
-    {}, {"registers": 255}, {"warps": 4, "registers": 255}, {"warps": 4, "registers": 168}, {"warps": 4},
-    {"tokens": 32, "warps": 4}, {"tokens": 32, "warps": 4, "registers": 96}, {"tokens": 128},
-    {"tokens": 128, "registers": 255},
+    {}, {"registers": 128}, {"registers": 144}, {"registers": 192}, {"registers": 255}, {"warps": 8, "registers": 128},
+    {"tokens": 32}, {"tokens": 32, "warps": 2}, {"tokens": 128, "warps": 8},
 )  # fmt: skip
 DELTA: tuple[dict[str, Any], ...] = ({}, {"stages": 1}, {"values": 64, "stages": 1}, {"values": 16}, {"warps": 8})
 
 
 def with_config(name: str, change: dict[str, int]) -> Any:
-    """A context in which the launches of that name have other parameters."""
+    """A context in which the launches of that name, or of one that begins so, have other parameters."""
     configs = tuned.linear_config(2, DEVICE)
-    changed = {**configs, name: configs[name] | change}
+    changed = {of: config | change if of.startswith(name) else config for of, config in configs.items()}
     module = triton_linear_delta if name == "delta" else triton_linear_layout
     return mock.patch.object(module, "linear_config", lambda *_: changed)
 
@@ -932,32 +933,40 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     return reads
 
 
-def sweep_compile(jobs: list[tuple[str, Any, Any]], numbers: list[int], told: Any) -> None:
-    """Call those jobs once, in a process of its own, so that Triton's cache has them; tells each that is done.
+def sweep_run(jobs: list[tuple[str, Any, Any]], numbers: list[int], timed: bool, told: Any) -> None:
+    """Call those jobs, once or `timed`, in a process of its own; tells each that is done, and its milliseconds.
 
-    A launch that breaks the process's context ends it here: the job that was not told is the one.
+    A launch that breaks the process's context ends it here: the first job that was not told is the one.
     """
     for number in numbers:
+        took = math.nan
         try:
-            sweep_call(*jobs[number])()
-            torch.cuda.synchronize()
+            call = sweep_call(*jobs[number])
+            if timed:
+                measure.release(DEVICE)
+                took = try_time(call)
+            else:  # Triton's cache has it then
+                call()
+                torch.cuda.synchronize()
         except torch.AcceleratorError as failure:
             print(f"  {jobs[number]}: {str(failure)[:150]}", flush=True)
             return
-        except Exception as failure:  # a compiler's refusal is told where it is measured
+        except Exception as failure:  # a compiler's refusal is a result, too
             print(f"  {jobs[number]}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
-        told.put(number)
+        told.put((number, took))
 
 
-def sweep_breaks(jobs: list[tuple[str, Any, Any]]) -> set[int]:
-    """Call all jobs once, in many processes; the numbers of those whose launches break their process."""
+def sweep_processes(
+    jobs: list[tuple[str, Any, Any]], lists: list[list[int]], *, timed: bool
+) -> tuple[dict[int, float], set[int]]:
+    """Run lists of jobs, each in a process of its own and all side by side; behind a job that breaks its process
+    another takes what is left. Milliseconds by job, and the jobs that broke theirs."""
     context = multiprocessing.get_context("spawn")
-    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
-    lists, breaks = [list(range(at, len(jobs), workers)) for at in range(workers)], set[int]()
+    took, breaks = dict[int, float](), set[int]()
     while lists := [numbers for numbers in lists if numbers]:
         queues = [context.SimpleQueue() for _ in lists]
         processes = [
-            context.Process(target=sweep_compile, args=(jobs, numbers, told))
+            context.Process(target=sweep_run, args=(jobs, numbers, timed, told))
             for numbers, told in zip(lists, queues, strict=True)
         ]
         for process in processes:
@@ -965,49 +974,53 @@ def sweep_breaks(jobs: list[tuple[str, Any, Any]]) -> set[int]:
         for process in processes:
             process.join()
         for place, (numbers, told) in enumerate(zip(lists, queues, strict=True)):
-            done = set[int]()
             while not told.empty():
-                done.add(told.get())
-            left = [number for number in numbers if number not in done]
+                number, ms = told.get()
+                took[number] = ms
+            left = [number for number in numbers if number not in took]
             breaks.update(left[:1])
             lists[place] = left[1:]
-    return breaks
+    return took, breaks
 
 
 def sweep_rows() -> list[dict[str, Any]]:
-    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`, the first of each list."""
+    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`, the first of each list.
+
+    Every kernel is timed in a process of its own, so that a launch that breaks it ends nothing else.
+    """
     jobs = sweep_jobs()
-    breaks = sweep_breaks(jobs)
-    for number in sorted(breaks):
-        say(f"  BREAKS {jobs[number]}")
-    jobs = [job for number, job in enumerate(jobs) if number not in breaks]
+    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
+    _, breaks = sweep_processes(jobs, [list(range(at, len(jobs), workers)) for at in range(workers)], timed=False)
     say(f"  launches are compiled after {time.time() - START:.0f} s")
     rows: list[dict[str, Any]] = []
     best: dict[str, list[tuple[float, str]]] = {}
-    for what, shape, change in jobs:
-        measure.release(DEVICE)
-        call = sweep_call(what, shape, change)
-        took = try_time(call, graphed=what != "gradients") * 1e3 / (4 if what == "decode" else 1)
-        rows.append({"what": what, "shape": shape, "change": change, "us": took})
-        name = f"{what} {shape}"
-        say(f"sweep {name} {change}: {took:.1f} us")
-        best.setdefault(name, []).append((took if math.isfinite(took) else math.inf, str(change)))
+    for of in dict.fromkeys(what for what, _, _ in jobs):
+        numbers = [number for number, (what, _, _) in enumerate(jobs) if what == of and number not in breaks]
+        took, more = sweep_processes(jobs, [numbers], timed=True)
+        breaks |= more
+        for number, ms in took.items():
+            what, shape, change = jobs[number]
+            us = ms * 1e3 / (4 if what == "decode" else 1)
+            rows.append({"what": what, "shape": shape, "change": change, "us": us})
+            say(f"sweep {what} {shape} {change}: {us:.1f} us")
+            best.setdefault(f"{what} {shape}", []).append((us if math.isfinite(us) else math.inf, str(change)))
     for name, found in best.items():
-        took, change = min(found)
-        say(f"best {name}: {took:.1f} us with {change}; the first tried {found[0][0]:.1f} us")
+        least, change = min(found)
+        say(f"best {name}: {least:.1f} us with {change}; the first tried {found[0][0]:.1f} us")
+    for number in sorted(breaks):
+        say(f"  BREAKS {jobs[number]}")
+        rows.append(dict(zip(("what", "shape", "change"), jobs[number], strict=True)) | {"breaks": True})
     return rows
 
 
-def try_time(call: Callable[[], Any], *, graphed: bool = True) -> float:
-    """Milliseconds of a call; NaN where it needs more than the chip has."""
+def try_time(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call in a CUDA graph; NaN where it needs more than the chip has."""
     try:
-        return (
-            measure.graphed_times(call, DEVICE, calls=3, seconds=0.1) if graphed else measure.times(call, DEVICE)
-        ).median
+        return measure.graphed_times(call, DEVICE, calls=3, seconds=0.1).median
     except Exception as failure:  # a compiler's refusal is a result
         print(f"  {type(failure).__name__}: {str(failure)[:150]}", flush=True)
         torch.cuda.synchronize()
-        return float("nan")
+        return math.nan
 
 
 SECTIONS: dict[str, Callable[[], Any]] = {

@@ -1,6 +1,6 @@
 """The GPU check of heads that keep tokens: every kernel against float64, then time beside dense attention, and bytes.
 
-python scripts/gpu_retain.py [FOLDER] [SECTION ...]     one GPU, under 150 s
+python scripts/gpu_retain.py [FOLDER] [SECTION ...]     one GPU, under 150 s; `sweep` times launch parameters
 
 A layer of the shape of Llama-3-8B (32 heads in 8 groups of head size 128) keeps an eighth, a quarter and a half of the
 tokens before a window of 256. What a figure should be stands beside it, as it was predicted before it was measured; a
@@ -329,12 +329,12 @@ def told(found: Mapping[str, float], expected: Mapping[str, float]) -> str:
 
 
 PREFILL = {  # share of the bound that is reached, predicted
-    (8192, 0.125): 0.62, (8192, 0.25): 0.72, (8192, 0.5): 0.8, (32768, 0.125): 0.8, (32768, 0.25): 0.85,
-    (32768, 0.5): 0.88, (65536, 0.125): 0.84, (65536, 0.25): 0.88, (65536, 0.5): 0.9,
+    (8192, 0.125): 0.44, (8192, 0.25): 0.61, (8192, 0.5): 0.74, (32768, 0.125): 0.78, (32768, 0.25): 0.9,
+    (32768, 0.5): 0.95, (65536, 0.125): 0.83, (65536, 0.25): 0.92, (65536, 0.5): 0.96,
 }  # fmt: skip
 DECODE = {
-    (32768, 0.125): 0.55, (32768, 0.25): 0.7, (32768, 0.5): 0.8, (131072, 0.125): 0.8, (131072, 0.25): 0.87,
-    (131072, 0.5): 0.9,
+    (32768, 0.125): 0.58, (32768, 0.25): 0.74, (32768, 0.5): 0.88, (131072, 0.125): 0.78, (131072, 0.25): 0.89,
+    (131072, 0.5): 0.96,
 }  # fmt: skip
 
 
@@ -408,11 +408,12 @@ class Decoding:
         windows = sum(length - window.first(length - 1) for window in self.mixer.windows)
         return int(self.listed[0].sum()) + self.batch * windows
 
-    def step(self) -> None:
-        """All of it, in every cache: judge, count, make room, store, attend."""
+    def step(self) -> torch.Tensor:
+        """All of it, in every cache: judge, count, make room, store, attend; what the last gives."""
         for state in self.states:
             given = Step(None, None, None, self.lengths, None, 1, impl="triton", hidden=self.hidden)
-            self.mixer.decode(self.query, self.key, self.value, state, given, scale=None)
+            out = self.mixer.decode(self.query, self.key, self.value, state, given, scale=None)
+        return out
 
     def again(self) -> None:
         """The same from the lists as they were, for a step in which a page leaves the windows."""
@@ -420,10 +421,11 @@ class Decoding:
             state.tensors["listed"].copy_(listed)
         self.step()
 
-    def attend(self) -> None:
+    def attend(self) -> torch.Tensor:
         """The attention alone."""
         for state in self.states:
-            IMPLS["triton"].retain.decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
+            out = IMPLS["triton"].retain.decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
+        return out
 
     def store(self) -> None:
         """The store of the token alone, as heads with a window have it."""
@@ -501,10 +503,56 @@ def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: 
     state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
 
 
+def written_again(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, rows: Rows) -> Any:
+    """The same into a reserved cache that is taken for empty each time, so that a CUDA graph can hold it."""
+    impl: Any = IMPLS["triton"]
+    state = mixer.state(key.shape[2])
+    state.begin(key, value)
+
+    def write() -> None:
+        state.lengths = [0]
+        state.tensors["listed"].zero_()
+        lists = impl.retain.compact(key, value, kept, mixer.windows, rows, None)
+        state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
+
+    return write
+
+
+LAYERS = 4  # that follow each other where it is measured what a cache adds to a layer of a prefill
+
+
+def layers(mixer: RetainMixer, made: Tensors, run: Callable[[torch.Tensor], Any], reserve: int | None) -> Any:
+    """Layers of a prefill, the matrices and all that the mixer does; into caches where `reserve` is not 0."""
+    query, key, value, hidden = made
+    length = key.shape[2]
+    rows = Rows.whole(1, length)
+    step = Step(None, rows, None, None, [length], length, impl="triton", hidden=hidden)
+    reserved = [mixer.state(reserve) for _ in range(LAYERS)] if reserve else None
+    for state in reserved or ():
+        state.begin(key, value)
+
+    def all_layers() -> None:
+        for number in range(LAYERS):
+            run(hidden)
+            state = None
+            if reserved is not None:
+                state = reserved[number]
+                state.lengths = [0]
+                state.tensors["listed"].zero_()
+                state.tensors["count"].zero_()
+            elif reserve is None:
+                state = mixer.state(None)
+                state.begin(key, value)
+            mixer.prefill(query, key, value, state, step, scale=None, dropout=0.0)
+
+    return all_layers
+
+
 SCORER = {  # predicted percent of a layer that judging and counting take, in a prefill and in a decode step (1)
-    ("ridge", 8192): 1.3, ("ridge", 32768): 0.8, ("ridge", 65536): 0.7, ("mlp", 8192): 2.2, ("mlp", 32768): 1.8,
-    ("mlp", 65536): 1.8, ("ridge", 1): 1.2, ("mlp", 1): 3.0, ("value_norm", 1): 0.6,
+    ("ridge", 8192): 0.9, ("ridge", 32768): 0.65, ("ridge", 65536): 0.6, ("mlp", 8192): 1.6, ("mlp", 32768): 1.4,
+    ("mlp", 65536): 1.3, ("ridge", 1): 0.8, ("mlp", 1): 1.9, ("value_norm", 1): 0.6,
 }  # fmt: skip
+CACHED = {8192: 3.0, 32768: 1.2, 65536: 0.8}  # predicted percent of a layer that a growing cache adds
 
 
 @torch.inference_mode()
@@ -512,7 +560,7 @@ def part_rows() -> list[dict[str, Any]]:
     """What judging, counting and compacting take of a layer: of a prefill with a cache, and of a decode step."""
     found: list[dict[str, Any]] = []
     run = dense_layer()
-    impl = IMPLS["triton"]
+    impl: Any = IMPLS["triton"]
     for length in LENGTHS:
         query, key, value = random_qkv(LLAMA, 1, length, DEVICE, BF16)
         hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)
@@ -521,22 +569,39 @@ def part_rows() -> list[dict[str, Any]]:
             mixer = layer_of(0.125, scorer, cap=True)
             kept = mixer.kept(key, value, None, step)[0]
 
-            calls: dict[str, Callable[[], Any]] = {
+            alone: dict[str, Callable[[], Any]] = {
                 "judge": partial(mixer.judge, key, value, step),
                 "judge and count": partial(mixer.kept, key, value, None, step),
-                "compact and write": partial(write_all, mixer, key, value, kept, rows),
+                "compact": partial(impl.retain.compact, key, value, kept, mixer.windows, rows, None),
+                "compact and write": written_again(mixer, key, value, kept, rows),
+            }
+            calls: dict[str, Callable[[], Any]] = {
+                "judge and count by the host": alone["judge and count"],
+                "compact and write by the host": partial(write_all, mixer, key, value, kept, rows),
                 "attention": partial(impl.retain.prefill, query, key, value, kept, mixer.windows, rows=rows),
                 "matrices": partial(run, hidden),
             }
-            spent = {n: t.median for n, t in measure.times_in_turn(calls, DEVICE, turns=1).items()}
+            spent = {n: measure.graphed_times(c, DEVICE, calls=4, seconds=0.05).median for n, c in alone.items()}
+            spent |= {n: t.median for n, t in measure.times_in_turn(calls, DEVICE, turns=1).items()}
             layer = spent["matrices"] + spent["attention"] + spent["judge and count"]
-            percent = {name: 100 * spent[name] / layer for name in ("judge", "judge and count", "compact and write")}
+            percent = {name: 100 * spent[name] / layer for name in alone}
             say(
                 f"parts of a prefill of {length:,}, {scorer}, ms: {told(spent, {})}; % of the layer: "
                 + told(percent, {"judge and count": SCORER.get((scorer, length), math.nan)})
             )
             found.append({"length": length, "scorer": scorer, "ms": spent, "percent": percent})
-        calls.clear()
+        mixer, made = layer_of(0.125, cap=True), [query, key, value, hidden]
+        ways = {"no cache": 0, "a growing cache": None, "a reserved cache": length}
+        each = {name: layers(mixer, made, run, reserve) for name, reserve in ways.items()}
+        spent = {n: t.median / LAYERS for n, t in measure.times_in_turn(each, DEVICE, turns=2).items()}
+        more = {name: 100 * (spent[name] / spent["no cache"] - 1) for name in list(ways)[1:]}
+        say(
+            f"a whole layer of a prefill of {length:,}, ridge, {LAYERS} one behind the other, ms: {told(spent, {})}; % "
+            f"more with {told(more, {'a growing cache': CACHED[length]})}"
+        )
+        found.append({"length": length, "layer": spent, "more": more})
+        for some in (alone, calls, each):
+            some.clear()
         measure.release(DEVICE)
     hidden = torch.randn(1, 1, HIDDEN, device=DEVICE, dtype=BF16)
     matrices = measure.graphed_times(partial(run, hidden), DEVICE, calls=8, seconds=0.1).median * 1e3
@@ -596,20 +661,28 @@ def byte_rows() -> list[dict[str, Any]]:
     return found
 
 
+def sweep() -> list[dict[str, Any]]:
+    """Candidates of launch parameters, see `gpu_retain_sweep`."""
+    from scripts.gpu_retain_sweep import sweep_rows  # which needs what is here
+
+    return sweep_rows()
+
+
 SECTIONS: dict[str, Callable[[], Any]] = {
     "numerics": numerics,
     "bytes": byte_rows,
     "prefill": prefill_rows,
     "decode": decode_rows,
     "parts": part_rows,
-    "wide": partial(numerics, WIDE),  # minutes of a compiler, so only where it is named
+    "wide": partial(numerics, WIDE),  # minutes of a compiler, so only where it is named, as what follows
+    "sweep": sweep,
 }
 HEAD = (f"a sink of one page, a window of {WINDOW} tokens by whole pages, and a share of the tokens before it",)
 
 
 def main() -> None:
     """See `run_sections`."""
-    run_sections("gpu_retain", SECTIONS, list(SECTIONS)[:-1], HEAD)
+    run_sections("gpu_retain", SECTIONS, list(SECTIONS)[:-2], HEAD)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,12 @@ Rows, all trained on the same tokens with the same losses; SHARE is the percenta
     UNIT-75-ROUTER-free         no unit is shared
     UNIT-75-two_stage-relative  routers are prepared on what is more than usual of each unit (`relative`)
     UNIT-75-two_stage-both      `relative`, and no unit is shared
+    UNIT-75-two_stage-fade      what a token does not use fades over the first third of the training (`fade`)
+    UNIT-75-two_stage-loose     with a tenth of the balance loss; -slow: with a third of the routers' learning rate
+    UNIT-75-two_stage-eased     `fade` with a fifth of the balance loss; -eased-relative and -eased-both are besides
+                                prepared as the two above
+    UNIT-75-two_stage-removal   scores are the statistic `removal`: what each head adds to the loss, token by token;
+                                -eased-removal: as -eased besides
     group-75-two_stage-uneven   without a balance loss; -mean: with the mean over layers of it in place of the sum
     group-75-two_stage-mixers   trains the routers alone; -lora: with low-rank updates of the projections
     pruned-SHARE                removes as many groups of each layer as `group-SHARE` has off, those that score least
@@ -18,14 +24,15 @@ Rows, all trained on the same tokens with the same losses; SHARE is the percenta
 A layer's share is made by what is off in it: `group-75` has one of three groups off in 22 of 30 layers, those where
 that costs least by the score, and leaves the others dense. Half of a layer's units are shared, rounded down, as long as
 one is left to choose. Where a token chooses one unit alone, its gate is 1 with the gradient of its probability, since a
-weight among one says nothing. Scores are the statistic `taylor`, of a group the sum over its query heads.
+weight among one says nothing. Scores are the statistic `taylor`, but of -removal; of a group the sum over its query
+heads.
 
 Every row is recipes/smollm2-moh.yaml with other keys and a plan of its own, in FOLDER/ROW-SEED. What rows have in
 common (profile, written text, the routers' preparation, the dense model's figures) is made once, in FOLDER/base-SEED.
 Rows run in `--at-once` processes on each GPU. After `--minutes` those that still train save their state, and the same
 command goes on there; a row that is done is only read. The table has every row of the folder that is done, and
 FOLDER/rows.json all its numbers; FOLDER/plots draws the load of every head, a file a row. Rows that are not at 75% run
-with the first seed alone. Where no rows are named, the forms of the second to seventh line, and `random` at other
+with the first seed alone. Where no rows are named, the forms from the second line to `-lora`, and `random` at other
 shares than 75%, are left out.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
@@ -93,6 +100,8 @@ class Row:
         unit: what is routed, or removed; None for the dense model.
         router: None where units are removed.
         shared: which units are always on: half of them by the `score`, the `first` half, or `none`.
+        score: the statistic that ranks units, of which the highest are always on, and layers, of which the lowest are
+            routed.
         recover, prepare: keys of these sections of the recipe that differ.
     """
 
@@ -100,6 +109,7 @@ class Row:
     unit: str | None = None
     router: str | None = None
     shared: str = "score"
+    score: str = "taylor"
     recover: tuple[tuple[str, Any], ...] = ()
     prepare: tuple[tuple[str, Any], ...] = ()
 
@@ -115,8 +125,19 @@ def all_rows() -> dict[str, Row]:
             found[f"{unit}-75-{router}-first"] = Row(75, unit, router, "first")
             found[f"{unit}-75-{router}-free"] = Row(75, unit, router, "none")
         relative = ("objectives", [{"name": "routing", "relative": True}])
-        found[f"{unit}-75-two_stage-relative"] = Row(75, unit, "two_stage", prepare=(relative,))
-        found[f"{unit}-75-two_stage-both"] = Row(75, unit, "two_stage", "none", prepare=(relative,))
+        fade, loose, less = ("fade", 0.33), ("balance", 0.001), ("balance", 0.002)
+        for eased in (False, True):
+            own: tuple[tuple[str, Any], ...] = (fade, less) if eased else ()
+            name = f"{unit}-75-two_stage-{'eased-' if eased else ''}"
+            found[f"{name}relative"] = Row(75, unit, "two_stage", recover=own, prepare=(relative,))
+            found[f"{name}both"] = Row(75, unit, "two_stage", "none", recover=own, prepare=(relative,))
+        slow = ("mixer_rate", 1e-3)
+        forms: dict[str, tuple[tuple[str, Any], ...]]
+        forms = {"fade": (fade,), "loose": (loose,), "eased": (fade, less), "slow": (slow,)}
+        for form, own in forms.items():
+            found[f"{unit}-75-two_stage-{form}"] = Row(75, unit, "two_stage", recover=own)
+        for end, own in (("", ()), ("eased-", (fade, less))):
+            found[f"{unit}-75-two_stage-{end}removal"] = Row(75, unit, "two_stage", score="removal", recover=own)
     changed: dict[str, tuple[tuple[str, Any], ...]] = {
         "uneven": (("balance", 0.0),),
         "mean": (("objectives", MEAN),),
@@ -191,7 +212,7 @@ def recipe_of(options: argparse.Namespace, row: Row) -> dict[str, Any]:
     recipe["prepare"] |= {**common, "tokens": options.prepare_tokens, "batch_size": options.prepare_batch}
     recipe["recover"] |= {**common, "tokens": options.tokens, "batch_size": options.batch, "save_every": 200}
     recipe["recover"] |= {"micro_batch": min(options.micro, options.batch), "control": False, **dict(row.recover)}
-    recipe["profile"] = {"statistics": [{"name": "taylor"}]}
+    recipe["profile"] = {"statistics": [{"name": row.score}]}
     recipe["prepare"] |= {"targets": PREPARED, **dict(row.prepare)}
     recipe["search"] = {"solver": {"name": "keep", "statistic": "error"}, "budget": {"kv": 1.0, "lengths": [PRICED]}}
     recipe["evaluate"] = {"compare": ["plan"]}
@@ -202,7 +223,7 @@ def decided(session: Session, row: Row, profile: Profile) -> Plan:
     """The row's plan, in the place of the one that a search would leave."""
     run = session.run
     if not run.stage_done("search", session.search_key()):
-        heads = profile.tensor(Key("taylor", "heads")).double()
+        heads = profile.tensor(Key(row.score, "heads")).double()
         plan = plan_of(session.shape, row, heads)
         timed(session, "search", session.search_key, ["plan.json"], lambda: write_text(run.plan, plan.to_json()))
     return read_plan(run.plan, session.shape)

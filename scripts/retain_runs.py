@@ -7,13 +7,19 @@ texts of a held-out novel: `--prompts` texts of `--length` tokens in all, each w
 for every fact (`data.questions`: a pass key, one of two lines, and kinds, wordings and words that no calibration has).
 A text is read without its questions, so that no row can know them. Rows:
 
-    oracle         the dense model; KVzip and KVzip+, whose mask is in force for the question; KVzip+'s scores given to
+    oracle         the dense model; KVzip and KVzip+, whose mask is in force for the question; their scores given to
                    the heads of a retain plan (`rule`), whose keys are not seen while the text is read, either; and the
                    rank correlation of every scorer with KVzip+ on these texts, by layer
+    oracle-512     the same with a repetition in chunks of 512 tokens in place of 2,048. It stands behind the text, so
+                   at a length near the model's context the longer chunks have positions that the model does not know
     ridge, mlp, gate, key_norm, value_norm
                    retain heads by this scorer, with the threshold in each head group that keeps one share in all
     ridge-global, mlp-global
                    with one threshold for all head groups, which is how KVzip gives heads different shares
+    ridge-kvzip, ridge-again, ridge-plain, mlp-kvzip, mlp-long, gate-long, ridge-64, mlp-64
+                   choices that one of these scorers leaves open, each with one share and with one threshold: fitted to
+                   KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it written by
+                   the model; on four times the tokens; with a window of 64. They run only where they are named
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
                    refinement, or with `--refine-minutes`
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
@@ -29,7 +35,8 @@ Rows run in `--at-once` processes on each GPU, those that are done are only read
 `--minutes`. The table is printed last; FOLDER/retain.json has all numbers with the machine and the versions.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's training text in it
-or in wikitext2/, if any; scorers are trained on these other texts, and on as much that the model writes.
+or in wikitext2/, if any. Scorers are trained on these other texts, half as much encyclopedia as books, with facts
+stated in half of the pieces, in wordings and words for calibration.
 """
 
 from __future__ import annotations
@@ -39,13 +46,15 @@ import copy
 import json
 import math
 import platform
+import random
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -53,19 +62,23 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from compress.data.key_value import FORMS, NAMES
+from compress.data.kinds import KINDS as FACTS_OF
 from compress.data.kinds import NEW_KINDS, REWORDED
-from compress.data.questions import TASKS, Question, QuestionedText, questioned_texts
+from compress.data.passkey import NEEDLE
+from compress.data.prompt import random_number
+from compress.data.questions import DIGITS, TASKS, Question, QuestionedText, questioned_texts
 from compress.data.reader import Reader
 from compress.data.text import UndividedText
 from compress.errors import UserError
 from compress.evaluate.asked import ask, asked_tokens, is_answered, read_text
 from compress.evaluate.logits import logits_in_slices
-from compress.evaluate.oracle import give_scores, kept_at, likely_behind, losses_behind, oracle_scores
+from compress.evaluate.oracle import OracleScores, give_scores, kept_at, likely_behind, losses_behind, oracle_scores
 from compress.files import write_json, write_text
 from compress.models.load import LoadedModel, load_model
 from compress.models.planned import planned_model
 from compress.models.prepared import attach, prepared_for, read_prepared
-from compress.models.reconstruction import TokenScores, reconstructing
+from compress.models.reconstruction import CHUNK, TokenScores, reconstructing
 from compress.models.retention import spearman
 from compress.models.trained import load_trained
 from compress.plan import ModelShape, Plan, plan_of_layers, read_plan, uniform_plan
@@ -87,6 +100,8 @@ from compress.targets.span import visible_keys
 from compress.versions import versions
 from scripts import rows
 
+PIECE = 16_000  # characters of a piece of the training text, about 4,000 tokens
+STATED = 1_000  # characters between two facts that are stated in it
 ROOM = 128  # tokens for a question and its answer, so that a text with them has `--length` at most
 SCORERS = ("ridge", "mlp", "gate", "key_norm", "value_norm")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -107,10 +122,10 @@ def main() -> None:
     add = parser.add_argument
     add("--shares", default="50,25,12.5,6.25", help="of the bytes of the dense model's cache, in percent, by commas")
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
-    add("--prepare-tokens", type=int, default=400_000, help="that scorers are trained on")
+    add("--prepare-tokens", type=int, default=500_000, help="that scorers are trained on")
     add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
     add("--refine-minutes", type=float, default=0.0, help="of refining each plan of `searched`; 0 for none")
-    add("--recover-tokens", type=int, default=1_000_000, help="of the training of `recovered`")
+    add("--recover-tokens", type=int, default=3_000_000, help="of the training of `recovered`")
     add("--recover-length", type=int, default=4096, help="tokens of its sequences")
     add("--recover-shares", default="12.5", help="at which it is trained, in percent, by commas")
     add("--long-texts", type=int, default=8, help="texts, as long as those of the measures, that give thresholds")
@@ -119,7 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.length, options.shares, options.window = 1536, "50,25", 64
-        options.prompts, options.windows, options.dtype, options.at_once = 2, 1, "float32", 1
+        options.prompts, options.windows, options.at_once = 2, 1, 1
+        options.dtype = "float32" if resolve_device(options.device) == "cpu" else options.dtype
         options.prepare_tokens, options.prepare_lengths, options.long_texts = 2048, "256,512", 2
         options.written, options.written_length, options.minutes = 0, 256, 60.0
         options.recover_tokens, options.recover_length, options.recover_shares = 1024, 512, "25"
@@ -166,11 +182,70 @@ def prepare_base(options: argparse.Namespace, seed: int) -> None:
     write_json(rows.figures(options, rows.BASE, seed), {"row": rows.BASE, "seed": seed, **facts, "cells": []})
 
 
+def training_text(options: argparse.Namespace) -> Path:
+    """Books, half as much of an encyclopedia in turn with them, and facts between paragraphs of half of the pieces.
+
+    Scorers that only see prose never learn what is worth keeping of what people ask for.
+    """
+    path: Path = options.out / "training.txt"
+    if not path.is_file():
+        held, train = rows.held_out(options), rows.wiki(options.texts, "train")
+        files = [book for book in rows.books(options.texts) if book != held and not book.name.startswith("wiki.")]
+        prose = _paragraphs(files or [held])
+        size, articles = sum(map(len, prose)), _paragraphs([] if train is None else [train])
+        total, rng = 0, random.Random("statements")
+        while articles and sum(map(len, articles)) > size / 2:  # thresholds are for novels
+            articles.pop()
+        parts = [_pieces(prose), _pieces(articles)]
+        pieces = [part[number] for number in range(max(map(len, parts))) for part in parts if number < len(part)]
+        found = []
+        for number, piece in enumerate(pieces):
+            for paragraph in piece:
+                found.append(paragraph)
+                total += len(paragraph) if number % 4 < 2 else 0
+                if total > STATED:
+                    found.append(_statement(rng))
+                    total = 0
+        write_text(path, "\n\n".join(found))
+    return path
+
+
+def _paragraphs(files: Sequence[Path]) -> list[str]:
+    """Of some texts; their lines are paragraphs where no line is empty."""
+    found = []
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        found += [part for part in text.split("\n\n" if "\n\n" in text else "\n") if part.strip()]
+    return found
+
+
+def _pieces(paragraphs: Sequence[str]) -> list[list[str]]:
+    """Paragraphs in pieces of about `PIECE` characters."""
+    found: list[list[str]] = []
+    size = PIECE
+    for paragraph in paragraphs:
+        if size >= PIECE:
+            found.append([])
+            size = 0
+        found[-1].append(paragraph)
+        size += len(paragraph)
+    return found
+
+
+def _statement(rng: random.Random) -> str:
+    """A pass key, a line with a number, or a fact of a kind, in the wordings and words for calibration."""
+    kind = rng.choice([*TASKS, *REWORDED])
+    if kind == "passkey":
+        return NEEDLE.format(key=random_number(rng, DIGITS))
+    if kind == "key_value":
+        return FORMS["sentence"][0].format(key=rng.choice(NAMES), value=random_number(rng, DIGITS))
+    return FACTS_OF[kind].stated("calibration", rng)[0]
+
+
 def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe whose preparation trains the scorers; its other stages do not run."""
     lengths = [int(length) for length in options.prepare_lengths.split(",")]
-    text = {"source": "undivided", "path": str(rows.corpus(options))}
-    written = {"source": "generated", "tokens": options.written, "length": options.written_length}
+    text = {"source": "undivided", "path": str(training_text(options))}
     prepare: dict[str, Any] = {
         "targets": [{"target": "retain", "scorer": scorer} for scorer in SCORERS],
         "objectives": [
@@ -186,10 +261,8 @@ def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
         "length": max(lengths),
         "batch_size": 1,
         "tokens": options.prepare_tokens,
-        "rate": 1e-3,
+        "rate": 2e-3,
     }
-    if options.written:
-        prepare["beside"] = written
     return {
         "schema": 1,
         "calibration": {"text": text, "documents": [{"task": "passkey", "length": max(lengths), "count": 1}]},
@@ -381,23 +454,92 @@ def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, sha
     return plan_of_layers(loaded.shape, candidate.layers)
 
 
-def retain_row(scorer: str, same: Literal["share", "threshold"] = "share") -> Callable[..., Iterator[dict[str, Any]]]:
-    """The row of a scorer.
+Same = Literal["share", "threshold"]  # what all head groups have in common
+Change = Callable[[argparse.Namespace, dict[str, Any]], None]
+
+
+def retain_row(scorer: str, same: Same = "share") -> Callable[..., Iterator[dict[str, Any]]]:
+    """The row of a scorer of the base."""
+
+    def run(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
+        yield from retained(options, loaded, asked, scorer, same, scorer)
+
+    return run
+
+
+def retained(
+    options: argparse.Namespace, loaded: LoadedModel, asked: Asked, scorer: str, same: Same, name: str
+) -> Iterator[dict[str, Any]]:
+    """Heads by a scorer that the model carries, at every share."""
+    solver = Shares(same=same, target=RetainGroup(scorer=scorer, alpha=options.window))
+    for share in shares_of(options):
+        plan = solved(options, loaded, solver, share)
+        if plan is not None:
+            row = name if same == "share" else f"{name}, one threshold"
+            model = planned_model(loaded.model, plan)
+            yield measure(row, share, model, asked, dense_bytes(loaded.shape, loaded.model))
+
+
+def changed_row(scorer: str, words: str, change: Change) -> Callable[..., Iterator[dict[str, Any]]]:
+    """A scorer with something changed, with one share and with one threshold.
 
     Args:
-        same: what all head groups have in common, the share of the tokens or the threshold.
+        words: what is changed.
+        change: changes `prepare:` of the recipe, or the options, which are the row's own.
     """
 
     def run(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
-        dense = dense_bytes(loaded.shape, loaded.model)
-        solver = Shares(same=same, target=RetainGroup(scorer=scorer, alpha=options.window))
-        for share in shares_of(options):
-            plan = solved(options, loaded, solver, share)
-            if plan is not None:
-                name = scorer if same == "share" else f"{scorer}, one threshold"
-                yield measure(name, share, planned_model(loaded.model, plan), asked, dense)
+        recipe = base_recipe(options)
+        recipe["prepare"]["targets"] = [{"target": "retain", "scorer": scorer}]
+        before = copy.deepcopy(recipe)
+        change(options, recipe["prepare"])
+        if recipe != before:
+            with rows.session_of(options, options.child, options.seed, recipe) as session:
+                session.take_model(loaded)
+                prepare_stage(session)
+        for same in get_args(Same):
+            yield from retained(options, loaded, asked, scorer, same, f"{scorer}, {words}")
 
     return run
+
+
+def by_kvzip(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Fit KVzip's scores in place of KVzip+'s."""
+    prepare["objectives"][0]["score"] = "KVzip"
+
+
+def again(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """A second round, on the states of a model that keeps an eighth."""
+    prepare["again"] = 0.125
+
+
+def plain(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Text without statements, and as much that the model writes."""
+    prepare["text"] = {"source": "undivided", "path": str(rows.corpus(options))}
+    if options.written:
+        prepare["beside"] = {"source": "generated", "tokens": options.written, "length": options.written_length}
+
+
+def longer(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Four times the tokens, at a higher rate."""
+    prepare["tokens"], prepare["rate"] = 4 * options.prepare_tokens, 3e-3
+
+
+def narrow(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """A window of a page, which leaves more of a small cache to older tokens."""
+    options.window = 64
+
+
+CHANGED: dict[str, tuple[str, str, Change]] = {
+    "ridge-kvzip": ("ridge", "by KVzip", by_kvzip),
+    "ridge-again": ("ridge", "two rounds", again),
+    "ridge-plain": ("ridge", "plain text", plain),
+    "mlp-kvzip": ("mlp", "by KVzip", by_kvzip),
+    "mlp-long": ("mlp", "four times the tokens", longer),
+    "gate-long": ("gate", "four times the tokens", longer),
+    "ridge-64": ("ridge", "window 64", narrow),
+    "mlp-64": ("mlp", "window 64", narrow),
+}
 
 
 def refined_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -490,17 +632,22 @@ def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
         "text": recipe["prepare"]["text"],
         "length": length,
         "batch_size": 4 if not options.quick else 1,
+        "micro_batch": 1,  # the logits of a long sequence are gigabytes
         "tokens": options.recover_tokens,
     }
     return recipe
 
 
-def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
-    """The dense model, KVzip and KVzip+ behind the text, and the retain rule with KVzip+'s scores."""
+def oracle_row(
+    options: argparse.Namespace, loaded: LoadedModel, asked: Asked, chunk: int = CHUNK
+) -> Iterator[dict[str, Any]]:
+    """KVzip and KVzip+ behind the text, and the retain rule with their scores; with the published chunk the dense
+    model as well."""
+    words = "" if chunk == CHUNK else f", chunks of {chunk}"
     model, shape, shares = loaded.model, loaded.shape, shares_of(options)
     device, groups = model.get_input_embeddings().weight.device, shape.kv_heads
     masks = [(name, share) for name in ("KVzip", "KVzip+") for share in shares]
-    cells = [new_cell("dense", None, asked), *(new_cell(name, share, asked) for name, share in masks)]
+    cells = [new_cell("dense", None, asked), *(new_cell(name + words, share, asked) for name, share in masks)]
     mixers = {scorer: scorers_of(loaded, scorer) for scorer in SCORERS}
     ranks: dict[str, list[torch.Tensor]] = {scorer: [] for scorer in SCORERS}
     seconds = []
@@ -515,15 +662,15 @@ def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -
         for scorer, by_layer in mixers.items():
             given = (scores.hidden[None], scores.key[None], scores.value[None], scores.positions[None])
             own = by_layer[scores.layer](*given)[0]
-            of_text[scorer].append(spearman(own.double().cpu(), scores.wanted.double().cpu()))
+            of_text[scorer].append(spearman(own.double().cpu(), scores.wanted().double().cpu()))
 
-    scored: list[torch.Tensor] = []
+    scored: list[Any] = []
     compared = max(1, len(asked.texts) // 5)
     for number, text in enumerate(asked.texts):
         pieces = [asked_tokens(question) for question in text.questions]
         of_text.update({scorer: [] for scorer in SCORERS})
         beside = {"beside": compare} if number < compared else {}
-        with reconstructing(model, loaded.tokenizer) as repeat:
+        with reconstructing(model, loaded.tokenizer, chunk) as repeat:
             started = clock(device)
             found = oracle_scores(model, repeat, text.tokens, groups, **beside)
         if beside:
@@ -536,34 +683,42 @@ def oracle_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -
             rows_of = zip(text.questions, likely, strict=True)
             add_right(cell, asked, [is_answered(question, row) for question, row in rows_of])
             cell["kept"].append(1.0 if cell["share"] is None else cell["share"] / 100)
-        scored.append(found.moved.cpu())
+        scored.append(on_host(found))
     for text in asked.texts[:10]:
         started = clock(device)
         read_text(model, text.tokens)
         cells[0]["seconds"].append(clock(device) - started)
     cut, tails = asked.cut, []
     for window in asked.windows:
-        with reconstructing(model, loaded.tokenizer) as repeat:
+        with reconstructing(model, loaded.tokenizer, chunk) as repeat:
             found = oracle_scores(model, repeat, window[:cut], groups)
-        tails.append(found.moved.cpu())
+        tails.append(on_host(found))
         for cell, losses in zip(cells, losses_behind(model, window[:cut], window[cut:], kept_by(found)), strict=True):
             cell["tail"].append(float(losses.mean()))
         cells[0]["whole"].append(float(losses_of(model, window).mean()))
-    cells[0]["ranks"] = {scorer: torch.stack(values).mean((0, 2)).tolist() for scorer, values in ranks.items()}
+    cells[-1]["ranks"] = {scorer: torch.stack(values).mean((0, 2)).tolist() for scorer, values in ranks.items()}
     for cell in cells[1:]:
         cell["seconds"] = [mean(cells[0]["seconds"]) + mean(seconds)]
-    yield from cells
-    yield from rule_cells(options, loaded, asked, scored, tails)
+    yield from cells if chunk == CHUNK else cells[1:]
+    for name in ("KVzip", "KVzip+"):
+        given = [[values[name] for values in of_texts] for of_texts in (scored, tails)]
+        yield from rule_cells(options, loaded, asked, f"{name}{words}, in the rule", *given)
+
+
+def on_host(found: OracleScores) -> dict[str, torch.Tensor]:
+    """Scores by name, on the CPU, where those of all texts have room."""
+    return {"KVzip": found.weight.cpu(), "KVzip+": found.moved.cpu()}
 
 
 def rule_cells(
     options: argparse.Namespace,
     loaded: LoadedModel,
     asked: Asked,
+    name: str,
     scored: Sequence[torch.Tensor],
     tails: Sequence[torch.Tensor],
 ) -> Iterator[dict[str, Any]]:
-    """Retain heads that are told what KVzip+ keeps, with one threshold over all head groups."""
+    """Retain heads that are told what an oracle keeps, with one threshold over all head groups."""
     device = loaded.model.get_input_embeddings().weight.device
     for share in shares_of(options):
         plan = solved(options, loaded, Shares(target=RetainGroup(scorer="key_norm", alpha=options.window)), share)
@@ -577,7 +732,7 @@ def rule_cells(
             give_scores(model, kept_at((tails if window else scored)[number].to(device), kept).float())
 
         dense = dense_bytes(loaded.shape, loaded.model)
-        yield measure("KVzip+ in the rule", share, model, asked, dense, given, whole=False)
+        yield measure(name, share, model, asked, dense, given, whole=False)
 
 
 def scorers_of(loaded: LoadedModel, scorer: str) -> dict[int, Any]:
@@ -589,15 +744,17 @@ def scorers_of(loaded: LoadedModel, scorer: str) -> dict[int, Any]:
 
 ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "oracle": oracle_row,
+    "oracle-512": partial(oracle_row, chunk=512),
     **{scorer: retain_row(scorer) for scorer in SCORERS},
     **{f"{scorer}-global": retain_row(scorer, "threshold") for scorer in GLOBAL},
+    **{name: changed_row(*entry) for name, entry in CHANGED.items()},
     "searched": searched_row,
     "refined": refined_row,
     "uniform": uniform_row,
     "recovered": recovered_row,
     "trained-dense": trained_dense_row,
 }
-UNTRAINED = [name for name in ROWS if name not in ("recovered", "trained-dense")]  # rows where none are named
+UNTRAINED = [name for name in ROWS if name not in (*CHANGED, "recovered", "trained-dense")]  # rows where none are named
 
 
 def mean(values: Sequence[float]) -> float:
@@ -631,7 +788,7 @@ def print_table(options: argparse.Namespace) -> None:
         by_row[-(cell["share"] or 101.0), cell["row"]].append(cell)
     reference = {cell["seed"]: cell for cell in cells if cell["row"] == "dense"}
     summary = [summarised(group, reference) for _, group in sorted(by_row.items(), key=lambda item: item[0][0])]
-    ranks = [{"seed": cell["seed"], **cell["ranks"]} for cell in cells if "ranks" in cell]
+    ranks = [{"seed": cell["seed"], "row": cell["row"], **cell["ranks"]} for cell in cells if "ranks" in cell]
     made = {f"{file['row']}-{file['seed']}": {name: file[name] for name in FACTS if name in file} for file in files}
     asked = {name: value for name, value in vars(options).items() if name in OPTIONS}
     facts = {"python": platform.python_version(), "options": asked, "rows": made, "ranks": ranks}
@@ -660,7 +817,7 @@ def print_table(options: argparse.Namespace) -> None:
     )
     rows.print_lines([head, *(line(entry) for entry in summary)])
     for entry in ranks:
-        print(f"\nrank correlation with KVzip+ on these texts, seed {entry['seed']}, mean and by layer:")
+        print(f"\nrank correlation with {entry['row']} on these texts, seed {entry['seed']}, mean and by layer:")
         for scorer in SCORERS:
             values = entry[scorer]
             print(f"  {scorer:<11}{mean(values):.2f}  {' '.join(f'{value:.2f}' for value in values)}")

@@ -147,6 +147,11 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     show(table)
     for line in _option_lines(plan):
         typer.echo(line)
+    if plan.reordered_layers:
+        typer.echo(
+            f"a checkpoint of the plan has the head groups of {counted(plan.reordered_layers, 'layer')} in another "
+            "order than the table, which is the model's: `order` in the plan says which"
+        )
     varies = plan.in_expectation
     means = "; means over texts, spread: their standard deviation at most" if varies else ""
     costs = Table(title=f"KV cache of one sequence, float16 or bfloat16{means}", box=None)

@@ -163,7 +163,8 @@ def table(recipe: Recipe, situation: Situation) -> Table:
 def upcycled(section: UpcycleSection) -> str:
     """What becomes one model, and how, in a few words."""
     kv = "" if section.attention == "base" else f", {'shared' if section.kv == 'shared' else 'own'} keys and values"
-    return f"{section.count} experts, attention {section.attention}{kv}\nMLP top {section.mlp.top}, rest {section.rest}"
+    mlps = "all MLPs" if section.mlp.top == "all" else f"MLP top {section.mlp.top}"
+    return f"{section.count} experts, attention {section.attention}{kv}\n{mlps}, rest {section.rest}"
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.models.families import layers_of
-from compress.models.placement import free_bytes
+from compress.models.placement import free_bytes, placement_of
 from compress.runtime.families import head_size_of
 from compress.runtime.widths import width_of
 
 ACTIVATIONS_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
+ROOM = 0.9  # share of the free memory that may be taken where all of it is known that will be
 HALF_SCALE = 2.0**12
 
 
@@ -27,7 +29,13 @@ def loss_scale(dtype: torch.dtype) -> float:
 
 @contextmanager
 def recomputed(
-    model: Any, tokens: int, *, chosen: bool | None = None, itemsize: int | None = None, trained: bool = False
+    model: Any,
+    tokens: int,
+    *,
+    chosen: bool | None = None,
+    itemsize: int | None = None,
+    trained: bool = False,
+    needs: Callable[[], int] | None = None,
 ) -> Iterator[bool]:
     """Recompute decoder layers in the backward pass instead of keeping their activations, where memory is short.
 
@@ -38,9 +46,13 @@ def recomputed(
         chosen: whether to recompute; None decides by an estimate and the free memory.
         itemsize: bytes of an activation; None is that of the model's weights.
         trained: the projections' weights take gradients, so their inputs are kept as well.
+        needs: gives all bytes that will be taken beside those that are, in place of an estimate. Where they are there,
+            they are claimed at once, so that another process on the same GPU does not count on them as well.
     """
     with ExitStack() as undo:
-        if chosen is None:
+        if chosen is None and needs is not None:
+            chosen = not _claimed(model, needs())
+        elif chosen is None:
             weight = model.get_input_embeddings().weight
             needed = activation_bytes(model, tokens, itemsize or weight.dtype.itemsize) * (2 if trained else 1)
             free = free_bytes(model)
@@ -48,6 +60,48 @@ def recomputed(
         if chosen:
             _checkpoint_layers(model, undo)
         yield chosen
+
+
+def kept_bytes(run: Callable[[], Any], held: Any) -> int:
+    """Bytes that autograd would keep of what `run` computes, for its backward pass; nothing of it is kept.
+
+    Args:
+        held: a module whose weights are there anyway.
+    """
+    own = {weight.untyped_storage()._cdata for weight in held.parameters()}
+    found: dict[int, tuple[StorageWeakRef, int]] = {}  # a storage that is only named cannot become another one
+
+    def pack(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in found:
+            found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+
+    def unpack(_: None) -> torch.Tensor:
+        raise RuntimeError("a pass whose activations are only counted has no backward pass")
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        run()
+    return sum(size for _, size in found.values())
+
+
+def _claimed(model: Any, needed: int) -> bool:
+    """Whether the devices of a model have room for so many bytes more, which this process's allocator holds then."""
+    devices = placement_of(model).devices
+    if any(device.type == "cuda" for device in devices):
+        torch.cuda.empty_cache()
+    free = free_bytes(model)
+    if free is not None and needed > ROOM * free:
+        return False
+    try:
+        blocks = [
+            torch.empty(needed // len(devices), dtype=torch.uint8, device=device)
+            for device in devices
+            if device.type == "cuda"
+        ]
+    except torch.OutOfMemoryError:  # another process was faster
+        return False
+    del blocks
+    return True
 
 
 def activation_bytes(model: Any, tokens: int, itemsize: int) -> int:

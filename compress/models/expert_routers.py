@@ -15,6 +15,7 @@ from compress.models.placement import input_device
 STD = 0.02  # of random routers, as of the linear layers of most models
 RIDGE = 1e-2  # of the mean square of the inputs
 PASSES = 2
+AT_ONCE = 8  # windows of a text in a pass
 SHARPNESS = 4.0  # difference of the logits of experts whose texts are told apart without an error
 
 
@@ -61,8 +62,8 @@ def fitted_routers(model: Any, texts: Sequence[torch.Tensor]) -> None:
             for number, windows in enumerate(texts):
                 for each in sums:
                     each.number = number
-                for window in windows:
-                    model.base_model(input_ids=window[None].to(input_device(model)), use_cache=False)
+                for several in windows.split(AT_ONCE):
+                    model.base_model(input_ids=several.to(input_device(model)), use_cache=False)
         for (_, router), each in zip(places, sums, strict=True):
             router.copy_(each.fitted())
 

@@ -105,6 +105,23 @@ def check_pruning(config: Any) -> None:
         )
 
 
+def check_reordering(config: Any, where: str, fix: str) -> None:
+    """Raise UserError, with the reason, where head groups of this architecture cannot change places within a layer.
+
+    Args:
+        where, fix: what asks for it, and how to do without.
+    """
+    family = family_of(config)
+    if not family.projections:
+        raise UserError(
+            f"head groups of a {family.architecture} cannot be put in another order: {family.whole}",
+            where=where,
+            expected="an architecture whose heads are rows of linear layers",
+            found=f"model_type {family.model_type}",
+            fix=fix,
+        )
+
+
 def check_reading(config: Any, statistics: Sequence[str]) -> None:
     """Raise UserError where there are statistics that need what neurons give, and the neurons are those of experts."""
     family = family_of(config)

@@ -15,12 +15,13 @@ from transformers import GenerationConfig
 
 from compress.errors import UserError
 from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.order import reorder
 from compress.models.placement import placement_of, put_like
 from compress.models.prepared import attach, fill, found_for, prepared_for
 from compress.models.pruning import Kept, add_output_biases, prune
 from compress.models.upcycled import upcycled_for
 from compress.models.weights import weight_files
-from compress.plan import Group, Plan
+from compress.plan import Group, LayerPlan, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
@@ -60,10 +61,10 @@ def planned_model(model: Any, plan: Plan, *, untrained: bool = False) -> Any:
         return planned
     prepared = () if untrained else prepared_for(model)
     _check_closed(plan)
-    if plan.prunes:
-        model = pruned_model(model, plan)
-        if not has_own_widths(model) and plan.as_built:
-            return model
+    if plan.prunes or plan.reordered_layers:
+        model = sliced_model(model, plan)
+    if plan.prunes and not has_own_widths(model) and plan.as_built:
+        return model
     _check_rope(model, plan)
     check_norms(model.config, plan)
     planned = with_runtime_plan(model, runtime_plan(plan))
@@ -174,7 +175,7 @@ def kept_units(plan: Plan, neurons: int) -> list[Kept]:
     """What stays of every layer, where the dense model has `neurons` in each."""
     return [
         Kept(
-            layer.kept_groups,
+            tuple(sorted(layer.kept_groups)),
             tuple(range(neurons)) if layer.mlp is None else layer.mlp.indices(),
             layer.queries,
         )
@@ -182,17 +183,26 @@ def kept_units(plan: Plan, neurons: int) -> list[Kept]:
     ]
 
 
-def pruned_model(model: Any, plan: Plan) -> Any:
-    """A stock model without what the plan removes; every tensor that is not sliced is that of `model`.
+def sliced_model(model: Any, plan: Plan) -> Any:
+    """A stock model without what the plan removes, its head groups in the plan's order; every tensor that is not sliced
+    is that of `model`.
 
     It is of the same class, or of its twin where all layers have one width that only the twin's configuration takes.
     """
     made = on_weights_of(model, type(model), copy.deepcopy(model.config))
-    uniform = prune(made, kept_units(plan, Width.of(model.config).neurons))
+    uniform = not plan.prunes or prune(made, kept_units(plan, Width.of(model.config).neurons))
+    reorder(made, [_places(layer) for layer in plan.layers])
     biases = [layer.bias.values() for layer in plan.layers if layer.bias is not None]
     if biases:
         add_output_biases(made, biases)
     return made if uniform else _as_twin(made)
+
+
+def _places(layer: LayerPlan) -> tuple[int, ...] | None:
+    """Of each head group that stays, in the plan's order, its place among them in the model's; None where the orders
+    are one."""
+    stay = sorted(layer.kept_groups)
+    return None if layer.order is None else tuple(map(stay.index, layer.order))
 
 
 def _as_twin(pruned: Any) -> Any:

@@ -148,7 +148,7 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     for layer, stays in zip(layers_of(model), kept, strict=True):
         units = {"query": stays.query_heads(group_size), "key_value": stays.groups, "neuron": stays.neurons}
         for name, module in projections(layer, config).items():
-            _slice(module, _places(rows[name], units, dense, head_dim), rows[name].axis)
+            take(module, places_of(rows[name], units, dense, head_dim), rows[name].axis)
     if uniform:
         for name, value in {"head_dim": head_dim, **after[0].fields(config)}.items():
             setattr(config, name, value)
@@ -205,14 +205,14 @@ def _narrowed(config: Any, width: Width) -> Any | None:
         return None
 
 
-def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, head_dim: int) -> torch.Tensor:
-    """Rows or columns of a projection of the dense width that hold some units, `[n]`, ascending within each part."""
+def places_of(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, head_dim: int) -> torch.Tensor:
+    """Rows or columns of a projection of the dense width that hold some units, `[n]`, in these units' order by part."""
     group_size, chosen, start = dense.query_heads // dense.groups, [], 0
     if row.by_group:
         alone, one = replace(row, by_group=False), Width(group_size, 1, dense.neurons)
         for group in units["key_value"]:
             heads = [head - group * group_size for head in units["query"] if head // group_size == group]
-            places = _places(alone, {"query": heads, "key_value": (0,)}, one, head_dim)
+            places = places_of(alone, {"query": heads, "key_value": (0,)}, one, head_dim)
             chosen.append(places + group * one.size(row.parts, head_dim))
         return torch.cat(chosen)
     for part in row.parts:
@@ -222,8 +222,8 @@ def _places(row: Projection, units: Mapping[str, Sequence[int]], dense: Width, h
     return torch.cat(chosen)
 
 
-def _slice(module: Any, places: torch.Tensor, axis: int) -> None:
-    """Keep some rows (axis -2) or columns (axis -1) of a projection."""
+def take(module: Any, places: torch.Tensor, axis: int) -> None:
+    """Keep some rows (axis -2) or columns (axis -1) of a projection, in this order."""
     index = places.to(module.weight.device)
     module.weight = nn.Parameter(module.weight.index_select(axis, index), module.weight.requires_grad)
     if axis == -2 and module.bias is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -35,6 +35,7 @@ OVERLAP = 8  # tokens of the chunk before, which tell a repetition where to star
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 MARK = "the text"
+Score = Literal["KVzip+", "KVzip"]
 STRIP_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of the float32 scores of one strip of rows
 
 
@@ -105,10 +106,9 @@ class TokenScores:
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: value.to(device) for name, value in values.items()})
 
-    @property
-    def wanted(self) -> torch.Tensor:
-        """`[G, n]` float32, what a scorer is to give: the logarithm of KVzip+'s score, at least that of `LEAST`."""
-        return self.moved.clamp(min=LEAST).log()
+    def wanted(self, score: Score = "KVzip+") -> torch.Tensor:
+        """`[G, n]` float32, what a scorer is to give: the logarithm of a score, at least that of `LEAST`."""
+        return {"KVzip+": self.moved, "KVzip": self.weight}[score].clamp(min=LEAST).log()
 
 
 Consume = Callable[[TokenScores], None]

@@ -26,7 +26,7 @@ class Retention:
         thresholds: `[layers, groups, S]`, scores at or above which such shares of the tokens are.
         spread: `[layers, groups, S]`, standard deviation over documents of the share that is kept.
         kept: `[L, layers, groups, S]`, mean share that is kept of documents of each length.
-        rank: `[layers, groups]`, Spearman's correlation of the scores with those of KVzip+, mean over documents.
+        rank: `[layers, groups]`, Spearman's correlation of the scores with those they stand for, mean over documents.
     """
 
     lengths: torch.Tensor

@@ -129,11 +129,15 @@ class MlpRouting(Strict):
     """How an upcycled model's tokens use its MLPs (`runtime/mlp_experts.py`).
 
     Attributes:
-        top: MLPs that a token uses.
-        weight: what their outputs are multiplied by.
+        top: MLPs that a token uses, `all` or a number.
+        weight: what their outputs are multiplied by; where a token uses all, by p, which sums to 1.
     """
 
-    top: int = Field(1, ge=1, le=MOST_EXPERTS, description="MLPs that a token uses")
+    top: Annotated[int, Field(ge=1, le=MOST_EXPERTS)] | Literal["all"] = Field(
+        "all",
+        description="MLPs that a token uses: all, mixed by p as attentions are, at the operations of all of them; or "
+        "those with the highest p, one as published",
+    )
     weight: Literal["one", "p"] = Field(
         "one",
         description="what their outputs are multiplied by: weights that sum to 1, with one MLP straight-through, so "
@@ -184,16 +188,23 @@ class Upcycle(Strict):
             for _ in range(self.seed.kv_heads)
         )
 
+    @property
+    def mlps(self) -> int:
+        """MLPs that a token uses."""
+        return self.count if self.mlp.top == "all" else self.mlp.top
+
     def runtime_mlp(self) -> dict[str, Any]:
         """What a checkpoint's configuration says of the MLP of a layer."""
-        return {"experts": self.count, **self.mlp.model_dump()}
+        return {"experts": self.count, "top": self.mlps, "weight": self.mlp.weight}
 
 
 class LayerPlan(Strict):
     """The decision for one layer.
 
     Attributes:
-        groups: one target per head group of the model.
+        groups: one target per head group of the model, in the model's order.
+        order: the head groups that stay in the order in which the planned model and its checkpoint have them; None
+            where that is the model's.
         queries: indices of the query heads that stay, the same number in every group that stays; None where groups
             keep all of theirs.
         mlp: None where the MLP is left as it is.
@@ -201,13 +212,23 @@ class LayerPlan(Strict):
     """
 
     groups: tuple[Group, ...] = Field(min_length=1)
+    order: tuple[int, ...] | None = None
     queries: tuple[int, ...] | None = None
     mlp: Mlp | None = None
     bias: OutputBias | None = None
 
+    @model_validator(mode="after")
+    def _orders_what_stays(self) -> LayerPlan:
+        stay = [number for number, group in enumerate(self.groups) if not group.removes]
+        if self.order is not None and sorted(self.order) != stay:
+            raise ValueError(f"order: expected each of the groups that stay once, {stay}, got {list(self.order)}")
+        return self
+
     @property
     def kept_groups(self) -> tuple[int, ...]:
-        """Indices of the head groups that stay."""
+        """Indices of the head groups that stay, in the order in which the planned model has them."""
+        if self.order is not None:
+            return self.order
         return tuple(number for number, group in enumerate(self.groups) if not group.removes)
 
     @property
@@ -345,7 +366,7 @@ class Plan(Strict):
         layers = []
         for layer in self.layers:
             row: dict[str, Any] = {
-                "groups": [group.model_dump(mode="json") for group in layer.groups if not group.removes]
+                "groups": [layer.groups[number].model_dump(mode="json") for number in layer.kept_groups]
             }
             wider = self.model.group_size > self.source.group_size
             if layer.queries is not None or len(row["groups"]) < len(layer.groups) or wider:
@@ -399,7 +420,7 @@ class Plan(Strict):
     def groups_that_stay(self) -> list[list[tuple[Target, int | None]]]:
         """Per layer, the target of every head group that stays, and the window that the layer itself has."""
         return [
-            [(group, native) for group in layer.groups if not group.removes]
+            [(layer.groups[number], native) for number in layer.kept_groups]
             for layer, native in zip(self.layers, self.model.native_windows, strict=True)
         ]
 
@@ -476,3 +497,8 @@ class Plan(Strict):
     def prunes(self) -> bool:
         """Whether anything of the model is removed."""
         return any(layer.prunes for layer in self.layers)
+
+    @property
+    def reordered_layers(self) -> int:
+        """Layers whose head groups the planned model has in another order than the model."""
+        return sum(layer.order is not None for layer in self.layers)

@@ -53,7 +53,10 @@ def added(plan: Plan) -> tuple[str, ...]:
         ("soft", "shared"): "all attentions run on shared keys and values, times gates that sum to 1",
     }.get((made.attention, made.kv), "there is one attention")
     names = ", ".join(expert.name for expert in made.experts)
-    first = f"{made.count} models in one ({names}): {attention}, and {made.mlp.top} of {made.count} MLPs a token"
+    mlps = f"{made.mlps} of {made.count} MLPs a token"
+    if made.mlps == made.count:
+        mlps = "all MLPs run, times gates that sum to 1"
+    first = f"{made.count} models in one ({names}): {attention}, and {mlps}"
     longest = plan.predicted.longest
     if not longest:
         return (first,)

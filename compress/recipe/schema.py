@@ -97,7 +97,7 @@ class UpcycleSection(Section):
             raise ValueError("expected two experts or more; `seed: true` makes the seed one")
         if self.texts and len(self.texts) != self.count:
             raise ValueError(f"texts: expected one for each of the {self.count} experts, got {len(self.texts)}")
-        if self.mlp.top > self.count:
+        if self.mlp.top != "all" and self.mlp.top > self.count:
             raise ValueError(f"mlp.top: expected at most {self.count}, the experts, got {self.mlp.top}")
         return self
 

@@ -112,6 +112,8 @@ class Family:
             heads, where the family's own configuration does not; with the configuration's fields that make it so.
         whole: why heads and neurons cannot be removed; None where they can.
         whole_unless: fields of the configuration with whose values `whole` does not hold; it always does without.
+        by_head: parameters and lists of modules of a layer, by their names in it, that hold something of their own for
+            every head of a kind, `query` or `key_value`, one behind another; a layer may lack them.
         scores: what the layers do with their scores beside the softmax, which only some mixers know
             (`Mixer.knows_scores`); None where they do nothing.
         gains: norms of a layer whose weight can be multiplied into the projections that read them, so that 1 is left.
@@ -136,6 +138,7 @@ class Family:
     twin_fields: Mapping[str, Any] = field(default_factory=dict)
     whole: str | None = None
     whole_unless: Mapping[str, Any] = field(default_factory=dict)
+    by_head: Mapping[str, str] = field(default_factory=dict)
     scores: str | None = None
     normed: Mapping[str, Any] | None = None
     gains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -201,6 +204,7 @@ class Family:
         return next(name for name, row in self.projections.items() if row == inputs(kind))
 
 
+NORMS: Mapping[str, str] = {"self_attn.q_norm.weight": "query", "self_attn.k_norm.weight": "key_value"}
 ALL_HEADS = "its norms of queries and keys have weights of their own for every head"
 SUB_NORMS = "it norms the outputs of all heads, and those of all neurons, together before the next projection"
 DENSE_LAYERS = "some of its layers have experts and others an MLP of another width"
@@ -208,8 +212,15 @@ DENSE_LAYERS = "some of its layers have experts and others an MLP of another wid
 ROWS = (
     Family("apertus", "Apertus", projections={**ATTENTION, **UP}, normed={}),
     Family("arcee", "Arcee", projections={**ATTENTION, **UP}, gains=UP_GAINS),
-    Family("bitnet", "BitNet", whole=SUB_NORMS),
-    Family("cohere", "Cohere", whole=ALL_HEADS, whole_unless={"use_qk_norm": False}, normed={"use_qk_norm": True}),
+    Family("bitnet", "BitNet", whole=SUB_NORMS, by_head={"self_attn.attn_sub_norm.weight": "query"}),
+    Family(
+        "cohere",
+        "Cohere",
+        whole=ALL_HEADS,
+        whole_unless={"use_qk_norm": False},
+        by_head=NORMS,
+        normed={"use_qk_norm": True},
+    ),
     # Layers that slide have RoPE and full ones have none, so a layer cannot change its kind. Its
     # configuration works the head size out from the number of heads.
     Family("cohere2", "Cohere2", narrows=("neuron",)),
@@ -255,6 +266,7 @@ ROWS = (
         "GptOss",
         projections=ATTENTION,
         whole="every query head has a logit of its own beside its projections, and the gates of experts lie between",
+        by_head={"self_attn.sinks": "query"},
         scores="every query head has a logit of its own in the softmax",
     ),
     Family(
@@ -292,9 +304,9 @@ ROWS = (
     Family("mixtral", "Mixtral", projections=EXPERTS),
     Family("nemotron", "Nemotron", projections={**ATTENTION, **UP}, hands_on=False),
     Family("olmo", "Olmo"),
-    Family("olmo2", "Olmo2", whole=ALL_HEADS),
+    Family("olmo2", "Olmo2", whole=ALL_HEADS, by_head=NORMS),
     # Scaled RoPE is for full layers alone, so a layer cannot change its kind.
-    Family("olmo3", "Olmo3", whole=ALL_HEADS),
+    Family("olmo3", "Olmo3", whole=ALL_HEADS, by_head=NORMS),
     Family(
         "persimmon",
         "Persimmon",
@@ -340,6 +352,7 @@ ROWS = (
         hands_on=False,
         whole=ALL_HEADS,
         whole_unless={"qk_layernorm": False},
+        by_head={"self_attn.q_layernorm.norms": "query", "self_attn.k_layernorm.norms": "key_value"},
         narrows=("neuron",),
         normed={"qk_layernorm": True},
     ),

@@ -61,10 +61,12 @@ class ExpertMixer(SpanMixer):
         """The gate of every query head, `[B, T, H]` in float32; 0 where a column is no token."""
         assert step.hidden is not None
         gates = router_logits(step.hidden, self.router).softmax(-1)
-        absent = (step.positions(device) < 0)[..., None]
-        gates = gates.masked_fill(absent, 0)
-        if step.record is not None:
-            step.record.add_expert_gates(self.facts.index, gates[~absent[..., 0]])
+        real = None
+        if not step.is_whole:
+            real = step.positions(device) >= 0
+            gates = gates.masked_fill(~real[..., None], 0)
+        if step.record is not None:  # without padding nothing waits for the device
+            step.record.add_expert_gates(self.facts.index, gates.flatten(0, 1) if real is None else gates[real])
         return take(gates, self.head_expert, 2)
 
     def prefill(

@@ -468,7 +468,7 @@ class LinearMixer(SpanMixer):
         weight, bias = self.gate.flatten(0, 1).to(hidden.dtype), self.gate_bias.flatten().to(hidden.dtype)
         logit = functional.linear(hidden, weight, bias)
         gate = logit.sigmoid().transpose(1, 2)[..., None]  # [B, H, T, 1]
-        found = found[..., : self.facts.head_dim]
+        found = wide(found[..., : self.facts.head_dim])
         normed = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + EPS)
         num = gate * normed * self.norm.flatten(0, 1)[:, None].to(found.dtype)
         return Parts(out, lse, num.masked_fill(absent[..., None], 0), None, None)

@@ -138,6 +138,7 @@ class RetainMixer(Mixer):
             listed = state.pages() if cached and state is not None else None
             if state is not None and impl.retain.compact is not None:
                 lists = options["lists"] = impl.retain.compact(key, value, kept, self.windows, rows, listed)
+                state.expect(lists.leaving)
             out = impl.retain.prefill(query, key, value, kept, self.windows, pages=listed, **options)
         if state is not None:
             state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)

@@ -22,6 +22,9 @@ class RoutedMixer(SpanMixer):
 
     The output of a head that is off is zero. Keys and values of every token are stored in every group, on or off, as
     later tokens may choose the group.
+
+    Attributes:
+        left: what heads that are off are multiplied by in passes with gradients; a training may let them fade with it.
     """
 
     chooses = True
@@ -35,6 +38,7 @@ class RoutedMixer(SpanMixer):
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
         self.all_on = self.router.active == len(self.router.routed)
+        self.left = 0.0
         self.learns = self.router.kind != "random"
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 
@@ -67,7 +71,7 @@ class RoutedMixer(SpanMixer):
         on, gates = self.flags(query, step)
         if self.all_on or trained or dropout > 0:
             out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
-            return self.gated(out, None if self.all_on else on, gates)
+            return self.gated(out, None if self.all_on else on, gates, left=self.left if trained else 0.0)
         inside = None if gates is None or gates.requires_grad else self.by_unit(gates)
         out = self.prefill_active(self.by_unit(on), query, key, value, state, step, scale=scale, gates=inside)
         return out if inside is not None else self.gated(out, None, gates)
@@ -108,9 +112,7 @@ class RoutedMixer(SpanMixer):
     def choose(self, query: torch.Tensor, step: Step) -> Choice:
         """What the pass's columns choose, `[B, T, units]`, from queries `[B, H, T, D]`; in columns that are no token
         nothing means anything."""
-        absent = None
-        if step.rows is None or not step.rows.is_whole(query.shape[2]):
-            absent = step.positions(query.device) < 0
+        absent = None if step.is_whole else step.positions(query.device) < 0
         hidden = step.hidden if self.needs_inputs else None
         if absent is not None:  # they may hold NaN
             if hidden is None:
@@ -122,13 +124,18 @@ class RoutedMixer(SpanMixer):
             self._report(choice, absent, step)
         return choice
 
-    def gated(self, out: torch.Tensor, on: torch.Tensor | None, gates: torch.Tensor | None) -> torch.Tensor:
-        """Outputs `[B, T, H, D]` times the gates of their units, `[B, T, units]`; zero where they are off.
+    def gated(
+        self, out: torch.Tensor, on: torch.Tensor | None, gates: torch.Tensor | None, *, left: float = 0.0
+    ) -> torch.Tensor:
+        """Outputs `[B, T, H, D]` times the gates of their units, `[B, T, units]`; times `left` where they are off.
 
         Args:
             on: None where they are on, or zero already.
             gates: None where they are 1.
         """
+        if left and on is not None:
+            factors = (on.to(out.dtype) if gates is None else gates) + left * ~on
+            return (out * self.by_head(factors)[..., None]).to(out.dtype)
         if gates is not None:
             out = (out * self.by_head(gates)[..., None]).to(out.dtype)
         return out if on is None else out.masked_fill(~self.by_head(on)[..., None], 0)

@@ -1,4 +1,4 @@
-"""The MLPs of several models in one layer, of which a router chooses one or a few for every token."""
+"""The MLPs of several models in one layer, of which every token uses all, or one or a few that a router chooses."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class MlpExperts(nn.Module):
         weight one: 1 with one expert, whose gradient is that of p (straight-through); p over the sum of the chosen with
             several. Weights sum to 1, so that equal experts are one of them, whatever the router says.
         weight p: p itself, as published (BAM, arXiv 2408.08274): equal experts are then p times one of them.
+
+    Where `top` is all of them, every expert runs on every row and nothing is chosen: the output is sum_i p_i MLP_i(x),
+    as attentions are mixed, with either weight.
 
     With one expert a prefill does the work of one MLP and of the router: the rows of every expert are gathered, run
     through it together, and put back. The host waits there for how many they are. A GPU without gradients runs all
@@ -77,29 +80,47 @@ class MlpExperts(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits, chosen, weights = self.routed(rows)
         if step is not None and step.record is not None:
-            by_sequence = step.real(hidden.device)
-            real, tokens = by_sequence.flatten(), tuple(by_sequence.sum(1).tolist())
-            units = ((),) * len(self.experts)
-            probs = logits.softmax(-1)
-            routing = Routing(logits[real], probs[real], chosen[real], units, (), tokens)
-            step.record.add_mlp_routing(self.layer, routing)
+            self._report(step, logits, chosen)
+        if self.top == len(self.experts):
+            return self.mixed(rows, weights).view(hidden.shape)
         waits = not rows.is_cuda or torch.is_grad_enabled() or (len(rows) > FEW and not _is_captured())
         out = self.gathered(rows, chosen, weights) if waits else self.everywhere(rows, chosen, weights)
         return out.view(hidden.shape)
 
+    def _report(self, step: Step, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Tell the record of the pass what its tokens chose; without padding nothing waits for the device."""
+        assert step.record is not None
+        parts = (logits, logits.softmax(-1), chosen)
+        if step.is_whole:
+            assert step.rows is not None
+            tokens = step.rows.count
+        else:
+            by_sequence = step.real(logits.device)
+            real, tokens = by_sequence.flatten(), tuple(by_sequence.sum(1).tolist())
+            parts = (parts[0][real], parts[1][real], parts[2][real])
+        units = ((),) * len(self.experts)
+        mixed = self.top == len(self.experts)
+        step.record.add_mlp_routing(self.layer, Routing(*parts, units, (), tokens, mixed))
+
     def routed(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, which experts are chosen, and their weights in the dtype of the rows, `[rows, experts]` each."""
         logits = router_logits(rows, self.router)
-        chosen = highest(logits, self.top)
+        every = self.top == len(self.experts)
+        chosen = torch.ones_like(logits, dtype=torch.bool) if every else highest(logits, self.top)
         return logits, chosen, self._weights(logits.softmax(-1), chosen).to(rows.dtype)
 
     def _weights(self, probs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """What the outputs of experts are multiplied by, `[rows, experts]`; it matters where they are chosen."""
-        if self.weight == "p":
+        if self.weight == "p" or self.top == len(self.experts):
             return probs
         if self.top == 1:
             return 1 + (probs - probs.detach())
         return probs / probs.masked_fill(~chosen, 0).sum(-1, keepdim=True)
+
+    def mixed(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Every expert on all rows, each times its weight."""
+        parts = [(expert(rows) * weights[:, number, None]).to(rows.dtype) for number, expert in enumerate(self.experts)]
+        return sum(parts[1:], parts[0])
 
     def everywhere(self, rows: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Every expert on all rows, of which only those that chose it count."""
@@ -115,7 +136,8 @@ class MlpExperts(nn.Module):
         out = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
             places = chosen[:, number].nonzero()[:, 0]
-            given = expert(rows[places]) * weights[places, number, None]
+            own = weights[:, number].index_select(0, places)  # whose gradient is added by place, without sorting
+            given = expert(rows.index_select(0, places)) * own[:, None]
             out = out.index_add(0, places, given.to(out.dtype))
         return out
 

@@ -10,6 +10,7 @@ import torch
 
 from .mixer import State
 from .span import PAGE, AnySpan, Span
+from .transfer import send
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class PagedState(State):
             for row, groups in enumerate(self.tables):
                 for group, places in enumerate(groups):
                     table[row, group, self.held_pages(row, group)] = torch.tensor(places, dtype=torch.int32)
-            self._table = table.to(self.device)
+            self._table = send(table, self.device)
         return Pages(self.keys, self.values, self._table)
 
     def pools(self) -> dict[str, torch.Tensor]:
@@ -232,7 +233,8 @@ class PagedState(State):
         assert self.keys is not None
         size = self.keys.shape[0]
         for name, pool in self.pools().items():
-            setattr(self, name, torch.cat([pool, pool.new_zeros(count, *pool.shape[1:])]))
+            more = pool.new_zeros(count, *pool.shape[1:])
+            setattr(self, name, torch.cat([pool, more]) if size else more)
         self._free += range(size, size + count)
 
     def select(self, rows: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from .pages import PagedState, Pages
 from .reference import Rows
 from .span import BETA_UNIT, PAGE, Span, first_key, rule_columns
+from .transfer import Coming, send
 
 Cap = tuple[int, float]  # a + b (j + 1) kept tokens at most, once token j has come
 
@@ -74,6 +77,7 @@ class RetainState(PagedState):
         self.kept: torch.Tensor | None = None
         self.offset = 0
         self._window: torch.Tensor | None = None
+        self._expected: Coming | None = None  # the lists' lengths behind the pass that runs
 
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """See `PagedState.begin`."""
@@ -124,14 +128,17 @@ class RetainState(PagedState):
             groups = len(self.spans)
             self.offset = max((len(places) for row in self.tables for places in row[groups:]), default=0)
             most = max((-(-length // PAGE) for length in self.lengths), default=0)
-            table = torch.full((len(self.lengths), groups, self.offset + most), -1, dtype=torch.int32)
+            shape = (len(self.lengths), groups, self.offset + most)
+            numbers = array("i", [-1]) * math.prod(shape)
             for row, tables in enumerate(self.tables):
                 for group in range(groups):
-                    numbers = [*range(len(tables[groups + group]))]
-                    numbers += [self.offset + number for number in self.held_pages(row, group)]
-                    places = tables[groups + group] + tables[group]
-                    table[row, group, numbers] = torch.tensor(places, dtype=torch.int32)
-            self._table, self._window = table.to(self.device), None
+                    start = (row * groups + group) * shape[2]
+                    listed, window = (array("i", tables[part]) for part in (groups + group, group))
+                    numbers[start : start + len(listed)] = listed
+                    start += self.offset + (self.held_pages(row, group)[0] if window else 0)
+                    numbers[start : start + len(window)] = window
+            table = torch.frombuffer(numbers, dtype=torch.int32) if numbers else torch.empty(0, dtype=torch.int32)
+            self._table, self._window = send(table.view(shape), self.device), None
         if self._window is None:
             self._window = self._table[:, :, self.offset :].contiguous()
         return self._table, self._window
@@ -212,7 +219,7 @@ class RetainState(PagedState):
             listed = listed + leaves.sum(-1)
         self.advance(list(rows.count))
         if moved:
-            self._take_list_pages(listed)
+            self._take_list_pages(Coming(listed))
         table, _ = self._whole_table()
         for where, slots, *new in entries:
             place = table[where[:, 0], where[:, 1], slots // PAGE].long() * PAGE + slots % PAGE
@@ -229,6 +236,17 @@ class RetainState(PagedState):
         place = window.table[row, group, at // PAGE].long() * PAGE + at % PAGE
         self.kept.view(-1)[place] = kept[row, group, column]
 
+    def expect(self, leaving: torch.Tensor) -> None:
+        """Begin to bring to the host how long the lists will be, for which a growing state takes pages in `write`.
+
+        What is launched between the two, as attention is, runs while the host waits and takes them.
+
+        Args:
+            leaving: `[B, G]` int32 tokens that go into the lists in this pass.
+        """
+        if self.max_length is None:
+            self._expected = Coming(self.tensors["listed"] + leaving)
+
     def _write_lists(
         self,
         key: torch.Tensor,
@@ -239,11 +257,17 @@ class RetainState(PagedState):
         lists: Any,
         append: Callable[..., None],
     ) -> None:
-        """`write` where an implementation has brought together what leaves; a reserved state waits for no device."""
+        """`write` where an implementation has brought together what leaves.
+
+        A reserved state waits for no device, and a growing one for what it has asked for by `expect` alone.
+        """
         moved, listed = self._leaving(rows.past, rows.count), self.tensors["listed"]
+        if moved and self._expected is None:
+            self.expect(lists.leaving)
         self.advance(list(rows.count))
         if moved:
-            self._take_list_pages(listed + lists.leaving)
+            self._take_list_pages(self._expected)
+            self._expected = None
             append(lists, self.pages())
             listed += lists.leaving
         assert self.kept is not None
@@ -276,7 +300,7 @@ class RetainState(PagedState):
         if gains is not None:
             self.advance(gains)
         if self.max_length is None:
-            self._take_list_pages(listed)
+            self._take_list_pages(Coming(listed))
             table, _ = self._whole_table()
         if self.offset:
             number = (slots // PAGE).clamp(min=0, max=self.offset - 1)
@@ -326,20 +350,21 @@ class RetainState(PagedState):
             for span in self.spans
         )
 
-    def _take_list_pages(self, listed: torch.Tensor) -> None:
-        """Take what pages a growing state's lists need for `listed` `[B, G]` tokens."""
-        if self.max_length is not None:
+    def _take_list_pages(self, listed: Coming | None) -> None:
+        """Take what pages a growing state's lists need for `[B, G]` tokens."""
+        if self.max_length is not None or listed is None:
             return
         groups, missing = len(self.spans), []
-        for row, numbers in enumerate((-(-listed // PAGE)).tolist()):
-            for group, number in enumerate(numbers):
-                places = self.tables[row][groups + group]
-                missing += [places] * (int(number) - len(places))
+        for tables, numbers in zip(self.tables, listed.wait(), strict=True):
+            for places, number in zip(tables[groups:], numbers, strict=True):
+                if (count := -(-number // PAGE) - len(places)) > 0:
+                    missing.append((places, count))
         if missing:
-            self._grow(len(missing) - len(self._free))
+            self._grow(sum(count for _, count in missing) - len(self._free))
             self._table = None
-        for places in missing:
-            places.append(self._free.pop())
+        for places, count in missing:
+            places += self._free[: -count - 1 : -1]
+            del self._free[-count:]
 
 
 def cap_at(cap: Cap | None, j: int) -> int:

@@ -26,6 +26,7 @@ class Routing:
         units: for each of the E units, the query heads of the layer that it is, of those that stay.
         shared: the same for the units that are always on.
         tokens: of each sequence, whose rows follow each other; N together.
+        mixed: whether every token uses all of them, times their probabilities, so that nothing is chosen.
     """
 
     logits: torch.Tensor
@@ -34,6 +35,7 @@ class Routing:
     units: tuple[tuple[int, ...], ...]
     shared: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...]
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,11 @@ class Step:
         past = cache.paged[0].lengths or [0] * batch
         runs = Rows(tuple(past), (0,) * batch, (count,) * batch) if valid is None else None
         return _step_of_runs(cache, runs, valid, past)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the host knows that every column is a token."""
+        return self.rows is not None and self.rows.is_whole(self.columns)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position of every column among its sequence's tokens, from 0, `[B, T]`; -1 where it is no token."""

@@ -142,7 +142,10 @@ def _decode(
 
     A piece that is a whole segment is written at once; `_join` puts together those that programs share.
     """
-    if OVERLAP:  # lets the join take its place while this launch runs; it waits for all of it
+    if OVERLAP:
+        if LISTED:  # this launch took its place while the one that stores the token ran
+            tl.extra.cuda.gdc_wait()
+        # Lets the join take its place while this launch runs; it waits for all of it.
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
@@ -425,6 +428,8 @@ def decode(
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],
+        **({"launch_pdl": True} if overlap and lists is not None else {}),
+        **({"maxnreg": config["registers"]} if "registers" in config else {}),
     )
     # As many pieces at once as a segment has when half of the segments hold nearly all pages.
     pieces = max(16, min(256, triton.next_power_of_2(2 * programs // (batch * groups))))

@@ -156,8 +156,12 @@ def _read(
     # [PAGE]
     j = (chunk * PAGE + o_token).to(tl.int64)
     m_j = j < count
-    if DECAY:
+    if DECAY:  # all of them ahead of the products, so that nothing waits for them behind those
         reach = row_decay(p_decays, chunk, token, SEGMENT, OWN, PAGE)
+        end = tl.load(p_decays + chunk * PAGE - 1, mask=(chunk % SEGMENT) > 0, other=0.0)
+        m_before = (j % (SEGMENT * PAGE) >= PAGE) & (j - PAGE < count)
+        fade_before = tl.load(p_decays + j - PAGE, mask=m_before, other=0.0)
+        fade = tl.load(p_decays + j, mask=m_j, other=0.0)
 
     # [rows, BLOCK_V], [rows], [rows, PAGE]
     if (SEGMENT == 2) & (chunk % SEGMENT > 0):
@@ -167,11 +171,9 @@ def _read(
         )  # fmt: skip
         if DECAY:
             # The decay from a key to the end of its chunk, and from there on: neither can overflow.
-            end = tl.load(p_decays + chunk * PAGE - 1)
-            fade = tl.load(p_decays + j - PAGE, mask=j - PAGE < count, other=0.0)
             acc = acc * tl.exp(reach)[:, None]
             mass = mass * tl.exp(reach)
-            b_weight = b_weight * tl.exp(reach - end)[:, None] * tl.exp(end - fade)[None, :]
+            b_weight = b_weight * tl.exp(reach - end)[:, None] * tl.exp(end - fade_before)[None, :]
         if MASS:
             mass += tl.sum(b_weight, 1)
         b_value = load_part(p_values, (j - PAGE) * value_t, j - PAGE < count, at_v, VALUE_DIM, BLOCK_V)
@@ -188,7 +190,6 @@ def _read(
         b_value = load_part(p_values, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
         m_pair = o_token[None, :] <= token[:, None]
         if DECAY:
-            fade = tl.load(p_decays + j, mask=m_j, other=0.0)
             own = own * tl.exp(tl.where(m_pair, reach[:, None] - fade[None, :], 0.0))
         own = tl.where(m_pair, own, 0.0)
         if MASS:
@@ -224,11 +225,13 @@ def read(
     mean: bool,
     mass: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs `[B, H, T, DV]`, in value's dtype or without `mean` in float32, and with `mass` the sums of weights."""
+    """Outputs `[B, H, T, DV]`, in value's dtype, and with `mass` the sums of weights; without `mean` the former is then
+    in float32, because they are divided later."""
     batch, heads, columns, _ = query.shape
     groups, value_dim = key.shape[1], value.shape[-1]
     make = value.new_empty if where.rows.is_whole(columns) else value.new_zeros
-    out = make(batch, columns, heads, value_dim, dtype=value.dtype if mean else torch.float32).transpose(1, 2)
+    dtype = torch.float32 if mass and not mean else value.dtype
+    out = make(batch, columns, heads, value_dim, dtype=dtype).transpose(1, 2)
     make_mass = slots.norms.new_empty if where.rows.is_whole(columns) else slots.norms.new_zeros
     masses = make_mass((batch, heads, columns) if mass else (1,))
     share = heads // groups
@@ -320,7 +323,7 @@ def additive(
         first: the state before the stream, `[B, G, F, DV + 1]` float32; None when it is empty.
         where: what `layout` made.
         log_decay: see `with_decays`.
-        mean: divide by the sums of the weights; else the result is the weighted sum, in float32.
+        mean: divide by the sums of the weights; else the result is the weighted sum, with `mass` in float32.
         mass: whether the sums of weights are asked for; with `mean` they are computed anyway.
         window: output `[B, H, T, DV]` and natural log-sum-exp `[B, H, T]` of the softmax over the keys in sight, which
             the mean is merged with as by `merge.merge`; None for heads without one.

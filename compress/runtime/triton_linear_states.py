@@ -27,7 +27,7 @@ from .triton_linear_layout import (
     strides,
     tile_rows,
 )
-from .tuned import linear_scans
+from .tuned import linear_few, linear_scans
 
 
 @triton.jit
@@ -261,6 +261,17 @@ def _running(
 
 
 @triton.jit
+def _next_decays(p_total, p_fades, s, segments, o_token, count, LENGTH: tl.constexpr):
+    """Logarithms of the decays of the segment behind s, whole and from its start.
+
+    A walk that loaded them where it needs them would wait for the memory in every step.
+    """
+    s = tl.minimum(s + 1, segments - 1)
+    j = (s * LENGTH + o_token).to(tl.int64)
+    return tl.load(p_total + s), tl.load(p_fades + j, mask=j < count, other=0.0)
+
+
+@triton.jit
 def _scan(
     p_key,  # [B, G, M, F] features
     p_value,  # [B, G, M, DV]
@@ -327,6 +338,9 @@ def _scan(
         m_state = (o_v < VALUE_DIM)[:, None] & m_f[None, :]
         if FIRST:
             state = tl.load(p_begin + o_v[:, None] * first_e + o_f[None, :] * first_f, mask=m_state, other=0.0)
+        if DECAY:
+            total = tl.load(p_total)
+            fade = tl.load(p_fades + o_token, mask=o_token < count, other=0.0)
         for s in tl.range(0, segments, num_stages=STAGES):
             p_slot = p_states + (slot + s) * (FEATURES * VALUE_DIM)
             store_part(p_slot, o_v * FEATURES, state, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
@@ -336,10 +350,9 @@ def _scan(
             b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
             b_value = load_part(p_values, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
             if DECAY:
-                total = tl.load(p_total + s)
-                fade = tl.exp(total - tl.load(p_fades + j, mask=m_j, other=0.0))
-                b_value = (b_value.to(tl.float32) * fade[:, None]).to(b_key.dtype)
+                b_value = (b_value.to(tl.float32) * tl.exp(total - fade)[:, None]).to(b_key.dtype)
                 state = state * tl.exp(total)
+                total, fade = _next_decays(p_total, p_fades, s, segments, o_token, count, length)
             state = tl.dot(b_value.T, b_key, state, input_precision=PRECISION)
         p_slot = p_states + (slot + segments) * (FEATURES * VALUE_DIM)
         store_part(p_slot, o_v * FEATURES, state, o_v < VALUE_DIM, at_f, FEATURES, BLOCK_F)
@@ -349,15 +362,17 @@ def _scan(
         norm = tl.zeros([BLOCK_F], tl.float32)
         if FIRST:
             norm = tl.load(p_begin + VALUE_DIM * first_e + o_f * first_f, mask=m_f, other=0.0)
+        if DECAY:
+            total = tl.load(p_total)
+            fade = tl.load(p_fades + o_token, mask=o_token < count, other=0.0)
         for s in tl.range(0, segments, num_stages=STAGES):
             tl.store(p_norms + (slot + s) * FEATURES + o_f, norm, mask=m_f)
             j = (s * length + o_token).to(tl.int64)
-            m_j = j < count
-            b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F).to(tl.float32)
+            b_key = load_part(p_keys, j * key_t, j < count, at_f, FEATURES, BLOCK_F).to(tl.float32)
             if DECAY:
-                total = tl.load(p_total + s)
-                b_key = b_key * tl.exp(total - tl.load(p_fades + j, mask=m_j, other=0.0))[:, None]
+                b_key = b_key * tl.exp(total - fade)[:, None]
                 norm = norm * tl.exp(total)
+                total, fade = _next_decays(p_total, p_fades, s, segments, o_token, count, length)
             norm += tl.sum(b_key, 0)
         tl.store(p_norms + (slot + segments) * FEATURES + o_f, norm, mask=m_f)
         tl.store(p_end + VALUE_DIM * FEATURES + o_f, norm, mask=m_f)
@@ -411,8 +426,11 @@ def segment_states(
         return slots, running(sums, slots, first, where, reverse=False)
     last = key.new_empty(batch, groups, value_dim + 1, features, dtype=torch.float32)  # as a cache has it
     begin = last.mT if first is None else first
+    programs = blocks_f * (blocks_v + 1) * batch * groups
+    if linear_few(programs, key.device):  # the same blocks
+        opts = options("scan_few", key, value, groups, where)
     del opts["SHARE"], opts["OWN"]
-    _scan[(blocks_f * (blocks_v + 1) * batch * groups,)](
+    _scan[(programs,)](
         key,
         value,
         *where.decays(slots.norms),

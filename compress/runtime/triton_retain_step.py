@@ -18,7 +18,7 @@ from .scorers import Scorer
 from .span import PAGE, Span
 from .triton_scorers import cap_at, linear_of, log_norm
 from .triton_span import first_key, load_block, load_rule, span_rules, store_block
-from .tuned import judge_config
+from .tuned import judge_config, launches_overlap
 
 
 @triton.jit
@@ -32,8 +32,11 @@ def _middle(
     SIZE: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What UNITS hidden units of an MLP add to the score of a token."""
+    if OVERLAP:  # `_take` may begin, and waits for the parts
+        tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(1)
     o_unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     # [UNITS, BLOCK_C]
@@ -89,16 +92,24 @@ def _take(
     HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
     LEAVES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
-    """One (sequence, group). The page that leaves is read before the token is written, which may take its place."""
+    """One (sequence, group). The page that leaves is read before the token is written, which may take its place.
+
+    Where it WAITS, for `_middle`, all but the parts was there before that began. Every program waits, so that whatever
+    waits for this launch has waited for both.
+    """
+    if OVERLAP:  # the launch behind it may take its place, and waits for this one
+        tl.extra.cuda.gdc_launch_dependents()
     segment = tl.program_id(0)
     b = segment // GROUPS
     g = segment % GROUPS
     length = tl.load(p_lengths + b)
-    if length <= 0:
-        return
     at = length - 1
-    if offset + at // PAGE >= numbers:  # nothing is written past the end of the table
+    if (length <= 0) | (offset + at // PAGE >= numbers):  # nothing is written past the end of the table
+        if WAITS:
+            tl.extra.cuda.gdc_wait()
         return
     one = tl.arange(0, 1)
     o_key = b.to(tl.int64) * key_b + g * key_g
@@ -121,14 +132,11 @@ def _take(
         by_value = tl.sum(log_norm(p_value + o_value, one, one == 0, VALUE_DIM, BLOCK_D), 0)
         score += tl.load(p_scalars + g * 3 + 2).to(tl.float32) * by_value
         score += tl.load(p_bias + g).to(tl.float32)
-    if PARTS > 0:
-        score += tl.sum(tl.load(p_parts + segment * PARTS + tl.arange(0, PARTS)), 0)
     count = tl.load(p_count + segment)
     sink = tl.load(p_sinks + g)
     base_cap = tl.minimum(tl.load(p_caps + g * 2), 1 << 30)
     most = cap_at(at, base_cap, tl.load(p_caps + g * 2 + 1))
-    chosen = (at >= sink) & (score >= tl.load(p_thresholds + g)) & (count < most)
-    kept = (at < sink) | chosen
+    threshold = tl.load(p_thresholds + g)
     _sink, alpha, beta, mask = load_rule(p_rules, g)
     p_held = p_table + segment.to(tl.int64) * numbers
     if LEAVES:
@@ -148,13 +156,18 @@ def _take(
             store_block(p_value_pages, o_new * VALUE_DIM, b_value, flags != 0, VALUE_DIM, BLOCK_D)
             tl.store(p_listed + segment, listed + tl.sum(flags, 0))
         tl.debug_barrier()
-    tl.store(p_count + segment, count + chosen.to(tl.int32))
     o_slot = tl.load(p_held + offset + at // PAGE).to(tl.int64) * PAGE + at % PAGE
     b_key = load_block(p_key + o_key, one, one == 0, DIM, BLOCK_D)
     store_block(p_key_pages + o_slot * DIM, one, b_key, one == 0, DIM, BLOCK_D)
     b_value = load_block(p_value + o_value, one, one == 0, VALUE_DIM, BLOCK_D)
     store_block(p_value_pages + o_slot * VALUE_DIM, one, b_value, one == 0, VALUE_DIM, BLOCK_D)
-    tl.store(p_flags + o_slot, kept.to(tl.uint8))
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+    if PARTS > 0:
+        score += tl.sum(tl.load(p_parts + segment * PARTS + tl.arange(0, PARTS)), 0)
+    chosen = (at >= sink) & (score >= threshold) & (count < most)
+    tl.store(p_count + segment, count + chosen.to(tl.int32))
+    tl.store(p_flags + o_slot, ((at < sink) | chosen).to(tl.uint8))
 
 
 def take(
@@ -172,8 +185,8 @@ def take(
 ) -> None:
     """Judge one token a sequence, count it where it is kept, and store it; what leaves a window goes to its list.
 
-    One launch, and one more before it where the scorer has hidden units; a CUDA graph can hold both. Scorers that no
-    kernel has are asked before.
+    One launch, and one more before it where the scorer has hidden units; a CUDA graph can hold both. On GPUs that can,
+    a launch begins before the one ahead of it has ended. Scorers that no kernel has are asked before.
 
     Args:
         scorer: what judges.
@@ -197,6 +210,7 @@ def take(
         assert hidden is not None
         row = hidden[:, 0] if hidden.stride(-1) == 1 else hidden[:, 0].contiguous()
     config, parts, pieces = judge_config(size, key.device), None, 0
+    overlap = launches_overlap(key.device)
     if made is None:
         parts, pieces = judge().contiguous(), 1
     if into is not None:
@@ -206,7 +220,7 @@ def take(
         # fmt: off
         _middle[(groups * pieces, batch)](
             row, into, into_bias, last, parts, row.stride(0),
-            SIZE=size, UNITS=config["units"], BLOCK_C=min(config["block"], 512), num_warps=4,
+            SIZE=size, UNITS=config["units"], BLOCK_C=config["columns"], OVERLAP=overlap, num_warps=config["warps"],
         )
         # fmt: on
     options: dict[str, Any] = {"GROUPS": groups, "PAGE": PAGE, "LEAVES": leaves, "PARTS": pieces}
@@ -217,6 +231,7 @@ def take(
         pages.table.shape[-1], pages.offset, *key.stride()[:2], *value.stride()[:2],
         0 if row is None else row.stride(0), SIZE=size, DIM=dim, VALUE_DIM=value_dim,
         BLOCK_D=triton.next_power_of_2(max(dim, value_dim)), BLOCK_C=config["block"], LINEAR=made is not None,
-        HIDDEN=weight is not None, num_warps=config["warps"] if weight is not None else 4, **options,
+        HIDDEN=weight is not None, num_warps=config["warps"] if weight is not None else 4, OVERLAP=overlap,
+        WAITS=overlap and into is not None, **({"launch_pdl": True} if overlap and into is not None else {}), **options,
     )
     # fmt: on

@@ -1,7 +1,8 @@
-"""Scorers of tokens as Triton kernels, and which tokens are kept by their scores: in prefill a launch each."""
+"""Scorers of tokens as Triton kernels, and which tokens are kept by their scores: in prefill one launch and two."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -130,19 +131,55 @@ def _scores(
 
 
 @triton.jit
-def _then(gain, most, next_gain, next_most):
-    """One after the other, two rules by which a count c becomes min(c + gain, most)."""
-    return gain + next_gain, tl.minimum(most + next_gain, next_most)
+def _less(one, other):
+    """The smaller of two."""
+    return tl.minimum(one, other)
 
 
 @triton.jit
-def _wanted(p_score, p_position, column, columns, sink, threshold, base, units):
+def _wanted(
+    p_scores, p_positions, p_thresholds, p_sinks, p_caps, b, segment, column, columns, GROUPS: tl.constexpr
+):  # fmt: skip
     """Of columns `[N]` of a (sequence, group): position, whether the score suffices behind the sink, and the cap."""
+    g = segment % GROUPS
     m_column = (column >= 0) & (column < columns)
-    position = tl.load(p_position + column, mask=m_column, other=-1).to(tl.int32)
-    score = tl.load(p_score + column, mask=m_column, other=0.0)
-    wanted = (position >= sink) & (position >= 0) & (score >= threshold)
-    return position, wanted, tl.where(position >= 0, cap_at(position, base, units), _MOST)
+    position = tl.load(p_positions + b.to(tl.int64) * columns + column, mask=m_column, other=-1).to(tl.int32)
+    score = tl.load(p_scores + segment.to(tl.int64) * columns + column, mask=m_column, other=0.0)
+    sink = tl.load(p_sinks + g).to(tl.int32)
+    wanted = (position >= 0) & (position >= sink) & (score >= tl.load(p_thresholds + g))
+    base = tl.minimum(tl.load(p_caps + g * 2), _MOST).to(tl.int32)
+    cap = cap_at(position, base, tl.load(p_caps + g * 2 + 1).to(tl.int32))
+    return position, wanted, tl.where(position >= 0, cap, _MOST)
+
+
+@triton.jit
+def _gain(
+    p_scores,  # [B, G, T] float32
+    p_positions,  # [B, T] int64
+    p_thresholds,  # [G] float32
+    p_sinks,  # [G] int64
+    p_caps,  # [G, 2] int64
+    p_gains,  # [B, G, 2, chunks] int32
+    columns,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What BLOCK tokens of one (sequence, group) do to the count of those that are kept: a gain, and the least room.
+
+    With w_i tokens that are wanted up to token i, the count c before them is w_i + min(c, min_j (cap_j - w_j)) behind
+    it, j <= i: a wanted token adds one to the count where the cap allows it, and caps do not fall.
+    """
+    segment = tl.program_id(1)
+    b = segment // GROUPS
+    # [BLOCK]
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _position, wanted, cap = _wanted(
+        p_scores, p_positions, p_thresholds, p_sinks, p_caps, b, segment, column, columns, GROUPS
+    )
+    wanted = wanted.to(tl.int32)
+    p_own = p_gains + segment.to(tl.int64) * 2 * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_own, tl.sum(wanted, 0))
+    tl.store(p_own + tl.num_programs(0), tl.min(cap - tl.cumsum(wanted, 0), 0))
 
 
 @triton.jit
@@ -153,42 +190,45 @@ def _keep(
     p_thresholds,  # [G] float32
     p_sinks,  # [G] int64
     p_caps,  # [G, 2] int64
+    p_gains,  # [B, G, 2, chunks] int32
     p_kept,  # [B, G, T] uint8
     p_counts,  # [B, G] int32, those behind the tokens
     columns,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """The rule of one (sequence, group), BLOCK tokens after the other.
-
-    A token changes the count c of those that are kept to min(c + 1, cap) where it is wanted, to min(c, cap) elsewhere;
-    such rules follow each other as one, which is a scan. What is scanned are the tokens before each.
-    """
-    segment = tl.program_id(0)
+    """The rule for BLOCK tokens of one (sequence, group), from what `_gain` says of the chunks before them."""
+    segment = tl.program_id(1)
     b = segment // GROUPS
-    g = segment % GROUPS
-    p_score = p_scores + segment.to(tl.int64) * columns
-    p_position = p_positions + b.to(tl.int64) * columns
-    sink = tl.load(p_sinks + g).to(tl.int32)
-    threshold = tl.load(p_thresholds + g)
-    base = tl.minimum(tl.load(p_caps + g * 2), _MOST).to(tl.int32)
-    units = tl.load(p_caps + g * 2 + 1).to(tl.int32)
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    # [CHUNKS]
+    every = tl.arange(0, CHUNKS)
+    p_own = p_gains + segment.to(tl.int64) * 2 * chunks + every
+    b_gain = tl.load(p_own, mask=every < chunks, other=0)
+    b_room = tl.load(p_own + chunks, mask=every < chunks, other=_MOST) - tl.cumsum(b_gain, 0) + b_gain
     count = tl.load(p_count + segment)
-    o_last = tl.arange(0, BLOCK) == BLOCK - 1
-    for start in range(0, columns + 1, BLOCK):
-        # [BLOCK]
-        column = start + tl.arange(0, BLOCK)
-        _position, wanted_before, cap_before = _wanted(
-            p_score, p_position, column - 1, columns, sink, threshold, base, units
-        )
-        gain, most = tl.associative_scan((wanted_before.to(tl.int32), cap_before), 0, _then)
-        before = tl.minimum(count + gain, most)
-        position, wanted, cap = _wanted(p_score, p_position, column, columns, sink, threshold, base, units)
-        kept = ((position >= 0) & (position < sink)) | (wanted & (before < cap))
-        p_own = p_kept + segment.to(tl.int64) * columns + column
-        tl.store(p_own, kept.to(tl.uint8), mask=column < columns)
-        count = tl.sum(tl.where(o_last, before, 0), 0)
-    tl.store(p_counts + segment, count)
+    if chunk == 0:
+        tl.store(p_counts + segment, tl.sum(b_gain, 0) + tl.minimum(count, tl.min(b_room, 0)))
+    b_before = every < chunk
+    room = tl.min(tl.where(b_before, b_room, _MOST), 0)
+    count = tl.sum(tl.where(b_before, b_gain, 0), 0) + tl.minimum(count, room)
+    # [BLOCK]; of the tokens before each, of which the first of the chunk has none
+    column = chunk * BLOCK + tl.arange(0, BLOCK)
+    start = chunk * BLOCK
+    _position, wanted, cap = _wanted(
+        p_scores, p_positions, p_thresholds, p_sinks, p_caps, b, segment, tl.where(column > start, column - 1, -1),
+        columns, GROUPS,
+    )  # fmt: skip
+    gain = tl.cumsum(wanted.to(tl.int32), 0)
+    before = gain + tl.minimum(count, tl.associative_scan(cap - gain, 0, _less))
+    position, wanted, cap = _wanted(
+        p_scores, p_positions, p_thresholds, p_sinks, p_caps, b, segment, column, columns, GROUPS
+    )
+    in_sink = (position >= 0) & (position < tl.load(p_sinks + segment % GROUPS))
+    kept = in_sink | (wanted & (before < cap))
+    tl.store(p_kept + segment.to(tl.int64) * columns + column, kept.to(tl.uint8), mask=column < columns)
 
 
 def scores(
@@ -216,8 +256,7 @@ def scores(
         hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         size, strides = hidden.shape[-1], (hidden.stride(0), hidden.stride(1))
     config = scorer_config(width, key.itemsize if hidden is None else hidden.itemsize, key.device)
-    many = min(groups, config["groups"]) if width else groups
-    many = 1 if width and groups % many else many
+    many = math.gcd(groups, config["groups"]) if width else groups
     out = torch.empty(batch, groups, columns, dtype=torch.float32, device=key.device)
     # fmt: off
     _scores[(triton.cdiv(columns, config["tokens"]), triton.cdiv(groups, many), batch)](
@@ -272,15 +311,19 @@ def keep(
     sinks: torch.Tensor,
     caps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `retain_reference.keep`, in one launch."""
+    """As `retain_reference.keep`, in two launches: what chunks of tokens do to the count, and then the rule itself."""
     batch, groups, columns = scores.shape
     kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     counts = torch.empty(batch, groups, dtype=torch.int32, device=scores.device)
-    block = keep_block(columns, scores.device)
+    block = keep_block(scores.device)
+    chunks = triton.cdiv(columns, block)
+    gains = torch.empty(batch, groups, 2, chunks, dtype=torch.int32, device=scores.device)
+    scores, positions, grid = scores.contiguous(), positions.contiguous(), (chunks, batch * groups)
+    _gain[grid](scores, positions, thresholds, sinks, caps, gains, columns, GROUPS=groups, BLOCK=block)
     # fmt: off
-    _keep[(batch * groups,)](
-        scores.contiguous(), positions.contiguous(), count.to(torch.int32).contiguous(), thresholds, sinks, caps,
-        kept, counts, columns, GROUPS=groups, BLOCK=block, num_warps=8 if block > 1024 else 4,
+    _keep[grid](
+        scores, positions, count.to(torch.int32).contiguous(), thresholds, sinks, caps, gains, kept, counts, columns,
+        GROUPS=groups, BLOCK=block, CHUNKS=triton.next_power_of_2(chunks),
     )
     # fmt: on
     return kept.view(torch.bool), counts

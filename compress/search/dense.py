@@ -51,11 +51,15 @@ class Dense:
         """Sizes of layers in which every projection has a bias, as after a compensation."""
         return tuple(parameters_per_unit(self.model, biased=True))
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration; None where there is no model."""
+        return getattr(self.model, "config", None)
+
     @functools.cached_property
     def neuron_step(self) -> int:
         """What the number of neurons of a layer is a multiple of (`Family.neuron_step`)."""
-        config = getattr(self.model, "config", None)
-        return 1 if config is None else family_of(config).neuron_step
+        return 1 if self.config is None else family_of(self.config).neuron_step
 
     @functools.cached_property
     def parameters(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
+from compress.models.families import check_reordering
 from compress.models.load import LoadedModel
 from compress.models.prepared import prepared_for
 from compress.plan import Plan
@@ -113,6 +114,8 @@ def make_problem(
     choices, whole = solver.choices(problem), solver.whole_layers(problem)
     if serve is not None:
         serve.check_groups(dense.shape.kv_heads)
+        if serve.permute and dense.config is not None:
+            check_reordering(dense.config, "search.serve.permute", "write `permute: false`")
         serve.check_targets([*choices, *(target for groups in whole.entries for target in groups)])
     for remark in whole.remarks:
         say(remark)
@@ -277,6 +280,10 @@ def run_search(
         serving = {**serve.model_dump(mode="json"), "loss": loss_served, "loss_without": loss_free}
         serving["measured"] = bool(documents)
         measured["serve"] = serving
+    if serve is not None:
+        # Only now, for no loss depends on the order of heads, and plans of one order share a model while they are
+        # measured.
+        plans = {name: serve.ordered(plan) for name, plan in plans.items()}
     plan = plans[chosen].model_copy(update={"provenance": plans[chosen].provenance | measured})
     shape = problem.shape
     report: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""What an engine asks of a plan, as a constraint of the search: head groups in slots, ranks alike, few targets."""
+"""What an engine asks of a plan, as a constraint of the search: head groups in slots, ranks alike, few targets; and the
+order of head groups that gives every rank the same."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.limits import ENTRIES
-from compress.plan import LayerPlan
+from compress.plan import LayerPlan, Plan
 from compress.registry import Method
 from compress.targets.target import Target
 
@@ -22,8 +23,10 @@ class Serve(Method):
 
     A rank of tensor parallelism has an even share of the head groups of a layer, those that lie beside each other. In
     every share the number of groups with a target is a multiple of `slot`, and all shares of a layer have the same
-    targets as often: vLLM frees the same blocks on all ranks. Which groups of a share are a slot is free, since the
-    plugin gathers the heads of a module from wherever they lie.
+    targets as often: vLLM frees the same blocks on all ranks. Which groups of a share are a slot is free.
+
+    Where head groups are put in another order (`permute`), which no output depends on, any groups of a layer can become
+    a rank's share: then how often the layer has a target is all that counts, a multiple of `slot` times `ranks`.
 
     Windows that grow and sinks are not ruled out: the plugin serves them. Only windows without either run on vLLM's own
     kernels, so a plan that is to be fast needs a grid of `sinks: [0]` and `betas: [0]`.
@@ -39,17 +42,29 @@ class Serve(Method):
     ranks: Annotated[
         int, Field(ge=1, le=ENTRIES, description="ranks of tensor parallelism, which all get the same targets")
     ] = 1
+    permute: bool = Field(
+        True,
+        description="put the head groups of a layer in an order in which those of a target lie side by side and every "
+        "rank has as many of each; the model's outputs stay the same",
+    )
 
     def words(self) -> str:
         """What is asked, for a line of output."""
         slots = f"slots of {self.slot} head group{'' if self.slot == 1 else 's'}"
         ranks = "" if self.ranks == 1 else f" on each of {self.ranks} ranks"
-        return f"{slots}{ranks}, at most {self.spans} targets"
+        order = ", head groups in another order" if self.permute else ""
+        return f"{slots}{ranks}, at most {self.spans} targets{order}"
+
+    @property
+    def size(self) -> int:
+        """Of how many head groups of one share the number with a target is a multiple."""
+        return self.slot * self.ranks if self.permute else self.slot
 
     def shares(self, groups: int) -> list[range]:
-        """The head groups of a layer that each rank has."""
-        share = groups // self.ranks
-        return [range(rank * share, (rank + 1) * share) for rank in range(self.ranks)]
+        """The head groups of a layer that have to have the same targets as often: those of each rank, or all."""
+        count = 1 if self.permute else self.ranks
+        share = groups // count
+        return [range(number * share, (number + 1) * share) for number in range(count)]
 
     def check_groups(self, groups: int) -> None:
         """Raise UserError where the head groups of a layer do not divide into slots on all ranks."""
@@ -78,9 +93,30 @@ class Serve(Method):
         """Whether a plan is as asked."""
         for layer in layers:
             counts = [Counter(layer.groups[group] for group in share) for share in self.shares(len(layer.groups))]
-            if any(count != counts[0] for count in counts) or any(n % self.slot for n in counts[0].values()):
+            if any(count != counts[0] for count in counts) or any(n % self.size for n in counts[0].values()):
                 return False
         return len(distinct(layers)) <= self.spans
+
+    def ordered(self, plan: Plan) -> Plan:
+        """A plan that is as asked with the order of head groups in which the engine gets it: rank behind rank, and in
+        each the groups of a target side by side. Without `permute` it stays as it is."""
+        if not self.permute:
+            return plan
+        layers = [layer.model_copy(update={"order": self._order(layer)}) for layer in plan.layers]
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    def _order(self, layer: LayerPlan) -> tuple[int, ...] | None:
+        """The order of the head groups of a layer; None where that is the model's."""
+        places: dict[Target, list[int]] = {}
+        for group, target in enumerate(layer.groups):
+            places.setdefault(target, []).append(group)
+        order = [
+            group
+            for rank in range(self.ranks)
+            for groups in places.values()
+            for group in groups[rank * len(groups) // self.ranks : (rank + 1) * len(groups) // self.ranks]
+        ]
+        return None if order == sorted(order) else tuple(order)
 
 
 def distinct(layers: Sequence[LayerPlan]) -> Counter[Target]:

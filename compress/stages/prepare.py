@@ -74,7 +74,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
             for found in read_prepared(folder):
                 if found.retention is not None:
                     ranks = " ".join(f"{rank:.2f}" for rank in found.retention.rank.nanmean(1).tolist())
-                    say(f"prepare: {found.target.words()}, by layer its rank correlation with KVzip+: {ranks}")
+                    say(f"prepare: {found.target.words()}, by layer its rank correlation with the scores: {ranks}")
     attach(session.loaded.model, read_prepared(folder))
     effects_stage(session)
 

@@ -141,7 +141,7 @@ def _amounts(seed: Any, model: Any, plan: Plan) -> Iterator[Amount]:
     itemsize, context = model.dtype.itemsize, getattr(seed.config, "max_position_embeddings", SHOWN_LENGTHS[0])
     whole, own = block_parameters(model), block_parameters(seed)
     mlp = sum(weight.numel() for layer in layers_of(seed) for weight in layer.get_submodule("mlp").parameters())
-    used = whole - (plan.upcycle.count - plan.upcycle.mlp.top) * mlp
+    used = whole - (plan.upcycle.count - plan.upcycle.mlps) * mlp
     for length in [length for length in SHOWN_LENGTHS if length <= context] or [context]:
         cost, dense = plan.cost(length, itemsize), plan.dense_cost(length, itemsize)
         pairs = {"plan": cost.held_bytes, "dense": dense.held_bytes}

@@ -14,6 +14,7 @@ from compress.models.planned import planned_model
 from compress.models.retention import Retention
 from compress.plan import ModelShape, make_plan
 from compress.runtime.scorers import Scorer
+from compress.runtime.step import Step
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
 
@@ -49,13 +50,18 @@ def given_to_scorers(model: Any) -> Iterator[States]:
     """While it is open, the function it gives reads a text, and says what each layer's scorer was given."""
     found: Given = {}
 
-    def note(layer: int, module: Any, arguments: tuple[Any, ...]) -> None:
-        found[layer] = arguments
+    def note(layer: int, judge: Any, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
+        found[layer] = step.hidden, key, value, step.positions(key.device)
+        scores: torch.Tensor = judge(key, value, step)
+        return scores
 
-    hooks = []
-    for layer, kinds in enumerate(model.base_model.compress_kinds):
-        if kinds.only is not None and kinds.only.keeps:
-            hooks.append(kinds.only.scorer.register_forward_pre_hook(partial(note, layer)))
+    # The mixer is listened to, not the scorer: a kernel reads the parameters of a scorer and never calls it.
+    keepers = {
+        layer: kinds.only for layer, kinds in enumerate(model.base_model.compress_kinds) if kinds.only is not None
+    }
+    keepers = {layer: mixer for layer, mixer in keepers.items() if mixer.keeps}
+    for layer, mixer in keepers.items():
+        mixer.judge = partial(note, layer, mixer.judge)
 
     @torch.no_grad()
     def read(tokens: Sequence[int]) -> Given:
@@ -66,5 +72,5 @@ def given_to_scorers(model: Any) -> Iterator[States]:
     try:
         yield read
     finally:
-        for hook in hooks:
-            hook.remove()
+        for mixer in keepers.values():
+            del mixer.judge

@@ -125,8 +125,12 @@ def train(
         {"params": [weight for name, weight in trained.items() if (rates or {}).get(name, 1.0) == factor]}
         for factor in factors
     ]
-    optimiser: Any = torch.optim.AdamW(groups, lr=settings.schedule.rate, weight_decay=settings.weight_decay)
     spread = accelerator.distributed_type == DistributedType.FSDP
+    # One kernel an update where weights lie on GPUs; what it computes is the same.
+    fused = True if not spread and all(weight.is_cuda for weight in trained.values()) else None
+    optimiser: Any = torch.optim.AdamW(
+        groups, lr=settings.schedule.rate, weight_decay=settings.weight_decay, fused=fused
+    )
     if spread:
         module, prepared = accelerator.prepare(module, optimiser)
         optimiser = prepared.optimizer
@@ -188,6 +192,30 @@ def train(
                 accelerator.wait_for_everyone()
                 raise KeyboardInterrupt(f"stopped after step {done} of {steps}, which is saved")
     return module
+
+
+def rehearse(
+    trainee: Trainee, objectives: Sequence[Objective], batches: Batches, settings: Settings, accelerator: Accelerator
+) -> None:
+    """Run one pass of each shape of the first step, forward and backward, and forget its gradients.
+
+    Compilers and tuners do their work then. All that is random in a training is drawn in it as if this had not been.
+    """
+    module = trainee.module
+    device = next(weight.device for weight in module.parameters() if weight.requires_grad)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        module.train()
+        passes = _Passes(trainee, module, objectives, accelerator, device, False)
+        passes.run([one_of_each_shape(batches, accelerator)] * accelerator.num_processes, f"{settings.seed}/0")
+    for weight in module.parameters():
+        weight.grad = None
+
+
+def one_of_each_shape(batches: Batches, accelerator: Accelerator) -> list[Inputs]:
+    """The parts of the first batch that this process passes through the model, one of each shape; the first is the
+    largest."""
+    parts = batches.passes(0, accelerator.num_processes)[accelerator.process_index]
+    return list({part["input_ids"].shape: part for part in reversed(parts)}.values())[::-1]
 
 
 class _Passes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.func import functional_call
 from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
-from compress.models.backward import recomputed
+from compress.models.backward import kept_bytes, recomputed
 from compress.models.fingerprint import fingerprint_of
 from compress.models.placement import input_device
 from compress.models.planned import has_routers, keeps_tokens, mixers_of, own_weights
@@ -26,9 +28,11 @@ from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
 from compress.runtime.step import Record
+from compress.train.compiled import compiled, pays
 from compress.train.curve import Curve
+from compress.train.fading import FadingUnits, faded
 from compress.train.keeping import AnnealedDecisions, KeptShare, check_decisions, decided, measure_again
-from compress.train.loop import Learn, Progress, train
+from compress.train.loop import Learn, Progress, one_of_each_shape, rehearse, train
 from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs, Objective
 from compress.train.settings import RecoverSettings
@@ -39,6 +43,7 @@ from compress.versions import versions
 
 RECORD = "recover.json"
 LOGITS_BYTES = 2**30  # of the float32 logits that losses are taken on at once
+LOSS_BYTES = 32  # a logit, while losses are taken in plain PyTorch: both models', their logarithms and gradients
 
 
 class Recovered(BaseModel):
@@ -133,19 +138,19 @@ def recover(
     batches.per_process(accelerator.num_processes)
     before, followed = _fingerprint(model), None if teacher is None else _fingerprint(teacher)
     digest = windows.digest(steps, settings.batch_size)
-    partial = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, digest))
+    saved = Partial(folder, key_of("recover", 1, settings.facts(), seed, before, followed, digest))
     curve = Curve(folder / "loss.jsonl")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        if partial.foreign and progress is not None:
+        if saved.foreign and progress is not None:
             progress(
                 0,
                 steps,
                 "starting again, because the saved state belongs to another training or an earlier version",
             )
     accelerator.wait_for_everyone()
-    _train_and_merge(model, settings, batches, partial, curve, accelerator, teacher, seed, progress)
+    _train_and_merge(model, settings, batches, saved, curve, accelerator, teacher, seed, progress)
     if accelerator.is_main_process:
         lines = curve.steps()
         kept = _kept_again(model, settings, windows)
@@ -168,7 +173,7 @@ def recover(
         )
         unused = {"kept"} if kept is None else set()
         write_text(folder / RECORD, sealed(record.model_dump(mode="json", exclude=unused)))
-        partial.remove()
+        saved.remove()
     accelerator.wait_for_everyone()
     return read_recovered(folder)
 
@@ -219,7 +224,10 @@ class _Student:
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
         given = {"input_ids": inputs["input_ids"]}
-        with window_dropped(self.module, inputs.get("dropped", ())), decided(self.module, inputs.get("decisions")):
+        with ExitStack() as during:
+            during.enter_context(window_dropped(self.module, inputs.get("dropped", ())))
+            during.enter_context(decided(self.module, inputs.get("decisions")))
+            during.enter_context(faded(self.module, inputs.get("left", 0.0)))
             if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
                 self._run_in_parts(module, given, planned, learn, parts)
                 return
@@ -230,6 +238,17 @@ class _Student:
             with torch.no_grad():
                 teacher = {"logits": self._logits(self.teacher, given)}
             learn(student, teacher)
+
+    def kept_bytes(self, inputs: Inputs, device: torch.device) -> int:
+        """Bytes that a pass over a part of a batch keeps for its backward pass, with what the losses take beside."""
+        there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        ids = there["input_ids"]
+        sequences = len(ids) if self.whole else math.ceil(len(ids) / self._parts(ids))
+        logits = sequences * ids.shape[1] * len(self.module.get_output_embeddings().weight)
+        self.module.train()  # as the loop has it
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            kept = kept_bytes(lambda: self.run(self.module, there, _learn_nothing), self.module)
+        return kept + LOSS_BYTES * logits
 
     def _parts(self, ids: torch.Tensor) -> int:
         """How many parts the sequences of a pass are split into, so that the logits of each have few bytes."""
@@ -299,6 +318,10 @@ class _Rounded(nn.Module):
         functional_call(self, rounded, (work,))
 
 
+def _learn_nothing(*outputs: Any, **options: Any) -> None:
+    """Takes the outputs of a pass that is only measured."""
+
+
 def _of_logits(objective: Objective) -> bool:
     return objective.of_logits
 
@@ -350,7 +373,7 @@ def _train_and_merge(
     model: Any,
     settings: RecoverSettings,
     batches: WindowBatches,
-    partial: Partial,
+    saved: Partial,
     curve: Curve,
     accelerator: Accelerator,
     teacher: Any,
@@ -370,13 +393,44 @@ def _train_and_merge(
     adapted = _prepare(copied, settings, seed)
     sequences = batches.per_process(accelerator.num_processes)
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length
-    with recomputed(copied, tokens, chosen=settings.checkpointing, itemsize=4 if low is None else 2, trained=True):
+    student = _Student(copied, teacher, low, whole=whole, as_kept=as_kept)
+    taught = _batches(batches, copied, settings, seed)
+    loop = settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32")
+    measured = not spread and input_device(copied).type == "cuda"
+    models = [each for each in (copied, teacher) if each is not None]
+
+    def needs() -> int:
+        """Bytes of activations, of the losses, and of gradients and moments."""
+        part = one_of_each_shape(taught, accelerator)[0]
+        trainable = sum(weight.nbytes for weight in copied.parameters() if weight.requires_grad)
+        return student.kept_bytes(part, input_device(copied)) + 3 * trainable
+
+    def say(line: str) -> None:
+        if progress is not None and accelerator.is_main_process:
+            progress(0, settings.step_count, line)
+
+    with ExitStack() as undo:
+        again = undo.enter_context(
+            recomputed(
+                copied,
+                tokens,
+                chosen=settings.checkpointing,
+                itemsize=4 if low is None else 2,
+                trained=True,
+                needs=needs if measured else None,
+            )
+        )
+        share = settings.step_count * batches.size // accelerator.num_processes
+        wanted = pays(copied, share) if settings.compile is None else settings.compile
+        if wanted and not spread:
+            rehearsal = partial(rehearse, student, losses, taught, loop, accelerator)
+            undo.enter_context(compiled(models, rehearsal, by_part=again, say=say))
         trained = train(
-            _Student(copied, teacher, low, whole=whole, as_kept=as_kept),
+            student,
             losses,
-            AnnealedDecisions.of(DroppedWindows.of(batches, copied, settings, f"{seed}/windows"), copied, settings),
-            settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32"),
-            partial,
+            taught,
+            loop,
+            saved,
             accelerator,
             curve=curve,
             progress=progress,
@@ -395,6 +449,12 @@ def _train_and_merge(
         weight.data = weight.data.to(dtypes[name])
         weight.grad = None
     model.requires_grad_(True).eval()
+
+
+def _batches(batches: WindowBatches, model: Any, settings: RecoverSettings, seed: int) -> Any:
+    """Batches that say what is otherwise in their passes: windows left out, soft decisions, heads that fade."""
+    made = DroppedWindows.of(batches, model, settings, f"{seed}/windows")
+    return FadingUnits.of(AnnealedDecisions.of(made, model, settings), model, settings)
 
 
 def _rates(model: Any, settings: RecoverSettings) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Trains scorers of cached tokens on what the dense model looks at where it repeats a text, and measures thresholds.
 
-A scorer's number is to be the logarithm of a token's KVzip+ score. What is linear is fitted in closed form, from sums
-that every token is added to and forgotten; what is not is trained by steps on the same error. Afterwards the quantiles
-of the scores of other texts say which threshold keeps which share of the tokens.
+A scorer's number is to be the logarithm of a token's KVzip+ score, or of KVzip's. What is linear is fitted in closed
+form, from sums that every token is added to and forgotten; what is not is trained by steps on the same error.
+Afterwards the quantiles of the scores of other texts say which threshold keeps which share of the tokens.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Scorers(nn.Module):
 
         def take(scores: TokenScores) -> None:
             with torch.enable_grad():
-                learn({"scores": self.judged(scores)}, {"scores": scores.wanted})
+                learn({"scores": self.judged(scores)}, {"scores": scores.wanted(self._objective.score)})
 
         for text in inputs["input_ids"]:
             self._read(text, take)
@@ -179,7 +179,7 @@ class Scorers(nn.Module):
             shared = torch.cat([scores.hidden.float(), scalars[0, :, :1]], 1)
             if scores.layer not in sums:
                 sums[scores.layer] = NormalEquations(len(scalars), shared.shape[1], 2, shared.device)
-            sums[scores.layer].add(shared, scalars[..., 1:], scores.wanted)
+            sums[scores.layer].add(shared, scalars[..., 1:], scores.wanted(self._objective.score))
 
         device = next(self.parameters()).device
         for step in range(steps):
@@ -199,7 +199,7 @@ class Scorers(nn.Module):
         measured = Measured(layers, groups)
 
         def take(scores: TokenScores) -> None:
-            measured.add(scores.layer, self.judged(scores), scores.wanted)
+            measured.add(scores.layer, self.judged(scores), scores.wanted(self._objective.score))
 
         device = input_device(self._model[0])
         for length in batches.lengths:

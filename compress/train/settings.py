@@ -120,13 +120,16 @@ class TrainSettings(Method):
 class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
-    outside: ClassVar[frozenset[str]] = frozenset({"save_every", "shard", "checkpointing", "control", "window_control"})
+    outside: ClassVar[frozenset[str]] = frozenset(
+        {"save_every", "shard", "checkpointing", "compile", "control", "window_control"}
+    )
     newer: ClassVar[dict[str, Any]] = {
         "objectives": [],
         "mixer_rate": None,
         "window_dropout": [],
         "balance": 0.01,
         "router_z": 0.0,
+        "fade": 0.0,
         "kept": 0.3,
         "keep_temperature": [0.5, 0.05],
         "keep_noise": True,
@@ -163,6 +166,13 @@ class RecoverSettings(TrainSettings):
     )
     router_z: float = Field(
         0.0, ge=0, le=FACTOR, description="weight of the squared log-sum-exp of their routers' logits, likewise"
+    )
+    fade: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps, the first ones, in which routed heads that a token does not use are not off "
+        "yet: what multiplies them falls evenly from 1 to 0",
     )
     kept: float = Field(
         0.3,
@@ -207,6 +217,11 @@ class RecoverSettings(TrainSettings):
     )
     checkpointing: bool | None = Field(
         None, description="recompute layers in the backward pass; null does so if memory is short"
+    )
+    compile: bool | None = Field(
+        None,
+        description="compile the decoder layers for the training (`torch.compile`); null does so on a GPU where the "
+        "training is long enough to gain by it",
     )
     shard: bool = Field(
         False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"

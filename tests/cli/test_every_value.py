@@ -186,6 +186,7 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         )
     },
     (UPCYCLED, "seed", False): ("tests/cli/test_upcycle_run.py", r"upcycle:\n  experts: .*\n  texts"),
+    ("plan.schema.MlpRouting", "top", "all"): ("tests/cli/test_upcycle_run.py", r'"top": "all"'),
     **{
         ("plan.schema.MlpRouting", "weight", each): ("tests/cli/test_upcycle_run.py", f'"weight": "{each}"')
         for each in ("one", "p")
@@ -212,6 +213,11 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         ("tests/search/test_retain.py", r"Shares\(same=same.*[\s\S]*\"share\""),
     ),
     ("search.serve.Serve", "engine", "vllm"): ("tests/search/test_serve.py", r"Serve\("),
+    ("search.serve.Serve", "permute", True): (
+        "tests/search/test_serve.py",
+        r"run\([\s\S]*Serve\(slot=1, spans=2, ranks=2\)",
+    ),
+    ("search.serve.Serve", "permute", False): ("tests/search/test_serve.py", r"Serve\(.*permute=False\)"),
     ("search.solvers.shares.Shares", "same", "threshold"): ("tests/search/test_retain.py", r'Shares\(same="threshold"'),
 }
 

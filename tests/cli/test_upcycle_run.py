@@ -116,8 +116,8 @@ def test_the_checkpoint_is_taken_by_the_other_commands(folder: Path, tmp_path: P
 VARIANTS = (
     ({"attention": "base", "rest": "seed"}, 2, 4),
     ({"attention": "soft", "kv": "shared", "texts": [], "start": "zero"}, 2, 8),
-    ({"kv": "expert", "rest": "average", "texts": [], "start": "random", "mlp": {"top": 2, "weight": "one"}}, 4, 8),
-    ({"seed": True, "texts": [], "mlp": {"weight": "p"}}, 6, 12),
+    ({"kv": "expert", "rest": "average", "texts": [], "start": "random", "mlp": {"top": "all", "weight": "one"}}, 4, 8),
+    ({"seed": True, "texts": [], "mlp": {"top": 1, "weight": "p"}}, 6, 12),
 )
 
 

@@ -26,7 +26,7 @@ from compress.evaluate.measures.load import LayerLoad, LoadResult, UnitLoad
 from compress.evaluate.tables import markdown, tables
 from compress.models.planned import all_on_model, planned_model
 from compress.models.upcycle import upcycle
-from compress.plan import Plan, make_plan, uniform_plan
+from compress.plan import MlpRouting, Plan, make_plan, uniform_plan
 from compress.plan.skipped import STORED, Skipped, chooses, skipped
 from compress.registry import measures
 from compress.report.facts import read_facts
@@ -149,16 +149,24 @@ def test_variation_and_collapse_follow_from_the_load(comparison: Comparison) -> 
 
 def test_of_several_models_in_one_it_tells_of_their_mlps_and_gates(text: FileText, tmp_path: Path) -> None:
     loaded = byte_loaded()
-    several, _, _ = upcycle(loaded.model, {"a": loaded.model, "b": loaded.model})  # routers of zeros
-    rows = [Variant("dense", lambda: loaded.model), Variant("plan", lambda: several, "b")]
+    experts = {"a": loaded.model, "b": loaded.model}
+    several, _, _ = upcycle(loaded.model, experts, mlp=MlpRouting(top=1))  # routers of zeros
+    mixed, _, _ = upcycle(loaded.model, experts)
+    rows = [
+        Variant("dense", lambda: loaded.model),
+        Variant("b", lambda: several, "b"),
+        Variant("c", lambda: mixed, "c"),
+    ]
     asked = [measures["load"](text=text, length=LENGTH, windows=1)]
     comparison = compare(loaded, rows, asked, seed=0, cache_dir=tmp_path)
-    (found,) = comparison.variants[1].of("load")
+    (found,), (of_mixed,) = (variant.of("load") for variant in comparison.variants[1:])
     assert found.layers == [] and found.gates == {0: [0.5, 0.5], 1: [0.5, 0.5]}
     assert [[unit.chosen for unit in layer.units] for layer in found.mlps] == [[LENGTH, 0]] * 2  # ties go to the first
     assert "layer 1 MLP 1 (0.00% of the tokens)" in found.notes()
     values = {(cell.label, cell.place): cell.value for cell in found.cells()}
     assert values["gate of expert 1", (1, None)] == 0.5 and values["load of MLP 0", (0, None)] == 1.0
+    assert of_mixed.mlp_gates == found.gates == of_mixed.gates and of_mixed.mlps == [] and of_mixed.notes() == ""
+    assert {cell.label for cell in of_mixed.cells()} >= {"gate of expert 0", "gate of MLP 1"}
     assert maps_of_heads(comparison) == []
 
 

@@ -22,6 +22,7 @@ from compress.runtime.families import ROWS
 from compress.runtime.span import PAGE
 from compress.runtime.step import Record
 from compress.train.curve import Curve
+from compress.train.objectives.routing import balance_loss
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
@@ -48,13 +49,14 @@ def experts(seed: Any) -> dict[str, Any]:
 
 @pytest.fixture(params=["expert", "shared"])
 def made(request: pytest.FixtureRequest, seed: Any, experts: dict[str, Any]) -> tuple[Any, Any]:
-    """A model with random routers, and its plan."""
-    model, plan, _ = upcycle(seed, experts, kv=request.param)
+    """A model with random routers, and its plan; one with one MLP a token, the other with both."""
+    routing = MlpRouting(top=1) if request.param == "expert" else MlpRouting()
+    model, plan, _ = upcycle(seed, experts, kv=request.param, mlp=routing)
     return with_random_routers(model), plan
 
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
-@pytest.mark.parametrize("routing", [MlpRouting(), MlpRouting(top=2)])
+@pytest.mark.parametrize("routing", [MlpRouting(), MlpRouting(top=2), MlpRouting(top=1)])
 def test_equal_experts_are_the_dense_model_whatever_the_routers_say(seed: Any, kv: Any, routing: MlpRouting) -> None:
     model, _, averaged = upcycle(seed, {"a": seed, "b": seed, "c": seed}, kv=kv, mlp=routing)
     ids = random_ids(2, 70)
@@ -64,7 +66,7 @@ def test_equal_experts_are_the_dense_model_whatever_the_routers_say(seed: Any, k
 
 def test_the_published_weight_of_an_mlp_is_no_identity(seed: Any) -> None:
     """Equal experts give p times the MLP: half of it with two experts and equal routers."""
-    model, _, _ = upcycle(seed, {"a": seed, "b": seed}, mlp=MlpRouting(weight="p"))
+    model, _, _ = upcycle(seed, {"a": seed, "b": seed}, mlp=MlpRouting(top=1, weight="p"))
     ids = random_ids(1, 20)
     halved = copy.deepcopy(seed)
     for layer in halved.model.layers:
@@ -94,7 +96,7 @@ def test_a_one_hot_router_is_that_expert(family: str, monkeypatch: pytest.Monkey
 def test_the_layers_are_the_published_formulas(seed: Any, experts: dict[str, Any]) -> None:
     """y = sum_j softmax(W_a x)_j Attention_j(x), then p_i-weighted MLP_i of the highest i, written out in float64."""
     kinds = {name: model.double() for name, model in copy.deepcopy(experts).items()}
-    model, _, _ = upcycle(copy.deepcopy(seed).double(), kinds, mlp=MlpRouting(weight="p"))
+    model, _, _ = upcycle(copy.deepcopy(seed).double(), kinds, mlp=MlpRouting(top=1, weight="p"))
     with_random_routers(model)
     ids, layer = random_ids(1, 30), model.model.layers[0]
     first = [expert.model.layers[0] for expert in kinds.values()]
@@ -137,7 +139,7 @@ def test_shared_keys_and_values_are_cached_once(seed: Any, experts: dict[str, An
 
 
 def test_only_real_tokens_are_recorded(made: tuple[Any, Any]) -> None:
-    model, _ = made
+    model, plan = made
     ids = random_ids(2, 30)
     mask = torch.ones_like(ids)
     mask[0, :10] = mask[1, 12:17] = 0
@@ -149,7 +151,12 @@ def test_only_real_tokens_are_recorded(made: tuple[Any, Any]) -> None:
         expected = torch.cat([record.expert_gates[layer] for record in alone])
         torch.testing.assert_close(padded.expert_gates[layer], expected, rtol=1e-4, atol=1e-5)
         chosen = torch.cat([record.mlp_routing[layer].chosen for record in alone])
-        assert torch.equal(padded.mlp_routing[layer].chosen, chosen) and chosen.sum(1).eq(1).all()
+        assert torch.equal(padded.mlp_routing[layer].chosen, chosen)
+        assert chosen.sum(1).eq(plan.upcycle.mlps).all()
+        assert padded.mlp_routing[layer].tokens == (20, 25)
+        assert (float(balance_loss(padded.mlp_routing[layer]).detach()) == 0) == (
+            plan.upcycle.mlps == 2
+        )  # mixed: no load
         assert len(chosen) == int(mask.sum())
 
 
@@ -166,7 +173,7 @@ def test_gradients_reach_every_router_and_expert(made: tuple[Any, Any]) -> None:
 
 def test_routers_start_with_what_tells_texts_apart(seed: Any, experts: dict[str, Any]) -> None:
     """On other tokens of the same two kinds every gate names the expert whose text they are like."""
-    model, _, _ = upcycle(seed, experts)
+    model, _, _ = upcycle(seed, experts, mlp=MlpRouting(top=1))
     halves = [random_ids(20, 64, seed=number) % 40 + 5 + 45 * number for number in range(2)]
     fitted_routers(model, [ids[:16] for ids in halves])
     for number, ids in enumerate(halves):
@@ -191,7 +198,7 @@ def test_random_routers_are_those_of_their_seed(seed: Any, experts: dict[str, An
 def test_training_has_the_balance_of_mlps_among_its_losses(
     train: Any, seed: Any, experts: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, _, _ = upcycle(seed, experts)
+    model, _, _ = upcycle(seed, experts, mlp=MlpRouting(top=1))
     random_routers(model, 0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     settings = RecoverSettings(
@@ -208,6 +215,20 @@ def test_training_has_the_balance_of_mlps_among_its_losses(
         0.9 * layers < step["balance_loss"] < 2 * layers and step["router_z_loss"] > 0 < step["text_loss"]
         for step in steps
     )
+
+
+def test_all_mlps_are_mixed_as_attentions_are() -> None:
+    """sum_i p_i MLP_i(x) of all, with gradients of every p, whatever `weight` says."""
+    for weight in ("one", "p"):
+        mlp = mlp_experts.MlpExperts(torch.nn.Linear(6, 6), 3, 3, weight, 6, 0).double()
+        for parameter in mlp.parameters():
+            torch.nn.init.normal_(parameter)
+        rows = torch.randn(2, 7, 6, dtype=torch.float64)
+        shares = (rows @ mlp.router.T).softmax(-1)
+        expected = sum(shares[..., n, None] * expert(rows) for n, expert in enumerate(mlp.experts))
+        torch.testing.assert_close(mlp(rows), expected)
+        found, due = (torch.autograd.grad(x.square().sum(), mlp.router)[0] for x in (mlp(rows), expected))
+        torch.testing.assert_close(found, due)
 
 
 def test_all_experts_on_few_rows_are_each_on_its_own() -> None:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from compress.errors import UserError
-from compress.models.planned import planned_model, pruned_model
+from compress.models.planned import planned_model, sliced_model
 from compress.models.replaced import AttentionCall, replaced_attention
 from compress.plan import uniform_plan
 from compress.runtime.rope import HALVES, crosses, rope_change, steady, turned_back, turns, undo_refusal
@@ -79,7 +79,7 @@ def test_a_model_that_was_used_beyond_its_context_is_planned_as_a_fresh_one(kind
     logits(used, 200)
     made = {
         "planned": full_plan(used),
-        "stock": pruned_model(used, uniform_plan(shape_of(used), FullGroup())),
+        "stock": sliced_model(used, uniform_plan(shape_of(used), FullGroup())),
         "copy of the planned": copy.deepcopy(full_plan(used)),
     }
     for name, model in made.items():

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.errors import UserError
 from compress.models.families import family_of
-from compress.models.planned import planned_model, pruned_model
+from compress.models.planned import planned_model, sliced_model
 from compress.models.pruning import block_parameters
 from compress.models.shape import shape_of
 from compress.plan import LayerPlan, Mlp, read_plan
@@ -93,7 +93,7 @@ def test_parameters_are_those_of_the_model_and_within_the_budget(family: str, sh
     problem = problem_of(model, Scored(model), share)
     for candidate in solver.solve(problem):
         plan = candidate.to_plan(problem, {})
-        pruned = pruned_model(model, plan)
+        pruned = sliced_model(model, plan)
         left = block_parameters(pruned)
         assert plan.predicted.of("parameters")[None].plan == left
         assert left <= problem.parameters_limit
@@ -120,7 +120,7 @@ def test_experts_keep_whole_steps_of_neurons(solver: Any, share: float) -> None:
         plans = [candidate.to_plan(problem, {}) for candidate in solver.solve(problem)]
         for plan in [*plans, Candidate(solver.smallest(problem)).to_plan(problem, {})]:
             assert all(layer.mlp is None or layer.mlp.kept % 8 == 0 for layer in plan.layers)
-            assert block_parameters(pruned_model(model, plan)) == plan.predicted.of("parameters")[None].plan
+            assert block_parameters(sliced_model(model, plan)) == plan.predicted.of("parameters")[None].plan
         with pytest.raises(UserError, match="cannot have such numbers of neurons"):
             solver.model_copy(update={"multiple": 4}).solve(problem)
     else:
@@ -139,7 +139,7 @@ def test_biases_of_a_compensation_count(family: str, solver: type[Ranked]) -> No
     problem = problem_of(model, Scored(model), 0.8)
     (candidate,) = solver(compensate=True, multiple=1).solve(problem)
     plan = candidate.to_plan(problem, {})
-    left = block_parameters(pruned_model(model, plan))
+    left = block_parameters(sliced_model(model, plan))
     assert plan.predicted.of("parameters")[None].plan == left <= problem.parameters_limit
     assert plan.predicted.of("parameters")[None].dense == block_parameters(model)
     (plain,) = solver(multiple=1).solve(problem)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import groupby, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config
 
 from compress.errors import UserError
 from compress.plan import LayerPlan, read_plan
 from compress.search.budget.budget import Budget
 from compress.search.checks import section_problems
 from compress.search.choice.options import layers_of, losses_of, room
-from compress.search.choice.slots import in_slots, slots_of
+from compress.search.choice.slots import by_counts, from_targets, in_slots, slots_of
 from compress.search.problem import FULL_GROUP, Candidate, Problem
 from compress.search.refine.moves import Moves
 from compress.search.refine.refine import Refine
@@ -31,14 +35,15 @@ from compress.search.solvers.priced import Priced
 from compress.search.solvers.uniform import Uniform
 from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
-from compress_vllm.plan import Layer, check_ranks, slot_of
+from compress_vllm.plan import Layer, check_ranks, of_rank, slot_of
 from compress_vllm.rule import Rule
 from tests.search.synthetic import dense_of, make_shape, random_profile
 from tests.search.test_refine import DOCUMENTS, QUICK
 from tests.search.test_search import HELD_OUT, Section
 from tests.tiny import shape_of, tiny_loaded
 
-SERVE = Serve(slot=2, spans=3, ranks=2)
+SERVE = Serve(slot=2, spans=3, ranks=2, permute=False)
+ANY_ORDER = Serve(slot=2, spans=3, ranks=2)
 ONE, TWO = WindowGroup(sink=4, alpha=64, beta=0.0), WindowGroup(sink=4, alpha=128, beta=0.0)
 
 
@@ -84,13 +89,61 @@ def test_slots_and_few_targets_cost_what_they_hide() -> None:
         (found,) = solver.solve(served(serve, kv=0.7, lengths=(512,)))
         return found
 
-    free, many, three, two = map(plan, (None, Serve(spans=64, ranks=2), SERVE, Serve(spans=2, ranks=2)))
+    free, many, three, two = map(
+        plan, (None, Serve(spans=64, ranks=2, permute=False), SERVE, Serve(spans=2, ranks=2, permute=False))
+    )
     assert not SERVE.holds(free.layers)
     assert [len(distinct(each.layers)) for each in (three, two)] == [3, 2] and len(distinct(many.layers)) > 3
     options = solver.group_options(served(kv=0.7, lengths=(512,)))
     lost = [losses_of(options, each.layers).item() for each in (free, many, three, two)]
     assert lost == sorted(set(lost))
     assert [each.losses["absolute.512"] for each in (free, many, three, two)] == pytest.approx(lost)
+
+
+def test_in_another_order_ranks_need_equal_counts_alone() -> None:
+    """The loss is smaller, and every rank has the same targets side by side, in the order that the plan is given."""
+    solver = Moa(gap=0)
+    lost = []
+    for serve in (SERVE, ANY_ORDER):
+        problem = served(serve, kv=0.7, lengths=(512,))
+        (found,) = solver.solve(problem)
+        assert serve.holds(found.layers) and problem.fits(found.layers)
+        lost.append(found.losses["absolute.512"])
+    assert lost[1] < lost[0] and not SERVE.holds(found.layers)
+    plan = found.to_plan(problem, {})
+    other = ANY_ORDER.ordered(plan)
+    assert SERVE.ordered(plan) == plan and other.reordered_layers > 0
+    assert [layer.groups for layer in other.layers] == [layer.groups for layer in plan.layers]
+    rows = [tuple(rule(target) for target, _ in row) for row in other.groups_that_stay()]
+    check_ranks([Layer(row, 16, 64) for row in rows], 2)
+    for row in rows:
+        halves = [of_rank(row, rank, 2) for rank in range(2)]
+        assert halves[0] == halves[1] and len(list(groupby(halves[0]))) == len(set(row))
+
+
+@pytest.mark.parametrize("serve", [ANY_ORDER, SERVE, Serve(slot=2)])
+def test_the_groups_of_each_target_are_those_that_lose_least(serve: Serve) -> None:
+    """Of all plans of a layer that are as asked, by trying them."""
+    shape = make_shape(1, 8)
+    problem = make_problem(dense_of(shape), random_profile(shape, (512,)), Budget(kv=0.5), Moa(), serve=serve)
+    every = Moa().group_options(problem)
+    options = from_targets(every, every[0].choices[:21:10])
+    assert len(options[0].choices) == 3
+    found = by_counts(options, serve, 8, np.ones(1))
+    assert found is not None
+    (layer,) = found
+    least: dict[Any, float] = {}
+    for bits in product(range(len(options[0].choices)), repeat=8):
+        row = tuple(options[0].choices[index] for index in bits)
+        if serve.holds([LayerPlan(groups=row)]):
+            lost = sum(unit.losses[index, 0] for unit, index in zip(options, bits, strict=True))
+            key = tuple(bits.count(index) for index in range(3))
+            least[key] = min(lost, least.get(key, np.inf))
+    counts = [tuple(row.count(target) for target in options[0].choices) for row in layer.choices]
+    assert dict(zip(counts, layer.losses[:, 0].tolist(), strict=True)) == pytest.approx(least)
+    for row, cost in zip(layer.choices, layer.costs, strict=True):
+        np.testing.assert_array_equal(cost, problem.total([LayerPlan(groups=row)]))
+    assert by_counts(every, Serve(slot=1, ranks=2), 8, np.ones(1)) is None
 
 
 def test_a_slot_has_the_next_groups_of_every_rank() -> None:
@@ -125,9 +178,13 @@ def test_what_a_plan_has_to_be() -> None:
     assert not holds(full, full, full, full, ONE, ONE, ONE, ONE)  # other targets on the other rank
     assert not holds(full, ONE, TWO, TWO, full, ONE, TWO, TWO)  # no slot of two
     three = [LayerPlan(groups=(target,) * 8) for target in (full, ONE, TWO)]
-    assert SERVE.holds(three) and not Serve(slot=2, spans=2, ranks=2).holds(three)
+    assert SERVE.holds(three) and not Serve(slot=2, spans=2, ranks=2, permute=False).holds(three)
     layer = LayerPlan(groups=(full, ONE, ONE, full, ONE, full, full, ONE))
     assert slots_of(layer, SERVE) == [(0, 3, 5, 6), (1, 2, 4, 7)]
+    halves = LayerPlan(groups=(ONE, full, full, full, full, ONE, ONE, ONE))
+    assert ANY_ORDER.holds([halves]) and not SERVE.holds([halves])
+    assert slots_of(halves, ANY_ORDER) == [(0, 5, 6, 7), (1, 2, 3, 4)]
+    assert not ANY_ORDER.holds([LayerPlan(groups=(full, full, ONE, ONE, ONE, ONE, ONE, ONE))])
 
 
 def test_what_does_not_go_together_is_refused() -> None:
@@ -147,6 +204,12 @@ def test_what_does_not_go_together_is_refused() -> None:
         served(Serve(slot=3))
     with pytest.raises(UserError, match="does not serve"):
         Moa(rule="length").solve(served(solver=Moa(rule="length")))
+    shape = make_shape(3, 8)
+    gpt2 = replace(dense_of(shape), model=SimpleNamespace(config=GPT2Config()))
+    with pytest.raises(UserError, match="cannot be put in another order") as refused_order:
+        make_problem(gpt2, random_profile(shape, (320,)), Budget(kv=0.5), Moa(), serve=ANY_ORDER)
+    assert refused_order.value.problems[0].where == "search.serve.permute"
+    make_problem(gpt2, random_profile(shape, (320,)), Budget(kv=0.5), Moa(), serve=SERVE)
     with pytest.raises(UserError, match="does not serve"):
         SERVE.check_targets([FULL_GROUP, ONE, LinearGroup()])
 

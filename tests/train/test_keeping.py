@@ -29,9 +29,9 @@ from compress.targets.full import FullGroup
 from compress.targets.retain import RetainGroup
 from compress.train import recovery
 from compress.train.keeping import check_decisions, decided, decisions_at, keepers_of, measure_again
-from compress.train.objectives.distill import distill_loss
 from compress.train.objectives.kept import Kept, share_that_leaves
 from compress.train.recovery import recover
+from compress.train.token_losses import distill_loss
 from tests.cli.recipes import make_recipe
 from tests.tiny import SIZES, VOCABULARY, attach_as_they_start, random_ids
 from tests.train.common import settings

@@ -15,10 +15,9 @@ from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.models.trained import load_trained, write_trained
 from compress.train.lora import attach, merge, projections
-from compress.train.objectives.distill import distill_loss
-from compress.train.objectives.text import text_loss
 from compress.train.recovery import read_recovered, recover
 from compress.train.schedule import Schedule
+from compress.train.token_losses import distill_loss, text_loss
 from compress.train.windows import Windows
 from tests.tiny import mixed_plan, random_ids, tiny_model
 from tests.train.common import model_of, pruned_model, settings, text, trained

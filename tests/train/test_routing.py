@@ -24,6 +24,7 @@ from compress.runtime.step import Record, Routing
 from compress.targets.full import FullGroup
 from compress.targets.routed import RoutedGroup
 from compress.train import recovery
+from compress.train.fading import faded, left_at
 from compress.train.objectives.routing import balance_loss, contributions, router_z_loss
 from compress.train.prepare import prepare
 from compress.train.recovery import recover
@@ -238,6 +239,29 @@ def test_a_random_router_stays_as_it_is(tmp_path: Path) -> None:
     given = {"targets": [{"target": "routed", "router": "random", "active": 2, "of": 4}], "steps": 1, "length": 16}
     with pytest.raises(ValueError, match="has nothing to train"):
         PrepareSettings.model_validate(given)
+
+
+def test_what_is_off_fades_in_training_alone(tmp_path: Path) -> None:
+    """At first the model is the dense one, at the end of `fade` the routed one; and so it is without gradients."""
+    dense = dense_model()
+    model, ids = routed(dense, router="norm"), torch.tensor(words(40)).view(2, 20)
+    plain = model(ids).logits
+    with faded(model, 1.0):
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, plain)
+    with faded(model, 0.5):
+        between = model(ids).logits
+    assert min((between - other).abs().max() for other in (plain, dense(ids).logits)) > 0.01
+    assert torch.equal(model(ids).logits, plain)
+    asked = settings(train="full", steps=4, length=16, batch_size=2, rate=1e-4, fade=0.5)
+    assert [left_at(asked, step) for step in range(4)] == [1.0, 0.5, 0.0, 0.0]
+    for name, each in (("routed", model), ("dense", dense)):
+        recover(each, asked, words(300), tmp_path / name)
+    steps = [json.loads(line) for line in (tmp_path / "routed" / "loss.jsonl").read_text().splitlines()]
+    control = json.loads((tmp_path / "dense" / "loss.jsonl").read_text().splitlines()[0])
+    assert steps[0]["text_loss"] == pytest.approx(control["loss"], rel=1e-5)
+    assert all(mixer.left == 0 for mixer in mixers_of(model))
 
 
 def test_logits_in_parts_train_routers_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

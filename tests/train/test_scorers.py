@@ -18,7 +18,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.prepared import attach, prepared_for, read_prepared
-from compress.models.reconstruction import SINKS, TokenScores
+from compress.models.reconstruction import LEAST, SINKS, TokenScores
 from compress.models.retention import Measured, Retention, spearman
 from compress.models.shape import shape_of
 from compress.plan import make_plan, uniform_plan
@@ -204,12 +204,25 @@ def test_thresholds_may_be_of_longer_texts_that_are_not_repeated(
         batches.stretches(769, 1)
 
 
+def test_a_scorer_may_stand_for_kvzip(batches: Pieces) -> None:
+    objective = OBJECTIVE.model_copy(update={"score": "KVzip"})
+    scorers = Scorers(tiny_model("qwen2"), tiny_tokenizer(), {layer: _Layer(Ridge) for layer in range(3)}, objective)
+    (text, *_), wanted = batches.texts(64, 1, 0), []
+    with scorers.repeating():
+        scores = list(scorers.scored(text))
+        scorers.run(None, {"input_ids": text[None]}, lambda student, teacher: wanted.append(teacher["scores"]))
+    for found, one in zip(wanted, scores, strict=True):
+        torch.testing.assert_close(found, one.weight.clamp(min=LEAST).log())
+        assert not torch.allclose(found, one.wanted())
+    assert objective.model_dump().keys() - OBJECTIVE.model_dump().keys() == {"score"}
+
+
 def _rows(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
     """Features with a one, `[G, n, F]`, and what is fitted."""
     scalars = scalars_of(scores.key[None], scores.value[None], scores.positions[None])[0]
     hidden = scores.hidden.expand(GROUPS, *scores.hidden.shape)
     x = torch.cat([hidden, scalars, torch.ones(*scalars.shape[:2], 1)], -1)
-    return x.double().numpy(), scores.wanted.double().numpy()
+    return x.double().numpy(), scores.wanted().double().numpy()
 
 
 @pytest.mark.parametrize("kind", [Mlp, Gate])

@@ -20,7 +20,7 @@ from tests.train.common import model_of, settings, trained
 # test_objectives.py has the losses by name, test_joint.py what targets with parameters of their own ask for, and
 # test_routing.py what routers do, and test_keeping.py what heads that keep tokens do.
 ELSEWHERE = {"text", "control", "window_control", "shard", "objectives", "mixer_rate", "window_dropout"}
-ELSEWHERE |= {"balance", "router_z", "kept", "keep_temperature", "keep_noise", "keep_hard", "keep_documents"}
+ELSEWHERE |= {"balance", "router_z", "fade", "kept", "keep_temperature", "keep_noise", "keep_hard", "keep_documents"}
 CHANGES: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 1.0},
     {"dropout": 0.3},

@@ -1,7 +1,7 @@
 """How often the heads that tokens choose from are chosen: a router that collapses wastes the heads that it forgets.
 
 A layer is even where every routed unit is chosen by K of E tokens, K being how many of the E units each token uses. The
-same is told of MLPs where a layer has several, and of experts whose attentions are mixed the mean of their gates.
+same is told of MLPs that tokens choose from, and of experts whose attentions or MLPs are mixed the mean of their gates.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class LoadResult(Result):
     Attributes:
         tokens: how many chose.
         layers: with routed heads.
-        mlps: with several MLPs.
-        gates: by layer with experts that are mixed, the mean gate of each.
+        mlps: with several MLPs that tokens choose from.
+        gates: by layer with experts whose attentions are mixed, the mean gate of each.
+        mlp_gates: likewise of MLPs that are mixed.
     """
 
     measure: Literal["load"] = "load"
@@ -87,6 +88,7 @@ class LoadResult(Result):
     layers: list[LayerLoad] = Field(default_factory=list)
     mlps: list[LayerLoad] = Field(default_factory=list)
     gates: dict[int, list[float]] = Field(default_factory=dict)
+    mlp_gates: dict[int, list[float]] = Field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """The coefficient of variation of the load, of all units and by layer; collapsed units; and each unit."""
@@ -103,9 +105,10 @@ class LoadResult(Result):
             for name, unit in zip(layer.names(), layer.units, strict=True):
                 share, place = unit.chosen / self.tokens, (layer.layer, None)
                 cells.append(self._cell(f"load of {name}", "load", share, place=place))
-        for number, means in self.gates.items():
-            for expert, mean in enumerate(means):
-                cells.append(self._cell(f"gate of expert {expert}", "load", mean, place=(number, None)))
+        for what, gates in (("expert", self.gates), ("MLP", self.mlp_gates)):
+            for number, means in gates.items():
+                for which, mean in enumerate(means):
+                    cells.append(self._cell(f"gate of {what} {which}", "load", mean, place=(number, None)))
         return cells
 
     def _variations(self, what: str, layers: Sequence[LayerLoad]) -> list[Cell]:
@@ -223,8 +226,17 @@ class Load(TextMeasure):
                 return result
             step(number + 1, self.windows)
         of_heads, of_mlps = ([sums[layer].load(layer) for layer in sorted(sums)] for sums in (heads, mlps))
-        means = {layer: (gates[layer] / self.tokens).tolist() for layer in sorted(gates)}
-        return result.model_copy(update={"tokens": self.tokens, "layers": of_heads, "mlps": of_mlps, "gates": means})
+        told = {
+            "layers": of_heads,
+            "mlps": [layer for layer in of_mlps if layer.active < len(layer.units)],
+            "gates": {layer: (gates[layer] / self.tokens).tolist() for layer in sorted(gates)},
+            "mlp_gates": {
+                layer.layer: [unit.probability for unit in layer.units]
+                for layer in of_mlps
+                if layer.active == len(layer.units)
+            },
+        }
+        return result.model_copy(update={"tokens": self.tokens, **told})
 
 
 class _Sums:

@@ -23,14 +23,16 @@ from pydantic import Field
 
 from compress.errors import UserError
 from compress.limits import FACTOR, SECONDS
-from compress.search.choice.knapsack import Knapsack
+from compress.search.choice.knapsack import Knapsack, Vector
 from compress.search.choice.options import Options, in_place_of, layers_of, losses_of, room
 from compress.search.choice.pareto import pareto_front
 from compress.search.choice.removal import PRUNED, Removal
-from compress.search.choice.slots import few_targets, from_targets, in_slots
+from compress.search.choice.slots import by_counts, few_targets, from_targets, in_slots
 from compress.search.problem import Candidate, Problem
 from compress.search.serve import Serve, distinct
 from compress.search.solver import Solver, check_rows
+
+SETS = 3  # of the sets of targets that lose least in slots, so many are weighed with slots of any groups
 
 
 class UnitRemoval(Removal):
@@ -164,25 +166,39 @@ class Frontier(Solver):
         Raises:
             UserError: an option is not served, or the budget needs more targets.
         """
-        slots = in_slots(stay, serve, problem.shape.kv_heads)
+        groups = problem.shape.kv_heads
+        slots = in_slots(stay, serve, groups)
         for unit in slots:
             for choice in unit.choices:
                 serve.check_targets(unit.unit.targets(choice))
         most = [unit.kept() for unit in slots]
         free = self._front(problem, most)
-        if all(len(distinct(plan.layers)) <= serve.spans for plan in free):
+        if not free:
+            return []
+        few = frozenset(target for plan in free for target in distinct(plan.layers))
+        note = ""
+        if len(few) <= serve.spans:
+            sets = [few]
+        elif all(len(distinct(plan.layers)) <= serve.spans for plan in free):
             return free
-        scale, least = Knapsack(most, room(problem, most).tolist()).scale, np.inf
-        sets = few_targets([plan.layers for plan in free], slots, serve)
+        else:
+            sets, note = (
+                few_targets([plan.layers for plan in free], slots, serve),
+                f", of {serve.spans} targets at most",
+            )
+        scale = Knapsack(most, room(problem, most).tolist()).scale
+        seconds = self.time_limit / 3 / (len(sets) + SETS)
         considered = from_targets(slots, frozenset().union(*sets))
+        by_slots = [from_targets(considered, targets) for targets in sets]
+        losses = [self._least(problem, options, scale, seconds) for options in by_slots]
         best: list[Options] | None = None
-        for targets in sets:
-            options = [unit.kept() for unit in from_targets(considered, targets)]
-            knapsack = Knapsack(options, room(problem, options).tolist())
-            # The mean over objectives, each in the unit that it has where all targets may be chosen.
-            weights = knapsack.scale / scale / len(scale)
-            solution = knapsack.solve(weights, gap=self.gap, time_limit=self.time_limit / 3 / len(sets))
-            if solution is not None and (loss := float((solution.losses / scale).mean())) < least:
+        least = np.inf
+        for number in sorted(range(len(sets)), key=losses.__getitem__)[:SETS]:
+            options, loss = by_slots[number], losses[number]
+            exact = by_counts(from_targets(stay, sets[number]), serve, groups, scale)
+            if exact is not None:
+                options, loss = exact, self._least(problem, exact, scale, seconds)
+            if loss < least:
                 best, least = options, loss
         if best is None:
             raise UserError(
@@ -191,9 +207,16 @@ class Frontier(Solver):
                 expected=f"more than {serve.spans} targets",
                 fix="raise it, or the budget",
             )
-        return [
-            replace(plan, note=f"{plan.note}, of {serve.spans} targets at most") for plan in self._front(problem, best)
-        ]
+        plans = self._front(problem, [unit.kept() for unit in best])
+        return [replace(plan, note=plan.note + note) for plan in plans]
+
+    def _least(self, problem: Problem, options: Sequence[Options], scale: Vector, seconds: float) -> float:
+        """The least mean over the objectives, each divided by its scale, that a plan of these options loses; infinity
+        where none is within the budget."""
+        kept = [unit.kept() for unit in options]
+        knapsack = Knapsack(kept, room(problem, kept).tolist())
+        solution = knapsack.solve(knapsack.scale / scale / len(scale), gap=self.gap, time_limit=seconds)
+        return np.inf if solution is None else float((solution.losses / scale).mean())
 
     def _front(self, problem: Problem, options: Sequence[Options]) -> list[Candidate]:
         """The plans of one weighing of the losses."""

@@ -6,26 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from compress.registry import objectives
 from compress.train.objectives.objective import Inputs, Objective
-
-
-def distill_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Sum of KL(teacher || model) over all tokens, nats, both softened by the temperature and scaled by its square.
-
-    The square keeps the size of the gradient (Hinton et al., arXiv 1503.02531).
-
-    Args:
-        logits, teacher: `[B, T, V]`.
-    """
-    wide, wide_teacher = logits.float(), teacher.float()
-    if temperature != 1:
-        wide, wide_teacher = wide / temperature, wide_teacher / temperature
-    student_logs = functional.log_softmax(wide, -1)
-    teacher_logs = functional.log_softmax(wide_teacher, -1)
-    return temperature**2 * functional.kl_div(student_logs, teacher_logs, reduction="sum", log_target=True)
+from compress.train.token_losses import distill_loss
 
 
 @objectives.register("distill")

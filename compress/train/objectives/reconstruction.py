@@ -1,4 +1,4 @@
-"""Reconstruction: a scorer's number as the logarithm of a token's KVzip+ score."""
+"""Reconstruction: a scorer's number as the logarithm of a token's KVzip+ score, or of KVzip's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from compress.limits import DOCUMENTS, ENTRIES, FACTOR, LONGEST
-from compress.models.reconstruction import CHUNK
+from compress.models.reconstruction import CHUNK, Score
 from compress.registry import objectives
 from compress.train.objectives.objective import Inputs, Objective
 
@@ -16,13 +16,18 @@ from compress.train.objectives.objective import Inputs, Objective
 @objectives.register("reconstruction")
 class Reconstruction(Objective):
     """Squared error of scores on the logarithms of KVzip+ scores, which the dense model gives where it repeats a text
-    (KVzap, arXiv 2601.07891)."""
+    (KVzap, arXiv 2601.07891), or on those of KVzip's."""
 
     lengths: tuple[Annotated[int, Field(ge=16, le=LONGEST)], ...] = Field(
         (),
         max_length=ENTRIES,
         description="tokens of the texts that are repeated, which take turns; none takes `length`, its half and its "
         "quarter",
+    )
+    score: Score = Field(
+        "KVzip+",
+        description="which score a scorer stands for: KVzip+, weights of attention times what values add to the hidden "
+        "state, or KVzip, weights alone",
     )
     chunk: int = Field(CHUNK, ge=1, le=LONGEST, description="tokens of a text that are repeated at once")
     penalty: float = Field(
@@ -40,10 +45,13 @@ class Reconstruction(Objective):
 
     @model_serializer(mode="wrap")
     def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without lengths for thresholds where there are none, so that earlier preparations keep their keys."""
+        """Without lengths for thresholds where there are none, and without the score where it is KVzip+'s, so that
+        earlier preparations keep their keys."""
         written: dict[str, Any] = write(self)
         if not self.thresholds:
             written.pop("thresholds")
+        if self.score == "KVzip+":
+            written.pop("score")
         return written
 
     needs_teacher: ClassVar[bool] = True

@@ -29,11 +29,14 @@ def balance_loss(routing: Routing, over: Over = "sequence") -> torch.Tensor:
     P_e is the mean probability of routed unit e over tokens, f_e the share of tokens that chose it, E the number of
     routed units: E times the loss of Mixture-of-Head (arXiv 2410.11842), and E^2 mean_e(P_e f_e) of its released code.
     Where all units are chosen alike it is K a token, of the K units that a token chooses. Only P_e has gradients.
+    What is mixed, and not chosen, has no load: 0.
 
     Args:
         over: `sequence` takes both means over a sequence, whose loss then does not depend on what else is in the
             batch; `pass` over all tokens of the pass, as the released code does.
     """
+    if routing.mixed:
+        return routing.probs.new_zeros(())
     sizes = routing.tokens if over == "sequence" else (len(routing.probs),)
     probs, chosen = (_sums(values.to(routing.probs.dtype), sizes) for values in (routing.probs, routing.chosen))
     counts = torch.tensor(sizes, device=probs.device).clamp(min=1)

@@ -5,20 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from compress.registry import objectives
 from compress.train.objectives.objective import Inputs, Objective
-
-
-def text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum of -ln p over the tokens behind the first of each sequence, nats.
-
-    Args:
-        logits: `[B, T, V]`.
-        tokens: `[B, T]`.
-    """
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+from compress.train.token_losses import text_loss
 
 
 @objectives.register("text")
