@@ -254,7 +254,9 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
     loaded = load_model("demo/smollm2-135m")
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     ids = loaded.tokenizer.encode(text)
-    prompts = [ids[number * 600 : number * 600 + 80 + 16 * number] for number in range(20)]
+    # The last three are long enough for the half plan to hide something.
+    lengths = [80 + 16 * number if number < 17 else 800 for number in range(20)]
+    prompts = [ids[number * 600 : number * 600 + length] for number, length in enumerate(lengths)]
     shape = shape_of(loaded.model)
     kinds = [SINKS[number % len(SINKS)] for number in range(shape.layers * shape.kv_heads)]
     rows = [tuple(kinds[layer * 3 : layer * 3 + 3]) for layer in range(shape.layers)]
