@@ -116,9 +116,11 @@ def families() -> dict[str, Family]:
         {"fewest": 3}, {"columns": 16}, {"columns": 64}, {"columns": 128}, {"programs": 4 * chips},
     ]  # fmt: skip
     tiles: list[Change] = [
-        {}, *({"block_m": m, "block_n": n, "warps": warps, "stages": stages} for m, n, warps, stages in (
-            (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
-            (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3))),
+        {}, {"few": True},
+        *({"block_m": m, "block_n": n, "warps": warps, "stages": stages, "few": few} for m, n, warps, stages, few in (
+            (64, 64, 4, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, False), (64, 64, 4, 3, True),
+            (64, 64, 4, 4, False), (64, 128, 4, 2, True), (128, 64, 8, 2, False), (128, 64, 8, 2, True),
+            (128, 64, 8, 3, True), (128, 128, 8, 2, True))),
     ]  # fmt: skip
     prefill: dict[str, Any] = {
         "8,192 1/8": partial(prefilling, 8192, 0.125), "8,192 1/2": partial(prefilling, 8192, 0.5),

@@ -37,6 +37,7 @@ from compress.models.load import load_model
 from compress.models.planned import patched_model, planned_model
 from compress.models.shape import shape_of
 from compress.plan import LayerPlan, Mlp, Plan, make_plan, plan_of_layers, read_plan
+from compress.search.serve import Serve
 from compress.targets.full import FullGroup
 from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
@@ -208,12 +209,32 @@ def even_plan(shape: Any) -> Plan:
 
 
 def ranks_jobs(folder: Path) -> Iterator[Job]:
-    """Two ranks of tensor parallelism."""
+    """Two ranks of tensor parallelism: halves that are alike as they are, and after head groups changed places."""
     prompts, dense = small_prompts(), small_model("llama-mha")
-    model, layers = write_patched(dense, even_plan(shape_of(dense)), folder / "ranks")
-    job = Job("two ranks of tensor parallelism", folder / "ranks", prompts, greedy(model, prompts, 24), layers=layers)
-    job.options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    yield job
+    shape, options = shape_of(dense), {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    model, layers = write_patched(dense, even_plan(shape), folder / "ranks")
+    yield Job(
+        "two ranks of tensor parallelism",
+        folder / "ranks",
+        prompts,
+        greedy(model, prompts, 24),
+        options=options,
+        layers=layers,
+    )
+
+    full, window, other = SINKS[0], SINKS[1], SINKS[2]
+    plan = make_plan(
+        shape, [(full, full, window, window), (window, other, other, window), (window, full, full, window)]
+    )
+    _, layers = write_patched(dense, Serve(slot=1, ranks=2).ordered(plan), folder / "order")
+    yield Job(
+        "two ranks, head groups in another order",
+        folder / "order",
+        prompts,
+        greedy(planned_model(dense, plan), prompts, 24),  # in the model's own order
+        options=options,
+        layers=layers,
+    )
 
 
 def native_jobs(folder: Path) -> Iterator[Job]:

@@ -21,6 +21,7 @@ from compress.plan import Form, Plan, added, removal
 from compress.plan.skipped import NOTHING, STORED, Skipped, chooses, skipped
 from compress.plan.states import States, states_of
 from compress.targets.target import StockForm
+from compress.words import counted
 
 QWEN = (
     'with `--model-impl transformers` the plan; without, it stops ("Sliding window for some but all layers is not '
@@ -125,6 +126,7 @@ def render_card(
         "kinds": Counter(group.noun or f"`{group.target}`" for group in changed),
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
+        "reordered": plan.reordered_layers and counted(plan.reordered_layers, "layer"),
         "states": states,
         "varies": plan.in_expectation,
         "stored": STORED,

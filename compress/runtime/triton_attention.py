@@ -114,9 +114,9 @@ def prefill(
         )
         return (out, lse) if keep_lse else out
     cached = None if pages is None else (pages.keys, pages.values, pages.table)
-    options = {"keep_lse": keep_lse, "cap": form.cap, "extra": form.by_head, "score": form.score}
+    options = {"keep_lse": keep_lse, "natural": True, "cap": form.cap, "extra": form.by_head, "score": form.score}
     out, lse = forward(query, key, value, spans, where, ragged, cached, scale, **options)
-    return (out, lse * LN2) if keep_lse else out
+    return (out, lse) if keep_lse else out
 
 
 def prefill_or_flash(

@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .span import PAGE, Span, kept_table
-from .triton_scores import row_shift, unnormed
+from .triton_scores import LN2, row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
 from .tuned import prefill_config
 
@@ -114,13 +114,15 @@ def _forward(
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
     SCORE: tl.constexpr,
+    FEW: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other.
 
     Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do. Where LISTED,
-    a query sees beside its window a prefix of a list of keys: those before the first page of its window.
+    a query sees beside its window a prefix of a list of keys: those before the first page of its window. Where these
+    are FEW, one loop takes all of them and one the window, as the start of a loop then costs more than masks.
     """
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
@@ -180,7 +182,8 @@ def _forward(
         p_own_before = p_before + (b * GROUPS + g).to(tl.int64) * list_pages
         all_rows = tl.load(p_own_before + earliest // BLOCK_P - from_page)
         any_row = tl.load(p_own_before + latest // BLOCK_P - from_page)
-        whole = all_rows // BLOCK_N if PRECISION != "ieee" else 0  # one loop less to compile where none is fast
+        # One loop less to compile where none is fast.
+        whole = all_rows // BLOCK_N if PRECISION != "ieee" and not FEW else 0
         for i in tl.range(0, whole, num_stages=STAGES):
             # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
             b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -190,12 +193,11 @@ def _forward(
             )
         # [BLOCK_M]
         n_before = tl.load(p_own_before + first // BLOCK_P - from_page, mask=m_token, other=0)
-        for i in tl.range(whole, (any_row + BLOCK_N - 1) // BLOCK_N, num_stages=1):
+        for i in tl.range(whole, (any_row + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES if FEW else 1):
             # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
             entry = i * BLOCK_N + tl.arange(0, BLOCK_N)
             b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
             b_value = list_value_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_V)
-            b_value = tl.where((entry < any_row)[:, None], b_value, 0.0)  # behind the list there may be NaN
             # [BLOCK_M, BLOCK_N]
             m_seen = entry[None, :] < n_before[:, None]
             acc, top, total = _accumulate(
@@ -209,6 +211,9 @@ def _forward(
     end = (high - origin + BLOCK_N) // BLOCK_N
     inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) - origin + BLOCK_N - 1) // BLOCK_N, begin), end)
     outer = tl.maximum((low + 1 - origin) // BLOCK_N, inner)
+    if FEW:
+        inner = begin
+        outer = begin
     for i in tl.range(inner, outer, num_stages=STAGES):
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         b_key = key_tiles.load([b, g, start + origin + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -278,7 +283,10 @@ def _forward(
     store_block(p_out, o_out, acc / total[:, None], m_token, VALUE_DIM, BLOCK_V)
     if KEEP_LSE:
         o_lse = (b * GROUPS * SHARE + head).to(tl.int64) * columns + o_column
-        tl.store(p_lse + o_lse, top + tl.log2(total), mask=m_token)
+        lse = top + tl.log2(total)
+        if KEEP_LSE == 2:
+            lse = lse * LN2
+        tl.store(p_lse + o_lse, lse, mask=m_token)
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ class Lists:
     """Keys that queries see before their windows, in order; see `triton_retain.compact`.
 
     Attributes:
-        keys, values: `[B, G, L, D]`; what lies behind a list's end may be anything.
+        keys, values: `[B, G, L, D]`; what lies behind a list's end may be anything, but values of a tile's keys are 0.
         before: `[B, G, N]` int32, how many of them lie before the n-th page of 64 tokens, counted from the first page
             of the cached window, that of the query at the position before the new tokens.
         listed: `[B, G]` int32, how many lie in the first `offset` pages of the table besides, which all queries see;
@@ -314,6 +322,7 @@ def forward(
     scale: float,
     *,
     keep_lse: bool,
+    natural: bool = False,
     cap: float | None = None,
     extra: torch.Tensor | None = None,
     score: int = 0,
@@ -324,12 +333,13 @@ def forward(
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
     Args:
+        natural: keep the natural log-sum-exp instead of that to the base 2, which the gradients take.
         on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
         gates: float32 `[B, G, T]` or `[B, H, T]` of any strides, factors on the outputs; None for 1.
         lists: what queries see before their windows, which then move by whole pages and have no sinks; None without.
 
     Returns:
-        Output `[B, H, T, D]` and, if kept, the base-2 log-sum-exp of every row `[B, H, T]`, the extra logit included,
+        Output `[B, H, T, D]` and, if kept, the log-sum-exp of every row `[B, H, T]`, the extra logit included,
         -inf where a column is no token. Of rows that are not computed they are 0 and -inf.
     """
     batch, heads, columns, dim = query.shape
@@ -388,10 +398,11 @@ def forward(
         GATHERED=on is not None,
         GATED=0 if gates is None else 1 if gates.shape[1] == groups else 2,
         LISTED=lists is not None,
-        KEEP_LSE=keep_lse,
+        KEEP_LSE=(2 if natural else 1) if keep_lse else 0,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,
         SCORE=score,
+        FEW=lists is not None and config.get("few", False),
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

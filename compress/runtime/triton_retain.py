@@ -24,6 +24,8 @@ from .triton_prefill import Lists, forward
 from .triton_span import first_key, load_block, load_rule, load_run, span_rules, store_block
 from .tuned import flag_pages
 
+_MOST_KEYS = 128  # of a tile, as of `tuned.prefill_config`
+
 
 @triton.jit
 def _flags(
@@ -109,6 +111,7 @@ def _copy(
     p_rows,  # [B, 3] int32: past, start, count
     p_rules,  # [G, 4] int32
     p_before,  # [B, G, pages] int32
+    p_leaving,  # [B, G] int32
     p_list_keys,  # [B, G, room, D]
     p_list_values,  # [B, G, room, DV]
     key_b,
@@ -129,9 +132,13 @@ def _copy(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
+    REST: tl.constexpr,
     PAGED: tl.constexpr,
 ):
-    """The kept tokens of one page that leaves the window behind those of the pages before it."""
+    """The kept tokens of one page that leaves the window behind those of the pages before it.
+
+    The first page's program also writes zeros behind the list's end, as many values as a tile of keys has at most.
+    """
     segment = tl.program_id(1)
     b = segment // GROUPS
     g = segment % GROUPS
@@ -140,6 +147,11 @@ def _copy(
     number = first_key(past - 1, alpha, beta, mask) // PAGE + tl.program_id(0)
     if (count == 0) | (number >= first_key(past + count - 1, alpha, beta, mask) // PAGE):
         return
+    if tl.program_id(0) == 0:  # weights of 0 meet them, which no mask makes 0 where they are NaN
+        o_rest = tl.load(p_leaving + segment) + tl.arange(0, REST)
+        o_entry = segment.to(tl.int64) * room + o_rest
+        b_zero = tl.zeros([REST, BLOCK_D], p_list_values.dtype.element_ty)
+        store_block(p_list_values, o_entry * VALUE_DIM, b_zero, o_rest < room, VALUE_DIM, BLOCK_D)
     p_held = p_table
     if PAGED:
         p_held += segment.to(tl.int64) * numbers + offset
@@ -251,9 +263,10 @@ def compact(
         key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
         # fmt: off
         _copy[(leaving, batch * groups)](
-            key, value, flags, *cached, where, rules, before, keys, values,
+            key, value, flags, *cached, where, rules, before, totals, keys, values,
             *key.stride()[:3], *value.stride()[:3], *flags.stride(), numbers, offset, size, keys.shape[2],
-            DIM=dim, VALUE_DIM=value_dim, BLOCK_D=triton.next_power_of_2(max(dim, value_dim)), **options,
+            DIM=dim, VALUE_DIM=value_dim, BLOCK_D=triton.next_power_of_2(max(dim, value_dim)), REST=_MOST_KEYS,
+            **options,
         )
         # fmt: on
     listed = None if pages is None else pages.listed

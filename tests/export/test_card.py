@@ -215,6 +215,16 @@ def test_the_card_says_whether_the_plugin_for_vllm_serves_the_plan() -> None:
         assert "refuses, and says which" in row(FullGroup(), other)
 
 
+def test_the_card_says_that_head_groups_changed_places() -> None:
+    shape = shape_of(tiny_model("llama-gqa"))
+    window = WindowGroup(sink=4, alpha=30, beta=0.0)
+    plan = make_plan(shape, [(window, FullGroup())] * 3)
+    turned = plan.layers[0].model_copy(update={"order": (1, 0)})
+    other = plan.model_copy(update={"layers": (turned, *plan.layers[1:])})
+    assert "The head groups of 1 layer have other places" in card("org/model", other)
+    assert "other places" not in card("org/model", plan)
+
+
 @pytest.mark.parametrize(("family", "words"), [("qwen3", "--model-impl transformers"), ("llama-gqa", "by itself")])
 def test_the_card_says_what_vllm_does_with_native_windows(family: str, words: str) -> None:
     shape = shape_of(tiny_model(family))

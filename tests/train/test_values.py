@@ -18,9 +18,20 @@ from tests.train.common import model_of, settings, trained
 
 # What has tests of its own: the text and the controls are the stage's, spread weights need several processes,
 # test_objectives.py has the losses by name, test_joint.py what targets with parameters of their own ask for, and
-# test_routing.py what routers do, and test_keeping.py what heads that keep tokens do.
+# test_routing.py what routers do, test_keeping.py what heads that keep tokens do, and test_compiled.py what compiled
+# layers do.
 ELSEWHERE = {"text", "control", "window_control", "shard", "objectives", "mixer_rate", "window_dropout"}
-ELSEWHERE |= {"balance", "router_z", "fade", "kept", "keep_temperature", "keep_noise", "keep_hard", "keep_documents"}
+ELSEWHERE |= {
+    "compile",
+    "balance",
+    "router_z",
+    "fade",
+    "kept",
+    "keep_temperature",
+    "keep_noise",
+    "keep_hard",
+    "keep_documents",
+}
 CHANGES: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 1.0},
     {"dropout": 0.3},
