@@ -37,13 +37,15 @@ from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs, Objective
 from compress.train.settings import RecoverSettings
 from compress.train.state import Partial, whole_weights
+from compress.train.token_losses import refusal
 from compress.train.window_dropout import DroppedWindows, window_dropped
 from compress.train.windows import WindowBatches, Windows, check_windows
 from compress.versions import versions
 
 RECORD = "recover.json"
 LOGITS_BYTES = 2**30  # of the float32 logits that losses are taken on at once
-LOSS_BYTES = 32  # a logit, while losses are taken in plain PyTorch: both models', their logarithms and gradients
+# A logit, while losses are taken: both models' and the gradient; and in plain PyTorch float32 copies and logarithms.
+LOSS_BYTES = {True: 12, False: 32}
 
 
 class Recovered(BaseModel):
@@ -248,7 +250,8 @@ class _Student:
         self.module.train()  # as the loop has it
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             kept = kept_bytes(lambda: self.run(self.module, there, _learn_nothing), self.module)
-        return kept + LOSS_BYTES * logits
+        kind = self.dtype or self.module.get_output_embeddings().weight.dtype
+        return kept + LOSS_BYTES[refusal(device, kind) is None] * logits
 
     def _parts(self, ids: torch.Tensor) -> int:
         """How many parts the sequences of a pass are split into, so that the logits of each have few bytes."""
