@@ -27,12 +27,23 @@ from typing import Any
 
 import torch
 import transformers
-from vllm_check import SINKS, SLIDES, Job, check, greedy, rule_of, run_engine, special_jobs, tiny_job, write_patched
 
 from compress.models.shape import shape_of
 from compress.plan import Plan, make_plan
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
+from scripts.vllm_check import (
+    SINKS,
+    SLIDES,
+    Job,
+    check,
+    greedy,
+    rule_of,
+    run_engine,
+    special_jobs,
+    tiny_job,
+    write_patched,
+)
 
 COMMON: dict[str, Any] = {"gpu_memory_utilization": 0.3}  # of which the script uses little; engines follow each other
 GRAPHS: dict[str, Any] = {
@@ -43,7 +54,7 @@ GRAPHS: dict[str, Any] = {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 12, 16, 20, 24, 32, 48],
     },
 }
-PROMPT, NEW, REQUESTS, DENSE_AT_ONCE = 4096, 512, 48, 12.5
+GROUPS, SIZE, PROMPT, NEW, REQUESTS, DENSE_AT_ONCE = 8, 128, 4096, 512, 48, 12.5
 CLOSE = 0.15  # standard deviations of the logits by which bfloat16 may prefer another token
 
 
@@ -144,13 +155,13 @@ def speed_jobs(folder: Path, layers: int) -> list[Job]:
         intermediate_size=14336,
         num_hidden_layers=layers,
         num_attention_heads=32,
-        num_key_value_heads=8,
+        num_key_value_heads=GROUPS,
+        head_dim=SIZE,
         max_position_embeddings=8192,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
-    groups = config.num_key_value_heads
-    token = layers * groups * config.head_dim * 2 * torch.bfloat16.itemsize
+    token = layers * GROUPS * SIZE * 2 * torch.bfloat16.itemsize
     options = {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -173,7 +184,7 @@ def speed_jobs(folder: Path, layers: int) -> list[Job]:
         path = folder / name.replace(" ", "-").replace(",", "").replace("/", "-")
         config.save_pretrained(path)
         if window is not None:
-            targets = [FullGroup()] * (groups // 2) + [window] * (groups // 2)
+            targets = (*[FullGroup()] * (GROUPS // 2), *[window] * (GROUPS // 2))
             layer = {"groups": [target.model_dump(mode="json") for target in targets]}
             fields = json.loads((path / "config.json").read_text())
             fields |= {
@@ -211,7 +222,8 @@ class Engine:
     """Runs jobs in vLLM; the versions and what it printed are kept."""
 
     def __init__(self, python: Path) -> None:
-        self.python, self.versions, self.printed = python, {}, ""
+        self.python, self.printed = python, ""
+        self.versions: dict[str, str] = {}
 
     def run(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The results of jobs."""
