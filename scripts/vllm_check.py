@@ -82,6 +82,7 @@ class Job:
     fails: str | None = None
     cached: list[int] | None = None
     poison: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """What the engine's script reads."""
@@ -92,6 +93,7 @@ class Job:
             "options": self.options,
             "rounds": rounds,
             "poison": self.poison,
+            "environment": self.environment,
         }
 
 
@@ -159,17 +161,21 @@ def small_prompts() -> list[list[int]]:
     return [[4 + (number * 7) % 90 for number in range(300)], [4 + (number * 11) % 90 for number in range(150)]]
 
 
+def tiny_job(family: str, folder: Path) -> Job:
+    """A small random model of a family with full heads, sinks and windows, fixed and growing."""
+    prompts, dense = small_prompts(), small_model(family)
+    model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
+    job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
+    job.options = {"max_num_batched_tokens": 128}
+    row = next(row for row in ROWS if row.planned == type(model).__name__)
+    job.fails = row.refused and f"is not served: {row.refused}"
+    return job
+
+
 def tiny_jobs(folder: Path) -> Iterator[Job]:
-    """Small random models of every family with full heads, sinks and windows, fixed and growing."""
-    prompts = small_prompts()
+    """Small random models of every family."""
     for family in sorted({"llama-gqa", "gemma3", "ministral", "mistral", "phi3", "qwen2", "qwen3", *tiny.MORE}):
-        dense = small_model(family)
-        model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
-        job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
-        job.options = {"max_num_batched_tokens": 128}
-        row = next(row for row in ROWS if row.planned == type(model).__name__)
-        job.fails = row.refused and f"is not served: {row.refused}"
-        yield job
+        yield tiny_job(family, folder)
 
 
 def special_jobs(folder: Path) -> Iterator[Job]:

@@ -18,12 +18,11 @@ from .reference import check_active
 from .reference import decode as reference_decode
 from .scores import KernelScores, Scores
 from .span import PAGE, Span
-from .triton_scores import row_shift, unnormed
+from .triton_scores import LN2, row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, span_rules, store_block, tanh
 from .tuned import decode_config
 
 LOG2E = 1.4426950408889634
-_LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e30)  # running maximum before any key; finite, so that no NaN arises
 
 
@@ -238,7 +237,7 @@ def _decode(
                     acc *= tl.load(p_gates + s)
             store_block(p_row, head * out_h, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
             if KEEP_LSE:
-                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * _LN2, mask=m_row)
+                tl.store(p_lse + b * GROUPS * SHARE + head, (top + tl.log2(total)) * LN2, mask=m_row)
         else:
             # Slot 0: the segment went on from the program before, or starts where this program starts.
             part = program * 2 + (at != mine).to(tl.int32)
@@ -334,7 +333,7 @@ def _join(
         acc *= tl.load(p_gates + (s * SHARE + h if ACTIVE == 2 else s))
     tl.store(p_row + o_dims, (acc / total).to(p_out.dtype.element_ty), mask=o_dims < VALUE_DIM)
     if KEEP_LSE:  # the same number from all programs of a head
-        tl.store(p_total, tl.sum((top + tl.log2(total)) * _LN2, 0))
+        tl.store(p_total, tl.sum((top + tl.log2(total)) * LN2, 0))
 
 
 def decode(

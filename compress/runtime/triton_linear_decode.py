@@ -54,6 +54,7 @@ def _read_one(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PIECE: tl.constexpr,
     MERGE: tl.constexpr,
     MEAN: tl.constexpr,
     DOT: tl.constexpr,
@@ -97,21 +98,24 @@ def _read_one(
                 b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
                 mass += tl.sum(b_query * b_norm[None, :], 1)
     else:
-        # [BLOCK_V, BLOCK_F], [BLOCK_F]
-        o_f = tl.arange(0, BLOCK_F)
-        b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
+        # [BLOCK_V, BLOCK_F // PIECE, PIECE]: few threads share a row, so that most of its sum needs no exchange
+        o_part = tl.arange(0, BLOCK_F // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+        m_part = o_part < FEATURES
+        o_held = (o_v * state_e)[:, None, None] + (o_part * state_f)[None, :, :]
+        b_state = tl.load(p_held + o_held, mask=(o_v < VALUE_DIM)[:, None, None] & m_part[None, :, :], other=0.0)
         if MEAN:  # of all heads at once, whose rows are then near
+            o_f = tl.arange(0, BLOCK_F)
             b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
             b_rows = load_part(p_row, o_row * query_h, m_row, 0, FEATURES, BLOCK_F)
             if ROUND:
                 b_rows = b_rows.to(tl.bfloat16)
             mass = tl.sum(b_rows.to(tl.float32) * b_norm[None, :], 1)
         for row in tl.static_range(SHARE):
-            b_query = tl.load(p_row + row * query_h + o_f, mask=o_f < FEATURES, other=0.0)
+            b_query = tl.load(p_row + row * query_h + o_part, mask=m_part, other=0.0)
             if ROUND:
                 b_query = b_query.to(tl.bfloat16)
-            b_query = b_query.to(tl.float32)
-            out = tl.where((o_row == row)[:, None], tl.sum(b_state * b_query[None, :], 1)[None, :], out)
+            b_read = tl.sum(tl.sum(b_state * b_query.to(tl.float32)[None, :, :], 1), 1)
+            out = tl.where((o_row == row)[:, None], b_read[None, :], out)
     m_block = m_row[:, None] & (o_v < VALUE_DIM)[None, :]
     some = mass > 0
     total = tl.where(some, mass, 1.0)
@@ -162,7 +166,7 @@ def read_one(
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
         gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
-    config = linear_decode_config(share, query.device)
+    config = linear_decode_config(share, count, query.device)
     block_f = triton.next_power_of_2(count)
     block_f = max(16, min(config["features"], block_f)) if config["dot"] else block_f
     block_v = max(16 if config["dot"] else 1, min(config["numbers"] // block_f, triton.next_power_of_2(value_dim)))
@@ -185,6 +189,7 @@ def read_one(
         BLOCK_M=max(16 if config["dot"] else 1, triton.next_power_of_2(share)),
         BLOCK_F=block_f,
         BLOCK_V=block_v,
+        PIECE=min(config["piece"], block_f),
         MERGE=window is not None,
         MEAN=mean,
         DOT=config["dot"],

@@ -100,7 +100,7 @@ def read_new(
         key, value: features `[B, G, M, F]` and values of the keys of `layout`.
         held: the states before, `[B, G, F, E]` float32; None when they are empty.
         layout: of the whole pass, in one part.
-        mean: divide by the sums of weights, and merge with `window`; else the result is a sum, in float32.
+        mean: divide by the sums of weights, and merge with `window`; else the result is a sum, with `mass` in float32.
         mass: then put the sums of weights behind it, `[B, H, T, V + 1]`.
         window, log_gain: see `additive`.
     """
@@ -108,7 +108,9 @@ def read_new(
         key, value = (x.new_zeros(*x.shape[:2], PAGE, x.shape[-1]) for x in (key, value))
         strength = None
         log_decay = None if log_decay is None or log_decay.dim() > 1 else log_decay
-    where = _where(layout, rows, key.shape[2], alone, 1 if rule == "delta" else SEGMENT)
+    # Gradients of the delta rule want the state before every chunk.
+    segment = 1 if rule == "delta" and torch.is_grad_enabled() else SEGMENT
+    where = _where(layout, rows, key.shape[2], alone, segment)
     if rule == "delta":
         return gated_delta(query, key, value, held, where, log_decay=log_decay, strength=strength)
     options: dict[str, Any] = {"log_decay": log_decay, "mean": mean, "window": window, "log_gain": log_gain}

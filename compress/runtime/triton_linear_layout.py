@@ -178,18 +178,53 @@ def layout(
     return Layout(rows, table, pages, chunk, tokens, first, None, None, own, segment)
 
 
+@triton.jit
+def _decay_sums(
+    p_decay,  # [B, G, M] logarithms
+    p_tokens,  # [B, G, 2] int32
+    p_sums,  # [B, G, S * LENGTH] float32
+    p_totals,  # [B, G, S] float32
+    segments,
+    decay_b,
+    decay_g,
+    decay_t,
+    GROUPS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One segment; tokens that are none leave the sums as they are."""
+    begin(OVERLAP)
+    s = tl.program_id(0)
+    bg = tl.program_id(1).to(tl.int64)
+    j = (s * LENGTH + tl.arange(0, LENGTH)).to(tl.int64)
+    p_row = p_decay + bg // GROUPS * decay_b + bg % GROUPS * decay_g
+    decay = tl.load(p_row + j * decay_t, mask=j < tl.load(p_tokens + bg * 2), other=0.0).to(tl.float32)
+    total = tl.sum(tl.where(j < tl.load(p_tokens + bg * 2 + 1), decay, 0.0), 0)
+    tl.store(p_sums + bg * segments * LENGTH + j, tl.cumsum(decay, 0))
+    tl.store(p_totals + bg * segments + s, total)
+
+
 def with_decays(where: Layout, log_decay: torch.Tensor, stream: int) -> Layout:
     """A layout with the decays of a stream of M tokens, logarithms at most 0: `[B, G, M]`, or `[G]` for all tokens."""
     batch, groups = where.tokens.shape[:2]
-    segments, length = where.segments, where.segment * PAGE
-    decay = log_decay.detach().float()
+    decay = log_decay.detach()
     decay = (decay[:, None] if decay.dim() == 1 else decay).expand(batch, groups, stream)
-    decay = decay.masked_fill(torch.arange(stream, device=decay.device) >= where.tokens[..., :1], 0)
-    decay = torch.nn.functional.pad(decay, (0, segments * length - stream))
-    sums = decay.unflatten(-1, (segments, length)).cumsum(-1)
-    held = where.tokens[..., 1:] - torch.arange(segments, device=decay.device) * length
-    totals = torch.nn.functional.pad(sums, (1, 0)).gather(-1, held.clamp(0, length)[..., None].long())[..., 0]
-    return replace(where, sums=sums.flatten(-2).contiguous(), totals=totals.contiguous())
+    length = where.segment * PAGE
+    sums = decay.new_empty(batch, groups, where.segments * length, dtype=torch.float32)
+    totals = decay.new_empty(batch, groups, where.segments, dtype=torch.float32)
+    _decay_sums[(where.segments, batch * groups)](
+        decay,
+        where.tokens,
+        sums,
+        totals,
+        where.segments,
+        *decay.stride(),
+        GROUPS=groups,
+        LENGTH=length,
+        num_warps=1,
+        **overlapped(decay.device),
+    )
+    return replace(where, sums=sums, totals=totals)
 
 
 @lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 _TINY = tl.constexpr(0.00390625)  # below it a series is closer to log2(1 + x) than log2 is
 
 

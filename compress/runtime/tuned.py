@@ -115,6 +115,10 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys")
+_DELTA = ("writes", "delta", "delta_back")
+
+
 def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
     """Of the kernels of linear heads, by name: features, values and heads at once, warps, pipeline depth.
 
@@ -122,11 +126,10 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         small = {"features": 32, "values": 32, "heads": 2, "warps": 4, "stages": 1}
-        return dict.fromkeys(("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys", "delta"), small)
+        return dict.fromkeys((*_LINEAR, *_DELTA), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        found = dict.fromkeys(("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys"), small)
-        return {**found, "delta": {**small, "values": 16}}
+        return dict.fromkeys(_LINEAR, small) | {name: {**small, "values": 16} for name in _DELTA}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
         "scan_few": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 4},
@@ -135,7 +138,9 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
         "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 3, "registers": 128},
         "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
-        "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
+        "writes": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1, "registers": 168},
+        "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 3},
+        "delta_back": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
     }
 
 
@@ -159,17 +164,20 @@ def linear_few(programs: int, device: torch.device) -> bool:
     return programs <= _multiprocessors(device)
 
 
-def linear_decode_config(share: int, device: torch.device) -> dict[str, Any]:
-    """How one token reads a state, for query heads of a group.
+def linear_decode_config(share: int, features: int, device: torch.device) -> dict[str, Any]:
+    """How one token reads a state of so many features, for query heads of a group.
 
     Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
-    features; numbers of a block, warps, and blocks on their way.
+    features; numbers of a block, features that follow each other in a thread's neighbours (`piece`), warps, and blocks
+    on their way.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
-        return {"dot": share > 2, "features": 16, "numbers": 256, "warps": 4, "stages": 1}
+        return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1}
     if share > 4:
-        return {"dot": True, "features": 256, "numbers": 4096, "warps": 2, "stages": 1}
-    return {"dot": False, "features": 0, "numbers": 2048, "warps": 1, "stages": 1}
+        return {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1}
+    # Blocks of eight columns, or of fewer where they are long.
+    numbers = 1024 if features <= 128 else 2048
+    return {"dot": False, "features": 0, "numbers": numbers, "piece": 32, "warps": 1, "stages": 1}
 
 
 def launches_overlap(device: torch.device) -> bool:

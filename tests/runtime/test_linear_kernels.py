@@ -40,10 +40,28 @@ def on_the_gpu_where_there_is_one() -> Iterator[None]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(autouse=True)
+def outputs_between_guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What kernels write into lies in NaN, and between rows of it that stay as they are."""
+    guard, plain = 1024, torch.Tensor.new_empty
+    made: list[torch.Tensor] = []
+
+    def new_empty(like: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
+        whole = plain(like, size.numel() + 2 * guard, **options).fill_(torch.nan if like.is_floating_point() else -1)
+        made.extend([whole[:guard], whole[guard + size.numel() :]])
+        return whole[guard : guard + size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert made
+    assert all(bool(rows.isnan().all()) for rows in made if rows.is_floating_point())
+
+
 def close(found: Any, exact: Any) -> None:
-    """Tensors against their float64 twins."""
+    """Tensors against their float64 twins; what is a sum of larger numbers has their rounding."""
     for a, b in zip(found, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, **CLOSE)
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 + 1e-6 * float(b.detach().abs().max()))
 
 
 def doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -140,6 +158,11 @@ def test_the_delta_rule_without_a_window_reads_its_own_page() -> None:
     mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
     close([mine, state], [wanted, states[:, :, 1]])
     close(torch.autograd.grad(mine.sin().sum() + state.cos().sum(), leaves), wanted_grads)
+    # Without gradients there is a state for every other chunk.
+    where = layout(Rows.whole(1, 90), chunk, 128, count=count, absorbed=absorbed, own=True)
+    with torch.inference_mode():
+        found = gated_delta(query, key, value, first, where, strength=strength, log_decay=decay)
+        close(found, [wanted, states[:, :, 1]])
 
 
 def softmaxes(projected: torch.Tensor) -> torch.Tensor:
