@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serves plans in vLLM on one GPU, with the plugin of plugins/vllm: tokens beside transformers, and requests at once.
 
-    PYTHONPATH=.:plugins/vllm scripts/vllm_gpu.py [--python FILE] [--out FILE] [--layers N] [NAME ...]
+    PYTHONPATH=.:plugins/vllm scripts/vllm_gpu.py [--python FILE] [--out FILE] [--layers N] [--eager] [NAME ...]
 
     tokens   greedy tokens in float32 are those of transformers, with and without CUDA graphs, and the blocks held are
              those of the plan: small models, and the shape of SmolLM2 with twelve layers
@@ -288,7 +288,10 @@ def main() -> int:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of an environment with vLLM")
     parser.add_argument("--out", type=Path, help="write what was found to this JSON file, after every part")
     parser.add_argument("--layers", type=int, default=16, help="of the model of which the speed is measured")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     options = parser.parse_args()
+    if options.eager:
+        GRAPHS.clear()
     names = options.names or list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"{unknown[0]}: expected {', '.join(PARTS)}")
