@@ -24,6 +24,7 @@ from compress.profile.heads.query_constancy import QueryConstancy
 from compress.profile.heads.removal import RemovalEffect
 from compress.profile.run import check_context, run_profile
 from compress.profile.store import read_profile
+from compress.stages.processes import check_launch
 from compress.targets.retain import RetainGroup
 from compress.train.objectives.text import Text
 from compress.train.recovery import recover
@@ -107,6 +108,12 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(tmp_path: Path) ->
         trained(tmp_path, length=256, context=2, batch_size=1, steps=1)
     assert "recover.context" in str(error.value) and not list(tmp_path.iterdir())
     check_processes(2, 4, "recover.context")
+    recipe = SimpleNamespace(recover=settings(length=256, context=2), profile=SimpleNamespace(context=1))
+    with pytest.raises(UserError, match="torchrun --nproc-per-node 2"):
+        check_launch(recipe, tmp_path, "profile", "recover")
+    (tmp_path / "recover").mkdir()
+    (tmp_path / "recover" / "recover.json").touch()  # which has been done, in whatever processes
+    check_launch(recipe, tmp_path, "profile", "recover")
 
 
 def test_targets_that_need_all_tokens_are_refused(tmp_path: Path) -> None:
