@@ -7,6 +7,7 @@ LONGEST = 2**24  # tokens of an input
 DOCUMENTS = 10_000  # of one task and length
 DOCUMENT_TOKENS = 2**26  # of all documents of a list together
 BATCH = 65_536  # sequences at once
+PROCESSES = 4_096  # that share a sequence
 STEPS = 1_000_000  # of a training
 SEQUENCES = 10**8  # of all steps of a training together
 MINUTES = 100_000.0  # 70 days

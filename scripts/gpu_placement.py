@@ -10,12 +10,16 @@ each has found (SECTION.json) and the table. Sections:
   `device_map="auto"` and under tensor parallel: logits, greedy tokens and cache bytes are those of one GPU;
 * `profile`: the documents of a profile over two processes: the bytes of one, in what share of its time;
 * `recover`: LoRA and full, in two processes, and with weights spread by FSDP2: the losses of one;
+* `context`: a sequence of 128k tokens that two processes share (`recover: {context: 2}`): time, memory and gradients
+  beside one GPU, for windows, linear heads, full ones and a mixture;
 * `stream`: a 70B shape profiled layer by layer on one GPU, with a bound on memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import signal
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,12 +43,15 @@ from compress.data.sample import TextSample
 from compress.evaluate.measures.perplexity import Perplexity, perplexity
 from compress.export.layout import copy_runtime, point_to_runtime
 from compress.files import write_json
+from compress.models.backward import recomputed
 from compress.models.cache_bytes import cache_bytes
+from compress.models.context.processes import part_of_sequence
 from compress.models.families import family_of
 from compress.models.known_shapes import SHAPES
 from compress.models.load import LoadedModel, load_model
 from compress.models.placement import placement_of
 from compress.models.planned import planned_model, with_runtime_plan
+from compress.models.shape import shape_of
 from compress.models.source import random_model
 from compress.models.stream import RandomWeights, Stream
 from compress.plan import make_plan
@@ -52,23 +60,33 @@ from compress.profile.heads.influence import Influence
 from compress.profile.run import run_profile
 from compress.profile.units.amp import Amp
 from compress.runtime.families import groups_of
+from compress.runtime.mixer_span import attend_view
 from compress.runtime.modeling_compress import CACHE
+from compress.runtime.span import FULL
 from compress.search.response import response_loss
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
 from compress.targets.window import WindowGroup
 from compress.train.curve import Curve
+from compress.train.objectives.text import Text
 from compress.train.prepare import prepare
-from compress.train.recovery import recover
+from compress.train.recovery import Student, recover
 from compress.train.settings import PrepareSettings, RecoverSettings
+from compress.train.token_losses import next_tokens
 from scripts.gpu_check import error
 
 GPU = torch.cuda.is_available()
 MODULE = "scripts.gpu_placement"
 WORDS = 96  # of the vocabulary that models written here have, beside four special tokens
 BELOW = 0.02  # largest relative difference of logits in bfloat16, where products are added in another order
-TOGETHER = (("spread", "recover"), ("heads",), ("profile",), ("stream",))  # what no time is taken of runs at once
-LIMIT = {"spread": 120, "heads": 170, "profile": 120, "recover": 200, "stream": 150}  # seconds
+TOGETHER = (
+    ("spread", "recover"),
+    ("heads",),
+    ("profile",),
+    ("context",),
+    ("stream",),
+)  # what no time is taken of runs at once
+LIMIT = {"spread": 120, "heads": 170, "profile": 120, "recover": 200, "context": 160, "stream": 150}  # seconds
 
 
 def shape(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -356,6 +374,239 @@ def recovery(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[
                 say(f"recover, {train}: FAILED: {wrong.strip()[-1500:]}")
 
 
+# --- one sequence over two GPUs --------------------------------------------------------------------------------------
+
+
+# Of SmolLM2-135M; positions go further than its own.
+SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+}
+# Time on two GPUs over that on one, as it was expected before anything was measured: half, and beside it what every
+# process does by itself or waits for, a share that is larger the less there is to compute.
+PREDICTED = {"windows": 0.57, "linear": 0.62, "full": 0.52, "mixed": 0.54}
+
+
+def context_plans() -> dict[str, tuple[Any, ...]]:
+    """Targets that head groups have in turn, by the name of a plan."""
+    window, grown = WindowGroup(sink=64, alpha=2048, beta=0.0), WindowGroup(sink=64, alpha=256, beta=0.0625)
+    linear = LinearGroup(sink=64, alpha=512)
+    return {
+        "windows": (window,),
+        "linear": (linear,),
+        "full": (FullGroup(),),
+        "mixed": (FullGroup(), grown, linear, window),
+    }
+
+
+def context(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Training passes over one sequence on one GPU, and shared by two processes (`recover: {context: 2}`)."""
+    work = options.folder / "context"
+    work.mkdir(parents=True, exist_ok=True)
+    for old in work.glob("*.json"):
+        old.unlink()
+    command = [*command_of(options, 2), "--child", "context_child", "--work", str(work)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    limit, wrong = LIMIT["context"] * (5 if options.small else 1) - 10, None
+    try:
+        told, _ = child.communicate(timeout=limit)
+        wrong = told[-1500:] if child.returncode else None
+    except subprocess.TimeoutExpired:
+        child.terminate()  # which ends its processes
+        child.communicate()
+        wrong = f"more than {limit} s"
+    rows = [json.loads(path.read_text()) for path in sorted(work.glob("row-*.json"))]
+    facts["rows"] = rows
+    for row in rows:
+        say(row["line"])
+    if wrong is not None:
+        say(f"context FAILED: {wrong}")
+
+
+class ContextChild:
+    """One of the two processes: models are made anew for each row, and the main process runs alone after both have.
+
+    So kernels are compiled in both at once. In bfloat16 the faster of two passes counts; float32 is plain PyTorch.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.rank = options, int(os.environ.get("RANK", "0"))
+        self.device = torch.device(place(self.rank))
+        if GPU:
+            torch.cuda.set_device(self.device)
+        PartialState(cpu=not GPU)
+        self.rows, self.begun = 0, time.time()
+
+    def told(self, line: str, **facts: Any) -> None:
+        """Leave a row; the main process does."""
+        self.rows += 1
+        if self.rank == 0:
+            write_json(Path(self.options.work) / f"row-{self.rows:02d}.json", {"line": line, **facts})
+
+    def model(self, targets: tuple[Any, ...], layers: int, dtype: torch.dtype) -> Any:
+        """A model with random weights under a plan."""
+        values = {**(shape(self.options, "tiny") if self.options.small else SMOLLM2), "num_hidden_layers": layers}
+        torch.manual_seed(0)
+        dense = random_model(values, self.device, dtype)
+        turn, known = itertools.cycle(targets), shape_of(dense)
+        plan = make_plan(known, [[next(turn) for _ in range(known.kv_heads)] for _ in range(layers)])
+        return planned_model(dense, plan, untrained=True)
+
+    def passes(self, model: Any, length: int, shard: Any, low: torch.dtype | None, times: int) -> dict[str, Any]:
+        """The loss and gradients of a sequence, or of the part that is here; seconds of the fastest pass, and bytes."""
+        ids = torch.randint(3, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        here = torch.arange(length) if shard is None else shard.positions(ids.device)
+        inputs = {"input_ids": ids[:, here].to(self.device), "next_ids": next_tokens(ids)[:, here].to(self.device)}
+        student, text = Student(model, None, low, whole=False, as_kept=low is not None, shard=shard), Text()
+        model.config.compress_impl = "reference" if low is None else "auto"
+        spent, total = [], torch.zeros((), device=self.device)
+
+        def learn(made: Any, teacher: Any, some: Any = inputs, **_: Any) -> None:
+            if "logits" in made:
+                loss = text.loss(made, None, some) / (length - 1)
+                total.add_(loss.detach())
+                loss.backward()
+
+        with recomputed(model, len(here), chosen=True, trained=True):
+            for _ in range(times):
+                model.zero_grad(set_to_none=True)
+                total.zero_()
+                release(self.device)
+                self.wait(shard is not None)
+                started = time.perf_counter()
+                student.run(model, inputs, learn)
+                for weight in model.parameters() if shard is not None else ():
+                    if weight.grad is not None:
+                        torch.distributed.all_reduce(weight.grad)
+                self.wait()
+                spent.append(time.perf_counter() - started)
+        peak = peak_bytes(self.device) or 0
+        grads = [None if weight.grad is None else weight.grad.cpu() for weight in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return {"seconds": min(spent), "first": spent[0], "peak": peak, "loss": total, "grads": grads}
+
+    def wait(self, together: bool = False) -> None:
+        """Until this GPU is idle, and the other process is here."""
+        if GPU:
+            torch.cuda.synchronize(self.device)
+        if together:
+            torch.distributed.barrier()
+
+    @property
+    def late(self) -> bool:
+        """Whether there is no time for one more row, in both processes alike."""
+        spent = torch.tensor(time.time() - self.begun, device=self.device)
+        torch.distributed.all_reduce(spent, torch.distributed.ReduceOp.MAX)
+        return float(spent) > 0.75 * LIMIT["context"] and not self.options.small
+
+    def compared(self, name: str, targets: tuple[Any, ...], length: int, layers: int, low: torch.dtype | None) -> None:
+        """A row: one GPU beside two."""
+        part, times = part_of_sequence(length, 2), 2 if low is not None else 1
+        model = self.model(targets, layers, torch.float32).requires_grad_(True).train()
+        both = self.passes(model, length, part, low, times)
+        numbers = torch.tensor([both["seconds"], both["first"], float(both["peak"])], device=self.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(both["loss"])
+        seconds, first, peak = numbers.tolist()
+        alone, wrong = None, None
+        if self.rank == 0:
+            try:
+                alone = self.passes(model, length, None, low, times)
+            except torch.OutOfMemoryError as error:
+                wrong = str(error)
+        self.wait(together=True)
+        form = "float32" if low is None else "bfloat16"
+        head = f"{name}, {length:,} tokens, {layers} layers, {form}"
+        if alone is None:
+            self.told(f"{head}: one GPU: {wrong}; two: {seconds:.3f} s, {peak / 1e9:.2f} GB", name=name)
+            return
+        pairs = [
+            (one.to(self.device).double(), two.to(self.device).double())
+            for one, two in zip(alone["grads"], both["grads"], strict=True)
+            if one is not None
+        ]
+        gap = sum(float((one - two).square().sum()) for one, two in pairs)
+        gap = (gap / sum(float(one.square().sum()) for one, _ in pairs)) ** 0.5
+        expected = f", {PREDICTED[name]:.2f} predicted" if low is not None else ""
+        ratio, share = seconds / alone["seconds"], peak / max(alone["peak"], 1)
+        ok = gap < (1e-5 if low is None else 0.02)
+        self.told(
+            f"{head}: {alone['seconds']:.3f} s on one GPU, {seconds:.3f} s on two ({ratio:.2f}{expected}); at most "
+            f"{alone['peak'] / 1e9:.2f} GB held on one, {peak / 1e9:.2f} GB on each of two ({share:.2f}); loss "
+            f"{float(alone['loss']):.5f} and {float(both['loss']):.5f}, gradients differ by {gap:.1e} of their norm"
+            f"{mark(ok)} (first pass, with compiling: {first:.0f} s)",
+            name=name, length=length, layers=layers, dtype=form, seconds=[alone["seconds"], seconds],
+            peak=[alone["peak"], peak], ratio=ratio, share=share, gradient_error=gap,
+        )  # fmt: skip
+
+    def beside_torch(self, length: int) -> None:
+        """A row: attention of one full layer, shared as here, and by torch's context parallel."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        torch.manual_seed(0)
+        heads = [torch.randn(1, 9, length, 64, device=self.device, dtype=torch.bfloat16) for _ in range(3)]
+        part = part_of_sequence(length, 2)
+        found: dict[str, float] = {}
+
+        def ours() -> None:
+            here = part.positions(self.device)
+            query, key, value = (x[:, :, here].requires_grad_() for x in heads)
+            views = part.views(torch.cat([key, value], -1), (FULL,) * 9)
+            parts = zip(part.split(query, 2), views, strict=True)
+            torch.cat([attend_view("auto", own, view, both) for own, (view, both) in parts], 2).sum().backward()
+
+        def torchs() -> None:
+            own = [x.clone() for x in heads]
+            mesh = init_device_mesh("cuda", (2,))
+            with context_parallel(mesh, buffers=own, buffer_seq_dims=[2] * 3), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                query, key, value = (x.requires_grad_() for x in own)
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+        for name, run in (("ours", ours), ("torch", torchs)):
+            for _ in range(3):
+                self.wait(together=True)
+                started = time.perf_counter()
+                run()
+                self.wait()
+                found[name] = min(found.get(name, float("inf")), time.perf_counter() - started)
+        self.told(
+            f"attention of one full layer of 9 heads, {length:,} tokens, forward and backward on two GPUs: "
+            f"{found['ours'] * 1e3:.1f} ms, by torch's context_parallel {found['torch'] * 1e3:.1f} ms",
+            **found,
+        )
+
+
+def context_child(options: argparse.Namespace) -> None:
+    """One of the two processes that share a sequence."""
+    child = ContextChild(options)
+    long, layers = (1024, 2) if options.small else (131072, 8)
+    short = 512 if options.small else 4096
+    plans = context_plans()
+    work = [functools.partial(child.compared, "mixed", plans["mixed"], short, 2, None)]
+    work += [functools.partial(child.compared, name, plans[name], long, layers, torch.bfloat16) for name in plans]
+    work += [functools.partial(child.beside_torch, long)] if GPU else []
+    for each in work:
+        try:
+            if child.late:
+                child.told("no time was left for the other rows")
+                break
+            each()
+        except Exception:  # told; the rows after it run all the same, unless the other process waits in vain
+            child.told(f"a row FAILED in process {child.rank}: {traceback.format_exc()[-1500:]}")
+    write_json(Path(options.work) / f"{options.child}-{child.rank}.json", {"rank": child.rank})
+    torch.distributed.destroy_process_group()
+
+
 # --- layer by layer ----------------------------------------------------------------------------------------------
 
 
@@ -406,6 +657,7 @@ SECTIONS: Mapping[str, Callable[..., None]] = {
     "heads": heads,
     "profile": profile,
     "recover": recovery,
+    "context": context,
     "stream": streamed,
 }
 CHILDREN: Mapping[str, Callable[[argparse.Namespace], None]] = {
@@ -413,6 +665,7 @@ CHILDREN: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "heads_map": heads_map,
     "heads_split": heads_split,
     "profile_child": profile_child,
+    "context_child": context_child,
 }
 
 

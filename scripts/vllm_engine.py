@@ -3,9 +3,10 @@
 
     scripts/vllm_engine.py JOBS.json RESULTS.json
 
-A job has the path of a model, the engine's options, and rounds of prompts, of which some at once. The result has the
-tokens of each round, the engine's KV cache groups, the blocks that each request held in its last step, the time, and
-how many requests ran at once. Imports nothing of compress.
+A job has the path of a model, the engine's options and environment, and rounds of prompts, of which some at once. The
+result has the tokens of each round, the engine's KV cache groups and attention, the blocks that each request held in
+its last step (unless `watch_blocks` is false), the time, and how many requests ran at once. Nothing here imports
+compress.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ OPTIONS: dict[str, Any] = {
 class Watch:
     """Looks at every step of a scheduler."""
 
-    def __init__(self, core: Any) -> None:
-        self.scheduler = core.scheduler
+    def __init__(self, core: Any, blocks: bool) -> None:
+        self.scheduler, self.blocks = core.scheduler, blocks
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.step, self.scheduler.schedule = self.scheduler.schedule, self.schedule
         self.clear()
@@ -63,7 +65,7 @@ class Watch:
         self.preempted += len(found.preempted_req_ids or ())
         if waiting:  # while more could be done at once, if there were memory
             self.running[len(self.scheduler.running)] += 1
-        for request, new in found.num_scheduled_tokens.items():
+        for request, new in found.num_scheduled_tokens.items() if self.blocks else ():
             done = before.get(request, 0)
             self.held[request] = {"before": done, "after": done + new, "blocks": self._blocks(request)}
         return found
@@ -94,6 +96,14 @@ def class_of(llm: Any) -> str:
     return str(own.__name__)
 
 
+def backends_of(llm: Any) -> dict[str, int]:
+    """What computes attention, and in how many modules; with the version of FlashAttention."""
+    modules = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    kinds = [module.impl for module in modules if hasattr(module, "impl")]
+    names = (f"{type(kind).__name__} {getattr(kind, 'vllm_flash_attn_version', '') or ''}".strip() for kind in kinds)
+    return dict(Counter(names))
+
+
 def cpu_seconds() -> float:
     """Of this process, on all its threads, so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -110,6 +120,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """One engine, all rounds of a job."""
     from vllm import LLM, SamplingParams
 
+    os.environ |= job.get("environment", {})
     started = time.perf_counter()
     ranks = job.get("options", {}).get("tensor_parallel_size", 1)
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
@@ -121,10 +132,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "groups": [group_of(group) for group in core.scheduler.kv_cache_config.kv_cache_groups],
         "blocks": core.scheduler.kv_cache_config.num_blocks,
         "class": class_of(llm) if ranks == 1 else None,
+        "backends": backends_of(llm),
         "start_seconds": time.perf_counter() - started,
         "rounds": [],
     }
-    watch = Watch(core)
+    watch = Watch(core, job.get("watch_blocks", True))
     if job.get("poison"):
         poison(core)
     for round_ in job["rounds"]:
@@ -166,7 +178,10 @@ def main() -> int:
         try:
             results.append({"name": job["name"], **run(job)})
         except Exception as error:  # whatever it is, it is the result of this job
+            traceback.print_exc()
             results.append({"name": job["name"], "error": f"{type(error).__name__}: {error}"})
+        for name in job.get("environment", {}):
+            os.environ.pop(name, None)
         gc.collect()
         cleanup_dist_env_and_memory()
     written = {

@@ -18,7 +18,7 @@ from compress.runtime.families import head_size_of
 from compress.runtime.widths import width_of
 
 ACTIVATIONS_SHARE = 0.25  # share of the free memory that activations may take before layers are recomputed instead
-ROOM = 0.9  # share of the free memory that may be taken where all of it is known that will be
+ROOM = 0.6  # likewise where all is measured that will be taken; other processes on the GPU find the rest
 HALF_SCALE = 2.0**12
 
 
@@ -45,7 +45,7 @@ def recomputed(
         tokens: of a forward pass, over all its sequences.
         chosen: whether to recompute; None decides by an estimate and the free memory.
         itemsize: bytes of an activation; None is that of the model's weights.
-        trained: the projections' weights take gradients, so their inputs are kept as well.
+        trained: the layers' weights take gradients, so their inputs are kept as well.
         needs: gives all bytes that will be taken beside those that are, in place of an estimate. Where they are there,
             they are claimed at once, so that another process on the same GPU does not count on them as well.
     """
@@ -54,7 +54,7 @@ def recomputed(
             chosen = not _claimed(model, needs())
         elif chosen is None:
             weight = model.get_input_embeddings().weight
-            needed = activation_bytes(model, tokens, itemsize or weight.dtype.itemsize) * (2 if trained else 1)
+            needed = activation_bytes(model, tokens, itemsize or weight.dtype.itemsize, trained=trained)
             free = free_bytes(model)
             chosen = free is not None and needed > ACTIVATIONS_SHARE * free
         if chosen:
@@ -104,20 +104,23 @@ def _claimed(model: Any, needed: int) -> bool:
     return True
 
 
-def activation_bytes(model: Any, tokens: int, itemsize: int) -> int:
-    """Estimated bytes that autograd keeps of a forward pass when weights need no gradient.
+def activation_bytes(model: Any, tokens: int, itemsize: int, *, trained: bool = False) -> int:
+    """Estimated bytes that autograd keeps of the decoder layers in a forward pass, on the safe side of what it does.
 
-    Per token and layer: what the norms read (with float32 copies below float32), Q, K, V and O with K and V repeated
-    once per query head, and gate, activated gate and up projection.
+    Per token and layer: what the norms read, in float32 (below float32 some families keep more); Q, K, V and O
+    with K and V repeated once per query head; and gate, activated gate and up projection. Trained weights need their
+    inputs as well: norms what they have normalised (in float32 in some families), and projections the norms' outputs,
+    the heads' outputs side by side and the product of gate and up projection.
     """
     total, head_dim, hidden = 0, head_size_of(model.config), model.config.hidden_size
+    normed = 4 + (itemsize + 4 if trained else 0 if itemsize >= 4 else itemsize)
     for layer in layers_of(model):
         width = width_of(layer, model.config)
-        attention = (4 * width.query_heads + 2 * width.groups) * head_dim
+        attention = ((5 if trained else 4) * width.query_heads + 2 * width.groups) * head_dim
         read = {"q_norm": width.query_heads * head_dim, "k_norm": width.groups * head_dim}
         norms = [name.rpartition(".")[2] for name, _ in layer.named_modules() if name.endswith("norm")]
-        states = sum(read.get(name, hidden) for name in norms) * (itemsize + (0 if itemsize == 4 else 8))
-        total += tokens * (states + itemsize * (attention + 3 * width.neurons))
+        states = sum(read.get(name, hidden) for name in norms) * normed
+        total += tokens * (states + itemsize * (attention + (4 if trained else 3) * width.neurons))
     return total
 
 

@@ -11,6 +11,7 @@ import torch
 
 from compress.errors import Problem, UserError
 from compress.files import digest_of
+from compress.models.context.processes import Sharing, check_processes
 from compress.models.load import LoadedModel
 from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
@@ -32,6 +33,7 @@ from compress.profile.store import (
     read_profile,
     write_profile,
 )
+from compress.runtime.rope import rope_change
 from compress.targets.window import SpanGrid
 from compress.versions import versions
 
@@ -49,6 +51,7 @@ def run_profile(
     checkpointing: bool | None = None,
     strip_bytes: int | None = None,
     known: Mapping[Key, torch.Tensor] | None = None,
+    context: int = 1,
 ) -> Profile:
     """Profile a model and write `profile.json` and `statistics.safetensors`.
 
@@ -70,6 +73,7 @@ def run_profile(
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles`.
         known: what another profile of the model has, for statistics that read it.
+        context: processes that share each sample; the others share the samples as ever.
 
     Raises:
         UserError: unsuitable documents or statistics, numbers that are not finite, or a disk that is full.
@@ -80,6 +84,8 @@ def run_profile(
     for group in (documents, training, *([second] if second else [])):
         check_inputs(group, statistics)
     check_corpora(statistics, second)
+    longest = max(length for group in (documents, training) for length, samples in group.items() if samples)
+    check_context(loaded.model, statistics, context, longest)
     grid = _grid(statistics)
     lengths = [length for length in documents if documents[length]]
     statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
@@ -99,6 +105,8 @@ def run_profile(
         known=_read(known or {}, statistics),
     )
     processes = find_processes(subject.device)
+    check_processes(context, processes.world, "profile.context")
+    sharing = Sharing.join(context) if context > 1 else None
     finished = _finished(folder, key, subject.shape)
     partial = Partial(folder, key, writes=processes.main)
     # Otherwise one process may already write what another one looks for.
@@ -111,7 +119,7 @@ def run_profile(
             torch.cuda.reset_peak_memory_stats(device)
     corpora = (documents, second) if second else (documents,)
     report = progress or (lambda *_: None)
-    run = Run(subject, corpora, training, seed, processes, partial, report, checkpointing, strip_bytes)
+    run = Run(subject, corpora, training, seed, processes, partial, report, checkpointing, strip_bytes, sharing=sharing)
     results = measure_all(run, statistics)
     header = ProfileHeader(
         schema_version=1,
@@ -188,6 +196,43 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
             problems.append(Problem("the evidence lies outside the sample", item.where, found=str(sample.evidence)))
     if problems:
         raise UserError(problems)
+
+
+def check_context(model: Any, statistics: Sequence[Statistic], context: int, longest: int = 0) -> None:
+    """Refuse what cannot be measured where processes share samples.
+
+    Args:
+        longest: tokens of the longest sample.
+
+    Raises:
+        UserError: statistics that need whole samples in a process, a model that is read layer by layer, or one whose
+            RoPE depends on the length of its input.
+    """
+    if context == 1:
+        return
+    refuse_streamed(model, "a sample that processes share", "profile.context", "leave one of the two out")
+    change = rope_change(model.config)
+    if change is not None and longest > change[1]:
+        raise UserError(
+            f"the model's position frequencies ({change[0]}) depend on the length of the input",
+            where="profile.context",
+            expected=f"samples of at most {change[1]} tokens, of which each process then knows all that it needs",
+            found=f"{longest} tokens",
+            fix="set `profile.context` to 1",
+        )
+    if whole := [statistic.name for statistic in statistics if not statistic.by_rows]:
+        raise UserError([whole_samples(whole)])
+
+
+def whole_samples(names: Sequence[str]) -> Problem:
+    """What is said of statistics that cannot be measured where processes share samples."""
+    return Problem(
+        "statistics need all tokens of a sample in one process",
+        "profile.context",
+        "statistics that are sums over the queries or the tokens of a sample",
+        ", ".join(f"`{name}`" for name in names),
+        "leave them out, or set `profile.context` to 1",
+    )
 
 
 def check_corpora(statistics: Sequence[Statistic], second: Samples | None) -> None:

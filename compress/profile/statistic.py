@@ -128,10 +128,13 @@ class Statistic(Method):
     Attributes:
         reads: the pass that it is taken from.
         needs_gradient: whether the pass has to run backwards.
+        by_rows: whether all that it takes are sums over the tokens of a sample, as queries or as inputs, so that
+            processes that share the sample can each add up their own.
         unit: what one number counts.
     """
 
     reads: ClassVar[Reads]
+    by_rows: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
     unit: ClassVar[str]
 

@@ -9,6 +9,7 @@ from compress.data.prompt import Task, check_scored
 from compress.errors import Problem, UserError, nearest
 from compress.limits import DOCUMENT_TOKENS
 from compress.profile.key import Key
+from compress.profile.run import whole_samples
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
 from compress.registry import Method, statistics
@@ -36,6 +37,7 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
     return plain or [
         *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine, recipe.search.serve),
         *_grids(recipe),
+        *_shared(recipe),
         *_second(recipe),
         *_nothing_to_train_on(recipe),
         *_without_evidence(recipe),
@@ -145,6 +147,21 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
                         fix += ", or `effect: true` to `prepare`"
             expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
             yield path, Problem(what, None, expected, actual, fix)
+
+
+def _shared(recipe: Recipe) -> Iterator[Finding]:
+    """What cannot be measured where processes share documents."""
+    section = recipe.profile
+    if section.context == 1:
+        return
+    if whole := [statistic.name for statistic in section.statistics if not statistic.by_rows]:
+        problem = whole_samples(whole)
+        yield ("profile", "context"), Problem(problem.what, None, problem.expected, problem.found, problem.fix)
+    if section.stream:
+        yield (
+            ("profile", "context"),
+            Problem("a model that is read layer by layer has whole documents", None, "1", str(section.context)),
+        )
 
 
 def _grids(recipe: Recipe) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, create_model, field_validator, model_va
 from compress import registry
 from compress.data.prompt import Task
 from compress.data.text import EmbeddedText, TextSource
-from compress.limits import BATCH, LONGEST
+from compress.limits import BATCH, LONGEST, PROCESSES
 from compress.plan import MlpRouting
 from compress.profile.statistic import Statistic
 from compress.recipe.outline import REPLACED, SECTIONS, Dtype, Outline, Section
@@ -56,6 +56,13 @@ class ProfileSection(Section):
         False,
         description="read the model layer by layer, so that one layer of it is in memory: for models larger than the "
         "device. The numbers are the same. Documents then need `answer: text`",
+    )
+    context: int = Field(
+        1,
+        ge=1,
+        le=PROCESSES,
+        description="processes that share each document, for documents that one GPU cannot hold; statistics that need "
+        "all tokens of a document in one process are refused",
     )
 
 

@@ -193,6 +193,8 @@ def _attend(
         states = None  # its tokens are there already
     elif states is not None:
         step.stored.add(number)
+    if step.shard is not None:
+        kinds.check_shard()
     if kinds.only is not None:
         state = None if states is None else states[0]
         out = kinds.only.prefill(query, key, value, state, step, scale=scale, dropout=dropout)

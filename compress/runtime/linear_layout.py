@@ -26,6 +26,7 @@ class Layout:
         begin: `[B, G]`, position of the first key.
         keys: `[B, G]`, how many keys there are from there.
         chunks: pages of keys, N.
+        columns: new ones of the pass, T.
         page: `[B, 1]`, position of the first query's page.
         pages: pages of queries, P.
         chunk: `[B, G, P]`, which of the N + 1 states the queries of a page read: the one before their boundary.
@@ -41,6 +42,7 @@ class Layout:
     begin: torch.Tensor
     keys: torch.Tensor
     chunks: int
+    columns: int
     page: torch.Tensor
     pages: int
     chunk: torch.Tensor
@@ -50,14 +52,16 @@ class Layout:
     def keys_of(self, new: torch.Tensor, pages: Pages | None, pool: torch.Tensor | None) -> torch.Tensor:
         """Of every key `[B, G, 64 * N, D]` what `new` `[B, G, T, D]` has of the columns, and `pool` of what is cached.
 
-        What lies behind the last key may be anything.
+        Where `new` has more than T columns, its last T are meant, and those before are of the tokens before. What lies
+        behind the last key may be anything.
         """
         size = self.chunks * PAGE
         if self.slice_from is not None:
             taken = new[:, :, self.slice_from : self.slice_from + size]
             return taken if taken.shape[2] == size else torch.nn.functional.pad(taken, (0, 0, 0, size - taken.shape[2]))
         positions = self.key_positions(new.device)
-        column = (positions - self.past[..., None] + self.start[..., None]).clamp(0, new.shape[2] - 1)
+        ahead = new.shape[2] - self.columns
+        column = (positions - self.past[..., None] + self.start[..., None] + ahead).clamp(0, new.shape[2] - 1)
         found = new.gather(2, column[..., None].expand(-1, -1, -1, new.shape[-1]))
         if pages is None or pool is None:
             return found
@@ -160,6 +164,7 @@ def _layout(
         begin=table(begin),
         keys=table(keys),
         chunks=chunks,
+        columns=columns,
         page=column(page),
         pages=pages,
         chunk=table(chunk.tolist()).view(len(page), len(spans), pages),

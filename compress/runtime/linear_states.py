@@ -95,6 +95,50 @@ def chunk_states(
     return torch.stack(states, dim=2)
 
 
+def passage(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    rule: Rule = "add",
+    count: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
+    strength: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What some tokens do to any state before them: S becomes `carry(gain, S) + made`.
+
+    With this a sequence can be cut: its parts are read at once, and then joined in order (arXiv 2502.07563).
+
+    Args:
+        key, value, count, log_decay, strength: as in `chunk_states`.
+
+    Returns:
+        The gain, of `add` the factor `[B, G, 1, 1]` and of `delta` a matrix `[B, G, F, F]`, and what the tokens make of
+        an empty state, `[B, G, F, E]`; in float32 at least.
+    """
+    features = key.shape[-1]
+    if rule == "delta":  # a second value, zero, for which the state starts as the identity: what is left of it
+        columns = value.shape[-1]
+        start = torch.eye(features, dtype=wide(value).dtype, device=value.device).expand(*key.shape[:2], -1, -1)
+        start = functional.pad(start, (columns, 0))
+        beside = functional.pad(value, (0, features))
+        options = {"count": count, "log_decay": log_decay, "strength": strength}
+        last = chunk_states(key, beside, start, rule=rule, **options)[:, :, -1]
+        return last[..., columns:], last[..., :columns]
+    k, w, decay, _ = _chunks(key, value, rule, count, log_decay, strength)
+    gain = k.new_ones(*k.shape[:2], 1, 1)
+    if decay is not None:
+        total = decay[..., -1]
+        after = total.flip(-1).cumsum(-1).flip(-1)  # from the end, where most is left: logarithms there are small
+        k = torch.exp((after[..., None] - decay).clamp(max=0))[..., None] * k
+        gain = torch.exp(total.sum(-1))[..., None, None]
+    return gain, k.flatten(2, 3).transpose(-1, -2) @ w.flatten(2, 3)
+
+
+def carry(gain: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """What is left of a state `[..., F, E]` behind tokens whose `passage` has this gain."""
+    return gain * state if gain.shape[-2:] == (1, 1) else gain @ state
+
+
 def read(query: torch.Tensor, states: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
     """What queries find in states, a page of queries in one state.
 

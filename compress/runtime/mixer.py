@@ -156,6 +156,8 @@ class Mixer(nn.Module):
         learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
+        one_place: why it has to have all tokens of a sequence in one process, and cannot do what `Step.shard` says;
+            None where it can.
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
@@ -166,6 +168,7 @@ class Mixer(nn.Module):
     keeps: ClassVar[bool] = False
     by_length: bool = False
     by_query: tuple[str, ...] = ()
+    one_place: ClassVar[str | None] = "nothing is known of what its tokens need of those in other processes"
     heads: tuple[int, ...] = ()
 
     @classmethod
@@ -340,6 +343,15 @@ class Kinds:
                 raise ValueError(
                     f"a layer of this model caps its scores or has an extra logit in the softmax, which heads with the "
                     f"target {mixer.targets[0]!r} do not"
+                )
+
+    def check_shard(self) -> None:
+        """Raise ValueError where a mixer cannot run on a part of a sequence, with its reason."""
+        for mixer in self.mixers:
+            if mixer.one_place is not None:
+                raise ValueError(
+                    f"layer {self.facts.index} has heads with the target {mixer.targets[0]!r}, whose sequences cannot "
+                    f"be spread over processes: {mixer.one_place}"
                 )
 
     def states(self, max_length: int | None) -> tuple[State, ...]:

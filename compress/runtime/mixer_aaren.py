@@ -10,6 +10,7 @@ from torch import nn
 
 from .merge import join, log_mass
 from .mixer import LayerFacts, Mixer, State, register
+from .shard import Shard
 from .step import Step
 
 BLOCK = 64  # tokens whose weights are computed at once, and blocks whose states are
@@ -64,6 +65,7 @@ class AarenMixer(Mixer):
     """
 
     by_query = ("query",)
+    one_place = None
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
@@ -113,17 +115,34 @@ class AarenMixer(Mixer):
         token = step.positions(key.device) >= 0  # [B, T]
         key, value = (tensor.masked_fill(~token[:, None, :, None], 0) for tensor in (key, value))
         scores = self.scores(key, scale).masked_fill(~token[:, None, None], NEVER)
-        prefix = _nothing(scores, value) if state is None else state.prefix
-        outs = []
-        for start in range(0, scores.shape[-1], BLOCK * BLOCK):
-            part = slice(start, start + BLOCK * BLOCK)
-            out, prefix = scan(scores[..., part], value[:, :, part].float(), token[:, part], prefix)
-            outs.append(out)
-        if state is not None:
-            state.advance(step.gains)
-            state.keep(prefix)
-        out = torch.cat(outs, dim=3).masked_fill(~token[:, None, None, :, None], 0)
+        value = value.float()
+        if step.shard is not None:
+            out = torch.cat(self._on_shard(scores, value, token, step.shard), dim=3)
+        else:
+            out, prefix = scan_all(scores, value, token, _nothing(scores, value) if state is None else state.prefix)
+            if state is not None:
+                state.advance(step.gains)
+                state.keep(prefix)
+        out = out.masked_fill(~token[:, None, None, :, None], 0)
         return out.flatten(1, 2).transpose(1, 2).to(query.dtype)
+
+    @staticmethod
+    def _on_shard(scores: torch.Tensor, value: torch.Tensor, token: torch.Tensor, shard: Shard) -> list[torch.Tensor]:
+        """Outputs of the segments of a sequence that are here, from what all segments before them come to."""
+        parts = list(zip(shard.split(scores, 3), shard.split(value, 2), shard.split(token, 1), strict=True))
+        made = []
+        for own, values, _ in parts:
+            top = own.detach().amax(-1, keepdim=True)
+            weight = torch.exp(own - top)
+            made.append(torch.cat([top, weight.sum(-1, keepdim=True), weight @ values], dim=-1))
+        every = shard.everywhere(torch.stack(made)).movedim(0, 3)  # [B, G, R, segments, 2 + DV]
+        tops, totals, sums = _prefixes(every[..., 0], every[..., 1], every[..., 2:])
+        outs = []
+        for number, part in zip(shard.numbers, parts, strict=True):
+            last = number - 1
+            before = (tops[..., last], totals[..., last], sums[..., last, :]) if number else _nothing(*part[:2])
+            outs.append(scan_all(*part, before)[0])
+        return outs
 
     def decode(
         self,
@@ -149,6 +168,18 @@ class AarenMixer(Mixer):
         _, total, values = state.prefix
         out = (values / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None]).masked_fill(~token[..., None], 0)
         return out.flatten(1, 2)[:, None].to(query.dtype)
+
+
+def scan_all(
+    scores: torch.Tensor, value: torch.Tensor, token: torch.Tensor, prefix: Prefix
+) -> tuple[torch.Tensor, Prefix]:
+    """`scan`, some tokens at a time, since it compares all blocks of its tokens with one another."""
+    outs = []
+    for start in range(0, scores.shape[-1], BLOCK * BLOCK):
+        part = slice(start, start + BLOCK * BLOCK)
+        out, prefix = scan(scores[..., part], value[:, :, part], token[:, part], prefix)
+        outs.append(out)
+    return torch.cat(outs, dim=3), prefix
 
 
 def scan(scores: torch.Tensor, value: torch.Tensor, token: torch.Tensor, before: Prefix) -> tuple[torch.Tensor, Prefix]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .impl import Linear, choose_impl
 from .linear_layout import Layout, layouts, waiting
-from .linear_states import Rule, chunk_states, own_chunk, read, state_columns, wide
+from .linear_states import Rule, carry, chunk_states, own_chunk, passage, read, state_columns, wide
 from .maps import MAPS, FeatureMap
 from .maps_cosine import Cosine
 from .maps_elu import Elu
@@ -24,10 +24,11 @@ from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
 from .mixer import LayerFacts, State, register
-from .mixer_span import SpanMixer
+from .mixer_span import SpanMixer, attend_view
 from .pages import PagedState
 from .reference import Rows
 from .rope import turned_back
+from .shard import Shard, View
 from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
 from .step import Step
 
@@ -74,6 +75,35 @@ class Features:
     key: torch.Tensor
     log_decay: torch.Tensor | None
     spans: tuple[Span, ...] | None
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment of a sequence whose rest other processes have: its queries, what they see, and its tokens' numbers.
+
+    Attributes:
+        query: `[B, H, T, D]`.
+        both: keys and values of the view, side by side.
+        key, value, gates: of the segment's tokens and of those before that are behind the view's gap.
+        rows: the segment's place in the sequence.
+    """
+
+    query: torch.Tensor
+    view: View
+    both: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gates: torch.Tensor | None
+    rows: Rows
+
+    @staticmethod
+    def of(query: torch.Tensor, view: View, both: torch.Tensor, gates: torch.Tensor | None) -> _Segment:
+        """From views of keys and values, and of what tokens have beside them."""
+        size = query.shape[-1]
+        key, value = both[:, :, view.sink :].split([size, both.shape[-1] - size], dim=-1)
+        gates = None if gates is None else gates[:, :, view.sink :]
+        rows = Rows.whole(len(query), query.shape[2], view.start)
+        return _Segment(query, view, both, key, value, gates, rows)
 
 
 class LinearState(PagedState):
@@ -239,6 +269,9 @@ class LinearMixer(SpanMixer):
         """As `Mixer.prefill`."""
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}
         assert step.rows is not None
+        if step.shard is not None:
+            out = self._joined_shard(query, key, value, step.shard, step, **options)
+            return out.to(query.dtype).transpose(1, 2)
         if not torch.is_grad_enabled() and self._sees_all(step.rows):
             out = super().prefill(query, key, value, state, step, **options)
             if state is not None:
@@ -249,6 +282,69 @@ class LinearMixer(SpanMixer):
         else:
             out = self.joined(self.parts(query, key, value, state, step, **options))
         return out.to(query.dtype).transpose(1, 2)
+
+    def _joined_shard(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        shard: Shard,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """The heads' outputs `[B, H, T, V]` where other processes have the rest of the sequence (LASP-2, arXiv
+        2502.07563): every segment says what its queries' windows leave to a state, all processes get that of all, and
+        each starts from the state before its own segments."""
+        factor, kernels = self._scale(scale), self._kernels(query, step)
+        merged, gates = self.shared and kernels is not None, self.gates_of(step)
+        views = shard.views(torch.cat([key, value], dim=-1), tuple(self.fixed))
+        gated = [None] * len(views) if gates is None else [found for _, found in shard.views(gates, tuple(self.fixed))]
+        segments = [
+            _Segment.of(part, view, both, own)
+            for part, (view, both), own in zip(shard.split(query, 2), views, gated, strict=True)
+        ]
+        outs, lses, found = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        for part, held in zip(segments, self._held_before(shard, segments, factor), strict=True):
+            out = lse = window = None
+            if not self.alone:
+                options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
+                out, lse = attend_view(step.impl, part.query, part.view, part.both, keep_lse=True, **options)
+                outs.append(out)
+                lses.append(lse)
+            given = (part.query, part.key, part.value, part.gates, None, part.rows, None, factor)
+            if kernels is None:
+                of_state, _ = self._read_new(*given, held=held)
+            else:
+                window = None if out is None or lse is None or not merged else self._window(out, lse)
+                of_state, _ = self._read_fast(kernels, *given, merged=merged, window=window, held=held)
+            if merged and self.branches in ("window", "none"):
+                of_state = torch.zeros_like(of_state) if out is None or self.branches == "none" else out
+            found.append(of_state)
+        all_found = torch.cat(found, dim=2)
+        if merged:
+            return all_found
+        out, lse = (torch.cat(each, dim=2) if each else None for each in (outs, lses))
+        return self.joined(self._parts(out, lse, query, all_found, step, step.positions(query.device) < 0))
+
+    def _held_before(self, shard: Shard, segments: Sequence[_Segment], scale: float) -> list[torch.Tensor]:
+        """The states `[B, G, F, E]` before the first query of each segment, from what all segments make."""
+        made = []
+        for part in segments:
+            columns = part.query.shape[2]
+            (layout,) = layouts(part.rows, tuple(self.fixed), columns, self.alone, NO_END, part.key.device)
+            k, v = layout.keys_of(part.key, None, None), layout.keys_of(part.value, None, None)
+            gates = None if part.gates is None else layout.keys_of(part.gates, None, None)
+            positional = self.map.positional or self.turns is not None
+            k = self._key_features(k, scale, layout.key_positions(k.device) if positional else None)
+            made.append(passage(k, v, **self._options(gates, layout.last * PAGE)))
+        gains, sums = (shard.everywhere(torch.stack(each)) for each in zip(*made, strict=True))
+        held, found = torch.zeros_like(sums[0]), []
+        for gain, added in zip(gains, sums, strict=True):
+            found.append(held)
+            held = carry(gain, held) + added
+        return [found[number] for number in shard.numbers]
 
     def parts(
         self,
@@ -506,10 +602,16 @@ class LinearMixer(SpanMixer):
         rows: Rows,
         pages: Any,
         scale: float,
+        *,
+        held: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`."""
+        """What new columns find in the states, `[B, H, T, E]`, and the states behind them, `[B, G, F, E]`.
+
+        Args:
+            held: the states before them, where `state` does not have them.
+        """
         columns = query.shape[2]
-        held = self._held(state, value)
+        held = self._held(state, value) if held is None else held
         total = None
         for layout in layouts(rows, tuple(self.fixed), columns, self.alone, SEGMENT, query.device):
             found, held = self._read_part(layout, query, key, value, gates, state, held, pages, scale)
@@ -540,6 +642,7 @@ class LinearMixer(SpanMixer):
         *,
         merged: bool,
         window: tuple[torch.Tensor, torch.Tensor] | None,
+        held: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_read_new` by kernels; with `merged` the first result is the heads' output, `[B, H, T, V]`."""
         device, columns, kind = query.device, query.shape[2], self.groups[0]["map"]
@@ -561,7 +664,7 @@ class LinearMixer(SpanMixer):
                 query = query.masked_fill(absent[:, None, :, None], 0)
         k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
         q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
-        held = None if state is None else state.matrix
+        held = held if state is None else state.matrix
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}
         options |= {"alone": self.alone, "mean": merged, "mass": self.shared, "window": window, "log_gain": log_gain}

@@ -22,6 +22,8 @@ class MaskedMixer(SpanMixer):
     It is the reference that a kernel of such a target is held to. It reads every key that is kept, so it saves no time.
     """
 
+    one_place = "the keys that its mask shows are taken from this process alone"
+
     def visible(self, t: torch.Tensor, j: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
         """Whether the query at position t sees the key at position j in a group with this entry of the plan.
 

@@ -42,6 +42,7 @@ class RetainMixer(Mixer):
 
     knows_scores = True
     keeps = True
+    one_place = "which tokens it keeps depends on how many it has kept before, token by token"
     decisions: Decisions | None = None
     needs_inputs = True  # of some scorers; a mixer knows whether its own does
 

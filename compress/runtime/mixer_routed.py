@@ -28,6 +28,7 @@ class RoutedMixer(SpanMixer):
     """
 
     chooses = True
+    one_place = "how evenly its tokens choose is measured over all of a sequence"
     needs_inputs = True  # of most routers; a mixer knows whether its own reads them
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:

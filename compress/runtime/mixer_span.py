@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from .impl import choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .pages import PagedState
+from .reference import Rows
 from .scores import Scores
+from .shard import Shard, View
 from .span import AnySpan, Span, has_length_rule, span_of, spans_at
 from .step import Step
+
+
+def attend_view(impl: str, query: torch.Tensor, view: View, both: torch.Tensor, **options: Any) -> Any:
+    """Softmax attention of a segment's queries `[B, H, T, D]` over the keys and values of its view, side by side.
+
+    Args:
+        both: `[B, G, columns, D + DV]`.
+        options: of `reference.prefill`, whose results it gives.
+    """
+    key, value = both.split([query.shape[-1], both.shape[-1] - query.shape[-1]], dim=-1)
+    rows = Rows.whole(len(query), query.shape[2], view.before)
+    return choose_impl(impl, query).prefill(query, key, value, view.spans, rows=rows, **options)
 
 
 @register("full", "window")
@@ -20,6 +34,7 @@ class SpanMixer(Mixer):
     """Every group sees the keys of its span, and its state holds the pages of that span."""
 
     knows_scores = True
+    one_place: ClassVar[str | None] = None
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], facts: LayerFacts) -> None:
         super().__init__(groups, facts)
@@ -57,7 +72,27 @@ class SpanMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
+        if step.shard is not None:
+            return self._on_shard(query, key, value, step.shard, step, scale=scale, dropout=dropout)
         return self.prefill_active(None, query, key, value, state, step, scale=scale, dropout=dropout)
+
+    def _on_shard(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        shard: Shard,
+        step: Step,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """`prefill` of the segments of a sequence that are here: each is the end of the sequence of what it sees."""
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
+        views = shard.views(torch.cat([key, value], dim=-1), tuple(self.spans(None, step)))
+        parts = zip(shard.split(query, 2), views, strict=True)
+        outs = [attend_view(step.impl, part, view, both, **options) for part, (view, both) in parts]
+        return torch.cat(outs, dim=2).transpose(1, 2)
 
     def decode(
         self,

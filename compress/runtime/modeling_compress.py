@@ -31,6 +31,7 @@ from .mlp_experts import MlpExperts, install_experts
 from .paged_cache import PagedCache, adopt, check_foreign
 from .ranks import Part, part_of
 from .rope import crosses, rope_change, steady, turns
+from .shard import Shard
 from .span import PAGE, native_windows
 from .step import Record, Step
 from .widths import Width, build, width_of
@@ -240,6 +241,7 @@ class PlanModel(WholeLayers):
         use_cache: bool | None = None,
         cache: Any = None,
         compress_record: Record | None = None,
+        compress_shard: Shard | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the stock model's, with a `PagedCache`; `cache` is what transformers 5.24 calls `past_key_values`.
@@ -248,8 +250,9 @@ class PlanModel(WholeLayers):
         model hands it on to here.
 
         An empty `DynamicCache` or `StaticCache` becomes a `PagedCache` where it is. Under transformers' gradient
-        checkpointing there is no cache. Spans by length take their windows from the tokens of the first pass into a
-        cache, and of every pass without one.
+        checkpointing there is no cache. With a `compress_shard` the tokens are those of one sequence, or of several of
+        the same length, that are here, and other processes run the same pass on the others. Spans by length take their
+        windows from the tokens of the first pass into a cache, and of every pass without one.
 
         Raises:
             ValueError: another kind of cache, one with tokens of another plan, or any in a pass that is checkpointed;
@@ -280,6 +283,8 @@ class PlanModel(WholeLayers):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         tokens: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # type: ignore[assignment]
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if compress_shard is not None:
+            use_cache = self._check_shard(compress_shard, given, attention_mask, position_ids)
         if self.compress_split is None:
             self.split()
         if self._is_checkpointed():
@@ -292,8 +297,9 @@ class PlanModel(WholeLayers):
         valid, seen = _valid_columns(attention_mask, held, tokens)
         if position_ids is not None:
             _refuse_packed(position_ids, valid)
-        length = self._length_of_input(past, valid, count) if self.compress_by_length else None
-        if self.compress_rope_change is not None and crosses(self.compress_rope_change, past, count):
+        whole = count if compress_shard is None else compress_shard.length
+        length = self._length_of_input(past, valid, whole) if self.compress_by_length else None
+        if self.compress_rope_change is not None and crosses(self.compress_rope_change, past, whole):
             _tell_of_rope(self.compress_rope_change)
         paged = adopt(given, self.compress_kinds) if given is not None else self.new_cache() if use_cache else None
         if length is not None and paged is not None and past == 0:
@@ -301,10 +307,11 @@ class PlanModel(WholeLayers):
         step = Step.begin(paged, valid, tokens.shape[0], count, tokens.device)
         step.seen = seen
         step.impl, step.input_length, step.record = self.config.compress_impl, length, compress_record
+        step.shard = compress_shard
         if compress_record is not None:
             compress_record.closed = False
         if position_ids is None:
-            position_ids = _positions(paged, valid, tokens)
+            position_ids = _positions(paged, valid, tokens) if step.shard is None else step.positions(tokens.device)[:1]
         try:
             out = super().forward(  # type: ignore[misc]
                 attention_mask=None,
@@ -319,6 +326,26 @@ class PlanModel(WholeLayers):
             raise
         step.end()
         return out
+
+    def _check_shard(self, shard: Shard, cache: Any, mask: Any, position_ids: Any) -> bool:
+        """Whether a pass on a part of a sequence has a cache, which it never has.
+
+        Raises:
+            ValueError: it is given one, or a mask or positions; or frequencies of RoPE would differ by process.
+        """
+        given = {CACHE: cache, "attention_mask": mask, "position_ids": position_ids}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(names)}: where processes share the tokens of a sequence, no cache is filled, there is no "
+                "padding, and every token has its own position; leave it out"
+            )
+        if self.compress_rope_change is not None and shard.length > self.compress_rope_change[1]:
+            kind, switch = self.compress_rope_change
+            raise ValueError(
+                f"this model's position frequencies ({kind}) depend on the length beyond {switch} tokens, of which a "
+                f"process sees its own part alone: take sequences of at most {switch} tokens, or one process for each"
+            )
+        return False
 
     def _dense(self, cache: Any, **arguments: Any) -> Any:
         """A forward pass of the dense model, with another attention than the plan's."""

@@ -68,7 +68,8 @@ def prefill(
 
     Args:
         query: `[B, H, T, D]` after RoPE; query head h belongs to group h // (H / G).
-        key, value: `[B, G, T, D]`, the new columns alone.
+        key, value: `[B, G, T, D]`, the new columns alone; or more than T, of which the last T are meant, and those
+            before are of the positions before, where there is neither padding nor a cache.
         spans: one per head group.
         rows: which columns are tokens, and their positions; None when all are, from position 0. The others take
             part in nothing and may hold anything.
@@ -214,6 +215,7 @@ def _alike(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`prefill` of sequences that are all at the same position and without padding."""
     count, groups = query.shape[2], key.shape[1]
+    ahead = key.shape[2] - count
     share = query.shape[1] // groups
     out, lse = torch.empty_like(query[..., : value.shape[-1]]), _no_mass(query) if keep_lse else None
     # Groups that see the same keys of these queries are computed together.
@@ -223,7 +225,7 @@ def _alike(
     for span, members in together.items():
         heads = [head for group in members for head in range(group * share, (group + 1) * share)]
         q = query[:, heads]
-        if scores is None and lse is None and past == 0 and span.is_full:
+        if scores is None and lse is None and past == 0 and ahead == 0 and span.is_full:
             out[:, heads] = scaled_dot_product_attention(
                 q, key[:, members], value[:, members], is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
             )
@@ -231,7 +233,7 @@ def _alike(
         height = ROWS.get(query.device.type, ROWS["cuda"])
         for start in range(0, count, height):
             rows = torch.arange(past + start, past + min(start + height, count), device=query.device)
-            k, v, positions = _keys_in_sight(key, value, members, span, past, start, len(rows), history)
+            k, v, positions = _keys_in_sight(key, value, members, span, past, start, len(rows), history, ahead)
             block, seen = q[:, :, start : start + len(rows)], span.visible(rows[:, None], positions[None, :])
             own = None if scores is None else scores.of(heads)
             found, own_lse = masked(block, k, v, seen, scale, dropout, own, keep_lse)
@@ -269,10 +271,11 @@ def _keys_in_sight(
     start: int,
     rows: int,
     history: History | None,
+    ahead: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values `[B, len(members), M, D]` that the block's queries can see at all, and their positions `[M]`."""
     first, stop = span.first(past + start), past + start + rows
-    new = torch.arange(past, stop, device=key.device)
+    new = torch.arange(past - ahead, stop, device=key.device)
     keep = (new < span.sink) | (new >= first)
     k, v, positions = key[:, members, : len(new)][:, :, keep], value[:, members, : len(new)][:, :, keep], new[keep]
     if past == 0 or history is None:

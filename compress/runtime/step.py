@@ -13,6 +13,7 @@ from .span import Span
 
 if TYPE_CHECKING:
     from .paged_cache import PagedCache
+    from .shard import Shard
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Step:
             the layer has any.
         scores: what the layer that runs now does to its scores; None for a plain softmax.
         record: where mixers report side losses and gates; None where nobody asked.
+        shard: the part of its sequences that this process has, where others have the rest; None elsewhere.
         copies: of the tensors here, by name and device (see `on`).
     """
 
@@ -159,6 +161,7 @@ class Step:
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     scores: Scores | None = None
     record: Record | None = None
+    shard: Shard | None = None
     copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def on(self, name: str, device: torch.device) -> torch.Tensor:
@@ -221,6 +224,8 @@ class Step:
             past, start, count = self.rows.tensor(device).long().unbind(1)
             order = torch.arange(self.columns, device=device) - start[:, None]
             found = torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+            if self.shard is not None:
+                found = self.shard.positions(device).expand(len(past), -1)
             self.copies["positions", device] = found
         return self.copies["positions", device]
 

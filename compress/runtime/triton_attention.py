@@ -60,7 +60,7 @@ class _Prefill(torch.autograd.Function):
         keep_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        options: dict[str, Any] = {"cap": cap, "extra": extra, "score": score}
+        options: dict[str, Any] = {"cap": cap, "extra": extra, "score": score, "ahead": key.shape[2] - query.shape[2]}
         out, lse = forward(query, key, value, spans, rows, ragged, None, scale, keep_lse=True, **options)
         ctx.save_for_backward(query, key, value, rows, out, lse, extra)
         ctx.spans, ctx.scale, ctx.cap, ctx.score = spans, scale, cap, score
@@ -101,8 +101,9 @@ def prefill(
         return reference_prefill(query, key, value, spans, rows=rows, pages=pages, **options)
     rows = rows or Rows.whole(batch, columns)
     scale = dim**-0.5 if scale is None else scale
+    ahead = key.shape[2] - columns
     ragged = not rows.is_whole(columns)
-    short = query.is_cuda and columns <= DENSE_UP_TO and not ragged and pages is None
+    short = query.is_cuda and columns <= DENSE_UP_TO and not ragged and pages is None and ahead == 0
     if scores is None and short and not keep_lse and all(span.sees_all(columns) for span in spans):
         # Nothing is hidden from anyone yet: the same function, and for short inputs PyTorch's launch is cheaper.
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
@@ -115,6 +116,7 @@ def prefill(
         return (out, lse) if keep_lse else out
     cached = None if pages is None else (pages.keys, pages.values, pages.table)
     options = {"keep_lse": keep_lse, "natural": True, "cap": form.cap, "extra": form.by_head, "score": form.score}
+    options["ahead"] = ahead
     out, lse = forward(query, key, value, spans, where, ragged, cached, scale, **options)
     return (out, lse) if keep_lse else out
 
@@ -134,7 +136,7 @@ def prefill_or_flash(
 ) -> Any:
     """As `prefill`; long prompts without history and padding go through FlashAttention-4, unless `keep_lse` is set."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    whole = rows is None or rows.is_whole(query.shape[2])
+    whole = (rows is None or rows.is_whole(query.shape[2])) and key.shape[2] == query.shape[2]
     plain = whole and pages is None and dropout == 0 and scores is None and not trained and not keep_lse
     if applies(query, key, value, plain=plain):
         return attend(query, key, value, spans, query.shape[-1] ** -0.5 if scale is None else scale)

@@ -78,17 +78,18 @@ def _score_gradient(
 @triton.jit
 def _keys(
     p_query,  # [B, H, T, D]
-    p_key,  # [B, G, T, D]
-    p_value,  # [B, G, T, DV]
+    p_key,  # [B, G, ahead + T, D]
+    p_value,  # [B, G, ahead + T, DV]
     p_grad,  # [B, H, T, DV]
     p_lse,  # [B, H, T] float32
     p_delta,  # [B, H, T] float32
-    p_grad_key,  # [B, G, T, D] contiguous
-    p_grad_value,  # [B, G, T, DV] contiguous
+    p_grad_key,  # [B, G, ahead + T, D] contiguous
+    p_grad_value,  # [B, G, ahead + T, DV] contiguous
     p_rules,  # [G, 4] int32
     p_rows,  # [B, 3] int32
     p_bias,  # [H], with SCORE 1 and 2
     columns,
+    ahead,  # keys before those of the queries' columns
     scale,
     cap,
     query_b,
@@ -118,26 +119,30 @@ def _keys(
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
     b, g, sink, alpha, beta, mask, start, count = _place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_N
-    if low >= count:
+    whole = ahead + count
+    if low >= whole:
         return
     # [BLOCK_N]
     j = low + tl.arange(0, BLOCK_N)
-    m_j = j < count
+    m_j = j < whole
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
     b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
     b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
-    last = last_query(tl.minimum(low + BLOCK_N, count) - 1, alpha, beta, mask)
-    last = tl.minimum(tl.where(low < sink, count - 1, last), count - 1)
+    last = last_query(tl.minimum(low + BLOCK_N, whole) - 1, alpha, beta, mask)
+    last = tl.minimum(tl.where(low < sink, whole - 1, last), whole - 1)
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for tile in range(low * SHARE // BLOCK_M, ((last + 1) * SHARE + BLOCK_M - 1) // BLOCK_M):
+    # Queries are numbered from the first one, `ahead` positions behind the first key.
+    begin, end = tl.maximum(low - ahead, 0), tl.maximum(last + 1 - ahead, 0)
+    for tile in range(begin * SHARE // BLOCK_M, (end * SHARE + BLOCK_M - 1) // BLOCK_M):
         # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
-        t, head, m_t = _rows(tile, g, count, SHARE, BLOCK_M)
-        b_query = load_block(p_query, _column(b, head, start + t, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
-        b_grad = load_block(p_grad, _column(b, head, start + t, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
-        o_rows = _column(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
+        q, head, m_t = _rows(tile, g, count, SHARE, BLOCK_M)
+        b_query = load_block(p_query, _column(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+        b_grad = load_block(p_grad, _column(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+        o_rows = _column(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
         b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
         b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
+        t = ahead + q
         # [BLOCK_M, BLOCK_N]
         first = first_key(t, alpha, beta, mask)
         m_seen = sees(t, j, sink, first) & m_t[:, None] & m_j[None, :]
@@ -147,7 +152,7 @@ def _keys(
         )
         b_grad_value = tl.dot(b_weight.to(b_grad.dtype).T, b_grad, b_grad_value, input_precision=PRECISION)
         b_grad_key = tl.dot(b_grad_score.to(b_query.dtype).T, b_query, b_grad_key, input_precision=PRECISION)
-    o_rows = _column(b, g, start + j, GROUPS * columns, columns, 1)
+    o_rows = _column(b, g, start + j, GROUPS * (ahead + columns), ahead + columns, 1)
     store_block(p_grad_key, o_rows * DIM, b_grad_key, m_j, DIM, BLOCK_D)
     store_block(p_grad_value, o_rows * VALUE_DIM, b_grad_value, m_j, VALUE_DIM, BLOCK_V)
 
@@ -155,8 +160,8 @@ def _keys(
 @triton.jit
 def _queries(
     p_query,  # [B, H, T, D]
-    p_key,  # [B, G, T, D]
-    p_value,  # [B, G, T, DV]
+    p_key,  # [B, G, ahead + T, D]
+    p_value,  # [B, G, ahead + T, DV]
     p_grad,  # [B, H, T, DV]
     p_lse,  # [B, H, T] float32
     p_delta,  # [B, H, T] float32
@@ -166,6 +171,7 @@ def _queries(
     p_rows,  # [B, 3] int32
     p_bias,  # [H], with SCORE 1 and 2
     columns,
+    ahead,  # keys before those of the queries' columns
     scale,
     cap,
     query_b,
@@ -199,12 +205,14 @@ def _queries(
         return
     high = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
     # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
-    t, head, m_t = _rows(tl.program_id(0), g, count, SHARE, BLOCK_M)
-    b_query = load_block(p_query, _column(b, head, start + t, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
-    b_grad = load_block(p_grad, _column(b, head, start + t, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
-    o_rows = _column(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
+    q, head, m_t = _rows(tl.program_id(0), g, count, SHARE, BLOCK_M)
+    b_query = load_block(p_query, _column(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+    b_grad = load_block(p_grad, _column(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+    o_rows = _column(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
     b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
     b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
+    # From here on all is in positions, which start at the first key.
+    t, low, high, count = ahead + q, ahead + low, ahead + high, ahead + count
     first = first_key(t, alpha, beta, mask)
     begin = first_key(low, alpha, beta, mask) // BLOCK_N
     end = (high + BLOCK_N) // BLOCK_N
@@ -253,7 +261,8 @@ def backward(
     Args:
         grad: gradient of `out`, `[B, H, T, D]`.
         lse: base-2 log-sum-exp of every row, `[B, H, T]`, as the forward kernel kept it.
-        rows: `[B, 3]` int32: 0 (there is no cache here), first column and number of tokens.
+        key, value: may have more columns than the queries, of the positions before.
+        rows: `[B, 3]` int32: position of the first query behind the first key, first column and number of tokens.
         cap, extra, score: as of the forward kernel.
         grad_lse: gradient of the natural log-sum-exp, `[B, H, T]`; None where nothing was made of it.
 
@@ -262,14 +271,14 @@ def backward(
     """
     query, key, value, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad))
     batch, heads, columns, dim = query.shape
-    groups, value_dim = key.shape[1], value.shape[-1]
+    groups, keys, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     share = heads // groups
     delta = (grad.float() * out.float()).sum(-1)
     if grad_lse is not None:
         delta = (delta - grad_lse).contiguous()
     grad_query = torch.zeros(batch, heads, columns, dim, dtype=query.dtype, device=query.device)
-    grad_key = torch.zeros(batch, groups, columns, dim, dtype=key.dtype, device=key.device)
-    grad_value = torch.zeros(batch, groups, columns, value_dim, dtype=value.dtype, device=value.device)
+    grad_key = torch.zeros(batch, groups, keys, dim, dtype=key.dtype, device=key.device)
+    grad_value = torch.zeros(batch, groups, keys, value_dim, dtype=value.dtype, device=value.device)
     grad_shift = delta if score == 0 else torch.zeros_like(delta)
     config = backward_config(max(dim, value_dim), query.device)
     shape = {
@@ -290,8 +299,8 @@ def backward(
     strides = [stride for x in (query, key, value, grad) for stride in x.stride()[:3]]
     rules = span_rules(tuple(spans), query.device)
     bias = rules if extra is None else extra
-    rest = (rules, rows, bias, columns, scale, 1.0 if cap is None else cap, *strides)
-    _keys[(triton.cdiv(columns, config["block_n"]), batch * groups)](
+    rest = (rules, rows, bias, columns, keys - columns, scale, 1.0 if cap is None else cap, *strides)
+    _keys[(triton.cdiv(keys, config["block_n"]), batch * groups)](
         query, key, value, grad, lse, delta, grad_key, grad_value, *rest, **shape
     )
     _queries[(triton.cdiv(columns * share, config["block_m"]), batch * groups)](

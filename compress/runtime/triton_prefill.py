@@ -59,11 +59,11 @@ def _accumulate(
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["list_pages", "offset"])
+@triton.jit(do_not_specialize=["list_pages", "offset", "ahead"])
 def _forward(
     p_query,  # [B, H, T, D]
-    key_tiles,  # descriptor of [B, G, T, D], tiles [BLOCK_N, BLOCK_D]
-    value_tiles,  # descriptor of [B, G, T, DV], tiles [BLOCK_N, BLOCK_V]
+    key_tiles,  # descriptor of [B, G, ahead + T, D], tiles [BLOCK_N, BLOCK_D]
+    value_tiles,  # descriptor of [B, G, ahead + T, DV], tiles [BLOCK_N, BLOCK_V]
     p_out,  # [B, H, T, DV]
     p_lse,  # [B, H, T] float32
     p_order,  # [G, 5] int32: group, sink, alpha, beta units, mask; the groups in the order of their launch
@@ -81,6 +81,7 @@ def _forward(
     p_listed,  # [B, G] int32: tokens in the first `offset` pages of the table, where PAGED
     list_pages,
     offset,
+    ahead,  # keys before those of the queries' columns, where AHEAD: of the positions before `past`
     numbers,
     tiles,
     batch,
@@ -110,6 +111,7 @@ def _forward(
     GATHERED: tl.constexpr,
     GATED: tl.constexpr,
     LISTED: tl.constexpr,
+    AHEAD: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -203,6 +205,12 @@ def _forward(
             acc, top, total = _accumulate(
                 acc, top, total, b_query, b_key, b_value, m_seen, scale, to_cap, shift, True, CAPPED, SCORE, PRECISION
             )
+
+    if AHEAD:  # the keys' columns start that many tokens before the queries'
+        past -= ahead
+        low += ahead
+        high += ahead
+        count += ahead
 
     # New keys, in columns from the sequence's first new token; tiles that every row sees whole need no mask. Behind a
     # list they start with the window, which moves by whole pages, so that most tiles start where it does.
@@ -329,6 +337,7 @@ def forward(
     on: tuple[torch.Tensor, torch.Tensor] | None = None,
     gates: torch.Tensor | None = None,
     lists: Lists | None = None,
+    ahead: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch, with the `cap` and `extra` of `scores.Scores`, or with the score function of that number.
 
@@ -337,6 +346,8 @@ def forward(
         on: the rows to compute and how many they are, as `triton_routed.rows_on` lists them; None for all.
         gates: float32 `[B, G, T]` or `[B, H, T]` of any strides, factors on the outputs; None for 1.
         lists: what queries see before their windows, which then move by whole pages and have no sinks; None without.
+        ahead: how many more columns keys and values have than queries, of the positions before; then there is neither
+            padding, nor a cache, nor any of `on`, `gates` and `lists`.
 
     Returns:
         Output `[B, H, T, D]` and, if kept, the log-sum-exp of every row `[B, H, T]`, the extra logit included,
@@ -362,7 +373,7 @@ def forward(
         _descriptor(value, block_n, block_v),
         out,
         lse,
-        launch_order(tuple(spans), columns, query.device),
+        launch_order(tuple(spans), ahead + columns, query.device),
         rows,
         key_pages,
         value_pages,
@@ -371,6 +382,7 @@ def forward(
         *((None, None) if on is None else on),
         gates,
         *_list_arguments(lists, block_n, block_d, block_v),
+        ahead,
         table.shape[-1],
         tiles,
         batch,
@@ -398,6 +410,7 @@ def forward(
         GATHERED=on is not None,
         GATED=0 if gates is None else 1 if gates.shape[1] == groups else 2,
         LISTED=lists is not None,
+        AHEAD=ahead > 0,
         KEEP_LSE=(2 if natural else 1) if keep_lse else 0,
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,

@@ -47,6 +47,7 @@ def profile_stage(session: Session, *, must_be_done: bool = False) -> Profile:
                 training=training,
                 second=second,
                 progress=report,
+                context=recipe.profile.context,
             )
 
     made = ["profile/profile.json", "profile/statistics.safetensors"]

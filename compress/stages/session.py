@@ -169,7 +169,7 @@ class Session:
             calibration["text"],
             calibration["documents"],
             calibration["training"],
-            {key: value for key, value in self.resolved["profile"].items() if key != "stream"},
+            {key: value for key, value in self.resolved["profile"].items() if key not in ("stream", "context")},
             *([calibration["second"]] if calibration["second"] else []),
         )
 

@@ -21,12 +21,14 @@ from compress.errors import UserError
 from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import kept_bytes, recomputed
+from compress.models.context.processes import check_processes, check_shareable, part_of_sequence, shareable
 from compress.models.fingerprint import fingerprint_of
 from compress.models.placement import input_device
 from compress.models.planned import has_routers, keeps_tokens, mixers_of, own_weights
 from compress.models.replaced import frozen
 from compress.models.trained import write_trained
 from compress.models.vocabulary import check_tokens
+from compress.runtime.shard import Shard
 from compress.runtime.step import Record
 from compress.train.compiled import compiled, pays
 from compress.train.curve import Curve
@@ -37,13 +39,15 @@ from compress.train.lora import attach, merge
 from compress.train.objectives.objective import Inputs, Objective
 from compress.train.settings import RecoverSettings
 from compress.train.state import Partial, whole_weights
+from compress.train.token_losses import next_tokens, refusal
 from compress.train.window_dropout import DroppedWindows, window_dropped
 from compress.train.windows import WindowBatches, Windows, check_windows
 from compress.versions import versions
 
 RECORD = "recover.json"
 LOGITS_BYTES = 2**30  # of the float32 logits that losses are taken on at once
-LOSS_BYTES = 32  # a logit, while losses are taken in plain PyTorch: both models', their logarithms and gradients
+# A logit, while losses are taken: both models' and the gradient; and in plain PyTorch float32 copies and logarithms.
+LOSS_BYTES = {True: 12, False: 32}
 
 
 class Recovered(BaseModel):
@@ -132,9 +136,11 @@ def recover(
     check_decisions(model, settings.length)
     check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
-    batches = WindowBatches(windows, settings.batch_size, settings.micro_batch)
+    batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, context=settings.context)
     steps, device = settings.step_count, input_device(model)
     accelerator = _accelerator(settings, device)
+    _check_context(model, settings)
+    check_processes(settings.context, accelerator.num_processes, "recover.context")
     batches.per_process(accelerator.num_processes)
     before, followed = _fingerprint(model), None if teacher is None else _fingerprint(teacher)
     digest = windows.digest(steps, settings.batch_size)
@@ -150,7 +156,16 @@ def recover(
                 "starting again, because the saved state belongs to another training or an earlier version",
             )
     accelerator.wait_for_everyone()
-    _train_and_merge(model, settings, batches, saved, curve, accelerator, teacher, seed, progress)
+    if settings.context == 1:
+        _train_and_merge(model, settings, batches, saved, curve, accelerator, teacher, seed, progress)
+    else:
+        shared, dense = shareable(model), None if teacher is None else shareable(teacher)
+        part = part_of_sequence(settings.length, settings.context)
+        _train_and_merge(shared, settings, batches, saved, curve, accelerator, dense, seed, progress, part)
+        weights = dict(shared.named_parameters())
+        for name, weight in model.named_parameters():
+            weight.data = weights[name].data
+        model.eval()
     if accelerator.is_main_process:
         lines = curve.steps()
         kept = _kept_again(model, settings, windows)
@@ -178,6 +193,26 @@ def recover(
     return read_recovered(folder)
 
 
+def _check_context(model: Any, settings: RecoverSettings) -> None:
+    """Check that the sequences of a model can be shared by processes, where the settings say so.
+
+    Raises:
+        UserError: a target of the plan cannot, or a loss that the plan brings.
+    """
+    if settings.context == 1:
+        return
+    check_shareable(model, "recover.context")
+    for objective in _losses(model, settings):
+        if not objective.of_logits:
+            raise UserError(
+                "a loss needs all tokens of a sequence at once",
+                where="recover.context",
+                expected="`text` and `distill` alone where processes share a sequence",
+                found=f"`{objective.registered}`",
+                fix="set `recover.context` to 1, or take a plan without routers",
+            )
+
+
 def _losses(model: Any, settings: RecoverSettings) -> tuple[Objective, ...]:
     return settings.losses_of(routed=has_routers(model), keeps=keeps_tokens(model))
 
@@ -192,7 +227,7 @@ def _kept_again(model: Any, settings: RecoverSettings, windows: Windows) -> list
     return measure_again(model, documents.unbind(), loss.by, loss.at)
 
 
-class _Student:
+class Student:
     """A model that is trained, and the dense one that it may follow.
 
     Where all losses are of logits, or of routers, and the logits of a pass are large, the head runs on some sequences
@@ -204,12 +239,21 @@ class _Student:
         as_kept: the models are kept in `dtype`, so a pass runs as the result will: all weights but those that mixers
             and routers have of their own are rounded to it once, and what lies between the products is in it as well.
             Without, only the inputs of the products are rounded, and twice as many bytes move between them.
+        shard: the part of each sequence that this process has, where others have the rest.
     """
 
     def __init__(
-        self, model: Any, teacher: Any, dtype: torch.dtype | None, *, whole: bool, as_kept: bool = False
+        self,
+        model: Any,
+        teacher: Any,
+        dtype: torch.dtype | None,
+        *,
+        whole: bool,
+        as_kept: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         self.module, self.teacher, self.dtype, self.whole = model, teacher, dtype, whole
+        self.shared = {} if shard is None else {"compress_shard": shard}
         self.rounded = _Rounded(model, dtype) if as_kept and dtype is not None else None
 
     def run(self, module: Any, inputs: Inputs, learn: Learn) -> None:
@@ -223,13 +267,13 @@ class _Student:
         record = Record()
         # Only a model that carries a plan has mixers, which may report losses.
         planned = {"compress_record": record} if hasattr(self.module.config, "compress_plan") else {}
-        given = {"input_ids": inputs["input_ids"]}
+        given = {"input_ids": inputs["input_ids"], **self.shared}
         with ExitStack() as during:
             during.enter_context(window_dropped(self.module, inputs.get("dropped", ())))
             during.enter_context(decided(self.module, inputs.get("decisions")))
             during.enter_context(faded(self.module, inputs.get("left", 0.0)))
-            if not self.whole and (parts := self._parts(given["input_ids"])) > 1:
-                self._run_in_parts(module, given, planned, learn, parts)
+            if not self.whole and len(parts := self._parts(given["input_ids"])) > 1:
+                self._run_in_parts(module, inputs, given, planned, learn, parts)
                 return
             student = {"logits": self._logits(module, {**given, **planned}), "record": record}
             if self.teacher is None:
@@ -243,35 +287,49 @@ class _Student:
         """Bytes that a pass over a part of a batch keeps for its backward pass, with what the losses take beside."""
         there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         ids = there["input_ids"]
-        sequences = len(ids) if self.whole else math.ceil(len(ids) / self._parts(ids))
-        logits = sequences * ids.shape[1] * len(self.module.get_output_embeddings().weight)
+        tokens = ids.numel() if self.whole else max(ids[part].numel() for part in self._parts(ids))
+        logits = tokens * len(self.module.get_output_embeddings().weight)
         self.module.train()  # as the loop has it
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             kept = kept_bytes(lambda: self.run(self.module, there, _learn_nothing), self.module)
-        return kept + LOSS_BYTES * logits
+        kind = self.dtype or self.module.get_output_embeddings().weight.dtype
+        return kept + LOSS_BYTES[refusal(device, kind) is None] * logits
 
-    def _parts(self, ids: torch.Tensor) -> int:
-        """How many parts the sequences of a pass are split into, so that the logits of each have few bytes."""
-        sequences = max(1, LOGITS_BYTES // (4 * ids.shape[1] * len(self.module.get_output_embeddings().weight)))
-        return math.ceil(len(ids) / sequences)
+    def _parts(self, ids: torch.Tensor) -> list[tuple[slice, slice]]:
+        """Sequences and columns of the parts that a pass is split into, so that the logits of each have few bytes."""
+        tokens = max(1, LOGITS_BYTES // (4 * len(self.module.get_output_embeddings().weight)))
+        rows = _pieces(len(ids), max(1, tokens // ids.shape[1]))
+        return [(row, columns) for row in rows for columns in _pieces(ids.shape[1], max(tokens, 1))]
 
-    def _run_in_parts(self, module: Any, inputs: Inputs, planned: Inputs, learn: Learn, parts: int) -> None:
-        with self._autocast(inputs):
-            states = self._states(module, {**inputs, **planned})
+    def _run_in_parts(
+        self,
+        module: Any,
+        inputs: Inputs,
+        given: Inputs,
+        planned: Inputs,
+        learn: Learn,
+        parts: list[tuple[slice, slice]],
+    ) -> None:
+        with self._autocast(given):
+            states = self._states(module, {**given, **planned})
             with torch.no_grad():
-                dense = None if self.teacher is None else self._states(self.teacher, inputs)
-        leaf = states.detach().requires_grad_()
-        for rows in torch.arange(len(leaf)).tensor_split(parts):
-            place = slice(int(rows[0]), int(rows[-1]) + 1)
-            with self._autocast(inputs):
-                device = inputs["input_ids"].device
+                dense = None if self.teacher is None else self._states(self.teacher, given)
+        leaf, ids = states.detach().requires_grad_(), inputs["input_ids"]
+        of_tokens = {"input_ids": ids}
+        if "next_ids" in inputs:
+            of_tokens["next_ids"] = inputs["next_ids"]
+        elif parts[0][1] != slice(0, ids.shape[1]):  # a part does not have the token that follows its last one
+            of_tokens["next_ids"] = next_tokens(ids)
+        for place in parts:
+            with self._autocast(given):
+                device = ids.device
                 logits = module.get_output_embeddings()(leaf[place]).to(device)
                 with torch.no_grad():
                     other = None if dense is None else self.teacher.get_output_embeddings()(dense[place]).to(device)
             learn(
                 {"logits": logits},
                 None if other is None else {"logits": other},
-                {name: value[place] for name, value in inputs.items()},
+                {name: value[place] for name, value in of_tokens.items()},
                 which=_of_logits,
             )
         record: Record | None = planned.get("compress_record")
@@ -295,6 +353,12 @@ class _Student:
         kind = inputs["input_ids"].device.type
         casts = self.dtype is not None and self.rounded is None
         return torch.autocast(kind, self.dtype or torch.bfloat16, enabled=casts)
+
+
+def _pieces(count: int, most: int) -> list[slice]:
+    """Parts of `count` things, alike in size and at most so many each."""
+    parts = torch.arange(count).tensor_split(math.ceil(count / most))
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 class _Rounded(nn.Module):
@@ -379,6 +443,7 @@ def _train_and_merge(
     teacher: Any,
     seed: int,
     progress: Progress | None,
+    shard: Shard | None = None,
 ) -> None:
     """Train and leave plain modules behind. A model that is to be spread is trained as a copy: nothing undoes that."""
     spread = accelerator.distributed_type == DistributedType.FSDP
@@ -392,10 +457,12 @@ def _train_and_merge(
     copied = copy.deepcopy(model) if spread else model
     adapted = _prepare(copied, settings, seed)
     sequences = batches.per_process(accelerator.num_processes)
-    tokens = min(settings.micro_batch or sequences, sequences) * settings.length
-    student = _Student(copied, teacher, low, whole=whole, as_kept=as_kept)
+    tokens = min(settings.micro_batch or sequences, sequences) * settings.length // settings.context
+    student = Student(copied, teacher, low, whole=whole, as_kept=as_kept, shard=shard)
     taught = _batches(batches, copied, settings, seed)
     loop = settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32")
+    # Processes that share a sequence compute it together: none may decide by its own memory to compute a layer again.
+    chosen = True if shard is not None and settings.checkpointing is None else settings.checkpointing
     measured = not spread and input_device(copied).type == "cuda"
     models = [each for each in (copied, teacher) if each is not None]
 
@@ -414,7 +481,7 @@ def _train_and_merge(
             recomputed(
                 copied,
                 tokens,
-                chosen=settings.checkpointing,
+                chosen=chosen,
                 itemsize=4 if low is None else 2,
                 trained=True,
                 needs=needs if measured else None,
@@ -422,7 +489,7 @@ def _train_and_merge(
         )
         share = settings.step_count * batches.size // accelerator.num_processes
         wanted = pays(copied, share) if settings.compile is None else settings.compile
-        if wanted and not spread:
+        if wanted and not spread and shard is None:
             rehearsal = partial(rehearse, student, losses, taught, loop, accelerator)
             undo.enter_context(compiled(models, rehearsal, by_part=again, say=say))
         trained = train(

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from compress import registry
 from compress.data.text import TextSource
-from compress.limits import BATCH, DOCUMENTS, ENTRIES, FACTOR, LONGEST, SEQUENCES, STEPS
+from compress.limits import BATCH, DOCUMENTS, ENTRIES, FACTOR, LONGEST, PROCESSES, SEQUENCES, STEPS
+from compress.models.context.layout import Layout
 from compress.registry import Method
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
@@ -121,7 +122,7 @@ class RecoverSettings(TrainSettings):
     """Training of the compressed model. The defaults are those of AMP (arXiv 2504.21174) and its code."""
 
     outside: ClassVar[frozenset[str]] = frozenset(
-        {"save_every", "shard", "checkpointing", "compile", "control", "window_control"}
+        {"save_every", "shard", "context", "checkpointing", "compile", "control", "window_control"}
     )
     newer: ClassVar[dict[str, Any]] = {
         "objectives": [],
@@ -216,7 +217,9 @@ class RecoverSettings(TrainSettings):
         "its work: shares of the passes, each for an equal part of the training, for instance `[0.2, 0.1, 0]`",
     )
     checkpointing: bool | None = Field(
-        None, description="recompute layers in the backward pass; null does so if memory is short"
+        None,
+        description="recompute layers in the backward pass; null does so if memory is short, and where processes share "
+        "sequences",
     )
     compile: bool | None = Field(
         None,
@@ -225,6 +228,14 @@ class RecoverSettings(TrainSettings):
     )
     shard: bool = Field(
         False, description="spread the weights over the GPUs (FSDP2); otherwise every GPU holds all of them"
+    )
+    context: int = Field(
+        1,
+        ge=1,
+        le=PROCESSES,
+        description="processes that share each sequence, for sequences that one GPU cannot hold: each has two parts of "
+        "it, and gets of the others what its heads need; `length` divides into 2 x `context` parts of whole pages of "
+        "64 tokens",
     )
     control: bool = Field(False, description="also train the dense model on the same batches, as a comparison")
     window_control: bool = Field(
@@ -236,7 +247,17 @@ class RecoverSettings(TrainSettings):
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         _once(self.objectives)
+        if self.context > 1 and self.length % (multiple := Layout.multiple(self.context)):
+            raise ValueError(
+                f"expected `length` to be a multiple of {multiple} where {self.context} processes share a sequence "
+                f"(`context`), got {self.length}"
+            )
         for objective in self.objectives:
+            if self.context > 1 and not objective.of_logits:
+                raise ValueError(
+                    f"`{objective.registered}` is a loss over all tokens of a sequence at once, which processes that "
+                    "share it (`context`) do not have"
+                )
             if objective.of_layer:
                 raise ValueError(f"`{objective.registered}` is a loss of single layers, which `prepare` takes")
         if self.keep_temperature[0] < self.keep_temperature[1]:

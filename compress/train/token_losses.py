@@ -17,6 +17,7 @@ except ImportError:  # no Triton here
 
 logger = logging.get_logger(__name__)
 
+NO_TOKEN = -1  # where nothing follows
 PROBE = (3, 9001)  # logits on which kernels are tried: more than a program holds at once, and an odd number
 
 
@@ -44,11 +45,28 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     if by_kernels(logits):
         # The logits stay whole, which is no copy of them: the last token of a sequence predicts nothing.
-        targets = functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
-        with current(logits.device):
-            loss: torch.Tensor = Surprise.apply(_rows(logits), targets)
-        return loss
+        return following_loss(logits, next_tokens(tokens))
     return _text_loss(logits, tokens)
+
+
+def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """What follows each token `[B, T]`; `NO_TOKEN` behind the last of a sequence."""
+    return functional.pad(tokens[:, 1:], (0, 1), value=NO_TOKEN)
+
+
+def following_loss(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Sum of -ln p over what follows some tokens, nats.
+
+    Args:
+        logits: `[B, T, V]`; computed in float32.
+        following: `[B, T]`, the token behind each, as `next_tokens` has it.
+    """
+    if by_kernels(logits):
+        with current(logits.device):
+            loss: torch.Tensor = Surprise.apply(_rows(logits), following.flatten())
+        return loss
+    flat = logits.flatten(0, 1).float()
+    return functional.cross_entropy(flat, following.flatten(), ignore_index=NO_TOKEN, reduction="sum")
 
 
 def _distill_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

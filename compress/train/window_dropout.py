@@ -41,7 +41,8 @@ class DroppedWindows:
         share = self.shares[step * len(self.shares) // self.steps]
         found: list[list[Inputs]] = []
         for process, parts in enumerate(self.batches.passes(step, processes)):
-            draws = [random.Random(f"{self.seed}/{step}/{process}/{number}") for number in range(len(parts))]
+            share_of = process // self.batches.context  # one of those that have the same sequences, whose draws are one
+            draws = [random.Random(f"{self.seed}/{step}/{share_of}/{number}") for number in range(len(parts))]
             found.append(
                 [
                     {**part, "dropped": tuple(n for n in range(self.mixers) if draw.random() < share)}

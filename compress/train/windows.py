@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from compress.errors import UserError
+from compress.models.context.layout import Layout
+from compress.train.token_losses import next_tokens
 
 
 def check_windows(available: int, length: int, context: int | None, section: str = "recover") -> None:
@@ -90,32 +92,54 @@ class WindowBatches:
         sequences: in a batch, over all processes.
         most: sequences in one pass; None takes all of a process at once.
         where: key of the recipe that says how many, for the message.
+        context: processes that share a sequence.
     """
 
     unit = "tokens"
 
-    def __init__(self, windows: Windows, sequences: int, most: int | None, where: str = "recover.batch_size") -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        sequences: int,
+        most: int | None,
+        where: str = "recover.batch_size",
+        context: int = 1,
+    ) -> None:
         self.windows, self.sequences, self.most, self.where = windows, sequences, most, where
-        self.size = sequences * windows.length
+        self.size, self.context = sequences * windows.length, context
 
     def per_process(self, processes: int) -> int:
-        """Sequences of a batch in each process.
+        """Sequences of a batch in each process, which has all of them or its part of each.
 
         Raises:
             UserError: the batch does not divide among the processes.
         """
-        if self.sequences % processes:
+        shares = processes // self.context
+        if self.sequences % shares:
             raise UserError(
                 "the batch does not divide among the processes",
                 where=self.where,
-                expected=f"a multiple of {processes}",
+                expected=f"a multiple of {shares}",
                 found=f"{self.sequences}",
             )
-        return self.sequences // processes
+        return self.sequences // shares
 
     def passes(self, step: int, processes: int) -> list[list[dict[str, torch.Tensor]]]:
-        """Parts `{"input_ids": [sequences, length]}` of the batch of a step (from 0), for every process."""
+        """Parts `{"input_ids": [sequences, length]}` of the batch of a step (from 0), for every process.
+
+        Where processes share sequences a part has the tokens that are its process's, and what follows each of them in
+        its sequence, `next_ids`.
+        """
         per_process = self.per_process(processes)
         most = min(self.most or per_process, per_process)
         batch = self.windows.batch(step, self.sequences)
-        return [[{"input_ids": part} for part in process.split(most)] for process in batch.split(per_process)]
+        shares = [process.split(most) for process in batch.split(per_process)]
+        if self.context == 1:
+            return [[{"input_ids": part} for part in parts] for parts in shares]
+        layout = Layout(self.windows.length, self.context)
+        columns = [layout.positions(rank) for rank in range(self.context)]
+        return [
+            [{"input_ids": part[:, here], "next_ids": next_tokens(part)[:, here]} for part in parts]
+            for parts in shares
+            for here in columns
+        ]

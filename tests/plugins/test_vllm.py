@@ -52,6 +52,15 @@ def test_the_rule_is_that_of_the_checkpoints_own_code():
         assert [rule.first(t) for t in range(700)] == expected.tolist()
 
 
+def test_rules_that_the_mask_of_vllm_can_say():
+    t, j = torch.arange(300)[:, None], torch.arange(300)[None]
+    for span in SPANS:
+        rule = rule_of(span)
+        masked = (j <= t) & ((j < rule.sink) | (t - j < max(1, rule.alpha)))
+        assert not rule.is_rswa or torch.equal(span.visible(t, j), masked)
+    assert {rule_of(span).is_rswa for span in SPANS} == {True, False}
+
+
 @pytest.mark.parametrize("block", [16, 48])
 def test_a_block_is_held_exactly_while_a_later_query_sees_it(block):
     for span in SPANS:

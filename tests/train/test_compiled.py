@@ -15,7 +15,7 @@ from compress.models.shape import shape_of
 from compress.plan.build import uniform_plan
 from compress.targets.linear import LinearGroup
 from compress.train import compiled
-from compress.train.recovery import recover
+from compress.train.recovery import LOSS_BYTES, Student, recover
 from tests.train.common import model_of, settings, text
 
 LINES = list[str]
@@ -89,3 +89,14 @@ def test_kept_bytes_are_those_that_autograd_keeps() -> None:
         y.sigmoid()
 
     assert kept_bytes(run, weight) == 4 * (10 * 4 + 3 * 10 * 8)
+
+
+def test_a_pass_is_measured_with_its_losses_and_leaves_nothing_behind() -> None:
+    model, device = model_of(num_hidden_layers=1).requires_grad_(True), torch.device("cpu")
+    student, ids = Student(model, model_of(), None, whole=False), torch.zeros(2, 12, dtype=torch.long)
+    state = torch.random.get_rng_state()
+    found = [student.kept_bytes({"input_ids": ids[:, :length]}, device) for length in (6, 12)]
+    losses = LOSS_BYTES[False] * 2 * 6 * len(model.get_input_embeddings().weight)
+    assert found[1] - found[0] > losses and found[0] > losses
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(weight.grad is None for weight in model.parameters())

@@ -75,14 +75,14 @@ def test_logits_in_parts_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     whole = curve("whole")
     calls: list[int] = []
-    split = recovery._Student._run_in_parts
+    split = recovery.Student._run_in_parts
 
     def noted(self: Any, *args: Any) -> None:
-        calls.append(args[-1])
+        calls.append(len(args[-1]))
         split(self, *args)
 
     monkeypatch.setattr(recovery, "LOGITS_BYTES", 4 * 16 * 97 * 3)  # three of four sequences
-    monkeypatch.setattr(recovery._Student, "_run_in_parts", noted)
+    monkeypatch.setattr(recovery.Student, "_run_in_parts", noted)
     parts = curve("parts")
     assert calls == [2, 2, 2]
     for one, other in zip(whole, parts, strict=True):

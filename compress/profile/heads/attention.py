@@ -28,6 +28,7 @@ class Attention(HeadStatistic):
         default=64, ge=1, le=LONGEST, description="tokens at the start of the sequence that count as sink"
     )
 
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "share of a row's attention; entropy in nats"
     gives: ClassVar[Mapping[str, str]] = {"sink_mass": "groups", "entropy": "groups"}
 

@@ -26,6 +26,7 @@ class HiddenMass(HeadStatistic):
         default_factory=SpanGrid, description="span rules that are priced; the same grid as influence's"
     )
 
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "share of a row's attention"
     gives: ClassVar[Mapping[str, str]] = {"hidden_mass": "rules"}
 

@@ -68,6 +68,7 @@ class Influence(HeadStatistic):
     )
 
     needs_gradient: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "change of the mean answer cross-entropy, nats"
     gives: ClassVar[Mapping[str, str]] = {f"influence.{kind}": "rules" for kind in ("absolute", "signed", "joint")}
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class LseSpread(HeadStatistic):
     """Standard deviation over rows of log-sum-exp minus log of the number of keys (no gradient needed)."""
 
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "nats"
     needs_lse: ClassVar[bool] = True
     gives: ClassVar[Mapping[str, str]] = {"lse_spread": "groups"}

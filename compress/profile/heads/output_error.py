@@ -27,6 +27,7 @@ class OutputError(HeadStatistic):
     sink: int = Field(64, ge=0, le=LONGEST, description="tokens at the start that stay visible")
     window: int = Field(256, ge=1, le=LONGEST, description="tokens of the window")
 
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "squared error over squared length of the output"
     gives: ClassVar[Mapping[str, str]] = {"output_error": "groups"}
 

@@ -36,6 +36,7 @@ class Retrieval(HeadStatistic):
         default_factory=SpanGrid, description="span rules that `retrieval.lost` prices; the same grid as influence's"
     )
 
+    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "share of a row's attention"
     gives: ClassVar[Mapping[str, str]] = {"retrieval": "groups", "retrieval.lost": "rules"}
 

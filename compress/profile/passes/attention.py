@@ -42,7 +42,8 @@ class AttentionPass(SamplePass):
                     feed.item, feed.sheet = items[places[number]], sheets[places[number]]
 
                 losses: list[float | None] = [None] * len(items)
-                found = capture.run_all([sample for sample in taken if sample is not None], begin, run.report)
+                shared = [run.taken(sample) for sample in taken if sample is not None]
+                found = capture.run_all(shared, begin, run.report)
                 for place, loss in zip(places, found if self.has_loss else [], strict=self.has_loss):
                     losses[place] = loss
                 return losses

@@ -5,8 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from compress.models.context.dense import SharedSample
+from compress.models.context.layout import Layout
+from compress.models.context.processes import Sharing
 from compress.profile.partial import Partial
 from compress.profile.processes import Processes
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
@@ -27,6 +30,7 @@ class Run:
         checkpointing: recompute layers in the backward pass; None decides from the free memory.
         strip_bytes: see `tiles.tiles`.
         round: 0, or 1 for the statistics that read what others measured in the passes before.
+        sharing: the processes that share each sample with this one; None where each reads whole ones.
     """
 
     subject: Subject
@@ -39,6 +43,20 @@ class Run:
     checkpointing: bool | None
     strip_bytes: int | None
     round: int = 0
+    sharing: Sharing | None = None
+
+    def taken(self, sample: Sample) -> Any:
+        """What of a sample this process passes through the model: all, or its part (`SharedSample`)."""
+        if self.sharing is None:
+            return sample
+        multiple = Layout.multiple(self.sharing.world)
+        return SharedSample(sample, self.sharing.part(-(-sample.length // multiple) * multiple))
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of the samples that are read at once this process reads, and how many these are."""
+        together = 1 if self.sharing is None else self.sharing.world
+        return self.processes.rank // together, self.processes.world // together
 
 
 class Pass(ABC):

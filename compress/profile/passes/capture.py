@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import torch
 
 from compress.errors import UserError
 from compress.models.backward import loss_scale, recomputed
+from compress.models.context.dense import SharedSample, shared_attention, views_of
 from compress.models.placement import input_device
 from compress.models.replaced import AttentionCall, differentiable_inputs, replaced_attention, tapped
 from compress.models.stream import LayerByLayer, stream_of
@@ -60,6 +62,8 @@ class Capture:
         self.checkpointing = checkpointing
         self._undo = ExitStack()
         self._scale = 1.0
+        self._shared: SharedSample | None = None
+        self._problem: UserError | None = None
 
     def __enter__(self) -> Capture:
         self._undo.enter_context(replaced_attention(self.model, NAME, self._attention, inputs=self.inputs))
@@ -104,15 +108,22 @@ class Capture:
     def _loss_scale(self) -> float:
         return loss_scale(self.model.get_input_embeddings().weight.dtype)
 
-    def run(self, sample: Sample) -> float | None:
-        """Pass one sample through the model.
+    def run(self, sample: Sample | SharedSample) -> float | None:
+        """Pass one sample through the model, or the part of it that is here.
 
         Returns:
-            The mean loss in nats, None without a backward pass.
+            The mean loss in nats, or this process's share in it; None without a backward pass.
 
         Raises:
             UserError: attention outputs or gradients that are not finite; names the layer.
         """
+        self._shared, self._problem = sample if isinstance(sample, SharedSample) else None, None
+        loss = self._run(sample)
+        if self._problem is not None:  # told when all is done, since other processes wait for this one meanwhile
+            raise self._problem
+        return loss
+
+    def _run(self, sample: Sample | SharedSample) -> float | None:
         device = input_device(self.model)
         if not self.gradient:
             with torch.no_grad():
@@ -129,8 +140,9 @@ class Capture:
         """`[1, H, T, D]`; hands the layer on."""
         # Not `call`: what is handed to the backward pass may not keep what recomputed layers give up.
         layer, scaling, window, scores = call.layer, call.scaling, call.window, call.scores
-        output = call.dense()
-        _check(output, layer, "the attention output")
+        shared = self._shared
+        output = call.dense() if shared is None else shared_attention(call, shared.part)
+        self._check(output, layer, "the attention output")
 
         read = [call.query, call.key, call.value]
         if call.hidden is not None:
@@ -140,8 +152,11 @@ class Capture:
             query, key, value, *inputs = (tensor[0] for tensor in tensors[:-1] if tensor is not None)
             slope = tensors[-1]
             if slope is not None:
-                _check(slope, layer, "the gradient of the attention output")
+                self._check(slope, layer, "the gradient of the attention output")
                 slope = slope[0].float() / self._scale
+            if shared is not None:
+                self._hand_on_segments(shared, LayerTensors(layer, query, key, value, scaling, window, slope, scores))
+                return
             taken = LayerTensors(layer, query, key, value, scaling, window, slope, scores)
             if inputs:
                 taken.hidden, *rotary = inputs
@@ -152,6 +167,39 @@ class Capture:
             return tapped(output, hand_on, *read)
         hand_on(*read, None)
         return output
+
+    @torch.no_grad()
+    def _hand_on_segments(self, shared: SharedSample, taken: LayerTensors) -> None:
+        """Hand on the segments of a sample that are here, with the keys that they see, which are exchanged again."""
+        views = views_of(shared.part, taken.key[None], taken.value[None], taken.window)
+        queries = shared.part.split(taken.query, 1)
+        whole = taken.output_gradient
+        slopes = [None] * len(views) if whole is None else shared.part.split(whole, 1)
+        for query, slope, (view, both) in zip(queries, slopes, views, strict=True):
+            rows = min(view.stop, shared.whole) - view.start  # the rest is padding
+            if rows <= 0:
+                continue
+            key, value = both[0].split([query.shape[-1], both.shape[-1] - query.shape[-1]], dim=-1)
+            self.consume(
+                replace(
+                    taken,
+                    query=query[:, :rows],
+                    key=key,
+                    value=value,
+                    output_gradient=None if slope is None else slope[:, :rows],
+                    row_start=view.start,
+                    key_start=view.shift,
+                )
+            )
+
+    def _check(self, values: torch.Tensor, layer: int, what: str) -> None:
+        """Refuse NaN and infinity; where a sample is shared, once it has passed."""
+        try:
+            _check(values, layer, what)
+        except UserError as error:
+            if self._shared is None:
+                raise
+            self._problem = self._problem or error
 
 
 def _check(values: torch.Tensor, layer: int, what: str) -> None:

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from compress.models.backward import loss_scale, recomputed
+from compress.models.context.dense import shared_attention
 from compress.models.families import check_reading
 from compress.models.placement import input_device
-from compress.models.replaced import frozen
+from compress.models.replaced import AttentionCall, frozen, replaced_attention
 from compress.models.stream import LayerByLayer, stream_of
 from compress.models.units import LayerUnits
 from compress.profile.passes.base import Run
 from compress.profile.passes.samples import Read, SamplePass, one_by_one
-from compress.profile.statistic import Item, Progress, Reads, Subject
+from compress.profile.statistic import Item, Reads
 from compress.profile.sums import Sheet
 
 if TYPE_CHECKING:
     from compress.data.sample import Sample
     from compress.profile.units.base import UnitStatistic
 
+NAME = "compress_shared"  # of the attention where processes share samples
 ROWS = 1024  # tokens that are handed out at once: float32 copies of long documents would not fit
 
 
@@ -42,7 +44,7 @@ class ProjectionsPass(SamplePass):
 
     @contextmanager
     def reader(self, run: Run, statistics: Sequence[UnitStatistic]) -> Iterator[Read]:
-        reader = _Reader(run.subject, statistics, run.checkpointing, run.report)
+        reader = _Reader(run, statistics)
         with ExitStack() as undo:
             reader.open(undo)
             yield reader.read
@@ -53,16 +55,18 @@ class _Reader:
 
     sheet: Sheet
 
-    def __init__(
-        self, subject: Subject, statistics: Sequence[UnitStatistic], checkpointing: bool | None, report: Progress
-    ) -> None:
-        self.subject, self.statistics, self.checkpointing, self.report = subject, statistics, checkpointing, report
+    def __init__(self, run: Run, statistics: Sequence[UnitStatistic]) -> None:
+        self.run, self.subject, self.statistics = run, run.subject, statistics
+        self.taken: Any = None
         self.gradient = any(statistic.needs_gradient for statistic in statistics)
         self._forward = False
 
     def open(self, undo: ExitStack) -> None:
         """Set hooks and gradients, until `undo` closes."""
-        undo.enter_context(frozen(self.subject.model))
+        if self.run.sharing is None:
+            undo.enter_context(frozen(self.subject.model))
+        else:
+            undo.enter_context(replaced_attention(self.subject.model, NAME, self._attention))
         inputs = [statistic.name for statistic in self.statistics if statistic.reads_inputs]
         check_reading(self.subject.model.config, inputs)
         for layer in self.subject.units:
@@ -83,7 +87,7 @@ class _Reader:
         return [None] * len(items)
 
     def _read_by_layer(self, samples: Sequence[Sample], sheets: Sequence[Sheet]) -> None:
-        passing, model = LayerByLayer(self.subject.model, self.report), self.subject.model
+        passing, model = LayerByLayer(self.subject.model, self.run.report), self.subject.model
         scale = loss_scale(model.get_input_embeddings().weight.dtype)
 
         def begin(number: int) -> None:
@@ -103,7 +107,8 @@ class _Reader:
                 )
 
     def _read(self, item: Item, sheet: Sheet) -> None:
-        self.sheet, sample, model = sheet, item.sample, self.subject.model
+        self.sheet, sample, model = sheet, self.run.taken(item.sample), self.subject.model
+        self.taken = sample
         device = input_device(model)
         if not self.gradient:
             with torch.no_grad(), self._taking():
@@ -111,13 +116,16 @@ class _Reader:
             return
         scale = loss_scale(model.get_input_embeddings().weight.dtype)
         self._drop_gradients()
-        with torch.enable_grad(), recomputed(model, sample.length, chosen=self.checkpointing):
+        with torch.enable_grad(), recomputed(model, sample.length, chosen=self.run.checkpointing):
             with self._taking():
                 output = model(**sample.inputs(device))
             loss, _ = sample.loss(output)
             (loss * scale).backward()
         for layer in self.subject.units:
             self._add_gradients(layer, sheet, scale)
+
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        return shared_attention(call, self.taken.part)
 
     def _add_gradients(self, layer: LayerUnits, sheet: Sheet, scale: float) -> None:
         """Take the gradients of a layer's projections, and drop them."""
@@ -142,7 +150,10 @@ class _Reader:
         def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             if not self._forward:
                 return
-            for rows in arguments[0].detach()[0].split(ROWS):
+            read = arguments[0].detach()[0]
+            if self.run.sharing is not None:  # without what stands behind the sample
+                read = read[self.taken.real(read.device)]
+            for rows in read.split(ROWS):
                 inputs = rows.float()
                 for statistic, sums in zip(self.statistics, self.sheet.sums, strict=True):
                     statistic.add(sums[layer.index], layer, kind, inputs)

@@ -90,7 +90,7 @@ class SamplePass(Pass):
 
     def _at_once(self, run: Run, queue: Sequence[Item], statistics: Sequence[Any]) -> int:
         """How many samples all processes read before their sums are added."""
-        world = run.processes.world
+        _, world = run.share
         if stream_of(run.subject.model) is None:
             return world
         gradient = any(statistic.needs_gradient for statistic in statistics)
@@ -119,27 +119,33 @@ def queue_of(*corpora: Samples) -> list[Item]:
 def _take(batch: Sequence[Item], totals: Sequence[Sheet], run: Run, statistics: Sequence[Any], read: Read) -> str:
     """Read samples in each process, every world-th of them, and add all of them; what to say of the last."""
     processes, message = run.processes, ""
-    own = batch[processes.rank :: processes.world]
+    share, shares = run.share
+    own = batch[share::shares]
     sheets = [Sheet(statistics, run.subject, [item.length]) for item in own]
     problems: list[Problem] | None = None
+    losses: list[float | None] = []
     try:
         losses = read(own, sheets) if own else []
     except UserError as error:
         if processes.world == 1:
             raise
         problems = error.problems
-    else:
+    if run.sharing is not None:  # before sums are added: none may wait for one that has none
+        problems = next((found for found in processes.gather(problems) if found is not None), None)
+    if problems is None:
         for item, sheet, loss in zip(own, sheets, losses, strict=True):
             if loss is not None:
                 sheet.loss.fill_(loss)
+            if run.sharing is not None:
+                run.sharing.add([*(total for _, total in sheet.tensors()), sheet.loss])
             sheet.close(item)
     for number, item in enumerate(batch):
-        source = number % processes.world
+        source = number % shares * (processes.world // shares)
         # All processes stop together: none may wait for one that has stopped.
         if (refused := processes.broadcast(problems, source)) is not None:
             raise UserError(refused)
-        mine = source == processes.rank
-        sheet = sheets[number // processes.world] if mine else Sheet(statistics, run.subject, [item.length])
+        mine = number % shares == share
+        sheet = sheets[number // shares] if mine else Sheet(statistics, run.subject, [item.length])
         processes.spread([*(total for _, total in sheet.tensors()), sheet.loss], source)
         sheet.check_finite(item.where)
         totals[item.corpus].add(sheet, item)

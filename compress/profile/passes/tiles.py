@@ -53,6 +53,8 @@ class LayerTensors:
         scores: what else the layer does to its scores; None for a plain softmax.
         hidden: `[T, hidden size]` input of the attention module, where a statistic reads it (`Capture.inputs`).
         rotary: cosines and sines `[T, D]`, likewise; None in a layer without them.
+        row_start, key_start: positions of the first query and of the first key, where this is a part of a sequence: its
+            queries and `[G, M, D]` keys and values up to the last of them, those before from the first that is seen.
     """
 
     layer: int
@@ -65,6 +67,8 @@ class LayerTensors:
     scores: Scores | None = None
     hidden: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    row_start: int = 0
+    key_start: int = 0
 
     def on(self, device: torch.device) -> LayerTensors:
         """The same on a device; itself where it lies there."""
@@ -158,12 +162,11 @@ def prefix_sums(values: torch.Tensor, workspace: Workspace, name: str) -> torch.
     return sums
 
 
-def strips(length: int, heads: int, window: int | None, budget: int) -> Iterator[tuple[int, int, int]]:
-    """(row_start, row_end, key_start) of strips that cover all rows, each at most about `budget` bytes.
+def strips(length: int, heads: int, window: int | None, budget: int, start: int = 0) -> Iterator[tuple[int, int, int]]:
+    """(row_start, row_end, key_start) of strips that cover all rows from `start` on, each at most about `budget` bytes.
 
     A strip never has fewer than 4 rows (fewer only at the end), so at extreme lengths it may exceed the budget.
     """
-    start = 0
     while start < length:
         key_start = 0 if window is None else max(0, start - window + 1)
         rows = MAX_ROWS
@@ -191,6 +194,7 @@ def tiles(
     heads, length, size = layer.query.shape
     groups = layer.key.shape[0]
     device = layer.query.device
+    first, before = layer.row_start, layer.key_start
     budget = strip_bytes or STRIP_BYTES.get(device.type, STRIP_BYTES["cuda"])
     query = layer.query.float().mul(layer.scaling).view(groups, heads // groups, length, size)
     keys = layer.key.float().transpose(1, 2).contiguous()
@@ -199,12 +203,13 @@ def tiles(
     if layer.output_gradient is not None:
         slope = layer.output_gradient.float().reshape(groups, heads // groups, length, size)
         values = value.transpose(1, 2).contiguous()
-    for start, end, key_start in strips(length, heads, layer.window, budget):
+    for start, end, key_start in strips(first + length, heads, layer.window, budget, first):
         rows, columns = end - start, end - key_start
+        of_rows, of_keys = slice(start - first, end - first), slice(key_start - before, end - before)
         flat = (groups, heads // groups * rows, columns)
         shape = (groups, heads // groups, rows, columns)
         logits = workspace.take("tile.logits", flat)
-        torch.bmm(query[:, :, start:end].reshape(groups, -1, size), keys[:, :, key_start:end], out=logits)
+        torch.bmm(query[:, :, of_rows].reshape(groups, -1, size), keys[:, :, of_keys], out=logits)
         logits = logits.view(shape)
         if layer.scores is not None:
             logits = layer.scores.capped(logits)
@@ -224,9 +229,9 @@ def tiles(
         gradient = None
         if slope is not None and values is not None:
             gradient = workspace.take("tile.logits", flat)
-            torch.bmm(slope[:, :, start:end].reshape(groups, -1, size), values[:, :, key_start:end], out=gradient)
+            torch.bmm(slope[:, :, of_rows].reshape(groups, -1, size), values[:, :, of_keys], out=gradient)
             gradient = gradient.view(shape)
-        seen = value[:, key_start:end]
+        seen = value[:, of_keys]
         yield Tile(layer.layer, start, key_start, attention, gradient, seen, workspace, layer.window, lse)
 
 

@@ -38,6 +38,7 @@ class UnitStatistic(SummedStatistic):
     """
 
     reads: ClassVar[Reads] = "projections"
+    by_rows: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     @property

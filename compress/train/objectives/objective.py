@@ -24,7 +24,8 @@ class Objective(Method):
 
     Attributes:
         needs_teacher: whether it reads what the teacher gives.
-        of_logits: whether it reads logits and token ids alone, sequence by sequence.
+        of_logits: whether it reads logits and token ids alone, sequence by sequence; and where the inputs have the ids
+            of the tokens that follow, `next_ids`, any tokens of a sequence by themselves.
         of_layer: whether it is a loss of one layer, which `prepare` takes, and not one of a whole model.
         needs_parts: of a layer's loss, whether it asks for the softmax and the state of its heads apart.
         needs_features: likewise, whether it asks for the features that the state's weights are made of.

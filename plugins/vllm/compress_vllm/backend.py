@@ -1,100 +1,36 @@
-"""Attention by a span rule in plain PyTorch, on vLLM's blocks: only blocks that the rule keeps are read.
+"""The attention backends of head groups with sinks or growing windows, as vLLM wants them: plain PyTorch, and kernels.
 
-A query of one token is computed with those of all other requests in one call; a prompt, or a chunk of it, piece by
-piece. Keys are stored behind RoPE, so that which are read is all that matters and not where they lie.
+Both read only the blocks that the rule keeps. On a GPU it is the kernels (`kernel.py`), which are captured in CUDA
+graphs; elsewhere plain PyTorch (`plain.py`), which asks the device for lengths and is not.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from compress_vllm import plain
 from compress_vllm.rule import Rule
 
-PIECE = 128  # queries of a prompt that are computed together; all of them read what the first and the last see
+CHOICE = "COMPRESS_VLLM_BACKEND"
+CHOICES = ("kernel", "rswa", "plain")
 
 
-@dataclass
-class Rows:
-    """Queries of one request, or single ones of R requests, and the keys that they read.
-
-    Attributes:
-        tokens: places of the queries in the batch, `[R]` for single queries, else a slice.
-        blocks, offsets: where the keys lie, `[R, L]` (or `[L]` of a chunk).
-        visible: which of them each query sees, `[R, 1, 1, L]` (or `[T, L]`); None where all do.
-    """
-
-    tokens: Any
-    blocks: torch.Tensor
-    offsets: torch.Tensor
-    visible: torch.Tensor | None
-
-
-@dataclass
-class SpanMetadata:
-    """What one step asks of the attention modules of a KV cache group."""
-
-    single: Rows | None
-    chunks: list[Rows]
-
-
-class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
-    """Works out once a step, for all modules of a group, where the keys lie that queries see."""
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.rule: Rule = kv_cache_spec.rule
-        self.block = kv_cache_spec.block_size
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SpanMetadata:
-        """See the class."""
-        batch = common_attn_metadata
-        starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
-        counts = [end - start for start, end in pairwise(starts)]
-        alone = [row for row, count in enumerate(counts) if count == 1]
-        chunks = [
-            self._chunk(starts[row], max(lengths[row] - count, 0), piece, count, batch.block_table_tensor[row])
-            for row, count in enumerate(counts)
-            if count > 1
-            for piece in range(0, count, PIECE)
-        ]
-        return SpanMetadata(self._single(alone, starts, lengths, batch.block_table_tensor) if alone else None, chunks)
-
-    def _single(self, rows: list[int], starts: list[int], lengths: list[int], table: torch.Tensor) -> Rows:
-        """Single queries of several requests; columns are the keys of the sink, and then those of the window."""
-        device = table.device
-        last = torch.tensor([lengths[row] - 1 for row in rows], device=device)[:, None]
-        first = self.rule.first(last)
-        sinks = first.clamp(max=self.rule.sink)
-        seen = sinks + last + 1 - first
-        columns = torch.arange(int(seen.max()), device=device)[None]
-        keys = torch.minimum(torch.where(columns < sinks, columns, first - sinks + columns), last)
-        visible = None if bool((seen == seen[0]).all()) else (columns < seen)[:, None, None]
-        blocks = table[rows].gather(1, keys // self.block).long()
-        tokens = torch.tensor([starts[row] for row in rows], device=device)
-        return Rows(tokens, blocks, keys % self.block, visible)
-
-    def _chunk(self, start: int, before: int, piece: int, count: int, table: torch.Tensor) -> Rows:
-        """A piece, from query `piece` on, of `count` queries of one request that had `before` tokens before them."""
-        device, end = table.device, min(piece + PIECE, count)
-        first = self.rule.first(before + piece)
-        keys = torch.cat(
-            [torch.arange(min(self.rule.sink, first), device=device), torch.arange(first, before + end, device=device)]
-        )
-        queries = torch.arange(before + piece, before + end, device=device)[:, None]
-        visible = (keys <= queries) & ((keys < self.rule.sink) | (keys >= self.rule.first(queries)))
-        tokens = slice(start + piece, start + end)
-        return Rows(tokens, table[keys // self.block].long(), keys % self.block, visible)
-
-
-class SpanAttentionImpl(AttentionImpl[SpanMetadata]):
-    """Softmax attention over the keys that `SpanMetadata` names."""
+class _Impl(AttentionImpl[Any]):
+    """What both have: the arguments, and which of them are refused."""
 
     def __init__(
         self,
@@ -109,26 +45,10 @@ class SpanAttentionImpl(AttentionImpl[SpanMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        for what, there in (
-            ("slopes of positions (ALiBi)", alibi_slopes is not None),
-            (f"a cache in {kv_cache_dtype}", is_quantized_kv_cache(kv_cache_dtype)),
-            (f"attention of the type {attn_type}", attn_type != AttentionType.DECODER),
-            ("keys and values of another layer", kv_sharing_target_layer_name is not None),
-        ):
-            if there:
-                raise NotImplementedError(f"head groups with sinks or growing windows do not know {what}")
+        check_arguments(alibi_slopes, kv_cache_dtype, attn_type, kv_sharing_target_layer_name)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.cap = logits_soft_cap or None
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Store keys and values `[tokens, heads, size]` at their slots; a negative slot stores nothing."""
-        stored = slot_mapping >= 0
-        slots = slot_mapping[stored].long()
-        new = torch.cat([key, value], dim=-1)[: len(stored)][stored]
-        kv_cache.transpose(1, 2)[slots // kv_cache.shape[2], slots % kv_cache.shape[2]] = new.to(kv_cache.dtype)
 
     def forward(
         self,
@@ -137,7 +57,7 @@ class SpanAttentionImpl(AttentionImpl[SpanMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: SpanMetadata | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -146,37 +66,122 @@ class SpanAttentionImpl(AttentionImpl[SpanMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("head groups with sinks or growing windows do not know quantised outputs")
         if attn_metadata is None:  # while vLLM measures memory
-            return output
-        rows = attn_metadata.single
-        if rows is not None:
-            held = kv_cache.transpose(1, 2)[rows.blocks, rows.offsets]  # [R, L, G, 2 D]
-            keys, values = held.transpose(1, 2).split(self.head_size, dim=-1)
-            grouped = query[rows.tokens].unflatten(1, (self.num_kv_heads, -1))  # [R, G, heads of a group, D]
-            output[rows.tokens] = self._attend(grouped, keys, values, rows.visible).flatten(1, 2).to(output.dtype)
-        for rows in attn_metadata.chunks:
-            held = kv_cache.transpose(1, 2)[rows.blocks, rows.offsets]  # [L, G, 2 D]
-            keys, values = held.transpose(0, 1)[:, None].split(self.head_size, dim=-1)  # [G, 1, L, D]
-            grouped = query[rows.tokens].unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
-            found = self._attend(grouped, keys, values, rows.visible)  # [G, heads of a group, T, D]
-            output[rows.tokens] = found.permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+            return output.zero_()
+        self._attend(query, kv_cache, attn_metadata, output)
         return output
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Softmax attention of `[..., T, D]` over `[..., L, D]` where `visible` broadcasts; a cap on scores, if any."""
-        key, value = key.to(query.dtype), value.to(query.dtype)
-        if self.cap is None:
-            key, value = (tensor.expand(*query.shape[:-2], *tensor.shape[-2:]) for tensor in (key, value))
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
-        scores = self.cap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * (self.scale / self.cap))
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        return (scores.softmax(dim=-1) @ value.float()).to(query.dtype)
+    def _attend(self, query: torch.Tensor, cache: torch.Tensor, metadata: Any, out: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+def check_arguments(slopes: Any, cache_dtype: str, kind: str, shared: str | None) -> None:
+    """Raise NotImplementedError for what heads with sinks or growing windows cannot have."""
+    for what, there in (
+        ("slopes of positions (ALiBi)", slopes is not None),
+        (f"a cache in {cache_dtype}", is_quantized_kv_cache(cache_dtype)),
+        (f"attention of the type {kind}", kind != AttentionType.DECODER),
+        ("keys and values of another layer", shared is not None),
+    ):
+        if there:
+            raise NotImplementedError(f"head groups with sinks or growing windows do not know {what}")
+
+
+class PlainBuilder(AttentionMetadataBuilder[plain.Batch]):
+    """Works out once a step, for all modules of a group, where the keys lie that queries see."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.rule: Rule = kv_cache_spec.rule
+        self.block = kv_cache_spec.block_size
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> plain.Batch:
+        """See the class."""
+        batch = common_attn_metadata
+        starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        return plain.batch_of(self.rule, self.block, starts, lengths, batch.block_table_tensor)
+
+
+class PlainImpl(_Impl):
+    """Softmax attention over the keys that a `plain.Batch` names."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store keys and values `[tokens, heads, size]` at their slots; a negative slot stores nothing."""
+        plain.store(kv_cache, key, value, slot_mapping)
+
+    def _attend(self, query: torch.Tensor, cache: torch.Tensor, metadata: plain.Batch, out: torch.Tensor) -> None:
+        plain.attend(query, cache, metadata, self.scale, self.cap, out)
+
+
+@dataclass
+class KernelMetadata:
+    """What one step asks of the modules of a KV cache group; tensors are vLLM's own, which graphs may hold on to."""
+
+    rule: Rule
+    table: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    tokens: int
+    most_queries: int
+    longest: int
+
+
+class KernelBuilder(AttentionMetadataBuilder[KernelMetadata]):
+    """Hands on what vLLM has, so that nothing is computed or copied between steps."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.rule: Rule = kv_cache_spec.rule
+        self._init_reorder_batch_threshold(1)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> KernelMetadata:
+        """See the class."""
+        batch = common_attn_metadata
+        return KernelMetadata(
+            rule=self.rule,
+            table=batch.block_table_tensor,
+            starts=batch.query_start_loc,
+            lengths=batch.seq_lens,
+            tokens=batch.num_actual_tokens,
+            most_queries=batch.max_query_len,
+            longest=batch.max_seq_len,
+        )
+
+
+class KernelImpl(_Impl):
+    """The kernels of `kernel.py`."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store keys and values `[tokens, heads, size]` at their slots; a negative slot stores nothing."""
+        from compress_vllm import kernel  # Triton is not needed elsewhere
+
+        kernel.store(kv_cache, key, value, slot_mapping)
+
+    def _attend(self, query: torch.Tensor, cache: torch.Tensor, metadata: KernelMetadata, out: torch.Tensor) -> None:
+        from compress_vllm import kernel
+
+        kernel.attend(
+            query[: metadata.tokens],
+            cache,
+            metadata.rule,
+            metadata.table,
+            metadata.starts,
+            metadata.lengths,
+            metadata.most_queries,
+            metadata.longest,
+            self.scale,
+            self.cap,
+            out[: metadata.tokens],
+        )
 
 
 class SpanBackend(AttentionBackend):
-    """Names the parts above for vLLM."""
+    """Names the parts in plain PyTorch for vLLM."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -187,16 +192,52 @@ class SpanBackend(AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> type[SpanAttentionImpl]:
+    def get_impl_cls() -> type[Any]:
         """What computes."""
-        return SpanAttentionImpl
+        return PlainImpl
 
     @staticmethod
-    def get_builder_cls() -> type[SpanMetadataBuilder]:
+    def get_builder_cls() -> type[Any]:
         """What is worked out before it."""
-        return SpanMetadataBuilder
+        return PlainBuilder
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
         """The rule has a window."""
         return True
+
+
+class KernelBackend(SpanBackend):
+    """Names the kernels for vLLM."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Tokens of a block."""
+        return [MultipleOf(16)]
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """What computes."""
+        return KernelImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """What is worked out before it."""
+        return KernelBuilder
+
+
+def backend_for(rule: Rule) -> type[AttentionBackend]:
+    """The backend of head groups with a rule on this platform; `COMPRESS_VLLM_BACKEND` asks for another one.
+
+    Raises:
+        ValueError: the variable has another value than `kernel`, `rswa` and `plain`.
+    """
+    on_gpu = current_platform.is_cuda_alike()
+    choice = os.environ.get(CHOICE) or ("kernel" if on_gpu else "plain")
+    if choice not in CHOICES:
+        raise ValueError(f"{CHOICE}: expected {', '.join(CHOICES)}, found {choice!r}")
+    if choice == "rswa" and rule.is_rswa:
+        from compress_vllm.rswa import RswaBackend
+
+        return RswaBackend
+    return SpanBackend if choice == "plain" else KernelBackend

@@ -43,6 +43,11 @@ class Rule:
         """Whether it is a window of one length and no more, which vLLM's own attention and cache know."""
         return self.sink == 0 and self.beta_units == 0 and self.granule == 1
 
+    @property
+    def is_rswa(self) -> bool:
+        """Whether it is sinks and a window of one length, which some masks of vLLM (R-SWA) can say."""
+        return self.beta_units == 0 and self.granule == 1
+
     def first(self, t: Any) -> Any:
         """The first key of the window of the query at position t; an int or an integer tensor, as t is."""
         t = t & -self.granule

@@ -15,7 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from compress_vllm.backend import SpanBackend
+from compress_vllm.backend import backend_for
 from compress_vllm.plan import Layer, Part, check_attention, check_ranks, of_rank, parts_of, slot_of
 from compress_vllm.rule import Rule
 from compress_vllm.spec import SpanSpec
@@ -71,7 +71,7 @@ class SpanAttention(Attention):
     """Heads with sinks, or a window that grows: a cache and a backend of their own."""
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
-        super().__init__(*args, attn_backend=SpanBackend, **kwargs)
+        super().__init__(*args, attn_backend=backend_for(rule), **kwargs)
         self.rule = rule
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SpanSpec:
@@ -90,6 +90,9 @@ class SpanAttention(Attention):
 class SplitAttention(nn.Module):
     """As `Attention`, for heads that differ in what they see and keep."""
 
+    order: torch.Tensor
+    back: torch.Tensor
+
     def __init__(self, whole: Attention, parts: Sequence[Part]) -> None:
         super().__init__()
         given = dict(getattr(whole, ARGUMENTS))
@@ -102,7 +105,12 @@ class SplitAttention(nn.Module):
         self.groups, self.size, self.size_v = whole.num_kv_heads, whole.head_size, whole.head_size_v
         self.share = whole.num_heads // whole.num_kv_heads
         self.parts = nn.ModuleList()
-        self.places = [_place(part.groups) for part in parts]
+        # Head groups in the order of the parts, so that each part is a slice, which costs no copy.
+        order = [group for part in parts for group in part.groups]
+        self.sizes = [len(part.groups) for part in parts]
+        self.sorted = order == sorted(order)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("back", torch.tensor(order).argsort(), persistent=False)
         for number, part in enumerate(parts):
             given |= {
                 "num_heads": len(part.groups) * self.share,
@@ -124,10 +132,16 @@ class SplitAttention(nn.Module):
         query = query.reshape(count, self.groups, self.share * self.size)
         key = key.reshape(count, self.groups, self.size)
         value = value.reshape(count, self.groups, self.size_v)
-        output = query.new_empty(count, self.groups, self.share * self.size_v, dtype=output_dtype)
-        for part, place in zip(self.parts, self.places, strict=True):
-            inputs = (tensor[:, place].flatten(1) for tensor in (query, key, value))
-            output[:, place] = part(*inputs, output_dtype=output_dtype).view(count, -1, self.share * self.size_v)
+        if not self.sorted:
+            query, key, value = (tensor.index_select(1, self.order) for tensor in (query, key, value))
+        shares = (tensor.split(self.sizes, dim=1) for tensor in (query, key, value))
+        found = [
+            part(*(share.flatten(1) for share in inputs), output_dtype=output_dtype).view(count, size, -1)
+            for part, size, *inputs in zip(self.parts, self.sizes, *shares, strict=True)
+        ]
+        output = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        if not self.sorted:
+            output = output.index_select(1, self.back)
         return output.view(count, -1) if output_shape is None else output.view(output_shape)
 
 
@@ -138,9 +152,3 @@ def _attention(given: dict[str, Any], rule: Rule | None) -> Attention:
     if rule.is_plain:
         return Attention(**given | {"per_layer_sliding_window": max(1, rule.alpha)})
     return SpanAttention(**given, rule=rule)
-
-
-def _place(groups: tuple[int, ...]) -> Any:
-    """An index of head groups: a slice, which copies less, where they lie behind each other."""
-    first, last = groups[0], groups[-1]
-    return slice(first, last + 1) if groups == tuple(range(first, last + 1)) else list(groups)

@@ -109,6 +109,14 @@ def test_checkpointing_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) 
         assert not model.model.layers[0].training
 
 
+def test_what_was_measured_is_taken_in_place_of_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama-gqa")
+    for free, expected in ((1001, False), (999, True), (None, False)):
+        monkeypatch.setattr(backward, "free_bytes", lambda _, free=free: free)
+        with backward.recomputed(model, 10**9, needs=lambda: int(1000 * backward.ROOM)) as found:
+            assert found is expected
+
+
 def test_the_activations_of_a_pruned_model_are_fewer() -> None:
     dense, pruned = model_of(), pruned_model()
     assert backward.activation_bytes(pruned, 100, 4) < 0.9 * backward.activation_bytes(dense, 100, 4)
@@ -143,3 +151,31 @@ def test_strips_cover_all_rows_within_the_budget() -> None:
             assert stop - start <= 4 or 4 * 6 * (stop - start) * (stop - first) <= 200_000
             end = stop
         assert end == 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_activation_estimate_is_within_a_third(trained: bool, dtype: torch.dtype) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    model = model_of(**sizes, head_dim=64, num_hidden_layers=1).to(dtype).requires_grad_(trained)
+
+    def layers(tokens: int) -> int:
+        """What autograd keeps with the layer less what it keeps without."""
+        states = torch.randn(1, tokens, 576, dtype=dtype, requires_grad=True)
+
+        def run() -> None:
+            model.model(inputs_embeds=states, use_cache=False)
+
+        whole, found = backward.kept_bytes(run, model), list(model.model.layers)
+        model.model.layers = torch.nn.ModuleList()
+        alone = backward.kept_bytes(run, model)
+        model.model.layers = torch.nn.ModuleList(found)
+        return whole - alone
+
+    estimate = backward.activation_bytes(model, 64, dtype.itemsize, trained=trained)
+    assert 1 <= estimate / (layers(128) - layers(64)) <= 1.3
