@@ -214,11 +214,11 @@ def check_context(model: Any, statistics: Sequence[Statistic], context: int, lon
     refuse_streamed(model, "a sample that processes share", "profile.context", "leave one of the two out")
     change, multiple = rope_change(model.config), Layout.multiple(context)
     if change is not None and -(-longest // multiple) * multiple > change[1]:  # with the padding that is behind them
+        most = change[1] // multiple * multiple
         raise UserError(
             f"the model's position frequencies ({change[0]}) depend on the length of the input",
             where="profile.context",
-            expected=f"samples of at most {change[1] // multiple * multiple} tokens, up to which those of all processes "
-            "are the same",
+            expected=f"samples of at most {most} tokens, up to which those of all processes are the same",
             found=f"{longest} tokens",
             fix="set `profile.context` to 1",
         )
