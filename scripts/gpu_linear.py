@@ -860,6 +860,17 @@ READ: tuple[dict[str, Any], ...] = (
     {"registers": 168}, {"heads": 2}, {"heads": 2, "warps": 8, "registers": 168}, {"warps": 8, "registers": 255},
     {"warps": 8, "registers": 168}, {"features": 32, "warps": 8, "registers": 168},
 )  # fmt: skip
+# With decays, and without sums of weights.
+STATES_DECAY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("scan", {}), ("scan", {"stages": 4}), ("scan", {"stages": 2}), ("scan", {"warps": 8}),
+    ("scan", {"warps": 8, "stages": 4}), ("scan", {"features": 128, "warps": 8}), ("scan", {"values": 32}),
+    ("scan", {"features": 32}), ("sums", {}),
+)  # fmt: skip
+READ_DECAY: tuple[dict[str, Any], ...] = (
+    {}, {"stages": 3}, {"stages": 1}, {"features": 32, "stages": 3}, {"features": 32, "stages": 4},
+    {"features": 128, "stages": 1}, {"warps": 8, "registers": 255}, {"warps": 8, "registers": 168},
+    {"registers": 168}, {"values": 64, "warps": 8, "registers": 128},
+)  # fmt: skip
 GRADIENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("queries", {}), ("queries", {"stages": 2}), ("queries", {"registers": 255}), ("queries", {"features": 64}),
     ("queries", {"stages": 2, "registers": 255}), ("queries", {"features": 64, "stages": 2}),
@@ -903,6 +914,8 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
         jobs += [("states", shape, change) for change in STATES]
         jobs += [("read", shape, change) for change in READ]
         jobs += [("segments", shape, segment) for segment in (1, 2)]
+    jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
+    jobs += [("read", (*ALONE, "decay"), change) for change in READ_DECAY]
     jobs += [("features", LLAMA, change) for change in FEATURES]
     jobs += [("gradients", ALONE, change) for change in GRADIENTS]
     jobs += [("delta", ALONE, change) for change in DELTA]
@@ -920,7 +933,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
                 step()
 
         return decode
-    heads, groups, dim, count, length, own = shape
+    heads, groups, dim, count, length, own, *decay = shape
     if what == "features":
         rows = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
         weight = torch.randn(heads, dim, count // 2, device=DEVICE, dtype=BF16)
@@ -940,6 +953,8 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     value = torch.rand(1, groups, stream, dim, device=DEVICE, dtype=BF16)
     segment = change if what == "segments" else SEGMENT
     where = layout(Rows.whole(1, length), chunk, stream, own=own, segment=segment)
+    if decay:
+        where = with_decays(where, -0.05 * torch.rand(1, groups, stream, device=DEVICE), stream)
     if what == "states":
         way, more = change
 
@@ -950,7 +965,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
 
         return states
     if what == "delta":
-        strength, decay = torch.rand(1, groups, stream, device=DEVICE), -torch.rand(groups, device=DEVICE)
+        strength, log_decay = torch.rand(1, groups, stream, device=DEVICE), -torch.rand(groups, device=DEVICE)
         unit = normalize(key, dim=-1)
 
         def delta() -> None:
@@ -958,7 +973,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
             # Apart: no launch takes its place before the one ahead of it has ended.
             apart = mock.patch.object(triton_linear_layout, "launches_overlap", lambda _: way != "apart")
             with with_config("delta" if way == "apart" else way, more), apart, torch.inference_mode():
-                gated_delta(query, unit, value, None, where, log_decay=decay, strength=strength)
+                gated_delta(query, unit, value, None, where, log_decay=log_decay, strength=strength)
 
         return delta
     if what == "gradients":
@@ -977,11 +992,11 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
         window: dict[str, Any] = {} if own else {"window": (out, lse), "log_gain": lse}
         return lambda: additive(query, key, value, None, where, **window)
     slots, _ = segment_states(key, value, None, where)
-    merged = None if own else (out, lse, lse)
+    merged, mean = None if own else (out, lse, lse), not decay
 
     def reads() -> None:
         with with_config("read", change):
-            triton_linear.read(query, key, value, slots, where, merged, mean=True, mass=True)
+            triton_linear.read(query, key, value, slots, where, merged, mean=mean, mass=mean)
 
     return reads
 

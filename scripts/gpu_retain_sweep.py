@@ -1,6 +1,6 @@
 """Launch parameters of the kernels of heads that keep tokens, each tried in a process of its own and then timed.
 
-python scripts/gpu_retain.py FOLDER sweep     one GPU, about 200 s
+python scripts/gpu_retain.py FOLDER "sweep of prefill"     one GPU, minutes, most of them the compiler's
 
 A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once in a process of its own,
 where it is compiled and where a wrong launch spoils nothing else; what it gives has to agree with what the parameters
@@ -110,10 +110,10 @@ def families() -> dict[str, Family]:
         "32,768 x 8": partial(decoding, 32768, 8),
     }  # fmt: skip
     decode: list[Change] = [
-        {}, {"overlap": False}, {"programs": chips}, {"programs": chips, "stages": 5}, {"programs": 2 * chips},
-        {"programs": 2 * chips, "stages": 5}, {"stages": 5}, {"programs": 4 * chips, "registers": 128},
-        {"programs": 2 * chips, "warps": 8}, {"programs": 2 * chips, "warps": 8, "stages": 5}, {"fewest": 2},
-        {"fewest": 3}, {"columns": 16}, {"columns": 64}, {"columns": 128}, {"programs": 4 * chips},
+        {}, {"overlap": False}, {"programs": chips}, {"programs": chips, "stages": 3}, {"programs": chips, "stages": 4},
+        {"programs": 2 * chips}, {"programs": 2 * chips, "stages": 3}, {"programs": 3 * chips},
+        {"programs": 3 * chips, "stages": 3}, {"programs": 4 * chips, "registers": 128},
+        {"programs": 2 * chips, "warps": 8}, {"fewest": 2}, {"columns": 64},
     ]  # fmt: skip
     tiles: list[Change] = [
         {}, {"few": True},
@@ -201,13 +201,14 @@ def once(case: tuple[str, int]) -> str | None:
 
 
 @torch.inference_mode()
-def sweep_rows() -> list[dict[str, Any]]:
-    """Every candidate of every family: what it takes, or what is wrong with it."""
+def sweep_rows(begin: str = "") -> list[dict[str, Any]]:
+    """Every candidate of every family whose name begins so: what it takes, or what is wrong with it."""
     found: list[dict[str, Any]] = []
-    every = [(name, number) for name, family in families().items() for number in range(1, len(family.changes))]
+    some = {name: family for name, family in families().items() if name.startswith(begin)}
+    every = [(name, number) for name, family in some.items() for number in range(1, len(family.changes))]
     with ThreadPool(10) as threads:
         wrong = dict(zip(every, threads.map(once, every, chunksize=1), strict=True))
-    for name, family in families().items():
+    for name, family in some.items():
         try:
             found += timed(name, family, wrong)
         except Exception:  # told, and the next family goes on

@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[1]
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 HALF = ROOT / "profiles" / "smollm2-135m" / "quickstart.plan.json"
 QUARTER = ROOT / "profiles" / "smollm2-135m" / "quarter.plan.json"
+SERVED = ROOT / "profiles" / "smollm2-135m" / "served.plan.json"  # by scripts/serve_rows.py
 SINKS = (
     FullGroup(),
     WindowGroup(sink=4, alpha=30, beta=0.0),
@@ -270,14 +271,27 @@ def native_jobs(folder: Path) -> Iterator[Job]:
             yield Job("native qwen2, pruned, without the flag", path, prompts, expected, fails="exceeds dimension size")
 
 
+def texts(tokenizer: Any, count: int) -> list[list[int]]:
+    """Prompts of SmolLM2 from the documents of this project; the last three are long enough for its half plan to hide
+    much."""
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = tokenizer.encode(text)
+    lengths = [80 + 16 * number if number < count - 3 else 800 for number in range(count)]
+    return [ids[number * 600 : number * 600 + length] for number, length in enumerate(lengths)]
+
+
+def hides(model: Any, dense: Any, ids: Sequence[int]) -> bool:
+    """Whether a plan hides something that a prompt's last logits depend on; the tokens may be the same all the same."""
+    row = torch.tensor([list(ids)])
+    with torch.inference_mode():
+        planned, whole = (each(row, logits_to_keep=1).logits for each in (model, dense))
+    return float((planned - whole).abs().max()) > 0.01 * float(whole.abs().max())
+
+
 def smollm2_jobs(folder: Path) -> Iterator[Job]:
     """SmolLM2 by its half plan, and by one with sinks, growing windows and layers without some heads; 20 texts."""
     loaded = load_model("demo/smollm2-135m")
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    ids = loaded.tokenizer.encode(text)
-    # The last three are long enough for the half plan to hide something.
-    lengths = [80 + 16 * number if number < 17 else 800 for number in range(20)]
-    prompts = [ids[number * 600 : number * 600 + length] for number, length in enumerate(lengths)]
+    prompts = texts(loaded.tokenizer, 20)
     shape = shape_of(loaded.model)
     kinds = [SINKS[number % len(SINKS)] for number in range(shape.layers * shape.kv_heads)]
     rows = [tuple(kinds[layer * 3 : layer * 3 + 3]) for layer in range(shape.layers)]
@@ -290,16 +304,27 @@ def smollm2_jobs(folder: Path) -> Iterator[Job]:
             for layer, row in enumerate(rows)
         ],
     )
-    dense = greedy(loaded.model, prompts[-3:], 12)
     for name, plan in (("half", read_plan(HALF)), ("sinks, growing, pruned", mixed)):
         path = folder / f"smollm2-{name.partition(',')[0]}"
         model, layers = write_patched(loaded.model, plan, path)
         expected = greedy(model, prompts, 12)
-        assert expected[-3:] != dense, "the plan hides nothing of these prompts"
+        assert hides(model, loaded.model, prompts[-1])
         for how, tokens in (("whole", 4096), ("in chunks of 128", 128)):
             job = Job(f"SmolLM2, {name}: {how}", path, prompts, expected, (1, 8), layers=layers)
             job.options = {"max_num_batched_tokens": tokens}
             yield job
+
+
+def served_jobs(folder: Path) -> Iterator[Job]:
+    """SmolLM2 by a plan of few targets, whose head groups changed places; six texts."""
+    loaded, plan = load_model("demo/smollm2-135m"), read_plan(SERVED)
+    prompts = texts(loaded.tokenizer, 6)
+    _, layers = write_patched(loaded.model, plan, folder / "served")
+    own = [layer.model_copy(update={"order": None}) for layer in plan.layers]
+    model = planned_model(loaded.model, plan_of_layers(plan.model, own))
+    assert hides(model, loaded.model, prompts[-1])
+    expected = greedy(model, prompts, 12)
+    yield Job("SmolLM2, served, head groups in another order", folder / "served", prompts, expected, layers=layers)
 
 
 SETS: dict[str, Callable[[Path], Iterator[Job]]] = {
@@ -308,6 +333,7 @@ SETS: dict[str, Callable[[Path], Iterator[Job]]] = {
     "ranks": ranks_jobs,
     "native": native_jobs,
     "smollm2": smollm2_jobs,
+    "served": served_jobs,
 }
 
 

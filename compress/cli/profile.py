@@ -18,6 +18,8 @@ def profile(
     Several processes share the documents: torchrun -m compress profile RECIPE.
     """
     with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
+        from compress.stages.processes import check_launch
         from compress.stages.profile import profile_stage
 
+        check_launch(session.recipe, session.run.path, "profile")
         profile_stage(session)

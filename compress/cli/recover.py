@@ -17,8 +17,10 @@ def recover(
     An interrupted training goes on where it was saved. For several processes: torchrun -m compress recover RECIPE.
     """
     with opened(recipe, settings, overwrite=overwrite, helpers=True) as session:
+        from compress.stages.processes import check_launch
         from compress.stages.recover import recover_stage
 
+        check_launch(session.recipe, session.run.path, "recover")
         folder = recover_stage(session)
         if folder is None:
             raise UserError(

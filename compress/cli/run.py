@@ -35,11 +35,13 @@ def run(
         from compress.stages.evaluate import evaluate_stage, help_evaluate
         from compress.stages.export import check_target, export_stage
         from compress.stages.prepare import prepare_stage
+        from compress.stages.processes import check_launch
         from compress.stages.profile import profile_stage
         from compress.stages.recover import recover_stage
         from compress.stages.search import help_search, search_stage
         from compress.stages.upcycle import upcycle_stage
 
+        check_launch(session.recipe, session.run.path, "profile", "recover")
         if session.helper:
             if session.recipe.upcycle is None:
                 profile_stage(session)

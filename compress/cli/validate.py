@@ -137,6 +137,8 @@ def table(recipe: Recipe, situation: Situation) -> Table:
     if recover is not None:
         losses = "+".join(objective.registered for objective in recover.objectives) or recover.loss
         method = f"{recover.train}, loss {losses}"
+        if recover.context > 1:
+            method += f"\n{recover.context} processes share each sequence"
         if recipe.prepare is not None and any(target.in_expectation for target in recipe.prepare.targets):
             method += f"\n{recover.decisions}"
         result.add_row(

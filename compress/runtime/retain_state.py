@@ -12,7 +12,7 @@ import torch
 
 from .pages import PagedState, Pages
 from .reference import Rows
-from .span import BETA_UNIT, PAGE, Span, first_key, rule_columns
+from .span import BETA_UNIT, PAGE, Span, first_key, kept_table, rule_columns
 from .transfer import Coming, send
 
 Cap = tuple[int, float]  # a + b (j + 1) kept tokens at most, once token j has come
@@ -29,11 +29,15 @@ class ListedPages(Pages):
         kept: bool `[places, 64, 1]`, of tokens in the window whether they are kept when they leave it.
         listed: `[B, G]` int32 on the device, tokens in the lists.
         offset: pages that the table has for the lists.
+        rings: where the table is that of a reserved state, what it follows from: of each group the first place of its
+            list, the first of its window and how many the window has, `[G, 3]` int32 on the device; and the places of
+            a sequence. None where it has to be read.
     """
 
     kept: torch.Tensor
     listed: torch.Tensor
     offset: int
+    rings: tuple[torch.Tensor, int] | None = None
 
 
 class RetainState(PagedState):
@@ -77,6 +81,7 @@ class RetainState(PagedState):
         self.kept: torch.Tensor | None = None
         self.offset = 0
         self._window: torch.Tensor | None = None
+        self._rings: tuple[torch.Tensor, int] | None = None
         self._expected: Coming | None = None  # the lists' lengths behind the pass that runs
 
     def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -101,12 +106,14 @@ class RetainState(PagedState):
         lists = [-(-self.most_listed(group, max_length) // PAGE) for group in range(len(self.spans))]
         self.offset = max(lists)
         numbers, entries = torch.arange(-(-max_length // PAGE)), torch.arange(self.offset)
-        rows, taken = [], 0
+        rows, rings, taken = [], [], 0
         for span, listed in zip(self.spans, lists, strict=True):
             _, ring = span.reserved_pages(max_length)
             window = taken + listed + numbers % max(ring, 1)
             rows.append(torch.cat([taken + torch.where(entries < listed, entries, 0), window]))
+            rings.append((taken, taken + listed, max(ring, 1)))
             taken += listed + ring
+        self._rings = (kept_table(rings, self.device), taken)
         first = torch.arange(batch)[:, None, None] * taken
         return (first + torch.stack(rows)).to(torch.int32).to(self.device), taken * batch
 
@@ -114,7 +121,7 @@ class RetainState(PagedState):
         """Pools, table and lists as an implementation reads them."""
         table, _ = self._whole_table()
         assert self.keys is not None and self.values is not None and self.kept is not None
-        return ListedPages(self.keys, self.values, table, self.kept, self.tensors["listed"], self.offset)
+        return ListedPages(self.keys, self.values, table, self.kept, self.tensors["listed"], self.offset, self._rings)
 
     def window(self) -> Pages:
         """The same of the windows alone, where a page has its own number."""

@@ -91,7 +91,7 @@ def _work(
     return sinks, start, counts, pages, programs
 
 
-@triton.jit(do_not_specialize=["offset"])
+@triton.jit(do_not_specialize=["offset", "places"])
 def _decode(
     p_query,  # [B, H, D]
     p_key_pages,  # [places, PAGE, D]
@@ -103,6 +103,8 @@ def _decode(
     p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2: what is on; None with ACTIVE 0
     p_gates,  # float32 of the same shape, factors on the outputs, where GATED
     p_listed,  # as in `_work`, and so is the offset
+    p_rings,  # [G, 3] int32, where RING, from which places follow: no program waits for the table before its first keys
+    places,  # of a sequence, where RING
     offset,
     p_out,  # [B, H, DV]
     p_parts,  # [programs, 2, SHARE, BLOCK_V] float32: what a program saw of a segment that it shares with others
@@ -134,6 +136,7 @@ def _decode(
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
     LISTED: tl.constexpr,
+    RING: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -155,6 +158,12 @@ def _decode(
     )  # fmt: skip
     if program >= programs:
         return
+    if RING:
+        # [BLOCK_S]
+        p_ring = p_rings + every % GROUPS * 3
+        list_place = every // GROUPS * places + tl.load(p_ring)
+        window_place = every // GROUPS * places + tl.load(p_ring + 1)
+        ring = tl.load(p_ring + 2)
     ends = tl.cumsum(counts, 0)
     at = (pages * program // programs).to(tl.int32)
     stop = (pages * (program + 1) // programs).to(tl.int32)
@@ -184,6 +193,10 @@ def _decode(
         # [BLOCK_M, BLOCK_D]
         b_query = load_block(p_query + b.to(tl.int64) * query_b, head * query_h, m_row, DIM, BLOCK_D)
         p_held = p_table + s.to(tl.int64) * numbers
+        if RING:
+            list_place_g = tl.sum(tl.where(this, list_place, 0), 0)
+            window_place_g = tl.sum(tl.where(this, window_place, 0), 0)
+            ring_g = tl.sum(tl.where(this, ring, 0), 0)
         # [BLOCK_M, BLOCK_V], [BLOCK_M], [BLOCK_M]
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         top = tl.full([BLOCK_M], NEVER, tl.float32)
@@ -199,7 +212,11 @@ def _decode(
                 total += tl.where(at == seg_start, 1.0, 0.0)
         for i in tl.range(at - seg_start, piece_end - seg_start, num_stages=STAGES):
             number = tl.where(i < sinks_g, i, i + skip)
-            place = tl.load(p_held + number).to(tl.int64)
+            if RING:
+                in_window = window_place_g + tl.maximum(number - offset, 0) % ring_g
+                place = tl.where(i < sinks_g, list_place_g + i, in_window).to(tl.int64)
+            else:
+                place = tl.load(p_held + number).to(tl.int64)
             # [PAGE], [PAGE, BLOCK_D], [PAGE, BLOCK_V]
             j = number * PAGE + o_slot
             m_seen = (j < n_tokens) & ((j < sink) | (j >= first))
@@ -347,7 +364,7 @@ def decode(
     keep_lse: bool = False,
     active: torch.Tensor | None = None,
     gates: torch.Tensor | None = None,
-    lists: tuple[torch.Tensor, int] | None = None,
+    lists: tuple[torch.Tensor, int, tuple[torch.Tensor, int] | None] | None = None,
 ) -> Any:
     """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
 
@@ -355,13 +372,15 @@ def decode(
 
     Args:
         lists: of a table whose first pages are a list of tokens, which are all seen, how many tokens those are,
-            `[B, G]` int32, and how many pages; the spans have no sinks then. None without.
+            `[B, G]` int32, how many pages, and what places follow from instead of the table, as of
+            `retain_state.ListedPages.rings`, or None; the spans have no sinks then. None without.
     """
     batch, heads, dim = query.shape
     groups = len(spans)
     value_dim = pages.values.shape[-1]
     share = heads // groups
-    config = decode_config(dim, query.device)
+    listed, offset, rings = (None, None, None) if lists is None else lists
+    config = decode_config(dim, query.device, batch * groups * (offset or 0), rings is not None)
     programs, overlap = config["programs"], config["overlap"]
     block_v = max(16, triton.next_power_of_2(value_dim))
     block_s = max(16, triton.next_power_of_2(batch * groups))
@@ -377,7 +396,6 @@ def decode(
         )
     cap, extra = form.cap, form.by_head
     flags, unit = None, 0
-    listed, offset = (None, None) if lists is None else lists
     if active is not None:
         check_active(active, heads, groups, gates)
         flags, unit = active.contiguous().view(torch.uint8), 1 if active.shape[1] == groups else 2
@@ -393,6 +411,7 @@ def decode(
         flags,
         gates,
         listed,
+        *((None, None) if rings is None else rings),
         offset,
         out,
         parts,
@@ -424,6 +443,7 @@ def decode(
         ACTIVE=unit,
         GATED=gates is not None,
         LISTED=lists is not None,
+        RING=rings is not None,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

@@ -236,7 +236,8 @@ def read(
     masses = make_mass((batch, heads, columns) if mass else (1,))
     share = heads // groups
     at_once = heads_at_once("read", share, value)
-    opts = options("read", query, value, groups, where, at_once)
+    # Sums of weights take the queries through registers; without them a program's shared memory holds these as well.
+    opts = options("read_sum" if where.own and not mass else "read", query, value, groups, where, at_once)
     over, lse, gain = (out, masses, masses) if window is None else window
     _read[(where.pages * (share // at_once), triton.cdiv(value_dim, opts["BLOCK_V"]), batch * groups)](
         query,

@@ -82,6 +82,15 @@ def _read_one(
     o_row = tl.arange(0, BLOCK_M)
     m_row = o_row < SHARE
     head = g * SHARE + o_row
+    m_block = m_row[:, None] & (o_v < VALUE_DIM)[None, :]
+    # What is merged is on its way before the state, or the last programs would wait for it behind all else.
+    length = tl.load(p_lengths + b)
+    if MERGE:
+        o_head = b * GROUPS * SHARE + head
+        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
+        o_window = head[:, None] * window_h + o_v[None, :]
+        b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0)
     out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     if DOT:
@@ -116,20 +125,14 @@ def _read_one(
                 b_query = b_query.to(tl.bfloat16)
             b_read = tl.sum(tl.sum(b_state * b_query.to(tl.float32)[None, :, :], 1), 1)
             out = tl.where((o_row == row)[:, None], b_read[None, :], out)
-    m_block = m_row[:, None] & (o_v < VALUE_DIM)[None, :]
     some = mass > 0
     total = tl.where(some, mass, 1.0)
     if MEAN:
         out = tl.where(some[:, None], out / total[:, None], 0.0)
     if MERGE:
-        o_head = b * GROUPS * SHARE + head
-        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
         share = tl.where(some, tl.sigmoid(b_lse - tl.log(total) - b_gain), 1.0)
-        o_window = head[:, None] * window_h + o_v[None, :]
-        b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0).to(tl.float32)
-        out = share[:, None] * b_window + (1.0 - share)[:, None] * out
-    out = tl.where(tl.load(p_lengths + b) > 0, out, 0.0).to(p_out.dtype.element_ty)
+        out = share[:, None] * b_window.to(tl.float32) + (1.0 - share)[:, None] * out
+    out = tl.where(length > 0, out, 0.0).to(p_out.dtype.element_ty)
     tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
 
 

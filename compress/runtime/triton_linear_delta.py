@@ -3,8 +3,7 @@
 With L the logarithm of the decays since the chunk began, b the write strengths and S the state before the chunk, a
 chunk writes U = V' - K' S where (V', K') = (I + tril(b K K^T e^{L_i - L_j}, -1))^-1 b (V, e^L K), and leaves
 e^{L_C} S + (e^{L_C - L} K)^T U (Gated DeltaNet, arXiv 2412.06464). The inverse of every chunk is found by itself; the
-states follow each other. Gradients run backwards along the chunks in a kernel; those inside a chunk are computed anew
-in plain PyTorch.
+states follow each other. Gradients run backwards along the chunks, and then inside each, whose inverse is found anew.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
-from .linear_states import delta_writes
 from .span import PAGE
 from .triton_linear import read
 from .triton_linear_backward import of_keys, of_queries
@@ -82,6 +80,34 @@ def _near(
 
 
 @triton.jit
+def _inverse(
+    p_keys, key_t, p_strength, p_passed, n, count,
+    FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse `[PAGE, PAGE]` of I + tril(b K K^T e^{L_i - L_j}, -1) for chunk n, in blocks of BLOCK rows."""
+    blocks: tl.constexpr = PAGE // BLOCK
+    o = tl.arange(0, PAGE)
+    o_block = tl.arange(0, blocks)
+    j = (n * PAGE + o).to(tl.int64)
+    m_j = j < count
+    # [PAGE, PAGE]: the blocks on its diagonal, and what lies below them in I - (the system).
+    near = _near(p_keys, key_t, p_strength, p_passed, n * PAGE, count, FEATURES, BLOCK_F, PAGE, BLOCK, DECAY, PRECISION)
+    same = (o_block[:, None] == o_block[None, :])[:, None, :, None]
+    near = tl.reshape(tl.where(same, near[:, :, None, :], 0.0), [PAGE, PAGE])
+    below = o[:, None] // BLOCK > o[None, :] // BLOCK
+    far = inner(p_keys, j * key_t, m_j, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
+    far = -far * tl.load(p_strength + j, mask=m_j, other=0.0)[:, None]
+    if DECAY:
+        passed = tl.load(p_passed + j)
+        far = far * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
+    # With X = near far, all of it is (I - X)^-1 near = (I + X)(I + X^2) near: X^4 is 0.
+    far = tl.dot(near, tl.where(below, far, 0.0), input_precision=PRECISION)
+    twice = tl.dot(far, tl.dot(far, near, input_precision=PRECISION), near, input_precision=PRECISION)
+    return tl.dot(far, twice, twice, input_precision=PRECISION)
+
+
+@triton.jit
 def _writes(
     p_key,  # [B, G, M, F]
     p_value,  # [B, G, M, DV]
@@ -112,40 +138,22 @@ def _writes(
 ):
     """One chunk, the inverse in blocks of BLOCK rows, a quarter of PAGE."""
     begin(OVERLAP)
-    blocks: tl.constexpr = PAGE // BLOCK
     n = tl.program_id(0)
     bg = tl.program_id(1).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
-    o = tl.arange(0, PAGE)
-    o_block = tl.arange(0, blocks)
-    j = (n * PAGE + o).to(tl.int64)
+    j = (n * PAGE + tl.arange(0, PAGE)).to(tl.int64)
     count = tl.load(p_tokens + bg * 2)
     m_j = j < count
     p_keys = p_key + b * key_b + g * key_g
     p_values = p_value + b * value_b + g * value_g
     p_strengths = p_strength + bg * tokens
     p_passed = p_sums + bg * length
-    strength = tl.load(p_strengths + j, mask=m_j, other=0.0)
-    # [PAGE, PAGE]: the blocks on the diagonal of the inverse, and what lies below them in I - (the system).
-    near = _near(
-        p_keys, key_t, p_strengths, p_passed, n * PAGE, count, FEATURES, BLOCK_F, PAGE, BLOCK, DECAY, PRECISION
-    )
-    same = (o_block[:, None] == o_block[None, :])[:, None, :, None]
-    near = tl.reshape(tl.where(same, near[:, :, None, :], 0.0), [PAGE, PAGE])
-    below = o[:, None] // BLOCK > o[None, :] // BLOCK
-    far = inner(p_keys, j * key_t, m_j, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
-    far = -far * strength[:, None]
+    inverse = _inverse(p_keys, key_t, p_strengths, p_passed, n, count, FEATURES, BLOCK_F, PAGE, BLOCK, DECAY, PRECISION)
+    inverse = inverse * tl.load(p_strengths + j, mask=m_j, other=0.0)[None, :]
     passed = tl.zeros([PAGE], tl.float32)
     if DECAY:
-        passed = tl.load(p_passed + j)
-        far = far * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
-        before = tl.load(p_passed + n * PAGE - 1, mask=(n % SEGMENT) > 0, other=0.0)
-        passed = passed - before
-    # With X = near far, all of the inverse is (I - X)^-1 near = (I + X)(I + X^2) near: X^4 is 0.
-    far = tl.dot(near, tl.where(below, far, 0.0), input_precision=PRECISION)
-    twice = tl.dot(far, tl.dot(far, near, input_precision=PRECISION), near, input_precision=PRECISION)
-    inverse = tl.dot(far, twice, twice, input_precision=PRECISION) * strength[None, :]
+        passed = tl.load(p_passed + j) - tl.load(p_passed + n * PAGE - 1, mask=(n % SEGMENT) > 0, other=0.0)
     for at in tl.static_range(0, VALUE_DIM, BLOCK_V):
         b_value = load_part(p_values, j * value_t, m_j, at, VALUE_DIM, BLOCK_V)
         written = tl.dot(inverse.to(b_value.dtype), b_value, input_precision=PRECISION)
@@ -314,6 +322,119 @@ def _flows(
         tl.store(p_slot, flow, mask=m_state)
 
 
+@triton.jit
+def _inside(
+    p_key,  # [B, G, M, F]
+    p_value,  # [B, G, M, DV]
+    p_strength,  # [B, G, M] float32
+    p_sums,  # [B, G, N * PAGE] float32: L, where DECAY
+    p_tokens,  # [B, G, 2] int32
+    p_update,  # [B, G, M, DV]: U
+    p_states,  # [B, G, N + 1, DV, F]
+    p_of_update,  # [B, G, M, DV] float32
+    p_flows,  # [B, G, N + 1, DV, F] float32: gradients of the states
+    p_own,  # [B, G, M, F]: a gradient of the keys that is added, where OWN
+    p_own_sums,  # [B, G, M] float32: and one of L, where OWN and DECAY
+    p_of_key,  # [B, G, M, F]
+    p_of_value,  # [B, G, M, DV]
+    p_of_strength,  # [B, G, M] float32
+    p_of_decay,  # [B, G, M] float32, where DECAY
+    chunks,
+    key_b,
+    key_g,
+    key_t,
+    value_b,
+    value_g,
+    value_t,
+    GROUPS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    OWN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The gradients of what one chunk takes, from those of what it writes and of the state behind it.
+
+    With N the inverse, X = N^T dU is the gradient of b V, and Y = -X S^T that of b e^L K; that of the system is
+    -tril(X V'^T + Y K'^T, -1) = -tril(X U^T, -1), because V' = U + K' S. BLOCK_V numbers are all of a value.
+    """
+    begin(OVERLAP)
+    n = tl.program_id(0)
+    bg = tl.program_id(1).to(tl.int64)
+    b = bg // GROUPS
+    g = bg % GROUPS
+    tokens = chunks * PAGE
+    o = tl.arange(0, PAGE)
+    j = (n * PAGE + o).to(tl.int64)
+    count = tl.load(p_tokens + bg * 2)
+    m_j = j < count
+    row = bg * tokens + j
+    p_keys = p_key + b * key_b + g * key_g
+    p_strengths = p_strength + bg * tokens
+    p_passed = p_sums + bg * tokens
+    p_slot = p_states + (bg * (chunks + 1) + n) * (FEATURES * VALUE_DIM)
+    p_flow = p_flows + (bg * (chunks + 1) + n + 1) * (FEATURES * VALUE_DIM)
+    dtype = p_update.dtype.element_ty
+    strength = tl.load(p_strengths + j, mask=m_j, other=0.0)
+    inverse = _inverse(p_keys, key_t, p_strengths, p_passed, n, count, FEATURES, BLOCK_F, PAGE, BLOCK, DECAY, PRECISION)
+    # [PAGE, BLOCK_V]
+    o_v = tl.arange(0, BLOCK_V)
+    b_value = load_part(p_value + b * value_b + g * value_g, j * value_t, m_j, 0, VALUE_DIM, BLOCK_V)
+    b_update = load_part(p_update, row * VALUE_DIM, m_j, 0, VALUE_DIM, BLOCK_V)
+    b_of = load_part(p_of_update, row * VALUE_DIM, m_j, 0, VALUE_DIM, BLOCK_V)
+    b_of = tl.dot(inverse.to(dtype).T, b_of.to(dtype), input_precision=PRECISION)
+    store_part(p_of_value, row * VALUE_DIM, b_of * strength[:, None], o >= 0, 0, VALUE_DIM, BLOCK_V)
+    of_strength = tl.sum(b_of * b_value.to(tl.float32), 1)
+    b_of = b_of.to(dtype)
+    # [PAGE, PAGE]: the gradient of the system, and without b what it is made of
+    below = o[:, None] > o[None, :]
+    of_system = tl.where(below, -tl.dot(b_of, b_update.T, input_precision=PRECISION), 0.0)
+    products = inner(p_keys, j * key_t, m_j, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
+    passed = tl.zeros([PAGE], tl.float32)
+    rest = tl.zeros([PAGE], tl.float32)
+    if DECAY:
+        passed = tl.load(p_passed + j)
+        rest = tl.load(p_passed + n * PAGE + PAGE - 1) - passed
+        of_system = of_system * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
+    of_strength += tl.sum(of_system * products, 1)
+    of_system = of_system * strength[:, None]
+    products = products * of_system
+    both = (of_system + of_system.T).to(dtype)
+    of_erased = tl.zeros([PAGE], tl.float32)
+    of_kept = tl.zeros([PAGE], tl.float32)
+    through = tl.zeros([BLOCK_V], tl.float32)
+    for at in tl.range(0, FEATURES, BLOCK_F, num_stages=1):  # all of them at once would not fit in shared memory
+        # [PAGE, BLOCK_F], [BLOCK_V, BLOCK_F] twice
+        b_key = load_part(p_keys, j * key_t, m_j, at, FEATURES, BLOCK_F)
+        b_state = load_part(p_slot, o_v * FEATURES, o_v < VALUE_DIM, at, FEATURES, BLOCK_F)
+        b_flow = load_part(p_flow, o_v * FEATURES, o_v < VALUE_DIM, at, FEATURES, BLOCK_F)
+        erased = -tl.dot(b_of, b_state, input_precision=PRECISION) * tl.exp(passed)[:, None]
+        kept = tl.dot(b_update, b_flow.to(dtype), input_precision=PRECISION) * tl.exp(rest)[:, None]
+        b_wide = b_key.to(tl.float32)
+        of_erased += tl.sum(erased * b_wide, 1)
+        of_kept += tl.sum(kept * b_wide, 1)
+        through += tl.sum(b_state.to(tl.float32) * b_flow, 1)
+        of_key = tl.dot(both, b_key, erased * strength[:, None] + kept, input_precision=PRECISION)
+        if OWN:
+            of_key += load_part(p_own, row * FEATURES, m_j, at, FEATURES, BLOCK_F).to(tl.float32)
+        store_part(p_of_key, row * FEATURES, of_key, o >= 0, at, FEATURES, BLOCK_F)
+    of_strength += of_erased
+    tl.store(p_of_strength + row, of_strength)
+    if DECAY:
+        of_sums = strength * of_erased + tl.sum(products, 1) - tl.sum(products, 0) - of_kept
+        if OWN:
+            of_sums += tl.load(p_own_sums + row, mask=m_j, other=0.0)
+        # The sum at a chunk's end has what all of it passes on, and a decay is in its own sum and all behind it.
+        total = tl.sum(of_kept, 0) + tl.sum(through, 0) * tl.exp(tl.load(p_passed + n * PAGE + PAGE - 1))
+        of_decay = tl.sum(tl.where(o[:, None] >= o[None, :], of_sums[:, None], 0.0), 0) + total
+        tl.store(p_of_decay + row, tl.where(m_j, of_decay, 0.0))
+
+
 def chunk_writes(
     key: torch.Tensor, value: torch.Tensor, strength: torch.Tensor, where: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,6 +542,66 @@ def chunk_flows(
     )
 
 
+def chunk_gradients(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    strength: torch.Tensor,
+    update: torch.Tensor,
+    states: torch.Tensor,
+    of_update: torch.Tensor,
+    flow: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor | None] | None,
+    where: Layout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of keys, values, strengths and logarithms of decays, zero where there is no token.
+
+    Args:
+        update, states: U and the state before every chunk.
+        of_update, flow: what `chunk_flows` has filled.
+        own: gradients of the keys, and with decays of their sums L `[B, G, M]`, that are added.
+    """
+    batch, groups, tokens, features = key.shape
+    value_dim = value.shape[-1]
+    of_key = key.new_empty(batch, groups, tokens, features)
+    of_value = value.new_empty(batch, groups, tokens, value_dim)
+    of_strength, of_decay = (strength.new_empty(batch, groups, tokens) for _ in range(2))
+    own_key, own_sums = (of_key, None) if own is None else own
+    config = linear_config(key.itemsize, key.device)["inside"]
+    block_f = config["features"] // (2 if value_dim > 128 else 1)
+    _inside[(tokens // PAGE, batch * groups)](
+        key,
+        value,
+        strength,
+        where.decays(strength)[0],
+        where.tokens,
+        update,
+        states,
+        of_update,
+        flow,
+        own_key,
+        strength if own_sums is None else own_sums,
+        of_key,
+        of_value,
+        of_strength,
+        of_decay,
+        tokens // PAGE,
+        *strides(key, value),
+        GROUPS=groups,
+        FEATURES=features,
+        VALUE_DIM=value_dim,
+        BLOCK_F=max(16, min(block_f, triton.next_power_of_2(features))),
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        PAGE=PAGE,
+        BLOCK=PAGE // 4,
+        DECAY=where.sums is not None,
+        OWN=own is not None,
+        PRECISION="tf32x3" if key.dtype == torch.float32 else "tf32",
+        num_warps=config["warps"],
+        **overlapped(key.device),
+    )
+    return of_key, of_value, of_strength, of_decay
+
+
 class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -462,7 +643,7 @@ class _Delta(torch.autograd.Function):
         of_update = torch.zeros(update.shape, dtype=torch.float32, device=update.device)
         own_key = of_sums = None
         if where.own:  # what queries have read of the tokens of their own chunk, and of its decays
-            unheld = replace(where, tokens=where.tokens * where.tokens.new_tensor([1, 0]))
+            unheld = replace(where, tokens=where.tokens * torch.arange(1, -1, -1, dtype=torch.int32, device=key.device))
             own_key, own_update = of_keys(narrow, query, key, update, flows, weight, extra, unheld, mass=False)
             of_update += own_update
             if log_decay is not None:
@@ -470,38 +651,11 @@ class _Delta(torch.autograd.Function):
                 of_sums -= (own_update.float() * update.float()).sum(-1)
         chunk_flows(key, of_update, erased, flow, where)
 
-        # Inside the chunks: the update U = V' - K' S, and what it leaves.
-        before, after = states[:, :, :-1].float().mT, flow[:, :, 1:].mT
-        by_chunk = of_update.unflatten(2, (-1, PAGE))
-        of_erased = -by_chunk @ before.transpose(-1, -2)
-        of_kept = update.float().unflatten(2, (-1, PAGE)) @ after.transpose(-1, -2)
-        present = torch.arange(tokens, device=key.device) < where.tokens[..., :1]
-        with torch.enable_grad():
-            leaves = [x.detach().float().masked_fill(~present[..., None], 0) for x in (key, value)]
-            leaves += [strength.detach().masked_fill(~present, 0)]
-            if log_decay is not None:
-                leaves += [log_decay.detach().masked_fill(~present, 0)]
-            for leaf in leaves:
-                leaf.requires_grad_()
-            k, v, b = (x.unflatten(2, (-1, PAGE)) for x in leaves[:3])
-            decay = None if log_decay is None else leaves[3].unflatten(2, (-1, PAGE)).cumsum(-1)
-            new, old = delta_writes(k, v, decay, b)
-            found, of_found = [new, old], [by_chunk, of_erased]
-            if decay is None:
-                found, of_found = [*found, k], [*of_found, of_kept]
-            else:
-                total = decay[..., -1]
-                through = torch.exp(total) * (before * after).sum((-1, -2))
-                found += [k * torch.exp(total[..., None] - decay)[..., None], total]
-                of_found += [of_kept, through.detach()]
-            if decay is not None and of_sums is not None:
-                found, of_found = [*found, decay], [*of_found, of_sums.unflatten(2, (-1, PAGE))]
-            of_leaves = torch.autograd.grad(found, leaves, of_found)
-        masked = [x.masked_fill(~present.view(*present.shape, *(1,) * (x.dim() - 3)), 0) for x in of_leaves]
-        grad_key = masked[0] if own_key is None else masked[0] + own_key
+        own = None if own_key is None else (own_key, of_sums)
+        given = (key, value, strength, update, states, of_update, flow, own, where)
+        of_key, of_value, of_strength, of_decay = chunk_gradients(*given)
         of_first = flow[:, :, 0].mT if ctx.first else None
-        of_decay = None if log_decay is None else masked[3]
-        return grad_query, grad_key.to(key.dtype), masked[1].to(value.dtype), of_decay, masked[2], of_first, None
+        return grad_query, of_key, of_value, None if log_decay is None else of_decay, of_strength, of_first, None
 
 
 def _last_slot(states: torch.Tensor, where: Layout) -> torch.Tensor:

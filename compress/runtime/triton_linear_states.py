@@ -314,12 +314,15 @@ def _scan(
     length: tl.constexpr = SEGMENT * PAGE
     blocks_f: tl.constexpr = (FEATURES + BLOCK_F - 1) // BLOCK_F
     blocks_v: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    block = tl.program_id(0) % (blocks_f * (blocks_v + 1))
-    bg = (tl.program_id(0) // (blocks_f * (blocks_v + 1))).to(tl.int64)
+    # Blocks of matrices come first, so that no processor has two of them while others have those of normalisers alone.
+    matrices = tl.num_programs(0) // (blocks_v + 1) * blocks_v
+    matrix = tl.program_id(0) < matrices
+    block = tl.where(matrix, tl.program_id(0), (tl.program_id(0) - matrices) * blocks_v)
+    bg = (block // (blocks_f * blocks_v)).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
-    at_f = block // (blocks_v + 1) * BLOCK_F
-    at_v = block % (blocks_v + 1) * BLOCK_V
+    at_f = block // blocks_v % blocks_f * BLOCK_F
+    at_v = block % blocks_v * BLOCK_V
     count = tl.load(p_tokens + bg * 2 + 1)
     o_f = at_f + tl.arange(0, BLOCK_F)
     o_v = at_v + tl.arange(0, BLOCK_V)
@@ -332,7 +335,7 @@ def _scan(
     p_begin = p_first + b * first_b + g * first_g
     p_end = p_last + bg * FEATURES * (VALUE_DIM + 1)
     slot = bg * (segments + 1)
-    if block % (blocks_v + 1) < blocks_v:
+    if matrix:
         # [BLOCK_V, BLOCK_F]
         state = tl.zeros([BLOCK_V, BLOCK_F], tl.float32)
         m_state = (o_v < VALUE_DIM)[:, None] & m_f[None, :]

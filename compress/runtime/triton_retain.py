@@ -348,7 +348,7 @@ def decode(
     """As `retain_reference.decode`: list and window are one list of pages, which programs share evenly."""
     if (scores is not None and scores.for_kernels is None) or not pages.table.shape[-1]:
         return reference_decode(query, pages, lengths, spans, scale=scale, scores=scores)
-    lists = (pages.listed, pages.offset)
+    lists = (pages.listed, pages.offset, pages.rings)
     out: torch.Tensor = paged_decode(query, pages, lengths, spans, scale=scale, scores=scores, lists=lists)
     return out
 

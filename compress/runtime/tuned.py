@@ -89,14 +89,23 @@ def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[st
     return {"block": block, "stages": 3 if _hopper(device) else 1}
 
 
-def decode_config(head_dim: int, device: torch.device) -> dict[str, Any]:
-    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once."""
+def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: bool = False) -> dict[str, Any]:
+    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once.
+
+    H100, 8 lists of 4,096 tokens, 8 of 16,384 and 64 of 4,096, in us: 12.8, 30.0 and 59.0 with three programs a
+    multiprocessor, 13.3, 29.6 and 58.4 with two; 14.2, 31.8 and 60.7 where launches wait for each other.
+
+    Args:
+        room: pages of lists that a launch may have to read.
+        rings: whether places need no table, and the pipeline no stage for it.
+    """
     small = head_dim > 128 and not _hopper(device)
+    most = _multiprocessors(device) * 3
     return {
-        "programs": _multiprocessors(device) * 3,
+        "programs": most // 3 * 2 if _hopper(device) and room >= 4 * most else most,
         "fewest": 1,
         "warps": 4,
-        "stages": 1 if device.type == "cpu" else 2 if small else 3,
+        "stages": 1 if device.type == "cpu" else (2 if small else 3) - rings,
         "columns": 32,
         "overlap": launches_overlap(device),
     }
@@ -115,8 +124,8 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "queries", "keys")
-_DELTA = ("writes", "delta", "delta_back")
+_LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
+_DELTA = ("writes", "delta", "delta_back", "inside")
 
 
 def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
@@ -129,18 +138,20 @@ def linear_config(itemsize: int, device: torch.device) -> dict[str, dict[str, in
         return dict.fromkeys((*_LINEAR, *_DELTA), small)
     if itemsize > 2 or not _hopper(device):
         small = {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1}
-        return dict.fromkeys(_LINEAR, small) | {name: {**small, "values": 16} for name in _DELTA}
+        return dict.fromkeys(_LINEAR, small) | {name: {**small, "features": 32, "values": 16} for name in _DELTA}
     return {
         "scan": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 3},
         "scan_few": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 4},
         "sums": {"features": 64, "values": 128, "heads": 1, "warps": 4, "stages": 1},
         "query_sums": {"features": 128, "values": 128, "heads": 1, "warps": 8, "stages": 2},
         "read": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 3, "registers": 128},
+        "read_sum": {"features": 64, "values": 128, "heads": 1, "warps": 16, "stages": 2, "registers": 128},
         "queries": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "keys": {"features": 128, "values": 64, "heads": 1, "warps": 16, "stages": 1, "registers": 128},
         "writes": {"features": 64, "values": 64, "heads": 1, "warps": 4, "stages": 1, "registers": 168},
         "delta": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 3},
         "delta_back": {"features": 256, "values": 32, "heads": 1, "warps": 4, "stages": 2},
+        "inside": {"features": 64, "values": 256, "heads": 1, "warps": 8, "stages": 1},
     }
 
 

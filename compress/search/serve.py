@@ -29,7 +29,7 @@ class Serve(Method):
     a rank's share: then how often the layer has a target is all that counts, a multiple of `slot` times `ranks`.
 
     Windows that grow and sinks are not ruled out: the plugin serves them. Only windows without either run on vLLM's own
-    kernels, so a plan that is to be fast needs a grid of `sinks: [0]` and `betas: [0]`.
+    kernels, which a grid of `sinks: [0]` and `betas: [0]` asks for.
     """
 
     engine: Literal["vllm"] = Field("vllm", description="the engine: vLLM with plugins/vllm")

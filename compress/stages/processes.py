@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -48,6 +49,25 @@ def is_helper() -> bool:
     """Whether this process only works beside the main one: it prints nothing, and writes nothing."""
     started = launch()
     return started is not None and started.rank > 0
+
+
+def check_launch(recipe: Any, folder: Path, *sections: str) -> None:
+    """Check, before any work, that there are as many processes as share a sequence where a recipe says so.
+
+    Args:
+        folder: of the run; what is done there needs no processes.
+        sections: of the recipe, `profile` or `recover`, that the command runs.
+
+    Raises:
+        UserError: there are others.
+    """
+    from compress.models.context.processes import check_processes
+
+    started = launch()
+    for name in sections:
+        section = getattr(recipe, name)
+        if section is not None and section.context > 1 and not (folder / name / f"{name}.json").exists():
+            check_processes(section.context, 1 if started is None else started.count, f"{name}.context")
 
 
 @functools.cache

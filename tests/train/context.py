@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+import compress.train.recovery as stage
 from compress.models.context.processes import part_of_sequence
 from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
@@ -39,6 +40,7 @@ from compress.train.token_losses import following_loss, next_tokens
 from tests.profile.common import document
 from tests.tiny import random_ids, shape_of, tiny_model
 from tests.train.common import model_of, settings, text
+from tests.train.spread import spread_accelerator
 
 LENGTH = 512
 KINDS = (
@@ -60,6 +62,7 @@ STATISTICS = (
 TRAININGS: dict[str, dict[str, Any]] = {
     "planned": {"train": "full", "loss": "both", "batch_size": 2, "micro_batch": 1, "window_dropout": [0.5]},
     "stock": {"train": "lora", "batch_size": 1, "checkpointing": True},
+    "spread": {"train": "full", "batch_size": 1},
 }
 
 
@@ -91,7 +94,8 @@ def gradients(shard: Shard | None) -> dict[str, torch.Tensor]:
 def training(folder: Path, name: str, context: int) -> None:
     """One of `TRAININGS`."""
     model = planned() if name == "planned" else model_of(max_position_embeddings=1024)
-    given = settings(length=LENGTH, steps=2, context=context, **TRAININGS[name])
+    shard = name == "spread" and context > 1
+    given = settings(length=LENGTH, steps=2, context=context, shard=shard, **TRAININGS[name])
     recover(model, given, text(4096), folder / f"{name}-{context}", teacher=model_of(max_position_embeddings=1024))
 
 
@@ -111,7 +115,9 @@ if __name__ == "__main__":
         torch.distributed.all_reduce(tensor)
     if part.rank == 0:
         torch.save(sums, Path(sys.argv[1]) / "gradients.pt")
-    for wanted in TRAININGS:
+    for wanted in ("planned", "stock"):
         training(Path(sys.argv[1]), wanted, 2)
     profile(Path(sys.argv[1]), 2)
+    vars(stage)["_accelerator"] = spread_accelerator  # from here on weights are spread, too
+    training(Path(sys.argv[1]), "spread", 2)
     torch.distributed.destroy_process_group()
