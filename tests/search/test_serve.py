@@ -260,6 +260,7 @@ def test_a_search_says_what_serving_costs(run: Any) -> None:
     assert "slots of 1 head group on each of 2 ranks, at most 2 targets" in line
     assert f"{told['loss']:.4f}" in line and f"({told['loss'] - told['loss_without']:+.4f})" in line
     asked = Serve(slot=1, spans=2, ranks=2)
-    for name in rows:
-        assert asked.holds(read_plan(folder / "search" / "plans" / f"{name}.json").layers)
+    plans = [read_plan(folder / "search" / "plans" / f"{name}.json") for name in rows]
+    assert all(asked.holds(plan.layers) and asked.ordered(plan) == plan for plan in plans)
+    assert any(plan.reordered_layers for plan in plans) and asked.ordered(result.plan) == result.plan
     assert "refined" in rows and not asked.holds(read_plan(folder / "search" / "free.json").layers)
