@@ -16,6 +16,9 @@ A text is read without its questions, so that no row can know them. Rows:
                    retain heads by this scorer, with the threshold in each head group that keeps one share in all
     ridge-global, mlp-global
                    with one threshold for all head groups, which is how KVzip gives heads different shares
+    ridge-score, mlp-score
+                   with the share in each head group that KVzip+ keeps there of the texts of the preparation, and the
+                   scorer to say which tokens: a fitted scorer varies less than what it stands for
     ridge-kvzip, ridge-again, ridge-plain, mlp-kvzip, mlp-long, gate-long, ridge-64, mlp-64
                    choices that one of these scorers leaves open, each with one share and with one threshold: fitted to
                    KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it written by
@@ -455,7 +458,7 @@ def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, sha
     return plan_of_layers(loaded.shape, candidate.layers)
 
 
-Same = Literal["share", "threshold"]  # what all head groups have in common
+Same = Literal["share", "threshold", "score"]  # what all head groups have in common
 Change = Callable[[argparse.Namespace, dict[str, Any]], None]
 
 
@@ -476,7 +479,7 @@ def retained(
     for share in shares_of(options):
         plan = solved(options, loaded, solver, share)
         if plan is not None:
-            row = name if same == "share" else f"{name}, one threshold"
+            row = name + {"share": "", "threshold": ", one threshold", "score": ", one score"}[same]
             model = planned_model(loaded.model, plan)
             yield measure(row, share, model, asked, dense_bytes(loaded.shape, loaded.model))
 
@@ -749,6 +752,7 @@ ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "oracle-512": partial(oracle_row, chunk=512),
     **{scorer: retain_row(scorer) for scorer in SCORERS},
     **{f"{scorer}-global": retain_row(scorer, "threshold") for scorer in GLOBAL},
+    **{f"{scorer}-score": retain_row(scorer, "score") for scorer in GLOBAL},
     **{name: changed_row(*entry) for name, entry in CHANGED.items()},
     "searched": searched_row,
     "refined": refined_row,

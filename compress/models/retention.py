@@ -27,6 +27,8 @@ class Retention:
         spread: `[layers, groups, S]`, standard deviation over documents of the share that is kept.
         kept: `[L, layers, groups, S]`, mean share that is kept of documents of each length.
         rank: `[layers, groups]`, Spearman's correlation of the scores with those they stand for, mean over documents.
+        wanted: `[layers, groups, S]`, what `thresholds` would be of the scores that they stand for; None where an
+            earlier version prepared them.
     """
 
     lengths: torch.Tensor
@@ -35,6 +37,7 @@ class Retention:
     spread: torch.Tensor
     kept: torch.Tensor
     rank: torch.Tensor
+    wanted: torch.Tensor | None = None
 
     def at(self, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Thresholds and spreads `[layers, groups]` for a share of the tokens, between those that were measured.
@@ -54,10 +57,18 @@ class Retention:
 
         Between the thresholds that were measured; beyond these, half-way to none or all of the tokens.
         """
+        return self._above(self.thresholds, threshold)
+
+    def wanted_above(self, score: float) -> torch.Tensor | None:
+        """The share of the tokens whose scores to stand for are at or above a score, `[layers, groups]`, as `above`;
+        None where it was not measured."""
+        return None if self.wanted is None else self._above(self.wanted, score)[0]
+
+    def _above(self, thresholds: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
         count = len(self.shares)
-        passed = (self.thresholds >= threshold).sum(-1)  # thresholds fall with the share
+        passed = (thresholds >= threshold).sum(-1)  # thresholds fall with the share
         low = (passed - 1).clamp(0, count - 2)[..., None]
-        first, last = (self.thresholds.gather(-1, low + place) for place in (0, 1))
+        first, last = (thresholds.gather(-1, low + place) for place in (0, 1))
         between = ((first - threshold) / (first - last).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
         shares = self.shares.expand_as(self.spread)
         share, spread = (
@@ -65,12 +76,12 @@ class Retention:
             for values in (shares, self.spread)
         )
         share = torch.where(passed == 0, shares[..., 0] / 2, share)
-        share = torch.where(threshold < self.thresholds[..., -1], (1 + shares[..., -1]) / 2, share)
-        return share.where(~self.thresholds[..., 0].isnan(), math.nan), spread
+        share = torch.where(threshold < thresholds[..., -1], (1 + shares[..., -1]) / 2, share)
+        return share.where(~thresholds[..., 0].isnan(), math.nan), spread
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a file holds them, by name."""
-        return {name: value.contiguous() for name, value in vars(self).items()}
+        return {name: value.contiguous() for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Retention:
@@ -93,6 +104,7 @@ class Measured:
     def __init__(self, layers: int, groups: int) -> None:
         self.layers, self.groups = layers, groups
         self._scores: list[dict[int, torch.Tensor]] = []  # of every document by layer, `[G, n]`
+        self._wanted: list[dict[int, torch.Tensor]] = []  # what they stand for
         self._ranks: list[torch.Tensor] = []
         self._lengths: list[int] = []
         self._wrong = torch.zeros(2, layers, groups, dtype=torch.float64)
@@ -102,6 +114,7 @@ class Measured:
         """A document of so many tokens comes."""
         self._lengths.append(length)
         self._scores.append({})
+        self._wanted.append({})
         self._ranks.append(torch.full((self.layers, self.groups), math.nan, dtype=torch.float64))
 
     def add(self, layer: int, scores: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -110,6 +123,7 @@ class Measured:
         count = scores.shape[1]
         chosen = torch.arange(min(count, MOST)) * count // max(1, min(count, MOST))
         self._scores[-1][layer] = scores[:, chosen].float()
+        self._wanted[-1][layer] = wanted[:, chosen].float()
         self._ranks[-1][layer] = spearman(scores, wanted)
         self._tokens[layer] += count
         self._wrong[0, layer] += (scores - wanted).square().sum(1)
@@ -128,7 +142,8 @@ class Measured:
     def retention(self) -> Retention:
         """Of all documents so far, at least one; every document of a length counts by its tokens that were kept."""
         if self.longer is not None:
-            return replace(self.longer.retention(), rank=torch.stack(self._ranks).mean(0).float())
+            found = self.longer.retention()
+            return replace(found, rank=torch.stack(self._ranks).mean(0).float(), wanted=self._wanted_at(found.shares))
         shares = torch.arange(1, LEVELS) / LEVELS
         lengths = sorted(set(self._lengths))
         size = (self.layers, self.groups, len(shares))
@@ -144,7 +159,14 @@ class Measured:
             for place, documents in enumerate(by_length):
                 kept[place, layer] = each[documents].mean(0)
         rank = torch.stack(self._ranks).mean(0).float()
-        return Retention(torch.tensor(lengths), shares, thresholds, spread, kept, rank)
+        return Retention(torch.tensor(lengths), shares, thresholds, spread, kept, rank, self._wanted_at(shares))
+
+    def _wanted_at(self, shares: torch.Tensor) -> torch.Tensor:
+        """See `Retention.wanted`."""
+        found = torch.full((self.layers, self.groups, len(shares)), math.nan)
+        for layer in self._wanted[0]:
+            found[layer] = _quantiles(torch.cat([document[layer] for document in self._wanted], 1), shares)
+        return found
 
 
 def _quantiles(scores: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,9 @@ class Thresholds(Protocol):
     def above(self, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The share of the tokens that one threshold keeps, and its standard deviation, `[layers, groups]`."""
 
+    def wanted_above(self, score: float) -> torch.Tensor | None:
+        """The share of the tokens that one threshold of the scores to stand for keeps; None where it is unknown."""
+
 
 class Target(Method):
     """What one head group becomes. A subclass is one file, registered by `@targets.register("name")`.

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,7 @@ def retention() -> Retention:
         measured.begin(length)
         for layer in range(4):
             scores = torch.randn(2, length, generator=generator) * torch.tensor([[1.0], [3.0]]) - layer
-            measured.add(layer, scores, scores)
+            measured.add(layer, scores, 2 * scores)
     return measured.retention()
 
 
@@ -147,7 +148,7 @@ def test_baselines_place_thresholds_anew(retention: Retention) -> None:
     assert all([task.placed(OPTIONS[0], (n, g)) for g in range(2)] in rules for n, rules in enumerate(refined))
 
 
-@pytest.mark.parametrize(("same", "caps"), [("share", (1.5,)), ("threshold", (None,))])
+@pytest.mark.parametrize(("same", "caps"), [("share", (1.5,)), ("threshold", (None,)), ("score", (None,))])
 def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same: Any, caps: Any) -> None:
     options: Any = RetainGroup.options(Unit(2, 16), [512], RetainGrid(shares=(0.125,), alphas=(64,), caps=caps))
     solver = Shares(same=same, target=options[0])
@@ -155,12 +156,21 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
     (plan,) = solver.solve(task)
     assert task.fits(plan.layers) and int(task.total(plan.layers)[0]) > 0.97 * int(task.limits[0])
     groups = groups_of(task, plan.layers)
-    assert len({group.threshold for group in groups}) == (1 if same == "threshold" else 8)
+    assert len({round(group.threshold, 3) for group in groups}) == (8 if same == "share" else 1)
     assert len({group.share for group in groups}) > 1 or same == "share"
     assert all(group.cap == options[0].with_share(0.5).cap for group in groups) or same == "share"
     alike = kept_alike(task, [Candidate(task.start), Candidate(task.uniform(options[0]))])
     assert list(alike) == ["uniform-share", "global-threshold"]
-    assert alike["uniform-share" if same == "share" else "global-threshold"] == plan
+    assert same == "score" or alike["uniform-share" if same == "share" else "global-threshold"] == plan
+    if same == "score":  # what is stood for is twice the scores here, so both thresholds keep the same tokens
+        for one, other in zip(groups, groups_of(task, alike["global-threshold"].layers), strict=True):
+            assert abs(one.share - min(max(other.share, 1 / 64), 63 / 64)) < 0.02
+            kept = retention.wanted_above(float(plan.note.split()[-1]))
+            assert kept is not None and min((kept - one.share).abs().min().item(), one.share - 1 / 64) < 1e-3
+        task.prepared[0].retention = replace(retention, wanted=None)
+        with pytest.raises(UserError, match="does not say what the scores are"):
+            solver.solve(task)
+        task.prepared[0].retention = retention
     assert kept_alike(task, [Candidate(task.start)]) == {}
     with pytest.raises(UserError, match="no plan meets the budget at length 4096"):
         problem(solver, Budget(kv=0.04, lengths=(4096,)), retention, options)

@@ -91,6 +91,11 @@ def test_thresholds_keep_the_shares_that_they_promise() -> None:
     torch.testing.assert_close(spread[1], each.std(0, correction=0))
     torch.testing.assert_close(retention.kept[:, 1, :, 15], each)
     assert retention.lengths.tolist() == [96, 160] and bool((each[0] < each[1]).all())
+    assert retention.wanted is not None and torch.equal(retention.wanted[1], 2 * retention.thresholds[1])
+    for score, above in ((0.4, retention.above(0.2)[0]), (1.0, retention.above(0.5)[0])):
+        torch.testing.assert_close(retention.wanted_above(score), above, equal_nan=True)
+    earlier = Retention.of({name: value for name, value in retention.tensors().items() if name != "wanted"})
+    assert earlier.wanted_above(1.0) is None and torch.equal(earlier.thresholds[1], retention.thresholds[1])
     assert bool((retention.at(0.0)[0][1] == retention.at(1 / 64)[0][1]).all())
     assert measured.errors()[1].tolist() == pytest.approx([float(e) for e in _errors(documents)])
 
@@ -178,6 +183,8 @@ def test_thresholds_may_be_of_longer_texts_that_are_not_repeated(
     found = fitted.measure(batches, 0, GROUPS, 3)
     retention = found.retention()
     assert retention.lengths.tolist() == [200, 300] and torch.equal(retention.rank, short.rank)
+    assert retention.wanted is not None and short.wanted is not None  # of the texts that are repeated
+    assert torch.equal(retention.wanted, short.wanted)
     # The scores of the texts as one pass of the model gives them.
     model, whole = fitted._model[0], batches.batches.windows.table.flatten()
     all_kept = uniform_plan(shape_of(model), RetainGroup(scorer="ridge"))

@@ -1,8 +1,10 @@
 """One share of the tokens, or one threshold of their scores, for all head groups: controls of searched thresholds.
 
 KVzip (arXiv 2505.23416) keeps the tokens of the highest scores of all layers and heads together, so that one threshold
-decides, and how much a head keeps follows from its scores. The other control keeps the same share everywhere, by a
-threshold of its own in every head group.
+decides, and how much a head keeps follows from its scores. A fitted scorer varies less than what it stands for, most
+where it knows least, so that one threshold of its own scores gives such heads all or nothing: `same: score` takes how
+much a head keeps from the scores that it was fitted to, and which tokens from the scorer. The other control keeps the
+same share everywhere, by a threshold of its own in every head group.
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ from compress.targets.target import Target, Thresholds
 
 LEAST, MOST = 1 / LEVELS, 1 - 1 / LEVELS  # shares that thresholds are measured for
 HALVINGS = 40  # of the range of thresholds
+SCORES = -64.0, 64.0  # beyond all logarithms of KVzip's scores and KVzip+'s
 
 
 @solvers.register("shares")
 class Shares(Solver):
-    """The same for all head groups: one share of the tokens that is kept, or one threshold, as the budget allows."""
+    """The same for all head groups: one share of the tokens that is kept, one threshold of scores, or one of the scores
+    that these stand for, as the budget allows."""
 
     placed: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     cheaper: ClassVar[str] = "prepare or price heads with a smaller window"
 
-    same: Literal["share", "threshold"] = Field(
+    same: Literal["share", "threshold", "score"] = Field(
         "share",
-        description="what all head groups have in common: the share of the tokens that is kept, or the threshold, as "
-        "KVzip has it",
+        description="what all head groups have in common: the share of the tokens that is kept; the threshold, as "
+        "KVzip has it; or the threshold of the scores that the scorer was fitted to, so that a head group keeps the "
+        "share that KVzip would, and the scorer says which tokens",
     )
     target: Annotated[Target, registry.targets] | None = Field(
         None,
@@ -84,7 +89,7 @@ class Shares(Solver):
     def solve(self, problem: Problem) -> list[Candidate]:
         """A plan for every window and scorer that fits; see `Solver.solve`."""
         check_rows(problem, self.least_amounts(problem), self)
-        made = same_share if self.same == "share" else one_threshold
+        made = {"share": same_share, "threshold": one_threshold, "score": one_score}[self.same]
         plans = [plan for kind in self._kinds(problem) if (plan := made(problem, kind)) is not None]
         if not plans:
             raise UserError(
@@ -133,9 +138,51 @@ def one_threshold(problem: Problem, kind: Target) -> Candidate | None:
     (most, _), (least, _) = known.at(LEAST), known.at(MOST)
     high = max(float(most[place]) for place in problem.free)
     low = min(float(least[place]) for place in problem.free)
+    return _lowest(problem, low, high, lambda threshold: _all_above(kind, threshold, known), "threshold")
 
-    def plan(threshold: float) -> Layers:
-        return problem.with_targets(_all_above(kind, threshold, known))
+
+def one_score(problem: Problem, kind: Target) -> Candidate | None:
+    """The lowest threshold of the scores that a scorer was fitted to that meets the budget: each head group keeps the
+    share of the tokens that is above it, between `LEAST` and `MOST`, by the scorer; None where the highest does not.
+
+    Before anything is known of scores it is the plan of `same_share`.
+
+    Args:
+        kind: a window and a scorer.
+
+    Raises:
+        UserError: the scorer was prepared before such shares were measured.
+    """
+    known = problem.thresholds(kind)
+    if known is None:
+        return same_share(problem, kind)
+
+    def shares_above(score: float) -> Callable[[Place], Target]:
+        shares = known.wanted_above(score)
+        if shares is None:
+            raise UserError(
+                "the preparation does not say what the scores are that its scorer was fitted to",
+                where="search.solver.same",
+                fix="prepare the scorer again, or take `same: threshold`",
+            )
+        found = shares.clamp(LEAST, MOST)
+        return lambda place: kind.with_share(float(found[place]))
+
+    return _lowest(problem, *SCORES, shares_above, "score")
+
+
+def _lowest(
+    problem: Problem, low: float, high: float, chosen: Callable[[float], Callable[[Place], Target]], what: str
+) -> Candidate | None:
+    """The plan of the lowest number between two that meets the budget; None where the highest does not.
+
+    Args:
+        chosen: the target of every head group by that number.
+        what: the number is.
+    """
+
+    def plan(number: float) -> Layers:
+        return problem.with_targets(chosen(number))
 
     if not problem.fits(plan(high)):
         return None
@@ -144,7 +191,7 @@ def one_threshold(problem: Problem, kind: Target) -> Candidate | None:
     for _ in range(HALVINGS if high > low else 0):
         middle = (low + high) / 2
         low, high = (low, middle) if problem.fits(plan(middle)) else (middle, high)
-    return Candidate(plan(high), note=f"one threshold for all head groups, {high:.4g}")
+    return Candidate(plan(high), note=f"one {what} for all head groups, {high:.4g}")
 
 
 def _all_above(kind: Target, threshold: float, known: Thresholds) -> Callable[[Place], Target]:
