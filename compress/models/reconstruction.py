@@ -106,6 +106,12 @@ class TokenScores:
         values: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: value.to(device) for name, value in values.items()})
 
+    def without_last(self, count: int) -> TokenScores:
+        """Without so many tokens at the end, but with half of them at least."""
+        kept = len(self.hidden) - min(count, len(self.hidden) // 2)
+        by_group = {name: getattr(self, name)[:, :kept] for name in ("key", "value", "weight", "moved")}
+        return replace(self, hidden=self.hidden[:kept], positions=self.positions[:kept], **by_group)
+
     def wanted(self, score: Score = "KVzip+") -> torch.Tensor:
         """`[G, n]` float32, what a scorer is to give: the logarithm of a score, at least that of `LEAST`."""
         return {"KVzip+": self.moved, "KVzip": self.weight}[score].clamp(min=LEAST).log()

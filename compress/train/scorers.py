@@ -227,11 +227,18 @@ class Scorers(nn.Module):
                 repetition = Request(self._tokenizer, self._objective.chunk).of(tokens)
                 given = self._states(repetition.tokens[: repetition.end])
                 take = partial(_with_states, take, given, slice(repetition.first, repetition.end))
-            self._repeat(tokens, take, repeated=repeated)
+            margin = self._objective.margin if repeated else 0
+            self._repeat(tokens, partial(_before_the_last, take, margin) if margin else take, repeated=repeated)
+
+
+def _before_the_last(take: Any, margin: int, scores: TokenScores) -> None:
+    """Hand on the scores of a layer without those of the last tokens of the text."""
+    take(scores.without_last(margin))
 
 
 def _with_states(take: Any, given: Given, place: slice, scores: TokenScores) -> None:
     """Hand on the scores of a layer with what a scorer was given of the same tokens in another model."""
     hidden, key, value, _ = given[scores.layer]
+    place = slice(place.start, place.start + len(scores.hidden))  # the last of a text may be left out
     hidden = scores.hidden if hidden is None else hidden[0, place]
     take(replace(scores, hidden=hidden, key=key[0, :, place], value=value[0, :, place]))

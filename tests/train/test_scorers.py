@@ -224,6 +224,25 @@ def test_a_scorer_may_stand_for_kvzip(batches: Pieces) -> None:
     assert objective.model_dump().keys() - OBJECTIVE.model_dump().keys() == {"score"}
 
 
+def test_the_last_tokens_of_a_text_may_be_left_out(batches: Pieces) -> None:
+    objective = OBJECTIVE.model_copy(update={"margin": 20})
+    scorers = Scorers(tiny_model("qwen2"), tiny_tokenizer(), {layer: _Layer(Ridge) for layer in range(3)}, objective)
+    (text, *_) = batches.texts(64, 1, 0)
+    with scorers.repeating():
+        part = list(scorers.scored(text))
+        scorers._objective = OBJECTIVE
+        whole = list(scorers.scored(text))
+        scorers._objective = OBJECTIVE.model_copy(update={"margin": 1000})
+        half = list(scorers.scored(text))
+    for found, least, one in zip(part, half, whole, strict=True):
+        count = len(one.hidden) - 20
+        assert len(found.hidden) == count and len(least.hidden) == (len(one.hidden) + 1) // 2
+        for name in ("key", "value", "weight", "moved"):
+            assert torch.equal(getattr(found, name), getattr(one, name)[:, :count])
+        assert torch.equal(found.hidden, one.hidden[:count]) and torch.equal(found.positions, one.positions[:count])
+    assert objective.model_dump().keys() - OBJECTIVE.model_dump().keys() == {"margin"}
+
+
 def _rows(scores: TokenScores) -> tuple[np.ndarray, np.ndarray]:
     """Features with a one, `[G, n, F]`, and what is fitted."""
     scalars = scalars_of(scores.key[None], scores.value[None], scores.positions[None])[0]

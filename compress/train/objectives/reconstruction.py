@@ -43,15 +43,25 @@ class Reconstruction(Objective):
         "each, without a repetition; none takes `lengths`",
     )
 
+    margin: int = Field(
+        0,
+        ge=0,
+        le=LONGEST,
+        description="tokens at the end of a text, at most half of it, that nothing is fitted to: the repetition stands "
+        "right behind them and looks at them more, which a scorer takes for a matter of position",
+    )
+
     @model_serializer(mode="wrap")
     def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without lengths for thresholds where there are none, and without the score where it is KVzip+'s, so that
-        earlier preparations keep their keys."""
+        """Without lengths for thresholds where there are none, without the score where it is KVzip+'s and without a
+        margin of none, so that earlier preparations keep their keys."""
         written: dict[str, Any] = write(self)
         if not self.thresholds:
             written.pop("thresholds")
         if self.score == "KVzip+":
             written.pop("score")
+        if not self.margin:
+            written.pop("margin")
         return written
 
     needs_teacher: ClassVar[bool] = True
