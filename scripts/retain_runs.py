@@ -19,10 +19,11 @@ A text is read without its questions, so that no row can know them. Rows:
     ridge-score, mlp-score
                    with the share in each head group that KVzip+ keeps there of the texts of the preparation, and the
                    scorer to say which tokens: a fitted scorer varies less than what it stands for
-    ridge-kvzip, ridge-again, ridge-plain, mlp-kvzip, mlp-long, gate-long, ridge-64, mlp-64
-                   choices that one of these scorers leaves open, each with one share and with one threshold: fitted to
-                   KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it written by
-                   the model; on four times the tokens; with a window of 64. They run only where they are named
+    ridge-kvzip, ridge-again, ridge-plain, ridge-margin, ridge-512, mlp-kvzip, mlp-long, gate-long, ridge-64, mlp-64
+                   choices that one of these scorers leaves open, each with one share, one threshold and one score:
+                   fitted to KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it
+                   written by the model; to all but the last 512 tokens of texts of 2,048 and 4,096; with a window of
+                   512; on four times the tokens; with a window of 64. They run only where they are named
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
                    refinement, or with `--refine-minutes`
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
@@ -529,6 +530,19 @@ def longer(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     prepare["tokens"], prepare["rate"] = 4 * options.prepare_tokens, 3e-3
 
 
+def margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Longer texts, without their ends, which the repetition is near to."""
+    objective = prepare["objectives"][0]
+    if not options.quick:
+        objective["lengths"] = [max(length, 2048) for length in objective["lengths"]]
+    objective["margin"] = min(512, min(objective["lengths"]) // 4)
+
+
+def wide(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """A window of eight pages, so that less of the cache is chosen."""
+    options.window = 512 if not options.quick else 128
+
+
 def narrow(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     """A window of a page, which leaves more of a small cache to older tokens."""
     options.window = 64
@@ -538,6 +552,8 @@ CHANGED: dict[str, tuple[str, str, Change]] = {
     "ridge-kvzip": ("ridge", "by KVzip", by_kvzip),
     "ridge-again": ("ridge", "two rounds", again),
     "ridge-plain": ("ridge", "plain text", plain),
+    "ridge-margin": ("ridge", "not the last tokens", margin),
+    "ridge-512": ("ridge", "window 512", wide),
     "mlp-kvzip": ("mlp", "by KVzip", by_kvzip),
     "mlp-long": ("mlp", "four times the tokens", longer),
     "gate-long": ("gate", "four times the tokens", longer),
