@@ -11,6 +11,7 @@ import torch
 
 from compress.errors import Problem, UserError
 from compress.files import digest_of
+from compress.models.context.layout import Layout
 from compress.models.context.processes import Sharing, check_processes
 from compress.models.load import LoadedModel
 from compress.models.placement import input_device, placement_of
@@ -84,7 +85,7 @@ def run_profile(
     for group in (documents, training, *([second] if second else [])):
         check_inputs(group, statistics)
     check_corpora(statistics, second)
-    longest = max(length for group in (documents, training) for length, samples in group.items() if samples)
+    longest = max(length for group in (documents, second or {}) for length, samples in group.items() if samples)
     check_context(loaded.model, statistics, context, longest)
     grid = _grid(statistics)
     lengths = [length for length in documents if documents[length]]
@@ -211,12 +212,13 @@ def check_context(model: Any, statistics: Sequence[Statistic], context: int, lon
     if context == 1:
         return
     refuse_streamed(model, "a sample that processes share", "profile.context", "leave one of the two out")
-    change = rope_change(model.config)
-    if change is not None and longest > change[1]:
+    change, multiple = rope_change(model.config), Layout.multiple(context)
+    if change is not None and -(-longest // multiple) * multiple > change[1]:  # with the padding that is behind them
+        most = change[1] // multiple * multiple
         raise UserError(
             f"the model's position frequencies ({change[0]}) depend on the length of the input",
             where="profile.context",
-            expected=f"samples of at most {change[1]} tokens, of which each process then knows all that it needs",
+            expected=f"samples of at most {most} tokens, up to which those of all processes are the same",
             found=f"{longest} tokens",
             fix="set `profile.context` to 1",
         )

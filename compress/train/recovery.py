@@ -201,7 +201,7 @@ def _check_context(model: Any, settings: RecoverSettings) -> None:
     """
     if settings.context == 1:
         return
-    check_shareable(model, "recover.context")
+    check_shareable(model, settings.length, "recover.context")
     for objective in _losses(model, settings):
         if not objective.of_logits:
             raise UserError(

@@ -16,7 +16,7 @@ from compress.errors import UserError
 from compress.models.context.dense import SharedSample
 from compress.models.context.exchange import Part
 from compress.models.context.layout import Layout
-from compress.models.context.processes import check_processes
+from compress.models.context.processes import check_processes, check_shareable
 from compress.models.planned import planned_model
 from compress.plan import uniform_plan
 from compress.profile.heads.attention import Attention
@@ -74,9 +74,12 @@ def test_statistics_that_need_whole_documents_are_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="2 processes, or a multiple of 2"):
         run_profile(loaded, samples, [Attention()], tmp_path, seed=0, context=2)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    stretched: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters=rope, max_position_embeddings=32))
-    with pytest.raises(UserError, match="samples of at most 32 tokens"):
-        check_context(stretched, [Attention()], 2, 64)
+    stretched: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters=rope, max_position_embeddings=600))
+    check_context(stretched, [Attention()], 2, 512)
+    with pytest.raises(UserError, match="samples of at most 512 tokens"):
+        check_context(stretched, [Attention()], 2, 513)
+    with pytest.raises(UserError, match="sequences of at most 600 tokens"):
+        check_shareable(stretched, 768, "recover.context")
     with pytest.raises(UserError, match="samples that are no text"):
         SharedSample(SimpleNamespace(unit="patches", length=4), Part(Layout(256, 2), 0))
 

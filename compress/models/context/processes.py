@@ -14,24 +14,8 @@ from compress.models.context.exchange import Part
 from compress.models.context.layout import Layout
 from compress.models.families import layers_of
 from compress.models.planned import with_runtime_plan
+from compress.runtime.rope import rope_change
 from compress.runtime.widths import Width, width_of
-
-
-def check_length(length: int, world: int, where: str) -> None:
-    """Check that a sequence can be shared.
-
-    Raises:
-        UserError: it does not divide into whole pages.
-    """
-    multiple = Layout.multiple(world)
-    if world > 1 and length % multiple:
-        raise UserError(
-            "the sequences do not divide among the processes that share one",
-            where=where,
-            expected=f"a multiple of {multiple} tokens: two parts of whole pages for each of {world} processes",
-            found=f"{length}",
-            fix=f"take {max(1, length // multiple) * multiple} tokens",
-        )
 
 
 def check_processes(world: int, processes: int, where: str) -> None:
@@ -87,12 +71,21 @@ def part_of_sequence(length: int, world: int) -> Part:
     return Sharing.join(world).part(length)
 
 
-def check_shareable(model: Any, where: str) -> None:
-    """Check that a model's attention can be run on a part of a sequence.
+def check_shareable(model: Any, length: int, where: str) -> None:
+    """Check that a model's attention can be run on a part of a sequence of `length` tokens.
 
     Raises:
-        UserError: a target cannot; says which, and why.
+        UserError: a target cannot; says which, and why. Or the frequencies of RoPE depend on the length by then.
     """
+    change = rope_change(model.config)
+    if change is not None and length > change[1]:
+        raise UserError(
+            f"the model's position frequencies ({change[0]}) depend on the length of the input",
+            where=where,
+            expected=f"sequences of at most {change[1]} tokens, up to which those of all processes are the same",
+            found=f"{length} tokens",
+            fix=f"set `{where}` to 1",
+        )
     for kinds in getattr(model.base_model, "compress_kinds", ()):
         try:
             kinds.check_shard()

@@ -300,7 +300,7 @@ def attend(
         SEGMENTS=segments,
         CAPPED=cap is not None,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,  # the table is read ahead of the blocks that it names
     )
     if split:
         _add_kernel[(tokens, heads)](
