@@ -844,7 +844,8 @@ READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
     (False, {}), (False, {"piece": 1024}), (False, {"piece": 64}), (False, {"piece": 16}), (False, {"numbers": 1024}),
     (False, {"numbers": 1024, "piece": 64}), (False, {"numbers": 1024, "piece": 1024}),
     (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "piece": 64, "warps": 2}),
-    (False, {"numbers": 4096}), (True, {}), (True, {"features": 256}), (True, {"features": 64}),
+    (False, {"registers": 96}), (False, {"numbers": 1024, "registers": 64}),
+    (True, {}), (True, {"features": 256}), (True, {"features": 64}),
     (True, {"numbers": 2048, "warps": 1}), (True, {"numbers": 8192, "warps": 4}),
 )  # fmt: skip
 # Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
