@@ -122,6 +122,7 @@ def main() -> None:
     add = parser.add_argument
     add("--shares", default="50,25,12.5,6.25", help="of the bytes of the dense model's cache, in percent, by commas")
     add("--window", type=int, default=128, help="tokens of the window of heads that keep tokens")
+    add("--scorers", default=",".join(SCORERS), help="that `base` trains, by commas; rows of others cannot run")
     add("--prepare-tokens", type=int, default=500_000, help="that scorers are trained on")
     add("--prepare-lengths", default="1024,4096", help="tokens of the texts of the preparation, by commas")
     add("--refine-minutes", type=float, default=0.0, help="of refining each plan of `searched`; 0 for none")
@@ -247,7 +248,7 @@ def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
     lengths = [int(length) for length in options.prepare_lengths.split(",")]
     text = {"source": "undivided", "path": str(training_text(options))}
     prepare: dict[str, Any] = {
-        "targets": [{"target": "retain", "scorer": scorer} for scorer in SCORERS],
+        "targets": [{"target": "retain", "scorer": scorer} for scorer in options.scorers.split(",")],
         "objectives": [
             {
                 "name": "reconstruction",
@@ -648,8 +649,9 @@ def oracle_row(
     device, groups = model.get_input_embeddings().weight.device, shape.kv_heads
     masks = [(name, share) for name in ("KVzip", "KVzip+") for share in shares]
     cells = [new_cell("dense", None, asked), *(new_cell(name + words, share, asked) for name, share in masks)]
-    mixers = {scorer: scorers_of(loaded, scorer) for scorer in SCORERS}
-    ranks: dict[str, list[torch.Tensor]] = {scorer: [] for scorer in SCORERS}
+    scorers = options.scorers.split(",")
+    mixers = {scorer: scorers_of(loaded, scorer) for scorer in scorers}
+    ranks: dict[str, list[torch.Tensor]] = {scorer: [] for scorer in scorers}
     seconds = []
 
     def kept_by(found: Any) -> list[torch.Tensor | None]:
@@ -668,7 +670,7 @@ def oracle_row(
     compared = max(1, len(asked.texts) // 5)
     for number, text in enumerate(asked.texts):
         pieces = [asked_tokens(question) for question in text.questions]
-        of_text.update({scorer: [] for scorer in SCORERS})
+        of_text.update({scorer: [] for scorer in scorers})
         beside = {"beside": compare} if number < compared else {}
         with reconstructing(model, loaded.tokenizer, chunk) as repeat:
             started = clock(device)
@@ -818,7 +820,7 @@ def print_table(options: argparse.Namespace) -> None:
     rows.print_lines([head, *(line(entry) for entry in summary)])
     for entry in ranks:
         print(f"\nrank correlation with {entry['row']} on these texts, seed {entry['seed']}, mean and by layer:")
-        for scorer in SCORERS:
+        for scorer in [name for name in SCORERS if name in entry]:
             values = entry[scorer]
             print(f"  {scorer:<11}{mean(values):.2f}  {' '.join(f'{value:.2f}' for value in values)}")
 

@@ -137,10 +137,13 @@ class TextSample(Sample):
         return {"input_ids": torch.tensor([self.tokens], device=device), "use_cache": False}
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """All tokens, and logits for the rows that predict the answer only."""
+        """All tokens, and logits for the rows that predict the answer only.
+
+        The rows are on the CPU: the last hidden states, which they choose from, may be on another device.
+        """
         import torch
 
-        return self.body(device) | {"logits_to_keep": torch.arange(*self.rows, device=device)}
+        return self.body(device) | {"logits_to_keep": torch.arange(*self.rows)}
 
     def logits(self, output: Any) -> torch.Tensor:
         logits: torch.Tensor = output.logits[0]
@@ -188,10 +191,10 @@ class Repeats(TextSample):
         return [self.tokens, self.places]
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """All tokens, and logits for the rows before those tokens."""
+        """All tokens, and logits for the rows before those tokens, which are on the CPU as above."""
         import torch
 
-        return self.body(device) | {"logits_to_keep": torch.tensor(self.places, device=device) - 1}
+        return self.body(device) | {"logits_to_keep": torch.tensor(self.places) - 1}
 
     def targets(self, device: torch.device) -> torch.Tensor:
         import torch

@@ -220,7 +220,8 @@ class PlanModel(WholeLayers):
         for name, row in self.compress_family.projections.items():
             if "key_value" in row.parts:
                 weight = layer.get_submodule(name).weight
-                return part_of(weight, by_rows=row.by_group or len(row.parts) == 1)
+                asked = getattr(getattr(self.config, "distributed_config", None), "tp_size", None) or 1
+                return part_of(weight, by_rows=row.by_group or len(row.parts) == 1, asked=asked)
         return Part()
 
     def new_cache(self, max_length: int | None = None, slack: int = 0) -> PagedCache:

@@ -34,7 +34,7 @@ class Part:
         return range(self.rank * size, (self.rank + 1) * size)
 
 
-def part_of(weight: torch.Tensor, by_rows: bool) -> Part:
+def part_of(weight: torch.Tensor, by_rows: bool, asked: int = 1) -> Part:
     """The part of a layer's groups that a process computes, by the weight of the projection that makes keys.
 
     A weight that is split over processes along its outputs gives each process the keys of some groups. Weights that
@@ -44,11 +44,13 @@ def part_of(weight: torch.Tensor, by_rows: bool) -> Part:
         weight: `[keys of all groups, hidden size]`, a DTensor where it is split.
         by_rows: whether its rows are those of group after group; a fused projection's are not, and its outputs are
             gathered.
+        asked: processes that the model was loaded for. A mesh of so many without names is then theirs: up to
+            transformers 5.23 it has none, and neither has one that FSDP makes for itself.
     """
     if DTensor is None or not isinstance(weight, DTensor) or not by_rows:
         return Part()
     mesh: Any = weight.device_mesh
-    names = mesh.mesh_dim_names or ()  # a mesh without names may be one that FSDP made for itself
+    names = mesh.mesh_dim_names or ((AXIS,) if mesh.ndim == 1 and 1 < mesh.size() == asked else ())
     if AXIS not in names:
         return Part()
     axis = names.index(AXIS)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from compress.models.planned import planned_model
@@ -61,6 +62,9 @@ def split_in_process(rank: int, folder: str) -> None:
         with torch.no_grad():
             split(ids, **{CACHE: cache})
         assert gathered or cache.held_bytes() + own == getattr(expected, CACHE).held_bytes()  # the other rank's groups
+    bare = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    assert part_of(bare, True, asked=2) == Part(rank, 2)  # transformers 5.17 gives its mesh no names
+    assert part_of(bare, True).whole  # as FSDP leaves weights
     spread = planned("llama-gqa")
     for layer in spread.model.layers:
         fully_shard(layer)
