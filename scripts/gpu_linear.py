@@ -66,16 +66,17 @@ MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F3
 
 # What was foretold of an H100 80GB before it was measured, and what is wanted; both are told beside every figure.
 FORETOLD: dict[str, float] = {
-    "decode 8 4 128 256": 0.88, "decode 8 4 128 128": 0.86, "decode 3 3 64 128": 0.87, "decode 4 2 256 512": 0.95,
+    "decode 8 4 128 256": 0.84, "decode 8 4 128 128": 0.80, "decode 3 3 64 128": 0.82, "decode 4 2 256 512": 0.94,
     "decode 4 8 128 256": 0.68,
-    "window": 0.567, "features of queries": 0.39, "features of keys": 0.10, "states": 0.20,
-    "running sums of them": 0.152, "read and merge": 0.60,
-    "delta, sums of decays": 0.004, "delta, writes of chunks": 0.15, "delta, states along them": 0.20,
-    "delta, read": 0.14,
-    "prefill 8192": 0.45, "prefill 131072": 6.9, "largest over smallest": 1.07,
-    "fla normalised 8192": 0.215, "fla plain 8192": 0.21, "fla decay 8192": 0.235, "fla gated delta 8192": 0.50,
-    "fla normalised 32768": 0.85, "fla plain 32768": 0.83, "fla decay 32768": 0.93, "fla gated delta 32768": 2.0,
-    "fla normalised both": 0.95, "fla plain both": 0.90, "fla decay both": 0.95,
+    "window": 0.56, "features of queries": 0.365, "features of keys": 0.096, "states": 0.19,
+    "running sums of them": 0.152, "read and merge": 0.594,
+    "delta, sums of decays": 0.004, "delta, writes of chunks": 0.156, "delta, states along them": 0.237,
+    "delta, read": 0.15,
+    "prefill 8192": 0.476, "prefill 131072": 7.25, "largest over smallest": 1.05,
+    "train smollm2-135m": 5.0, "train smollm2-135m delta": 6.5, "train llama-3-8b": 4.0,
+    "fla normalised 8192": 0.215, "fla plain 8192": 0.218, "fla decay 8192": 0.25, "fla gated delta 8192": 0.54,
+    "fla normalised 32768": 0.85, "fla plain 32768": 0.86, "fla decay 32768": 0.99, "fla gated delta 32768": 2.1,
+    "fla normalised both": 1.12, "fla plain both": 1.07, "fla decay both": 1.18, "fla gated delta both": 3.0,
 }  # fmt: skip
 WANTED: dict[str, str] = {"decode": "at least .85", "largest over smallest": "at most 1.05", "fla": "as fast as fla"}
 
@@ -619,7 +620,7 @@ def train_rows() -> list[dict[str, Any]]:
         rows.append(row | {"bytes": {n: size for n, (_, size) in took.items()}})
         say(
             f"train {name}: {took['triton'][0]:.2f} ms and {took['triton'][1] / 2**30:.2f} GiB, plain PyTorch "
-            f"{took['reference'][0]:.2f} ms and {took['reference'][1] / 2**30:.2f} GiB"
+            f"{took['reference'][0]:.2f} ms and {took['reference'][1] / 2**30:.2f} GiB{foretold(f'train {name}')}"
         )
     return rows
 
@@ -844,7 +845,8 @@ READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
     (False, {}), (False, {"piece": 1024}), (False, {"piece": 64}), (False, {"piece": 16}), (False, {"numbers": 1024}),
     (False, {"numbers": 1024, "piece": 64}), (False, {"numbers": 1024, "piece": 1024}),
     (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "piece": 64, "warps": 2}),
-    (False, {"numbers": 4096}), (True, {}), (True, {"features": 256}), (True, {"features": 64}),
+    (False, {"registers": 96}), (False, {"numbers": 1024, "registers": 64}),
+    (True, {}), (True, {"features": 256}), (True, {"features": 64}),
     (True, {"numbers": 2048, "warps": 1}), (True, {"numbers": 8192, "warps": 4}),
 )  # fmt: skip
 # Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
@@ -907,18 +909,17 @@ def with_decode_config(config: dict[str, Any]) -> Any:
 
 def sweep_jobs() -> list[tuple[str, Any, Any]]:
     """What is tried: a kernel, sizes, and what is changed."""
-    jobs: list[tuple[str, Any, Any]] = []
+    jobs: list[tuple[str, Any, Any]] = [("delta", ALONE, change) for change in DELTA]
+    jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
+    jobs += [("read", (*ALONE, "decay"), change) for change in READ_DECAY]
     for sizes in DECODE_SHAPES:
         jobs += [("decode", (*sizes, 64 << 20), change) for change in READ_ONE_CHANGES]
+    jobs += [("gradients", ALONE, change) for change in GRADIENTS]
     for shape in (LLAMA, ALONE):
         jobs += [("states", shape, change) for change in STATES]
         jobs += [("read", shape, change) for change in READ]
         jobs += [("segments", shape, segment) for segment in (1, 2)]
-    jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
-    jobs += [("read", (*ALONE, "decay"), change) for change in READ_DECAY]
     jobs += [("features", LLAMA, change) for change in FEATURES]
-    jobs += [("gradients", ALONE, change) for change in GRADIENTS]
-    jobs += [("delta", ALONE, change) for change in DELTA]
     return jobs
 
 

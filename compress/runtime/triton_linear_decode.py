@@ -16,7 +16,7 @@ except ImportError as error:
 from .pages import Pages
 from .span import PAGE, Span
 from .triton_linear_features import KINDS, activate, root, sides
-from .triton_linear_layout import begin, load_part, overlapped
+from .triton_linear_layout import begin, limits, load_part, overlapped
 from .triton_span import first_key, load_rule, span_rules
 from .tuned import linear_decode_config
 
@@ -113,12 +113,12 @@ def _read_one(
         o_held = (o_v * state_e)[:, None, None] + (o_part * state_f)[None, :, :]
         b_state = tl.load(p_held + o_held, mask=(o_v < VALUE_DIM)[:, None, None] & m_part[None, :, :], other=0.0)
         if MEAN:  # of all heads at once, whose rows are then near
-            o_f = tl.arange(0, BLOCK_F)
-            b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
-            b_rows = load_part(p_row, o_row * query_h, m_row, 0, FEATURES, BLOCK_F)
+            b_norm = tl.load(p_norm + o_part * state_f, mask=m_part, other=0.0)
+            m_rows = m_row[:, None, None] & m_part[None, :, :]
+            b_rows = tl.load(p_row + (o_row * query_h)[:, None, None] + o_part[None, :, :], mask=m_rows, other=0.0)
             if ROUND:
                 b_rows = b_rows.to(tl.bfloat16)
-            mass = tl.sum(b_rows.to(tl.float32) * b_norm[None, :], 1)
+            mass = tl.sum(tl.sum(b_rows.to(tl.float32) * b_norm[None, :, :], 1), 1)
         for row in tl.static_range(SHARE):
             b_query = tl.load(p_row + row * query_h + o_part, mask=m_part, other=0.0)
             if ROUND:
@@ -200,6 +200,7 @@ def read_one(
         ROUND=dtype == torch.bfloat16,
         PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
+        **limits(config),
         **overlapped(query.device),
     )
     return out

@@ -353,7 +353,7 @@ def _scan(
             b_key = load_part(p_keys, j * key_t, m_j, at_f, FEATURES, BLOCK_F)
             b_value = load_part(p_values, j * value_t, m_j, at_v, VALUE_DIM, BLOCK_V)
             if DECAY:
-                b_value = (b_value.to(tl.float32) * tl.exp(total - fade)[:, None]).to(b_key.dtype)
+                b_key = (b_key.to(tl.float32) * tl.exp(total - fade)[:, None]).to(b_key.dtype)
                 state = state * tl.exp(total)
                 total, fade = _next_decays(p_total, p_fades, s, segments, o_token, count, length)
             state = tl.dot(b_value.T, b_key, state, input_precision=PRECISION)

@@ -186,9 +186,10 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
         return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1}
     if share > 4:
         return {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1}
-    # Blocks of eight columns, or of fewer where they are long.
-    numbers = 1024 if features <= 128 else 2048
-    return {"dot": False, "features": 0, "numbers": numbers, "piece": 32, "warps": 1, "stages": 1}
+    # Blocks of eight columns, or of fewer where they are long. Short pieces save exchanges and take registers: 27.2
+    # against 27.5 us with four heads, 25.4 against 23.6 with two.
+    numbers, piece = 1024 if features <= 128 else 2048, 32 if share > 2 else 1024
+    return {"dot": False, "features": 0, "numbers": numbers, "piece": piece, "warps": 1, "stages": 1}
 
 
 def launches_overlap(device: torch.device) -> bool:
