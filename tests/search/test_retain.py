@@ -167,10 +167,9 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
             assert abs(one.share - min(max(other.share, 1 / 64), 63 / 64)) < 0.02
             kept = retention.wanted_above(float(plan.note.split()[-1]))
             assert kept is not None and min((kept - one.share).abs().min().item(), one.share - 1 / 64) < 1e-3
-        task.prepared[0].retention = replace(retention, wanted=None)
+        earlier = problem(solver, Budget(kv=0.45, lengths=(4096,)), replace(retention, wanted=None), options)
         with pytest.raises(UserError, match="does not say what the scores are"):
-            solver.solve(task)
-        task.prepared[0].retention = retention
+            solver.solve(earlier)
     assert kept_alike(task, [Candidate(task.start)]) == {}
     with pytest.raises(UserError, match="no plan meets the budget at length 4096"):
         problem(solver, Budget(kv=0.04, lengths=(4096,)), retention, options)
