@@ -19,11 +19,13 @@ A text is read without its questions, so that no row can know them. Rows:
     ridge-score, mlp-score
                    with the share in each head group that KVzip+ keeps there of the texts of the preparation, and the
                    scorer to say which tokens: a fitted scorer varies less than what it stands for
-    ridge-kvzip, ridge-again, ridge-plain, ridge-margin, ridge-512, mlp-kvzip, mlp-long, gate-long, ridge-64, mlp-64
+    ridge-kvzip, ridge-again, ridge-plain, ridge-margin, ridge-prose, ridge-512, mlp-kvzip, mlp-long, gate-long,
+    ridge-64, mlp-64
                    choices that one of these scorers leaves open, each with one share, one threshold and one score:
                    fitted to KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it
-                   written by the model; to all but the last 512 tokens of texts of 2,048 and 4,096; with a window of
-                   512; on four times the tokens; with a window of 64. They run only where they are named
+                   written by the model; to all but the last 512 tokens of texts of 2,048 and 4,096; the same on text
+                   without statements that people wrote; with a window of 512; on four times the tokens; with a window
+                   of 64. They run only where they are named
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
                    refinement, or with `--refine-minutes`
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
@@ -538,6 +540,12 @@ def margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     objective["margin"] = min(512, min(objective["lengths"]) // 4)
 
 
+def prose(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Text without statements, and none of a model; without the ends of texts."""
+    prepare["text"] = {"source": "undivided", "path": str(rows.corpus(options))}
+    margin(options, prepare)
+
+
 def wide(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     """A window of eight pages, so that less of the cache is chosen."""
     options.window = 512 if not options.quick else 128
@@ -553,6 +561,7 @@ CHANGED: dict[str, tuple[str, str, Change]] = {
     "ridge-again": ("ridge", "two rounds", again),
     "ridge-plain": ("ridge", "plain text", plain),
     "ridge-margin": ("ridge", "not the last tokens", margin),
+    "ridge-prose": ("ridge", "prose, not the last tokens", prose),
     "ridge-512": ("ridge", "window 512", wide),
     "mlp-kvzip": ("mlp", "by KVzip", by_kvzip),
     "mlp-long": ("mlp", "four times the tokens", longer),
