@@ -209,9 +209,17 @@ ELSEWHERE: dict[Value, tuple[str, str]] = {
         for name in ("uniform-share", "global-threshold")
     },
     **dict.fromkeys(
-        (("search.solvers.shares.Shares", "", ""), ("search.solvers.shares.Shares", "same", "share")),
-        ("tests/search/test_retain.py", r"Shares\(same=same.*[\s\S]*\"share\""),
+        (
+            ("search.solvers.shares.Shares", "", ""),
+            ("search.solvers.shares.Shares", "same", "share"),
+            ("search.solvers.shares.Shares", "same", "score"),
+        ),
+        ("tests/search/test_retain.py", r"\"share\".*\"score\"[\s\S]*Shares\(same=same"),
     ),
+    **{
+        ("train.settings.RecoverSettings", "compile", value): ("tests/train/test_compiled.py", f"compile={value}")
+        for value in (True, False)
+    },
     ("search.serve.Serve", "engine", "vllm"): ("tests/search/test_serve.py", r"Serve\("),
     ("search.serve.Serve", "permute", True): (
         "tests/search/test_serve.py",
