@@ -5,7 +5,8 @@ python scripts/retain_runs.py --texts FOLDER --out FOLDER [--rows oracle,ridge] 
 Every row is measured at several shares of the dense model's cache (`--shares`, in percent of the bytes), on the same
 texts of a held-out novel: `--prompts` texts of `--length` tokens in all, each with a fact of every kind and a question
 for every fact (`data.questions`: a pass key, one of two lines, and kinds, wordings and words that no calibration has).
-A text is read without its questions, so that no row can know them. Rows:
+A text is read without its questions, so that no row can know them. A row has no cell at a share that none of its plans
+meets. Rows:
 
     oracle         the dense model; KVzip and KVzip+, whose mask is in force for the question; their scores given to
                    the heads of a retain plan (`rule`), whose keys are not seen while the text is read, either; and the
@@ -27,7 +28,7 @@ A text is read without its questions, so that no row can know them. Rows:
                    without statements that people wrote; with a window of 512; on four times the tokens; with a window
                    of 64. They run only where they are named
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
-                   refinement, or with `--refine-minutes`
+                   refinement, or with `--refine-minutes`; by `ridge` and `mlp`, or by what else `base` has trained
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
     recovered      the row `ridge`, with its decisions trained together with low-rank updates of the weights on what the
@@ -114,6 +115,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 REFINED = Path(__file__).parents[1] / "profiles" / "smollm2-135m" / "8k"
 REFINED_AT = {50.0: "refined-5", 25.0: "refined-25", 12.5: "refined-125"}
 GLOBAL = ("ridge", "mlp")
+PRICED = GLOBAL  # that `searched` chooses from, where the base has trained one of them
+BUDGETED = ("search.budget", "search.budget.kv")  # keys that an error names where no plan has so few bytes
 FACTS = ("device", "versions", "all", "tokens", "seconds")  # of a row's file, beside its cells
 OPTIONS = (
     *("model", "dtype", "seeds", "length", "shares", "window", "prompts", "windows", "written", "at_once"),
@@ -456,9 +459,16 @@ def solved(options: argparse.Namespace, loaded: LoadedModel, solver: Solver, sha
     try:
         (candidate,) = solver.solve(problem)
     except UserError as error:
-        print(f"{solver.words()} at {share:g}%: {error}", flush=True)
+        left_out(error, f"{solver.words()} at {share:g}%")
         return None
     return plan_of_layers(loaded.shape, candidate.layers)
+
+
+def left_out(error: UserError, what: str) -> None:
+    """Tell why a row has no plan at some share, where its budget is too small; raise any other error."""
+    if not all(problem.where in BUDGETED for problem in error.problems):
+        raise error
+    print(f"{what}: {error}", flush=True)
 
 
 Same = Literal["share", "threshold", "score"]  # what all head groups have in common
@@ -593,19 +603,31 @@ def searched_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked)
     """Full, window and retaining heads, as recipes/smollm2-retain.yaml chooses them."""
     for share in shares_of(options):
         with rows.session_of(options, "searched", options.seed, searched_recipe(options, share)) as session:
-            session.take_model(loaded)
-            profile_stage(session)
-            prepare_stage(session)
-            plan = search_stage(session)
-        model = planned_model(loaded.model, plan)
-        yield measure("searched", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+            plan = found_plan(session, loaded, f"searched at {share:g}%")
+        if plan is not None:
+            model = planned_model(loaded.model, plan)
+            yield measure("searched", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+
+
+def found_plan(session: Session, loaded: LoadedModel, what: str) -> Plan | None:
+    """The plan of a session's recipe, with what its search needs before; None where no plan has so few bytes."""
+    session.take_model(loaded)
+    profile_stage(session)
+    prepare_stage(session)
+    try:
+        return search_stage(session)
+    except UserError as error:
+        left_out(error, what)
+        return None
 
 
 def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
     """The recipe with the scorers of the base, and documents from its texts."""
     recipe: dict[str, Any] = yaml.safe_load((RECIPES / "smollm2-retain.yaml").read_text())
     base = base_recipe(options)
-    grid = {"scorers": ["ridge", "mlp"], "alphas": sorted({64, options.window})}
+    trained = options.scorers.split(",")
+    priced = [scorer for scorer in PRICED if scorer in trained] or trained
+    grid = {"scorers": priced, "alphas": sorted({64, options.window})}
     prepare = base["prepare"] | {"effect": True, "options": {"retain": recipe["prepare"]["options"]["retain"] | grid}}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
     refine = {"minutes": options.refine_minutes} if options.refine_minutes else None
@@ -625,10 +647,9 @@ def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked
     for share in map(float, options.recover_shares.split(",")):
         name = f"recovered-{share:g}"
         with rows.session_of(options, name, options.seed, recover_recipe(options, share)) as session:
-            session.take_model(loaded)
-            profile_stage(session)
-            prepare_stage(session)
-            plan = search_stage(session)
+            plan = found_plan(session, loaded, f"ridge, trained, at {share:g}%")
+            if plan is None:
+                continue
             (weights,) = train_stage(session, "recover")
         model = load_trained(planned_model(loaded.model, trained_plan(plan, weights)), weights)
         yield measure("ridge, trained", share, model, asked, dense_bytes(loaded.shape, loaded.model))
@@ -638,10 +659,8 @@ def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: A
     """The dense model, trained on the same tokens."""
     share = float(options.recover_shares.split(",")[0])
     with rows.session_of(options, "trained-dense", options.seed, recover_recipe(options, share)) as session:
-        session.take_model(loaded)
-        profile_stage(session)
-        prepare_stage(session)
-        search_stage(session)
+        if found_plan(session, loaded, f"dense, trained, with the plan of {share:g}%") is None:
+            return
         (weights,) = train_stage(session, "control")
     model = load_trained(copy.deepcopy(loaded.model), weights)
     yield measure("dense, trained", None, model, asked, dense_bytes(loaded.shape, loaded.model))
@@ -749,9 +768,11 @@ def rule_cells(
     tails: Sequence[torch.Tensor],
 ) -> Iterator[dict[str, Any]]:
     """Retain heads that are told what an oracle keeps, with one threshold over all head groups."""
-    device = loaded.model.get_input_embeddings().weight.device
+    device, trained = loaded.model.get_input_embeddings().weight.device, options.scorers.split(",")
+    # The share that has the bytes, which is any scorer's whose thresholds are known.
+    known = RetainGroup(scorer="key_norm" if "key_norm" in trained else trained[0], alpha=options.window)
     for share in shares_of(options):
-        plan = solved(options, loaded, Shares(target=RetainGroup(scorer="key_norm", alpha=options.window)), share)
+        plan = solved(options, loaded, Shares(target=known), share)
         if plan is None:
             continue
         kept = float(plan.layers[0].groups[0].model_dump()["share"])

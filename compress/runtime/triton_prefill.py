@@ -116,15 +116,13 @@ def _forward(
     CAPPED: tl.constexpr,
     EXTRA: tl.constexpr,
     SCORE: tl.constexpr,
-    FEW: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other.
 
     Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do. Where LISTED,
-    a query sees beside its window a prefix of a list of keys: those before the first page of its window. Where these
-    are FEW, one loop takes all of them and one the window, as the start of a loop then costs more than masks.
+    a query sees beside its window a prefix of a list of keys: those before the first page of its window.
     """
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
@@ -185,7 +183,7 @@ def _forward(
         all_rows = tl.load(p_own_before + earliest // BLOCK_P - from_page)
         any_row = tl.load(p_own_before + latest // BLOCK_P - from_page)
         # One loop less to compile where none is fast.
-        whole = all_rows // BLOCK_N if PRECISION != "ieee" and not FEW else 0
+        whole = all_rows // BLOCK_N if PRECISION != "ieee" else 0
         for i in tl.range(0, whole, num_stages=STAGES):
             # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
             b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -195,7 +193,7 @@ def _forward(
             )
         # [BLOCK_M]
         n_before = tl.load(p_own_before + first // BLOCK_P - from_page, mask=m_token, other=0)
-        for i in tl.range(whole, (any_row + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES if FEW else 1):
+        for i in tl.range(whole, (any_row + BLOCK_N - 1) // BLOCK_N, num_stages=1):
             # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
             entry = i * BLOCK_N + tl.arange(0, BLOCK_N)
             b_key = list_key_tiles.load([b, g, i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -219,9 +217,6 @@ def _forward(
     end = (high - origin + BLOCK_N) // BLOCK_N
     inner = tl.minimum(tl.maximum((tl.maximum(latest - past, 0) - origin + BLOCK_N - 1) // BLOCK_N, begin), end)
     outer = tl.maximum((low + 1 - origin) // BLOCK_N, inner)
-    if FEW:
-        inner = begin
-        outer = begin
     for i in tl.range(inner, outer, num_stages=STAGES):
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         b_key = key_tiles.load([b, g, start + origin + i * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -415,7 +410,6 @@ def forward(
         CAPPED=cap is not None,
         EXTRA=extra is not None and score == 0,
         SCORE=score,
-        FEW=lists is not None and config.get("few", False),
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config["warps"],

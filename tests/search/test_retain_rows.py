@@ -1,0 +1,88 @@
+"""The rows of heads that keep tokens: a search among the scorers that were trained, and shares that have no plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import UserError
+from scripts import retain_runs
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+
+SMALL: dict[str, Any] = {
+    "length": 1536,
+    "prepare_lengths": "256",
+    "prepare_tokens": 256,
+    "long_texts": 1,
+    "window": 64,
+    "refine_minutes": 0.0,
+    "quick": True,
+}
+SHARES = [50.0, 3.0]  # percent of the bytes; the window alone has more than the second
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, texts, and what rows have in common: scorers of one kind alone."""
+    folder = tmp_path_factory.mktemp("rows")
+    model = tiny_model("llama-gqa")
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "texts").mkdir()
+    for name in ("one", "other"):
+        words = random.Random(name).choices(range(4, VOCABULARY), k=4000)
+        lines = [" ".join(f"w{word}" for word in words[start : start + 40]) for start in range(0, len(words), 40)]
+        (folder / "texts" / f"{name}.txt").write_text("\n".join(lines))
+    run(folder, "base")
+    return folder
+
+
+def run(folder: Path, row: str) -> list[dict[str, Any]]:
+    """The cells of a row, as its process measures them."""
+    command = [
+        *("retain_runs", "--quick", "--scorers", "ridge", "--device", "cpu", "--child", row),
+        *("--texts", folder / "texts", "--out", folder / "out", "--model", folder / "model"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in command])
+        patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+        patch.setattr(retain_runs, "shares_of", lambda _: SHARES)
+        retain_runs.main()
+    found: list[dict[str, Any]] = json.loads((folder / "out" / f"{row}-0.json").read_text())["cells"]
+    return found
+
+
+@pytest.mark.parametrize("row", ["searched", "ridge"])
+def test_a_row_has_the_shares_that_have_a_plan(folder: Path, row: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (cell,) = run(folder, row)
+    assert cell["row"] == row and cell["share"] == 50.0
+    assert len(cell["held"]) == 2 and 0 < max(cell["held"]) < 0.75
+    assert all(math.isfinite(loss) for loss in cell["whole"])
+    said = capsys.readouterr().out
+    assert re.search(r"at 3%: search\.budget\.kv: no plan meets the budget at length 1408", said), said
+
+
+def test_a_search_prices_the_scorers_that_were_trained(folder: Path) -> None:
+    def priced(trained: str) -> list[str]:
+        options = argparse.Namespace(**SMALL, scorers=trained, out=folder / "out")
+        found: list[str] = retain_runs.searched_recipe(options, 50.0)["prepare"]["options"]["retain"]["scorers"]
+        return found
+
+    assert priced("ridge") == ["ridge"] and priced("ridge,mlp,gate,key_norm") == ["ridge", "mlp"]
+    assert priced("value_norm,gate") == ["value_norm", "gate"]
+
+
+@pytest.mark.parametrize("where", ["search.budget.lengths", "search.solver.target", None])
+def test_other_errors_end_a_row(where: str | None) -> None:
+    with pytest.raises(UserError, match="another"):
+        retain_runs.left_out(UserError("another", where=where), "a row")
