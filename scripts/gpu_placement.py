@@ -79,7 +79,9 @@ from scripts.gpu_check import error
 GPU = torch.cuda.is_available()
 MODULE = "scripts.gpu_placement"
 WORDS = 96  # of the vocabulary that models written here have, beside four special tokens
-BELOW = 0.02  # largest relative difference of logits in bfloat16, where products are added in another order
+# Largest relative difference of logits in float32, where products are added in another order. That in bfloat16 is only
+# told: random weights carry other roundings through all layers, and tokens may be others.
+BELOW = 1e-4
 TOGETHER = (
     ("spread", "recover"),
     ("heads",),
@@ -244,10 +246,12 @@ def heads(options: argparse.Namespace, facts: dict[str, Any], say: Callable[[str
                 agree += 1
             kept, whole = facts[name]["cache_bytes"], facts["one"]["cache_bytes"]
             exact = name == "device_map"
-            ok = (gap == 0 if exact else gap < BELOW) and sum(kept) == sum(whole)
-            facts[name] |= {"error": gap, "equal_tokens": agree}
+            gap_wide = error(found["wide"], expected["wide"])
+            ok = (gap == 0 if exact else gap_wide < BELOW) and sum(kept) == sum(whole)
+            facts[name] |= {"error": gap, "error_float32": gap_wide, "equal_tokens": agree}
             say(
-                f"{name}: logits {gap:.1e} from one GPU, {agree} of {len(expected['tokens'])} greedy tokens equal, "
+                f"{name}: logits {gap:.1e} from one GPU, {gap_wide:.1e} in float32, {agree} of "
+                f"{len(expected['tokens'])} greedy tokens equal, "
                 f"cache {' + '.join(f'{each:,}' for each in kept)} bytes of {sum(whole):,}, "
                 f"{facts[name]['seconds_a_token'] * 1e3:.1f} ms a token beside "
                 f"{facts['one']['seconds_a_token'] * 1e3:.1f}{mark(ok)}"
@@ -275,6 +279,7 @@ def heads_child(options: argparse.Namespace, name: str, **how: Any) -> None:
         output = model.generate(ids, **wanted)
         synchronize()
         spent = (time.time() - started) / wanted["max_new_tokens"]
+        wide = model.float()(ids, logits_to_keep=64).logits[0].cpu()
     found = {
         "rank": rank,
         "load_seconds": loaded,
@@ -283,7 +288,9 @@ def heads_child(options: argparse.Namespace, name: str, **how: Any) -> None:
         "devices": sorted({str(weight.device) for weight in model.parameters()}),
     }
     if rank == 0:
-        torch.save({"logits": logits, "tokens": output.sequences[0, length:].cpu()}, folder / f"{name}.pt")
+        torch.save(
+            {"logits": logits, "wide": wide, "tokens": output.sequences[0, length:].cpu()}, folder / f"{name}.pt"
+        )
     write_json(folder / f"{options.child}-{rank}.json", found)
 
 
@@ -580,7 +587,7 @@ class ContextChild:
             own = [x.clone() for x in heads]
             mesh = init_device_mesh("cuda", (2,))
             with context_parallel(mesh, buffers=own, buffer_seq_dims=[2] * 3), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                query, key, value = (x.requires_grad_() for x in own)
+                query, key, value = (x.detach().requires_grad_() for x in own)  # the context resizes its buffers
                 torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
         for name, run in (("ours", ours), ("torch", torchs)):

@@ -21,12 +21,12 @@ meets. Rows:
                    with the share in each head group that KVzip+ keeps there of the texts of the preparation, and the
                    scorer to say which tokens: a fitted scorer varies less than what it stands for
     ridge-kvzip, ridge-again, ridge-plain, ridge-margin, ridge-prose, ridge-512, mlp-kvzip, mlp-long, gate-long,
-    ridge-64, mlp-64
+    ridge-64, mlp-64, ridge-margin-256, ridge-margin-512
                    choices that one of these scorers leaves open, each with one share, one threshold and one score:
                    fitted to KVzip's scores; in two rounds (`prepare.again`); on text without statements, half of it
                    written by the model; to all but the last 512 tokens of texts of 2,048 and 4,096; the same on text
                    without statements that people wrote; with a window of 512; on four times the tokens; with a window
-                   of 64. They run only where they are named
+                   of 64; the window of so many tokens and texts without their ends. They run only where they are named
     searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
                    refinement, or with `--refine-minutes`; by `ridge` and `mlp`, or by what else `base` has trained
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
@@ -561,6 +561,18 @@ def wide(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     options.window = 512 if not options.quick else 128
 
 
+def wide_margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """Both of these."""
+    margin(options, prepare)
+    wide(options, prepare)
+
+
+def half_wide_margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+    """A window of four pages, and texts without their ends."""
+    margin(options, prepare)
+    options.window = 256 if not options.quick else 128
+
+
 def narrow(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     """A window of a page, which leaves more of a small cache to older tokens."""
     options.window = 64
@@ -573,6 +585,8 @@ CHANGED: dict[str, tuple[str, str, Change]] = {
     "ridge-margin": ("ridge", "not the last tokens", margin),
     "ridge-prose": ("ridge", "prose, not the last tokens", prose),
     "ridge-512": ("ridge", "window 512", wide),
+    "ridge-margin-512": ("ridge", "window 512, not the last tokens", wide_margin),
+    "ridge-margin-256": ("ridge", "window 256, not the last tokens", half_wide_margin),
     "mlp-kvzip": ("mlp", "by KVzip", by_kvzip),
     "mlp-long": ("mlp", "four times the tokens", longer),
     "gate-long": ("gate", "four times the tokens", longer),

@@ -231,6 +231,7 @@ class Engine:
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             # vLLM's own Triton kernel would round what it multiplies in float32 to 10 bits.
             "TRITON_F32_DEFAULT": "ieee",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy tokens need none, and the package is large
         }
         for job in asked:
             job["options"] = COMMON | job["options"]

@@ -139,11 +139,10 @@ class TextSample(Sample):
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """All tokens, and logits for the rows that predict the answer only.
 
-        The rows are on the CPU: the last hidden states, which they choose from, may be on another device.
+        The rows are plain numbers: the last hidden states, which they choose from, may be on another device than the
+        tokens, and accelerate would bring a tensor to that of the tokens.
         """
-        import torch
-
-        return self.body(device) | {"logits_to_keep": torch.arange(*self.rows)}
+        return self.body(device) | {"logits_to_keep": list(range(*self.rows))}
 
     def logits(self, output: Any) -> torch.Tensor:
         logits: torch.Tensor = output.logits[0]
@@ -191,10 +190,8 @@ class Repeats(TextSample):
         return [self.tokens, self.places]
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """All tokens, and logits for the rows before those tokens, which are on the CPU as above."""
-        import torch
-
-        return self.body(device) | {"logits_to_keep": torch.tensor(self.places) - 1}
+        """All tokens, and logits for the rows before those tokens, as plain numbers."""
+        return self.body(device) | {"logits_to_keep": [place - 1 for place in self.places]}
 
     def targets(self, device: torch.device) -> torch.Tensor:
         import torch
