@@ -641,8 +641,10 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
     base = base_recipe(options)
     trained = options.scorers.split(",")
     priced = [scorer for scorer in PRICED if scorer in trained] or trained
-    grid = {"scorers": priced, "alphas": sorted({64, options.window})}
-    prepare = base["prepare"] | {"effect": True, "options": {"retain": recipe["prepare"]["options"]["retain"] | grid}}
+    offered = recipe["prepare"]["options"]["retain"]
+    alphas = [64] if options.quick else offered["alphas"]
+    grid = {"scorers": priced, "alphas": sorted({*alphas, options.window})}
+    prepare = base["prepare"] | {"effect": True, "options": {"retain": offered | grid}}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
     refine = {"minutes": options.refine_minutes} if options.refine_minutes else None
     recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget, "refine": refine}}

@@ -72,14 +72,16 @@ def test_a_row_has_the_shares_that_have_a_plan(folder: Path, row: str, capsys: p
     assert re.search(r"at 3%: search\.budget\.kv: no plan meets the budget at length 1408", said), said
 
 
-def test_a_search_prices_the_scorers_that_were_trained(folder: Path) -> None:
-    def priced(trained: str) -> list[str]:
-        options = argparse.Namespace(**SMALL, scorers=trained, out=folder / "out")
-        found: list[str] = retain_runs.searched_recipe(options, 50.0)["prepare"]["options"]["retain"]["scorers"]
+def test_a_search_prices_the_scorers_that_were_trained_with_all_windows_of_the_recipe(folder: Path) -> None:
+    def priced(trained: str, **changes: Any) -> dict[str, Any]:
+        options = argparse.Namespace(**{**SMALL, **changes}, scorers=trained, out=folder / "out")
+        found: dict[str, Any] = retain_runs.searched_recipe(options, 50.0)["prepare"]["options"]["retain"]
         return found
 
-    assert priced("ridge") == ["ridge"] and priced("ridge,mlp,gate,key_norm") == ["ridge", "mlp"]
-    assert priced("value_norm,gate") == ["value_norm", "gate"]
+    assert priced("ridge")["scorers"] == ["ridge"]
+    assert priced("ridge,mlp,gate,key_norm")["scorers"] == ["ridge", "mlp"]
+    assert priced("value_norm,gate")["scorers"] == ["value_norm", "gate"]
+    assert priced("ridge", quick=False, window=128)["alphas"] == [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("where", ["search.budget.lengths", "search.solver.target", None])
