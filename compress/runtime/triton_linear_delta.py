@@ -4,6 +4,7 @@ With L the logarithm of the decays since the chunk began, b the write strengths 
 chunk writes U = V' - K' S where (V', K') = (I + tril(b K K^T e^{L_i - L_j}, -1))^-1 b (V, e^L K), and leaves
 e^{L_C} S + (e^{L_C - L} K)^T U (Gated DeltaNet, arXiv 2412.06464). The inverse of every chunk is found by itself; the
 states follow each other. Gradients run backwards along the chunks, and then inside each, whose inverse is found anew.
+Inside of the chunks they have a kernel where that has been checked on a GPU, and are computed in plain PyTorch else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
+from .linear_states import delta_writes
 from .span import PAGE
 from .triton_linear import read
 from .triton_linear_backward import of_keys, of_queries
@@ -35,7 +37,7 @@ from .triton_linear_layout import (
     with_decays,
 )
 from .triton_linear_states import Slots, sums_of_queries
-from .tuned import linear_config
+from .tuned import linear_config, linear_inside
 
 
 @triton.jit
@@ -346,6 +348,9 @@ def _inside(
     value_b,
     value_g,
     value_t,
+    own_b,
+    own_g,
+    own_t,
     GROUPS: tl.constexpr,
     FEATURES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -421,7 +426,8 @@ def _inside(
         through += tl.sum(b_state.to(tl.float32) * b_flow, 1)
         of_key = tl.dot(both, b_key, erased * strength[:, None] + kept, input_precision=PRECISION)
         if OWN:
-            of_key += load_part(p_own, row * FEATURES, m_j, at, FEATURES, BLOCK_F).to(tl.float32)
+            b_own = load_part(p_own + b * own_b + g * own_g, j * own_t, m_j, at, FEATURES, BLOCK_F)
+            of_key += b_own.to(tl.float32)
         store_part(p_of_key, row * FEATURES, of_key, o >= 0, at, FEATURES, BLOCK_F)
     of_strength += of_erased
     tl.store(p_of_strength + row, of_strength)
@@ -553,7 +559,7 @@ def chunk_gradients(
     own: tuple[torch.Tensor, torch.Tensor | None] | None,
     where: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of keys, values, strengths and logarithms of decays, zero where there is no token.
+    """The gradients of keys, values, strengths and logarithms of decays, zero where there is no token, in one launch.
 
     Args:
         update, states: U and the state before every chunk.
@@ -585,7 +591,7 @@ def chunk_gradients(
         of_strength,
         of_decay,
         tokens // PAGE,
-        *strides(key, value),
+        *strides(key, value, own_key),
         GROUPS=groups,
         FEATURES=features,
         VALUE_DIM=value_dim,
@@ -600,6 +606,50 @@ def chunk_gradients(
         **overlapped(key.device),
     )
     return of_key, of_value, of_strength, of_decay
+
+
+def plain_gradients(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    strength: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    update: torch.Tensor,
+    states: torch.Tensor,
+    of_update: torch.Tensor,
+    flow: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor | None] | None,
+    where: Layout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`chunk_gradients` in plain PyTorch; what is returned for decays means nothing where there are none."""
+    before, after = states[:, :, :-1].float().mT, flow[:, :, 1:].mT
+    by_chunk = of_update.unflatten(2, (-1, PAGE))
+    of_erased = -by_chunk @ before.mT
+    of_kept = update.float().unflatten(2, (-1, PAGE)) @ after.mT
+    present = torch.arange(key.shape[2], device=key.device) < where.tokens[..., :1]
+    own_key, own_sums = (None, None) if own is None else own
+    with torch.enable_grad():
+        leaves = [x.detach().float().masked_fill(~present[..., None], 0) for x in (key, value)]
+        leaves += [x.detach().masked_fill(~present, 0) for x in (strength, log_decay) if x is not None]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        k, v, b, *d = (x.unflatten(2, (-1, PAGE)) for x in leaves)
+        sums = d[0].cumsum(-1) if d else None
+        found, of_found = [*delta_writes(k, v, sums, b)], [by_chunk, of_erased]
+        if sums is None:
+            found, of_found = [*found, k], [*of_found, of_kept]
+        else:
+            total = sums[..., -1]
+            through = torch.exp(total) * (before * after).sum((-1, -2))
+            found += [k * torch.exp(total[..., None] - sums)[..., None], total]
+            of_found += [of_kept, through.detach()]
+            if own_sums is not None:
+                found, of_found = [*found, sums], [*of_found, own_sums.unflatten(2, (-1, PAGE))]
+        of_key, of_value, of_strength, *of_decay = torch.autograd.grad(found, leaves, of_found)
+    of_key, of_value = (x.masked_fill(~present[..., None], 0) for x in (of_key, of_value))
+    if own_key is not None:
+        of_key = of_key + own_key
+    of_strength, of_last = (x.masked_fill(~present, 0) for x in (of_strength, [of_strength, *of_decay][-1]))
+    return of_key.to(key.dtype), of_value.to(value.dtype), of_strength, of_last
 
 
 class _Delta(torch.autograd.Function):
@@ -652,8 +702,11 @@ class _Delta(torch.autograd.Function):
         chunk_flows(key, of_update, erased, flow, where)
 
         own = None if own_key is None else (own_key, of_sums)
-        given = (key, value, strength, update, states, of_update, flow, own, where)
-        of_key, of_value, of_strength, of_decay = chunk_gradients(*given)
+        more = (update, states, of_update, flow, own, where)
+        if linear_inside(max(key.shape[-1], value.shape[-1]), log_decay is not None, key.device):
+            of_key, of_value, of_strength, of_decay = chunk_gradients(key, value, strength, *more)
+        else:
+            of_key, of_value, of_strength, of_decay = plain_gradients(key, value, strength, log_decay, *more)
         of_first = flow[:, :, 0].mT if ctx.first else None
         return grad_query, of_key, of_value, None if log_decay is None else of_decay, of_strength, of_first, None
 

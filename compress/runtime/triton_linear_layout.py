@@ -23,10 +23,13 @@ SEGMENT = 2  # chunks, 1 or 2: half of them halve the products with keys, and do
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """The begin of a kernel: the launch behind it may take its place early, and it waits for those before it."""
+    """The begin of a kernel: it waits for those before it, and then the launch behind it may take its place early.
+
+    In this order no more than two launches are on their way at once.
+    """
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -165,6 +165,38 @@ def test_the_delta_rule_without_a_window_reads_its_own_page() -> None:
         close(found, [wanted, states[:, :, 1]])
 
 
+@pytest.mark.parametrize("decays", [False, True])
+def test_the_delta_rule_has_its_gradients_with_and_without_their_launch(
+    decays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One head a group in its own page: two whose keys lie token by token, as a projection leaves them; the largest one.
+    size, groups, tokens, stream = (24, 2, 90, 128) if decays else (256, 1, 50, 64)
+    last = stream // PAGE - 1
+    query, value = torch.randn(1, groups, tokens, size), torch.randn(1, groups, stream, size)
+    key = normalize(torch.randn(1, stream, groups, size), dim=-1).transpose(1, 2)
+    first, strength = torch.randn(1, groups, size, size) * 0.1, torch.rand(1, groups, stream)
+    given: Any = [query, key, value, first, strength, *([-torch.rand(1, groups, stream) * 0.1] if decays else [])]
+    chunk = torch.arange(last + 1).expand(1, groups, -1).contiguous()
+    count = torch.full((1, groups), tokens)
+    q, k, v, s, b, *d = exact = doubled(given)
+    options: Any = {"rule": "delta", "strength": b, "log_decay": d[0] if d else None, "count": count}
+    states = chunk_states(k, v, s, **options)
+    wanted = own_chunk(pad(q, (0, 0, 0, stream - tokens)), k, v, states, chunk, **options)[:, :, :tokens]
+    wanted_grads = torch.autograd.grad(wanted.sin().sum() + states[:, :, last].cos().sum(), exact)
+    for x in (key, value, strength):
+        x[:, :, tokens:] = torch.nan
+    query, key, value, first, strength, *decay = leaves = [x.requires_grad_() for x in given]
+    absorbed = torch.full((1, groups), last * PAGE)
+    where = layout(Rows.whole(1, tokens), chunk, stream, count=count, absorbed=absorbed, own=True, segment=1)
+    log_decay = decay[0] if decay else None
+    mine, state = gated_delta(query, key, value, first, where, strength=strength, log_decay=log_decay)
+    close([mine, state], [wanted, states[:, :, last]])
+    loss = mine.sin().sum() + state.cos().sum()
+    for launched in (True, False):
+        monkeypatch.setattr("compress.runtime.triton_linear_delta.linear_inside", lambda *_, by=launched: by)
+        close(torch.autograd.grad(loss, leaves, retain_graph=True), wanted_grads)
+
+
 def softmaxes(projected: torch.Tensor) -> torch.Tensor:
     """Hedgehog's features."""
     return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
