@@ -72,7 +72,7 @@ def test_an_engine_is_written_out_only_where_one_is_named() -> None:
     assert "serve" not in read(MINIMAL).resolved()["search"]
     text = MINIMAL + "  solver: {name: moa}\n  serve: {engine: vllm, ranks: 2}\n"
     resolved = read(text).resolved()
-    assert resolved["search"]["serve"] == {"engine": "vllm", "slot": 2, "spans": 3, "ranks": 2}
+    assert resolved["search"]["serve"] == {"engine": "vllm", "slot": 2, "spans": 3, "ranks": 2, "permute": True}
     assert read(json.dumps(resolved)).resolved() == resolved
     (refused,) = problems(text.replace("moa", "heads"))
     assert refused.startswith("r.yaml:9:10: `heads` decides head group by head group")

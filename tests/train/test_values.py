@@ -19,10 +19,11 @@ from tests.train.common import model_of, settings, trained
 # What has tests of its own: the text and the controls are the stage's, spread weights need several processes,
 # test_objectives.py has the losses by name, test_joint.py what targets with parameters of their own ask for, and
 # test_routing.py what routers do, test_keeping.py what heads that keep tokens do, and test_compiled.py what compiled
-# layers do.
+# layers do, and test_context.py what processes do that share sequences.
 ELSEWHERE = {"text", "control", "window_control", "shard", "objectives", "mixer_rate", "window_dropout"}
 ELSEWHERE |= {
     "compile",
+    "context",
     "balance",
     "router_z",
     "fade",
