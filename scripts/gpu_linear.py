@@ -910,6 +910,8 @@ def with_decode_config(config: dict[str, Any]) -> Any:
 def sweep_jobs() -> list[tuple[str, Any, Any]]:
     """What is tried: a kernel, sizes, and what is changed."""
     jobs: list[tuple[str, Any, Any]] = [("delta", ALONE, change) for change in DELTA]
+    # The launch of gradients inside chunks also where plain PyTorch stands in for it, with and without decays.
+    jobs += [("inside", (4, 4, dim, dim, 8192, True), decays) for dim in (64, 128, 256) for decays in (True, False)]
     jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
     jobs += [("read", (*ALONE, "decay"), change) for change in READ_DECAY]
     for sizes in DECODE_SHAPES:
@@ -977,6 +979,20 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
                 gated_delta(query, unit, value, None, where, log_decay=log_decay, strength=strength)
 
         return delta
+    if what == "inside":
+        strength, unit = torch.rand(1, groups, stream, device=DEVICE), normalize(key, dim=-1)
+        decay_of = -torch.rand(groups, device=DEVICE) if change else None
+        where = layout(Rows.whole(1, length), chunk, stream, own=own, segment=1)
+        step_back = with_gradients(
+            lambda: gated_delta(query, unit, value, None, where, log_decay=decay_of, strength=strength)[0],
+            (query, unit, value),
+        )
+
+        def inside() -> None:
+            with mock.patch.object(triton_linear_delta, "linear_inside", lambda *_: True):
+                step_back()
+
+        return inside
     if what == "gradients":
         both = with_gradients(lambda: additive(query, key, value, None, where)[0], (query, key, value))
 
