@@ -556,26 +556,23 @@ def prose(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
     margin(options, prepare)
 
 
-def wide(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
-    """A window of eight pages, so that less of the cache is chosen."""
-    options.window = 512 if not options.quick else 128
+def window(tokens: int) -> Change:
+    """A window of so many tokens: a long one leaves less of the cache to be chosen, a short one more of a small one."""
+
+    def change(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+        options.window = min(tokens, 128) if options.quick else tokens
+
+    return change
 
 
-def wide_margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
-    """Both of these."""
-    margin(options, prepare)
-    wide(options, prepare)
+def together(*changes: Change) -> Change:
+    """One change after the other."""
 
+    def change(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
+        for each in changes:
+            each(options, prepare)
 
-def half_wide_margin(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
-    """A window of four pages, and texts without their ends."""
-    margin(options, prepare)
-    options.window = 256 if not options.quick else 128
-
-
-def narrow(options: argparse.Namespace, prepare: dict[str, Any]) -> None:
-    """A window of a page, which leaves more of a small cache to older tokens."""
-    options.window = 64
+    return change
 
 
 CHANGED: dict[str, tuple[str, str, Change]] = {
@@ -584,14 +581,14 @@ CHANGED: dict[str, tuple[str, str, Change]] = {
     "ridge-plain": ("ridge", "plain text", plain),
     "ridge-margin": ("ridge", "not the last tokens", margin),
     "ridge-prose": ("ridge", "prose, not the last tokens", prose),
-    "ridge-512": ("ridge", "window 512", wide),
-    "ridge-margin-512": ("ridge", "window 512, not the last tokens", wide_margin),
-    "ridge-margin-256": ("ridge", "window 256, not the last tokens", half_wide_margin),
+    "ridge-512": ("ridge", "window 512", window(512)),
+    "ridge-margin-512": ("ridge", "window 512, not the last tokens", together(margin, window(512))),
+    "ridge-margin-256": ("ridge", "window 256, not the last tokens", together(margin, window(256))),
     "mlp-kvzip": ("mlp", "by KVzip", by_kvzip),
     "mlp-long": ("mlp", "four times the tokens", longer),
     "gate-long": ("gate", "four times the tokens", longer),
-    "ridge-64": ("ridge", "window 64", narrow),
-    "mlp-64": ("mlp", "window 64", narrow),
+    "ridge-64": ("ridge", "window 64", window(64)),
+    "mlp-64": ("mlp", "window 64", window(64)),
 }
 
 

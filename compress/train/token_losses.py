@@ -43,10 +43,7 @@ def text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits: `[B, T, V]`; computed in float32.
         tokens: `[B, T]`.
     """
-    if by_kernels(logits):
-        # The logits stay whole, which is no copy of them: the last token of a sequence predicts nothing.
-        return following_loss(logits, next_tokens(tokens))
-    return _text_loss(logits, tokens)
+    return following_loss(logits, next_tokens(tokens))
 
 
 def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
@@ -65,8 +62,7 @@ def following_loss(logits: torch.Tensor, following: torch.Tensor) -> torch.Tenso
         with current(logits.device):
             loss: torch.Tensor = Surprise.apply(_rows(logits), following.flatten())
         return loss
-    flat = logits.flatten(0, 1).float()
-    return functional.cross_entropy(flat, following.flatten(), ignore_index=NO_TOKEN, reduction="sum")
+    return _following_loss(logits, following)
 
 
 def _distill_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -78,8 +74,9 @@ def _distill_loss(logits: torch.Tensor, teacher: torch.Tensor, temperature: floa
     return temperature**2 * functional.kl_div(student_logs, teacher_logs, reduction="sum", log_target=True)
 
 
-def _text_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+def _following_loss(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    flat = logits.flatten(0, 1).float()
+    return functional.cross_entropy(flat, following.flatten(), ignore_index=NO_TOKEN, reduction="sum")
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
@@ -104,13 +101,12 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton cannot be imported"
     generator = torch.Generator().manual_seed(0)
     logits, teacher = (torch.randn(PROBE, generator=generator).to(device, dtype) for _ in range(2))
-    tokens = torch.tensor([[5, 9000, 0]], device=device)
-    targets = functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
+    following = next_tokens(torch.tensor([[5, 9000, 0]], device=device))
     leaves = [logits.clone().requires_grad_() for _ in range(4)]
     try:
         with current(device), torch.enable_grad():
-            found = [4 * Divergence.apply(leaves[0], teacher, 2.0), Surprise.apply(leaves[1], targets)]
-            plain = [_distill_loss(leaves[2][None], teacher[None], 2.0), _text_loss(leaves[3][None], tokens)]
+            found = [4 * Divergence.apply(leaves[0], teacher, 2.0), Surprise.apply(leaves[1], following[0])]
+            plain = [_distill_loss(leaves[2][None], teacher[None], 2.0), _following_loss(leaves[3][None], following)]
             (sum(found) + sum(plain)).backward()
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
         for own, expected in ((0, 2), (1, 3)):
