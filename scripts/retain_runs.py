@@ -31,8 +31,8 @@ meets. Rows:
                    refinement, or with `--refine-minutes`; by `ridge` and `mlp`, or by what else `base` has trained
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
-    recovered      the row `ridge`, with its decisions trained together with low-rank updates of the weights on what the
-                   dense model says, at `--recover-shares`; trained-dense: the dense model, trained on the same tokens;
+    recovered      the row `ridge-global`, with its decisions trained together with low-rank updates of the weights on what
+                   the dense model says, at `--recover-shares`; trained-dense: the dense model, trained on the same tokens;
                    both run only where they are named
 
 Texts, what is measured and what scorers are trained on differ from seed to seed. What rows of a seed have in common
@@ -656,7 +656,7 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
 
 
 def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
-    """The row `ridge`, whose decisions and weights are then trained together on what the dense model says."""
+    """The row `ridge-global`, whose decisions and weights are then trained together on what the dense model says."""
     for share in map(float, options.recover_shares.split(",")):
         name = f"recovered-{share:g}"
         with rows.session_of(options, name, options.seed, recover_recipe(options, share)) as session:
@@ -680,11 +680,11 @@ def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: A
 
 
 def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
-    """The row `ridge` as a recipe, with a training."""
+    """The row `ridge-global` as a recipe, with a training."""
     recipe = base_recipe(options)
     target = {"target": "retain", "scorer": "ridge", "alpha": options.window}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
-    recipe["search"] = {"solver": {"name": "shares", "same": "share", "target": target}, "budget": budget}
+    recipe["search"] = {"solver": {"name": "shares", "same": "threshold", "target": target}, "budget": budget}
     length = min(options.recover_length, options.length)
     recipe["recover"] = {
         "train": "lora",
