@@ -70,12 +70,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from compress.data.key_value import FORMS, NAMES
-from compress.data.kinds import KINDS as FACTS_OF
 from compress.data.kinds import NEW_KINDS, REWORDED
-from compress.data.passkey import NEEDLE
-from compress.data.prompt import random_number
-from compress.data.questions import DIGITS, TASKS, Question, QuestionedText, questioned_texts
+from compress.data.questions import TASKS, Question, QuestionedText, questioned_texts
 from compress.data.reader import Reader
 from compress.data.text import UndividedText
 from compress.errors import UserError
@@ -107,6 +103,7 @@ from compress.targets.retain import RetainGroup
 from compress.targets.span import visible_keys
 from compress.versions import versions
 from scripts import rows
+from scripts.facts import drawn_fact
 
 PIECE = 16_000  # characters of a piece of the training text, about 4,000 tokens
 STATED = 1_000  # characters between two facts that are stated in it
@@ -216,7 +213,7 @@ def training_text(options: argparse.Namespace) -> Path:
                 found.append(paragraph)
                 total += len(paragraph) if number % 4 < 2 else 0
                 if total > STATED:
-                    found.append(_statement(rng))
+                    found.append(drawn_fact(rng)[0])
                     total = 0
         write_text(path, "\n\n".join(found))
     return path
@@ -242,16 +239,6 @@ def _pieces(paragraphs: Sequence[str]) -> list[list[str]]:
         found[-1].append(paragraph)
         size += len(paragraph)
     return found
-
-
-def _statement(rng: random.Random) -> str:
-    """A pass key, a line with a number, or a fact of a kind, in the wordings and words for calibration."""
-    kind = rng.choice([*TASKS, *REWORDED])
-    if kind == "passkey":
-        return NEEDLE.format(key=random_number(rng, DIGITS))
-    if kind == "key_value":
-        return FORMS["sentence"][0].format(key=rng.choice(NAMES), value=random_number(rng, DIGITS))
-    return FACTS_OF[kind].stated("calibration", rng)[0]
 
 
 def base_recipe(options: argparse.Namespace) -> dict[str, Any]:
