@@ -244,12 +244,13 @@ def corpus(options: argparse.Namespace) -> Path:
     return path
 
 
-def training_text(options: argparse.Namespace) -> dict[str, Any]:
-    """The source of training text: the corpus, and beside it what the model writes."""
-    own = {"source": "undivided", "path": str(corpus(options))}
+def training_text(options: argparse.Namespace, file: Path | None = None) -> dict[str, Any]:
+    """The source of training text: the corpus or another file, and beside it what the model writes."""
+    path = corpus(options) if file is None else file
+    own = {"source": "undivided", "path": str(path)}
     if not options.written:
         return own
-    size = corpus(options).stat().st_size // 4  # tokens, about
+    size = path.stat().st_size // 4  # tokens, about
     total = options.written + size
     share = round(options.written / total, 3)
     length = options.written_length or options.length
