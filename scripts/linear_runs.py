@@ -14,6 +14,7 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     lolcats  recipes/smollm2-lolcats.yaml
     undo     row a with features of queries and keys before RoPE, so that no position is new to them
     delta    row a with the gated delta rule
+    a-asked  row a, trained on text that states facts and asks for them later; window-asked: its windows alone
 
 Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a run
 folder of its own: FOLDER/ROW-SEED. What rows have in common (profile, written text, preparation, the dense model's
@@ -30,8 +31,10 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compress.evaluate.measure import Measure, Variant
-from compress.files import write_json
+from compress.files import write_json, write_text
 from compress.models.planned import planned_model
 from compress.models.trained import load_trained
 from compress.plan import Plan
@@ -55,24 +58,52 @@ from compress.targets.cost import Cost
 from compress.train.recovery import read_recovered
 from compress.train.window_dropout import windows_only
 from scripts import rows
+from scripts.facts import with_facts
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 HEDGEHOG = {"target": "linear", "map": "hedgehog", "sink": 4, "alpha": 64}
 UNDO = HEDGEHOG | {"rope": "undo"}
 DELTA = {"target": "linear", "rule": "delta", "sink": 4, "alpha": 64}
-KEEP: dict[str, Any] = {"name": "keep", "target": HEDGEHOG}
-# For every row: the solver, and which of the trainings of `train_stage` it is.
-ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "a": (KEEP | {"statistic": "retrieval", "share": 0.0}, "recover"),
-    "b": (KEEP | {"statistic": "error", "share": 0.5}, "recover"),
-    "c": (KEEP | {"statistic": "retrieval", "share": 0.1}, "recover"),
-    "d": (KEEP | {"statistic": "retrieval", "share": 0.02}, "recover"),
-    "window": (KEEP | {"statistic": "retrieval", "share": 0.0}, "windows"),
-    "c-window": (KEEP | {"statistic": "retrieval", "share": 0.1}, "windows"),
-    "dense": (KEEP | {"statistic": "retrieval", "share": 0.0}, "control"),
-    "lolcats": ({"name": "keep", "statistic": "retrieval", "share": 0.0}, "recover"),
-    "undo": (KEEP | {"statistic": "retrieval", "share": 0.0, "target": UNDO}, "recover"),
-    "delta": (KEEP | {"statistic": "retrieval", "share": 0.0, "target": DELTA}, "recover"),
+# Of text with facts: how often the corpus is read, each time with other facts; characters between two statements, and
+# from a statement to its question, of which every doubling is as likely as another: 75 to 7,500 tokens.
+ROUNDS, STATED, GAPS = 4, 600, (300.0, 30_000.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        keep: keys of the solver `keep`, which leaves head groups full.
+        training: which of the trainings of `train_stage` it is.
+        recipe: in recipes/, without its first word.
+        asked: whether facts are stated and asked for in the text of the joint training.
+    """
+
+    keep: dict[str, Any]
+    training: str = "recover"
+    recipe: str = "hedgehog"
+    asked: bool = False
+
+    @classmethod
+    def of(cls, share: float, target: dict[str, Any] = HEDGEHOG, statistic: str = "retrieval", **more: Any) -> Row:
+        """With so many of the groups full, those that score most."""
+        return cls({"target": target, "statistic": statistic, "share": share}, **more)
+
+
+ROWS = {
+    "a": Row.of(0.0),
+    "b": Row.of(0.5, statistic="error"),
+    "c": Row.of(0.1),
+    "d": Row.of(0.02),
+    "window": Row.of(0.0, training="windows"),
+    "c-window": Row.of(0.1, training="windows"),
+    "dense": Row.of(0.0, training="control"),
+    "lolcats": Row({"statistic": "retrieval", "share": 0.0}, recipe="lolcats"),
+    "undo": Row.of(0.0, UNDO),
+    "delta": Row.of(0.0, DELTA),
+    "a-asked": Row.of(0.0, asked=True),
+    "window-asked": Row.of(0.0, training="windows", asked=True),
 }
 
 
@@ -101,7 +132,7 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
             write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
             return
         plan = search_stage(session)
-        which = ROWS[row][1]
+        which = ROWS[row].training
         (weights,) = train_stage(session, which)
         record = read_recovered(weights)
         trained = variant_of(session, row, plan, which, weights)
@@ -116,12 +147,21 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
         write_json(path, {"row": row, "seed": seed, **facts, "cells": found})
 
 
-def recipe_of(options: argparse.Namespace, row: str) -> dict[str, Any]:
+def text_with_facts(options: argparse.Namespace) -> Path:
+    """The corpus, several times in one file, with facts that are stated and asked for later."""
+    path: Path = options.out / "asked.txt"
+    if not path.is_file():
+        rng = random.Random("facts")
+        corpus = rows.corpus(options).read_text(encoding="utf-8")
+        paragraphs = [part for part in corpus.split("\n\n" if "\n\n" in corpus else "\n") if part.strip()]
+        write_text(path, "\n\n".join(with_facts(paragraphs * ROUNDS, rng, STATED, GAPS)))
+    return path
+
+
+def recipe_of(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """A row's recipe, as plain data."""
-    lolcats = row == "lolcats"
-    recipe: dict[str, Any] = yaml.safe_load(
-        (RECIPES / f"smollm2-{'lolcats' if lolcats else 'hedgehog'}.yaml").read_text()
-    )
+    row = ROWS.get(name, ROWS["a"])
+    recipe: dict[str, Any] = yaml.safe_load((RECIPES / f"smollm2-{row.recipe}.yaml").read_text())
     source, lengths = rows.training_text(options), sorted(map(int, options.lengths.split(",")))
     shortest = min(lengths)
     recipe["calibration"] = {
@@ -131,14 +171,15 @@ def recipe_of(options: argparse.Namespace, row: str) -> dict[str, Any]:
             {"task": "key_value", "length": shortest, "count": 8},
         ],
     }
+    trained_on = rows.training_text(options, text_with_facts(options)) if row.asked else source
     recipe["prepare"] |= {"text": source, "tokens": options.prepare_tokens}
-    recipe["recover"] |= {"text": source, "tokens": options.tokens, "control": False, "window_control": False}
+    recipe["recover"] |= {"text": trained_on, "tokens": options.tokens, "control": False, "window_control": False}
     recipe["recover"]["save_every"] = 200
-    if not lolcats:
+    if target := row.keep.get("target"):
         recipe["prepare"] |= {
             "length": options.prepare_length,
             "batch_size": options.prepare_batch,
-            "targets": [ROWS[row][0].get("target", HEDGEHOG)] if row in ROWS else [HEDGEHOG],
+            "targets": [target],
         }
         recipe["recover"] |= {"length": options.length, "batch_size": options.batch}
         recipe["recover"]["micro_batch"] = min(options.micro, options.batch)
@@ -146,7 +187,7 @@ def recipe_of(options: argparse.Namespace, row: str) -> dict[str, Any]:
         length = min(options.length, recipe["recover"]["length"])
         recipe["prepare"] |= {"length": length, "tokens": options.tokens // 2}
         recipe["recover"] |= {"length": length, "tokens": options.tokens // 2}
-    recipe["search"] = {"solver": ROWS.get(row, ROWS["a"])[0], "budget": {"kv": 1.0, "lengths": [max(8192, *lengths)]}}
+    recipe["search"] = {"solver": {"name": "keep", **row.keep}, "budget": {"kv": 1.0, "lengths": [max(8192, *lengths)]}}
     recipe["evaluate"] = {"compare": ["plan"]}
     return recipe
 
