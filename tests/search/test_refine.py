@@ -210,6 +210,25 @@ def test_an_exchange_lowers_the_model_within_budget_and_radius(believed: float) 
     assert lasts == sorted(lasts, reverse=True) and lasts[-1] < lasts[0]
 
 
+def test_an_exchange_doubts_what_only_some_samples_say() -> None:
+    """One group loses the same in all samples, another ten times as much in one of them: the first gets the pages."""
+    _, problem, uniform = setting()
+    moves = Moves.of(problem, uniform)
+    start = np.cumsum([0, *(len(unit.choices) for unit in moves.units)])
+    effects = np.zeros((20, start[-1]))
+    for number, values in ((0, np.full(20, 1.0)), (1, np.eye(20)[3] * 10)):
+        full = start[number] + moves.units[number].choices.index(FULL_GROUP)
+        effects[:, start[number] : start[number + 1]] = values[:, None]
+        effects[:, full] = 0
+    now = moves.options_of(uniform)
+    full_of = [
+        [number for number in (0, 1) if moves.units[number].choices[choice[number]] == FULL_GROUP]
+        for doubt in (0.0, 1.5)
+        for choice, _, _ in [exchange(moves.problem, moves.units, now, effects, 2, 0.5, doubt)]
+    ]
+    assert full_of == [[1], [0]]
+
+
 def test_an_exchange_takes_from_one_group_to_give_to_another() -> None:
     _, problem, uniform = setting()
     moves = Moves.of(problem, uniform)
@@ -277,7 +296,7 @@ def test_later_rounds_add_passes_and_may_try_again(tmp_path: Path) -> None:
         for number in numbers
     ]
     assert {row["round"] for row in more.history[len(once.history) :]} == {2, 3}
-    assert {"rounds", "spare"}.isdisjoint(QUICK.model_dump())
+    assert {"rounds", "doubt", "spare"}.isdisjoint(QUICK.model_dump())
 
 
 def test_a_task_may_lose_what_is_spared(tmp_path: Path) -> None:
@@ -293,7 +312,7 @@ def test_a_refinement_on_documents_shorter_than_the_budget_says_so() -> None:
     _, problem, _ = setting()
     assert too_short(problem, DOCUMENTS) is None and too_short(problem, []) is None
     said = too_short(problem, DOCUMENTS[:2])
-    assert said is not None and "at most 320 tokens, and the budget is for 448" in said
+    assert said is not None and "at most 320 tokens, the budget is for 448" in said
 
 
 def test_an_interrupted_refinement_continues_and_ends_the_same(tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ class Refine(Method):
             description="models at most: where no exchange is left, `samples` passes more make another in the time",
         ),
     ] = 1
+    doubt: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="standard errors, over the samples, of what the quadratic model says of a move that are held "
+            "against it; 0 takes the model at its word",
+        ),
+    ] = 0.0
     spare: Annotated[
         float,
         Field(
@@ -82,9 +91,9 @@ class Refine(Method):
 
     @model_serializer(mode="wrap")
     def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `rounds` and `spare` where they are as usual: searches from before there were any stay the same."""
+        """Without those that came later where they are as usual: searches from before there were any stay the same."""
         written: dict[str, Any] = write(self)
-        for name in ("rounds", "spare"):
+        for name in ("rounds", "doubt", "spare"):
             if written.get(name) == type(self).model_fields[name].default:
                 written.pop(name)
         return written
@@ -283,7 +292,7 @@ def refine(
         state.seconds = time.monotonic() - clock
         write_text(path, sealed(vars(state)))
 
-    model_of_loss = modelled()
+    model_of_loss, measured_before = modelled(), dict[tuple[int, ...], dict[str, float]]()
     put_down()
     while state.seconds < budget:
         if state.exhausted:
@@ -294,13 +303,24 @@ def refine(
             put_down()
             continue
         report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
-        _try(loss, moves, model_of_loss, state)
+        _try(loss, moves, model_of_loss, state, settings.doubt, measured_before)
         put_down()
     return state
 
 
-def _try(loss: Loss, moves: Moves, effects: torch.Tensor, state: State) -> None:
-    """Measure the next exchange; after the last of a radius, go on with another radius."""
+def _try(
+    loss: Loss,
+    moves: Moves,
+    effects: torch.Tensor,
+    state: State,
+    doubt: float,
+    measured: dict[tuple[int, ...], dict[str, float]],
+) -> None:
+    """Measure the next exchange; after the last of a radius, go on with another radius.
+
+    Args:
+        measured: losses by task of the exchanges before, which wider and narrower radii often ask for again.
+    """
     here = [row for row in state.history if "at" in row and row.get("round", 1) == state.round]
     tried = sum(row["radius"] == state.radius and row["at"] == state.loss for row in here)
     believed = BELIEVED[tried]
@@ -308,7 +328,7 @@ def _try(loss: Loss, moves: Moves, effects: torch.Tensor, state: State) -> None:
     stress = torch.tensor([state.stress[task] for task in tasks_of]).repeat(len(effects) // len(tasks_of))
     stressed = (effects * stress.sqrt()[:, None]).double().numpy()
     now = moves.options_of(state.layers())
-    choice, before, after = exchange(moves.problem, moves.units, now, stressed, int(state.radius), believed)
+    choice, before, after = exchange(moves.problem, moves.units, now, stressed, int(state.radius), believed, doubt)
     moved = sum(new != old for new, old in zip(choice, now, strict=True))
     proposal = layers_of(moves.problem, moves.units, choice)
     row: dict[str, Any] = {"radius": state.radius, "believed": believed, "at": state.loss, "units": moved}
@@ -316,7 +336,9 @@ def _try(loss: Loss, moves: Moves, effects: torch.Tensor, state: State) -> None:
         row["round"] = state.round
     kept = False
     if moved:
-        tasks = loss.by_task(proposal)
+        if tuple(choice) not in measured:
+            measured[tuple(choice)] = loss.by_task(proposal)
+        tasks = measured[tuple(choice)]
         value = loss.total(tasks)
         worse = [task for task, most in state.most.items() if tasks[task] > most]
         kept = value < state.loss and not worse
