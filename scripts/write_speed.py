@@ -38,7 +38,7 @@ from compress.data import sampled
 from compress.data.draw import Drawn
 from compress.data.generated import AT_ONCE, GeneratedText
 from compress.models.shape import shape_of
-from compress.runtime import triton_decode
+from compress.runtime import triton_decode, tuned
 
 VOCABULARY = 49_152
 PLACES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -163,7 +163,7 @@ def before() -> Iterator[None]:
         patch(sampled, "draw", one_by_one)
         patch(sampled, "SHARE_OF_MEMORY", {"cuda": 0.5, "cpu": 0.5})
         stack.enter_context(mock.patch.dict(AT_ONCE, {"cuda": 512}))
-        config = triton_decode.decode_config
+        config = tuned.decode_config
         patch(triton_decode, "decode_config", lambda *args: config(*args) | {"found": 2**31})
         yield
 

@@ -24,8 +24,8 @@ SHARE, DIM = 2, 16
 def test_pages_counted_ahead_change_nothing(monkeypatch: pytest.MonkeyPatch, programs: int, unit: int) -> None:
     batch, groups, numbers = len(LENGTHS), len(RULES), -(-max(LENGTHS) // PAGE)
     table = torch.randperm(batch * groups * numbers, device=DEVICE).view(batch, groups, numbers).int()
-    pools = [torch.randn(table.numel(), PAGE, DIM, device=DEVICE) for _ in range(2)]
-    pages, lengths = Pages(*pools, table), torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    keys, values = torch.randn(2, table.numel(), PAGE, DIM, device=DEVICE)
+    pages, lengths = Pages(keys, values, table), torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
     query = torch.randn(batch, groups * SHARE, DIM, device=DEVICE)
     options: dict[str, Any] = {"keep_lse": True}
     if unit:
