@@ -27,8 +27,9 @@ meets. Rows:
                    written by the model; to all but the last 512 tokens of texts of 2,048 and 4,096; the same on text
                    without statements that people wrote; with a window of 512; on four times the tokens; with a window
                    of 64; the window of so many tokens and texts without their ends. They run only where they are named
-    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml without its
-                   refinement, or with `--refine-minutes`; by `ridge` and `mlp`, or by what else `base` has trained
+    searched       full, window and retaining heads, chosen by recipes/smollm2-retain.yaml, its refinement taking
+                   `--refine-minutes` (0 for none); by `ridge` and `mlp`, or by what else `base` has trained, not fitted
+                   to the ends of texts. The table ends with how many head groups of each kind its plans have
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
     recovered      the row `ridge-global`, with its decisions trained together with low-rank updates of the weights on
@@ -57,7 +58,7 @@ import random
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,7 @@ REFINED = Path(__file__).parents[1] / "profiles" / "smollm2-135m" / "8k"
 REFINED_AT = {50.0: "refined-5", 25.0: "refined-25", 12.5: "refined-125"}
 GLOBAL = ("ridge", "mlp")
 PRICED = GLOBAL  # that `searched` chooses from, where the base has trained one of them
+FILLED = 0.75  # of the bytes, what the window of a priced option takes at most
 BUDGETED = ("search.budget", "search.budget.kv")  # keys that an error names where no plan has so few bytes
 FACTS = ("device", "versions", "all", "tokens", "seconds")  # of a row's file, beside its cells
 OPTIONS = (
@@ -604,7 +606,13 @@ def searched_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked)
             plan = found_plan(session, loaded, f"searched at {share:g}%")
         if plan is not None:
             model = planned_model(loaded.model, plan)
-            yield measure("searched", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+            cell = measure("searched", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+            yield {**cell, "groups": groups_of(plan)}
+
+
+def groups_of(plan: Plan) -> dict[str, int]:
+    """How many head groups of a plan have which window, those that keep tokens with any share of them together."""
+    return dict(Counter(group.chooser for layer in plan.layers for group in layer.groups).most_common())
 
 
 def found_plan(session: Session, loaded: LoadedModel, what: str) -> Plan | None:
@@ -620,23 +628,28 @@ def found_plan(session: Session, loaded: LoadedModel, what: str) -> Plan | None:
 
 
 def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
-    """The recipe with the scorers of the base, and documents from its texts."""
+    """The recipe with scorers as those of the base but for the ends of texts, and documents from its texts."""
     recipe: dict[str, Any] = yaml.safe_load((RECIPES / "smollm2-retain.yaml").read_text())
     base = base_recipe(options)
     trained = options.scorers.split(",")
     priced = [scorer for scorer in PRICED if scorer in trained] or trained
     offered = recipe["prepare"]["options"]["retain"]
-    alphas = [64] if options.quick else offered["alphas"]
+    fitting = FILLED * share / 100 * options.length
+    alphas = [64] if options.quick else [alpha for alpha in offered["alphas"] if alpha < fitting]
     grid = {"scorers": priced, "alphas": sorted({*alphas, options.window})}
     prepare = base["prepare"] | {"effect": True, "options": {"retain": offered | grid}}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
-    refine = {"minutes": options.refine_minutes} if options.refine_minutes else None
+    refined = recipe["search"]["refine"] | {"minutes": options.refine_minutes}
+    refine = refined if options.refine_minutes else None
+    margin(options, prepare)
     recipe |= {"prepare": prepare, "search": recipe["search"] | {"budget": budget, "refine": refine}}
-    recipe["calibration"]["documents"].append({"task": "facts", "length": 2048, "count": 16})
     recipe["calibration"] |= {"text": base["calibration"]["text"]}
+    for task in (task for part in ("documents", "training", "held_out") for task in recipe["calibration"][part]):
+        task["length"] = min(task["length"], options.length)
     if options.quick:
         recipe["calibration"]["documents"] = [{"task": "passkey", "length": 512, "count": 1}]
         recipe["calibration"]["held_out"] = [{"task": "passkey", "length": 768, "count": 1}]
+        recipe["calibration"].pop("training")
         windows = {"sinks": [4], "betas": [0], "alpha_max": 256, "alpha_step": 192}
         recipe["profile"]["statistics"] = [{"name": "effect", "options": {"window": windows}}]
     return recipe
@@ -868,6 +881,9 @@ def print_table(options: argparse.Namespace) -> None:
         "seconds",
     )
     rows.print_lines([head, *(line(entry) for entry in summary)])
+    for cell in (cell for cell in cells if "groups" in cell):
+        counts = "; ".join(f"{count} {words}" for words, count in cell["groups"].items())
+        print(f"\nhead groups of {cell['row']} at {cell['share']:g}%, seed {cell['seed']}: {counts}")
     for entry in ranks:
         print(f"\nrank correlation with {entry['row']} on these texts, seed {entry['seed']}, mean and by layer:")
         for scorer in [name for name in SCORERS if name in entry]:

@@ -13,14 +13,17 @@ Weights are those of SmolLM2 and random ones of small models. On two cores all o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,7 @@ SINKS = (
     WindowGroup(sink=0, alpha=5, beta=0.5),
 )
 SLIDES = WindowGroup(sink=0, alpha=50, beta=0.0)
+Tell = Callable[[dict[str, str], dict[str, Any]], None]
 
 
 @dataclass
@@ -406,20 +410,61 @@ def pages(result: dict[str, Any]) -> tuple[int, int]:
     return held, dense
 
 
-def run_engine(python: Path, jobs: Sequence[dict[str, Any]], **environment: str) -> tuple[dict[str, Any], str]:
-    """Run jobs in vLLM's interpreter; the results, and what it printed."""
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, written = Path(scratch) / "jobs.json", Path(scratch) / "results.json"
-        asked.write_text(json.dumps(list(jobs)))
-        found = subprocess.run(
-            [str(python), "-P", str(ENGINE), str(asked), str(written)],
-            capture_output=True,
+def run_engine(
+    python: Path, jobs: Iterable[dict[str, Any]], tell: Tell = lambda versions, result: None, **environment: str
+) -> tuple[dict[str, Any], str]:
+    """Run jobs in vLLM's interpreter, which starts while they are made; the results, and what it printed.
+
+    Args:
+        tell: called with the versions and a result as soon as it is there.
+
+    Raises:
+        RuntimeError: vLLM ended before all jobs had.
+    """
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        (Path(scratch) / "printed").open("w+", encoding="utf-8") as log,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        written = Path(scratch) / "results"
+        written.touch()
+        engine = subprocess.Popen(
+            [str(python), "-P", str(ENGINE), str(written)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
             text=True,
             env={**os.environ, "PYTHONPATH": "", **environment},
         )
-        if not written.exists():
-            raise RuntimeError(f"vLLM ended with status {found.returncode}: {(found.stdout + found.stderr)[-3000:]}")
-        return json.loads(written.read_text()), found.stdout + found.stderr
+        try:
+            given, found, ended = beside.submit(give, engine, jobs), list[dict[str, Any]](), False
+            while not ended:
+                ended = engine.poll() is not None  # looked at first, so that nothing is missed
+                for line in written.read_text(encoding="utf-8").split("\n")[len(found) : -1]:
+                    found.append(json.loads(line))
+                    if len(found) > 1:
+                        tell(found[0], found[-1])
+                time.sleep(0 if ended else 0.2)
+        finally:
+            engine.kill()
+            engine.wait()
+        log.seek(0)
+        printed = log.read()
+        if len(found) != 1 + given.result():
+            raise RuntimeError(f"vLLM ended with status {engine.returncode}: {printed[-3000:]}")
+        return {"versions": found[0], "results": found[1:]}, printed
+
+
+def give(engine: subprocess.Popen[str], jobs: Iterable[dict[str, Any]]) -> int:
+    """Hand an engine its jobs as they are made; how many they are."""
+    assert engine.stdin is not None
+    count = 0
+    with contextlib.suppress(BrokenPipeError), engine.stdin as lines:  # an engine that has ended says why itself
+        for job in jobs:
+            count += 1
+            lines.write(json.dumps(job) + "\n")
+            lines.flush()
+    return count
 
 
 def speed(python: Path, folder: Path) -> dict[str, Any]:

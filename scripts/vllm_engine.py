@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Runs jobs in vLLM and writes down what it did; started by scripts/vllm_check.py with the Python that has vLLM.
 
-    scripts/vllm_engine.py JOBS.json RESULTS.json
+    scripts/vllm_engine.py RESULTS < JOBS
 
-A job has the path of a model, the engine's options and environment, and rounds of prompts, of which some at once. The
-result has the tokens of each round, the engine's KV cache groups and attention, the blocks that each request held in
-its last step (unless `watch_blocks` is false), the time, and how many requests ran at once. Nothing here imports
-compress.
+Jobs come as lines of JSON, and each is run as soon as it is there. RESULTS gets a line of JSON with the versions, and
+one for each job once that has ended. A job has the path of a model, the engine's options and environment, and rounds
+of prompts, of which some at once. The result has the tokens of each round, the engine's KV cache groups and attention,
+the blocks that each request held in its last step (unless `watch_blocks` is false), the time, and how many requests
+ran at once. Nothing here imports compress.
 """
 
 from __future__ import annotations
@@ -166,6 +167,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def tell(result: dict[str, Any]) -> None:
+    """One more line of results."""
+    with Path(sys.argv[1]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
 def main() -> int:
     """All jobs, one engine after the other in this process; an engine that fails gives its error."""
     import torch
@@ -173,23 +180,19 @@ def main() -> int:
     import vllm
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    jobs, results = json.loads(Path(sys.argv[1]).read_text()), []
-    for job in jobs:
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    tell(versions)
+    for line in sys.stdin:
+        job = json.loads(line)
         try:
-            results.append({"name": job["name"], **run(job)})
+            tell({"name": job["name"], **run(job)})
         except Exception as error:  # whatever it is, it is the result of this job
             traceback.print_exc()
-            results.append({"name": job["name"], "error": f"{type(error).__name__}: {error}"})
+            tell({"name": job["name"], "error": f"{type(error).__name__}: {error}"})
         for name in job.get("environment", {}):
             os.environ.pop(name, None)
         gc.collect()
         cleanup_dist_env_and_memory()
-    written = {
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "cpu_seconds": cpu_seconds(),
-        "results": results,
-    }
-    Path(sys.argv[2]).write_text(json.dumps(written))
     return 0
 
 

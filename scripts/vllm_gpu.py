@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ GRAPHS: dict[str, Any] = {
     },
 }
 GROUPS, SIZE, PROMPT, NEW, REQUESTS, DENSE_AT_ONCE = 8, 128, 4096, 512, 48, 12.5
+Row = Callable[[Job, dict[str, Any]], dict[str, Any]]  # what is told of a job and its result
 CLOSE = 0.15  # standard deviations of the logits by which bfloat16 may prefer another token
 
 
@@ -219,52 +220,61 @@ def speed_row(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 
 class Engine:
-    """Runs jobs in vLLM; the versions and what it printed are kept."""
+    """Runs jobs in vLLM, and tells the row of each as soon as it has one; the versions and what it printed are kept.
 
-    def __init__(self, python: Path) -> None:
-        self.python, self.printed = python, ""
+    Args:
+        tell: called with a row.
+    """
+
+    def __init__(self, python: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.python, self.tell, self.printed = python, tell, ""
         self.versions: dict[str, str] = {}
 
-    def run(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The results of jobs."""
+    def run(self, jobs: Iterable[Job], row_of: Row, ask: Callable[[Job], dict[str, Any]] = Job.as_json) -> None:
+        """Run jobs, which are made meanwhile; `ask` says what the engine's script reads."""
         environment = {
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             # vLLM's own Triton kernel would round what it multiplies in float32 to 10 bits.
             "TRITON_F32_DEFAULT": "ieee",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",  # greedy tokens need none, and the package is large
         }
-        for job in asked:
-            job["options"] = COMMON | job["options"]
-        found, self.printed = run_engine(self.python, asked, **environment)
-        self.versions = found["versions"]
-        return list(found["results"])
+        made: dict[str, Job] = {}
+
+        def asked() -> Iterator[dict[str, Any]]:
+            for job in jobs:
+                made[job.name] = job
+                job.options = COMMON | job.options
+                yield ask(job)
+
+        def tell(versions: dict[str, str], result: dict[str, Any]) -> None:
+            job, self.versions = made[result["name"]], versions
+            self.tell(row_of(job, result) | facts_of(job, result))
+
+        _, self.printed = run_engine(self.python, asked(), tell, **environment)
 
 
-def tokens(engine: Engine, folder: Path, layers: int) -> list[dict[str, Any]]:
+def tokens(engine: Engine, folder: Path, layers: int) -> None:
     """See the file."""
-    jobs = list(token_jobs(folder))
-    results = engine.run([job.as_json() for job in jobs])
-    return [
-        {"wrong": check(job, result), "texts": len(job.prompts)} | facts_of(job, result)
-        for job, result in zip(jobs, results, strict=True)
-    ]
+    engine.run(token_jobs(folder), lambda job, result: {"wrong": check(job, result), "texts": len(job.prompts)})
 
 
-def half(engine: Engine, folder: Path, layers: int) -> list[dict[str, Any]]:
+def half(engine: Engine, folder: Path, layers: int) -> None:
     """See the file."""
     job, patched, dense = half_job(folder)
-    (result,) = engine.run([job.as_json()])
-    return [check_half(job, result, patched, dense) | facts_of(job, result)]
+    engine.run([job], lambda job, result: check_half(job, result, patched, dense))
 
 
-def speed(engine: Engine, folder: Path, layers: int) -> list[dict[str, Any]]:
+def speed(engine: Engine, folder: Path, layers: int) -> None:
     """See the file."""
     jobs = speed_jobs(folder, layers)
-    asked = [job.as_json() for job in jobs]
-    for one in asked:
-        one["rounds"].insert(0, {"prompts": [one["rounds"][0]["prompts"][0][:64]], "new": 4})  # compiles
-        one["watch_blocks"] = False  # that would take longer than a step
-    return [speed_row(job, result) | facts_of(job, result) for job, result in zip(jobs, engine.run(asked), strict=True)]
+    compiles = {"prompts": [jobs[0].prompts[0][:64]], "new": 4}
+
+    def ask(job: Job) -> dict[str, Any]:
+        given = job.as_json()
+        # To watch blocks takes longer than a step.
+        return given | {"rounds": [compiles, *given["rounds"]], "watch_blocks": False}
+
+    engine.run(jobs, speed_row, ask)
 
 
 def facts_of(job: Job, result: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +285,7 @@ def facts_of(job: Job, result: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-PARTS: dict[str, Callable[[Engine, Path, int], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Engine, Path, int], None]] = {
     "tokens": tokens,
     "half": half,
     "speed": speed,
@@ -287,7 +297,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PARTS)}; all without")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of an environment with vLLM")
-    parser.add_argument("--out", type=Path, help="write what was found to this JSON file, after every part")
+    parser.add_argument("--out", type=Path, help="write what was found to this JSON file, after every checkpoint")
     parser.add_argument("--layers", type=int, default=16, help="of the model of which the speed is measured")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     options = parser.parse_args()
@@ -297,18 +307,26 @@ def main() -> int:
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"{unknown[0]}: expected {', '.join(PARTS)}")
 
-    engine, rows = Engine(options.python), []
+    rows: list[dict[str, Any]] = []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+    def tell(row: dict[str, Any]) -> None:
+        rows.append({"part": name} | row)
+        print(json.dumps(rows[-1]), flush=True)
+        keep()
+
+    def keep() -> None:
+        facts = {"gpu": gpu, **engine.versions, "layers": options.layers, "rows": rows}
+        if options.out is not None:
+            options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    engine = Engine(options.python, tell)
     with tempfile.TemporaryDirectory() as scratch:
         for name in names:
-            found = PARTS[name](engine, Path(scratch), options.layers)
-            rows += [{"part": name} | row for row in found]
-            if any(row["wrong"] for row in found):
+            PARTS[name](engine, Path(scratch), options.layers)
+            if any(row["wrong"] for row in rows if row["part"] == name):
                 print(engine.printed[-6000:])
-            facts = {"gpu": gpu, **engine.versions, "layers": options.layers, "rows": rows}
-            print(json.dumps(facts["rows"][-len(found) :], indent=1), flush=True)
-            if options.out is not None:
-                options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            keep()
     return int(any(row["wrong"] for row in rows))
 
 

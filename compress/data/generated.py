@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FORESEEN = 2**22  # tokens that stand for those of a text, at most
 MOST_WRITTEN = 2**33  # tokens, which take 32 GiB on the disk
+# Documents that are written at once, where the memory has room for them. On a GPU much of a step of 512 is small
+# kernels, which take as long for twice as many.
+AT_ONCE = {"cpu": 16, "cuda": 1024}
 
 
 @sources.register("generated")
@@ -41,7 +44,11 @@ class GeneratedText(Source):
         "documents",
     )
     length: int = Field(
-        1024, ge=16, le=LONGEST, description="tokens of a document; behind an end of text another one begins in it"
+        1024,
+        ge=16,
+        le=LONGEST,
+        description="tokens of a document, best as many as those of a sequence of the training; behind an end of text "
+        "another one begins in it",
     )
     greedy: int = Field(4, ge=0, le=1024, description="most likely tokens behind the random first one of a document")
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of all tokens behind these")
@@ -65,6 +72,10 @@ class GeneratedText(Source):
 
     def written(self, part: Part) -> int:
         return math.ceil(self.size(part) * self.share)
+
+    @property
+    def written_length(self) -> int:
+        return self.length
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.data.draw import draw
+from compress.data.generated import AT_ONCE, GeneratedText
 from compress.data.text import Part, leading_tokens
 from compress.errors import NotFiniteError, UserError
 from compress.files import key_of, write_bytes, write_text
@@ -32,13 +34,12 @@ from compress.targets.full import FullGroup
 from compress.words import duration, size
 
 if TYPE_CHECKING:
-    from compress.data.generated import GeneratedText
     from compress.data.reader import Reader
 
 SCHEMA = 1
 RECORD = "written.json"
-AT_ONCE = {"cpu": 16, "cuda": 512}  # documents, where the memory has room for them
-SHARE_OF_MEMORY = 0.5  # of what is free, for caches and logits
+SHARE_OF_MEMORY = {"cpu": 0.5, "cuda": 0.75}  # of what is free, for caches and logits
+CAPTURING = 8  # steps, more than a graph takes to be captured
 LONGEST_WRITING = 7 * 24 * 3600.0  # seconds
 EVERY = 64  # tokens of every document between two reports
 
@@ -138,14 +139,17 @@ def _write(reader: Reader, request: GeneratedText, part: Part, folder: Path, cou
     began = time.monotonic()
     start = done
     while done < count:
-        numbers = range(done, min(count, done + writer.at_once))
+        numbers = range(done, done + writer.batch(count - done))
 
         def report(written: int, before: int = done, count_at_once: int = len(numbers)) -> None:
             if reader.progress is not None:
                 reader.progress(before * request.length + count_at_once * written, count * request.length, "text")
 
         before = time.monotonic()
-        documents = writer.write([f"{reader.seed}/{part}/{number}" for number in numbers], report)
+        documents = _tried(writer, [f"{reader.seed}/{part}/{number}" for number in numbers], report)
+        if documents is None:
+            reader.say(f"text: the GPU has no room for {len(numbers):,} documents at once; taking {writer.at_once:,}")
+            continue
         data = documents.numpy().tobytes()
         batch = _Batch(
             part=part,
@@ -165,6 +169,18 @@ def _write(reader: Reader, request: GeneratedText, part: Part, folder: Path, cou
     reader.say(
         f"text: the model wrote {tokens:,} tokens ({part.replace('_', ' ')}) in {duration(time.monotonic() - began)}"
     )
+
+
+def _tried(writer: _Writer, seeds: Sequence[str], report: Callable[[int], None]) -> torch.Tensor | None:
+    """The documents; None where another process took the memory meanwhile, and the writer now takes half as many."""
+    try:
+        return writer.write(seeds, report)
+    except torch.cuda.OutOfMemoryError:
+        if len(seeds) == 1:
+            raise
+    torch.cuda.empty_cache()  # here, where nothing holds what the failed call had
+    writer.at_once = -(-len(seeds) // 2)
+    return None
 
 
 def _check_disk(folder: Path, need: int) -> None:
@@ -195,14 +211,15 @@ class _Vocabulary:
     """What a model may write: its tokenizer's tokens, and of the special ones only those that end a text.
 
     Attributes:
-        banned: `[vocabulary of the model]` bool.
+        columns: tokens that the model has logits of.
+        banned: `[n]` tokens among these that it may not write.
         ends: `[n]` tokens that end a text.
         begins: `[n]` tokens that a document may begin with, which are readable by themselves.
         lead: `[n]` tokens that the tokenizer puts before a text.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
-        columns = int(model.config.vocab_size)
+        self.columns = columns = int(model.config.vocab_size)
         special = set(tokenizer.all_special_ids)
         special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         known = sorted(number for number in tokenizer.get_vocab().values() if number < columns)
@@ -224,7 +241,7 @@ class _Vocabulary:
         ended = {int(number) for number in (*of_config, tokenizer.eos_token_id) if number is not None}
         banned = torch.ones(columns, dtype=torch.bool)
         banned[[*plain, *(number for number in ended if number < columns)]] = False
-        self.banned = banned.to(device)
+        self.banned = banned.nonzero()[:, 0].to(device)
         self.ends = torch.tensor(sorted(ended), dtype=torch.long, device=device)
         self.begins = torch.tensor(begins, dtype=torch.long, device=device)
         self.lead = torch.tensor(leading_tokens(tokenizer), dtype=torch.long, device=device)
@@ -234,7 +251,7 @@ class _Writer:
     """Writes documents of one length, all of a batch at once.
 
     Attributes:
-        at_once: documents in a batch.
+        at_once: documents in a batch, at most.
     """
 
     def __init__(self, loaded: Any, request: GeneratedText) -> None:
@@ -244,12 +261,25 @@ class _Writer:
         self.model = planned_model(loaded.model, uniform_plan(loaded.shape, FullGroup()))
         self.device = input_device(loaded.model)
         self.vocabulary = _Vocabulary(loaded.model, loaded.tokenizer, self.device)
+        if len(self.vocabulary.lead) + 1 >= request.length:
+            raise UserError(
+                "the documents have no room for a text", expected=f"length above {len(self.vocabulary.lead) + 1}"
+            )
         weights = next(loaded.model.parameters())
         cache = loaded.shape.dense_cost(request.length, weights.dtype.itemsize).held_bytes
-        row_bytes = cache + 24 * len(self.vocabulary.banned)  # logits, their distribution and its sum, in float32
+        row_bytes = cache + 24 * self.vocabulary.columns  # logits and their distribution, in float32
+        kind = self.device.type
+        if kind == "cuda":
+            torch.cuda.empty_cache()  # or what an earlier part was written with would not count as free
         free = free_bytes(loaded.model)
-        room = AT_ONCE.get(self.device.type, 16) if free is None else int(SHARE_OF_MEMORY * free / row_bytes)
-        self.at_once = request.batch or max(1, min(room, AT_ONCE.get(self.device.type, 16)))
+        most, share = AT_ONCE.get(kind, AT_ONCE["cpu"]), SHARE_OF_MEMORY.get(kind, SHARE_OF_MEMORY["cpu"])
+        room = most if free is None else int(share * free / row_bytes)
+        self.at_once = request.batch or max(1, min(room, most))
+
+    def batch(self, left: int) -> int:
+        """Documents of the next batch where so many are left: batches are as large as each other, not the last small,
+        because a step takes as long for few documents as for some more."""
+        return -(-left // -(-left // self.at_once))
 
     @torch.inference_mode()
     def write(self, seeds: Sequence[str], report: Callable[[int], None]) -> torch.Tensor:
@@ -261,67 +291,85 @@ class _Writer:
         Raises:
             NotFiniteError: the logits are not finite.
         """
-        request, words, length = self.request, self.vocabulary, self.request.length
-        noise = torch.stack([_noise(seed, length) for seed in seeds]).to(self.device)
-        firsts = words.begins[(noise * len(words.begins)).long()]
-        forced = len(words.lead) + 1  # tokens at the start of a document that nobody chooses
-        if forced >= length:
-            raise UserError("the documents have no room for a text", expected=f"length above {forced}")
-        batch = len(seeds)
-        ids = torch.zeros(batch, length, dtype=torch.long, device=self.device)
-        ids[:, : forced - 1] = words.lead
-        ids[:, forced - 1] = firsts[:, forced - 1]
-        age = torch.empty(batch, dtype=torch.long, device=self.device)  # tokens of the document that is being written
-        place = torch.empty(1, dtype=torch.long, device=self.device)
-        finite = torch.ones(1, dtype=torch.bool, device=self.device)
-
-        def choose(logits: torch.Tensor) -> None:
-            """Write the next token of every document, from logits `[B, V]`."""
-            finite.logical_and_(torch.isfinite(logits).all())
-            logits = logits.masked_fill(words.banned, -torch.inf)
-            likely = logits.argmax(-1)
-            mass = (logits / request.temperature).softmax(-1).cumsum(-1)
-            level = noise.index_select(1, place) * mass[:, -1:]
-            drawn = torch.searchsorted(mass, level, right=True)[:, 0].clamp(max=mass.shape[1] - 1)
-            drawn = torch.where(words.banned[drawn], likely, drawn)  # rounding, at an end of the distribution
-            chosen = torch.where(age < forced + request.greedy, likely, drawn)
-            chosen = torch.where(age == forced - 1, firsts.index_select(1, place)[:, 0], chosen)
-            if forced > 1:
-                chosen = torch.where(age < forced - 1, words.lead[age.clamp(max=forced - 2)], chosen)
-            ids.index_copy_(1, place, chosen[:, None])
-            ended = (chosen[:, None] == words.ends).any(1) & (age >= forced)
-            age.add_(1).masked_fill_(ended, 0)  # a scalar in `torch.where` would be copied from the host
-            place.add_(1)
-
-        cache = self.model.new_cache(max_length=length)
-
-        def begin() -> None:
-            age.fill_(forced)
-            place.fill_(forced)
-
-        begin()
-        choose(self.model(input_ids=ids[:, :forced], logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float())
-
-        def step() -> None:
-            token = ids.index_select(1, place - 1)
-            choose(self.model(input_ids=token, **{CACHE: cache}).logits[:, -1].float())
-
-        if takes_graphs(self.model) and length - forced > 8:
-            kept = age.clone(), place.clone()
-            replay = graph_of(step)
-            cache.assume(forced)
-            age.copy_(kept[0])
-            place.copy_(kept[1])
-        else:
-            replay = step
-        for written in range(forced + 1, length):
+        documents = _Documents(self.model, self.vocabulary, self.request, self.device, seeds)
+        documents.begin()
+        replay = documents.captured() if takes_graphs(self.model) else documents.step
+        for written in range(documents.forced + 1, self.request.length):
             replay()
             if written % EVERY == 0:
                 report(written)
-        report(length)
-        if not bool(finite):
+        report(self.request.length)
+        if not bool(documents.finite):
             raise NotFiniteError("the model's logits are not finite in a text that it writes")
-        return ids.int().cpu()
+        return documents.ids.int().cpu()
+
+
+class _Documents:
+    """A batch of documents that are being written, one token of each a step.
+
+    All that a step reads and changes lies on the device at addresses that stay: a CUDA graph holds it, and the random
+    numbers are there before the first step. The host reads nothing until the documents are whole.
+
+    Attributes:
+        forced: tokens at the start of a document that nobody chooses.
+        ids: `[B, length]` token ids, those that are not written yet 0.
+        finite: `[1]` bool, whether all logits so far were.
+    """
+
+    def __init__(
+        self, model: Any, words: _Vocabulary, request: GeneratedText, device: torch.device, seeds: Sequence[str]
+    ) -> None:
+        self.model, self.words, self.request = model, words, request
+        batch, self.forced = len(seeds), len(words.lead) + 1
+        self.noise = torch.stack([_noise(seed, request.length) for seed in seeds]).to(device)
+        self.firsts = words.begins[(self.noise * len(words.begins)).long()]
+        self.ids = torch.zeros(batch, request.length, dtype=torch.long, device=device)
+        self.ids[:, : self.forced - 1] = words.lead
+        self.ids[:, self.forced - 1] = self.firsts[:, self.forced - 1]
+        self.age = torch.full((batch,), self.forced, device=device)  # tokens of the text that is being written
+        self.place = torch.full((1,), self.forced, device=device)  # of the next token
+        self.finite = torch.ones(1, dtype=torch.bool, device=device)
+        self.cache = model.new_cache(max_length=request.length)
+
+    def begin(self) -> None:
+        """Write the first token behind those that nobody chooses."""
+        first = self.ids[:, : self.forced]
+        self._choose(self.model(input_ids=first, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1])
+
+    def step(self) -> None:
+        """Write the next token of every document."""
+        token = self.ids.index_select(1, self.place - 1)
+        self._choose(self.model(input_ids=token, **{CACHE: self.cache}).logits[:, -1])
+
+    def captured(self) -> Callable[[], None]:
+        """The replay of a CUDA graph that holds `step`; behind it all is as before."""
+        age, place = self.age.clone(), int(self.place)
+        if self.request.length - place <= CAPTURING:  # there is no room for the steps that capturing takes
+            return self.step
+        replay = graph_of(self.step)
+        self.go_to(place)
+        self.age.copy_(age)
+        return replay
+
+    def go_to(self, place: int) -> None:
+        """Make the token at this place the next one; the cache then counts what lies before it."""
+        self.cache.assume(place - 1)  # it has all tokens but the last
+        self.place.fill_(place)
+
+    def _choose(self, logits: torch.Tensor) -> None:
+        """Write the next token of every document, from logits `[B, V]`."""
+        words, age, forced = self.words, self.age, self.forced
+        noise = self.noise.index_select(1, self.place)
+        found = draw(logits, words.banned, noise, self.request.temperature)
+        self.finite.logical_and_(found.finite)
+        chosen = torch.where(age < forced + self.request.greedy, found.likely, found.token)
+        chosen = torch.where(age == forced - 1, self.firsts.index_select(1, self.place)[:, 0], chosen)
+        if forced > 1:
+            chosen = torch.where(age < forced - 1, words.lead[age.clamp(max=forced - 2)], chosen)
+        self.ids.index_copy_(1, self.place, chosen[:, None])
+        ended = (chosen[:, None] == words.ends).any(1) & (age >= forced)
+        age.add_(1).masked_fill_(ended, 0)  # a scalar in `torch.where` would be copied from the host
+        self.place.add_(1)
 
 
 def _noise(seed: str, length: int) -> torch.Tensor:

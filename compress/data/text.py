@@ -106,6 +106,11 @@ class Source(Method):
         """Tokens of a part that the model writes."""
         return 0
 
+    @property
+    def written_length(self) -> int:
+        """Tokens of a document that the model writes."""
+        return 0
+
     def stamp(self) -> tuple[int, ...] | None:
         """What changes when the content may have changed, at no cost; None where nothing is known."""
         return None

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from compress.errors import UserError
 from compress.models.families import attentions_of, layers_of
 from compress.runtime.attention import changing_arguments
-from compress.runtime.impl import current
+from compress.runtime.impl import IMPLS, Impl, current, explain_impl
 from compress.runtime.reference import prefill
 from compress.runtime.scores import Scores
 from compress.runtime.span import native_windows, own_span
@@ -54,9 +54,35 @@ class AttentionCall:
         """What the layer computes by itself: causal attention within its own window, `[B, H, T, D]`."""
         return causal_attention(self.query, self.key, self.value, self.scaling, self.window, self.scores)
 
+    def repeatable(self) -> torch.Tensor:
+        """`dense`, with gradients that are the same to the bit in every run and process, where a kernel gives such.
+
+        On a GPU and in half precision PyTorch takes cuDNN's kernels or FlashAttention's, which add what each block of
+        keys gives to the gradient of a query in the order in which the blocks end. Those of the runtime go over the
+        keys of a query one after the other.
+        """
+        impl = repeatable_impl(self.query)
+        if impl is None or self.scores is not None:
+            return self.dense()
+        spans = (own_span(self.window),) * self.key.shape[1]
+        # Asked for the log-sum-exp, because otherwise short inputs that hide nothing are PyTorch's there, too.
+        output: torch.Tensor
+        output, _ = impl.prefill(self.query, self.key, self.value, spans, scale=self.scaling, keep_lse=True)
+        return output
+
 
 Attend = Callable[[AttentionCall], torch.Tensor]
 Inputs = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]]  # hidden and rotary, by layer
+
+
+def repeatable_impl(query: torch.Tensor) -> Impl | None:
+    """What computes attention in place of PyTorch's kernels where the gradients of these differ from run to run; None
+    where they do not, where no gradient is taken, or where there is nothing else but plain PyTorch or, in float32, a
+    much slower kernel."""
+    if query.device.type != "cuda" or query.dtype.itemsize != 2 or not torch.is_grad_enabled():
+        return None
+    name, _ = explain_impl("auto", query.device, query.dtype, query.shape[-1])
+    return None if name == "reference" else IMPLS[name]
 
 
 def attention_function(

@@ -16,16 +16,11 @@ except ImportError as error:
 from .pages import Pages
 from .span import PAGE, Span
 from .triton_linear_features import KINDS, activate, root, sides
-from .triton_linear_layout import begin, limits, load_part, overlapped
+from .triton_linear_layout import begin, fetch_ahead, limits, load_part, overlapped
 from .triton_span import first_key, load_rule, span_rules
-from .tuned import linear_decode_config
+from .tuned import launches_overlap, linear_absorb_config, linear_decode_config
 
-
-@triton.jit
-def _load_held(p_state, o_v, o_f, state_f, state_e, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
-    """A block `[BLOCK_V, BLOCK_F]` of one state, from wherever its features and its columns are."""
-    mask = (o_v < VALUE_DIM)[:, None] & (o_f < FEATURES)[None, :]
-    return tl.load(p_state + o_v[:, None] * state_e + o_f[None, :] * state_f, mask=mask, other=0.0)
+TF32 = tl.constexpr(-1 << 13)  # the bits of a float32 number that a matrix unit takes
 
 
 @triton.jit
@@ -60,22 +55,27 @@ def _read_one(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROUND: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of all query heads of one (sequence, group), from one look at the state.
 
     With MEAN what is read is divided by the normaliser, in the state's last column, and with MERGE merged. With DOT the
-    heads are the rows of a product; else a block has all features and stays in registers for one head after the other,
-    in float32, which a matrix unit has to be fed less for.
+    heads are the columns of a product, to whose rows the state goes through shared memory, block after block; else a
+    block has all features and stays in registers for one head after the other. The first AHEAD programs have the cache
+    fetch what they read of the state while the launch ahead of this one still runs, whatever it writes.
     """
-    begin(OVERLAP)
     blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    o_v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    at_v = tl.program_id(0) % blocks * BLOCK_V
+    o_v = at_v + tl.arange(0, BLOCK_V)
     bg = (tl.program_id(0) // blocks).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
     p_held = p_state + b * state_b + g * state_g
+    if AHEAD > 0:
+        size = tl.minimum(VALUE_DIM - at_v, BLOCK_V) * FEATURES * 4
+        fetch_ahead(p_held + at_v * state_e, tl.where(tl.program_id(0) < AHEAD, size, 0))
+    begin(OVERLAP)
     p_norm = p_held + VALUE_DIM * state_e
     p_row = p_query + b * query_b + g * SHARE * query_h
     # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
@@ -91,22 +91,35 @@ def _read_one(
         b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
         o_window = head[:, None] * window_h + o_v[None, :]
         b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0)
-    out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
     if DOT:
+        # [BLOCK_V, BLOCK_M] what is read, of a state in two parts where the queries are one TF32 number
+        out = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
+        rest = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
+        # [BLOCK_M, BLOCK_F] what is summed to the normalisers, once for all blocks
+        weights = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
             # [BLOCK_V, BLOCK_F], [BLOCK_M, BLOCK_F]
             o_f = at_f + tl.arange(0, BLOCK_F)
-            b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
+            m_f = o_f < FEATURES
+            m_held = (o_v < VALUE_DIM)[:, None] & m_f[None, :]
+            b_state = tl.load(p_held + o_v[:, None] * state_e + o_f[None, :] * state_f, mask=m_held, other=0.0)
             b_query = load_part(p_row, o_row * query_h, m_row, at_f, FEATURES, BLOCK_F)
             if ROUND:
-                b_query = b_query.to(tl.bfloat16)
-            b_query = b_query.to(tl.float32)
-            out = tl.dot(b_query, b_state.T, out, input_precision=PRECISION)
+                b_query = b_query.to(tl.bfloat16).to(tl.float32)
+                high = (b_state.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
+                out = tl.dot(high, b_query.T, out, input_precision="tf32")
+                rest = tl.dot(b_state - high, b_query.T, rest, input_precision="tf32")
+            else:
+                b_query = b_query.to(tl.float32)
+                out = tl.dot(b_state, b_query.T, out, input_precision="tf32x3")
             if MEAN:
-                b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
-                mass += tl.sum(b_query * b_norm[None, :], 1)
+                b_norm = tl.load(p_norm + o_f * state_f, mask=m_f, other=0.0)
+                weights += b_query * b_norm[None, :]
+        out = (out + rest).T
+        mass = tl.sum(weights, 1)
     else:
+        out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
         # [BLOCK_V, BLOCK_F // PIECE, PIECE]: few threads share a row, so that most of its sum needs no exchange
         o_part = tl.arange(0, BLOCK_F // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         m_part = o_part < FEATURES
@@ -134,6 +147,13 @@ def _read_one(
         out = share[:, None] * b_window.to(tl.float32) + (1.0 - share)[:, None] * out
     out = tl.where(length > 0, out, 0.0).to(p_out.dtype.element_ty)
     tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
+
+
+def whole(state: torch.Tensor) -> bool:
+    """Whether columns of a state `[B, G, F, E]` that follow each other lie in one piece, as `fetch_ahead` wants it."""
+    count = state.shape[2]
+    places = (count, state.storage_offset(), *state.stride()[:2])  # in numbers, of which 16 bytes hold four
+    return state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
 
 
 def read_one(
@@ -189,16 +209,16 @@ def read_one(
         GROUPS=groups,
         FEATURES=count,
         VALUE_DIM=value_dim,
-        BLOCK_M=max(16 if config["dot"] else 1, triton.next_power_of_2(share)),
+        BLOCK_M=max(8 if config["dot"] else 1, triton.next_power_of_2(share)),
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         PIECE=min(config["piece"], block_f),
         MERGE=window is not None,
         MEAN=mean,
         DOT=config["dot"],
-        STAGES=config["stages"],
+        STAGES=min(config["stages"], triton.cdiv(count, block_f) + 1),
+        AHEAD=config["ahead"] // (4 * count * block_v) if whole(state) else 0,
         ROUND=dtype == torch.bfloat16,
-        PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
         **limits(config),
         **overlapped(query.device),
@@ -237,12 +257,16 @@ def _absorb(
     DECAY: tl.constexpr,
     NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_V columns of one state take in the page that the new token does not see any more; mostly there is none.
 
-    NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum.
+    NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum. AHEAD: the cache
+    fetches the columns while the features of the keys are computed.
     """
+    begin(OVERLAP)
     bg = tl.program_id(1).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
@@ -254,9 +278,14 @@ def _absorb(
     if tl.maximum(first_key(t, alpha, beta, mask), sink) <= before:
         return
     at_v = tl.program_id(0) * BLOCK_V
+    p_held = p_state + b * state_b + g * state_g
+    if AHEAD:
+        fetch_ahead(p_held + at_v * state_e, tl.minimum(VALUE_DIM - at_v, BLOCK_V) * SIDES * WIDTH * 4)
     o_slot = tl.arange(0, PAGE)
     m_slot = o_slot >= 0
     place = tl.load(p_table + bg * numbers + before // PAGE).to(tl.int64)
+    # [PAGE, BLOCK_V]
+    b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
     # [BLOCK_W, PAGE]: the features of a key are a column, and the products below take them from registers.
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WIDTH
@@ -280,12 +309,9 @@ def _absorb(
     if BIASED:
         projected += tl.load(p_bias + g * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)[:, None]
     projected = projected * root
-    # [PAGE, BLOCK_V]
-    b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
     if not SPLIT:
         b_value = b_value.to(tl.float32)
     o_v = at_v + tl.arange(0, BLOCK_V)
-    p_held = p_state + b * state_b + g * state_g
     p_block = p_held + o_w[:, None] * state_f + o_v[None, :] * state_e
     m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
     for side in tl.static_range(SIDES):
@@ -338,6 +364,7 @@ def absorb(
     split = pages.values.dtype == torch.bfloat16
     block_w = max(16, triton.next_power_of_2(width))
     block_v = max(16, min(8192 // block_w, 64, triton.next_power_of_2(value_dim)))
+    config = linear_absorb_config(block_w, pages.values.itemsize, state.device)
     weight = weight.contiguous()
     options: dict[str, Any] = {"BIASED": bias is not None, "DECAY": log_decay is not None, "SPLIT": split}
     options["NARROW"] = split and weight.dtype == torch.bfloat16
@@ -364,7 +391,10 @@ def absorb(
         BLOCK_W=block_w,
         BLOCK_V=block_v,
         PAGE=PAGE,
+        AHEAD=launches_overlap(state.device) and whole(state),
         PRECISION="tf32x3",
-        num_warps=8 if block_w > 64 else 4,
+        num_warps=config["warps"],
+        **limits(config),
+        **overlapped(state.device),
         **options,
     )

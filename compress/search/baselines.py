@@ -17,7 +17,7 @@ from compress.search.problem import FULL_GROUP, Candidate, Place, Problem
 from compress.search.solver import Solver
 from compress.search.solvers.amp import Amp
 from compress.search.solvers.even import evenly
-from compress.search.solvers.shares import kinds_of, one_threshold, same_share
+from compress.search.solvers.shares import kinds_of, one_score, one_threshold, same_share
 from compress.search.solvers.streaming import Streaming
 from compress.search.solvers.uniform import Uniform
 from compress.targets.target import Target, layer_cost
@@ -31,6 +31,7 @@ UNIFORM: dict[str, Callable[[Problem], tuple[Solver, Problem]]] = {
 DRAWN, INTERLEAVED = "random", "interleaved"
 EVEN, CHANCE, PRUNED_ALIKE = "even", "random-routing", "static-pruning"  # beside plans with routed layers
 SAME_SHARE, ONE_THRESHOLD = "uniform-share", "global-threshold"  # beside plans with heads that keep tokens
+ONE_SCORE = "global-score"  # what a refinement may start from, too
 NAMES = (*UNIFORM, DRAWN, INTERLEAVED, EVEN, CHANCE, PRUNED_ALIKE, SAME_SHARE, ONE_THRESHOLD)
 # What ranks the heads that a static pruning keeps, where no option of layers says it, the first that was measured.
 RANKS = ("taylor", "removal", "wanda_sp", "flap", "amp")
@@ -154,6 +155,25 @@ def kept_alike(problem: Problem, plans: Sequence[Candidate]) -> dict[str, Candid
         return {}
     kind = kinds.most_common(1)[0][0]
     made = {SAME_SHARE: same_share(problem, kind), ONE_THRESHOLD: one_threshold(problem, kind)}
+    return {name: plan for name, plan in made.items() if plan is not None}
+
+
+def thresholds_alike(problem: Problem, choices: Sequence[Target]) -> dict[str, Candidate]:
+    """Plans whose head groups all keep tokens by one threshold, or by the shares that one threshold of the scores keeps
+    that a scorer stands for: both for every window and scorer that may be chosen, by name.
+
+    Scores that all heads share are better guides to how much each keeps than prices of single heads are, so a
+    refinement starts from the best of these where it is better than what was solved. What nothing is known of, and what
+    the budget does not hold, is left out.
+    """
+    made: dict[str, Candidate | None] = {}
+    for kind in kinds_of(list(choices)):
+        known = problem.thresholds(kind)
+        if known is None:
+            continue
+        made[f"{ONE_THRESHOLD}, {kind.chooser}"] = one_threshold(problem, kind)
+        if known.wanted_above(0.0) is not None:
+            made[f"{ONE_SCORE}, {kind.chooser}"] = one_score(problem, kind)
     return {name: plan for name, plan in made.items() if plan is not None}
 
 

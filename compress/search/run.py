@@ -30,6 +30,7 @@ from compress.search.baselines import (
     kept_alike,
     pruned_alike,
     removing,
+    thresholds_alike,
 )
 from compress.search.budget.budget import Budget, check_lengths
 from compress.search.checks import section_problems
@@ -45,6 +46,7 @@ from compress.search.workers import Workers
 from compress.words import counted
 
 REFINED = "refined"
+LONG_ENOUGH = 0.9  # of the budget's length, documents of a refinement
 
 
 class SearchSection(Protocol):
@@ -208,7 +210,10 @@ def run_search(
     solved = list(candidates)
     refined = None
     if section.refine is not None:
-        starts = _starts(problem, candidates, baselines)
+        alike = thresholds_alike(problem, solver.choices(problem))
+        starts = _starts(problem, {**candidates, **baselines, **alike})
+        if line := too_short(problem, refine_documents):
+            say(line)
         refined = refine(
             loaded.model,
             problem,
@@ -223,7 +228,7 @@ def run_search(
             workers,
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
-        start = {**candidates, **baselines}[refined.start]
+        start = {**candidates, **baselines, **alike}[refined.start]
         candidates[REFINED] = Candidate(refined.layers(), note=note, importance=start.importance)
     facts = {"name": solver.registered, **solver.model_dump(mode="json")}
     asked = {"solver": facts, "budget": budget.model_dump(mode="json")}
@@ -333,25 +338,37 @@ def _like(
     return {name: (plan, task if name == PRUNED_ALIKE else problem) for name, plan in found.items() if plan is not None}
 
 
-def _starts(
-    problem: Problem, candidates: Mapping[str, Candidate], baselines: Mapping[str, Candidate]
-) -> dict[str, Layers]:
+def _starts(problem: Problem, plans: Mapping[str, Candidate]) -> dict[str, Layers]:
     """The plans that a refinement may start from, by name: they go by position, meet the budget, and are as an engine
     asks.
 
     Raises:
         UserError: there is no uniform plan.
     """
-    if "uniform" not in baselines:
+    if "uniform" not in plans:
         raise no_start()
-    plans = {name: candidate.layers for name, candidate in {**candidates, **baselines}.items()}
     return {
         name: layers
-        for name, layers in plans.items()
+        for name, layers in ((name, candidate.layers) for name, candidate in plans.items())
         if problem.fits(layers)
         and not any(group.by_length for layer in layers for group in layer.groups)
         and (problem.serve is None or problem.serve.holds(layers))
     }
+
+
+def too_short(problem: Problem, documents: Sequence[Sample]) -> str | None:
+    """What to say where a refinement's documents are shorter than the budget's lengths; None where they are not.
+
+    Windows within a budget for long inputs hide little or nothing of short documents, so these cannot say what the
+    windows lose on inputs of the budget's length.
+    """
+    longest, asked = max((document.length for document in documents), default=0), max(problem.budget_lengths)
+    if not documents or longest >= asked * LONG_ENOUGH:
+        return None
+    return (
+        f"refinement measures on documents of at most {longest:,} {documents[0].unit}, the budget is for {asked:,}: "
+        "it does not see what windows hide there; give `calibration.documents` or `calibration.training` that length"
+    )
 
 
 def no_start() -> UserError:

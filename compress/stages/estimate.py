@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from compress.data.generated import AT_ONCE
 from compress.data.prompt import Task
 from compress.evaluate.comparison import CONTROL_ROW, WINDOWS_ROW
 from compress.evaluate.measure import asked_for
@@ -33,7 +34,8 @@ ALTERNATIVE = 0.35  # forward passes for the attention of all head groups under 
 RULES = 7  # targets that a refinement's model knows of each head group
 BASELINES = 2  # different ones, in most searches
 ANSWER = 12  # tokens of a written answer
-AT_ONCE, LENGTH = {"cpu": 16, "cuda": 512}, 512  # documents that a model writes at once, and their tokens half-way
+LENGTH = 512  # tokens that stand for those of a text
+REPLAYED = 1e-4  # seconds of a layer's small kernels in a step that a CUDA graph replays
 START, READ = 8.0, 0.1e9  # seconds of imports, and bytes per second at which weights are read, hashed and converted
 EXPORT = 35.0  # seconds beside the weights, most of them in a fresh process that imports torch
 
@@ -68,6 +70,14 @@ class Estimate:
         step = (self.weights + batch * CACHE_READS * length * self.token_bytes) / self.speeds.bandwidth
         return (step + self.dispatch) / batch + 2 * self.parameters / self.products
 
+    def writing(self, length: int, batch: int, kind: str) -> float:
+        """A token of documents of so many tokens that are written together, half of which lie before it on average."""
+        if kind != "cuda":
+            return self.decode(length // 2, batch)
+        layers = self.shape.layers if self.shape else 0
+        step = (self.weights + batch * length / 2 * self.token_bytes) / self.speeds.bandwidth + layers * REPLAYED
+        return step / batch + 2 * self.parameters / self.products
+
     def attended(self, length: int, exponentials: int) -> float:
         """So many exponentials for every head, query and key."""
         return self.heads * length * length * exponentials / self.speeds.elements
@@ -98,9 +108,13 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
     of = Estimate(situation, speeds, kind, itemsize)
     calibration, search, recover = recipe.calibration, recipe.search, recipe.recover
     stages = {"load": START + of.weights / READ}
-    written = {(use.source.model_dump_json(), use.part): use.source.written(use.part) for use in uses_of(recipe)}
-    if total := sum(written.values()):
-        stages["text"] = total * of.decode(LENGTH, AT_ONCE.get(kind, AT_ONCE["cpu"]))
+    written = {(use.source.model_dump_json(), use.part): use for use in uses_of(recipe) if use.source.written(use.part)}
+    if written:
+        stages["text"] = sum(
+            use.source.written(use.part)
+            * of.writing(use.source.written_length, AT_ONCE.get(kind, AT_ONCE["cpu"]), kind)
+            for use in written.values()
+        )
     upcycled = 1 if recipe.upcycle is None else recipe.upcycle.count
     if recipe.upcycle is None:
         stages["profile"] = of.answers([*calibration.documents, *calibration.training]) + _profile(recipe, of)

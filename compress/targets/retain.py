@@ -151,6 +151,17 @@ class RetainGroup(Target):
         """See `Target.with_threshold`."""
         return self.model_copy(update={"threshold": threshold, "share": share, "spread": spread})
 
+    @property
+    def chooser(self) -> str:
+        """See `Target.chooser`."""
+        return f"{self._seen}, by {self.scorer}"
+
+    @property
+    def _seen(self) -> str:
+        """What is seen without the tokens that are kept, in words."""
+        grows = f" + {self.beta:g} of the position" if self.beta else ""
+        return f"sink {self.sink}, window {self.alpha}{grows}"
+
     @classmethod
     def average(cls, groups: Sequence[RetainGroup]) -> RetainGroup:
         """The first with the mean share."""
@@ -249,10 +260,9 @@ class RetainGroup(Target):
         )
 
     def words(self, native: int | None = None) -> str:
-        grows = f" + {self.beta:g} of the position" if self.beta else ""
         most = "" if self.cap is None else f", at most {self.cap[0]} + {self.cap[1]:g} of the position"
         kept = "all" if self.threshold is None else f"{100 * self.share:.3g}%"
-        return f"sink {self.sink}, window {self.alpha}{grows}, before it {kept} by {self.scorer}{most}"
+        return f"{self._seen}, before it {kept} by {self.scorer}{most}"
 
     def short(self, native: int | None = None) -> str:
         """`K sink|window` and the share that is kept."""

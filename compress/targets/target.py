@@ -223,6 +223,11 @@ class Target(Method):
         """The same under a threshold that keeps a share of the tokens, with its spread; itself where it has none."""
         return self
 
+    @property
+    def chooser(self) -> str:
+        """What says which tokens it keeps, however many these are: windows and scorer."""
+        return self.words()
+
     @classmethod
     def average(cls, groups: Sequence[Any]) -> Target:
         """One entry that stands for several, which are equal but for how much of the tokens each keeps."""

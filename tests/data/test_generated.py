@@ -117,6 +117,32 @@ def test_what_is_there_is_not_written_again_and_more_goes_on_behind_it(
     assert list(door.ids(request(greedy=0), "calibration", 1)) != ids
 
 
+def test_batches_are_alike_and_smaller_where_the_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU whose memory another process took meanwhile: documents are written fewer at once, and are the same."""
+    calls: list[int] = []
+    write = sampled_module._Writer.write
+
+    def full(self: Any, seeds: list[str], report: Any) -> torch.Tensor:
+        calls.append(len(seeds))
+        if len(seeds) > room:
+            raise torch.cuda.OutOfMemoryError
+        return write(self, seeds, report)
+
+    monkeypatch.setattr(sampled_module._Writer, "write", full)
+    room = 100
+    ids = list(reader(tmp_path / "room").ids(request(batch=4), "calibration", 1))
+    assert calls == [3, 2]  # not four and one
+    calls.clear()
+    room, lines = 2, list[str]()
+    assert list(reader(tmp_path / "none", say=lines.append).ids(request(batch=5), "calibration", 1)) == ids
+    assert calls == [5, 3, 2, 2, 1] and "no room for 5 documents at once; taking 3" in lines[0]
+    room = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        reader(tmp_path / "never").ids(request(batch=1), "calibration", 1)
+
+
 def test_a_share_is_mixed_with_a_given_text(tmp_path: Path) -> None:
     path = tmp_path / "story.txt"
     path.write_text(story(), encoding="utf-8")
@@ -151,6 +177,26 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match="no room for the text"):
         reader(tmp_path).ids(request(greedy=1), "calibration", 1)
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_documents_go_on_behind_a_capture_as_if_there_was_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bool
+) -> None:
+    """A capture runs steps to warm up, which write tokens and fill the cache; in its place here are plain steps."""
+    made, captures = loaded(begin), list[int]()
+
+    def graph_of(step: Any) -> Any:
+        captures.append(3)
+        for _ in range(3):
+            step()
+        return step
+
+    single = list(reader(tmp_path / "steps", made).ids(request(), "calibration", 1))
+    monkeypatch.setattr(sampled_module, "graph_of", graph_of)
+    monkeypatch.setattr(sampled_module, "takes_graphs", lambda model: True)
+    replayed = list(reader(tmp_path / "graph", made).ids(request(), "calibration", 1))
+    assert replayed == single and captures == [3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

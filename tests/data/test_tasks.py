@@ -190,6 +190,24 @@ def test_kinds_take_turns_over_the_documents() -> None:
     assert sum(str(prompt.expected).isdecimal() for prompt in first) == 2
 
 
+def test_several_facts_are_asked_for_behind_one_text() -> None:
+    task = Facts(length=1500, count=3, facts=4, asked=3, answer="text")
+    once = Facts(length=1500, count=3, facts=4, answer="text")
+    assert "asked" not in once.model_dump() and task.model_dump()["asked"] == 3
+    decode = byte_tokenizer().decode
+    for prompt, alone in zip(task.make(byte_tokenizer(), TEXT, 0), once.make(byte_tokenizer(), TEXT, 0), strict=True):
+        first, *others = decode(prompt.reference).split("\n\n")
+        assert first == decode(alone.reference) and first.strip() == prompt.expected and len(others) == 2
+        assert prompt.length == 1500 and len(prompt.evidence) == 3
+        stated = [decode(prompt.tokens[start:end]) for start, end in prompt.evidence]
+        assert prompt.expected in stated[0]
+        for statement, other in zip(stated[1:], others, strict=True):  # the value ends its question's line
+            assert other.split()[-1].strip(".") in statement
+    for wrong, changes in (("the number of `facts`", {"asked": 4}), ("answer: text", {"asked": 2, "answer": "model"})):
+        with pytest.raises(ValueError, match=wrong):
+            Facts.model_validate({"length": 900, "count": 1, "answer": "text", **changes})
+
+
 def test_continuation_is_a_window_of_the_text() -> None:
     for prompt in Continuation(length=150, count=3, answer_tokens=30).make(byte_tokenizer(), TEXT, 5):
         window = [*prompt.tokens, *prompt.reference]

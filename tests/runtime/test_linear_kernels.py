@@ -235,6 +235,29 @@ def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads(share: int, by_co
     close([mine], [exact])
 
 
+@pytest.mark.parametrize(("share", "dtype"), [(1, "float32"), (2, "bfloat16"), (8, "bfloat16"), (16, "float32")])
+def test_one_token_reads_what_lies_between_nan(share: int, dtype: str) -> None:
+    batch, groups, dim, count, of = 3, 2, 19, 37, getattr(torch, dtype)
+    lengths = torch.tensor([70, 0, 1], dtype=torch.int32)
+    # Columns and rows with something behind each, and nothing but NaN where a sequence takes no part.
+    held = torch.full((batch, groups, dim + 2, count + 3), torch.nan)[:, :, 1:, :count].mT
+    query, out = (torch.full((batch, groups * share, size + 2), torch.nan, dtype=of) for size in (count, dim))
+    query, out = query[..., :count], out[..., 1 : dim + 1]
+    lse, gain = torch.full((2, batch, groups * share), torch.nan)
+    for x in (held, query, out, lse, gain):
+        x[lengths > 0] = torch.rand(2, *x.shape[1:]).to(x.dtype)
+    found = (query.double().unflatten(1, (groups, share)) @ held.double()).flatten(1, 2)
+    found[1] = 0
+    mine = read_one(query, held, lengths, dim, of, mean=False)
+    assert mine.dtype == torch.float32
+    close([mine], [found[..., :-1]])
+    exact = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
+    exact[1] = 0
+    mine = read_one(query, held, lengths, dim, of, mean=True, window=(out, lse), log_gain=gain)
+    rounded = 2**-7 if of == torch.bfloat16 else 0.0  # the interpreter truncates
+    torch.testing.assert_close(mine.double(), exact, rtol=rounded + 1e-5, atol=1e-5)
+
+
 class Module:
     """What the attention function reads of an attention module."""
 

@@ -23,7 +23,7 @@ from compress.search.refine.effects import drawn, sampled_effects
 from compress.search.refine.exchange import exchange
 from compress.search.refine.moves import Moves
 from compress.search.refine.refine import Loss, Refine, refine
-from compress.search.run import make_problem, run_search
+from compress.search.run import make_problem, run_search, too_short
 from compress.search.solvers.moa import Moa
 from compress.search.solvers.uniform import Uniform
 from compress.stages.search import NO_STEPS
@@ -175,7 +175,7 @@ def test_the_quadratic_model_is_the_divergence_of_small_changes() -> None:
     loss = Loss(loaded.model, problem, documents, QUICK, uniform)
     little = problem.with_targets(lambda p: FULL_GROUP if p[1] else WindowGroup(sink=64, alpha=320, beta=0.0))
     moves = Moves.of(problem, little)
-    effects = loss.quadratic(moves, samples=10, seed=0)
+    effects = loss.quadratic(loss.passes(moves, samples=10, seed=0))
     columns = np.cumsum([0, *(len(unit.choices) for unit in moves.units[:-1])]) + moves.options_of(little)
     modelled = float(effects[:, columns].sum(1).square().sum())
     measured = loss.total(loss.by_task(little))
@@ -208,6 +208,25 @@ def test_an_exchange_lowers_the_model_within_budget_and_radius(believed: float) 
         assert after == pytest.approx(cost(effects, start + choice, believed), rel=1e-4)
         lasts.append(after)
     assert lasts == sorted(lasts, reverse=True) and lasts[-1] < lasts[0]
+
+
+def test_an_exchange_doubts_what_only_some_samples_say() -> None:
+    """One group loses the same in all samples, another ten times as much in one of them: the first gets the pages."""
+    _, problem, uniform = setting()
+    moves = Moves.of(problem, uniform)
+    start = np.cumsum([0, *(len(unit.choices) for unit in moves.units)])
+    effects = np.zeros((20, start[-1]))
+    for number, values in ((0, np.full(20, 1.0)), (1, np.eye(20)[3] * 10)):
+        full = start[number] + moves.units[number].choices.index(FULL_GROUP)
+        effects[:, start[number] : start[number + 1]] = values[:, None]
+        effects[:, full] = 0
+    now = moves.options_of(uniform)
+    full_of = [
+        [number for number in (0, 1) if moves.units[number].choices[choice[number]] == FULL_GROUP]
+        for doubt in (0.0, 1.5)
+        for choice, _, _ in [exchange(moves.problem, moves.units, now, effects, 2, 0.5, doubt)]
+    ]
+    assert full_of == [[1], [0]]
 
 
 def test_an_exchange_takes_from_one_group_to_give_to_another() -> None:
@@ -260,6 +279,40 @@ def test_no_task_pays_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     state, _ = run(tmp_path, Refine(minutes=5, samples=1, weights={"text": 1e-6}))
     assert state.loss == state.first and not any(row.get("kept") for row in state.history)
     assert state.stress["passkey"] == 1 and state.stress["text"] == 2**state.step > 1
+
+
+def test_later_rounds_add_passes_and_may_try_again(tmp_path: Path) -> None:
+    """What is measured of a plan goes on where the first round ended; a later call of one round finds it done."""
+    once, _ = run(tmp_path / "once")
+    told: list[str] = []
+    more, problem = run(
+        tmp_path / "more", QUICK.model_copy(update={"rounds": 3}), progress=lambda *of: told.append(of[2])
+    )
+    assert more.history[: len(once.history)] == once.history and len(more.history) > len(once.history)
+    assert more.round == 3 and more.exhausted and more.loss <= once.loss and problem.fits(more.layers())
+    assert [word for word in told if "pass" in word] == [
+        f"making the quadratic model, pass {number} of {count}"
+        for count, numbers in ((2, (1, 2)), (4, (3, 4)), (6, (5, 6)))
+        for number in numbers
+    ]
+    assert {row["round"] for row in more.history[len(once.history) :]} == {2, 3}
+    assert {"rounds", "doubt", "spare"}.isdisjoint(QUICK.model_dump())
+
+
+def test_a_task_may_lose_what_is_spared(tmp_path: Path) -> None:
+    loaded, problem, uniform = setting()
+    settings = Refine(minutes=1e-9, samples=1, spare=0.9)
+    dense = {"dense": problem.uniform(FULL_GROUP), "uniform": uniform}
+    state = refine(loaded.model, problem, settings, dense, uniform, DOCUMENTS, tmp_path, seed=0)
+    lost = Loss(loaded.model, problem, DOCUMENTS, settings, uniform).uniform
+    assert state.start == "dense" and state.most == {task: pytest.approx(0.9 * lost[task]) for task in lost}
+
+
+def test_a_refinement_on_documents_shorter_than_the_budget_says_so() -> None:
+    _, problem, _ = setting()
+    assert too_short(problem, DOCUMENTS) is None and too_short(problem, []) is None
+    said = too_short(problem, DOCUMENTS[:2])
+    assert said is not None and "at most 320 tokens, the budget is for 448" in said
 
 
 def test_an_interrupted_refinement_continues_and_ends_the_same(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.retention import Measured, Retention
 from compress.plan import Predicted, amount_line, uniform_plan
-from compress.search.baselines import drawn_places, interleaved, kept_alike
+from compress.search.baselines import drawn_places, interleaved, kept_alike, thresholds_alike
 from compress.search.budget.budget import Budget
 from compress.search.dense import Dense
 from compress.search.problem import FULL_GROUP, Candidate, Problem
@@ -176,6 +176,24 @@ def test_one_share_or_one_threshold_fills_the_budget(retention: Retention, same:
     unknown = Shares(same=same, target=RetainGroup(scorer="mlp"))
     with pytest.raises(UserError, match="nothing says which thresholds keep which share"):
         problem(unknown, Budget(kv=0.45), retention)
+
+
+def test_a_refinement_may_start_from_one_threshold_and_one_score_of_every_window(retention: Retention) -> None:
+    options: Any = RetainGroup.options(Unit(2, 16), [512], RetainGrid(shares=SHARES, alphas=(64, 256)))
+    task = problem(Shares(), Budget(kv=0.45, lengths=(4096,)), retention, options)
+    made = thresholds_alike(task, [*options, FULL_GROUP])
+    windows = [f"sink 4, window {alpha}, by ridge" for alpha in (64, 256)]
+    assert list(made) == [f"global-{what}, {words}" for words in windows for what in ("threshold", "score")]
+    for name, plan in made.items():
+        assert task.fits(plan.layers) and {group.chooser for group in groups_of(task, plan.layers)} == {
+            name[name.index("sink") :]
+        }
+    # Without what scores stand for there is one threshold alone, and nothing where nothing was measured.
+    earlier = problem(
+        Keep(share=0.0, target=options[0]), Budget(kv=0.45, lengths=(4096,)), replace(retention, wanted=None), options
+    )
+    assert list(thresholds_alike(earlier, options)) == [f"global-threshold, {words}" for words in windows]
+    assert thresholds_alike(replace(task, prepared=()), options) == {} == thresholds_alike(task, [FULL_GROUP])
 
 
 def test_before_anything_is_measured_thresholds_are_open() -> None:

@@ -73,15 +73,26 @@ def test_a_row_has_the_shares_that_have_a_plan(folder: Path, row: str, capsys: p
 
 
 def test_a_search_prices_the_scorers_that_were_trained_with_all_windows_of_the_recipe(folder: Path) -> None:
-    def priced(trained: str, **changes: Any) -> dict[str, Any]:
+    def searched(trained: str, share: float = 50.0, **changes: Any) -> dict[str, Any]:
         options = argparse.Namespace(**{**SMALL, **changes}, scorers=trained, out=folder / "out")
-        found: dict[str, Any] = retain_runs.searched_recipe(options, 50.0)["prepare"]["options"]["retain"]
+        return retain_runs.searched_recipe(options, share)
+
+    def priced(*given: Any, **changes: Any) -> dict[str, Any]:
+        found: dict[str, Any] = searched(*given, **changes)["prepare"]["options"]["retain"]
         return found
 
     assert priced("ridge")["scorers"] == ["ridge"]
     assert priced("ridge,mlp,gate,key_norm")["scorers"] == ["ridge", "mlp"]
     assert priced("value_norm,gate")["scorers"] == ["value_norm", "gate"]
-    assert priced("ridge", quick=False, window=128)["alphas"] == [64, 128, 256, 512]
+    long: dict[str, Any] = {"quick": False, "window": 128, "length": 8192, "prepare_lengths": "1024,4096"}
+    for share, most in ((50.0, 1024), (25.0, 1024), (12.5, 512), (6.25, 256)):  # no window fills the bytes by itself
+        assert max(priced("ridge", share, **long)["alphas"]) == most
+    found = searched("ridge", **long, refine_minutes=3.0)
+    assert found["search"]["refine"] == {"minutes": 3.0, "rounds": 10, "spare": 0.02}
+    (objective,) = found["prepare"]["objectives"]
+    assert (objective["margin"], objective["lengths"]) == (512, [2048, 4096])
+    shorter = searched("ridge", **(long | {"length": 4096}))["calibration"]
+    assert {task["length"] for part in ("documents", "training", "held_out") for task in shorter[part]} == {4096}
 
 
 @pytest.mark.parametrize("where", ["search.budget.lengths", "search.solver.target", None])

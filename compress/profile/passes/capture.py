@@ -1,7 +1,8 @@
 """Runs a sample through a model and hands out each layer's Q, K, V and dLoss/dO, one layer at a time.
 
-The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same with
-SDPA and keeps what statistics need. With gradients the layers arrive in backward order, inside the backward pass: a
+The model's own attention is replaced, through transformers' AttentionInterface, by one that computes the same and
+keeps what statistics need; in half precision on a GPU by the runtime's kernels, whose gradients are the same to the
+bit in every run, elsewhere with SDPA. With gradients the layers arrive in backward order, inside the backward pass: a
 node of the autograd graph right behind each attention output saves Q, K and V, receives dLoss/dO, and is freed with
 what it saved as soon as it has handed the layer on. Under gradient checkpointing autograd recomputes the saved
 tensors of a layer just before its node runs, and nothing here has to know. Without gradients the layers arrive in
@@ -141,7 +142,7 @@ class Capture:
         # Not `call`: what is handed to the backward pass may not keep what recomputed layers give up.
         layer, scaling, window, scores = call.layer, call.scaling, call.window, call.scores
         shared = self._shared
-        output = call.dense() if shared is None else shared_attention(call, shared.part)
+        output = call.repeatable() if shared is None else shared_attention(call, shared.part)
         self._check(output, layer, "the attention output")
 
         read = [call.query, call.key, call.value]

@@ -45,6 +45,7 @@ def sampled_effects(
     masks: Mapping[int, torch.Tensor],
     samples: int,
     seed: int,
+    first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Effects of what head groups can become, and of what may be removed of MLPs, in square roots of 2 nats.
 
@@ -55,6 +56,7 @@ def sampled_effects(
         masks: by layer, which neurons each option removes, `[options, neurons]`.
         samples: passes over every document, each with labels of its own.
         seed: of the labels.
+        first: number of the first pass, where others were made before.
 
     Returns:
         `[samples, documents, layers, groups, rules]` and `[samples, documents, layers, options]`, float32 on the CPU.
@@ -120,7 +122,7 @@ def sampled_effects(
                 current[:] = [effects.new_zeros(len(members), *sizes) for sizes in shapes]
                 with recomputed(model, positions):
                     losses = [
-                        label_loss(rows, f"{seed}/{sample}/{number}")
+                        label_loss(rows, f"{seed}/{first + sample}/{number}")
                         for number, rows in divergence.answer_logits(model, members)
                     ]
                     torch.stack(losses).sum().backward()

@@ -24,8 +24,12 @@ def exchange(
     effects: Vector,
     radius: int,
     believed: float,
+    doubt: float = 0.0,
 ) -> tuple[list[int], float, float]:
     """The exchange of at most `radius` units that lowers the model most, by single moves and pairs of them, greedily.
+
+    The best of thousands of moves by a model of samples is best by chance as well. `doubt` holds so many standard
+    errors of a move's change over the samples against it.
 
     Args:
         units: what can change, with what it can become.
@@ -33,11 +37,12 @@ def exchange(
         effects: `[samples, columns]`, all options of all units behind each other; the model's loss is the sum over
             samples of the squared sum over units.
         believed: share of the interactions between units that counts, 0 to 1.
+        doubt: standard errors by which a move has to lower the model, 0 or more.
 
     Returns:
         The new option of every unit, and the model's loss of the old and the new ones.
     """
-    table = _Table.of(problem, units, effects, believed)
+    table = _Table.of(problem, units, effects, believed, doubt)
     first = table.start + np.array(now)
     chosen = first.copy()
     before = table.loss(chosen)
@@ -57,6 +62,8 @@ class _Table:
         gram: `[columns, columns]` products of the effects; two options chosen add twice theirs to the loss.
         costs: `[columns, rows of the budget]`.
         room: `[rows]`, what the columns may cost together.
+        samples: `[samples, columns]`, the effects.
+        believed, doubt: as in `exchange`.
     """
 
     start: Indices
@@ -64,9 +71,12 @@ class _Table:
     gram: Vector
     costs: Indices
     room: Indices
+    samples: Vector
+    believed: float
+    doubt: float
 
     @staticmethod
-    def of(problem: Problem, units: Sequence[Options], effects: Vector, believed: float) -> _Table:
+    def of(problem: Problem, units: Sequence[Options], effects: Vector, believed: float, doubt: float) -> _Table:
         """The columns of a problem; products of different units count by `believed`."""
         sizes = [len(unit.choices) for unit in units]
         number = np.repeat(np.arange(len(units)), sizes)
@@ -74,11 +84,19 @@ class _Table:
         gram[number[:, None] != number] *= believed
         costs = np.concatenate([unit.costs for unit in units])
         start = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        return _Table(start, number, gram, costs, room(problem, units))
+        return _Table(start, number, gram, costs, room(problem, units), effects, believed, doubt)
 
     def loss(self, chosen: Indices) -> float:
         """The model's loss of one column a unit."""
         return float(self.gram[np.ix_(chosen, chosen)].sum())
+
+    def _error(self, chosen: Indices) -> Vector:
+        """Standard errors of what each column, chosen alone, changes the loss by; `[columns]`."""
+        at, effects, count = chosen[self.unit], self.samples, len(self.samples)
+        others = effects[:, chosen].sum(1, keepdims=True) - effects[:, at]
+        changes = effects**2 - effects[:, at] ** 2 + 2 * self.believed * (effects - effects[:, at]) * others
+        spread: Vector = changes.std(0) * count**0.5
+        return spread
 
     def best(self, chosen: Indices, left: int, fresh: NDArray[np.bool_]) -> list[int]:
         """The columns, one or two, that lower the loss most when chosen; none when nothing lowers it.
@@ -90,6 +108,8 @@ class _Table:
         gram, at = self.gram, chosen[self.unit]
         pull = gram[:, chosen].sum(1)
         alone = gram.diagonal() + gram.diagonal()[at] - 2 * gram[np.arange(len(at)), at] + 2 * (pull - pull[at])
+        if self.doubt:
+            alone += self.doubt * self._error(chosen)
         more = self.costs - self.costs[at]
         spare = self.room - self.costs[chosen].sum(0)
         new = fresh[self.unit]

@@ -7,8 +7,10 @@ same cost loses on it (at least a hundredth of a nat), so that no task outweighs
 What to try (moves.py) is judged by a quadratic model of that loss (effects.py), made once: exchanges of at most
 `radius` units that the model likes best within the budget. The model is made of samples, so the more of its
 interactions between units one believes the more one fits their noise; every radius is tried with half, a quarter and
-none of them. A success widens the radius, a failure of all three halves it. The budget holds at every step, and no task
-may lose more than it did at the start: one that would counts twice in what is tried next.
+none of them. A success widens the radius, a failure of all three halves it. Where no radius is left and `rounds` are,
+further passes are added to the model. The budget holds at every step, and no task may lose more than it did at the
+start, or than the share `spare` of what it loses under the uniform plan: one that would counts twice in what is tried
+next.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from compress.data.sample import Sample
 from compress.errors import UserError
@@ -57,9 +59,44 @@ class Refine(Method):
     samples: Annotated[
         int, Field(ge=1, le=1000, description="passes over the documents that the quadratic model is made from")
     ] = 4
+    rounds: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="models at most: where no exchange is left, `samples` passes more make another in the time",
+        ),
+    ] = 1
+    doubt: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="standard errors, over the samples, of what the quadratic model says of a move that are held "
+            "against it; 0 takes the model at its word",
+        ),
+    ] = 0.0
+    spare: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of what the uniform plan loses on a task that it may lose in any case; 0 lets no task "
+            "lose more than at the start",
+        ),
+    ] = 0.0
     weights: dict[str, Annotated[float, Field(gt=0, le=FACTOR)]] = Field(
         default_factory=dict, description="weight of a task's loss, by the task's name; 1 where none is given"
     )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without those that came later where they are as usual: searches from before there were any stay the same."""
+        written: dict[str, Any] = write(self)
+        for name in ("rounds", "doubt", "spare"):
+            if written.get(name) == type(self).model_fields[name].default:
+                written.pop(name)
+        return written
 
 
 @dataclass
@@ -73,13 +110,14 @@ class State:
         loss: measured loss of the decision, relative to the uniform plan's.
         first: that of the start.
         tasks: its parts, nats a row by task.
-        most: what each task may lose, that of the start.
+        most: what each task may lose, that of the start or what `spare` says.
         stress: how often a task counts in the quadratic model; doubled when an exchange would have cost it too much.
         radius: units that the next exchange may change; below 1 there is nothing left to try.
         step: exchanges measured.
         seconds: time spent.
         history: first the starts; then of each exchange the units changed, the share of interactions believed, the
             model's loss before and after, the measured loss, and whether it was kept.
+        round: models made, each with more passes than the one before.
     """
 
     key: str
@@ -94,11 +132,18 @@ class State:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    round: int = 1
 
     @property
     def exhausted(self) -> bool:
         """Whether nothing is left to try; otherwise the time has ended it."""
         return self.radius < 1
+
+    def widen(self, units: int) -> None:
+        """Begin another round, with the widest radius that the last one had a success with, or all units."""
+        kept = [row["radius"] for row in self.history if row.get("kept") and row.get("round", 1) == self.round]
+        self.radius = max(kept, default=float(units))
+        self.round += 1
 
     def layers(self) -> Layers:
         """The decision."""
@@ -169,15 +214,19 @@ class Loss:
         """The loss from its parts."""
         return sum(self.scale[task] * value for task, value in tasks.items())
 
-    def quadratic(self, moves: Moves, samples: int, seed: int) -> torch.Tensor:
+    def passes(self, moves: Moves, samples: int, seed: int, first: int = 0) -> torch.Tensor:
+        """Effects of so many passes from the first on, `[samples, documents, columns]`."""
+        rules, masks = moves.rules, moves.masks
+        return moves.columns(
+            *sampled_effects(self.model, self.shape, self.divergence, rules, masks, samples, seed, first)
+        )
+
+    def quadratic(self, passes: torch.Tensor) -> torch.Tensor:
         """Effects `[samples x documents, columns]` whose summed squares over units model the loss."""
         documents = self.divergence.documents
-        effects = moves.columns(
-            *sampled_effects(self.model, self.shape, self.divergence, moves.rules, moves.masks, samples, seed)
-        )
         counts = Counter(document.task for document in documents)
-        weights = torch.tensor([self.scale[one.task] / counts[one.task] / (2 * samples) for one in documents])
-        return (effects * weights.sqrt()[:, None]).flatten(0, 1)
+        weights = torch.tensor([self.scale[one.task] / counts[one.task] / (2 * len(passes)) for one in documents])
+        return (passes * weights.sqrt()[:, None]).flatten(0, 1)
 
 
 def refine(
@@ -224,39 +273,72 @@ def refine(
             measured[name] = loss.by_task(layers)
         best = min(measured, key=lambda name: loss.total(measured[name]))
         value = loss.total(measured[best])
-        most, stress = dict(measured[best]), dict.fromkeys(measured[best], 1.0)
+        most = {task: max(lost, settings.spare * loss.uniform[task]) for task, lost in measured[best].items()}
+        stress = dict.fromkeys(most, 1.0)
         units = len(Moves.of(problem, starts[best], importance).units)
         state = State(key, best, [], value, value, measured[best], most, stress, radius=float(units))
         state.put(starts[best])
         state.history = [{"start": name, "loss": loss.total(tasks), **tasks} for name, tasks in measured.items()]
-    report(int(time.monotonic() - clock), int(budget), "making the quadratic model")
     moves = Moves.of(problem, starts[state.start], importance)
-    model_of_loss = _effects(folder / "refine.partial", key, loss, moves, settings, seed)
-    state.seconds = time.monotonic() - clock
-    write_text(path, sealed(vars(state)))
-    while state.seconds < budget and not state.exhausted:
-        report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
-        _try(loss, moves, model_of_loss, state)
+
+    def modelled() -> torch.Tensor:
+        def tell(done: int, count: int) -> None:
+            seconds = int(time.monotonic() - clock)
+            report(seconds, int(budget), f"making the quadratic model, pass {done + 1} of {count}")
+
+        return _effects(folder / "refine.partial", key, loss, moves, state.round * settings.samples, seed, tell)
+
+    def put_down() -> None:
         state.seconds = time.monotonic() - clock
         write_text(path, sealed(vars(state)))
+
+    model_of_loss, measured_before = modelled(), dict[tuple[int, ...], dict[str, float]]()
+    put_down()
+    while state.seconds < budget:
+        if state.exhausted:
+            if state.round >= settings.rounds:
+                break
+            state.widen(len(moves.units))
+            model_of_loss = modelled()
+            put_down()
+            continue
+        report(int(state.seconds), int(budget), f"refining, loss {state.loss:.4f}, {state.first:.4f} at the start")
+        _try(loss, moves, model_of_loss, state, settings.doubt, measured_before)
+        put_down()
     return state
 
 
-def _try(loss: Loss, moves: Moves, effects: torch.Tensor, state: State) -> None:
-    """Measure the next exchange; after the last of a radius, go on with another radius."""
-    tried = sum(row.get("radius") == state.radius and row["at"] == state.loss for row in state.history if "at" in row)
+def _try(
+    loss: Loss,
+    moves: Moves,
+    effects: torch.Tensor,
+    state: State,
+    doubt: float,
+    measured: dict[tuple[int, ...], dict[str, float]],
+) -> None:
+    """Measure the next exchange; after the last of a radius, go on with another radius.
+
+    Args:
+        measured: losses by task of the exchanges before, which wider and narrower radii often ask for again.
+    """
+    here = [row for row in state.history if "at" in row and row.get("round", 1) == state.round]
+    tried = sum(row["radius"] == state.radius and row["at"] == state.loss for row in here)
     believed = BELIEVED[tried]
     tasks_of = [document.task for document in loss.divergence.documents]
     stress = torch.tensor([state.stress[task] for task in tasks_of]).repeat(len(effects) // len(tasks_of))
     stressed = (effects * stress.sqrt()[:, None]).double().numpy()
     now = moves.options_of(state.layers())
-    choice, before, after = exchange(moves.problem, moves.units, now, stressed, int(state.radius), believed)
+    choice, before, after = exchange(moves.problem, moves.units, now, stressed, int(state.radius), believed, doubt)
     moved = sum(new != old for new, old in zip(choice, now, strict=True))
     proposal = layers_of(moves.problem, moves.units, choice)
     row: dict[str, Any] = {"radius": state.radius, "believed": believed, "at": state.loss, "units": moved}
+    if state.round > 1:
+        row["round"] = state.round
     kept = False
     if moved:
-        tasks = loss.by_task(proposal)
+        if tuple(choice) not in measured:
+            measured[tuple(choice)] = loss.by_task(proposal)
+        tasks = measured[tuple(choice)]
         value = loss.total(tasks)
         worse = [task for task, most in state.most.items() if tasks[task] > most]
         kept = value < state.loss and not worse
@@ -273,14 +355,21 @@ def _try(loss: Loss, moves: Moves, effects: torch.Tensor, state: State) -> None:
         state.radius = float(int(state.radius * SHRINK))
 
 
-def _effects(path: Path, key: str, loss: Loss, moves: Moves, settings: Refine, seed: int) -> torch.Tensor:
-    """The quadratic model; an interrupted refinement finds it again."""
+def _effects(
+    path: Path, key: str, loss: Loss, moves: Moves, samples: int, seed: int, tell: Callable[[int, int], None]
+) -> torch.Tensor:
+    """The quadratic model of so many passes; an interrupted refinement, and a later round, find those that were made.
+
+    Args:
+        tell: called before each pass with (passes that are there, `samples`).
+    """
     partial = read_partial(path, key)
-    if partial is not None:
-        return partial[1]["effects"]
-    effects = loss.quadratic(moves, settings.samples, seed)
-    write_partial(path, key, {}, {"effects": effects.contiguous()})
-    return effects
+    made = [] if partial is None else list(partial[1].get("passes", torch.empty(0)))[:samples]
+    while len(made) < samples:
+        tell(len(made), samples)
+        made += loss.passes(moves, 1, seed, first=len(made))
+        write_partial(path, key, {}, {"passes": torch.stack(made)})
+    return loss.quadratic(torch.stack(made))
 
 
 def _key(
@@ -295,7 +384,7 @@ def _key(
     return key_of(
         problem.shape.fingerprint,
         [repr(row) for row in problem.rows],
-        settings.model_dump(mode="json", exclude={"minutes"}),
+        settings.model_dump(mode="json", exclude={"minutes", "rounds"}),
         {name: [layer.model_dump(mode="json") for layer in layers] for name, layers in starts.items()},
         [document.key for document in documents],
         seed,

@@ -1,15 +1,17 @@
 """A capture computes what the model computes, hands layers out in order, and leaves no trace."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from compress.errors import UserError
-from compress.models import backward
+from compress.models import backward, replaced
 from compress.models.shape import shape_of
 from compress.profile.passes.capture import Capture
 from compress.profile.passes.tiles import LayerTensors, strips
+from compress.runtime.impl import IMPLS
 from tests.profile.common import document
 from tests.profile.naive import model_layers
 from tests.tiny import FAMILIES, tiny_model
@@ -47,6 +49,51 @@ def test_loss_is_that_of_the_model_and_layers_come_backwards(family: str, checkp
     assert loss == pytest.approx(float(expected), rel=1e-4)
     _, naive_loss = model_layers(model.double(), shape_of(model), DOC)
     assert loss == pytest.approx(naive_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "ministral"])
+def test_the_kernels_whose_gradients_repeat_compute_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny_model(family), list[torch.Tensor]()
+    doc, kernels = document(70), IMPLS["triton"]
+
+    def prefill(query: torch.Tensor, *given: Any, **options: Any) -> Any:
+        asked.append(query)
+        return kernels.prefill(query, *given, **options)
+
+    def run() -> tuple[list[LayerTensors], float | None]:
+        seen: list[LayerTensors] = []
+        with capture_of(model, seen.append) as capture:
+            return seen, capture.run(doc)
+
+    expected, loss = run()
+    monkeypatch.setattr(replaced, "repeatable_impl", lambda query: replace(kernels, prefill=prefill))
+    found, same = run()
+    assert len(asked) == len(found) == 3
+    assert same == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        assert one.output_gradient is not None and other.output_gradient is not None
+        torch.testing.assert_close(one.output_gradient, other.output_gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.query, other.query, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_on_a_gpu_are_the_same_in_every_run(dtype: torch.dtype) -> None:
+    model = tiny_model("llama-gqa").to("cuda", dtype)
+
+    def run() -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        with capture_of(model, lambda layer: seen.append(layer.output_gradient.clone())) as capture:
+            capture.run(document(1500))
+        return seen
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(one, other) for one, other in zip(run(), first, strict=True))
+
+
+def test_on_a_cpu_attention_is_pytorchs() -> None:
+    assert replaced.repeatable_impl(torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)) is None
 
 
 def test_without_gradient_layers_come_forwards() -> None:

@@ -1,0 +1,256 @@
+"""How fast a model writes text on a GPU (`source: generated`), documents of two lengths, and where a step's time goes.
+
+python scripts/write_speed.py [FOLDER] [--seconds 60] [--lengths 2048,8192] [--tokens 4000000]     one GPU
+
+A model of SmolLM2-135M's shape with random weights, nothing to download. First it checks that a replayed CUDA graph
+writes what steps by themselves write, most likely tokens and drawn ones, to the last token. Then every length is
+written as before (the whole vocabulary summed one by one, half of the free memory, the work of a decode launch found
+anew by every program), and as now; a step's time is measured at four places of the documents, from which
+the time of all tokens follows because it grows linearly with the place. Predictions are printed beside. Writes
+JSON and the kernels of one step of each variant into the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compress.data import sampled
+from compress.data.draw import Drawn
+from compress.data.generated import AT_ONCE, GeneratedText
+from compress.models.shape import shape_of
+from compress.runtime import triton_decode, tuned
+
+VOCABULARY = 49_152
+PLACES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+STEPS = 12  # at each place
+# Tokens a second on an H100, predicted before anybody measured: "before" at 2,048 tokens is a measurement.
+PREDICTED = {
+    ("before", 2048): 42_000,
+    ("now", 2048): 66_000,
+    ("before", 8192): 16_000,
+    ("now", 8192): 20_000,
+}
+KINDS = {
+    "attention": ("_decode", "_store"),
+    "joining": ("_join", "_count"),
+    "products": ("gemm", "nvjet", "cutlass", "cublas", "splitK"),
+    "vocabulary": ("softmax", "SoftMax", "scan", "Scan", "searchsorted", "argmax", "ArgMax", "index_fill"),
+}
+
+
+def main() -> None:
+    """Check, measure, and print the table."""
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.mkdtemp()))
+    parser.add_argument("--seconds", type=float, default=60, help="start nothing more after so many")
+    parser.add_argument("--lengths", default="2048,8192")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="that are to be written")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    loaded = made()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {free:.0f} GiB free", flush=True)
+    found: dict[str, Any] = {}
+    works = [("check", lambda: check(loaded))]
+    for length in map(int, options.lengths.split(",")):
+        for name in ("now", "before"):
+            works.append((f"{name} {length}", lambda n=name, c=length: measured(loaded, n, c, options)))  # type: ignore[misc]
+    for name, work in works:
+        if time.perf_counter() - began > options.seconds:
+            print(f"{name}: no time left", flush=True)
+            continue
+        try:
+            found[name] = work()
+            print(f"{name}: {words(found[name])}", flush=True)
+        except Exception as error:  # one may fail without the others
+            found[name] = {"error": repr(error)[:300]}
+            print(f"{name}: {found[name]['error']}", flush=True)
+            (options.folder / "errors.txt").open("a").write(f"{name}\n{traceback.format_exc()}\n")
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(f"all after {time.perf_counter() - began:.0f} s")
+    (options.folder / "write_speed.json").write_text(json.dumps(found, indent=1))
+
+
+def made() -> Any:
+    """Random weights of SmolLM2-135M's shape, as `load` gives a model, with a tokenizer of as many words."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        initializer_range=0.05,  # logits that say something
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000},
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    shape = shape_of(model)
+    model = model.to("cuda", torch.bfloat16).eval()
+    return SimpleNamespace(model=model, shape=shape, tokenizer=Words())
+
+
+class Words:
+    """What the writer asks a tokenizer for: words that are their numbers, the first three of them special."""
+
+    all_special_ids = (0, 1, 2)
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    eos_token_id = 2
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{number}": number for number in range(VOCABULARY)}
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return [f" w{row[0]}" for row in rows]
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+
+def check(loaded: Any) -> dict[str, Any]:
+    """Whether graph and single steps write the same tokens, most likely and drawn; and how many the way before did."""
+    found: dict[str, Any] = {}
+    seeds = [f"0/calibration/{number}" for number in range(200)]  # more than what programs find by themselves
+    for what, greedy in (("most likely", 1024), ("drawn", 4)):
+        request = GeneratedText(tokens=10**6, length=160, greedy=greedy)
+        writer = sampled._Writer(loaded, request)
+        replayed = writer.write(seeds, lambda done: None)
+        with mock.patch.object(sampled, "takes_graphs", lambda model: False):
+            single = writer.write(seeds, lambda done: None)
+        with before():
+            earlier = writer.write(seeds, lambda done: None)
+        agree = float((replayed == single).float().mean())
+        if agree != 1:
+            print(f"GRAPH AND SINGLE STEPS DIFFER: {what}, {agree:.4f} of the tokens agree", flush=True)
+        found[f"{what}: graph = steps"] = agree
+        # Rounding: a token that differs changes all that follow in its document.
+        first = (replayed == earlier).int().cumprod(1).float().mean()
+        found[f"{what}: as before up to"] = float(first)
+    return found
+
+
+@contextmanager
+def before() -> Iterator[None]:
+    """As text was written until now."""
+    with ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        patch(sampled, "draw", one_by_one)
+        patch(sampled, "SHARE_OF_MEMORY", {"cuda": 0.5, "cpu": 0.5})
+        stack.enter_context(mock.patch.dict(AT_ONCE, {"cuda": 512}))
+        config = tuned.decode_config
+        patch(triton_decode, "decode_config", lambda *args: config(*args) | {"found": 2**31})
+        yield
+
+
+def one_by_one(logits: torch.Tensor, banned: torch.Tensor, noise: torch.Tensor, temperature: float) -> Drawn:
+    """`draw` by the sums of the whole vocabulary, number by number."""
+    logits = logits.float()
+    finite = torch.isfinite(logits).all()
+    flags = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device).index_fill_(0, banned, True)
+    logits = logits.masked_fill(flags, -torch.inf)
+    likely = logits.argmax(-1)
+    mass = (logits / temperature).softmax(-1).cumsum(-1)
+    token = torch.searchsorted(mass, noise * mass[:, -1:], right=True)[:, 0].clamp(max=mass.shape[1] - 1)
+    return Drawn(likely, torch.where(flags[token], likely, token), finite)
+
+
+def measured(loaded: Any, name: str, length: int, options: Any) -> dict[str, Any]:
+    """Documents at once, milliseconds of a step at every place, and what they come to; the kernels of one step."""
+    with before() if name == "before" else ExitStack(), torch.inference_mode():
+        request = GeneratedText(tokens=options.tokens, length=length)
+        writer = sampled._Writer(loaded, request)
+        count = -(-options.tokens // length)
+        batch = min(count, writer.at_once) if name == "before" else writer.batch(count)
+        began = time.perf_counter()
+        documents = sampled._Documents(
+            writer.model, writer.vocabulary, request, writer.device, [f"0/calibration/{n}" for n in range(batch)]
+        )
+        documents.begin()
+        replay = documents.captured()
+        torch.cuda.synchronize()
+        ready = time.perf_counter() - began
+        step_ms = []
+        for place in PLACES:
+            documents.go_to(int(place * length))
+            spent = []
+            for _ in range(STEPS):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                replay()
+                end.record()
+                torch.cuda.synchronize()
+                spent.append(start.elapsed_time(end))
+            step_ms.append(statistics.median(spent))
+        documents.go_to(length // 2)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            documents.step()
+            torch.cuda.synchronize()
+        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=50, max_name_column_width=90)
+        (options.folder / f"kernels-{name}-{length}.txt").write_text(table)
+        kernels = Counter[str]()
+        for event in profiler.events():
+            if event.device_type.name == "CUDA":
+                kind = next((k for k, parts in KINDS.items() if any(part in event.name for part in parts)), "others")
+                kernels[kind] += event.device_time
+        mean = statistics.mean(step_ms)
+        cache = documents.cache.allocated_bytes()
+    # What is left in a last batch takes a step as long as a full one, about.
+    batches = -(-count // batch)
+    seconds = batches * (length - 2) * mean / 1e3
+    return {
+        "batch": batch,
+        "batches": batches,
+        "step_ms": step_ms,
+        "mean_ms": mean,
+        "full_batch_tokens_s": 1e3 * batch / mean,
+        "tokens_s": options.tokens / (seconds + ready * batches),
+        "predicted": PREDICTED.get((name, length)),
+        "ready_s": ready,
+        "cache_gb": cache / 1e9,
+        "half_cache_tb_s": cache / 2 / mean / 1e9,
+        "kernels_ms_half_way": {kind: us / 1e3 for kind, us in kernels.most_common()},
+    }
+
+
+def words(each: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "mean_ms" not in each:
+        return ", ".join(f"{key} {value:.4f}" for key, value in each.items())
+    kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in each["kernels_ms_half_way"].items())
+    return (
+        f"{each['tokens_s']:,.0f} tokens/s (predicted {each['predicted'] or 0:,}), "
+        f"{each['full_batch_tokens_s']:,.0f} in full batches; {each['batches']} batches of {each['batch']}, "
+        f"{each['mean_ms']:.2f} ms a step ({', '.join(f'{ms:.2f}' for ms in each['step_ms'])}), "
+        f"cache {each['cache_gb']:.1f} GB at {each['half_cache_tb_s']:.2f} TB/s; ms of kernels half-way: {kinds}; "
+        f"ready after {each['ready_s']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
