@@ -242,8 +242,9 @@ def test_the_kernels_are_the_specification(hard: bool, name: str) -> None:
     taken = (taken < 0.4).double() if hard else torch.where(taken < 0.2, 0, taken).log()
     toward = torch.randn(ROWS, GROUPS * SHARE, 101, DIM, generator=generator, dtype=torch.float64).to(DEVICE)
     extra = torch.linspace(-1, 1, GROUPS * SHARE, dtype=torch.float64, device=DEVICE)
+    runs: list[tuple[Any, torch.dtype]] = [(prefill, torch.float64), (triton_prefill, torch.float32)]
     given, found = [x.nan_to_num().where(mask[:, None, :, None], torch.nan) for x in made[:3]], []
-    for run, dtype in ((prefill, torch.float64), (triton_prefill, torch.float32)):
+    for run, dtype in runs:
         parts = [x.detach().to(dtype).requires_grad_() for x in (*given, taken, extra)]
         scores = Scores(2.0, parts[4]) if name == "capped" else None
         out = run(*parts[:4], WINDOWS, positions_of(mask), hard=hard, scores=scores)
