@@ -94,10 +94,13 @@ def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[st
 
 
 def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: bool = False) -> dict[str, Any]:
-    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once.
+    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once, and
+    lists of up to how many a program finds its own work in (`found`): of more, a launch ahead counts the pages.
 
     H100, 8 lists of 4,096 tokens, 8 of 16,384 and 64 of 4,096, in us: 12.8, 30.0 and 59.0 with three programs a
-    multiprocessor, 13.3, 29.6 and 58.4 with two; 14.2, 31.8 and 60.7 where launches wait for each other.
+    multiprocessor, 13.3, 29.6 and 58.4 with two; 14.2, 31.8 and 60.7 where launches wait for each other. A program that
+    finds its own work among 2,048 lists takes 203 registers there, so that two of three run at once, and 96 where pages
+    are counted ahead.
 
     Args:
         room: pages of lists that a launch may have to read.
@@ -111,6 +114,7 @@ def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: boo
         "warps": 4,
         "stages": 1 if device.type == "cpu" else (2 if small else 3) - rings,
         "columns": 32,
+        "found": 4 if device.type == "cpu" else 512,
         "overlap": launches_overlap(device),
     }
 
@@ -125,6 +129,17 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
         "block_n": 32 if large else 64,
         "warps": 4,
         "stages": 1 if large or not _hopper(device) else 2,
+    }
+
+
+def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
+    """Tile sizes, warps and pipeline depth of the kernels that train what `retain` heads keep; not tuned."""
+    if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
+        small = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+        return {"forward": small, "backward": small}
+    return {
+        "forward": {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2},
+        "backward": {"block_m": 64, "block_n": 64, "warps": 8 if head_dim > 64 else 4, "stages": 2},
     }
 
 
