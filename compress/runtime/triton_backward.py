@@ -14,34 +14,21 @@ except ImportError as error:
 
 from .span import Span
 from .triton_scores import row_shift, sigmoid, unnormed
-from .triton_span import first_key, last_query, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
+from .triton_span import (
+    columns_at,
+    first_key,
+    last_query,
+    load_block,
+    packed_rows,
+    place,
+    sees,
+    span_rules,
+    store_block,
+    tanh,
+)
 from .tuned import backward_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _column(b, head, column, stride_b, stride_h, stride_t):
-    """Offsets of the given columns of one sequence and head of `[B, heads, T, ...]`."""
-    return b.to(tl.int64) * stride_b + head * stride_h + column.to(tl.int64) * stride_t
-
-
-@triton.jit
-def _place(p_rules, p_rows, GROUPS: tl.constexpr):
-    """The sequence and group of a program, the group's rule (`load_rule`), the sequence's first column and tokens."""
-    b = tl.program_id(1) // GROUPS
-    g = tl.program_id(1) % GROUPS
-    sink, alpha, beta, mask = load_rule(p_rules, g)
-    _, start, count = load_run(p_rows, b)
-    return b, g, sink, alpha, beta, mask, start, count
-
-
-@triton.jit
-def _rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Position and query head of a tile's rows, the heads of a group together, and which are tokens: `[M]` each."""
-    o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    t = o_packed // SHARE
-    return t, g * SHARE + o_packed % SHARE, t < count
 
 
 @triton.jit
@@ -117,7 +104,7 @@ def _keys(
     PRECISION: tl.constexpr,
 ):
     """dK and dV of BLOCK_N keys of one group: the queries that see any of them are one run."""
-    b, g, sink, alpha, beta, mask, start, count = _place(p_rules, p_rows, GROUPS)
+    b, g, sink, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_N
     whole = ahead + count
     if low >= whole:
@@ -126,8 +113,8 @@ def _keys(
     j = low + tl.arange(0, BLOCK_N)
     m_j = j < whole
     # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
-    b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
-    b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
+    b_key = load_block(p_key, columns_at(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
+    b_value = load_block(p_value, columns_at(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
     last = last_query(tl.minimum(low + BLOCK_N, whole) - 1, alpha, beta, mask)
     last = tl.minimum(tl.where(low < sink, whole - 1, last), whole - 1)
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -136,10 +123,10 @@ def _keys(
     begin, end = tl.maximum(low - ahead, 0), tl.maximum(last + 1 - ahead, 0)
     for tile in range(begin * SHARE // BLOCK_M, (end * SHARE + BLOCK_M - 1) // BLOCK_M):
         # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
-        q, head, m_t = _rows(tile, g, count, SHARE, BLOCK_M)
-        b_query = load_block(p_query, _column(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
-        b_grad = load_block(p_grad, _column(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
-        o_rows = _column(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
+        q, head, m_t = packed_rows(tile, g, count, SHARE, BLOCK_M)
+        b_query = load_block(p_query, columns_at(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+        b_grad = load_block(p_grad, columns_at(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+        o_rows = columns_at(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
         b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
         b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
         t = ahead + q
@@ -152,7 +139,7 @@ def _keys(
         )
         b_grad_value = tl.dot(b_weight.to(b_grad.dtype).T, b_grad, b_grad_value, input_precision=PRECISION)
         b_grad_key = tl.dot(b_grad_score.to(b_query.dtype).T, b_query, b_grad_key, input_precision=PRECISION)
-    o_rows = _column(b, g, start + j, GROUPS * (ahead + columns), ahead + columns, 1)
+    o_rows = columns_at(b, g, start + j, GROUPS * (ahead + columns), ahead + columns, 1)
     store_block(p_grad_key, o_rows * DIM, b_grad_key, m_j, DIM, BLOCK_D)
     store_block(p_grad_value, o_rows * VALUE_DIM, b_grad_value, m_j, VALUE_DIM, BLOCK_V)
 
@@ -199,16 +186,16 @@ def _queries(
     PRECISION: tl.constexpr,
 ):
     """dQ of BLOCK_M rows of (token, head of the group), over the key tiles that the forward pass visits."""
-    b, g, sink, alpha, beta, mask, start, count = _place(p_rules, p_rows, GROUPS)
+    b, g, sink, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
     low = tl.program_id(0) * BLOCK_M // SHARE
     if low >= count:
         return
     high = tl.minimum((tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARE, count - 1)
     # [BLOCK_M], [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_V]
-    q, head, m_t = _rows(tl.program_id(0), g, count, SHARE, BLOCK_M)
-    b_query = load_block(p_query, _column(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
-    b_grad = load_block(p_grad, _column(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
-    o_rows = _column(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
+    q, head, m_t = packed_rows(tl.program_id(0), g, count, SHARE, BLOCK_M)
+    b_query = load_block(p_query, columns_at(b, head, start + q, query_b, query_h, query_t), m_t, DIM, BLOCK_D)
+    b_grad = load_block(p_grad, columns_at(b, head, start + q, grad_b, grad_h, grad_t), m_t, VALUE_DIM, BLOCK_V)
+    o_rows = columns_at(b, head, start + q, GROUPS * SHARE * columns, columns, 1)
     b_lse = tl.load(p_lse + o_rows, mask=m_t, other=0.0)
     b_delta = tl.load(p_delta + o_rows, mask=m_t, other=0.0)
     # From here on all is in positions, which start at the first key.
@@ -224,8 +211,8 @@ def _queries(
         # [BLOCK_N], [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_V]
         j = tl.where(i < sinks, i, begin + i - sinks) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_j = j < count
-        b_key = load_block(p_key, _column(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
-        b_value = load_block(p_value, _column(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
+        b_key = load_block(p_key, columns_at(b, g, start + j, key_b, key_g, key_t), m_j, DIM, BLOCK_D)
+        b_value = load_block(p_value, columns_at(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
         # [BLOCK_M, BLOCK_N]
         m_seen = sees(t, j, sink, first) & m_t[:, None]
         _, b_grad_score = _score_gradient(
@@ -309,9 +296,18 @@ def backward(
     grad_extra = None
     if extra is not None and score != 0:
         grad_extra = grad_shift.sum((0, 2)).to(extra.dtype)
-    elif extra is not None:  # its weight times (0 - delta), as of a key whose value is zero
-        column = torch.arange(columns, device=rows.device)
-        live = (column >= rows[:, 1:2]) & (column < rows[:, 1:2] + rows[:, 2:])
-        weight = torch.exp2(extra.float()[:, None] * LOG2E.value - lse)
-        grad_extra = -torch.where(live[:, None], weight * delta, 0).sum((0, 2)).to(extra.dtype)
+    elif extra is not None:
+        grad_extra = extra_gradient(extra, lse, delta, rows)
     return grad_query, grad_key, grad_value, grad_extra
+
+
+def extra_gradient(extra: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of the extra logits `[H]`: their weight times (0 - delta), as of a key whose value is zero.
+
+    Args:
+        lse, delta: `[B, H, T]`; rows: `[B, 3]`; all as in `backward`.
+    """
+    column = torch.arange(lse.shape[-1], device=rows.device)
+    live = (column >= rows[:, 1:2]) & (column < rows[:, 1:2] + rows[:, 2:])
+    weight = torch.exp2(extra.float()[:, None] * LOG2E.value - lse)
+    return -torch.where(live[:, None], weight * delta, 0).sum((0, 2)).to(extra.dtype)

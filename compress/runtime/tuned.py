@@ -132,6 +132,17 @@ def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
+    """Tile sizes, warps and pipeline depth of the kernels that train what `retain` heads keep; not tuned."""
+    if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
+        small = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+        return {"forward": small, "backward": small}
+    return {
+        "forward": {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2},
+        "backward": {"block_m": 64, "block_n": 64, "warps": 8 if head_dim > 64 else 4, "stages": 2},
+    }
+
+
 _LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
 _DELTA = ("writes", "delta", "delta_back", "inside")
 
