@@ -186,7 +186,7 @@ def measured(loaded: Any, name: str, length: int, options: Any) -> dict[str, Any
         request = GeneratedText(tokens=options.tokens, length=length)
         writer = sampled._Writer(loaded, request)
         count = -(-options.tokens // length)
-        batch = min(count, writer.at_once) if name == "before" else writer.batch(count)
+        batch = min(count, writer.at_once) if name == "before" else sampled.alike(count, writer.at_once)
         began = time.perf_counter()
         documents = sampled._Documents(
             writer.model, writer.vocabulary, request, writer.device, [f"0/calibration/{n}" for n in range(batch)]
