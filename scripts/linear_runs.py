@@ -16,11 +16,11 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     delta    row a with the gated delta rule
     a-asked  row a, trained on text that states facts and asks for them later; window-asked: its windows alone
 
-Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a run
-folder of its own: FOLDER/ROW-SEED. What rows have in common (profile, written text, preparation, the dense model's
-figures) is made once, in FOLDER/base-SEED, on `--base-processes` GPUs. Rows run in `--at-once` processes on each GPU. After `--minutes` those that
-still train save their state, and the same command goes on there; a row that is done is only read. The table has every
-row of the folder that is done, and FOLDER/rows.json all its numbers.
+Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a
+run folder of its own: FOLDER/ROW-SEED. What rows have in common (profile, written text, preparation, the dense
+model's figures) is made once, in FOLDER/base-SEED, on `--base-processes` GPUs. Rows run in `--at-once` processes on
+each GPU. After `--minutes` those that still train save their state, and the same command goes on there; a row that
+is done is only read. The table has every row of the folder that is done, and FOLDER/rows.json all its numbers.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
 in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on.
