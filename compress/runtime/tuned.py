@@ -119,28 +119,27 @@ def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: boo
     }
 
 
-def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline depth of the gradient kernels."""
+def backward_config(head_dim: int, device: torch.device, decided: bool = False) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline depth of the gradient kernels.
+
+    Where keys are `decided` on besides, four warps have no registers for heads of 128 (264 bytes a thread are spilled).
+    """
     if device.type == "cpu":
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
     large = head_dim > 128
     return {
         "block_m": 32 if large else 64,
         "block_n": 32 if large else 64,
-        "warps": 4,
+        "warps": 8 if decided and head_dim > 64 else 4,
         "stages": 1 if large or not _hopper(device) else 2,
     }
 
 
-def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
-    """Tile sizes, warps and pipeline depth of the kernels that train what `retain` heads keep; not tuned."""
+def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth of the forward pass that trains what `retain` heads keep; not tuned."""
     if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
-        small = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
-        return {"forward": small, "backward": small}
-    return {
-        "forward": {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2},
-        "backward": {"block_m": 64, "block_n": 64, "warps": 8 if head_dim > 64 else 4, "stages": 2},
-    }
+        return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+    return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2}
 
 
 _LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
