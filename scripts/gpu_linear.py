@@ -1171,7 +1171,7 @@ def sweep_decode_rows() -> list[dict[str, Any]]:
             best = min(tried, key=lambda row: row["us"])
             say(
                 f"  {groups} groups of {share}, D {dim}, F {count}: {' '.join(ours) or 'not timed'}, "
-                f"{least / best['us']:.3f} with {best['change']}{foretold(f'decode {groups} {share} {dim} {count}')}"
+                f"{least / best['us']:.3f} with {best['change'] or 'the same'}{foretold(f'decode {groups} {share} {dim} {count}')}"
             )
     return rows
 
