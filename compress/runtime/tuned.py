@@ -188,8 +188,13 @@ def linear_inside(numbers: int, decays: bool, device: torch.device) -> bool:
     return device.type == "cpu" or (numbers <= 128 and decays)
 
 
-def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
-    """Tokens and warps of a program that computes features of so many projected numbers."""
+def linear_features_config(width: int, device: torch.device, both: bool = False) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers.
+
+    Of queries or keys as it comes (`both`), it would take more registers than either at up to 64 numbers.
+    """
+    if both and _hopper(device) and width <= 64:
+        return {"tokens": 64, "warps": 4, "registers": 96}
     if _hopper(device) and 64 < width <= 128:
         return {"tokens": 64, "warps": 4, "registers": 168}
     return {"tokens": 64, "warps": 8 if width > 128 else 4}
