@@ -53,6 +53,7 @@ from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
 from compress.runtime.triton_linear_features import KINDS, features, features_of_both
+from compress.runtime.triton_linear_heads import query_features
 from compress.runtime.triton_linear_layout import SEGMENT, layout, with_decays
 from compress.runtime.triton_linear_states import Slots, running, segment_states
 from compress.targets.linear import LinearGroup
@@ -68,7 +69,8 @@ MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F3
 FORETOLD: dict[str, float] = {
     "decode 8 4 128 256": 0.91, "decode 8 4 128 128": 0.90, "decode 3 3 64 128": 0.90, "decode 4 2 256 512": 0.93,
     "decode 4 8 128 256": 0.89, "decode 2 16 128 256": 0.84, "decode 16 1 128 128": 0.92,
-    "read behind features": 23.0, "pages, none leaves": 2.2, "pages, every sequence takes one in": 65.0,
+    "features, 64 sequences": 5.0, "read behind features": 23.0, "pages, none leaves": 2.2,
+    "pages, every sequence takes one in": 65.0,
     "window": 0.56, "features of queries": 0.365, "features of keys": 0.096, "features of both": 0.452, "states": 0.19,
     "running sums of them": 0.152, "read and merge": 0.594,
     "delta, sums of decays": 0.004, "delta, writes of chunks": 0.156, "delta, states along them": 0.237,
@@ -679,12 +681,10 @@ def decode_rows() -> list[dict[str, Any]]:
                 f"decode {groups} groups of {share}, D {dim}, F {count}, {size / 2**20:.0f} MiB: "
                 f"{took * 1e3:.1f} us, {rate / copy:.3f} of a copy{foretold(name) if least == 64 << 20 else ''}"
             )
-    took = read_behind_features()
-    say(
-        f"decode 8 groups of 4, D 128, F 256, 64 MiB, behind the features of its queries: {took * 1e3:.1f} us more "
-        f"than they take{foretold('read behind features')}"
-    )
-    rows.append({"behind_features_us": took * 1e3})
+    made, more = read_behind_features()
+    say(f"features of a query of each of 64 sequences, 32 heads: {made:.1f} us{foretold('features, 64 sequences')}")
+    say(f"decode 8 groups of 4, D 128, F 256, 64 MiB, adds to them {more:.1f} us{foretold('read behind features')}")
+    rows.append({"features_us": made, "read_behind_features_us": more})
     for what, at in (("none leaves", 150), ("every sequence takes one in", 129)):
         took = measure.graphed_times(absorb_step(8, 128, 256, 64, at), DEVICE).median
         say(f"pages of 64 sequences, {what}: {took * 1e3:.1f} us{foretold(f'pages, {what}')}")
@@ -692,23 +692,25 @@ def decode_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def read_behind_features() -> float:
-    """Milliseconds that reads of 64 MiB add to launches of the features that they wait for, as in a model."""
+def read_behind_features() -> tuple[float, float]:
+    """Microseconds of features of one query of each of 64 sequences, and what a read of 64 MiB behind them adds."""
     heads, dim, batch = 32, 128, 64
+    mixer = layer(heads, 8, dim)
     states = [torch.rand(batch, 8, dim + 1, 256, device=DEVICE).mT for _ in range(4)]
     query = torch.randn(batch, heads, 1, dim, device=DEVICE, dtype=BF16)
-    weight = torch.randn(heads, dim, 128, device=DEVICE, dtype=BF16)
     out, lse = query[:, :, 0], torch.randn(batch, heads, device=DEVICE)
     lengths = torch.full((batch,), 1000, dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = {"mean": True, "window": (out, lse)}
 
     def step(reads: bool) -> None:
         for state in states:
-            made = features(query, weight, None, "hedgehog", 1.0)[0]
+            made, gain = query_features(mixer.map, "hedgehog", query, 1.0, None, mixer._gains())
+            assert gain is not None
             if reads:
-                read_one(made[:, :, 0], state, lengths, dim, BF16, mean=True, window=(out, lse), log_gain=lse)
+                read_one(made[:, :, 0], state, lengths, dim, BF16, log_gain=gain[:, :, 0], **options)
 
     both, alone = (measure.graphed_times(partial(step, reads), DEVICE, calls=5).median for reads in (True, False))
-    return (both - alone) / 4
+    return alone / 4 * 1e3, (both - alone) / 4 * 1e3
 
 
 def absorb_step(groups: int, dim: int, count: int, batch: int, length: int) -> Callable[[], None]:

@@ -40,6 +40,8 @@ def _read_one(
     state_e,
     window_b,
     window_h,
+    gain_b,
+    gain_h,
     out_b,
     out_h,
     SHARE: tl.constexpr,
@@ -86,9 +88,8 @@ def _read_one(
     # What is merged is on its way before the state, or the last programs would wait for it behind all else.
     length = tl.load(p_lengths + b)
     if MERGE:
-        o_head = b * GROUPS * SHARE + head
-        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
+        b_lse = tl.load(p_lse + b * GROUPS * SHARE + head, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + b * gain_b + head * gain_h, mask=m_row, other=0.0)
         o_window = head[:, None] * window_h + o_v[None, :]
         b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0)
     if DOT:
@@ -189,7 +190,7 @@ def read_one(
     if window is not None:
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
-        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
+        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse)
     config = linear_decode_config(share, count, query.device)
     block_f = triton.next_power_of_2(count)
     block_f = max(16, min(config["features"], block_f)) if config["dot"] else block_f
@@ -205,6 +206,7 @@ def read_one(
         *query.stride()[:2],
         *state.stride(),
         *over.stride()[:2],
+        *gain.stride()[:2],
         *out.stride()[:2],
         SHARE=share,
         GROUPS=groups,

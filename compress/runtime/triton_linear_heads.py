@@ -55,7 +55,10 @@ def query_features(
     of, turn = (None, None) if gain is None else gain
     if fused(kind, made.features):
         bias = None if made.query_bias is None else made.query_bias.flatten(0, 1)
-        return features(query, made.query.flatten(0, 1), bias, kind, scale, of, turn)
+        one = query.shape[2] == 1  # then a program has that token of many sequences, as the map is theirs, too
+        query = query.transpose(0, 2) if one else query
+        found, gains = features(query, made.query.flatten(0, 1), bias, kind, scale, of, turn)
+        return (found.transpose(0, 2), None if gains is None else gains.transpose(0, 2)) if one else (found, gains)
     gains = None
     if of is not None and turn is not None:
         gains = of.float()[:, None] + (query.float() * turn.float()[:, None]).sum(-1)
