@@ -1169,9 +1169,10 @@ def sweep_decode_rows() -> list[dict[str, Any]]:
         ours = [f"{least / row['us']:.3f}" for row in tried if row["change"] is None]
         if tried:
             best = min(tried, key=lambda row: row["us"])
+            told = foretold(f"decode {groups} {share} {dim} {count}")
             say(
                 f"  {groups} groups of {share}, D {dim}, F {count}: {' '.join(ours) or 'not timed'}, "
-                f"{least / best['us']:.3f} with {best['change']}{foretold(f'decode {groups} {share} {dim} {count}')}"
+                f"{least / best['us']:.3f} with {best['change'] or 'the same'}{told}"
             )
     return rows
 

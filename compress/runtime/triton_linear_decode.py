@@ -149,11 +149,12 @@ def _read_one(
     tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
 
 
-def whole(state: torch.Tensor) -> bool:
-    """Whether columns of a state `[B, G, F, E]` that follow each other lie in one piece, as `fetch_ahead` wants it."""
+def fetchable(state: torch.Tensor) -> bool:
+    """Whether `fetch_ahead` takes columns of a state `[B, G, F, E]` that follow each other: they lie in one piece."""
     count = state.shape[2]
     places = (count, state.storage_offset(), *state.stride()[:2])  # in numbers, of which 16 bytes hold four
-    return state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
+    one = state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
+    return one and launches_overlap(state.device)
 
 
 def read_one(
@@ -217,7 +218,7 @@ def read_one(
         MEAN=mean,
         DOT=config["dot"],
         STAGES=min(config["stages"], triton.cdiv(count, block_f) + 1),
-        AHEAD=config["ahead"] // (4 * count * block_v) if whole(state) else 0,
+        AHEAD=config["ahead"] // (4 * count * block_v) if fetchable(state) else 0,
         ROUND=dtype == torch.bfloat16,
         num_warps=config["warps"],
         **limits(config),
@@ -391,7 +392,7 @@ def absorb(
         BLOCK_W=block_w,
         BLOCK_V=block_v,
         PAGE=PAGE,
-        AHEAD=launches_overlap(state.device) and whole(state),
+        AHEAD=fetchable(state),
         PRECISION="tf32x3",
         num_warps=config["warps"],
         **limits(config),
