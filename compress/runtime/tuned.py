@@ -236,12 +236,12 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
     return options | {"ahead": ahead}
 
 
-def linear_absorb_config(width: int, itemsize: int, device: torch.device) -> dict[str, int]:
+def linear_absorb_config(width: int, split: bool, device: torch.device) -> dict[str, int]:
     """Warps and registers of a program that takes a page into a state, for so many projected numbers of a key.
 
-    With the registers that the compiler would take, a multiprocessor has room for one program of 128 numbers.
+    In bfloat16 (`split`) 128 numbers would take 134 registers a thread, and with 128 there is room for two programs.
     """
-    if itemsize > 2 or device.type == "cpu" or width <= 64:
+    if not split or device.type == "cpu" or width <= 64:
         return {"warps": 8 if width > 64 else 4}
     return {"warps": 8, "registers": 128} if width <= 128 else {"warps": 16}
 
