@@ -381,7 +381,8 @@ def numeric_case(what: str, case: Any) -> tuple[list[dict[str, Any]], list[str]]
         else:
             dtype, dim, kind = case
             map_case(checks, kind, dim, dtype)
-            decode_case(checks, dim, 4 if dim < 256 else 3, dtype, kind, decay=dim == 64)
+            for share in {64: (4,), 128: (4, 8, 16)}.get(dim, (3,)):
+                decode_case(checks, dim, share, dtype, kind, decay=dim == 64)
     except Exception:  # told as a failed check, and the other cases go on
         say(f"  FAILED {what} {case}: {traceback.format_exc()}")
         checks.rows.append(
