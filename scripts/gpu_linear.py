@@ -1,6 +1,6 @@
 """The GPU check of linear heads: every kernel against float64, then speed beside dense attention and fla.
 
-python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but sweep
+python scripts/gpu_linear.py [FOLDER] [SECTION ...]     one GPU, under 5 minutes; without sections, all but sweeps
 
 Writes JSON and a table into the folder.
 
@@ -52,7 +52,8 @@ from compress.runtime.step import Step
 from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
-from compress.runtime.triton_linear_features import KINDS, features
+from compress.runtime.triton_linear_features import KINDS, features, features_of_both
+from compress.runtime.triton_linear_heads import query_features
 from compress.runtime.triton_linear_layout import SEGMENT, layout, with_decays
 from compress.runtime.triton_linear_states import Slots, running, segment_states
 from compress.targets.linear import LinearGroup
@@ -66,13 +67,15 @@ MOST = {(BF16, "out"): 5e-3, (BF16, "gradient"): 1.2e-2, (F32, "out"): 1e-5, (F3
 
 # What was foretold of an H100 80GB before it was measured, and what is wanted; both are told beside every figure.
 FORETOLD: dict[str, float] = {
-    "decode 8 4 128 256": 0.84, "decode 8 4 128 128": 0.80, "decode 3 3 64 128": 0.82, "decode 4 2 256 512": 0.94,
-    "decode 4 8 128 256": 0.68,
-    "window": 0.56, "features of queries": 0.365, "features of keys": 0.096, "states": 0.19,
+    "decode 8 4 128 256": 0.91, "decode 8 4 128 128": 0.90, "decode 3 3 64 128": 0.90, "decode 4 2 256 512": 0.93,
+    "decode 4 8 128 256": 0.89, "decode 2 16 128 256": 0.84, "decode 16 1 128 128": 0.92,
+    "features, 64 sequences": 5.0, "read behind features": 23.0, "pages, none leaves": 2.2,
+    "pages, every sequence takes one in": 60.0,
+    "window": 0.56, "features of queries": 0.365, "features of keys": 0.096, "features of both": 0.452, "states": 0.19,
     "running sums of them": 0.152, "read and merge": 0.594,
     "delta, sums of decays": 0.004, "delta, writes of chunks": 0.156, "delta, states along them": 0.237,
     "delta, read": 0.15,
-    "prefill 8192": 0.476, "prefill 131072": 7.25, "largest over smallest": 1.05,
+    "prefill 8192": 0.467, "prefill 131072": 7.22, "largest over smallest": 1.036,
     "train smollm2-135m": 5.0, "train smollm2-135m delta": 6.5, "train llama-3-8b": 4.0,
     "fla normalised 8192": 0.215, "fla plain 8192": 0.218, "fla decay 8192": 0.25, "fla gated delta 8192": 0.54,
     "fla normalised 32768": 0.85, "fla plain 32768": 0.86, "fla decay 32768": 0.99, "fla gated delta 32768": 2.1,
@@ -293,6 +296,13 @@ def map_case(checks: Checks, kind: str, dim: int, dtype: torch.dtype) -> None:
     assert mine_gain is not None
     checks.add(f"map {kind} D {dim}", "out", dtype, mine, exact)
     checks.add(f"gain of {kind} D {dim}", "out", dtype, mine_gain, exact_gain)
+    with torch.no_grad():
+        poison()
+        biases = None if bias is None else (bias, bias)
+        both = features_of_both(rows, rows[:, :, :300], (weight, weight), biases, kind, dim**-0.5, gain, turn)
+    for label, a, e in zip(("queries", "gains", "keys"), both, (exact, exact_gain, exact[:, :, :300]), strict=True):
+        assert a is not None
+        checks.add(f"map {kind} D {dim} of both, {label}", "out", dtype, a, e)
     found = torch.autograd.grad(
         (mine.double() * weights).sum() + (mine_gain.double() * more).sum(), [y for y in leaves if y is not None]
     )
@@ -371,7 +381,8 @@ def numeric_case(what: str, case: Any) -> tuple[list[dict[str, Any]], list[str]]
         else:
             dtype, dim, kind = case
             map_case(checks, kind, dim, dtype)
-            decode_case(checks, dim, 4 if dim < 256 else 3, dtype, kind, decay=dim == 64)
+            for share in {64: (4,), 128: (4, 8, 16)}.get(dim, (3,)):
+                decode_case(checks, dim, share, dtype, kind, decay=dim == 64)
     except Exception:  # told as a failed check, and the other cases go on
         say(f"  FAILED {what} {case}: {traceback.format_exc()}")
         checks.rows.append(
@@ -547,6 +558,9 @@ def part_rows() -> dict[str, float]:
         "window": lambda: IMPLS["triton"].prefill(query, key, value, spans, keep_lse=True),
         "features of queries": lambda: features(query, mixer.map.query.flatten(0, 1), None, "hedgehog", 1.0),
         "features of keys": lambda: features(key, mixer.map.key, None, "hedgehog", 1.0),
+        "features of both": lambda: features_of_both(
+            query, key, (mixer.map.query.flatten(0, 1), mixer.map.key), None, "hedgehog", 1.0
+        ),
         "states": lambda: segment_states(k, v, None, where),
         "running sums of them": lambda: running(sums, slots, None, where, reverse=False),
         "read and merge": lambda: triton_linear.read(q, k, v, slots, where, (out, lse, lse), mean=True, mass=True),
@@ -558,6 +572,7 @@ def part_rows() -> dict[str, float]:
         "window": 2 * (query.nbytes + key.nbytes),
         "features of queries": query.nbytes + q.nbytes,
         "features of keys": key.nbytes + k.nbytes,
+        "features of both": query.nbytes + q.nbytes + key.nbytes + k.nbytes,
         "states": k.nbytes + v.nbytes + held,
         "running sums of them": summed + held,
         "read and merge": q.nbytes + 2 * query.nbytes + k.nbytes + v.nbytes + held,
@@ -625,7 +640,11 @@ def train_rows() -> list[dict[str, Any]]:
     return rows
 
 
-DECODE_SHAPES = ((8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512), (4, 8, 128, 256))
+# Groups, query heads of each, head size, features.
+DECODE_SHAPES = (
+    (8, 4, 128, 256), (8, 4, 128, 128), (3, 3, 64, 128), (4, 2, 256, 512), (4, 8, 128, 256), (2, 16, 128, 256),
+    (16, 1, 128, 128),
+)  # fmt: skip
 
 
 def decode_step(groups: int, share: int, dim: int, count: int, size: int) -> tuple[Callable[[], None], int]:
@@ -663,19 +682,47 @@ def decode_rows() -> list[dict[str, Any]]:
                 f"decode {groups} groups of {share}, D {dim}, F {count}, {size / 2**20:.0f} MiB: "
                 f"{took * 1e3:.1f} us, {rate / copy:.3f} of a copy{foretold(name) if least == 64 << 20 else ''}"
             )
-    held, kind = torch.rand(64, 8, 129, 256, device=DEVICE).mT, "hedgehog"
-    table = torch.arange(64 * 8 * 3, device=DEVICE, dtype=torch.int32).view(64, 8, 3)
-    pools = [torch.randn(table.numel(), PAGE, 128, device=DEVICE, dtype=BF16) for _ in range(2)]
-    pages = Pages(pools[0], pools[1], table)
-    weight = torch.randn(8, 128, 128, device=DEVICE, dtype=BF16)
-    spans = [Span(0, 64, 0.0, granule=PAGE)] * 8
+    made, more = read_behind_features()
+    say(f"features of a query of each of 64 sequences, 32 heads: {made:.1f} us{foretold('features, 64 sequences')}")
+    say(f"decode 8 groups of 4, D 128, F 256, 64 MiB, adds to them {more:.1f} us{foretold('read behind features')}")
+    rows.append({"features_us": made, "read_behind_features_us": more})
     for what, at in (("none leaves", 150), ("every sequence takes one in", 129)):
-        lengths = torch.full((64,), at, dtype=torch.int32, device=DEVICE)
-        call = partial(absorb, held, pages, lengths, spans, kind, weight, None, 1.0)
-        took = measure.graphed_times(call, DEVICE).median
-        say(f"pages of 64 sequences, {what}: {took * 1e3:.1f} us")
+        took = measure.graphed_times(absorb_step(8, 128, 256, 64, at), DEVICE).median
+        say(f"pages of 64 sequences, {what}: {took * 1e3:.1f} us{foretold(f'pages, {what}')}")
         rows.append({"absorb": what, "us": took * 1e3})
     return rows
+
+
+def read_behind_features() -> tuple[float, float]:
+    """Microseconds of features of one query of each of 64 sequences, and what a read of 64 MiB behind them adds."""
+    heads, dim, batch = 32, 128, 64
+    mixer = layer(heads, 8, dim)
+    states = [torch.rand(batch, 8, dim + 1, 256, device=DEVICE).mT for _ in range(4)]
+    query = torch.randn(batch, heads, 1, dim, device=DEVICE, dtype=BF16)
+    out, lse = query[:, :, 0], torch.randn(batch, heads, device=DEVICE)
+    lengths = torch.full((batch,), 1000, dtype=torch.int32, device=DEVICE)
+    options: dict[str, Any] = {"mean": True, "window": (out, lse)}
+
+    def step(reads: bool) -> None:
+        for state in states:
+            made, gain = query_features(mixer.map, "hedgehog", query, 1.0, None, mixer._gains())
+            assert gain is not None
+            if reads:
+                read_one(made[:, :, 0], state, lengths, dim, BF16, log_gain=gain[:, :, 0], **options)
+
+    both, alone = (measure.graphed_times(partial(step, reads), DEVICE, calls=5).median for reads in (True, False))
+    return alone / 4 * 1e3, (both - alone) / 4 * 1e3
+
+
+def absorb_step(groups: int, dim: int, count: int, batch: int, length: int) -> Callable[[], None]:
+    """The launch ahead of the token that makes so many of each of `batch` sequences; a page leaves with token 129."""
+    held = torch.rand(batch, groups, dim + 1, count, device=DEVICE).mT
+    table = torch.arange(batch * groups * 3, device=DEVICE, dtype=torch.int32).view(batch, groups, 3)
+    pools = [torch.randn(table.numel(), PAGE, dim, device=DEVICE, dtype=BF16) for _ in range(2)]
+    weight = torch.randn(groups, dim, count // 2, device=DEVICE, dtype=BF16)
+    spans = [Span(0, 64, 0.0, granule=PAGE)] * groups
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+    return partial(absorb, held, Pages(pools[0], pools[1], table), lengths, spans, "hedgehog", weight, None, 1.0)
 
 
 def fla_pairs(length: int) -> tuple[dict[str, tuple[Callable[[], Any], Callable[[], Any]]], dict[str, Any]]:
@@ -837,18 +884,22 @@ def fla_rows() -> list[dict[str, Any]]:
 # --- launch parameters
 
 
+# Ways of a token's read: heads one after the other, and as columns of a product.
+AHEAD = (192 << 10) * 132
 READ_ONE: dict[bool, dict[str, Any]] = {
-    False: {"dot": False, "features": 0, "numbers": 2048, "piece": 32, "warps": 1, "stages": 1},
-    True: {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1},
+    False: {"dot": False, "features": 0, "numbers": 2048, "piece": 32, "warps": 1, "stages": 1, "ahead": AHEAD},
+    True: {"dot": True, "features": 64, "numbers": 4096, "piece": 0, "warps": 4, "stages": 4, "ahead": AHEAD},
 }
 READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
-    (False, {}), (False, {"piece": 1024}), (False, {"piece": 64}), (False, {"piece": 16}), (False, {"numbers": 1024}),
-    (False, {"numbers": 1024, "piece": 64}), (False, {"numbers": 1024, "piece": 1024}),
-    (False, {"numbers": 4096, "warps": 2}), (False, {"numbers": 4096, "piece": 64, "warps": 2}),
-    (False, {"registers": 96}), (False, {"numbers": 1024, "registers": 64}),
-    (True, {}), (True, {"features": 256}), (True, {"features": 64}),
-    (True, {"numbers": 2048, "warps": 1}), (True, {"numbers": 8192, "warps": 4}),
+    (True, {}), (True, {"ahead": 0}), (False, {}), (False, {"piece": 1024}), (False, {"numbers": 1024}),
+    (True, {"stages": 3}), (True, {"stages": 5}), (True, {"numbers": 2048, "warps": 2}),
+    (True, {"numbers": 8192, "warps": 8}), (True, {"features": 128, "numbers": 8192, "stages": 3}),
+    (True, {"features": 128, "warps": 2, "stages": 3}), (True, {"features": 32, "numbers": 2048, "stages": 6}),
 )  # fmt: skip
+ABSORB: tuple[dict[str, int], ...] = (
+    {"warps": 8}, {"warps": 8, "registers": 128}, {"warps": 16}, {"warps": 4}, {"warps": 4, "registers": 128},
+)  # fmt: skip
+SWEEP_SECONDS = 60  # of the sweep of decoding alone
 # Heads, groups, head size, features, tokens, and whether there is no window; what `additive` is measured with.
 LLAMA, ALONE = (32, 8, 128, 256, 32768, False), (32, 32, 128, 128, 8192, True)
 STATES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -914,8 +965,7 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
     jobs += [("inside", (4, 4, dim, dim, 8192, True), decays) for dim in (64, 128, 256) for decays in (True, False)]
     jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
     jobs += [("read", (*ALONE, "decay"), change) for change in READ_DECAY]
-    for sizes in DECODE_SHAPES:
-        jobs += [("decode", (*sizes, 64 << 20), change) for change in READ_ONE_CHANGES]
+    jobs += decode_jobs()
     jobs += [("gradients", ALONE, change) for change in GRADIENTS]
     for shape in (LLAMA, ALONE):
         jobs += [("states", shape, change) for change in STATES]
@@ -925,17 +975,44 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
     return jobs
 
 
+def decode_jobs() -> list[tuple[str, Any, Any]]:
+    """The same of decoding: what `tuned.py` says of every shape first, then other ways, for all shapes in turn."""
+    shapes = [(*sizes, 64 << 20) for sizes in DECODE_SHAPES]
+    of_tuned = {shape: tuned.linear_decode_config(shape[1], shape[3], DEVICE) for shape in shapes}
+    jobs: list[tuple[str, Any, Any]] = [("decode", shape, None) for shape in shapes]
+    absorbed = ((8, 128, 256), (3, 64, 128), (4, 256, 512))
+    jobs += [
+        ("absorb", sizes, change) for change in (None, *ABSORB) for sizes in absorbed if not change or sizes[1] < 256
+    ]
+    for dot, change in READ_ONE_CHANGES:
+        for shape in shapes:
+            # One after the other, many heads take twice as long as by products.
+            if (dot or shape[1] <= 4) and READ_ONE[dot] | change != of_tuned[shape]:
+                jobs.append(("decode", shape, (dot, change)))
+    return jobs
+
+
 def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     """A call of that kernel."""
     if what == "decode":
         step, _ = decode_step(*shape)
-        dot, more = change
+        found = change and READ_ONE[change[0]] | change[1]
 
         def decode() -> None:
-            with with_decode_config(READ_ONE[dot] | more):
+            with with_decode_config(found or tuned.linear_decode_config(shape[1], shape[3], DEVICE)):
                 step()
 
         return decode
+    if what == "absorb":
+        groups, dim, count = shape
+        take = absorb_step(groups, dim, count, (64 << 20) // (4 * groups * dim * count), 129)
+        found = change or tuned.linear_absorb_config(count // 2, True, DEVICE)
+
+        def absorbs() -> None:
+            with mock.patch.object(triton_linear_decode, "linear_absorb_config", lambda *_: found):
+                take()
+
+        return absorbs
     heads, groups, dim, count, length, own, *decay = shape
     if what == "features":
         rows = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
@@ -1018,12 +1095,17 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     return reads
 
 
-def sweep_run(jobs: list[tuple[str, Any, Any]], numbers: list[int], timed: bool, told: Any) -> None:
+def sweep_run(
+    jobs: list[tuple[str, Any, Any]], numbers: list[int], timed: bool, told: Any, until: float = math.inf
+) -> None:
     """Call those jobs, once or `timed`, in a process of its own; tells each that is done, and its milliseconds.
 
-    A launch that breaks the process's context ends it here: the first job that was not told is the one.
+    A launch that breaks the process's context ends it here: the first job that was not told is the one. None begins
+    after the time `until`.
     """
     for number in numbers:
+        if time.time() > until:
+            return
         took = math.nan
         try:
             call = sweep_call(*jobs[number])
@@ -1042,16 +1124,16 @@ def sweep_run(jobs: list[tuple[str, Any, Any]], numbers: list[int], timed: bool,
 
 
 def sweep_processes(
-    jobs: list[tuple[str, Any, Any]], lists: list[list[int]], *, timed: bool
+    jobs: list[tuple[str, Any, Any]], lists: list[list[int]], *, timed: bool, until: float = math.inf
 ) -> tuple[dict[int, float], set[int]]:
     """Run lists of jobs, each in a process of its own and all side by side; behind a job that breaks its process
-    another takes what is left. Milliseconds by job, and the jobs that broke theirs."""
+    another takes what is left. Milliseconds by job, and the jobs that broke theirs; none begins after `until`."""
     context = multiprocessing.get_context("spawn")
     took, breaks = dict[int, float](), set[int]()
     while lists := [numbers for numbers in lists if numbers]:
         queues = [context.SimpleQueue() for _ in lists]
         processes = [
-            context.Process(target=sweep_run, args=(jobs, numbers, timed, told))
+            context.Process(target=sweep_run, args=(jobs, numbers, timed, told, until))
             for numbers, told in zip(lists, queues, strict=True)
         ]
         for process in processes:
@@ -1063,8 +1145,9 @@ def sweep_processes(
                 number, ms = told.get()
                 took[number] = ms
             left = [number for number in numbers if number not in took]
-            breaks.update(left[:1])
-            lists[place] = left[1:]
+            late = time.time() > until  # then they may as well not have begun
+            breaks.update([] if late else left[:1])
+            lists[place] = [] if late else left[1:]
     return took, breaks
 
 
@@ -1073,15 +1156,43 @@ def sweep_rows() -> list[dict[str, Any]]:
 
     Every kernel is timed in a process of its own, so that a launch that breaks it ends nothing else.
     """
-    jobs = sweep_jobs()
+    return sweep_through(sweep_jobs(), until=math.inf, apart=True)
+
+
+def sweep_decode_rows() -> list[dict[str, Any]]:
+    """The same of decoding alone, in SWEEP_SECONDS: what has not been timed by then is left out."""
+    rows = sweep_through(decode_jobs(), until=time.time() + SWEEP_SECONDS, apart=False)
+    copy = measure.copy_bandwidth(DEVICE)
+    say(f"  of a copy's bandwidth, {copy / 1e9:.0f} GB/s, over 64 MiB: as in tuned.py, and the best that was tried")
+    for groups, share, dim, count in DECODE_SHAPES:
+        shape = (groups, share, dim, count, 64 << 20)
+        tried = [row for row in rows if row["shape"] == shape and math.isfinite(row.get("us", math.nan))]
+        each = groups * count * (dim + 1) * 4
+        least = -(-shape[-1] // each) * each / copy * 1e6
+        ours = [f"{least / row['us']:.3f}" for row in tried if row["change"] is None]
+        if tried:
+            best = min(tried, key=lambda row: row["us"])
+            told = foretold(f"decode {groups} {share} {dim} {count}")
+            say(
+                f"  {groups} groups of {share}, D {dim}, F {count}: {' '.join(ours) or 'not timed'}, "
+                f"{least / best['us']:.3f} with {best['change'] or 'the same'}{told}"
+            )
+    return rows
+
+
+def sweep_through(jobs: list[tuple[str, Any, Any]], *, until: float, apart: bool) -> list[dict[str, Any]]:
+    """Compile all, time one after the other until then, and tell the fastest of each kernel and shape.
+
+    With `apart` each kernel has a process of its own.
+    """
     workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
     _, breaks = sweep_processes(jobs, [list(range(at, len(jobs), workers)) for at in range(workers)], timed=False)
     say(f"  launches are compiled after {time.time() - START:.0f} s")
     rows: list[dict[str, Any]] = []
     best: dict[str, list[tuple[float, str]]] = {}
-    for of in dict.fromkeys(what for what, _, _ in jobs):
-        numbers = [number for number, (what, _, _) in enumerate(jobs) if what == of and number not in breaks]
-        took, more = sweep_processes(jobs, [numbers], timed=True)
+    for of in dict.fromkeys(what if apart else "" for what, _, _ in jobs):
+        numbers = [number for number, (what, _, _) in enumerate(jobs) if of in ("", what) and number not in breaks]
+        took, more = sweep_processes(jobs, [numbers], timed=True, until=until)
         breaks |= more
         for number, ms in took.items():
             what, shape, change = jobs[number]
@@ -1117,12 +1228,13 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "train": train_rows,
     "fla": fla_rows,
     "sweep": sweep_rows,
+    "sweep-decode": sweep_decode_rows,
 }
 
 
 def main() -> None:
-    """See `run_sections`; all but the sweep of launch parameters."""
-    run_sections("gpu_linear", SECTIONS, [name for name in SECTIONS if name != "sweep"])
+    """See `run_sections`; all but the sweeps of launch parameters."""
+    run_sections("gpu_linear", SECTIONS, [name for name in SECTIONS if not name.startswith("sweep")])
 
 
 if __name__ == "__main__":

@@ -674,12 +674,20 @@ def sweep(name: str = "") -> list[dict[str, Any]]:
     return sweep_rows(name)
 
 
+def training() -> list[dict[str, Any]]:
+    """Kernels that train what is kept; see `gpu_retain_training`."""
+    from scripts.gpu_retain_training import training_rows  # whose kernels the other sections do not need
+
+    return training_rows()
+
+
 SECTIONS: dict[str, Callable[[], Any]] = {
     "numerics": numerics,
     "bytes": byte_rows,
     "prefill": prefill_rows,
     "decode": decode_rows,
     "parts": part_rows,
+    "training": training,
     "wide": partial(numerics, WIDE),  # minutes of a compiler, so only where it is named, as what follows
     "sweep": sweep,
     **{f"sweep of {name}": partial(sweep, name) for name in ("decode", "prefill", "judge", "count", "compact", "step")},

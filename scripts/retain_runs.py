@@ -695,7 +695,6 @@ def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
         "text": recipe["prepare"]["text"],
         "length": length,
         "batch_size": 4 if not options.quick else 1,
-        "micro_batch": 1,  # the logits of a long sequence are gigabytes
         "tokens": options.recover_tokens,
     }
     return recipe

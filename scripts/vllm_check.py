@@ -242,10 +242,22 @@ def ranks_jobs(folder: Path) -> Iterator[Job]:
     )
 
 
+def native_prompts() -> list[list[int]]:
+    """Twenty prompts of 100 to 290 tokens."""
+    return [[4 + (place * (7 + 2 * number)) % 90 for place in range(100 + 10 * number)] for number in range(20)]
+
+
 def native_jobs(folder: Path) -> Iterator[Job]:
-    """Stock architectures with layers that slide, and pruned ones."""
-    prompts = small_prompts()
+    """Stock architectures with layers that slide, and pruned ones; 20 prompts, one at a time and eight at once."""
+    prompts = native_prompts()
     flag = {"model_impl": "transformers"}
+
+    def both(name: str, path: Path, expected: list[list[int]], options: dict[str, Any]) -> Iterator[Job]:
+        for how, tokens in (("whole", 4096), ("in chunks of 128", 128)):
+            job = Job(f"{name}: {how}", path, prompts, expected, (1, 8))
+            job.options = options | {"max_num_batched_tokens": tokens}
+            yield job
+
     for family in ("llama-gqa", "mistral", "qwen2", "qwen3"):
         dense = small_model(family)
         shape = shape_of(dense)
@@ -253,10 +265,10 @@ def native_jobs(folder: Path) -> Iterator[Job]:
         model = native_model(planned_model(dense, plan), plan)
         path = folder / f"native-{family}"
         model.save_pretrained(path)
-        expected = greedy(model, prompts, 24)
-        assert expected != greedy(dense, prompts, 24)
+        expected = greedy(model, prompts, 12)
+        assert expected != greedy(dense, prompts, 12)
         needs_flag = family.startswith("qwen")
-        yield Job(f"native {family}, windows", path, prompts, expected, options=flag if needs_flag else {})
+        yield from both(f"native {family}, windows", path, expected, flag if needs_flag else {})
         if needs_flag:
             stops = "Sliding window for some but all layers is not supported"
             yield Job(f"native {family}, without the flag", path, prompts, expected, fails=stops)
@@ -268,9 +280,9 @@ def native_jobs(folder: Path) -> Iterator[Job]:
         model = native_model(planned_model(dense, plan), plan)
         path = folder / f"pruned-{family}"
         model.save_pretrained(path)
-        expected = greedy(model, prompts, 24)
+        expected = greedy(model, prompts, 12)
         # vLLM's own class of Qwen2 works the size of a head out from the number of heads.
-        yield Job(f"native {family}, pruned", path, prompts, expected, options=flag if family == "qwen2" else {})
+        yield from both(f"native {family}, pruned", path, expected, flag if family == "qwen2" else {})
         if family == "qwen2":
             yield Job("native qwen2, pruned, without the flag", path, prompts, expected, fails="exceeds dimension size")
 

@@ -16,6 +16,7 @@ from .reference import decode, prefill, routed_prefill, store, store_one
 from .retain_reference import decode as retain_decode
 from .retain_reference import keep as retain_keep
 from .retain_reference import prefill as retain_prefill
+from .retain_training import prefill as retain_trained
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +30,7 @@ class Linear:
 
     takes: Callable[..., bool]
     query_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    key_features: Callable[..., torch.Tensor]
+    pass_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     read_new: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     absorb: Callable[..., bool]
     read_one: Callable[..., torch.Tensor]
@@ -56,6 +57,7 @@ class Retain:
         take: how one token a sequence is judged and stored at once, as `triton_retain_step.py` documents it.
         compact, append: how the tokens of a pass get into the lists, as `triton_retain.py` documents them; what
             `compact` gives is an argument of `prefill`, too.
+        trained: `prefill` with gradients of what is kept; `retain_training.py` documents the arguments.
 
     What is None is done by the scorers themselves and by `RetainState`.
     """
@@ -67,6 +69,7 @@ class Retain:
     take: Callable[..., None] | None = None
     compact: Callable[..., Any] | None = None
     append: Callable[..., None] | None = None
+    trained: Callable[..., torch.Tensor] = retain_trained
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ try:
     from .triton_linear_heads import LINEAR
     from .triton_retain import RETAIN
     from .triton_retain_step import take
+    from .triton_retain_training import prefill as trained
     from .triton_routed import routed_prefill as skipping
     from .triton_router import ROUTER
     from .triton_scorers import keep as keep_by_scan
@@ -115,7 +119,7 @@ except ImportError as error:  # no Triton here
         return _NO_TRITON
 
 else:
-    _RETAIN = Retain(*RETAIN[:2], keep_by_scan, scores, take, *RETAIN[2:])
+    _RETAIN = Retain(*RETAIN[:2], keep_by_scan, scores, take, *RETAIN[2:], trained)
     IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)
     IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER), _RETAIN)
     IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)

@@ -13,7 +13,6 @@ from .impl import Impl, choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .retain_state import RetainState
 from .retain_training import Decisions
-from .retain_training import prefill as trained_prefill
 from .scorer_gate import Gate
 from .scorer_key_norm import KeyNorm
 from .scorer_mlp import Mlp
@@ -157,15 +156,15 @@ class RetainMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `prefill` without a state, with gradients of what is kept."""
-        positions = step.positions(key.device)
+        positions, impl = step.positions(key.device), choose_impl(step.impl, query)
         found = self.judge(key, value, step)
-        kept = self.rule(found.detach(), None, step, choose_impl(step.impl, query))[0]
+        kept = self.rule(found.detach(), None, step, impl)[0]
         thresholds, sinks, _ = self.rules(key.device)
         fixed = (positions[:, None] < sinks[:, None]) | ~thresholds.isfinite()[:, None]
         taken, through = decisions.take(found, thresholds, kept, fixed)
         self._report(found, through, step)
         options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
-        out = trained_prefill(query, key, value, taken, self.windows, positions, hard=decisions.hard, **options)
+        out = impl.retain.trained(query, key, value, taken, self.windows, positions, hard=decisions.hard, **options)
         return out.transpose(1, 2)
 
     def _report(self, found: torch.Tensor, kept: torch.Tensor, step: Step) -> None:

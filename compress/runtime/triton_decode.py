@@ -91,6 +91,37 @@ def _work(
     return sinks, start, counts, pages, programs
 
 
+@triton.jit
+def _count(
+    p_ends,  # [segments] int32
+    p_lengths,  # as in `_work`, and so is all else
+    p_rules,
+    p_active,
+    segments,
+    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE: tl.constexpr,
+    FEWEST: tl.constexpr,
+    ACTIVE: tl.constexpr,
+):
+    """Pages of all segments up to each, itself included: of many segments, no other program has to find them again."""
+    every = tl.arange(0, BLOCK_S)
+    _, _, counts, _, _ = _work(
+        p_lengths, p_rules, p_active, None, 0, segments, 1, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST, ACTIVE,
+        False,
+    )  # fmt: skip
+    tl.store(p_ends + every, tl.cumsum(counts, 0), mask=every < segments)
+
+
+@triton.jit
+def _counted(p_ends, segments, most, FEWEST: tl.constexpr):
+    """All pages and the programs that share them, as of `_work`, from what `_count` found."""
+    pages = tl.load(p_ends + segments - 1).to(tl.int64)
+    return pages, tl.minimum((pages + FEWEST - 1) // FEWEST, most)
+
+
 @triton.jit(do_not_specialize=["offset", "places"])
 def _decode(
     p_query,  # [B, H, D]
@@ -103,6 +134,7 @@ def _decode(
     p_active,  # [B, G] uint8 with ACTIVE 1, [B, H] with ACTIVE 2: what is on; None with ACTIVE 0
     p_gates,  # float32 of the same shape, factors on the outputs, where GATED
     p_listed,  # as in `_work`, and so is the offset
+    p_ends,  # [segments] int32 of `_count`, where COUNTED
     p_rings,  # [G, 3] int32, where RING, from which places follow: no program waits for the table before its first keys
     places,  # of a sequence, where RING
     offset,
@@ -136,6 +168,7 @@ def _decode(
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
     LISTED: tl.constexpr,
+    COUNTED: tl.constexpr,
     RING: tl.constexpr,
     KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -152,10 +185,13 @@ def _decode(
     program = tl.program_id(0)
     every = tl.arange(0, BLOCK_S)
     most = tl.num_programs(0)
-    sinks, start, counts, pages, programs = _work(
-        p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST,
-        ACTIVE, LISTED,
-    )  # fmt: skip
+    if COUNTED:
+        pages, programs = _counted(p_ends, segments, most, FEWEST)
+    else:
+        sinks, start, counts, pages, programs = _work(
+            p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE,
+            FEWEST, ACTIVE, LISTED,
+        )  # fmt: skip
     if program >= programs:
         return
     if RING:
@@ -164,19 +200,28 @@ def _decode(
         list_place = every // GROUPS * places + tl.load(p_ring)
         window_place = every // GROUPS * places + tl.load(p_ring + 1)
         ring = tl.load(p_ring + 2)
-    ends = tl.cumsum(counts, 0)
     at = (pages * program // programs).to(tl.int32)
     stop = (pages * (program + 1) // programs).to(tl.int32)
     mine = at
+    if COUNTED:
+        s = tl.sum((tl.load(p_ends + every, mask=every < segments, other=stop) <= at).to(tl.int32), 0)
+    else:
+        ends = tl.cumsum(counts, 0)
 
     o_row = tl.arange(0, BLOCK_M)  # query heads of a group
     m_row = o_row < SHARE
     o_slot = tl.arange(0, PAGE)
     while at < stop:
-        s = tl.sum((ends <= at).to(tl.int32), 0)
-        this = every == s
-        seg_end = tl.sum(tl.where(this, ends, 0), 0)
-        seg_start = seg_end - tl.sum(tl.where(this, counts, 0), 0)
+        if COUNTED:
+            while tl.load(p_ends + s) <= at:  # the last one is done, and others have no pages
+                s += 1
+            seg_end = tl.load(p_ends + s)
+            seg_start = tl.load(p_ends + s - 1, mask=s > 0, other=0)
+        else:
+            s = tl.sum((ends <= at).to(tl.int32), 0)
+            this = every == s
+            seg_end = tl.sum(tl.where(this, ends, 0), 0)
+            seg_start = seg_end - tl.sum(tl.where(this, counts, 0), 0)
         b = s // GROUPS
         g = s % GROUPS
         n_tokens = tl.load(p_lengths + b)
@@ -186,8 +231,12 @@ def _decode(
             sink = tl.load(p_listed + s)
             first += offset * PAGE
             n_tokens += offset * PAGE
-        sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
-        skip = tl.sum(tl.where(this, start, 0), 0) - sinks_g
+        if COUNTED:
+            sinks_g, start_g, _ = _bounds(n_tokens, sink, alpha, beta, mask, PAGE)
+        else:
+            sinks_g = tl.sum(tl.where(this, sinks, 0), 0)
+            start_g = tl.sum(tl.where(this, start, 0), 0)
+        skip = start_g - sinks_g
         piece_end = tl.minimum(stop, seg_end)
         head = g * SHARE + o_row
         # [BLOCK_M, BLOCK_D]
@@ -275,6 +324,7 @@ def _join(
     p_active,  # as in `_decode`, and so are the gates and the lists
     p_gates,
     p_listed,
+    p_ends,
     offset,
     segments,
     most,
@@ -294,19 +344,30 @@ def _join(
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
     LISTED: tl.constexpr,
+    COUNTED: tl.constexpr,
     KEEP_LSE: tl.constexpr,
 ):
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
     s = tl.program_id(0)
     h = tl.program_id(1)
-    every = tl.arange(0, BLOCK_S)
+    if OVERLAP:  # noqa: SIM102  # known when this is compiled
+        # Also where nothing is to be joined this launch may not end before `_decode` has, because what comes next waits
+        # for this one.
+        if (s == 0) & (h == 0) & (tl.program_id(2) == 0):
+            tl.extra.cuda.gdc_wait()
     # None of this is a result of `_decode`, so it is known before that has ended.
-    _, _, counts, pages, programs = _work(
-        p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE, FEWEST,
-        ACTIVE, LISTED,
-    )  # fmt: skip
-    start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
-    count = tl.sum(tl.where(every == s, counts, 0), 0)
+    if COUNTED:
+        pages, programs = _counted(p_ends, segments, most, FEWEST)
+        start = tl.load(p_ends + s - 1, mask=s > 0, other=0).to(tl.int64)
+        count = (tl.load(p_ends + s) - start).to(tl.int32)
+    else:
+        every = tl.arange(0, BLOCK_S)
+        _, _, counts, pages, programs = _work(
+            p_lengths, p_rules, p_active, p_listed, offset, segments, most, SHARE, GROUPS, BLOCK_M, BLOCK_S, PAGE,
+            FEWEST, ACTIVE, LISTED,
+        )  # fmt: skip
+        start = tl.sum(tl.where(every < s, counts, 0), 0).to(tl.int64)
+        count = tl.sum(tl.where(every == s, counts, 0), 0)
     # [BLOCK_C]
     o_dims = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     p_row = p_out + (s // GROUPS).to(tl.int64) * out_b + ((s % GROUPS) * SHARE + h) * out_h
@@ -366,7 +427,8 @@ def decode(
     gates: torch.Tensor | None = None,
     lists: tuple[torch.Tensor, int, tuple[torch.Tensor, int] | None] | None = None,
 ) -> Any:
-    """As `reference.decode`, in two launches whatever the lengths. No host sync, so a CUDA graph can hold it.
+    """As `reference.decode`, in two launches whatever the lengths, and in three where sequences and groups are many. No
+    host sync, so a CUDA graph can hold it.
 
     Scores that the kernels do not have go to the reference.
 
@@ -383,7 +445,8 @@ def decode(
     config = decode_config(dim, query.device, batch * groups * (offset or 0), rings is not None)
     programs, overlap = config["programs"], config["overlap"]
     block_v = max(16, triton.next_power_of_2(value_dim))
-    block_s = max(16, triton.next_power_of_2(batch * groups))
+    segments = batch * groups
+    block_s = max(16, triton.next_power_of_2(segments))
     parts, stats = workspace(query.device, programs * 2 * share, block_v)
     rules = span_rules(tuple(spans), query.device)
     out = query.new_empty(batch, heads, value_dim)
@@ -400,6 +463,24 @@ def decode(
         check_active(active, heads, groups, gates)
         flags, unit = active.contiguous().view(torch.uint8), 1 if active.shape[1] == groups else 2
         gates = None if gates is None else gates.contiguous()
+    counted = lists is None and segments > config["found"]
+    ends = torch.empty(segments, dtype=torch.int32, device=query.device) if counted else None
+    if counted:
+        _count[(1,)](
+            ends,
+            lengths,
+            rules,
+            flags,
+            segments,
+            SHARE=share,
+            GROUPS=groups,
+            BLOCK_M=max(16, triton.next_power_of_2(share)),
+            BLOCK_S=block_s,
+            PAGE=PAGE,
+            FEWEST=config["fewest"],
+            ACTIVE=unit,
+            num_warps=max(4, min(16, block_s // 256)),
+        )
     _decode[(programs,)](
         query,
         pages.keys,
@@ -411,13 +492,14 @@ def decode(
         flags,
         gates,
         listed,
+        ends,
         *((None, None) if rings is None else rings),
         offset,
         out,
         parts,
         stats,
         lse,
-        batch * groups,
+        segments,
         pages.table.shape[-1],
         (scale if cap is None else cap) * LOG2E,
         0.0 if cap is None else scale / cap,
@@ -443,6 +525,7 @@ def decode(
         ACTIVE=unit,
         GATED=gates is not None,
         LISTED=lists is not None,
+        COUNTED=counted,
         RING=rings is not None,
         KEEP_LSE=keep_lse,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -451,9 +534,9 @@ def decode(
         **({"maxnreg": config["registers"]} if "registers" in config else {}),
     )
     # As many pieces at once as a segment has when half of the segments hold nearly all pages.
-    pieces = max(16, min(256, triton.next_power_of_2(2 * programs // (batch * groups))))
+    pieces = max(16, min(256, triton.next_power_of_2(2 * programs // segments)))
     columns = min(block_v, config["columns"])
-    _join[(batch * groups, share, triton.cdiv(value_dim, columns))](
+    _join[(segments, share, triton.cdiv(value_dim, columns))](
         out,
         parts,
         stats,
@@ -463,8 +546,9 @@ def decode(
         flags,
         gates,
         listed,
+        ends,
         offset,
-        batch * groups,
+        segments,
         programs,
         out.stride(0),
         out.stride(1),
@@ -482,8 +566,9 @@ def decode(
         ACTIVE=unit,
         GATED=gates is not None,
         LISTED=lists is not None,
+        COUNTED=counted,
         KEEP_LSE=keep_lse,
-        num_warps=4,
+        num_warps=1 if counted else 4,  # of many segments most were written at once, and their programs end here
         **({"launch_pdl": True} if overlap else {}),
     )
     return (out, lse) if keep_lse else out

@@ -16,16 +16,11 @@ except ImportError as error:
 from .pages import Pages
 from .span import PAGE, Span
 from .triton_linear_features import KINDS, activate, root, sides
-from .triton_linear_layout import begin, limits, load_part, overlapped
+from .triton_linear_layout import begin, fetch_ahead, limits, load_part, overlapped
 from .triton_span import first_key, load_rule, span_rules
-from .tuned import linear_decode_config
+from .tuned import launches_overlap, linear_absorb_config, linear_decode_config
 
-
-@triton.jit
-def _load_held(p_state, o_v, o_f, state_f, state_e, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr):
-    """A block `[BLOCK_V, BLOCK_F]` of one state, from wherever its features and its columns are."""
-    mask = (o_v < VALUE_DIM)[:, None] & (o_f < FEATURES)[None, :]
-    return tl.load(p_state + o_v[:, None] * state_e + o_f[None, :] * state_f, mask=mask, other=0.0)
+TF32 = tl.constexpr(-1 << 13)  # the bits of a float32 number that a matrix unit takes
 
 
 @triton.jit
@@ -45,6 +40,8 @@ def _read_one(
     state_e,
     window_b,
     window_h,
+    gain_b,
+    gain_h,
     out_b,
     out_h,
     SHARE: tl.constexpr,
@@ -60,22 +57,27 @@ def _read_one(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROUND: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """BLOCK_V numbers of the outputs of all query heads of one (sequence, group), from one look at the state.
 
     With MEAN what is read is divided by the normaliser, in the state's last column, and with MERGE merged. With DOT the
-    heads are the rows of a product; else a block has all features and stays in registers for one head after the other,
-    in float32, which a matrix unit has to be fed less for.
+    heads are the columns of a product, to whose rows the state goes through shared memory, block after block; else a
+    block has all features and stays in registers for one head after the other. The first AHEAD programs have the cache
+    fetch what they read of the state while the launch ahead of this one still runs, whatever it writes.
     """
-    begin(OVERLAP)
     blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
-    o_v = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    at_v = tl.program_id(0) % blocks * BLOCK_V
+    o_v = at_v + tl.arange(0, BLOCK_V)
     bg = (tl.program_id(0) // blocks).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
     p_held = p_state + b * state_b + g * state_g
+    if AHEAD > 0:
+        size = tl.minimum(VALUE_DIM - at_v, BLOCK_V) * FEATURES * 4
+        fetch_ahead(p_held + at_v * state_e, tl.where(tl.program_id(0) < AHEAD, size, 0))
+    begin(OVERLAP)
     p_norm = p_held + VALUE_DIM * state_e
     p_row = p_query + b * query_b + g * SHARE * query_h
     # [BLOCK_M] query heads of the group, [BLOCK_M, BLOCK_V]
@@ -86,27 +88,39 @@ def _read_one(
     # What is merged is on its way before the state, or the last programs would wait for it behind all else.
     length = tl.load(p_lengths + b)
     if MERGE:
-        o_head = b * GROUPS * SHARE + head
-        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
+        b_lse = tl.load(p_lse + b * GROUPS * SHARE + head, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + b * gain_b + head * gain_h, mask=m_row, other=0.0)
         o_window = head[:, None] * window_h + o_v[None, :]
         b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0)
-    out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
     if DOT:
+        # [BLOCK_V, BLOCK_M] what is read, of a state in two parts where the queries are one TF32 number
+        out = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
+        rest = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
+        # [BLOCK_M, BLOCK_F] what is summed to the normalisers, once for all blocks
+        weights = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
         for at_f in tl.range(0, FEATURES, BLOCK_F, num_stages=STAGES):
             # [BLOCK_V, BLOCK_F], [BLOCK_M, BLOCK_F]
             o_f = at_f + tl.arange(0, BLOCK_F)
-            b_state = _load_held(p_held, o_v, o_f, state_f, state_e, FEATURES, VALUE_DIM)
+            m_f = o_f < FEATURES
+            m_held = (o_v < VALUE_DIM)[:, None] & m_f[None, :]
+            b_state = tl.load(p_held + o_v[:, None] * state_e + o_f[None, :] * state_f, mask=m_held, other=0.0)
             b_query = load_part(p_row, o_row * query_h, m_row, at_f, FEATURES, BLOCK_F)
             if ROUND:
-                b_query = b_query.to(tl.bfloat16)
-            b_query = b_query.to(tl.float32)
-            out = tl.dot(b_query, b_state.T, out, input_precision=PRECISION)
+                b_query = b_query.to(tl.bfloat16).to(tl.float32)
+                high = (b_state.to(tl.int32, bitcast=True) & TF32).to(tl.float32, bitcast=True)
+                out = tl.dot(high, b_query.T, out, input_precision="tf32")
+                rest = tl.dot(b_state - high, b_query.T, rest, input_precision="tf32")
+            else:
+                b_query = b_query.to(tl.float32)
+                out = tl.dot(b_state, b_query.T, out, input_precision="tf32x3")
             if MEAN:
-                b_norm = tl.load(p_norm + o_f * state_f, mask=o_f < FEATURES, other=0.0)
-                mass += tl.sum(b_query * b_norm[None, :], 1)
+                b_norm = tl.load(p_norm + o_f * state_f, mask=m_f, other=0.0)
+                weights += b_query * b_norm[None, :]
+        out = (out + rest).T
+        mass = tl.sum(weights, 1)
     else:
+        out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
         # [BLOCK_V, BLOCK_F // PIECE, PIECE]: few threads share a row, so that most of its sum needs no exchange
         o_part = tl.arange(0, BLOCK_F // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
         m_part = o_part < FEATURES
@@ -134,6 +148,14 @@ def _read_one(
         out = share[:, None] * b_window.to(tl.float32) + (1.0 - share)[:, None] * out
     out = tl.where(length > 0, out, 0.0).to(p_out.dtype.element_ty)
     tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
+
+
+def fetchable(state: torch.Tensor) -> bool:
+    """Whether `fetch_ahead` takes columns of a state `[B, G, F, E]` that follow each other: they lie in one piece."""
+    count = state.shape[2]
+    places = (count, state.storage_offset(), *state.stride()[:2])  # in numbers, of which 16 bytes hold four
+    one = state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
+    return one and launches_overlap(state.device)
 
 
 def read_one(
@@ -168,7 +190,7 @@ def read_one(
     if window is not None:
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
-        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
+        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse)
     config = linear_decode_config(share, count, query.device)
     block_f = triton.next_power_of_2(count)
     block_f = max(16, min(config["features"], block_f)) if config["dot"] else block_f
@@ -184,21 +206,22 @@ def read_one(
         *query.stride()[:2],
         *state.stride(),
         *over.stride()[:2],
+        *gain.stride()[:2],
         *out.stride()[:2],
         SHARE=share,
         GROUPS=groups,
         FEATURES=count,
         VALUE_DIM=value_dim,
-        BLOCK_M=max(16 if config["dot"] else 1, triton.next_power_of_2(share)),
+        BLOCK_M=max(8 if config["dot"] else 1, triton.next_power_of_2(share)),
         BLOCK_F=block_f,
         BLOCK_V=block_v,
         PIECE=min(config["piece"], block_f),
         MERGE=window is not None,
         MEAN=mean,
         DOT=config["dot"],
-        STAGES=config["stages"],
+        STAGES=min(config["stages"], triton.cdiv(count, block_f) + 1),
+        AHEAD=config["ahead"] // (4 * count * block_v) if fetchable(state) else 0,
         ROUND=dtype == torch.bfloat16,
-        PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         num_warps=config["warps"],
         **limits(config),
         **overlapped(query.device),
@@ -237,13 +260,17 @@ def _absorb(
     DECAY: tl.constexpr,
     NARROW: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V columns of one state take in the page that the new token does not see any more; mostly there is none.
+    """A state takes in the page that the new token does not see any more, BLOCK_V columns at once, if there is one.
 
-    NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum.
+    NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum. AHEAD: the cache
+    fetches the state while the features of the keys are computed.
     """
-    bg = tl.program_id(1).to(tl.int64)
+    begin(OVERLAP)
+    bg = tl.program_id(0).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
     t = tl.load(p_lengths + b) - 1
@@ -253,7 +280,9 @@ def _absorb(
     before = tl.maximum(first_key(t - 1, alpha, beta, mask), sink)
     if tl.maximum(first_key(t, alpha, beta, mask), sink) <= before:
         return
-    at_v = tl.program_id(0) * BLOCK_V
+    p_held = p_state + b * state_b + g * state_g
+    if AHEAD:
+        fetch_ahead(p_held, (VALUE_DIM + 1) * SIDES * WIDTH * 4)
     o_slot = tl.arange(0, PAGE)
     m_slot = o_slot >= 0
     place = tl.load(p_table + bg * numbers + before // PAGE).to(tl.int64)
@@ -280,30 +309,30 @@ def _absorb(
     if BIASED:
         projected += tl.load(p_bias + g * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)[:, None]
     projected = projected * root
-    # [PAGE, BLOCK_V]
-    b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
-    if not SPLIT:
-        b_value = b_value.to(tl.float32)
-    o_v = at_v + tl.arange(0, BLOCK_V)
-    p_held = p_state + b * state_b + g * state_g
-    p_block = p_held + o_w[:, None] * state_f + o_v[None, :] * state_e
-    m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
+    dtype: tl.constexpr = tl.bfloat16 if SPLIT else tl.float32
     for side in tl.static_range(SIDES):
-        # [BLOCK_W, PAGE], [BLOCK_W, BLOCK_V]
-        b_key = activate(projected, side, m_w, KIND, 0).to(b_value.dtype)
-        b_state = tl.load(p_block + side * WIDTH * state_f, mask=m_block, other=0.0)
+        # [BLOCK_W, PAGE]
+        b_key = activate(projected, side, m_w, KIND, 0).to(dtype)
         if DECAY:
             decay = tl.load(p_decay + g)
-            b_state = b_state * tl.exp(decay * PAGE)
-            b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(b_value.dtype)
-        b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
-        tl.store(p_block + side * WIDTH * state_f, b_state, mask=m_block)
-        if at_v == 0:
-            p_norm = p_held + VALUE_DIM * state_e + (side * WIDTH + o_w) * state_f
-            b_norm = tl.load(p_norm, mask=m_w, other=0.0)
+            b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(dtype)
+        p_norm = p_held + VALUE_DIM * state_e + (side * WIDTH + o_w) * state_f
+        b_norm = tl.load(p_norm, mask=m_w, other=0.0)
+        if DECAY:
+            b_norm = b_norm * tl.exp(decay * PAGE)
+        tl.store(p_norm, b_norm + tl.sum(b_key.to(tl.float32), 1), mask=m_w)
+        for at_v in tl.range(0, VALUE_DIM, BLOCK_V, num_stages=1):  # more would take more registers than there are
+            # [PAGE, BLOCK_V], [BLOCK_W, BLOCK_V]
+            p_value = p_value_pages + place * PAGE * VALUE_DIM
+            b_value = load_part(p_value, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V).to(dtype)
+            o_v = at_v + tl.arange(0, BLOCK_V)
+            p_block = p_held + (side * WIDTH + o_w[:, None]) * state_f + o_v[None, :] * state_e
+            m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
+            b_state = tl.load(p_block, mask=m_block, other=0.0)
             if DECAY:
-                b_norm = b_norm * tl.exp(decay * PAGE)
-            tl.store(p_norm, b_norm + tl.sum(b_key.to(tl.float32), 1), mask=m_w)
+                b_state = b_state * tl.exp(decay * PAGE)
+            b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
+            tl.store(p_block, b_state, mask=m_block)
 
 
 def absorb(
@@ -338,10 +367,11 @@ def absorb(
     split = pages.values.dtype == torch.bfloat16
     block_w = max(16, triton.next_power_of_2(width))
     block_v = max(16, min(8192 // block_w, 64, triton.next_power_of_2(value_dim)))
+    config = linear_absorb_config(block_w, split, state.device)
     weight = weight.contiguous()
     options: dict[str, Any] = {"BIASED": bias is not None, "DECAY": log_decay is not None, "SPLIT": split}
     options["NARROW"] = split and weight.dtype == torch.bfloat16
-    _absorb[(triton.cdiv(value_dim, block_v), batch * groups)](
+    _absorb[(batch * groups,)](
         state,
         pages.keys,
         pages.values,
@@ -364,7 +394,10 @@ def absorb(
         BLOCK_W=block_w,
         BLOCK_V=block_v,
         PAGE=PAGE,
+        AHEAD=fetchable(state),
         PRECISION="tf32x3",
-        num_warps=8 if block_w > 64 else 4,
+        num_warps=config["warps"],
+        **limits(config),
+        **overlapped(state.device),
         **options,
     )

@@ -33,6 +33,31 @@ def begin(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def fetch_ahead(p_from, size):
+    """Have the second-level cache fetch `size` bytes, a multiple of 16 or none, from an address that is one, and go on.
+
+    It may come before `begin`: what other launches still write there is in that cache as well, so that nothing is read
+    too early. Needs a Hopper GPU.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        setp.ne.and.u32 first, $2, 0, first;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [p_from.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_part(p_base, o_rows, m_rows, at, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """As `load_block`, of the numbers from `at` on of rows of DIM numbers."""
     o_dims = at + tl.arange(0, BLOCK)

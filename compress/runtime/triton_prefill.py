@@ -19,7 +19,7 @@ except ImportError as error:
 from .span import PAGE, Span, kept_table
 from .triton_scores import LN2, row_shift, unnormed
 from .triton_span import first_key, load_block, load_rule, load_run, sees, span_rules, store_block, tanh
-from .tuned import prefill_config
+from .tuned import launches_overlap, prefill_config
 
 LOG2E = 1.4426950408889634
 NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; finite, so that no NaN arises
@@ -118,12 +118,16 @@ def _forward(
     SCORE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile: BLOCK_M rows of (token, head of the group), the heads of a group next to each other.
 
     Where GATHERED they are the rows that a list names, and the tiles behind its end have nothing to do. Where LISTED,
     a query sees beside its window a prefix of a list of keys: those before the first page of its window.
     """
+    if OVERLAP:  # first wait for what is ahead; then the launch behind may take its place
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     item = tl.program_id(0)
     # Long tiles first, one group after the other: what runs together shares its keys through the cache.
     tile = tiles - 1 - item % tiles
@@ -354,7 +358,7 @@ def forward(
     config = prefill_config(max(dim, value_dim), query.itemsize, query.device)
     block_m, block_n = config["block_m"], config["block_n"]
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    tiles = triton.cdiv(columns * share, block_m)
+    tiles, overlap = triton.cdiv(columns * share, block_m), launches_overlap(query.device)
     some = ragged or on is not None
     make = query.new_zeros if some else query.new_empty
     out = make(batch, columns, heads, value_dim).transpose(1, 2)
@@ -412,7 +416,9 @@ def forward(
         SCORE=score,
         STAGES=config["stages"],
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        OVERLAP=overlap,
         num_warps=config["warps"],
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out, lse
 

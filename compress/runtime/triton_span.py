@@ -56,9 +56,39 @@ def load_run(p_rows, b):
 
 
 @triton.jit
+def columns_at(b, head, column, stride_b, stride_h, stride_t):
+    """Offsets of the given columns of one sequence and head of `[B, heads, T, ...]`."""
+    return b.to(tl.int64) * stride_b + head * stride_h + column.to(tl.int64) * stride_t
+
+
+@triton.jit
+def place(p_rules, p_rows, GROUPS: tl.constexpr):
+    """The sequence and group of a program, the group's rule (`load_rule`), the sequence's first column and tokens."""
+    b = tl.program_id(1) // GROUPS
+    g = tl.program_id(1) % GROUPS
+    sink, alpha, beta, mask = load_rule(p_rules, g)
+    _, start, count = load_run(p_rows, b)
+    return b, g, sink, alpha, beta, mask, start, count
+
+
+@triton.jit
+def packed_rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Position and query head of a tile's rows, the heads of a group together, and which are tokens: `[M]` each."""
+    o_packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = o_packed // SHARE
+    return t, g * SHARE + o_packed % SHARE, t < count
+
+
+@triton.jit
+def causal(t, j):
+    """Which keys j `[N]` are not behind the queries at t `[M]`: `[M, N]`."""
+    return j[None, :] <= t[:, None]
+
+
+@triton.jit
 def sees(t, j, sink, first):
     """Which keys j `[N]` the queries at t `[M]` see, whose windows start at `first` `[M]`: `[M, N]`."""
-    return (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+    return causal(t, j) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
 
 
 @triton.jit

@@ -94,10 +94,13 @@ def router_config(column_bytes: int, few: bool, device: torch.device) -> dict[st
 
 
 def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: bool = False) -> dict[str, Any]:
-    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once.
+    """Programs of the launch, fewest pages a program, warps, pipeline depth, numbers of a head joined at once, and
+    lists of up to how many a program finds its own work in (`found`): of more, a launch ahead counts the pages.
 
     H100, 8 lists of 4,096 tokens, 8 of 16,384 and 64 of 4,096, in us: 12.8, 30.0 and 59.0 with three programs a
-    multiprocessor, 13.3, 29.6 and 58.4 with two; 14.2, 31.8 and 60.7 where launches wait for each other.
+    multiprocessor, 13.3, 29.6 and 58.4 with two; 14.2, 31.8 and 60.7 where launches wait for each other. A program that
+    finds its own work among 2,048 lists takes 203 registers there, so that two of three run at once, and 96 where pages
+    are counted ahead.
 
     Args:
         room: pages of lists that a launch may have to read.
@@ -111,21 +114,32 @@ def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: boo
         "warps": 4,
         "stages": 1 if device.type == "cpu" else (2 if small else 3) - rings,
         "columns": 32,
+        "found": 4 if device.type == "cpu" else 512,
         "overlap": launches_overlap(device),
     }
 
 
-def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline depth of the gradient kernels."""
+def backward_config(head_dim: int, device: torch.device, decided: bool = False) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline depth of the gradient kernels.
+
+    Where keys are `decided` on besides, four warps have no registers for heads of 128 (264 bytes a thread are spilled).
+    """
     if device.type == "cpu":
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
     large = head_dim > 128
     return {
         "block_m": 32 if large else 64,
         "block_n": 32 if large else 64,
-        "warps": 4,
+        "warps": 8 if decided and head_dim > 64 else 4,
         "stages": 1 if large or not _hopper(device) else 2,
     }
+
+
+def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth of the forward pass that trains what `retain` heads keep; not tuned."""
+    if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
+        return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+    return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2}
 
 
 _LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
@@ -174,8 +188,13 @@ def linear_inside(numbers: int, decays: bool, device: torch.device) -> bool:
     return device.type == "cpu" or (numbers <= 128 and decays)
 
 
-def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
-    """Tokens and warps of a program that computes features of so many projected numbers."""
+def linear_features_config(width: int, device: torch.device, both: bool = False) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers.
+
+    Of queries or keys as it comes (`both`), it would take more registers than either at up to 64 numbers.
+    """
+    if both and _hopper(device) and width <= 64:
+        return {"tokens": 64, "warps": 4, "registers": 96}
     if _hopper(device) and 64 < width <= 128:
         return {"tokens": 64, "warps": 4, "registers": 168}
     return {"tokens": 64, "warps": 8 if width > 128 else 4}
@@ -197,18 +216,34 @@ def linear_few(programs: int, device: torch.device) -> bool:
 def linear_decode_config(share: int, features: int, device: torch.device) -> dict[str, Any]:
     """How one token reads a state of so many features, for query heads of a group.
 
-    Whether heads are rows of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
-    features; numbers of a block, features that follow each other in a thread's neighbours (`piece`), warps, and blocks
-    on their way.
+    Whether heads are columns of a product (`dot`), in blocks of `features`, or follow each other, in blocks of all
+    features; numbers of a block, features that follow each other in a thread's neighbours (`piece`), warps, blocks on
+    their way, and bytes that are fetched while the launch ahead still runs, for as many programs as have room at once.
+
+    H100, 64 MiB, heads one after the other, part of a copy's bandwidth: .90 with two heads and 512 features, .78 to .86
+    with three or four, whose warps execute 763 instructions for 4 KiB of a state; by products it is some 1,200 for
+    16 KiB, for any number of heads up to eight. The latter has not been measured.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
-        return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1}
-    if share > 4:
-        return {"dot": True, "features": 128, "numbers": 4096, "piece": 0, "warps": 2, "stages": 1}
-    # Blocks of eight columns, or of fewer where they are long. Short pieces save exchanges and take registers: 27.2
-    # against 27.5 us with four heads, 25.4 against 23.6 with two.
-    numbers, piece = 1024 if features <= 128 else 2048, 32 if share > 2 else 1024
-    return {"dot": False, "features": 0, "numbers": numbers, "piece": piece, "warps": 1, "stages": 1}
+        return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1, "ahead": 0}
+    ahead = (192 << 10) * _multiprocessors(device) if launches_overlap(device) else 0
+    if share <= 2 and features >= 512:
+        options = {"dot": False, "features": 0, "numbers": 2048, "piece": 1024, "warps": 1, "stages": 1}
+    else:
+        # Four warps take products of more than eight heads as one, with so many registers that few programs fit.
+        numbers, warps = (4096, 4) if share <= 8 else (2048, 2)
+        options = {"dot": True, "features": 64, "numbers": numbers, "piece": 0, "warps": warps, "stages": 4}
+    return options | {"ahead": ahead}
+
+
+def linear_absorb_config(width: int, split: bool, device: torch.device) -> dict[str, int]:
+    """Warps and registers of a program that takes a page into a state, for so many projected numbers of a key.
+
+    In bfloat16 (`split`) 128 numbers would take 134 registers a thread, and with 128 there is room for two programs.
+    """
+    if not split or device.type == "cpu" or width <= 64:
+        return {"warps": 8 if width > 64 else 4}
+    return {"warps": 8, "registers": 128} if width <= 128 else {"warps": 16}
 
 
 def launches_overlap(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize, pad
 from compress.runtime.attention import plan_attention
 from compress.runtime.linear_fla import refusal as fla_refusal
 from compress.runtime.linear_states import chunk_states, own_chunk, read
+from compress.runtime.maps import MAPS
 from compress.runtime.merge import log_mass, merge
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_linear import LinearMixer
@@ -24,7 +25,8 @@ from compress.runtime.step import Step
 from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
-from compress.runtime.triton_linear_features import features
+from compress.runtime.triton_linear_features import features, features_of_both
+from compress.runtime.triton_linear_heads import query_features
 from compress.runtime.triton_linear_layout import layout
 from compress.targets.linear import LinearGroup
 
@@ -213,6 +215,37 @@ def test_features_and_gains_have_their_gradients() -> None:
     close(torch.autograd.grad(torch.cat([x.sin().flatten() for x in mine]).sum(), leaves), wanted_grads)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_features_of_queries_and_keys_in_one_launch_are_those_of_two(biased: bool) -> None:
+    # Token by token, as a model has them, and what lies behind the keys is no number.
+    query, key = torch.randn(2, 70, 4, 24).transpose(1, 2), torch.full((2, 2, 70, 24), torch.nan)[:, :, :67]
+    key.copy_(torch.randn(key.shape))
+    weights, turn = (torch.randn(4, 24, 20), torch.randn(2, 24, 20)), torch.randn(4, 24)
+    biases = (torch.randn(4, 20), torch.randn(2, 20)) if biased else None
+    rows = [x.double() @ weight.double() for x, weight in zip((query, key), weights, strict=True)]
+    if biases is not None:
+        rows = [x + bias[:, None].double() for x, bias in zip(rows, biases, strict=True)]
+    gain = torch.randn(4)
+    q, gains, k = features_of_both(query, key, weights, biases, "hedgehog", 1.0, gain, turn)
+    wanted = gain[:, None] + (query.double() * turn[:, None].double()).sum(-1)
+    close([q, k, gains], [*(softmaxes(x) for x in rows), wanted])
+    q, gains, k = features_of_both(query, key, weights, biases, "elu", 1.0)
+    close([q, k], [torch.nn.functional.elu(x) + 1 for x in rows])
+    assert gains is None
+
+
+@torch.no_grad()
+def test_features_of_one_token_are_computed_for_all_sequences_at_once() -> None:
+    made, query = MAPS["hedgehog"](2, 2, 24).to(DEVICE), torch.randn(3, 4, 1, 24)
+    gain = torch.randn(4), torch.randn(4, 24)
+    for parameter in made.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.2)
+    found = query_features(made, "hedgehog", query, 1.0, None, gain)
+    gains = gain[0][:, None] + (query.double() * gain[1][:, None].double()).sum(-1)
+    assert found[1] is not None and found[1].shape == gains.shape
+    close(found, [softmaxes(query.double() @ made.query.flatten(0, 1).double()), gains])
+
+
 @pytest.mark.parametrize(("share", "by_column"), [(2, True), (3, False)])  # heads one by one, and as a product
 def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads(share: int, by_column: bool) -> None:
     span, lengths = [Span(0, 64, 0.0, granule=PAGE)], torch.tensor([129, 130, 0], dtype=torch.int32)
@@ -233,6 +266,29 @@ def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads(share: int, by_co
     exact[2] = 0
     mine = read_one(query, held, lengths, 24, torch.float32, mean=True, window=(out, lse), log_gain=gain)
     close([mine], [exact])
+
+
+@pytest.mark.parametrize(("share", "dtype"), [(1, "float32"), (2, "bfloat16"), (8, "bfloat16"), (16, "float32")])
+def test_one_token_reads_what_lies_between_nan(share: int, dtype: str) -> None:
+    batch, groups, dim, count, of = 3, 2, 19, 37, getattr(torch, dtype)
+    lengths = torch.tensor([70, 0, 1], dtype=torch.int32)
+    # Columns and rows with something behind each, and nothing but NaN where a sequence takes no part.
+    held = torch.full((batch, groups, dim + 2, count + 3), torch.nan)[:, :, 1:, :count].mT
+    query, out = (torch.full((batch, groups * share, size + 2), torch.nan, dtype=of) for size in (count, dim))
+    query, out = query[..., :count], out[..., 1 : dim + 1]
+    lse, gain = torch.full((2, batch, groups * share), torch.nan)
+    for x in (held, query, out, lse, gain):
+        x[lengths > 0] = torch.rand(2, *x.shape[1:]).to(x.dtype)
+    found = (query.double().unflatten(1, (groups, share)) @ held.double()).flatten(1, 2)
+    found[1] = 0
+    mine = read_one(query, held, lengths, dim, of, mean=False)
+    assert mine.dtype == torch.float32
+    close([mine], [found[..., :-1]])
+    exact = merge(out.double(), lse.double(), found[..., :-1], log_mass(found[..., -1]), gain.double())
+    exact[1] = 0
+    mine = read_one(query, held, lengths, dim, of, mean=True, window=(out, lse), log_gain=gain)
+    rounded = 2**-7 if of == torch.bfloat16 else 0.0  # the interpreter truncates
+    torch.testing.assert_close(mine.double(), exact, rtol=rounded + 1e-5, atol=1e-5)
 
 
 class Module:

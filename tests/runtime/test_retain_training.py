@@ -15,6 +15,7 @@ from compress.runtime.retain_training import RELAXATION, Decisions, prefill
 from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
 from compress.runtime.step import Keeping, Record, Step
+from compress.runtime.triton_retain_training import prefill as triton_prefill
 from tests.runtime.test_linear_mixer import feed
 from tests.runtime.test_retain import COLUMNS, DEVICE, DIM, GROUPS, HALF, ROWS, SHARE, inputs, kinds_of
 
@@ -227,3 +228,29 @@ def test_memory_grows_with_the_length_and_not_with_its_square(hard: bool) -> Non
         held.append(sum(found.values()))
         assert held[-1] < 4 * length * length and out.requires_grad
     assert 0 < held[1] < 4.5 * held[0]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name", SCORES)
+def test_the_kernels_are_the_specification(hard: bool, name: str) -> None:
+    """In float32 against float64: runs of tokens between columns of NaN, tokens that are never and always kept."""
+    made, _ = inputs(101, 5, random.Random(5))
+    mask = torch.zeros(ROWS, 101, dtype=torch.bool, device=DEVICE)
+    mask[0], mask[1, 37:], mask[2, 3:90] = True, True, True
+    generator = torch.Generator().manual_seed(6)
+    taken = torch.rand(ROWS, GROUPS, 101, generator=generator, dtype=torch.float64).to(DEVICE)
+    taken = (taken < 0.4).double() if hard else torch.where(taken < 0.2, 0, taken).log()
+    toward = torch.randn(ROWS, GROUPS * SHARE, 101, DIM, generator=generator, dtype=torch.float64).to(DEVICE)
+    extra = torch.linspace(-1, 1, GROUPS * SHARE, dtype=torch.float64, device=DEVICE)
+    runs: list[tuple[Any, torch.dtype]] = [(prefill, torch.float64), (triton_prefill, torch.float32)]
+    given, found = [x.nan_to_num().where(mask[:, None, :, None], torch.nan) for x in made[:3]], []
+    for run, dtype in runs:
+        parts = [x.detach().to(dtype).requires_grad_() for x in (*given, taken, extra)]
+        scores = Scores(2.0, parts[4]) if name == "capped" else None
+        out = run(*parts[:4], WINDOWS, positions_of(mask), hard=hard, scores=scores)
+        asked = parts if name == "capped" else parts[:4]
+        found.append((out, *torch.autograd.grad((out * toward.to(dtype)).sum(), asked)))
+    for exact, own in zip(*found, strict=True):
+        assert bool(own.isfinite().all())
+        torch.testing.assert_close(own.double(), exact, rtol=1e-4, atol=1e-5)
+    assert bool((found[1][4][1, :, :37] == 0).all()) and float(found[0][4].abs().max()) > 0.1
