@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,23 @@ def test_later_rounds_add_passes_and_may_try_again(tmp_path: Path) -> None:
     ]
     assert {row["round"] for row in more.history[len(once.history) :]} == {2, 3}
     assert {"rounds", "doubt", "spare"}.isdisjoint(QUICK.model_dump())
+
+
+def test_no_round_begins_whose_passes_would_outlast_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass takes 100 of the 300 seconds, and there is no exchange."""
+    now, passes = [0.0], Loss.passes
+
+    def slow(self: Loss, *args: Any, **given: Any) -> torch.Tensor:
+        now[0] += 100.0
+        return passes(self, *args, **given)
+
+    monkeypatch.setattr(Loss, "passes", slow)
+    monkeypatch.setattr("compress.search.refine.refine.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("compress.search.refine.refine.exchange", lambda problem, units, now, *_: (now, 1.0, 1.0))
+    for samples, rounds in ((1, 2), (2, 1)):
+        state, _ = run(tmp_path / str(samples), Refine(minutes=5, samples=samples, rounds=9))
+        assert state.exhausted and state.round == rounds and state.seconds == 100.0 * samples * rounds
+        now[0] = 0.0
 
 
 def test_a_task_may_lose_what_is_spared(tmp_path: Path) -> None:

@@ -292,11 +292,13 @@ def refine(
         state.seconds = time.monotonic() - clock
         write_text(path, sealed(vars(state)))
 
-    model_of_loss, measured_before = modelled(), dict[tuple[int, ...], dict[str, float]]()
+    started, measured_before = time.monotonic(), dict[tuple[int, ...], dict[str, float]]()
+    model_of_loss = modelled()
+    of_passes = time.monotonic() - started
     put_down()
     while state.seconds < budget:
         if state.exhausted:
-            if state.round >= settings.rounds:
+            if state.round >= settings.rounds or state.seconds + of_passes >= budget:
                 break
             state.widen(len(moves.units))
             model_of_loss = modelled()
