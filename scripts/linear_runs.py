@@ -16,11 +16,11 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     delta    row a with the gated delta rule
     a-asked  row a, trained on text that states facts and asks for them later; window-asked: its windows alone
 
-Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a run
-folder of its own: FOLDER/ROW-SEED. What rows have in common (profile, written text, preparation, the dense model's
-figures) is made once, in FOLDER/base-SEED. Rows run in `--at-once` processes on each GPU. After `--minutes` those that
-still train save their state, and the same command goes on there; a row that is done is only read. The table has every
-row of the folder that is done, and FOLDER/rows.json all its numbers.
+Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a
+run folder of its own: FOLDER/ROW-SEED. What rows have in common (profile, written text, preparation, the dense
+model's figures) is made once, in FOLDER/base-SEED, on `--base-processes` GPUs. Rows run in `--at-once` processes on
+each GPU. After `--minutes` those that still train save their state, and the same command goes on there; a row that
+is done is only read. The table has every row of the folder that is done, and FOLDER/rows.json all its numbers.
 
 FOLDER of texts has books (*.txt, in it or in pg_books/), of which one is held out, and WikiText-2's raw files in it or
 in wikitext2/, if any: wiki.train*.txt is trained on, wiki.test*.txt measured on.
@@ -117,6 +117,7 @@ def main() -> None:
     add("--prepare-length", type=int, default=8192, help="tokens of a sequence of the preparation")
     add("--prepare-batch", type=int, default=4, help="sequences of a step of the preparation")
     add("--lengths", default="2048,8192", help="tokens of the measures' inputs, by commas")
+    add("--base-processes", type=int, default=1, help="of `base`, which write text and prepare together; one a GPU")
     rows.main(parser.parse_args(), ROWS, run_row, print_table)
 
 
@@ -125,6 +126,8 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
     with rows.session_of(options, row, seed, recipe_of(options, row)) as session:
         profile_stage(session)
         prepare_stage(session)
+        if session.helper:
+            return
         path = rows.figures(options, row, seed)
         if row == rows.BASE:
             rows.shared_is_ready(options, seed)

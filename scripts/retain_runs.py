@@ -646,6 +646,8 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
     recipe["calibration"] |= {"text": base["calibration"]["text"]}
     for task in (task for part in ("documents", "training", "held_out") for task in recipe["calibration"][part]):
         task["length"] = min(task["length"], options.length)
+        if task["task"] == "continuation":
+            task["answer_tokens"] = min(task["answer_tokens"], task["length"] // 3)
     if options.quick:
         recipe["calibration"]["documents"] = [{"task": "passkey", "length": 512, "count": 1}]
         recipe["calibration"]["held_out"] = [{"task": "passkey", "length": 768, "count": 1}]
@@ -693,7 +695,6 @@ def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
         "text": recipe["prepare"]["text"],
         "length": length,
         "batch_size": 4 if not options.quick else 1,
-        "micro_batch": 1,  # the logits of a long sequence are gigabytes
         "tokens": options.recover_tokens,
     }
     return recipe

@@ -31,6 +31,7 @@ from compress.evaluate.measure import Measure, Variant
 from compress.files import write_json, write_text
 from compress.recipe.load import load_recipe
 from compress.registry import measures, tasks
+from compress.stages.processes import is_helper, launch
 from compress.stages.session import Session, open_session
 
 BASE = "base"
@@ -62,6 +63,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--zero-shot", type=Path, help="folder of task files for lm-eval, in lm_eval_tasks/, and of the data they name")
     add("--items", type=int, default=500, help="first items of every zero-shot task")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of every row's recipe")
+    parser.set_defaults(base_processes=1)  # a script whose `base` can run in several has an option for it
     add("--child", help=argparse.SUPPRESS)
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -144,6 +146,9 @@ def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end
             seen = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
             log = (options.out / f"{row}-{seed}.log").open("ab")
             child = [*command, "--child", row, "--seed", str(seed)]
+            if row == BASE and options.base_processes > 1:
+                start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+                child, seen = [child[0], *start, str(options.base_processes), *child[1:]], {}
             running[row, seed] = subprocess.Popen(child, stdout=log, stderr=subprocess.STDOUT, env=os.environ | seen)
             print(f"{row}-{seed}: started" + (f" on GPU {place}" if len(devices) > 1 else ""), flush=True)
         if time.monotonic() > end:
@@ -183,8 +188,9 @@ class Lines:
     """Says everything in lines of a log, and of long work what is done every ten seconds."""
 
     def say(self, line: str) -> None:
-        """One line with the time."""
-        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+        """One line with the time; of several processes of a row the main one's."""
+        if not is_helper():
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
     def progress(self, title: str) -> Any:
         """See `Reporter.progress`."""
@@ -200,7 +206,7 @@ class Lines:
 
 @contextmanager
 def session_of(options: argparse.Namespace, row: str, seed: int, recipe: dict[str, Any]) -> Iterator[Session]:
-    """A row's run, whose folder starts as a copy of that of `base`."""
+    """A row's run, whose folder starts as a copy of that of `base`; of `base` in each of its processes."""
     folder, base = options.out / f"{row}-{seed}", options.out / f"{BASE}-{seed}"
     if row != BASE and not folder.exists():
         part = folder.with_suffix(".part")
@@ -210,7 +216,8 @@ def session_of(options: argparse.Namespace, row: str, seed: int, recipe: dict[st
     path = options.out / f"{row}-{seed}.yaml"
     recipe = {**recipe, "model": options.model, "device": options.device, "dtype": options.dtype, "seed": seed}
     write_text(path, yaml.safe_dump({**recipe, "output": str(folder)}, sort_keys=False))
-    with open_session(load_recipe(path, options.set), Lines()) as session:
+    launched = {"helper": is_helper(), "helpers": launch() is not None}
+    with open_session(load_recipe(path, options.set), Lines(), **launched) as session:
         yield session
 
 

@@ -37,8 +37,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compress.data import sampled
 from compress.data.draw import Drawn
 from compress.data.generated import AT_ONCE, GeneratedText
+from compress.models.graph import graph_of
 from compress.models.shape import shape_of
-from compress.runtime import triton_decode, tuned
+from compress.runtime import reference, triton_decode, tuned
+from compress.runtime.pages import Pages
+from compress.runtime.span import PAGE, Span
+from scripts.gpu_check import error
 
 VOCABULARY = 49_152
 PLACES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -134,11 +138,12 @@ class Words:
 
 
 def check(loaded: Any) -> dict[str, Any]:
-    """Whether graph and single steps write the same tokens, most likely and drawn; and how many the way before did."""
-    found: dict[str, Any] = {}
+    """Whether graph and single steps write the same tokens, most likely and drawn; how far the way before agrees; and
+    the error of attention where pages are counted ahead."""
+    found: dict[str, Any] = {"attention": attention_error()}
     seeds = [f"0/calibration/{number}" for number in range(200)]  # more than what programs find by themselves
     for what, greedy in (("most likely", 1024), ("drawn", 4)):
-        request = GeneratedText(tokens=10**6, length=160, greedy=greedy)
+        request = GeneratedText(tokens=10**6, length=80, greedy=greedy)
         writer = sampled._Writer(loaded, request)
         replayed = writer.write(seeds, lambda done: None)
         with mock.patch.object(sampled, "takes_graphs", lambda model: False):
@@ -152,6 +157,23 @@ def check(loaded: Any) -> dict[str, Any]:
         # Rounding: a token that differs changes all that follow in its document.
         first = (replayed == earlier).int().cumprod(1).float().mean()
         found[f"{what}: as before up to"] = float(first)
+    return found
+
+
+def attention_error() -> float:
+    """Error of decoding 300 sequences of all lengths, whose pages are counted ahead, against plain PyTorch in float32:
+    norm of the difference over the norm."""
+    batch, groups, share, numbers, dim = 300, 3, 3, 8, 64
+    spans = [Span(), Span(sink=4, alpha=100, beta=0.0), Span()]
+    table = torch.randperm(batch * groups * numbers, device="cuda").view(batch, groups, numbers).int()
+    keys, values = torch.randn(2, table.numel(), PAGE, dim, device="cuda").bfloat16()
+    lengths = torch.randint(0, numbers * PAGE + 1, (batch,), dtype=torch.int32, device="cuda")
+    query = torch.randn(batch, groups * share, dim, device="cuda").bfloat16()
+    made = triton_decode.decode(query, Pages(keys, values, table), lengths, spans)
+    exact = reference.decode(query.float(), Pages(keys.float(), values.float(), table), lengths, spans)
+    found = error(made, exact)
+    if not found < 1e-2:
+        print(f"ATTENTION IS WRONG WHERE PAGES ARE COUNTED AHEAD: error {found:.4f}", flush=True)
     return found
 
 
@@ -186,7 +208,7 @@ def measured(loaded: Any, name: str, length: int, options: Any) -> dict[str, Any
         request = GeneratedText(tokens=options.tokens, length=length)
         writer = sampled._Writer(loaded, request)
         count = -(-options.tokens // length)
-        batch = min(count, writer.at_once) if name == "before" else writer.batch(count)
+        batch = min(count, writer.at_once) if name == "before" else sampled.alike(count, writer.at_once)
         began = time.perf_counter()
         documents = sampled._Documents(
             writer.model, writer.vocabulary, request, writer.device, [f"0/calibration/{n}" for n in range(batch)]
@@ -208,16 +230,17 @@ def measured(loaded: Any, name: str, length: int, options: Any) -> dict[str, Any
                 spent.append(start.elapsed_time(end))
             step_ms.append(statistics.median(spent))
         documents.go_to(length // 2)
+        attention = reading(documents, batch, length // 2)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             documents.step()
             torch.cuda.synchronize()
         table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=50, max_name_column_width=90)
         (options.folder / f"kernels-{name}-{length}.txt").write_text(table)
         kernels = Counter[str]()
-        for event in profiler.events():
-            if event.device_type.name == "CUDA":
-                kind = next((k for k, parts in KINDS.items() if any(part in event.name for part in parts)), "others")
-                kernels[kind] += event.device_time
+        for event in profiler.key_averages():
+            if event.self_device_time_total:
+                kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "others")
+                kernels[kind] += event.self_device_time_total
         mean = statistics.mean(step_ms)
         cache = documents.cache.allocated_bytes()
     # What is left in a last batch takes a step as long as a full one, about.
@@ -234,8 +257,34 @@ def measured(loaded: Any, name: str, length: int, options: Any) -> dict[str, Any
         "ready_s": ready,
         "cache_gb": cache / 1e9,
         "half_cache_tb_s": cache / 2 / mean / 1e9,
+        "attention_tb_s": attention,
         "kernels_ms_half_way": {kind: us / 1e3 for kind, us in kernels.most_common()},
     }
+
+
+def reading(documents: Any, batch: int, held: int) -> dict[str, float]:
+    """Terabytes a second at which one layer's attention reads its cache behind so many tokens, by programs a
+    multiprocessor of its launch."""
+    layer = documents.model.model.layers[0].self_attn
+    (state,), (mixer,) = documents.cache.paged[0].states, layer.compress_kinds.mixers
+    config = layer.config
+    query = torch.randn(batch, config.num_attention_heads, config.head_dim, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((batch,), held, dtype=torch.int32, device="cuda")
+    size = 2 * batch * config.num_key_value_heads * held * config.head_dim * query.itemsize
+    processors, found = torch.cuda.get_device_properties(0).multi_processor_count, {}
+    configured = vars(triton_decode)["decode_config"]  # of the variant, which may be another than the usual one
+    for programs in (2, 3, 4, 5):
+        changed = {"programs": programs * processors}
+        with mock.patch.object(triton_decode, "decode_config", lambda *args, c=changed: configured(*args) | c):
+            replay = graph_of(lambda: triton_decode.decode(query, state.pages(), lengths, mixer.fixed), 20)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            replay()
+            start.record()
+            replay()
+            end.record()
+            torch.cuda.synchronize()
+        found[str(programs)] = 20 * size / start.elapsed_time(end) / 1e9
+    return found
 
 
 def words(each: dict[str, Any]) -> str:
@@ -243,11 +292,13 @@ def words(each: dict[str, Any]) -> str:
     if "mean_ms" not in each:
         return ", ".join(f"{key} {value:.4f}" for key, value in each.items())
     kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in each["kernels_ms_half_way"].items())
+    read = ", ".join(f"{programs}: {speed:.2f}" for programs, speed in each["attention_tb_s"].items())
     return (
         f"{each['tokens_s']:,.0f} tokens/s (predicted {each['predicted'] or 0:,}), "
         f"{each['full_batch_tokens_s']:,.0f} in full batches; {each['batches']} batches of {each['batch']}, "
         f"{each['mean_ms']:.2f} ms a step ({', '.join(f'{ms:.2f}' for ms in each['step_ms'])}), "
-        f"cache {each['cache_gb']:.1f} GB at {each['half_cache_tb_s']:.2f} TB/s; ms of kernels half-way: {kinds}; "
+        f"cache {each['cache_gb']:.1f} GB at {each['half_cache_tb_s']:.2f} TB/s, by attention alone with so many "
+        f"programs a multiprocessor {read}; ms of kernels half-way: {kinds}; "
         f"ready after {each['ready_s']:.1f} s"
     )
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,8 @@ def sampled(reader: Reader, request: GeneratedText, part: Part, tokens: int) -> 
     """The first `tokens` token ids of a part of what the model writes, and a key of what they depend on.
 
     Batches of documents are files of a folder in `reader.folder`, named after all that they depend on, each written
-    whole or not at all, with a checksum; what is there is not written again, and more tokens go on behind it. In a
-    launch of several processes the main one writes, and the others wait for it.
+    whole or not at all, with a checksum; what is there is not written again, and more tokens go on behind it. Several
+    processes of a launch, which all have to ask, share the work, and the main one keeps what they wrote.
 
     Raises:
         UserError: the disk has no room, or the work would take more than a week.
@@ -84,18 +85,39 @@ def sampled(reader: Reader, request: GeneratedText, part: Part, tokens: int) -> 
     dtype = str(next(loaded.model.parameters()).dtype)
     key = key_of("generated", SCHEMA, loaded.shape.fingerprint, dtype, reader.seed, request.facts)
     folder, count = reader.folder / f"generated-{key}", -(-tokens // request.length)
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if group and torch.distributed.get_rank() > 0:
-        torch.distributed.barrier()
-    elif len(_kept(folder, part)) < count * request.length:
-        _write(reader, request, part, folder, count)
-    if group and torch.distributed.get_rank() == 0:
-        torch.distributed.barrier()
+    processes = _processes()
+    # What the main process sees counts: others could look while it writes.
+    done = processes.gather(_documents_there(folder, part) if processes.rank == 0 else 0)[0]
+    if done < count:
+        _write(reader, request, part, folder, range(done, count), processes)
+        processes.gather(None)  # the files are there from here on
     ids = _kept(folder, part)
     if len(ids) < tokens:
         raise RuntimeError(f"{folder}: {len(ids)} tokens of {part} where {tokens} were written")
     del ids[tokens:]
     return ids, key_of(key, part, tokens)
+
+
+@dataclass(frozen=True)
+class _Processes:
+    """This process among those of a launch that ask together."""
+
+    rank: int = 0
+    world: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has as `value`, in their order; waits for all of them."""
+        if self.world == 1:
+            return [value]
+        held: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(held, value)
+        return held
+
+
+def _processes() -> _Processes:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return _Processes()
 
 
 def _record(folder: Path) -> _Record:
@@ -129,46 +151,88 @@ def _whole(folder: Path, part: Part, record: _Record) -> list[_Batch]:
     return batches
 
 
-def _write(reader: Reader, request: GeneratedText, part: Part, folder: Path, count: int) -> None:
-    """Write what is missing of the first `count` documents of a part, batch by batch."""
-    record = _record(folder)
-    done = sum(batch.documents for batch in _whole(folder, part, record))
+def _documents_there(folder: Path, part: Part) -> int:
+    """Documents of a part that are there from the first on."""
+    return sum(batch.documents for batch in _whole(folder, part, _record(folder)))
+
+
+def _write(
+    reader: Reader, request: GeneratedText, part: Part, folder: Path, missing: range, processes: _Processes
+) -> None:
+    """Write the documents of a part that are missing, batch by batch, in every process a batch of its own; the main one
+    puts all of them on the disk."""
+    main, length, count = processes.rank == 0, request.length, missing.stop
+    record, done = _record(folder), missing.start
     reader.folder.mkdir(parents=True, exist_ok=True)
-    _check_disk(reader.folder, 4 * (count - done) * request.length)
+    _check_disk(reader.folder, 4 * len(missing) * length)
     writer = _Writer(reader.loaded, request)
     began = time.monotonic()
-    start = done
     while done < count:
-        numbers = range(done, done + writer.batch(count - done))
+        at_once = min(processes.gather(writer.at_once))
+        size = alike(count - done, at_once, processes.world)
+        starts = range(done, count, size)[: processes.world]
 
-        def report(written: int, before: int = done, count_at_once: int = len(numbers)) -> None:
+        def report(written: int, before: int = done, now: int = min(count - done, size * len(starts))) -> None:
             if reader.progress is not None:
-                reader.progress(before * request.length + count_at_once * written, count * request.length, "text")
+                reader.progress(before * length + now * written, count * length, "text")
 
-        before = time.monotonic()
-        documents = _tried(writer, [f"{reader.seed}/{part}/{number}" for number in numbers], report)
-        if documents is None:
-            reader.say(f"text: the GPU has no room for {len(numbers):,} documents at once; taking {writer.at_once:,}")
-            continue
-        data = documents.numpy().tobytes()
-        batch = _Batch(
-            part=part,
-            first=done,
-            documents=len(numbers),
-            seconds=round(time.monotonic() - before, 3),
-            sha256=hashlib.sha256(data).hexdigest(),
-            device=writer.device.type,
-        )
-        write_bytes(folder / batch.name, data)
-        others = tuple(other for other in record.batches if (other.part, other.first) != (part, done))
-        record = _Record(batches=(*others, batch))
-        write_text(folder / RECORD, sealed(record.model_dump(mode="json")))
-        done += len(numbers)
-        check_time((time.monotonic() - began) / (done - start) * (count - done))
-    tokens = (count - start) * request.length
+        batch: tuple[_Batch, bytes] | None = None
+        if processes.rank < len(starts):
+            first = starts[processes.rank]
+            numbers = range(first, min(count, first + size))
+            batch = _batch(writer, reader.seed, part, numbers, report)
+            if batch is None:
+                reader.say(f"text: the GPU has no room for {len(numbers):,} documents at once; taking {writer.at_once}")
+        for made in processes.gather(batch)[: len(starts)]:
+            if made is None:  # what lies behind it would be behind a gap
+                break
+            if main:
+                record = _keep(folder, record, *made)
+            done += made[0].documents
+        if done > missing.start:
+            check_time((time.monotonic() - began) / (done - missing.start) * (count - done))
+    beside = f" in {processes.world} processes" if processes.world > 1 else ""
     reader.say(
-        f"text: the model wrote {tokens:,} tokens ({part.replace('_', ' ')}) in {duration(time.monotonic() - began)}"
+        f"text: the model wrote {len(missing) * length:,} tokens ({part.replace('_', ' ')}){beside} in "
+        f"{duration(time.monotonic() - began)}"
     )
+
+
+def alike(left: int, most: int, processes: int = 1) -> int:
+    """Documents of a batch where so many are left: batches are as large as each other, not the last one small, because
+    a step takes as long for few documents as for some more."""
+    rounds = -(-left // (most * processes))
+    return -(-left // (rounds * processes))
+
+
+def _batch(
+    writer: _Writer, seed: int, part: Part, numbers: range, report: Callable[[int], None]
+) -> tuple[_Batch, bytes] | None:
+    """The documents of these numbers and what is recorded of them; None as `_tried`."""
+    before = time.monotonic()
+    documents = _tried(writer, [f"{seed}/{part}/{number}" for number in numbers], report)
+    if documents is None:
+        return None
+    data = documents.numpy().tobytes()
+    seconds, digest = round(time.monotonic() - before, 3), hashlib.sha256(data).hexdigest()
+    batch = _Batch(
+        part=part,
+        first=numbers.start,
+        documents=len(numbers),
+        seconds=seconds,
+        sha256=digest,
+        device=writer.device.type,
+    )
+    return batch, data
+
+
+def _keep(folder: Path, record: _Record, batch: _Batch, data: bytes) -> _Record:
+    """Put a batch on the disk, and then into the record, which is returned."""
+    write_bytes(folder / batch.name, data)
+    others = tuple(other for other in record.batches if (other.part, other.first) != (batch.part, batch.first))
+    record = _Record(batches=(*others, batch))
+    write_text(folder / RECORD, sealed(record.model_dump(mode="json")))
+    return record
 
 
 def _tried(writer: _Writer, seeds: Sequence[str], report: Callable[[int], None]) -> torch.Tensor | None:
@@ -275,11 +339,6 @@ class _Writer:
         most, share = AT_ONCE.get(kind, AT_ONCE["cpu"]), SHARE_OF_MEMORY.get(kind, SHARE_OF_MEMORY["cpu"])
         room = most if free is None else int(share * free / row_bytes)
         self.at_once = request.batch or max(1, min(room, most))
-
-    def batch(self, left: int) -> int:
-        """Documents of the next batch where so many are left: batches are as large as each other, not the last small,
-        because a step takes as long for few documents as for some more."""
-        return -(-left // -(-left // self.at_once))
 
     @torch.inference_mode()
     def write(self, seeds: Sequence[str], report: Callable[[int], None]) -> torch.Tensor:

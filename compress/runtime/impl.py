@@ -30,7 +30,7 @@ class Linear:
 
     takes: Callable[..., bool]
     query_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    key_features: Callable[..., torch.Tensor]
+    pass_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
     read_new: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     absorb: Callable[..., bool]
     read_one: Callable[..., torch.Tensor]

@@ -18,7 +18,7 @@ from .linear_states import Rule
 from .reference import Rows
 from .span import PAGE
 from .triton_linear_decode import read_one
-from .triton_linear_heads import absorb, key_features, query_features, takes
+from .triton_linear_heads import absorb, pass_features, query_features, takes
 from .triton_linear_heads import read_new as read_by_kernels
 
 
@@ -102,4 +102,4 @@ def read_new(
     return torch.cat(outs, dim=1).transpose(1, 2).float(), held
 
 
-FLA = (takes, query_features, key_features, read_new, absorb, read_one)
+FLA = (takes, query_features, pass_features, read_new, absorb, read_one)

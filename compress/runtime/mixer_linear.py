@@ -662,8 +662,8 @@ class LinearMixer(SpanMixer):
             if not whole:
                 absent = (position < layout.past) | (position >= layout.until)
                 query = query.masked_fill(absent[:, None, :, None], 0)
-        k = kernels.key_features(self.map, kind, k, scale, layout.key_positions(device) if positional else None)
-        q, log_gain = kernels.query_features(self.map, kind, query, scale, at, self._gains() if merged else None)
+        both = (at, layout.key_positions(device) if positional else None)
+        q, log_gain, k = kernels.pass_features(self.map, kind, query, k, scale, both, self._gains() if merged else None)
         held = held if state is None else state.matrix
         options = self._options(gated, layout.keys)
         options = {name: options[name] for name in ("rule", "log_decay", "strength")}

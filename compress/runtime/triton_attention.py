@@ -71,7 +71,7 @@ class _Prefill(torch.autograd.Function):
         query, key, value, rows, out, lse, extra = ctx.saved_tensors
         grad, grad_lse = grads
         grad = torch.zeros_like(out) if grad is None else grad  # nothing was made of the output itself
-        *found, of_extra = backward(
+        *found, of_extra, _ = backward(
             grad, query, key, value, out, lse, ctx.spans, rows, ctx.scale, ctx.cap, extra, grad_lse, ctx.score
         )
         return (*found, None, None, None, None, None, of_extra, None, None)

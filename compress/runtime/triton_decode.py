@@ -350,6 +350,11 @@ def _join(
     """BLOCK_C numbers of one head: the pieces that several programs left, joined in the order of the pages."""
     s = tl.program_id(0)
     h = tl.program_id(1)
+    if OVERLAP:  # noqa: SIM102  # known when this is compiled
+        # Also where nothing is to be joined this launch may not end before `_decode` has, because what comes next waits
+        # for this one.
+        if (s == 0) & (h == 0) & (tl.program_id(2) == 0):
+            tl.extra.cuda.gdc_wait()
     # None of this is a result of `_decode`, so it is known before that has ended.
     if COUNTED:
         pages, programs = _counted(p_ends, segments, most, FEWEST)

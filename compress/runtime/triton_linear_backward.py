@@ -512,14 +512,16 @@ def backward(
     pages, merged = where.pages, window is not None
     grad = value.new_zeros(batch, heads, columns, value_dim) if grad is None else grad.to(value.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    make = torch.empty_like if where.rows.is_whole(columns) else torch.zeros_like
+    whole = where.rows.is_whole(columns)  # then every number of a row is written
+    make = torch.empty_like if whole else torch.zeros_like
     grad_window = make(window) if window is not None else None
     grad_lse = make(mass) if merged else None
-    weight = mass.new_zeros(batch, heads, columns)
-    extra = torch.zeros_like(weight) if grad_mass is None else grad_mass.float().contiguous()
+    of_rows = (batch, heads, columns)
     if out is None:
-        weight.fill_(1)
+        weight = mass.new_ones(of_rows)
+        extra = torch.zeros_like(weight) if grad_mass is None else grad_mass.float().contiguous()
     else:
+        weight, extra = ((mass.new_empty if whole else mass.new_zeros)(of_rows) for _ in range(2))
         over, to = (out, out) if window is None or grad_window is None else (window, grad_window)
         _rows[(pages, batch * heads)](
             grad,

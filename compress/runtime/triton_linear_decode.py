@@ -40,6 +40,8 @@ def _read_one(
     state_e,
     window_b,
     window_h,
+    gain_b,
+    gain_h,
     out_b,
     out_h,
     SHARE: tl.constexpr,
@@ -86,9 +88,8 @@ def _read_one(
     # What is merged is on its way before the state, or the last programs would wait for it behind all else.
     length = tl.load(p_lengths + b)
     if MERGE:
-        o_head = b * GROUPS * SHARE + head
-        b_lse = tl.load(p_lse + o_head, mask=m_row, other=0.0)
-        b_gain = tl.load(p_gain + o_head, mask=m_row, other=0.0)
+        b_lse = tl.load(p_lse + b * GROUPS * SHARE + head, mask=m_row, other=0.0)
+        b_gain = tl.load(p_gain + b * gain_b + head * gain_h, mask=m_row, other=0.0)
         o_window = head[:, None] * window_h + o_v[None, :]
         b_window = tl.load(p_window + b * window_b + o_window, mask=m_block, other=0.0)
     if DOT:
@@ -149,11 +150,12 @@ def _read_one(
     tl.store(p_out + b * out_b + head[:, None] * out_h + o_v[None, :], out, mask=m_block)
 
 
-def whole(state: torch.Tensor) -> bool:
-    """Whether columns of a state `[B, G, F, E]` that follow each other lie in one piece, as `fetch_ahead` wants it."""
+def fetchable(state: torch.Tensor) -> bool:
+    """Whether `fetch_ahead` takes columns of a state `[B, G, F, E]` that follow each other: they lie in one piece."""
     count = state.shape[2]
     places = (count, state.storage_offset(), *state.stride()[:2])  # in numbers, of which 16 bytes hold four
-    return state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
+    one = state.stride()[2:] == (1, count) and not any(place % 4 for place in places)
+    return one and launches_overlap(state.device)
 
 
 def read_one(
@@ -188,7 +190,7 @@ def read_one(
     if window is not None:
         over = over if over.stride(-1) == 1 else over.contiguous()
         lse = lse.float().contiguous()
-        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse).contiguous()
+        gain = torch.zeros_like(lse) if log_gain is None else log_gain.float().expand_as(lse)
     config = linear_decode_config(share, count, query.device)
     block_f = triton.next_power_of_2(count)
     block_f = max(16, min(config["features"], block_f)) if config["dot"] else block_f
@@ -204,6 +206,7 @@ def read_one(
         *query.stride()[:2],
         *state.stride(),
         *over.stride()[:2],
+        *gain.stride()[:2],
         *out.stride()[:2],
         SHARE=share,
         GROUPS=groups,
@@ -217,7 +220,7 @@ def read_one(
         MEAN=mean,
         DOT=config["dot"],
         STAGES=min(config["stages"], triton.cdiv(count, block_f) + 1),
-        AHEAD=config["ahead"] // (4 * count * block_v) if whole(state) else 0,
+        AHEAD=config["ahead"] // (4 * count * block_v) if fetchable(state) else 0,
         ROUND=dtype == torch.bfloat16,
         num_warps=config["warps"],
         **limits(config),
@@ -261,13 +264,13 @@ def _absorb(
     AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V columns of one state take in the page that the new token does not see any more; mostly there is none.
+    """A state takes in the page that the new token does not see any more, BLOCK_V columns at once, if there is one.
 
     NARROW: the map is in bfloat16 as the keys are, so that their product is exact but for its sum. AHEAD: the cache
-    fetches the columns while the features of the keys are computed.
+    fetches the state while the features of the keys are computed.
     """
     begin(OVERLAP)
-    bg = tl.program_id(1).to(tl.int64)
+    bg = tl.program_id(0).to(tl.int64)
     b = bg // GROUPS
     g = bg % GROUPS
     t = tl.load(p_lengths + b) - 1
@@ -277,15 +280,12 @@ def _absorb(
     before = tl.maximum(first_key(t - 1, alpha, beta, mask), sink)
     if tl.maximum(first_key(t, alpha, beta, mask), sink) <= before:
         return
-    at_v = tl.program_id(0) * BLOCK_V
     p_held = p_state + b * state_b + g * state_g
     if AHEAD:
-        fetch_ahead(p_held + at_v * state_e, tl.minimum(VALUE_DIM - at_v, BLOCK_V) * SIDES * WIDTH * 4)
+        fetch_ahead(p_held, (VALUE_DIM + 1) * SIDES * WIDTH * 4)
     o_slot = tl.arange(0, PAGE)
     m_slot = o_slot >= 0
     place = tl.load(p_table + bg * numbers + before // PAGE).to(tl.int64)
-    # [PAGE, BLOCK_V]
-    b_value = load_part(p_value_pages + place * PAGE * VALUE_DIM, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V)
     # [BLOCK_W, PAGE]: the features of a key are a column, and the products below take them from registers.
     o_w = tl.arange(0, BLOCK_W)
     m_w = o_w < WIDTH
@@ -309,27 +309,30 @@ def _absorb(
     if BIASED:
         projected += tl.load(p_bias + g * WIDTH + o_w, mask=m_w, other=0.0).to(tl.float32)[:, None]
     projected = projected * root
-    if not SPLIT:
-        b_value = b_value.to(tl.float32)
-    o_v = at_v + tl.arange(0, BLOCK_V)
-    p_block = p_held + o_w[:, None] * state_f + o_v[None, :] * state_e
-    m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
+    dtype: tl.constexpr = tl.bfloat16 if SPLIT else tl.float32
     for side in tl.static_range(SIDES):
-        # [BLOCK_W, PAGE], [BLOCK_W, BLOCK_V]
-        b_key = activate(projected, side, m_w, KIND, 0).to(b_value.dtype)
-        b_state = tl.load(p_block + side * WIDTH * state_f, mask=m_block, other=0.0)
+        # [BLOCK_W, PAGE]
+        b_key = activate(projected, side, m_w, KIND, 0).to(dtype)
         if DECAY:
             decay = tl.load(p_decay + g)
-            b_state = b_state * tl.exp(decay * PAGE)
-            b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(b_value.dtype)
-        b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
-        tl.store(p_block + side * WIDTH * state_f, b_state, mask=m_block)
-        if at_v == 0:
-            p_norm = p_held + VALUE_DIM * state_e + (side * WIDTH + o_w) * state_f
-            b_norm = tl.load(p_norm, mask=m_w, other=0.0)
+            b_key = (b_key.to(tl.float32) * tl.exp(decay * (PAGE - 1 - o_slot))[None, :]).to(dtype)
+        p_norm = p_held + VALUE_DIM * state_e + (side * WIDTH + o_w) * state_f
+        b_norm = tl.load(p_norm, mask=m_w, other=0.0)
+        if DECAY:
+            b_norm = b_norm * tl.exp(decay * PAGE)
+        tl.store(p_norm, b_norm + tl.sum(b_key.to(tl.float32), 1), mask=m_w)
+        for at_v in tl.range(0, VALUE_DIM, BLOCK_V, num_stages=1):  # more would take more registers than there are
+            # [PAGE, BLOCK_V], [BLOCK_W, BLOCK_V]
+            p_value = p_value_pages + place * PAGE * VALUE_DIM
+            b_value = load_part(p_value, o_slot * VALUE_DIM, m_slot, at_v, VALUE_DIM, BLOCK_V).to(dtype)
+            o_v = at_v + tl.arange(0, BLOCK_V)
+            p_block = p_held + (side * WIDTH + o_w[:, None]) * state_f + o_v[None, :] * state_e
+            m_block = m_w[:, None] & (o_v < VALUE_DIM)[None, :]
+            b_state = tl.load(p_block, mask=m_block, other=0.0)
             if DECAY:
-                b_norm = b_norm * tl.exp(decay * PAGE)
-            tl.store(p_norm, b_norm + tl.sum(b_key.to(tl.float32), 1), mask=m_w)
+                b_state = b_state * tl.exp(decay * PAGE)
+            b_state = tl.dot(b_key, b_value, b_state, input_precision=PRECISION)
+            tl.store(p_block, b_state, mask=m_block)
 
 
 def absorb(
@@ -364,11 +367,11 @@ def absorb(
     split = pages.values.dtype == torch.bfloat16
     block_w = max(16, triton.next_power_of_2(width))
     block_v = max(16, min(8192 // block_w, 64, triton.next_power_of_2(value_dim)))
-    config = linear_absorb_config(block_w, pages.values.itemsize, state.device)
+    config = linear_absorb_config(block_w, split, state.device)
     weight = weight.contiguous()
     options: dict[str, Any] = {"BIASED": bias is not None, "DECAY": log_decay is not None, "SPLIT": split}
     options["NARROW"] = split and weight.dtype == torch.bfloat16
-    _absorb[(triton.cdiv(value_dim, block_v), batch * groups)](
+    _absorb[(batch * groups,)](
         state,
         pages.keys,
         pages.values,
@@ -391,7 +394,7 @@ def absorb(
         BLOCK_W=block_w,
         BLOCK_V=block_v,
         PAGE=PAGE,
-        AHEAD=launches_overlap(state.device) and whole(state),
+        AHEAD=fetchable(state),
         PRECISION="tf32x3",
         num_warps=config["warps"],
         **limits(config),

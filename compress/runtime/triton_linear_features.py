@@ -64,45 +64,14 @@ def slope(x, feature, grad, side, KIND: tl.constexpr):
 
 
 @triton.jit
-def _features(
-    p_rows,  # [B, heads, T, D]
-    p_map,  # [heads, D, WIDTH]
-    p_bias,  # [heads, WIDTH], where BIASED
-    p_gain,  # [heads], where GAIN
-    p_turn,  # [heads, D], where GAIN
-    p_grad,  # [B, heads, T, SIDES * WIDTH] where BACKWARD
-    p_to,  # [B, heads, T, SIDES * WIDTH] the features, or with BACKWARD [B, heads, T, WIDTH] the projection's gradient
-    p_gains,  # [B, heads, T] float32, where GAIN
-    columns,
-    heads,
-    root,
-    rows_b,
-    rows_h,
-    rows_t,
-    grad_b,
-    grad_h,
-    grad_t,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SIDES: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BIASED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    GAIN: tl.constexpr,
-    NARROW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number.
-
-    NARROW: the map is in the dtype of the rows, so that their product is exact but for its sum.
-    """
-    begin(OVERLAP)
-    bh = tl.program_id(1).to(tl.int64)
+def _block(
+    p_rows, p_map, p_bias, p_gain, p_turn, p_grad, p_to, p_gains, bh, columns, heads, root,
+    rows_b, rows_h, rows_t, grad_b, grad_h, grad_t,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, SIDES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BIASED: tl.constexpr, BACKWARD: tl.constexpr, GAIN: tl.constexpr,
+    NARROW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of one head, `bh` of all of its batch; arguments as of `_features`."""
     b = bh // heads
     h = bh % heads
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -144,6 +113,108 @@ def _features(
         tl.store(p_gains + o_to, gain + tl.load(p_gain + h).to(tl.float32), mask=m_t)
 
 
+@triton.jit
+def _features(
+    p_rows,  # [B, heads, T, D]
+    p_map,  # [heads, D, WIDTH]
+    p_bias,  # [heads, WIDTH], where BIASED
+    p_gain,  # [heads], where GAIN
+    p_turn,  # [heads, D], where GAIN
+    p_grad,  # [B, heads, T, SIDES * WIDTH] where BACKWARD
+    p_to,  # [B, heads, T, SIDES * WIDTH] the features, or with BACKWARD [B, heads, T, WIDTH] the projection's gradient
+    p_gains,  # [B, heads, T] float32, where GAIN
+    columns,
+    heads,
+    root,
+    rows_b,
+    rows_h,
+    rows_t,
+    grad_b,
+    grad_h,
+    grad_t,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIDES: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BIASED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    GAIN: tl.constexpr,
+    NARROW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK tokens of one head; with GAIN also the product of each with a vector, plus a number.
+
+    NARROW: the map is in the dtype of the rows, so that their product is exact but for its sum.
+    """
+    begin(OVERLAP)
+    _block(
+        p_rows, p_map, p_bias, p_gain, p_turn, p_grad, p_to, p_gains, tl.program_id(1).to(tl.int64), columns, heads,
+        root, rows_b, rows_h, rows_t, grad_b, grad_h, grad_t,
+        DIM, WIDTH, SIDES, KIND, BLOCK, BLOCK_D, BLOCK_W, BIASED, BACKWARD, GAIN, NARROW, SPLIT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _features_of_both(
+    p_query,  # [B, H, T, D]
+    p_key,  # [B, G, M, D]
+    p_query_map,  # [H, D, WIDTH]
+    p_key_map,  # [G, D, WIDTH]
+    p_query_bias,  # [H, WIDTH], where BIASED
+    p_key_bias,  # [G, WIDTH], where BIASED
+    p_gain,  # [H], where GAIN
+    p_turn,  # [H, D], where GAIN
+    p_to_query,  # [B, H, T, SIDES * WIDTH]
+    p_to_key,  # [B, G, M, SIDES * WIDTH]
+    p_gains,  # [B, H, T] float32, where GAIN
+    columns,
+    stream,
+    heads,
+    groups,
+    rows,
+    root,
+    query_b,
+    query_h,
+    query_t,
+    key_b,
+    key_g,
+    key_t,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIDES: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BIASED: tl.constexpr,
+    GAIN: tl.constexpr,
+    NARROW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK tokens of one query head, of which there are `rows` in the batch, or of one group's keys behind those."""
+    begin(OVERLAP)
+    bh = tl.program_id(1).to(tl.int64)
+    if bh < rows:
+        _block(
+            p_query, p_query_map, p_query_bias, p_gain, p_turn, p_query, p_to_query, p_gains, bh, columns, heads, root,
+            query_b, query_h, query_t, query_b, query_h, query_t,
+            DIM, WIDTH, SIDES, KIND, BLOCK, BLOCK_D, BLOCK_W, BIASED, False, GAIN, NARROW, SPLIT, PRECISION,
+        )  # fmt: skip
+    else:
+        _block(
+            p_key, p_key_map, p_key_bias, p_gain, p_turn, p_key, p_to_key, p_gains, bh - rows, stream, groups, root,
+            key_b, key_g, key_t, key_b, key_g, key_t,
+            DIM, WIDTH, SIDES, KIND, BLOCK, BLOCK_D, BLOCK_W, BIASED, False, False, NARROW, SPLIT, PRECISION,
+        )  # fmt: skip
+
+
 def _launch(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -156,12 +227,10 @@ def _launch(
     to: torch.Tensor,
     gains: torch.Tensor | None,
 ) -> None:
-    batch, heads, columns, dim = rows.shape
-    width = weight.shape[-1]
-    block_w = max(16, triton.next_power_of_2(width))
+    batch, heads, columns, _ = rows.shape
     over = to if grad is None else grad
-    config = linear_features_config(block_w, rows.device)
-    _features[(triton.cdiv(columns, config["tokens"]), batch * heads)](
+    options = _options(rows, weight, kind)
+    _features[(triton.cdiv(columns, options["BLOCK"]), batch * heads)](
         rows,
         weight,
         weight if bias is None else bias,
@@ -175,23 +244,33 @@ def _launch(
         root(kind, scale),
         *rows.stride()[:3],
         *over.stride()[:3],
-        DIM=dim,
-        WIDTH=width,
-        SIDES=sides(kind),
-        KIND=KINDS[kind],
-        BLOCK=config["tokens"],
-        BLOCK_D=max(16, min(64, triton.next_power_of_2(dim))),
-        BLOCK_W=block_w,
         BIASED=bias is not None,
         BACKWARD=grad is not None,
         GAIN=gains is not None,
-        NARROW=rows.dtype == weight.dtype == torch.bfloat16,
-        SPLIT=rows.dtype == torch.bfloat16,
-        PRECISION="tf32x3",
-        num_warps=config["warps"],
+        **options,
+    )
+
+
+def _options(rows: torch.Tensor, weight: torch.Tensor, kind: str, both: bool = False) -> dict[str, Any]:
+    """Block sizes of a launch for such rows and such a map, and what else they decide."""
+    dim, width = weight.shape[-2:]
+    block_w = max(16, triton.next_power_of_2(width))
+    config = linear_features_config(block_w, rows.device, both)
+    return {
+        "DIM": dim,
+        "WIDTH": width,
+        "SIDES": sides(kind),
+        "KIND": KINDS[kind],
+        "BLOCK": config["tokens"],
+        "BLOCK_D": max(16, min(64, triton.next_power_of_2(dim))),
+        "BLOCK_W": block_w,
+        "NARROW": rows.dtype == weight.dtype == torch.bfloat16,
+        "SPLIT": rows.dtype == torch.bfloat16,
+        "PRECISION": "tf32x3",
+        "num_warps": config["warps"],
         **limits(config),
         **overlapped(rows.device),
-    )
+    }
 
 
 class _Features(torch.autograd.Function):
@@ -267,3 +346,58 @@ def features(
         rows, weight.contiguous(), bias, gain, turn, kind, scale
     )
     return found
+
+
+def features_of_both(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    biases: tuple[torch.Tensor, torch.Tensor] | None,
+    kind: str,
+    scale: float,
+    gain: torch.Tensor | None = None,
+    turn: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """`features` of queries `[B, H, T, D]` and of keys `[B, G, M, D]`, M <= T, of one dtype, in one launch; it has no
+    gradients.
+
+    Two launches leave a part of the GPU idle twice while their last programs run.
+
+    Args:
+        weights, biases: of queries and of keys.
+        kind, scale, gain, turn: see there.
+
+    Returns:
+        Features of queries, their numbers that `gain` and `turn` ask for or None, and features of keys.
+    """
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    of_query, of_key = (weight.contiguous() for weight in weights)
+    options, width = _options(query, of_query, kind, both=True), sides(kind) * of_query.shape[-1]
+    to_query, to_key = (x.new_empty(*x.shape[:3], width) for x in (query, key))
+    gains = None if gain is None else query.new_empty(query.shape[:3], dtype=torch.float32)
+    (batch, heads, columns, _), groups, stream = query.shape, key.shape[1], key.shape[2]
+    assert stream <= columns
+    _features_of_both[(triton.cdiv(columns, options["BLOCK"]), batch * (heads + groups))](
+        query,
+        key,
+        of_query,
+        of_key,
+        *((of_query, of_key) if biases is None else biases),
+        of_query if gain is None else gain,
+        of_query if turn is None else turn.contiguous(),
+        to_query,
+        to_key,
+        to_query if gains is None else gains,
+        columns,
+        stream,
+        heads,
+        groups,
+        batch * heads,
+        root(kind, scale),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        BIASED=biases is not None,
+        GAIN=gains is not None,
+        **options,
+    )
+    return to_query, gains, to_key

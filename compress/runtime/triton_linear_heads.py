@@ -18,7 +18,7 @@ from .triton_linear import additive
 from .triton_linear_decode import absorb as absorb_page
 from .triton_linear_decode import read_one
 from .triton_linear_delta import gated_delta
-from .triton_linear_features import KINDS, features, sides
+from .triton_linear_features import KINDS, features, features_of_both, sides
 from .triton_linear_layout import SEGMENT
 from .triton_linear_layout import Layout as Where
 from .triton_linear_layout import layout as place
@@ -55,20 +55,37 @@ def query_features(
     of, turn = (None, None) if gain is None else gain
     if fused(kind, made.features):
         bias = None if made.query_bias is None else made.query_bias.flatten(0, 1)
-        return features(query, made.query.flatten(0, 1), bias, kind, scale, of, turn)
+        one = query.shape[2] == 1  # then a program has that token of many sequences, as the map is theirs, too
+        query = query.transpose(0, 2) if one else query
+        found, gains = features(query, made.query.flatten(0, 1), bias, kind, scale, of, turn)
+        return (found.transpose(0, 2), None if gains is None else gains.transpose(0, 2)) if one else (found, gains)
     gains = None
     if of is not None and turn is not None:
         gains = of.float()[:, None] + (query.float() * turn.float()[:, None]).sum(-1)
     return made.of_query(query, scale, positions), gains
 
 
-def key_features(
-    made: FeatureMap, kind: str, key: torch.Tensor, scale: float, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """The same of keys `[B, G, M, D]`."""
-    if fused(kind, made.features):
-        return features(key, made.key, made.key_bias, kind, scale)[0]
-    return made.of_key(key, scale, positions)
+def pass_features(
+    made: FeatureMap,
+    kind: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    positions: tuple[torch.Tensor | None, torch.Tensor | None],
+    gain: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What `query_features` gives, and features `[B, G, M, F]` of keys `[B, G, M, D]`.
+
+    Args:
+        positions: of queries and of keys.
+    """
+    ours = fused(kind, made.features)
+    bias = made.key_bias
+    if ours and not torch.is_grad_enabled() and 0 < key.shape[2] <= query.shape[2] and query.dtype == key.dtype:
+        biases = None if made.query_bias is None or bias is None else (made.query_bias.flatten(0, 1), bias)
+        return features_of_both(query, key, (made.query.flatten(0, 1), made.key), biases, kind, scale, *(gain or ()))
+    k = features(key, made.key, bias, kind, scale)[0] if ours else made.of_key(key, scale, positions[1])
+    return *query_features(made, kind, query, scale, positions[0], gain), k
 
 
 @lru_cache(maxsize=64)
@@ -136,4 +153,4 @@ def absorb(
     return True
 
 
-LINEAR = (takes, query_features, key_features, read_new, absorb, read_one)
+LINEAR = (takes, query_features, pass_features, read_new, absorb, read_one)

@@ -80,9 +80,15 @@ def packed_rows(tile, g, count, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def causal(t, j):
+    """Which keys j `[N]` are not behind the queries at t `[M]`: `[M, N]`."""
+    return j[None, :] <= t[:, None]
+
+
+@triton.jit
 def sees(t, j, sink, first):
     """Which keys j `[N]` the queries at t `[M]` see, whose windows start at `first` `[M]`: `[M, N]`."""
-    return (j[None, :] <= t[:, None]) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
+    return causal(t, j) & ((j[None, :] < sink) | (j[None, :] >= first[:, None]))
 
 
 @triton.jit

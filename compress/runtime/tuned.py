@@ -119,28 +119,27 @@ def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: boo
     }
 
 
-def backward_config(head_dim: int, device: torch.device) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline depth of the gradient kernels."""
+def backward_config(head_dim: int, device: torch.device, decided: bool = False) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline depth of the gradient kernels.
+
+    Where keys are `decided` on besides, four warps have no registers for heads of 128 (264 bytes a thread are spilled).
+    """
     if device.type == "cpu":
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
     large = head_dim > 128
     return {
         "block_m": 32 if large else 64,
         "block_n": 32 if large else 64,
-        "warps": 4,
+        "warps": 8 if decided and head_dim > 64 else 4,
         "stages": 1 if large or not _hopper(device) else 2,
     }
 
 
-def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, dict[str, int]]:
-    """Tile sizes, warps and pipeline depth of the kernels that train what `retain` heads keep; not tuned."""
+def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth of the forward pass that trains what `retain` heads keep; not tuned."""
     if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
-        small = {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
-        return {"forward": small, "backward": small}
-    return {
-        "forward": {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2},
-        "backward": {"block_m": 64, "block_n": 64, "warps": 8 if head_dim > 64 else 4, "stages": 2},
-    }
+        return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+    return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2}
 
 
 _LINEAR = ("scan", "scan_few", "sums", "query_sums", "read", "read_sum", "queries", "keys")
@@ -189,8 +188,13 @@ def linear_inside(numbers: int, decays: bool, device: torch.device) -> bool:
     return device.type == "cpu" or (numbers <= 128 and decays)
 
 
-def linear_features_config(width: int, device: torch.device) -> dict[str, int]:
-    """Tokens and warps of a program that computes features of so many projected numbers."""
+def linear_features_config(width: int, device: torch.device, both: bool = False) -> dict[str, int]:
+    """Tokens and warps of a program that computes features of so many projected numbers.
+
+    Of queries or keys as it comes (`both`), it would take more registers than either at up to 64 numbers.
+    """
+    if both and _hopper(device) and width <= 64:
+        return {"tokens": 64, "warps": 4, "registers": 96}
     if _hopper(device) and 64 < width <= 128:
         return {"tokens": 64, "warps": 4, "registers": 168}
     return {"tokens": 64, "warps": 8 if width > 128 else 4}
@@ -232,12 +236,12 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
     return options | {"ahead": ahead}
 
 
-def linear_absorb_config(width: int, itemsize: int, device: torch.device) -> dict[str, int]:
+def linear_absorb_config(width: int, split: bool, device: torch.device) -> dict[str, int]:
     """Warps and registers of a program that takes a page into a state, for so many projected numbers of a key.
 
-    With the registers that the compiler would take, a multiprocessor has room for one program of 128 numbers.
+    In bfloat16 (`split`) 128 numbers would take 134 registers a thread, and with 128 there is room for two programs.
     """
-    if itemsize > 2 or device.type == "cpu" or width <= 64:
+    if not split or device.type == "cpu" or width <= 64:
         return {"warps": 8 if width > 64 else 4}
     return {"warps": 8, "registers": 128} if width <= 128 else {"warps": 16}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,64 @@ def test_batches_are_alike_and_smaller_where_the_memory_is_taken(
     room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         reader(tmp_path / "never").ids(request(batch=1), "calibration", 1)
+
+
+class Together:
+    """The processes of a launch as threads: what each gives to `gather`, all get."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.place = world, threading.local()
+        self.barrier, self.held = threading.Barrier(world, timeout=60), [None] * world
+
+    @property
+    def rank(self) -> int:
+        return int(self.place.rank)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.held[self.rank] = value
+        self.barrier.wait()
+        held = list(self.held)
+        self.barrier.wait()
+        return held
+
+    def run(self, call: Any) -> list[Any]:
+        def one(rank: int) -> Any:
+            self.place.rank = rank
+            return call(rank)
+
+        with ThreadPoolExecutor(self.world) as threads:
+            return list(threads.map(one, range(self.world)))
+
+
+def test_processes_share_the_writing_and_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = list(reader(tmp_path / "alone").ids(request(7 * LENGTH), "calibration", 1))
+    together, calls, lines = Together(3), list[tuple[int, int]](), list[str]()
+    write = sampled_module._Writer.write
+
+    def counted(self: Any, seeds: list[str], report: Any) -> torch.Tensor:
+        calls.append((together.rank, len(seeds)))
+        if calls.count((1, 2)) == 1 and (together.rank, len(seeds)) == (1, 2):
+            raise torch.cuda.OutOfMemoryError
+        return write(self, seeds, report)
+
+    monkeypatch.setattr(sampled_module._Writer, "write", counted)
+    monkeypatch.setattr(sampled_module, "_processes", lambda: together)
+    models = [loaded() for _ in range(3)]
+
+    def read(rank: int) -> list[int]:
+        say = lines.append if rank == 0 else lambda line: None
+        return list(
+            reader(tmp_path / "group", models[rank], say=say).ids(request(7 * LENGTH, batch=2), "calibration", 1)
+        )
+
+    assert together.run(read) == [alone] * 3
+    # One process of the first round has no room, so the batch behind it is not kept; then all take one at once.
+    assert sorted(calls) == [(0, 1), (0, 1), (0, 2), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert len(lines) == 1 and "in 3 processes" in lines[0]
+    (folder,) = (tmp_path / "group").iterdir()
+    assert len(list(folder.glob("*.int32"))) == 6
+    calls.clear()
+    assert together.run(read) == [alone] * 3 and not calls
 
 
 def test_a_share_is_mixed_with_a_given_text(tmp_path: Path) -> None:

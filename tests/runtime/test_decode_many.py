@@ -48,7 +48,8 @@ def test_pages_counted_ahead_change_nothing(monkeypatch: pytest.MonkeyPatch, pro
         found.append(triton_decode.decode(query, pages, lengths, RULES, **options))
     assert launches == [1]
     (every, every_lse), (ahead, ahead_lse) = found
-    assert torch.equal(every, ahead) and torch.equal(every_lse, ahead_lse)
+    torch.testing.assert_close(ahead, every, rtol=1e-6, atol=1e-6)  # a GPU may join pieces in another order
+    torch.testing.assert_close(ahead_lse, every_lse, rtol=1e-6, atol=1e-6)
     exact, exact_lse = reference_decode(query, pages, lengths, RULES, **options)
     torch.testing.assert_close(ahead, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ahead_lse, exact_lse, rtol=1e-4, atol=1e-5)

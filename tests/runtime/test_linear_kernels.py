@@ -13,6 +13,7 @@ from torch.nn.functional import normalize, pad
 from compress.runtime.attention import plan_attention
 from compress.runtime.linear_fla import refusal as fla_refusal
 from compress.runtime.linear_states import chunk_states, own_chunk, read
+from compress.runtime.maps import MAPS
 from compress.runtime.merge import log_mass, merge
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_linear import LinearMixer
@@ -24,7 +25,8 @@ from compress.runtime.step import Step
 from compress.runtime.triton_linear import additive
 from compress.runtime.triton_linear_decode import absorb, read_one
 from compress.runtime.triton_linear_delta import gated_delta
-from compress.runtime.triton_linear_features import features
+from compress.runtime.triton_linear_features import features, features_of_both
+from compress.runtime.triton_linear_heads import query_features
 from compress.runtime.triton_linear_layout import layout
 from compress.targets.linear import LinearGroup
 
@@ -211,6 +213,37 @@ def test_features_and_gains_have_their_gradients() -> None:
     mine: Any = features(leaves[0], leaves[1], None, "hedgehog", 1.0, *leaves[2:])
     close(mine, wanted)
     close(torch.autograd.grad(torch.cat([x.sin().flatten() for x in mine]).sum(), leaves), wanted_grads)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_features_of_queries_and_keys_in_one_launch_are_those_of_two(biased: bool) -> None:
+    # Token by token, as a model has them, and what lies behind the keys is no number.
+    query, key = torch.randn(2, 70, 4, 24).transpose(1, 2), torch.full((2, 2, 70, 24), torch.nan)[:, :, :67]
+    key.copy_(torch.randn(key.shape))
+    weights, turn = (torch.randn(4, 24, 20), torch.randn(2, 24, 20)), torch.randn(4, 24)
+    biases = (torch.randn(4, 20), torch.randn(2, 20)) if biased else None
+    rows = [x.double() @ weight.double() for x, weight in zip((query, key), weights, strict=True)]
+    if biases is not None:
+        rows = [x + bias[:, None].double() for x, bias in zip(rows, biases, strict=True)]
+    gain = torch.randn(4)
+    q, gains, k = features_of_both(query, key, weights, biases, "hedgehog", 1.0, gain, turn)
+    wanted = gain[:, None] + (query.double() * turn[:, None].double()).sum(-1)
+    close([q, k, gains], [*(softmaxes(x) for x in rows), wanted])
+    q, gains, k = features_of_both(query, key, weights, biases, "elu", 1.0)
+    close([q, k], [torch.nn.functional.elu(x) + 1 for x in rows])
+    assert gains is None
+
+
+@torch.no_grad()
+def test_features_of_one_token_are_computed_for_all_sequences_at_once() -> None:
+    made, query = MAPS["hedgehog"](2, 2, 24).to(DEVICE), torch.randn(3, 4, 1, 24)
+    gain = torch.randn(4), torch.randn(4, 24)
+    for parameter in made.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.2)
+    found = query_features(made, "hedgehog", query, 1.0, None, gain)
+    gains = gain[0][:, None] + (query.double() * gain[1][:, None].double()).sum(-1)
+    assert found[1] is not None and found[1].shape == gains.shape
+    close(found, [softmaxes(query.double() @ made.query.flatten(0, 1).double()), gains])
 
 
 @pytest.mark.parametrize(("share", "by_column"), [(2, True), (3, False)])  # heads one by one, and as a product

@@ -88,7 +88,7 @@ def test_a_search_prices_the_scorers_that_were_trained_with_all_windows_of_the_r
     for share, most in ((50.0, 1024), (25.0, 1024), (12.5, 512), (6.25, 256)):  # no window fills the bytes by itself
         assert max(priced("ridge", share, **long)["alphas"]) == most
     found = searched("ridge", **long, refine_minutes=3.0)
-    assert found["search"]["refine"] == {"minutes": 3.0, "rounds": 10, "spare": 0.02}
+    assert found["search"]["refine"] == {"minutes": 3.0, "rounds": 10, "doubt": 0.5, "spare": 0.02}
     (objective,) = found["prepare"]["objectives"]
     assert (objective["margin"], objective["lengths"]) == (512, [2048, 4096])
     shorter = searched("ridge", **(long | {"length": 4096}))["calibration"]

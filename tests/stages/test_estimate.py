@@ -11,7 +11,7 @@ import torch
 from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
-from compress.stages.estimate import EXPORT, READ, seconds
+from compress.stages.estimate import EXPORT, READ, Estimate, seconds
 from compress.stages.speeds import Speeds, measure_speeds
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -89,6 +89,14 @@ def test_more_work_takes_longer_in_the_stage_that_does_it():
         assert more[stage] > plain.get(stage, 0), stage
         # A recovery adds rows to the evaluation, too.
         assert all(more[other] == plain[other] for other in plain if other not in (stage, "evaluate")), stage
+
+
+def test_longer_documents_take_the_model_longer_and_a_graph_saves_the_host():
+    core = Estimate(HERE, ONE_CORE, "cpu", 4)
+    assert core.writing(8192, 16, "cpu") > 2 * core.writing(1024, 16, "cpu") > 0
+    h100 = Estimate(HERE, Speeds(products=700e12, elements=1e13, bandwidth=3e12, dispatch=5e-6), "cuda", 2)
+    took = 95 / 4e6  # seconds a token, measured
+    assert took / 2 < h100.writing(2048, 512, "cuda") < took < 2 * h100.writing(8192, 512, "cuda")
 
 
 def test_speeds_are_measured_in_a_moment():
