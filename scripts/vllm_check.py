@@ -152,6 +152,8 @@ def small_model(family: str) -> Any:
         config.head_dim = 32
     if hasattr(config, "rotary_dim"):
         config.rotary_dim = 16
+    if family == "gpt_oss":  # vLLM's class lets layers of even numbers slide, as published models do
+        config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     # What the tests give every family, and only some know.
     for name in ("num_key_value_heads", "moe_intermediate_size"):
         if name not in type(config)().to_dict():
@@ -171,8 +173,6 @@ def tiny_job(family: str, folder: Path) -> Job:
     model, layers = write_patched(dense, tiny.mixed_plan(shape_of(dense), SINKS), folder / family)
     job = Job(family, folder / family, prompts, greedy(model, prompts, 24), layers=layers)
     job.options = {"max_num_batched_tokens": 128}
-    row = next(row for row in ROWS if row.planned == type(model).__name__)
-    job.fails = row.refused and f"is not served: {row.refused}"
     return job
 
 

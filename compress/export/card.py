@@ -35,8 +35,6 @@ VLLM = {
     "Qwen2ForCausalLM": QWEN,
     "Qwen3ForCausalLM": QWEN,
 }
-# Architectures whose patched checkpoints the plugin of plugins/vllm refuses, whatever the plan.
-NOT_IN_VLLM = frozenset({"GptOssForCausalLM", "PhimoeForCausalLM"})
 LONG = 1 << 20  # tokens, longer than any window
 UNTRAINED = "The weights are those of the original model"
 OF_EXPERTS = "The weights are those of the models that it is made of, and routers that start as the recipe says"
@@ -176,7 +174,7 @@ def _hides(plan: Plan) -> bool:
 
 def _in_vllm(plan: Plan) -> bool:
     """Whether the plugin for vLLM serves a patched checkpoint of the plan."""
-    refused = plan.by_length or plan.upcycle is not None or plan.source.architecture in NOT_IN_VLLM
+    refused = plan.by_length or plan.upcycle is not None
     return not refused and all(group.in_vllm for layer in plan.layers for group in layer.groups)
 
 

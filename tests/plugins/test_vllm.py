@@ -12,7 +12,6 @@ import torch
 
 import compress_vllm
 from compress import registry
-from compress.export.card import NOT_IN_VLLM
 from compress.models.planned import runtime_plan
 from compress.plan import LayerPlan, Mlp, plan_of_layers
 from compress.runtime.families import FAMILIES
@@ -23,8 +22,9 @@ from compress.targets.pruned import PrunedGroup
 from compress.targets.window import WindowGroup
 from compress_vllm.families import BY_CLASS, ROWS
 from compress_vllm.plan import REFUSED, Layer, check_attention, check_ranks, of_rank, parts_of, read_layers, slot_of
+from compress_vllm.routers import routers_kept
 from compress_vllm.rule import BETA_UNIT, Rule
-from tests.tiny import mixed_plan, shape_of, tiny_model
+from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
 
 PLUGIN = Path(__file__).parents[2] / "plugins" / "vllm"
 SPANS = [
@@ -178,6 +178,8 @@ def test_attention_that_vllm_makes_otherwise_than_the_model_is_refused():
         check_attention("layers.1.attn", 1, 16, None, qwen)
     with pytest.raises(ValueError, match=r"layers.2.attn: the layer slides over 50 tokens by itself"):
         check_attention("layers.2.attn", 2, 12, None, sliding)
+    with pytest.raises(ValueError, match=r"layers.0.attn: the layer sees everything, and .* over 50 tokens"):
+        check_attention("layers.0.attn", 0, 12, 50, sliding)
 
 
 def test_the_families_are_those_of_the_checkpoints():
@@ -186,7 +188,18 @@ def test_the_families_are_those_of_the_checkpoints():
         family = FAMILIES[row.model_type]
         assert row.architecture == family.architecture and row.planned == f"{family.planned}ForCausalLM"
         assert (row.groups, row.neurons, row.experts) == (family.groups, family.neurons, family.has_experts)
-    assert {row.architecture for row in ROWS if row.refused} == NOT_IN_VLLM
+
+
+def test_a_router_that_is_no_linear_layer_computes_the_same():
+    model = tiny_model("phimoe")
+    with routers_kept():
+        kept = type(model)(model.config).eval()
+    kept.load_state_dict(model.state_dict())
+    ids = random_ids(2, 40)
+    assert not any(type(module).__name__ == "PhimoeTopKRouter" for module in kept.modules())
+    with torch.no_grad():
+        assert torch.equal(kept(ids).logits, model(ids).logits)
+    assert any(type(module).__name__ == "PhimoeTopKRouter" for module in type(model)(model.config).modules())
 
 
 def test_the_plugin_stands_alone():

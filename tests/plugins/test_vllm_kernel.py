@@ -57,7 +57,7 @@ class Step:
         self.starts = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
 
-    def expected(self, scale, cap):
+    def expected(self, scale, cap, extra=None):
         """In float64, request by request and query by query."""
         rows = []
         for number, (count, before) in enumerate(zip(self.counts, self.befores, strict=True)):
@@ -69,22 +69,25 @@ class Step:
                 key, value = self.keys[number][seen].double(), self.values[number][seen].double()
                 scores = torch.einsum("ghd,lgd->ghl", query, key) * scale
                 scores = scores if cap is None else cap * torch.tanh(scores / cap)
-                rows.append(torch.einsum("ghl,lgd->ghd", scores.softmax(-1), value).flatten(0, 1))
+                if extra is not None:
+                    scores = torch.cat([scores, extra.double().view(self.groups, -1, 1)], dim=-1)
+                weights = scores.softmax(-1)[..., : len(seen)]
+                rows.append(torch.einsum("ghl,lgd->ghd", weights, value).flatten(0, 1))
         return torch.stack(rows)
 
-    def by_kernel(self, scale, cap=None):
+    def by_kernel(self, scale, cap=None, extra=None):
         kernel.store(self.cache, self.key, self.value, self.slots)
         out = torch.full_like(self.query, float("nan"))
         most, longest = max(self.counts), int(self.lengths.max())
-        arguments = (self.table, self.starts, self.lengths, most, longest, scale, cap, out)
+        arguments = (self.table, self.starts, self.lengths, most, longest, scale, cap, out, extra)
         kernel.attend(self.query, self.cache, self.rule, *arguments)
         return out
 
-    def by_plain(self, scale, cap=None):
+    def by_plain(self, scale, cap=None, extra=None):
         plain.store(self.cache, self.key, self.value, self.slots)
         out = torch.full_like(self.query, float("nan"))
         batch = plain.batch_of(self.rule, self.block, self.starts.tolist(), self.lengths.tolist(), self.table)
-        plain.attend(self.query, self.cache, batch, scale, cap, out)
+        plain.attend(self.query, self.cache, batch, scale, cap, out, extra)
         return out
 
 
@@ -110,6 +113,17 @@ def test_a_cap_on_scores_and_half_precision(counts, befores):
     expected = step.expected(1.0, 2.0)
     for found in (step.by_plain(1.0, 2.0), step.by_kernel(1.0, 2.0)):
         torch.testing.assert_close(found.double(), expected, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize(("counts", "befores"), [([1, 1], [301, 66]), ([5, 1], [64, 40])])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_logit_of_each_head_that_stands_for_no_value(counts, befores, cap):
+    """Single tokens are split into segments, of which one has it."""
+    step, extra = Step(Rule(64, 40, 256), counts, befores), torch.tensor([-1.0, 4.0, 0.5, 2.0])
+    expected = step.expected(0.3, cap, extra)
+    assert (expected - step.expected(0.3, cap)).abs().max() > 0.1
+    for found in (step.by_plain(0.3, cap, extra), step.by_kernel(0.3, cap, extra)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_stores_nothing_and_harms_nothing():

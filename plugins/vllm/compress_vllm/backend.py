@@ -44,11 +44,13 @@ class _Impl(AttentionImpl[Any]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         check_arguments(alibi_slopes, kv_cache_dtype, attn_type, kv_sharing_target_layer_name)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.cap = logits_soft_cap or None
+        self.extra = sinks  # vLLM's name for a logit of each query head, which stands for no value
 
     def forward(
         self,
@@ -111,7 +113,7 @@ class PlainImpl(_Impl):
         plain.store(kv_cache, key, value, slot_mapping)
 
     def _attend(self, query: torch.Tensor, cache: torch.Tensor, metadata: plain.Batch, out: torch.Tensor) -> None:
-        plain.attend(query, cache, metadata, self.scale, self.cap, out)
+        plain.attend(query, cache, metadata, self.scale, self.cap, out, self.extra)
 
 
 @dataclass
@@ -177,6 +179,7 @@ class KernelImpl(_Impl):
             self.scale,
             self.cap,
             out[: metadata.tokens],
+            self.extra,
         )
 
 
@@ -204,6 +207,11 @@ class SpanBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         """The rule has a window."""
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """A logit of each query head in the softmax."""
         return True
 
 

@@ -18,7 +18,6 @@ class Row:
         experts: its MLPs are experts. Checkpoints have them as transformers 5 does, which vLLM reads in its backend for
             transformers' code and not in its own classes.
         own: vLLM's own class, where it has one, computes what transformers does.
-        refused: why it is not served; None where it is.
     """
 
     model_type: str
@@ -28,7 +27,6 @@ class Row:
     neurons: str = "intermediate_size"
     experts: bool = False
     own: bool = True
-    refused: str | None = None
 
     @property
     def architecture(self) -> str:
@@ -60,7 +58,7 @@ ROWS = (
     Row("glm4", "Glm4"),
     Row("gpt2", "GPT2", "LMHeadModel", HEADS, "n_inner"),
     Row("gpt_neox", "GPTNeoX", groups=HEADS),
-    Row("gpt_oss", "GptOss", refused="its query heads have logits of their own in the softmax"),
+    Row("gpt_oss", "GptOss"),
     Row("gptj", "GPTJ", groups=HEADS, neurons="n_inner"),
     Row("granite", "Granite"),
     Row("helium", "Helium"),
@@ -77,7 +75,7 @@ ROWS = (
     Row("persimmon", "Persimmon", groups=HEADS),
     Row("phi", "Phi"),
     Row("phi3", "Phi3"),
-    Row("phimoe", "Phimoe", experts=True, refused="vLLM's backend for transformers' code fails on its experts"),
+    Row("phimoe", "Phimoe", experts=True),
     Row("qwen2", "Qwen2"),
     Row("qwen2_moe", "Qwen2Moe", neurons=EXPERTS, experts=True),
     Row("qwen3", "Qwen3"),

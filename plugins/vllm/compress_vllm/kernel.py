@@ -53,6 +53,7 @@ def _attend_kernel(
     table_ptr,
     starts_ptr,
     lengths_ptr,
+    extra_ptr,  # [HEADS], where EXTRA
     sink,
     alpha,
     beta,
@@ -78,6 +79,7 @@ def _attend_kernel(
     TILE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     CAPPED: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
     """Rows of a program are `QUERIES` queries times the `SHARE` heads of a group; TILE keys are read at a time."""
     place, group, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -115,6 +117,10 @@ def _attend_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    if EXTRA:  # as a key whose value is zero, which the first segment has
+        logit = tl.load(extra_ptr + head, mask=asked, other=0.0).to(tl.float32) * 1.4426950408889634
+        highest = tl.where(segment == 0, logit, highest)
+        total = tl.where(segment == 0, 1.0, total)
     head_ptr = cache_ptr + group * cache_head
     for number in range(segment * share, tl.minimum(segment * share + share, tiles)):
         tile = tl.where(number < sink_tiles, number, number + skip)
@@ -239,6 +245,7 @@ def attend(
     scale: float,
     cap: float | None,
     out: torch.Tensor,
+    extra: torch.Tensor | None = None,
 ) -> None:
     """As `plain.attend`, where a step's metadata are tensors on the device.
 
@@ -278,6 +285,7 @@ def attend(
         table,
         starts,
         lengths,
+        query if extra is None else extra,
         rule.sink,
         rule.alpha,
         rule.beta_units,
@@ -299,6 +307,7 @@ def attend(
         TILE=tile,
         SEGMENTS=segments,
         CAPPED=cap is not None,
+        EXTRA=extra is not None,
         num_warps=4,
         num_stages=3,  # the table is read ahead of the blocks that it names
     )

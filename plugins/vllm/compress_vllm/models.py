@@ -11,6 +11,7 @@ from typing import Any
 
 from compress_vllm.families import BY_CLASS, Row
 from compress_vllm.plan import read_layers
+from compress_vllm.routers import routers_kept
 from compress_vllm.split import arguments_kept, split
 from compress_vllm.widths import own_widths
 
@@ -21,12 +22,10 @@ class Planned:
     compress_row: Row
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        if self.compress_row.refused is not None:
-            raise ValueError(f"a {self.compress_row.architecture} is not served: {self.compress_row.refused}")
         config = vllm_config.model_config.hf_config
         layers = read_layers(config.compress_plan, self.compress_row, config)
         _check(vllm_config, [rule for layer in layers for rule in layer.rules if rule and not rule.is_plain])
-        with own_widths(config, self.compress_row, layers), arguments_kept():
+        with own_widths(config, self.compress_row, layers), arguments_kept(), routers_kept():
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         split(self, layers, config)  # type: ignore[arg-type]
 

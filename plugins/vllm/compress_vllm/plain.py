@@ -114,7 +114,13 @@ def store(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: to
 
 
 def attend(
-    query: torch.Tensor, cache: torch.Tensor, batch: Batch, scale: float, cap: float | None, out: torch.Tensor
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    cap: float | None,
+    out: torch.Tensor,
+    extra: torch.Tensor | None = None,
 ) -> None:
     """Fill `out` with softmax attention over the keys that a `Batch` names.
 
@@ -123,19 +129,22 @@ def attend(
         cache: `[blocks, groups, tokens of a block, 2 size]`.
         scale: of the scores.
         cap: scores are `cap tanh(score / cap)`, where it is given.
+        extra: one more logit in the softmax of each head, which stands for no value, `[heads]`.
     """
     groups, size = cache.shape[1], cache.shape[3] // 2
+    logits = None if extra is None else extra.view(groups, -1, 1)
     rows = batch.single
     if rows is not None:
         held = cache.transpose(1, 2)[rows.blocks, rows.offsets]  # [R, L, G, 2 D]
         keys, values = held.transpose(1, 2).split(size, dim=-1)
         grouped = query[rows.tokens].unflatten(1, (groups, -1))  # [R, G, heads of a group, D]
-        out[rows.tokens] = _softmax(grouped, keys, values, rows.visible, scale, cap).flatten(1, 2).to(out.dtype)
+        out[rows.tokens] = _softmax(grouped, keys, values, rows.visible, scale, cap, logits).flatten(1, 2).to(out.dtype)
     for rows in batch.chunks:
         held = cache.transpose(1, 2)[rows.blocks, rows.offsets]  # [L, G, 2 D]
         keys, values = held.transpose(0, 1)[:, None].split(size, dim=-1)  # [G, 1, L, D]
         grouped = query[rows.tokens].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-        found = _softmax(grouped, keys, values, rows.visible, scale, cap)  # [G, heads of a group, T, D]
+        each = None if logits is None else logits[..., None]
+        found = _softmax(grouped, keys, values, rows.visible, scale, cap, each)  # [G, heads of a group, T, D]
         out[rows.tokens] = found.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
 
 
@@ -146,13 +155,18 @@ def _softmax(
     visible: torch.Tensor | None,
     scale: float,
     cap: float | None,
+    extra: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of `[..., T, D]` over `[..., L, D]` where `visible` broadcasts."""
+    """Attention of `[..., T, D]` over `[..., L, D]` where `visible` broadcasts, as `extra` does to `[..., T, 1]`."""
     key, value = key.to(query.dtype), value.to(query.dtype)
-    if cap is None:
+    if cap is None and extra is None:
         key, value = (tensor.expand(*query.shape[:-2], *tensor.shape[-2:]) for tensor in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
-    scores = cap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * (scale / cap))
+    scores = query.float() @ key.float().transpose(-1, -2) * (scale / (cap or 1.0))
+    if cap is not None:
+        scores = cap * torch.tanh(scores)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    return (scores.softmax(dim=-1) @ value.float()).to(query.dtype)
+    if extra is not None:
+        scores = torch.cat([scores, extra.float().expand(*scores.shape[:-1], 1)], dim=-1)
+    return (scores.softmax(dim=-1)[..., : key.shape[-2]] @ value.float()).to(query.dtype)

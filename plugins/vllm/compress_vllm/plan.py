@@ -123,7 +123,7 @@ def check_attention(name: str, layer: int, head_size: int, window: int | None, c
     """Raise ValueError where vLLM's class of a model made a layer's attention otherwise than the configuration says.
 
     Some of its classes work the size of a head out from the number of heads, which is wrong where heads were removed,
-    and some know no layers that slide by themselves.
+    some know no layers that slide by themselves, and some which slide by their numbers alone.
     """
     wanted = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_size != wanted:
@@ -136,6 +136,11 @@ def check_attention(name: str, layer: int, head_size: int, window: int | None, c
     if slides is not None and slides < config.max_position_embeddings and window is None:
         raise ValueError(
             f"{name}: the layer slides over {slides} tokens by itself, and vLLM's class of this model does not know it"
+        )
+    if types is not None and slides is None and window is not None:
+        raise ValueError(
+            f"{name}: the layer sees everything, and vLLM's class of this model lets it slide over {window} tokens, "
+            "whatever config.json says"
         )
 
 

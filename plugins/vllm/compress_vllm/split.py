@@ -21,6 +21,7 @@ from compress_vllm.rule import Rule
 from compress_vllm.spec import SpanSpec
 
 ARGUMENTS = "_compress_arguments"
+Logits = tuple[nn.Parameter, list[int]]
 KNOWN = frozenset(inspect.signature(Attention.__init__).parameters) - {"self", "extra_impl_args"}
 
 
@@ -67,7 +68,28 @@ def split(model: nn.Module, layers: Sequence[Layer], config: Any) -> None:
         raise ValueError("the plan is not in effect: vLLM's class of this model has no attention module that is known")
 
 
-class SpanAttention(Attention):
+class PartAttention(Attention):
+    """Some heads of a layer.
+
+    Args:
+        logits: a logit of each query head in the softmax, as vLLM's class has it for all heads of the layer, and which
+            of these are here; weights are not loaded yet.
+    """
+
+    def __init__(self, *args: Any, logits: Logits | None = None, **kwargs: Any) -> None:
+        own = None if logits is None else logits[0].data.new_empty(len(logits[1]))
+        super().__init__(*args, **kwargs if own is None else kwargs | {"sinks": own})
+        self.logits = None if logits is None or own is None else (own, *logits)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the logits that were loaded, before the implementation may bring them to another form."""
+        if self.logits is not None:
+            own, whole, heads = self.logits
+            own.copy_(whole.data[heads])
+        super().process_weights_after_loading(act_dtype)
+
+
+class SpanAttention(PartAttention):
     """Heads with sinks, or a window that grows: a cache and a backend of their own."""
 
     def __init__(self, *args: Any, rule: Rule, **kwargs: Any) -> None:
@@ -96,6 +118,7 @@ class SplitAttention(nn.Module):
     def __init__(self, whole: Attention, parts: Sequence[Part]) -> None:
         super().__init__()
         given = dict(getattr(whole, ARGUMENTS))
+        logits = given.pop("sinks", None)
         unknown = sorted(given.keys() - KNOWN)
         if unknown or given.get("kv_sharing_target_layer_name") is not None:
             what = f"`{unknown[0]}`" if unknown else "the cache of another layer"
@@ -117,7 +140,8 @@ class SplitAttention(nn.Module):
                 "num_kv_heads": len(part.groups),
                 "prefix": f"{whole.layer_name}_part{number}",
             }
-            self.parts.append(_attention(given, part.rule))
+            heads = [group * self.share + head for group in part.groups for head in range(self.share)]
+            self.parts.append(_attention(given, part.rule, None if logits is None else (logits, heads)))
 
     def forward(
         self,
@@ -145,10 +169,10 @@ class SplitAttention(nn.Module):
         return output.view(count, -1) if output_shape is None else output.view(output_shape)
 
 
-def _attention(given: dict[str, Any], rule: Rule | None) -> Attention:
+def _attention(given: dict[str, Any], rule: Rule | None, logits: Logits | None) -> Attention:
     """One part: vLLM's own attention where that knows the rule."""
     if rule is None:
-        return Attention(**given)
+        return PartAttention(**given, logits=logits)
     if rule.is_plain:
-        return Attention(**given | {"per_layer_sliding_window": max(1, rule.alpha)})
-    return SpanAttention(**given, rule=rule)
+        return PartAttention(**given | {"per_layer_sliding_window": max(1, rule.alpha)}, logits=logits)
+    return SpanAttention(**given, rule=rule, logits=logits)
