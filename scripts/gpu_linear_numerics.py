@@ -12,9 +12,7 @@ from unittest import mock
 
 import torch
 from torch.nn.functional import normalize, pad
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.models.graph import graph_of
 from compress.models.planned import with_runtime_plan
 from compress.runtime import (
     triton_linear_states,
@@ -34,6 +32,7 @@ from compress.runtime.triton_linear_layout import layout
 from compress.targets.linear import LinearGroup
 from scripts.gpu_check import LINES, error, poison, say
 from scripts.gpu_linear_speed import READ_ONE, with_decode_config
+from scripts.gpu_models import two_layers, ways_to_the_end
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -355,13 +354,7 @@ def numerics() -> list[dict[str, Any]]:
 
 def small_model(dtype: torch.dtype, **fields: Any) -> Any:
     """Two random Llama layers whose heads are all linear."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=16384,
-    )  # fmt: skip
-    dense: Any = LlamaForCausalLM(config)
-    dense = dense.to(DEVICE, dtype).eval()
+    dense = two_layers(2, dtype)
     entry = LinearGroup(**fields).model_dump(mode="json")
     model = with_runtime_plan(dense, {"schema": 1, "layers": [{"groups": [entry] * 2}] * 2})
     for module in model.modules():
@@ -382,31 +375,7 @@ def model_rows() -> list[dict[str, Any]]:
     for dtype in (BF16, F32):
         for fields in plans if dtype == BF16 else plans[:2]:
             model = small_model(dtype, **fields)
-            model.config.compress_impl = "triton"
-            ids = torch.randint(512, (1, length), device=DEVICE)
-            whole = model(ids).logits[:, -tail:].double()
-            cache = model.new_cache()
-            parts = [
-                model(ids[:, a:b], past_key_values=cache).logits
-                for a, b in ((0, 1000), (1000, 5001), (5001, length - tail), (length - tail, length))
-            ]
-            chunked = parts[-1].double()
-            cache = model.new_cache(max_length=length + 8)
-            model(ids[:, : length - tail], past_key_values=cache)
-            token = ids[:, :1].clone()
-            kept: dict[str, torch.Tensor] = {}
-            replay = graph_of(lambda m=model, t=token, c=cache, k=kept: k.update(out=m(t, past_key_values=c).logits))  # type: ignore[misc]
-            cache.assume(length - tail)  # what the warm-up stored is written again; it crossed no page
-            steps = []
-            for t in range(length - tail, length):
-                token.copy_(ids[:, t : t + 1])
-                replay()
-                steps.append(kept["out"].clone())
-            decoded = torch.cat(steps, dim=1).double()
-            model.config.compress_impl = "reference"
-            plain = model(ids).logits[:, -tail:].double()
-            row = {"dtype": str(dtype), "plan": fields, "chunked": error(chunked, whole)}
-            row |= {"decoded_in_a_graph": error(decoded, whole), "reference": error(whole, plain)}
+            row = {"dtype": str(dtype), "plan": fields, **ways_to_the_end(model, length, tail, (1000, 5001))}
             say(
                 f"model {dtype} {fields}: chunked {row['chunked']:.1e}, decoded in a graph "
                 f"{row['decoded_in_a_graph']:.1e} from prefill; prefill {row['reference']:.1e} from plain PyTorch"

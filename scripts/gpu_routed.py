@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 from torch.nn.functional import linear
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -45,6 +44,7 @@ from compress.runtime.routers import Router
 from compress.runtime.span import PAGE, Span
 from compress.targets.routed import RoutedGroup
 from scripts.gpu_check import LINES, error, poison, run_sections, say
+from scripts.gpu_models import two_layers, ways_to_the_end
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -270,15 +270,9 @@ def model_rows() -> list[dict[str, Any]]:
     """Chunks, and steps in a CUDA graph, are the prefill of a small model in float32, by kernels and plain PyTorch."""
     found = []
     length, tail = 4500, 70
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=16384,
-    )  # fmt: skip
     plans: list[dict[str, Any]] = [{"shared": (0,)}, {"unit": "head", "shared": (1, 2)}, {"router": "norm", "sink": 4}]
     for fields in plans:
-        torch.manual_seed(0)
-        dense: Any = LlamaForCausalLM(config)
-        dense = dense.to(DEVICE).eval()
+        dense = two_layers(4)
         if "sink" in fields:
             fields = {**fields, "beta": 0.25, "alpha": 40}
         routed = [group.model_dump(mode="json") for group in RoutedGroup.layer(3, 1, group_size=2, **fields)]
@@ -287,28 +281,7 @@ def model_rows() -> list[dict[str, Any]]:
         for module in model.modules():
             if isinstance(module, RoutedMixer):
                 module.untie()
-        model.config.compress_impl = "triton"
-        ids = torch.randint(512, (1, length), device=DEVICE)
-        whole = model(ids).logits[:, -tail:].double()
-        cache = model.new_cache()
-        cuts = [(0, 1000), (1000, 3501), (3501, length - tail), (length - tail, length)]
-        chunked = [model(ids[:, a:b], past_key_values=cache).logits for a, b in cuts][-1].double()
-        cache = model.new_cache(max_length=length + 8)
-        model(ids[:, : length - tail], past_key_values=cache)
-        token = ids[:, :1].clone()
-        kept: dict[str, torch.Tensor] = {}
-        replay = graph_of(lambda m=model, t=token, c=cache, k=kept: k.update(out=m(t, past_key_values=c).logits))  # type: ignore[misc]
-        cache.assume(length - tail)  # what the warm-up stored is written again; it crossed no page
-        steps = []
-        for t in range(length - tail, length):
-            token.copy_(ids[:, t : t + 1])
-            replay()
-            steps.append(kept["out"].clone())
-        decoded = torch.cat(steps, dim=1).double()
-        model.config.compress_impl = "reference"
-        plain = model(ids).logits[:, -tail:].double()
-        errors = {"chunked": error(chunked, whole), "decoded_in_a_graph": error(decoded, whole)}
-        errors["reference"] = error(whole, plain)
+        errors = ways_to_the_end(model, length, tail, (1000, 3501))
         ok = max(errors.values()) < 1e-3
         say(
             f"model {fields}: chunks differ by {errors['chunked']:.1e} from one prefill, steps in a graph by "

@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,8 +37,8 @@ from compress.targets.linear import LinearGroup
 from compress.train import token_losses
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
+from scripts.gpu_models import VOCABULARY, smollm2_shape
 
-VOCABULARY = 49_152
 # name: layers are recomputed, losses by kernels, layers compiled
 VARIANTS: dict[str, tuple[bool | None, bool, bool]] = {
     "before": (True, False, False),
@@ -68,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
-    dense = dense_model()
+    dense = smollm2_shape()
     text = torch.randint(0, VOCABULARY, (20 * options.length,), generator=torch.Generator().manual_seed(0)).tolist()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, ready after {since(began)} s", flush=True)
     found: dict[str, dict[str, Any]] = {}
@@ -91,27 +90,6 @@ def main() -> None:
         print(line(key, each, found))
     print(f"all after {since(began)} s")
     (options.folder / "train_speed.json").write_text(json.dumps(found, indent=1))
-
-
-def dense_model() -> Any:
-    """Random weights of SmolLM2-135M's shape."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        initializer_range=0.05,  # logits that say something
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000},
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config)
-    return model.to("cuda", torch.bfloat16).eval()
 
 
 def measured(dense: Any, row: str, name: str, text: list[int], options: Any) -> dict[str, Any]:

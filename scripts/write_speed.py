@@ -30,7 +30,6 @@ from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,8 +42,8 @@ from compress.runtime import reference, triton_decode, tuned
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 from scripts.gpu_check import error
+from scripts.gpu_models import VOCABULARY, smollm2_shape
 
-VOCABULARY = 49_152
 PLACES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 STEPS = 12  # at each place
 # Tokens a second on an H100, predicted before anybody measured: "before" at 2,048 tokens is a measurement.
@@ -99,25 +98,8 @@ def main() -> None:
 
 def made() -> Any:
     """Random weights of SmolLM2-135M's shape, as `load` gives a model, with a tokenizer of as many words."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        initializer_range=0.05,  # logits that say something
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000},
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(config)
-    shape = shape_of(model)
-    model = model.to("cuda", torch.bfloat16).eval()
-    return SimpleNamespace(model=model, shape=shape, tokenizer=Words())
+    model = smollm2_shape(end=2)
+    return SimpleNamespace(model=model, shape=shape_of(model), tokenizer=Words())
 
 
 class Words:
