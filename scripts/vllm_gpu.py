@@ -36,6 +36,7 @@ from scripts.vllm_check import (
     SINKS,
     SLIDES,
     Job,
+    Text,
     check,
     greedy,
     rule_of,
@@ -117,7 +118,7 @@ def half_job(folder: Path) -> tuple[Job, Any, Any]:
     model, prompts = small_llama(num_hidden_layers=8).to(torch.bfloat16), texts(8, 4096)
     targets = (FullGroup(), SLIDES, SINKS[1], SINKS[2])
     patched, layers = write_patched(model, plan_of(model, targets), folder / "half")
-    job = Job("bfloat16", folder / "half", prompts, [[0] * 48] * len(prompts), layers=layers)
+    job = Job("bfloat16", folder / "half", prompts, [Text([0] * 48)] * len(prompts), layers=layers)
     job.options = {"max_num_batched_tokens": 512, "dtype": "bfloat16"} | GRAPHS
     return job, patched.float(), model.float()
 
@@ -139,7 +140,7 @@ def check_half(job: Job, result: dict[str, Any], patched: Any, dense: Any) -> di
         return {"wrong": [result["error"]]}
     found = result["rounds"][0]["tokens"]
     (share, worst), (_, control) = gaps(patched, job.prompts, found), gaps(dense, job.prompts, found)
-    job.expected = found  # so that what is left to check are the blocks
+    job.expected = [Text(tokens) for tokens in found]  # so that what is left to check are the blocks
     wrong = check(job, result)
     if worst > CLOSE:
         wrong.append(f"a token is {worst:.2f} standard deviations below the best one")
@@ -194,7 +195,7 @@ def speed_jobs(folder: Path, layers: int) -> list[Job]:
                 "compress_plan": {"layers": [layer] * layers},
             }
             (path / "config.json").write_text(json.dumps(fields))
-        job = Job(name, path, prompts, [[0] * NEW] * REQUESTS, options=options, environment=environment)
+        job = Job(name, path, prompts, [Text([0] * NEW)] * REQUESTS, options=options, environment=environment)
         jobs.append(job)
     return jobs
 
