@@ -42,6 +42,7 @@ from compress.runtime.step import Step
 from compress.targets.retain import RetainGroup
 from compress.targets.unit import Unit
 from scripts.gpu_check import LINES, error, poison, run_sections, say
+from scripts.gpu_retain_training import training_rows
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -674,20 +675,13 @@ def sweep(name: str = "") -> list[dict[str, Any]]:
     return sweep_rows(name)
 
 
-def training() -> list[dict[str, Any]]:
-    """Kernels that train what is kept; see `gpu_retain_training`."""
-    from scripts.gpu_retain_training import training_rows  # whose kernels the other sections do not need
-
-    return training_rows()
-
-
 SECTIONS: dict[str, Callable[[], Any]] = {
     "numerics": numerics,
     "bytes": byte_rows,
     "prefill": prefill_rows,
     "decode": decode_rows,
     "parts": part_rows,
-    "training": training,
+    "training": training_rows,
     "wide": partial(numerics, WIDE),  # minutes of a compiler, so only where it is named, as what follows
     "sweep": sweep,
     **{f"sweep of {name}": partial(sweep, name) for name in ("decode", "prefill", "judge", "count", "compact", "step")},

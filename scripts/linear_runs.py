@@ -155,9 +155,8 @@ def text_with_facts(options: argparse.Namespace) -> Path:
     path: Path = options.out / "asked.txt"
     if not path.is_file():
         rng = random.Random("facts")
-        corpus = rows.corpus(options).read_text(encoding="utf-8")
-        paragraphs = [part for part in corpus.split("\n\n" if "\n\n" in corpus else "\n") if part.strip()]
-        write_text(path, "\n\n".join(with_facts(paragraphs * ROUNDS, rng, STATED, GAPS)))
+        paragraphs = rows.paragraphs(rows.corpus(options)) * ROUNDS
+        write_text(path, "\n\n".join(with_facts(paragraphs, rng, STATED, GAPS)))
     return path
 
 

@@ -200,8 +200,8 @@ def training_text(options: argparse.Namespace) -> Path:
     if not path.is_file():
         held, train = rows.held_out(options), rows.wiki(options.texts, "train")
         files = [book for book in rows.books(options.texts) if book != held and not book.name.startswith("wiki.")]
-        prose = _paragraphs(files or [held])
-        size, articles = sum(map(len, prose)), _paragraphs([] if train is None else [train])
+        prose = [part for file in files or [held] for part in rows.paragraphs(file)]
+        size, articles = sum(map(len, prose)), [] if train is None else rows.paragraphs(train)
         total, rng = 0, random.Random("statements")
         while articles and sum(map(len, articles)) > size / 2:  # thresholds are for novels
             articles.pop()
@@ -217,15 +217,6 @@ def training_text(options: argparse.Namespace) -> Path:
                     total = 0
         write_text(path, "\n\n".join(found))
     return path
-
-
-def _paragraphs(files: Sequence[Path]) -> list[str]:
-    """Of some texts; their lines are paragraphs where no line is empty."""
-    found = []
-    for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        found += [part for part in text.split("\n\n" if "\n\n" in text else "\n") if part.strip()]
-    return found
 
 
 def _pieces(paragraphs: Sequence[str]) -> list[list[str]]:

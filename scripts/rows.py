@@ -251,6 +251,12 @@ def corpus(options: argparse.Namespace) -> Path:
     return path
 
 
+def paragraphs(file: Path) -> list[str]:
+    """Of a text; its lines are paragraphs where no line is empty."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return [part for part in text.split("\n\n" if "\n\n" in text else "\n") if part.strip()]
+
+
 def training_text(options: argparse.Namespace, file: Path | None = None) -> dict[str, Any]:
     """The source of training text: the corpus or another file, and beside it what the model writes."""
     path = corpus(options) if file is None else file

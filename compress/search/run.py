@@ -210,8 +210,11 @@ def run_search(
     solved = list(candidates)
     refined = None
     if section.refine is not None:
+        known = candidates | baselines
+        layers = [candidate.layers for candidate in known.values()]
         alike = thresholds_alike(problem, solver.choices(problem))
-        starts = _starts(problem, {**candidates, **baselines, **alike})
+        known |= {name: candidate for name, candidate in alike.items() if candidate.layers not in layers}
+        starts = _starts(problem, known)
         if line := too_short(problem, refine_documents):
             say(line)
         refined = refine(
@@ -228,7 +231,7 @@ def run_search(
             workers,
         )
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
-        start = {**candidates, **baselines, **alike}[refined.start]
+        start = known[refined.start]
         candidates[REFINED] = Candidate(refined.layers(), note=note, importance=start.importance)
     facts = {"name": solver.registered, **solver.model_dump(mode="json")}
     asked = {"solver": facts, "budget": budget.model_dump(mode="json")}
