@@ -66,7 +66,7 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     """Outputs of BLOCK_M rows of (token, head of the group)."""
-    b, g, _, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
+    b, g, _sink, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long ones first
     if tile * BLOCK_M // SHARE >= count:
         return
@@ -89,7 +89,7 @@ def _forward(
         b_value = load_block(p_value, columns_at(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
         b_taken = tl.load(p_taken + columns_at(b, g, start + j, GROUPS * columns, columns, 1), mask=m_j, other=0.0)
         # [BLOCK_M, BLOCK_N]
-        b_score, _ = within_cap(b_query, b_key, scale, cap, CAPPED, PRECISION)
+        b_score, _slope = within_cap(b_query, b_key, scale, cap, CAPPED, PRECISION)
         m_seen = causal(t, j) & m_j[None, :]
         b_score = with_decisions(b_score, b_taken, m_seen, j[None, :] < first[:, None], TAKEN)
         best = tl.maximum(top, tl.max(b_score, 1))
