@@ -38,10 +38,13 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
-    (True, {}), (True, {"ahead": 0}), (False, {}), (False, {"piece": 1024}), (False, {"numbers": 1024}),
-    (True, {"stages": 3}), (True, {"stages": 5}), (True, {"numbers": 2048, "warps": 2}),
+    (True, {"features": 256, "warps": 1, "stages": 1}),
+    (True, {"features": 256, "numbers": 8192, "warps": 2, "stages": 1}),
+    (True, {"features": 128, "numbers": 2048, "warps": 1, "stages": 3}), (True, {"numbers": 2048, "warps": 2}),
+    (True, {"stages": 3}), (True, {"stages": 5}),
     (True, {"numbers": 8192, "warps": 8}), (True, {"features": 128, "numbers": 8192, "stages": 3}),
     (True, {"features": 128, "warps": 2, "stages": 3}), (True, {"features": 32, "numbers": 2048, "stages": 6}),
+    (True, {}), (True, {"ahead": 0}), (False, {}), (False, {"piece": 1024}), (False, {"numbers": 1024}),
 )  # fmt: skip
 ABSORB: tuple[dict[str, int], ...] = (
     {"warps": 8}, {"warps": 8, "registers": 128}, {"warps": 16}, {"warps": 4}, {"warps": 4, "registers": 128},
@@ -128,8 +131,8 @@ def decode_jobs() -> list[tuple[str, Any, Any]]:
     ]
     for dot, change in READ_ONE_CHANGES:
         for shape in shapes:
-            # One after the other, many heads take twice as long as by products.
-            if (dot or shape[1] <= 4) and READ_ONE[dot] | change != of_tuned[shape]:
+            # One after the other, many heads take twice as long as by products; one or two are faster so.
+            if (shape[1] > 2 if dot else shape[1] <= 4) and READ_ONE[dot] | change != of_tuned[shape]:
                 jobs.append(("decode", shape, (dot, change)))
     return jobs
 
@@ -298,12 +301,12 @@ def sweep_rows() -> list[dict[str, Any]]:
 
     Every kernel is timed in a process of its own, so that a launch that breaks it ends nothing else.
     """
-    return sweep_through(sweep_jobs(), until=math.inf, apart=True)
+    return sweep_through(sweep_jobs(), seconds=math.inf, apart=True)
 
 
 def sweep_decode_rows() -> list[dict[str, Any]]:
-    """The same of decoding alone, in SWEEP_SECONDS: what has not been timed by then is left out."""
-    rows = sweep_through(decode_jobs(), until=time.time() + SWEEP_SECONDS, apart=False)
+    """The same of decoding alone: what SWEEP_SECONDS after the last compilation has not been timed is left out."""
+    rows = sweep_through(decode_jobs(), seconds=SWEEP_SECONDS, apart=False)
     copy = measure.copy_bandwidth(DEVICE)
     say(f"  of a copy's bandwidth, {copy / 1e9:.0f} GB/s, over 64 MiB: as in tuned.py, and the best that was tried")
     for groups, share, dim, count in DECODE_SHAPES:
@@ -322,14 +325,15 @@ def sweep_decode_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def sweep_through(jobs: list[tuple[str, Any, Any]], *, until: float, apart: bool) -> list[dict[str, Any]]:
-    """Compile all, time one after the other until then, and tell the fastest of each kernel and shape.
+def sweep_through(jobs: list[tuple[str, Any, Any]], *, seconds: float, apart: bool) -> list[dict[str, Any]]:
+    """Compile all, time one after the other for so long, and tell the fastest of each kernel and shape.
 
     With `apart` each kernel has a process of its own.
     """
     workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
     _, breaks = sweep_processes(jobs, [list(range(at, len(jobs), workers)) for at in range(workers)], timed=False)
     say(f"  launches are compiled after {time.time() - START:.0f} s")
+    until = time.time() + seconds
     rows: list[dict[str, Any]] = []
     best: dict[str, list[tuple[float, str]]] = {}
     for of in dict.fromkeys(what if apart else "" for what, _, _ in jobs):

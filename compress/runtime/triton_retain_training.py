@@ -17,6 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
+from .reference import Rows
 from .retain_training import prefill as reference_prefill
 from .scores import KernelScores, Scores
 from .span import Span
@@ -65,7 +66,7 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     """Outputs of BLOCK_M rows of (token, head of the group)."""
-    b, g, _, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
+    b, g, _sink, alpha, beta, mask, start, count = place(p_rules, p_rows, GROUPS)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long ones first
     if tile * BLOCK_M // SHARE >= count:
         return
@@ -88,7 +89,7 @@ def _forward(
         b_value = load_block(p_value, columns_at(b, g, start + j, value_b, value_g, value_t), m_j, VALUE_DIM, BLOCK_V)
         b_taken = tl.load(p_taken + columns_at(b, g, start + j, GROUPS * columns, columns, 1), mask=m_j, other=0.0)
         # [BLOCK_M, BLOCK_N]
-        b_score, _ = within_cap(b_query, b_key, scale, cap, CAPPED, PRECISION)
+        b_score, _slope = within_cap(b_query, b_key, scale, cap, CAPPED, PRECISION)
         m_seen = causal(t, j) & m_j[None, :]
         b_score = with_decisions(b_score, b_taken, m_seen, j[None, :] < first[:, None], TAKEN)
         best = tl.maximum(top, tl.max(b_score, 1))
@@ -176,26 +177,20 @@ def prefill(
     value: torch.Tensor,
     taken: torch.Tensor,
     spans: Sequence[Span],
-    positions: torch.Tensor,
+    rows: Rows,
     *,
     hard: bool,
     scale: float | None = None,
     dropout: float = 0.0,
     scores: Scores | None = None,
 ) -> torch.Tensor:
-    """As `retain_training.prefill`, which it calls for dropout and for scores without a kernel.
-
-    Args:
-        positions: `[B, T]`; the tokens of a sequence are one run of columns.
-    """
+    """As `retain_training.prefill`, which it calls for dropout and for scores without a kernel."""
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None or form.score != 0 or dropout > 0:
         options: dict[str, Any] = {"hard": hard, "scale": scale, "dropout": dropout, "scores": scores}
-        return reference_prefill(query, key, value, taken, spans, positions, **options)
-    live = positions >= 0
-    rows = torch.stack([torch.zeros_like(positions[:, 0]), live.int().argmax(1), live.sum(1)], 1).int()
+        return reference_prefill(query, key, value, taken, spans, rows, **options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out: torch.Tensor = _Trained.apply(
-        query, key, value, taken, tuple(spans), rows, hard, scale, form.cap, form.by_head
+        query, key, value, taken, tuple(spans), rows.tensor(query.device), hard, scale, form.cap, form.by_head
     )
     return out

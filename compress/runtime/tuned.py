@@ -220,15 +220,15 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
     features; numbers of a block, features that follow each other in a thread's neighbours (`piece`), warps, blocks on
     their way, and bytes that are fetched while the launch ahead still runs, for as many programs as have room at once.
 
-    H100, 64 MiB, heads one after the other, part of a copy's bandwidth: .90 with two heads and 512 features, .78 to .86
-    with three or four, whose warps execute 763 instructions for 4 KiB of a state; by products it is some 1,200 for
-    16 KiB, for any number of heads up to eight. The latter has not been measured.
+    H100, 64 MiB, part of a copy's bandwidth, by products and one after the other: one head of 128 features .86 and
+    .91, two of 512 .80 and .88; three .89 and .84, four of 128 .85 and .81, of 256 .83 and .79; by products alone eight
+    .81 and sixteen .70. At 256 MiB .83 to .97.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1, "ahead": 0}
     ahead = (192 << 10) * _multiprocessors(device) if launches_overlap(device) else 0
-    if share <= 2 and features >= 512:
-        options = {"dot": False, "features": 0, "numbers": 2048, "piece": 1024, "warps": 1, "stages": 1}
+    if share <= 2:
+        options = {"dot": False, "features": 0, "numbers": 2048, "piece": 32, "warps": 1, "stages": 1}
     else:
         # Four warps take products of more than eight heads as one, with so many registers that few programs fit.
         numbers, warps = (4096, 4) if share <= 8 else (2048, 2)
