@@ -135,7 +135,8 @@ def test_a_hundred_thousand_tokens_are_held_in_the_memory_of_the_first() -> None
         features, written = mixer.map.of_key(key, 1.0)[0, 0].double(), pad(value[0, 0].double(), (0, 1), value=1.0)
         sums += features[hidden].T @ written[hidden]
         held |= {cache.allocated_bytes(), cache.held_bytes()}
-    found = cache.paged[0].states[0].matrix[0, 0]
+    state: Any = cache.paged[0].states[0]
+    found = state.matrix[0, 0]
     assert cache.get_seq_length() > 100_000 and len(held) == 1
     assert found.dtype == torch.float32 and float((found.double() - sums).norm() / sums.norm()) < 1e-5
 
