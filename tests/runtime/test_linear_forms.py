@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compress.runtime.maps import MAPS
-from compress.runtime.mixer import Kinds, LayerFacts
-from compress.runtime.mixer_linear import Branches, LinearMixer
+from compress.runtime.mixer import Branches, Kinds, LayerFacts
+from compress.runtime.mixer_linear import LinearMixer
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.rope import turned_back
 from compress.runtime.span import PAGE
