@@ -61,7 +61,7 @@ class GeneratedText(Source):
         "most likely token",
     )
     min_p: float = Field(
-        0.05,
+        0.004,
         ge=0,
         lt=1,
         description="tokens whose probability is below this share of the most likely one's are not drawn; 0 draws from "
