@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.bench import measure
+from compress.runtime.reference import Rows
 from compress.runtime.retain_training import prefill as reference
 from compress.runtime.scores import Scores
 from compress.runtime.span import PAGE, Span
@@ -42,26 +43,25 @@ def _checked(dtype: torch.dtype, heads: int, groups: int, dim: int, hard: bool, 
     """Errors of outputs and gradients on an odd length with padding, where it holds NaN."""
     length = 389
     made = _inputs(2, heads, groups, dim, length, hard)
-    at = torch.arange(length, device=DEVICE).expand(2, -1).clone()
-    at[1] = torch.where((at[1] >= 30) & (at[1] < 361), at[1] - 30, -1)
-    live = at >= 0
+    rows = Rows((0, 0), (0, 30), (length, 331))
+    live = rows.positions(length, DEVICE) >= 0
     spans = [Span(0, 1 + 40 * number, 0.0, granule=PAGE) for number in range(groups)]
     parts = [x.to(dtype).double() for x in made[:3]] + made[3:]
     if extra:
         parts.append(torch.linspace(-1, 1, heads, device=DEVICE).double())
     toward = torch.randn(2, heads, length, dim, device=DEVICE).to(dtype)
-    exact = _gradients(reference, parts, toward.double(), spans=spans, positions=at, hard=hard)
+    exact = _gradients(reference, parts, toward.double(), spans=spans, rows=rows, hard=hard)
     for part in parts[:3]:
         part.masked_fill_(~live[:, None, :, None], torch.nan)
     poison()
     given = [part.to(dtype) for part in parts[:3]] + [part.float() for part in parts[3:]]
-    found = _gradients(prefill, given, toward, spans=spans, positions=at, hard=hard)
-    rows = []
+    found = _gradients(prefill, given, toward, spans=spans, rows=rows, hard=hard)
+    told = []
     for name, own, right in zip(NAMES, found, exact, strict=False):
         took = error(own, right)
         what = f"{name} D {dim} heads {heads // groups}{' hard' if hard else ''}{' capped' if extra else ''}"
-        rows.append({"what": what, "dtype": str(dtype), "error": took, "ok": took <= MOST[dtype]})
-    return rows
+        told.append({"what": what, "dtype": str(dtype), "error": took, "ok": took <= MOST[dtype]})
+    return told
 
 
 def training_rows() -> list[dict[str, Any]]:
@@ -81,12 +81,11 @@ def training_rows() -> list[dict[str, Any]]:
         rows += own
     for name, (batch, heads, groups, dim, length, foretold) in SHAPES.items():
         spans = [Span(0, 256, 0.0, granule=PAGE)] * groups
-        at = torch.arange(length, device=DEVICE).expand(batch, -1)
         for hard in (False, True):
             made = _inputs(batch, heads, groups, dim, length, hard)
             parts = [x.to(BF16) for x in made[:3]] + [made[3].float()]
             toward = torch.randn(batch, heads, length, dim, device=DEVICE, dtype=BF16)
-            options = {"spans": spans, "positions": at, "hard": hard}
+            options = {"spans": spans, "rows": Rows.whole(batch, length), "hard": hard}
             took = {}
             for impl, run in (("triton", prefill), ("plain", reference)):
                 both = partial(_gradients, run, parts, toward, **options)

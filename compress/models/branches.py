@@ -1,8 +1,7 @@
 """Switches off branches of heads that have several, to see which of them does the work.
 
 A head group behind a window has the window's softmax and a state for the keys before it. A mixer whose groups have such
-branches says so by an attribute `branches`: one of `both`, `window`, `linear` and `none`, for all of its groups, or a
-tuple with one for each. It is a setting for measurements, which no checkpoint has.
+branches has a setting for them, `Mixer.branches`, which no checkpoint has.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Branches = Literal["both", "window", "linear", "none"]
+from compress.runtime.mixer import Branches
+
 WORDS: dict[Branches, str] = {"both": "full", "window": "window only", "linear": "linear only", "none": "none"}
 
 
@@ -35,7 +35,7 @@ def branched(model: Any) -> list[Branched]:
         Branched(layer, mixer, groups)
         for layer, kinds in enumerate(getattr(model.base_model, "compress_kinds", ()))
         for mixer, groups in zip(kinds.mixers, kinds.members, strict=True)
-        if hasattr(mixer, "branches")
+        if mixer.branches is not None
     ]
 
 

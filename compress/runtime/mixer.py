@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from .span import kept_table
 
 if TYPE_CHECKING:
     from .step import Step
+
+Branches = Literal["both", "window", "linear", "none"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class Mixer(nn.Module):
         keeps: whether it decides which tokens it keeps, and `Record.keeping` has the decisions.
         learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
+        left: what units that a token does not use are multiplied by in passes with gradients, 0 but where a training
+            lets them fade; None where all are used.
+        branches: which of a window and a state behind it count, in all groups or in each, for measurements; saved
+            nowhere. None where groups have no such branches.
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
         one_place: why it has to have all tokens of a sequence in one process, and cannot do what `Step.shard` says;
             None where it can.
@@ -167,6 +173,8 @@ class Mixer(nn.Module):
     chooses: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     by_length: bool = False
+    left: float | None = None
+    branches: Branches | tuple[Branches, ...] | None = None
     by_query: tuple[str, ...] = ()
     one_place: ClassVar[str | None] = "nothing is known of what its tokens need of those in other processes"
     heads: tuple[int, ...] = ()

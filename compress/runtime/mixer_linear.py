@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from .maps_random import RandomFeatures
 from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
-from .mixer import LayerFacts, State, register
+from .mixer import Branches, LayerFacts, State, register
 from .mixer_span import SpanMixer, attend_view
 from .pages import PagedState
 from .reference import Rows
@@ -35,8 +35,6 @@ from .step import Step
 KNOWN = (Cosine, Elu, Hedgehog, HedgehogExp, Plain, RandomFeatures, Relu, Silu, Taylor, UnitLength)
 SEGMENT = 8192  # tokens whose chunk states are held at once
 EPS = 1e-6  # of the norm behind a state without normaliser
-
-Branches = Literal["both", "window", "linear", "none"]
 
 
 @dataclass(frozen=True)
@@ -173,11 +171,9 @@ class LinearMixer(SpanMixer):
     `[G, R, D]`, which give log g = gain + gain_query . q; for an added state `norm` `[G, R, V]`, `gate`
     `[G, R, hidden]` and `gate_bias` `[G, R]`; with decays of tokens `decay` `[G, hidden]` and `decay_bias` `[G]`, and
     for the delta rule `strength` and `strength_bias` likewise.
-
-    Attributes:
-        branches: which of the two branches count, in all groups or in each; for measurements, and saved nowhere.
     """
 
+    branches: Branches | tuple[Branches, ...] = "both"
     by_query = ("map.query", "map.query_bias", "gain", "gain_query", "norm", "gate", "gate_bias")
     needs_inputs = True  # of some groups, for their gates; a mixer knows whether its own do
 
@@ -195,7 +191,6 @@ class LinearMixer(SpanMixer):
         self.turns = facts.frequencies() if group["rope"] == "undo" and facts.frequencies is not None else None
         if group["rope"] == "undo" and self.turns is None:
             raise ValueError("`rope: undo` needs the frequencies of the model's RoPE, which are not known here")
-        self.branches: Branches | tuple[Branches, ...] = "both"
         self.map: FeatureMap = MAPS[group["map"]](count, share, facts.head_dim, group["features"], group["reach"])
         if self.shared:
             self.gain = nn.Parameter(torch.empty(count, share))

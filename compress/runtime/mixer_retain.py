@@ -164,7 +164,7 @@ class RetainMixer(Mixer):
         taken, through = decisions.take(found, thresholds, kept, fixed)
         self._report(found, through, step)
         options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
-        out = impl.retain.trained(query, key, value, taken, self.windows, positions, hard=decisions.hard, **options)
+        out = impl.retain.trained(query, key, value, taken, self.windows, step.rows, hard=decisions.hard, **options)
         return out.transpose(1, 2)
 
     def _report(self, found: torch.Tensor, kept: torch.Tensor, step: Step) -> None:

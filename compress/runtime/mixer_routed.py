@@ -22,12 +22,10 @@ class RoutedMixer(SpanMixer):
 
     The output of a head that is off is zero. Keys and values of every token are stored in every group, on or off, as
     later tokens may choose the group.
-
-    Attributes:
-        left: what heads that are off are multiplied by in passes with gradients; a training may let them fade with it.
     """
 
     chooses = True
+    left: float = 0.0
     one_place = "how evenly its tokens choose is measured over all of a sequence"
     needs_inputs = True  # of most routers; a mixer knows whether its own reads them
 
@@ -39,7 +37,6 @@ class RoutedMixer(SpanMixer):
         self.router = Router(groups, facts)
         self.needs_inputs = self.router.reads_inputs
         self.all_on = self.router.active == len(self.router.routed)
-        self.left = 0.0
         self.learns = self.router.kind != "random"
         self.by_query = ("router.route", "router.phase") if groups[0]["unit"] == "head" else ()
 

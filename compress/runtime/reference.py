@@ -45,6 +45,12 @@ class Rows:
         """`[B, 3]` int32: past, start, count; sent to the device once for all layers."""
         return _on_device(self, device)
 
+    def positions(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Position of every column among its sequence's tokens, from 0, `[B, T]`; -1 where it is no token."""
+        past, start, count = self.tensor(device).long().unbind(1)
+        order = torch.arange(columns, device=device) - start[:, None]
+        return torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+
 
 @lru_cache(maxsize=64)
 def _on_device(rows: Rows, device: torch.device) -> torch.Tensor:

@@ -85,9 +85,7 @@ def prefill(
     batch, heads, columns, _ = query.shape
     device, groups = query.device, len(spans)
     rows = rows or Rows.whole(batch, columns)
-    past, start, count = rows.tensor(device).long().unbind(1)
-    order = torch.arange(columns, device=device) - start[:, None]
-    t = torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
+    t = rows.positions(columns, device)
     # What is no token may hold NaN, and 0 * NaN is NaN.
     absent = (t < 0)[:, None, :, None]
     query, key, value = (x.masked_fill(absent, 0) for x in (query, key, value))

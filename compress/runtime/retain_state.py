@@ -204,10 +204,9 @@ class RetainState(PagedState):
         if append is not None:
             self._write_lists(key, value, kept, rows, store, lists, append)
             return
-        past, start, count = rows.tensor(key.device).long().unbind(1)
+        past, _, count = rows.tensor(key.device).long().unbind(1)
         first = self.first_keys(past + count - 1)[..., None]
-        positions = past[:, None] + torch.arange(key.shape[2], device=key.device) - start[:, None]
-        token = (positions >= past[:, None]) & (positions < (past + count)[:, None])
+        positions = rows.positions(key.shape[2], key.device)
         moved = self._leaving(rows.past, rows.count)
         listed = self.tensors["listed"].long()
         entries = []
@@ -220,7 +219,7 @@ class RetainState(PagedState):
             entries.append((leaves.nonzero(), slots, *old))
             listed = listed + leaves.sum(-1)
         if moved:
-            leaves = kept & token[:, None] & (positions[:, None] < first)
+            leaves = kept & (positions >= 0)[:, None] & (positions[:, None] < first)
             slots = (listed[..., None] + leaves.cumsum(-1) - 1)[leaves]
             entries.append((leaves.nonzero(), slots, *(new.detach()[leaves] for new in (key, value))))
             listed = listed + leaves.sum(-1)
@@ -236,7 +235,7 @@ class RetainState(PagedState):
         self.tensors["listed"].copy_(listed)
         window = self.window()
         store(key, value, window, rows, self.spans)
-        stays = token[:, None] & (positions[:, None] >= first)
+        stays = (positions >= 0)[:, None] & (positions[:, None] >= first)
         row, group, column = stays.nonzero().unbind(1)
         at = positions[row, column]
         assert self.kept is not None

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .reference import Rows
 from .scores import Scores
 from .span import Span, first_key, rule_columns
 
@@ -70,7 +71,7 @@ def prefill(
     value: torch.Tensor,
     taken: torch.Tensor,
     spans: Sequence[Span],
-    positions: torch.Tensor,
+    rows: Rows,
     *,
     hard: bool,
     scale: float | None = None,
@@ -92,7 +93,7 @@ def prefill(
         query: `[B, H, T, D]`, key, value: `[B, G, T, D]`; what is no token may hold anything.
         taken: `[B, G, T]`, see `Decisions.take`.
         spans: of the windows, one per head group, by whole pages and without sinks.
-        positions: `[B, T]` of the tokens in their sequences, from 0; -1 where a column is no token.
+        rows: which columns are tokens.
         hard: whether `taken` are 0 or 1; else they are logarithms of weights.
         scale, dropout, scores: as in `reference.prefill`.
 
@@ -100,16 +101,17 @@ def prefill(
         `[B, H, T, DV]` in the dtype of the values; zero where a column is no token.
     """
     batch, heads, columns, dim = query.shape
+    positions = rows.positions(columns, query.device)
     absent = (positions < 0)[:, None, :, None]
     query, key, value = (x.masked_fill(absent, 0) for x in (query, key, value))  # it may be NaN, and 0 * NaN is NaN
     _, alpha, beta_units, granule = rule_columns(tuple(spans), query.device)
     first = first_key(positions.clamp(min=0)[:, None], alpha, beta_units, granule)  # [B, G, T]
     scale, functions = dim**-0.5 if scale is None else scale, scores or Scores()
     most = STRIP_BYTES.get(query.device.type, STRIP_BYTES["cuda"])
-    rows = max(1, most // (4 * batch * heads * columns))
+    height = max(1, most // (4 * batch * heads * columns))
     outputs = []
-    for start in range(0, columns, rows):
-        strip, end = slice(start, start + rows), min(start + rows, columns)
+    for start in range(0, columns, height):
+        strip, end = slice(start, start + height), min(start + height, columns)
         parts = (query[:, :, strip], key[:, :, :end], value[:, :, :end], taken[:, :, :end])
         places = (first[:, :, strip], positions[:, strip], positions[:, :end])
         options = (hard, scale, dropout, functions)

@@ -221,11 +221,10 @@ class Step:
             assert self.lengths is not None
             return (self.on("lengths", device).long() - 1)[:, None]
         if ("positions", device) not in self.copies:  # once for all layers there
-            past, start, count = self.rows.tensor(device).long().unbind(1)
-            order = torch.arange(self.columns, device=device) - start[:, None]
-            found = torch.where((order >= 0) & (order < count[:, None]), past[:, None] + order, -1)
-            if self.shard is not None:
-                found = self.shard.positions(device).expand(len(past), -1)
+            if self.shard is None:
+                found = self.rows.positions(self.columns, device)
+            else:
+                found = self.shard.positions(device).expand(len(self.rows.past), -1)
             self.copies["positions", device] = found
         return self.copies["positions", device]
 

@@ -17,6 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
+from .reference import Rows
 from .retain_training import prefill as reference_prefill
 from .scores import KernelScores, Scores
 from .span import Span
@@ -176,26 +177,20 @@ def prefill(
     value: torch.Tensor,
     taken: torch.Tensor,
     spans: Sequence[Span],
-    positions: torch.Tensor,
+    rows: Rows,
     *,
     hard: bool,
     scale: float | None = None,
     dropout: float = 0.0,
     scores: Scores | None = None,
 ) -> torch.Tensor:
-    """As `retain_training.prefill`, which it calls for dropout and for scores without a kernel.
-
-    Args:
-        positions: `[B, T]`; the tokens of a sequence are one run of columns.
-    """
+    """As `retain_training.prefill`, which it calls for dropout and for scores without a kernel."""
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None or form.score != 0 or dropout > 0:
         options: dict[str, Any] = {"hard": hard, "scale": scale, "dropout": dropout, "scores": scores}
-        return reference_prefill(query, key, value, taken, spans, positions, **options)
-    live = positions >= 0
-    rows = torch.stack([torch.zeros_like(positions[:, 0]), live.int().argmax(1), live.sum(1)], 1).int()
+        return reference_prefill(query, key, value, taken, spans, rows, **options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out: torch.Tensor = _Trained.apply(
-        query, key, value, taken, tuple(spans), rows, hard, scale, form.cap, form.by_head
+        query, key, value, taken, tuple(spans), rows.tensor(query.device), hard, scale, form.cap, form.by_head
     )
     return out

@@ -13,7 +13,7 @@ from compress.train.settings import RecoverSettings
 
 def fading_of(model: Any) -> list[Any]:
     """The mixers of a planned model whose units that are off can fade; none of any other."""
-    return [mixer for mixer in mixers_of(model) if hasattr(mixer, "left")]
+    return [mixer for mixer in mixers_of(model) if mixer.left is not None]
 
 
 class FadingUnits:

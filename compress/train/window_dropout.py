@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from compress.models.planned import mixers_of
+from compress.models.branches import branched
 from compress.train.objectives.objective import Inputs
 from compress.train.settings import RecoverSettings
 from compress.train.windows import WindowBatches
@@ -54,7 +54,7 @@ class DroppedWindows:
 
 def two_branched(model: Any) -> list[Any]:
     """The mixers of a planned model that have a window and a state; none of a stock model."""
-    return [mixer for mixer in mixers_of(model) if hasattr(mixer, "branches")]
+    return [place.mixer for place in branched(model)]
 
 
 @contextmanager

@@ -26,9 +26,18 @@ SCORES = {
 }
 
 
+Case = tuple[list[torch.Tensor], torch.Tensor]
+
+
 @pytest.fixture(scope="module")
-def case() -> tuple[list[torch.Tensor], torch.Tensor]:
+def case() -> Case:
     return inputs(COLUMNS, 0, random.Random(1))
+
+
+@pytest.fixture(scope="module")
+def runs() -> Case:
+    """As `case`; the tokens of each sequence are one run of columns."""
+    return inputs(COLUMNS, 0, random.Random(4))
 
 
 @pytest.fixture
@@ -40,6 +49,12 @@ def strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, mask.cumsum(1) - 1, -1)
+
+
+def rows_of(mask: torch.Tensor) -> Rows:
+    rows = Step.begin(None, mask, len(mask), mask.shape[1], mask.device).rows
+    assert rows is not None and torch.equal(rows.positions(mask.shape[1], mask.device), positions_of(mask))
+    return rows
 
 
 def naive(
@@ -69,7 +84,7 @@ def naive(
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def leaves(case: tuple[list[torch.Tensor], torch.Tensor], hard: bool) -> tuple[Four, torch.Tensor]:
+def leaves(case: Case, hard: bool) -> tuple[Four, torch.Tensor]:
     """Query, key, value and weights, and the gradient of the outputs."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.rand(ROWS, GROUPS, COLUMNS, generator=generator, dtype=torch.float64)
@@ -80,14 +95,12 @@ def leaves(case: tuple[list[torch.Tensor], torch.Tensor], hard: bool) -> tuple[F
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_soft_decisions_are_weights_beside_the_window(
-    name: str, case: tuple[list[torch.Tensor], torch.Tensor], strips: None
-) -> None:
-    at, scores = positions_of(case[1]), SCORES[name]
-    given, toward = leaves(case, hard=False)
+def test_soft_decisions_are_weights_beside_the_window(name: str, runs: Case, strips: None) -> None:
+    at, scores = positions_of(runs[1]), SCORES[name]
+    given, toward = leaves(runs, hard=False)
     query, key, value, weight = given
     asked: Any = {"hard": False, "scores": scores if name == "capped" else None}
-    found = prefill(query, key, value, weight.log(), WINDOWS, at, **asked)
+    found = prefill(query, key, value, weight.log(), WINDOWS, rows_of(runs[1]), **asked)
     expected = naive(query, key, value, weight, at, scores)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     got, wanted = (torch.autograd.grad((x * toward).sum(), given) for x in (found, expected))
@@ -97,14 +110,12 @@ def test_soft_decisions_are_weights_beside_the_window(
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_hard_decisions_are_the_rule_and_their_gradient_is_bounded(
-    name: str, case: tuple[list[torch.Tensor], torch.Tensor], strips: None
-) -> None:
-    at, scores = positions_of(case[1]), SCORES[name]
-    given, toward = leaves(case, hard=True)
+def test_hard_decisions_are_the_rule_and_their_gradient_is_bounded(name: str, runs: Case, strips: None) -> None:
+    at, scores = positions_of(runs[1]), SCORES[name]
+    given, toward = leaves(runs, hard=True)
     query, key, value, weight = given
     asked: Any = {"hard": True, "scores": scores if name == "capped" else None}
-    found = prefill(query, key, value, weight, WINDOWS, at, **asked)
+    found = prefill(query, key, value, weight, WINDOWS, rows_of(runs[1]), **asked)
     expected = naive(query, key, value, weight, at, scores)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     got, wanted = (torch.autograd.grad((x * toward).sum(), given, retain_graph=True) for x in (found, expected))
@@ -145,7 +156,7 @@ def passed(kinds: Any, made: list[torch.Tensor], mask: torch.Tensor) -> tuple[to
     return torch.stack(list(found)), keeping_of(record)
 
 
-def test_hard_decisions_in_a_layer_are_those_of_the_rule(case: tuple[list[torch.Tensor], torch.Tensor]) -> None:
+def test_hard_decisions_in_a_layer_are_those_of_the_rule(case: Case) -> None:
     """With a cap, sinks, padding and NaN in it; and nothing is different once nothing is trained."""
     made, mask = case
     kinds, mixer = kinds_of(HALF)
@@ -164,7 +175,7 @@ def test_hard_decisions_in_a_layer_are_those_of_the_rule(case: tuple[list[torch.
     torch.testing.assert_close(torch.stack(list(cached)), expected, rtol=1e-8, atol=1e-9)
 
 
-def test_what_counts_are_tokens_that_left_every_window(case: tuple[list[torch.Tensor], torch.Tensor]) -> None:
+def test_what_counts_are_tokens_that_left_every_window(case: Case) -> None:
     made, mask = case
     kinds, mixer = kinds_of(HALF)
     with torch.no_grad():
@@ -204,8 +215,7 @@ def test_the_rule_of_the_reference_is_the_hard_one() -> None:
     key, value = torch.randn(2, 2, GROUPS, 150, DIM, generator=generator)
     kept = torch.rand(2, GROUPS, 150, generator=generator) < 0.3
     expected = retain_reference.prefill(query, key, value, kept, WINDOWS, rows=Rows.whole(2, 150))
-    at = torch.arange(150).expand(2, -1)
-    found = prefill(query, key, value, kept.float(), WINDOWS, at, hard=True)
+    found = prefill(query, key, value, kept.float(), WINDOWS, Rows.whole(2, 150), hard=True)
     torch.testing.assert_close(found, expected)
 
 
@@ -224,7 +234,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(hard: bool) -> Non
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = prefill(query, key, value, taken, WINDOWS, torch.arange(length)[None], hard=hard)
+            out = prefill(query, key, value, taken, WINDOWS, Rows.whole(1, length), hard=hard)
         held.append(sum(found.values()))
         assert held[-1] < 4 * length * length and out.requires_grad
     assert 0 < held[1] < 4.5 * held[0]
@@ -247,7 +257,7 @@ def test_the_kernels_are_the_specification(hard: bool, name: str) -> None:
     for run, dtype in runs:
         parts = [x.detach().to(dtype).requires_grad_() for x in (*given, taken, extra)]
         scores = Scores(2.0, parts[4]) if name == "capped" else None
-        out = run(*parts[:4], WINDOWS, positions_of(mask), hard=hard, scores=scores)
+        out = run(*parts[:4], WINDOWS, rows_of(mask), hard=hard, scores=scores)
         asked = parts if name == "capped" else parts[:4]
         found.append((out, *torch.autograd.grad((out * toward.to(dtype)).sum(), asked)))
     for exact, own in zip(*found, strict=True):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,17 +99,19 @@ def test_a_head_that_caps_its_logits_is_not_taken_apart() -> None:
     assert not recovery.has_plain_head(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
+@dataclass(eq=False)
 class _Layer:
-    branches = "both"
+    branches: str | None
 
 
-def test_windows_are_dropped_less_and_less_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [_Layer() for _ in range(40)]
-    monkeypatch.setattr("compress.train.window_dropout.mixers_of", lambda model: [*layers, object()])
-    assert two_branched(None) == layers
+def test_windows_are_dropped_less_and_less_and_come_back() -> None:
+    layers = [_Layer("both") for _ in range(40)]
+    kinds = [SimpleNamespace(mixers=(layer, _Layer(None)), members=((0,), (1,))) for layer in layers]
+    model = SimpleNamespace(base_model=SimpleNamespace(compress_kinds=kinds))
+    assert two_branched(model) == layers
     batches = WindowBatches(Windows(text(), 16, 0), 4, 2)
-    assert DroppedWindows.of(batches, None, settings(), "a") is batches
-    dropped = DroppedWindows.of(batches, None, settings(window_dropout=[0.8, 0.2, 0.0]), "a")
+    assert DroppedWindows.of(batches, model, settings(), "a") is batches
+    dropped = DroppedWindows.of(batches, model, settings(window_dropout=[0.8, 0.2, 0.0]), "a")
     counts = []
     for step in range(6):
         (parts,) = dropped.passes(step, 1)
@@ -117,7 +121,7 @@ def test_windows_are_dropped_less_and_less_and_come_back(monkeypatch: pytest.Mon
         counts.append(sum(len(part["dropped"]) for part in parts))
         assert [part["dropped"] for part in parts] == [part["dropped"] for part in dropped.passes(step, 1)[0]]
     assert min(counts[:2]) > 48 > 32 > max(counts[2:4]) > 0 and counts[4:] == [0, 0]
-    with window_dropped(None, (0, 39)):
+    with window_dropped(model, (0, 39)):
         assert [layer.branches for layer in layers] == ["linear", *["both"] * 38, "linear"]
     assert {layer.branches for layer in layers} == {"both"}
 

@@ -20,9 +20,10 @@ from compress.evaluate.measures.perplexity import Bucket, Perplexity, Perplexity
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
-from compress.models.branches import WORDS, Branched, Branches, branched, only
+from compress.models.branches import WORDS, Branched, branched, only
 from compress.plan import ModelShape
 from compress.registry import measures
+from compress.runtime.mixer import Branches
 
 OFF: tuple[Branches, ...] = ("window", "linear", "none")
 
