@@ -285,7 +285,7 @@ def retain(sizes: Sequence[Size]) -> Iterator[Form]:
     def trained(layer: Layer, what: str | None = None, *, hard: bool) -> None:
         decided = random(layer.batch, layer.groups, layer.columns, dtype=FP32, leaf=True)
         more: dict[str, Any] = {"hard": hard, "scores": layer.scores(what)}
-        backward(training_prefill(*layer.qkv, decided, layer.spans, layer.positions, **more))
+        backward(training_prefill(*layer.qkv, decided, layer.spans, layer.rows, **more))
 
     for number, size in enumerate(sizes):
         yield form(trained, paged(*size, leaf=True), hard=number % 2 == 1)
