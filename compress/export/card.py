@@ -127,6 +127,7 @@ def render_card(
         "reordered": plan.reordered_layers and counted(plan.reordered_layers, "layer"),
         "states": states,
         "varies": plan.in_expectation,
+        "one_way": states is not None or plan.in_expectation,
         "stored": STORED,
         "choosing": choosing,
         "saves": any(max(row.of_prefill, row.of_step()) >= NOTHING for row in choosing),

@@ -250,6 +250,8 @@ def test_the_card_of_linear_heads_says_what_the_state_is_and_who_cannot_serve_it
     assert "A state is a matrix in float32" in text and "summed up in a state of constant size" in text
     assert "cannot serve it: its attention has no such states" in text and "another model" in text
     assert "linear-attention" in of_card(card("tiny", plan))["tags"]
+    assert "assisted decoding, since nothing can be taken" in card("tiny", plan)
+    assert "Assisted decoding works" in card("tiny")
     assert "another model" not in card("tiny", plan)
     plain = card("tiny")
     assert "linear-attention" not in plain and "state" not in plain.partition("## What runs it")[0]
