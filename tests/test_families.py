@@ -22,11 +22,11 @@ from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of, layers_of
 from compress.models.load import load_model
-from compress.models.planned import planned_model
+from compress.models.planned import mixers_of, planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
 from compress.models.replaced import causal_attention
 from compress.models.units import units_of
-from compress.plan import Plan, make_plan, uniform_plan
+from compress.plan import ModelShape, Plan, make_plan, uniform_plan
 from compress.profile.passes.capture import Capture
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.runtime import modeling_compress
@@ -34,6 +34,10 @@ from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
+from compress.targets.retain import RetainGroup
+from compress.targets.routed import RoutedGroup
+from compress.targets.target import Target
 from compress.targets.window import WindowGroup
 from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
 from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
@@ -159,6 +163,60 @@ def test_family(name: str) -> None:
         arguments: dict[str, Any] = {"do_sample": False, "attention_mask": mask[:, 60:160], **more}
         cached = model.generate(prompt, **arguments)
         assert torch.equal(cached, model.generate(prompt, use_cache=False, **arguments))
+
+
+# Beside windows, which have every test above: states, lists of kept tokens and chosen heads, in one plan.
+STATE = LinearGroup(sink=4, alpha=1)
+LISTS = RetainGroup(sink=0, alpha=20, scorer="gate", threshold=-2.8, share=0.5)
+DELTA = LinearGroup(rule="delta", decay="token", alone=True)
+CAPPED = RetainGroup(sink=4, alpha=1, scorer="ridge", threshold=0.0, share=0.5, cap=(10, 0.125))
+KINDS = (STATE, LISTS, DELTA, CAPPED)
+
+
+def plan_of_kinds(shape: ModelShape) -> Plan:
+    """Kinds in the first layer, chosen heads in the second, other kinds in the third; full where a layer slides."""
+    groups = shape.kv_heads
+    rows: list[list[Target]] = [
+        [KINDS[number % 4] for number in range(groups)],
+        [*RoutedGroup.layer(groups, groups // 2, sink=4, alpha=30, beta=0.25)],
+        [KINDS[(number + 2) % 4] for number in range(groups)],
+    ]
+    return make_plan(
+        shape,
+        [
+            row if native is None else [FullGroup()] * groups
+            for row, native in zip(rows, shape.native_windows, strict=True)
+        ],
+    )
+
+
+@pytest.mark.parametrize("name", [*sorted(MORE), "ministral", "mistral", "qwen2", "qwen3"])
+def test_every_kind_of_head_in_one_plan(name: str) -> None:
+    """One pass, chunks and steps of a padded batch, with a cache, are each sequence alone, and nothing looks ahead."""
+    dense = tiny_model(name)
+    plan = plan_of_kinds(shape_of(dense))
+    assert {group.target for layer in plan.layers for group in layer.groups} >= {"linear", "retain"}
+    model = planned_model(dense, plan, untrained=True)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for mixer in mixers_of(model):
+            for weight in mixer.parameters():
+                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    ids, mask = random_ids(2, 140).clone(), torch.ones(2, 140, dtype=torch.long)
+    ids[1, :20] = mask[1, :20] = 0
+    cache = model.new_cache()
+    parts = [
+        logits(model, ids[:, a:b], attention_mask=mask[:, :b], **{CACHE: cache}) for a, b in pairwise((0, 83, 84, 140))
+    ]
+    found = torch.cat(parts, dim=1)
+    assert cache.allocated_bytes() == cache.held_bytes()
+    for row, start in enumerate((0, 20)):
+        alone = logits(model, ids[row : row + 1, start:])
+        torch.testing.assert_close(found[row : row + 1, start:], alone, rtol=1e-3, atol=1e-3)
+    ids[0, 130] = (ids[0, 130] - 3) % (VOCABULARY - 4) + 4
+    changed = logits(model, ids[:1])
+    torch.testing.assert_close(changed[:, :130], found[:1, :130], rtol=1e-3, atol=1e-3)
+    assert (changed[:, 130:] - found[:1, 130:]).abs().max() > 0.01
 
 
 ALL_SLIDE, NONE_SLIDE = (50, 50, 50), (None, None, None)

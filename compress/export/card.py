@@ -124,10 +124,10 @@ def render_card(
         "kinds": Counter(group.noun or f"`{group.target}`" for group in changed),
         "rules": Counter(group.rule_text() for group in changed),
         "by_length": plan.by_length,
+        "one_way": _one_way(plan),
         "reordered": plan.reordered_layers and counted(plan.reordered_layers, "layer"),
         "states": states,
         "varies": plan.in_expectation,
-        "one_way": states is not None or plan.in_expectation,
         "stored": STORED,
         "choosing": choosing,
         "saves": any(max(row.of_prefill, row.of_step()) >= NOTHING for row in choosing),
@@ -177,6 +177,12 @@ def _in_vllm(plan: Plan) -> bool:
     """Whether the plugin for vLLM serves a patched checkpoint of the plan."""
     refused = plan.by_length or plan.upcycle is not None
     return not refused and all(group.in_vllm for layer in plan.layers for group in layer.groups)
+
+
+def _one_way(plan: Plan) -> str:
+    """The targets of groups whose cache takes no token back, in Markdown; empty where every group's does."""
+    groups = [group for row in plan.groups_that_stay() for group, _ in row]
+    return ", ".join(sorted({f"`{group.target}`" for group in groups if not group.takes_back}))
 
 
 def _tags(plan: Plan, windowed: bool, states: States | None, routed: bool) -> list[str]:

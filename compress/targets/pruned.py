@@ -21,6 +21,7 @@ class PrunedGroup(Target):
     noun: ClassVar[str] = "removed"
     removes: ClassVar[bool] = True
     as_built: ClassVar[bool] = True
+    takes_back: ClassVar[bool] = True
     in_vllm: ClassVar[bool] = True
 
     target: Literal["pruned"] = "pruned"

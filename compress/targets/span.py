@@ -17,6 +17,7 @@ class SpanTarget(Target):
     """Sees a span of keys (runtime/span.py), keeps what it may see again, and reads what it keeps."""
 
     noun: ClassVar[str] = "a window"
+    takes_back: ClassVar[bool] = True
 
     @abstractmethod
     def span(self, native: int | None = None) -> AnySpan:

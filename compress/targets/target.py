@@ -61,6 +61,7 @@ class Target(Method):
             has nothing.
         untrained: whether it is of use as it starts, so that nobody has to prepare it.
         in_expectation: whether what it holds depends on the text, so that `cost` is a mean over texts.
+        takes_back: whether its cache can take tokens back, as assisted decoding does (`State.one_way`).
         in_vllm: whether the plugin of plugins/vllm serves it; it refuses others by name.
     """
 
@@ -73,6 +74,7 @@ class Target(Method):
     objective: ClassVar[str | None] = None
     untrained: ClassVar[bool] = False
     in_expectation: ClassVar[bool] = False
+    takes_back: ClassVar[bool] = False
     in_vllm: ClassVar[bool] = False
 
     target: str

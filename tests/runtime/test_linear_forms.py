@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from compress.runtime.maps import MAPS
 from compress.runtime.mixer import Branches, Kinds, LayerFacts
@@ -109,6 +110,35 @@ def test_chunks_and_steps_of_a_padded_batch_are_one_pass_over_each_sequence(form
         state = cache.paged[0].states[0].tensors["state"]
         assert state.dtype == torch.float32
         assert state[0, 0].numel() * 4 == target.state_bytes(DIM)
+
+
+@torch.no_grad()
+def test_a_hundred_thousand_tokens_are_held_in_the_memory_of_the_first() -> None:
+    """By chunks with single tokens between them, in one head; the state is the sum over all of them."""
+    entry = LinearGroup(sink=4, alpha=64).model_dump(mode="json")
+    kinds = Kinds([entry], LayerFacts(0, 4, HIDDEN, 1, None))
+    mixer: Any = kinds.only
+    cache, held, generator = PagedCache([kinds]), set[int](), torch.Generator().manual_seed(3)
+    chunk, sums = 8192, torch.zeros(8, 5, dtype=torch.float64)
+    for number in range(13):
+        query, key, value = torch.randn(3, 1, 1, chunk, 4, generator=generator)
+        for first, stop in ((0, 1), (1, chunk - 1), (chunk - 1, chunk)):
+            new = [x[:, :, first:stop] for x in (query, key, value)]
+            step = Step.begin(cache, None, 1, stop - first, query.device)
+            cache.paged[0].update(*new[1:])
+            if step.lengths is None:
+                mixer.prefill(*new, cache.paged[0].states[0], step, scale=None, dropout=0.0)
+            else:
+                mixer.decode(*new, cache.paged[0].states[0], step, scale=None)
+            step.end()
+        hidden = slice(PAGE if number == 0 else 0, chunk - 2 * PAGE if number == 12 else chunk)  # of the sink, in sight
+        features, written = mixer.map.of_key(key, 1.0)[0, 0].double(), pad(value[0, 0].double(), (0, 1), value=1.0)
+        sums += features[hidden].T @ written[hidden]
+        held |= {cache.allocated_bytes(), cache.held_bytes()}
+    state: Any = cache.paged[0].states[0]
+    found = state.matrix[0, 0]
+    assert cache.get_seq_length() > 100_000 and len(held) == 1
+    assert found.dtype == torch.float32 and float((found.double() - sums).norm() / sums.norm()) < 1e-5
 
 
 def test_a_state_starts_in_the_way_of_a_pass_and_ends_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_retain import RetainMixer
 from compress.runtime.paged_cache import PagedCache
+from compress.runtime.retain_reference import keep
 from compress.runtime.retain_state import RetainState
 from compress.runtime.step import Step
 from compress.targets.retain import RetainGroup
@@ -155,6 +156,20 @@ def test_every_way_to_the_end_is_the_mask_of_all_pairs(part: int) -> None:
             assert cache.held_bytes() == pages * PAGE_BYTES + ROWS * COUNTERS, (seed, groups)
             if reserve is None:
                 assert cache.allocated_bytes() == cache.held_bytes()
+
+
+def test_of_equal_scores_those_at_the_threshold_are_kept() -> None:
+    """Until a cap is met. Thresholds that a preparation measures are scores of tokens, so ties are no accident."""
+    draw = random.Random(0)
+    for cap in (None, (0, 0.25), (7, 0.0), (3, 0.125), (0, 1.0), (0, 0.0)):
+        for sink in (0, 64):
+            group = RetainGroup(sink=sink, alpha=1, scorer="value_norm", threshold=0.0, share=0.5, cap=cap)
+            score = torch.tensor([draw.choice([-1.0, 0.0, 0.0, 1.0]) for _ in range(150)])
+            most = torch.tensor([[1 << 40, 0] if cap is None else [cap[0], int(cap[1] * 1024)]])
+            given = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1), torch.tensor([sink]), most
+            kept, count = keep(score[None, None], torch.arange(150)[None], *given)
+            expected = naive_kept(group, score)
+            assert kept[0, 0].tolist() == expected and int(count) == sum(expected[sink:])
 
 
 # Half of the tokens behind the sinks are kept, in the second group no more than every fourth.

@@ -66,7 +66,8 @@ def check(groups: list[RetainGroup], seed: int, columns: int, reserve: int | Non
 def test_tokens_are_kept_as_the_reference_keeps_them() -> None:
     positions = torch.arange(100).repeat(2, 1) + torch.tensor([[0], [40]])
     positions[1, :7] = positions[1, 80:] = -1  # no tokens
-    found, count = torch.randn(2, 3, 100), torch.tensor([[0, 0, 0], [30, 4, 2]], dtype=torch.int32)
+    # In halves, so that some are the thresholds themselves.
+    found, count = (2 * torch.randn(2, 3, 100)).round() / 2, torch.tensor([[0, 0, 0], [30, 4, 2]], dtype=torch.int32)
     found[1, :, :7] = torch.nan
     rules = torch.tensor([-0.5, 0.0, -torch.inf]), torch.tensor([0, 64, 0])
     caps = torch.tensor([[1 << 40, 0], [4, 100], [2, 300]])
@@ -91,6 +92,19 @@ def test_scorers_say_what_their_modules_say(made: type[Scorer]) -> None:
     assert found is not None
     torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1, :, :50].double(), expected[1, :, :50].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_keeps_a_token_whose_score_is_the_threshold() -> None:
+    """Values of length 1 have the score 0; of those of length 1/2 none is kept."""
+    entry = RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=0.0, share=0.5)
+    kinds, _ = kinds_of([entry, entry])
+    made = [x[:1].float() for x in inputs(65, 1, random.Random(1))[0]]
+    made[2].zero_()[..., 3] = torch.where(torch.arange(65) % 3 == 1, 0.5, 1.0)
+    cache, tokens = PagedCache([kinds], 65), torch.ones(1, 65, dtype=torch.bool, device=DEVICE)
+    with torch.no_grad():
+        feed(kinds, cache, made, tokens, [0, 62, 63, 64, 65], impl="triton")  # a page leaves in the last step
+    found = cache.paged[0].states[0].tensors
+    assert found["listed"].tolist() == [[43, 43]] and found["count"].tolist() == [[43, 43]]
 
 
 @pytest.mark.parametrize("made", [Mlp, Gate])  # one whose hidden units have a launch of their own, one without kernels

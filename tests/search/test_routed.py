@@ -233,6 +233,12 @@ def test_what_query_heads_save_of_the_flops_of_a_layer(dense: Dense, length: int
     assert saved / whole == pytest.approx(share, abs=6e-4)
     (saving,) = savings(searched(dense, Budget(flops=0.999, lengths=(length,)), [PAPER], said, force=True), 0, ENTRIES)
     assert saving.share == pytest.approx(saved / whole, rel=1e-9) and f"{share:.1%}" in saving.words
+    # A search that may remove heads and neurons counts the parameters of a layer by what they go with: the same share.
+    removing = dataclasses.replace(dense, removes=True)
+    (again,) = savings(
+        searched(removing, Budget(flops=0.999, lengths=(length,)), [PAPER], said, force=True), 0, ENTRIES
+    )
+    assert again.share == pytest.approx(saving.share, rel=1e-6)
 
 
 ENTRIES = PAPER.entries(8, 4)

@@ -77,6 +77,28 @@ def test_a_long_input_costs_what_a_window_costs_and_a_state() -> None:
     assert twice.flops < 2.01 * once.flops
 
 
+@pytest.mark.parametrize("fields", FORMS)
+def test_operations_are_those_of_every_query_and_page(fields: dict[str, Any]) -> None:
+    """Counted token by token: products with the keys in sight, with the state where it has anything, of the maps with
+    all queries and the keys that are written, and of the writes, which the delta rule reads the state for first."""
+    group, heads, dim = LinearGroup.model_validate(fields), UNIT.query_heads, UNIT.head_dim
+    features, columns = group.feature_count(dim), dim + (group.rule == "add")
+    width = {"hedgehog": features // 2, "taylor": 16}.get(group.map, features)  # 273 features of 16 numbers
+    sink = -(-group.sink // 64) * 64
+    for length in (1, 64, 130, 191, 700):
+        flops = written = 0
+        for t in range(length):
+            page = t // 64 * 64
+            first = max(0, page + 1 - max(1, int(group.alpha + group.beta * (page + 1)))) // 64 * 64
+            first = page if group.alone else max(first, sink)
+            seen = t + 1 - first + (min(sink, first) if not group.alone else 0)
+            flops += heads * seen * (2 * (features + columns) if group.alone else 4 * dim)
+            written = max(written, first - (0 if group.alone else sink))
+            flops += heads * (2 * features * columns * (first > sink) + 2 * dim * width)
+        flops += written * (2 * features * columns * (2 if group.rule == "delta" else 1) + 2 * dim * width)
+        assert group.cost(UNIT, length).flops == flops, length
+
+
 def test_options_are_those_of_the_grid() -> None:
     assert LinearGroup.options(UNIT, [512]) == [LinearGroup(sink=4)]
     assert not LinearGroup.options(Unit(3, 16, native=50), [512])

@@ -97,6 +97,18 @@ def test_costs_are_means_over_texts(share: float, cap: Any) -> None:
         assert abs(cost.keys - keys) <= (0.1 * keys if 0 < share < 1 or cap is not None else 0)
 
 
+@pytest.mark.parametrize("cap", [None, (0, 0.0), (3, 0.0), (0, 1.0), (2, 0.25), (70, 0.0625), (0, 33 / 1024)])
+@pytest.mark.parametrize("sink", [0, 4])
+def test_the_bound_is_what_a_text_that_wants_to_keep_all_keeps(sink: int, cap: Any) -> None:
+    group = RetainGroup(sink=sink, alpha=70, beta=0.125, scorer="key_norm", threshold=None, share=1.0, cap=cap)
+    span, count, kept = group.span(), 0, [0]
+    for j in range(700):
+        count += j >= span.sink and (cap is None or count < cap[0] + int(cap[1] * (j + 1)))
+        kept.append(count)
+    for length in range(1, 700):
+        assert group.listed(length)[1] == kept[int(span.boundary(length - 1))]
+
+
 @pytest.mark.parametrize("scorer", ["key_norm", "ridge", "gate"])
 def test_scorers_are_counted_and_prepared(scorer: str) -> None:
     model, group = tiny_model("llama-gqa"), RetainGroup(**{**GIVEN, "scorer": scorer, "cap": (4, 0.5)})

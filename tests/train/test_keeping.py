@@ -20,7 +20,7 @@ from compress.models.planned import keeps_tokens, planned_model
 from compress.models.prepared import attach
 from compress.models.shape import shape_of
 from compress.models.trained import load_trained
-from compress.plan import measured_plan, read_plan, uniform_plan
+from compress.plan import make_plan, measured_plan, read_plan, uniform_plan
 from compress.runfolder import TRAINED_PLAN
 from compress.runtime.step import Record
 from compress.stages.evaluate import _variants
@@ -237,6 +237,25 @@ def test_bytes_of_the_plan_or_the_share_of_every_group() -> None:
     windows = GROUP.model_copy(update={"alpha": 64, "beta": 0.25}).span()
     assert share_that_leaves(windows, None) == 0.75 and share_that_leaves(windows, 64) == 0
     assert share_that_leaves(windows, 1024) == (961 - (64 + 961 // 4)) // 64 * 64 / 1024
+
+
+@pytest.mark.parametrize("at", [None, 448])
+def test_bytes_count_by_what_leaves_the_windows(at: int | None) -> None:
+    """Half of what one group of a layer keeps lies in its window, which grows; the other one keeps an eighth."""
+    dense, wide = dense_model(), GROUP.model_copy(update={"beta": 0.5, "share": 0.5})
+    groups = [[GROUP, wide]] * 2
+    model = planned_model(dense, make_plan(shape_of(dense), groups), untrained=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for mixer in keepers_of(model):
+            for weight in mixer.parameters():
+                torch.nn.init.normal_(weight, std=0.1)
+    found = measure_again(model, [torch.tensor(words(320, seed)) for seed in (1, 2)], "plan", at)
+    leave = [[share_that_leaves(group.span(), at) for group in row] for row in groups]
+    assert leave[0] == [1.0, 0.5] if at is None else 0.4 < leave[0][1] / leave[0][0] < 0.6
+    weights = torch.tensor(leave)
+    kept, expected = (torch.tensor([[one.share for one in row] for row in rows]) for rows in (found, groups))
+    assert float((weights * kept).sum()) == pytest.approx(float((weights * expected).sum()), rel=0.03)
 
 
 def test_only_models_that_keep_tokens_have_the_loss(tmp_path: Path) -> None:
