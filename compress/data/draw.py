@@ -19,7 +19,14 @@ class Drawn(NamedTuple):
     finite: torch.Tensor
 
 
-def draw(logits: torch.Tensor, banned: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0) -> Drawn:
+def draw(
+    logits: torch.Tensor,
+    banned: torch.Tensor,
+    noise: torch.Tensor,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    early: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Drawn:
     """Tokens from the distribution of logits `[B, V]`, by the inverse of its distribution function.
 
     The token is the first at which the sum of probabilities, in the order of the vocabulary, exceeds the random number
@@ -31,14 +38,21 @@ def draw(logits: torch.Tensor, banned: torch.Tensor, noise: torch.Tensor, temper
         logits: of any floating dtype; overwritten where tokens are banned.
         banned: `[n]` int64, tokens that are not drawn and not the most likely one.
         noise: `[B, 1]` float32 in [0, 1).
+        min_p: tokens are not drawn whose probability is below this share of the most likely one's (arXiv 2407.01082).
+        early: `[B]` bool, rows in which further tokens `[m]` int64 are banned.
     """
     # A sum is not finite where a summand is not; asking every number takes several passes.
     finite = torch.isfinite(logits.sum(-1, dtype=torch.float32)).all()
     logits.index_fill_(1, banned, -torch.inf)
+    if early is not None:
+        rows, words = early
+        logits.index_copy_(1, words, logits.index_select(1, words).masked_fill(rows[:, None], -torch.inf))
     likely = logits.argmax(-1)
     if temperature != 1:
         logits = logits.float() / temperature
     mass = torch.softmax(logits, -1, dtype=torch.float32)
+    if min_p > 0:
+        mass.masked_fill_(mass < min_p * mass.gather(1, likely[:, None]), 0.0)
     if mass.shape[1] % WIDTH:
         mass = pad(mass, (0, -mass.shape[1] % WIDTH))
     blocks = mass.view(len(mass), -1, WIDTH)

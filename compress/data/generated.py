@@ -32,8 +32,9 @@ class GeneratedText(Source):
     A document begins with a random word of the vocabulary, goes on with a few most likely tokens, and then with tokens
     drawn from the model's own distribution. The random beginning makes documents differ, the likely tokens behind it
     turn an unlikely word into the beginning of a sentence, and drawing keeps the model from repeating itself: of the
-    three ways that LLM-QAT compares, this one loses least. Nothing cuts the distribution's tail (LLM-QAT draws with the
-    library's settings of its time, of the 50 most likely), so that what is distilled on is what the model would say.
+    three ways that LLM-QAT compares, this one loses least. Tokens that are much less likely than the likeliest are not
+    drawn (LLM-QAT draws from the 50 most likely): each of them alone is rare, but a long text meets many, and a small
+    model that has written them goes on in noise.
     """
 
     source: Literal["generated"] = Field("generated", description="text that the dense model writes itself")
@@ -52,6 +53,20 @@ class GeneratedText(Source):
     )
     greedy: int = Field(4, ge=0, le=1024, description="most likely tokens behind the random first one of a document")
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of all tokens behind these")
+    least: int = Field(
+        32,
+        ge=0,
+        le=1024,
+        description="tokens that a text has at least before it may end: behind an unlikely word an end is often the "
+        "most likely token",
+    )
+    min_p: float = Field(
+        0.004,
+        ge=0,
+        lt=1,
+        description="tokens whose probability is below this share of the most likely one's are not drawn; 0 draws from "
+        "the whole distribution",
+    )
     batch: int | None = Field(
         None, ge=1, le=BATCH, description="documents written at once; null takes what the device has room for"
     )
@@ -80,7 +95,13 @@ class GeneratedText(Source):
     @property
     def facts(self) -> dict[str, Any]:
         """All that a written document depends on besides the model, its seed and its number."""
-        return {"length": self.length, "greedy": self.greedy, "temperature": self.temperature}
+        return {
+            "length": self.length,
+            "greedy": self.greedy,
+            "temperature": self.temperature,
+            "min_p": self.min_p,
+            "least": self.least,
+        }
 
     def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
         """All that there is of a part, whatever is asked for: the model's documents, then the given text.

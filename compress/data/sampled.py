@@ -302,9 +302,10 @@ class _Vocabulary:
             )
         ends = model.generation_config.eos_token_id
         of_config = [] if ends is None else list(ends) if hasattr(ends, "__iter__") else [ends]
-        ended = {int(number) for number in (*of_config, tokenizer.eos_token_id) if number is not None}
+        asked = {int(number) for number in (*of_config, tokenizer.eos_token_id) if number is not None}
+        ended = {number for number in asked if number < columns}
         banned = torch.ones(columns, dtype=torch.bool)
-        banned[[*plain, *(number for number in ended if number < columns)]] = False
+        banned[[*plain, *ended]] = False
         self.banned = banned.nonzero()[:, 0].to(device)
         self.ends = torch.tensor(sorted(ended), dtype=torch.long, device=device)
         self.begins = torch.tensor(begins, dtype=torch.long, device=device)
@@ -419,9 +420,11 @@ class _Documents:
         """Write the next token of every document, from logits `[B, V]`."""
         words, age, forced = self.words, self.age, self.forced
         noise = self.noise.index_select(1, self.place)
-        found = draw(logits, words.banned, noise, self.request.temperature)
+        asked = self.request
+        early = (age < forced + asked.least, words.ends)
+        found = draw(logits, words.banned, noise, asked.temperature, asked.min_p, early)
         self.finite.logical_and_(found.finite)
-        chosen = torch.where(age < forced + self.request.greedy, found.likely, found.token)
+        chosen = torch.where(age < forced + asked.greedy, found.likely, found.token)
         chosen = torch.where(age == forced - 1, self.firsts.index_select(1, self.place)[:, 0], chosen)
         if forced > 1:
             chosen = torch.where(age < forced - 1, words.lead[age.clamp(max=forced - 2)], chosen)

@@ -36,3 +36,23 @@ def test_a_number_that_is_not_finite_is_told_also_where_it_is_banned(bad: float)
     logits = torch.randn(5, 300)
     logits[3, 7] = bad
     assert not draw(logits, torch.tensor([7]), torch.rand(5, 1)).finite
+
+
+@torch.no_grad()
+def test_what_is_much_less_likely_than_the_likeliest_is_not_drawn() -> None:
+    logits = torch.randn(2000, 300)
+    exact = (logits.double() / 0.9).softmax(-1)
+    kept = exact >= 0.2 * exact.amax(-1, keepdim=True)
+    found = draw(logits.clone(), torch.tensor([], dtype=torch.long), torch.rand(2000, 1), 0.9, 0.2)
+    assert bool(kept.gather(1, found.token[:, None]).all())
+    share = (torch.where(kept, exact, 0) / exact.where(kept, 0).sum(-1, keepdim=True)).gather(1, found.likely[:, None])
+    drawn = (found.token == found.likely).double().mean()
+    assert abs(drawn - share.mean()) < 0.04  # its standard error is about .01
+
+
+def test_some_rows_may_not_draw_some_tokens() -> None:
+    logits, rows = torch.randn(400, 50), torch.arange(400) % 2 == 0
+    logits[:, [3, 9]] += 30
+    found = draw(logits, torch.tensor([0]), torch.rand(400, 1), early=(rows, torch.tensor([3, 9])))
+    ends = torch.isin(torch.stack([found.token, found.likely]), torch.tensor([3, 9]))
+    assert bool(found.finite) and not ends[:, rows].any() and ends[1, ~rows].all()

@@ -32,7 +32,8 @@ def loaded(begin: bool = False, seed: int = 0) -> Any:
 
 
 def request(tokens: int = 5 * LENGTH, **fields: Any) -> GeneratedText:
-    return GeneratedText(tokens=tokens, length=LENGTH, **{"greedy": 2, "temperature": 1.5, **fields})
+    usual = {"greedy": 2, "least": 4, "min_p": 0.1, "temperature": 1.5}
+    return GeneratedText(tokens=tokens, length=LENGTH, **usual | fields)
 
 
 def reader(folder: Path, model: Any = None, **options: Any) -> Reader:
@@ -55,7 +56,10 @@ def reference(made: Any, seed: str, asked: GeneratedText) -> list[int]:
         else:
             logits = made.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
             logits[words.banned] = -torch.inf
-            mass = (logits / asked.temperature).softmax(-1).cumsum(-1)
+            if age < len(forced) + asked.least:
+                logits[ENDS] = -torch.inf
+            mass = (logits / asked.temperature).softmax(-1)
+            mass = torch.where(mass < asked.min_p * mass.max(), 0, mass).cumsum(-1)
             likely = age < len(forced) + asked.greedy
             chosen = int(logits.argmax()) if likely else int((mass > noise[place] * mass[-1]).nonzero()[0])
         age = 0 if chosen in ENDS and age >= len(forced) else age + 1
