@@ -232,9 +232,9 @@ def open_run(
 ) -> Iterator[RunFolder]:
     """Make a run folder, or go on in one that holds a run of the same model, and hold it (`RunFolder.locked`).
 
-    A changed recipe goes on too: stages whose key did not change are kept, the others run again. A folder that this made,
-    and in which no stage began before a mistake of the user's ended the command, is removed again. `overwrite` goes on
-    in a folder that holds something else; a file is only replaced by one of its name, nothing is deleted.
+    A changed recipe goes on too: stages whose key did not change are kept, the others run again. A folder that this
+    made, and in which no stage began before a mistake of the user's ended the command, is removed again. `overwrite`
+    goes on in a folder that holds something else; a file is only replaced by one of its name, nothing is deleted.
 
     Args:
         model: the recipe's model.
