@@ -127,7 +127,7 @@ CELLS[f"{BASES[-1]}, routed"] = BASES[-1], ROUTED_PRUNED
 # One plan of many kinds: those of a layer run side by side, chosen heads beside a window among them.
 KINDS: tuple[Target, ...] = (
     WindowGroup(sink=4, alpha=30, beta=0.25),
-    LinearGroup(sink=4, alpha=20),
+    LinearGroup(alpha=1),
     RetainGroup(sink=4, alpha=40, beta=0.125, scorer="value_norm", threshold=1.77, share=0.5, cap=(10, 0.125)),
     ScoreGroup(score="ssmax", reference=256, alpha=20, beta=0.5),
     *RoutedGroup.layer(3, 1, shared=(2,), sink=4, alpha=60, beta=0.0),

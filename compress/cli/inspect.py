@@ -171,8 +171,8 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
         for length in (SHOWN_LENGTHS[0], SHOWN_LENGTHS[-1]):
             typer.echo(Skipped.total(skipped(plan, length, form=form)).words())
     if plan.upcycle is None:
-        stay = " that stay" if left else ""
-        typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{stay} see everything")
+        stay, always = " that stay" if left else "", " for every token" if chooses(plan) else ""
+        typer.echo(f"{plan.full_groups} of {sum(plan.kept_heads)} head groups{stay} see everything{always}")
     sliding = sum(native is not None for native in model.native_windows)
     if sliding:
         left_over = model.layers - sliding

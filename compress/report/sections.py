@@ -177,7 +177,16 @@ def head_map(facts: Facts) -> dict[str, Any] | None:
             cells.append({"kept": kept, "target": group.target, "words": words, "level": _level(kept)})
         rows.append(cells)
     targets = sorted({str(cell["target"]) for row in rows for cell in row})
+    for row in rows:
+        for cell in row:
+            cell["mark"] = _mark(cell["target"], targets)
     return {"layers": rows, "groups": len(rows[0]), "targets": targets, "length": MAP_LENGTH}
+
+
+def _mark(name: str, names: Sequence[str]) -> str:
+    """So many first letters of a name as tell it from the others; all of one that begins another."""
+    others = [other for other in names if other != name]
+    return next((name[:end] for end in range(1, len(name)) if not any(o.startswith(name[:end]) for o in others)), name)
 
 
 def retention(facts: Facts) -> dict[str, Any] | None:

@@ -59,6 +59,7 @@ ENGINES = {
     "vllm": ("vLLM", "To run it, install the plugin compress-vllm beside vLLM (plugins/vllm of the toolkit compress)"),
     "sglang": ("SGLang", "There is no plugin that runs it; transformers does, and vLLM with the plugin compress-vllm"),
 }
+UNTAUGHT = "if its weights were trained with the plan, it is another model then"
 
 logger = logging.get_logger(__name__)
 
@@ -129,7 +130,7 @@ class PlanModel(WholeLayers):
             engine, instead = ENGINES[self.config._attn_implementation]
             logger.warning_once(
                 f"{engine} runs this checkpoint with attention of its own: the plan is NOT in effect, the model runs "
-                f"dense and saves no memory. {instead}."
+                f"dense and saves no memory; {UNTAUGHT}. {instead}."
             )
         rows = zip(self._layers(), self._widths(config.compress_plan), config.compress_plan["layers"], strict=True)
         for number, (layer, width, entry) in enumerate(rows):
@@ -368,8 +369,8 @@ class PlanModel(WholeLayers):
             )
         if name not in ENGINES:  # those were named when the model was made
             logger.warning_once(
-                f"attn_implementation={name!r} was asked for: the plan is NOT in effect, "
-                "the model runs dense with a dense cache. Leave attn_implementation out to run the plan."
+                f"attn_implementation={name!r} was asked for: the plan is NOT in effect, the model runs dense with a "
+                f"dense cache; {UNTAUGHT}. Leave attn_implementation out to run the plan."
             )
         return super().forward(**{CACHE: cache}, **arguments)  # type: ignore[misc]
 

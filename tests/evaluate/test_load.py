@@ -197,7 +197,8 @@ def test_tables_maps_and_plots_have_every_head(comparison: Comparison, plan: Pla
     names = [path.name for path in evaluation_plots(tmp_path)]
     assert names[:4] == ["layers.svg", "layers.png", "heads.svg", "heads.png"]
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "plan.json")])
-    assert result.exit_code == 0 and STORED in " ".join(result.output.split())
+    words = " ".join(result.output.split())
+    assert result.exit_code == 0 and STORED in words and "head groups see everything for every token" in words
 
 
 def test_what_choosing_skips_is_the_plan_with_all_on_less_the_plan(plan: Plan) -> None:

@@ -212,6 +212,15 @@ def test_the_card_says_whether_the_plugin_for_vllm_serves_the_plan() -> None:
 
     windows = FullGroup(), WindowGroup(sink=4, alpha=30, beta=0.5)
     assert "the plan, with the memory that it saves; needs no" in row(*windows)
+    without = [
+        next(
+            line
+            for line in card("org/model", make_plan(shape, [windows] * 3), trained=trained).splitlines()
+            if "without it" in line
+        )
+        for trained in (False, True)
+    ]
+    assert ["another model" in line for line in without] == [False, True] and "a line at load says so" in without[0]
     for other in (LinearGroup(alpha=64), WindowGroup(sink=4, alpha=30, beta=0.5, rule="length")):
         assert "refuses, and says which" in row(FullGroup(), other)
 

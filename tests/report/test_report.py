@@ -113,6 +113,21 @@ def test_only_a_bench_or_only_a_plan(folder: Path) -> None:
     assert "by the plan" in render([read_facts(folder)], "2026-01-02", "0")
 
 
+def test_the_head_map_tells_targets_apart_that_begin_alike(tmp_path: Path) -> None:
+    raw = json.loads(PLAN.read_text())
+    del raw["checksum"]
+    retains = {"target": "retain", "scorer": "value_norm", "threshold": 0.0, "share": 0.5}
+    routed = {"target": "routed", "active": 1, "of": 3}
+    for number, layer in enumerate(raw["layers"]):
+        layer["groups"] = [routed] * 3 if number else [{"target": "full"}, retains, {"target": "linear"}]
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    found = head_map(read_facts(tmp_path))
+    assert found is not None
+    assert [cell["mark"] for cell in found["layers"][0]] == ["f", "re", "l"] and found["layers"][1][0]["mark"] == "ro"
+    page = render([read_facts(tmp_path)], "2026-01-02", "0")
+    assert page.count(">ro<span") == 3 * (len(raw["layers"]) - 1) and page.count(">re<span") == 1
+
+
 def test_a_rule_by_length_is_told_and_costs_its_window(tmp_path: Path) -> None:
     raw = json.loads(PLAN.read_text())
     del raw["checksum"]
