@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from compress import registry
+from compress.data.text import EmbeddedText
 from compress.errors import UserError
 from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
@@ -57,7 +58,7 @@ def test_shipped_recipes_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert max(lengths["held_out"]) >= max(lengths["documents"])
     # A training reads a text as often as its steps take; everything else has to fit into it, at four letters a token.
     for use in uses_of(recipe):
-        if use.source.registered == "embedded" and use.place not in ("prepare", "recover"):
+        if isinstance(use.source, EmbeddedText) and use.place not in ("prepare", "recover"):
             assert 4 * use.tokens <= len(use.source.part(use.source.known().text, use.part)), use.place
 
 
