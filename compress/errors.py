@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -56,6 +57,17 @@ class NotFiniteError(UserError, FloatingPointError):
             expected="finite numbers",
             fix="check that the weights are whole; a model that overflows in float16 runs in bfloat16 or float32",
         )
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Puts a place before those that a `UserError` of the block names: where the value stands that is wrong."""
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            problem.where = f"{place}: {problem.where}" if problem.where else place
+        raise UserError(error.problems) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -232,8 +232,9 @@ def open_run(
 ) -> Iterator[RunFolder]:
     """Make a run folder, or go on in one that holds a run of the same model, and hold it (`RunFolder.locked`).
 
-    A changed recipe goes on too: stages whose key did not change are kept, the others run again. `overwrite` goes on
-    in a folder that holds something else; a file is only replaced by one of its name, nothing is deleted.
+    A changed recipe goes on too: stages whose key did not change are kept, the others run again. A folder that this
+    made, and in which no stage began before a mistake of the user's ended the command, is removed again. `overwrite`
+    goes on in a folder that holds something else; a file is only replaced by one of its name, nothing is deleted.
 
     Args:
         model: the recipe's model.
@@ -264,7 +265,7 @@ def open_run(
             found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
             fix="change `output:` in the recipe, or pass --overwrite to write there anyway",
         )
-    if is_run and before != model and not overwrite and not (before is None and empty):
+    if is_run and before != model and not overwrite and not empty:
         raise UserError(
             "the output folder already holds a run of another model",
             where=str(path),
@@ -272,6 +273,7 @@ def open_run(
             found=before or "a run whose recipe cannot be read",
             fix="change `output:` in the recipe, or pass --overwrite to replace that run",
         )
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -290,7 +292,13 @@ def open_run(
         write_text(path / "recipe.resolved.yaml", resolved)
         if STAGES not in entries:
             run.forget()
-        yield run
+        try:
+            yield run
+        except UserError:
+            # A recipe with a mistake in it, as a wrong model, leaves nothing behind.
+            if made and OPENING.issuperset(_entries(path)) and not run.stages():
+                remove(path)
+            raise
 
 
 def _is_stage(entry: dict[str, Any]) -> bool:

@@ -16,12 +16,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from compress import registry
+from compress.data.text import EmbeddedText
 from compress.errors import UserError
 from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
 from compress.recipe.located_yaml import read_located
 from compress.recipe.read import parse_recipe
 from compress.recipe.schema import Recipe
+from compress.stages.check import uses_of
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = """\
@@ -54,6 +56,10 @@ def test_shipped_recipes_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lengths = {part: [task["length"] for task in calibration[part]] for part in ("documents", "held_out")}
     if lengths["held_out"]:
         assert max(lengths["held_out"]) >= max(lengths["documents"])
+    # A training reads a text as often as its steps take; everything else has to fit into it, at four letters a token.
+    for use in uses_of(recipe):
+        if isinstance(use.source, EmbeddedText) and use.place not in ("prepare", "recover"):
+            assert 4 * use.tokens <= len(use.source.part(use.source.known().text, use.part)), use.place
 
 
 def test_defaults_are_written_out_and_read_back_the_same() -> None:

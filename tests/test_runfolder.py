@@ -50,6 +50,27 @@ def test_a_run_goes_on_and_a_changed_recipe_keeps_its_stages(tmp_path: Path) -> 
         assert run.stages() == {}
 
 
+def test_a_mistake_before_the_first_stage_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(UserError, match="no such model"), open_run(path, **RUN) as run:
+        run.log("start")
+        raise UserError("no such model")
+    assert not path.exists()
+    for left in ("profile", None):  # what a stage began with, or what was there before, stays
+        with pytest.raises(UserError, match="too short"), open_run(path, **RUN) as run:
+            if left is not None:
+                run.begin(left)
+            raise UserError("too short")
+        assert (path / "recipe.yaml").is_file()
+
+
+def test_a_folder_in_which_no_stage_began_takes_another_model(tmp_path: Path) -> None:
+    with open_run(tmp_path, **RUN):
+        pass
+    with open_run(tmp_path, **{**RUN, "model": "n"}):
+        assert json.loads((tmp_path / "model.json").read_text())["model"] == "n"
+
+
 def test_fresh_deletes_what_stages_made_but_not_the_checkpoint(tmp_path: Path) -> None:
     with open_run(tmp_path, **RUN) as run:
         for name in ("profile/profile.json", "plan.json", "checkpoint/config.json", "notes.txt"):

@@ -39,14 +39,15 @@ def init(
         raise UserError("the recipe is a folder", where=str(file), expected="the name of a file", fix="--out NAME.yaml")
     if file.exists() and not overwrite:
         raise UserError("there is a file of that name", where=str(file), fix="--out NAME.yaml, or --overwrite")
-    budget = ([] if kv is None else [f"kv={kv}"]) + _others(context.args)
-    given = [f"search.budget.{setting}" for setting in budget or ["kv=0.5"]]
+    budget = ([] if kv is None else [("--kv", f"kv={kv}")]) + _others(context.args)
+    given = {f"model={model}": "MODEL", f"output={output or f'runs/{name}'}": "--output"}
+    given |= {f"search.budget.{setting}": option for option, setting in budget or [("--kv", "kv=0.5")]}
     if lengths is not None:
-        given.append(f"search.budget.lengths={arguments.lengths(lengths)}")
+        given[f"search.budget.lengths={arguments.lengths(lengths)}"] = "--lengths"
     command = " ".join(["compress init", *map(shlex.quote, _words(context, model))])
     from compress.recipe.load import read_settings
 
-    recipe = read_settings([f"model={model}", f"output={output or f'runs/{name}'}", *given, *(settings or ())])
+    recipe = read_settings([*given, *(settings or ())], given)
     from compress.recipe.write import explained  # imports torch, as reading the recipe has
 
     arguments.make_folder(file.parent)
@@ -55,16 +56,16 @@ def init(
     say(f"next: compress validate {file}, which says how long a run takes here, and: compress run {file}")
 
 
-def _others(words: list[str]) -> list[str]:
-    """`--KIND VALUE` or `--KIND=VALUE` of other kinds of budget, as settings."""
-    settings: list[str] = []
+def _others(words: list[str]) -> list[tuple[str, str]]:
+    """`--KIND VALUE` or `--KIND=VALUE` of other kinds of budget: each option with its setting."""
+    settings: list[tuple[str, str]] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, sign, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name or (not sign and not rest):
             raise UserError("not an option", where=word, expected="a kind of budget and its value, as --parameters 0.8")
-        settings.append(f"{name.replace('-', '_')}={value if sign else rest.pop(0)}")
+        settings.append((f"--{name}", f"{name.replace('-', '_')}={value if sign else rest.pop(0)}"))
     return settings
 
 

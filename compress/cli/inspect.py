@@ -113,6 +113,7 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
     from rich.table import Table
 
     from compress.cli.tables import show
+    from compress.export.provenance import plain_lines
     from compress.plan import added, removal
     from compress.plan.skipped import STORED, Skipped, chooses, skipped
     from compress.plan.states import states_of
@@ -179,8 +180,11 @@ def _print_plan(plan: Plan, form: Form | None) -> None:
             f"{sliding} of {model.layers} layers have a sliding window of the architecture and keep it; only the other "
             f"{left_over} can be given windows"
         )
-    if plan.provenance:
-        typer.echo("provenance " + json.dumps(plan.provenance))
+    lines = plain_lines(plan.provenance)
+    if lines:
+        typer.echo("provenance")
+    for line in lines:
+        typer.echo(f"  {line}")
 
 
 def _option_lines(plan: Plan) -> list[str]:
@@ -284,8 +288,8 @@ def _effect(effects: Any, target: Any, length: int) -> str:
 
 
 def _print_checkpoint(folder: Path) -> None:
-    """What is in a checkpoint besides its plan."""
-    from compress.json_file import read_object
+    """What is in a checkpoint besides its plan. Raises UserError for a damaged record of its verification."""
+    from compress.export.verify import Checks
 
     weights = sorted(folder.glob("*.safetensors"))
     typer.echo(
@@ -296,7 +300,13 @@ def _print_checkpoint(folder: Path) -> None:
     checks = folder / "compress_checks.json"
     if checks.is_file():
         verified = read_object(checks, "the record of the verification", fix="export again")
-        typer.echo("verified " + json.dumps(verified))
+        try:
+            words = Checks(**verified).words()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                "the record of the verification is damaged", where=str(checks), found=str(error), fix="export again"
+            ) from None
+        typer.echo(f"verified: {words}")
 
 
 def _mixer_lines(weights: Sequence[Path]) -> list[str]:

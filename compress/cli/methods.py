@@ -38,8 +38,8 @@ def methods(
     if name is None:
         width = max((len(one.name) for one in shown), default=0) + 2
         for one in shown:
-            source = f" ({', '.join(one.sources)})" if one.sources else ""
-            typer.echo(f"{one.name:<{width}}{one.line}{source}")
+            others = [source for source in one.sources if source not in one.line]
+            typer.echo(f"{one.name:<{width}}{one.line}" + (f" ({', '.join(others)})" if others else ""))
         return
     for one in shown:
         typer.echo(f"{one.name}: {one.text}")

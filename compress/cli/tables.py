@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text, TextType
 
 from compress.evaluate.grid import Grid
 
@@ -52,8 +53,19 @@ def show(table: Table | Grid, console: Console | None = None) -> None:
         # A word or figure that is wider than the terminal makes a line that is, rather than losing its end.
         needed = sum(column.width or 0 for column in part.columns) + _frame(part, len(part.columns))
         console.width = max(given, needed)
+        above, below = (_beside(text, needed) for text in (part.title, part.caption))
+        part.title, part.caption = (None if above else part.title), (None if below else part.caption)
+        if above:
+            console.print(above, soft_wrap=limit is None)
         console.print(part)
+        if below:
+            console.print(below, soft_wrap=limit is None)
     console.width = given
+
+
+def _beside(text: TextType | None, width: int) -> Text | None:
+    """A title or caption wider than its table, to be printed by itself: as wide as the table it would be a pile."""
+    return Text(str(text), style="italic") if text and cell_len(str(text)) > width else None
 
 
 def fitted(table: Table, limit: int | None) -> list[Table]:

@@ -10,7 +10,8 @@ import typer
 
 from compress.cli.output import AsJson, Terminal, Verbose, say
 from compress.cli.recipe import RecipeFile, Settings, read_recipe
-from compress.words import duration, size
+from compress.errors import placed
+from compress.words import counted, duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.data.sampled import check_time
     from compress.models.placement import first_device
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
-    from compress.stages.check import check_run
+    from compress.stages.check import check_run, uses_of
     from compress.stages.device import resolve_device
     from compress.stages.estimate import memory, seconds
     from compress.stages.speeds import measure_speeds
@@ -45,9 +46,13 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     device, situation = str(first_device(resolve_device(loaded.device))), Situation.of(loaded.model, loaded.device)
     speeds = measure_speeds(device, getattr(torch, loaded.dtype), situation.hidden, situation.intermediate)
     taken = seconds(loaded, situation, speeds, device)
-    check_time(taken.get("text", 0.0))
+    written = dict.fromkeys(use.place for use in uses_of(loaded) if use.source.written(use.part))
+    with placed(f"{loaded.source}: {', '.join(written)}"):
+        check_time(taken.get("text", 0.0))
+    held = memory(loaded, situation)
     if as_json:
-        typer.echo(json.dumps({"recipe": loaded.resolved(), "work": work(loaded)}, indent=1))
+        facts = {"recipe": loaded.resolved(), "work": work(loaded), "seconds": taken, "memory_bytes": held}
+        typer.echo(json.dumps(facts, indent=1))
         return
     show(table(loaded, situation))
     output = Path(loaded.output).expanduser()
@@ -57,15 +62,26 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     typer.echo(
         f"takes    about {duration(sum(taken.values()))} on this machine ("
         + ", ".join(f"{stage} {duration(spent)}" for stage, spent in taken.items())
-        + f") and {size(memory(loaded, situation))} of memory"
+        + f") and {size(held)} of memory"
     )
     typer.echo(f"         while it does nothing else: {speeds.words()}, as just measured")
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
-    made = "calibration/, profile/, search/" if loaded.upcycle is None else "upcycle/"
-    typer.echo(f"writes   {state} {output}/ with {made}, plan.json, checkpoint/ (the size of")
-    typer.echo("         the weights; so is recover/, with a recovery), evaluation.json, plots/")
+    typer.echo(f"writes   {state} {output}/ with {', '.join(_parts(loaded))}")
     say(f"the recipe is valid; start with: compress run {loaded.words}")
+
+
+def _parts(recipe: Recipe) -> list[str]:
+    """What a run leaves in its folder, and what of it is large."""
+    made = ["upcycle/"]
+    if recipe.upcycle is None:
+        prepared = ["options/"] if recipe.prepare is not None else []
+        made = ["calibration/", "profile/", *prepared, "search/"]
+    trained = []
+    if recipe.recover is not None:
+        models = 1 + recipe.recover.control + recipe.recover.window_control
+        trained = [f"recover/ ({counted(models, 'model')} of the weights' size)"]
+    return [*made, "plan.json", *trained, "checkpoint/ (the weights' size)", "evaluation.json", "plots/", "report.html"]
 
 
 def work(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""A plan's provenance as Markdown that a person reads: how it was searched, and what was expected of it."""
+"""A plan's provenance for people, as Markdown or plain: how it was searched, and what was expected of it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def provenance_lines(provenance: Mapping[str, Any], indent: str = "") -> list[st
     return lines
 
 
+def plain_lines(provenance: Mapping[str, Any]) -> list[str]:
+    """A line for each key, without Markdown and with keys as they are; what was not measured is left out."""
+    return [f"{key}: {_inline(value, plain=True)}" for key, value in provenance.items() if not _is_empty(value)]
+
+
 def _has_parts(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(item, Mapping | list | tuple) for item in value)
 
@@ -39,13 +44,16 @@ def _is_empty(value: Any) -> bool:
     return value is None or value == ""
 
 
-def _inline(value: Any) -> str:
-    """A value on one line."""
+def _inline(value: Any, plain: bool = False) -> str:
+    """A value on one line, as Markdown unless it is to be `plain`."""
     if isinstance(value, Mapping):
-        parts = ((str(key).replace("_", " "), item) for key, item in value.items() if not _is_empty(item))
-        return ", ".join(f"{_escaped(key)} {_inline(item)}" for key, item in parts)
+        parts = ((str(key), item) for key, item in value.items() if not _is_empty(item))
+        return ", ".join(
+            f"{key if plain else _escaped(key.replace('_', ' '))} {_inline(item, plain)}" for key, item in parts
+        )
     if isinstance(value, list | tuple):
-        return ", ".join(_inline(item) for item in value)
+        between = "; " if plain and _has_parts(value) else ", "
+        return between.join(_inline(item, plain) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -53,6 +61,8 @@ def _inline(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = " ".join(str(value).split())
+    if plain:
+        return text
     return f"`{text}`" if NAME.fullmatch(text) else _escaped(text)
 
 

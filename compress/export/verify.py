@@ -22,6 +22,7 @@ from compress.models.placement import input_device
 from compress.plan import Plan
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.span import PAGE
+from compress.words import size
 
 CHILD = Path(__file__).with_name("verify_child.py")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest logit
@@ -53,6 +54,14 @@ class Checks:
     dense_bytes: int
     loaded_as: str
     native: bool = False
+
+    def words(self) -> str:
+        """What was proved, in a sentence."""
+        return (
+            f"a fresh process without `compress` loads it as {self.loaded_as}; largest logit difference "
+            f"{self.logit_difference:.1e} (allowed {self.tolerance:.0e}); cache at {self.probe_tokens:,} tokens "
+            f"{size(self.cache_bytes)} as predicted, dense {size(self.dense_bytes)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON file."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from compress.errors import UserError
 from compress.models.weights import AGAIN, Tensors, refuse_pointer
@@ -79,6 +84,39 @@ def read_gguf(path: Path) -> Tensors:
                 raise UserError(
                     "the GGUF file is damaged", where=str(path), expected="GGUF", found=str(error), fix=AGAIN
                 ) from None
+
+
+@contextmanager
+def headers_read_once() -> Iterator[None]:
+    """Lets transformers read what a GGUF file says of its model once, and not for every configuration and tokenizer.
+
+    It takes seconds, a call a token of the vocabulary, and a run asks half a dozen times. A file that changes is read
+    again. Where transformers has another reader there is nothing to do.
+    """
+    try:
+        from transformers import modeling_gguf_pytorch_utils as stock
+    except ImportError:
+        yield
+        return
+    read = stock.load_gguf_checkpoint
+
+    def remembering(path: Any, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
+        if return_tensors or args or options:
+            return read(path, return_tensors, *args, **options)
+        file = Path(path).stat()
+        return copy.deepcopy(_described(str(path), file.st_size, file.st_mtime_ns, read))
+
+    setattr(stock, "load_gguf_checkpoint", remembering)  # noqa: B010  (mypy refuses an assignment)
+    try:
+        yield
+    finally:
+        setattr(stock, "load_gguf_checkpoint", read)  # noqa: B010
+
+
+@functools.lru_cache(maxsize=2)
+def _described(path: str, size: int, changed: int, read: Any) -> Any:
+    """What `read` says of a file of that size and time of change, without its tensors."""
+    return read(path, return_tensors=False)
 
 
 def _tensors(header: _Reader) -> Tensors:

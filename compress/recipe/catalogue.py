@@ -104,7 +104,7 @@ def _entry(name: str, method: type[Method]) -> Entry:
     parameters = tuple(
         parameter(key, field) for key, field in method.model_fields.items() if field.get_default() != method.registered
     )
-    return Entry(name, _doc(method).split("\n\n")[0].replace("\n", " "), text, _sources(text), parameters)
+    return Entry(name, _line(_doc(method)), text, _sources(text), parameters)
 
 
 def _family(row: Any) -> Entry:
@@ -116,7 +116,12 @@ def _family(row: Any) -> Entry:
 
 def _texts(function: Any) -> tuple[str, str]:
     text = _doc(function) or _doc(sys.modules[function.__module__])
-    return text.split("\n\n")[0].replace("\n", " "), text
+    return _line(text), text
+
+
+def _line(text: str) -> str:
+    """The first paragraph on one line."""
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def _doc(thing: Any) -> str:
@@ -124,7 +129,7 @@ def _doc(thing: Any) -> str:
 
 
 def _sources(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_SOURCE.findall(text)))
+    return tuple(dict.fromkeys(" ".join(found.split()) for found in _SOURCE.findall(text)))
 
 
 def parameter(name: str, field: FieldInfo) -> Parameter:

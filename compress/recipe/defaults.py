@@ -282,7 +282,8 @@ class Defaults:
             return
         try:
             read = solvers.parse(solver).scores_read()
-        except ValueError:  # the schema says what is wrong with the solver
+        except ValueError:  # the schema says what is wrong with the solver, and nothing of what would follow from it
+            profile["statistics"] = [{"name": "hidden_mass"}]
             return
         prepare = self.data.get("prepare")
         priced = isinstance(prepare, dict) and prepare.get("effect") is True  # the preparation measures the effects

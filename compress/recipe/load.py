@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,12 @@ def _located(path: Path, settings: Sequence[str]) -> tuple[str, LocatedYaml]:
     return text, located
 
 
-def put(located: LocatedYaml, setting: str) -> list[Problem]:
-    """Put one `KEY=VALUE` into the data of a recipe; what is wrong with it."""
+def put(located: LocatedYaml, setting: str, option: str | None = None) -> list[Problem]:
+    """Put one `KEY=VALUE` into the data of a recipe; what is wrong with it.
+
+    Args:
+        option: what gave it on the command line, by which problems call it; `--set KEY` otherwise.
+    """
     key, sign, value = setting.partition("=")
     parts = re.findall(r"([^.\[\]=]+)|\[(\d{1,9})\]", key)
     whole = re.fullmatch(r"[^.\[\]=]+(\.[^.\[\]=]+|\[\d{1,9}\])*", key.strip())
@@ -81,7 +85,7 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
             Problem("not a setting", "--set", "KEY=VALUE, as search.budget.kv=0.25", shown(setting), "quote the whole")
         ]
     path: KeyPath = tuple(int(number) if number else name.strip() for name, number in parts)
-    origin = f"--set {key.strip()}"
+    origin = option or f"--set {key.strip()}"
     read = read_located(value, origin)
     if read.problems:
         return read.problems
@@ -92,10 +96,15 @@ def put(located: LocatedYaml, setting: str) -> list[Problem]:
     return []
 
 
-def read_settings(settings: Sequence[str]) -> Recipe:
-    """A recipe of nothing but settings, `KEY=VALUE` each. Raises UserError."""
+def read_settings(settings: Sequence[str], options: Mapping[str, str]) -> Recipe:
+    """A recipe of nothing but settings, `KEY=VALUE` each. Raises UserError.
+
+    Args:
+        options: what gave a setting on the command line, where that was not `--set`.
+    """
     located = LocatedYaml("the recipe", {})
-    problems = [problem for setting in settings for problem in put(located, setting)] or outline_problems(located)
+    problems = [problem for setting in settings for problem in put(located, setting, options.get(setting))]
+    problems = problems or outline_problems(located)
     if problems:
         raise UserError(problems)
     from compress.recipe.read import parse_located
@@ -181,8 +190,8 @@ def _similar_file(path: Path) -> str | None:
     """The file of a similar name, beside the missing one or among the recipes in `recipes/`."""
     for folder in (path.parent, Path("recipes")):
         if folder.is_dir():
-            names = {candidate.name: candidate for candidate in folder.glob("*.y*ml")}
-            hint = nearest(path.name, names)
+            names = {candidate.stem: candidate for candidate in folder.glob("*.y*ml")}  # all have the same ending
+            hint = nearest(path.stem, names)
             if hint:
                 name = hint.split("`")[1]
                 return f"did you mean `{names[name]}`?"

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from compress.errors import Problem, UserError, nearest
+from compress.errors import Problem, UserError, nearest, placed
 from compress.recipe.checks import cross_checks
 from compress.recipe.defaults import Situation, filled, needs_model
 from compress.recipe.load import in_order, outline_problems
@@ -38,7 +38,9 @@ def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Re
         raise UserError([*located.problems, *outline_problems(located)])
     recipe = _parsed(located, Situation.here("auto"), text, path, words)
     if needs_model(located.data):
-        recipe = _parsed(located, Situation.of(recipe.model, recipe.device), text, path, words)
+        with placed(located.where(("model",))):
+            situation = Situation.of(recipe.model, recipe.device)
+        recipe = _parsed(located, situation, text, path, words)
     return recipe
 
 

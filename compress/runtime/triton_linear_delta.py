@@ -41,6 +41,48 @@ from .tuned import linear_config, linear_inside
 
 
 @triton.jit
+def _group(GROUPS: tl.constexpr):
+    """What a program works for: sequence and group as one number, the sequence, the group."""
+    bg = tl.program_id(1).to(tl.int64)
+    return bg, bg // GROUPS, bg % GROUPS
+
+
+@triton.jit
+def _chunk(p_tokens, bg, n, PAGE: tl.constexpr):
+    """The tokens of chunk n `[PAGE]`, how many there are of all chunks, and which of its own they are."""
+    j = (n * PAGE + tl.arange(0, PAGE)).to(tl.int64)
+    count = tl.load(p_tokens + bg * 2)
+    return j, count, j < count
+
+
+@triton.jit
+def _columns(at_v, FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Features and columns of the part of a state `[DV, F]` that a program follows along the chunks, and of its block
+    `[BLOCK_F, BLOCK_V]` the offsets and what is there."""
+    o_f = tl.arange(0, BLOCK_F)
+    o_v = at_v + tl.arange(0, BLOCK_V)
+    return o_f, o_v, o_v[None, :] * FEATURES + o_f[:, None], (o_f < FEATURES)[:, None] & (o_v < VALUE_DIM)[None, :]
+
+
+@triton.jit
+def _passed(passed, below):
+    """The decays from later tokens of a chunk, where `below` says so, to earlier ones: `[PAGE, PAGE]`, 1 elsewhere."""
+    return tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
+
+
+@triton.jit
+def _update(
+    p_written, o_written, b_erased, state, m_j, at_v,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U = V' - K' S of a chunk, `[PAGE, BLOCK_V]` float32, which is stored in the place of V'."""
+    b_written = load_part(p_written, o_written, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
+    update = b_written - dot_state(b_erased, state, b_written * 0.0, PRECISION)
+    store_part(p_written, o_written, update, m_j, at_v, VALUE_DIM, BLOCK_V)
+    return update
+
+
+@triton.jit
 def _near(
     p_keys, key_t, p_strength, p_passed, at, count,
     FEATURES: tl.constexpr, BLOCK_F: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr,
@@ -101,8 +143,7 @@ def _inverse(
     far = inner(p_keys, j * key_t, m_j, p_keys, j * key_t, m_j, PAGE, PAGE, FEATURES, BLOCK_F, PRECISION)
     far = -far * tl.load(p_strength + j, mask=m_j, other=0.0)[:, None]
     if DECAY:
-        passed = tl.load(p_passed + j)
-        far = far * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
+        far = far * _passed(tl.load(p_passed + j), below)
     # With X = near far, all of it is (I - X)^-1 near = (I + X)(I + X^2) near: X^4 is 0.
     far = tl.dot(near, tl.where(below, far, 0.0), input_precision=PRECISION)
     twice = tl.dot(far, tl.dot(far, near, input_precision=PRECISION), near, input_precision=PRECISION)
@@ -141,12 +182,8 @@ def _writes(
     """One chunk, the inverse in blocks of BLOCK rows, a quarter of PAGE."""
     begin(OVERLAP)
     n = tl.program_id(0)
-    bg = tl.program_id(1).to(tl.int64)
-    b = bg // GROUPS
-    g = bg % GROUPS
-    j = (n * PAGE + tl.arange(0, PAGE)).to(tl.int64)
-    count = tl.load(p_tokens + bg * 2)
-    m_j = j < count
+    bg, b, g = _group(GROUPS)
+    j, count, m_j = _chunk(p_tokens, bg, n, PAGE)
     p_keys = p_key + b * key_b + g * key_g
     p_values = p_value + b * value_b + g * value_g
     p_strengths = p_strength + bg * tokens
@@ -205,16 +242,10 @@ def _states(
     """
     begin(OVERLAP)
     at_v = tl.program_id(0) * BLOCK_V
-    bg = tl.program_id(1).to(tl.int64)
-    b = bg // GROUPS
-    g = bg % GROUPS
+    bg, b, g = _group(GROUPS)
     tokens = chunks * PAGE
     o = tl.arange(0, PAGE)
-    o_f = tl.arange(0, BLOCK_F)
-    o_v = at_v + tl.arange(0, BLOCK_V)
-    # [BLOCK_F, BLOCK_V]
-    o_state = o_v[None, :] * FEATURES + o_f[:, None]
-    m_state = (o_f < FEATURES)[:, None] & (o_v < VALUE_DIM)[None, :]
+    o_f, o_v, o_state, m_state = _columns(at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
     size: tl.constexpr = FEATURES * VALUE_DIM
     dtype = p_states.dtype.element_ty
     p_keys = p_key + b * key_b + g * key_g
@@ -238,9 +269,7 @@ def _states(
         b_erased = load_part(p_erased, (bg * tokens + j) * FEATURES, m_j, 0, FEATURES, BLOCK_F)
         b_key = load_part(p_keys, j * key_t, m_j, 0, FEATURES, BLOCK_F)
         o_written = (bg * tokens + j) * VALUE_DIM
-        b_written = load_part(p_written, o_written, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
-        update = b_written - dot_state(b_erased, state, b_written * 0.0, PRECISION)
-        store_part(p_written, o_written, update, m_j, at_v, VALUE_DIM, BLOCK_V)
+        update = _update(p_written, o_written, b_erased, state, m_j, at_v, VALUE_DIM, BLOCK_V, PRECISION)
         if DECAY:
             update = update * tl.exp(total - passed)[:, None]
             state = state * tl.exp(total - before)
@@ -257,9 +286,7 @@ def _states(
         m_j = o >= 0
         b_erased = load_part(p_erased, (bg * tokens + j) * FEATURES, m_j, 0, FEATURES, BLOCK_F)
         o_written = (bg * tokens + j) * VALUE_DIM
-        b_written = load_part(p_written, o_written, m_j, at_v, VALUE_DIM, BLOCK_V).to(tl.float32)
-        update = b_written - dot_state(b_erased, state, b_written * 0.0, PRECISION)
-        store_part(p_written, o_written, update, m_j, at_v, VALUE_DIM, BLOCK_V)
+        _update(p_written, o_written, b_erased, state, m_j, at_v, VALUE_DIM, BLOCK_V, PRECISION)
         slot = (n + SEGMENT) // SEGMENT
         tl.store(p_slots + slot * (bg * 0 + size) + o_state, state.to(dtype), mask=m_state)
 
@@ -293,11 +320,7 @@ def _flows(
     bg = tl.program_id(1).to(tl.int64)
     tokens = chunks * PAGE
     o = tl.arange(0, PAGE)
-    o_f = tl.arange(0, BLOCK_F)
-    o_v = at_v + tl.arange(0, BLOCK_V)
-    # [BLOCK_F, BLOCK_V]
-    o_state = o_v[None, :] * FEATURES + o_f[:, None]
-    m_state = (o_f < FEATURES)[:, None] & (o_v < VALUE_DIM)[None, :]
+    _o_f, _o_v, o_state, m_state = _columns(at_v, FEATURES, VALUE_DIM, BLOCK_F, BLOCK_V)
     size: tl.constexpr = FEATURES * VALUE_DIM
     p_keys = p_key + bg // GROUPS * key_b + bg % GROUPS * key_g
     p_slots = p_flows + bg * (chunks + 1) * size
@@ -370,14 +393,10 @@ def _inside(
     """
     begin(OVERLAP)
     n = tl.program_id(0)
-    bg = tl.program_id(1).to(tl.int64)
-    b = bg // GROUPS
-    g = bg % GROUPS
+    bg, b, g = _group(GROUPS)
     tokens = chunks * PAGE
     o = tl.arange(0, PAGE)
-    j = (n * PAGE + o).to(tl.int64)
-    count = tl.load(p_tokens + bg * 2)
-    m_j = j < count
+    j, count, m_j = _chunk(p_tokens, bg, n, PAGE)
     row = bg * tokens + j
     p_keys = p_key + b * key_b + g * key_g
     p_strengths = p_strength + bg * tokens
@@ -405,7 +424,7 @@ def _inside(
     if DECAY:
         passed = tl.load(p_passed + j)
         rest = tl.load(p_passed + n * PAGE + PAGE - 1) - passed
-        of_system = of_system * tl.exp(tl.where(below, passed[:, None] - passed[None, :], 0.0))
+        of_system = of_system * _passed(passed, below)
     of_strength += tl.sum(of_system * products, 1)
     of_system = of_system * strength[:, None]
     products = products * of_system

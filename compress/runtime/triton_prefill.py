@@ -26,15 +26,28 @@ NEVER = tl.constexpr(-1.0e30)  # running maximum of a row that has seen no key; 
 
 
 @triton.jit
+def add_to_softmax(acc, top, total, score, value, scale, PRECISION: tl.constexpr):
+    """One step of the online softmax in base 2, of scores `[M, N]` that are multiplied by `scale`.
+
+    Values `[N, BLOCK_V]`; the sum of values so far `[M, BLOCK_V]`, the running maximum and the total of the weights,
+    `[M]` each, in float32.
+    """
+    best = tl.maximum(top, tl.max(score, 1) * scale)
+    weight = tl.exp2(score * scale - best[:, None])
+    shrink = tl.exp2(top - best)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, best, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
 def _accumulate(
     acc, top, total, query, key, value, seen, scale, to_cap, shift,
     MASKED: tl.constexpr, CAPPED: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax in base 2, or of another score function (triton_scores.py).
+    """`add_to_softmax`, or the same of another score function (triton_scores.py), from queries and keys.
 
-    Queries `[M, BLOCK_D]`, keys `[N, BLOCK_D]`, values `[N, BLOCK_V]`, `seen` `[M, N]` where MASKED; the sum of values
-    so far `[M, BLOCK_V]`, the running maximum and the total of the weights, `[M]` each, in float32. The softmax has
-    no `shift` `[M]`.
+    Queries `[M, BLOCK_D]`, keys `[N, BLOCK_D]`, `seen` `[M, N]` where MASKED. The softmax has no `shift` `[M]`.
     """
     score = tl.dot(query, key.T, input_precision=PRECISION)  # [M, N]
     if SCORE == 0:
@@ -42,21 +55,15 @@ def _accumulate(
             score = tanh(score * to_cap)
         if MASKED:
             score = tl.where(seen, score, float("-inf"))
-        best = tl.maximum(top, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * scale - best[:, None])
-        shrink = tl.exp2(top - best)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
-        total = total * shrink + tl.sum(weight, 1)
+        acc, top, total = add_to_softmax(acc, top, total, score, value, scale, PRECISION)
     else:
-        best = top
         weight = unnormed(score * scale + shift[:, None], SCORE)
         if MASKED:
             weight = tl.where(seen, weight, 0.0)
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
         if SCORE == 3:
             total += tl.sum(weight, 1)
-    return acc, best, total
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["list_pages", "offset", "ahead"])

@@ -22,7 +22,7 @@ from .retain_training import prefill as reference_prefill
 from .scores import KernelScores, Scores
 from .span import Span
 from .triton_backward import backward, with_decisions, within_cap
-from .triton_prefill import NEVER
+from .triton_prefill import NEVER, add_to_softmax
 from .triton_span import causal, columns_at, first_key, load_block, packed_rows, place, span_rules, store_block
 from .tuned import retain_training_config
 
@@ -92,12 +92,7 @@ def _forward(
         b_score, _slope = within_cap(b_query, b_key, scale, cap, CAPPED, PRECISION)
         m_seen = causal(t, j) & m_j[None, :]
         b_score = with_decisions(b_score, b_taken, m_seen, j[None, :] < first[:, None], TAKEN)
-        best = tl.maximum(top, tl.max(b_score, 1))
-        weight = tl.exp2(b_score - best[:, None])
-        shrink = tl.exp2(top - best)
-        acc = tl.dot(weight.to(b_value.dtype), b_value, acc * shrink[:, None], input_precision=PRECISION)
-        total = total * shrink + tl.sum(weight, 1)
-        top = best
+        acc, top, total = add_to_softmax(acc, top, total, b_score, b_value, 1.0, PRECISION)
     o_rows = columns_at(b, head, start + t, GROUPS * SHARE * columns, columns, 1)
     store_block(p_out, o_rows * VALUE_DIM, acc / total[:, None], m_t, VALUE_DIM, BLOCK_V)
     tl.store(p_lse + o_rows, top + tl.log2(total), mask=m_t)

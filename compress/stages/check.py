@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.data.prompt import Task
 from compress.data.text import Part, Source, characters_for
-from compress.errors import Problem, UserError
+from compress.errors import Problem, UserError, placed
 from compress.evaluate.measure import Reading, asked_for, texts_of
 from compress.models.load import CheckedModel, check_model
 from compress.models.upcycle import check_configs, check_tokenizers, check_upcyclable
@@ -49,7 +49,8 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         UserError: all that does not fit: the model, its context, a text, the budget, a file that the recipe names.
     """
     resolve_device(recipe.device)
-    model = check_model(recipe.model)
+    with placed(f"{recipe.source}: model"):
+        model = check_model(recipe.model)
     for note in model.notes:
         reporter.say(f"  {note}")
     problems: list[Problem] = []

@@ -37,7 +37,8 @@ def resolve_device(name: str) -> str:
     if not there.get(kind) or (number and int(number) >= torch.cuda.device_count()):
         raise UserError(
             f"this machine has no device `{name}`",
+            where="device",
             expected="auto, or one of " + ", ".join(kind for kind, present in there.items() if present),
-            fix="`compress doctor` lists the devices",
+            fix="take `auto`, or see what `compress doctor` lists",
         )
     return name

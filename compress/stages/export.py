@@ -47,11 +47,7 @@ def export_stage(session: Session, *, overwrite: bool = False) -> Path:
     report = timed(session, "export", session.export_key, ["checkpoint/config.json"], work)
     checks = report.checks
     say(f"export: {report.path}, {size(report.bytes)}")
-    say(
-        f"export: a fresh process without `compress` loads it as {checks.loaded_as}; largest logit difference "
-        f"{checks.logit_difference:.1e} (allowed {checks.tolerance:.0e}); cache at {checks.probe_tokens:,} tokens "
-        f"{size(checks.cache_bytes)} as predicted, dense {size(checks.dense_bytes)}"
-    )
+    say(f"export: {checks.words()}")
     return run.checkpoint
 
 

@@ -17,6 +17,7 @@ from compress.data.prompt import Task
 from compress.data.reader import Progress, Reader
 from compress.data.text import MOST, Part, Source, characters_for
 from compress.environment import environment
+from compress.errors import placed
 from compress.evaluate.measure import asked_for, texts_of
 from compress.export.staging import settle
 from compress.files import sweep_scratch, write_json
@@ -57,7 +58,8 @@ class Session:
         transformers.utils.logging.disable_progress_bar()
         device = resolve_device(self.recipe.device)
         started = time.monotonic()
-        loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        with placed(f"{self.recipe.source}: model"):
+            loaded = load_model(self.recipe.model, dtype=self.recipe.dtype, device=device)
         self.reporter.say(
             f"{self.recipe.model}: {self.shape_line(loaded.model)}, {self.recipe.dtype} on "
             f"{_places(loaded.model, device)}, loaded in {time.monotonic() - started:.1f} s"
@@ -72,7 +74,8 @@ class Session:
         if not self.recipe.profile.stream or "loaded" in vars(self):
             return self.loaded
         device = resolve_device(self.recipe.device)
-        loaded = load_streamed(self.recipe.model, dtype=self.recipe.dtype, device=device)
+        with placed(f"{self.recipe.source}: model"):
+            loaded = load_streamed(self.recipe.model, dtype=self.recipe.dtype, device=device)
         self.reporter.say(f"{self.recipe.model}: {self.shape_line(loaded.model)}, layer by layer on {device}")
         return loaded
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from compress import __version__
 from compress.cli.app import app
 from compress.cli.doctor import release
+from compress.cli.recipes import first_sentence
 from compress.runfolder import RunFolder
 from compress.words import duration, size
 from tests.cli.recipes import make_recipe
@@ -74,7 +75,7 @@ def test_validate_shows_the_work(tmp_path: Path) -> None:
     [
         ("length: 384", "length: 4096", "longer than the model's context"),
         ("windows: 2", "windows: 2000", "the text is too short"),
-        ("/model\n", "/modell\n", "no such model folder"),
+        ("/model\n", "/modell\n", "recipe.yaml: model: "),
         ("text.txt", "texd.txt", "the text file cannot be read"),
     ],
 )
@@ -135,6 +136,11 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     result = call("recipes")
     assert result.exit_code == 0
     assert "recipes/smollm2-quickstart.yaml  Half of the KV cache" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line]
+    assert len(lines) == len(list((ROOT / "recipes").glob("*.yaml")))
+    assert all(line.endswith(".") for line in lines), "a whole sentence of each"
+    assert first_sentence("# Of a.yaml and\n# 2.5 more. Another.\nmodel: x") == "Of a.yaml and 2.5 more."
+    assert first_sentence("model: x\n# Not at the beginning.") == ""
 
 
 def test_version_and_no_arguments() -> None:

@@ -37,6 +37,21 @@ def test_no_recipe() -> None:
     assert "did you mean `recipes/smollm2-quickstart.yaml`?" in told("run", "recipes/smollm2-quickstrt.yaml")
 
 
+def test_a_recipe_of_no_similar_name() -> None:
+    assert "did you mean" not in told("run", "recipes/nope.yaml")
+
+
+def test_the_model_of_a_recipe_is_told_with_its_place(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {tmp_path}/run/checkpoint\noutput: {tmp_path}/out\nsearch: {{budget: {{kv: 0.5}}}}\n")
+    for command in ("validate", "run"):
+        error = told(command, recipe)
+        assert error.startswith(f"{recipe}:1:8: {tmp_path}/run/checkpoint: no such model folder")
+        assert "whose `output` is" in error
+    assert not (tmp_path / "out").exists()
+    assert told("validate", recipe, "--set", "model=./nope").startswith("--set model: ./nope: no such model")
+
+
 def test_no_model(tmp_path: Path) -> None:
     assert "demo/smollm2-135m" in told("eval", "demo/smolm2", "--perplexity", 64)
     assert "check the path" in told("eval", tmp_path / "nowhere", "--perplexity", 64)

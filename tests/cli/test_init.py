@@ -73,3 +73,14 @@ def test_methods_are_shown() -> None:
     wrong = call("methods", "solver", "mao")
     assert wrong.exit_code == 2 and "did you mean `moa`?" in wrong.stderr
     assert "did you mean `solvers`?" in call("methods", "solvrs").stderr
+    lines = call("methods", "objectives").stdout.splitlines()
+    assert len(lines) == len(registry.objectives.items())
+    assert all(line.count("arXiv") == len(set(re.findall(r"[0-9]{4}[.][0-9]{5}", line))) for line in lines)
+
+
+def test_a_mistake_is_told_by_the_option_that_was_given(tmp_path: Path) -> None:
+    made = ("--out", tmp_path / "made.yaml")
+    unknown = call("init", "demo/smollm2-135m", "--kvx", "0.5", *made).stderr
+    assert unknown.startswith("--kvx: unknown key") and "did you mean `kv`?" in unknown
+    assert call("init", "demo/smollm2-135m", "--kv", "1.5", *made).stderr.startswith("--kv: wrong value")
+    assert not (tmp_path / "made.yaml").exists()

@@ -29,6 +29,18 @@ def printed(table: Table, width: int | None) -> str:
     return stream.getvalue()
 
 
+def test_a_caption_wider_than_its_table_is_a_line_by_itself() -> None:
+    table = Table(title="short", caption="a caption that is far wider than the table above it")
+    table.add_column("n", justify="right")
+    table.add_row("12345")
+    lines = printed(table, None).rstrip().splitlines()
+    assert lines[-1].strip() == table.caption and lines[0].strip() == "short"
+    assert [line.strip() for line in printed(table, 40).rstrip().splitlines()[-2:]] == [
+        "a caption that is far wider than the",
+        "table above it",
+    ]
+
+
 def wide_table(name: str = "a-model-with-a-long-name-0.5B-instruct") -> Table:
     table = Table(title="a title", caption="a caption")
     table.add_column("variant", no_wrap=True)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.models.families import family_of
+from compress.models.gguf import headers_read_once
 from compress.models.load import load_model, load_tokenizer, quiet
 from compress.models.shape import shape_of
 from compress.plan import read_plan
@@ -159,3 +160,28 @@ def test_attention_that_looks_ahead_is_refused():
     config.use_bidirectional_attention = True
     with pytest.raises(UserError, match="looks ahead"):
         family_of(config)
+
+
+def test_what_a_gguf_file_says_is_read_once(tmp_path, monkeypatch):
+    from transformers import modeling_gguf_pytorch_utils as stock
+
+    read = []
+
+    def reading(path, return_tensors=False, **options):
+        read.append((str(path), return_tensors))
+        return {"config": {"vocab_size": len(read)}}
+
+    monkeypatch.setattr(stock, "load_gguf_checkpoint", reading)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    for _ in range(2):
+        with headers_read_once():
+            config = stock.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+            assert config == {"vocab_size": 1}
+            config["vocab_size"] = 7  # a reader may change its own
+            stock.load_gguf_checkpoint(str(path), return_tensors=True)
+        assert vars(stock)["load_gguf_checkpoint"] is reading
+    assert [tensors for _, tensors in read] == [False, True, True]
+    path.write_bytes(b"GGUF, another")
+    with headers_read_once():
+        assert stock.load_gguf_checkpoint(str(path))["config"] == {"vocab_size": 4}

@@ -20,6 +20,7 @@ from compress.limits import LONGEST, STEPS
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
+from compress.words import counted
 
 
 class AgreementResult(Result):
@@ -47,13 +48,13 @@ class AgreementResult(Result):
                 count=count,
                 items=tuple(self.shares),
                 table="summary",
-                note=f"{count} windows",
+                note=counted(count, "window"),
             )
         ]
 
     def words(self) -> str:
         """What agrees, and over how much text."""
-        return f"agreement: same most likely token as the dense model, {len(self.shares)} windows"
+        return f"agreement: same most likely token as the dense model, {counted(len(self.shares), 'window')}"
 
 
 @measures.register("agreement")
@@ -73,7 +74,7 @@ class Agreement(TextMeasure):
 
     def words(self) -> str:
         """Windows and tokens."""
-        return f"agreement on {self.windows} windows of {self.length:,} tokens"
+        return f"agreement on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """One pass a window; the dense model's are those of its own row."""

@@ -24,6 +24,7 @@ from compress.models.branches import WORDS, Branched, branched, only
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.mixer import Branches
+from compress.words import counted
 
 OFF: tuple[Branches, ...] = ("window", "linear", "none")
 
@@ -107,7 +108,7 @@ class BranchesResult(Result):
         """What the branches are, and the windows of text."""
         return (
             f"full: all branches; window only: the softmax over the keys in sight; linear only: the state; none: the "
-            f"heads give nothing; of single heads the nats a token that are lost; {self.windows} windows of "
+            f"heads give nothing; of single heads the nats a token that are lost; {counted(self.windows, 'window')} of "
             f"{self.length:,} tokens"
         )
 
@@ -138,7 +139,7 @@ class BranchesMeasure(TextMeasure):
         return self.length * self.windows
 
     def words(self) -> str:
-        return f"branches on {self.windows} windows of {self.length:,} tokens"
+        return f"branches on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """At most: as if every head group were converted, in every variant but those with the dense attention."""

@@ -24,6 +24,7 @@ from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
+from compress.words import counted
 
 COLLAPSED = 0.1  # share of an even choice below which a unit is as good as removed
 NAMED = 8  # collapsed units that are named one by one
@@ -189,7 +190,7 @@ class Load(TextMeasure):
         return self.length * self.windows
 
     def words(self) -> str:
-        return f"load on {self.windows} windows of {self.length:,} tokens"
+        return f"load on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """A pass a window, through models that may route."""

@@ -23,6 +23,7 @@ from compress.limits import LONGEST, STEPS
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
+from compress.words import counted
 
 FIRST_EDGE = 256
 
@@ -102,7 +103,7 @@ class PerplexityResult(Result):
 
     def words(self) -> str:
         """Windows and tokens."""
-        return f"perplexity: {self.windows} windows of {self.length:,} tokens"
+        return f"perplexity: {counted(self.windows, 'window')} of {self.length:,} tokens"
 
 
 def bucket_edges(length: int) -> list[int]:
@@ -153,7 +154,7 @@ class Perplexity(TextMeasure):
         return self.text
 
     def words(self) -> str:
-        return f"{self.windows} windows of {self.length:,} tokens"
+        return f"{counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         return [Inputs(self.length, self.windows)]

@@ -23,6 +23,7 @@ from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures, tasks
 from compress.runtime.modeling_compress import CACHE
+from compress.words import counted
 
 Tasks = tuple[Annotated[Task, tasks], ...]
 WRITTEN = 12  # tokens of an answer, about
@@ -83,7 +84,7 @@ class RecallResult(Result):
             count=len(self.items),
             items=outcomes,
             table="summary",
-            note=f"{len(self.items)} prompts",
+            note=counted(len(self.items), "prompt"),
         )
         placed = [(item.depth, outcome) for item, outcome in zip(self.items, outcomes, strict=True)]
         return [whole, *by_part(whole, "depth", placed, DEPTHS)]
@@ -92,7 +93,8 @@ class RecallResult(Result):
         """Prompts, text and batch."""
         around = f" in {self.haystack} text" if self.haystack else ""
         batch = f", batch {self.batch_size}" if self.batch_size else ""
-        return f"{self.task} at {self.length:,}: {len(self.items)} prompts{around}{batch}, Wilson's 95% interval"
+        prompts = counted(len(self.items), "prompt")
+        return f"{self.task} at {self.length:,}: {prompts}{around}{batch}, Wilson's 95% interval"
 
 
 def is_right(answer: str, expected: str) -> bool:
