@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ from compress.runtime.triton_linear_states import segment_states
 from scripts.gpu_check import START, say
 from scripts.gpu_linear_fla import with_gradients
 from scripts.gpu_linear_speed import DECODE_SHAPES, READ_ONE, absorb_step, decode_step, foretold, with_decode_config
+from scripts.gpu_sweep import Job, apart, side_by_side
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
@@ -103,9 +103,9 @@ def with_config(name: str, change: dict[str, int]) -> Any:
     return mock.patch.object(module, "linear_config", lambda *_: changed)
 
 
-def sweep_jobs() -> list[tuple[str, Any, Any]]:
+def sweep_jobs() -> list[Job]:
     """What is tried: a kernel, sizes, and what is changed."""
-    jobs: list[tuple[str, Any, Any]] = [("delta", ALONE, change) for change in DELTA]
+    jobs: list[Job] = [("delta", ALONE, change) for change in DELTA]
     # The launch of gradients inside chunks also where plain PyTorch stands in for it, with and without decays.
     jobs += [("inside", (4, 4, dim, dim, 8192, True), decays) for dim in (64, 128, 256) for decays in (True, False)]
     jobs += [("states", (*ALONE, "decay"), change) for change in STATES_DECAY]
@@ -120,11 +120,11 @@ def sweep_jobs() -> list[tuple[str, Any, Any]]:
     return jobs
 
 
-def decode_jobs() -> list[tuple[str, Any, Any]]:
+def decode_jobs() -> list[Job]:
     """The same of decoding: what `tuned.py` says of every shape first, then other ways, for all shapes in turn."""
     shapes = [(*sizes, 64 << 20) for sizes in DECODE_SHAPES]
     of_tuned = {shape: tuned.linear_decode_config(shape[1], shape[3], DEVICE) for shape in shapes}
-    jobs: list[tuple[str, Any, Any]] = [("decode", shape, None) for shape in shapes]
+    jobs: list[Job] = [("decode", shape, None) for shape in shapes]
     absorbed = ((8, 128, 256), (3, 64, 128), (4, 256, 512))
     jobs += [
         ("absorb", sizes, change) for change in (None, *ABSORB) for sizes in absorbed if not change or sizes[1] < 256
@@ -240,60 +240,16 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
     return reads
 
 
-def sweep_run(
-    jobs: list[tuple[str, Any, Any]], numbers: list[int], timed: bool, told: Any, until: float = math.inf
-) -> None:
-    """Call those jobs, once or `timed`, in a process of its own; tells each that is done, and its milliseconds.
-
-    A launch that breaks the process's context ends it here: the first job that was not told is the one. None begins
-    after the time `until`.
-    """
-    for number in numbers:
-        if time.time() > until:
-            return
-        took = math.nan
-        try:
-            call = sweep_call(*jobs[number])
-            if timed:
-                measure.release(DEVICE)
-                took = try_time(call)
-            else:  # Triton's cache has it then
-                call()
-                torch.cuda.synchronize()
-        except torch.AcceleratorError as failure:
-            print(f"  {jobs[number]}: {str(failure)[:150]}", flush=True)
-            return
-        except Exception as failure:  # a compiler's refusal is a result, too
-            print(f"  {jobs[number]}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
-        told.put((number, took))
+def sweep_once(what: str, shape: Any, change: Any) -> None:
+    """Call that kernel, of which Triton's cache has all launches then."""
+    sweep_call(what, shape, change)()
 
 
-def sweep_processes(
-    jobs: list[tuple[str, Any, Any]], lists: list[list[int]], *, timed: bool, until: float = math.inf
-) -> tuple[dict[int, float], set[int]]:
-    """Run lists of jobs, each in a process of its own and all side by side; behind a job that breaks its process
-    another takes what is left. Milliseconds by job, and the jobs that broke theirs; none begins after `until`."""
-    context = multiprocessing.get_context("spawn")
-    took, breaks = dict[int, float](), set[int]()
-    while lists := [numbers for numbers in lists if numbers]:
-        queues = [context.SimpleQueue() for _ in lists]
-        processes = [
-            context.Process(target=sweep_run, args=(jobs, numbers, timed, told, until))
-            for numbers, told in zip(lists, queues, strict=True)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        for place, (numbers, told) in enumerate(zip(lists, queues, strict=True)):
-            while not told.empty():
-                number, ms = told.get()
-                took[number] = ms
-            left = [number for number in numbers if number not in took]
-            late = time.time() > until  # then they may as well not have begun
-            breaks.update([] if late else left[:1])
-            lists[place] = [] if late else left[1:]
-    return took, breaks
+def sweep_time(what: str, shape: Any, change: Any) -> float:
+    """Milliseconds of that kernel in a CUDA graph."""
+    call = sweep_call(what, shape, change)
+    measure.release(DEVICE)
+    return measure.graphed_times(call, DEVICE, calls=3, seconds=0.1).median
 
 
 def sweep_rows() -> list[dict[str, Any]]:
@@ -301,12 +257,12 @@ def sweep_rows() -> list[dict[str, Any]]:
 
     Every kernel is timed in a process of its own, so that a launch that breaks it ends nothing else.
     """
-    return sweep_through(sweep_jobs(), seconds=math.inf, apart=True)
+    return sweep_through(sweep_jobs(), seconds=math.inf, by_kernel=True)
 
 
 def sweep_decode_rows() -> list[dict[str, Any]]:
     """The same of decoding alone: what SWEEP_SECONDS after the last compilation has not been timed is left out."""
-    rows = sweep_through(decode_jobs(), seconds=SWEEP_SECONDS, apart=False)
+    rows = sweep_through(decode_jobs(), seconds=SWEEP_SECONDS, by_kernel=False)
     copy = measure.copy_bandwidth(DEVICE)
     say(f"  of a copy's bandwidth, {copy / 1e9:.0f} GB/s, over 64 MiB: as in tuned.py, and the best that was tried")
     for groups, share, dim, count in DECODE_SHAPES:
@@ -325,41 +281,36 @@ def sweep_decode_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def sweep_through(jobs: list[tuple[str, Any, Any]], *, seconds: float, apart: bool) -> list[dict[str, Any]]:
+def sweep_through(jobs: list[Job], *, seconds: float, by_kernel: bool) -> list[dict[str, Any]]:
     """Compile all, time one after the other for so long, and tell the fastest of each kernel and shape.
 
-    With `apart` each kernel has a process of its own.
+    With `by_kernel` each kernel has a process of its own.
     """
-    workers = max(1, min(14, torch.multiprocessing.cpu_count() - 2))
-    _, breaks = sweep_processes(jobs, [list(range(at, len(jobs), workers)) for at in range(workers)], timed=False)
+    compiled = side_by_side(sweep_once, jobs, 14)
+    for number, tried in compiled.items():
+        if tried.wrong is not None:
+            print(f"  {jobs[number]}: {tried.wrong}", flush=True)
+    broken = {number for number, tried in compiled.items() if tried.breaks}
     say(f"  launches are compiled after {time.time() - START:.0f} s")
     until = time.time() + seconds
     rows: list[dict[str, Any]] = []
     best: dict[str, list[tuple[float, str]]] = {}
-    for of in dict.fromkeys(what if apart else "" for what, _, _ in jobs):
-        numbers = [number for number, (what, _, _) in enumerate(jobs) if of in ("", what) and number not in breaks]
-        took, more = sweep_processes(jobs, [numbers], timed=True, until=until)
-        breaks |= more
-        for number, ms in took.items():
+    for of in dict.fromkeys(what if by_kernel else "" for what, _, _ in jobs):
+        numbers = [number for number, (what, _, _) in enumerate(jobs) if of in ("", what) and number not in broken]
+        for number, tried in apart(sweep_time, jobs, [numbers], until).items():
+            if tried.breaks:
+                print(f"  {jobs[number]}: {tried.wrong}", flush=True)
+                broken.add(number)
+                continue
             what, shape, change = jobs[number]
-            us = ms * 1e3 / (4 if what == "decode" else 1)
+            us = math.nan if tried.wrong is not None else tried.value * 1e3 / (4 if what == "decode" else 1)
             rows.append({"what": what, "shape": shape, "change": change, "us": us})
-            say(f"sweep {what} {shape} {change}: {us:.1f} us")
+            say(f"sweep {what} {shape} {change}: {us:.1f} us" + ("" if tried.wrong is None else f", {tried.wrong}"))
             best.setdefault(f"{what} {shape}", []).append((us if math.isfinite(us) else math.inf, str(change)))
     for name, found in best.items():
         least, change = min(found)
         say(f"best {name}: {least:.1f} us with {change}; the first tried {found[0][0]:.1f} us")
-    for number in sorted(breaks):
+    for number in sorted(broken):
         say(f"  BREAKS {jobs[number]}")
         rows.append(dict(zip(("what", "shape", "change"), jobs[number], strict=True)) | {"breaks": True})
     return rows
-
-
-def try_time(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call in a CUDA graph; NaN where it needs more than the chip has."""
-    try:
-        return measure.graphed_times(call, DEVICE, calls=3, seconds=0.1).median
-    except Exception as failure:  # a compiler's refusal is a result
-        print(f"  {type(failure).__name__}: {str(failure)[:150]}", flush=True)
-        torch.cuda.synchronize()
-        return math.nan

@@ -1,22 +1,17 @@
-"""Launch parameters of the kernels of heads that keep tokens, each tried in a process of its own and then timed.
+"""Launch parameters of the kernels of heads that keep tokens, each tried and then timed.
 
 python scripts/gpu_retain.py FOLDER "sweep of prefill"     one GPU, minutes, most of them the compiler's
 
-A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once in a process of its own,
-where it is compiled and where a wrong launch spoils nothing else; what it gives has to agree with what the parameters
-in use give. Those that are right are then timed in one process, one after the other.
+A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once, which compiles it; what
+it gives has to agree with what the parameters in use give. Those that are right are then timed one after the other.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.pool import ThreadPool
 from typing import Any
 from unittest.mock import patch
 
@@ -30,6 +25,7 @@ from compress.runtime.reference import Rows
 from compress.runtime.step import Step
 from scripts.gpu_check import error, say
 from scripts.gpu_retain import BF16, COLD, DEVICE, HIDDEN, LLAMA, MOST, Decoding, layer_of
+from scripts.gpu_sweep import apart, side_by_side
 
 Call = Callable[[], Any]
 Change = dict[str, Any]
@@ -172,77 +168,72 @@ def first(found: Any) -> torch.Tensor | None:
 
 
 @torch.inference_mode()
-def tried(case: tuple[str, int]) -> str | None:
-    """Run a candidate once on the first of its family's cases; what is wrong with it. In a process of its own."""
-    name, number = case
+def check(name: str, case: str, change: Change) -> str | None:
+    """Run a candidate once; what is wrong with what it gives."""
+    measure.release(DEVICE)
     family = families()[name]
-    change = family.changes[number]
-    try:
-        call, _ = next(iter(family.cases.values()))()
-        usual = first(call())
-        with family.changed(change):
-            found = first(call())
-            torch.cuda.synchronize()
-        if usual is not None and found is not None and not (worst := error(found, usual.double())) <= MOST[BF16]:
-            return f"differs by {worst:.1e} from what the parameters in use give"
-    except Exception as failed:  # told in the table, and others go on
-        return f"{type(failed).__name__}: {str(failed).strip().splitlines()[0] if str(failed).strip() else ''}"
+    call, _ = family.cases[case]()
+    usual = first(call())
+    with family.changed(change):
+        found = first(call())
+    if usual is not None and found is not None and not (worst := error(found, usual.double())) <= MOST[BF16]:
+        return f"differs by {worst:.1e} from what the parameters in use give"
     return None
 
 
-def once(case: tuple[str, int]) -> str | None:
-    """`tried` in a process that does nothing else; a process that dies is told as well."""
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(tried, case).result()
-    except Exception as failed:
-        return f"its process ended: {failed}"
+MADE: dict[tuple[str, str], tuple[Call, int]] = {}  # the call of the case that is timed now
 
 
 @torch.inference_mode()
+def spend(name: str, case: str, change: Change) -> float:
+    """What a candidate takes, in the unit of its family."""
+    family = families()[name]
+    if (name, case) not in MADE:
+        MADE.clear()
+        measure.release(DEVICE)
+        MADE[name, case] = family.cases[case]()
+    call, copies = MADE[name, case]
+    with family.changed(change):
+        calls = max(1, 16 // copies) if family.unit == "us" else 2
+        median = measure.graphed_times(call, DEVICE, calls=calls, seconds=0.1).median / copies
+    return median * (1e3 if family.unit == "us" else 1)
+
+
 def sweep_rows(begin: str = "") -> list[dict[str, Any]]:
     """Every candidate of every family whose name begins so: what it takes, or what is wrong with it."""
-    found: list[dict[str, Any]] = []
     some = {name: family for name, family in families().items() if name.startswith(begin)}
     every = [(name, number) for name, family in some.items() for number in range(1, len(family.changes))]
-    with ThreadPool(10) as threads:
-        wrong = dict(zip(every, threads.map(once, every, chunksize=1), strict=True))
-    for name, family in some.items():
-        try:
-            found += timed(name, family, wrong)
-        except Exception:  # told, and the next family goes on
-            say(f"sweep of {name} FAILED: {traceback.format_exc()}")
-        measure.release(DEVICE)
-    return found
+    jobs = [(name, next(iter(some[name].cases)), some[name].changes[number]) for name, number in every]
+    wrong: dict[str, dict[int, str]] = {name: {} for name in some}
+    for place, tried in side_by_side(check, jobs, 10).items():
+        name, number = every[place]
+        if (found := tried.wrong or tried.value) is not None:
+            wrong[name][number] = found
+    return [
+        row for name, family in some.items() for row in timed(name, family.changes, list(family.cases), wrong[name])
+    ]
 
 
 def short_prefill() -> list[dict[str, Any]]:
     """A prefill of 8,192 tokens in tiles of which a multiprocessor has two: predicted .26 ms, where one takes .36."""
-    family = families()["prefill"]
     changes: list[Change] = [{}, {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3}]
-    cases = {"8,192 1/8": family.cases["8,192 1/8"]}
-    return timed("prefill", replace(family, changes=changes, cases=cases), {})
+    return timed("prefill", changes, ["8,192 1/8"], {})
 
 
-def timed(name: str, family: Family, wrong: dict[tuple[str, int], str | None]) -> list[dict[str, Any]]:
-    """One family's table."""
-    rows: list[dict[str, Any]] = [{"family": name, "change": change, "spent": {}} for change in family.changes]
-    for case, make in family.cases.items():
-        call, copies = make()
-        for number, row in enumerate(rows):
-            if wrong.get((name, number)) is not None:
-                row["wrong"] = wrong[name, number]
-                continue
-            try:
-                with family.changed(row["change"]):
-                    calls = max(1, 16 // copies) if family.unit == "us" else 2
-                    median = measure.graphed_times(call, DEVICE, calls=calls, seconds=0.1).median / copies
-                row["spent"][case] = median * (1e3 if family.unit == "us" else 1)
-            except Exception as failed:  # one that only this case's shape refuses
-                row["wrong"] = f"{case}: {failed}"
-        del call
-        measure.release(DEVICE)
-    say(f"sweep of {name}, {family.unit}: {' | '.join(family.cases)}")
+def timed(name: str, changes: list[Change], cases: list[str], wrong: dict[int, str]) -> list[dict[str, Any]]:
+    """One family's table of candidates, without those with which something is wrong."""
+    rows: list[dict[str, Any]] = [{"family": name, "change": change, "spent": {}} for change in changes]
+    for number, words in wrong.items():
+        rows[number]["wrong"] = words
+    places = [(case, number) for case in cases for number in range(len(changes)) if number not in wrong]
+    jobs = [(name, case, changes[number]) for case, number in places]
+    for place, tried in apart(spend, jobs, [range(len(jobs))]).items():
+        case, number = places[place]
+        if tried.wrong is None:
+            rows[number]["spent"][case] = tried.value
+        else:  # one that only this case's shape refuses
+            rows[number]["wrong"] = f"{case}: {tried.wrong}"
+    say(f"sweep of {name}, {families()[name].unit}: {' | '.join(cases)}")
     for row in rows:
         told = " | ".join(f"{spent:.4g}" for spent in row["spent"].values())
         say(f"  {row['change'] or 'as it is'}: {told} {row.get('wrong', '')}".rstrip())

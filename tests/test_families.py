@@ -22,11 +22,11 @@ from compress.export.layout import copy_runtime, point_to_runtime
 from compress.export.native import native_model
 from compress.models.families import REFUSED, WRAPPERS, check_pruning, family_of, layers_of
 from compress.models.load import load_model
-from compress.models.planned import mixers_of, planned_model
+from compress.models.planned import planned_model
 from compress.models.pruning import Kept, block_parameters, parameters_per_unit, prune
 from compress.models.replaced import causal_attention
 from compress.models.units import units_of
-from compress.plan import ModelShape, Plan, make_plan, uniform_plan
+from compress.plan import Plan, make_plan, uniform_plan
 from compress.profile.passes.capture import Capture
 from compress.profile.passes.tiles import LayerTensors, Workspace, tiles
 from compress.runtime import modeling_compress
@@ -34,13 +34,21 @@ from compress.runtime.families import FAMILIES, Family, head_size_of
 from compress.runtime.modeling_compress import CACHE
 from compress.runtime.widths import Width
 from compress.targets.full import FullGroup
-from compress.targets.linear import LinearGroup
-from compress.targets.retain import RetainGroup
-from compress.targets.routed import RoutedGroup
-from compress.targets.target import Target
+from compress.targets.target import targets_of
 from compress.targets.window import WindowGroup
-from tests.pruned import targets_of, uneven, unevenly_pruned, with_biases, zero
-from tests.tiny import CONFIGS, MORE, VOCABULARY, mixed_plan, random_ids, shape_of, tiny_model, tiny_tokenizer
+from tests.pruned import targets_of as groups_of
+from tests.pruned import uneven, unevenly_pruned, with_biases, zero
+from tests.tiny import (
+    CONFIGS,
+    MORE,
+    VOCABULARY,
+    mixed_plan,
+    model_of_kinds,
+    random_ids,
+    shape_of,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 Rule = tuple[int, int, float]
 LENGTH = 201  # beyond every window of `tests.tiny.MIXED`, and beyond the layers' own
@@ -165,43 +173,11 @@ def test_family(name: str) -> None:
         assert torch.equal(cached, model.generate(prompt, use_cache=False, **arguments))
 
 
-# Beside windows, which have every test above: states, lists of kept tokens and chosen heads, in one plan.
-STATE = LinearGroup(sink=4, alpha=1)
-LISTS = RetainGroup(sink=0, alpha=20, scorer="gate", threshold=-2.8, share=0.5)
-DELTA = LinearGroup(rule="delta", decay="token", alone=True)
-CAPPED = RetainGroup(sink=4, alpha=1, scorer="ridge", threshold=0.0, share=0.5, cap=(10, 0.125))
-KINDS = (STATE, LISTS, DELTA, CAPPED)
-
-
-def plan_of_kinds(shape: ModelShape) -> Plan:
-    """Kinds in the first layer, chosen heads in the second, other kinds in the third; full where a layer slides."""
-    groups = shape.kv_heads
-    rows: list[list[Target]] = [
-        [KINDS[number % 4] for number in range(groups)],
-        [*RoutedGroup.layer(groups, groups // 2, sink=4, alpha=30, beta=0.25)],
-        [KINDS[(number + 2) % 4] for number in range(groups)],
-    ]
-    return make_plan(
-        shape,
-        [
-            row if native is None else [FullGroup()] * groups
-            for row, native in zip(rows, shape.native_windows, strict=True)
-        ],
-    )
-
-
 @pytest.mark.parametrize("name", [*sorted(MORE), "ministral", "mistral", "qwen2", "qwen3"])
 def test_every_kind_of_head_in_one_plan(name: str) -> None:
     """One pass, chunks and steps of a padded batch, with a cache, are each sequence alone, and nothing looks ahead."""
-    dense = tiny_model(name)
-    plan = plan_of_kinds(shape_of(dense))
-    assert {group.target for layer in plan.layers for group in layer.groups} >= {"linear", "retain"}
-    model = planned_model(dense, plan, untrained=True)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for mixer in mixers_of(model):
-            for weight in mixer.parameters():
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    model = model_of_kinds(tiny_model(name))
+    assert targets_of(model.config.compress_plan) >= {"linear", "retain"}
     ids, mask = random_ids(2, 140).clone(), torch.ones(2, 140, dtype=torch.long)
     ids[1, :20] = mask[1, :20] = 0
     cache = model.new_cache()
@@ -346,7 +322,7 @@ def test_a_pruned_model_is_the_zeroed_one(name: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(logits(pruned, ids), logits(zeroed, ids), **CLOSE)
     with pytest.raises(UserError, match="pruned already"):
         prune(pruned, kept)
-    windows = planned_model(zeroed, make_plan(shape_of(zeroed), targets_of(zeroed)))
+    windows = planned_model(zeroed, make_plan(shape_of(zeroed), groups_of(zeroed)))
     torch.testing.assert_close(logits(unevenly_pruned(name), ids), logits(windows, ids), **CLOSE)
 
     alike = [Kept((1,), tuple(range(0, width.neurons, 2)))] * 3

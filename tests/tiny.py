@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from compress.models.load import LoadedModel
-from compress.models.planned import planned_model
+from compress.models.planned import mixers_of, planned_model
 from compress.models.prepared import Option, PreparedOption, attach
 from compress.models.shape import shape_of
 from compress.plan import ModelShape, Plan, make_plan, uniform_plan
 from compress.runtime.span import AnySpan
 from compress.targets.full import FullGroup
+from compress.targets.linear import LinearGroup
+from compress.targets.retain import RetainGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.span import SpanTarget
 from compress.targets.target import Target
@@ -169,6 +171,42 @@ MIXED = (
     WindowGroup(sink=0, alpha=5, beta=0.5),
     WindowGroup(sink=130, alpha=64, beta=0.125),
 )
+
+
+# What else one plan may have: states, lists of kept tokens and chosen heads.
+STATE = LinearGroup(sink=4, alpha=1)
+LISTS = RetainGroup(sink=0, alpha=20, scorer="gate", threshold=-2.8, share=0.5)
+DELTA = LinearGroup(rule="delta", decay="token", alone=True)
+CAPPED = RetainGroup(sink=4, alpha=1, scorer="ridge", threshold=0.0, share=0.5, cap=(10, 0.125))
+KINDS = (STATE, LISTS, DELTA, CAPPED)
+
+
+def plan_of_kinds(shape: ModelShape) -> Plan:
+    """Kinds in the first layer, chosen heads in the second, other kinds in the third; full where a layer slides."""
+    groups = shape.kv_heads
+    rows: list[list[Target]] = [
+        [KINDS[number % 4] for number in range(groups)],
+        [*RoutedGroup.layer(groups, groups // 2, sink=4, alpha=30, beta=0.25)],
+        [KINDS[(number + 2) % 4] for number in range(groups)],
+    ]
+    return make_plan(
+        shape,
+        [
+            row if native is None else [FullGroup()] * groups
+            for row, native in zip(rows, shape.native_windows, strict=True)
+        ],
+    )
+
+
+@torch.no_grad()
+def model_of_kinds(dense: Any) -> Any:
+    """A model under `plan_of_kinds`, in which nothing that a target has of its own is where it starts."""
+    model = planned_model(dense, plan_of_kinds(shape_of(dense)), untrained=True)
+    generator = torch.Generator().manual_seed(2)
+    for mixer in mixers_of(model):
+        for weight in mixer.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return model
 
 
 def tiny_model(family: str, seed: int = 0) -> Any:

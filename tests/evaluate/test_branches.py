@@ -213,6 +213,8 @@ def test_recall_is_told_apart_by_distance(model: Any, text: FileText, tmp_path: 
         assert 0 < (cells["words beyond 128"].count or 0) <= 8
     items = found.variants[0].of("distance")[0].items
     assert all(item.near <= 128 for item in items[:3]) and all(item.far >= 128 + PAGE for item in items[3:])
+    # The evidence of a word is its key and its value, and a window counts the query that asks, too.
+    assert all(item.near == item.far + 2 for item in found.variants[0].of("distance")[1].items)
     assert "128 tokens" in markdown(found)
     for wrong, message in (({"window": 8}, "do not fit into the window"), ({"lengths": (256,)}, "no place beyond")):
         with pytest.raises(UserError, match=message):
@@ -280,6 +282,7 @@ def test_bytes_of_states_and_from_where_they_pay(plan: Plan, model: Any, tmp_pat
     assert unit.token_bytes == 64 and states_of(uniform_plan(shape, FullGroup())) is None
     assert pays_from(lambda length: length + 1000, lambda length: length) is None
     assert pays_from(lambda length: 10_000, lambda length: length) == 157 * 64
+    assert pays_from(lambda length: 256, lambda length: length) == 320  # as many bytes are no fewer
 
     def cost(length: int) -> Cost:
         return plan.cost(length, 4)

@@ -65,7 +65,7 @@ def test_rules_that_the_mask_of_vllm_can_say():
 def test_a_block_is_held_exactly_while_a_later_query_sees_it(block):
     for span in SPANS:
         rule = rule_of(span)
-        for tokens in (1, 16, 130, 329):
+        for tokens in (1, 16, *range(144, 160), 329):  # windows leave a block at one of these
             queries = torch.arange(tokens, tokens + 150)[:, None]
             seen = span.visible(queries, torch.arange(tokens)[None]).any(dim=0)
             expected = {int(key) // block for key in seen.nonzero()}

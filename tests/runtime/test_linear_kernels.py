@@ -257,7 +257,10 @@ def test_a_page_is_taken_in_when_it_leaves_and_one_token_reads(share: int, by_co
     wanted[:1] = chunk_states(
         softmaxes(keys[:1].double() @ weight.double())[None], values[:1][None].double(), wanted[:1]
     )[:, :, 1]
-    absorb(held, Pages(keys, values, table), lengths, span, "hedgehog", weight, None, 1.0)
+    pages, before = Pages(keys, values, table), held.clone()
+    absorb(held, pages, lengths, [Span(4, 64, 0.0, granule=PAGE)], "hedgehog", weight, None, 1.0)
+    assert torch.equal(held, before)  # the page that leaves the window is that of the sink, which is always seen
+    absorb(held, pages, lengths, span, "hedgehog", weight, None, 1.0)
     close([held], [wanted])
     query, out = torch.rand(3, share, 40), torch.randn(3, share, 24)
     lse, gain = torch.randn(3, share), torch.randn(3, share)

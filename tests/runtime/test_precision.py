@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.models.planned import planned_model
-from tests.tiny import mixed_plan, random_ids, shape_of, tiny_model
+from tests.tiny import mixed_plan, model_of_kinds, random_ids, shape_of, tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW = DTYPES[1:]
@@ -75,6 +75,31 @@ def check_autocast(model: Any, exact: Any, low: torch.dtype, ids: torch.Tensor) 
         slope, right = weight.grad.float(), known.grad
         assert weight.grad.dtype == weights
         assert torch.cosine_similarity(slope.flatten(), right.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("weights", "low"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_every_kind_of_head_runs_in_every_dtype(weights: torch.dtype, low: torch.dtype | None, device: str) -> None:
+    """What is chosen or kept may change with rounding, so passes are compared with others of their own dtype."""
+    model, ids = of(model_of_kinds(soft_model("llama-gqa")), device, weights), random_ids(2, 140).to(device)
+    cache, kind = model.new_cache(), low or weights
+    with torch.autocast(device, dtype=kind, enabled=low is not None):
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+            parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 130), (130, 131), (131, 140))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=NEAR[kind])
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert {layer.dtype for layer in cache.paged} == {kind}
+    states = [state.tensors["state"] for layer in cache.paged for state in layer.states if "state" in state.tensors]
+    assert states and all(state.dtype == torch.float32 for state in states)
+    slopes = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert all(slope.dtype == weights and bool(slope.isfinite().all()) for slope in slopes)
+    assert all(bool(weight.grad.any()) for name, weight in model.named_parameters() if "linear" in name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")

@@ -74,6 +74,25 @@ def passes_and_what_is_taken_back(data: st.DataObject) -> None:
             assert cache.allocated_bytes() == reserved * PAGE_BYTES
 
 
+def test_all_of_the_slack_can_be_taken_back_at_every_length() -> None:
+    """Where a page leaves the window with the first token that stays, too; one token more is refused there."""
+    rule, slack = [Span(0, 40, 0.0)], 20
+    source, refused = random_qkv(1, 1, 1, 200, 3), 0
+    for length in range(120, 180):
+        cache, short = PagedCache([kinds_of(rule)], slack=slack), PagedCache([kinds_of(rule)], slack=slack)
+        for one in (cache, short):
+            attend(rule, [x[:, :, :length] for x in source], one)
+        cache.crop(-slack)
+        again = attend(rule, [x[:, :, length - slack : length] for x in source], cache)
+        expected = naive([x[:, :, :length] for x in source], rule)[:, :, -slack:]
+        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+        try:
+            short.crop(-slack - 1)
+        except ValueError:
+            refused += 1
+    assert refused == 1
+
+
 @pytest.mark.parametrize("slack", [0, 33, 70])
 def test_the_kernel_stores_what_the_reference_stores(slack: int) -> None:
     rule = [Span(4, 20, 0.0), Span(0, -30, 0.5)]

@@ -94,6 +94,9 @@ def test_costs_are_means_over_texts(share: float, cap: Any) -> None:
         assert cost.read_bytes == round(held * PAGE) * UNIT.token_bytes
         flops = cost.flops - 2 * 16 * length
         assert abs(flops / (4 * 16 * 3) - pairs) <= 0.1 * pairs * (0 < share < 1 or cap is not None)
+        hidden = int(group.span().boundary(length - 1)) - group.span().sink
+        varies = group.model_copy(update={"spread": 0.25}).cost(UNIT, length).spread_bytes
+        assert varies == round(min(0.25 * hidden, group.listed(length)[1]) * (UNIT.token_bytes + 1))
         assert abs(cost.keys - keys) <= (0.1 * keys if 0 < share < 1 or cap is not None else 0)
 
 

@@ -43,6 +43,19 @@ def test_weights_are_the_divergence_of_all_weights_by_the_chain_rule() -> None:
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-6)
 
 
+def test_queries_may_weigh_alike_whatever_attention_their_hidden_keys_have() -> None:
+    """KL of the two distributions over the hidden keys, without the factor p."""
+    layer = Hybrid(dtype=torch.float64)
+    right, own = (x.masked_fill(~layer.hidden, 0) for x in (layer.scores.exp(), layer.own))
+    some = layer.hidden.any(-1).expand_as(right[..., 0])
+    right, own = (x[some] / x[some].sum(-1, keepdim=True) for x in (right, own))
+    divergence = (torch.xlogy(right, right) - torch.xlogy(right, own)).sum(-1)
+    found = objectives["weights"](queries=None, mass=0, by_mass=False).loss(layer.student, layer.teacher, INPUTS)
+    torch.testing.assert_close(found, divergence.sum() / HEADS, rtol=1e-4, atol=1e-6)
+    weighed = objectives["weights"](queries=None, mass=0).loss(layer.student, layer.teacher, INPUTS)
+    assert abs(float(weighed.detach() - found.detach())) > 0.01
+
+
 @pytest.mark.parametrize("name", ["parts", "weights", "transfer"])
 @pytest.mark.parametrize("form", ["divergence", "log"])
 def test_the_exact_state_has_nothing_to_learn_and_any_other_has(name: str, form: Mass) -> None:
