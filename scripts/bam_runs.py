@@ -147,11 +147,8 @@ def pair(text: str) -> tuple[str, ...]:
 def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
     """All of a row, and its figures; of `base` those of the model as it is."""
     with rows.session_of(options, name, seed, recipe_of(options, name, seed)) as session:
-        path = rows.figures(options, name, seed)
         if name == rows.BASE:
-            rows.shared_is_ready(options, seed)
-            found = rows.measure(options, session, None, readings(options))
-            write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
+            rows.measure_base(options, session, seed, readings(options))
             return
         facts: dict[str, Any] = {}
         if ROWS[name].start:
@@ -174,7 +171,7 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
             "memory": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             "device": record.device,
         }
-        write_json(path, {"row": name, "seed": seed, **facts, "cells": found})
+        write_json(rows.figures(options, name, seed), {"row": name, "seed": seed, **facts, "cells": found})
 
 
 def recipe_of(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:

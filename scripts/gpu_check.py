@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 import traceback
@@ -34,6 +35,22 @@ def poison() -> None:
     """Fill the memory that the next outputs are given with NaN."""
     blocks = [torch.full((2**20 * size,), torch.nan, device="cuda") for size in (1, 4, 16, 64, 256)]
     del blocks
+
+
+def attempt(
+    found: dict[str, Any], name: str, work: Callable[[], Any], line: Callable[[Any], str], folder: Path
+) -> None:
+    """Put into `found` what one of several pieces of work gives, and print its line; where it fails, its error, with
+    the traceback in errors.txt. The GPU's memory is free for the next."""
+    try:
+        found[name] = work()
+        print(line(found[name]), flush=True)
+    except Exception as failure:
+        found[name] = {"error": repr(failure)[:300]}
+        print(f"{name}: {found[name]['error']}", flush=True)
+        (folder / "errors.txt").open("a").write(f"{name}\n{traceback.format_exc()}\n")
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def keep(folder: Path, name: str, facts: dict[str, Any]) -> None:

@@ -128,11 +128,8 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
         prepare_stage(session)
         if session.helper:
             return
-        path = rows.figures(options, row, seed)
         if row == rows.BASE:
-            rows.shared_is_ready(options, seed)
-            found = rows.measure(options, session, None, readings(options))
-            write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
+            rows.measure_base(options, session, seed, readings(options))
             return
         plan = search_stage(session)
         which = ROWS[row].training
@@ -147,7 +144,7 @@ def run_row(options: argparse.Namespace, row: str, seed: int) -> None:
         }
         full = sum(not group.words().startswith("sink") for layer in plan.layers for group in layer.groups)
         facts |= {"full groups": full, "first loss": record.first_loss, "device": record.device}
-        write_json(path, {"row": row, "seed": seed, **facts, "cells": found})
+        write_json(rows.figures(options, row, seed), {"row": row, "seed": seed, **facts, "cells": found})
 
 
 def text_with_facts(options: argparse.Namespace) -> Path:

@@ -176,11 +176,8 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
     with rows.session_of(options, name, seed, recipe_of(options, row)) as session:
         profile = profile_stage(session)
         prepare_stage(session)
-        path = rows.figures(options, name, seed)
         if name == rows.BASE:
-            rows.shared_is_ready(options, seed)
-            found = rows.measure(options, session, None, readings(options))
-            write_json(path, {"row": rows.DENSE, "seed": seed, "cells": found})
+            rows.measure_base(options, session, seed, readings(options))
             return
         plan = decided(session, row, profile)
         which = "recover" if row.unit else "control"
@@ -195,7 +192,10 @@ def run_row(options: argparse.Namespace, name: str, seed: int) -> None:
             "text loss": Curve(weights / "loss.jsonl").steps()[-1].get("text_loss"),
             "device": record.device,
         }
-        write_json(path, {"row": name, "seed": seed, **facts, **costs_of(session, plan), "cells": found})
+        write_json(
+            rows.figures(options, name, seed),
+            {"row": name, "seed": seed, **facts, **costs_of(session, plan), "cells": found},
+        )
 
 
 def recipe_of(options: argparse.Namespace, row: Row) -> dict[str, Any]:

@@ -118,6 +118,15 @@ def shared_is_ready(options: argparse.Namespace, seed: int) -> None:
     write_text(options.out / f"{BASE}-{seed}.ready", "what rows have in common is made\n")
 
 
+def measure_base(
+    options: argparse.Namespace, session: Session, seed: int, readings: Iterable[tuple[str, list[Measure]]]
+) -> None:
+    """The figures of `base`, which are the dense model's, once the other rows of the seed may start beside it."""
+    shared_is_ready(options, seed)
+    found = measure(options, session, None, readings)
+    write_json(figures(options, BASE, seed), {"row": DENSE, "seed": seed, "cells": found})
+
+
 def may_start(options: argparse.Namespace, row: str, seed: int) -> bool:
     """Whether a row finds in the folder of `base` what it starts from."""
     ready = options.out / f"{BASE}-{seed}.ready"

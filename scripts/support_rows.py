@@ -524,27 +524,32 @@ def accelerate_of_its_own() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+TRAINER_OPTIONS: dict[str, Any] = {
+    "use_cpu": True,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The losses of all steps of a training."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def trained(subject: Subject, model: Any = None, **options: Any) -> None:
     """Eight steps of the Trainer on the same two rows."""
     model = subject.load(dtype=torch.float32) if model is None else model
     rows = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in subject.ids]
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     with TemporaryDirectory() as folder, accelerate_of_its_own():
-        arguments = transformers.TrainingArguments(
-            folder,
-            use_cpu=True,
-            max_steps=8,
-            learning_rate=1e-2,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            **{"per_device_train_batch_size": 2, **options},
-        )
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        arguments = transformers.TrainingArguments(folder, max_steps=8, **{**TRAINER_OPTIONS, **options})
+        losses = losses_of(transformers.Trainer(model, arguments, train_dataset=rows))
     check(losses[-1] < losses[0], f"losses {losses}")
     after = dict(model.named_parameters())
     check(any(not torch.equal(after[name], weight) for name, weight in before.items()), "no weight has moved")
@@ -647,24 +652,11 @@ def tuned(subject: Subject, kind: str, rows: list[dict[str, str]], given: dict[s
     model = arguments["model"]
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     with TemporaryDirectory() as folder, accelerate_of_its_own():
-        config = getattr(trl, f"{kind}Config")(
-            folder,
-            use_cpu=True,
-            bf16=False,
-            max_steps=2,
-            learning_rate=1e-2,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            **{"per_device_train_batch_size": 2, **options},
-        )
+        config = getattr(trl, f"{kind}Config")(folder, bf16=False, max_steps=2, **{**TRAINER_OPTIONS, **options})
         trainer = getattr(trl, f"{kind}Trainer")(
             args=config, train_dataset=Dataset.from_list(rows), processing_class=subject.tokenizer, **arguments
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = losses_of(trainer)
         after = {name.replace("base_model.model.", ""): weight for name, weight in trainer.model.named_parameters()}
     check(len(losses) == 2 and all(abs(loss) < float("inf") for loss in losses), f"losses {losses}")
     moved = [name for name, weight in before.items() if name in after and not torch.equal(after[name], weight)]

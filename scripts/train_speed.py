@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import re
 import statistics
 import sys
 import tempfile
 import time
-import traceback
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from compress.targets.linear import LinearGroup
 from compress.train import token_losses
 from compress.train.recovery import recover
 from compress.train.settings import RecoverSettings
+from scripts.gpu_check import attempt
 from scripts.gpu_models import VOCABULARY, smollm2_shape
 
 # name: layers are recomputed, losses by kernels, layers compiled
@@ -76,18 +76,11 @@ def main() -> None:
             print(f"{row} {name}: no time left", flush=True)
             continue
         key = f"{row}: {name}"
-        try:
-            found[key] = measured(dense, row, name, text, options)
-            print(line(key, found[key], found), flush=True)
-        except Exception as error:  # one variant may fail without the others
-            found[key] = {"error": repr(error)[:300]}
-            print(f"{key}: {found[key]['error']}", flush=True)
-            (options.folder / "errors.txt").open("a").write(f"{key}\n{traceback.format_exc()}\n")
-        gc.collect()
-        torch.cuda.empty_cache()
+        work = partial(measured, dense, row, name, text, options)
+        attempt(found, key, work, partial(line, key, found), options.folder)
     print(f"\n{'':28}  ms/step  tokens/s  faster  peak GB  compiled s  losses of the first steps")
     for key, each in found.items():
-        print(line(key, each, found))
+        print(line(key, found, each))
     print(f"all after {since(began)} s")
     (options.folder / "train_speed.json").write_text(json.dumps(found, indent=1))
 
@@ -158,7 +151,7 @@ def measured(dense: Any, row: str, name: str, text: list[int], options: Any) -> 
     }
 
 
-def line(key: str, each: dict[str, Any], found: dict[str, Any]) -> str:
+def line(key: str, found: dict[str, Any], each: dict[str, Any]) -> str:
     """A row of the table."""
     if "error" in each:
         return f"{key:28}  {each['error'][:90]}"

@@ -11,14 +11,14 @@ the place. What was measured on an H100 is printed beside. Writes JSON and the k
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -36,7 +36,7 @@ from compress.models.shape import shape_of
 from compress.runtime import reference, triton_decode, tuned
 from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
-from scripts.gpu_check import error
+from scripts.gpu_check import attempt, error
 from scripts.gpu_models import VOCABULARY, smollm2_shape
 
 PLACES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -64,22 +64,14 @@ def main() -> None:
     free = torch.cuda.mem_get_info()[0] / 2**30
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {free:.0f} GiB free", flush=True)
     found: dict[str, Any] = {}
-    works = [("check", lambda: check(loaded))]
+    works: list[tuple[str, Callable[[], Any]]] = [("check", partial(check, loaded))]
     for length in map(int, options.lengths.split(",")):
-        works.append((f"{length} tokens", lambda c=length: measured(loaded, c, options)))  # type: ignore[misc]
+        works.append((f"{length} tokens", partial(measured, loaded, length, options)))
     for name, work in works:
         if time.perf_counter() - began > options.seconds:
             print(f"{name}: no time left", flush=True)
             continue
-        try:
-            found[name] = work()
-            print(f"{name}: {words(found[name])}", flush=True)
-        except Exception as error:  # one may fail without the others
-            found[name] = {"error": repr(error)[:300]}
-            print(f"{name}: {found[name]['error']}", flush=True)
-            (options.folder / "errors.txt").open("a").write(f"{name}\n{traceback.format_exc()}\n")
-        gc.collect()
-        torch.cuda.empty_cache()
+        attempt(found, name, work, partial(line, name), options.folder)
     print(f"all after {time.perf_counter() - began:.0f} s")
     (options.folder / "write_speed.json").write_text(json.dumps(found, indent=1))
 
@@ -227,14 +219,14 @@ def reading(documents: Any, batch: int, held: int) -> dict[str, float]:
     return found
 
 
-def words(each: dict[str, Any]) -> str:
+def line(name: str, each: dict[str, Any]) -> str:
     """One line of the table."""
     if "mean_ms" not in each:
-        return ", ".join(f"{key} {value:.4f}" for key, value in each.items())
+        return f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in each.items())
     kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in each["kernels_ms_half_way"].items())
     read = ", ".join(f"{programs}: {speed:.2f}" for programs, speed in each["attention_tb_s"].items())
     return (
-        f"{each['tokens_s']:,.0f} tokens/s (measured before: {each['measured before'] or 0:,}), "
+        f"{name}: {each['tokens_s']:,.0f} tokens/s (measured before: {each['measured before'] or 0:,}), "
         f"{each['full_batch_tokens_s']:,.0f} in full batches; {each['batches']} batches of {each['batch']}, "
         f"{each['mean_ms']:.2f} ms a step ({', '.join(f'{ms:.2f}' for ms in each['step_ms'])}), "
         f"cache {each['cache_gb']:.1f} GB at {each['half_cache_tb_s']:.2f} TB/s, by attention alone with so many "

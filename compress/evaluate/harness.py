@@ -102,8 +102,10 @@ def run_on(
         UserError: no such task, or its data cannot be read.
     """
     quiet()
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
 
+    # It would ask git for its records, and outside a repository git complains on the terminal.
+    setattr(evaluator, "get_git_commit_hash", lambda: None)  # noqa: B010  (mypy refuses an assignment)
     task, manager = _task(request, name, length, sizer, seed, text)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         report: Any = simple_evaluate(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compress.bench.file import MOST_TOKENS
 from compress.evaluate.cell import STANDARD_ERRORS, Cell, by_part
 from compress.evaluate.measure import Result
+from compress.words import counted
 
 DEPTHS = tuple(number / 5 for number in range(6))
 
@@ -77,7 +78,7 @@ class TaskResult(Result):
             count=len(self.samples),
             items=None if None in outcomes else tuple(outcome for outcome in outcomes if outcome is not None),
             table="task",
-            note=f"{main}{kind}, {len(self.samples)} items",
+            note=f"{main}{kind}, {counted(len(self.samples), 'item')}",
         )
         depths = [(item.depth, item.metrics[main]) for item in self.samples if item.depth is not None]
         gaps = [(float(item.gap), item.metrics[main]) for item in self.samples if item.gap is not None]

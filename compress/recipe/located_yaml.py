@@ -6,13 +6,14 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from compress.errors import Problem, nearest
 
 KeyPath = tuple[str | int, ...]
+Mark = TypeVar("Mark")
 
 # A few bytes of YAML can ask for any amount of memory: by aliases of aliases, by depth, by digits.
 MOST_CHARACTERS = 200_000  # of the file, and of its values with every alias written out
@@ -67,10 +68,12 @@ class LocatedYaml:
             LookupError: the path leads through something that has no such part; the message says what.
         """
         parent = self.data
+        real: list[str | int] = []
         for number, part in enumerate(path):
             here, last = path[: number + 1], number + 1 == len(path)
             if isinstance(parent, list) and isinstance(part, str) and part.isdecimal():
                 part = int(part)  # `documents.0.count` is `documents[0].count`
+            real.append(part)
             if isinstance(part, int):
                 if not isinstance(parent, list) or part >= len(parent):
                     entries = f"a list with {len(parent)} entries" if isinstance(parent, list) else "not a list"
@@ -83,7 +86,13 @@ class LocatedYaml:
             if last:
                 parent[part] = value
             parent = parent[part]
-        self._given = {place: text for place, text in self._given.items() if place[: len(path)] != path}
+        # What the file had there, and where, is gone.
+        path = tuple(real)
+
+        def left(known: dict[KeyPath, Mark]) -> dict[KeyPath, Mark]:
+            return {place: mark for place, mark in known.items() if place[: len(path)] != path}
+
+        self._given, self._values, self._keys = left(self._given), left(self._values), left(self._keys)
         self._given[path] = origin
 
     def at(self, mark: yaml.Mark) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -122,6 +123,11 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
     elif kind == "string_pattern_mismatch":
         field = _fields(_schema_at(data, path[:-1])[0]).get(str(path[-1]))
         expected = field.description if field and field.description else item["msg"]
+    elif (told := _TOLD.fullmatch(item["msg"])) is not None:
+        expected, actual = told["expected"], told["got"]
+        if told["key"] is not None:
+            inner = (*path, *told["key"].split("."))
+            return Problem(f"wrong value for `{key_path(inner)}`", located.where(inner), expected, actual)
     else:
         expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
         if kind == "literal_error":
@@ -129,6 +135,10 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
             fix = nearest(str(item["input"]), options)
     whole = kind == "value_error" and isinstance(item["input"], Mapping | tuple)  # the message says which part of it
     return Problem(wrong, where, expected, None if whole else actual, fix)
+
+
+# A message of a check of this project that says all: of which key, what was expected, and what was found.
+_TOLD = re.compile(r"Value error, (?:(?P<key>[\w.]+): )?expected (?P<expected>[^;]+), got (?P<got>[^;]+)")
 
 
 def _place_in_file(data: Any, item: Any) -> KeyPath:

@@ -103,6 +103,22 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
 
+class PairedMap(FeatureMap):
+    """A map that makes two features of every projected number."""
+
+    @classmethod
+    def usual(cls, head_dim: int) -> int:
+        """As many projected numbers as a key has."""
+        return 2 * head_dim
+
+    @classmethod
+    def width(cls, features: int) -> int:
+        """Half of the features."""
+        if features % 2:
+            raise ValueError(f"expected an even number of features, got {features}")
+        return features // 2
+
+
 MAPS: dict[str, type[FeatureMap]] = {}
 AnyMap = TypeVar("AnyMap", bound=type[FeatureMap])
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from .maps import FeatureMap, register_map
+from .maps import PairedMap, register_map
 
 
 @register_map("cosine")
-class Cosine(FeatureMap):
+class Cosine(PairedMap):
     """[ReLU(x W) cos(a t), ReLU(x W) sin(a t)] at position t, a = pi / (2 reach).
 
     The product of a query's and a key's features is that of their ReLUs times cos(a (t - j)). It is negative from a
@@ -19,18 +19,6 @@ class Cosine(FeatureMap):
     """
 
     positional: ClassVar[bool] = True
-
-    @classmethod
-    def usual(cls, head_dim: int) -> int:
-        """Twice the head size, as published."""
-        return 2 * head_dim
-
-    @classmethod
-    def width(cls, features: int) -> int:
-        """Half of the features."""
-        if features % 2:
-            raise ValueError(f"expected an even number of features, got {features}")
-        return features // 2
 
     def activate(
         self, x: torch.Tensor, projected: torch.Tensor, scale: float, positions: torch.Tensor | None

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .maps import FeatureMap, register_map
-
-
-class _TwoSided(FeatureMap):
-    """Features of x W and of -x W, twice the projected numbers."""
-
-    @classmethod
-    def usual(cls, head_dim: int) -> int:
-        """Twice the head size, as published; LoLCATs has half of it."""
-        return 2 * head_dim
-
-    @classmethod
-    def width(cls, features: int) -> int:
-        """Half of the features."""
-        if features % 2:
-            raise ValueError(f"expected an even number of features, got {features}")
-        return features // 2
+from .maps import PairedMap, register_map
 
 
 @register_map("hedgehog")
-class Hedgehog(_TwoSided):
-    """[softmax(x W), softmax(-x W)] over the projected numbers: every key's features add up to 2."""
+class Hedgehog(PairedMap):
+    """[softmax(x W), softmax(-x W)] over the projected numbers: every key's features add up to 2.
+
+    As published, it has twice the head size of them; LoLCATs has half of that.
+    """
 
     def activate(
         self, x: torch.Tensor, projected: torch.Tensor, scale: float, positions: torch.Tensor | None
@@ -35,7 +22,7 @@ class Hedgehog(_TwoSided):
 
 
 @register_map("hedgehog_exp")
-class HedgehogExp(_TwoSided):
+class HedgehogExp(PairedMap):
     """[exp(x W), exp(-x W)], with the square root of a softmax's scale on both sides.
 
     The exponents are held within +-`MOST`, so that a product of two features and its sums are finite in float32; no

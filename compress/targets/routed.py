@@ -14,7 +14,7 @@ from compress.registry import targets
 from compress.runtime.routers import disagreement
 from compress.runtime.span import NO_END, AnySpan, Span, own_span
 from compress.targets.cost import Cost
-from compress.targets.span import SpanTarget
+from compress.targets.span import SpanTarget, representable
 from compress.targets.target import StockForm, Target
 from compress.targets.unit import Unit
 
@@ -82,11 +82,7 @@ class RoutedGroup(SpanTarget):
             return {"gates": "one"} | given
         return given
 
-    @field_validator("beta")
-    @classmethod
-    def _representable(cls, beta: float) -> float:
-        Span(0, 0, beta)
-        return beta
+    _representable = field_validator("beta")(representable)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -12,7 +12,7 @@ from compress.limits import LONGEST
 from compress.registry import Method, targets
 from compress.runtime.span import NO_END, Span
 from compress.targets.cost import Cost
-from compress.targets.span import SpanTarget
+from compress.targets.span import SpanTarget, representable
 from compress.targets.target import StockForm, Target
 from compress.targets.unit import Unit
 
@@ -76,11 +76,7 @@ class ScoreGroup(SpanTarget):
         1.0, ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024; 1 is all keys"
     )
 
-    @field_validator("beta")
-    @classmethod
-    def _representable(cls, beta: float) -> float:
-        Span(0, 0, beta)
-        return beta
+    _representable = field_validator("beta")(representable)
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:

@@ -13,6 +13,16 @@ from compress.targets.target import StockForm, Target
 from compress.targets.unit import Unit
 
 
+def representable(beta: float) -> float:
+    """A share of the position as it is, where a span can have it.
+
+    Raises:
+        ValueError: it is no multiple of 1/1024.
+    """
+    Span(0, 0, beta)
+    return beta
+
+
 class SpanTarget(Target):
     """Sees a span of keys (runtime/span.py), keeps what it may see again, and reads what it keeps."""
 

@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
 from compress.runtime.span import BETA_UNIT, FULL, NO_END, PAGE, RULES, AnySpan, LengthSpan, Span
-from compress.targets.span import SpanTarget
+from compress.targets.span import SpanTarget, representable
 from compress.targets.target import Target
 from compress.targets.unit import Unit
 
@@ -199,11 +199,7 @@ class WindowGroup(SpanTarget):
         "all of it, as MoA has it (no chunks, no further turns, no inputs of different lengths in a batch)",
     )
 
-    @field_validator("beta")
-    @classmethod
-    def _representable(cls, beta: float) -> float:
-        Span(0, 0, beta)
-        return beta
+    _representable = field_validator("beta")(representable)
 
     @model_serializer(mode="wrap")
     def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

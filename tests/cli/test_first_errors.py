@@ -21,6 +21,13 @@ def told(*words: Any) -> str:
     return result.stderr
 
 
+def told_once(*words: Any) -> str:
+    """What is told of a recipe with one mistake in it."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2 and "problems" not in result.stderr, result.output
+    return result.stderr
+
+
 @pytest.fixture
 def no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
@@ -50,6 +57,20 @@ def test_the_model_of_a_recipe_is_told_with_its_place(tmp_path: Path) -> None:
         assert "whose `output` is" in error
     assert not (tmp_path / "out").exists()
     assert told("validate", recipe, "--set", "model=./nope").startswith("--set model: ./nope: no such model")
+
+
+def test_what_is_set_is_told_by_its_option_to_the_last_part(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    documents = "calibration.documents=[{task: passkey, length: 128, count: 0}]"
+    assert told_once("validate", recipe, "--set", documents).startswith("--set calibration.documents: wrong value")
+    entry = "calibration.documents.0.count=0"
+    assert told_once("validate", recipe, "--set", entry).startswith("--set calibration.documents.0.count: wrong value")
+    documents = "calibration.documents=[{task: facts, length: 128, count: 1, facts: 3, asked: 4}]"
+    error = told_once("validate", recipe, "--set", documents)
+    assert "wrong value for `calibration.documents[0].asked`\n" in error
+    assert error.endswith("expected at most 3, the number of `facts`\n  found    4\n")
+    error = told_once("validate", recipe, "--set", "search.solver={name: mao}")
+    assert error.startswith("--set search.solver: unknown solver `mao`") and "statistics" not in error
 
 
 def test_no_model(tmp_path: Path) -> None:

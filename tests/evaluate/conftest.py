@@ -1,4 +1,4 @@
-"""A folder with one lm-eval task beside its data."""
+"""A text, and a folder with one lm-eval task beside its data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+
+from compress.data.text import FileText
+from tests.data.language import story
 
 TASK = """
 task: local_choice
@@ -21,6 +24,14 @@ metric_list:
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 metadata: {version: 3.0}
 """
+
+
+@pytest.fixture(scope="package")
+def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
+    """A long story."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(story(), encoding="utf-8")
+    return FileText(path=str(path))
 
 
 @pytest.fixture

@@ -39,17 +39,10 @@ from compress.runtime.step import Step
 from compress.targets.cost import Cost
 from compress.targets.full import FullGroup
 from compress.targets.linear import LinearGroup
-from tests.data.language import byte_loaded, byte_tokenizer, story
+from tests.data.language import byte_loaded, byte_tokenizer
 
 LENGTH = 400
 STATE, DELTA = LinearGroup(sink=0, alpha=64), LinearGroup(rule="delta", sink=0, alpha=64)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,6 @@ LENGTH = 96
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
-
-
-@pytest.fixture(scope="module")
 def plan() -> Plan:
     """One of two groups; and 2 of 3 query heads beside one that is always on, by the norms of their queries."""
     shape = byte_loaded().shape

@@ -61,13 +61,6 @@ def test_every_measure_is_in_the_matrix() -> None:
     assert set(MATRIX) == set(measures)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
-
-
 def compared(name: str, text: FileText, folder: Path, built: list[str]) -> Comparison:
     def build(row: str) -> Any:
         built.append(row)
