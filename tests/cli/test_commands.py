@@ -143,6 +143,11 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_sentence("model: x\n# Not at the beginning.") == ""
 
 
+def test_help_is_paragraphs_that_a_terminal_wraps() -> None:
+    for command in app.registered_commands:
+        assert command.help and all("\n" not in part for part in command.help.split("\n\n")), command.name
+
+
 def test_version_and_no_arguments() -> None:
     assert call("--version").stdout.strip() == f"compress {__version__}"
     assert "compress init" in call().output
