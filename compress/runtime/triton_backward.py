@@ -327,7 +327,7 @@ def backward(
     grad_value = torch.zeros(batch, groups, keys, value_dim, dtype=value.dtype, device=value.device)
     grad_shift = delta if score == 0 else torch.zeros_like(delta)
     grad_taken = None if taken is None else torch.zeros_like(taken)
-    config = backward_config(max(dim, value_dim), query.device, taken is not None)
+    config = backward_config(max(dim, value_dim), query.itemsize, query.device, taken is not None)
     shape = {
         "SHARE": share,
         "GROUPS": groups,

@@ -18,6 +18,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
 
 
+def _float32_tiles(head_dim: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline depth of attention in float32, whose products no tensor core computes.
+
+    What a thread multiplies lies in its registers. Chosen by what the compiler spills, and not timed: at most 60 bytes
+    a thread, in chunks behind a cache 440, and there 6 KiB at head size 256. With tiles of 64 rows and four warps it
+    was 2 to 60 KiB in prefill, and with tiles of 64 x 64, or 32 x 32 at head size 256, 3 to 45 KiB in gradients
+    (triton 3.6 for an H100).
+    """
+    return {"block_m": 32 if head_dim <= 64 else 16, "block_n": 32, "warps": 8, "stages": 1}
+
+
 def prefill_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, Any]:
     """Tile sizes, warps and pipeline depth of the prefill kernel for a head size and the bytes of a number.
 
@@ -26,8 +37,10 @@ def prefill_config(head_dim: int, itemsize: int, device: torch.device) -> dict[s
     """
     if device.type == "cpu":  # the interpreter: small tiles, so that small inputs have several
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
-    if not _hopper(device) or itemsize > 2:
-        return {"block_m": 64, "block_n": 32 if head_dim > 128 or itemsize > 2 else 64, "warps": 4, "stages": 2}
+    if itemsize > 2:
+        return _float32_tiles(head_dim)
+    if not _hopper(device):
+        return {"block_m": 64, "block_n": 32 if head_dim > 128 else 64, "warps": 4, "stages": 2}
     if head_dim > 128:
         return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2}
     return {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3}
@@ -119,13 +132,15 @@ def decode_config(head_dim: int, device: torch.device, room: int = 0, rings: boo
     }
 
 
-def backward_config(head_dim: int, device: torch.device, decided: bool = False) -> dict[str, Any]:
+def backward_config(head_dim: int, itemsize: int, device: torch.device, decided: bool = False) -> dict[str, Any]:
     """Tile sizes, warps and pipeline depth of the gradient kernels.
 
     Where keys are `decided` on besides, four warps have no registers for heads of 128 (264 bytes a thread are spilled).
     """
     if device.type == "cpu":
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
+    if itemsize > 2:
+        return _float32_tiles(head_dim)
     large = head_dim > 128
     return {
         "block_m": 32 if large else 64,
@@ -137,7 +152,9 @@ def backward_config(head_dim: int, device: torch.device, decided: bool = False) 
 
 def retain_training_config(head_dim: int, itemsize: int, device: torch.device) -> dict[str, int]:
     """Tile sizes, warps and pipeline depth of the forward pass that trains what `retain` heads keep; not tuned."""
-    if device.type == "cpu" or head_dim > 128 or itemsize > 2 or not _hopper(device):
+    if device.type != "cpu" and itemsize > 2:
+        return _float32_tiles(head_dim)
+    if head_dim > 128 or not _hopper(device):
         return {"block_m": 32, "block_n": 32, "warps": 4, "stages": 1}
     return {"block_m": 128, "block_n": 64, "warps": 8, "stages": 2}
 
