@@ -156,6 +156,31 @@ def check_prepare(config: Any, prepare: PrepareSettings) -> None:
             raise
 
 
+def untrainable(config: Any, length: int, prepare: PrepareSettings | None, lengths: set[int]) -> str | None:
+    """A line where training sequences of `length` tokens leave the windows of none of the heads that a recipe offers
+    and that keep tokens by a scorer: a plan with such heads is refused by the training, once all before it is done.
+
+    Args:
+        lengths: that the recipe profiles, in tokens.
+    """
+    if prepare is None or not any(target.in_expectation for target in prepare.targets):
+        return None
+    with torch.device("meta"):
+        shape = shape_without_weights(AutoModelForCausalLM.from_config(config))
+    offered: Sequence[Target] = prepare.targets
+    if prepare.effect:
+        priced = known_statistics["effect"](targets=prepare.targets, **prepare.priced_layers)
+        offered = priced.resolved(shape, sorted(lengths)).targets
+    unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
+    keeping = [target.with_share(0.5) for target in offered if target.in_expectation and not target.idle]
+    if not keeping or any(target.cost(unit, length).keys < length for target in keeping):
+        return None
+    return (
+        f"recover.length: sequences of {length:,} tokens leave no window of the heads that keep tokens (prepare), so "
+        "that a plan with such heads cannot be trained; raise it, or leave them out"
+    )
+
+
 def _check_plan(config: Any, shape: ModelShape, layers: Sequence[LayerPlan]) -> None:
     """Whether a model can have these layers; what is wrong with several of them is told of the first."""
     try:

@@ -15,7 +15,7 @@ from compress.models.load import CheckedModel, check_model
 from compress.models.upcycle import check_configs, check_tokenizers, check_upcyclable
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe, UpcycleSection
-from compress.search.preview import check_prepare, check_search
+from compress.search.preview import check_prepare, check_search, untrainable
 from compress.stages.device import resolve_device
 from compress.stages.inputs import input_name
 from compress.stages.reporter import Reporter
@@ -67,6 +67,10 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         if prepare is not None:
             noted("prepare", lambda: check_prepare(model.config, prepare))
         noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
+        if recipe.recover is not None:
+            line = untrainable(model.config, recipe.recover.length, prepare, lengths)
+            if line is not None:
+                reporter.say(f"  {line}")
     else:
         noted("upcycle", functools.partial(_check_experts, recipe.upcycle, model))
     for place, check in _requests(recipe, model.config):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
-from compress.models.expert_routers import fitted_routers, random_routers, routers_of
+from compress.models.expert_routers import RIDGE, SHARPNESS, fitted_routers, random_routers, routers_of
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.models.upcycle import average, check_configs, check_tokenizers, check_upcyclable, check_weights, upcycle
@@ -182,6 +182,27 @@ def test_routers_start_with_what_tells_texts_apart(seed: Any, experts: dict[str,
         gates = [record.expert_gates[layer].mean(0)[number] for layer in range(3)]
         chosen = [record.mlp_routing[layer].chosen.double().mean(0)[number] for layer in range(3)]
         assert gates[0] > 0.7 < chosen[0] and sum(gates) > 3 * 0.6 < sum(chosen)
+
+
+def test_a_fitted_router_is_the_ridge_regression_on_the_texts_numbers(seed: Any, experts: dict[str, Any]) -> None:
+    """Of the first layer's attention, whose inputs no router changes; a text counts the same however long it is."""
+    model, _, _ = upcycle(seed, experts)
+    texts, inputs = [random_ids(2, 40, seed=5), random_ids(1, 30, seed=6)], []
+    attention, router = next(routers_of(model))
+    fitted_routers(model, texts)
+    hook = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(kwargs["hidden_states"].flatten(0, 1).double()), with_kwargs=True
+    )
+    for text in texts:
+        logits(model, text)
+    hook.remove()
+    square = torch.stack([x.T @ x / len(x) for x in inputs]).mean(0)
+    # Logits are SHARPNESS apart: plus and minus half of it, by the text.
+    slope = torch.stack([x.mean(0) * (-1) ** number for number, x in enumerate(inputs)]).mean(0) * SHARPNESS / 2
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
+    expected = torch.linalg.solve(square + ridge, slope)
+    for row, sign in zip(router.detach().double(), (1, -1), strict=True):
+        torch.testing.assert_close(row, sign * expected, rtol=1e-3, atol=1e-4)
 
 
 def test_random_routers_are_those_of_their_seed(seed: Any, experts: dict[str, Any]) -> None:

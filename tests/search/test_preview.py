@@ -10,10 +10,12 @@ import pytest
 from compress.errors import UserError
 from compress.profile.heads.hidden_mass import HiddenMass
 from compress.search.budget.budget import Budget
-from compress.search.preview import check_prepare, check_search
+from compress.search.preview import check_prepare, check_search, untrainable
 from compress.search.serve import Serve
 from compress.search.solvers.keep import Keep
 from compress.search.solvers.uniform import Uniform
+from compress.targets.linear import LinearGroup
+from compress.targets.retain import RetainGrid, RetainGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.window import SpanGrid
 from compress.train.settings import PrepareSettings
@@ -62,3 +64,17 @@ def test_counts_of_another_model_are_told_once(family: str) -> None:
         check_prepare(config, PrepareSettings(targets=(RoutedGroup(active=1, of=5),), length=64, steps=1))
     (problem,) = refused.value.problems
     assert (problem.where, problem.found) == ("prepare.targets[0]", "5")
+
+
+def test_trainings_too_short_for_what_heads_keep_are_told_beforehand() -> None:
+    config, ridge = tiny_model("llama-gqa").config, RetainGroup(scorer="ridge")
+    options: Any = {"retain": RetainGrid(alphas=(64, 200), shares=(0.5,)).model_dump(mode="json")}
+    offers = PrepareSettings(targets=(ridge,), effect=True, options=options, length=64, steps=1)
+    # The sink's page, and two that the smaller window can lie on.
+    told = untrainable(config, 192, offers, {320})
+    assert told is not None and "sequences of 192 tokens" in told and untrainable(config, 193, offers, {320}) is None
+    fixed = RetainGroup(sink=0, alpha=1, scorer="key_norm", threshold=0.0)
+    named = PrepareSettings(targets=(fixed,), length=64, steps=1)
+    assert untrainable(config, 64, named, set()) is not None and untrainable(config, 65, named, set()) is None
+    for settings in (PrepareSettings(targets=(LinearGroup(),), length=64, steps=1), None):
+        assert untrainable(config, 64, settings, set()) is None

@@ -11,6 +11,7 @@ import pytest
 from compress.models.planned import mixers_of, planned_model
 from compress.models.pruning import block_parameters, parameters_per_unit
 from compress.plan import make_plan
+from compress.registry import targets
 from compress.targets.full import FullGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.unit import Unit
@@ -52,6 +53,15 @@ def test_a_router_has_the_parameters_that_it_costs(unit: Any, router: Any) -> No
     planned = planned_model(model, plan)
     own = sum(weight.numel() for mixer in mixers_of(planned) for weight in mixer.parameters())
     assert counted == block_parameters(planned) == block_parameters(model) + own
+
+
+@pytest.mark.parametrize("router", ["two_stage", "norm", "random"])
+def test_chance_in_the_place_of_a_router_is_a_plan_as_well(router: Any) -> None:
+    """Weights by which nothing is chosen say nothing of the chosen, so a random router's gates are 1."""
+    for entry in RoutedGroup.layer(4, 2, shared=(1,), router=router, sink=4, alpha=30):
+        drawn = entry.at_random
+        assert targets.parse(targets.written(drawn)) == drawn
+        assert drawn == RoutedGroup(**targets.written(entry) | {"router": "random", "gates": "one"})
 
 
 def test_words() -> None:
