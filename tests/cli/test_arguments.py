@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 from compress.cli.app import app
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +207,7 @@ def test_every_option_of_a_command_that_takes_a_value_is_tried() -> None:
 
 
 def told(*words: Any) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = call(*words)
     assert result.exit_code == 2 and "Traceback" not in result.output, (result.exception, result.output)
     return result.stderr
 

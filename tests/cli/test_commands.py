@@ -2,25 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from compress import __version__
-from compress.cli.app import app
 from compress.cli.doctor import release
 from compress.cli.recipes import first_sentence
 from compress.runfolder import RunFolder
 from compress.words import duration, size
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def three_mistakes(folder: Path) -> Path:
