@@ -45,9 +45,9 @@ def kernel_lines(row: Row, copy: float) -> list[str]:
 KERNEL_HEAD = ("", "plan", "batch", "length", "ms", "dense ms", "fraction", "speed-up", "against the bound")
 
 
-def _attention_words(share: float, most: float | None) -> str:
+def _attention_words(share: float | None, most: float | None) -> str:
     """What attention and cache take of a dense step, which may be measured as slower without them."""
-    if share <= 0:
+    if share is None or share <= 0:
         return "attention and cache take too little of a dense step to be measured"
     limit = "" if most is None else f"; no plan can gain more than {most:.2f} times"
     return f"attention and cache are {share:.2f} of a dense step{limit}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress import __version__
+from compress.cli.app import app
 from compress.cli.doctor import release
 from compress.cli.recipes import first_sentence
 from compress.runfolder import RunFolder
