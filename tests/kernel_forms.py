@@ -69,7 +69,7 @@ SCORES = ("cap", "extra", "cap, extra", "sigmoid", "sigmoid of one length", "lss
 
 def form(call: Callable[..., object], *given: object, **named: object) -> Form:
     """A launch, and what it is called."""
-    words = [call.__name__.strip("_"), *map(str, given), *(f"{name}={value}" for name, value in named.items())]
+    words = [str(getattr(x, "__name__", x)) for x in (call, *given)] + [f"{name}={x}" for name, x in named.items()]
     return " ".join(words).replace("torch.", ""), partial(call, *given, **named)
 
 
@@ -116,7 +116,8 @@ class Layer:
         self.positions = torch.arange(columns).expand(batch, columns)
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.dim}"
+        leaf = " leaf" if self.query.requires_grad else ""
+        return f"{self.dtype} {self.dim} [{self.batch}, {self.heads}/{self.groups}, {self.columns}]{leaf}"
 
     @property
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from tests.calls import call
 from tests.report.common import make_folder
 
 DAMAGED = Path(__file__).parent / "damaged"
@@ -25,7 +26,7 @@ FILES = sorted(path for path in DAMAGED.iterdir() if path.name.split("-")[0] in 
 
 
 def refused(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = call(*words)
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), (result.exception, result.output)
     assert "Traceback" not in result.output and not result.stdout
     return result.stderr

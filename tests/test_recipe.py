@@ -21,7 +21,7 @@ from compress.errors import UserError
 from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
 from compress.recipe.located_yaml import read_located
-from compress.recipe.read import parse_recipe
+from compress.recipe.read import parse_located
 from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 
@@ -37,8 +37,8 @@ search:
 """
 
 
-def read(text: str) -> Recipe:
-    return parse_recipe(text, Path("r.yaml"))
+def read(text: str, name: str = "r.yaml") -> Recipe:
+    return parse_located(read_located(text, name), text, Path(name), name)
 
 
 def problems(text: str) -> list[str]:
@@ -407,7 +407,7 @@ THREE = "model: demo/smollm2-135m\noutput: runs/x\nsearch: {budget: BUDGET}\n"
 
 def three_lines(budget: str, monkeypatch: pytest.MonkeyPatch, situation: Situation) -> Recipe:
     monkeypatch.setattr(Situation, "of", classmethod(lambda cls, model, device: situation))
-    return parse_recipe(THREE.replace("{budget: BUDGET}", f"\n  budget: {budget}"), Path("r.yaml"))
+    return read(THREE.replace("{budget: BUDGET}", f"\n  budget: {budget}"))
 
 
 CPU = Situation(False, 2, 16 << 30, 8192, 135_000_000, 100_000)
@@ -423,7 +423,7 @@ def test_three_lines_are_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert three_lines("{kv: 0.5}", monkeypatch, replace(CPU, gpu=True)).search.refine is not None
     assert recipe.resolved()["evaluate"]["perplexity"]["length"] == 2048
     assert any("1,024 tokens for each of 2 cores" in line for line in recipe.chosen)
-    again = parse_recipe(json.dumps(recipe.resolved()), Path("again.yaml"))
+    again = read(json.dumps(recipe.resolved()), "again.yaml")
     assert again.resolved() == recipe.resolved() and not again.chosen
 
 

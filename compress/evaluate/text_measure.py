@@ -9,6 +9,8 @@ from pydantic import Field
 from compress.data.text import TextSource
 from compress.errors import UserError
 from compress.evaluate.measure import Measure, Reading, Setting
+from compress.limits import STEPS
+from compress.words import counted
 
 
 class TextMeasure(Measure):
@@ -63,3 +65,16 @@ class TextMeasure(Measure):
                 found=f"{available} tokens",
                 fix="ask for fewer or shorter windows, or give a longer text",
             )
+
+
+class WindowsMeasure(TextMeasure):
+    """A measure over windows of held-out text that do not overlap."""
+
+    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.windows
+
+    def words(self) -> str:
+        return f"{self.registered} on {counted(self.windows, 'window')} of {self.length:,} tokens"

@@ -16,14 +16,9 @@ from compress.errors import Problem, UserError, nearest, placed
 from compress.recipe.checks import cross_checks
 from compress.recipe.defaults import Situation, filled, needs_model
 from compress.recipe.load import in_order, outline_problems
-from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, read_located, shown, unknown_key
+from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, shown, unknown_key
 from compress.recipe.schema import Recipe
 from compress.registry import Registry, typed
-
-
-def parse_recipe(text: str, path: Path) -> Recipe:
-    """A recipe from its text; `path` is what problems name. Raises UserError."""
-    return parse_located(read_located(text, str(path)), text, path, str(path))
 
 
 def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Recipe:

@@ -68,7 +68,7 @@ class AarenGroup(Target):
             ValueError: tokens are asked for; no stock architecture has this target.
         """
         if not unit.paged:
-            raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+            raise self.no_stock_form()
         held = 4 * (unit.head_dim + 2) * unit.query_heads
         own = unit.query_heads * unit.head_dim if unit.parameters else 0
         flops = 4 * unit.head_dim * unit.query_heads * length

@@ -173,7 +173,7 @@ class LinearGroup(Target):
             ValueError: tokens are asked for; no stock architecture has this target.
         """
         if not unit.paged:
-            raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+            raise self.no_stock_form()
         span, dim = self.span(), unit.head_dim
         features = self.feature_count(dim)
         columns, width = state_columns(self.rule, dim), MAPS[self.map].width(features)

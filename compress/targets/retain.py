@@ -236,7 +236,7 @@ class RetainGroup(Target):
             ValueError: tokens are asked for; no stock architecture has this target.
         """
         if not unit.paged:
-            raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+            raise self.no_stock_form()
         span, dim = self.span(), unit.head_dim
         kept, most = self.listed(length)
         all_pages = -(-most // PAGE) * PAGE

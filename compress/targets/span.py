@@ -46,7 +46,7 @@ class SpanTarget(Target):
         else:
             form = self.stock(unit.native)
             if form is None:
-                raise ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+                raise self.no_stock_form()
             held = length if form.window is None else min(length, form.window)
         held_bytes = held * unit.token_bytes
         flops = 4 * unit.head_dim * unit.query_heads * visible_pairs(span, length)

@@ -120,6 +120,10 @@ class Target(Method):
     def cost(self, unit: Unit, length: int) -> Cost:
         """What a group that becomes this costs for one sequence of `length` tokens."""
 
+    def no_stock_form(self) -> ValueError:
+        """What `cost` raises where tokens are asked for, and no stock architecture has this target."""
+        return ValueError(f"no stock architecture has `{self.target}`: {self.words()}")
+
     @classmethod
     def together(cls, groups: Sequence[Any], unit: Unit, length: int) -> Cost:
         """What all groups of one layer that have this target cost together for one sequence.

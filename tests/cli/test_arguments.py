@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 from compress.cli.app import app
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +111,7 @@ WRONG: list[tuple[list[str], str]] = [
         for command in ("run", "profile", "prepare", "upcycle", "search", "recover", "export", "eval", "validate")
     ),
     (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "can only change a recipe"),
+    (["eval", "recipe.yaml", "--perplexity", "64", "--uniform"], "--perplexity --uniform: a recipe says itself"),
     (["init", NOWHERE], NOWHERE),
     (["init", "tiny", "--lengths", "1"], "--lengths"),
     (["init", "tiny", "--kv", "[1"], "not YAML"),
@@ -207,7 +208,7 @@ def test_every_option_of_a_command_that_takes_a_value_is_tried() -> None:
 
 
 def told(*words: Any) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = call(*words)
     assert result.exit_code == 2 and "Traceback" not in result.output, (result.exception, result.output)
     return result.stderr
 

@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from compress import __version__
 from compress.cli.app import app
@@ -13,14 +11,11 @@ from compress.cli.doctor import release
 from compress.cli.recipes import first_sentence
 from compress.runfolder import RunFolder
 from compress.words import duration, size
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def three_mistakes(folder: Path) -> Path:
@@ -141,6 +136,11 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line.endswith(".") for line in lines), "a whole sentence of each"
     assert first_sentence("# Of a.yaml and\n# 2.5 more. Another.\nmodel: x") == "Of a.yaml and 2.5 more."
     assert first_sentence("model: x\n# Not at the beginning.") == ""
+
+
+def test_help_is_paragraphs_that_a_terminal_wraps() -> None:
+    for command in app.registered_commands:
+        assert command.help and all("\n" not in part for part in command.help.split("\n\n")), command.name
 
 
 def test_version_and_no_arguments() -> None:

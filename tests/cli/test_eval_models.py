@@ -17,6 +17,7 @@ from compress.evaluate.measures import latency as module
 from compress.models.content import content_key
 from compress.plan import uniform_plan
 from compress.targets.window import WindowGroup
+from tests.calls import call
 from tests.tiny import shape_of, tiny_model, tiny_tokenizer
 
 
@@ -112,7 +113,7 @@ def test_a_plan_file_is_a_row_with_the_uniform_window_of_its_bytes(tmp_path: Pat
     (tmp_path / "plan.json").write_text(plan.to_json())
     words = ["eval", model, tmp_path / "plan.json", "--uniform", "--measure", "flops: {lengths: [1024, 2048]}"]
     options = ["--device", "cpu", "--out", tmp_path / "out", "--json"]
-    result = CliRunner().invoke(app, [str(word) for word in [*words, *options]])
+    result = call(*words, *options)
     assert result.exit_code == 0, result.output
     names = ["dense", str(tmp_path / "plan.json"), f"uniform beside {tmp_path / 'plan.json'}"]
     rows = read_comparison(tmp_path / "out" / "evaluation.json").variants

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from compress.cli.app import app
 from compress.cli.output import DEFECT, guarded
 from compress.cli.recipe import opened
 from compress.errors import UserError
@@ -23,6 +22,7 @@ from compress.export.staging import settle, staged
 from compress.plots import figure
 from compress.runfolder import RunFolder
 from compress.stages.export import check_target
+from tests.calls import call
 
 NUMBERS = [
     errno.ENOSPC,
@@ -35,10 +35,6 @@ NUMBERS = [
     errno.ENFILE,
     errno.EIO,
 ]
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def refused(result: Result) -> str:

@@ -11,11 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from compress.cli.app import app
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 
 def told(*words: Any) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = call(*words)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output and "\n  do " in result.stderr, result.stderr
     return result.stderr
@@ -23,7 +24,7 @@ def told(*words: Any) -> str:
 
 def told_once(*words: Any) -> str:
     """What is told of a recipe with one mistake in it."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = call(*words)
     assert result.exit_code == 2 and "problems" not in result.stderr, result.output
     return result.stderr
 

@@ -5,24 +5,19 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from compress import registry
-from compress.cli.app import app
 from compress.evaluate.suites import SUITES
 from compress.recipe.catalogue import kinds
 from compress.recipe.load import load_recipe
 from compress.runtime.families import FAMILIES
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_recipe(tmp_path_factory.mktemp("init")).parent / "model"
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.mark.parametrize("budget", [("--kv", "0.5"), ("--density=0.6", "--lengths", "512"), ("--parameters", "0.8")])

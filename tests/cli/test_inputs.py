@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.cli.output import Terminal
 from compress.cli.recipe import opened
 from compress.data.text import MOST, DatasetText, FileText
@@ -20,6 +18,7 @@ from compress.errors import UserError
 from compress.stages.inputs import Inputs
 from compress.stages.session import Session
 from compress.stages.stage import timed
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 EVERYTHING = """\
@@ -122,10 +121,6 @@ def test_a_dataset_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _profile_key(recipe: Path) -> str:
     with opened(str(recipe)) as session:
         return session.profile_key()
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_a_text_replaced_under_its_path_is_profiled_again(copied: Path) -> None:

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.models.load import load_model
 from compress.models.source import ModelSource
 from compress.plan import read_plan, removal
@@ -20,6 +18,7 @@ from compress.recipe.load import load_recipe
 from compress.report.facts import read_facts
 from compress.report.sections import costs, head_map, headline, quality_charts
 from compress.stages.evaluate import row_names
+from tests.calls import call
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import random_ids
 from tests.train.common import model_of
@@ -45,10 +44,6 @@ evaluate:
 """
 )
 ROWS = ["dense", "plan", "plan before recovery", "dense, recovered", "random before recovery"]
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def run(folder: Path, solver: str) -> str:

@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.runfolder import RunFolder
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.tiny import part_local_model
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:

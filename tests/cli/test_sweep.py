@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.errors import UserError
 from compress.recipe.grid import axes_of, grid, split
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 SEARCH = """\
@@ -24,10 +22,6 @@ evaluate:
   compare: [plan]
   perplexity: {length: 320, windows: 1}
 """
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_values_are_separated_outside_of_brackets() -> None:

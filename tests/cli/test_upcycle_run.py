@@ -7,20 +7,18 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.export.verify import verify_checkpoint
 from compress.models.trained import read_trained
 from compress.plan import read_plan
 from compress.recipe.load import load_recipe
 from compress.stages.evaluate import row_names
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -38,10 +36,6 @@ recover: {{train: full, length: 32, batch_size: 2, steps: 2, rate: 0.001}}
 evaluate: {{perplexity: {{text: *text, length: 64, windows: 1}}}}
 """
 ROWS = ["dense", "expert 1 one", "expert 2 two", "plan", "plan before recovery"]
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def make_models(folder: Path) -> None:

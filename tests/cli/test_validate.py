@@ -3,12 +3,11 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from compress.cli.app import app
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 
 HELD_OUT = "- {task: continuation, length: 384, count: 1, answer_tokens: 16}"
@@ -28,10 +27,6 @@ NO_TEXT = "{source: file, path: FOLDER/none.txt}"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with its model and text, which tests change copies of."""
     return make_recipe(tmp_path_factory.mktemp("validate"))
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def validate(made: Path, folder: Path, *changes: tuple[str, str]) -> Result:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from compress.cli.app import app
 from compress.files import text_key
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.plan.read import read_plan
+from tests.calls import checked
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import FAMILIES, mixed_plan, random_ids, shape_of, tiny_model
 from tests.train.common import model_of
@@ -252,13 +251,6 @@ def evaluation_facts(evaluation: dict[str, Any]) -> dict[str, Any]:
 MEASURES = ("perplexity", "recall", "lm_eval", "latency")
 
 
-def call(*words: Any) -> None:
-    """Run a command; fails with what it printed."""
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    if done.exit_code:
-        raise AssertionError(f"compress {' '.join(map(str, words))}: {done.output}")
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -293,12 +285,12 @@ class Runs:
 
     def profile(self) -> dict[str, Any]:
         """The profile's tensors."""
-        call("profile", self.recipe)
+        checked("profile", self.recipe)
         return tensors(self.run / "profile" / "statistics.safetensors")
 
     def search(self) -> dict[str, Any]:
         """The chosen plan, every other, and what the search says of them."""
-        call("search", self.recipe)
+        checked("search", self.recipe)
         found = {path.stem: plan_facts(path) for path in sorted((self.run / "search" / "plans").glob("*.json"))}
         pareto = json.loads((self.run / "search" / "pareto.json").read_text(encoding="utf-8"))
         rows = [plain(row_facts(row)) for row in [*pareto["plans"], *pareto["baselines"]]]
@@ -306,8 +298,8 @@ class Runs:
 
     def checkpoint(self) -> dict[str, Any]:
         """Weights, configuration and behaviour of the exported checkpoint, and its evaluation."""
-        call("export", self.recipe)
-        call("eval", self.recipe)
+        checked("export", self.recipe)
+        checked("eval", self.recipe)
         folder = self.run / "checkpoint"
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         checks = json.loads((folder / "compress_checks.json").read_text(encoding="utf-8"))
@@ -382,7 +374,7 @@ def demo(folder: Path) -> dict[str, Any]:
     """The pipeline on the demo model: minutes on two cores, so it is for `scripts/golden.py demo` and not a test."""
     run, recipe = folder / "run", folder / "recipe.yaml"
     recipe.write_text(DEMO.format(output=run))
-    call("run", recipe)
+    checked("run", recipe)
     facts: dict[str, Any] = {
         "profile": tensors(run / "profile" / "statistics.safetensors"),
         "plan": plan_facts(run / "plan.json"),

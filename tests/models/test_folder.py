@@ -26,13 +26,6 @@ READERS = (check_model, load_config, load_model, ModelSource)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def shards(tmp_path):
     tiny_model("llama-gqa").save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     tiny_tokenizer().save_pretrained(tmp_path / "shards")

@@ -17,16 +17,9 @@ from compress.models.load import load_model, load_tokenizer, quiet
 from compress.models.shape import shape_of
 from compress.plan import read_plan
 from compress.runtime.families import FAMILIES
-from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS
 
 PROFILES = Path(__file__).parents[2] / "profiles" / "smollm2-135m"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_a_folder_loads_in_the_asked_dtype(folder):

@@ -15,14 +15,7 @@ from compress.models.load import check_model, load_model, load_tokenizer
 from compress.models.tokenizer_files import same_tokenizer, write_tokenizer
 from compress.models.vocabulary import check_tokens, check_vocabulary
 from compress.runtime.modeling_compress import CompressLlamaConfig
-from tests.tiny import CONFIGS, random_ids, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+from tests.tiny import CONFIGS, random_ids, tiny_tokenizer
 
 
 def settings_of(folder):

@@ -31,15 +31,8 @@ from compress.runtime.triton_linear_layout import layout
 from compress.targets.linear import LinearGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_the_gpu_where_there_is_one")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu_where_there_is_one() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

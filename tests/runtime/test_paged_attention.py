@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -24,13 +23,7 @@ from compress.runtime.step import Step
 
 HEAD_DIM = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu_where_there_is_one() -> Iterator[None]:
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
+pytestmark = pytest.mark.usefixtures("on_the_gpu_where_there_is_one")
 
 
 spans = st.builds(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +25,7 @@ from tests.runtime.test_paged_attention import DEVICE, HEAD_DIM, attend, kinds_o
 from tests.tiny import attach_as_they_start, mixed_plan, random_ids, shape_of, tiny_model
 
 PAGE_BYTES = PAGE * 2 * HEAD_DIM * 4
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu_where_there_is_one() -> Iterator[None]:
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
+pytestmark = pytest.mark.usefixtures("on_the_gpu_where_there_is_one")
 
 
 def test_passes_and_what_is_taken_back_between_them_are_one_function() -> None:

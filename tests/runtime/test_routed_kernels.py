@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from compress.runtime.triton_routed import rows_on
 from compress.targets.routed import RoutedGroup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_the_gpu_where_there_is_one")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 IMPL_NAMES = ["reference", "triton"]
 RULES = [Span(), Span(4, 40, 0.25), Span(70, 9, 0.0)]  # everything, a growing window, a sink longer than a page
@@ -36,12 +36,8 @@ HEADS = SHARE * len(RULES)
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def always_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_routed, "SKIP_FROM", 0)
-    torch.manual_seed(0)
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def exact(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from compress.targets.score import ScoreGroup
 from tests.tiny import random_ids, shape_of, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_the_gpu_where_there_is_one")
 DIM, SHARE, LENGTH = 16, 2, 150
 GROUPS = (
     ScoreGroup(score="sigmoid"),
@@ -36,13 +36,6 @@ GROUPS = (
     ScoreGroup(score="lssa", sink=70, alpha=5, beta=0.25),
     ScoreGroup(score="sigmoid", sink=65, alpha=30, beta=0.0),
 )
-
-
-@pytest.fixture(autouse=True)
-def on_the_gpu_where_there_is_one() -> Iterator[None]:
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def layer(groups: Any = GROUPS, seed: int = 0) -> Kinds:

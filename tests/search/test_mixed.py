@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from compress.cli.app import app
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
@@ -18,6 +16,7 @@ from compress.models.shape import shape_of
 from compress.plan import read_plan
 from compress.targets.full import FullGroup
 from compress.targets.window import WindowGroup
+from tests.calls import checked
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import random_ids, tiny_model
 
@@ -43,19 +42,15 @@ evaluate:
 )
 
 
-def call(*words: Any) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert done.exit_code == 0, done.output
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a profile, a search and a checkpoint."""
     folder = tmp_path_factory.mktemp("mixed")
     recipe = make_recipe(folder, tiny_model("llama-mha"))
     recipe.write_text(MIXED.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
-    (folder / "said.txt").write_text("".join(call(command, recipe) for command in ("profile", "search", "export")))
+    (folder / "said.txt").write_text(
+        "".join(checked(command, recipe).stderr for command in ("profile", "search", "export"))
+    )
     return folder
 
 
@@ -119,9 +114,9 @@ def test_targets_that_effect_priced_are_chosen_without_any_table_of_rules(run: P
     text = (run / "recipe.yaml").read_text().replace(f"output: {run / 'run'}", f"output: {run / 'priced'}")
     head, _, rest = text.partition("profile:\n")
     recipe.write_text(head + EFFECT + PRICED + rest.partition("evaluate:")[2])
-    call("validate", recipe)
-    call("profile", recipe)
-    call("search", recipe)
+    checked("validate", recipe)
+    checked("profile", recipe)
+    checked("search", recipe)
     plan = read_plan(run / "priced" / "plan.json")
     chosen = {group.model_dump_json() for layer in plan.layers for group in layer.groups if not group.removes}
     asked = {

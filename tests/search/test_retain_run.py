@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from compress.cli.app import app
 from compress.cli.validate import table
 from compress.evaluate.comparison import Comparison, read_comparison
 from compress.export.card import render_card
@@ -24,6 +22,7 @@ from compress.recipe.load import load_recipe
 from compress.report.facts import Facts
 from compress.report.sections import costs
 from compress.stages.expectation import expectation
+from tests.calls import checked
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import tiny_model
 
@@ -54,19 +53,13 @@ evaluate:
 )
 
 
-def call(*words: Any, fails: bool = False) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert (done.exit_code != 0) == fails, done.output
-    return done.output
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a search, and the folder's recipe."""
     folder = tmp_path_factory.mktemp("retain")
     recipe = make_recipe(folder, tiny_model("llama-gqa"))
     recipe.write_text(RECIPE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
-    said = "".join(call(command, recipe) for command in ("profile", "prepare", "search"))
+    said = "".join(checked(command, recipe).output for command in ("profile", "prepare", "search"))
     (folder / "said.txt").write_text(said)
     return folder
 
@@ -78,7 +71,7 @@ def plan(run: Path) -> Plan:
 
 @pytest.fixture(scope="module")
 def comparison(run: Path) -> Comparison:
-    call("eval", run / "recipe.yaml")
+    checked("eval", run / "recipe.yaml")
     return read_comparison(run / "run" / "evaluation.json")
 
 
@@ -113,11 +106,11 @@ def test_commands_say_what_is_a_mean_how_it_spreads_and_what_bounds_it(run: Path
     said = " ".join((run / "said.txt").read_text().split())
     assert "on average over texts, whose standard deviation is at most" in said
     assert "50% by ridge, at most 64 + 0.75 of the position, nats to first order" in said
-    shown = " ".join(call("inspect", run / "run").split())
+    shown = " ".join(checked("inspect", run / "run").output.split())
     assert "any text, at most" in shown and "thresholds" in shown and "shares of texts deviate by" in shown
     kinds = {group.anywhere for layer in plan.layers for group in layer.groups if group.target == "retain"}
     assert shown.count("by ridge") == len(kinds)  # and not one for each threshold
-    listed = " ".join(call("inspect", run / "run" / "options").split())
+    listed = " ".join(checked("inspect", run / "run" / "options").output.split())
     assert listed.count("by ridge") == 3
 
 
@@ -154,7 +147,7 @@ def test_an_evaluation_measures_what_its_texts_hold(run: Path, plan: Plan, compa
         assert cells["expected spread, at most"].value == cost.spread_bytes
         assert cells["measured mean"].count == 4 and cells["measured spread"].value >= 0
         assert 0.7 * cost.held_bytes < cells["measured mean"].value <= cost.most_bytes
-    shown = call("eval", run / "recipe.yaml")
+    shown = checked("eval", run / "recipe.yaml").output
     assert "KV bytes that texts hold" in shown and "4 texts of 512 tokens" in shown
 
 

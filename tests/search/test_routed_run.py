@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from compress.cli.app import app
 from compress.evaluate.comparison import read_comparison
 from compress.models.load import load_model
 from compress.models.planned import planned_model
@@ -17,6 +15,7 @@ from compress.models.pruning import block_parameters
 from compress.plan import Plan, read_plan
 from compress.profile.key import Key
 from compress.profile.store import read_profile
+from tests.calls import checked
 from tests.cli.recipes import HEAD, make_recipe
 from tests.tiny import tiny_model
 
@@ -43,19 +42,15 @@ evaluate:
 )
 
 
-def call(*words: Any, fails: bool = False) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    assert (done.exit_code != 0) == fails, done.output
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a profile, a search and a checkpoint."""
     folder = tmp_path_factory.mktemp("routed")
     recipe = make_recipe(folder, tiny_model("llama-mha"))
     recipe.write_text(RECIPE.format(model=folder / "model", text=folder / "text.txt", output=folder / "run"))
-    (folder / "said.txt").write_text("".join(call(command, recipe) for command in ("profile", "search", "export")))
+    (folder / "said.txt").write_text(
+        "".join(checked(command, recipe).stderr for command in ("profile", "search", "export"))
+    )
     return folder
 
 
@@ -119,7 +114,7 @@ def test_routers_are_trained_once_and_priced_for_layers_that_share_other_heads(r
     head, tail = text.partition("search:\n")[0], "evaluate:" + text.partition("evaluate:")[2]
     head = head.replace(f"output: {run / 'run'}", f"output: {run / 'prepared'}")
     recipe.write_text(head + PREPARED + tail)
-    said = "".join(call(command, recipe) for command in ("profile", "prepare", "search"))
+    said = "".join(checked(command, recipe).stderr for command in ("profile", "prepare", "search"))
     assert "effect: head groups routed, 1 shared by removal and 1 chosen by a router, nats to first order" in said
     plan = read_plan(run / "prepared" / "plan.json")
     groups: Any = [group for layer in plan.layers for group in layer.groups]
@@ -131,16 +126,16 @@ def test_routers_are_trained_once_and_priced_for_layers_that_share_other_heads(r
     shared = read_profile(run / "prepared" / "profile").tensor(Key("removal", "", 320)).argmax(1)
     assert tensor.shape == (3, 4) and bool((tensor > 0).any())
     assert bool((tensor.argmin(1) == shared).all())  # always on, with gates of about 1
-    call("eval", recipe)
+    checked("eval", recipe)
     rows = [row.name for row in read_comparison(run / "prepared" / "evaluation.json").variants]
     assert rows == ["dense", "plan", "even", "random-routing", "static-pruning", "random"]
     right = recipe.read_text()
     recipe.write_text(right.replace("{name: priced, level: model}", EVEN))
-    call("search", recipe)
+    checked("search", recipe)
     even: Any = [layer.groups[0] for layer in read_plan(run / "prepared" / "plan.json").layers]
     assert {(group.router, group.always, group.active, group.of) for group in even} == {("two_stage", 1, 1, 3)}
     recipe.write_text(right.replace("effect: true", "effect: false"))
-    assert "write `effect: true`" in call("validate", recipe, fails=True)
+    assert "write `effect: true`" in checked("validate", recipe, fails=True).stderr
     recipe.write_text(right.replace("- {name: removal}", "- {name: lse_spread}"))
-    told = call("validate", recipe, fails=True)
+    told = checked("validate", recipe, fails=True).stderr
     assert "`effect` reads `removal`, which is not measured" in told and "add `{name: removal}`" in told

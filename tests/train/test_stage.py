@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from compress.cli.app import app
 from compress.cli.recipe import opened
 from compress.evaluate.comparison import read_comparison
 from compress.runfolder import RunFolder
 from tests import processes
+from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.train.common import model_of
 
 SECTION = "recover: {length: 32, batch_size: 4, steps: 5, rate: 0.01, loss: both, control: true}\n"
-
-
-def call(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def recipe_of(folder: Path, section: str = SECTION) -> Path:

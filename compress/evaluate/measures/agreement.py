@@ -14,9 +14,9 @@ from compress.errors import NotFiniteError
 from compress.evaluate.cell import STANDARD_ERRORS, Cell
 from compress.evaluate.logits import logits_in_slices
 from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
-from compress.evaluate.text_measure import TextMeasure
+from compress.evaluate.text_measure import WindowsMeasure
 from compress.files import text_key
-from compress.limits import LONGEST, STEPS
+from compress.limits import LONGEST
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
@@ -58,23 +58,13 @@ class AgreementResult(Result):
 
 
 @measures.register("agreement")
-class Agreement(TextMeasure):
+class Agreement(WindowsMeasure):
     """Share of positions at which a variant's most likely next token is the dense model's."""
 
     result: ClassVar[type[Result]] = AgreementResult
     one_tokenizer: ClassVar[bool] = True
 
     length: int = Field(ge=2, le=LONGEST, description="tokens in a window")
-    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the text that the windows cover."""
-        return self.length * self.windows
-
-    def words(self) -> str:
-        """Windows and tokens."""
-        return f"agreement on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """One pass a window; the dense model's are those of its own row."""

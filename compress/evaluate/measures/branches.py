@@ -17,9 +17,9 @@ from compress.bench.file import MOST_TOKENS
 from compress.evaluate.cell import Cell, Part
 from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
 from compress.evaluate.measures.perplexity import Bucket, Perplexity, PerplexityResult, perplexity
-from compress.evaluate.text_measure import TextMeasure
+from compress.evaluate.text_measure import WindowsMeasure
 from compress.files import text_key
-from compress.limits import LONGEST, STEPS
+from compress.limits import LONGEST
 from compress.models.branches import WORDS, Branched, branched, only
 from compress.plan import ModelShape
 from compress.registry import measures
@@ -121,25 +121,16 @@ def _perplexity(nll: float, tokens: int) -> float:
 
 
 @measures.register("branches")
-class BranchesMeasure(TextMeasure):
+class BranchesMeasure(WindowsMeasure):
     """Perplexity with all branches of converted heads, window alone, state alone, and none; also head by head."""
 
     result: ClassVar[type[Result]] = BranchesResult
     one_tokenizer: ClassVar[bool] = True
 
     length: int = Field(ge=2, le=LONGEST, description="tokens in a window of text")
-    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
     by: Literal["group", "layer", "model"] = Field(
         "group", description="what is switched besides all heads at once: each head group, each layer, or nothing"
     )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the text that the windows cover."""
-        return self.length * self.windows
-
-    def words(self) -> str:
-        return f"branches on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """At most: as if every head group were converted, in every variant but those with the dense attention."""

@@ -17,14 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.bench.file import MOST_TOKENS
 from compress.evaluate.cell import Cell, heads_words
 from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subject
-from compress.evaluate.text_measure import TextMeasure
+from compress.evaluate.text_measure import WindowsMeasure
 from compress.files import text_key
-from compress.limits import LONGEST, STEPS
+from compress.limits import LONGEST
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
-from compress.words import counted
 
 COLLAPSED = 0.1  # share of an even choice below which a unit is as good as removed
 NAMED = 8  # collapsed units that are named one by one
@@ -175,22 +174,13 @@ def _variation(loads: Sequence[float]) -> float:
 
 
 @measures.register("load")
-class Load(TextMeasure):
+class Load(WindowsMeasure):
     """How evenly tokens choose among routed heads: load of each, and its variation by layer and in all."""
 
     result: ClassVar[type[Result]] = LoadResult
     one_tokenizer: ClassVar[bool] = True
 
     length: int = Field(ge=1, le=LONGEST, description="tokens in a window of text")
-    windows: int = Field(4, ge=1, le=STEPS, description="number of windows, which do not overlap")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the text that the windows cover."""
-        return self.length * self.windows
-
-    def words(self) -> str:
-        return f"load on {counted(self.windows, 'window')} of {self.length:,} tokens"
 
     def inputs(self, shape: ModelShape | None = None) -> list[Inputs]:
         """A pass a window, through models that may route."""

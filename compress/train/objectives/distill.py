@@ -23,8 +23,5 @@ class Distill(Objective):
     needs_teacher: ClassVar[bool] = True
     of_logits: ClassVar[bool] = True
 
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         return distill_loss(student["logits"], teacher["logits"], self.temperature)

@@ -12,7 +12,7 @@ from compress.limits import FACTOR, LONGEST
 from compress.registry import objectives
 from compress.runtime.span import Span
 from compress.runtime.step import Keeping, Record
-from compress.train.objectives.objective import Inputs, Objective
+from compress.train.objectives.objective import Inputs, Objective, tokens_of
 
 LEAST = 1e-3  # share below which the excess is not measured in shares of the plan's
 
@@ -52,8 +52,7 @@ class Kept(Objective):
 
     def count(self, inputs: Inputs) -> int:
         """Tokens that are no padding."""
-        mask = inputs.get("attention_mask")
-        return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return tokens_of(inputs)
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """The excess in a pass times its tokens.

@@ -16,6 +16,12 @@ from compress.registry import Method
 Inputs = Mapping[str, Any]  # keyword arguments of what is trained, a part of a batch
 
 
+def tokens_of(inputs: Inputs) -> int:
+    """Tokens of a part of a batch that are no padding."""
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+
 class Objective(Method):
     """One loss of a training; several are added up by their weights. Registered by `@objectives.register("name")`.
 
@@ -58,9 +64,9 @@ class Objective(Method):
         """The parameters that are trained, by name: all that need gradients."""
         return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
-    @abstractmethod
     def count(self, inputs: Inputs) -> int:
-        """Number of terms in a part of a batch; known before anything is computed."""
+        """Number of terms in a part of a batch, known before anything is computed: its tokens."""
+        return int(inputs["input_ids"].numel())
 
     @abstractmethod
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:

@@ -39,9 +39,6 @@ class Parts(Objective):
     needs_parts: ClassVar[bool] = True
     unit: ClassVar[str] = "error of the mean over the values' square, and of the mass, a token, summed over layers"
 
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """Of one layer, the mean over its heads.
 

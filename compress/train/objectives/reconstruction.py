@@ -74,9 +74,6 @@ class Reconstruction(Objective):
         asked = self.lengths or (longest // 4, longest // 2, longest)
         return tuple(sorted({length for length in asked if 16 <= length <= longest} or {longest}))
 
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """Of one layer and text.
 

@@ -18,7 +18,7 @@ from compress.limits import FACTOR
 from compress.registry import objectives
 from compress.runtime.step import Record, Routing
 from compress.train.objectives.hidden import wide
-from compress.train.objectives.objective import Inputs, Objective
+from compress.train.objectives.objective import Inputs, Objective, tokens_of
 
 Over = Literal["sequence", "pass"]
 
@@ -78,8 +78,7 @@ class _OfRouters(Objective):
 
     def count(self, inputs: Inputs) -> int:
         """Tokens that are no padding."""
-        mask = inputs.get("attention_mask")
-        return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return tokens_of(inputs)
 
     def by_layer(self, student: Any, loss: Callable[[Routing], torch.Tensor]) -> torch.Tensor:
         """A loss of each layer that has a router, `[layers]`.
@@ -150,9 +149,6 @@ class Route(Objective):
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """What scores the units; how shared and routed parts are weighed is not asked here."""
         return {name: weight for name, weight in super().trained(module).items() if name.endswith(".route")}
-
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """Of one layer.

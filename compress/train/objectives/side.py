@@ -19,10 +19,6 @@ class Side(Objective):
 
     unit: ClassVar[str] = "the mixers' own, summed over layers"
 
-    def count(self, inputs: Inputs) -> int:
-        """Tokens: a pass over part of a batch counts by its size."""
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """The sum over layers times the tokens of the pass.
 

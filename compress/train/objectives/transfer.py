@@ -33,9 +33,6 @@ class Transfer(Objective):
         """For the state alone."""
         return self.part == "state"
 
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """Of one layer.
 

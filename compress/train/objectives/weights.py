@@ -44,9 +44,6 @@ class Weights(Objective):
     needs_features: ClassVar[bool] = True
     unit: ClassVar[str] = "nats a query, summed over layers"
 
-    def count(self, inputs: Inputs) -> int:
-        return int(inputs["input_ids"].numel())
-
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
         """Of one layer, the mean over its heads; the sum over drawn queries stands for that over all.
 
