@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.bench.file import Kernel
 from compress.bench.kernel import Row
 from compress.bench.model import ModelRow
+from compress.words import size
 
 GIB = 2**30
 SAVED = 1.02  # times as fast, below which two medians are not told apart
@@ -44,6 +45,14 @@ def kernel_lines(row: Row, copy: float) -> list[str]:
 KERNEL_HEAD = ("", "plan", "batch", "length", "ms", "dense ms", "fraction", "speed-up", "against the bound")
 
 
+def _attention_words(share: float | None, most: float | None) -> str:
+    """What attention and cache take of a dense step, which may be measured as slower without them."""
+    if share is None or share <= 0:
+        return "attention and cache take too little of a dense step to be measured"
+    limit = "" if most is None else f"; no plan can gain more than {most:.2f} times"
+    return f"attention and cache are {share:.2f} of a dense step{limit}"
+
+
 def model_lines(row: ModelRow) -> list[str]:
     """The figures of one model, one a line."""
     ratios = row.ratios()
@@ -56,13 +65,8 @@ def model_lines(row: ModelRow) -> list[str]:
         f"dense {row.dense.decode.median:.3f} ({row.dense.backend['decode']}), share "
         f"{ratios['decode_share_of_dense']:.3f} ({graph} on both sides)",
         f"  tokens a second: {ratios['decode_tokens_per_s']:.0f}, dense {ratios['decode_tokens_per_s_dense']:.0f}",
-        f"  attention and cache are {ratios['attention_share_of_dense_step']:.2f} of a dense step"
-        + (
-            f"; no plan can gain more than {ratios['most_any_plan_gains']:.2f} times"
-            if ratios["most_any_plan_gains"] is not None
-            else ""
-        ),
-        f"  cache as allocated: {row.plan.cache_bytes / GIB:.3f} GiB, dense {row.dense.cache_bytes / GIB:.3f}",
+        f"  {_attention_words(ratios['attention_share_of_dense_step'], ratios['most_any_plan_gains'])}",
+        f"  cache as allocated: {size(row.plan.cache_bytes)}, dense {size(row.dense.cache_bytes)}",
     ]
     lines += choosing_lines(row)
     if row.parameters != row.dense_parameters:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Any
+
 import typer
 
 from compress import __version__
@@ -38,6 +42,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _help(command: Callable[..., Any]) -> str:
+    """A command's docstring with each paragraph on a line of its own, which a terminal wraps at its width."""
+    return "\n\n".join(" ".join(part.split()) for part in cleandoc(command.__doc__ or "").split("\n\n"))
+
+
 STAGES, FILES = "The whole run, and its stages", "Files and machine"
 for name, panel, command in (
     ("init", STAGES, init.init),
@@ -59,7 +69,7 @@ for name, panel, command in (
     ("doctor", FILES, doctor.doctor),
 ):
     open_ended = {"allow_extra_args": True, "ignore_unknown_options": True} if command is init.init else None
-    app.command(name, rich_help_panel=panel, context_settings=open_ended)(guarded(command))
+    app.command(name, help=_help(command), rich_help_panel=panel, context_settings=open_ended)(guarded(command))
 
 
 def _version(wanted: bool) -> None:

@@ -35,7 +35,7 @@ def bench(
     what: Annotated[str, typer.Option(help="By commas: kernel, layer, model.")] = "kernel,layer,model",
     lengths: Annotated[str, typer.Option(help="Tokens, by commas.")] = "1024,4096,16384",
     batch: Annotated[int, typer.Option(min=1, max=BATCH, help="Sequences in a decode step.")] = 1,
-    impl: Annotated[str, typer.Option(help="auto, reference, triton or flash.")] = "auto",
+    impl: Annotated[str, typer.Option(help="auto, reference, triton, fla or flash.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Seed of random weights and inputs.")] = 0,

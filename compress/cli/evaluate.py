@@ -17,6 +17,8 @@ from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
 SENTENCE = "Tokenizers of one vocabulary may still differ: 1,024 (in numbers),\n  or in spaces."
 
+OF_RECIPES = {"what", "settings", "overwrite", "as_json", "verbose"}  # what an evaluation of a recipe heeds
+
 if TYPE_CHECKING:
     from compress.evaluate.comparison import Comparison
     from compress.evaluate.measure import Measure, Variant
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     what: Annotated[
         list[str], typer.Argument(metavar="RECIPE|MODEL...", help="A recipe, or models; the first is the dense one.")
     ],
@@ -83,6 +86,7 @@ def evaluate(
                 expected="one recipe, or models",
                 fix=f"compress eval {what[0]}, or name models only",
             )
+        _refuse_options(context)
         comparison = _recipe(what[0], settings, overwrite)
     elif settings:
         raise UserError(
@@ -117,6 +121,28 @@ def evaluate(
 
         for table in tables(comparison):
             show(table)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Refuse what a recipe would not heed. Raises UserError."""
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name is not None and option.name not in OF_RECIPES and _is_given(context, option.name)
+    ]
+    if given:
+        raise UserError(
+            "a recipe says itself what is measured, and how",
+            where=" ".join(given),
+            expected="--set with a recipe; this option with models",
+            fix="--set evaluate.KEY=VALUE (`compress methods measures` lists the keys), or name models: compress eval "
+            f"MODEL {' '.join(given)}",
+        )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @dataclass(frozen=True)

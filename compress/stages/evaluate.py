@@ -113,7 +113,10 @@ def _variants(session: Session, plan: Plan, weights: Path | None) -> list[Varian
         if name != "plan":
             path = session.run.path / "search" / f"{name}.json"
             if not path.is_file():
-                session.reporter.say(f"evaluate: no row `{name}`: the search found no such plan within the budget")
+                session.reporter.say(
+                    f"evaluate: no row `{name}`: the search made no such plan, because none fits the budget or the "
+                    "plan has nothing of the kind that it is compared in"
+                )
                 continue
             plans[name] = read_plan(path, shape)
     if "plan" not in evaluate.compare:

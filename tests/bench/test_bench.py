@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def test_both_models_compute_and_the_cache_is_what_the_plan_says() -> None:
     assert row.plan.cache_bytes == 2 * 2 * pages * 64 * 2 * 8 * 4  # layers, sequences, keys and values, D, float32
     assert row.dense.cache_bytes == 2 * 2 * 4 * 701 * 2 * 8 * 4
     assert row.ratios()["most_any_plan_gains"] == row.dense.decode.median / row.without_attention.median
+    less = replace(row, without_attention=replace(row.without_attention, median=2 * row.dense.decode.median))
+    assert "attention and cache take too little of a dense step to be measured" in "\n".join(model_lines(less))
 
 
 def test_a_pruned_model_is_timed_on_its_own_heads_and_all_is_put_back() -> None:

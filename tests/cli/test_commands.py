@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress import __version__
+from compress.cli.app import app
 from compress.cli.doctor import release
 from compress.cli.recipes import first_sentence
 from compress.runfolder import RunFolder
@@ -135,6 +136,11 @@ def test_recipes_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line.endswith(".") for line in lines), "a whole sentence of each"
     assert first_sentence("# Of a.yaml and\n# 2.5 more. Another.\nmodel: x") == "Of a.yaml and 2.5 more."
     assert first_sentence("model: x\n# Not at the beginning.") == ""
+
+
+def test_help_is_paragraphs_that_a_terminal_wraps() -> None:
+    for command in app.registered_commands:
+        assert command.help and all("\n" not in part for part in command.help.split("\n\n")), command.name
 
 
 def test_version_and_no_arguments() -> None:
