@@ -187,6 +187,11 @@ def test_thresholds_may_be_of_longer_texts_that_are_not_repeated(
     assert retention.lengths.tolist() == [200, 300] and torch.equal(retention.rank, short.rank)
     assert retention.wanted is not None and short.wanted is not None  # of the texts that are repeated
     assert torch.equal(retention.wanted, short.wanted)
+    # Nothing stands behind these texts, so that their ends count as well, whatever is left out of the fit.
+    monkeypatch.setattr(fitted, "_objective", longer.model_copy(update={"margin": 100}))
+    ends = fitted.measure(batches, 0, GROUPS, 3).retention()
+    assert torch.equal(ends.thresholds, retention.thresholds)
+    assert ends.wanted is not None and not torch.equal(ends.wanted, short.wanted)
     # The scores of the texts as one pass of the model gives them.
     model, whole = fitted._model[0], batches.batches.windows.table.flatten()
     all_kept = uniform_plan(shape_of(model), RetainGroup(scorer="ridge"))
