@@ -3,8 +3,8 @@
 
     PYTHONPATH=.:plugins/vllm scripts/vllm_gpu.py [--python FILE] [--out FILE] [--layers N] [--eager] [NAME ...]
 
-    tokens   greedy tokens in float32 are those of transformers, with and without CUDA graphs, and the blocks held are
-             those of the plan: small models, and the shape of SmolLM2 with twelve layers
+    tokens   greedy tokens of small models in float32 are those of transformers, and the blocks held are those of the plan
+    graphs   the same from CUDA graphs, and the shape of SmolLM2 with twelve layers
     half     in bfloat16, where the last bit decides between tokens that are as good: each is the best one of
              transformers in float32, or as good as that but for the rounding of bfloat16
     speed    the shape of Llama-3-8B with N layers (16): requests at once and tokens a second in the same memory, dense
@@ -90,10 +90,14 @@ def plan_of(model: Any, targets: tuple[Any, ...]) -> Plan:
 
 
 def token_jobs(folder: Path) -> Iterator[Job]:
-    """In float32."""
+    """In float32, step by step."""
     yield from special_jobs(folder)
     for family in ("llama-gqa", "qwen3", "gemma2"):
         yield tiny_job(family, folder)
+
+
+def graph_jobs(folder: Path) -> Iterator[Job]:
+    """In float32, from CUDA graphs."""
     job = tiny_job("llama-gqa", folder)
     job.name, job.options = "llama-gqa, CUDA graphs", job.options | GRAPHS
     yield job
@@ -254,9 +258,19 @@ class Engine:
         _, self.printed = run_engine(self.python, asked(), tell, **environment)
 
 
+def checked(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """What is not as it has to be, and of how many texts."""
+    return {"wrong": check(job, result), "texts": len(job.prompts)}
+
+
 def tokens(engine: Engine, folder: Path, layers: int) -> None:
     """See the file."""
-    engine.run(token_jobs(folder), lambda job, result: {"wrong": check(job, result), "texts": len(job.prompts)})
+    engine.run(token_jobs(folder), checked)
+
+
+def graphs(engine: Engine, folder: Path, layers: int) -> None:
+    """See the file."""
+    engine.run(graph_jobs(folder), checked)
 
 
 def half(engine: Engine, folder: Path, layers: int) -> None:
@@ -288,6 +302,7 @@ def facts_of(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Engine, Path, int], None]] = {
     "tokens": tokens,
+    "graphs": graphs,
     "half": half,
     "speed": speed,
 }
