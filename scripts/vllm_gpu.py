@@ -3,7 +3,7 @@
 
     PYTHONPATH=.:plugins/vllm scripts/vllm_gpu.py [--python FILE] [--out FILE] [--layers N] [--eager] [NAME ...]
 
-    tokens   greedy tokens of small models in float32 are those of transformers, and the blocks held are those of the plan
+    tokens   greedy tokens of small models in float32 are those of transformers, and the blocks held those of the plan
     graphs   the same from CUDA graphs, and the shape of SmolLM2 with twelve layers
     half     in bfloat16, where the last bit decides between tokens that are as good: each is the best one of
              transformers in float32, or as good as that but for the rounding of bfloat16
