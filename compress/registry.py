@@ -149,6 +149,11 @@ class Registry(Generic[T]):
         return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=form)
 
 
+def is_echo(item: Any) -> bool:
+    """Whether one of pydantic's errors calls a list too short only because its wrong entries do not count."""
+    return bool(item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"])
+
+
 _WHOLE = re.compile(r"[1-9][0-9]{0,17}")
 
 

@@ -16,6 +16,7 @@ from compress.bench import measure
 from compress.environment import environment
 from compress.files import write_json
 
+COLD = 256 << 20  # bytes of the caches that a decode step reads in turn, several times what the chip keeps
 LINES: list[str] = []
 START = time.time()
 

@@ -40,9 +40,10 @@ from compress.runtime.pages import Pages
 from compress.runtime.span import PAGE, Span
 from scripts import gpu_check
 from scripts.gpu_check import error, poison, say
+from scripts.gpu_models import LLAMA
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
-LLAMA, QWEN = Shape("llama-3-8b", 32, 8, 128), Shape("qwen2.5-7b", 28, 4, 128)
+QWEN = Shape("qwen2.5-7b", 28, 4, 128)
 RULES = [Span(70, 33, 0.25), Span(0, 130, 0.0), Span(), Span(4, -20, 0.5), Span(4, 60, 0.125, PAGE)]
 LSE_BOUND = 2**-20  # relative, some roundings of float32
 

@@ -41,7 +41,7 @@ READ_ONE_CHANGES: tuple[tuple[bool, dict[str, Any]], ...] = (
     (True, {"features": 256, "warps": 1, "stages": 1}),
     (True, {"features": 256, "numbers": 8192, "warps": 2, "stages": 1}),
     (True, {"features": 128, "numbers": 2048, "warps": 1, "stages": 3}), (True, {"numbers": 2048, "warps": 2}),
-    (True, {"stages": 3}), (True, {"stages": 5}),
+    (True, {"stages": 3}), (True, {"stages": 4}),
     (True, {"numbers": 8192, "warps": 8}), (True, {"features": 128, "numbers": 8192, "stages": 3}),
     (True, {"features": 128, "warps": 2, "stages": 3}), (True, {"features": 32, "numbers": 2048, "stages": 6}),
     (True, {}), (True, {"ahead": 0}), (False, {}), (False, {"piece": 1024}), (False, {"numbers": 1024}),

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.bench.kernel import Shape
 from compress.models.graph import graph_of
 from scripts.gpu_check import error
 
+LLAMA = Shape("llama-3-8b", 32, 8, 128)
+HIDDEN, NEURONS = 4096, 14336  # of Llama-3-8B
 VOCABULARY = 49_152  # of SmolLM2
 
 

@@ -89,7 +89,7 @@ TOGETHER = (
     ("context",),
     ("stream",),
 )  # what no time is taken of runs at once
-LIMIT = {"spread": 120, "heads": 170, "profile": 120, "recover": 200, "context": 160, "stream": 150}  # seconds
+LIMIT = {"spread": 120, "heads": 170, "profile": 240, "recover": 200, "context": 160, "stream": 150}  # seconds
 
 
 def shape(options: argparse.Namespace, name: str) -> dict[str, Any]:

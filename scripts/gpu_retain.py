@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compress.bench import kernel, measure
 from compress.bench.dense import dense_attention
-from compress.bench.kernel import Shape, random_qkv
+from compress.bench.kernel import random_qkv
 from compress.models.graph import graph_of
 from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS
@@ -41,20 +41,18 @@ from compress.runtime.span import PAGE, Span
 from compress.runtime.step import Step
 from compress.targets.retain import RetainGroup
 from compress.targets.unit import Unit
-from scripts.gpu_check import LINES, error, poison, run_sections, say
+from scripts.gpu_check import COLD, LINES, error, poison, run_sections, say
+from scripts.gpu_models import HIDDEN, LLAMA, NEURONS
 from scripts.gpu_retain_training import training_rows
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
 MOST = {BF16: 6e-3, F32: 1e-5}  # norm of the difference over the norm: one rounding to bfloat16 is .0017
-LLAMA = Shape("llama-3-8b", 32, 8, 128)
-HIDDEN, NEURONS = 4096, 14336  # of Llama-3-8B
 SHARES = (0.125, 0.25, 0.5)
 WINDOW = 256
 LENGTHS = (8192, 32768, 65536)  # of a prefill
 CACHES = ((32768, 1), (131072, 1), (32768, 8))  # tokens of a sequence, and sequences
 STEPS = 140  # tokens that are decoded one by one in the numerics, across two pages
-COLD = 256 << 20  # bytes of the caches that a decode step reads in turn, several times what the chip keeps
 Tensors = list[torch.Tensor]
 
 

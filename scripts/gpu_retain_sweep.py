@@ -23,8 +23,9 @@ from compress.runtime import triton_decode, triton_prefill, triton_retain, trito
 from compress.runtime.impl import IMPLS
 from compress.runtime.reference import Rows
 from compress.runtime.step import Step
-from scripts.gpu_check import error, say
-from scripts.gpu_retain import BF16, COLD, DEVICE, HIDDEN, LLAMA, MOST, Decoding, layer_of
+from scripts.gpu_check import COLD, error, say
+from scripts.gpu_models import HIDDEN, LLAMA
+from scripts.gpu_retain import BF16, DEVICE, MOST, Decoding, layer_of
 from scripts.gpu_sweep import apart, side_by_side
 
 Call = Callable[[], Any]

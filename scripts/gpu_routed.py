@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compress.bench import kernel, measure
-from compress.bench.kernel import Row, Shape, random_qkv, with_mix
+from compress.bench.kernel import Row, random_qkv, with_mix
 from compress.bench.memory import attempt, decode_need, model_need, prefill_need
 from compress.bench.model import model_row
 from compress.bench.report import SAVED, gain_words, model_lines
@@ -43,17 +43,14 @@ from compress.runtime.reference import Rows, only_active
 from compress.runtime.routers import Router
 from compress.runtime.span import PAGE, Span
 from compress.targets.routed import RoutedGroup
-from scripts.gpu_check import LINES, error, poison, run_sections, say
-from scripts.gpu_models import two_layers, ways_to_the_end
+from scripts.gpu_check import COLD, LINES, error, poison, run_sections, say
+from scripts.gpu_models import HIDDEN, LLAMA, NEURONS, two_layers, ways_to_the_end
 
 DEVICE = torch.device("cuda")
 BF16, F32 = torch.bfloat16, torch.float32
 MOST = {BF16: 5e-3, F32: 1e-5}  # norm of the difference over the norm: one rounding to bfloat16 is .0017
-LLAMA = Shape("llama-3-8b", 32, 8, 128)
-HIDDEN, NEURONS = 4096, 14336  # of Llama-3-8B
 RULES = [Span(), Span(70, 33, 0.25), Span(4, 100, 0.0)]
 CLOSE_SCORES = 3e-5  # float32 may order units otherwise whose scores are closer
-COLD = 256 << 20  # bytes of the caches that a decode step reads in turn, several times what the chip keeps
 LENGTHS = [2**power for power in range(11, 18)]
 
 

@@ -41,6 +41,25 @@ def read(text: str, name: str = "r.yaml") -> Recipe:
     return parse_located(read_located(text, name), text, Path(name), name)
 
 
+AMP = "profile: {statistics: [{name: amp}]}"
+GRID = "\nprofile: {{statistics: [{{name: effect, options: {{retain: {}}}}}]}}"
+
+
+@pytest.mark.parametrize(
+    ("grid", "key", "expected", "found"),
+    [
+        ("{scorers: [ridge], shares: [0.125, 1.5]}", "retain.shares[1]", "less than or equal to 0.984375", "1.5"),
+        ("{scorers: [rige]}", "retain.scorers[0]", "one of gate, key_norm, mlp, ridge, value_norm", "rige"),
+        ("{share: [0.5]}", "retain", "keys among ", "share"),
+    ],
+)
+def test_a_wrong_grid_of_options_is_told_at_its_key(grid: str, key: str, expected: str, found: str) -> None:
+    (told,) = problems(MINIMAL + GRID.format(grid))
+    what, of, got = told.splitlines()[:3]
+    assert what.endswith(f"wrong value for `profile.statistics[0].options.{key}`"), told
+    assert of.startswith(f"  expected {expected}") and got == f"  found    {found}", told
+
+
 def problems(text: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         read(text)
@@ -467,5 +486,9 @@ def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipe.evaluate.compare == ("plan", "uniform", "interleaved")
     with pytest.raises(UserError, match="`error`, which is not measured"):
         three_lines("{kv: 0.5}\n  solver: {name: keep, statistic: error}", monkeypatch, CPU)
+    with pytest.raises(UserError, match=r"add `\{name: flap\}` to `profile\.statistics`"):
+        three_lines("{parameters: 0.7}\n  solver: {name: amp, importance: flap}\n" + AMP, monkeypatch, CPU)
+    with pytest.raises(UserError, match="did you mean `amp`"):
+        three_lines("{parameters: 0.7}\n  solver: {name: amp, importance: anp}\n" + AMP, monkeypatch, CPU)
     with pytest.raises(UserError, match=r"unknown key `search\.budget\.vk`"):
         three_lines("{vk: 0.5}", monkeypatch, CPU)

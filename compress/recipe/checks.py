@@ -134,17 +134,18 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
             if measured.get(known) in fits:
                 continue
             fitting = [other for other in measured if measured[other] in fits]
-            fix = nearest(name, fitting)
             if known in measured:
                 what, actual = f"{reader} cannot use `{name}`", f"{name}, {FORMS[measured[known]]}"
+                fix = nearest(name, fitting)
             else:
                 what, actual = f"{reader} reads `{name}`, which is not measured", name
-                if fix is None and form == "prepared":
-                    fix = "add a section `prepare` with the targets"
-                if fix is None and known in owners and owners[known][1].gives[known] in fits:
+                if known in owners and owners[known][1].gives[known] in fits:
                     fix = f"add `{{name: {owners[known][0]}}}` to `profile.statistics`"
                     if recipe.prepare is not None and form == "targets":
                         fix += ", or `effect: true` to `prepare`"
+                else:
+                    prepared = "add a section `prepare` with the targets" if form == "prepared" else None
+                    fix = nearest(name, fitting) or prepared
             expected = f"{FORMS[form]}, of `profile.statistics`: {', '.join(fitting) or 'none is listed'}"
             yield path, Problem(what, None, expected, actual, fix)
 

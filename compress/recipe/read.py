@@ -18,7 +18,7 @@ from compress.recipe.defaults import Situation, filled, needs_model
 from compress.recipe.load import in_order, outline_problems
 from compress.recipe.located_yaml import KeyPath, LocatedYaml, key_path, shown, unknown_key
 from compress.recipe.schema import Recipe
-from compress.registry import Registry, typed
+from compress.registry import Registry, is_echo, typed
 
 
 def parse_located(located: LocatedYaml, text: str, path: Path, words: str) -> Recipe:
@@ -51,7 +51,7 @@ def _parsed(located: LocatedYaml, situation: Situation, text: str, path: Path, w
         recipe = Recipe.model_validate(typed(data), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        problems = _merged(_problem(item, located, data) for item in items if not _counted(item))
+        problems = _merged(_problem(item, located, data) for item in items if not is_echo(item))
     else:
         recipe._text, recipe._source, recipe._words, recipe._chosen = text, path, words, chosen
         problems = []
@@ -64,11 +64,6 @@ def _parsed(located: LocatedYaml, situation: Situation, text: str, path: Path, w
         others = [problem for problem in problems if problem.where not in places]
         raise UserError(in_order([*located.problems, *others]))
     return recipe
-
-
-def _counted(item: Any) -> bool:
-    """Whether a list is only called too short because wrong entries do not count; they have errors of their own."""
-    return item["type"] == "too_short" and len(item["input"]) > item["ctx"]["actual_length"]
 
 
 def _merged(problems: Iterator[Problem]) -> list[Problem]:
@@ -121,7 +116,7 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
     elif (told := _TOLD.fullmatch(item["msg"])) is not None:
         expected, actual = told["expected"], told["got"]
         if told["key"] is not None:
-            inner = (*path, *told["key"].split("."))
+            inner = (*path, *(int(part) if part.isdecimal() else part for part in told["key"].split(".")))
             return Problem(f"wrong value for `{key_path(inner)}`", located.where(inner), expected, actual)
     else:
         expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")

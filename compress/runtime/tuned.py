@@ -238,8 +238,8 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
     their way, and bytes that are fetched while the launch ahead still runs, for as many programs as have room at once.
 
     H100, 64 MiB, part of a copy's bandwidth, by products and one after the other: one head of 128 features .86 and
-    .91, two of 512 .80 and .88; three .89 and .84, four of 128 .85 and .81, of 256 .83 and .79; by products alone eight
-    .81 and sixteen .70. At 256 MiB .83 to .97.
+    .92, two of 512 .80 and .88; three .89 and .84, four of 128 .88 and .81, of 256 .87 and .79; by products alone eight
+    .84 and sixteen .77. At 256 MiB .83 to .99.
     """
     if device.type == "cpu":  # the interpreter: small blocks, so that small inputs have several
         return {"dot": share > 2, "features": 16, "numbers": 256, "piece": 32, "warps": 4, "stages": 1, "ahead": 0}
@@ -249,7 +249,7 @@ def linear_decode_config(share: int, features: int, device: torch.device) -> dic
     else:
         # Four warps take products of more than eight heads as one, with so many registers that few programs fit.
         numbers, warps = (4096, 4) if share <= 8 else (2048, 2)
-        options = {"dot": True, "features": 64, "numbers": numbers, "piece": 0, "warps": warps, "stages": 4}
+        options = {"dot": True, "features": 64, "numbers": numbers, "piece": 0, "warps": warps, "stages": 5}
     return options | {"ahead": ahead}
 
 

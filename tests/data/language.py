@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.data.text import FileText
 from compress.models.load import LoadedModel
 
 NOUNS = "stone river light winter morning garden window paper silver quiet meadow letter island answer table"
@@ -22,6 +24,13 @@ def story(sentences: int = 1500) -> str:
         for i in range(sentences)
     ]
     return "\n\n".join(" ".join(made[i : i + 5]) for i in range(0, sentences, 5)) + "\n"
+
+
+def story_in(folder: Path) -> FileText:
+    """That text as a file of a folder."""
+    path = folder / "story.txt"
+    path.write_text(story(), encoding="utf-8")
+    return FileText(path=str(path))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from compress.data.key_value import KeyValue
 from compress.data.passkey import PassKey
 from compress.data.text import FileText, split_text, tokenise
 from compress.errors import UserError
-from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
+from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story, story_in
 
 REQUESTS = [
     PassKey(length=160, count=2),
@@ -27,9 +27,7 @@ REQUESTS = [
 
 @pytest.fixture
 def source(tmp_path: Path) -> FileText:
-    path = tmp_path / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
+    return story_in(tmp_path)
 
 
 def test_greedy_answer_is_that_of_generate() -> None:

@@ -17,7 +17,7 @@ from compress.data.reader import Reader
 from compress.data.sampled import RECORD, _noise, _Vocabulary, check_time
 from compress.data.text import FileText
 from compress.errors import NotFiniteError, UserError
-from tests.data.language import byte_loaded, byte_tokenizer, story
+from tests.data.language import byte_loaded, byte_tokenizer, story, story_in
 
 LENGTH = 24
 ENDS = [2, *range(200, 240)]  # many, so that documents end and begin again
@@ -208,9 +208,7 @@ def test_processes_share_the_writing_and_write_what_one_writes(tmp_path: Path, m
 
 
 def test_a_share_is_mixed_with_a_given_text(tmp_path: Path) -> None:
-    path = tmp_path / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    given = FileText(path=str(path))
+    given = story_in(tmp_path)
     door, mixed = reader(tmp_path / "kept"), request(8 * LENGTH, given=given, share=0.25)
     whole = given.read(door, "calibration", 6 * LENGTH)
     made = mixed.read(door, "calibration", 1)

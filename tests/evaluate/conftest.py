@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress.data.text import FileText
-from tests.data.language import story
+from tests.data.language import story_in
 
 TASK = """
 task: local_choice
@@ -29,9 +29,7 @@ metadata: {version: 3.0}
 @pytest.fixture(scope="package")
 def text(tmp_path_factory: pytest.TempPathFactory) -> FileText:
     """A long story."""
-    path = tmp_path_factory.mktemp("text") / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
+    return story_in(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

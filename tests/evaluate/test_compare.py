@@ -25,7 +25,7 @@ from compress.evaluate.measures.perplexity import Perplexity, perplexity
 from compress.evaluate.measures.recall import Recall
 from compress.evaluate.tables import tables
 from compress.targets.cost import Cost
-from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story
+from tests.data.language import byte_loaded, byte_model, byte_tokenizer, story_in
 
 COST = Cost(2**19, 2**19, 100, 1000)
 RECALL: list[Task] = [PassKey(length=200, count=3), KeyValue(length=240, count=2, lines=1)]
@@ -33,9 +33,7 @@ RECALL: list[Task] = [PassKey(length=200, count=3), KeyValue(length=240, count=2
 
 @pytest.fixture
 def source(tmp_path: Path) -> FileText:
-    path = tmp_path / "story.txt"
-    path.write_text(story(), encoding="utf-8")
-    return FileText(path=str(path))
+    return story_in(tmp_path)
 
 
 class Builder:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import (
+    BaseModel,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -40,7 +41,7 @@ from compress.profile.key import Key
 from compress.profile.passes.tiles import LayerTensors
 from compress.profile.statistic import Item, Result, Results, Subject, Sums
 from compress.profile.worth import Assignment, entries_of
-from compress.registry import layer_options, statistics, targets
+from compress.registry import is_echo, layer_options, statistics, targets
 from compress.targets.layer_option import LayerOption
 from compress.targets.target import Target
 from compress.targets.unit import Unit
@@ -272,5 +273,14 @@ def _grid(name: str, fields: dict[str, Any] | None) -> Any:
     try:
         return kind.model_validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
-        places = ((".".join(map(str, item["loc"])), item["msg"]) for item in error.errors(include_url=False))
-        raise ValueError("; ".join(f"options.{name}.{place}: {message}" for place, message in places)) from None
+        items = (item for item in error.errors(include_url=False) if not is_echo(item))
+        raise ValueError("; ".join(_told(f"options.{name}", kind, item) for item in items)) from None
+
+
+def _told(place: str, kind: type[BaseModel], item: Any) -> str:
+    """One of pydantic's errors in a grid, with its place, what was expected and what is there."""
+    where = ".".join([place, *map(str, item["loc"])])
+    if item["type"] == "extra_forbidden":
+        return f"{place}: expected keys among {', '.join(kind.model_fields)}, got {item['loc'][-1]}"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
+    return f"{where}: expected {message}" + ("" if ", got " in message else f", got {json.dumps(item['input'])}")
