@@ -25,6 +25,7 @@ from compress.models.load import LoadedModel
 from compress.models.planned import planned_model
 from compress.plan import Plan, uniform_plan
 from compress.registry import targets
+from compress.runtime.pages import PagedState
 from compress.runtime.span import PAGE
 from compress.targets.aaren import AarenGroup
 from compress.targets.expert import ExpertGroup
@@ -408,6 +409,7 @@ def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
     outs = []
     for cache in (model.new_cache(), model.new_cache(max_length=160)):
         parts = [logits(model, ids[:, :130], attention_mask=mask[:, :130], past_key_values=cache)]
+        places = places_of(cache)
         parts += [
             logits(model, ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
             for t in range(130, 150)
@@ -415,6 +417,14 @@ def test_a_reserved_cache_is_a_growing_one(family: str) -> None:
         outs.append(torch.cat(parts, dim=1)[mask.bool()])
     torch.testing.assert_close(outs[1], outs[0], **CLOSE)
     assert cache.lengths.tolist() == [110, 150]
+    assert places and places_of(cache) == places  # what is reserved stays where a CUDA graph knows it
+
+
+def places_of(cache: Any) -> list[int]:
+    """Where the memory of a cache lies: of what states keep, and of their pages."""
+    states = [state for layer in cache.paged for state in layer.states]
+    held = [{**state.tensors, **(state.pools() if isinstance(state, PagedState) else {})} for state in states]
+    return [tensor.data_ptr() for tensors in held for tensor in tensors.values()]
 
 
 def test_a_compiled_model_is_the_model() -> None:

@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 
 from compress.errors import UserError
 from compress.models.reconstruction import FIRST, SINKS, Repetition, Request, TokenScores, reconstructing
-from compress.profile.heads.reconstruction import keys_needed
-from tests.tiny import random_ids, tiny_model, tiny_tokenizer
+from compress.profile.heads.reconstruction import Reconstruction, keys_needed
+from tests.tiny import random_ids, shape_of, tiny_model, tiny_tokenizer
 
 TEXT = random_ids(1, 57, 5)[0].tolist()
 CHUNK = 25
@@ -117,3 +117,25 @@ def test_keys_needed_are_the_fewest_that_hold_a_share() -> None:
     scores = torch.tensor([[1.0, 5.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     expected = torch.tensor([[0.25, 0.5, 1.0], [0.5, 1.0, 1.0], [0.25, 0.25, 0.25]], dtype=torch.double)
     assert torch.equal(keys_needed(scores, (0.5, 0.8, 0.95)), expected)
+
+
+def test_the_statistic_has_curves_of_both_scores_and_shares_over_levels_of_kvzip_plus() -> None:
+    weight = torch.tensor([[0.5, 0.25, 0.2, 0.05], [0.1, 0.4, 0.4, 0.1]])
+    moved = torch.tensor([[0.02, 0.5, 0.4, 0.08], [0.3, 0.3, 0.3, 0.1]])
+    place = torch.arange(4)
+    scores = TokenScores(1, torch.randn(4, 6), torch.randn(2, 4, 8), torch.randn(2, 4, 8), place, weight, moved)
+    statistic, shape = (
+        Reconstruction(share=0.55, shares=(0.45, 0.78), levels=(-3, -1)),
+        shape_of(tiny_model("llama-gqa")),
+    )
+    sums: Any = {
+        name: torch.zeros(shape.layers, 2, *([2] if name else []), dtype=torch.float64)
+        for name in statistic.tables(shape, 4)
+    }
+    for _ in range(2):
+        statistic.add_scores(sums, scores)
+    assert sums[""][1].tolist() == [2 * 0.5, 2 * 0.5]
+    assert sums["weight"][1].tolist() == [[2 * 0.25, 2 * 0.75], [2 * 0.5, 2 * 0.5]]
+    assert sums["moved"][1].tolist() == [[2 * 0.25, 2 * 0.5], [2 * 0.5, 2 * 0.75]]
+    assert sums["above"][1].tolist() == [[2 * 0.75, 2 * 0.5], [2.0, 0.0]]  # e^-3 is .05, and e^-1 .37
+    assert not any(total[[0, 2]].any() for total in sums.values())

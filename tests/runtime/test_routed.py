@@ -253,6 +253,9 @@ def test_random_routers_learn_nothing_and_use_all_units() -> None:
     choice = router_of(kinds)(torch.zeros(1, 12, 600, DIM), x.requires_grad_())
     load = choice.chosen.double().mean((0, 1))
     assert bool((load > 0.15).all() and (load < 0.6).all()) and not choice.gates.requires_grad
+    # Inputs are of all sizes, and are brought to one: by size alone a cosine would turn over and over, or not at all.
+    longer = router_of(kinds)(torch.zeros(1, 12, 600, DIM), 100 * x)
+    assert (longer.chosen != choice.chosen).double().mean() < 0.01
     again = Router(mixer_of(kinds).groups, LayerFacts(3, DIM, 64, SHARE, None))
     assert torch.equal(again.route, router_of(kinds).route)
 

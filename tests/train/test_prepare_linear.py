@@ -14,6 +14,7 @@ from compress.models.shape import shape_of
 from compress.plan import uniform_plan
 from compress.plan.build import plan_of_layers
 from compress.targets.linear import LinearGroup
+from compress.train.objectives.parts import Parts
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
 from compress.train.window_dropout import two_branched, windows_only
@@ -64,6 +65,33 @@ def test_every_objective_brings_linear_heads_nearer(
     assert record.last_loss < record.first_loss
     first, last = torch.tensor(start.errors), torch.tensor(record.errors)
     assert float(last.mean()) < float(first.mean()), (first, last)
+
+
+def test_what_parts_are_held_to_is_the_layers_own_attention(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, torch.Tensor]] = []
+    values: list[torch.Tensor] = []
+
+    def noted(self: Parts, student: Any, teacher: Any, inputs: Any) -> torch.Tensor:
+        if student["layer"] == 1:
+            seen.append((teacher, values[-1].unflatten(-1, (shape.kv_heads, -1)).transpose(1, 2).double()))
+        return loss(self, student, teacher, inputs)
+
+    loss, shape = Parts.loss, shape_of(dense)
+    monkeypatch.setattr(Parts, "loss", noted)
+    hook = dense.model.layers[1].self_attn.v_proj.register_forward_hook(lambda _, __, out: values.append(out.detach()))
+    prepared(dense, tmp_path, objectives=[{"name": "parts"}], steps=1)
+    hook.remove()
+    assert seen
+    for teacher, value in seen:
+        key, value = (x.double().repeat_interleave(shape.group_size, 1) for x in (teacher["key"], value))
+        scores = teacher["query"].double() @ key.mT * teacher["scaling"]
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        torch.testing.assert_close(teacher["lse"].double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-4)
+        outputs = (scores.softmax(-1) @ value).transpose(1, 2)
+        torch.testing.assert_close(teacher["outputs"].double(), outputs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(teacher["size"].double(), value.square().mean((2, 3)), rtol=1e-4, atol=1e-6)
 
 
 def test_linear_heads_are_recovered_jointly_beside_their_windows(dense: Any, folder: Path, tmp_path: Path) -> None:
