@@ -98,6 +98,7 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
         what, known = f"unknown {context['kind']} `{context['name']}`", f"one of {context['known']}"
         return Problem(what, located.where(place), known, shown(item["input"][context["key"]]), hint)
     actual, fix = shown(item["input"]), None
+    expected: str | None
     if kind == "no_method":
         expected = f"`{context['key']}: ...` and its parameters"
         fix = f"write `{{{context['key']}: {item['input']}}}`" if isinstance(item["input"], str) else None
@@ -118,6 +119,8 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
         if told["key"] is not None:
             inner = (*path, *(int(part) if part.isdecimal() else part for part in told["key"].split(".")))
             return Problem(f"wrong value for `{key_path(inner)}`", located.where(inner), expected, actual)
+    elif kind == "value_error" and "expected" not in item["msg"]:  # it says what is wrong, not what would be right
+        wrong, expected = f"{wrong}: {item['msg'].removeprefix('Value error, ')}", None
     else:
         expected = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
         if kind == "literal_error":

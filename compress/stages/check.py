@@ -88,7 +88,8 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         name = use.source.model_dump_json()
         if name not in texts:
             noted(use.place, functools.partial(use.source.check, context))
-            excerpt = use.source.known(most[name])
+            with placed(f"{recipe.source}: the text of {use.place}"):
+                excerpt = use.source.known(most[name])
             if excerpt.used is not None:
                 reporter.say(f"text: {input_name(use.source)}: {excerpt.used}")
             texts[name] = excerpt.text

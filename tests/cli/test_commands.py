@@ -71,7 +71,7 @@ def test_validate_shows_the_work(tmp_path: Path) -> None:
         ("length: 384", "length: 4096", "longer than the model's context"),
         ("windows: 2", "windows: 2000", "the text is too short"),
         ("/model\n", "/modell\n", "recipe.yaml: model: "),
-        ("text.txt", "texd.txt", "the text file cannot be read"),
+        ("text.txt", "texd.txt", "recipe.yaml: the text of calibration.documents[0]: "),
     ],
 )
 def test_validate_finds_what_a_run_would_stumble_over(tmp_path: Path, old: str, new: str, expected: str) -> None:

@@ -70,6 +70,9 @@ def test_what_is_set_is_told_by_its_option_to_the_last_part(tmp_path: Path) -> N
     error = told_once("validate", recipe, "--set", documents)
     assert "wrong value for `calibration.documents[0].asked`\n" in error
     assert error.endswith("expected at most 3, the number of `facts`\n  found    4\n")
+    window = "prepare={targets: [{target: window, sink: 4, alpha: 64, beta: 0}], steps: 1}"
+    error = told_once("validate", recipe, "--set", window)
+    assert "wrong value for `prepare.targets`: `window` has nothing to train" in error and "expected" not in error
     error = told_once("validate", recipe, "--set", "search.solver={name: mao}")
     assert error.startswith("--set search.solver: unknown solver `mao`") and "statistics" not in error
 

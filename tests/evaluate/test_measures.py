@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +18,22 @@ from compress.errors import UserError
 from compress.evaluate.compare import compare
 from compress.evaluate.comparison import Comparison, read_comparison
 from compress.evaluate.measure import Setting, Subject, Variant
+from compress.evaluate.measures.kv_held import KvHeld
 from compress.evaluate.tables import markdown, tables
 from compress.models.families import layers_of
 from compress.models.planned import planned_model
 from compress.models.pruning import block_parameters
-from compress.plan import make_plan
+from compress.models.shape import shape_of
+from compress.plan import make_plan, uniform_plan
 from compress.registry import measures
+from compress.runtime.modeling_compress import CACHE
 from compress.targets.cost import Cost
 from compress.targets.linear import LinearGroup
+from compress.targets.retain import RetainGroup
 from compress.targets.routed import RoutedGroup
 from compress.targets.target import Target
 from tests.data.language import byte_loaded, byte_model, story
+from tests.tiny import random_ids, tiny_model
 
 # What each measure is tried with, and the labels of its cells.
 MATRIX: dict[str, tuple[dict[str, Any], set[str]]] = {
@@ -173,3 +179,30 @@ def test_what_does_not_fit_is_told_before_a_model_is_built(text: FileText, tmp_p
             seed=0,
             cache_dir=tmp_path,
         )
+
+
+def test_what_texts_hold_is_that_of_each_of_them() -> None:
+    """As many texts of a length as there is text for, one behind the other."""
+    dense = tiny_model("llama-gqa")
+    group = RetainGroup(sink=0, alpha=1, scorer="value_norm", threshold=1.77, share=0.5, spread=0.1)
+    plan = uniform_plan(shape_of(dense), group)
+    model: Any = planned_model(dense, plan)
+    beside = SimpleNamespace(cost=functools.partial(plan.dense_cost, itemsize=4))
+    subject: Any = SimpleNamespace(
+        model=model, variant=SimpleNamespace(cost=functools.partial(plan.cost, itemsize=4)), beside=beside
+    )
+    ids = random_ids(1, 1000)
+    found: Any = KvHeld(texts=4)._held((320, 1100), ids[0].tolist(), subject, lambda *_: None)
+    (held,) = found.lengths
+    expected = []
+    for start in (0, 320, 640):
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(ids[:, start : start + 320], **{CACHE: cache})
+        expected.append(cache.allocated_bytes())
+    assert held.held == expected and len(set(expected)) > 1
+    cells = {cell.label: cell for cell in found.cells()}
+    assert cells["measured mean"].value == sum(expected) / 3 and cells["measured mean"].count == 3
+    deviation = torch.tensor(expected, dtype=torch.float64).std(correction=0)
+    assert cells["measured spread"].value == pytest.approx(float(deviation))
+    assert (held.expected, held.most) == (plan.cost(320, 4).held_bytes, plan.cost(320, 4).most_bytes)

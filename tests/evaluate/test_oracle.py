@@ -84,6 +84,15 @@ def test_one_threshold_keeps_the_best_of_all_layers_and_groups_and_the_sinks(mod
     assert (kept_at(found.weight, 0.25) != kept_at(found.moved, 0.25)).any()
 
 
+def test_sinks_are_those_of_the_text_where_a_chat_template_stands_before_it(model: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "w40 w41 w42 w43 w44 {{ messages[0]['content'] }} w50 w51"
+    with reconstructing(model, tokenizer, 64) as repeat:
+        found = oracle_scores(model, repeat, TEXT, model.config.num_key_value_heads)
+    for scores in (found.weight, found.moved):
+        assert scores[..., :SINKS].isinf().all() and scores[..., SINKS:].isfinite().all()
+
+
 def test_given_scores_decide_what_a_retain_plan_keeps(model: Any) -> None:
     shape = shape_of(model)
     group = RetainGroup(scorer="key_norm", sink=4, alpha=64, threshold=0.5)

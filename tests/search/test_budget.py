@@ -33,6 +33,16 @@ def test_limits_are_shares_of_the_dense_bytes() -> None:
     assert (row.step, row.most) == (64 * 64, 2) and row.cost(Cost(held_bytes=8192)) == 2
 
 
+def test_a_budget_that_no_plan_meets_is_not_to_be_raised_above_the_dense_model() -> None:
+    (row,) = Budget(kv=0.5, lengths=(64,)).rows(dense_of(SHAPE), ())
+    assert row.too_tight(row.most + 1, "windows", "price less").fix == (
+        "raise the budget to 0.6667 or more, budget at longer inputs, or price less"
+    )
+    assert (
+        row.too_tight(2 * row.dense // row.step, "states", "price less").fix == "budget at longer inputs, or price less"
+    )
+
+
 def test_a_share_of_one_covers_whole_pages() -> None:
     assert limits(Budget(kv=1.0, lengths=(65,))) == {65: 128 * 384}
     assert dense_of(SHAPE).cost(65).held_bytes == 65 * 384

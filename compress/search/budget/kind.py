@@ -105,16 +105,16 @@ class Row:
             cheaper: what else to do, so that plans cost less.
         """
         fraction = rounded_up(self.fraction(smallest))
-        fix = f"raise the budget to {fraction:g} or more"
+        ways = [f"raise the budget to {fraction:g} or more"] if fraction <= 1 else []  # no share is above the dense one
         if self.length is not None:
-            fix += f", budget at longer inputs, or {cheaper}"
+            ways += ["budget at longer inputs", cheaper]
         return Problem(
             "no plan meets the budget" + ("" if self.length is None else f" at length {self.length}"),
             f"search.budget.{self.kind}",
             expected=f"at least {fraction:g} of {self.of} ({self.amount(smallest):,} of {self.dense:,} {self.unit}), "
             f"{least}",
             found=f"{self.limit:,} {self.unit}, {self.limit / self.dense:.4g} of {self.of}",
-            fix=fix,
+            fix=", or ".join(filter(None, (", ".join(ways[:-1]), ways[-1]))) if ways else cheaper,
         )
 
 
