@@ -215,7 +215,7 @@ def _problems(error: ValidationError, what: str, where: str, fix: str | None) ->
     errors = error.errors(include_url=False)
     problems = [
         Problem(
-            f"{what}: {item['msg'].removeprefix('Value error, ')}",
+            f"{what}: {_message(item)}",
             f"{where}: {'.'.join(str(part) for part in item['loc'])}" if item["loc"] else where,
             found=_short(item["input"]),
         )
@@ -225,6 +225,11 @@ def _problems(error: ValidationError, what: str, where: str, fix: str | None) ->
         problems.append(Problem(f"{what}: {len(errors) - MOST_PROBLEMS:,} more problems", where))
     problems[-1].fix = fix
     return problems
+
+
+def _message(item: Any) -> str:
+    """One of pydantic's errors in words."""
+    return "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
 
 
 def checksum_of(content: dict[str, Any]) -> str:

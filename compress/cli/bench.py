@@ -10,7 +10,7 @@ import typer
 
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, say
-from compress.errors import UserError
+from compress.errors import UserError, nearest
 from compress.limits import BATCH, SEED
 from compress.models.known_shapes import SHAPES
 
@@ -51,7 +51,11 @@ def bench(
     arguments.one_of(dtype, arguments.DTYPES, "--dtype")
     arguments.device(device)
     if model not in SHAPES:
-        arguments.model(model)
+        path = arguments.model(model)
+        hint = None if "/" in path or Path(path).exists() else nearest(model, SHAPES)
+        if hint is not None:
+            known = f"a shape ({', '.join(SHAPES)}), a config.json, or a model"
+            raise UserError("no such shape, file or folder", where=model, expected=known, fix=hint)
     if plan is not None and not arguments.given_path(plan, "--plan").is_file():
         raise UserError("no such plan", where=plan, expected="a plan.json", fix="`compress search` writes one")
     if dense is not None:

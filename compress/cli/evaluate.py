@@ -11,7 +11,7 @@ import typer
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose, progress, say
 from compress.cli.recipe import Overwrite, Settings, opened
-from compress.errors import UserError
+from compress.errors import UserError, placed
 from compress.files import sweep
 from compress.limits import BATCH, DOCUMENTS, LONGEST, SEED, STEPS
 
@@ -250,8 +250,10 @@ def _named(text: str) -> list[Measure]:
 
     measured: list[Measure] = []
     for name, keys in _keys(text).items():
-        kind = measures[str(name)]
-        measured += kind.of(validated(kind.key()[0], keys or {}, f"the measure {name}", "--measure"))
+        with placed("--measure"):
+            kind = measures[str(name)]
+        fix = f"`compress methods measures {name}` lists its keys"
+        measured += kind.of(validated(kind.key()[0], keys or {}, f"the measure {name}", "--measure", fix=fix))
     return measured
 
 

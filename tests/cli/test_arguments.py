@@ -111,6 +111,7 @@ WRONG: list[tuple[list[str], str]] = [
         for command in ("run", "profile", "prepare", "upcycle", "search", "recover", "export", "eval", "validate")
     ),
     (["eval", "model", "--perplexity", "64", "--set", "seed=1"], "can only change a recipe"),
+    (["bench", "llama3-8b"], "did you mean `llama-3-8b`?"),
     (["eval", "recipe.yaml", "--perplexity", "64", "--uniform"], "--perplexity --uniform: a recipe says itself"),
     (["init", NOWHERE], NOWHERE),
     (["init", "tiny", "--lengths", "1"], "--lengths"),

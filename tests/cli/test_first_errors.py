@@ -82,6 +82,12 @@ def test_no_model(tmp_path: Path) -> None:
     assert "check the path" in told("eval", tmp_path / "nowhere", "--perplexity", 64)
 
 
+def test_a_wrong_measure() -> None:
+    unknown = told("eval", "model", "--measure", "agreement: {length: 64, windos: 1}")
+    assert unknown.startswith("--measure: windos: the measure agreement: unknown key") and "methods measures" in unknown
+    assert told("eval", "model", "--measure", "agrement").startswith("--measure: unknown measure `agrement`")
+
+
 def test_a_run_folder_in_place_of_a_model(finished: Path) -> None:
     assert "checkpoint`?" in told("eval", finished.parent / "run", "--perplexity", 64)
 
