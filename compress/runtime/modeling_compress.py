@@ -56,8 +56,16 @@ BY_NAME = {row.name: row for row in ROWS}
 # Engines that put their own attention into models of transformers under a name of theirs, and so run without the plan:
 # what they are called, and what runs the plan there.
 ENGINES = {
-    "vllm": ("vLLM", "To run it, install the plugin compress-vllm beside vLLM (plugins/vllm of the toolkit compress)"),
-    "sglang": ("SGLang", "There is no plugin that runs it; transformers does, and vLLM with the plugin compress-vllm"),
+    "vllm": (
+        "vLLM",
+        "Plans of windows and removed heads run with the plugin compress-vllm beside vLLM (plugins/vllm of the toolkit "
+        "compress), others in transformers",
+    ),
+    "sglang": (
+        "SGLang",
+        "There is no plugin that runs it; transformers does, and vLLM with the plugin compress-vllm runs plans of "
+        "windows and removed heads",
+    ),
 }
 UNTAUGHT = "if its weights were trained with the plan, it is another model then"
 
