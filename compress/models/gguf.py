@@ -119,6 +119,25 @@ def _described(path: str, size: int, changed: int, read: Any) -> Any:
     return read(path, return_tensors=False)
 
 
+@contextmanager
+def names_made_once() -> Iterator[None]:
+    """Lets transformers make an architecture's table of tensors' names once, and not for each of a model's modules.
+
+    That is a third of the time that a model of 30 layers takes to load from a GGUF file.
+    """
+    try:
+        import gguf
+    except ImportError:
+        yield
+        return
+    made = gguf.get_tensor_name_map
+    setattr(gguf, "get_tensor_name_map", functools.cache(made))  # noqa: B010  (as above)
+    try:
+        yield
+    finally:
+        setattr(gguf, "get_tensor_name_map", made)  # noqa: B010
+
+
 def _tensors(header: _Reader) -> Tensors:
     version = header.number("<I")
     if version not in VERSIONS:

@@ -24,7 +24,7 @@ from compress.models.families import family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, read_config, read_values, refuse_plan, repairs
 from compress.models.generation import FILE as GENERATION
 from compress.models.generation import check_generation, plain_generation, read_generation, repaired
-from compress.models.gguf import headers_read_once, read_gguf
+from compress.models.gguf import headers_read_once, names_made_once, read_gguf
 from compress.models.placement import first_device, loading, place_for, put
 from compress.models.shape import shape_of
 from compress.models.stream import StoredWeights, Stream
@@ -420,19 +420,20 @@ def load_model(
         options = {"config": checked.config, **place.extra}
         empty = functools.partial(_empty, checked.config, trust_remote_code)
         to = read_by("model", spec, lambda: place_for(device, DTYPES[dtype], empty, spec))
-        loaded: Any = read_by(
-            "model",
-            spec,
-            lambda: AutoModelForCausalLM.from_pretrained(
-                place.where if folder is None else folder,
-                dtype=DTYPES[dtype],
-                use_safetensors=None if folder is None else True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **(loading(to) if folder is not None else {}),
-                **options,
-            ),
-        )
+        with names_made_once():
+            loaded: Any = read_by(
+                "model",
+                spec,
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    place.where if folder is None else folder,
+                    dtype=DTYPES[dtype],
+                    use_safetensors=None if folder is None else True,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    **(loading(to) if folder is not None else {}),
+                    **options,
+                ),
+            )
     model, loading_info = loaded
     check_loaded(spec, loading_info)
     # A dequantised GGUF is an ordinary model from here on; what is left over would make the export claim otherwise,

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from compress.errors import UserError
 from compress.models.families import family_of
-from compress.models.gguf import headers_read_once
+from compress.models.gguf import headers_read_once, names_made_once
 from compress.models.load import load_model, load_tokenizer, quiet
 from compress.models.shape import shape_of
 from compress.plan import read_plan
@@ -178,3 +178,19 @@ def test_what_a_gguf_file_says_is_read_once(tmp_path, monkeypatch):
     path.write_bytes(b"GGUF, another")
     with headers_read_once():
         assert stock.load_gguf_checkpoint(str(path))["config"] == {"vocab_size": 4}
+
+
+def test_names_of_tensors_are_made_once_a_load(monkeypatch):
+    import gguf
+
+    made = []
+
+    def making(arch, blocks):
+        made.append((arch, blocks))
+        return object()
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", making)
+    with names_made_once():
+        first, again = (gguf.get_tensor_name_map(1, 30) for _ in range(2))
+        assert first is again and gguf.get_tensor_name_map(1, 2) is not first
+    assert gguf.get_tensor_name_map is making and made == [(1, 30), (1, 2)]
