@@ -113,6 +113,8 @@ def evaluate(
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
         of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
         measured = _measures(asked, of_tasks, batch)
+        for one in measured:
+            one.check(None)  # what no model is needed for, before one is loaded
         comparison = _models(what, measured, _Settings(device, dtype, seed, batch, folder, uniform))
     if as_json:
         typer.echo(comparison.model_dump_json(by_alias=True, indent=1))

@@ -110,6 +110,11 @@ def test_no_extra(finished: Path, no_lm_eval: None) -> None:
     assert "pip install -e '.[lm-eval]'" in words
 
 
+def test_a_wrong_suite_is_told_before_a_model_is_loaded(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.models.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert "did you mean `vt`?" in told("eval", finished.parent / "model", "--suites", "vtt", "--device", "cpu")
+
+
 @pytest.mark.parametrize("command", ["report", "inspect"])
 def test_wrong_folder(command: str, tmp_path: Path) -> None:
     assert "compress run RECIPE" in told(command, tmp_path / "nowhere")

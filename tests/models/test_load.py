@@ -184,6 +184,7 @@ def test_names_of_tensors_are_made_once_a_load(monkeypatch):
     import gguf
 
     made = []
+    arch = gguf.MODEL_ARCH.LLAMA
 
     def making(arch, blocks):
         made.append((arch, blocks))
@@ -191,6 +192,6 @@ def test_names_of_tensors_are_made_once_a_load(monkeypatch):
 
     monkeypatch.setattr(gguf, "get_tensor_name_map", making)
     with names_made_once():
-        first, again = (gguf.get_tensor_name_map(1, 30) for _ in range(2))
-        assert first is again and gguf.get_tensor_name_map(1, 2) is not first
-    assert gguf.get_tensor_name_map is making and made == [(1, 30), (1, 2)]
+        first, again = (gguf.get_tensor_name_map(arch, 30) for _ in range(2))
+        assert first is again and gguf.get_tensor_name_map(arch, 2) is not first
+    assert gguf.get_tensor_name_map is making and made == [(arch, 30), (arch, 2)]
