@@ -53,7 +53,7 @@ def arguments(description: str, rows: Iterable[str]) -> argparse.ArgumentParser:
     add("--minutes", type=float, default=9.0, help="stop here, with all states saved")
     add("--at-once", type=int, default=3, help="rows that run at once on each device")
     add("--written", type=int, default=4_000_000, help="tokens of training text that the model writes; 0 for none")
-    add("--written-length", type=int, help="tokens of a document that the model writes; as a training sequence")
+    add("--written-length", type=int, default=1024, help="tokens of a document that the model writes")
     add("--length", type=int, default=2048, help="tokens of a training sequence")
     add("--batch", type=int, default=32, help="sequences of a step of the joint training")
     add("--micro", type=int, default=16, help="sequences in a pass of the joint training; fewer where rows share a GPU")
@@ -275,8 +275,7 @@ def training_text(options: argparse.Namespace, file: Path | None = None) -> dict
     size = path.stat().st_size // 4  # tokens, about
     total = options.written + size
     share = round(options.written / total, 3)
-    length = options.written_length or options.length
-    return {"source": "generated", "tokens": total, "length": length, "given": own, "share": share}
+    return {"source": "generated", "tokens": total, "length": options.written_length, "given": own, "share": share}
 
 
 def dense_variant(session: Session) -> Variant:

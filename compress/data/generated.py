@@ -48,8 +48,8 @@ class GeneratedText(Source):
         1024,
         ge=16,
         le=LONGEST,
-        description="tokens of a document, best as many as those of a sequence of the training; behind an end of text "
-        "another one begins in it",
+        description="tokens of a document, behind an end of text of several; no more than the model writes without "
+        "repeating itself. Sequences of the training may hold several documents",
     )
     greedy: int = Field(4, ge=0, le=1024, description="most likely tokens behind the random first one of a document")
     temperature: float = Field(1.0, ge=0.01, le=100, description="temperature of all tokens behind these")
