@@ -14,8 +14,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from compress.evaluate.measures.drift import drift
-from compress.models.branches import branched
+from compress.evaluate.measures.drift import drift, pass_of
+from compress.models.branches import QKV, Branched, beside
 from compress.models.load import load_model
 from compress.models.planned import planned_model
 from compress.models.prepared import attach, read_prepared
 from compress.plan import uniform_plan
 from compress.runtime.modeling_compress import CACHE
-from compress.runtime.reference import Rows
 from compress.runtime.span import PAGE
 from compress.runtime.step import Step
 from compress.targets.linear import LinearGroup
@@ -84,51 +81,33 @@ def compared(model: Any, ids: torch.Tensor, layers: list[int]) -> dict[int, dict
     """Relative errors of the outputs of layers' heads, all tokens together, against the whole text at once; and what
     their states drift from float64."""
     found: dict[int, dict[str, float]] = {}
-    with ExitStack() as undo:
-        for place in branched(model):
-            if place.layer not in layers:
-                continue
 
-            def prefill(
-                query: Any, key: Any, value: Any, state: Any, step: Step, place: Any = place, **options: Any
-            ) -> Any:
-                vars(place.mixer).pop("prefill")
-                whole = place.mixer.prefill(query, key, value, state, step, **options)
-                found[place.layer] = {
-                    "chunks": error(pieces(place.mixer, (query, key, value), step, CHUNK, options), whole),
-                    "decoded": error(pieces(place.mixer, (query, key, value), step, 1, options), whole),
-                    "drift": drift(place.mixer, query, key, value, step, options["scale"]),
-                }
-                return whole
+    def look(place: Branched, qkv: QKV, step: Step, options: dict[str, Any]) -> None:
+        if place.layer in layers:
+            whole = place.mixer.prefill(*qkv, None, step, **options)
+            found[place.layer] = {
+                "chunks": error(pieces(place.mixer, qkv, step, CHUNK, options), whole),
+                "decoded": error(pieces(place.mixer, qkv, step, 1, options), whole),
+                "drift": drift(place.mixer, *qkv, step, options["scale"]),
+            }
 
-            place.mixer.prefill = prefill
-            undo.callback(vars(place.mixer).pop, "prefill", None)
-        with torch.inference_mode():
-            model.get_decoder()(input_ids=ids, use_cache=False)
+    with beside(model, look), torch.inference_mode():
+        model.get_decoder()(input_ids=ids, use_cache=False)
     return found
 
 
-def pieces(mixer: Any, qkv: Any, step: Step, size: int, options: dict[str, Any]) -> torch.Tensor:
+def pieces(mixer: Any, qkv: QKV, step: Step, size: int, options: dict[str, Any]) -> torch.Tensor:
     """Outputs `[1, N, H, V]` of a mixer that gets so many tokens at once, with a state between."""
     query, key, value = qkv
     state, made = mixer.state(None), []
     state.begin(key, value)
-    count = query.shape[2]
-    for start in range(0, count, size):
-        part = slice(start, min(start + size, count))
-        some = (query[:, :, part], key[:, :, part], value[:, :, part])
-        now = Step(None, None, None, None, [part.stop - start], part.stop - start, impl=step.impl, scores=step.scores)
-        if step.hidden is not None:
-            now.hidden = step.hidden[:, part]
-        if step.rotary is not None:
-            cos, sin = (table[:, part] for table in step.rotary)
-            now.rotary = cos, sin
-        if size == 1:
-            now.lengths = torch.tensor([start + 1], dtype=torch.int32)
-            made.append(mixer.decode(*some, state, now, scale=options["scale"]))
-        else:
-            now.rows = Rows((start,), (0,), (part.stop - start,))
+    for start in range(0, query.shape[2], size):
+        some = [tensor[:, :, start : start + size] for tensor in qkv]
+        now = pass_of(step, start, some[0].shape[2], query.dtype)
+        if now.lengths is None:
             made.append(mixer.prefill(*some, state, now, **options))
+        else:
+            made.append(mixer.decode(*some, state, now, scale=options["scale"]))
     return torch.cat(made, 1)
 
 
@@ -140,10 +119,10 @@ def written(model: Any, count: int, depth: int | None) -> list[dict[str, Any]]:
     cache = model.new_cache()
     token = torch.tensor([[1]], device=model.device)
     began, told = time.perf_counter(), []
-    every: Callable[[int], bool] = lambda number: number % (count // TOLD) == 0 or number == 4 * PAGE  # noqa: E731
+    every = max(1, count // TOLD)
     for number in range(1, count + 1):
         token = model(input_ids=token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
-        if every(number):
+        if number % every == 0 or number == 4 * PAGE:
             told.append({"tokens": number, "bytes": cache.allocated_bytes(), "seconds": time.perf_counter() - began})
             if token.device.type == "cuda":
                 told[-1]["gpu bytes"] = torch.cuda.memory_allocated()

@@ -15,6 +15,7 @@ from compress.errors import UserError, nearest
 from compress.evaluate.suites import SUITES
 from compress.evaluate.suites.documents import documents, score
 from compress.evaluate.task_result import Item, TaskResult
+from compress.swapped import swapped
 
 if TYPE_CHECKING:
     from compress.evaluate.measures.lm_eval import LmEval
@@ -104,10 +105,13 @@ def run_on(
     quiet()
     from lm_eval import evaluator, simple_evaluate
 
-    # It would ask git for its records, and outside a repository git complains on the terminal.
-    setattr(evaluator, "get_git_commit_hash", lambda: None)  # noqa: B010  (mypy refuses an assignment)
     task, manager = _task(request, name, length, sizer, seed, text)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        # It would ask git for its records, and outside a repository git complains on the terminal.
+        swapped(evaluator, "get_git_commit_hash", lambda: None),
+    ):
         report: Any = simple_evaluate(
             model=lm,
             tasks=[task],

@@ -6,12 +6,17 @@ branches has a setting for them, `Mixer.branches`, which no checkpoint has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from compress.runtime.mixer import Branches
+from compress.runtime.step import Step
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 WORDS: dict[Branches, str] = {"both": "full", "window": "window only", "linear": "linear only", "none": "none"}
 
@@ -55,3 +60,25 @@ def only(places: Sequence[Branched], branches: Branches, group: int | None = Non
     finally:
         for place, setting in zip(places, before, strict=True):
             place.mixer.branches = setting
+
+
+@contextmanager
+def beside(model: Any, look: Callable[[Branched, QKV, Step, dict[str, Any]], None]) -> Iterator[None]:
+    """Let `look` see what a forward pass gives every mixer that has branches, ahead of the mixer.
+
+    Args:
+        look: gets the queries `[B, H, T, D]`, keys and values `[B, G, T, D]`, the step, and `prefill`'s options.
+    """
+    with ExitStack() as undo:
+        for place in branched(model):
+
+            def prefill(
+                query: Any, key: Any, value: Any, state: Any, step: Step, place: Branched = place, **options: Any
+            ) -> Any:
+                vars(place.mixer).pop("prefill")  # what `look` runs or copies is the plain mixer
+                look(place, (query, key, value), step, options)
+                return place.mixer.prefill(query, key, value, state, step, **options)
+
+            place.mixer.prefill = prefill
+            undo.callback(vars(place.mixer).pop, "prefill", None)
+        yield

