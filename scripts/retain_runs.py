@@ -32,9 +32,9 @@ meets. Rows:
                    to the ends of texts. The table ends with how many head groups of each kind its plans have
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
-    recovered      the row `ridge-global`, with its decisions trained together with low-rank updates of the weights on
-                   what the dense model says, at `--recover-shares`; trained-dense: the dense model, trained on the same
-                   tokens; both run only where they are named
+    recovered      `ridge` by one threshold, not fitted to the ends of texts, with its decisions trained together with
+                   low-rank updates of the weights on what the dense model says, at `--recover-shares`; trained-dense:
+                   the dense model, trained on the same tokens; both run only where they are named
 
 Texts, what is measured and what scorers are trained on differ from seed to seed. What rows of a seed have in common
 (the trained scorers, the texts) is made once, in FOLDER/base-SEED; FOLDER/prompts.SEED.json has the texts for other
@@ -649,7 +649,7 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
 
 
 def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
-    """The row `ridge-global`, whose decisions and weights are then trained together on what the dense model says."""
+    """One threshold, whose decisions and the weights are trained together on what the dense model says."""
     for share in map(float, options.recover_shares.split(",")):
         name = f"recovered-{share:g}"
         with rows.session_of(options, name, options.seed, recover_recipe(options, share)) as session:
@@ -658,7 +658,8 @@ def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked
                 continue
             (weights,) = train_stage(session, "recover")
         model = load_trained(planned_model(loaded.model, trained_plan(plan, weights)), weights)
-        yield measure("ridge, trained", share, model, asked, dense_bytes(loaded.shape, loaded.model))
+        name = f"ridge, window {options.window}, not the last tokens, trained"
+        yield measure(name, share, model, asked, dense_bytes(loaded.shape, loaded.model))
 
 
 def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -673,8 +674,9 @@ def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: A
 
 
 def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
-    """The row `ridge-global` as a recipe, with a training."""
+    """Scorers that are not fitted to the ends of texts, one threshold for all head groups, and a training."""
     recipe = base_recipe(options)
+    margin(options, recipe["prepare"])
     target = {"target": "retain", "scorer": "ridge", "alpha": options.window}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
     recipe["search"] = {"solver": {"name": "shares", "same": "threshold", "target": target}, "budget": budget}
