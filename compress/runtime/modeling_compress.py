@@ -1,7 +1,7 @@
 """Configurations and models that carry a plan: thin subclasses of transformers' own, one trio per architecture.
 
 Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file, the files it imports and
-those of its plan's mixers, which the exporter adds to the imports here; it loads with
+those of its plan's mixers and MLPs, which the exporter adds to the imports here; it loads with
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
 A trio (`CompressLlamaConfig`, `CompressLlamaModel`, `CompressLlamaForCausalLM`) is made when one of its names is first
