@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# Without one of these there are no tokens. A tokenizer of bytes has its settings alone, and a class of its own its code.
+# Without one of these there are no tokens. A tokenizer of bytes has its settings alone.
 VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", *TOKENIZER_FILES[TOKENIZER_FILES.index("tokenizer.model") :])
 TEMPLATES = "additional_chat_templates"
 SETTINGS = "tokenizer_config.json"
