@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress import registry
 from compress.evaluate.suites import SUITES
 from compress.recipe.catalogue import entries, names
 from compress.recipe.load import load_recipe
+from compress.registry import solvers
 from compress.runtime.families import FAMILIES
 from tests.calls import call
 from tests.cli.recipes import make_recipe
@@ -36,6 +38,14 @@ def test_a_recipe_of_a_name(budget: tuple[str, ...], model: Path, tmp_path: Path
     assert len(comments) > 0.7 * len(keys)
     again = call("init", model, "--out", file)
     assert again.exit_code == 2 and "a file of that name" in again.stderr
+
+
+@pytest.mark.parametrize("solver", ["{name: priced}", "{name: priced, least_saving: 0.1}", "{name: heads}"])
+def test_a_recipe_with_a_solver_is_written_and_read(solver: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    result = call("init", model, "--kv", "0.5", "--out", file, "--set", f"search.solver={solver}")
+    assert result.exit_code == 0, result.output
+    assert load_recipe(file).search.solver == solvers.parse(yaml.safe_load(solver))
 
 
 def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
