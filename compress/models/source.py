@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from compress.errors import UserError
 from compress.json_file import read_object
 from compress.models.carried import check_carried
-from compress.models.families import family_of, unsupported
+from compress.models.families import check_head, family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
 from compress.models.known_shapes import SHAPES
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
@@ -187,6 +187,7 @@ class ModelSource:
         model_type = stock.pop("model_type").removeprefix("compress_")
         if model_type not in CONFIG_MAPPING:
             raise unsupported(model_type, values.get("architectures") or [])
+        check_head(values.get("architectures") or [], self.spec)
         config = read_by("configuration", self.spec, lambda: AutoConfig.for_model(model_type, **stock))
         family_of(config, self.spec)
         return config
