@@ -479,7 +479,7 @@ def test_removal_beside_windows_is_measured_where_evidence_lies(
 
 def test_a_solver_of_priced_targets_has_windows_to_price(monkeypatch: pytest.MonkeyPatch) -> None:
     (effect,) = three_lines("{kv: 0.5}\n  solver: {name: priced}", monkeypatch, CPU).profile.statistics
-    assert effect.registered == "effect" and list(effect.options) == ["window"]
+    assert effect.registered == "effect" and list(effect.model_dump()["options"]) == ["window"]
 
 
 def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

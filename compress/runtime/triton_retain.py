@@ -353,4 +353,4 @@ def decode(
     return out
 
 
-RETAIN = (prefill, decode, compact, append)
+KERNELS = (prefill, decode, compact, append)

@@ -225,4 +225,4 @@ def _routed(numbers: tuple[int, ...], units: int, device: torch.device) -> torch
     return kept_table([int(unit in numbers) for unit in range(units)], device)
 
 
-ROUTER = (takes, route)
+KERNELS = (takes, route)
