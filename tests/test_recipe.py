@@ -465,6 +465,23 @@ def test_lengths_follow_the_machine(
     assert max(task.length for task in recipe.calibration.documents) == longest
 
 
+@pytest.mark.parametrize("machine", [CPU, replace(CPU, gpu=True, memory=80 << 30)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("lengths", ["", ", lengths: [512]", ", lengths: [4096]"])
+def test_removal_beside_windows_is_measured_where_evidence_lies(
+    lengths: str, machine: Situation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = three_lines(f"{{kv: 0.5, parameters: 0.8{lengths}}}", monkeypatch, machine)
+    assert [statistic.registered for statistic in recipe.profile.statistics] == ["retrieval", "hidden_mass", "taylor"]
+    whole = recipe.calibration.documents[-1]
+    assert whole.length in {task.length for task in recipe.calibration.documents if task.hides}
+    assert whole.length * whole.count <= 512 * (128 if machine.gpu else 24)
+
+
+def test_a_solver_of_priced_targets_has_windows_to_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    (effect,) = three_lines("{kv: 0.5}\n  solver: {name: priced}", monkeypatch, CPU).profile.statistics
+    assert effect.registered == "effect" and list(effect.model_dump()["options"]) == ["window"]
+
+
 def test_defaults_suit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = three_lines("{parameters: 0.8}", monkeypatch, CPU)
     assert recipe.search.solver.registered == "amp" and recipe.search.refine is None

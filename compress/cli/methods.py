@@ -12,26 +12,29 @@ from compress.cli.output import AsJson, Verbose
 
 
 def methods(
-    kind: Annotated[str | None, typer.Argument(help="statistics, solvers, targets, tasks, measures, ...")] = None,
-    name: Annotated[str | None, typer.Argument(help="One of that kind.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="KIND", help="statistics, solvers, targets, tasks, ..., or the name of a method."),
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of that kind.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """List what is registered: all kinds, the methods of one kind, or one method with its keys and its source."""
-    from compress.recipe.catalogue import entries, entry, kinds
+    from compress.recipe.catalogue import entries, names, place_of
 
     if kind is None:
-        known = kinds()
         if as_json:
-            typer.echo(json.dumps({plural: [one.name for one in rows] for plural, rows in known.items()}, indent=1))
+            typer.echo(json.dumps(names(), indent=1))
             return
-        for plural, rows in known.items():
-            typer.echo(f"{plural:<14}{', '.join(one.name for one in rows)}")
+        for plural, known in names().items():
+            typer.echo(f"{plural:<14}{', '.join(known)}")
         typer.echo(
             "\ncompress methods KIND describes every method of a kind; compress methods KIND NAME lists the keys of one"
         )
         return
-    shown = entries(kind) if name is None else [entry(kind, name)]
+    kind, name = place_of(kind, name)
+    shown = [one for one in entries(kind) if name in (None, one.name)]
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in shown], indent=1))
         return

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.errors import UserError, nearest
 from compress.runtime.families import FAMILIES, Family
@@ -55,6 +56,10 @@ WRAPPERS = {
     "smolvlm": "llama",
 }
 
+# How the classes of transformers end whose head gives the next token, and those whose head gives something else.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+OTHER_HEADS = ("Classification", "ForQuestionAnswering", "RewardModel")
+
 
 def family_of(config: Any, spec: str | None = None) -> Family:
     """The family of a transformers configuration; a planned configuration belongs to its stock family.
@@ -63,7 +68,8 @@ def family_of(config: Any, spec: str | None = None) -> Family:
         spec: what the user called the model, for the message.
 
     Raises:
-        UserError: the architecture is not supported, and says which are; or its attention looks ahead.
+        UserError: the architecture is not supported, and says which are; its head gives something else than the next
+            token; or its attention looks ahead.
     """
     model_type = str(config.model_type).removeprefix("compress_")
     if model_type not in FAMILIES:
@@ -73,6 +79,7 @@ def family_of(config: Any, spec: str | None = None) -> Family:
         if text is not None and hasattr(text, "model_type"):
             raise wrapper(model_type, str(text.model_type), spec or getattr(config, "name_or_path", "") or "MODEL")
         raise unsupported(model_type, getattr(config, "architectures", None) or [])
+    check_head(getattr(config, "architectures", None) or [], spec or "config.json: architectures")
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError(
             "a model whose attention looks ahead is not supported",
@@ -82,14 +89,32 @@ def family_of(config: Any, spec: str | None = None) -> Family:
     return FAMILIES[model_type]
 
 
+def check_head(architectures: Iterable[str], where: str) -> None:
+    """Raise UserError where a model was saved with a head that gives something else than the next token."""
+    other = [name for name in architectures if name.endswith(OTHER_HEADS)]
+    if other:
+        raise UserError(
+            "the head of this model gives something else than the next token, and would be lost",
+            where=where,
+            expected="a causal language model, as LlamaForCausalLM is one",
+            found=", ".join(other),
+            fix="name the language model that it was trained from",
+        )
+
+
 def unsupported(model_type: str, architectures: Iterable[str]) -> UserError:
-    """The error for an architecture that is not supported, with the reason where it is known."""
-    reason = REFUSED.get(model_type)
+    """The error for an architecture that is not supported, with the reason where it is known.
+
+    Only a name that transformers does not know either may be misspelt.
+    """
+    named = list(architectures)
+    other = named and not any(name.endswith(CAUSAL) for name in named)
+    reason = REFUSED.get(model_type) or ("it is no language model that writes token after token" if other else None)
     return UserError(
         f"architecture `{model_type}` is not supported" + ("" if reason is None else f": {reason}"),
         expected=f"one of {', '.join(sorted(FAMILIES))}",
-        found=", ".join(architectures) or model_type,
-        fix=nearest(model_type, FAMILIES) if reason is None else None,
+        found=", ".join(named) or model_type,
+        fix=nearest(model_type, FAMILIES) if reason is None and model_type not in CONFIG_MAPPING else None,
     )
 
 

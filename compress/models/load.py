@@ -28,7 +28,7 @@ from compress.models.gguf import headers_read_once, names_made_once, read_gguf
 from compress.models.placement import first_device, loading, place_for, put
 from compress.models.shape import shape_of
 from compress.models.stream import StoredWeights, Stream
-from compress.models.tokenizer_files import TOKENIZER_FILES, damaged_file
+from compress.models.tokenizer_files import TOKENIZER_FILES, VOCABULARIES, damaged_file
 from compress.models.vocabulary import check_vocabulary
 from compress.models.weights import INDEX, SINGLE, Tensors, elements, read_tensors, refuse_pointer
 from compress.plan import ModelShape
@@ -306,6 +306,13 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
     if place.local and not place.extra:
         for name in TOKENIZER_FILES:
             refuse_pointer(Path(place.where) / name)
+        if not any((Path(place.where) / name).is_file() for name in VOCABULARIES):
+            raise UserError(
+                "this model folder has no tokenizer",
+                where=spec,
+                expected=f"a file of one, as {VOCABULARIES[0]}, beside {CONFIG}",
+                fix=f"save it there: AutoTokenizer.from_pretrained(ITS_MODEL).save_pretrained({spec!r})",
+            )
         if not trust_remote_code and carries_plan(spec):
             # Its tokenizer is a stock one; without a configuration at hand AutoTokenizer asks about the model's code.
             options["config"] = PreTrainedConfig()

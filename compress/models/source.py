@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from compress.errors import UserError
 from compress.json_file import read_object
 from compress.models.carried import check_carried
-from compress.models.families import family_of, unsupported
+from compress.models.families import check_head, family_of, unsupported
 from compress.models.folder import CONFIG, PLAN, check_values, read_config, repairs
 from compress.models.known_shapes import SHAPES
 from compress.models.load import check_loaded, check_sizes, load_config, load_model, quiet, read_by
@@ -24,7 +24,7 @@ from compress.models.weights import read_tensors
 from compress.plan import CHECKPOINT_PLAN, Plan, read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.widths import Width
-from compress.targets.target import load_mixers, targets_of
+from compress.targets.target import load_runtime
 
 META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
@@ -156,7 +156,7 @@ class ModelSource:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
-        load_mixers(targets_of(self.checkpoint[PLAN]))
+        load_runtime(self.checkpoint[PLAN])
         planned = family_of(self._stock_config()).planned
         return self._weights_in(getattr(modeling_compress, f"{planned}ForCausalLM"), device, dtype)
 
@@ -187,6 +187,7 @@ class ModelSource:
         model_type = stock.pop("model_type").removeprefix("compress_")
         if model_type not in CONFIG_MAPPING:
             raise unsupported(model_type, values.get("architectures") or [])
+        check_head(values.get("architectures") or [], self.spec)
         config = read_by("configuration", self.spec, lambda: AutoConfig.for_model(model_type, **stock))
         family_of(config, self.spec)
         return config

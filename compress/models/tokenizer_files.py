@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+# Without one of these there are no tokens. A tokenizer of bytes has its settings alone.
+VOCABULARIES = ("tokenizer.json", "tokenizer_config.json", *TOKENIZER_FILES[TOKENIZER_FILES.index("tokenizer.model") :])
 TEMPLATES = "additional_chat_templates"
 SETTINGS = "tokenizer_config.json"
 # Every kind of character that tokenizers treat in their own way, and what looks like a special token.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -9,19 +10,20 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import compress
 from compress import registry
 from compress.errors import UserError, nearest
-from compress.evaluate.suites import SUITES
 from compress.registry import Method, Registry
-from compress.runtime.families import FAMILIES
 
 # Where the work that a method is taken from is named in a docstring.
 _SOURCE = re.compile(r"arXiv:?\s?\d{4}\.\d{4,5}")
+_REGISTERED = re.compile(r'^@(?:registry\.)?(\w+)\.register\("(\w+)"\)', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,41 +63,80 @@ def tables() -> dict[str, Registry[Any]]:
     return {name: table for name, table in vars(registry).items() if isinstance(table, Registry)}
 
 
-def kinds() -> dict[str, list[Entry]]:
-    """All entries by kind, in the plural that the registries are called by."""
-    known = {name: [_entry(key, method) for key, method in table.items()] for name, table in tables().items()}
-    suites = [
-        Entry(name, *_texts(suite.make), sources=tuple(filter(None, [suite.source]))) for name, suite in SUITES.items()
-    ]
-    return known | {"suites": suites, "families": [_family(row) for _, row in sorted(FAMILIES.items())]}
+@functools.cache
+def names() -> dict[str, tuple[str, ...]]:
+    """The names of all entries by kind, in the order of `entries`.
+
+    Methods are read off the decorators in the package's files: to import the methods takes torch, and seconds, which
+    an answer to a slip of the pen has no need of.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in tables()}
+    for file in sorted(Path(compress.__file__).parent.rglob("*.py")):
+        for kind, name in _REGISTERED.findall(file.read_text(encoding="utf-8")):
+            found[kind].append(name)
+    known = {kind: tuple(sorted(listed)) for kind, listed in found.items()}
+    return known | {"suites": tuple(_suites()), "families": tuple(sorted(_families()))}
+
+
+def place_of(word: str, name: str | None = None) -> tuple[str, str | None]:
+    """The kind, and the entry, that one or two words call: a kind, a kind and a name, or a name that one kind has.
+
+    Raises:
+        UserError: there is no such kind or name, or several kinds have the name.
+    """
+    called = {kind: kind for kind in names()} | {kind.removesuffix("s"): kind for kind in names()}
+    called |= {"family": "families", "budget": "budget_kinds", "budgets": "budget_kinds"}
+    kind = called.get(word)
+    if kind is None:
+        homes = [home for home, known in names().items() if word in known] if name is None else []
+        if len(homes) == 1:
+            return homes[0], word
+        if homes:
+            raise UserError(
+                "several kinds have a method of this name",
+                where=word,
+                expected="a kind and a name",
+                fix=" or ".join(f"compress methods {home} {word}" for home in homes),
+            )
+        methods = [] if name is not None else [method for known in names().values() for method in known]
+        raise UserError(
+            "unknown kind of method",
+            where=word,
+            expected=f"one of {', '.join(names())}" + ("" if name is not None else ", or the name of a method"),
+            fix=nearest(word, [*called, *methods]),
+        )
+    if name is not None and name not in names()[kind]:
+        raise UserError(
+            "unknown method",
+            where=f"{word} {name}",
+            expected=f"one of {', '.join(names()[kind])}",
+            fix=nearest(name, names()[kind]),
+        )
+    return kind, name
 
 
 def entries(kind: str) -> list[Entry]:
-    """The entries of one kind. Raises UserError for a kind that there is not."""
-    known = kinds()
-    names = {name: name for name in known} | {name.removesuffix("s"): name for name in known}
-    names |= {"family": "families", "budget": "budget_kinds", "budgets": "budget_kinds"}
-    if names.get(kind) not in known:
-        raise UserError(
-            "unknown kind of method",
-            where=kind,
-            expected=f"one of {', '.join(known)}",
-            fix=nearest(kind, names),
-        )
-    return known[names[kind]]
+    """The entries of one kind, as `names` calls it."""
+    if kind == "families":
+        return [_family(row) for _, row in sorted(_families().items())]
+    if kind == "suites":
+        return [
+            Entry(name, *_texts(suite.make), sources=tuple(filter(None, [suite.source])))
+            for name, suite in _suites().items()
+        ]
+    return [_entry(name, method) for name, method in tables()[kind].items()]
 
 
-def entry(kind: str, name: str) -> Entry:
-    """One entry. Raises UserError for a kind or a name that there is not."""
-    known = {row.name: row for row in entries(kind)}
-    if name not in known:
-        raise UserError(
-            "unknown method",
-            where=f"{kind} {name}",
-            expected=f"one of {', '.join(known)}",
-            fix=nearest(name, known),
-        )
-    return known[name]
+def _suites() -> Mapping[str, Any]:
+    from compress.evaluate.suites import SUITES
+
+    return SUITES
+
+
+def _families() -> Mapping[str, Any]:
+    from compress.runtime.families import FAMILIES
+
+    return FAMILIES
 
 
 def _entry(name: str, method: type[Method]) -> Entry:

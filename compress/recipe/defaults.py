@@ -38,6 +38,8 @@ MIX_OF_FEW_CORES = ((2, 2, 1, 2), (1, 4, 1, 3))
 WEIGHTS = {"facts": 4.0, "continuation": 0.2}
 
 BEST_SOLVER = {"name": "moa", "influence": "none", "retrieval": 1.0, "tables": {"hidden_mass": 1.0}}
+# What a statistic cannot be without: a dozen windows, fixed ones and some that grow with the position.
+SPELLED = {"effect": {"options": {"window": {"betas": [0.0, 0.25], "alpha_max": 1024, "alpha_step": 192}}}}
 PRUNER = {"name": "amp", "importance": ["amp", "wanda_sp"], "group_score": "mean", "attention": [0.0, 0.3]}
 
 
@@ -235,9 +237,11 @@ class Defaults:
             else:
                 held_out = [*_asked(longest, 3, 1), _text(longest, 2)]
         if removes:
-            length = min(512, longest)
+            # Beside windows of a length that they have: what heads retrieve is read at all lengths that are profiled.
+            length = min((task["length"] for task in documents), default=min(512, longest))
             whole = {"task": "continuation", "answer": "text"}
-            documents.append({**whole, "length": length, "count": 128 if many else 24, "answer_tokens": length - 1})
+            count = max(1, 512 * (128 if many else 24) // length)
+            documents.append({**whole, "length": length, "count": count, "answer_tokens": length - 1})
             if not windows:
                 length = min(1024, longest)
                 held_out = [{**whole, "length": length, "count": 8, "answer_tokens": length - 1}]
@@ -290,7 +294,7 @@ class Defaults:
         owners = {name: owner for owner, statistic in statistics.items() for name in statistic.gives}
         asked = [name for name, form in read.items() if name in owners and not (priced and form == "targets")]
         names = list(dict.fromkeys(owners[name] for name in asked))
-        profile["statistics"] = [{"name": name} for name in names or ["hidden_mass"]]
+        profile["statistics"] = [{"name": name} | copied(SPELLED.get(name, {})) for name in names or ["hidden_mass"]]
         self._note("statistics", ", ".join(names or ["hidden_mass"]))
 
     def _evaluation(self, longest: int, removes: bool, windows: bool) -> None:

@@ -56,7 +56,7 @@ def _mapping(model: BaseModel, level: int) -> Iterator[str]:
 
 def _plain(model: BaseModel, name: str) -> Any:
     """A field's value as plain data, methods with their names; also where it is only written when it is given."""
-    written, value = json.loads(model.model_dump_json(include={name})), getattr(model, name)
+    written, value = json.loads(model.model_dump_json()), getattr(model, name)
     return written[name] if name in written else list(value) if isinstance(value, tuple) else value
 
 

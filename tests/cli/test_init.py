@@ -2,14 +2,18 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress import registry
 from compress.evaluate.suites import SUITES
-from compress.recipe.catalogue import kinds
+from compress.recipe.catalogue import entries, names
 from compress.recipe.load import load_recipe
+from compress.registry import solvers
 from compress.runtime.families import FAMILIES
 from tests.calls import call
 from tests.cli.recipes import make_recipe
@@ -36,6 +40,14 @@ def test_a_recipe_of_a_name(budget: tuple[str, ...], model: Path, tmp_path: Path
     assert again.exit_code == 2 and "a file of that name" in again.stderr
 
 
+@pytest.mark.parametrize("solver", ["{name: priced}", "{name: priced, least_saving: 0.1}", "{name: heads}"])
+def test_a_recipe_with_a_solver_is_written_and_read(solver: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    result = call("init", model, "--kv", "0.5", "--out", file, "--set", f"search.solver={solver}")
+    assert result.exit_code == 0, result.output
+    assert load_recipe(file).search.solver == solvers.parse(yaml.safe_load(solver))
+
+
 def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "three.yaml"
     recipe.write_text(f"model: {model}\noutput: {tmp_path / 'run'}\nsearch: {{budget: {{kv: 0.5}}}}\n")
@@ -46,17 +58,29 @@ def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
 
 
 def test_everything_registered_is_listed_with_its_keys() -> None:
-    listed = kinds()
+    listed = names()
     for name, table in vars(registry).items():
         if isinstance(table, registry.Registry):
-            assert [entry.name for entry in listed[name]] == list(table), name
-    assert [entry.name for entry in listed["suites"]] == list(SUITES)
-    assert {entry.name for entry in listed["families"]} == set(FAMILIES)
-    for kind, entries in listed.items():
-        for entry in entries:
+            assert listed[name] == tuple(table), name
+    assert listed["suites"] == tuple(SUITES)
+    assert set(listed["families"]) == set(FAMILIES)
+    for kind, known in listed.items():
+        assert tuple(entry.name for entry in entries(kind)) == known
+        for entry in entries(kind):
             assert entry.line, (kind, entry.name)
             wordless = [key.name for key in entry.parameters if not key.description]
             assert not wordless, (kind, entry.name)
+
+
+def test_a_wrong_name_of_a_method_takes_no_torch() -> None:
+    code = (
+        "import sys; from tests.calls import call\n"
+        "told = [call('methods', *words.split()).stderr for words in ('solvers mao', 'mao', 'amp', 'famly llama')]\n"
+        "assert 'moa' in call('methods').stdout and 'torch' not in sys.modules\n"
+        "print(told)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert told.count("did you mean `moa`?") == 2 and "compress methods solvers amp" in told and "`family`" in told
 
 
 def test_methods_are_shown() -> None:
@@ -65,6 +89,7 @@ def test_methods_are_shown() -> None:
     shown = call("methods", "solvers", "moa").stdout
     assert "retrieval: number, default 0.0" in shown and "weight of the evidence" in shown
     assert json.loads(call("methods", "tasks", "facts", "--json").stdout)[0]["parameters"][0]["name"] == "length"
+    assert call("methods", "moa").stdout == shown
     wrong = call("methods", "solver", "mao")
     assert wrong.exit_code == 2 and "did you mean `moa`?" in wrong.stderr
     assert "did you mean `solvers`?" in call("methods", "solvrs").stderr

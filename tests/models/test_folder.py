@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import UserError
 from compress.models.families import text_part_line
 from compress.models.folder import merge_line
-from compress.models.load import check_model, load_config, load_model
+from compress.models.load import check_model, load_config, load_model, load_tokenizer
 from compress.models.planned import patched_model, planned_model
 from compress.models.source import ModelSource
 from compress.models.weights import INDEX, SINGLE
@@ -190,6 +190,26 @@ def test_configurations_that_do_not_fit_the_weights_take_no_memory(folder, value
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(folder, *words, readers=(check_model, load_model))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize("other", ["LlamaForSequenceClassification", "LlamaForRewardModel"])
+def test_a_head_that_gives_something_else_is_not_dropped_silently(folder, other):
+    edit(folder / "config.json", architectures=[other])
+    refused(folder, "something else than the next token", other, "trained from", readers=READERS[:3])
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("bert", "BertForMaskedLM"), ("mamba", "MambaForCausalLM")])
+def test_an_architecture_that_transformers_knows_is_no_slip_of_the_pen(folder, kind, architecture):
+    edit(folder / "config.json", model_type=kind, architectures=[architecture])
+    message = refused(folder, f"`{kind}` is not supported", architecture, readers=READERS[:3])
+    assert "did you mean" not in message
+    assert ("no language model that writes token after token" in message) == (kind == "bert")
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    refused(folder, "no tokenizer", "tokenizer.json", readers=(load_tokenizer,))
 
 
 def execute(line, folder, monkeypatch):
