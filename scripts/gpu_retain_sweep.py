@@ -2,8 +2,9 @@
 
 python scripts/gpu_retain.py FOLDER "sweep of prefill"     one GPU, minutes, most of them the compiler's
 
-A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once, which compiles it; what
-it gives has to agree with what the parameters in use give. Those that are right are then timed one after the other.
+A candidate changes some entries of what `tuned.py` and `tuned_retain.py` of the runtime say. First it runs once, which
+compiles it; what it gives has to agree with what the parameters in use give. Those that are right are then timed one
+after the other.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .span import Span
 from .triton_attention import prefill as whole_prefill
 from .triton_prefill import forward
 from .triton_span import load_run
-from .tuned import rows_block
+from .tuned_routed import rows_block
 
 SKIP_FROM = 2048  # tokens; below, the launches that list rows take longer than the arithmetic that they save
 
