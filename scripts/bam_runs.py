@@ -16,10 +16,14 @@ Python's standard library, `code`), and then become one model, which is trained 
     bam-random                 as bam-top1, with routers that start at random, as published, and not from the texts
     bam-p                      as bam-random, with MLPs times the router's share, as published
     bam-three                  as bam-random, with the model itself as a third expert, as published
+    bam-routers                as bam, with its routers trained alone; ffn-routers likewise
+    bam-gentle, average-gentle with a fifth of the rate in the training on the mix
 
-The last three and ffn-top1 run only where they are named. An expert reads less than two passes of its text, and the mix
-has as many tokens: with more, the novels are learnt by heart (profiles/smollm2-135m/bam). WikiText-2's training part is
-trained on and its test part measured on; of every novel the first nine tenths are trained on and the rest is measured
+bam-random, bam-p, bam-three and ffn-top1 run only where they are named. An expert reads less than two passes of its
+text, and the mix has as many tokens: with more, the novels are learnt by heart (profiles/smollm2-135m/bam). With
+`--fresh` the experts read the first half of their texts and the mix is of the second halves, so that no row reads again
+in it what its start has read; `dense` reads all of it. WikiText-2's training part is trained on and its test part
+measured on; of every novel the first nine tenths are trained on and the rest is measured
 on; of the standard library's files every tenth of a shuffled order is measured on, and of the others as many are
 trained on as WikiText-2's part is long. In the mix both texts have the same share: the shorter one is repeated. FOLDER
 of texts has novels (*.txt, in it or in pg_books/) and WikiText-2's raw files (wiki.train*.txt and wiki.test*.txt, in it
@@ -77,14 +81,18 @@ class Row:
 
     Attributes:
         start: the row whose weights a dense model starts from, `seed` or `average`; empty for an upcycled model.
-        text: what it is trained on, the text of an expert or the `mix`.
+        text: what it is trained on, the text of an expert, the `mix`, or `all`, the mix of all that any row reads.
         upcycle: keys of the recipe's `upcycle`.
+        routers: whether routers are trained alone.
+        slower: what the highest learning rate is divided by.
         named: whether it runs only where it is named.
     """
 
     start: str = ""
     text: str = "mix"
     upcycle: dict[str, Any] = field(default_factory=dict)
+    routers: bool = False
+    slower: float = 1.0
     named: bool = False
 
 
@@ -94,11 +102,15 @@ ROWS = {
     **{name: Row("seed", name) for name in TEXTS},
     **{f"{name}-mixed": Row(name) for name in TEXTS},
     "average": Row("average"),
-    "dense": Row("seed"),
+    "dense": Row("seed", "all"),
     "ffn": Row(upcycle={"attention": "base"}),
     "bam": Row(),
     "bam-shared": Row(upcycle={"kv": "shared"}),
     "bam-top1": Row(upcycle=TOP),
+    "bam-routers": Row(routers=True),
+    "ffn-routers": Row(upcycle={"attention": "base"}, routers=True),
+    "bam-gentle": Row(slower=5.0),
+    "average-gentle": Row("average", slower=5.0),
     "ffn-top1": Row(upcycle={"attention": "base", **TOP}, named=True),
     "bam-random": Row(upcycle=RANDOM, named=True),
     "bam-p": Row(upcycle=RANDOM | {"mlp": {"top": 1, "weight": "p"}}, named=True),
@@ -128,6 +140,7 @@ def main() -> None:
     )
     add("--router-z", type=float, default=1e-3, help="weight of the squared log-sum-exp of their routers' logits")
     add("--router-tokens", type=int, default=32_768, help="of each expert's text that routers start from")
+    add("--fresh", action="store_true", help="the mix is of text that no expert has read")
     parser.set_defaults(length=512, batch=8, micro=8, windows=128)
     add("--pair", type=pair, default=pair_named, help="the texts of the two experts, by a comma")
     options = parser.parse_args()
@@ -187,7 +200,7 @@ def recipe_of(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
             **row.upcycle,
         },
         "recover": {
-            **training(options, options.tokens),
+            **training(options, options.tokens, row),
             "text": undivided(options, "mix"),
             "mixer_rate": options.router_rate,
             "objectives": [
@@ -200,15 +213,15 @@ def recipe_of(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
     }
 
 
-def training(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """What all trainings have in common, as keys of `recover`."""
+def training(options: argparse.Namespace, tokens: int, row: Row) -> dict[str, Any]:
+    """How a row is trained, as keys of `recover`."""
     return {
-        "train": "full",
+        "train": "mixers" if row.routers else "full",
         "length": options.length,
         "batch_size": options.batch,
         "micro_batch": min(options.micro, options.batch),
         "tokens": tokens,
-        "rate": options.rate,
+        "rate": options.rate / row.slower,
         "save_every": 100,
     }
 
@@ -223,7 +236,7 @@ def trained_dense(options: argparse.Namespace, session: Session, name: str, seed
     row, folder = ROWS[name], options.out / f"{name}-{seed}" / "trained"
     counts = {"dense": len(options.pair) * options.expert_tokens + options.tokens}
     count = counts.get(name, options.expert_tokens if name in TEXTS else options.tokens)
-    settings = RecoverSettings(**training(options, count))
+    settings = RecoverSettings(**training(options, count, row))
     if not (folder / "recover.json").is_file():
         model = start_of(options, session, row.start, seed)
         source = UndividedText(path=undivided(options, row.text)["path"])
@@ -305,13 +318,28 @@ def text_file(options: argparse.Namespace, name: str) -> Path:
 
 
 def texts_of(options: argparse.Namespace) -> dict[str, str]:
-    """All texts of the pair by name, and their mix."""
-    made: dict[str, str] = {}
+    """All texts of the pair by name, the mix that they are trained on together, and the mix of `all`."""
+    made, later = dict[str, str](), []
     for name in options.pair:
-        made[name], made[f"{name}-test"] = PARTS[name](options)
-    shorter, longer = sorted((made[name] for name in options.pair), key=len)
+        whole, made[f"{name}-test"] = PARTS[name](options)
+        made[name], behind = halves(whole) if options.fresh else (whole, whole)
+        later.append(behind)
+    mix = mixed(later)
+    everything = mixed([f"{made[name]}{part}" for name, part in zip(options.pair, later, strict=True)])
+    return made | {"mix": mix, "all": everything if options.fresh else mix}
+
+
+def mixed(texts: list[str]) -> str:
+    """Two texts in one, the shorter one repeated until both have the same share."""
+    shorter, longer = sorted(texts, key=len)
     times, more = divmod(len(longer), len(shorter))
-    return made | {"mix": "\n\n".join([longer, *[shorter] * times, shorter[:more]])}
+    return "\n\n".join([longer, *[shorter] * times, shorter[:more]])
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text in two parts of about the same length, cut where a line ends."""
+    cut = text.index("\n", len(text) // 2)
+    return text[:cut], text[cut:]
 
 
 def of_wiki(options: argparse.Namespace) -> tuple[str, str]:

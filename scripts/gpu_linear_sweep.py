@@ -19,7 +19,7 @@ from compress.runtime import (
     triton_linear_features,
     triton_linear_layout,
     triton_linear_states,
-    tuned,
+    tuned_linear,
 )
 from compress.runtime.reference import Rows
 from compress.runtime.span import PAGE
@@ -97,7 +97,7 @@ DELTA: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def with_config(name: str, change: dict[str, int]) -> Any:
     """A context in which the launches of that name, or of one that begins so, have other parameters."""
-    configs = tuned.linear_config(2, DEVICE)
+    configs = tuned_linear.linear_config(2, DEVICE)
     changed = {of: config | change if of.startswith(name) else config for of, config in configs.items()}
     module = triton_linear_delta if name in ("delta", "writes") else triton_linear_layout
     return mock.patch.object(module, "linear_config", lambda *_: changed)
@@ -121,9 +121,9 @@ def sweep_jobs() -> list[Job]:
 
 
 def decode_jobs() -> list[Job]:
-    """The same of decoding: what `tuned.py` says of every shape first, then other ways, for all shapes in turn."""
+    """The same of decoding: what `tuned_linear.py` says of every shape first, then other ways, in turn."""
     shapes = [(*sizes, 64 << 20) for sizes in DECODE_SHAPES]
-    of_tuned = {shape: tuned.linear_decode_config(shape[1], shape[3], DEVICE) for shape in shapes}
+    of_tuned = {shape: tuned_linear.linear_decode_config(shape[1], shape[3], DEVICE) for shape in shapes}
     jobs: list[Job] = [("decode", shape, None) for shape in shapes]
     absorbed = ((8, 128, 256), (3, 64, 128), (4, 256, 512))
     jobs += [
@@ -144,14 +144,14 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
         found = change and READ_ONE[change[0]] | change[1]
 
         def decode() -> None:
-            with with_decode_config(found or tuned.linear_decode_config(shape[1], shape[3], DEVICE)):
+            with with_decode_config(found or tuned_linear.linear_decode_config(shape[1], shape[3], DEVICE)):
                 step()
 
         return decode
     if what == "absorb":
         groups, dim, count = shape
         take = absorb_step(groups, dim, count, (64 << 20) // (4 * groups * dim * count), 129)
-        found = change or tuned.linear_absorb_config(count // 2, True, DEVICE)
+        found = change or tuned_linear.linear_absorb_config(count // 2, True, DEVICE)
 
         def absorbs() -> None:
             with mock.patch.object(triton_linear_decode, "linear_absorb_config", lambda *_: found):
@@ -163,7 +163,7 @@ def sweep_call(what: str, shape: Any, change: Any) -> Callable[[], Any]:
         rows = torch.randn(1, heads, length, dim, device=DEVICE, dtype=BF16)
         weight = torch.randn(heads, dim, count // 2, device=DEVICE, dtype=BF16)
         gain, turn = torch.randn(heads, device=DEVICE), torch.randn(heads, dim, device=DEVICE)
-        config = tuned.linear_features_config(count // 2, DEVICE) | change
+        config = tuned_linear.linear_features_config(count // 2, DEVICE) | change
 
         def make() -> None:
             with mock.patch.object(triton_linear_features, "linear_features_config", lambda *_: config):
@@ -253,7 +253,7 @@ def sweep_time(what: str, shape: Any, change: Any) -> float:
 
 
 def sweep_rows() -> list[dict[str, Any]]:
-    """Other launch parameters for the kernels; the fastest should be those of `tuned.py`, the first of each list.
+    """Other launch parameters for the kernels; the fastest should be the first of each list, of `tuned_linear.py`.
 
     Every kernel is timed in a process of its own, so that a launch that breaks it ends nothing else.
     """
@@ -264,7 +264,7 @@ def sweep_decode_rows() -> list[dict[str, Any]]:
     """The same of decoding alone: what SWEEP_SECONDS after the last compilation has not been timed is left out."""
     rows = sweep_through(decode_jobs(), seconds=SWEEP_SECONDS, by_kernel=False)
     copy = measure.copy_bandwidth(DEVICE)
-    say(f"  of a copy's bandwidth, {copy / 1e9:.0f} GB/s, over 64 MiB: as in tuned.py, and the best that was tried")
+    say(f"  of a copy's bandwidth, {copy / 1e9:.0f} GB/s, over 64 MiB: as in tuned_linear.py, and the best of all")
     for groups, share, dim, count in DECODE_SHAPES:
         shape = (groups, share, dim, count, 64 << 20)
         tried = [row for row in rows if row["shape"] == shape and math.isfinite(row.get("us", math.nan))]

@@ -33,6 +33,7 @@ from compress.bench.kernel import random_qkv
 from compress.models.graph import graph_of
 from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS
+from compress.runtime.impl_retain import RETAIN_IMPLS
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.mixer_retain import RetainMixer
 from compress.runtime.paged_cache import PagedCache
@@ -347,7 +348,7 @@ def prefill_rows() -> list[dict[str, Any]]:
         hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)
         calls: dict[str, Callable[[], Any]] = {}
         facts: dict[float, dict[str, Any]] = {}
-        impl = IMPLS["triton"].retain
+        impl = RETAIN_IMPLS["triton"]
         for share in SHARES:
             mixer = layer_of(share)
             step = Step(None, rows, None, None, [length], length, impl="triton", hidden=hidden)
@@ -425,7 +426,7 @@ class Decoding:
     def attend(self) -> torch.Tensor:
         """The attention alone."""
         for state in self.states:
-            out = IMPLS["triton"].retain.decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
+            out = RETAIN_IMPLS["triton"].decode(self.query[:, :, 0], state.pages(), self.lengths, self.mixer.windows)
         return out
 
     def store(self) -> None:
@@ -497,24 +498,24 @@ def decode_rows() -> list[dict[str, Any]]:
 
 def write_all(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, rows: Rows) -> None:
     """Compact what leaves the windows in a prefill, and write all that stays into a growing cache."""
-    impl, state, lists = IMPLS["triton"], mixer.state(None), None
+    retain, state, lists = RETAIN_IMPLS["triton"], mixer.state(None), None
     state.begin(key, value)
-    if impl.retain.compact is not None:
-        lists = impl.retain.compact(key, value, kept, mixer.windows, rows, None)
-    state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
+    if retain.compact is not None:
+        lists = retain.compact(key, value, kept, mixer.windows, rows, None)
+    state.write(key, value, kept, rows, IMPLS["triton"].store, lists, retain.append)
 
 
 def written_again(mixer: RetainMixer, key: torch.Tensor, value: torch.Tensor, kept: torch.Tensor, rows: Rows) -> Any:
     """The same into a reserved cache that is taken for empty each time, so that a CUDA graph can hold it."""
-    impl: Any = IMPLS["triton"]
+    retain: Any = RETAIN_IMPLS["triton"]
     state = mixer.state(key.shape[2])
     state.begin(key, value)
 
     def write() -> None:
         state.lengths = [0]
         state.tensors["listed"].zero_()
-        lists = impl.retain.compact(key, value, kept, mixer.windows, rows, None)
-        state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
+        lists = retain.compact(key, value, kept, mixer.windows, rows, None)
+        state.write(key, value, kept, rows, IMPLS["triton"].store, lists, retain.append)
 
     return write
 
@@ -565,7 +566,7 @@ def part_rows() -> list[dict[str, Any]]:
     """What judging, counting and compacting take of a layer: of a prefill with a cache, and of a decode step."""
     found: list[dict[str, Any]] = []
     run = dense_layer()
-    impl: Any = IMPLS["triton"]
+    retain: Any = RETAIN_IMPLS["triton"]
     for length in LENGTHS:
         query, key, value = random_qkv(LLAMA, 1, length, DEVICE, BF16)
         hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)
@@ -577,13 +578,13 @@ def part_rows() -> list[dict[str, Any]]:
             alone: dict[str, Callable[[], Any]] = {
                 "judge": partial(mixer.judge, key, value, step),
                 "judge and count": partial(mixer.kept, key, value, None, step),
-                "compact": partial(impl.retain.compact, key, value, kept, mixer.windows, rows, None),
+                "compact": partial(retain.compact, key, value, kept, mixer.windows, rows, None),
                 "compact and write": written_again(mixer, key, value, kept, rows),
             }
             calls: dict[str, Callable[[], Any]] = {
                 "judge and count by the host": alone["judge and count"],
                 "compact and write by the host": partial(write_all, mixer, key, value, kept, rows),
-                "attention": partial(impl.retain.prefill, query, key, value, kept, mixer.windows, rows=rows),
+                "attention": partial(retain.prefill, query, key, value, kept, mixer.windows, rows=rows),
                 "matrices": partial(run, hidden),
             }
             spent = {n: measure.graphed_times(c, DEVICE, calls=4, seconds=0.05).median for n, c in alone.items()}

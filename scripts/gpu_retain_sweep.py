@@ -2,8 +2,9 @@
 
 python scripts/gpu_retain.py FOLDER "sweep of prefill"     one GPU, minutes, most of them the compiler's
 
-A candidate changes some entries of what `compress/runtime/tuned.py` says. First it runs once, which compiles it; what
-it gives has to agree with what the parameters in use give. Those that are right are then timed one after the other.
+A candidate changes some entries of what `tuned.py` and `tuned_retain.py` of the runtime say. First it runs once, which
+compiles it; what it gives has to agree with what the parameters in use give. Those that are right are then timed one
+after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from compress.bench import measure
 from compress.bench.kernel import random_qkv
 from compress.runtime import triton_decode, triton_prefill, triton_retain, triton_retain_step, triton_scorers
-from compress.runtime.impl import IMPLS
+from compress.runtime.impl_retain import RETAIN_IMPLS
 from compress.runtime.reference import Rows
 from compress.runtime.step import Step
 from scripts.gpu_check import COLD, error, say
@@ -74,11 +75,11 @@ def prefilling(length: int, share: float) -> tuple[Call, int]:
     torch.manual_seed(0)
     query, key, value = random_qkv(LLAMA, 1, length, DEVICE, BF16)
     hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)
-    mixer, impl = layer_of(share), IMPLS["triton"].retain
+    mixer, retain = layer_of(share), RETAIN_IMPLS["triton"]
     kept = mixer.kept(key, value, None, Step(None, rows, None, None, [length], length, impl="triton", hidden=hidden))[0]
-    assert impl.compact is not None
-    lists = impl.compact(key, value, kept, mixer.windows, rows, None)
-    return partial(impl.prefill, query, key, value, kept, mixer.windows, rows=rows, lists=lists), 1
+    assert retain.compact is not None
+    lists = retain.compact(key, value, kept, mixer.windows, rows, None)
+    return partial(retain.prefill, query, key, value, kept, mixer.windows, rows=rows, lists=lists), 1
 
 
 def judging(length: int, scorer: str, what: str) -> tuple[Call, int]:
@@ -87,15 +88,15 @@ def judging(length: int, scorer: str, what: str) -> tuple[Call, int]:
     _, key, value = random_qkv(LLAMA, 1, length, DEVICE, BF16)
     hidden, rows = torch.randn(1, length, HIDDEN, device=DEVICE, dtype=BF16), Rows.whole(1, length)
     step = Step(None, rows, None, None, [length], length, impl="triton", hidden=hidden)
-    mixer, impl = layer_of(0.125, scorer, cap=True), IMPLS["triton"]
+    mixer, retain = layer_of(0.125, scorer, cap=True), RETAIN_IMPLS["triton"]
     if what == "judge":
         return partial(mixer.judge, key, value, step), 1
     if what == "count":
         found = mixer.judge(key, value, step)
-        return lambda: mixer.rule(found, None, step, impl)[0], 1
+        return lambda: mixer.rule(found, None, step, retain)[0], 1
     kept = mixer.kept(key, value, None, step)[0]
-    assert impl.retain.compact is not None
-    compact = partial(impl.retain.compact, key, value, kept, mixer.windows, rows, None)
+    assert retain.compact is not None
+    compact = partial(retain.compact, key, value, kept, mixer.windows, rows, None)
     return lambda: compact().before, 1
 
 

@@ -36,6 +36,7 @@ from compress.models.planned import with_runtime_plan
 from compress.models.source import ModelSource
 from compress.runtime import triton_routed
 from compress.runtime.impl import IMPLS
+from compress.runtime.impl_routed import ROUTED_IMPLS
 from compress.runtime.mixer import LayerFacts
 from compress.runtime.mixer_routed import RoutedMixer
 from compress.runtime.pages import Pages
@@ -128,7 +129,7 @@ def prefill_case(checks: Checks, dtype: torch.dtype, dim: int, share: int, by_he
     checks.add(f"lists, {name}", dtype, float(wrong), 0.0)
     poison()
     pages = paged(key, value, list(past)) if ragged else None
-    out = IMPLS["triton"].routed_prefill(given, new[0], new[1], RULES, active, gates=gates, rows=rows, pages=pages)
+    out = ROUTED_IMPLS["triton"].prefill(given, new[0], new[1], RULES, active, gates=gates, rows=rows, pages=pages)
     rest, worst = out.clone(), 0.0
     for b in range(batch):
         here, at = slice(start[b], start[b] + count[b]), torch.arange(past[b], lengths[b], device=DEVICE)
@@ -140,7 +141,7 @@ def prefill_case(checks: Checks, dtype: torch.dtype, dim: int, share: int, by_he
     if not ragged:
         every = torch.ones_like(active)
         plain = IMPLS["triton"].prefill(query, key, value, RULES)
-        found = IMPLS["triton"].routed_prefill(query, key, value, RULES, every)
+        found = ROUTED_IMPLS["triton"].prefill(query, key, value, RULES, every)
         checks.add(f"prefill with all on is the plain kernel's, {name}", dtype, error(found, plain.double()), 1e-6)
 
 
@@ -197,7 +198,7 @@ def router_case(checks: Checks, dtype: torch.dtype, fields: dict[str, Any], toke
         weight.normal_(std=hidden**-0.5)
     query = torch.randn(2, groups * share, tokens, 128, device=DEVICE, dtype=dtype)
     inputs = torch.randn(2, tokens, hidden, device=DEVICE, dtype=dtype)
-    fast = IMPLS["triton"].router
+    fast = ROUTED_IMPLS["triton"].router
     assert fast is not None and fast.takes(router)
     on, gates = fast.route(router, query, inputs)
     exact = router.double()(query.double(), inputs.double())
@@ -365,7 +366,7 @@ def short_rows() -> list[dict[str, Any]]:
             on, gates = (layer.chosen.by_unit(x) for x in layer.chosen.flags(query, step) if x is not None)
             where = Rows.whole(1, length).tensor(DEVICE)
             calls: dict[str, Callable[[], Any]] = {
-                "skipping": partial(IMPLS["triton"].routed_prefill, query, key, value, spans, on, gates=gates),
+                "skipping": partial(ROUTED_IMPLS["triton"].prefill, query, key, value, spans, on, gates=gates),
                 "everything": partial(everything, query, key, value, spans, on, gates),
                 "router": partial(layer.chosen.flags, query, step),
                 "router in plain PyTorch": partial(layer.chosen.choose, query, step),

@@ -17,7 +17,9 @@ import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,11 +60,13 @@ def tune() -> None:
         instead = {name: gpu if isinstance(x, torch.device) else x for name, x in named.items()}
         return function(*(gpu if isinstance(x, torch.device) else x for x in given), **instead)
 
-    for name, function in vars(tuned).copy().items():
-        if inspect.isfunction(function) and not name.startswith("_"):
-            setattr(tuned, name, functools.partial(on_gpu, function))
-    for name, answer in (("_hopper", True), ("_multiprocessors", MULTIPROCESSORS)):
+    for name, answer in (("hopper", True), ("multiprocessors", MULTIPROCESSORS)):
         setattr(tuned, name, lambda device, answer=answer: answer)
+    for path in sorted(Path(str(tuned.__file__)).parent.glob("tuned*.py")):  # `tuned` itself first
+        module = import_module(f"compress.runtime.{path.stem}")
+        for name, function in vars(module).copy().items():
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                setattr(module, name, functools.partial(on_gpu, function))
 
 
 def take_launches(take: Callable[[Any, Any, Any], None]) -> None:

@@ -39,7 +39,7 @@ from compress.runtime.triton_retain import decode as retain_decode
 from compress.runtime.triton_retain import prefill as retain_prefill
 from compress.runtime.triton_retain_step import take
 from compress.runtime.triton_retain_training import prefill as training_prefill
-from compress.runtime.triton_routed import routed_prefill
+from compress.runtime.triton_routed import prefill as routed_prefill
 from compress.runtime.triton_router import route
 from compress.runtime.triton_scorers import keep, scores
 from compress.runtime.triton_store import store, store_one

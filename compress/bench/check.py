@@ -11,6 +11,7 @@ import torch
 from compress.bench.kernel import Shape, random_pages, random_qkv
 from compress.runtime.flash import refusal as flash_refusal
 from compress.runtime.impl import IMPLS, explain_impl
+from compress.runtime.impl_routed import ROUTED_IMPLS
 from compress.runtime.reference import Rows
 from compress.runtime.score_functions import ScoreFunction
 from compress.runtime.span import PAGE, Span
@@ -122,7 +123,7 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> float:
     of_heads = torch.rand(1, SHAPE.query_heads, device=device)
     results = [
         (
-            IMPLS[impl].routed_prefill(query, key, value, RULES, gates < 0.5, gates=gates),
+            ROUTED_IMPLS[impl].prefill(query, key, value, RULES, gates < 0.5, gates=gates),
             IMPLS[impl].decode(query[:, :, 0], pages, lengths, RULES, active=of_heads < 0.5, gates=of_heads),
         )
         for impl in ("triton", "reference")

@@ -111,11 +111,14 @@ def measure(
     from compress.models.placement import first_device, placement_of
     from compress.models.source import ModelSource
     from compress.plan.states import states_of
+    from compress.registry import targets
     from compress.runtime.impl import explain_impl
     from compress.stages.device import resolve_device
+    from compress.targets.target import load_mixers
 
     named = resolve_device(device)
     where = first_device(named)
+    load_mixers(targets)  # whose files say what an implementation needs besides
     try:
         explain_impl(impl, where, DTYPES[dtype], 128)
     except ValueError as error:

@@ -14,7 +14,7 @@ from compress import runtime
 from compress.json_file import read_object
 from compress.plan import Form
 from compress.runtime.families import Family
-from compress.targets.target import load_mixers, targets_of
+from compress.targets.target import load_runtime
 
 RUNTIME = Path(str(runtime.__file__)).parent
 MODELING = "modeling_compress"
@@ -28,11 +28,11 @@ _OTHER = re.compile(
 )
 
 _LISTED = """
-# Written by the exporter: the mixers of the plan, and every other file of the checkpoint by name, because out of a
+# Written by the exporter: mixers and MLPs of the plan, and every other file of the checkpoint by name, because out of a
 # local folder transformers up to 5.8 copies only the files that this one names.
 from typing import TYPE_CHECKING
 
-{mixers}
+{loaded}
 
 if TYPE_CHECKING:
 {others}
@@ -56,17 +56,18 @@ def _source(path: Path) -> str:
 
 
 def runtime_files(plan: dict[str, Any]) -> dict[str, str]:
-    """Names and texts of the code files of a checkpoint with this plan: the runtime, with the plan's mixers.
+    """Names and texts of the code files of a checkpoint with this plan: the runtime, with the plan's
+    mixers and MLPs.
 
     Raises:
         ValueError: a mixer's file imports what a checkpoint cannot carry, or has the name of another file.
     """
-    mixers = {}
-    for module in load_mixers(targets_of(plan)):
+    loaded = {}
+    for module in load_runtime(plan):
         path = Path(str(import_module(module).__file__))
-        mixers[path.stem] = path
+        loaded[path.stem] = path
     paths = {MODELING: RUNTIME / f"{MODELING}.py"}
-    waiting = [*paths.values(), *mixers.values()]
+    waiting = [*paths.values(), *loaded.values()]
     texts: dict[str, str] = {}
     while waiting:
         path = waiting.pop()
@@ -80,8 +81,8 @@ def runtime_files(plan: dict[str, Any]) -> dict[str, str]:
             waiting.append(beside if beside.is_file() else RUNTIME / f"{name}.py")
     named = lambda names: [f"from .{name} import __name__ as _{name}  # noqa" for name in sorted(names)]  # noqa: E731
     texts[MODELING] += _LISTED.format(
-        mixers="\n".join(named(mixers)),
-        others="\n".join(f"    {line}" for line in named(texts.keys() - mixers.keys() - {MODELING})),
+        loaded="\n".join(named(loaded)),
+        others="\n".join(f"    {line}" for line in named(texts.keys() - loaded.keys() - {MODELING})),
     )
     return {f"{name}.py": text for name, text in sorted(texts.items())}
 

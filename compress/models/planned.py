@@ -25,10 +25,10 @@ from compress.plan import Group, LayerPlan, Plan
 from compress.runtime import modeling_compress
 from compress.runtime.families import Family, head_size_of
 from compress.runtime.mixer import Mixer
-from compress.runtime.mlp_experts import MlpExperts
+from compress.runtime.mlps import PlannedMlp
 from compress.runtime.rope import carry_over, undo_refusal
 from compress.runtime.widths import Width, width_of
-from compress.targets.target import Target, load_mixers, targets_of
+from compress.targets.target import Target, load_runtime
 
 _GROUP: TypeAdapter[Target] = TypeAdapter(Group)
 
@@ -146,9 +146,10 @@ def mixers_of(model: Any) -> list[Mixer]:
 
 def own_weights(model: Any) -> list[torch.nn.Parameter]:
     """What a planned model has beside the weights of the dense one, or of its experts, and that learns: what its mixers
-    have of their own, and the routers of MLPs."""
+    have of their own, and what MLPs do."""
     of_mixers = [weight for mixer in mixers_of(model) if mixer.learns for weight in mixer.parameters()]
-    return of_mixers + [module.router for module in model.modules() if isinstance(module, MlpExperts)]
+    of_mlps = [module.own_parameters() for module in model.modules() if isinstance(module, PlannedMlp)]
+    return of_mixers + [weight for own in of_mlps for weight in own]
 
 
 def has_routers(model: Any) -> bool:
@@ -230,7 +231,7 @@ def with_runtime_plan(model: Any, plan: dict[str, Any], tensors: Mapping[str, to
     Args:
         tensors: all weights by name, where they are not those of `model`.
     """
-    load_mixers(targets_of(plan))
+    load_runtime(plan)
     family = family_of(model.config)
     config_class = getattr(modeling_compress, f"{family.planned}Config")
     model_class = getattr(modeling_compress, f"{family.planned}ForCausalLM")
@@ -363,7 +364,7 @@ def set_plan(planned: Any, plan: Plan) -> None:
         UserError: a target that has to be trained was not prepared.
     """
     before = set(mixers_of(planned))
-    load_mixers(targets_of(runtime_plan(plan)))
+    load_runtime(runtime_plan(plan))
     planned.set_plan(runtime_plan(plan))
     _fill_mixers(planned, plan, before)
 

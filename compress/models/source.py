@@ -24,7 +24,7 @@ from compress.models.weights import read_tensors
 from compress.plan import CHECKPOINT_PLAN, Plan, read_plan
 from compress.runtime import modeling_compress
 from compress.runtime.widths import Width
-from compress.targets.target import load_mixers, targets_of
+from compress.targets.target import load_runtime
 
 META = torch.device("meta")
 CARRIED = (PLAN, "compress_impl", "auto_map", "architectures", "transformers_version")
@@ -156,7 +156,7 @@ class ModelSource:
         """A checkpoint as it is meant to run; one with a plan on this project's own code, not on what it brings."""
         if not self.carries_plan:
             return self.dense(device, dtype)
-        load_mixers(targets_of(self.checkpoint[PLAN]))
+        load_runtime(self.checkpoint[PLAN])
         planned = family_of(self._stock_config()).planned
         return self._weights_in(getattr(modeling_compress, f"{planned}ForCausalLM"), device, dtype)
 

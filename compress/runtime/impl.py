@@ -1,4 +1,7 @@
-"""The implementations of attention over spans and pages, and which of them runs."""
+"""The implementations of attention over spans and pages, and which of them runs.
+
+What they do for one kind of heads alone is in the files of that kind, by the same names (`impl_linear.py`, ...).
+"""
 
 from __future__ import annotations
 
@@ -12,101 +15,32 @@ import torch
 from transformers.utils import logging
 
 from .flash import refusal as flash_refusal
-from .reference import decode, prefill, routed_prefill, store, store_one
-from .retain_reference import decode as retain_decode
-from .retain_reference import keep as retain_keep
-from .retain_reference import prefill as retain_prefill
-from .retain_training import prefill as retain_trained
+from .reference import decode, prefill, store, store_one
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Linear:
-    """What an implementation does for linear heads; `triton_linear_heads.py` documents the arguments.
-
-    `linear_states.py` and the maps are the specification, and the implementation where this does not take the heads.
-    """
-
-    takes: Callable[..., bool]
-    query_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    pass_features: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]
-    read_new: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    absorb: Callable[..., bool]
-    read_one: Callable[..., torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Router:
-    """How an implementation chooses units without gradients; `triton_router.py` documents the arguments.
-
-    `routers.py` is the specification, and the implementation where this does not take the router.
-    """
-
-    takes: Callable[..., bool]
-    route: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-
-@dataclass(frozen=True)
-class Retain:
-    """Attention over a window and a list of kept tokens; `retain_reference.py` documents the arguments.
-
-    Attributes:
-        scores: what a scorer says of tokens, as `triton_scorers.py` documents it, or None where it has no kernel.
-        keep: which tokens are kept by their scores.
-        take: how one token a sequence is judged and stored at once, as `triton_retain_step.py` documents it.
-        compact, append: how the tokens of a pass get into the lists, as `triton_retain.py` documents them; what
-            `compact` gives is an argument of `prefill`, too.
-        trained: `prefill` with gradients of what is kept; `retain_training.py` documents the arguments.
-
-    What is None is done by the scorers themselves and by `RetainState`.
-    """
-
-    prefill: Callable[..., torch.Tensor] = retain_prefill
-    decode: Callable[..., torch.Tensor] = retain_decode
-    keep: Callable[..., tuple[torch.Tensor, torch.Tensor]] = retain_keep
-    scores: Callable[..., torch.Tensor | None] | None = None
-    take: Callable[..., None] | None = None
-    compact: Callable[..., Any] | None = None
-    append: Callable[..., None] | None = None
-    trained: Callable[..., torch.Tensor] = retain_trained
-
-
-@dataclass(frozen=True)
 class Impl:
-    """One implementation of what a layer does; `reference.py` documents the arguments and is the specification.
+    """One implementation of what all layers do; `reference.py` documents the arguments and is the specification.
 
     Attributes:
-        linear: what it does for linear heads; None where they run in plain PyTorch.
-        router: how it chooses the units of routed heads; None where plain PyTorch does.
-        retain: what heads do that keep tokens beside a window.
+        name: what the tables of kinds of heads know it by, too.
     """
 
+    name: str
     prefill: Callable[..., torch.Tensor]
     decode: Callable[..., torch.Tensor]
     store: Callable[..., None]
     store_one: Callable[..., None]
-    routed_prefill: Callable[..., torch.Tensor]
-    linear: Linear | None = None
-    router: Router | None = None
-    retain: Retain = Retain()
 
 
-IMPLS = {"reference": Impl(prefill, decode, store, store_one, routed_prefill)}
+IMPLS = {"reference": Impl("reference", prefill, decode, store, store_one)}
+Refusal = Callable[[torch.device], str | None]  # why something does not run on a device; None when it does
 
 
 try:
-    from .linear_fla import FLA
-    from .linear_fla import refusal as fla_refusal
     from .triton_attention import FLASH, TRITON, refusal
-    from .triton_linear_heads import LINEAR
-    from .triton_retain import RETAIN
-    from .triton_retain_step import take
-    from .triton_retain_training import prefill as trained
-    from .triton_routed import routed_prefill as skipping
-    from .triton_router import ROUTER
-    from .triton_scorers import keep as keep_by_scan
-    from .triton_scorers import scores
 except ImportError as error:  # no Triton here
     _NO_TRITON = f"Triton cannot be imported ({error})"
 
@@ -114,15 +48,25 @@ except ImportError as error:  # no Triton here
         """Why the kernels do not run for this device, dtype and head size; None when they do."""
         return _NO_TRITON
 
-    def fla_refusal(device: torch.device) -> str | None:
-        """Why flash-linear-attention does not run on this device; None when it does."""
-        return _NO_TRITON
-
 else:
-    _RETAIN = Retain(*RETAIN[:2], keep_by_scan, scores, take, *RETAIN[2:], trained)
-    IMPLS["triton"] = Impl(*TRITON, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)
-    IMPLS["fla"] = Impl(*TRITON, skipping, Linear(*FLA), Router(*ROUTER), _RETAIN)
-    IMPLS["flash"] = Impl(*FLASH, skipping, Linear(*LINEAR), Router(*ROUTER), _RETAIN)
+    IMPLS |= {"triton": Impl("triton", *TRITON), "fla": Impl("fla", *TRITON), "flash": Impl("flash", *FLASH)}
+
+WITH_KERNELS = tuple(name for name in IMPLS if name != "reference")  # none where Triton is not there
+_NEEDS: dict[str, list[Refusal]] = {}  # by the name of an implementation
+
+
+def needs(name: str, wrong: Refusal) -> None:
+    """Let an implementation be refused where `wrong` says why: a kind of heads takes more there than Triton kernels.
+
+    The file of the kind says so, and so no checkpoint that has no such heads.
+    """
+    _NEEDS.setdefault(name, []).append(wrong)
+    explain_impl.cache_clear()
+
+
+def _lacking(name: str, device: torch.device) -> str | None:
+    """What a kind of heads lacks for an implementation; None where nothing."""
+    return next(filter(None, (wrong(device) for wrong in _NEEDS.get(name, ()))), None)
 
 
 def is_elsewhere(device: torch.device) -> bool:
@@ -164,7 +108,7 @@ def explain_impl(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
         else:
             taken, why = ("triton", four) if four is not None else ("flash", "flash-attn-4 is installed")
     else:
-        reason = {"reference": None, "triton": kernels, "fla": kernels or fla_refusal(device), "flash": four}[name]
+        reason = {"reference": None, "triton": kernels, "fla": kernels, "flash": four}[name] or _lacking(name, device)
         if reason is not None:
             raise ValueError(f"compress_impl: {name} was asked for, but {reason}; use auto or reference")
         taken, why = name, "as asked for"

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .impl import Linear, choose_impl
+from .impl import Impl, choose_impl
+from .impl_linear import LINEAR_IMPLS, Linear
 from .linear_layout import Layout, layouts, waiting
 from .linear_states import Rule, carry, chunk_states, own_chunk, passage, read, state_columns, wide
 from .maps import MAPS, FeatureMap
@@ -272,7 +273,7 @@ class LinearMixer(SpanMixer):
             if state is not None:
                 state.store_gates(self.gates_of(step), step.rows)
             return out
-        if self.shared and self._kernels(query, step) is not None:
+        if self.shared and self._kernels(choose_impl(step.impl, query)) is not None:
             out = self._run(query, key, value, state, step, merged=True, **options)[2]
         else:
             out = self.joined(self.parts(query, key, value, state, step, **options))
@@ -292,7 +293,7 @@ class LinearMixer(SpanMixer):
         """The heads' outputs `[B, H, T, V]` where other processes have the rest of the sequence (LASP-2, arXiv
         2502.07563): every segment says what its queries' windows leave to a state, all processes get that of all, and
         each starts from the state before its own segments."""
-        factor, kernels = self._scale(scale), self._kernels(query, step)
+        factor, kernels = self._scale(scale), self._kernels(choose_impl(step.impl, query))
         merged, gates = self.shared and kernels is not None, self.gates_of(step)
         views = shard.views(torch.cat([key, value], dim=-1), tuple(self.fixed))
         gated = [None] * len(views) if gates is None else [found for _, found in shard.views(gates, tuple(self.fixed))]
@@ -381,7 +382,7 @@ class LinearMixer(SpanMixer):
             options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
             out, lse = impl.prefill(query, key, value, spans, rows=rows, pages=pages, keep_lse=True, **options)
         gates, factor = self.gates_of(step), self._scale(scale)
-        kernels = self._kernels(query, step)
+        kernels = self._kernels(impl)
         if kernels is None:
             found, last = self._read_new(query, key, value, gates, state, rows, pages, factor)
         else:
@@ -405,9 +406,9 @@ class LinearMixer(SpanMixer):
         ends = {past + count for past, count in zip(rows.past, rows.count, strict=True)}
         return all(span.boundary(max(ends) - 1) <= span.sink for span in self.fixed)
 
-    def _kernels(self, query: torch.Tensor, step: Step) -> Linear | None:
+    def _kernels(self, impl: Impl) -> Linear | None:
         """What computes these heads' states beside plain PyTorch, if anything does."""
-        kernels = choose_impl(step.impl, query).linear
+        kernels = LINEAR_IMPLS.get(impl.name)
         trained = self.token_decay and torch.is_grad_enabled()
         if self.turns is not None:  # the kernels take keys as they are in the pages
             return None
@@ -452,7 +453,7 @@ class LinearMixer(SpanMixer):
         """As `Mixer.decode`."""
         assert step.lengths is not None
         impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
-        kernels = self._kernels(query, step)
+        kernels = self._kernels(impl)
         self._absorb(state, lengths, step, self._scale(scale), kernels)
         if step.gains is not None:
             state.advance(step.gains)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .impl import Impl, choose_impl
+from .impl import choose_impl
+from .impl_retain import RETAIN_IMPLS, Retain
 from .mixer import LayerFacts, Mixer, register
 from .retain_state import RetainState
 from .retain_training import Decisions
@@ -73,7 +74,7 @@ class RetainMixer(Mixer):
 
     def judge(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
         """What the scorer says of new tokens, `[B, G, T]` in float32, from their `[B, G, T, D]`."""
-        positions, fast = step.positions(key.device), choose_impl(step.impl, key).retain.scores
+        positions, fast = step.positions(key.device), RETAIN_IMPLS[choose_impl(step.impl, key).name].scores
         if fast is not None and (found := fast(self.scorer, step.hidden, key, value, positions)) is not None:
             return found
         absent = (positions < 0)[..., None]
@@ -98,18 +99,18 @@ class RetainMixer(Mixer):
         """Which new tokens are kept, bool `[B, G, T]`, and how many behind the sinks are then, `[B, G]` int32."""
         with torch.no_grad():
             found = self.judge(key, value, step)
-            kept, count = self.rule(found, state, step, choose_impl(step.impl, key))
+            kept, count = self.rule(found, state, step, RETAIN_IMPLS[choose_impl(step.impl, key).name])
             if state is None:
                 self._report(found, kept, step)
             return kept, count
 
     def rule(
-        self, found: torch.Tensor, state: RetainState | None, step: Step, impl: Impl
+        self, found: torch.Tensor, state: RetainState | None, step: Step, retain: Retain
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from what the scorer says, `[B, G, T]`."""
         device = found.device
         count = found.new_zeros(found.shape[:2], dtype=torch.int32) if state is None else state.tensors["count"]
-        return impl.retain.keep(found, step.positions(device), count, *self.rules(device))
+        return retain.keep(found, step.positions(device), count, *self.rules(device))
 
     def prefill(
         self,
@@ -124,6 +125,7 @@ class RetainMixer(Mixer):
     ) -> torch.Tensor:
         """As `Mixer.prefill`."""
         impl, rows = choose_impl(step.impl, query), step.rows
+        retain = RETAIN_IMPLS[impl.name]
         assert rows is not None
         if self.decisions is not None and state is None and torch.is_grad_enabled():
             return self._trained(self.decisions, query, key, value, step, scale, dropout)
@@ -136,12 +138,12 @@ class RetainMixer(Mixer):
             out = impl.prefill(query, key, value, self.windows, pages=pages, **options)
         else:
             listed = state.pages() if cached and state is not None else None
-            if state is not None and impl.retain.compact is not None:
-                lists = options["lists"] = impl.retain.compact(key, value, kept, self.windows, rows, listed)
+            if state is not None and retain.compact is not None:
+                lists = options["lists"] = retain.compact(key, value, kept, self.windows, rows, listed)
                 state.expect(lists.leaving)
-            out = impl.retain.prefill(query, key, value, kept, self.windows, pages=listed, **options)
+            out = retain.prefill(query, key, value, kept, self.windows, pages=listed, **options)
         if state is not None:
-            state.write(key, value, kept, rows, impl.store, lists, impl.retain.append)
+            state.write(key, value, kept, rows, impl.store, lists, retain.append)
             state.tensors["count"].copy_(count)
         return out.transpose(1, 2)
 
@@ -156,15 +158,15 @@ class RetainMixer(Mixer):
         dropout: float,
     ) -> torch.Tensor:
         """As `prefill` without a state, with gradients of what is kept."""
-        positions, impl = step.positions(key.device), choose_impl(step.impl, query)
+        positions, retain = step.positions(key.device), RETAIN_IMPLS[choose_impl(step.impl, query).name]
         found = self.judge(key, value, step)
-        kept = self.rule(found.detach(), None, step, impl)[0]
+        kept = self.rule(found.detach(), None, step, retain)[0]
         thresholds, sinks, _ = self.rules(key.device)
         fixed = (positions[:, None] < sinks[:, None]) | ~thresholds.isfinite()[:, None]
         taken, through = decisions.take(found, thresholds, kept, fixed)
         self._report(found, through, step)
         options: dict[str, Any] = {"scale": scale, "dropout": dropout, "scores": self.scores(step)}
-        out = impl.retain.trained(query, key, value, taken, self.windows, step.rows, hard=decisions.hard, **options)
+        out = retain.trained(query, key, value, taken, self.windows, step.rows, hard=decisions.hard, **options)
         return out.transpose(1, 2)
 
     def _report(self, found: torch.Tensor, kept: torch.Tensor, step: Step) -> None:
@@ -202,19 +204,20 @@ class RetainMixer(Mixer):
         """As `Mixer.decode`."""
         assert step.lengths is not None
         impl, lengths = choose_impl(step.impl, query), step.on("lengths", key.device)
-        if impl.retain.take is None:
+        retain = RETAIN_IMPLS[impl.name]
+        if retain.take is None:
             kept, count = self.kept(key, value, state, step)
             state.tensors["count"].copy_(count)
             state.leave(lengths, step.gains)
             state.store_one(key[:, :, 0], value[:, :, 0], kept[:, :, 0], lengths, impl.store_one)
         else:
             leaves = state.make_room(lengths, step.gains)
-            impl.retain.take(
+            retain.take(
                 self.scorer, step.hidden, key[:, :, 0], value[:, :, 0], lengths, state.tensors["count"],
                 self.rules(key.device), state.pages(), self.windows, leaves, partial(self.judge, key, value, step),
             )  # fmt: skip
         options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
-        out: torch.Tensor = impl.retain.decode(query[:, :, 0], state.pages(), lengths, self.windows, **options)
+        out: torch.Tensor = retain.decode(query[:, :, 0], state.pages(), lengths, self.windows, **options)
         return out[:, None]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from .impl import choose_impl
+from .impl_routed import ROUTED_IMPLS
 from .mixer import LayerFacts, register
 from .mixer_span import SpanMixer
 from .pages import PagedState
@@ -71,7 +73,9 @@ class RoutedMixer(SpanMixer):
             out = super().prefill(query, key, value, state, step, scale=scale, dropout=dropout)
             return self.gated(out, None if self.all_on else on, gates, left=self.left if trained else 0.0)
         inside = None if gates is None or gates.requires_grad else self.by_unit(gates)
-        out = self.prefill_active(self.by_unit(on), query, key, value, state, step, scale=scale, gates=inside)
+        impl = choose_impl(step.impl, query)
+        attend = partial(ROUTED_IMPLS[impl.name].prefill, active=self.by_unit(on), gates=inside)
+        out = self.prefill_by(attend, impl, query, key, value, state, step, scale=scale)
         return out if inside is not None else self.gated(out, None, gates)
 
     def decode(
@@ -97,7 +101,7 @@ class RoutedMixer(SpanMixer):
         hidden = step.hidden if self.needs_inputs else None
         given = (query, *([] if hidden is None else [hidden]), *self.router.parameters())
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        fast = choose_impl(step.impl, query).router
+        fast = ROUTED_IMPLS[choose_impl(step.impl, query).name].router
         if fast is not None and not trained and step.record is None and fast.takes(self.router):
             return fast.route(self.router, query, hidden)
         choice = self.choose(query, step)

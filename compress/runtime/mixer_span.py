@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from .impl import choose_impl
+from .impl import Impl, choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .pages import PagedState
 from .reference import Rows
@@ -74,7 +75,9 @@ class SpanMixer(Mixer):
         """As `Mixer.prefill`."""
         if step.shard is not None:
             return self._on_shard(query, key, value, step.shard, step, scale=scale, dropout=dropout)
-        return self.prefill_active(None, query, key, value, state, step, scale=scale, dropout=dropout)
+        impl = choose_impl(step.impl, query)
+        attend = partial(impl.prefill, dropout=dropout)
+        return self.prefill_by(attend, impl, query, key, value, state, step, scale=scale)
 
     def _on_shard(
         self,
@@ -107,9 +110,10 @@ class SpanMixer(Mixer):
         """As `Mixer.decode`."""
         return self.decode_active(None, query, key, value, state, step, scale=scale)
 
-    def prefill_active(
+    def prefill_by(
         self,
-        active: torch.Tensor | None,
+        attend: Callable[..., torch.Tensor],
+        impl: Impl,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -117,19 +121,12 @@ class SpanMixer(Mixer):
         step: Step,
         *,
         scale: float | None,
-        dropout: float = 0.0,
-        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`prefill` of the groups or heads that `active` `[B, G or H, T]` says are on (`reference.routed_prefill`),
-        times `gates` of the same shape; or of all."""
-        impl, rows, spans = choose_impl(step.impl, query), step.rows, self.spans(state, step)
+        """`prefill` by `attend`, which takes arguments of `reference.prefill`; `impl` stores the tokens."""
+        rows, spans = step.rows, self.spans(state, step)
         assert rows is not None and step.gains is not None
         pages = state.pages() if state is not None and any(rows.past) else None
-        options: dict[str, Any] = {"rows": rows, "pages": pages, "scale": scale, "scores": self.scores(step)}
-        if active is None:
-            out = impl.prefill(query, key, value, spans, dropout=dropout, **options)
-        else:
-            out = impl.routed_prefill(query, key, value, spans, active, gates=gates, **options)
+        out = attend(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=self.scores(step))
         if state is not None:
             state.advance(step.gains)
             impl.store(key, value, state.pages(), rows, spans, state.slack)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .mlps import PlannedMlp, register
 from .routers import highest
 from .step import Routing, Step
 
@@ -28,7 +29,7 @@ def router_logits(hidden: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         return functional.linear(hidden.to(dtype), router.to(dtype))
 
 
-class MlpExperts(nn.Module):
+class MlpExperts(PlannedMlp):
     """Experts that are each a layer's own MLP, on the rows (tokens) that chose them.
 
     The router's p = softmax(W x) chooses the `top` highest, of equal ones those with lower numbers. What a chosen
@@ -73,6 +74,10 @@ class MlpExperts(nn.Module):
     def reset_parameters(self) -> None:
         """A router without a preference; MLPs are reset by themselves."""
         nn.init.zeros_(self.router)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The router."""
+        return [self.router]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The weighted sum of what the chosen experts give for `[..., hidden size]`."""
@@ -147,15 +152,13 @@ def _is_captured() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def install_experts(layer: Any, attention: Any, plan: dict[str, Any], hidden_size: int, number: int) -> None:
-    """Give a decoder layer the MLP experts that its plan asks for (`mlp: {experts, top, weight}`), if any.
+@register("experts")
+def install(layer: Any, attention: Any, mlp: dict[str, Any], hidden_size: int, number: int) -> None:
+    """As `install_mlp`: the experts that a layer's plan asks for, `mlp: {experts, top, weight}`.
 
     They learn from the layer's attention, which runs before, which step they are in, since layers hand their MLP hidden
     states alone.
     """
-    mlp = plan.get("mlp") or {}
-    if "experts" not in mlp:
-        return
     layer.mlp = MlpExperts(layer.mlp, mlp["experts"], mlp["top"], mlp["weight"], hidden_size, number)
     attention.register_forward_pre_hook(partial(_leave_step, layer.mlp), with_kwargs=True)
 

@@ -1,7 +1,7 @@
 """Configurations and models that carry a plan: thin subclasses of transformers' own, one trio per architecture.
 
 Weights, projections, RoPE and norms are the stock model's. A checkpoint carries this file, the files it imports and
-those of its plan's mixers, which the exporter adds to the imports here; it loads with
+those of its plan's mixers and MLPs, which the exporter adds to the imports here; it loads with
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 
 A trio (`CompressLlamaConfig`, `CompressLlamaModel`, `CompressLlamaForCausalLM`) is made when one of its names is first
@@ -27,7 +27,7 @@ from .attention import NAME, install, refuse_arguments
 from .families import ROWS, Family, head_size_of
 from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
-from .mlp_experts import MlpExperts, install_experts
+from .mlps import PlannedMlp, install_mlp
 from .paged_cache import PagedCache, adopt, check_foreign
 from .ranks import Part, part_of
 from .rope import crosses, rope_change, steady, turns
@@ -98,7 +98,7 @@ class WholeLayers:
 
     def _init_weights(self, module: Any) -> None:
         """First values of a module that no file had values for, as the stock model's and the mixers' own."""
-        if isinstance(module, (Mixer, MlpExperts)):
+        if isinstance(module, (Mixer, PlannedMlp)):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -146,7 +146,7 @@ class PlanModel(WholeLayers):
             attention = self.compress_family.attention_of(layer)
             if not self.compress_family.hands_on:
                 hand_on(layer, attention)
-            install_experts(layer, attention, entry, config.hidden_size, number)
+            install_mlp(layer, attention, entry.get("mlp") or {}, config.hidden_size, number)
         self.compress_rope_change = rope_change(config)
         steady(self)  # type: ignore[arg-type]
         self.set_plan(config.compress_plan)

@@ -113,41 +113,6 @@ def prefill(
     return out if lse is None else (out, lse)
 
 
-def routed_prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    spans: Sequence[Span],
-    active: torch.Tensor,
-    *,
-    gates: torch.Tensor | None = None,
-    rows: Rows | None = None,
-    pages: Pages | None = None,
-    scale: float | None = None,
-    scores: Scores | None = None,
-) -> torch.Tensor:
-    """`prefill` of heads that are on for some tokens only; what a head that is off would give is zero.
-
-    Keys and values take part whether their own token has the group on or not. This computes everything and leaves
-    out what is off; a kernel skips it. There are no gradients: those of a router flow through the dense pass.
-
-    Args:
-        active: bool, `[B, G, T]` where a group is on or off as a whole, or `[B, H, T]` for single query heads. What it
-            says of a column that is no token means nothing.
-        gates: float32 at least, of the same shape, factors on the outputs; None for 1.
-        query, key, value, spans, rows, pages, scale, scores: as in `prefill`.
-
-    Returns:
-        `[B, H, T, D]` in query's dtype; exactly zero where a head is off, and where a column is no token.
-
-    Raises:
-        ValueError: `active` is neither by group nor by query head, or the gates are something else.
-    """
-    check_active(active, query.shape[1], len(spans), gates)
-    out = prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
-    return only_active(out, active, gates)
-
-
 def check_active(active: torch.Tensor, heads: int, groups: int, gates: torch.Tensor | None) -> None:
     """Raise ValueError unless `active` is bool `[B, G or H, ...]`, and `gates` are wide and of that shape."""
     if active.dtype != torch.bool or active.shape[1] not in (groups, heads):

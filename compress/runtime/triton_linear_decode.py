@@ -18,7 +18,8 @@ from .span import PAGE, Span
 from .triton_linear_features import KINDS, activate, root, sides
 from .triton_linear_layout import begin, fetch_ahead, limits, load_part, overlapped
 from .triton_span import first_key, load_rule, span_rules
-from .tuned import launches_overlap, linear_absorb_config, linear_decode_config
+from .tuned import launches_overlap
+from .tuned_linear import linear_absorb_config, linear_decode_config
 
 TF32 = tl.constexpr(-1 << 13)  # the bits of a float32 number that a matrix unit takes
 

@@ -37,7 +37,7 @@ from .triton_linear_layout import (
     with_decays,
 )
 from .triton_linear_states import Slots, sums_of_queries
-from .tuned import linear_config, linear_inside
+from .tuned_linear import linear_config, linear_inside
 
 
 @triton.jit

@@ -17,7 +17,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it attention runs in plain PyTorch") from error
 
 from .triton_linear_layout import begin, dot_wide, limits, load_part, overlapped, store_part
-from .tuned import linear_features_config
+from .tuned_linear import linear_features_config
 
 # Maps that kernels compute, by their names in `maps.MAPS`; those below TWO_SIDED have features of x and of -x.
 KINDS = {"hedgehog": 0, "hedgehog_exp": 1, "elu": 2, "relu": 3}

@@ -153,4 +153,4 @@ def absorb(
     return True
 
 
-LINEAR = (takes, query_features, pass_features, read_new, absorb, read_one)
+KERNELS = (takes, query_features, pass_features, read_new, absorb, read_one)

@@ -16,7 +16,8 @@ except ImportError as error:
 
 from .reference import Rows
 from .span import PAGE, kept_table
-from .tuned import launches_overlap, linear_config
+from .tuned import launches_overlap
+from .tuned_linear import linear_config
 
 SEGMENT = 2  # chunks, 1 or 2: half of them halve the products with keys, and double the bytes of states
 

@@ -27,7 +27,7 @@ from .triton_linear_layout import (
     strides,
     tile_rows,
 )
-from .tuned import linear_few, linear_scans
+from .tuned_linear import linear_few, linear_scans
 
 
 @triton.jit

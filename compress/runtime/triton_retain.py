@@ -22,7 +22,7 @@ from .span import PAGE, Span
 from .triton_decode import decode as paged_decode
 from .triton_prefill import Lists, forward
 from .triton_span import first_key, load_block, load_rule, load_run, span_rules, store_block
-from .tuned import flag_pages
+from .tuned_retain import flag_pages
 
 _MOST_KEYS = 128  # of a tile, as of `tuned.prefill_config`
 
@@ -353,4 +353,4 @@ def decode(
     return out
 
 
-RETAIN = (prefill, decode, compact, append)
+KERNELS = (prefill, decode, compact, append)

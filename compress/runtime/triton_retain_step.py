@@ -18,7 +18,8 @@ from .scorers import Scorer
 from .span import PAGE, Span
 from .triton_scorers import cap_at, linear_of, log_norm
 from .triton_span import first_key, load_block, load_rule, span_rules, store_block
-from .tuned import judge_config, launches_overlap
+from .tuned import launches_overlap
+from .tuned_retain import judge_config
 
 
 @triton.jit

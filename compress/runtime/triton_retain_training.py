@@ -24,7 +24,7 @@ from .span import Span
 from .triton_backward import backward, with_decisions, within_cap
 from .triton_prefill import NEVER, add_to_softmax
 from .triton_span import causal, columns_at, first_key, load_block, packed_rows, place, span_rules, store_block
-from .tuned import retain_training_config
+from .tuned_retain import retain_training_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

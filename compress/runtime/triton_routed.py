@@ -16,10 +16,10 @@ from .pages import Pages
 from .reference import Rows, check_active, only_active
 from .scores import KernelScores, Scores
 from .span import Span
-from .triton_attention import prefill
+from .triton_attention import prefill as whole_prefill
 from .triton_prefill import forward
 from .triton_span import load_run
-from .tuned import rows_block
+from .tuned_routed import rows_block
 
 SKIP_FROM = 2048  # tokens; below, the launches that list rows take longer than the arithmetic that they save
 
@@ -129,7 +129,7 @@ def rows_on(active: torch.Tensor, rows: torch.Tensor, heads: int, groups: int) -
     return listed, totals
 
 
-def routed_prefill(
+def prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -142,7 +142,7 @@ def routed_prefill(
     scale: float | None = None,
     scores: Scores | None = None,
 ) -> torch.Tensor:
-    """As `reference.routed_prefill`: rows that are off are left out of the tiles, so their arithmetic is saved.
+    """As `routed_reference.prefill`: rows that are off are left out of the tiles, so their arithmetic is saved.
 
     All query heads of a group that are on for a token lie next to each other in a tile, as in the dense kernel, and
     share its keys. Nothing is read back by the host. Short inputs compute everything, and so do scores that the
@@ -152,7 +152,7 @@ def routed_prefill(
     check_active(active, heads, len(spans), gates)
     form = KernelScores() if scores is None else scores.for_kernels
     if form is None or (query.is_cuda and columns < SKIP_FROM):
-        out = prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
+        out = whole_prefill(query, key, value, spans, rows=rows, pages=pages, scale=scale, scores=scores)
         return only_active(out, active, gates)
     rows = rows or Rows.whole(batch, columns)
     where = rows.tensor(query.device)

@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("the kernels need Triton; without it routers run in plain PyTorch") from error
 
 from .span import kept_table
-from .tuned import router_config
+from .tuned_routed import router_config
 
 if TYPE_CHECKING:
     from .routers import Router
@@ -225,4 +225,4 @@ def _routed(numbers: tuple[int, ...], units: int, device: torch.device) -> torch
     return kept_table([int(unit in numbers) for unit in range(units)], device)
 
 
-ROUTER = (takes, route)
+KERNELS = (takes, route)

@@ -21,7 +21,7 @@ from .scorer_value_norm import ValueNorm
 from .scorers import Scorer
 from .span import BETA_UNIT, kept_table
 from .triton_span import load_block
-from .tuned import keep_block, scorer_config
+from .tuned_retain import keep_block, scorer_config
 
 _UNIT = tl.constexpr(BETA_UNIT)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

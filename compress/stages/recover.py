@@ -70,7 +70,8 @@ def train_stage(session: Session, *names: str) -> list[Path]:
         for name in names:
             key, made, build = trainings[name]
             folders.append(session.run.path / Path(made).parent)
-            _train(session, settings, name, key, folders[-1], made, build)
+            own = settings.of_control if name == "control" else settings
+            _train(session, own, name, key, folders[-1], made, build)
             if name == "recover" and not session.helper:
                 _write_plan(session, plan, folders[-1])
     return folders

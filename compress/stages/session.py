@@ -236,7 +236,8 @@ class Session:
 
     def control_key(self) -> str:
         """All that the trained weights of the dense model depend on."""
-        return stage_key("control", self.fingerprint, *self._training(self.recipe.recover))
+        settings = self.recipe.recover
+        return stage_key("control", self.fingerprint, *self._training(settings and settings.of_control))
 
     def _training(self, settings: TrainSettings | None) -> list[Any]:
         if settings is None:

@@ -285,6 +285,26 @@ def targets_of(plan: dict[str, Any]) -> set[str]:
     return {group["target"] for layer in plan["layers"] for group in layer["groups"]}
 
 
+# The modules that put MLPs into layers (`runtime/mlps.py`), by the key of a layer's `mlp` that asks for one.
+MLPS = {"experts": "compress.runtime.mlp_experts"}
+
+
+def load_runtime(plan: dict[str, Any]) -> list[str]:
+    """Import what a plan needs of the runtime, which registers its mixers and MLPs; the names of the modules.
+
+    Args:
+        plan: as a model's configuration carries it.
+
+    Raises:
+        UserError: it has a target of which there is none.
+    """
+    asked = {key for layer in plan["layers"] for key in layer.get("mlp") or {}}
+    modules = sorted(module for key, module in MLPS.items() if key in asked)
+    for module in modules:
+        import_module(module)
+    return load_mixers(targets_of(plan)) + modules
+
+
 def load_mixers(names: Iterable[str]) -> list[str]:
     """Import the runtime of targets, which registers their mixers; the names of the modules.
 

@@ -237,7 +237,11 @@ class RecoverSettings(TrainSettings):
         "it, and gets of the others what its heads need; `length` divides into 2 x `context` parts of whole pages of "
         "64 tokens",
     )
-    control: bool = Field(False, description="also train the dense model on the same batches, as a comparison")
+    control: bool = Field(
+        False,
+        description="also train the dense model on the same batches, as a comparison; on the text where all losses are "
+        "distances to the dense model, which has none to itself",
+    )
     window_control: bool = Field(
         False,
         description="also train the plan without the states of its linear heads on the same batches, as a comparison: "
@@ -289,6 +293,18 @@ class RecoverSettings(TrainSettings):
     def controls(self) -> list[str]:
         """What is trained beside the plan, as a comparison: the dense model, and the plan without its states."""
         return ["control"] * self.control + ["windows"] * self.window_control
+
+    @property
+    def of_control(self) -> Self:
+        """The same for the dense model as a comparison, without what is of a plan's targets.
+
+        Its distance to itself is zero and moves nothing. Where nothing else is minimised it is trained on the text, so
+        that it shows what these tokens bring.
+        """
+        own = tuple(loss for loss in self.losses if not loss.of_mixers)
+        if all(loss.needs_teacher or loss.of_record or not loss.weight for loss in own):
+            return self.model_copy(update={"loss": "text", "objectives": ()})
+        return self if own == self.losses else self.model_copy(update={"objectives": own})
 
     def losses_of(self, *, routed: bool = False, keeps: bool = False) -> tuple[Objective, ...]:
         """What is minimised, and what is only recorded beside it (weight 0).

@@ -34,6 +34,35 @@ def test_a_checkpoint_has_the_runtime_as_it_stands(tmp_path: Path) -> None:
         assert text.startswith(here) if name == f"{MODELING}.py" else text == here
 
 
+# Of kinds of heads and MLPs, what the names of their files have in them.
+PARTS = ("aaren", "expert", "linear", "maps", "merge", "retain", "rout", "score_functions", "scorer")
+KINDS: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("full", {}, set()),
+    ("window", {}, set()),
+    ("pruned", {"kept": 10}, set()),
+    ("linear", {}, {"linear", "maps", "merge"}),
+    ("retain", {}, {"retain", "scorer"}),
+    ("routed", {}, {"rout"}),
+    ("score", {}, {"score_functions"}),
+    ("aaren", {}, {"aaren", "merge"}),
+    ("expert", {}, {"expert", "rout"}),
+    ("full", {"experts": 2, "top": 1, "weight": "one"}, {"expert", "rout"}),
+]
+
+
+@pytest.mark.parametrize(("target", "mlp", "parts"), KINDS)
+def test_a_checkpoint_carries_the_files_of_its_own_kinds(target: str, mlp: dict[str, Any], parts: set[str]) -> None:
+    files = runtime_files({"layers": [{"groups": [{"target": target}], "mlp": mlp}]})
+    assert {part for part in PARTS if any(part in name for name in files)} == parts
+    assert parts or len(files) < 30
+
+
+def test_a_plan_of_several_kinds_brings_the_files_of_each() -> None:
+    plans = [{"groups": [{"target": target}], "mlp": mlp} for target, mlp, _ in KINDS]
+    together = runtime_files({"layers": plans})
+    assert set(together) == set.union(*(set(runtime_files({"layers": [plan]})) for plan in plans))
+
+
 def test_the_modeling_file_names_every_other_file_itself(tmp_path: Path) -> None:
     """transformers up to 5.8 copies what the first file names, and no further."""
     files = runtime_files(PLAN)

@@ -17,7 +17,7 @@ from compress.models.shape import shape_of
 from compress.models.upcycle import average, check_configs, check_tokenizers, check_upcyclable, check_weights, upcycle
 from compress.models.upcycled import attach_upcycled
 from compress.plan import MlpRouting
-from compress.runtime import mixer_expert, mlp_experts
+from compress.runtime import mixer_expert, mlp_experts, mlps
 from compress.runtime.families import ROWS
 from compress.runtime.span import PAGE
 from compress.runtime.step import Record
@@ -262,6 +262,13 @@ def test_all_experts_on_few_rows_are_each_on_its_own() -> None:
     with torch.no_grad():
         found = mlp.everywhere(rows, *mlp.routed(rows)[1:])
         torch.testing.assert_close(found, mlp(rows))
+
+
+def test_an_mlp_that_the_runtime_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlps, "INSTALLERS", {})
+    mlps.install_mlp(None, None, {"kept": 3}, 6, 0)
+    with pytest.raises(ValueError, match="layer 4: this runtime has no MLP of experts, top"):
+        mlps.install_mlp(None, None, {"experts": 2, "top": 1}, 6, 4)
 
 
 def test_attention_of_the_base_leaves_one_attention(seed: Any, experts: dict[str, Any]) -> None:

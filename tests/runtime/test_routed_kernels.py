@@ -15,6 +15,7 @@ import compress.runtime.mixer_routed  # noqa: F401  (registers the mixer)
 from compress.runtime import triton_routed
 from compress.runtime.attention import plan_attention
 from compress.runtime.impl import IMPLS
+from compress.runtime.impl_routed import ROUTED_IMPLS
 from compress.runtime.mixer import Kinds, LayerFacts
 from compress.runtime.paged_cache import PagedCache
 from compress.runtime.pages import Pages
@@ -112,7 +113,7 @@ def test_prefill_computes_what_is_on_and_nothing_else(impl: str, units: int) -> 
         new_key[b, :, here], new_value[b, :, here] = key[b, :, past[b] : lengths[b]], value[b, :, past[b] : lengths[b]]
         poisoned[b, :, : start[b]] = poisoned[b, :, start[b] + count[b] :] = torch.nan
     pages = paged(key, value, list(past))
-    out = IMPLS[impl].routed_prefill(
+    out = ROUTED_IMPLS[impl].prefill(
         poisoned, new_key, new_value, RULES, active, gates=gates, rows=Rows(past, start, count), pages=pages
     )
     for b in range(2):
@@ -130,7 +131,7 @@ def test_prefill_with_everything_on_is_that_of_the_plain_kernel() -> None:
     query, (key, value) = torch.randn(1, HEADS, 41, DIM), torch.randn(2, 1, len(RULES), 41, DIM)
     scores = Scores(3.0, torch.randn(HEADS))
     active = torch.ones(1, HEADS, 41, dtype=torch.bool)
-    out = IMPLS["triton"].routed_prefill(query, key, value, RULES, active, scores=scores)
+    out = ROUTED_IMPLS["triton"].prefill(query, key, value, RULES, active, scores=scores)
     assert torch.equal(out, IMPLS["triton"].prefill(query, key, value, RULES, scores=scores))
     wanted = exact(query[0], key[0], value[0], torch.arange(41), scores)
     torch.testing.assert_close(out[0].double(), wanted, **CLOSE)
@@ -167,14 +168,14 @@ def test_decode_reads_no_key_of_a_group_that_is_off(impl: str, units: int) -> No
 def test_flags_of_another_number_of_units_are_refused(impl: str) -> None:
     query, (key, value) = torch.randn(1, HEADS, 3, DIM), torch.randn(2, 1, len(RULES), 3, DIM)
     with pytest.raises(ValueError, match=r"3 groups or 9 query heads, got torch\.bool of 4"):
-        IMPLS[impl].routed_prefill(query, key, value, RULES, torch.ones(1, 4, 3, dtype=torch.bool))
+        ROUTED_IMPLS[impl].prefill(query, key, value, RULES, torch.ones(1, 4, 3, dtype=torch.bool))
     pages = paged(key, value, [3])
     with pytest.raises(ValueError, match=r"got torch\.uint8 of 3"):
         flags = torch.ones(1, 3, dtype=torch.uint8)
         IMPLS[impl].decode(query[:, :, 0], pages, torch.tensor([3], dtype=torch.int32), RULES, active=flags)
     with pytest.raises(ValueError, match=r"float32 \[1, 3, 3\] as active, got torch\.float32 \[1, 9, 3\]"):
         active = torch.ones(1, 3, 3, dtype=torch.bool)
-        IMPLS[impl].routed_prefill(query, key, value, RULES, active, gates=torch.ones(1, 9, 3))
+        ROUTED_IMPLS[impl].prefill(query, key, value, RULES, active, gates=torch.ones(1, 9, 3))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_router_kernel_chooses_as_the_router(columns: int, fields: dict[str,
             weight.normal_()
     query, hidden = torch.randn(1, 5 * SHARE, columns, DIM), torch.randn(1, columns, 44)
     query[:, :, 1], hidden[:, 1] = 1.0, 0.0  # a token whose units are all alike
-    fast = IMPLS["triton"].router
+    fast = ROUTED_IMPLS["triton"].router
     assert fast is not None and fast.takes(router)
     on, gates = fast.route(router, query, hidden)
     wanted = router.double()(query.double(), hidden.double())

@@ -17,7 +17,10 @@ for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
 from compress.runtime.impl import IMPLS, explain_impl
-assert set(IMPLS) == {"reference"}, IMPLS
+from compress.runtime.impl_linear import LINEAR_IMPLS
+from compress.runtime.impl_retain import RETAIN_IMPLS
+from compress.runtime.impl_routed import ROUTED_IMPLS
+assert set(IMPLS) == set(RETAIN_IMPLS) == set(ROUTED_IMPLS) == {"reference"} and not LINEAR_IMPLS, IMPLS
 print(explain_impl("auto", torch.device("cuda"), torch.bfloat16, 128))
 try:
     explain_impl("triton", torch.device("cuda"), torch.bfloat16, 128)

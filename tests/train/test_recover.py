@@ -191,6 +191,27 @@ def test_the_control_sees_the_same_batches(tmp_path: Path) -> None:
     assert compressed.before != control.before
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"loss": "distill"}, ["text"]),  # of the dense model to itself, which is zero
+        ({"objectives": [{"name": "distill"}, {"name": "text", "weight": 0}, {"name": "balance"}]}, ["text"]),
+        ({"loss": "both"}, ["text", "distill"]),
+        ({"objectives": [{"name": "text"}, {"name": "side", "loss_name": "L"}]}, ["text"]),
+        ({"objectives": [{"name": "distill"}, {"name": "text"}, {"name": "balance"}]}, ["distill", "text"]),
+    ],
+)
+def test_the_control_is_trained_on_what_teaches_a_dense_model(given: dict[str, Any], found: list[str]) -> None:
+    assert [loss.registered for loss in settings(**given).of_control.losses_of() if loss.weight] == found
+
+
+def test_the_dense_model_has_no_distance_to_itself_to_learn_from(tmp_path: Path) -> None:
+    asked = settings(loss="distill", steps=1)
+    _, itself = trained(tmp_path / "itself", model_of(), teacher=model_of(), **asked.model_dump())
+    _, control = trained(tmp_path / "control", model_of(), **asked.of_control.model_dump())
+    assert abs(itself.first_loss) < 1e-6 and control.first_loss > 1
+
+
 def test_the_same_call_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     first, second = trained(tmp_path / "a", dropout=0.1)[1], trained(tmp_path / "b", dropout=0.1)[1]
     other = recover(pruned_model(), settings(dropout=0.1), text(), tmp_path / "c", seed=4)

@@ -39,6 +39,7 @@ class Objective(Method):
         repeats: likewise, whether it is of scorers (`runtime.scorers`), on texts that the dense model repeats.
         of_routers: whether it is a loss of what routers did in a whole model; a model without any goes without it.
         of_keeping: likewise, of which tokens heads kept.
+        of_mixers: whether it is of what targets of a plan report; the dense model goes without it.
         unit: of the loss a term.
     """
 
@@ -53,6 +54,7 @@ class Objective(Method):
     repeats: ClassVar[bool] = False
     of_routers: ClassVar[bool] = False
     of_keeping: ClassVar[bool] = False
+    of_mixers: ClassVar[bool] = False
     unit: ClassVar[str] = "nats a token"
 
     @property

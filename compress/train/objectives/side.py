@@ -17,6 +17,7 @@ class Side(Objective):
 
     loss_name: str = Field(min_length=1, description="name under which the mixers report it")
 
+    of_mixers: ClassVar[bool] = True
     unit: ClassVar[str] = "the mixers' own, summed over layers"
 
     def loss(self, student: Any, teacher: Any, inputs: Inputs) -> torch.Tensor:
