@@ -18,6 +18,9 @@ from torch.utils import collect_env
 
 from tests import interpreter, processes
 
+# Until all is imported (see below): little of that becomes garbage, and to look for it takes a quarter of the time.
+gc.disable()
+
 # Kernels run in Triton's interpreter where there is no GPU. Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -51,6 +54,14 @@ def fresh() -> Iterator[Callable[..., Any]]:
 def hastened_interpreter() -> None:
     """Kernels run as they do, without what the interpreter computes for nobody."""
     interpreter.hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disk_not_waited_for() -> Iterator[None]:
+    """Nothing is flushed to the disk, which takes some of them longer than the tests: it is for power cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,6 +108,24 @@ def fresh_where_marked(
         monkeypatch.setattr("compress.export.verify.run_fresh", fresh)
 
 
+@pytest.fixture
+def traced() -> Iterator[Callable[..., Any]]:
+    """What `torch.compile` takes as a backend that runs what was traced; something has to be by the end of the test.
+
+    A process compiles a function eight times and then never again, without a word: what others compiled is forgotten.
+    """
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    yield backend
+    assert graphs
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True)
 def no_accelerator_left() -> Iterator[None]:
     """accelerate keeps the precision of a process's first trainer for all later ones."""
@@ -105,13 +134,34 @@ def no_accelerator_left() -> Iterator[None]:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def pytest_collection_finish() -> None:
-    """Leave all that is imported out of garbage collections, of which the code asks for some and Python makes many.
+class Imported:
+    """Leaves all that is imported out of garbage collections, of which the code asks for some and Python makes many.
 
-    The libraries hold a million objects that stay to the end; to look at them takes a third of a second each time.
+    The libraries hold a million objects that stay to the end; to look at them takes a third of a second each time. Some
+    of them are imported by the test that needs them first.
     """
-    gc.collect()
-    gc.freeze()
+
+    modules = 0
+
+    @classmethod
+    def freeze(cls) -> None:
+        """Where a library has come since the last time."""
+        if len(sys.modules) > cls.modules + 30:
+            gc.collect()
+            gc.freeze()
+            cls.modules = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    """All files of tests are imported, and what they import."""
+    gc.enable()
+    Imported.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Tests before this one may have imported more."""
+    Imported.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -126,10 +176,13 @@ def _roomy() -> Callable[[Callable[[], Any]], Any]:
     Triton's interpreter whose frames lie across a border does that at every call, 2 million times in one test and for
     a third of its time. Behind a frame that is larger than a piece, one is taken that is large enough for what follows.
     """
-    names = " = ".join(f"name{number}" for number in range(1 << 16))
-    space: dict[str, Any] = {}
-    exec(f"def roomy(call):\n    if call is None:\n        {names} = None\n    return call()\n", space)
-    return space["roomy"]
+
+    def roomy(call: Callable[[], Any]) -> Any:
+        return call()
+
+    # Of nothing but room: the places of its code are few, which compilers and tracebacks look up in every frame.
+    roomy.__code__ = roomy.__code__.replace(co_stacksize=1 << 16)
+    return roomy
 
 
 ROOMY = _roomy()

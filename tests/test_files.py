@@ -27,6 +27,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(f"flush {os.readlink(f'/proc/self/fd/{handle}')}"))
+    monkeypatch.setattr(os, "replace", lambda beside, path: done.append(f"rename {beside}"))
+    write_text(tmp_path / "plan.json", "new")
+    part = tmp_path / f".plan.json.{os.getpid()}.part"
+    assert done == [f"flush {part}", f"rename {part}", f"flush {tmp_path}"]
+
+
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_an_interrupt_while_writing_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-6
+# What is of rounding alone: hashes, and by how much two ways to one number differ.
+ROUNDING = {"bits", "logit_difference"}
 
 
 def differences(expected: Any, found: Any, *, exact: bool, where: str = "") -> Iterator[str]:
     """One line for every value that differs, with its place.
 
     Args:
-        exact: hashes are compared, and numbers to the last bit; otherwise hashes are left out and numbers that are no
-            integers may differ by rounding.
+        exact: hashes are compared, and numbers to the last bit; otherwise `ROUNDING` is left out and numbers that are
+            no integers may differ by rounding.
     """
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in sorted({*expected, *found}):
-            if key == "bits" and not exact:
+            if key in ROUNDING and not exact:
                 continue
             here = f"{where}/{key}"
             if key not in expected or key not in found:

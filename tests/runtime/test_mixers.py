@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -168,7 +168,7 @@ def test_it_learns_and_is_checkpointed_to_the_same_gradients(model: Any) -> None
     assert bool(grads[0].abs().sum() > 0)
 
 
-def test_it_compiles_and_generates_with_a_cache_as_without(model: Any) -> None:
+def test_it_compiles_and_generates_with_a_cache_as_without(model: Any, traced: Callable[..., Any]) -> None:
     ids = random_ids(2, 40)
     arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones(2, 40)}
     expected = model.generate(ids, use_cache=False, **arguments)
@@ -177,7 +177,7 @@ def test_it_compiles_and_generates_with_a_cache_as_without(model: Any) -> None:
     short = copy.deepcopy(model)
     short.model.layers, short.config.num_hidden_layers = short.model.layers[:1], 1
     short.set_plan({"layers": short.config.compress_plan["layers"][:1]})
-    compiled = torch.compile(short, backend="eager")
+    compiled = torch.compile(short, backend=traced)
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(short, ids), **CLOSE)
 
 

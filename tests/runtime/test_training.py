@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +135,13 @@ def test_wrapped_for_several_processes(model: Any, checkpointed: bool, one_proce
         torch.testing.assert_close(wrapped(IDS).logits, model(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_training_gives_the_same_gradients() -> None:
+def test_compiled_training_gives_the_same_gradients(traced: Callable[..., Any]) -> None:
     dense = tiny_model("llama-gqa")
     dense.model.layers, dense.config.num_hidden_layers = dense.model.layers[:1], 1  # tracing takes its time
     model = planned_model(dense, mixed_plan(shape_of(dense))).train()
     expected = plain(model)
     model.gradient_checkpointing_enable()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=traced)
     compiled(IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(slopes(model), expected, rtol=1e-4, atol=1e-6)
     model.eval()

@@ -68,7 +68,7 @@ def test_a_compiler_that_fails_stops_nothing(
     for backend in (broken, backward_alone):
         monkeypatch.setattr(compiled, "BACKEND", backend)
         weights = distilled(tmp_path / backend.__name__, [], compile=True)
-        assert torch.equal(weights, plain)
+        torch.testing.assert_close(weights, plain, rtol=1e-3, atol=1e-4)
     assert len(told) == 2 and all("no C compiler here" in line for line in told)
 
 

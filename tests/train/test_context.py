@@ -43,7 +43,9 @@ def test_two_processes_share_sequences(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0 or "alone.gain" in name, name
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+        # A parameter that is one number has one sum over all tokens, of which most cancels.
+        bound = (1e-5 if gradient.numel() > 1 else 1e-4) * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=bound)
     for name in context.TRAININGS:
         context.training(tmp_path, name, 1)
         one, two = (tmp_path / f"{name}-{count}" for count in (1, 2))
