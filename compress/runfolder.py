@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from compress.errors import UserError
+from compress.errors import Problem, UserError
 from compress.files import PART, key_of, open_own, refusal, remove, sweep, write_json, write_text
 from compress.json_file import JsonError, append_entry, parse_json
 
@@ -226,6 +226,57 @@ class RunFolder:
                     file.truncate(0)
 
 
+def check_output(path: Path) -> None:
+    """Raise UserError where no run folder can be: at or below a file, or where nothing can be written."""
+    if "\0" in str(path):
+        raise UserError("the path contains a NUL character", where=repr(str(path)), fix="change `output:`")
+    try:
+        there = next((part for part in (path, *path.parents) if part.exists()), Path())
+        if not there.is_dir():
+            raise UserError(
+                "the output is a file" if there == path else "the output is below a file",
+                where=str(path),
+                expected="a folder",
+                found=f"{there}, a file",
+                fix="change `output:`",
+            )
+        _entries(path)
+    except OSError as error:
+        raise refusal("the output folder cannot be read", path, error) from error
+    if not os.access(there, os.W_OK):
+        raise UserError("the output folder cannot be written", where=str(there), fix="check its rights")
+
+
+def occupied(path: Path, model: str) -> Problem | None:
+    """What a folder holds that only `--overwrite` may join or replace: anything but a run, or one of another model."""
+    entries, (is_run, before) = _entries(path), _run_in(path)
+    if entries and not is_run:
+        return Problem(
+            "the output folder already holds something",
+            where=str(path),
+            expected="no folder, an empty one, or an earlier run to go on with",
+            found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
+            fix="change `output:` in the recipe, or pass --overwrite to write there anyway",
+        )
+    begun = not OPENING.issuperset(entries) or RunFolder(path).stages()
+    if is_run and before != model and begun:
+        return Problem(
+            "the output folder already holds a run of another model",
+            where=str(path),
+            expected=model,
+            found=before or "a run whose recipe cannot be read",
+            fix="change `output:` in the recipe, or pass --overwrite to replace that run",
+        )
+    return None
+
+
+def _run_in(path: Path) -> tuple[bool, str | None]:
+    """Whether a folder holds a run, and of which model, as far as that can be read."""
+    entries, model = _entries(path), _model_of(path)
+    is_run = STAGES in entries or (model is not None and OPENING.issuperset(entries))
+    return is_run, model if is_run else None
+
+
 @contextlib.contextmanager
 def open_run(
     path: Path, *, model: str, text: str, resolved: str, overwrite: bool = False, fresh: bool = False
@@ -246,40 +297,16 @@ def open_run(
         UserError: the path is a file, cannot be written, is held by another process, or holds something that is no
             run of this model.
     """
-    if "\0" in str(path):
-        raise UserError("the path contains a NUL character", where=repr(str(path)), fix="change `output:`")
-    try:
-        if path.exists() and not path.is_dir():
-            raise UserError("the output is a file", where=str(path), expected="a folder", fix="change `output:`")
-        entries = _entries(path)
-    except OSError as error:
-        raise refusal("the output folder cannot be read", path, error) from error
-    is_run = STAGES in entries or (_model_of(path) is not None and OPENING.issuperset(entries))
-    before = _model_of(path) if is_run else None
-    empty = OPENING.issuperset(entries) and not RunFolder(path).stages()
-    if entries and not is_run and not overwrite:
-        raise UserError(
-            "the output folder already holds something",
-            where=str(path),
-            expected="no folder, an empty one, or an earlier run to go on with",
-            found=", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else ""),
-            fix="change `output:` in the recipe, or pass --overwrite to write there anyway",
-        )
-    if is_run and before != model and not overwrite and not empty:
-        raise UserError(
-            "the output folder already holds a run of another model",
-            where=str(path),
-            expected=model,
-            found=before or "a run whose recipe cannot be read",
-            fix="change `output:` in the recipe, or pass --overwrite to replace that run",
-        )
+    check_output(path)
+    found, is_run, before = _entries(path), *_run_in(path)
+    problem = None if overwrite else occupied(path, model)
+    if problem is not None:
+        raise UserError([problem])
     made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise refusal("the output folder cannot be made", path, error) from error
-    if not os.access(path, os.W_OK):
-        raise UserError("the output folder cannot be written", where=str(path), fix="check its rights")
     run = RunFolder(path)
     with run.locked():
         sweep(path, held=True)
@@ -290,7 +317,7 @@ def open_run(
         write_json(path / MODEL, {"model": model})
         write_text(path / "recipe.yaml", text)
         write_text(path / "recipe.resolved.yaml", resolved)
-        if STAGES not in entries:
+        if STAGES not in found:
             run.forget()
         try:
             yield run

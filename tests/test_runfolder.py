@@ -106,7 +106,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(UserError, match="is a file"), open_run(tmp_path / "x", **RUN):
         pass
-    with pytest.raises(UserError, match="cannot be made"), open_run(tmp_path / "x" / "y", **RUN):
+    with pytest.raises(UserError, match="below a file"), open_run(tmp_path / "x" / "y", **RUN):
         pass
 
 

@@ -37,6 +37,7 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     from compress.data.sampled import check_time
     from compress.models.placement import first_device
     from compress.recipe.defaults import Situation  # imports torch, as reading the recipe has
+    from compress.runfolder import occupied
     from compress.stages.check import check_run, uses_of
     from compress.stages.device import resolve_device
     from compress.stages.estimate import memory, seconds
@@ -68,6 +69,8 @@ def validate(recipe: RecipeFile, settings: Settings = None, as_json: AsJson = Fa
     typer.echo("text     " + ", ".join(f"{part.replace('_', ' ')} {count:,} tokens" for part, count in tokens.items()))
     state = "goes on in" if (output / "stages.json").is_file() else "makes"
     typer.echo(f"writes   {state} {output}/ with {', '.join(_parts(loaded))}")
+    if (problem := occupied(output, loaded.model)) is not None:
+        typer.echo(f"         with --overwrite alone: {problem.what} ({problem.found})")
     say(f"the recipe is valid; start with: compress run {loaded.words}")
 
 

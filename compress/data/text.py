@@ -189,6 +189,10 @@ class FileText(StoredText):
                 expected, with its number.
         """
         path = Path(self.path).expanduser()
+        if path.is_dir():
+            raise UserError(
+                "this is a folder, not a text file", where=self.path, expected="a .txt or .jsonl file in it"
+            )
         if path.suffix not in (".txt", ".jsonl"):
             raise UserError("this kind of text file is not supported", where=self.path, expected="*.txt or *.jsonl")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from compress.data.prompt import Task
@@ -15,6 +16,7 @@ from compress.models.load import CheckedModel, check_model
 from compress.models.upcycle import check_configs, check_tokenizers, check_upcyclable
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe, UpcycleSection
+from compress.runfolder import check_output
 from compress.search.preview import check_prepare, check_search, untrainable
 from compress.stages.device import resolve_device
 from compress.stages.inputs import input_name
@@ -61,6 +63,7 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         except UserError as error:
             problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
 
+    noted("output", lambda: check_output(Path(recipe.output).expanduser()))
     lengths, section = {task.length for task in recipe.calibration.documents}, recipe.search
     measured, prepare = recipe.profile.statistics, recipe.prepare
     if recipe.upcycle is None:

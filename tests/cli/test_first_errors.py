@@ -77,6 +77,14 @@ def test_what_is_set_is_told_by_its_option_to_the_last_part(tmp_path: Path) -> N
     assert error.startswith("--set search.solver: unknown solver `mao`") and "statistics" not in error
 
 
+def test_an_output_that_a_run_would_refuse_is_told_by_validate(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    assert f"{recipe}: output: {recipe}: the output is a file" in told("validate", recipe, "--set", f"output={recipe}")
+    assert "below a file" in told("validate", recipe, "--set", f"output={recipe}/run")
+    taken = call("validate", recipe, "--set", f"output={tmp_path}")
+    assert taken.exit_code == 0 and "with --overwrite alone: the output folder already holds" in taken.stdout
+
+
 def test_no_model(tmp_path: Path) -> None:
     assert "demo/smollm2-135m" in told("eval", "demo/smolm2", "--perplexity", 64)
     assert "check the path" in told("eval", tmp_path / "nowhere", "--perplexity", 64)
