@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
+@cache
 def installed(package: str) -> str | None:
-    """Version of an installed package, None without it."""
+    """Version of an installed package, None without it; looked up once in a process, for that reads a file."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,7 +10,7 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     d        all but the fiftieth that retrieves most
     window   row a without its states, trained on the same tokens
     c-window row c without its states, trained on the same tokens
-    dense    the dense model, trained on the same tokens
+    dense    the dense model, trained on the text of the same tokens
     lolcats  recipes/smollm2-lolcats.yaml
     undo     row a with features of queries and keys before RoPE, so that no position is new to them
     delta    row a with the gated delta rule

@@ -33,8 +33,10 @@ meets. Rows:
     refined        the refined windows of profiles/smollm2-135m/8k, where they have these bytes
     uniform        one window in all head groups
     recovered      `ridge` by one threshold, not fitted to the ends of texts, with its decisions trained together with
-                   low-rank updates of the weights on what the dense model says, at `--recover-shares`; trained-dense:
-                   the dense model, trained on the same tokens; both run only where they are named
+                   low-rank updates of the weights on what the dense model says, at `--recover-shares`
+    searched-trained
+                   the plans of `searched`, trained likewise, in its folder: it goes on with a `searched` that is done
+    trained-dense  the dense model, trained on the text of the same tokens. These three run only where they are named
 
 Texts, what is measured and what scorers are trained on differ from seed to seed. What rows of a seed have in common
 (the trained scorers, the texts) is made once, in FOLDER/base-SEED; FOLDER/prompts.SEED.json has the texts for other
@@ -651,15 +653,35 @@ def searched_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]
 def recovered_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
     """One threshold, whose decisions and the weights are trained together on what the dense model says."""
     for share in map(float, options.recover_shares.split(",")):
-        name = f"recovered-{share:g}"
-        with rows.session_of(options, name, options.seed, recover_recipe(options, share)) as session:
-            plan = found_plan(session, loaded, f"ridge, trained, at {share:g}%")
-            if plan is None:
-                continue
-            (weights,) = train_stage(session, "recover")
-        model = load_trained(planned_model(loaded.model, trained_plan(plan, weights)), weights)
         name = f"ridge, window {options.window}, not the last tokens, trained"
-        yield measure(name, share, model, asked, dense_bytes(loaded.shape, loaded.model))
+        recipe = recover_recipe(options, share)
+        yield from trained_cells(options, loaded, asked, share, recipe, f"recovered-{share:g}", name)
+
+
+def searched_trained_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
+    """The row `searched`, trained in the same way; with `searched` done before in the folder it goes on from there."""
+    for share in shares_of(options):
+        recipe = searched_recipe(options, share) | {"recover": training(options)}
+        yield from trained_cells(options, loaded, asked, share, recipe, "searched", "searched, trained")
+
+
+def trained_cells(
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    asked: Asked,
+    share: float,
+    recipe: dict[str, Any],
+    folder: str,
+    name: str,
+) -> Iterator[dict[str, Any]]:
+    """A recipe's plan at one share, trained; nothing where it finds none."""
+    with rows.session_of(options, folder, options.seed, recipe) as session:
+        plan = found_plan(session, loaded, f"{name}, at {share:g}%")
+        if plan is None:
+            return
+        (weights,) = train_stage(session, "recover")
+    model = load_trained(planned_model(loaded.model, trained_plan(plan, weights)), weights)
+    yield measure(name, share, model, asked, dense_bytes(loaded.shape, loaded.model))
 
 
 def trained_dense_row(options: argparse.Namespace, loaded: LoadedModel, asked: Asked) -> Iterator[dict[str, Any]]:
@@ -680,17 +702,21 @@ def recover_recipe(options: argparse.Namespace, share: float) -> dict[str, Any]:
     target = {"target": "retain", "scorer": "ridge", "alpha": options.window}
     budget = {"kv": share / 100, "lengths": [options.length - ROOM]}
     recipe["search"] = {"solver": {"name": "shares", "same": "threshold", "target": target}, "budget": budget}
-    length = min(options.recover_length, options.length)
-    recipe["recover"] = {
+    recipe["recover"] = training(options)
+    return recipe
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    """How decisions and weights are trained, as `recover:` of a recipe."""
+    return {
         "train": "lora",
         "loss": "distill",
         "mixer_rate": 1e-3,
-        "text": recipe["prepare"]["text"],
-        "length": length,
+        "text": {"source": "undivided", "path": str(training_text(options))},
+        "length": min(options.recover_length, options.length),
         "batch_size": 4 if not options.quick else 1,
         "tokens": options.recover_tokens,
     }
-    return recipe
 
 
 def oracle_row(
@@ -811,9 +837,11 @@ ROWS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "refined": refined_row,
     "uniform": uniform_row,
     "recovered": recovered_row,
+    "searched-trained": searched_trained_row,
     "trained-dense": trained_dense_row,
 }
-UNTRAINED = [name for name in ROWS if name not in (*CHANGED, "recovered", "trained-dense")]  # rows where none are named
+TRAINED = ("recovered", "searched-trained", "trained-dense")
+UNTRAINED = [name for name in ROWS if name not in (*CHANGED, *TRAINED)]  # rows where none are named
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """Offline, seeded and quiet, before anything imports transformers."""
 
+import functools
 import gc
 import os
 import sys
@@ -15,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import pytest
 import torch
 from torch.utils import collect_env
+from typer import testing
 
 from tests import interpreter, processes
 
@@ -36,7 +38,10 @@ LOOKING = ("tests/plots/", "tests/report/")  # rooms of tests that look at figur
 def seeded() -> None:
     """Every test starts from the same random state, on one thread: tiny tensors lose by more."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    # `torch.manual_seed` keeps three tracebacks for accelerators that may come, of a millisecond each, with every call.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,6 +86,14 @@ def sketches() -> Iterator[Callable[..., bytes]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, "rendered", rendered)
         yield usual
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once() -> Iterator[None]:
+    """Typer makes all commands anew from their functions whenever it runs one, as a process of the tool does once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", functools.cache(vars(testing)["_get_command"]))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,6 +48,32 @@ def zygote() -> socket.socket | None:
     return ours if ours.recv(1) else None
 
 
+# What a process that runs the toolkit imports, a half of what a short training takes.
+TOOLKIT = "compress.cli.app compress.evaluate.compare compress.export.export compress.train.recovery tests.train.common"
+
+
+@functools.cache
+def toolkit() -> socket.socket | None:
+    """The way to ask a fork of the zygote that has imported the toolkit, too; as `zygote` where that is not safe."""
+    parent = zygote()
+    if parent is None:
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    here = {"arguments": [""], "folder": str(ROOT), "environment": dict(os.environ), "path": [str(ROOT)]}
+    running = Forked(parent, {"run": ("zygote", TOOLKIT), **here}, theirs)
+    theirs.close()
+    if not ours.recv(1):
+        print(running.done(30).stderr, file=sys.stderr)
+        return parent
+
+    def end() -> None:  # before that of `zygote`, which waits for it
+        ours.close()
+        running.stdout.close()
+
+    atexit.register(end)
+    return ours
+
+
 class Fresh:
     """A running process of its own, with the face of `Forked`."""
 
@@ -74,10 +100,11 @@ class Fresh:
 class Forked:
     """A running child of the zygote: `pid`, and what it prints, `stdout`."""
 
-    def __init__(self, zygote: socket.socket, order: dict[str, Any]) -> None:
+    def __init__(self, zygote: socket.socket, order: dict[str, Any], *more: socket.socket) -> None:
         self._words = order["arguments"]
         pipes = [os.pipe() for _ in range(3)]
-        socket.send_fds(zygote, [json.dumps(order).encode() + b"\n"], [write for _, write in pipes])
+        given = [*(write for _, write in pipes), *(each.fileno() for each in more)]
+        socket.send_fds(zygote, [json.dumps(order).encode() + b"\n"], given)
         for _, write in pipes:
             os.close(write)
         self.stdout, self._stderr, self._status = (os.fdopen(read, encoding="utf-8") for read, _ in pipes)
@@ -105,17 +132,25 @@ class Forked:
 Process = Forked | Fresh
 
 
-def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Process:
+def start(
+    what: str,
+    name: str,
+    *arguments: object,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    parent: Callable[[], socket.socket | None] | None = None,
+) -> Process:
     """Start `python -m NAME` (where `what` is module), `python -c NAME` (code) or `python -P NAME` (file).
 
-    `cwd` is the folder that it runs in, `env` its environment; None stands for this process's.
+    `cwd` is the folder that it runs in, `env` its environment; None stands for this process's. `parent` is whom to ask
+    for it: `zygote`, or `toolkit` for what imports the toolkit anyway.
     """
     environment = dict(os.environ) if env is None else env
     local = [] if what == "file" else [str(cwd)]
     path = [*local, *(entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry)]
     words = ["-c" if what == "code" else name, *map(str, arguments)]
-    parent = zygote()
-    if parent is None:
+    asked = (parent or zygote)()
+    if asked is None:
         flags = {"code": ["-c"], "module": ["-m"], "file": ["-P"]}[what]
         command = [sys.executable, *flags, name, *map(str, arguments)]
         return Fresh(command, cwd, {**environment, "PYTHONPATH": os.pathsep.join(path)})
@@ -126,7 +161,7 @@ def start(what: str, name: str, *arguments: object, cwd: Path = ROOT, env: dict[
         "environment": environment,
         "path": path,
     }
-    return Forked(parent, order)
+    return Forked(asked, order)
 
 
 def run(
@@ -147,7 +182,7 @@ def spawn(function: Callable[..., None], arguments: tuple[object, ...], nprocs: 
     Arguments are written as Python writes them, so they are strings, numbers and the like.
     """
     call = f"from {function.__module__} import {function.__name__} as call; call({{}}, *{arguments!r})"
-    children = [start("code", call.format(rank)) for rank in range(nprocs)]
+    children = [start("code", call.format(rank), parent=toolkit) for rank in range(nprocs)]
     ended = [child.done(240) for child in children]
     assert not any(child.returncode for child in ended), "\n".join(child.stderr for child in ended)
 
@@ -159,7 +194,9 @@ def launch(name: str, *arguments: object, count: int, timeout: float = 240) -> l
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    children = [start("module", name, *arguments, env={**os.environ, **place, **rank}) for rank in ranks]
+    children = [
+        start("module", name, *arguments, env={**os.environ, **place, **rank}, parent=toolkit) for rank in ranks
+    ]
     return [child.done(timeout) for child in children]
 
 

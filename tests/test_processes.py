@@ -39,6 +39,21 @@ def test_a_child_finds_what_a_process_of_its_own_would(tmp_path: Path, monkeypat
     assert third["word"] == "ours" and third["seed"] == first["seed"]
 
 
+def test_a_child_that_knows_the_toolkit_is_one_too(tmp_path: Path) -> None:
+    own = {**os.environ, "WORD": "theirs", "HF_MODULES_CACHE": str(tmp_path / "code")}
+    children = [start("code", TOLD, "a", cwd=tmp_path, env=own, parent=processes.toolkit) for _ in range(2)]
+    first, second = (json.loads(child.done(60).stdout) for child in children)
+    assert first["arguments"] == ["-c", "a"] and first["folder"] == str(tmp_path) and first["word"] == "theirs"
+    assert first["code"] == [str(tmp_path / "code")] * 2 and first["main"] == "__main__"
+    if processes.toolkit() is not None:
+        assert first["threads"] == first["openmp"] == 1
+    assert first["drawn"] != second["drawn"]
+    assert first["compress"] == (processes.toolkit() is not processes.zygote())
+    assert not json.loads(run("code", TOLD).stdout)["compress"]
+    ended = start("code", "import sys; sys.exit('a reason')", parent=processes.toolkit).done(60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "a reason\n")
+
+
 @pytest.mark.parametrize(
     ("code", "status", "told"),
     [

@@ -3,7 +3,8 @@
 Usage: python -P zygote.py DESCRIPTOR, the number of an inherited socket; `tests/processes.py` starts it and asks.
 
 A fork is safe here because nothing has computed yet: there is one thread, and no pool of OpenMP or of a BLAS. A child
-has its own environment, folder, arguments and streams, as if started afresh.
+has its own environment, folder, arguments and streams, as if started afresh. A child can be a zygote itself, with more
+imported: with the toolkit, which no process that loads a checkpoint may know.
 """
 
 import atexit
@@ -47,10 +48,15 @@ def import_all() -> None:
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, and keeps them
     compile_runtime()
     read_imports()
-    if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
-        sys.exit("zygote: an import has started a thread, so that a fork would not be safe")
+    see_one_thread()
     if any(name.partition(".")[0] == "compress" for name in sys.modules):
         sys.exit("zygote: compress has been imported, and a checkpoint has to load without it")
+
+
+def see_one_thread() -> None:
+    """End where there are more."""
+    if os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) > 1:
+        sys.exit("zygote: an import has started a thread, so that a fork would not be safe")
 
 
 def compile_runtime() -> None:
@@ -84,11 +90,14 @@ def read_imports() -> None:
         setattr(dynamic_module_utils, name, read)
 
 
-def serve(channel: socket.socket) -> Order:
-    """Fork for every order that comes; returns in the children, and ends the process when nobody can ask any more."""
+def serve(channel: socket.socket) -> tuple[Order, list[int]]:
+    """Fork for every order that comes; returns in the children, and ends the process when nobody can ask any more.
+
+    Returns the order, and descriptors that came with it behind those of its streams and its status.
+    """
     keepers: list[int] = []
     while True:
-        data, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 3)
+        data, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 4)
         while data and not data.endswith(b"\n"):
             data += channel.recv(1 << 16)
         # Waited for, so that what children cost is counted with the tests.
@@ -98,8 +107,8 @@ def serve(channel: socket.socket) -> Order:
         keepers.append(os.fork())
         if keepers[-1] == 0:
             channel.close()
-            keep(*descriptors)
-            return json.loads(data)
+            keep(*descriptors[:3])
+            return json.loads(data), descriptors[3:]
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -167,7 +176,16 @@ def main() -> None:
     import_all()
     channel.sendall(b"\n")  # ready
     gc.freeze()
-    order = serve(channel)
+    order, more = serve(channel)
+    while order["run"][0] == "zygote":
+        become(order)
+        for name in order["run"][1].split():
+            importlib.import_module(name)
+        see_one_thread()
+        channel = socket.socket(fileno=more[0])
+        channel.sendall(b"\n")
+        gc.freeze()
+        order, more = serve(channel)
     become(order)
     status = do(*order["run"])
     threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as the interpreter does

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,6 @@ def render_card(
         fraction = held(predicted.lengths[-1]) / dense(predicted.lengths[-1])
     else:
         fraction = costs[-1]["bytes"] / costs[-1]["dense"]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts: dict[str, Any] = {
         "plan": plan,
         "metadata": front_matter(source, _tags(plan, windowed, states, bool(choosing))),
@@ -144,7 +144,14 @@ def render_card(
         "table": table,
         "weights": TRAINED if trained else UNTRAINED if plan.upcycle is None else OF_EXPERTS,
     }
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(facts)
+    return _template().render(facts)
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once, which takes longer than to render it."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def tried(architecture: str, *, besides: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,12 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         folders: in the order of the page; several are shown side by side first.
         when: the date that the page names.
     """
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["size"] = _size
-    environment.filters["gain"] = gain_words
     parts = [_part(facts, f"p{number}") for number, facts in enumerate(folders)]
     quality = [
         {"cost": section.cost, "charts": section.svgs(f"q{number}")}
         for number, section in enumerate(sections.quality_charts(folders))
     ]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         parts=parts,
         quality=quality,
         side_by_side=side_by_side(folders),
@@ -43,6 +39,17 @@ def render(folders: Sequence[Facts], when: str, version: str) -> str:
         when=when,
         version=version,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once, which takes longer than to render it."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["size"] = _size
+    environment.filters["gain"] = gain_words
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _part(facts: Facts, name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from compress.train.state import Store, capture, restore
 from compress.train.stop import noted_signals
 from compress.words import duration
 
+NOTHING = 1e-6  # a loss that rounding alone leaves
 Progress = Callable[[int, int, str], None]
 Learn = Callable[..., None]
 
@@ -81,6 +82,7 @@ class Settings:
         clip: largest norm of the gradient.
         save_every: steps between two saved states.
         advice: what to do when a loss is not finite.
+        idle: what to do where the first step's loss is zero; empty where that may be.
     """
 
     seed: str
@@ -89,6 +91,7 @@ class Settings:
     clip: float = math.inf
     save_every: int = 50
     advice: str = "lower the learning rate"
+    idle: str = ""
 
 
 def train(
@@ -114,7 +117,7 @@ def train(
         The module as it was trained: the trainee's own, or what its weights are spread over processes in.
 
     Raises:
-        UserError: a loss or its gradient is not finite.
+        UserError: a loss or its gradient is not finite, or there is nothing to learn (see `Settings.idle`).
         KeyboardInterrupt: SIGTERM or SIGINT came; the step was finished and the state saved.
     """
     module, steps = trainee.module, settings.schedule.steps
@@ -168,6 +171,13 @@ def train(
                     where=f"step {step + 1}",
                     found=f"loss {loss}, norm of the gradient {norm}",
                     fix=settings.advice,
+                )
+            if settings.idle and not step and abs(loss) < NOTHING:  # Adam would make whole steps of its rounding
+                raise UserError(
+                    "there is nothing to learn: what is trained gives what it is compared with",
+                    where="the first step",
+                    found=f"loss {loss:.1e}",
+                    fix=settings.idle,
                 )
             optimiser.step()
             for objective in objectives:

@@ -460,7 +460,9 @@ def _train_and_merge(
     tokens = min(settings.micro_batch or sequences, sequences) * settings.length // settings.context
     student = Student(copied, teacher, low, whole=whole, as_kept=as_kept, shard=shard)
     taught = _batches(batches, copied, settings, seed)
-    loop = settings.loop(f"{seed}/recover", "lower `recover.rate`, or set `recover.precision` to float32")
+    idle = "" if settings.fade else "raise `recover.length` above the windows of the plan, or add a loss of the text"
+    advice = "lower `recover.rate`, or set `recover.precision` to float32"
+    loop = settings.loop(f"{seed}/recover", advice, idle)
     # Processes that share a sequence compute it together: none may decide by its own memory to compute a layer again.
     chosen = True if shard is not None and settings.checkpointing is None else settings.checkpointing
     measured = not spread and input_device(copied).type == "cuda"

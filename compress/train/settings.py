@@ -106,7 +106,7 @@ class TrainSettings(Method):
             return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
-    def loop(self, seed: str, advice: str) -> Settings:
+    def loop(self, seed: str, advice: str, idle: str = "") -> Settings:
         """The same as the loop takes it; arguments as of `loop.Settings`."""
         return Settings(
             seed=seed,
@@ -115,6 +115,7 @@ class TrainSettings(Method):
             clip=self.clip,
             save_every=self.save_every,
             advice=advice,
+            idle=idle,
         )
 
 

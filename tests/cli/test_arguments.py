@@ -168,9 +168,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wrong_values_are_told_in_a_sentence_and_without_torch(folder: Path) -> None:
     """All in one process of its own, which has not imported torch by the end."""
     code = """\
-import json, sys, time
+import functools, json, sys
+from typer import testing
 from typer.testing import CliRunner
 from compress.cli.app import app
+testing._get_command = functools.cache(testing._get_command)
 found = []
 for words in json.load(sys.stdin):
     result = CliRunner().invoke(app, words)

@@ -101,7 +101,7 @@ recover: {{length: 64, batch_size: 1, steps: 1, window_control: true}}
 """
 PRUNING = """\
 calibration:
-  text: {{source: embedded}}
+  text: {{source: file, path: {folder}/text.txt}}
   documents:
     - {{task: continuation, length: 64, count: 1, answer: text, answer_tokens: 16}}
 profile:

@@ -27,7 +27,8 @@ def distilled(folder: Path, said: LINES, **changes: Any) -> torch.Tensor:
     model = planned_model(
         dense, uniform_plan(shape_of(dense), LinearGroup(map="hedgehog", sink=1, alpha=4)), untrained=True
     )
-    given = {"train": "full", "loss": "distill", "steps": 2, **changes}
+    # Pages of 64 tokens, four of them, so that states have taken something in: else heads are the dense model's.
+    given = {"train": "full", "loss": "distill", "steps": 2, "length": 256, "batch_size": 1, **changes}
     recover(model, settings(**given), text(), folder, teacher=dense, progress=lambda *line: said.append(line[2]))
     for each in (dense, model):
         assert not any("forward" in vars(module) for module in each.modules())

@@ -205,11 +205,11 @@ def test_the_control_is_trained_on_what_teaches_a_dense_model(given: dict[str, A
     assert [loss.registered for loss in settings(**given).of_control.losses_of() if loss.weight] == found
 
 
-def test_the_dense_model_has_no_distance_to_itself_to_learn_from(tmp_path: Path) -> None:
-    asked = settings(loss="distill", steps=1)
-    _, itself = trained(tmp_path / "itself", model_of(), teacher=model_of(), **asked.model_dump())
-    _, control = trained(tmp_path / "control", model_of(), **asked.of_control.model_dump())
-    assert abs(itself.first_loss) < 1e-6 and control.first_loss > 1
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_model_without_a_distance_to_what_it_follows_is_not_trained_on_rounding(tmp_path: Path, train: str) -> None:
+    same = planned_model(model_of(), mixed_plan(shape_of(model_of())))
+    with pytest.raises(UserError, match="nothing to learn"):
+        trained(tmp_path, same, teacher=model_of(), loss="distill", train=train, length=4)
 
 
 def test_the_same_call_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:

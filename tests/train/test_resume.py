@@ -29,7 +29,8 @@ Alone = Callable[[str], tuple[RecoverSettings, Path]]
 
 def start(folder: Path, options: RecoverSettings, *more: str) -> Process:
     """A training as a process."""
-    return processes.start("module", "tests.train.common", folder, options.model_dump_json(), *more)
+    words = folder, options.model_dump_json(), *more
+    return processes.start("module", "tests.train.common", *words, parent=processes.toolkit)
 
 
 def start_two(folder: Path, options: RecoverSettings, *more: str, script: str = "common") -> list[tuple[int, str]]:

@@ -61,7 +61,7 @@ class Uniform(Solver):
 
 
 def largest_windows(problem: Problem, sink: int, betas: range) -> Iterator[WindowGroup]:
-    """For every beta (in 1/1024), the window with the largest alpha in whole pages that meets the budget.
+    """For every beta (in 1/1024, ascending), the window with the largest alpha in whole pages that meets the budget.
 
     A page more of alpha is a page more of cache, and 64 keys, in every head group until everything is visible, so each
     result is maximal on the page grid. A beta gives nothing when it cannot meet the budget, when it needs a negative
@@ -80,16 +80,19 @@ def largest_windows(problem: Problem, sink: int, betas: range) -> Iterator[Windo
         return bool((removed + amounts <= problem.limits).all())
 
     lengths = problem.budget_lengths
+    most = -(-lengths[-1] // PAGE)  # a larger beta hides nothing more, so that what met no budget meets none again
     for units in betas:
-        low, high = -1, -(-lengths[-1] // PAGE)
+        low, high, middle = -1, most, most
         while low < high:
-            middle = (low + high + 1) // 2
             if fits(WindowGroup(sink=sink, alpha=middle * PAGE, beta=units / BETA_UNIT)):
                 low = middle
             else:
                 high = middle - 1
-        if low >= 0:
-            window = WindowGroup(sink=sink, alpha=low * PAGE, beta=units / BETA_UNIT)
-            span: Any = window.span()
-            if span.length(lengths[0] - 1) >= PAGE:
-                yield window
+            middle = (low + high + 1) // 2
+        if low < 0:
+            return
+        most = low
+        window = WindowGroup(sink=sink, alpha=low * PAGE, beta=units / BETA_UNIT)
+        span: Any = window.span()
+        if span.length(lengths[0] - 1) >= PAGE:
+            yield window
