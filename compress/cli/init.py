@@ -31,7 +31,8 @@ def init(
     """Write a recipe for a model, with every default spelled out and a word on each.
 
     The budget is half of the KV cache unless another is given: --kv 0.25, or any kind that `compress methods
-    budget_kinds` lists, as --parameters 0.8. Several kinds hold together.
+    budget_kinds` lists, as --parameters 0.8. Several kinds hold together. With --set 'upcycle={experts: [ONE, TWO]}' it
+    is a recipe that makes several models one, which has no budget.
     """
     name = re.sub(r"[^\w.-]+", "-", Path(arguments.model(model)).stem or "model").strip("-")
     file = arguments.given_path(out or f"{name}.yaml", "--out")
@@ -41,7 +42,9 @@ def init(
         raise UserError("there is a file of that name", where=str(file), fix="--out NAME.yaml, or --overwrite")
     budget = ([] if kv is None else [("--kv", f"kv={kv}")]) + _others(context.args)
     given = {f"model={model}": "MODEL", f"output={output or f'runs/{name}'}": "--output"}
-    given |= {f"search.budget.{setting}": option for option, setting in budget or [("--kv", "kv=0.5")]}
+    if not budget and not any(setting.strip().startswith("upcycle") for setting in settings or ()):
+        budget = [("--kv", "kv=0.5")]
+    given |= {f"search.budget.{setting}": option for option, setting in budget}
     if lengths is not None:
         given[f"search.budget.lengths={arguments.lengths(lengths)}"] = "--lengths"
     command = " ".join(["compress init", *map(shlex.quote, _words(context, model))])

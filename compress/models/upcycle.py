@@ -174,6 +174,9 @@ class _Sides:
         self.made, self.config, self.family = made, seed.config, family_of(seed.config)
         self.like = next(seed.parameters())
         self.seed = dict(seed.state_dict())
+        # A weight with two names, as that of embeddings which are the output head as well, counts once.
+        self.again = {name for name, _ in seed.named_parameters(remove_duplicate=False)}
+        self.again -= {name for name, _ in seed.named_parameters()}
         self.states = [dict(model.state_dict()) for model in models]
         start = f"{seed.base_model_prefix}.{self.family.layers}"
         self.prefixes = [f"{start}.{number}." for number in range(len(layers_of(seed)))]
@@ -201,7 +204,7 @@ class _Sides:
             elif prefix is not None and projection in beside and (kind == "weight" or self._computes(projection)):
                 made[name] = self._placed(self._beside(each, projection, kind))
             else:
-                rest.append(name)
+                rest += [] if name in self.again else [name]
                 made[name] = self._placed(self.seed[name] if self.made.rest == "seed" else _mean(each))
         for each_layer in self.prefixes:
             made[f"{each_layer}mlp.router"] = self.like.new_zeros(self.made.count, self.config.hidden_size)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from compress.recipe.catalogue import parameter, tables
+from compress.recipe.outline import REPLACED
 from compress.recipe.schema import Recipe
 from compress.registry import Method, Registry
 
@@ -24,13 +25,15 @@ def explained(recipe: Recipe, command: str) -> str:
         command: what it was made by.
     """
     head = [f"# Made by: {command}", *(f"# by default {line}" for line in recipe.chosen)]
-    return "\n".join([*head, *_mapping(recipe, 0)]) + "\n"
+    return "\n".join([*head, *_mapping(recipe, 0, () if recipe.upcycle is None else REPLACED)]) + "\n"
 
 
-def _mapping(model: BaseModel, level: int) -> Iterator[str]:
+def _mapping(model: BaseModel, level: int, left_out: Collection[str] = ()) -> Iterator[str]:
     """The keys of a section or a method, one a line, each below its comment."""
     indent = "  " * level
     for name, field in type(model).model_fields.items():
+        if name in left_out:
+            continue
         key, value = field.alias or name, getattr(model, name)
         if level == 0 and isinstance(value, BaseModel):
             yield ""

@@ -600,8 +600,8 @@ class PlanForCausalLM(WholeLayers):
                 given.hold(slack)
             except ValueError as error:
                 raise ValueError(
-                    f"assisted decoding takes tokens back from the cache. {error}; or generate without assistant_model "
-                    "and prompt_lookup_num_tokens"
+                    f"assisted decoding takes tokens back from the cache: {str(error).removeprefix('slack: ')}. "
+                    "What works is to generate without assistant_model and prompt_lookup_num_tokens"
                 ) from None
         return None
 

@@ -48,6 +48,13 @@ def test_a_recipe_with_a_solver_is_written_and_read(solver: str, model: Path, tm
     assert load_recipe(file).search.solver == solvers.parse(yaml.safe_load(solver))
 
 
+def test_a_recipe_of_several_models_is_written_and_read(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    result = call("init", model, "--out", file, "--set", f"upcycle={{experts: [{model}, ./two]}}")
+    assert result.exit_code == 0, result.output
+    assert load_recipe(file).upcycle is not None
+
+
 def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "three.yaml"
     recipe.write_text(f"model: {model}\noutput: {tmp_path / 'run'}\nsearch: {{budget: {{kv: 0.5}}}}\n")

@@ -104,7 +104,7 @@ def test_rules_by_length_are_exported_and_say_what_they_refuse(tmp_path):
     fixed = uniform_plan(shape, WindowGroup(sink=4, alpha=checks.probe_tokens // 2 - 20, beta=0))
     assert checks.cache_bytes == checks.predicted_bytes == fixed.cost(checks.probe_tokens, 4).held_bytes
     card = (tmp_path / "new" / "README.md").read_text()
-    assert "0 of 6 head groups see everything, 6 " in card and "floor(alpha + beta * N)" in card
+    assert "0 of 6 head groups have full attention, 6 " in card and "floor(alpha + beta * N)" in card
     assert "Refused, with an error that says so: chunked prefill, a further turn on the same cache" in card
     assert "batches of inputs\nof different lengths" in card and "cannot\nbe shared" in card
     export_checkpoint(loaded, mixed_plan(shape), tmp_path / "other")

@@ -64,6 +64,15 @@ def test_equal_experts_are_the_dense_model_whatever_the_routers_say(seed: Any, k
     assert not averaged.differing and averaged.distance == 0
 
 
+def test_a_weight_with_two_names_is_averaged_once() -> None:
+    seed, other = (tiny_model("llama-gqa", number) for number in (0, 1))
+    for model in (seed, other):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    assert seed.lm_head.weight is seed.model.embed_tokens.weight
+    names = upcycle(seed, {"a": seed, "b": other})[2].names
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
 def test_the_published_weight_of_an_mlp_is_no_identity(seed: Any) -> None:
     """Equal experts give p times the MLP: half of it with two experts and equal routers."""
     model, _, _ = upcycle(seed, {"a": seed, "b": seed}, mlp=MlpRouting(top=1, weight="p"))
