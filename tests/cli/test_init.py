@@ -68,7 +68,9 @@ def test_everything_registered_is_listed_with_its_keys() -> None:
     listed = names()
     for name, table in vars(registry).items():
         if isinstance(table, registry.Registry):
-            assert listed[name] == tuple(table), name
+            # Examples of the tests register themselves, too.
+            own = [word for word, method in table.items() if method.__module__.startswith("compress.")]
+            assert listed[name] == tuple(own), name
     assert listed["suites"] == tuple(SUITES)
     assert set(listed["families"]) == set(FAMILIES)
     for kind, known in listed.items():
