@@ -38,10 +38,7 @@ LOOKING = ("tests/plots/", "tests/report/")  # rooms of tests that look at figur
 def seeded() -> None:
     """Every test starts from the same random state, on one thread: tiny tensors lose by more."""
     torch.set_num_threads(1)
-    # `torch.manual_seed` keeps three tracebacks for accelerators that may come, of a millisecond each, with every call.
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,6 +56,15 @@ def fresh() -> Iterator[Callable[..., Any]]:
 def hastened_interpreter() -> None:
     """Kernels run as they do, without what the interpreter computes for nobody."""
     interpreter.hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seeds_alone() -> Iterator[None]:
+    """Without a GPU `torch.manual_seed` seeds, and keeps no three tracebacks for accelerators that might still come."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(torch, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import inspect
 import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -88,12 +88,17 @@ def take_launches(take: Callable[[Any, Any, Any], None]) -> None:
 
 
 def lower(source: Any, options: Any, backend: Any) -> None:
-    """Take a launch through the front end to Triton's own representation, a tenth of a second; raises what it says."""
+    """Take a launch through the front end to Triton's own representation, a tenth of a second; raises what it says.
+
+    Without the checks of sums and products of integers, for which it makes code and then uses none of it: they are for
+    kernels that are debugged.
+    """
     from triton._C.libtriton import ir
 
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
+    options = replace(options, sanitize_overflow=options.debug)
     functions = backend.get_codegen_implementation(options)
     source.make_ir(backend.target, options, functions, backend.get_module_map(), context)
 

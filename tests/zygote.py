@@ -172,6 +172,7 @@ def do(what: str, name: str) -> int:
 
 def main() -> None:
     """Serve; in a child, do what the order says, and leave without taking all of torch apart, which takes a second."""
+    gc.disable()  # little of what is imported becomes garbage
     channel = socket.socket(fileno=int(sys.argv[1]))
     import_all()
     channel.sendall(b"\n")  # ready
@@ -186,6 +187,7 @@ def main() -> None:
         channel.sendall(b"\n")
         gc.freeze()
         order, more = serve(channel)
+    gc.enable()
     become(order)
     status = do(*order["run"])
     threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as the interpreter does
