@@ -102,6 +102,7 @@ def evaluate(
         return
     elif replay is not None:
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        _check_free(folder, overwrite)
         replayed = _replay(what, replay, include, _Settings(device, dtype, seed, batch, folder))
         if replayed is None:
             return
@@ -111,6 +112,7 @@ def evaluate(
         _check(what, asked, include, dtype, device)
         sizes = tuple(arguments.lengths(lengths))
         folder = arguments.out_folder(out or f"runs/eval-{_folder_name(what[0])}")
+        _check_free(folder, overwrite)
         of_tasks = {"include": include, "limit": limit, "lengths": sizes, "count": count}
         measured = _measures(asked, of_tasks, batch)
         for one in measured:
@@ -184,6 +186,19 @@ def _check(specs: list[str], asked: dict[str, Any], include: str | None, dtype: 
             "nothing to measure",
             expected="--tasks, --suites, --perplexity, --latency or --measure",
             found="none of them",
+        )
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder whose own evaluation would be replaced, or that holds a model. Raises UserError."""
+    taken = [name for name in (*arguments.RUN_FILES, "config.json") if (folder / name).exists()]
+    if taken and not overwrite:
+        raise UserError(
+            "the output folder already holds something",
+            where=str(folder),
+            expected="no folder, an empty one, or one of earlier evaluations",
+            found=", ".join(taken),
+            fix="name another one with --out, or pass --overwrite to write there anyway",
         )
 
 
@@ -321,6 +336,9 @@ def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) 
     from compress.search.measure import plan_key
 
     first = ModelSource(specs[0])
+    others = {spec: ModelSource(spec) for spec in specs[1:] if not _is_plan(spec)}
+    for other in others.values():
+        other.config()  # what cannot be loaded is told before another model is measured
     if first.carries_plan:
         model = first.dense(device, DTYPES[dtype])
         loaded = LoadedModel(model, load_tokenizer(specs[0]), specs[0])
@@ -343,13 +361,12 @@ def _variants(specs: list[str], dtype: str, device: str, uniform: bool = False) 
         add("plan", build, key_of(first.checkpoint["compress_plan"]), carried)
         plans += [] if carried is None else [("plan", carried)]
     for spec in specs[1:]:
-        if _is_plan(spec):
+        if spec not in others:
             plans.append((spec, read_plan(spec, shape)))
             add_plan(*plans[-1])
             continue
-        source = ModelSource(spec)
 
-        def build_other(source: ModelSource = source) -> Any:
+        def build_other(source: ModelSource = others[spec]) -> Any:
             return source.carried(device, DTYPES[dtype])
 
         key = key_of(SHAPES[spec]) if spec in SHAPES else content_key(spec)
@@ -385,7 +402,7 @@ def _uniform(plan: Plan, shape: ModelShape, itemsize: int) -> Plan:
 
     length = max(plan.predicted.lengths, default=8192)
     most = plan.cost(length, itemsize).held_bytes
-    for window in range(length, 64, -64):
+    for window in range(length, 0, -64):
         beside = uniform_plan(shape, WindowGroup(sink=64, alpha=window, beta=0.0))
         if beside.cost(length, itemsize).held_bytes <= most:
             return beside

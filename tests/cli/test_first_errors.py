@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,23 @@ def test_an_output_that_a_run_would_refuse_is_told_by_validate(tmp_path: Path) -
 def test_no_model(tmp_path: Path) -> None:
     assert "demo/smollm2-135m" in told("eval", "demo/smolm2", "--perplexity", 64)
     assert "check the path" in told("eval", tmp_path / "nowhere", "--perplexity", 64)
+
+
+def test_an_evaluation_replaces_nothing_of_a_run_or_a_model(tmp_path: Path, finished: Path) -> None:
+    model = make_recipe(tmp_path).parent / "model"
+    for folder, found in ((finished.parent / "run", "stages.json"), (model, "config.json")):
+        before = sorted(folder.iterdir())
+        assert found in told("eval", model, "--perplexity", 64, "--out", folder)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_second_model_that_cannot_be_loaded_is_told_before_the_first_is_measured(tmp_path: Path) -> None:
+    model = make_recipe(tmp_path).parent / "model"
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    result = call("eval", model, other, "--perplexity", 64, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "`bert` is not supported" in result.stderr and "eval:" not in result.stderr
 
 
 def test_a_wrong_measure() -> None:
