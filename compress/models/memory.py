@@ -10,7 +10,10 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a device: of the GPU, or of the machine within the limit of its control group; None if unknown."""
+    """Free bytes of a device: of the GPU, or of the machine within the limit of its control group; None if unknown, and
+    on the device meta, where tensors have no memory."""
+    if device.type == "meta":
+        return None
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = None

@@ -64,10 +64,13 @@ def test_a_recipe_of_three_lines_is_valid(model: Path, tmp_path: Path) -> None:
     assert re.search(r"takes +about .* and .* of memory", result.stdout)
 
 
-def test_everything_registered_is_listed_with_its_keys() -> None:
+def test_everything_registered_is_listed_with_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = names()
     for name, table in vars(registry).items():
         if isinstance(table, registry.Registry):
+            for example, method in table.items():  # of other tests
+                if not method.__module__.startswith("compress."):
+                    monkeypatch.delitem(table._methods, example)
             assert listed[name] == tuple(table), name
     assert listed["suites"] == tuple(SUITES)
     assert set(listed["families"]) == set(FAMILIES)

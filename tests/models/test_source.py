@@ -108,6 +108,13 @@ def test_random_weights_that_no_memory_holds_are_refused_before_they_are_made(tm
         ModelSource(str(path)).dense(CPU, torch.float32)
 
 
+def test_shapes_without_memory_may_be_of_any_size(tmp_path):
+    path = tmp_path / "sizes.json"
+    path.write_text(json.dumps(CONFIGS["llama-gqa"]().to_dict() | {"intermediate_size": 2**31 - 1}))
+    dense = ModelSource(str(path)).dense(torch.device("meta"), torch.float32)
+    assert sum(weight.nbytes for weight in dense.parameters()) > 2**40
+
+
 def test_no_file_of_that_name():
     with pytest.raises(UserError, match="is missing"):
         ModelSource("nowhere/config.json")
