@@ -262,7 +262,10 @@ def _changed(plan: Plan, windowed: bool, patched: bool, routed: bool) -> str:
         return "what changed is that every token mixes their attentions by its own gates, and chooses among their MLPs"
     parts = []
     if plan.prunes:
-        parts.append("whole heads and neurons were removed")
+        heads = sum(plan.kept_queries) < plan.model.layers * plan.model.query_heads
+        neurons = any(layer.mlp is not None for layer in plan.layers)
+        gone = " and ".join(name for name, any_gone in (("heads", heads), ("neurons", neurons)) if any_gone)
+        parts.append(f"whole {gone} were removed")
     if windowed or not (plan.prunes or routed):
         which = "each head group sees" if patched else "the sliding layers see"
         parts.append(f"what changed is which keys {which}, and which they keep in the cache")

@@ -145,6 +145,8 @@ def test_the_card_is_that_of_an_ordinary_model(equal: Path, by_layer: Path) -> N
     assert "slide" not in card and "sparse-attention" not in card and "remote_code" not in card
     assert "of the decoder layers' parameters" in card and "random before recovery" in card
     other = (by_layer / "run" / "checkpoint" / "README.md").read_text()
+    whole = "6 of 6 head groups, 12 of 12 query heads" in other
+    assert ("whole neurons were removed" in other) == whole and "computes the\nsame with a cache of its own" in other
     assert "a width of its own for every layer." in other and "trust_remote_code=True" in other
     assert "it expects layers of one width" in other
 
