@@ -36,8 +36,8 @@ LOOKING = ("tests/plots/", "tests/report/")  # rooms of tests that look at figur
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files go to processes in their order. In that of their numbers of tests, those of few tests that take long would be
-    the last, and one process would wait for the other."""
+    """Files go to processes in their order. By their numbers of tests, those of few tests that take long would be the
+    last, and one process would wait for the other."""
     config.option.loadscopereorder = False
 
 
