@@ -16,8 +16,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import pytest
 import torch
 from torch.utils import collect_env
-from typer import testing
+from typer import main, testing
 
+from compress.cli.app import app
 from tests import interpreter, processes
 
 # Until all is imported (see below): little of that becomes garbage, and to look for it takes a quarter of the time.
@@ -32,6 +33,12 @@ collect_env.get_pretty_env_info = lambda: ""
 
 
 LOOKING = ("tests/plots/", "tests/report/")  # rooms of tests that look at figures
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to processes in their order. By their numbers of tests, those of few tests that take long would be the
+    last, and one process would wait for the other."""
+    config.option.loadscopereorder = False
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +104,11 @@ def sketches() -> Iterator[Callable[..., bytes]]:
 @pytest.fixture(scope="session", autouse=True)
 def commands_made_once() -> Iterator[None]:
     """Typer makes all commands anew from their functions whenever it runs one, as a process of the tool does once."""
+    made = functools.cache(main.get_command)
+    made(app)  # for forks of this process
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testing, "_get_command", functools.cache(vars(testing)["_get_command"]))
+        patch.setattr(main, "get_command", made)
+        patch.setattr(testing, "_get_command", made)
         yield
 
 
