@@ -74,3 +74,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """'did you mean ...?' for a name that is close to a known one, else None."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"did you mean `{match[0]}`?" if match else None
+
+
+def one_of(known: Iterable[str], name: str) -> str:
+    """`one of ...`, with the nearest of them where a name is close to one, for what was expected in place of it."""
+    hint = nearest(name, known := sorted(known))
+    return f"one of {', '.join(known)}" + (f"; {hint}" if hint else "")

@@ -477,6 +477,14 @@ def test_removal_beside_windows_is_measured_where_evidence_lies(
     assert whole.length * whole.count <= 512 * (128 if machine.gpu else 24)
 
 
+@pytest.mark.parametrize("solver", ["{name: moa}", "{name: heads}", "{name: uniform}", "{name: layers, sink: 4}"])
+def test_a_search_that_no_native_checkpoint_can_hold_is_told_at_once(
+    solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="a native checkpoint holds no windows with sinks"):
+        three_lines(f"{{kv: 0.5}}\n  solver: {solver}\nexport: {{form: native}}", monkeypatch, CPU)
+
+
 def test_a_solver_of_priced_targets_has_windows_to_price(monkeypatch: pytest.MonkeyPatch) -> None:
     (effect,) = three_lines("{kv: 0.5}\n  solver: {name: priced}", monkeypatch, CPU).profile.statistics
     assert effect.registered == "effect" and list(effect.model_dump()["options"]) == ["window"]

@@ -37,6 +37,7 @@ def cross_checks(recipe: Recipe) -> list[Finding]:
     return plain or [
         *section_problems(recipe.search.solver, recipe.search.budget, recipe.search.refine, recipe.search.serve),
         *_grids(recipe),
+        *_native(recipe),
         *_shared(recipe),
         *_second(recipe),
         *_nothing_to_train_on(recipe),
@@ -188,6 +189,26 @@ def _grids(recipe: Recipe) -> Iterator[Finding]:
                 expected="one grid",
                 found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
                 fix="give every statistic the same `grid`, or leave it out everywhere",
+            ),
+        )
+
+
+def _native(recipe: Recipe) -> Iterator[Finding]:
+    """Searches whose windows all have sinks, which no native checkpoint holds: told now, and not after the search."""
+    solver = recipe.search.solver
+    if recipe.export.form != "native" or recipe.upcycle is not None or getattr(solver, "removal", None) is not None:
+        return
+    own = getattr(solver, "sink", None)
+    grids = [statistic.grid for statistic in recipe.profile.statistics if hasattr(statistic, "grid")]
+    sinks = {sink for grid in grids for sink in grid.sinks} if own is None else {own}
+    if solver.spans and solver.needs_grid and 0 not in sinks:
+        yield (
+            ("export", "form"),
+            Problem(
+                "a native checkpoint holds no windows with sinks, and this search chooses no others",
+                expected="`sink: 0`, as in `solver: {name: layers, sink: 0}`",
+                found=f"`{solver.registered}` with sinks of {', '.join(map(str, sorted(sinks)))} tokens",
+                fix="search with that, or write `form: patched`, which holds every plan",
             ),
         )
 

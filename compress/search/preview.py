@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
+from compress.limits import LONGEST
 from compress.models.families import check_pruning, check_reading
 from compress.models.load import DTYPES
 from compress.models.planned import check_norms
@@ -179,6 +180,25 @@ def untrainable(config: Any, length: int, prepare: PrepareSettings | None, lengt
         f"recover.length: sequences of {length:,} tokens leave no window of the heads that keep tokens (prepare), so "
         "that a plan with such heads cannot be trained; raise it, or leave them out"
     )
+
+
+def untaught(config: Any, prepare: PrepareSettings) -> str | None:
+    """A line where the sequences of a preparation are so short that a target hides nothing of them: what stands for
+    what it hides then learns nothing, and its loss is 0 from the first step on."""
+    with torch.device("meta"):
+        shape = shape_without_weights(AutoModelForCausalLM.from_config(config))
+    unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
+    for target in prepare.targets:
+        # Scorers, and states that stand for all keys, learn from every token, whatever the window.
+        every = target.in_expectation or getattr(target, "alone", False)
+        if every or target.cost(unit, LONGEST).keys == LONGEST:
+            continue
+        if target.cost(unit, prepare.length).keys >= prepare.length:
+            return (
+                f"prepare.length: in sequences of {prepare.length:,} tokens `{target.words()}` hides nothing, so that "
+                "what stands for hidden tokens learns nothing; raise it beyond the window"
+            )
+    return None
 
 
 def _check_plan(config: Any, shape: ModelShape, layers: Sequence[LayerPlan]) -> None:

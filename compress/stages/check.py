@@ -17,7 +17,7 @@ from compress.models.upcycle import check_configs, check_tokenizers, check_upcyc
 from compress.models.vocabulary import check_tokens
 from compress.recipe.schema import Recipe, UpcycleSection
 from compress.runfolder import check_output
-from compress.search.preview import check_prepare, check_search, untrainable
+from compress.search.preview import check_prepare, check_search, untaught, untrainable
 from compress.stages.device import resolve_device
 from compress.stages.inputs import input_name
 from compress.stages.reporter import Reporter
@@ -69,6 +69,8 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
     if recipe.upcycle is None:
         if prepare is not None:
             noted("prepare", lambda: check_prepare(model.config, prepare))
+            if (line := untaught(model.config, prepare)) is not None:
+                reporter.say(f"  {line}")
         noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
         if recipe.recover is not None:
             line = untrainable(model.config, recipe.recover.length, prepare, lengths)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from compress.errors import one_of
 from compress.limits import ENTRIES, LONGEST
 from compress.registry import Method, targets
 from compress.runtime.linear_states import state_columns
@@ -21,12 +22,12 @@ from compress.targets.unit import Unit
 
 Rule = Literal["add", "delta"]
 MOST_FEATURES, STEEPEST = 1 << 14, 100.0
-MAP_NAMES = ", ".join(sorted(name for name, made in MAPS.items() if made in KNOWN))
+MAP_NAMES = tuple(sorted(name for name, made in MAPS.items() if made in KNOWN))
 
 
 def _known(name: str) -> str:
     if name not in MAPS:
-        raise ValueError(f"expected one of {MAP_NAMES}, got {name}")
+        raise ValueError(f"expected {one_of(MAP_NAMES, name)}, got {name}")
     return name
 
 
@@ -41,7 +42,7 @@ class LinearGrid(Method):
     )
     maps: Annotated[
         tuple[MapName, ...],
-        Field(min_length=1, max_length=ENTRIES, description=f"feature maps of the rule `add`: {MAP_NAMES}"),
+        Field(min_length=1, max_length=ENTRIES, description=f"feature maps of the rule `add`: {', '.join(MAP_NAMES)}"),
     ] = ("hedgehog",)
     sinks: Annotated[
         tuple[Annotated[int, Field(ge=0, le=LONGEST)], ...],
@@ -88,7 +89,7 @@ class LinearGroup(Target):
     rule: Rule = Field(
         "add", description="how a key is written: added, or by the gated delta rule, which replaces what it finds"
     )
-    map: MapName = Field("hedgehog", description=f"what makes features of queries and keys: {MAP_NAMES}")
+    map: MapName = Field("hedgehog", description=f"what makes features of queries and keys: {', '.join(MAP_NAMES)}")
     features: int | None = Field(
         None, ge=1, le=MOST_FEATURES, description="features of a query or key; null takes the map's own number"
     )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from compress.errors import one_of
 from compress.limits import ENTRIES, FACTOR, LONGEST
 from compress.registry import Method, targets
 from compress.runtime.mixer_retain import KNOWN
@@ -20,14 +21,14 @@ from compress.targets.span import visible_keys, visible_pairs
 from compress.targets.target import Target, Thresholds
 from compress.targets.unit import Unit
 
-SCORER_NAMES = ", ".join(sorted(name for name, made in SCORERS.items() if made in KNOWN))
+SCORER_NAMES = tuple(sorted(name for name, made in SCORERS.items() if made in KNOWN))
 LEVELS = 64  # shares that thresholds are measured for are multiples of one of so many
 COUNTERS = 2 * 4  # bytes that a sequence and group has beside its pages: tokens in the list, and tokens that are kept
 
 
 def _known(name: str) -> str:
     if name not in SCORERS:
-        raise ValueError(f"expected one of {SCORER_NAMES}, got {name}")
+        raise ValueError(f"expected {one_of(SCORER_NAMES, name)}, got {name}")
     return name
 
 
@@ -36,7 +37,7 @@ class RetainGrid(Method):
 
     scorers: Annotated[
         tuple[Annotated[str, AfterValidator(_known)], ...],
-        Field(min_length=1, max_length=ENTRIES, description=f"what judges tokens: {SCORER_NAMES}"),
+        Field(min_length=1, max_length=ENTRIES, description=f"what judges tokens: {', '.join(SCORER_NAMES)}"),
     ] = ("ridge",)
     sinks: Annotated[
         tuple[Annotated[int, Field(ge=0, le=LONGEST)], ...],
@@ -84,7 +85,7 @@ class RetainGroup(Target):
     alpha: int = Field(128, gt=-NO_END, lt=NO_END, description="fixed part of the window, tokens")
     beta: float = Field(0.0, ge=0, le=1, description="share of the position added to the window, a multiple of 1/1024")
     scorer: Annotated[str, AfterValidator(_known)] = Field(
-        description=f"what judges a token when it is written: {SCORER_NAMES}"
+        description=f"what judges a token when it is written: {', '.join(SCORER_NAMES)}"
     )
     threshold: Annotated[float, Field(allow_inf_nan=False)] | Literal["share"] | None = Field(
         None,

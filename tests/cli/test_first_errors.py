@@ -75,6 +75,9 @@ def test_what_is_set_is_told_by_its_option_to_the_last_part(tmp_path: Path) -> N
     window = "prepare={targets: [{target: window, sink: 4, alpha: 64, beta: 0}], steps: 1}"
     error = told_once("validate", recipe, "--set", window)
     assert "wrong value for `prepare.targets`: `window` has nothing to train" in error and "expected" not in error
+    for target, near in (("linear, map: hedghog", "hedgehog"), ("retain, scorer: rigde", "ridge")):
+        prepare = f"prepare={{targets: [{{target: {target}}}], steps: 1}}"
+        assert f"did you mean `{near}`?" in told_once("validate", recipe, "--set", prepare)
     error = told_once("validate", recipe, "--set", "search.solver={name: mao}")
     assert error.startswith("--set search.solver: unknown solver `mao`") and "statistics" not in error
 

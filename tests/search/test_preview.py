@@ -10,7 +10,7 @@ import pytest
 from compress.errors import UserError
 from compress.profile.heads.hidden_mass import HiddenMass
 from compress.search.budget.budget import Budget
-from compress.search.preview import check_prepare, check_search, untrainable
+from compress.search.preview import check_prepare, check_search, untaught, untrainable
 from compress.search.serve import Serve
 from compress.search.solvers.keep import Keep
 from compress.search.solvers.uniform import Uniform
@@ -78,3 +78,20 @@ def test_trainings_too_short_for_what_heads_keep_are_told_beforehand() -> None:
     assert untrainable(config, 64, named, set()) is not None and untrainable(config, 65, named, set()) is None
     for settings in (PrepareSettings(targets=(LinearGroup(),), length=64, steps=1), None):
         assert untrainable(config, 64, settings, set()) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "least"),
+    [
+        (LinearGroup(sink=4, alpha=64), 193),  # the sink's page, and two that the window can lie on
+        (LinearGroup(alone=True), 2),
+        (RoutedGroup(active=1, of=2), 2),
+        (RetainGroup(scorer="ridge"), 2),
+    ],
+)
+def test_preparations_too_short_for_a_target_are_told_beforehand(target: Any, least: int) -> None:
+    config = tiny_model("llama-gqa").config
+    told = {
+        length: untaught(config, PrepareSettings(targets=(target,), length=length, steps=1)) for length in (2, 192, 193)
+    }
+    assert [length for length, line in told.items() if line is None] == [length for length in told if length >= least]

@@ -31,7 +31,7 @@ GIVEN: dict[str, Any] = {"scorer": "key_norm", "threshold": 0.5, "share": 0.25}
     ("fields", "message"),
     [
         ({"scorer": None}, "valid string"),
-        ({"scorer": "key"}, "expected one of gate, key_norm, .*value_norm, got key"),
+        ({"scorer": "key"}, "expected one of gate, key_norm, .*value_norm; did you mean `key_norm`.*, got key"),
         ({"threshold": float("nan")}, "finite"),
         ({"share": 1.5}, "less than or equal to 1"),
         ({"cap": [-1, 0.5]}, "greater than or equal to 0"),

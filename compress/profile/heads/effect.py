@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from compress import registry
-from compress.errors import UserError
+from compress.errors import UserError, one_of
 from compress.limits import ENTRIES
 from compress.models.outputs import Alternatives, check_priced, facts_of, reads_inputs
 from compress.models.prepared import Prepared, found_for, placed_for, prepared_for
@@ -89,7 +89,7 @@ class Effect(HeadStatistic):
             raise ValueError("expected one or more `targets`, `options` or `layers`")
         for name, grid in self.options.items():
             if name not in targets:
-                raise ValueError(f"options: unknown target {name!r}, expected one of {', '.join(targets)}")
+                raise ValueError(f"options: unknown target {name!r}, expected {one_of(targets, name)}")
             _grid(name, grid)
         return self
 
