@@ -12,9 +12,10 @@ from compress.errors import UserError
 from compress.plan import ModelShape
 from compress.profile.key import Key
 from compress.registry import solvers
-from compress.runtime.span import PAGE
+from compress.runtime.span import BETA_UNIT, PAGE
 from compress.search.budget.budget import Budget
 from compress.search.problem import FULL_GROUP, Candidate, Problem
+from compress.search.solvers.uniform import largest_windows
 from compress.targets.window import WindowGroup
 from tests.search.synthetic import (
     ITEMSIZE,
@@ -180,6 +181,17 @@ def test_uniform_uses_the_budget_at_every_length() -> None:
     assert longest.targets[0][0] == WindowGroup(sink=64, alpha=960, beta=0.0)
     (streaming,) = make("streaming").solve(problem.only([2048]))
     assert streaming.targets[0][0] == WindowGroup(sink=4, alpha=960, beta=0.0)
+
+
+def test_every_beta_has_the_largest_window_that_the_budget_allows() -> None:
+    problem, betas = random_problem(0.5, shape=make_shape(2, 2), lengths=(512, 1024, 2048)), range(0, BETA_UNIT, 31)
+    expected = []
+    for units in betas:
+        windows = [WindowGroup(sink=4, alpha=pages * PAGE, beta=units / BETA_UNIT) for pages in range(2048 // PAGE + 1)]
+        fitting = [window for window in windows if problem.fits(problem.uniform(window))]
+        expected += [window for window in fitting[-1:] if window.span().length(511) >= PAGE]
+    assert list(largest_windows(problem, 4, betas)) == expected
+    assert len({window.alpha for window in expected}) > 2 and 1 < len(expected) < len(betas)
 
 
 def test_heads_of_the_highest_score_are_full() -> None:
