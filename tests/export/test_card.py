@@ -295,3 +295,10 @@ def test_the_card_of_routed_heads_says_what_is_skipped_and_where_nothing_is() ->
     assert "mixture-of-heads" in of_card(card("tiny", plan))["tags"]
     assert "So next to nothing is saved" in card("tiny", plan, weights=10**10)
     assert "router" not in card("tiny")
+
+
+def test_another_attention_is_the_dense_model_on_its_own_weights_alone() -> None:
+    kept = " ".join(card("tiny").split())
+    trained = " ".join(card("tiny", trained=True).split())
+    assert "another one runs the dense model." in kept
+    assert "another one runs dense attention, which these weights were not trained with." in trained
