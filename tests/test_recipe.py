@@ -49,13 +49,18 @@ GRID = "\nprofile: {{statistics: [{{name: effect, options: {{retain: {}}}}}]}}"
     ("grid", "key", "expected", "found"),
     [
         ("{scorers: [ridge], shares: [0.125, 1.5]}", "retain.shares[1]", "less than or equal to 0.984375", "1.5"),
-        ("{scorers: [rige]}", "retain.scorers[0]", "one of gate, key_norm, mlp, ridge, value_norm", "rige"),
+        (
+            "{scorers: [rige]}",
+            "retain.scorers[0]",
+            "one of gate, key_norm, mlp, ridge, value_norm",
+            "rige\n  do       did you mean `ridge`?",
+        ),
         ("{share: [0.5]}", "retain", "keys among ", "share"),
     ],
 )
 def test_a_wrong_grid_of_options_is_told_at_its_key(grid: str, key: str, expected: str, found: str) -> None:
     (told,) = problems(MINIMAL + GRID.format(grid))
-    what, of, got = told.splitlines()[:3]
+    what, of, got = told.split("\n", 2)
     assert what.endswith(f"wrong value for `profile.statistics[0].options.{key}`"), told
     assert of.startswith(f"  expected {expected}") and got == f"  found    {found}", told
 

@@ -115,10 +115,10 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
         field = _fields(_schema_at(data, path[:-1])[0]).get(str(path[-1]))
         expected = field.description if field and field.description else item["msg"]
     elif (told := _TOLD.fullmatch(item["msg"])) is not None:
-        expected, actual = told["expected"], told["got"]
+        expected, actual, fix = told["expected"], told["got"], told["hint"]
         if told["key"] is not None:
             inner = (*path, *(int(part) if part.isdecimal() else part for part in told["key"].split(".")))
-            return Problem(f"wrong value for `{key_path(inner)}`", located.where(inner), expected, actual)
+            return Problem(f"wrong value for `{key_path(inner)}`", located.where(inner), expected, actual, fix)
     elif kind == "value_error" and "expected" not in item["msg"]:  # it says what is wrong, not what would be right
         wrong, expected = f"{wrong}: {item['msg'].removeprefix('Value error, ')}", None
     else:
@@ -130,8 +130,11 @@ def _problem(item: Any, located: LocatedYaml, data: Any) -> Problem:
     return Problem(wrong, where, expected, None if whole else actual, fix)
 
 
-# A message of a check of this project that says all: of which key, what was expected, and what was found.
-_TOLD = re.compile(r"Value error, (?:(?P<key>[\w.]+): )?expected (?P<expected>[^;]+), got (?P<got>[^;]+)")
+# A message of a check of this project that says all: of which key, what was expected (`errors.one_of`), what was found.
+_TOLD = re.compile(
+    r"Value error, (?:(?P<key>[\w.]+): )?"
+    r"expected (?P<expected>[^;]+?)(?:; (?P<hint>did you mean `[^`]+`\?))?, got (?P<got>[^;]+)"
+)
 
 
 def _place_in_file(data: Any, item: Any) -> KeyPath:
