@@ -319,14 +319,13 @@ def text_file(options: argparse.Namespace, name: str) -> Path:
 
 def texts_of(options: argparse.Namespace) -> dict[str, str]:
     """All texts of the pair by name, the mix that they are trained on together, and the mix of `all`."""
-    made, later = dict[str, str](), []
+    made, wholes, later = dict[str, str](), [], []
     for name in options.pair:
         whole, made[f"{name}-test"] = PARTS[name](options)
         made[name], behind = halves(whole) if options.fresh else (whole, whole)
+        wholes.append(whole)
         later.append(behind)
-    mix = mixed(later)
-    everything = mixed([f"{made[name]}{part}" for name, part in zip(options.pair, later, strict=True)])
-    return made | {"mix": mix, "all": everything if options.fresh else mix}
+    return made | {"mix": mixed(later), "all": mixed(wholes)}
 
 
 def mixed(texts: list[str]) -> str:

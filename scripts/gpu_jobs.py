@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,43 +123,49 @@ def run_all(jobs: list[Job], out: Path, end: float, gpus: int) -> list[str]:
     def say(what: str) -> None:
         print(f"{time.monotonic() - begun:6.0f} s  {what}", flush=True)
 
-    while waiting or running:
-        for job in list(waiting):
-            ready = all(done(out, other) for other in job.after if other in asked)
-            late = time.monotonic() + 30 * job.minutes > end
-            if not ready or late or (chosen := machine.place(job)) is None:
-                continue
-            waiting.remove(job)
-            own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, chosen))} if machine.seen else {}
-            with (out / f"{job.name}.log").open("ab") as log:
-                process = subprocess.Popen(
-                    ["bash", "-c", job.run], stdout=log, stderr=log, env=os.environ | own, start_new_session=True
-                )
-            running.append(Running(job, process, chosen, time.monotonic()))
-            say(f"{job.name}: started" + (f" on GPU {', '.join(map(str, chosen))}" if machine.seen else ""))
-        if time.monotonic() > end:
-            break
-        for each in list(running):
-            if (status := each.process.poll()) is None:
-                continue
-            running.remove(each)
-            machine.free(each.job, each.gpus)
-            took = f"after {time.monotonic() - each.started:.0f} s"
-            if status == 0:
-                (out / f"{each.job.name}.done").touch()
-                say(f"{each.job.name}: done {took}")
-            else:
-                lines = (out / f"{each.job.name}.log").read_text(errors="replace").splitlines()[-6:]
-                say(f"{each.job.name}: ended with {status} {took}\n" + "\n".join(f"    {line[:300]}" for line in lines))
-        if not running and not any(all(done(out, other) for other in job.after if other in asked) for job in waiting):
-            break
-        if not running and all(time.monotonic() + 30 * job.minutes > end for job in waiting):
-            break
-        time.sleep(0.2)
-    stop(running)
+    def able(job: Job) -> bool:
+        return all(done(out, other) for other in job.after if other in asked) and (
+            time.monotonic() + 30 * job.minutes <= end
+        )
+
+    try:
+        while running or any(map(able, waiting)):
+            for job in filter(able, list(waiting)):
+                if (chosen := machine.place(job)) is None:
+                    continue
+                waiting.remove(job)
+                running.append(start(job, out, chosen, seen=machine.seen))
+                say(f"{job.name}: started" + (f" on GPU {', '.join(map(str, chosen))}" if machine.seen else ""))
+            if time.monotonic() > end:
+                break
+            for each in list(running):
+                if (status := each.process.poll()) is None:
+                    continue
+                running.remove(each)
+                machine.free(each.job, each.gpus)
+                took = f"after {time.monotonic() - each.started:.0f} s"
+                if status == 0:
+                    (out / f"{each.job.name}.done").touch()
+                    say(f"{each.job.name}: done {took}")
+                else:
+                    lines = (out / f"{each.job.name}.log").read_text(errors="replace").splitlines()[-6:]
+                    told = "".join(f"\n    {line[:300]}" for line in lines)
+                    say(f"{each.job.name}: ended with {status} {took}{told}")
+            time.sleep(0.2)
+    finally:  # they are in sessions of their own, and would go on without this one
+        end_all([each.process for each in running], to_group)
     for each in running:
         say(f"{each.job.name}: stopped, the time is over")
     return [job.name for job in jobs if not done(out, job.name)]
+
+
+def start(job: Job, out: Path, gpus: list[int], *, seen: bool) -> Running:
+    """A job's process, in a session of its own; with GPUs to be seen, on a machine that has any."""
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if seen else {}
+    with (out / f"{job.name}.log").open("ab") as log:
+        command = ["bash", "-c", job.run]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own, start_new_session=True)
+    return Running(job, process, gpus, time.monotonic())
 
 
 def done(out: Path, name: str) -> bool:
@@ -166,17 +173,24 @@ def done(out: Path, name: str) -> bool:
     return (out / f"{name}.done").is_file()
 
 
-def stop(running: list[Running]) -> None:
-    """End processes and what they have started, with time to save what they have."""
-    for each in running:
-        os.killpg(each.process.pid, signal.SIGTERM)
-    latest = time.monotonic() + GRACE
-    for each in running:
+def to_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process that leads a session, and to what it has started."""
+    os.killpg(process.pid, number)
+
+
+def end_all(
+    processes: Collection[subprocess.Popen[bytes]],
+    send: Callable[[subprocess.Popen[bytes], int], None] = subprocess.Popen.send_signal,
+) -> None:
+    """End processes, with time for each to save what it has."""
+    for process in processes:
+        send(process, signal.SIGTERM)
+    for process in processes:
         try:
-            each.process.wait(timeout=max(0.1, latest - time.monotonic()))
+            process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
-            os.killpg(each.process.pid, signal.SIGKILL)
-            each.process.wait()
+            send(process, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> int:
@@ -188,6 +202,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop then")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a word in the commands")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the jobs are ended as well
     given = dict(setting.split("=", 1) for setting in options.set)
     try:
         jobs = read_jobs(yaml.safe_load(options.jobs.read_text()), {"out": str(options.out)} | given)

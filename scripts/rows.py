@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from compress.recipe.load import load_recipe
 from compress.registry import measures, tasks
 from compress.stages.processes import is_helper, launch
 from compress.stages.session import Session, open_session
+from scripts.gpu_jobs import end_all
 
 BASE = "base"
 DENSE = "dense, as it was"
@@ -161,14 +161,7 @@ def supervise(asked: Sequence[tuple[str, int]], options: argparse.Namespace, end
             running[row, seed] = subprocess.Popen(child, stdout=log, stderr=subprocess.STDOUT, env=os.environ | seen)
             print(f"{row}-{seed}: started" + (f" on GPU {place}" if len(devices) > 1 else ""), flush=True)
         if time.monotonic() > end:
-            for process in running.values():
-                process.send_signal(signal.SIGTERM)
-            for process in running.values():
-                try:
-                    process.wait(timeout=45)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            end_all(running.values())
         for (row, seed), process in list(running.items()):
             if process.poll() is None:
                 continue

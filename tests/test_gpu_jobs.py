@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from scripts.gpu_jobs import Job, Machine, Running, read_jobs, run_all, stop
+from scripts import gpu_jobs
+from scripts.gpu_jobs import Job, Machine, end_all, read_jobs, run_all, to_group
 
 OPEN = Path(__file__).parents[1] / "profiles" / "smollm2-135m" / "jobs.yaml"
 
@@ -41,8 +43,29 @@ def test_what_runs_when_the_time_is_over_may_save_its_state(tmp_path: Path) -> N
     process = subprocess.Popen(["bash", "-c", command], start_new_session=True)
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
-    stop([Running(Job("long", command), process, [0], 0.0)])
+    end_all([process], to_group)
     assert process.returncode == 1 and (tmp_path / "saved").exists()
+
+
+def test_jobs_end_with_the_one_who_runs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[subprocess.Popen[bytes]]()
+
+    def start(*given: Any, **options: Any) -> Any:
+        running = usual(*given, **options)
+        started.append(running.process)
+        return running
+
+    def done(out: Path, name: str) -> bool:
+        if started:
+            raise KeyboardInterrupt
+        return False
+
+    usual = gpu_jobs.start
+    monkeypatch.setattr(gpu_jobs, "start", start)
+    monkeypatch.setattr(gpu_jobs, "done", done)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Job("long", "sleep 600"), Job("next", "true", after=("long",))], tmp_path, time.monotonic() + 60, 0)
+    assert [process.poll() for process in started] == [-15]
 
 
 def test_what_would_not_be_done_in_time_is_not_started(tmp_path: Path) -> None:

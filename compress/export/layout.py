@@ -56,8 +56,7 @@ def _source(path: Path) -> str:
 
 
 def runtime_files(plan: dict[str, Any]) -> dict[str, str]:
-    """Names and texts of the code files of a checkpoint with this plan: the runtime, with the plan's
-    mixers and MLPs.
+    """Names and texts of the code files of a checkpoint: of the runtime, and of the plan's mixers and MLPs.
 
     Raises:
         ValueError: a mixer's file imports what a checkpoint cannot carry, or has the name of another file.
