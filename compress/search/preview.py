@@ -189,9 +189,7 @@ def untaught(config: Any, prepare: PrepareSettings) -> str | None:
         shape = shape_without_weights(AutoModelForCausalLM.from_config(config))
     unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
     for target in prepare.targets:
-        # Scorers, and states that stand for all keys, learn from every token, whatever the window.
-        every = target.in_expectation or getattr(target, "alone", False)
-        if every or target.cost(unit, LONGEST).keys == LONGEST:
+        if target.learns_from_all or target.cost(unit, LONGEST).keys == LONGEST:
             continue
         if target.cost(unit, prepare.length).keys >= prepare.length:
             return (

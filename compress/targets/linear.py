@@ -159,6 +159,11 @@ class LinearGroup(Target):
         return self.rope == "undo"
 
     @property
+    def learns_from_all(self) -> bool:
+        """Alone, the state stands for all keys."""
+        return self.alone
+
+    @property
     def gate_count(self) -> int:
         """Numbers that every cached token has beside its key and value."""
         return (self.decay == "token") + (self.rule == "delta")

@@ -170,6 +170,11 @@ class Target(Method):
         return False
 
     @property
+    def learns_from_all(self) -> bool:
+        """Whether what it has of its own learns from every token, and not from those alone that it hides."""
+        return self.in_expectation
+
+    @property
     def undoes_rope(self) -> bool:
         """Whether it needs queries and keys as they were before RoPE."""
         return False
