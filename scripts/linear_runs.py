@@ -67,7 +67,7 @@ HEDGEHOG = {"target": "linear", "map": "hedgehog", "sink": 4, "alpha": 64}
 UNDO = HEDGEHOG | {"rope": "undo"}
 DELTA = {"target": "linear", "rule": "delta", "sink": 4, "alpha": 64}
 TAYLOR, WIDE = HEDGEHOG | {"map": "taylor"}, HEDGEHOG | {"features": 512}
-# Of a refined row: what the cache may have of the dense one's bytes, which is two full groups of SmolLM2's 90, and time.
+# Of a refined row: the part of the dense cache's bytes, which is two full groups of SmolLM2's 90, and the time.
 REFINED, REFINE_MINUTES = 0.0625, 3.0
 # Of text with facts: how often the corpus is read, each time with other facts; characters between two statements, and
 # from a statement to its question, of which every doubling is as likely as another: 75 to 7,500 tokens.
