@@ -42,7 +42,8 @@ LAYERS: dict[str, list[Target]] = {
 def run(kinds: Kinds, tensors: list[torch.Tensor], valid: torch.Tensor, slope: torch.Tensor) -> Any:
     """Outputs `[B, T, H, D]`, and the gradients of inputs and parameters of what is reported and of outputs."""
     leaves = [x.clone().requires_grad_() for x in tensors]
-    step = Step.begin(None, None if valid.all() else valid, *valid.shape, valid.device)
+    batch, columns = valid.shape
+    step = Step.begin(None, None if valid.all() else valid, batch, columns, valid.device)
     step.hidden, step.record = leaves[3], Record()
     module = SimpleNamespace(layer_idx=0, compress_kinds=kinds)
     out, _ = plan_attention(module, leaves[0], leaves[1], leaves[2], None, compress_step=step)
@@ -63,7 +64,8 @@ def test_padding_that_is_no_number_reaches_no_output_and_no_gradient(name: str) 
     groups = [target.model_dump(mode="json") for target in LAYERS[name]]
     load_runtime({"layers": [{"groups": groups}]})
     kinds = Kinds(groups, LayerFacts(0, DIM, HIDDEN, SHARE, None))
-    for mixer in kinds.mixers:
+    mixers: tuple[Any, ...] = kinds.mixers
+    for mixer in mixers:
         if mixer.keeps:
             mixer.decisions = Decisions(0.5, noise=False)
         for weight in mixer.double().parameters():
