@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.limits import DOCUMENTS, LONGEST
-from compress.registry import Method
+from compress.registry import Method, tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +132,7 @@ def check_scored(task: Task) -> None:
         raise UserError(
             f"`{task.task}` has no right answer to compare with",
             where=task.name,
-            expected="a task with a right answer: passkey, key_value, facts",
+            expected=f"a task with a right answer: {', '.join(name for name, kind in tasks.items() if kind.scored)}",
         )
 
 
