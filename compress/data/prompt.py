@@ -81,6 +81,11 @@ class Task(Method):
         return {}
 
     @property
+    def around(self) -> str:
+        """What surrounds a hidden answer, `natural` or `filler`; empty where a task with right answers hides none."""
+        return ""
+
+    @property
     def label(self) -> str:
         """How messages and tables name it, without the length."""
         return self.task
@@ -162,6 +167,10 @@ class RecallTask(Task):
         le=LONGEST,
         description="tokens of the answer; by default those of the right answer and two more",
     )
+
+    @property
+    def around(self) -> str:
+        return self.haystack
 
     def depths(self, rng: random.Random) -> list[float]:
         """One depth for each prompt, spread evenly over the range, in a random order."""
