@@ -21,8 +21,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def either(names: Iterable[str]) -> str:
-    """What may be written, as "`a` or `b`"."""
-    return " or ".join(f"`{name}`" for name in names)
+    """What may be written, as "`a`, `b` or `c`"."""
+    *others, last = [f"`{name}`" for name in names] or [""]
+    return " or ".join(filter(None, (", ".join(others), last)))
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ def section_problems(
                         f"search.budget.{name}",
                         f"{either(usable)} for `{solver.registered}`",
                         f"`{name}`",
-                        f"take {of_layers}, which choose what whole layers become"
+                        f"take {of_layers}, which choose what whole layers become, such as routed heads"
                         if not budget_kinds[name].spent
                         else "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as "
                         "`model`"
