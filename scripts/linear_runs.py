@@ -8,12 +8,14 @@ Rows, all behind a window of 64 tokens and a page of the first ones:
     b        half of the groups, those of the least error after their preparation
     c        all but the tenth that retrieves most
     d        all but the fiftieth that retrieves most
+    d-refined  as many full groups, exchanged as long as what is lost on documents of retrieval falls
     window   row a without its states, trained on the same tokens
     c-window row c without its states, trained on the same tokens
     dense    the dense model, trained on the text of the same tokens
     lolcats  recipes/smollm2-lolcats.yaml
     undo     row a with features of queries and keys before RoPE, so that no position is new to them
     delta    row a with the gated delta rule
+    taylor   row a with Based's map, 273 features; wide: with four times Hedgehog's features, 512
     a-asked  row a, trained on text that states facts and asks for them later; window-asked: its windows alone
 
 Every row is a recipe, recipes/smollm2-hedgehog.yaml with other keys, whose stages run as in `compress run`, in a
@@ -64,6 +66,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 HEDGEHOG = {"target": "linear", "map": "hedgehog", "sink": 4, "alpha": 64}
 UNDO = HEDGEHOG | {"rope": "undo"}
 DELTA = {"target": "linear", "rule": "delta", "sink": 4, "alpha": 64}
+TAYLOR, WIDE = HEDGEHOG | {"map": "taylor"}, HEDGEHOG | {"features": 512}
+# Of a refined row: the part of the dense cache's bytes, which is two full groups of SmolLM2's 90, and the time.
+REFINED, REFINE_MINUTES = 0.0625, 3.0
 # Of text with facts: how often the corpus is read, each time with other facts; characters between two statements, and
 # from a statement to its question, of which every doubling is as likely as another: 75 to 7,500 tokens.
 ROUNDS, STATED, GAPS = 4, 600, (300.0, 30_000.0)
@@ -78,12 +83,14 @@ class Row:
         training: which of the trainings of `train_stage` it is.
         recipe: in recipes/, without its first word.
         asked: whether facts are stated and asked for in the text of the joint training.
+        refined: whether the full groups are exchanged by what documents of retrieval lose.
     """
 
     keep: dict[str, Any]
     training: str = "recover"
     recipe: str = "hedgehog"
     asked: bool = False
+    refined: bool = False
 
     @classmethod
     def of(cls, share: float, target: dict[str, Any] = HEDGEHOG, statistic: str = "retrieval", **more: Any) -> Row:
@@ -96,12 +103,15 @@ ROWS = {
     "b": Row.of(0.5, statistic="error"),
     "c": Row.of(0.1),
     "d": Row.of(0.02),
+    "d-refined": Row.of(0.02, refined=True),
     "window": Row.of(0.0, training="windows"),
     "c-window": Row.of(0.1, training="windows"),
     "dense": Row.of(0.0, training="control"),
     "lolcats": Row({"statistic": "retrieval", "share": 0.0}, recipe="lolcats"),
     "undo": Row.of(0.0, UNDO),
     "delta": Row.of(0.0, DELTA),
+    "taylor": Row.of(0.0, TAYLOR),
+    "wide": Row.of(0.0, WIDE),
     "a-asked": Row.of(0.0, asked=True),
     "window-asked": Row.of(0.0, training="windows", asked=True),
 }
@@ -186,7 +196,16 @@ def recipe_of(options: argparse.Namespace, name: str) -> dict[str, Any]:
         length = min(options.length, recipe["recover"]["length"])
         recipe["prepare"] |= {"length": length, "tokens": options.tokens // 2}
         recipe["recover"] |= {"length": length, "tokens": options.tokens // 2}
-    recipe["search"] = {"solver": {"name": "keep", **row.keep}, "budget": {"kv": 1.0, "lengths": [max(8192, *lengths)]}}
+    longest = max(8192, *lengths)
+    recipe["search"] = {"solver": {"name": "keep", **row.keep}, "budget": {"kv": 1.0, "lengths": [longest]}}
+    if row.refined:
+        recipe["search"]["budget"]["kv"] = REFINED
+        recipe["search"]["refine"] = {"minutes": REFINE_MINUTES, "rounds": 10, "spare": 0.02}
+        recipe["calibration"]["training"] = [
+            {"task": task, "length": length, "count": 4}
+            for task in ("passkey", "key_value")
+            for length in (shortest, longest)
+        ]
     recipe["evaluate"] = {"compare": ["plan"]}
     return recipe
 

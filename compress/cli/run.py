@@ -32,6 +32,7 @@ def run(
     with opened(recipe, settings, overwrite=overwrite, fresh=fresh, helpers=True) as session:
         from compress.cli.report import write_report
         from compress.environment import peak_memory
+        from compress.stages.check import check_ahead
         from compress.stages.evaluate import evaluate_stage, help_evaluate
         from compress.stages.export import check_target, export_stage
         from compress.stages.prepare import prepare_stage
@@ -52,6 +53,7 @@ def run(
             help_evaluate(session)
             return
         check_target(session, overwrite)
+        check_ahead(session)
         if session.recipe.upcycle is not None:
             upcycle_stage(session)
         else:

@@ -25,7 +25,7 @@ class FeatureMap(nn.Module):
         reach: tokens that a map of positions reaches over.
 
     Attributes:
-        query: `[G, R, D, width]`, key: `[G, D, width]`; they start as the identity, or the nearest there is.
+        query: `[G, R, D, width]`, key: `[G, D, width]`; see `start` for what they are at first.
         positive: whether all products of features are >= 0, so that they may be weights with a sum to divide by.
         positional: whether the features depend on the position.
         biased: whether `query_bias` `[G, R, width]` and `key_bias` `[G, width]` are added to what is projected; they
@@ -71,8 +71,13 @@ class FeatureMap(nn.Module):
                 bias.zero_()
 
     def start(self, head_dim: int, width: int) -> torch.Tensor:
-        """The first projection, `[D, width]`: the identity, cut or filled up with zeros."""
-        return torch.eye(head_dim, width, device="cpu")
+        """The first projection, `[D, width]`: the identity, or its first columns, and then `orthogonal` ones.
+
+        Further columns of zeros would have one gradient, if any, and so stay a single feature.
+        """
+        identity = torch.eye(head_dim, min(width, head_dim), dtype=torch.float32, device="cpu")
+        more = orthogonal(head_dim, width - identity.shape[1], torch.Generator().manual_seed(0))
+        return torch.cat([identity, more], dim=1)
 
     def of_query(self, query: torch.Tensor, scale: float, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Features `[B, H, T, F]` of queries `[B, H, T, D]`, in float32 at least.
@@ -101,6 +106,16 @@ class FeatureMap(nn.Module):
     ) -> torch.Tensor:
         """Features from what was given, `[..., D]`, and its projection `[..., width]`."""
         raise NotImplementedError
+
+
+def orthogonal(head_dim: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """So many columns of length 1 and of random directions, `[D, count]`, orthogonal to each other in blocks of D."""
+    blocks = [torch.empty(head_dim, 0, device="cpu")]
+    for _ in range(-(-count // head_dim)):
+        drawn = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float32, device="cpu")
+        factors = torch.linalg.qr(drawn)
+        blocks.append(factors.Q * factors.R.diagonal().sign())  # without which the directions are not even
+    return torch.cat(blocks, dim=1)[:, :count]
 
 
 class PairedMap(FeatureMap):

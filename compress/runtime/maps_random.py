@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .maps import FeatureMap, register_map
+from .maps import FeatureMap, orthogonal, register_map
 
 
 @register_map("random")
@@ -18,12 +18,9 @@ class RandomFeatures(FeatureMap):
     def start(self, head_dim: int, width: int) -> torch.Tensor:
         """Orthogonal columns with the lengths of normally distributed ones."""
         generator = torch.Generator().manual_seed(0)
-        blocks = []
-        for _ in range(-(-width // head_dim)):
-            factors = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, device="cpu"))
-            blocks.append(factors.Q * factors.R.diagonal().sign())  # without which the directions are not even
-        lengths = torch.randn(head_dim, width, generator=generator, device="cpu").norm(dim=0)
-        return torch.cat(blocks, dim=1)[:, :width] * lengths
+        directions = orthogonal(head_dim, width, generator)
+        normal = torch.randn(head_dim, width, generator=generator, dtype=torch.float32, device="cpu")
+        return directions * normal.norm(dim=0)
 
     def activate(
         self, x: torch.Tensor, projected: torch.Tensor, scale: float, positions: torch.Tensor | None

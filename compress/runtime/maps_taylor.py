@@ -16,8 +16,9 @@ class Taylor(FeatureMap):
 
     @classmethod
     def usual(cls, head_dim: int) -> int:
-        """Those of 16 projected numbers, 273, as published."""
-        return 1 + 16 + 16 * 16
+        """Those of 16 projected numbers, 273, as published; of smaller heads those of all their numbers."""
+        width = min(16, head_dim)
+        return 1 + width + width * width
 
     @classmethod
     def width(cls, features: int) -> int:
@@ -28,11 +29,14 @@ class Taylor(FeatureMap):
         return width
 
     def start(self, head_dim: int, width: int) -> torch.Tensor:
-        """Every D / d-th number of a query or key: under RoPE the first ones alone would be those that turn fastest."""
-        start = torch.zeros(head_dim, width, device="cpu")
-        columns = torch.arange(min(width, head_dim), device="cpu")
-        start[columns * head_dim // len(columns), columns] = 1
-        return start
+        """Every D / d-th number of a query or key: under RoPE the first ones alone would be those that turn fastest.
+
+        Of more numbers than there are the score of the projections is, about, that of queries and keys.
+        """
+        if width > head_dim:
+            return super().start(head_dim, width) * (head_dim / width) ** 0.5
+        every = torch.arange(width, device="cpu") * head_dim // width
+        return torch.eye(head_dim, dtype=torch.float32, device="cpu")[:, every]
 
     def activate(
         self, x: torch.Tensor, projected: torch.Tensor, scale: float, positions: torch.Tensor | None

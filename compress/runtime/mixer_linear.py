@@ -273,7 +273,7 @@ class LinearMixer(SpanMixer):
             if state is not None:
                 state.store_gates(self.gates_of(step), step.rows)
             return out
-        if self.shared and self._kernels(choose_impl(step.impl, query)) is not None:
+        if self._merges and self._kernels(choose_impl(step.impl, query)) is not None:
             out = self._run(query, key, value, state, step, merged=True, **options)[2]
         else:
             out = self.joined(self.parts(query, key, value, state, step, **options))
@@ -294,7 +294,7 @@ class LinearMixer(SpanMixer):
         2502.07563): every segment says what its queries' windows leave to a state, all processes get that of all, and
         each starts from the state before its own segments."""
         factor, kernels = self._scale(scale), self._kernels(choose_impl(step.impl, query))
-        merged, gates = self.shared and kernels is not None, self.gates_of(step)
+        merged, gates = self._merges and kernels is not None, self.gates_of(step)
         views = shard.views(torch.cat([key, value], dim=-1), tuple(self.fixed))
         gated = [None] * len(views) if gates is None else [found for _, found in shard.views(gates, tuple(self.fixed))]
         segments = [
@@ -416,6 +416,11 @@ class LinearMixer(SpanMixer):
             return None
         return kernels
 
+    @property
+    def _merges(self) -> bool:
+        """Whether kernels may join the branches: there is a normaliser, and the same branches count in all groups."""
+        return self.shared and isinstance(self.branches, str)
+
     def _window(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The softmax's part for a merge: nothing, where its branch does not count."""
         if self.branches in ("both", "window"):
@@ -471,7 +476,7 @@ class LinearMixer(SpanMixer):
             number = (lengths.long() - 1).clamp(min=0)[:, None].expand(-1, held.shape[1]) // PAGE
             held = self._take_page(state, held, number, count, self._scale(scale))
         positions = step.positions(query.device)
-        if kernels is not None:
+        if kernels is not None and (self._merges or not self.shared):
             return self._decode_fast(kernels, query, held, out, lse, step, lengths, positions, self._scale(scale))
         q = self._query_features(query, self._scale(scale), positions[:, None])
         found = q.to(held.dtype).unflatten(1, (held.shape[1], -1)).flatten(2, 3) @ held  # [B, G, R, E]

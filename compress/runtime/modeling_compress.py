@@ -487,7 +487,7 @@ def _valid_columns(
     if not torch.equal(mask[:, :past], before):
         raise ValueError("attention_mask: the cached columns were masked differently when they were cached")
     if bool(mask.all()):
-        return None, None
+        return None, None if seen is None else mask
     valid = mask[:, past:]
     return None if bool(valid.all()) else valid, mask
 

@@ -20,6 +20,7 @@ from compress.runfolder import check_output
 from compress.search.preview import check_prepare, check_search, untaught, untrainable
 from compress.stages.device import resolve_device
 from compress.stages.reporter import Reporter
+from compress.stages.session import Session
 from compress.stages.upcycle import LENGTH as WINDOW
 from compress.train.windows import check_windows
 
@@ -43,8 +44,20 @@ class Use:
     check: Callable[[Sequence[int]], Any]
 
 
-def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
+def check_ahead(session: Session) -> None:
+    """`check_run` before the first stage of a run that is not finished: what is wrong with a later stage is told
+    before hours go into an earlier one. Notes are left to the stages. Raises UserError."""
+    if not session.run.may_be_done("evaluate", session.outline(session.evaluate_key)):
+        check_run(session.recipe, resumed=bool(session.run.stages()))
+
+
+def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool = False) -> dict[str, int]:
     """Check all of a run that needs no weights, every prompt included, and give the tokens of each part of the text.
+
+    Args:
+        reporter: gets notes on what may not be meant.
+        resumed: whether stages may be finished. What these have read need not be there any more, so a text that cannot
+            be read is left to the stage that reads it.
 
     Raises:
         UserError: all that does not fit: the model, its context, a text, the budget, a file that the recipe names.
@@ -52,8 +65,9 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
     resolve_device(recipe.device)
     with placed(f"{recipe.source}: model"):
         model = check_model(recipe.model)
+    say = (lambda line: None) if reporter is None else reporter.say
     for note in model.notes:
-        reporter.say(f"  {note}")
+        say(f"  {note}")
     problems: list[Problem] = []
 
     def noted(place: str, check: Callable[[], Any]) -> None:
@@ -69,12 +83,12 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         if prepare is not None:
             noted("prepare", lambda: check_prepare(model.config, prepare))
             if (line := untaught(model.config, prepare)) is not None:
-                reporter.say(f"  {line}")
+                say(f"  {line}")
         noted("search", lambda: check_search(model.config, recipe.dtype, section, measured, lengths, prepare))
         if recipe.recover is not None:
             line = untrainable(model.config, recipe.recover.length, prepare, lengths)
             if line is not None:
-                reporter.say(f"  {line}")
+                say(f"  {line}")
     else:
         noted("upcycle", functools.partial(_check_experts, recipe.upcycle, model))
     for place, check in _requests(recipe, model.config):
@@ -92,10 +106,15 @@ def check_run(recipe: Recipe, reporter: Reporter) -> dict[str, int]:
         name = use.source.model_dump_json()
         if name not in texts:
             noted(use.place, functools.partial(use.source.check, context))
-            with placed(f"{recipe.source}: the text of {use.place}"):
-                excerpt = use.source.known(most[name])
+            try:
+                with placed(f"{recipe.source}: the text of {use.place}"):
+                    excerpt = use.source.known(most[name])
+            except UserError:
+                if not resumed:
+                    raise
+                continue
             if excerpt.used is not None:
-                reporter.say(f"text: {use.source.label}: {excerpt.used}")
+                say(f"text: {use.source.label}: {excerpt.used}")
             texts[name] = excerpt.text
         if (name, use.part) not in parts:
             parts[name, use.part] = use.source.foreseen(model.tokenizer, texts[name], use.part)

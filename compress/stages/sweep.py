@@ -14,6 +14,7 @@ from compress.recipe.grid import Point
 from compress.recipe.load import load_recipe
 from compress.recipe.schema import Recipe
 from compress.runfolder import RunFolder
+from compress.stages.check import check_ahead
 from compress.stages.evaluate import evaluate_stage
 from compress.stages.export import export_stage
 from compress.stages.prepare import prepare_stage
@@ -72,6 +73,7 @@ def _recipe(point: Point, folder: Path) -> Recipe:
 
 
 def _run(session: Session, earlier: Sequence[RunFolder], export: bool) -> None:
+    check_ahead(session)
     for name in KEPT:
         for run in earlier:
             _take(run.path / name, session.run.path / name)

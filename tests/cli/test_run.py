@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from compress.errors import UserError
+from compress.recipe.load import load_recipe
 from compress.runfolder import RunFolder
+from compress.stages.check import check_run
 from tests.calls import call
 from tests.cli.recipes import make_recipe
 from tests.tiny import part_local_model
@@ -93,6 +96,35 @@ def test_stages_one_by_one_and_what_is_missing(tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text().replace("kv: 0.8", "kv: 0.9"))
     result = call("export", recipe)
     assert result.exit_code == 2 and "an earlier form of this recipe" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("lengths: [320]", "lengths: [4096]", "search.budget.lengths: the budget is for inputs that are longer"),
+        ("length: 256, windows: 2", "length: 256, windows: 200", "evaluate.perplexity"),
+        ("search:", "recover: {steps: 1, length: 2000}\nsearch:", "recover"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_the_first(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
+    recipe = make_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace(old, new))
+    result = call("run", recipe)
+    assert result.exit_code == 2 and told in result.stderr and "starting" not in result.stderr, result.output
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_text_that_is_gone_is_left_to_the_stage_that_reads_it_once_stages_may_be_done(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        check_run(load_recipe(recipe))
+    assert check_run(load_recipe(recipe), resumed=True) == {}
+    wrong = load_recipe(recipe, ["search.budget.lengths=[4096]"])
+    with pytest.raises(UserError, match="longer than the model's context"):
+        check_run(wrong, resumed=True)
 
 
 def test_an_output_folder_with_something_else_is_refused(tmp_path: Path) -> None:

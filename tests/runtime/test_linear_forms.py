@@ -231,7 +231,7 @@ def test_maps(name: str) -> None:
         "cosine": cut * torch.cos(distance * (torch.pi / 200)),
         "hedgehog": q.softmax(-1) @ k.softmax(-1).mT + (-q).softmax(-1) @ (-k).softmax(-1).mT,
         "hedgehog_exp": 2 * torch.cosh((q[..., None, :] + k[:, None]) * scale**0.5).sum(-1),
-        "taylor": 1 + scores + scores.square() / 2,  # of head sizes up to 16 the projection is all of them
+        "taylor": 1 + scores + scores.square() / 2,  # of head sizes up to 16 nothing is projected away
         "unit": torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).mT,
         "silu": torch.nn.functional.silu(q) @ torch.nn.functional.silu(k).mT,
         "none": q @ k.mT,
@@ -245,3 +245,38 @@ def test_maps(name: str) -> None:
         torch.testing.assert_close(found, expected[name])
     if made.positive:
         assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(MAPS))
+def test_more_features_than_a_head_has_numbers_are_features_of_their_own(name: str) -> None:
+    """Projected numbers that begin alike, or as zeros, get one gradient, or none, and would count once for ever."""
+    width = 3 * DIM - 1
+    features = next(n for n in range(1, 1 << 10) if _width(name, n) == width)
+    made = MAPS[name](GROUPS, SHARE, DIM, features, reach=100)
+    query, key = (x.double() for x in inputs(1, 9, torch.float32)[:2])
+    t = torch.arange(9)[None, None]
+    product = made.of_query(query, 1.0, t)[:, ::SHARE] @ made.of_key(key, 1.0, t).mT
+    product.square().sum().backward()
+    assert made.key.grad is not None and (made.key.grad.norm(dim=-2) > 0).all()
+    for start in (made.key.detach(), made.key.detach() - 0.1 * made.key.grad):
+        apart = torch.cdist(start.mT, start.mT) + torch.eye(width)
+        assert float(apart.min()) > 1e-2
+
+
+@pytest.mark.parametrize("name", sorted(MAPS))
+def test_maps_are_made_where_numbers_are_usually_short(name: str) -> None:
+    """`from_pretrained` makes the modules of a model in its dtype."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = MAPS[name](GROUPS, SHARE, DIM, None)
+    finally:
+        torch.set_default_dtype(usual)
+    torch.testing.assert_close(made.key.float(), MAPS[name](GROUPS, SHARE, DIM, None).key, rtol=1e-2, atol=0.0)
+
+
+def _width(name: str, features: int) -> int | None:
+    try:
+        return MAPS[name].width(features)
+    except ValueError:
+        return None

@@ -296,30 +296,46 @@ class Module:
         self.compress_kinds = kinds
 
 
-@pytest.mark.parametrize("fields", [{}, {"rule": "delta"}])
-def test_a_mixer_runs_by_kernels_as_in_plain_pytorch(fields: dict[str, Any]) -> None:
-    entry = LinearGroup(**fields).model_dump(mode="json")
-    kinds = Kinds([entry], LayerFacts(0, 16, 8, 2, None))
+def run(kinds: Kinds, tensors: list[torch.Tensor], impl: str, cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of passes over the columns between `cuts` of query, key, value and hidden states, and the last state."""
+    cache, outs = PagedCache([kinds], max_length=cuts[-1]), []
+    for first, stop in pairwise(cuts):
+        with torch.inference_mode():
+            step = Step.begin(cache, None, 1, stop - first, torch.device(DEVICE))
+            step.impl, step.hidden = impl, tensors[3][:, first:stop]
+            query, key, value = (x[:, :, first:stop] for x in tensors[:3])
+            key, value = cache.update(key, value, 0)
+            outs.append(plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0])
+            step.end()
+    return torch.cat(outs, dim=1), cache.paged[0].states[0].tensors["state"]
+
+
+def mixer_of(fields: dict[str, Any], groups: int) -> tuple[LinearMixer, Kinds, list[torch.Tensor]]:
+    """A mixer with random parameters of groups of two query heads, and 150 columns for it."""
+    kinds = Kinds([LinearGroup(**fields).model_dump(mode="json")] * groups, LayerFacts(0, 16, 8, 2, None))
     mixer = kinds.mixers[0]
     assert isinstance(mixer, LinearMixer)
     with torch.no_grad():
         for parameter in mixer.to(DEVICE).parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    qkv, hidden = [torch.randn(1, heads, 150, 16) for heads in (2, 1, 1)], torch.randn(1, 150, 8)
-    found = {}
-    for impl, cuts in (("reference", [0, 150]), ("triton", [0, 128, 129, 150])):
-        cache, outs = PagedCache([kinds], max_length=150), []
-        for a, b in pairwise(cuts):
-            with torch.inference_mode():
-                step = Step.begin(cache, None, 1, b - a, torch.device(DEVICE))
-                step.impl, step.hidden = impl, hidden[:, a:b]
-                query, key, value = (x[:, :, a:b] for x in qkv)
-                key, value = cache.update(key, value, 0)
-                outs.append(plan_attention(Module(kinds), query, key, value, None, compress_step=step)[0])
-                step.end()
-        found[impl] = torch.cat(outs, dim=1), cache.paged[0].states[0].tensors["state"]
-    for mine, exact in zip(found["triton"], found["reference"], strict=True):
+    qkv = [torch.randn(1, heads, 150, 16) for heads in (2 * groups, groups, groups)]
+    return mixer, kinds, [*qkv, torch.randn(1, 150, 8)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"rule": "delta"}])
+def test_a_mixer_runs_by_kernels_as_in_plain_pytorch(fields: dict[str, Any]) -> None:
+    _, kinds, tensors = mixer_of(fields, groups=1)
+    found = run(kinds, tensors, "triton", [0, 128, 129, 150])
+    for mine, exact in zip(found, run(kinds, tensors, "reference", [0, 150]), strict=True):
         torch.testing.assert_close(mine, exact, **CLOSE)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rule": "delta"}])
+def test_kernels_leave_out_the_branches_of_single_groups(fields: dict[str, Any]) -> None:
+    mixer, kinds, tensors = mixer_of(fields, groups=2)
+    mixer.branches = ("window", "linear")
+    found = run(kinds, tensors, "triton", [0, 149, 150])[0]
+    torch.testing.assert_close(found, run(kinds, tensors, "reference", [0, 150])[0], **CLOSE)
 
 
 @pytest.mark.skipif(fla_refusal(torch.device(DEVICE)) is not None, reason="needs a GPU and flash-linear-attention")

@@ -153,6 +153,18 @@ def test_what_is_taken_back_from_a_padded_batch_leaves_nothing(model: Any, max_l
         assert cache.allocated_bytes() <= cache.held_bytes() + 2 * 6 * PAGE * 2 * 12 * 4
 
 
+@torch.no_grad()
+def test_masks_of_ones_alone_may_come_in_chunks_behind_a_step_and_be_taken_back(model: Any) -> None:
+    ids, cache = random_ids(1, 150).to(DEVICE), model.new_cache(150, slack=20)
+    for stop, back in ((90, 0), (91, 0), (110, 0), (120, 15), (125, 20), (150, 0)):
+        start = cache.get_seq_length()
+        rest = model(ids[:, start:stop], attention_mask=torch.ones(1, stop), past_key_values=cache).logits
+        cache.crop(-back)
+        assert cache.lengths.tolist() == [stop - back]
+    whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(rest, whole[:, 105:], rtol=1e-4, atol=1e-4)
+
+
 def test_without_slack_what_is_still_there_can_be_taken_back(model: Any) -> None:
     ids, cache = random_ids(1, 300).to(DEVICE), model.new_cache()
     with torch.no_grad():
