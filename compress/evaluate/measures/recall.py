@@ -231,7 +231,7 @@ def recall(
         length=task.length,
         items=items,
         cache_bytes=most,
-        haystack=getattr(task, "haystack", ""),
+        haystack=task.around,
         batch_size=batch_size,
     )
 
