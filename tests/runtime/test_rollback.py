@@ -184,6 +184,7 @@ def test_without_slack_what_is_still_there_can_be_taken_back(model: Any) -> None
         more = [model(ids[:, :5], past_key_values=each).logits for each in (cache, before)]
         assert torch.equal(*more)  # what was refused has left nothing
     assert not cache.is_croppable and model.new_cache(slack=1).is_croppable
+    assert PagedCache([kinds_of([Span()] * 2)]).is_croppable  # what no window hides stays by itself
 
 
 ONE_WAY = {
