@@ -1,6 +1,8 @@
-"""Sizes and times in words."""
+"""Sizes, times and lists in words."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def size(count: int | float) -> str:
@@ -16,6 +18,12 @@ def size(count: int | float) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun, as `1 weight` and `3 weights`; for nouns whose plural ends in s."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def either(names: Iterable[str]) -> str:
+    """What may be written, as "`a`, `b` or `c`"."""
+    *others, last = [f"`{name}`" for name in names] or [""]
+    return " or ".join(filter(None, (", ".join(others), last)))
 
 
 def duration(seconds: float) -> str:

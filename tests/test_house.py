@@ -40,9 +40,24 @@ def kinds() -> set[str]:
     return names | {"Span", "LengthSpan", "AnySpan"}
 
 
+def fields() -> set[str]:
+    """Names of the fields of all that is registered."""
+    return {name for table in tables().values() for method in shipped(table).values() for name in method.model_fields}
+
+
+# What code calls something that is registered, and whose base answers what may be asked of any of its kind.
+CALLED = r"\b(target|statistic|solver|task|source|measure|objective|budget|option|each|one)\b"
+
+
 def questions(tree: ast.AST, names: set[str], classes: set[str]) -> Iterator[tuple[int, str]]:
-    """Lines that ask for a class of `classes`, or compare the name of a target, one of `names`."""
+    """Lines that ask for a class of `classes`, compare the name of a target, one of `names`, or look whether something
+    that is registered has a field that only some of its kind have."""
+    known = fields()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            of, name, *_ = node.args
+            if getattr(name, "value", None) in known and re.search(CALLED, ast.unparse(of)):
+                yield node.lineno, ast.unparse(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "type"):
             asked = {part.id for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Name)}
             asked |= {
@@ -69,6 +84,8 @@ def questions(tree: ast.AST, names: set[str], classes: set[str]) -> Iterator[tup
         "entry['target'] not in ('full', 'pruned')",
         "match group.target:\n    case 'full': pass",
         "match group:\n    case FullGroup(): pass",
+        "getattr(recipe.search.solver, 'sink', None)",
+        "hasattr(statistic, 'grid')",
     ],
 )
 def test_the_question_is_found(code: str) -> None:

@@ -52,6 +52,11 @@ class KeyValue(NumberTask):
         "sentence", description="wording: a plain sentence, or LongEval's `line ...: REGISTER_CONTENT is ...`"
     )
 
+    @property
+    def around(self) -> str:
+        """Filler in what room a length full of lines has left."""
+        return "filler" if self.lines is None else self.haystack
+
     def prompts(self, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], rng: random.Random) -> list[Prompt]:
         """Prompts with `lines` needles each; the line that is asked for is the evidence."""
         frame = Frame(tokenizer)
@@ -60,10 +65,9 @@ class KeyValue(NumberTask):
         sizes = [
             self.length - frame.overhead(needles, question) - budget for _, needles, _, question, _, budget in items
         ]
-        kind = "filler" if self.lines is None else self.haystack
         prompts = []
         for item, hay, depth in zip(
-            items, haystacks(kind, tokenizer, text, sizes, rng, self.name), depths, strict=True
+            items, haystacks(self.around, tokenizer, text, sizes, rng, self.name), depths, strict=True
         ):
             value, needles, places, question, reference, budget = item
             tokens, ranges = frame.insert(hay, list(zip(places, needles, strict=True)), question)

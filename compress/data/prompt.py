@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from compress.data.sample import TextSample
 from compress.errors import UserError
 from compress.limits import DOCUMENTS, LONGEST
-from compress.registry import Method
+from compress.registry import Method, tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +81,11 @@ class Task(Method):
         return {}
 
     @property
+    def around(self) -> str:
+        """What surrounds a hidden answer, `natural` or `filler`; empty where a task with right answers hides none."""
+        return ""
+
+    @property
     def label(self) -> str:
         """How messages and tables name it, without the length."""
         return self.task
@@ -132,7 +137,7 @@ def check_scored(task: Task) -> None:
         raise UserError(
             f"`{task.task}` has no right answer to compare with",
             where=task.name,
-            expected="a task with a right answer: passkey, key_value, facts",
+            expected=f"a task with a right answer: {', '.join(name for name, kind in tasks.items() if kind.scored)}",
         )
 
 
@@ -162,6 +167,10 @@ class RecallTask(Task):
         le=LONGEST,
         description="tokens of the answer; by default those of the right answer and two more",
     )
+
+    @property
+    def around(self) -> str:
+        return self.haystack
 
     def depths(self, rng: random.Random) -> list[float]:
         """One depth for each prompt, spread evenly over the range, in a random order."""

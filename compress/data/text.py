@@ -75,6 +75,11 @@ class Source(Method):
 
     source: str = Field(description="name of the source")
 
+    @property
+    def label(self) -> str:
+        """How messages call it: by its path or id, where it has one."""
+        return self.source
+
     @abstractmethod
     def read(self, reader: Reader, part: Part, tokens: int) -> PartText:
         """A part of the text, or of as much of it as a request for `tokens` tokens of it can use.
@@ -181,6 +186,10 @@ class FileText(StoredText):
     path: PathText = Field(description="a .txt or .jsonl file, UTF-8 (or UTF-16 with a byte order mark)")
     column: str = Field("text", description="key of the text in each line of a .jsonl file")
 
+    @property
+    def label(self) -> str:
+        return self.path
+
     def excerpt(self, most: int = MOST) -> Excerpt:
         """The file's text; the texts of a JSONL file are joined by blank lines. What lies behind is not looked at.
 
@@ -285,6 +294,10 @@ class DatasetText(StoredText):
     config: str | None = Field(None, description="name of the dataset's configuration")
     split: str = Field("train", description="split, slices allowed: `train[:1%]`")
     column: str = Field("text", description="column that holds the text")
+
+    @property
+    def label(self) -> str:
+        return self.id
 
     def excerpt(self, most: int = MOST) -> Excerpt:
         """The texts of the rows, joined by blank lines; rows behind the last that is used are not looked at.

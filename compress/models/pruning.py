@@ -157,6 +157,17 @@ def prune(model: nn.Module, kept: Sequence[Kept]) -> bool:
     return uniform
 
 
+def check_output_biases(config: Any) -> None:
+    """Raise UserError where the configuration of an architecture knows no biases behind o_proj and down_proj."""
+    if not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
+        raise UserError(
+            "this architecture has no biases behind o_proj and down_proj, which compensation needs",
+            where=f"model_type {config.model_type}",
+            expected="a configuration with `attention_bias` and `mlp_bias`",
+            fix="write `compensate: false` in the solver",
+        )
+
+
 @torch.no_grad()
 def add_output_biases(model: nn.Module, biases: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
     """Give o_proj and down_proj of every layer a bias, in place, in a form that the stock configuration knows.
@@ -170,13 +181,7 @@ def add_output_biases(model: nn.Module, biases: Sequence[tuple[Sequence[float], 
         UserError: the architecture has no such biases.
     """
     config: Any = model.config
-    if not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
-        raise UserError(
-            "this architecture has no biases behind o_proj and down_proj",
-            where=f"model_type {config.model_type}",
-            expected="`attention_bias` and `mlp_bias` in its configuration",
-            fix="write `compensate: false` in the solver",
-        )
+    check_output_biases(config)
     config.attention_bias = config.mlp_bias = True
     family = family_of(config)
     for layer, (attention, mlp) in zip(layers_of(model), biases, strict=True):

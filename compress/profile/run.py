@@ -18,6 +18,7 @@ from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
 from compress.models.stream import refuse_streamed
 from compress.plan import ModelShape
+from compress.profile.checks import check_second, check_shared, grid_of
 from compress.profile.key import Key
 from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
@@ -35,7 +36,6 @@ from compress.profile.store import (
     write_profile,
 )
 from compress.runtime.rope import rope_change
-from compress.targets.window import SpanGrid
 from compress.versions import versions
 
 
@@ -84,10 +84,11 @@ def run_profile(
     second = second if second and any(second.values()) else None
     for group in (documents, training, *([second] if second else [])):
         check_inputs(group, statistics)
-    check_corpora(statistics, second)
+    if second is not None:
+        check_second(statistics)
     longest = max(length for group in (documents, second or {}) for length, samples in group.items() if samples)
     check_context(loaded.model, statistics, context, longest)
-    grid = _grid(statistics)
+    grid = grid_of(statistics)
     lengths = [length for length in documents if documents[length]]
     statistics = [statistic.resolved(loaded.shape, lengths) for statistic in statistics]
     subject = Subject(loaded, loaded.shape, input_device(loaded.model), known or {})
@@ -222,35 +223,7 @@ def check_context(model: Any, statistics: Sequence[Statistic], context: int, lon
             found=f"{longest} tokens",
             fix="set `profile.context` to 1",
         )
-    if whole := [statistic.name for statistic in statistics if not statistic.by_rows]:
-        raise UserError([whole_samples(whole)])
-
-
-def whole_samples(names: Sequence[str]) -> Problem:
-    """What is said of statistics that cannot be measured where processes share samples."""
-    return Problem(
-        "statistics need all tokens of a sample in one process",
-        "profile.context",
-        "statistics that are sums over the queries or the tokens of a sample",
-        ", ".join(f"`{name}`" for name in names),
-        "leave them out, or set `profile.context` to 1",
-    )
-
-
-def check_corpora(statistics: Sequence[Statistic], second: Samples | None) -> None:
-    """Refuse a second corpus that nothing would be measured on.
-
-    Raises:
-        UserError: no statistic reads projections.
-    """
-    if second and not any(statistic.reads == "projections" for statistic in statistics):
-        raise UserError(
-            "no statistic is measured on a second corpus",
-            where="calibration.second",
-            expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
-            found=", ".join(statistic.name for statistic in statistics),
-            fix="leave `calibration.second` out, or add such a statistic",
-        )
+    check_shared(statistics)
 
 
 def run_key(
@@ -323,21 +296,3 @@ def _entry(statistic: Statistic, results: Results) -> StatisticEntry:
             for key, result in results.items()
         },
     )
-
-
-def _grid(statistics: Sequence[Statistic]) -> SpanGrid | None:
-    """The span grid of the statistics that have one.
-
-    Raises:
-        UserError: two statistics price different grids, so that no search could use both.
-    """
-    grids = {statistic.name: statistic.grid for statistic in statistics if hasattr(statistic, "grid")}
-    if len(set(grids.values())) > 1:
-        raise UserError(
-            "the statistics price different span grids",
-            where="profile.statistics",
-            expected="one grid",
-            found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
-            fix="give every statistic the same `grid`, or leave it out everywhere",
-        )
-    return next(iter(grids.values()), None)

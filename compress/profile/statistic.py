@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from compress.models.load import LoadedModel
     from compress.models.prepared import Prepared
     from compress.plan import ModelShape
+    from compress.targets.layer_option import LayerOption
+    from compress.targets.target import Target
+    from compress.targets.window import SpanGrid
 
 # What a statistic is taken from: queries, keys and values of attention, where the loss is that of the answers, or that
 # of what can be looked up in the context; attention where the model repeats the text; inputs and gradients of the
@@ -130,12 +133,14 @@ class Statistic(Method):
         needs_gradient: whether the pass has to run backwards.
         by_rows: whether all that it takes are sums over the tokens of a sample, as queries or as inputs, so that
             processes that share the sample can each add up their own.
+        of_evidence: whether it is measured on documents alone that hide something to look up.
         unit: what one number counts.
     """
 
     reads: ClassVar[Reads]
     by_rows: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    of_evidence: ClassVar[bool] = False
     unit: ClassVar[str]
 
     @property
@@ -150,6 +155,34 @@ class Statistic(Method):
     def follows(self) -> tuple[str, ...]:
         """Names of what it reads of other statistics, which are therefore measured before it (`Subject.known`)."""
         return ()
+
+    @property
+    def span_grid(self) -> SpanGrid | None:
+        """The grid whose rules it prices; None where it prices no rules."""
+        return None
+
+    @property
+    def priced(self) -> tuple[Target, ...]:
+        """The targets whose effect on the loss it measures, once it is `resolved`."""
+        return ()
+
+    @property
+    def priced_layers(self) -> tuple[LayerOption, ...]:
+        """Likewise, options of whole layers."""
+        return ()
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it is taken from what the output projections read."""
+        return False
+
+    @property
+    def steps_taken(self) -> int:
+        """Samples that it trains on, one after another; an estimate of the time counts them."""
+        return 0
+
+    def check_training(self, tasks: Collection[str]) -> None:
+        """Refuse documents of these tasks where it trains and finds none of its own among them. Raises UserError."""
 
     def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
         """Targets under which it computes all head groups again; an estimate of the time counts them."""
@@ -197,6 +230,11 @@ class SummedStatistic(Statistic):
         Raises:
             UserError: a number that is NaN or infinite.
         """
+
+
+def giving(form: str) -> list[str]:
+    """Names of the statistics that leave something of a form (`Method.gives`) for a search to read."""
+    return [name for name, kind in statistics.items() if form in kind.gives.values()]
 
 
 def not_finite(statistic: str, what: str, layer: int, where: str) -> UserError:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from compress.data.prompt import Task, check_scored
 from compress.errors import Problem, UserError, nearest
 from compress.limits import DOCUMENT_TOKENS
+from compress.profile.checks import check_second, check_shared, grid_of
 from compress.profile.key import Key
-from compress.profile.run import whole_samples
+from compress.profile.statistic import giving
 from compress.recipe.located_yaml import KeyPath, key_path
 from compress.recipe.schema import CalibrationSection, Recipe
 from compress.registry import Method, statistics
 from compress.search.checks import section_problems
+from compress.words import either
 
 Finding = tuple[KeyPath, Problem]  # the key that it is about, and the problem without a place
 
@@ -104,12 +108,17 @@ def _too_many_documents(recipe: Recipe) -> Iterator[Finding]:
             )
 
 
+def _told(path: KeyPath, check: Callable[[], object]) -> Iterator[Finding]:
+    """The problems that a check raises, which the run would raise otherwise, at a key."""
+    try:
+        check()
+    except UserError as error:
+        yield from ((path, replace(problem, where=None)) for problem in error.problems)
+
+
 def _no_right_answer(recipe: Recipe) -> Iterator[Finding]:
     for number, task in enumerate(recipe.evaluate.recall):
-        try:
-            check_scored(task)
-        except UserError as error:
-            yield ("evaluate", "recall", number), error.problems[0]
+        yield from _told(("evaluate", "recall", number), partial(check_scored, task))
 
 
 def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
@@ -125,8 +134,7 @@ def _missing_scores(recipe: Recipe) -> Iterator[Finding]:
     for number, statistic in enumerate(recipe.profile.statistics):
         reads.append((("profile", "statistics", number), f"`{statistic.registered}`", statistic.scores_read()))
     if recipe.prepare is not None:
-        priced = statistics["effect"](targets=recipe.prepare.targets, **recipe.prepare.priced_layers)
-        reads.append((("prepare",), "`prepare.layers`", priced.scores_read()))
+        reads.append((("prepare",), "`prepare.layers`", recipe.prepare.pricing().scores_read()))
     owners = {name: (owner, statistic) for owner, statistic in statistics.items() for name in statistic.gives}
     for path, reader, wanted in reads:
         for name, form in wanted.items():
@@ -156,9 +164,7 @@ def _shared(recipe: Recipe) -> Iterator[Finding]:
     section = recipe.profile
     if section.context == 1:
         return
-    if whole := [statistic.name for statistic in section.statistics if not statistic.by_rows]:
-        problem = whole_samples(whole)
-        yield ("profile", "context"), Problem(problem.what, None, problem.expected, problem.found, problem.fix)
+    yield from _told(("profile", "context"), lambda: check_shared(section.statistics))
     if section.stream:
         yield (
             ("profile", "context"),
@@ -168,39 +174,26 @@ def _shared(recipe: Recipe) -> Iterator[Finding]:
 
 def _grids(recipe: Recipe) -> Iterator[Finding]:
     """A search of spans chooses from one grid of rules."""
-    grids = {
-        statistic.registered: statistic.grid for statistic in recipe.profile.statistics if hasattr(statistic, "grid")
-    }
-    solver = recipe.search.solver
-    if solver.spans and solver.needs_grid and not grids:
+    solver, measured = recipe.search.solver, recipe.profile.statistics
+    if solver.spans and solver.needs_grid and all(statistic.span_grid is None for statistic in measured):
         yield (
             ("profile", "statistics"),
             Problem(
                 "no statistic measures what span rules cost, which this solver needs",
-                expected="`influence`, `hidden_mass` or `retrieval`",
+                expected=either(giving("rules")),
                 fix="add `{name: influence}`",
             ),
         )
-    if len(set(grids.values())) > 1:
-        yield (
-            ("profile", "statistics"),
-            Problem(
-                "the statistics use different span grids",
-                expected="one grid",
-                found="; ".join(f"{name}: {grid!r}" for name, grid in grids.items()),
-                fix="give every statistic the same `grid`, or leave it out everywhere",
-            ),
-        )
+    yield from _told(("profile", "statistics"), lambda: grid_of(measured))
 
 
 def _native(recipe: Recipe) -> Iterator[Finding]:
     """Searches whose windows all have sinks, which no native checkpoint holds: told now, and not after the search."""
     solver = recipe.search.solver
-    if recipe.export.form != "native" or recipe.upcycle is not None or getattr(solver, "removal", None) is not None:
+    if recipe.export.form != "native" or recipe.upcycle is not None or solver.removes:
         return
-    own = getattr(solver, "sink", None)
-    grids = [statistic.grid for statistic in recipe.profile.statistics if hasattr(statistic, "grid")]
-    sinks = {sink for grid in grids for sink in grid.sinks} if own is None else {own}
+    grids = [grid for statistic in recipe.profile.statistics if (grid := statistic.span_grid) is not None]
+    sinks = {sink for grid in grids for sink in grid.sinks} if solver.sinks is None else set(solver.sinks)
     if solver.spans and solver.needs_grid and 0 not in sinks:
         yield (
             ("export", "form"),
@@ -214,33 +207,14 @@ def _native(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _second(recipe: Recipe) -> Iterator[Finding]:
-    measured = recipe.profile.statistics
-    if recipe.calibration.second is not None and "projections" not in [statistic.reads for statistic in measured]:
-        yield (
-            ("calibration", "second"),
-            Problem(
-                "no statistic is measured on a second corpus",
-                expected="an importance statistic that reads documents: amp, flap, taylor or wanda_sp",
-                found=", ".join(statistic.registered for statistic in measured),
-                fix="leave `calibration.second` out, or add such a statistic",
-            ),
-        )
+    if recipe.calibration.second is not None:
+        yield from _told(("calibration", "second"), lambda: check_second(recipe.profile.statistics))
 
 
 def _nothing_to_train_on(recipe: Recipe) -> Iterator[Finding]:
     learnt = {task.task for task in recipe.calibration.training or recipe.calibration.documents}
     for number, statistic in enumerate(recipe.profile.statistics):
-        trained = getattr(statistic, "task", None)
-        if trained is not None and trained not in learnt:
-            yield (
-                ("profile", "statistics", number),
-                Problem(
-                    f"there are no documents of task `{trained}` to train on",
-                    expected=f"`- {{task: {trained}, ...}}` in `calibration.training`",
-                    found=", ".join(sorted(learnt)),
-                    fix=nearest(trained, learnt) or "add such documents, or set `task` to null to train on all",
-                ),
-            )
+        yield from _told(("profile", "statistics", number), partial(statistic.check_training, learnt))
 
 
 def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
@@ -248,9 +222,11 @@ def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
     documents = recipe.calibration.documents
     lengths = {task.length for task in documents}
     hiding = {task.length for task in documents if task.hides}
-    read = recipe.search.solver.scores_read()
-    everywhere = bool(read.get("retrieval.lost"))
-    lacking = lengths - hiding if everywhere else lengths if "retrieval" in read and not hiding else set()
+    of_evidence = {name for statistic in recipe.profile.statistics if statistic.of_evidence for name in statistic.gives}
+    read = {form for name, form in recipe.search.solver.scores_read().items() if name in of_evidence}
+    # A table of rules is read at every length; of a number for each head group the lengths that have it are averaged.
+    everywhere = "rules" in read
+    lacking = lengths - hiding if everywhere else lengths if read and not hiding else set()
     if lacking:
         yield (
             ("search", "solver"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from compress.errors import Problem
 from compress.registry import budget_kinds, solvers
 from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.search.serve import Serve
 from compress.search.solver import Solver
+from compress.words import either
 
 Finding = tuple[tuple[str | int, ...], Problem]
 
@@ -20,6 +19,7 @@ def section_problems(
     """What of a search section does not go together: its solver, its budget, its refinement and its engine."""
     problems: list[Finding] = []
     usable, given = solver.budgets(), list(budget.given())
+    of_layers = either(name for name, kind in solvers.items() if kind.chooses_layers)
     for name in given:
         if name not in usable:
             problems.append(
@@ -28,9 +28,9 @@ def section_problems(
                     Problem(
                         "this solver cannot meet this kind of budget",
                         f"search.budget.{name}",
-                        f"{_listed(usable)} for `{solver.registered}`",
+                        f"{either(usable)} for `{solver.registered}`",
                         f"`{name}`",
-                        "take `priced` or `even`, which choose routed heads"
+                        f"take {of_layers}, which choose what whole layers become, such as routed heads"
                         if not budget_kinds[name].spent
                         else "give `moa` a `removal`, or prune first and search spans with the pruned checkpoint as "
                         "`model`"
@@ -40,7 +40,7 @@ def section_problems(
                 )
             )
     if not solver.spans and not problems and not set(usable) & set(given):
-        problems.append((("search",), Problem("the solver has no budget to meet", "search.budget", _listed(usable))))
+        problems.append((("search",), Problem("the solver has no budget to meet", "search.budget", either(usable))))
     if not solver.spans and refine is not None:
         problems.append(
             (
@@ -53,7 +53,7 @@ def section_problems(
             )
         )
     if serve is not None and (solver.removes or not solver.slots):
-        able = [name for name, kind in solvers.items() if kind.slots]
+        able = either(name for name, kind in solvers.items() if kind.slots)
         problems.append(
             (
                 ("search", "serve"),
@@ -62,13 +62,9 @@ def section_problems(
                     if solver.slots
                     else f"`{solver.registered}` decides head group by head group, or what the engine does not serve",
                     "search.serve",
-                    f"one of {', '.join(f'`{name}`' for name in able)}, without `removal`",
+                    f"{able}, without `removal`",
                     fix="take one of these, or leave `serve` out",
                 ),
             )
         )
     return problems
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " or ".join(f"`{name}`" for name in names)

@@ -19,8 +19,8 @@ from compress.models.load import DTYPES
 from compress.models.planned import check_norms
 from compress.models.shape import shape_without_weights
 from compress.plan import LayerPlan, ModelShape, plan_of_layers
+from compress.profile.checks import grid_of
 from compress.profile.key import Key
-from compress.registry import statistics as known_statistics
 from compress.runtime.widths import Width
 from compress.search.baselines import baselines_of
 from compress.search.budget.budget import check_lengths
@@ -107,22 +107,20 @@ def check_search(
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
     statistics = [statistic.resolved(shape, sorted(lengths)) for statistic in statistics]
-    grid = next((statistic.grid for statistic in statistics if hasattr(statistic, "grid")), None)
-    priced = next((statistic.targets for statistic in statistics if "effect.absolute" in statistic.gives), ())
-    layers = next((statistic.layers for statistic in statistics if "effect.absolute" in statistic.gives), ())
+    priced = [target for statistic in statistics for target in statistic.priced]
+    layers = [option for statistic in statistics for option in statistic.priced_layers]
     by_head = frozenset(one.name for one in statistics if one.scores_heads(shape))
-    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid, priced, layers, by_head)
+    profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid_of(statistics), priced, layers, by_head)
     if solver.removes:
         check_pruning(config)
-        check_reading(config, [statistic.name for statistic in statistics if getattr(statistic, "reads_inputs", False)])
-        _check_biases(config, solver)
+        check_reading(config, [statistic.name for statistic in statistics if statistic.reads_inputs])
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]
     effects = None
     if prepare is not None and prepare.effect:
-        after = known_statistics["effect"](targets=trained, **prepare.priced_layers).resolved(shape, sorted(lengths))
-        effects = replace(profile, priced=after.targets, priced_layers=after.layers)
+        after = prepare.pricing().resolved(shape, sorted(lengths))
+        effects = replace(profile, priced=after.priced, priced_layers=after.priced_layers)
     problem = make_problem(dense, profile, budget, solver, prepared=prepared, effects=effects, serve=section.serve)
     for candidate in solver.check(problem):
         _check_plan(config, shape, candidate.layers)
@@ -134,14 +132,8 @@ def check_prepare(config: Any, prepare: PrepareSettings) -> None:
     """Whether all head groups of this model can become the targets that a recipe prepares, and whether texts that
     thresholds are measured on fit it. Raises UserError."""
     context = getattr(config, "max_position_embeddings", None)
-    longest = max((length for each in prepare.objectives for length in getattr(each, "thresholds", ())), default=0)
-    if context is not None and longest > context:
-        raise UserError(
-            "texts that thresholds are measured on are longer than the model's context",
-            where="prepare.objectives",
-            expected=f"`thresholds` of at most {context:,} tokens",
-            found=f"{longest:,}",
-        )
+    for objective in prepare.objectives:
+        objective.check(context)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_without_weights(model)
@@ -170,8 +162,7 @@ def untrainable(config: Any, length: int, prepare: PrepareSettings | None, lengt
         shape = shape_without_weights(AutoModelForCausalLM.from_config(config))
     offered: Sequence[Target] = prepare.targets
     if prepare.effect:
-        priced = known_statistics["effect"](targets=prepare.targets, **prepare.priced_layers)
-        offered = priced.resolved(shape, sorted(lengths)).targets
+        offered = prepare.pricing().resolved(shape, sorted(lengths)).priced
     unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
     keeping = [target.with_share(0.5) for target in offered if target.in_expectation and not target.idle]
     if not keeping or any(target.cost(unit, length).keys < length for target in keeping):
@@ -207,14 +198,3 @@ def _check_plan(config: Any, shape: ModelShape, layers: Sequence[LayerPlan]) -> 
         different = {(problem.what, problem.expected, problem.found): problem for problem in reversed(error.problems)}
         raise UserError(list(different.values())[::-1]) from None
     check_norms(config, plan)
-
-
-def _check_biases(config: Any, solver: Any) -> None:
-    if getattr(solver, "compensate", False) and not (hasattr(config, "attention_bias") and hasattr(config, "mlp_bias")):
-        raise UserError(
-            "this architecture has no biases behind o_proj and down_proj, which compensation needs",
-            where="search.solver.compensate",
-            expected="a configuration with `attention_bias` and `mlp_bias`",
-            found=f"model_type {config.model_type}",
-            fix="write `compensate: false`",
-        )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from compress.errors import UserError
 from compress.plan import Amount, LayerPlan, Plan, Predicted, plan_of_layers
 from compress.profile.key import Key
+from compress.profile.statistic import giving
 from compress.profile.worth import entries_of
 from compress.registry import budget_kinds
 from compress.search.budget.bytes_read import BytesRead
@@ -30,6 +31,7 @@ from compress.targets.layer_option import Alike, LayerOption
 from compress.targets.target import Target, Thresholds, layer_cost
 from compress.targets.unit import Unit
 from compress.targets.window import SpanGrid, WindowGroup
+from compress.words import either
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +160,7 @@ class Problem:
             raise UserError(
                 "no statistic of the profile prices rules",
                 where="profile.statistics",
-                expected="`influence` or `hidden_mass`",
+                expected=either(giving("rules")),
                 fix="add one of them to the recipe and profile again",
             )
         return self.profile.grid

@@ -15,6 +15,7 @@ from compress.models.families import check_reordering
 from compress.models.load import LoadedModel
 from compress.models.prepared import prepared_for
 from compress.plan import Plan
+from compress.registry import budget_kinds, solvers
 from compress.search.baselines import (
     CHANCE,
     DRAWN,
@@ -233,15 +234,11 @@ def run_search(
         note = f"{refined.start} refined in {refined.step} steps, loss {refined.loss:.4f} from {refined.first:.4f}"
         start = known[refined.start]
         candidates[REFINED] = Candidate(refined.layers(), note=note, importance=start.importance)
-    facts = {"name": solver.registered, **solver.model_dump(mode="json")}
-    asked = {"solver": facts, "budget": budget.model_dump(mode="json")}
+    asked = {"solver": solvers.written(solver), "budget": budget.model_dump(mode="json")}
 
     def searched(name: str, candidate: Candidate) -> Plan:
-        given: dict[str, Any] = {**asked, "name": name, "question": candidate.note, "gap": candidate.gap}
-        if "importance" in facts:
-            # Of several scores a plan names the one that ranked its units, which its card says.
-            given["solver"] = {**facts, "importance": candidate.importance}
-        return candidate.to_plan(problem, given)
+        given = {**asked, "solver": solver.written(candidate), "name": name, "question": candidate.note}
+        return candidate.to_plan(problem, {**given, "gap": candidate.gap})
 
     def baseline(name: str, candidate: Candidate, task: Problem = problem) -> Plan:
         return candidate.to_plan(task, {"name": name, "question": candidate.note, "budget": asked["budget"]})
@@ -428,4 +425,4 @@ def _row(name: str, candidate: Candidate, plan: Plan, losses: Mapping[str, float
         "amounts": [amount.model_dump(mode="json") for amount in plan.predicted.amounts],
         "response_loss": losses.get(name),
     }
-    return row | {key: plan.provenance[key] for key in ("decode_time",) if key in plan.provenance}
+    return row | {kind: plan.provenance[kind] for kind in budget_kinds if kind in plan.provenance}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compress.errors import UserError
-from compress.registry import Method, budget_kinds
+from compress.registry import Method, budget_kinds, solvers
 from compress.search.choice.whole import WholeLayers
 from compress.search.problem import Amounts, Candidate, Layers, Problem, smallest_window
 from compress.targets.target import Target
@@ -20,7 +20,8 @@ class Solver(Method):
         stem: what its plans are called in a run folder, with a number behind.
         placed: whether its plans are compared with the same targets in drawn places, and in whole layers; those with
             trained targets always are.
-        needs_grid: whether it chooses windows of the grid of rules that statistics price; of a solver of spans.
+        needs_grid: whether it reads the grid of rules that statistics price, be it for the smallest window alone; of a
+            solver of spans.
         chooses_layers: whether it chooses what whole layers become, so that tokens may compute fewer heads.
         slots: whether its plans are as an engine asks, where a recipe says so (`search.serve`).
         cheaper: what to do besides, where its smallest plan is beyond the budget.
@@ -42,6 +43,17 @@ class Solver(Method):
     def removes(self) -> bool:
         """Whether it removes heads and neurons."""
         return False
+
+    @property
+    def sinks(self) -> tuple[int, ...] | None:
+        """Tokens at the start that its windows leave visible, each number that it may choose; None where its windows
+        are those of the profile's grid."""
+        return None
+
+    @property
+    def named(self) -> tuple[Target, ...]:
+        """Targets that its own fields name, which it then chooses from in place of those priced or prepared."""
+        return ()
 
     def budgets(self) -> list[str]:
         """The kinds of budget that it can meet: what counts parameters alone only by removing, all others by spans; one
@@ -90,8 +102,12 @@ class Solver(Method):
         least = "which one head group a layer under the smallest rule of the profile's span grid and the least "
         return least + "neurons (`floor`) take"
 
+    def written(self, candidate: Candidate) -> dict[str, Any]:
+        """What a plan of it says of its solver: name and fields."""
+        return solvers.written(self)
+
     def check(self, problem: Problem) -> list[Candidate]:
-        """Refuse a budget that no plan meets whatever the profile says, of which only zeros are known here.
+        """Refuse what no profile would change, of which only zeros are known here: a budget that no plan meets.
 
         Returns:
             Plans that it finds by these zeros; none where it needs a table of rules.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.plan import Plan, amount_line
+from compress.registry import budget_kinds
 from compress.search.budget.kind import Row, rounded_up
 from compress.search.problem import Problem
 from compress.search.serve import Serve
@@ -56,9 +57,7 @@ def cost_lines(plan: Plan, rows: Sequence[Row]) -> list[str]:
         row = limits.get((amount.kind, amount.length))
         below = "" if row is None else f", {(row.limit - amount.plan) / amount.dense:.2%} below the budget"
         lines.append(amount_line(amount) + below)
-    for times in plan.provenance.get("decode_time", {}).get("rows", []):
-        lines.append(
-            f"decode step at {times['length']:,} tokens, batch {times['batch']}: {times['ms']:.3g} ms predicted, "
-            f"dense {times['dense_ms']:.3g} ms, {times['share']:.1%}"
-        )
+    for name, kind in budget_kinds.items():
+        if name in plan.provenance:
+            lines += kind.report_lines(plan.provenance[name])
     return lines

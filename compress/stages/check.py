@@ -19,7 +19,6 @@ from compress.recipe.schema import Recipe, UpcycleSection
 from compress.runfolder import check_output
 from compress.search.preview import check_prepare, check_search, untaught, untrainable
 from compress.stages.device import resolve_device
-from compress.stages.inputs import input_name
 from compress.stages.reporter import Reporter
 from compress.stages.session import Session
 from compress.stages.upcycle import LENGTH as WINDOW
@@ -115,7 +114,7 @@ def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool
                     raise
                 continue
             if excerpt.used is not None:
-                say(f"text: {input_name(use.source)}: {excerpt.used}")
+                say(f"text: {use.source.label}: {excerpt.used}")
             texts[name] = excerpt.text
         if (name, use.part) not in parts:
             parts[name, use.part] = use.source.foreseen(model.tokenizer, texts[name], use.part)

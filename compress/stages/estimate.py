@@ -17,7 +17,6 @@ from compress.models.backward import ACTIVATIONS_SHARE
 from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
-from compress.registry import statistics
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
@@ -129,11 +128,9 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         rounds = 1 if prepare.again is None else 2
         passes = (1 + BACKWARD) * (targets - chosen) * rounds + CHOICE * chosen
         stages["prepare"] = _training(prepare, of, rounds + passes)
-        if recipe.prepare.effect:
-            others = targets
-            if recipe.prepare.priced_layers and of.shape is not None:
-                lengths = sorted({task.length for task in calibration.documents})
-                others += statistics["effect"](**recipe.prepare.priced_layers).alternatives(of.shape, lengths)
+        if prepare.effect:
+            lengths = sorted({task.length for task in calibration.documents})
+            others = prepare.pricing().alternatives(of.shape, lengths) if of.shape is not None else targets
             stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * others)
     searched = search.solver.most_plans(len({task.length for task in calibration.documents}))
     plans = 1 + searched * (1 if search.serve is None else 2) + BASELINES
@@ -186,7 +183,7 @@ def _profile(recipe: Recipe, of: Estimate) -> float:
         elif reads == "training":
             queue = recipe.calibration.training or documents
             mean = of.passes(queue, 2 + BACKWARD) / sum(task.count for task in queue)
-            total += sum(getattr(statistic, "steps", 0) for statistic in taken) * mean
+            total += sum(statistic.steps_taken for statistic in taken) * mean
     return total
 
 

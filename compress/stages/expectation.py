@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compress.models.prepared import Prepared, placed_for
 from compress.plan import ModelShape
 from compress.recipe.schema import Recipe
-from compress.registry import statistics
+from compress.registry import budget_kinds
 from compress.search.budget.kind import shares_by_length
 from compress.targets.full import FullGroup
 from compress.targets.target import Target
@@ -53,10 +53,10 @@ def expectation(recipe: Recipe, shape: ModelShape | None, prepared: Prepared = (
         return Expectation(f"shares as large as the budget holds {at}", spread, "all tokens: no cap")
     held, most = ([getattr(cost, name) / dense for cost in costs] for name in ("held_bytes", "most_bytes"))
     many = "1 option" if len(costs) == 1 else f"{len(costs)} options"
-    free = sum(getattr(target, "cap", None) is None for target in options)
+    free = sum(not target.bounded for target in options)
     bound = f"{_range(most)} of any text" + (f"\n{free} of {len(options)} without a cap" if free else "")
-    kinds = recipe.search.budget.given()
-    asked = "\nthe budget asks for the bound" if "kv_bound" in kinds and "kv" not in kinds else ""
+    counted = {field for kind in recipe.search.budget.given() for field in budget_kinds[kind].reads}
+    asked = "\nthe budget asks for the bound" if "most_bytes" in counted and "held_bytes" not in counted else ""
     return Expectation(
         f"{many}: {_range(held)} of a head group's\nKV bytes {at}, mean over texts{asked}", spread, bound
     )
@@ -69,13 +69,10 @@ def _named(recipe: Recipe, shape: ModelShape | None) -> Iterator[Target]:
         return
     if prepare.effect:
         lengths = sorted({task.length for task in recipe.calibration.documents})
-        priced = statistics["effect"](targets=prepare.targets, **prepare.priced_layers)
-        yield from priced.resolved(shape, lengths).targets
+        yield from prepare.pricing().resolved(shape, lengths).priced
     else:
         yield from prepare.targets
-    named = getattr(recipe.search.solver, "target", None)
-    if named is not None:
-        yield named
+    yield from recipe.search.solver.named
 
 
 def _spread(options: Sequence[Target], shape: ModelShape, unit: Unit, length: int, prepared: Prepared) -> str:

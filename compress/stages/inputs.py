@@ -48,7 +48,7 @@ class Inputs:
         def read(aloud: bool = False) -> str:
             excerpt = source.known(most)
             if aloud and excerpt.used is not None:
-                self.reporter.say(f"text: {input_name(source)}: {excerpt.used}")
+                self.reporter.say(f"text: {source.label}: {excerpt.used}")
             return text_key(excerpt.text)
 
         label = f"text, {most:,} characters: {source.model_dump_json()}"
@@ -124,8 +124,3 @@ class Inputs:
             return {label: value for label, value in kept.items() if isinstance(value, str)}
         except (OSError, JsonError, KeyError, TypeError, AttributeError):
             return {}
-
-
-def input_name(source: Source) -> str:
-    """The path or the id of a text source."""
-    return str(getattr(source, "path", None) or getattr(source, "id", source.source))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from compress.models.prepared import Option, attach, prepared_for, read_prepared
-from compress.profile.heads.effect import Effect
 from compress.profile.key import Key
 from compress.profile.run import run_profile
 from compress.profile.store import Profile, read_profile
@@ -115,7 +114,7 @@ def effects_stage(session: Session, *, must_be_done: bool = False) -> Profile | 
 
     def work() -> Profile:
         documents = documents_of(session, recipe.calibration.documents, "calibration")
-        statistic = Effect(targets=settings.targets, **settings.priced_layers)
+        statistic = settings.pricing()
         # What ranks heads is among what the profile of the dense model has.
         known = profile_stage(session, must_be_done=True).tensors if statistic.follows else None
         with session.reporter.progress("effect") as report:

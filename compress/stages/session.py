@@ -152,7 +152,7 @@ class Session:
     def _priced_layers(self) -> list[Any]:
         """What is priced after the preparation beside its targets, and the profile that ranks heads for it."""
         settings = self.recipe.prepare
-        if settings is None or not settings.priced_layers:
+        if settings is None or not (settings.layers or settings.options):
             return []
         written = self.resolved["prepare"]
         return [written["layers"], written["options"], self.profile_key()]

@@ -127,6 +127,11 @@ class RetainGroup(Target):
         """Whether it keeps all tokens."""
         return self.threshold is None and self.cap is None
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a cap says how many tokens are kept at most."""
+        return self.cap is not None
+
     def placed(self, thresholds: Thresholds | None, layer: int, group: int) -> RetainGroup:
         """With the threshold that keeps `share` in one head group, and the spread of that."""
         if not self.open or thresholds is None:

@@ -197,6 +197,11 @@ class Target(Method):
         """The target whose trained tensors serve this one, too, where they were not trained for itself."""
         return self
 
+    @property
+    def bounded(self) -> bool:
+        """Whether something bounds what it holds of a text, where its cost is an expectation (`in_expectation`)."""
+        return False
+
     def measured(self, threshold: float | None, share: float, spread: float) -> Target:
         """The same with what it was found to hold of texts, where that is an expectation (`in_expectation`).
 

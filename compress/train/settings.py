@@ -422,25 +422,22 @@ class PrepareSettings(TrainSettings):
                     raise ValueError(f"`again` is a round for scorers, and `{target.target}` has none")
         return self
 
-    @property
-    def priced_layers(self) -> dict[str, Any]:
-        """What is priced beside the targets, as the statistic `effect` takes it; empty without any."""
-        return {"layers": self.layers, "options": self.options} if self.layers or self.options else {}
+    def pricing(self) -> Any:
+        """The statistic that measures what the targets, so trained, and what is named with them cost the loss."""
+        return registry.statistics["effect"](targets=self.targets, layers=self.layers, options=self.options)
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
-        if self.priced_layers and not self.effect:
+        if (self.layers or self.options) and not self.effect:
             raise ValueError("`layers` and `options` are priced, so write `effect: true`, or leave them out")
         if self.options:  # refused as there, if they are none
-            registry.statistics["effect"](options=self.options)
+            self.pricing()
         return self
 
     @property
     def measured(self) -> dict[str, str]:
         """What a solver may read of it, with its form, as of a statistic (`gives`)."""
-        return {"error": "prepared"} | (
-            {"effect.absolute": "targets", "effect.signed": "targets"} if self.effect else {}
-        )
+        return {"error": "prepared"} | (self.pricing().gives if self.effect else {})
 
     @field_validator("targets")
     @classmethod

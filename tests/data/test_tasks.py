@@ -262,3 +262,10 @@ def test_an_answer_of_another_length_is_refused() -> None:
     (prompt,) = PassKey(length=300, count=1).make(byte_tokenizer(), TEXT, 0)
     with pytest.raises(ValueError, match="an answer of"):
         prompt.answered([1])
+
+
+def test_what_surrounds_an_answer_is_what_is_there() -> None:
+    """A length that is full of lines has no text around them, whatever `haystack` says."""
+    assert [KeyValue(length=400, count=1, lines=lines).around for lines in (2, None)] == ["natural", "filler"]
+    assert PassKey(length=400, count=1, haystack="filler").around == "filler"
+    assert Continuation(length=400, count=1).around == ""

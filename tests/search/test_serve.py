@@ -198,7 +198,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     for solver, says in refused:
         ((place, problem),) = section_problems(solver, budget, None, SERVE)
         assert place == ("search", "serve") and says in problem.what
-        assert problem.expected == "one of `layers`, `moa`, `priced`, `streaming`, `uniform`, without `removal`"
+        assert problem.expected == "`layers`, `moa`, `priced`, `streaming` or `uniform`, without `removal`"
     assert section_problems(Amp(), Budget(parameters=0.5), None, SERVE)
     with pytest.raises(UserError, match="do not divide into slots"):
         served(Serve(slot=3))

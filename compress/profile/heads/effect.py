@@ -109,6 +109,14 @@ class Effect(HeadStatistic):
             read += layer_options[name].ranks(_grid(name, grid)) if _of_layers(name) else ()
         return tuple(dict.fromkeys(read))
 
+    @property
+    def priced(self) -> tuple[Target, ...]:
+        return self.targets
+
+    @property
+    def priced_layers(self) -> tuple[LayerOption, ...]:
+        return self.layers
+
     def scores_read(self) -> dict[str, str]:
         """What it ranks heads by."""
         return dict.fromkeys(self.follows, "worth")
@@ -116,7 +124,7 @@ class Effect(HeadStatistic):
     def alternatives(self, shape: ModelShape, lengths: Sequence[int]) -> int:
         """All targets that it prices; see `Statistic.alternatives`."""
         resolved = self.resolved(shape, lengths)
-        return len(resolved.targets) + len(resolved.layers)
+        return len(resolved.priced) + len(resolved.priced_layers)
 
     def resolved(self, shape: ModelShape, lengths: Sequence[int]) -> Self:
         """With the options as targets, those of a layer that does not slide by itself.

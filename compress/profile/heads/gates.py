@@ -6,12 +6,12 @@ how far apart the two sides of its cut are. `train.gates` trains them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
-from compress.errors import UserError
+from compress.errors import UserError, nearest
 from compress.limits import FACTOR, LONGEST, STEPS
 from compress.profile.key import Key
 from compress.profile.partial import Step
@@ -40,6 +40,20 @@ class Gates(TrainedStatistic):
     unit: ClassVar[str] = "gate, 0 streaming to 1 full"
     gives: ClassVar[Mapping[str, str]] = {"gates": "groups"}
 
+    @property
+    def steps_taken(self) -> int:
+        return self.steps
+
+    def check_training(self, tasks: Collection[str]) -> None:
+        if self.task is not None and self.task not in tasks:
+            raise UserError(
+                f"there are no documents of task `{self.task}` to train on",
+                where="calibration.training",
+                expected=f"`- {{task: {self.task}, ...}}` in `calibration.training`",
+                found=", ".join(sorted(tasks)),
+                fix=nearest(self.task, tasks) or "add such documents, or set `task` to null to train on all",
+            )
+
     def train(
         self, subject: Subject, samples: Samples, lengths: Sequence[int], step: Step, seed: int, progress: Progress
     ) -> Results:
@@ -50,15 +64,8 @@ class Gates(TrainedStatistic):
             UserError: there are no documents of the task, or the loss is not finite.
         """
         queue = [document for _, group in sorted(samples.items()) for document in group]
+        self.check_training({document.task for document in queue})
         chosen = [document for document in queue if self.task in (None, document.task)]
-        if not chosen:
-            raise UserError(
-                f"the gates have no documents of task `{self.task}` to train on",
-                where="calibration.training",
-                expected=f"`- {{task: {self.task}, ...}}`",
-                found=", ".join(sorted({document.task for document in queue})),
-                fix="add such documents, or set the statistic's `task` to null to train on all",
-            )
         span, schedule = Span(self.sink, self.recent, 0.0), Schedule.trapezoid(self.rate, self.steps)
         gates = train_gates(subject.model, subject.shape, chosen, span, schedule, self.penalty, step, seed, progress)
         return {Key(self.name, length=max(lengths)): Result(gates.float(), ("layer", "group"), self.unit)}

@@ -5,28 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from compress.profile.heads.base import HeadStatistic, Table
-from compress.profile.heads.rule_table import masked_keys, rule_table
+from compress.profile.heads.base import Table
+from compress.profile.heads.rule_table import RuleStatistic, masked_keys
 from compress.profile.passes.tiles import Tile
 from compress.profile.statistic import Item, Sums
 from compress.registry import statistics
-from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
 
 
 @statistics.register("hidden_mass")
-class HiddenMass(HeadStatistic):
+class HiddenMass(RuleStatistic):
     """Attention mass that each rule of a span grid hides, mean over rows (no gradient needed)."""
 
-    grid: SpanGrid = Field(
-        default_factory=SpanGrid, description="span rules that are priced; the same grid as influence's"
-    )
-
-    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "share of a row's attention"
     gives: ClassVar[Mapping[str, str]] = {"hidden_mass": "rules"}
 
@@ -34,7 +26,7 @@ class HiddenMass(HeadStatistic):
         """Axes (layer, group, sink, beta, alpha): means over rows, query heads and samples. One minus it is the mass
         that a rule retains.
         """
-        return {"": rule_table(self.grid, length, self.unit)}
+        return {"": self.rule_table(length)}
 
     def add(self, sums: Sums, tile: Tile, item: Item) -> None:
         """Add row means, so that every sample weighs the same; rules that mask nothing in the rows cost nothing."""

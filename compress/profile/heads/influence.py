@@ -41,14 +41,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 
-from compress.profile.heads.base import HeadStatistic, Table
-from compress.profile.heads.rule_table import MaskedKeys, masked_keys, rule_table
+from compress.profile.heads.base import Table
+from compress.profile.heads.rule_table import MaskedKeys, RuleStatistic, masked_keys
 from compress.profile.passes.tiles import Tile, prefix_sums
 from compress.profile.statistic import Item, Sums
 from compress.registry import statistics
-from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
@@ -60,21 +58,16 @@ KINDS = ("absolute", "signed", "joint")
 
 
 @statistics.register("influence")
-class Influence(HeadStatistic):
+class Influence(RuleStatistic):
     """Loss that each rule of a span grid costs each head group, to first order (needs a backward pass)."""
 
-    grid: SpanGrid = Field(
-        default_factory=SpanGrid, description="span rules (sinks, betas, alphas) that the tables price exactly"
-    )
-
     needs_gradient: ClassVar[bool] = True
-    by_rows: ClassVar[bool] = True
     unit: ClassVar[str] = "change of the mean answer cross-entropy, nats"
     gives: ClassVar[Mapping[str, str]] = {f"influence.{kind}": "rules" for kind in ("absolute", "signed", "joint")}
 
     def tables(self, shape: ModelShape, length: int) -> dict[str, Table]:
         """`absolute`, `signed` and `joint`, axes (layer, group, sink, beta, alpha)."""
-        return {kind: rule_table(self.grid, length, self.unit) for kind in KINDS}
+        return {kind: self.rule_table(length) for kind in KINDS}
 
     def add(self, sums: Sums, tile: Tile, item: Item) -> None:
         """Price all rules on the rows of a tile; rules that mask nothing there cost nothing."""

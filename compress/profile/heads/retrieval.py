@@ -15,28 +15,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 
-from compress.profile.heads.base import HeadStatistic, Table
-from compress.profile.heads.rule_table import masked_keys, rule_table
+from compress.profile.heads.base import Table
+from compress.profile.heads.rule_table import RuleStatistic, masked_keys
 from compress.profile.passes.tiles import Tile
 from compress.profile.statistic import Item, Sums
 from compress.registry import statistics
-from compress.targets.window import SpanGrid
 
 if TYPE_CHECKING:
     from compress.plan import ModelShape
 
 
 @statistics.register("retrieval")
-class Retrieval(HeadStatistic):
+class Retrieval(RuleStatistic):
     """Attention mass from the answer's rows onto its evidence, and what span rules cost of it (no gradient needed)."""
 
-    grid: SpanGrid = Field(
-        default_factory=SpanGrid, description="span rules that `retrieval.lost` prices; the same grid as influence's"
-    )
-
-    by_rows: ClassVar[bool] = True
+    of_evidence: ClassVar[bool] = True
     unit: ClassVar[str] = "share of a row's attention"
     gives: ClassVar[Mapping[str, str]] = {"retrieval": "groups", "retrieval.lost": "rules"}
 
@@ -47,7 +41,7 @@ class Retrieval(HeadStatistic):
         The rows are `Sample.rows`, of text those whose logits predict the answer tokens. A length
         none of whose samples has evidence gives no tensor.
         """
-        return {"": Table(self.unit), "lost": rule_table(self.grid, length, self.unit)}
+        return {"": Table(self.unit), "lost": self.rule_table(length)}
 
     def counted(self, item: Item) -> list[str] | None:
         return None if item.sample.evidence else []

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 
-from compress.profile.heads.base import Table
+from compress.profile.heads.base import HeadStatistic, Table
 from compress.runtime.span import Span, first_key
 from compress.targets.window import SpanGrid
 
@@ -17,9 +18,24 @@ if TYPE_CHECKING:
     from compress.profile.passes.tiles import Tile
 
 
-def rule_table(grid: SpanGrid, length: int, unit: str) -> Table:
-    """A table [layers, groups, sinks, betas, alphas] over all rules of a grid."""
-    return Table(unit, sink=len(grid.sinks), beta=len(grid.betas), alpha=len(grid.alphas(length)))
+class RuleStatistic(HeadStatistic):
+    """Base of the statistics that price all rules of a span grid."""
+
+    grid: SpanGrid = Field(
+        default_factory=SpanGrid,
+        description="span rules (sinks, betas, alphas) that are priced exactly; one grid for all statistics that do",
+    )
+
+    by_rows: ClassVar[bool] = True
+
+    @property
+    def span_grid(self) -> SpanGrid:
+        return self.grid
+
+    def rule_table(self, length: int) -> Table:
+        """A table [layers, groups, sinks, betas, alphas] over all rules."""
+        grid = self.grid
+        return Table(self.unit, sink=len(grid.sinks), beta=len(grid.betas), alpha=len(grid.alphas(length)))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ class UnitStatistic(SummedStatistic):
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether it is taken from what the output projections read."""
         return type(self).add is not UnitStatistic.add
 
     def sizes(self, layer: LayerUnits) -> Mapping[str, tuple[int, ...]]:

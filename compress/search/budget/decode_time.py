@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -135,6 +135,14 @@ class DecodeTime(BudgetKind):
     def tables(self) -> tuple[str, ...]:
         """Paths of the cost tables."""
         return (self.cost_table,) if isinstance(self.cost_table, str) else self.cost_table or ()
+
+    @classmethod
+    def report_lines(cls, report: Mapping[str, Any]) -> list[str]:
+        return [
+            f"decode step at {times['length']:,} tokens, batch {times['batch']}: {times['ms']:.3g} ms predicted, "
+            f"dense {times['dense_ms']:.3g} ms, {times['share']:.1%}"
+            for times in report["rows"]
+        ]
 
     @classmethod
     def rows(cls, budget: Any, dense: Dense, profiled: Sequence[int]) -> list[Row]:

@@ -91,6 +91,8 @@ class Row:
     def report(self, costs: Callable[[int], Cost]) -> dict[str, Any] | None:
         """What the provenance of a plan says under the kind's name besides its costs; for most kinds nothing.
 
+        What it has under `rows` is a list, and those of all rows of a kind are put together.
+
         Args:
             costs: of the plan, by length in tokens.
         """
@@ -137,6 +139,11 @@ class BudgetKind(Method):
     def value(cls, budget: Any) -> Any:
         """What a budget gives of this kind; None where it does not."""
         return getattr(budget, cls.registered)
+
+    @classmethod
+    def report_lines(cls, report: Mapping[str, Any]) -> list[str]:
+        """What its rows report of a plan (`Row.report`, those of all lengths), a sentence each."""
+        return []
 
     @classmethod
     @abstractmethod

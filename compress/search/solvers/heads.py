@@ -16,6 +16,7 @@ from pydantic import Field
 from compress.errors import UserError
 from compress.limits import LONGEST
 from compress.profile.key import Key
+from compress.profile.statistic import giving
 from compress.registry import solvers
 from compress.runtime.span import PAGE
 from compress.search.problem import FULL_GROUP, Candidate, Layers, Place, Problem
@@ -46,6 +47,10 @@ class Heads(Solver):
     most_per_layer: Annotated[
         int | None, Field(ge=0, description="full groups that a layer may have at most; null for no limit")
     ] = None
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        return (self.sink,)
 
     def scores_read(self) -> dict[str, str]:
         return dict.fromkeys([self.score] if isinstance(self.score, str) else self.score, "groups")
@@ -103,8 +108,7 @@ def score_of(problem: Problem, name: str) -> torch.Tensor:
         raise UserError(
             f"the profile has no `{name}` with one number for every head group",
             where="search.solver.score",
-            expected="retrieval, ar_loss, state_rank, gates, output_error, entropy or sink_mass, and its statistic in "
-            "`profile.statistics`",
+            expected=f"a statistic of `profile.statistics` that gives one: {', '.join(giving('groups'))}",
         )
     return torch.stack(values).mean(0)
 

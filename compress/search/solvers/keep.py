@@ -69,6 +69,10 @@ class Keep(Solver):
         forms = {ERROR: "prepared", **dict.fromkeys(EFFECTS, "targets")}
         return {name: forms.get(name, "groups") for name in names}
 
+    @property
+    def named(self) -> tuple[Target, ...]:
+        return () if self.target is None else (self.target,)
+
     def words(self) -> str:
         """How many stay full, and by what."""
         many = "as many as the budget holds" if self.share is None else f"{self.share:.0%}"
@@ -92,9 +96,7 @@ class Keep(Solver):
         prepared = [option.target for option in problem.prepared if not option.target.idle]
         if problem.effects is not None:
             prepared += [target for target in problem.effects.priced if target.open]
-        found = prepared or [target for target in problem.profile.priced if not target.removes]
-        if self.target is not None:
-            found = [self.target]
+        found = list(self.named) or prepared or [target for target in problem.profile.priced if not target.removes]
         together = next((target for target in found if target.by_layer), None)
         if together is not None and self.level == "group" and self.share != 0:
             raise UserError(

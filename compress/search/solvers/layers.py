@@ -32,6 +32,10 @@ class Layers(Solver):
         int, Field(ge=PAGE, le=LONGEST, multiple_of=PAGE, description="tokens of the others' window, at least")
     ] = 256
 
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        return (self.sink,)
+
     def scores_read(self) -> dict[str, str]:
         """As `heads`, where the order is that of the score."""
         return Heads(score=self.score).scores_read() if self.order == "score" else {}

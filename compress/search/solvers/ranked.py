@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
+from compress.errors import placed
+from compress.models.pruning import check_output_biases
 from compress.plan import OutputBias
 from compress.profile.key import Key
 from compress.runtime.widths import Width
@@ -91,6 +93,17 @@ class Ranked(Removal, Solver):
             replace(candidate, note=f"{name}: {candidate.note}") if len(names) > 1 else candidate
             for name, candidate in plans
         ]
+
+    def written(self, candidate: Candidate) -> dict[str, Any]:
+        """Of several scores the one that ranked the plan's units, which its card says."""
+        return super().written(candidate) | {"importance": candidate.importance}
+
+    def check(self, problem: Problem) -> list[Candidate]:
+        """See `Solver.check`; a model whose architecture has no place for what compensates is refused, too."""
+        if self.compensate:
+            with placed("search.solver.compensate"):
+                check_output_biases(problem.dense.config)
+        return super().check(problem)
 
     def group_scores(self, heads: torch.Tensor) -> torch.Tensor:
         """`[..., query heads a group]` to `[...]`."""

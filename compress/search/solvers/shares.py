@@ -49,6 +49,10 @@ class Shares(Solver):
         "prepared or priced, in a plan of its own, of which held-out loss chooses",
     )
 
+    @property
+    def named(self) -> tuple[Target, ...]:
+        return () if self.target is None else (self.target,)
+
     def words(self) -> str:
         """What is the same."""
         return f"{self.registered}, one {self.same} for all head groups"
@@ -62,16 +66,13 @@ class Shares(Solver):
         return [kind.with_share(share) for kind in self._kinds(problem) for share in (LEAST, 0.5, MOST)]
 
     def _kinds(self, problem: Problem) -> list[Target]:
-        named = (
-            [self.target] if self.target is not None else [*problem.priced, *(one.target for one in problem.prepared)]
-        )
-        kinds = kinds_of(named)
+        kinds = kinds_of(list(self.named) or [*problem.priced, *(one.target for one in problem.prepared)])
         known = {option.target.prepared_as for option in problem.prepared}
         lacking = [kind for kind in kinds if kind.prepared_as not in known]
         if not kinds or lacking:
             raise UserError(
                 "nothing says which thresholds keep which share of the tokens",
-                where="search.solver.target" if self.target is not None else "search.solver",
+                where="search.solver.target" if self.named else "search.solver",
                 expected="heads that keep tokens by a scorer that `prepare.targets` names",
                 found="; ".join(kind.words() for kind in lacking) or None,
                 fix="add `{target: retain, scorer: ridge}` to `prepare.targets`",

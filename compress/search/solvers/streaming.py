@@ -24,6 +24,10 @@ class Streaming(Solver):
 
     sink: Annotated[int, Field(ge=0, le=LONGEST, description="tokens at the start that stay visible")] = 4
 
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        return (self.sink,)
+
     def solve(self, problem: Problem) -> list[Candidate]:
         (plan,) = Uniform(sink=self.sink, elastic=False).solve(problem)
         return [plan]

@@ -35,6 +35,10 @@ class Uniform(Solver):
         bool, Field(description="let the window grow with the position when the budget has several lengths")
     ] = True
 
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        return (self.sink,)
+
     def solve(self, problem: Problem) -> list[Candidate]:
         if problem.fits(problem.start):
             return [Candidate(problem.start, note="full everywhere")]

@@ -62,6 +62,10 @@ class Objective(Method):
         """Whether it reads what mixers report of a pass (`runtime.step.Record`); a model without goes without it."""
         return self.of_routers or self.of_keeping
 
+    def check(self, context: int | None) -> None:
+        """Refuse parameters that a model with a context of so many tokens, None for any, has no room for. Raises
+        UserError."""
+
     def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name: all that need gradients."""
         return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}

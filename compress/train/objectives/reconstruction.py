@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from compress.errors import UserError
 from compress.limits import DOCUMENTS, ENTRIES, FACTOR, LONGEST
 from compress.models.reconstruction import CHUNK, Score
 from compress.registry import objectives
@@ -68,6 +69,16 @@ class Reconstruction(Objective):
     of_layer: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
     unit: ClassVar[str] = "squared error of a logarithm, a token and head group, summed over layers"
+
+    def check(self, context: int | None) -> None:
+        longest = max(self.thresholds, default=0)
+        if context is not None and longest > context:
+            raise UserError(
+                "texts that thresholds are measured on are longer than the model's context",
+                where="prepare.objectives",
+                expected=f"`thresholds` of at most {context:,} tokens",
+                found=f"{longest:,}",
+            )
 
     def lengths_within(self, longest: int) -> tuple[int, ...]:
         """The lengths of texts, none longer than `longest` tokens, each once and in ascending order."""
