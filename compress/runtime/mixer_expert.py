@@ -60,10 +60,12 @@ class ExpertMixer(SpanMixer):
     def gates(self, step: Step, device: torch.device) -> torch.Tensor:
         """The gate of every query head, `[B, T, H]` in float32; 0 where a column is no token."""
         assert step.hidden is not None
-        gates = router_logits(step.hidden, self.router).softmax(-1)
-        real = None
-        if not step.is_whole:
+        hidden, real = step.hidden, None
+        if not step.is_whole:  # what is no token may hold NaN, and its gradients are not to
             real = step.positions(device) >= 0
+            hidden = hidden.masked_fill(~real[..., None], 0)
+        gates = router_logits(hidden, self.router).softmax(-1)
+        if real is not None:
             gates = gates.masked_fill(~real[..., None], 0)
         if step.record is not None:  # without padding nothing waits for the device
             step.record.add_expert_gates(self.facts.index, gates.flatten(0, 1) if real is None else gates[real])

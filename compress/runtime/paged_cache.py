@@ -250,14 +250,14 @@ class PagedCache(Cache):
             ValueError: they are more than there are, or pages that would be needed again are freed. The cache is then
                 what it was.
         """
+        if self.max_length is not None:
+            self.synchronize()
         held = self.get_seq_length()
         columns = max(held - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
         if columns == 0:
             return
         if columns > held:
             raise ValueError(f"crop: {columns} tokens cannot be taken back from a cache of {held}")
-        if self.max_length is not None:
-            self.synchronize()
         counts = [columns] * len(self.paged[0].lengths)
         if self.seen is not None:
             counts = self.seen[:, held - columns :].sum(1).tolist()

@@ -37,6 +37,7 @@ class Rigged(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.answers = answers
         self.batches: list[int] = []
+        self.pads = set[int]()
 
     def get_input_embeddings(self) -> Rigged:
         return self
@@ -44,6 +45,7 @@ class Rigged(torch.nn.Module):
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> Any:
         assert options["use_cache"] and not options["do_sample"]
         self.batches.append(len(input_ids))
+        self.pads.add(options["pad_token_id"])
         rows = []
         for row, mask in zip(input_ids, attention_mask, strict=True):
             written = self.answers[tuple(row[mask.bool()].tolist())]
@@ -66,6 +68,15 @@ def test_a_model_that_knows_gets_one_and_one_that_errs_gets_zero() -> None:
     wrong = recall(told(PROMPTS, change=1), byte_tokenizer(), TASK, PROMPTS)
     assert wrong.accuracy == 0.0
     assert all(str(int(item.expected) + 1) in item.answer for item in wrong.items)
+
+
+def test_what_is_put_behind_an_answer_is_no_text() -> None:
+    tokenizer = byte_tokenizer()
+    for pad, eos, expected in (("<pad>", "</s>", 0), (None, "</s>", 2), (None, None, 0)):
+        tokenizer.pad_token, tokenizer.eos_token = pad, eos
+        model = told(PROMPTS)
+        recall(model, tokenizer, TASK, PROMPTS)
+        assert model.pads == {expected}
 
 
 def test_batches_and_progress() -> None:

@@ -171,6 +171,7 @@ def test_without_slack_what_is_still_there_can_be_taken_back(model: Any) -> None
         model(ids[:, :40], past_key_values=cache)
         cache.crop(-30)
         cache.crop(0)
+        cache.crop(11)  # more than there are
         rest = model(ids[:, 10:], past_key_values=cache).logits
         torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 10:], rtol=1e-4, atol=1e-4)
         before = copy.deepcopy(cache)
@@ -183,6 +184,7 @@ def test_without_slack_what_is_still_there_can_be_taken_back(model: Any) -> None
         more = [model(ids[:, :5], past_key_values=each).logits for each in (cache, before)]
         assert torch.equal(*more)  # what was refused has left nothing
     assert not cache.is_croppable and model.new_cache(slack=1).is_croppable
+    assert PagedCache([kinds_of([Span()] * 2)]).is_croppable  # what no window hides stays by itself
 
 
 ONE_WAY = {
@@ -220,6 +222,21 @@ def test_a_reserved_cache_takes_back_what_it_was_made_for(model: Any) -> None:
     cache.hold(3)
     with pytest.raises(ValueError, match="reserved for taking 4 tokens back, and 5 were asked for"):
         cache.hold(5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [-3, 50])
+def test_steps_that_only_the_device_has_counted_are_taken_back(model: Any, asked: int) -> None:
+    ids, cache = random_ids(1, 60).to(DEVICE), model.new_cache(60, slack=10)
+    model(ids[:, :50], past_key_values=cache)
+    for start in range(50, 53):
+        model(ids[:, start : start + 1], past_key_values=cache)
+    for layer in cache.paged:  # replays of a CUDA graph leave the host where it was
+        layer.count([50], 50)
+    cache.crop(asked)
+    assert cache.get_seq_length() == 50 and cache.lengths.tolist() == [50]
+    rest = model(ids[:, 50:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 50:], rtol=1e-4, atol=1e-4)
 
 
 def test_windows_by_the_length_of_the_input_are_not_assisted(dense: Any) -> None:

@@ -240,8 +240,9 @@ def _generate(model: Any, tokenizer: Any, batch: Sequence[Prompt]) -> tuple[list
     """Answer tokens of each prompt, and the bytes that the cache holds for all of them."""
     device = input_device(model)
     width = max(len(prompt.tokens) for prompt in batch)
-    # The mask hides padding, so any token serves where the tokenizer has none of its own.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # The mask hides padding, so any token serves where the tokenizer has none of its own; behind an answer it is read,
+    # so rather one that is no text.
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     tokens = torch.tensor([[pad] * (width - len(prompt.tokens)) + list(prompt.tokens) for prompt in batch])
     mask = torch.tensor([[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in batch])
     output = model.generate(
