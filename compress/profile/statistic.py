@@ -125,8 +125,7 @@ class Statistic(Method):
     """Base of all statistics; the fields of a subclass are its recipe keys, each with a description.
 
     A new statistic is one file with a subclass of `heads.base.HeadStatistic` or `units.base.UnitStatistic`, registered
-    by `@statistics.register("name")`, an import in `compress/profile/__init__.py` and an entry in
-    `tests/profile/test_matrix.py`.
+    by `@statistics.register("name")`, and an entry in `tests/profile/test_matrix.py`.
 
     Attributes:
         reads: the pass that it is taken from.

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
+from compress.models.backward import activation_bytes
 from compress.models.load import load_config
 from compress.models.placement import SPREAD
 from compress.models.shape import shape_without_weights
@@ -56,6 +57,8 @@ class Situation:
         activations: bytes that a forward pass takes for each token in float32, about.
         shape: of the model, without its fingerprint; None of a machine alone.
         hidden, intermediate: width of the model's hidden states and of its MLPs.
+        kept: bytes a token that a training of all weights keeps in float32 for its backward pass.
+        vocabulary: tokens that the model knows.
     """
 
     gpu: bool = False
@@ -67,6 +70,8 @@ class Situation:
     shape: ModelShape | None = None
     hidden: int = 0
     intermediate: int = 0
+    kept: int = 0
+    vocabulary: int = 0
 
     @classmethod
     def here(cls, device: str) -> Situation:
@@ -129,6 +134,8 @@ def _sizes(name: str) -> dict[str, Any]:
         "shape": shape_without_weights(model),
         "hidden": hidden,
         "intermediate": intermediate,
+        "kept": activation_bytes(model, 1, 4, trained=True),
+        "vocabulary": len(model.get_input_embeddings().weight),
     }
 
 

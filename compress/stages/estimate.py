@@ -13,13 +13,15 @@ from compress.data.generated import AT_ONCE
 from compress.data.prompt import Task
 from compress.evaluate.comparison import CONTROL_ROW, WINDOWS_ROW
 from compress.evaluate.measure import asked_for
+from compress.models.backward import ACTIVATIONS_SHARE
 from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
-from compress.train.settings import TrainSettings
+from compress.train.recovery import LOGITS_BYTES, LOSS_BYTES
+from compress.train.settings import RecoverSettings, TrainSettings
 
 PRODUCTS = {"cpu": 0.93, "cuda": 0.5}  # speed of a model's products beside that of one large product
 DISPATCHED = 200  # operations of a layer, each of which has to be dispatched
@@ -191,7 +193,34 @@ def _training(settings: TrainSettings, of: Estimate, passes: float) -> float:
 
 
 def memory(recipe: Recipe, situation: Situation) -> int:
-    """Bytes that the run holds at most, about."""
+    """Bytes that the run holds at most in any stage, about; of a training in several processes, what each holds."""
     tasks = [*recipe.calibration.documents, *recipe.calibration.held_out, *recipe.evaluate.recall]
-    held = situation.held(max((task.length for task in tasks), default=0))
-    return held if recipe.upcycle is None else held * recipe.upcycle.count
+    upcycled = 1 if recipe.upcycle is None else recipe.upcycle.count
+    stages = [situation.held(max((task.length for task in tasks), default=0)) * upcycled]
+    if recipe.prepare is not None:
+        stages.append(situation.held(_tokens_at_once(recipe.prepare)))  # layer by layer
+    if recipe.recover is not None:
+        stages.append(_trained(recipe.recover, situation) * upcycled)
+    return max(stages)
+
+
+def _tokens_at_once(settings: TrainSettings) -> int:
+    """Tokens that one pass of a training takes."""
+    return min(settings.micro_batch or settings.batch_size, settings.batch_size) * settings.length
+
+
+def _trained(settings: RecoverSettings, situation: Situation) -> int:
+    """Bytes of a training of the whole model: weights, gradients and moments in float32, what is kept for the backward
+    pass, and the losses over the vocabulary."""
+    tokens = _tokens_at_once(settings) // settings.context
+    layers = situation.shape.layers if situation.shape else 1
+    kept = situation.kept * tokens
+    recomputed = settings.checkpointing
+    if recomputed is None:
+        recomputed = situation.memory is not None and kept > ACTIVATIONS_SHARE * situation.memory
+    if recomputed:
+        kept = kept // layers + layers * situation.hidden * 4 * tokens
+    losses = min(tokens * situation.vocabulary, LOGITS_BYTES // 4) * LOSS_BYTES[situation.gpu]
+    # Gradients and two moments; and on a GPU the model is counted in 16 bits.
+    optimised = situation.parameters * (12 + 2 * situation.gpu) if settings.train == "full" else 0
+    return situation.held(0) + optimised + kept + losses

@@ -265,6 +265,16 @@ def test_a_state_in_float32_does_not_drift_and_one_in_bfloat16_does(model: Any, 
             assert drift(mixer, query, key, value, step, None) > 1e-4
 
 
+def test_drift_copies_the_mixer_and_not_the_model_around_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model was copied for the sake of one mixer")
+
+    monkeypatch.setattr(torch.nn.Embedding, "__deepcopy__", refuse, raising=False)
+    query, key, value = (torch.randn(1, heads, 2 * PAGE, 8) for heads in (4, 2, 2))
+    step = Step.begin(None, None, 1, 2 * PAGE, query.device)
+    assert drift(branched(model)[0].mixer, query, key, value, step, None) < 1e-5
+
+
 def test_bytes_of_states_and_from_where_they_pay(plan: Plan, model: Any, tmp_path: Path) -> None:
     shape, unit = byte_loaded().shape, plan.unit(0, 4, "patched")
     states = states_of(plan, 4)

@@ -11,7 +11,7 @@ import torch
 from compress.plan import ModelShape
 from compress.recipe.defaults import Situation
 from compress.recipe.load import load_recipe
-from compress.stages.estimate import EXPORT, READ, Estimate, seconds
+from compress.stages.estimate import EXPORT, READ, Estimate, memory, seconds
 from compress.stages.speeds import Speeds, measure_speeds
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,7 +24,8 @@ SMOLLM2 = ModelShape(
     native_windows=(None,) * 30,
     fingerprint="",
 )
-HERE = Situation(False, 2, 16 << 30, 8192, 134_515_008, 98_304, SMOLLM2, 576, 1536)
+KEPT = 1_543_680  # bytes a token that its training keeps
+HERE = Situation(False, 2, 16 << 30, 8192, 134_515_008, 98_304, SMOLLM2, 576, 1536, KEPT, 49_152)
 ONE_CORE = Speeds(products=98e9, elements=1.2e9, bandwidth=11.5e9, dispatch=1.5e-6)  # an AMD EPYC, idle
 SHORT = {
     "search.budget.lengths": "[512]",
@@ -123,3 +124,22 @@ def test_what_is_measured_after_a_preparation_takes_time():
         **SHORT,
     )
     assert looked_up["profile"] > plain["profile"]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "took"),
+    # Peaks of whole recoveries in float32 on one core, steps of two sequences.
+    [("smollm2-hedgehog.yaml", 256, 5.16 * 2**30), ("smollm2-moh.yaml", 128, 3.80 * 2**30)],
+)
+def test_a_training_counts_in_the_memory_within_a_factor_of_two(name, length, took):
+    def held(**settings):
+        settings = {"recover__length": length, "recover__batch_size": 2, "recover__micro_batch": "null"} | settings
+        given = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+        return memory(load_recipe(RECIPES / name, ["dtype=float32", "prepare.batch_size=1", *given]), HERE)
+
+    assert took / 2 < held() < 2 * took
+    assert held(recover__train="lora") < held() - 3 * 4 * HERE.parameters + 1
+    assert held(recover__length=4 * length) > held() + 3 * length * KEPT
+    assert held(recover__batch_size=8, recover__micro_batch=2) == held()
+    long = {"recover__length": 8192, "recover__batch_size": 1}  # layers are computed again where they do not fit
+    assert held(**long) == held(**long, recover__checkpointing="true") < held(**long, recover__checkpointing="false")

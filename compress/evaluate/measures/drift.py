@@ -121,7 +121,7 @@ def drift(
     Raises:
         NotFiniteError: what is read is not finite.
     """
-    exact, single = copy.deepcopy(mixer).double(), copy.deepcopy(mixer).float()
+    exact, single = _copy(mixer).double(), _copy(mixer).float()
     exact.branches = single.branches = "linear"
     options: dict[str, Any] = {"scale": scale, "dropout": 0.0}
     count = query.shape[2]
@@ -143,6 +143,11 @@ def drift(
             others = pass_of(step, rest.start, rest.stop - rest.start, torch.float32)
             single.prefill(query[:, :, rest], key[:, :, rest], value[:, :, rest], state, others, **options)
     return worst
+
+
+def _copy(mixer: Any) -> Any:
+    """A mixer of its own weights; not its facts, which know the whole model and would take it along."""
+    return copy.deepcopy(mixer, {id(mixer.facts): mixer.facts})
 
 
 def _largest(errors: torch.Tensor) -> float:
