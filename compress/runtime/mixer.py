@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from .ranks import Part
-from .span import kept_table
+from .span import cached_table
 
 if TYPE_CHECKING:
+    from .scores import Scores
     from .step import Step
 
 Branches = Literal["both", "window", "linear", "none"]
@@ -219,6 +219,10 @@ class Mixer(nn.Module):
         """An empty state of this mixer's groups, for one cache; see `State` for `max_length`."""
         return State(max_length)
 
+    def scores(self, step: Step) -> Scores | None:
+        """What the layer does to the scores of this mixer's heads; None where that is a plain softmax."""
+        return None if step.scores is None else step.scores.of(self.heads)
+
     def prefill(
         self,
         query: torch.Tensor,
@@ -411,9 +415,4 @@ def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor
     first = numbers[0]
     if list(numbers) == list(range(first, first + len(numbers))):
         return tensor if len(numbers) == tensor.shape[dim] else tensor.narrow(dim, first, len(numbers))
-    return tensor.index_select(dim, _index(tuple(numbers), tensor.device))
-
-
-@lru_cache(maxsize=4096)
-def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return kept_table(numbers, device, torch.long)
+    return tensor.index_select(dim, cached_table(tuple(numbers), tensor.device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .pages import PagedState
 from .reference import Rows
 from .rope import turned_back
 from .shard import Shard, View
-from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
+from .span import NO_END, PAGE, AnySpan, Span, cached_table, first_key
 from .step import Step
 
 KNOWN = (Cosine, Elu, Hedgehog, HedgehogExp, Plain, RandomFeatures, Relu, Silu, Taylor, UnitLength)
@@ -439,7 +438,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            fixed = _on_device(self.log_decays, key.device, torch.float32)
+            fixed = cached_table(self.log_decays, key.device, torch.float32)
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
         q = self._query_features(query, self._scale(scale), positions)
         k = self._key_features(key, self._scale(scale), positions)
@@ -582,7 +581,7 @@ class LinearMixer(SpanMixer):
         if self.turns is None:
             return x
         assert positions is not None
-        return turned_back(wide(x), positions, _on_device(self.turns, x.device, torch.float32))
+        return turned_back(wide(x), positions, cached_table(self.turns, x.device, torch.float32))
 
     def _hidden(self, step: Step) -> torch.Tensor:
         """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
@@ -739,7 +738,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            log_decay = _on_device(self.log_decays, count.device, torch.float64)
+            log_decay = cached_table(self.log_decays, count.device, torch.float64)
         if self.rule == "delta":
             assert gates is not None
             strength = gates[..., -1]
@@ -758,13 +757,13 @@ class LinearMixer(SpanMixer):
                 return
         held = state.matrix
         if kernels is not None and self.rule == "add" and not self.token_decay:
-            decays = None if self.log_decays is None else _on_device(self.log_decays, held.device, torch.float32)
+            decays = None if self.log_decays is None else cached_table(self.log_decays, held.device, torch.float32)
             kind = self.groups[0]["map"]
             if kernels.absorb(held, state.pages(), lengths, state.spans, self.map, kind, scale, decays):
                 return
         t = lengths.long()[:, None] - 1
         rules = tuple((span.sink, span.alpha, span.beta_units) for span in state.spans)
-        sink, alpha, beta = _on_device(rules, lengths.device, torch.long).unbind(1)
+        sink, alpha, beta = cached_table(rules, lengths.device).unbind(1)
         before, after = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
         count = torch.where((after > before) & (t >= 0), PAGE, 0)
         held.copy_(self._take_page(state, held, before // PAGE, count, scale))
@@ -784,9 +783,3 @@ class LinearMixer(SpanMixer):
         positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
         k = self._key_features(key, scale, positions)
         return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
-
-
-@lru_cache(maxsize=1024)
-def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A small table, sent to the device once."""
-    return kept_table(rows, device, dtype)
