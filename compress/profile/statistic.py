@@ -143,14 +143,6 @@ class Statistic(Method):
     unit: ClassVar[str]
 
     @property
-    def name(self) -> str:
-        """The name under which the class is registered."""
-        for name, method in statistics.items():
-            if method is type(self):
-                return name
-        raise LookupError(f"{type(self).__qualname__} is not registered")
-
-    @property
     def follows(self) -> tuple[str, ...]:
         """Names of what it reads of other statistics, which are therefore measured before it (`Subject.known`)."""
         return ()

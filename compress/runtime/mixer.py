@@ -153,14 +153,16 @@ class Mixer(nn.Module):
         needs_inputs: whether it reads `Step.hidden` and `Step.rotary`.
         heads: the query heads of the layer that it runs.
         knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
-        chooses: whether every token chooses what it uses of it, and `Record.routing` has the choices.
+        chooses: whether every token chooses what it uses of it, by a method `choose` (`mixer_routed.py`), and
+            `Record.routing` has the choices.
         keeps: whether it decides which tokens it keeps, and `Record.keeping` has the decisions.
         learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
         left: what units that a token does not use are multiplied by in passes with gradients, 0 but where a training
             lets them fade; None where all are used.
         branches: which of a window and a state behind it count, in all groups or in each, for measurements; saved
-            nowhere. None where groups have no such branches.
+            nowhere. None where groups have no such branches; where they do, `parts` gives what each of them does, and
+            `features` what the state is made of (`mixer_linear.py`), for trainings.
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
         one_place: why it has to have all tokens of a sequence in one process, and cannot do what `Step.shard` says;
             None where it can.

@@ -109,11 +109,11 @@ def check_search(
     statistics = [statistic.resolved(shape, sorted(lengths)) for statistic in statistics]
     priced = [target for statistic in statistics for target in statistic.priced]
     layers = [option for statistic in statistics for option in statistic.priced_layers]
-    by_head = frozenset(one.name for one in statistics if one.scores_heads(shape))
+    by_head = frozenset(one.registered for one in statistics if one.scores_heads(shape))
     profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid_of(statistics), priced, layers, by_head)
     if solver.removes:
         check_pruning(config)
-        check_reading(config, [statistic.name for statistic in statistics if statistic.reads_inputs])
+        check_reading(config, [statistic.registered for statistic in statistics if statistic.reads_inputs])
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     prepared = [_Untrained(target, torch.zeros(shape.layers, shape.kv_heads)) for target in trained]

@@ -275,13 +275,14 @@ class _Mixers(nn.Module):
         self._features = any(objective.needs_features for objective in losses)
         choices = [objective.needs_choice or objective.of_routers for objective in losses]
         self._chosen_alone = bool(choices) and all(choices)
-        asked = {
-            "parts": (self._apart, "the parts of hybrid heads"),
-            "features": (self._features, "the features of hybrid heads"),
-            "choose": (any(choices), "the choices of routed heads"),
-        }
-        for name, words in ((name, words) for name, (needed, words) in asked.items() if needed):
-            if not all(hasattr(mixer, name) for mixer in self.layers.values()):
+        hybrid = all(mixer.branches is not None for mixer in self.layers.values())
+        chosen = all(mixer.chooses for mixer in self.layers.values())
+        for needed, has, words in (
+            (self._apart, hybrid, "the parts of hybrid heads"),
+            (self._features, hybrid, "the features of hybrid heads"),
+            (any(choices), chosen, "the choices of routed heads"),
+        ):
+            if needed and not has:
                 raise UserError(
                     f"the objective asks for {words}, which `{target.target}` does not have",
                     where="prepare.objectives",
