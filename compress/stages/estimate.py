@@ -20,7 +20,7 @@ from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
-from compress.train.recovery import LOGITS_BYTES, LOSS_BYTES
+from compress.train.student import LOGITS_BYTES, LOSS_BYTES
 from compress.train.settings import RecoverSettings, TrainSettings
 
 PRODUCTS = {"cpu": 0.93, "cuda": 0.5}  # speed of a model's products beside that of one large product
