@@ -20,8 +20,8 @@ from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
-from compress.train.student import LOGITS_BYTES, LOSS_BYTES
 from compress.train.settings import RecoverSettings, TrainSettings
+from compress.train.student import LOGITS_BYTES, LOSS_BYTES
 
 PRODUCTS = {"cpu": 0.93, "cuda": 0.5}  # speed of a model's products beside that of one large product
 DISPATCHED = 200  # operations of a layer, each of which has to be dispatched
