@@ -20,7 +20,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.files import key_of
 from compress.json_file import read_sealed
-from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.families import attentions_of, context_of, family_of, layers_of
 from compress.models.placement import input_device
 from compress.models.planned import planned_model
 from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
@@ -77,7 +77,7 @@ def prepare(
         UserError: a target without own parameters, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None), "prepare")
+    check_windows(len(text_tokens), settings.length, context_of(model.config), "prepare")
     check_tokens(text_tokens, model.config, "the text of the preparation")
     windows = Windows(text_tokens, settings.length, seed)
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, "prepare.batch_size")

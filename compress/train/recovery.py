@@ -19,6 +19,7 @@ from compress.files import key_of, write_text
 from compress.json_file import read_model, sealed
 from compress.models.backward import recomputed
 from compress.models.context.processes import check_processes, check_shareable, part_of_sequence, shareable
+from compress.models.families import context_of
 from compress.models.fingerprint import fingerprint_of
 from compress.models.placement import input_device
 from compress.models.planned import has_routers, keeps_tokens, mixers_of, own_weights
@@ -124,7 +125,7 @@ def recover(
     if follows and teacher is None:
         raise ValueError(f"loss {settings.loss!r} needs a teacher")
     teacher = teacher if follows else None
-    check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None))
+    check_windows(len(text_tokens), settings.length, context_of(model.config))
     check_decisions(model, settings.length)
     check_tokens(text_tokens, model.config, "the text of the recovery")
     windows = Windows(text_tokens, settings.length, seed)
