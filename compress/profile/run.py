@@ -16,6 +16,7 @@ from compress.models.context.processes import Sharing, check_processes
 from compress.models.load import LoadedModel
 from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
+from compress.models.processes import find_processes
 from compress.models.stream import refuse_streamed
 from compress.plan import ModelShape
 from compress.profile.checks import check_second, check_shared, grid_of
@@ -24,7 +25,6 @@ from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
 from compress.profile.passes.base import Samples
 from compress.profile.passes.samples import queue_of
-from compress.profile.processes import find_processes
 from compress.profile.statistic import Progress, Results, Statistic, Subject
 from compress.profile.store import (
     HEADER,
