@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
@@ -61,23 +62,23 @@ class Registry(Generic[T]):
 
     Args:
         kind: what one is called in messages.
-        home: the module whose import registers what the toolkit has; it is imported when something is looked up, so
-            that no reader of a registry can find it half filled.
+        homes: the modules whose import registers what the toolkit has; of a package, every file. They are imported when
+            something is looked up, so that no reader of a registry can find it half filled.
         key: names the method in its written form.
     """
 
-    def __init__(self, kind: str, home: str, key: str = "name") -> None:
+    def __init__(self, kind: str, *homes: str, key: str = "name") -> None:
         self.kind = kind
         self.key = key
-        self._home: str | None = home
+        self._unread = list(homes)
         self._registered: dict[str, type[T]] = {}
 
     @property
     def _methods(self) -> dict[str, type[T]]:
         """All methods by name, those of the toolkit included."""
-        home, self._home = self._home, None  # modules of the home may themselves look something up
-        if home is not None:
-            import_module(home)
+        while self._unread:  # a module that looks something up while it is imported goes on from here
+            home = import_module(self._unread.pop())
+            self._unread += [f"{home.__name__}.{file.name}" for file in iter_modules(getattr(home, "__path__", ()))]
         return self._registered
 
     def register(self, name: str) -> Callable[[Named], Named]:
@@ -170,7 +171,7 @@ def typed(value: Any) -> Any:
     return tuple(typed(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-statistics: Registry[Any] = Registry("statistic", "compress.profile")
+statistics: Registry[Any] = Registry("statistic", "compress.profile.heads", "compress.profile.units")
 solvers: Registry[Any] = Registry("solver", "compress.search.solvers")
 targets: Registry[Any] = Registry("target", "compress.targets", key="target")
 layer_options: Registry[Any] = Registry("layer option", "compress.targets", key="option")

@@ -71,8 +71,9 @@ from compress.targets.window import WindowGroup
 from compress.train.curve import Curve
 from compress.train.objectives.text import Text
 from compress.train.prepare import prepare
-from compress.train.recovery import Student, recover
+from compress.train.recovery import recover
 from compress.train.settings import PrepareSettings, RecoverSettings
+from compress.train.student import Student
 from compress.train.token_losses import next_tokens
 from scripts.gpu_check import error
 

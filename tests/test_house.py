@@ -110,6 +110,7 @@ MATRICES = {
     "target": ("tests.test_conformance", "TARGETS"),
     "statistic": ("tests.profile.test_matrix", "STATISTICS"),
     "measure": ("tests.evaluate.test_measures", "MATRIX"),
+    "objective": ("tests.train.test_objectives", "CASES"),
 }
 # Or the tests of each, which name it.
 TESTS = {
@@ -124,20 +125,6 @@ TESTS = {
         "parameters": "search/test_pruning.py",
     },
     "layer option": {"routed": "search/test_routed.py"},
-    "objective": {
-        "balance": "train/test_routing.py",
-        "distill": "train/test_recover.py",
-        "gates": "profile/heads/test_scores.py",
-        "kept": "train/test_keeping.py",
-        "parts": "train/test_hidden.py",
-        "reconstruction": "train/test_scorers.py",
-        "router_z": "train/test_routing.py",
-        "routing": "train/test_routing.py",
-        "side": "train/test_side.py",
-        "text": "train/test_recover.py",
-        "transfer": "train/scaled.py",
-        "weights": "train/test_hidden.py",
-    },
     "solver": {
         "allocated": "search/test_pruning.py",
         "amp": "search/test_pruning.py",
@@ -183,4 +170,19 @@ def test_a_registry_is_whole_from_the_first_look_on(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tests.test_house.TABLE", table, raising=False)
     assert "home_of_methods" not in sys.modules
     assert "first" in table and table.parse({"name": "first"}).registered == "first"
-    assert all(table._home is None or import_module(table._home) for table in tables().values())
+    assert all(map(list, tables().values()))
+
+
+def test_a_file_of_a_package_is_registered_whoever_looks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file may read the others of its package while it is imported, as the budget does the kinds of budget."""
+    code = "from compress.registry import Method\nfrom tests.test_house import TABLE\n"
+    (tmp_path / "folder_of_methods").mkdir()
+    for name in ("__init__", "first", "all_of_them", "last"):
+        made = f"TABLE.register('{name}')(type('{name}', (Method,), {{}}))\n"
+        found = "assert {'first', 'last'} <= set(TABLE)\n"
+        text = "" if name == "__init__" else code + (found if name == "all_of_them" else made)
+        (tmp_path / "folder_of_methods" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    table: registry.Registry[Method] = registry.Registry("thing", "folder_of_methods")
+    monkeypatch.setattr("tests.test_house.TABLE", table, raising=False)
+    assert list(table) == ["first", "last"]

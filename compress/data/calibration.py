@@ -19,6 +19,7 @@ from compress.data.sample import TextSample
 from compress.data.text import Part, TextSource
 from compress.files import key_of, text_key, write_text
 from compress.json_file import CHECKSUM, parse_json
+from compress.models.families import context_of
 from compress.models.stream import refuse_streamed
 from compress.models.vocabulary import check_tokens
 
@@ -58,7 +59,7 @@ def calibration_documents(
     longest = max((request.length for request in requests), default=0)
     part = text.read(Reader(loaded, seed, cache_dir, progress), split, longest)
     check_tokens(part.ids, model.config, text.source)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     seeds = f"{seed}/{split}"
     prompts = [request.make(tokenizer, part.ids, seeds, context=context) for request in requests]
     for request, asked in zip(requests, prompts, strict=True):

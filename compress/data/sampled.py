@@ -12,7 +12,6 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from compress.json_file import read_sealed, sealed
 from compress.models.graph import graph_of
 from compress.models.placement import free_bytes, input_device, takes_graphs
 from compress.models.planned import planned_model
+from compress.models.processes import Processes, joined_processes
 from compress.models.stream import refuse_streamed
 from compress.plan import uniform_plan
 from compress.runtime.modeling_compress import CACHE
@@ -85,39 +85,17 @@ def sampled(reader: Reader, request: GeneratedText, part: Part, tokens: int) -> 
     dtype = str(next(loaded.model.parameters()).dtype)
     key = key_of("generated", SCHEMA, loaded.shape.fingerprint, dtype, reader.seed, request.facts)
     folder, count = reader.folder / f"generated-{key}", -(-tokens // request.length)
-    processes = _processes()
+    processes = joined_processes()
     # What the main process sees counts: others could look while it writes.
-    done = processes.gather(_documents_there(folder, part) if processes.rank == 0 else 0)[0]
+    done = processes.broadcast(_documents_there(folder, part) if processes.main else 0, 0)
     if done < count:
         _write(reader, request, part, folder, range(done, count), processes)
-        processes.gather(None)  # the files are there from here on
+        processes.wait()  # the files are there from here on
     ids = _kept(folder, part)
     if len(ids) < tokens:
         raise RuntimeError(f"{folder}: {len(ids)} tokens of {part} where {tokens} were written")
     del ids[tokens:]
     return ids, key_of(key, part, tokens)
-
-
-@dataclass(frozen=True)
-class _Processes:
-    """This process among those of a launch that ask together."""
-
-    rank: int = 0
-    world: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """What every process has as `value`, in their order; waits for all of them."""
-        if self.world == 1:
-            return [value]
-        held: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(held, value)
-        return held
-
-
-def _processes() -> _Processes:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return _Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return _Processes()
 
 
 def _record(folder: Path) -> _Record:
@@ -157,11 +135,11 @@ def _documents_there(folder: Path, part: Part) -> int:
 
 
 def _write(
-    reader: Reader, request: GeneratedText, part: Part, folder: Path, missing: range, processes: _Processes
+    reader: Reader, request: GeneratedText, part: Part, folder: Path, missing: range, processes: Processes
 ) -> None:
     """Write the documents of a part that are missing, batch by batch, in every process a batch of its own; the main one
     puts all of them on the disk."""
-    main, length, count = processes.rank == 0, request.length, missing.stop
+    main, length, count = processes.main, request.length, missing.stop
     record, done = _record(folder), missing.start
     reader.folder.mkdir(parents=True, exist_ok=True)
     _check_disk(reader.folder, 4 * len(missing) * length)

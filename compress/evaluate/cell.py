@@ -45,9 +45,9 @@ class Cell:
         place: layer and head group that it is of, the group None for a whole layer; None for the model. Numbers with a
             place are in a table of the variant's own, and in no other.
         heads: query heads that it is of, those of the layer in `place` that stay; None for all of them.
-        table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`),
-            of the tables of branches, of loads and of what texts hold (`branches`, `load`, `held`), a row of the last
-            table with its difference to dense (`task`), or only in charts and files (None).
+        table: where it is printed: a column of the first table (`summary`), a column of the table of costs (`cost`), a
+            row of the last table with its difference to dense (`task`), or only in charts and files (None). Any other
+            text is the title of a table whose rows are the variants that have such numbers.
         axis: for a cost, the words of an axis that quality is drawn over: `share of the dense KV bytes`.
         dense: the dense model's number where it was measured beside this one, and not in the dense variant's row.
         note: what has to be known of the number: the metric, how many items.
@@ -66,7 +66,7 @@ class Cell:
     part: Part | None = None
     place: tuple[int, int | None] | None = None
     heads: tuple[int, ...] | None = None
-    table: Literal["summary", "cost", "branches", "load", "held", "task"] | None = None
+    table: str | None = None
     axis: str = ""
     dense: float | None = None
     note: str = ""

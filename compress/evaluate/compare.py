@@ -22,7 +22,7 @@ from compress.evaluate.names import file_part
 from compress.files import key_of, write_text
 from compress.json_file import read_sealed, sealed
 from compress.models.placement import input_device
-from compress.profile.processes import Processes
+from compress.models.processes import Processes
 from compress.registry import measures
 from compress.versions import versions
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.data.reader import Reader
 from compress.data.text import Source
 from compress.evaluate.cell import Cell
+from compress.models.families import context_of
 from compress.models.vocabulary import check_tokens
 from compress.plan import ModelShape
 from compress.registry import Method, measures
@@ -114,7 +115,7 @@ class Setting:
     @property
     def context(self) -> int | None:
         """The dense model's longest input in tokens; None where it has no limit."""
-        return getattr(self.reader.loaded.model.config, "max_position_embeddings", None)
+        return context_of(self.reader.loaded.model.config)
 
     def tokens(self, source: Source, count: int) -> Sequence[int]:
         """Token ids of the evaluation part of a text, as far as a request for `count` of them can use it."""

@@ -13,12 +13,7 @@ from compress.evaluate.paired import Paired
 from compress.evaluate.units import unit_of
 from compress.registry import measures
 
-# Tables of numbers that only some variants have, and no others are in.
-OF_SOME = {
-    "branches": "which branch of the converted heads does the work",
-    "load": "how evenly tokens choose",
-    "held": "KV bytes that texts hold, where heads keep tokens by their scores",
-}
+OF_ALL = ("summary", "cost", "task", None)  # what `Cell.table` may be besides the title of a table of some variants
 AXES = {
     "position": "by position of the token in its window",
     "depth": "by depth, 0 is the start (prompts)",
@@ -35,9 +30,7 @@ def tables(comparison: Comparison, parts: bool = True) -> list[Grid]:
     grids = [summary(comparison)]
     if _tells(comparison):
         grids.append(_wide(comparison, "cost", "parameters, time and operations"))
-    for table, title in OF_SOME.items():
-        if _cells(comparison, table):
-            grids.append(_wide(comparison, table, title))
+    grids += [_wide(comparison, title, title) for title in _titles(comparison)]
     grids += [_ranges(comparison, cell, axis) for cell, axis in _ranged(comparison) if parts or axis == "position"]
     grids += [grid for row in comparison.variants for grid in _places(row)]
     return [*grids, _tasks(comparison)] if comparison.tasks() else grids
@@ -52,6 +45,12 @@ def summary(comparison: Comparison) -> Grid:
     """One row a variant: bytes, and quality at every length."""
     title = f"{comparison.model}, {comparison.dtype} on {comparison.device}, seed {comparison.seed}"
     return _wide(comparison, "summary", title)
+
+
+def _titles(comparison: Comparison) -> list[str]:
+    """The titles of the tables of numbers that only some variants have, and no others are in."""
+    named = (cell.table for row in comparison.variants for cell in row.cells)
+    return [table for table in dict.fromkeys(named) if table is not None and table not in OF_ALL]
 
 
 def _cells(comparison: Comparison, table: str) -> list[Cell]:
@@ -81,7 +80,7 @@ def _differs(comparison: Comparison, cell: Cell) -> bool:
 def _wide(comparison: Comparison, table: str, title: str) -> Grid:
     """A row for every variant, a column for every number, and for a perplexity one more with its change."""
     chosen = _cells(comparison, table)
-    shown = [row for row in comparison.variants if table not in OF_SOME or any(map(row.like, chosen))]
+    shown = [row for row in comparison.variants if table in OF_ALL or any(map(row.like, chosen))]
     columns = [Column("variant", "name")]
     for cell in chosen:
         columns.append(Column(cell.name if cell.length is None else f"{cell.name}\nat {cell.length:,}"))
@@ -115,14 +114,15 @@ def texts(comparison: Comparison, row: VariantResult, like: Cell) -> list[str]:
 
 
 def _ranged(comparison: Comparison) -> list[tuple[Cell, str]]:
-    """Cells of the first table and of that of branches that have parts, with the axis of the parts."""
+    """Cells of the first table, and of those of some variants, that have parts, with the axis of the parts."""
+    tables = ("summary", *_titles(comparison))
     axes = {
         (cell.label, cell.length): cell.part.axis
         for row in comparison.variants
         for cell in row.cells
-        if cell.part is not None and cell.table in ("summary", "branches")
+        if cell.part is not None and cell.table in tables
     }
-    whole = [*_cells(comparison, "summary"), *_cells(comparison, "branches")]
+    whole = [cell for table in tables for cell in _cells(comparison, table)]
     parted = [(cell, axes[cell.label, cell.length]) for cell in whole if cell.key[:2] in axes]
     return sorted(parted, key=lambda pair: list(AXES).index(pair[1]))
 

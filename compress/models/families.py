@@ -61,6 +61,11 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 OTHER_HEADS = ("Classification", "ForQuestionAnswering", "RewardModel")
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens of the longest input that a model is made for; None where its configuration names no such length."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def family_of(config: Any, spec: str | None = None) -> Family:
     """The family of a transformers configuration; a planned configuration belongs to its stock family.
 

@@ -75,6 +75,11 @@ class ModelShape(BaseModel):
         """A head group of a layer with all of its query heads; arguments as of `Unit`."""
         return Unit(self.group_size, self.head_dim, itemsize, self.native_windows[layer], paged, parameters)
 
+    @property
+    def free_unit(self) -> Unit:
+        """A head group of the first layer that does not slide by itself; of the first one where all do."""
+        return self.unit(next((layer for layer, native in enumerate(self.native_windows) if native is None), 0))
+
     def dense_cost(self, length: int, itemsize: int = 2) -> Cost:
         """What the model costs as it is, with transformers' own cache; parameters are not counted."""
         units = (self.unit(layer, itemsize, paged=False) for layer in range(self.layers))

@@ -16,6 +16,7 @@ from compress.models.context.processes import Sharing, check_processes
 from compress.models.load import LoadedModel
 from compress.models.placement import input_device, placement_of
 from compress.models.prepared import prepared_for
+from compress.models.processes import find_processes
 from compress.models.stream import refuse_streamed
 from compress.plan import ModelShape
 from compress.profile.checks import check_second, check_shared, grid_of
@@ -24,7 +25,6 @@ from compress.profile.partial import Partial
 from compress.profile.passes import PASSES, Run
 from compress.profile.passes.base import Samples
 from compress.profile.passes.samples import queue_of
-from compress.profile.processes import find_processes
 from compress.profile.statistic import Progress, Results, Statistic, Subject
 from compress.profile.store import (
     HEADER,
@@ -131,7 +131,7 @@ def run_profile(
         lengths=tuple(sorted(length for length in documents if documents[length])),
         documents={length: len(group) for length, group in sorted(documents.items()) if group},
         second={length: len(group) for length, group in sorted((second or {}).items()) if group},
-        statistics={statistic.name: _entry(statistic, results[statistic.name]) for statistic in statistics},
+        statistics={statistic.registered: _entry(statistic, results[statistic.registered]) for statistic in statistics},
         grid=grid,
         loss=_mean_losses(partial.losses),
         peak_memory_bytes=partial.peak,
@@ -151,7 +151,7 @@ def run_profile(
 def measure_all(run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]:
     """The results of all statistics by name, pass after pass; last those that read what others have measured."""
     results: dict[str, Results] = {}
-    names = {statistic.name for statistic in statistics}
+    names = {statistic.registered for statistic in statistics}
     later = [one for one in statistics if names & {Key.parse(name).statistic for name in one.follows}]
     for number, of_round in enumerate(([one for one in statistics if one not in later], later)):
         known = dict(run.subject.known)
@@ -161,7 +161,7 @@ def measure_all(run: Run, statistics: Sequence[Statistic]) -> dict[str, Results]
             chosen = [statistic for statistic in of_round if statistic.reads == kind.reads]
             if chosen:
                 if not kind.streams:
-                    what = ", ".join(f"`{statistic.name}`" for statistic in chosen)
+                    what = ", ".join(f"`{statistic.registered}`" for statistic in chosen)
                     fix = "leave it out, or profile the whole model"
                     refuse_streamed(run.subject.model, what, "profile.statistics", fix)
                 results |= kind().measure(taken, chosen)
@@ -175,7 +175,7 @@ def check_inputs(documents: Samples, statistics: Sequence[Statistic]) -> None:
         UserError: no statistic or one twice; no sample, one too long, or one with nothing to predict.
     """
     problems = []
-    names = [statistic.name for statistic in statistics]
+    names = [statistic.registered for statistic in statistics]
     if not names or len(set(names)) != len(names):
         problems.append(Problem("statistics: expected at least one, each once", found=", ".join(names) or "none"))
     if not any(documents.values()):
@@ -243,7 +243,7 @@ def run_key(
         "schema": 1,
         "fingerprint": shape.fingerprint,
         "dtype": str(dtype),
-        "statistics": [[statistic.name, statistic.parameters()] for statistic in statistics],
+        "statistics": [[statistic.registered, statistic.parameters()] for statistic in statistics],
         "documents": _facts(documents),
     }
     if training:

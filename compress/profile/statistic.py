@@ -125,8 +125,7 @@ class Statistic(Method):
     """Base of all statistics; the fields of a subclass are its recipe keys, each with a description.
 
     A new statistic is one file with a subclass of `heads.base.HeadStatistic` or `units.base.UnitStatistic`, registered
-    by `@statistics.register("name")`, an import in `compress/profile/__init__.py` and an entry in
-    `tests/profile/test_matrix.py`.
+    by `@statistics.register("name")`, and an entry in `tests/profile/test_matrix.py`.
 
     Attributes:
         reads: the pass that it is taken from.
@@ -142,14 +141,6 @@ class Statistic(Method):
     needs_gradient: ClassVar[bool] = False
     of_evidence: ClassVar[bool] = False
     unit: ClassVar[str]
-
-    @property
-    def name(self) -> str:
-        """The name under which the class is registered."""
-        for name, method in statistics.items():
-            if method is type(self):
-                return name
-        raise LookupError(f"{type(self).__qualname__} is not registered")
 
     @property
     def follows(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Sheet:
         for statistic, places in zip(self.statistics, self.sums, strict=True):
             for place, sums in places.items():
                 for name, total in sums.items():
-                    yield f"{statistic.name}/{place}/{name}", total
+                    yield f"{statistic.registered}/{place}/{name}", total
 
     def close(self, item: Item) -> None:
         """End the one sample that was summed."""
@@ -70,4 +70,4 @@ class Sheet:
             for place, sums in places.items():
                 for name, total in sums.items():
                     if not bool(torch.isfinite(total).all()):
-                        raise not_finite(statistic.name, *statistic.bad_place(place, name, total), where)
+                        raise not_finite(statistic.registered, *statistic.bad_place(place, name, total), where)

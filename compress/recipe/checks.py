@@ -220,9 +220,8 @@ def _nothing_to_train_on(recipe: Recipe) -> Iterator[Finding]:
 
 def _without_evidence(recipe: Recipe) -> Iterator[Finding]:
     """Lengths at which a solver reads where evidence lies, and no document hides anything."""
-    documents = recipe.calibration.documents
-    lengths = {task.length for task in documents}
-    hiding = {task.length for task in documents if task.hides}
+    lengths = recipe.calibration.lengths
+    hiding = {task.length for task in recipe.calibration.documents if task.hides}
     of_evidence = {name for statistic in recipe.profile.statistics if statistic.of_evidence for name in statistic.gives}
     read = {form for name, form in recipe.search.solver.scores_read().items() if name in of_evidence}
     # A table of rules is read at every length; of a number for each head group the lengths that have it are averaged.

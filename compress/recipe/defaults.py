@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.environment import memory, usable_cores
 from compress.models.backward import activation_bytes
+from compress.models.families import context_of
 from compress.models.load import load_config
 from compress.models.placement import SPREAD
 from compress.models.shape import shape_without_weights
@@ -128,7 +129,7 @@ def _sizes(name: str) -> dict[str, Any]:
     hidden = int(config.hidden_size)
     intermediate = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
     return {
-        "context": getattr(config, "max_position_embeddings", None),
+        "context": context_of(config),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "activations": 16 * 4 * max(hidden, intermediate),
         "shape": shape_without_weights(model),

@@ -45,6 +45,11 @@ class CalibrationSection(Section):
     )
     held_out: Tasks = Field((), description="what the final plan is chosen on; best at longer lengths")
 
+    @property
+    def lengths(self) -> set[int]:
+        """What is profiled, in tokens."""
+        return {task.length for task in self.documents}
+
 
 class ProfileSection(Section):
     """What is measured."""

@@ -83,6 +83,8 @@ def chunk_states(
         weights = torch.exp(between.masked_fill(~later, float("-inf")))
         return (weights @ sums.flatten(3)).unflatten(3, sums.shape[3:])
     writes, erases = delta_writes(k, w, decay, beta)
+    if not chunks:  # still a function of no tokens: processes that share a sequence exchange all gradients, or none
+        start = start + writes.sum() + erases.sum()
     states = [start]
     for chunk in range(chunks):
         before = states[-1]

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from .ranks import Part
-from .span import kept_table
+from .span import cached_table
 
 if TYPE_CHECKING:
+    from .scores import Scores
     from .step import Step
 
 Branches = Literal["both", "window", "linear", "none"]
@@ -153,14 +153,16 @@ class Mixer(nn.Module):
         needs_inputs: whether it reads `Step.hidden` and `Step.rotary`.
         heads: the query heads of the layer that it runs.
         knows_scores: whether it does what `Step.scores` says; a layer that has any refuses mixers that do not.
-        chooses: whether every token chooses what it uses of it, and `Record.routing` has the choices.
+        chooses: whether every token chooses what it uses of it, by a method `choose` (`mixer_routed.py`), and
+            `Record.routing` has the choices.
         keeps: whether it decides which tokens it keeps, and `Record.keeping` has the decisions.
         learns: whether its parameters are for training; else they stay as they are.
         by_length: whether what it computes depends on the length of the input (`State.resolve`, `Step.input_length`).
         left: what units that a token does not use are multiplied by in passes with gradients, 0 but where a training
             lets them fade; None where all are used.
         branches: which of a window and a state behind it count, in all groups or in each, for measurements; saved
-            nowhere. None where groups have no such branches.
+            nowhere. None where groups have no such branches; where they do, `parts` gives what each of them does, and
+            `features` what the state is made of (`mixer_linear.py`), for trainings.
         by_query: names of the parameters that have an entry for every query head of a group, behind the groups'.
         one_place: why it has to have all tokens of a sequence in one process, and cannot do what `Step.shard` says;
             None where it can.
@@ -218,6 +220,10 @@ class Mixer(nn.Module):
     def state(self, max_length: int | None) -> State:
         """An empty state of this mixer's groups, for one cache; see `State` for `max_length`."""
         return State(max_length)
+
+    def scores(self, step: Step) -> Scores | None:
+        """What the layer does to the scores of this mixer's heads; None where that is a plain softmax."""
+        return None if step.scores is None else step.scores.of(self.heads)
 
     def prefill(
         self,
@@ -411,9 +417,4 @@ def take(tensor: torch.Tensor, numbers: Sequence[int], dim: int) -> torch.Tensor
     first = numbers[0]
     if list(numbers) == list(range(first, first + len(numbers))):
         return tensor if len(numbers) == tensor.shape[dim] else tensor.narrow(dim, first, len(numbers))
-    return tensor.index_select(dim, _index(tuple(numbers), tensor.device))
-
-
-@lru_cache(maxsize=4096)
-def _index(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return kept_table(numbers, device, torch.long)
+    return tensor.index_select(dim, cached_table(tuple(numbers), tensor.device))

@@ -94,7 +94,7 @@ class AarenMixer(Mixer):
         """Prefixes of no token."""
         return AarenState(len(self.groups), self.facts.group_size, max_length)
 
-    def scores(self, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    def logits(self, key: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Scores `[B, G, R, T]` of keys `[B, G, T, D]`, float32."""
         scale = self.facts.head_dim**-0.5 if scale is None else scale
         return (self.query.float() * scale) @ key.float().transpose(-1, -2)
@@ -114,7 +114,7 @@ class AarenMixer(Mixer):
         assert step.gains is not None
         token = step.positions(key.device) >= 0  # [B, T]
         key, value = (tensor.masked_fill(~token[:, None, :, None], 0) for tensor in (key, value))
-        scores = self.scores(key, scale).masked_fill(~token[:, None, None], NEVER)
+        scores = self.logits(key, scale).masked_fill(~token[:, None, None], NEVER)
         value = value.float()
         if step.shard is not None:
             out = torch.cat(self._on_shard(scores, value, token, step.shard), dim=3)
@@ -159,7 +159,7 @@ class AarenMixer(Mixer):
             state.advance(step.gains)
         assert step.lengths is not None
         token = (step.on("lengths", key.device) > 0)[:, None, None]  # [B, 1, 1]
-        score = self.scores(key, scale)[..., 0].masked_fill(~token, NEVER)  # [B, G, R]
+        score = self.logits(key, scale)[..., 0].masked_fill(~token, NEVER)  # [B, G, R]
         top, total, values = state.prefix
         best = torch.maximum(top, score)
         shrink, weight = torch.exp(top - best), torch.exp(score - best).masked_fill(~token, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch.nn import functional
 
 from .impl import Impl, choose_impl
 from .impl_linear import LINEAR_IMPLS, Linear
-from .linear_layout import Layout, layouts, waiting
+from .linear_cache import LinearState
+from .linear_layout import Layout, layouts
 from .linear_states import Rule, carry, chunk_states, own_chunk, passage, read, state_columns, wide
 from .maps import MAPS, FeatureMap
 from .maps_cosine import Cosine
@@ -24,13 +24,12 @@ from .maps_random import RandomFeatures
 from .maps_relu import Relu
 from .maps_taylor import Taylor
 from .merge import log_mass, merge
-from .mixer import Branches, LayerFacts, State, register
+from .mixer import Branches, LayerFacts, register
 from .mixer_span import SpanMixer, attend_view
-from .pages import PagedState
 from .reference import Rows
 from .rope import turned_back
 from .shard import Shard, View
-from .span import NO_END, PAGE, AnySpan, Span, first_key, kept_table
+from .span import NO_END, PAGE, AnySpan, Span, cached_table, first_key
 from .step import Step
 
 KNOWN = (Cosine, Elu, Hedgehog, HedgehogExp, Plain, RandomFeatures, Relu, Silu, Taylor, UnitLength)
@@ -103,61 +102,6 @@ class _Segment:
         gates = None if gates is None else gates[:, :, view.sink :]
         rows = Rows.whole(len(query), query.shape[2], view.start)
         return _Segment(query, view, both, key, value, gates, rows)
-
-
-class LinearState(PagedState):
-    """The pages of the keys in sight, and for those before them a state in `tensors["state"]`, `[B, G, E, F]` float32.
-
-    The features of a column follow each other in memory, so that rows are whole multiples of what a GPU loads at once,
-    which rows of DV + 1 numbers are not. Everything works on `matrix`, the same numbers as `[B, G, F, E]`.
-
-    Args:
-        shape: F and E.
-        gates: numbers that every token has beside its key until it goes into the state: `gates` `[pages, 64, n]`
-            float32, a logarithm of a decay first where tokens have their own, then a write strength.
-    """
-
-    gates: torch.Tensor | None = None
-    one_way = State.one_way
-
-    def __init__(
-        self, rules: Sequence[AnySpan], max_length: int | None, shape: tuple[int, int], gates: int = 0
-    ) -> None:
-        self.shape, self.width = shape, gates
-        if gates:
-            self.pooled = ("keys", "values", "gates")
-        super().__init__(rules, max_length)
-
-    def begin(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Empty pools and states; a cache in float64 has its states in float64, too."""
-        super().begin(key, value)
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        self.tensors["state"] = value.new_zeros(key.shape[0], len(self.rules), *reversed(self.shape), dtype=dtype)
-        if self.width:
-            assert self.keys is not None
-            self.gates = value.new_zeros(self.keys.shape[0], PAGE, self.width, dtype=dtype)
-
-    @property
-    def matrix(self) -> torch.Tensor:
-        """The states as `[B, G, F, E]`: a view, which writes go through."""
-        return self.tensors["state"].mT
-
-    def store_gates(self, gates: torch.Tensor | None, rows: Rows) -> None:
-        """Keep the gates `[B, G, T, n]` of the new tokens whose pages are held, once `advance` has counted them."""
-        if gates is None:
-            return
-        assert self.gates is not None
-        row, group, column, position = waiting(rows, self.spans, gates.device).unbind(1)
-        place = self.pages().table[row, group, position // PAGE].long()
-        new = gates[row, group, column].detach().to(self.gates.dtype)
-        self.gates.view(-1, self.width)[place * PAGE + position % PAGE] = new
-
-    def store_one_gate(self, gates: torch.Tensor | None, lengths: torch.Tensor) -> None:
-        """The same for one token a sequence, `[B, G, 1, n]`, as in `reference.store_one`; waits for no device."""
-        if gates is None:
-            return
-        assert self.gates is not None
-        self.store_last(self.gates, gates[:, :, 0], self.pages().table, lengths)
 
 
 @register("linear")
@@ -439,7 +383,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            fixed = _on_device(self.log_decays, key.device, torch.float32)
+            fixed = cached_table(self.log_decays, key.device, torch.float32)
             log_decay = fixed[:, None].expand(key.shape[0], -1, key.shape[2])
         q = self._query_features(query, self._scale(scale), positions)
         k = self._key_features(key, self._scale(scale), positions)
@@ -582,7 +526,7 @@ class LinearMixer(SpanMixer):
         if self.turns is None:
             return x
         assert positions is not None
-        return turned_back(wide(x), positions, _on_device(self.turns, x.device, torch.float32))
+        return turned_back(wide(x), positions, cached_table(self.turns, x.device, torch.float32))
 
     def _hidden(self, step: Step) -> torch.Tensor:
         """The layer's inputs `[B, T, hidden]`, zero where a column is no token."""
@@ -739,7 +683,7 @@ class LinearMixer(SpanMixer):
             assert gates is not None
             log_decay = gates[..., 0]
         elif self.log_decays is not None:
-            log_decay = _on_device(self.log_decays, count.device, torch.float64)
+            log_decay = cached_table(self.log_decays, count.device, torch.float64)
         if self.rule == "delta":
             assert gates is not None
             strength = gates[..., -1]
@@ -758,13 +702,13 @@ class LinearMixer(SpanMixer):
                 return
         held = state.matrix
         if kernels is not None and self.rule == "add" and not self.token_decay:
-            decays = None if self.log_decays is None else _on_device(self.log_decays, held.device, torch.float32)
+            decays = None if self.log_decays is None else cached_table(self.log_decays, held.device, torch.float32)
             kind = self.groups[0]["map"]
             if kernels.absorb(held, state.pages(), lengths, state.spans, self.map, kind, scale, decays):
                 return
         t = lengths.long()[:, None] - 1
         rules = tuple((span.sink, span.alpha, span.beta_units) for span in state.spans)
-        sink, alpha, beta = _on_device(rules, lengths.device, torch.long).unbind(1)
+        sink, alpha, beta = cached_table(rules, lengths.device).unbind(1)
         before, after = (first_key(at, alpha, beta, PAGE).maximum(sink) for at in (t - 1, t))
         count = torch.where((after > before) & (t >= 0), PAGE, 0)
         held.copy_(self._take_page(state, held, before // PAGE, count, scale))
@@ -784,9 +728,3 @@ class LinearMixer(SpanMixer):
         positions = number[..., None] * PAGE + torch.arange(PAGE, device=held.device)
         k = self._key_features(key, scale, positions)
         return chunk_states(k, value, held, **self._options(gates, count))[:, :, 1]
-
-
-@lru_cache(maxsize=1024)
-def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A small table, sent to the device once."""
-    return kept_table(rows, device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from .scorer_mlp import Mlp
 from .scorer_ridge import Ridge
 from .scorer_value_norm import ValueNorm
 from .scorers import SCORERS, Scorer
-from .scores import Scores
-from .span import BETA_UNIT, PAGE, Span, kept_table
+from .span import BETA_UNIT, PAGE, Span, cached_table
 from .step import Keeping, Step
 
 KNOWN = (Gate, KeyNorm, Mlp, Ridge, ValueNorm)
@@ -68,10 +67,6 @@ class RetainMixer(Mixer):
         """Windows and lists."""
         return RetainState(self.spans, self.caps, [group["share"] for group in self.groups], max_length)
 
-    def scores(self, step: Step) -> Scores | None:
-        """What the layer does to the scores of this mixer's heads."""
-        return None if step.scores is None else step.scores.of(self.heads)
-
     def judge(self, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
         """What the scorer says of new tokens, `[B, G, T]` in float32, from their `[B, G, T, D]`."""
         positions, fast = step.positions(key.device), RETAIN_IMPLS[choose_impl(step.impl, key).name].scores
@@ -88,9 +83,9 @@ class RetainMixer(Mixer):
         """Thresholds, sinks and caps as `retain_reference.keep` takes them."""
         caps = tuple((NO_CAP, 0) if cap is None else (cap[0], int(cap[1] * BETA_UNIT)) for cap in self.caps)
         return (
-            _on_device(self.thresholds, device, torch.float32),
-            _on_device(tuple(span.sink for span in self.spans), device, torch.long),
-            _on_device(caps, device, torch.long),
+            cached_table(self.thresholds, device, torch.float32),
+            cached_table(tuple(span.sink for span in self.spans), device),
+            cached_table(caps, device),
         )
 
     def kept(
@@ -219,9 +214,3 @@ class RetainMixer(Mixer):
         options: dict[str, Any] = {"scale": scale, "scores": self.scores(step)}
         out: torch.Tensor = retain.decode(query[:, :, 0], state.pages(), lengths, self.windows, **options)
         return out[:, None]
-
-
-@lru_cache(maxsize=1024)
-def _on_device(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A small table, sent to the device once."""
-    return kept_table(rows, device, dtype)

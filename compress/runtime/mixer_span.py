@@ -12,7 +12,6 @@ from .impl import Impl, choose_impl
 from .mixer import LayerFacts, Mixer, register
 from .pages import PagedState
 from .reference import Rows
-from .scores import Scores
 from .shard import Shard, View
 from .span import AnySpan, Span, has_length_rule, span_of, spans_at
 from .step import Step
@@ -56,10 +55,6 @@ class SpanMixer(Mixer):
         if state is not None:
             return state.spans
         return self.fixed if step.input_length is None else spans_at([self.rules], step.input_length)[0]
-
-    def scores(self, step: Step) -> Scores | None:
-        """What the layer does to the scores of this mixer's heads."""
-        return None if step.scores is None else step.scores.of(self.heads)
 
     def prefill(
         self,

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .attention import NAME, install, refuse_arguments
+from .columns import positions_of, refuse_packed, valid_columns
 from .families import ROWS, Family, head_size_of
 from .mixer import Kinds, LayerFacts, Mixer
 from .mixer_span import SpanMixer  # noqa: F401  # which registers it
@@ -304,9 +305,9 @@ class PlanModel(WholeLayers):
         if held is not None:
             held.check(self.compress_key, tokens.shape[0])
         count, past = tokens.shape[1], 0 if held is None else held.get_seq_length()
-        valid, seen = _valid_columns(attention_mask, held, tokens)
+        valid, seen = valid_columns(attention_mask, held, tokens)
         if position_ids is not None:
-            _refuse_packed(position_ids, valid)
+            refuse_packed(position_ids, valid)
         whole = count if compress_shard is None else compress_shard.length
         length = self._length_of_input(past, valid, whole) if self.compress_by_length else None
         if self.compress_rope_change is not None and crosses(self.compress_rope_change, past, whole):
@@ -321,7 +322,9 @@ class PlanModel(WholeLayers):
         if compress_record is not None:
             compress_record.closed = False
         if position_ids is None:
-            position_ids = _positions(paged, valid, tokens) if step.shard is None else step.positions(tokens.device)[:1]
+            position_ids = (
+                positions_of(paged, valid, tokens) if step.shard is None else step.positions(tokens.device)[:1]
+            )
         try:
             out = super().forward(  # type: ignore[misc]
                 attention_mask=None,
@@ -456,67 +459,6 @@ def _tell_of_rope(change: tuple[str, int]) -> None:
         "keeps keys with the earlier ones: what follows is not what one pass over the whole input gives, nor is it in "
         "the stock model. For that, pass the whole input at once into a new cache."
     )
-
-
-def _valid_columns(
-    mask: torch.Tensor | None, cache: PagedCache | None, tokens: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which new columns are tokens, `[B, T]`, None when all are; and of all columns so far, None for no change.
-
-    Checks the past.
-    """
-    batch, count = tokens.shape[:2]
-    past = 0 if cache is None else cache.get_seq_length()
-    seen = None if cache is None else cache.seen
-    if mask is None:
-        if seen is not None and not bool(seen.all()):
-            raise ValueError("attention_mask: the cached columns hold padding, so a mask over all columns is needed")
-        return None, None if seen is None else seen.new_ones(batch, past + count)
-    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + count):
-        given = f"{tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(
-            f"attention_mask: expected one value for each cached and new column, {(batch, past + count)}, got {given}"
-            + ("" if past else ". No tokens are cached: pass the cache of the passes before, if there were any")
-        )
-    mask = mask.bool()
-    if cache is not None and cache.max_length is not None and count == 1 and past > 0:
-        # A step that the host need not follow: what the mask says of the past is not compared, since that would
-        # wait for the device.
-        return mask[:, -1:], mask
-    before = mask.new_ones(batch, past) if seen is None else seen
-    if not torch.equal(mask[:, :past], before):
-        raise ValueError("attention_mask: the cached columns were masked differently when they were cached")
-    if bool(mask.all()):
-        return None, None if seen is None else mask
-    valid = mask[:, past:]
-    return None if bool(valid.all()) else valid, mask
-
-
-def _refuse_packed(positions: torch.Tensor, valid: torch.Tensor | None) -> None:
-    """Raise ValueError where the tokens of a row are not at positions that follow each other."""
-    if positions.shape[-1] < 2:
-        return
-    broken = positions.diff(dim=-1) != 1
-    if valid is not None:
-        # The token before, behind padding that lies between.
-        columns = torch.arange(valid.shape[1], device=valid.device)
-        before = torch.where(valid, columns, -1).cummax(dim=1).values[:, :-1]
-        positions = positions.expand(valid.shape[0], -1)
-        steps = positions[:, 1:] - positions.gather(1, before.clamp(min=0))
-        broken = (steps != 1) & valid[:, 1:] & (before >= 0)
-    if bool(broken.any()):
-        raise ValueError(
-            "position_ids: expected positions that follow each other in every row; packed sequences are not "
-            "supported; pass one sequence per row, with padding and an attention_mask"
-        )
-
-
-def _positions(cache: PagedCache | None, valid: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-    """Position of each new column among its sequence's tokens, `[B, T]` or `[1, T]`; 0 for leading padding."""
-    new = torch.arange(tokens.shape[1], device=tokens.device)[None] if valid is None else valid.long().cumsum(1) - 1
-    if cache is None or cache.lengths is None:
-        return new.clamp(min=0)
-    return (cache.lengths[:, None] + new).clamp(min=0)
 
 
 def _candidates(draft: Any, cache: PagedCache, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from .mixer import LayerFacts
-from .span import kept_table
+from .span import cached_table
 
 ALIKE = ("router", "unit", "active", "of", "always", "gates")  # fields on which a layer's entries agree
 RADIANS = 4.0  # by which the random router turns for a product of 1: enough that all units come up
@@ -224,9 +223,4 @@ def _entries(scores: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
     """Those entries of the last axis; as it is where they are all, in order."""
     if list(numbers) == list(range(scores.shape[-1])):
         return scores
-    return scores.index_select(-1, _numbers(tuple(numbers), scores.device))
-
-
-@lru_cache(maxsize=1024)
-def _numbers(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return kept_table(numbers, device, torch.long)
+    return scores.index_select(-1, cached_table(tuple(numbers), scores.device))

@@ -22,6 +22,12 @@ def kept_table(rows: Any, device: torch.device | str, dtype: torch.dtype = torch
         return torch.tensor(rows, dtype=dtype, device=device)
 
 
+@lru_cache(maxsize=4096)
+def cached_table(rows: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """`kept_table` of rows that can be hashed, which goes to the device once for all passes."""
+    return kept_table(rows, device, dtype)
+
+
 @dataclass(frozen=True)
 class Span:
     """What the query at position t (from 0) sees: key j <= t when

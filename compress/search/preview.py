@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compress.errors import UserError
 from compress.limits import LONGEST
-from compress.models.families import check_pruning, check_reading
+from compress.models.families import check_pruning, check_reading, context_of
 from compress.models.load import DTYPES
 from compress.models.planned import check_norms
 from compress.models.shape import shape_without_weights
@@ -102,7 +102,7 @@ def check_search(
             widths that the architecture cannot have, or head groups that cannot become what a plan says.
     """
     solver, budget = section.solver, section.budget
-    check_lengths(budget, getattr(config, "max_position_embeddings", None))
+    check_lengths(budget, context_of(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
     shape = shape_without_weights(model)
@@ -111,11 +111,11 @@ def check_search(
         statistic.check_ahead(config)
     priced = [target for statistic in statistics for target in statistic.priced]
     layers = [option for statistic in statistics for option in statistic.priced_layers]
-    by_head = frozenset(one.name for one in statistics if one.scores_heads(shape))
+    by_head = frozenset(one.registered for one in statistics if one.scores_heads(shape))
     profile = _Zeros(shape, Width.of(config).neurons, sorted(lengths), grid_of(statistics), priced, layers, by_head)
     if solver.removes:
         check_pruning(config)
-        check_reading(config, [statistic.name for statistic in statistics if statistic.reads_inputs])
+        check_reading(config, [statistic.registered for statistic in statistics if statistic.reads_inputs])
     dense = Dense(shape, DTYPES[dtype].itemsize, model, bandwidth=lambda: ANY_BANDWIDTH)
     trained = () if prepare is None else prepare.targets
     zeros = torch.zeros(shape.layers, shape.kv_heads)
@@ -136,7 +136,7 @@ def check_search(
 def check_prepare(config: Any, prepare: PrepareSettings) -> None:
     """Whether all head groups of this model can become the targets that a recipe prepares, and whether texts that
     thresholds are measured on fit it. Raises UserError."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     for objective in prepare.objectives:
         objective.check(context)
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def untrainable(config: Any, length: int, prepare: PrepareSettings | None, lengt
     offered: Sequence[Target] = prepare.targets
     if prepare.effect:
         offered = prepare.pricing().resolved(shape, sorted(lengths)).priced
-    unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
+    unit = shape.free_unit
     keeping = [target.with_share(0.5) for target in offered if target.in_expectation and not target.idle]
     if not keeping or any(target.cost(unit, length).keys < length for target in keeping):
         return None
@@ -183,7 +183,7 @@ def untaught(config: Any, prepare: PrepareSettings) -> str | None:
     what it hides then learns nothing, and its loss is 0 from the first step on."""
     with torch.device("meta"):
         shape = shape_without_weights(AutoModelForCausalLM.from_config(config))
-    unit = shape.unit(next((number for number, native in enumerate(shape.native_windows) if native is None), 0))
+    unit = shape.free_unit
     for target in prepare.targets:
         if target.learns_from_all or target.cost(unit, LONGEST).keys == LONGEST:
             continue

@@ -383,13 +383,10 @@ class Problem:
         """
         lengths = {*self.budget_lengths, *self.lengths}
         rows = {(row.kind, row.length): row for row in self.rows}
-        for length in lengths:
-            rows.setdefault(("kv", length), self._exactly(Kv.row(length, 1.0, self.dense)))
-        for length in () if self.counts_spending else lengths:
-            for row in (Flops.row(length, 1.0, self.dense), BytesRead.row(length, 1.0, self.dense)):
-                rows.setdefault((row.kind, length), self._exactly(row))
-        if removes:
-            rows.setdefault(("parameters", None), Parameters.row(1.0, self.dense))
+        kinds = (Kv,) if self.counts_spending else (Kv, Flops, BytesRead)
+        told = [self._exactly(kind.row(length, 1.0, self.dense)) for kind in kinds for length in lengths]
+        for row in (*told, *([Parameters.row(1.0, self.dense)] if removes else [])):
+            rows.setdefault((row.kind, row.length), row)
         for row in sorted(rows.values(), key=lambda row: (row.kind, row.length or 0)):
             amount = row.amount_of(cost(row.length or min(lengths)))
             if amount is not None:

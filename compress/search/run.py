@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from compress.data.sample import Sample
 from compress.errors import UserError
 from compress.files import write_json, write_text
-from compress.models.families import check_reordering
+from compress.models.families import check_reordering, context_of
 from compress.models.load import LoadedModel
 from compress.models.prepared import prepared_for
 from compress.plan import Plan
@@ -199,7 +199,7 @@ def run_search(
     solver, budget = section.solver, section.budget
     if wrong := section_problems(solver, budget, section.refine, section.serve):
         raise UserError([problem for _, problem in wrong])
-    check_lengths(budget, getattr(loaded.model.config, "max_position_embeddings", None))
+    check_lengths(budget, context_of(loaded.model.config))
     dense = Dense(loaded.shape, loaded.model.dtype.itemsize, loaded.model, bandwidth=bandwidth)
     prepared, serve = prepared_for(loaded.model), section.serve
     problem = make_problem(dense, profile, budget, solver, say, prepared=prepared, effects=effects, serve=serve)

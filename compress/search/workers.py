@@ -7,8 +7,8 @@ from typing import Any
 
 from compress.data.sample import Sample
 from compress.errors import Problem, UserError
+from compress.models.processes import Processes
 from compress.plan import Plan
-from compress.profile.processes import Processes
 from compress.search.measure import Planned
 from compress.search.refine.divergence import Divergence
 from compress.search.response import response_loss

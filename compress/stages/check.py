@@ -12,6 +12,7 @@ from compress.data.prompt import Task
 from compress.data.text import Part, Source, characters_for
 from compress.errors import Problem, UserError, placed
 from compress.evaluate.measure import Reading, asked_for, texts_of
+from compress.models.families import context_of
 from compress.models.load import CheckedModel, check_model
 from compress.models.upcycle import check_configs, check_tokenizers, check_upcyclable
 from compress.models.vocabulary import check_tokens
@@ -78,7 +79,7 @@ def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool
             problems.extend(_placed(problem, str(recipe.source), place) for problem in error.problems)
 
     noted("output", lambda: check_output(Path(recipe.output).expanduser()))
-    lengths, section = {task.length for task in recipe.calibration.documents}, recipe.search
+    lengths, section = recipe.calibration.lengths, recipe.search
     measured, prepare = recipe.profile.statistics, recipe.prepare
     if recipe.upcycle is None:
         if prepare is not None:
@@ -95,7 +96,7 @@ def check_run(recipe: Recipe, reporter: Reporter | None = None, *, resumed: bool
     for place, check in _requests(recipe, model.config):
         noted(place, check)
     uses = uses_of(recipe, model.tokenizer, model.config)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     most: dict[str, int] = {}
     for use in uses:
         name = use.source.model_dump_json()
@@ -139,7 +140,7 @@ def _check_experts(section: UpcycleSection, seed: CheckedModel) -> None:
 
 def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]]:
     """Checks of what an evaluation asks for that need no text, by key."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     checks: list[tuple[str, Callable[[], Any]]] = []
     for measure in asked_for(recipe.evaluate):
         place = f"evaluate.{measure.registered}"
@@ -151,7 +152,7 @@ def _requests(recipe: Recipe, config: Any) -> list[tuple[str, Callable[[], Any]]
 
 def uses_of(recipe: Recipe, tokenizer: Any = None, config: Any = None) -> list[Use]:
     """Everything that reads a text, in the order of the stages; the model's facts are needed for `Use.check` alone."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     calibration, asked = recipe.calibration, asked_for(recipe.evaluate)
     evaluated = texts_of(asked, calibration.text)
     uses: list[Use] = []

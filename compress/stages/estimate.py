@@ -20,8 +20,8 @@ from compress.recipe.schema import Recipe
 from compress.stages.check import uses_of
 from compress.stages.evaluate import row_names
 from compress.stages.speeds import Speeds
-from compress.train.recovery import LOGITS_BYTES, LOSS_BYTES
 from compress.train.settings import RecoverSettings, TrainSettings
+from compress.train.student import LOGITS_BYTES, LOSS_BYTES
 
 PRODUCTS = {"cpu": 0.93, "cuda": 0.5}  # speed of a model's products beside that of one large product
 DISPATCHED = 200  # operations of a layer, each of which has to be dispatched
@@ -129,10 +129,10 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
         passes = (1 + BACKWARD) * (targets - chosen) * rounds + CHOICE * chosen
         stages["prepare"] = _training(prepare, of, rounds + passes)
         if prepare.effect:
-            lengths = sorted({task.length for task in calibration.documents})
-            others = prepare.pricing().alternatives(of.shape, lengths) if of.shape is not None else targets
+            lengths = sorted(calibration.lengths)
+            others = targets if of.shape is None else prepare.pricing().alternatives(of.shape, lengths)
             stages["effect"] = of.passes(calibration.documents, 1 + BACKWARD + ALTERNATIVE * others)
-    searched = search.solver.most_plans(len({task.length for task in calibration.documents}))
+    searched = search.solver.most_plans(len(calibration.lengths))
     plans = 1 + searched * (1 if search.serve is None else 2) + BASELINES
     if recipe.upcycle is None:
         stages["search"] = of.answers(calibration.held_out) + of.passes(calibration.held_out, plans)
@@ -162,7 +162,7 @@ def seconds(recipe: Recipe, situation: Situation, speeds: Speeds, device: str) -
 def _profile(recipe: Recipe, of: Estimate) -> float:
     """The passes of a profile over its documents, and the training of statistics that train."""
     total, documents = 0.0, recipe.calibration.documents
-    lengths = sorted({task.length for task in documents})
+    lengths = sorted(recipe.calibration.lengths)
     for reads in {statistic.reads for statistic in recipe.profile.statistics}:
         taken = [statistic for statistic in recipe.profile.statistics if statistic.reads == reads]
         gradient = any(statistic.needs_gradient for statistic in taken)

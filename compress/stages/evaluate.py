@@ -18,9 +18,9 @@ from compress.export.native import form_for
 from compress.models.load import load_model
 from compress.models.placement import input_device
 from compress.models.planned import planned_model
+from compress.models.processes import find_processes
 from compress.models.trained import load_trained
 from compress.plan import Plan, read_plan
-from compress.profile.processes import find_processes
 from compress.recipe.schema import Recipe
 from compress.report.plots import evaluation_plots
 from compress.search.measure import plan_key

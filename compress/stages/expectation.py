@@ -40,11 +40,11 @@ def expectation(recipe: Recipe, shape: ModelShape | None, prepared: Prepared = (
     options = [target for target in _named(recipe, shape) if target.in_expectation]
     if not options or shape is None:
         return None
-    lengths = {task.length for task in recipe.calibration.documents} | set(recipe.search.budget.lengths or ())
+    lengths = recipe.calibration.lengths | set(recipe.search.budget.lengths or ())
     for given in recipe.search.budget.given().values():
         lengths |= set(shares_by_length(given, ())) if isinstance(given, dict) else set()
     length = max(recipe.search.budget.lengths or lengths)
-    unit = shape.unit(next((n for n, native in enumerate(shape.native_windows) if native is None), 0))
+    unit = shape.free_unit
     dense = FullGroup().cost(unit, length).held_bytes
     costs = [target.cost(unit, length) for target in options if not target.idle]
     at = f"at {length:,} tokens"
@@ -68,7 +68,7 @@ def _named(recipe: Recipe, shape: ModelShape | None) -> Iterator[Target]:
     if prepare is None or shape is None or recipe.upcycle is not None:
         return
     if prepare.effect:
-        lengths = sorted({task.length for task in recipe.calibration.documents})
+        lengths = sorted(recipe.calibration.lengths)
         yield from prepare.pricing().resolved(shape, lengths).priced
     else:
         yield from prepare.targets

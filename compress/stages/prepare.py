@@ -65,7 +65,7 @@ def prepare_stage(session: Session, *, must_be_done: bool = False) -> None:
             say(f"prepare: done before, {folder}")
         else:
             config, recover = session.loaded.model.config, session.recipe.recover
-            lengths = {task.length for task in session.recipe.calibration.documents}
+            lengths = session.recipe.calibration.lengths
             for line in (
                 untaught(config, settings),
                 None if recover is None else untrainable(config, recover.length, settings, lengths),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from compress.bench.measure import copy_bandwidth
 from compress.data.sample import Sample
 from compress.models.placement import input_device
+from compress.models.processes import find_processes
 from compress.plan import Plan, read_plan
-from compress.profile.processes import find_processes
 from compress.report.plots import search_plots
 from compress.runfolder import TRAINED_PLAN
 from compress.search.run import SearchResult, run_search

@@ -13,7 +13,7 @@ from compress.data.sample import TextSample
 from compress.data.text import Part, Source
 from compress.errors import UserError
 from compress.models.placement import input_device
-from compress.profile.processes import find_processes
+from compress.models.processes import find_processes
 from compress.stages.session import Session
 
 Result = TypeVar("Result")

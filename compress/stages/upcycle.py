@@ -14,7 +14,7 @@ from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.limits import SHOWN_LENGTHS
 from compress.models.expert_routers import fitted_routers, random_routers
-from compress.models.families import layers_of
+from compress.models.families import context_of, layers_of
 from compress.models.load import load_model
 from compress.models.placement import input_device, placement_of, spread_map
 from compress.models.pruning import block_parameters
@@ -123,7 +123,7 @@ def _expert(session: Session, name: str) -> Any:
 
 def _windows(session: Session, section: UpcycleSection, text: Source) -> torch.Tensor:
     """A text's tokens `[windows, length]`."""
-    length = min(LENGTH, section.text_tokens, getattr(session.loaded.model.config, "max_position_embeddings", LENGTH))
+    length = min(LENGTH, section.text_tokens, context_of(session.loaded.model.config) or LENGTH)
     with session.reporter.progress("upcycle") as report:
         tokens = session.reader(report).ids(text, "calibration", section.text_tokens)
     check_windows(len(tokens), length, None, "upcycle")
@@ -138,7 +138,7 @@ def _amounts(seed: Any, model: Any, plan: Plan) -> Iterator[Amount]:
     attentions and the MLPs that it chose, and those of attention itself.
     """
     assert plan.upcycle is not None
-    itemsize, context = model.dtype.itemsize, getattr(seed.config, "max_position_embeddings", SHOWN_LENGTHS[0])
+    itemsize, context = model.dtype.itemsize, context_of(seed.config) or SHOWN_LENGTHS[0]
     whole, own = block_parameters(model), block_parameters(seed)
     mlp = sum(weight.numel() for layer in layers_of(seed) for weight in layer.get_submodule("mlp").parameters())
     used = whole - (plan.upcycle.count - plan.upcycle.mlps) * mlp

@@ -20,7 +20,7 @@ from torch import nn
 from compress.errors import UserError
 from compress.files import key_of
 from compress.json_file import read_sealed
-from compress.models.families import attentions_of, family_of, layers_of
+from compress.models.families import attentions_of, context_of, family_of, layers_of
 from compress.models.placement import input_device
 from compress.models.planned import planned_model
 from compress.models.prepared import OPTION, TENSORS, Option, read_option, write_option, write_record
@@ -77,7 +77,7 @@ def prepare(
         UserError: a target without own parameters, or see `train`.
         KeyboardInterrupt: SIGTERM or SIGINT; the state is saved.
     """
-    check_windows(len(text_tokens), settings.length, getattr(model.config, "max_position_embeddings", None), "prepare")
+    check_windows(len(text_tokens), settings.length, context_of(model.config), "prepare")
     check_tokens(text_tokens, model.config, "the text of the preparation")
     windows = Windows(text_tokens, settings.length, seed)
     batches = WindowBatches(windows, settings.batch_size, settings.micro_batch, "prepare.batch_size")
@@ -275,13 +275,14 @@ class _Mixers(nn.Module):
         self._features = any(objective.needs_features for objective in losses)
         choices = [objective.needs_choice or objective.of_routers for objective in losses]
         self._chosen_alone = bool(choices) and all(choices)
-        asked = {
-            "parts": (self._apart, "the parts of hybrid heads"),
-            "features": (self._features, "the features of hybrid heads"),
-            "choose": (any(choices), "the choices of routed heads"),
-        }
-        for name, words in ((name, words) for name, (needed, words) in asked.items() if needed):
-            if not all(hasattr(mixer, name) for mixer in self.layers.values()):
+        hybrid = all(mixer.branches is not None for mixer in self.layers.values())
+        chosen = all(mixer.chooses for mixer in self.layers.values())
+        for needed, has, words in (
+            (self._apart, hybrid, "the parts of hybrid heads"),
+            (self._features, hybrid, "the features of hybrid heads"),
+            (any(choices), chosen, "the choices of routed heads"),
+        ):
+            if needed and not has:
                 raise UserError(
                     f"the objective asks for {words}, which `{target.target}` does not have",
                     where="prepare.objectives",

@@ -1,13 +1,15 @@
 """Every value that a recipe can name, a choice or the name of a method, is run by the pipeline somewhere in the tests.
 
-The recipes below run most of them on a tiny model. `ELSEWHERE` says which tests run the others, and is held to it.
+The recipes below run most of them on a tiny model. `ELSEWHERE` says which tests run the others, and is held to it. A
+statistic, solver or measure that neither names is run as its matrix tries it: a new one needs no line here.
 """
 
+import json
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,9 @@ from compress.search.budget.budget import Budget
 from compress.search.refine.refine import Refine
 from compress.train.settings import RecoverSettings
 from tests.cli.recipes import make_recipe
+from tests.evaluate.test_measures import MATRIX
+from tests.profile.test_matrix import STATISTICS
+from tests.test_house import shipped
 
 Value = tuple[str, str, Any]  # module and class, key, value
 
@@ -61,7 +66,7 @@ profile:
     - {{name: lse_spread}}
     - {{name: ar_loss, sink: 4, window: 64}}
     - {{name: reconstruction, chunk: 128}}
-search:
+{statistics}search:
   solver: {solver}
   budget: {{kv: 0.8, lengths: [192, 256]}}
 evaluate:
@@ -72,7 +77,7 @@ evaluate:
     - {{task: facts, length: 192, count: 2, wordings: evaluation, facts: 1, kinds: [place, time]}}
   agreement: {{length: 64, windows: 1}}
   flops: {{}}
-  batch_size: 2
+{measures}  batch_size: 2
 """
 SOLVERS = (
     "{name: moa, points: 0}",
@@ -239,6 +244,29 @@ def class_name(schema: type[BaseModel]) -> str:
     return f"{schema.__module__.removeprefix('compress.')}.{schema.__qualname__}"
 
 
+def unnamed(table: registry.Registry[Any], tried: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What of a kind no recipe above names, in its written form, with the fields that its matrix gives it."""
+    texts = " ".join((SPANS, PRUNING, HALF, *SOLVERS, *(part for pair in (*PREPARED, *PRUNERS) for part in pair)))
+    left = {name: kind for name, kind in shipped(table).items() if not re.search(rf"\b{name}\b", texts)}
+    return [
+        table.written(kind(**tried.get(name, {})))
+        for name, kind in left.items()
+        if (class_name(kind), "", "") not in ELSEWHERE
+    ]
+
+
+def spans(solver: str, behind: str = "", **facts: Any) -> str:
+    """A recipe that searches spans."""
+    measured = unnamed(registry.measures, {name: keys for name, (keys, _) in MATRIX.items()})
+    asked = {each.pop("name"): each for each in measured if not registry.measures[each["name"]].always}
+    return (HEAD + SPANS + behind).format(
+        solver=solver,
+        statistics="".join(f"    - {json.dumps(each)}\n" for each in unnamed(registry.statistics, STATISTICS)),
+        measures="".join(f"  {name}: {json.dumps(keys)}\n" for name, keys in asked.items()),
+        **facts,
+    )
+
+
 def choices(schema: type[BaseModel], seen: set[type]) -> Iterator[Value]:
     """Every value of a `Literal` and of a switch in a schema."""
     if schema not in seen:
@@ -302,15 +330,16 @@ def run(folder: Path, text: str, *commands: str) -> None:
 
 
 def test_spans(folder: Path) -> None:
-    for number, solver in enumerate(SOLVERS):
-        text = (HEAD + SPANS).format(folder=folder, run="spans", solver=solver)
+    others = [json.dumps(each) for each in unnamed(registry.solvers, {}) if registry.solvers.parse(each).spans]
+    for number, solver in enumerate((*SOLVERS, *others)):
+        text = spans(solver, folder=folder, run="spans")
         run(folder, text, *(["profile"] if number == 0 else []), "search", *(["eval"] if number == 0 else []))
     DONE.add("spans")
 
 
 def test_prepared(folder: Path) -> None:
     for number, (solver, more) in enumerate(PREPARED):
-        text = (HEAD + SPANS + PREPARE).format(folder=folder, run="prepared", solver=solver, more=more)
+        text = spans(solver, PREPARE, folder=folder, run="prepared", more=more)
         text = text.replace("{kv: 0.8,", "{kv: 0.95,").replace(
             "[plan, uniform, uniform-at-longest, streaming]", "[plan, random, interleaved]"
         )
@@ -321,7 +350,8 @@ def test_prepared(folder: Path) -> None:
 
 def test_pruning(folder: Path) -> None:
     before = ""
-    for neurons, solver in PRUNERS:
+    others = [json.dumps(each) for each in unnamed(registry.solvers, {}) if not registry.solvers.parse(each).spans]
+    for neurons, solver in (*PRUNERS, *(("contribution", each) for each in others)):
         text = (HEAD + PRUNING).format(folder=folder, run="pruned", solver=solver, neurons=neurons)
         run(folder, text, *(["profile"] if neurons != before else []), "search")
         before = neurons

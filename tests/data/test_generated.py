@@ -150,7 +150,7 @@ def test_batches_are_alike_and_smaller_where_the_memory_is_taken(
 
 
 class Together:
-    """The processes of a launch as threads: what each gives to `gather`, all get."""
+    """The processes of a launch as threads, with the face of `models.processes.Processes`."""
 
     def __init__(self, world: int) -> None:
         self.world, self.place = world, threading.local()
@@ -159,6 +159,16 @@ class Together:
     @property
     def rank(self) -> int:
         return int(self.place.rank)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        self.barrier.wait()
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        return self.gather(value)[source]
 
     def gather(self, value: Any) -> list[Any]:
         self.held[self.rank] = value
@@ -188,7 +198,7 @@ def test_processes_share_the_writing_and_write_what_one_writes(tmp_path: Path, m
         return write(self, seeds, report)
 
     monkeypatch.setattr(sampled_module._Writer, "write", counted)
-    monkeypatch.setattr(sampled_module, "_processes", lambda: together)
+    monkeypatch.setattr(sampled_module, "joined_processes", lambda: together)
     models = [loaded() for _ in range(3)]
 
     def read(rank: int) -> list[int]:

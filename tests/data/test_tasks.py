@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import compress.data.tasks  # noqa: F401  (registers the tasks)
 from compress.data.continuation import Continuation
 from compress.data.facts import Facts
 from compress.data.key_value import KeyValue
 from compress.data.kinds import KINDS, NEW_KINDS, REWORDED, VOCABULARIES
 from compress.data.passkey import PassKey
+from compress.data.passkeys import ASK, ORDINALS, PassKeys
 from compress.data.questions import TASKS, questioned_texts
 from compress.data.text import tokenise
 from compress.errors import UserError
@@ -40,10 +41,10 @@ MADE: list[Any] = [
     Continuation(length=200, count=4),
     Continuation(length=129, count=1, answer_tokens=100),
 ]
+PASS_KEYS = PassKeys(length=900, count=3, keys=3, words=2)
 
 
 def test_every_task_is_registered_under_its_name() -> None:
-    assert list(tasks) == ["continuation", "facts", "key_value", "passkey", "passkeys"]
     for name, task in tasks.items():
         assert task.model_fields["task"].default == name
         assert all(field.description for field in task.model_fields.values())
@@ -78,8 +79,26 @@ def test_length_is_exact_and_evidence_is_the_needle(task: Any, begin: bool) -> N
         assert task.budget(prompt.reference) == prompt.budget
 
 
+def test_all_keys_are_asked_for_in_their_order() -> None:
+    tokenizer = byte_tokenizer()
+    for prompt in PASS_KEYS.make(tokenizer, TEXT, 0, context=2048):
+        document = prompt.answered(prompt.reference)
+        assert document.length == PASS_KEYS.length and document.task == "passkeys" and prompt.expected is None
+        text = tokenizer.decode(document.tokens)
+        needles = [tokenizer.decode(document.tokens[start:end]) for start, end in document.evidence]
+        keys = []
+        for ordinal, needle in zip(ORDINALS[: PASS_KEYS.keys], needles, strict=True):
+            found = re.fullmatch(rf"Here is the {ordinal} pass key to the vault: (\w+ \w+)\. Keep it\.", needle)
+            assert found is not None and text.count(needle) == 1
+            keys.append(found[1])
+        asked = "\n".join(
+            ASK.format(ordinal=ordinal).strip() + f" {key}." for ordinal, key in zip(ORDINALS, keys, strict=False)
+        )
+        assert text.endswith(asked) and tokenizer.decode(prompt.tokens).endswith(ASK.format(ordinal="first").strip())
+
+
 def test_same_seed_same_prompts_other_seed_other_prompts() -> None:
-    for task in MADE:
+    for task in (*MADE, PASS_KEYS):
         first = task.make(byte_tokenizer(), TEXT, 0)
         assert task.make(byte_tokenizer(), TEXT, 0) == first
         assert task.make(byte_tokenizer(), TEXT, "0/held_out") != first
@@ -235,6 +254,7 @@ def test_any_length_is_exact(length: int, count: int, seed: int, haystack: Any) 
         (KeyValue(length=300, count=1, lines=50), TEXT, "no room for a haystack"),
         (KeyValue(length=40, count=1, lines=None), TEXT, "no room for a line"),
         (Continuation(length=64, count=1), TEXT, "no room for a prompt"),
+        (PassKeys(length=400, count=1, keys=3), TEXT, "leave no room for a text"),
         (Continuation(length=300, count=1), TEXT[:299], "at least 300 tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

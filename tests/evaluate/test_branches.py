@@ -21,6 +21,7 @@ from compress.errors import UserError
 from compress.evaluate.compare import compare
 from compress.evaluate.comparison import Comparison, read_comparison
 from compress.evaluate.measure import Variant
+from compress.evaluate.measures.branches import TITLE
 from compress.evaluate.measures.distance import DistanceResult, Recalled
 from compress.evaluate.measures.drift import drift
 from compress.evaluate.measures.perplexity import Perplexity, perplexity
@@ -132,9 +133,9 @@ def test_the_table_of_branches(model: Any, text: FileText, ids: list[int], tmp_p
     found = measured("branches", model, text, tmp_path / "kept", length=LENGTH, windows=1, by="group")
     found.write(tmp_path / "evaluation.json")
     assert read_comparison(tmp_path / "evaluation.json") == found
-    assert not [cell for cell in found.dense.cells if cell.table == "branches"]
+    assert not [cell for cell in found.dense.cells if cell.table == TITLE]
     plan = found.variants[1]
-    whole = {cell.label: cell for cell in plan.cells if cell.table == "branches" and cell.part is None}
+    whole = {cell.label: cell for cell in plan.cells if cell.table == TITLE and cell.part is None}
     assert list(whole) == [f"perplexity, {words}" for words in ("full", "window only", "linear only", "none")]
     part = Reader(byte_loaded(), 0, tmp_path).ids(text, "evaluation", LENGTH)
     request = Perplexity(length=LENGTH, windows=1)

@@ -63,10 +63,6 @@ DENSE = Cost(held_bytes=2**20, read_bytes=2**20, keys=200, flops=4000)
 HALF = Cost(held_bytes=2**19, read_bytes=2**19, keys=50, flops=1000)
 
 
-def test_every_measure_is_in_the_matrix() -> None:
-    assert set(MATRIX) == set(measures)
-
-
 def compared(name: str, text: FileText, folder: Path, built: list[str]) -> Comparison:
     def build(row: str) -> Any:
         built.append(row)

@@ -17,9 +17,9 @@ TEXT = random_ids(1, 57, 5)[0].tolist()
 CHUNK = 25
 
 
-def scores_of(model: Any, tokens: list[int], **options: Any) -> list[TokenScores]:
+def scores_of(model: Any, tokens: list[int], chunk: int = CHUNK) -> list[TokenScores]:
     found: list[TokenScores] = []
-    with reconstructing(model, tiny_tokenizer(), CHUNK, **options) as reconstruct:
+    with reconstructing(model, tiny_tokenizer(), chunk) as reconstruct:
         reconstruct(tokens, found.append)
     return found
 
@@ -89,6 +89,23 @@ def test_layers_that_slide_by_themselves_have_none_and_the_text_runs_as_it_does_
     hook.remove()
     assert scores.layer == 1
     torch.testing.assert_close(scores.hidden, kept[0][0, SINKS:], rtol=1e-5, atol=1e-5)
+
+
+def test_one_repetition_is_read_as_the_model_reads_what_follows_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows see the text and themselves, in layers that slide by themselves what their windows show of both."""
+    monkeypatch.setattr("compress.models.reconstruction.STRIP_BYTES", {"cpu": 12_000})
+    model, read = tiny_model("gemma3"), list[torch.Tensor]()
+    hook = model.base_model.norm.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    scores_of(model, TEXT, chunk=len(TEXT))
+    with torch.no_grad():
+        model.base_model(torch.tensor([Request(tiny_tokenizer(), len(TEXT)).of(TEXT).tokens]))
+    hook.remove()
+    torch.testing.assert_close(*read, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_a_model_has_no_rows_for_are_refused() -> None:
+    with pytest.raises(UserError, match="more positions than the model"):
+        scores_of(tiny_model("gpt2"), random_ids(1, 520, 5)[0].tolist(), chunk=520)
 
 
 def test_the_request_has_the_words_of_the_chat_template() -> None:

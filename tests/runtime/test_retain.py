@@ -283,3 +283,25 @@ def test_a_cache_is_assumed_to_keep_what_its_groups_expect(case: tuple[list[torc
     # The first window starts at page 61, the second at page 54; behind the sink every second and fourth token is kept.
     assert state.tensors["listed"].tolist() == [[64 + (61 * 64 - 64) // 2, 54 * 64 // 4]] * ROWS
     assert state.lengths == [4000] * ROWS and cache.get_seq_length() == 4000
+
+
+def test_a_reserved_list_has_room_for_all_that_a_cap_lets_in_and_for_no_more() -> None:
+    draw = random.Random(5)
+    for _ in range(60):
+        group = random_group(draw, "ridge").model_copy(update={"threshold": None})
+        length = draw.choice([64, 65, 128, 129, 190, 257, 700])
+        state = RetainState([group.span()], [group.cap], [group.share], length)
+        hidden = first_of(group, length - 1)
+        kept, sink = naive_kept(group, torch.zeros(length)), group.span().sink
+        most = sum(kept[:hidden])
+        assert state.most_listed(0, length) == most
+        state.begin(*[torch.zeros(2, 1, 1, DIM, dtype=torch.float64)] * 2)
+        listed, window = -(-most // 64), state.spans[0].reserved_pages(length)[1]
+        assert state.allocated_bytes() == 2 * ((listed + window) * PAGE_BYTES + 2 * 4)
+        assert state.pages().table.shape == (2, 1, listed + -(-length // 64))
+        state.assume(length)
+        expected = min(hidden, sink)
+        expected += min(round(group.share * (hidden - expected)), most - expected)
+        assert state.tensors["listed"].tolist() == [[expected]] * 2
+        count = min(round(group.share * max(0, length - sink)), sum(kept[sink:]))
+        assert state.tensors["count"].tolist() == [[count]] * 2

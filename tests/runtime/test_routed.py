@@ -253,6 +253,10 @@ def test_random_routers_learn_nothing_and_use_all_units() -> None:
     choice = router_of(kinds)(torch.zeros(1, 12, 600, DIM), x.requires_grad_())
     load = choice.chosen.double().mean((0, 1))
     assert bool((load > 0.15).all() and (load < 0.6).all()) and not choice.gates.requires_grad
+    route, phase = router_of(kinds).route.detach(), router_of(kinds).phase.detach()
+    sized = x.detach() / x.detach().square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(choice.logits, (4 * sized @ route.T + phase).cos(), rtol=1e-4, atol=1e-4)
+    assert 0.8 < float(route.std()) * 64**0.5 < 1.2 and len(set(phase.tolist())) == 6
     # Inputs are of all sizes, and are brought to one: by size alone a cosine would turn over and over, or not at all.
     longer = router_of(kinds)(torch.zeros(1, 12, 600, DIM), 100 * x)
     assert (longer.chosen != choice.chosen).double().mean() < 0.01

@@ -96,6 +96,19 @@ def test_passages_of_parts_make_the_state_of_all(rule: Any, decay: str) -> None:
     torch.testing.assert_close(state, whole)
 
 
+@pytest.mark.parametrize("rule", ["add", "delta"])
+def test_a_part_that_writes_nothing_takes_part_in_the_backward_pass(rule: Any) -> None:
+    """Else the other processes would wait for its gradients, or take a later message for them."""
+    leaves = [torch.zeros(1, 2, 0, *size, requires_grad=True) for size in ((6,), (5,), (), ())]
+    key, value, decay, strength = leaves
+    given = [key, value, decay, *([strength] if rule == "delta" else [])]
+    own = {"log_decay": decay, "strength": strength} if rule == "delta" else {"log_decay": decay}
+    gain, made = passage(key, value, rule=rule, **own)
+    assert torch.equal(carry(gain, torch.ones(1, 2, 6, made.shape[-1])), torch.ones_like(made)) and not made.any()
+    for grad in torch.autograd.grad(gain.sum() + made.sum(), given, allow_unused=True):
+        assert grad is not None and not grad.numel()
+
+
 class Alone:
     """A sequence of which another process would have the rest, which is never asked for anything."""
 

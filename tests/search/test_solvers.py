@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-import compress.search.solvers
 from compress.errors import UserError
 from compress.plan import ModelShape
 from compress.profile.key import Key
@@ -28,7 +27,6 @@ from tests.search.synthetic import (
     random_problem,
 )
 
-assert compress.search.solvers
 # Those that need more than their name, or heads that were prepared, have tests of their own.
 BY_NAME = [
     name

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from compress.errors import UserError
+from compress.models.processes import Processes
 from compress.plan import Plan, make_plan, uniform_plan
-from compress.profile.processes import Processes
 from compress.search.measure import LossLog, measure
 from compress.search.refine.divergence import Divergence
 from compress.search.response import response_loss

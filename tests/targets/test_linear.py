@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,29 @@ def test_a_plan_says_all_of_it_and_is_read_again(fields: dict[str, Any]) -> None
     assert targets.parse(targets.written(group)) == group
     assert group.stock(None) is None and not group.by_length and group.rule_text()
     assert ("no window" in group.words()) == bool(fields.get("alone"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "short"),
+    [
+        ({}, "sink 0, window 64, before it linear (hedgehog map)", "L 0|64"),
+        (FORMS[1], "sink 70, window 64, before it linear (relu map, 8 features, decay by token)", "L 70|64"),
+        (FORMS[2], "linear (taylor map), no window", "L"),
+        (
+            FORMS[3],
+            "sink 0, window 64 + 0.25 of the position, before it linear (delta rule, decay by token)",
+            "L 0|64+0.25t",
+        ),
+        (
+            {"map": "elu", "rope": "undo", "decay": "fixed", "slope": 0.1},
+            "sink 0, window 64, before it linear (elu map, without RoPE, decay exp(-0.1))",
+            "L 0|64",
+        ),
+    ],
+)
+def test_it_is_said_in_words(fields: dict[str, Any], words: str, short: str) -> None:
+    group = LinearGroup.model_validate(fields)
+    assert (group.words(), group.short()) == (words, short)
 
 
 @pytest.mark.parametrize("fields", FORMS)
@@ -108,6 +132,8 @@ def test_options_are_those_of_the_grid() -> None:
     )
     options = LinearGroup.options(UNIT, [512], grid)
     assert len(options) == len(set(options)) == 3 * 3 * 3  # maps and rules, decays, places
+    halves = [round(math.log(2) / slope) for slope in LinearGrid().slopes]
+    assert halves == [22, 177, 1420]  # tokens, as the field says
     slopes = lightning_slopes(8, 0, 4)
     assert slopes == sorted(slopes, reverse=True) and max(lightning_slopes(8, 3, 4)) < 1e-4
 

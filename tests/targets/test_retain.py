@@ -136,3 +136,25 @@ def test_scorers_are_counted_and_prepared(scorer: str) -> None:
     for layer, mixer in enumerate(mixers_of(planned_model(model, plan))):
         for name, weight in mixer.named_parameters():
             assert torch.equal(weight, scorers[f"{layer}.{name}"])
+
+
+def test_another_share_opens_the_threshold_and_takes_the_cap_along() -> None:
+    group = RetainGroup(**GIVEN, spread=0.1, cap=(10, 0.125))
+    assert group.with_share(0.5) == RetainGroup(scorer="key_norm", threshold="share", share=0.5, cap=(10, 0.25))
+    full, least = (RetainGroup(**GIVEN, cap=(0, part)) for part in (0.75, 1 / 1024))
+    assert full.with_share(0.5).cap == (0, 1.0) and least.with_share(0.125).cap == (0, 1 / 1024)
+    assert group.anywhere == RetainGroup(scorer="key_norm", threshold="share", share=0.25, cap=(10, 0.125))
+    for share in (0.0, 1 / 65, 1.0):  # for which no threshold is measured
+        alone = group.model_copy(update={"share": share})
+        assert alone.anywhere is alone
+
+
+def test_the_ranges_of_several_groups_are_told() -> None:
+    group = RetainGroup(**GIVEN)
+    other = group.model_copy(update={"share": 0.5, "threshold": 1.0, "spread": 0.2})
+    assert RetainGroup.ranges([group, group]) == "threshold 0.5, shares of texts deviate by 0 points"
+    assert (
+        RetainGroup.ranges([other, group])
+        == "shares 25 to 50%, thresholds 0.5 to 1, shares of texts deviate by 0 to 20 points"
+    )
+    assert RetainGroup.ranges([group.with_share(0.5)]) == ""

@@ -19,9 +19,12 @@ class Hybrid:
     Attributes:
         scores: `[B, H, T, T]`, -inf above the diagonal.
         hidden: `[H, T, T]`, which keys the heads do not see.
+        log_decay: `[B, G, T]`, of the state with every token; None without decay.
     """
 
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, *, exact: bool = False) -> None:
+    def __init__(
+        self, seed: int = 0, dtype: torch.dtype = torch.float32, *, exact: bool = False, decays: bool = False
+    ) -> None:
         draw = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> torch.Tensor:
@@ -41,8 +44,21 @@ class Hybrid:
         self.scores = (SIZE**-0.5 * self.query @ keys.mT).masked_fill(~causal, float("-inf"))
         features = self.key_features.repeat_interleave(share, 1)
         own = self.query_features @ features.mT
+        self.log_decay = -random(BATCH, GROUPS, LENGTH).abs() if decays else None
+        if self.log_decay is not None:
+            own = own * self._left(self.log_decay).repeat_interleave(share, 1).exp()
         self.own = torch.where(self.hidden, self.scores.exp() if exact else own, 0)
         self.log_gain = torch.zeros_like(self.gain) if exact else self.gain
+
+    @staticmethod
+    def _left(log_decay: torch.Tensor) -> torch.Tensor:
+        """Logarithm of what is left of key j where the query at t reads the state, `[B, G, T, T]`."""
+        left = torch.zeros(BATCH, GROUPS, LENGTH, LENGTH, dtype=log_decay.dtype)
+        for group, span in enumerate(SPANS):
+            for t in range(LENGTH):
+                for j in range(LENGTH):
+                    left[:, group, t, j] = log_decay[:, group, j + 1 : span.boundary(t)].sum(-1)
+        return left
 
     @property
     def parts(self) -> Parts:
@@ -66,7 +82,10 @@ class Hybrid:
     @property
     def student(self) -> dict[str, Any]:
         """As a layer's losses are given it."""
-        return {"parts": self.parts, "features": Features(self.query_features, self.key_features, None, SPANS)}
+        return {
+            "parts": self.parts,
+            "features": Features(self.query_features, self.key_features, self.log_decay, SPANS),
+        }
 
     def divergence(self) -> torch.Tensor:
         """KL(softmax || weights of the hybrid), `[B, H, T]`, from all weights."""

@@ -15,7 +15,8 @@ from compress.models.shape import shape_of
 from compress.plan.build import uniform_plan
 from compress.targets.linear import LinearGroup
 from compress.train import compiled
-from compress.train.recovery import LOSS_BYTES, Student, recover
+from compress.train.recovery import recover
+from compress.train.student import LOSS_BYTES, Student
 from tests.train.common import model_of, settings, text
 
 LINES = list[str]

@@ -132,7 +132,7 @@ def test_targets_that_need_all_tokens_are_refused(tmp_path: Path) -> None:
 def test_long_sequences_have_their_logits_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"batch_size": 2, "steps": 2, "loss": "both", "length": 64}
     whole = trained(tmp_path / "whole", teacher=model_of(), **changes)[1]
-    monkeypatch.setattr("compress.train.recovery.LOGITS_BYTES", 4 * VOCABULARY * 30)
+    monkeypatch.setattr("compress.train.student.LOGITS_BYTES", 4 * VOCABULARY * 30)
     taken: list[int] = []
 
     def noted(self: Text, student: Any, teacher: Any, inputs: Any) -> torch.Tensor:

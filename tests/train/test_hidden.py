@@ -32,8 +32,9 @@ def test_the_hidden_part_of_softmax_needs_no_single_weight() -> None:
     torch.testing.assert_close(hidden.mean_error(1e-9)[some], share[some] * error, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_are_the_divergence_of_all_weights_by_the_chain_rule() -> None:
-    layer = Hybrid(dtype=torch.float64)
+@pytest.mark.parametrize("decays", [False, True])
+def test_weights_are_the_divergence_of_all_weights_by_the_chain_rule(decays: bool) -> None:
+    layer = Hybrid(dtype=torch.float64, decays=decays)
     loss = objectives["weights"](queries=None).loss(layer.student, layer.teacher, INPUTS)
     expected = layer.divergence().mean(1).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from compress.errors import UserError
 from compress.models.planned import planned_model
 from compress.models.shape import shape_of
 from compress.plan import uniform_plan
-from compress.train import recovery
+from compress.train import recovery, student
 from compress.train.prepare import prepare
 from compress.train.settings import PrepareSettings
 from compress.train.window_dropout import DroppedWindows, two_branched, window_dropped
@@ -77,14 +77,14 @@ def test_logits_in_parts_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     whole = curve("whole")
     calls: list[int] = []
-    split = recovery.Student._run_in_parts
+    split = student.Student._run_in_parts
 
     def noted(self: Any, *args: Any) -> None:
         calls.append(len(args[-1]))
         split(self, *args)
 
-    monkeypatch.setattr(recovery, "LOGITS_BYTES", 4 * 16 * 97 * 3)  # three of four sequences
-    monkeypatch.setattr(recovery.Student, "_run_in_parts", noted)
+    monkeypatch.setattr(student, "LOGITS_BYTES", 4 * 16 * 97 * 3)  # three of four sequences
+    monkeypatch.setattr(student.Student, "_run_in_parts", noted)
     parts = curve("parts")
     assert calls == [2, 2, 2]
     for one, other in zip(whole, parts, strict=True):
@@ -93,10 +93,10 @@ def test_logits_in_parts_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_head_that_caps_its_logits_is_not_taken_apart() -> None:
-    assert recovery.has_plain_head(model_of()) and recovery.has_plain_head(planned())
+    assert student.has_plain_head(model_of()) and student.has_plain_head(planned())
     torch.manual_seed(0)
     config = transformers.GraniteConfig(**SOFT, logits_scaling=2.0)
-    assert not recovery.has_plain_head(transformers.AutoModelForCausalLM.from_config(config).eval())
+    assert not student.has_plain_head(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
 @dataclass(eq=False)

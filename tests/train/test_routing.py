@@ -23,7 +23,7 @@ from compress.registry import objectives
 from compress.runtime.step import Record, Routing
 from compress.targets.full import FullGroup
 from compress.targets.routed import RoutedGroup
-from compress.train import recovery
+from compress.train import student
 from compress.train.fading import faded, left_at
 from compress.train.objectives.routing import balance_loss, contributions, router_z_loss
 from compress.train.prepare import prepare
@@ -276,14 +276,14 @@ def test_logits_in_parts_train_routers_alike(tmp_path: Path, monkeypatch: pytest
 
     whole, weights = trained("whole")
     calls: list[int] = []
-    split = recovery.Student._run_in_parts
+    split = student.Student._run_in_parts
 
     def noted(self: Any, *args: Any) -> None:
         calls.append(len(args[-1]))
         split(self, *args)
 
-    monkeypatch.setattr(recovery, "LOGITS_BYTES", 4 * 16 * VOCABULARY * 3)  # three of four sequences
-    monkeypatch.setattr(recovery.Student, "_run_in_parts", noted)
+    monkeypatch.setattr(student, "LOGITS_BYTES", 4 * 16 * VOCABULARY * 3)  # three of four sequences
+    monkeypatch.setattr(student.Student, "_run_in_parts", noted)
     parts, others = trained("parts")
     assert calls == [2, 2, 2]
     assert whole[0].keys() >= {"balance_loss", "router_z_loss", "text_loss", "distill_loss"}

@@ -99,7 +99,12 @@ def test_thresholds_keep_the_shares_that_they_promise() -> None:
         torch.testing.assert_close(retention.wanted_above(score), above, equal_nan=True)
     earlier = Retention.of({name: value for name, value in retention.tensors().items() if name != "wanted"})
     assert earlier.wanted_above(1.0) is None and torch.equal(earlier.thresholds[1], retention.thresholds[1])
-    assert bool((retention.at(0.0)[0][1] == retention.at(1 / 64)[0][1]).all())
+    for beyond, share in ((0.0, 1 / 64), (1.0, 63 / 64)):
+        assert torch.equal(retention.at(beyond)[0][1], retention.at(share)[0][1])
+    spread_out = sum(((2 * one - (2 * one).mean(1, keepdim=True)) ** 2).sum() for one in documents)
+    of_token = 251 * GROUPS  # and of a head group
+    wrong = float(pooled.square().sum()) / of_token
+    assert measured.losses() == pytest.approx((float(spread_out) / of_token, wrong), rel=1e-5)
     assert measured.errors()[1].tolist() == pytest.approx([float(e) for e in _errors(documents)])
 
 

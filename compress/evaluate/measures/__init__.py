@@ -1,7 +1,1 @@
-"""One file a measure. Importing this package registers all of them."""
-
-from importlib import import_module
-from pkgutil import iter_modules
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+"""Measures of a comparison, one file each."""

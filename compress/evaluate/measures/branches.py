@@ -26,6 +26,7 @@ from compress.registry import measures
 from compress.runtime.mixer import Branches
 from compress.words import counted
 
+TITLE = "which branch of the converted heads does the work"
 OFF: tuple[Branches, ...] = ("window", "linear", "none")
 
 
@@ -91,7 +92,6 @@ class BranchesResult(Result):
 
     def _cell(self, branches: Branches, value: float, dense: float | None, part: Part | None = None) -> Cell:
         label = f"perplexity, {WORDS[branches]}"
-        table: Literal["branches"] = "branches"
         return Cell(
             label,
             "perplexity",
@@ -99,7 +99,7 @@ class BranchesResult(Result):
             "lower",
             length=self.length,
             part=part,
-            table=table,
+            table=TITLE,
             dense=dense,
             note=self.words(),
         )

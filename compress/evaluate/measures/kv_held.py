@@ -23,6 +23,7 @@ from compress.limits import SEQUENCES
 from compress.models.cache_bytes import cache_bytes
 from compress.registry import measures
 
+TITLE = "KV bytes that texts hold, where heads keep tokens by their scores"
 MEASURED = "measured mean"
 
 
@@ -77,7 +78,7 @@ class KvHeldResult(Result):
                 ("any text, at most", texts.most, {}),
             ]
             about: dict[str, Any] = {"length": texts.length, "dense": float(texts.dense)}
-            about["table"] = "held" if texts is self.lengths[-1] else None
+            about["table"] = TITLE if texts is self.lengths[-1] else None
             cells += [Cell(label, "bytes", float(value), "lower", **about, **more) for label, value, more in rows]
         return cells
 

@@ -47,7 +47,7 @@ class LatencyResult(Result):
 
     def cells(self) -> list[Cell]:
         """Times of a prefill and of a decode step with the dense model's; bytes of the cache and of the peak."""
-        rows: list[tuple[str, str, str, Literal["cost"] | None]] = [
+        rows: list[tuple[str, str, str, str | None]] = [
             ("prefill", "ms", "prefill_ms", "cost"),
             (f"decode step, batch {self.batch}", "ms", "decode_ms", "cost"),
             (f"KV cache as allocated, batch {self.batch}", "bytes", "cache_bytes", None),

@@ -25,6 +25,7 @@ from compress.plan import ModelShape
 from compress.registry import measures
 from compress.runtime.step import Record, Routing
 
+TITLE = "how evenly tokens choose"
 COLLAPSED = 0.1  # share of an even choice below which a unit is as good as removed
 NAMED = 8  # collapsed units that are named one by one
 
@@ -94,7 +95,7 @@ class LoadResult(Result):
         """The coefficient of variation of the load, of all units and by layer; collapsed units; and each unit."""
         cells = [*self._variations("load", self.layers), *self._variations("load of MLPs", self.mlps)]
         if cells:
-            cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table="load"))
+            cells.insert(0, self._cell("collapsed units", "units", float(len(self._collapsed())), table=TITLE))
         for layer in self.layers:
             for heads, share, probability in _rows(layer, self.tokens):
                 about: dict[str, Any] = {"place": (layer.layer, None), "heads": heads}
@@ -121,8 +122,8 @@ class LoadResult(Result):
         together = _variation([load for row in loads.values() for load in row])
         label = f"variation of {what}"
         cells = [
-            self._cell(label, "variation", together, table="load"),
-            self._cell(f"{label}, worst layer", "variation", max(each.values()), table="load"),
+            self._cell(label, "variation", together, table=TITLE),
+            self._cell(f"{label}, worst layer", "variation", max(each.values()), table=TITLE),
         ]
         for layer in (layer for layer in layers if layer.units):
             place, shares = (layer.layer, None), [unit.chosen / self.tokens for unit in layer.units]

@@ -20,6 +20,7 @@ from compress.evaluate.measure import Inputs, Job, Result, Setting, Step, Subjec
 from compress.evaluate.text_measure import TextMeasure
 from compress.files import text_key
 from compress.limits import LONGEST, STEPS
+from compress.models.families import context_of
 from compress.models.placement import input_device
 from compress.plan import ModelShape
 from compress.registry import measures
@@ -194,7 +195,7 @@ def perplexity(
         UserError: the request does not fit the text or the model's context.
         NotFiniteError: a log-likelihood is not finite.
     """
-    request.check_fits(len(text), getattr(model.config, "max_position_embeddings", None))
+    request.check_fits(len(text), context_of(model.config))
     edges = list(edges) if edges is not None else bucket_edges(request.length)
     device = input_device(model)
     per_position = torch.zeros(request.length, dtype=torch.float64)

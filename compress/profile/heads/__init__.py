@@ -1,1 +1,1 @@
-"""Statistics of head groups."""
+"""Statistics of head groups, one file each."""

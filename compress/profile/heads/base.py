@@ -93,7 +93,7 @@ class HeadStatistic(SummedStatistic):
 
     def bad_place(self, place: int, name: str, total: torch.Tensor) -> tuple[str, int]:
         finite = torch.isfinite(total.flatten(1)).all(1)
-        return str(Key(self.name, name, place)), int((~finite).nonzero()[0])
+        return str(Key(self.registered, name, place)), int((~finite).nonzero()[0])
 
     def results(self, totals: Sequence[tuple[dict[int, Sums], Counter[str]]], subject: Subject) -> Results:
         """Means over samples; a tensor for which no sample counted is left out."""
@@ -104,7 +104,7 @@ class HeadStatistic(SummedStatistic):
                 number = counts[f"{length}/*"] or counts[f"{length}/{part}"]
                 if number:
                     values = (parts[part] / number).float().cpu()
-                    means |= self.named(Key(self.name, part, length), table, values)
+                    means |= self.named(Key(self.registered, part, length), table, values)
         return means
 
     def named(self, key: Key, table: Table, values: torch.Tensor) -> Results:

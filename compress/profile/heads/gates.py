@@ -68,4 +68,4 @@ class Gates(TrainedStatistic):
         chosen = [document for document in queue if self.task in (None, document.task)]
         span, schedule = Span(self.sink, self.recent, 0.0), Schedule.trapezoid(self.rate, self.steps)
         gates = train_gates(subject.model, subject.shape, chosen, span, schedule, self.penalty, step, seed, progress)
-        return {Key(self.name, length=max(lengths)): Result(gates.float(), ("layer", "group"), self.unit)}
+        return {Key(self.registered, length=max(lengths)): Result(gates.float(), ("layer", "group"), self.unit)}

@@ -60,13 +60,13 @@ class QueryConstancy(HeadStatistic):
         found = super().results(totals, subject)
         made: Results = {}
         for length in sorted({key.length for key in found if key.length is not None}):
-            means = {frame: found[Key(self.name, frame, length)] for frame in FRAMES}
-            square = found[Key(self.name, "square", length)].values.clamp(min=1e-30)
+            means = {frame: found[Key(self.registered, frame, length)] for frame in FRAMES}
+            square = found[Key(self.registered, "square", length)].values.clamp(min=1e-30)
             given, *back = (means[frame].values.square().sum(-1) / square for frame in FRAMES)
-            made[Key(self.name, "", length)] = Result(given.mean(-1), ("layer", "group"), self.unit)
+            made[Key(self.registered, "", length)] = Result(given.mean(-1), ("layer", "group"), self.unit)
             before = torch.stack([shares.mean(-1) for shares in back]).amax(0)
-            made[Key(self.name, "before_rope", length)] = Result(before, ("layer", "group"), self.unit)
-            made[Key(self.name, "mean", length)] = means["given"]
+            made[Key(self.registered, "before_rope", length)] = Result(before, ("layer", "group"), self.unit)
+            made[Key(self.registered, "mean", length)] = means["given"]
         return made
 
 

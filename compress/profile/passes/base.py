@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress.models.context.dense import SharedSample
 from compress.models.context.layout import Layout
 from compress.models.context.processes import Sharing
+from compress.models.processes import Processes
 from compress.profile.partial import Partial
-from compress.profile.processes import Processes
 from compress.profile.statistic import Progress, Reads, Results, Statistic, Subject
 
 if TYPE_CHECKING:

@@ -67,7 +67,7 @@ class _Reader:
             undo.enter_context(frozen(self.subject.model))
         else:
             undo.enter_context(replaced_attention(self.subject.model, NAME, self._attention))
-        inputs = [statistic.name for statistic in self.statistics if statistic.reads_inputs]
+        inputs = [statistic.registered for statistic in self.statistics if statistic.reads_inputs]
         check_reading(self.subject.model.config, inputs)
         for layer in self.subject.units:
             for kind in ("query", "neuron") if inputs else ():

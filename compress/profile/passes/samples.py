@@ -82,7 +82,7 @@ class SamplePass(Pass):
                 run.report(done, len(queue), message)
         pairs = [list(zip(total.sums, total.counts, strict=True)) for total in totals]
         results = {
-            statistic.name: statistic.results([pair[number] for pair in pairs], run.subject)
+            statistic.registered: statistic.results([pair[number] for pair in pairs], run.subject)
             for number, statistic in enumerate(statistics)
         }
         run.partial.finish(step, results)

@@ -44,12 +44,12 @@ class TrainingPass(Pass):
         lengths = sorted(length for length, samples in run.corpora[0].items() if samples)
         results = {}
         for statistic in statistics:
-            step = Step(run.partial, f"{self.reads}/{statistic.name}")
+            step = Step(run.partial, f"{self.reads}/{statistic.registered}")
             if step.name not in run.partial.done:
                 started = time.perf_counter()
                 trained = statistic.train(run.subject, run.training, lengths, step, run.seed, run.report)
                 run.partial.seconds += time.perf_counter() - started
                 run.partial.peak = max(run.partial.peak, most_bytes(run.subject.model))
-                run.partial.finish(step.name, {statistic.name: trained})
-            results[statistic.name] = run.partial.done[step.name][statistic.name]
+                run.partial.finish(step.name, {statistic.registered: trained})
+            results[statistic.registered] = run.partial.done[step.name][statistic.registered]
         return results

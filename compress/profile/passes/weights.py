@@ -18,6 +18,6 @@ class WeightsPass(Pass):
 
     def measure(self, run: Run, statistics: Sequence[Any]) -> dict[str, Results]:
         return {
-            statistic.name: statistic.results([(statistic.begin(run.subject, []), Counter())], run.subject)
+            statistic.registered: statistic.results([(statistic.begin(run.subject, []), Counter())], run.subject)
             for statistic in statistics
         }

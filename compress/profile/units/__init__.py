@@ -1,1 +1,1 @@
-"""Statistics of single heads and neurons: their importance."""
+"""Statistics of single heads and neurons, their importance, one file each."""

@@ -101,11 +101,11 @@ class UnitStatistic(SummedStatistic):
         Raises:
             UserError: a score that is NaN or infinite.
         """
-        tensors = {Key(self.name, part): values for part, values in self._scores(totals, subject).items()}
+        tensors = {Key(self.registered, part): values for part, values in self._scores(totals, subject).items()}
         if len(totals) > 1:
             for corpus, total in zip(CORPORA, totals, strict=True):
                 scores = self._scores([total], subject)
-                tensors |= {Key(self.name, part, corpus=corpus): scores[part] for part in SCORES}
+                tensors |= {Key(self.registered, part, corpus=corpus): scores[part] for part in SCORES}
         return {key: Result(values, AXES[key.part], self.unit_of(key.part)) for key, values in tensors.items()}
 
     def _scores(
@@ -121,7 +121,7 @@ class UnitStatistic(SummedStatistic):
                 scores = {part: values.float().cpu() for part, values in self.scores(whole, counts, layer).items()}
             for part, values in scores.items():
                 if not bool(torch.isfinite(values).all()):
-                    raise not_finite(self.name, part, layer.index, "all documents")
+                    raise not_finite(self.registered, part, layer.index, "all documents")
             layers.append(scores)
         return {part: torch.stack([layer[part] for layer in layers]) for part in layers[0]}
 

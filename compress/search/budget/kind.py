@@ -1,7 +1,7 @@
 """What a kind of budget is: its recipe fields, the constraints that they make, and how these are described.
 
-A new kind is one file with a subclass, registered by `@budget_kinds.register("name")`, and an import in
-`compress/search/budget/__init__.py`. Its first field has the kind's name: a recipe that gives it limits the kind.
+A new kind is one file with a subclass, registered by `@budget_kinds.register("name")`. Its first field has the kind's
+name: a recipe that gives it limits the kind.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ import torch
 
 from compress.data.sample import TextSample
 from compress.errors import UserError
+from compress.models.processes import Processes
 from compress.models.units import units_of
 from compress.plan import ModelShape
 from compress.profile.heads.attention import Attention
 from compress.profile.partial import Partial
 from compress.profile.passes import Run, projections
-from compress.profile.processes import Processes
 from compress.profile.run import measure_all, run_profile
 from compress.profile.units.amp import Amp
 from compress.profile.units.drawn import Random

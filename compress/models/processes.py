@@ -51,6 +51,13 @@ class Processes:
         return held
 
 
+def joined_processes() -> Processes:
+    """The processes that are joined to this one already; a single one where none are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return Processes(distributed.get_rank(), distributed.get_world_size())
+    return Processes()
+
+
 def find_processes(device: torch.device) -> Processes:
     """The processes of this run, joined to one another if they are not yet; a single one outside of a launcher."""
     joined = distributed.is_available() and distributed.is_initialized()
