@@ -96,6 +96,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             beside.unlink(missing_ok=True)
 
 
+def listed(folder: Path) -> str:
+    """The first names in a folder, for a message on what was found; hidden ones are left out."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return ", ".join(names[:6]) or "an empty folder"
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for UTF-8 text."""
     write_bytes(path, text.encode("utf-8"))

@@ -13,8 +13,10 @@ import typer
 from compress.cli import arguments
 from compress.cli.output import AsJson, Verbose
 from compress.errors import UserError
+from compress.files import listed
 from compress.json_file import read_object
 from compress.limits import SHOWN_LENGTHS
+from compress.runfolder import PREPARED
 from compress.words import counted, duration, size
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def inspect(path: Artifact, as_json: AsJson = False, verbose: Verbose = False) -
 
 def identify(path: Path) -> tuple[str, Path]:
     """(`plan`, its file), (`profile`, its folder), (`options`, their folder) or (`checkpoint`, the plan in it); a run
-    folder counts as its plan.
+    folder counts as its plan, and one without as what it has come to: what was prepared, or the profile.
 
     Raises:
         UserError: there is no such path, or it is none of these.
@@ -73,6 +75,8 @@ def identify(path: Path) -> tuple[str, Path]:
         ("profile.json", "profile", path),
         ("plan.json", "plan", path / "plan.json"),
         ("prepare.json", "options", path),
+        (PREPARED, "options", (path / PREPARED).parent),
+        ("profile/profile.json", "profile", path / "profile"),
     ):
         if (path / name).is_file():
             return kind, place
@@ -80,7 +84,7 @@ def identify(path: Path) -> tuple[str, Path]:
         "this folder holds neither a profile nor a plan",
         where=str(path),
         expected="profile.json, compress_plan.json, plan.json or prepare.json in it",
-        found=", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "an empty folder",
+        found=listed(path),
     )
 
 

@@ -12,6 +12,7 @@ from compress.bench.file import BenchFile, read_bench
 from compress.errors import UserError
 from compress.evaluate.comparison import Comparison, VariantResult, read_comparison
 from compress.export.layout import checkpoint_form
+from compress.files import listed
 from compress.json_file import AGAIN, read_bytes, read_model, read_object
 from compress.plan import CHECKPOINT_PLAN, Form, Plan, read_plan
 from compress.profile.key import Key
@@ -99,12 +100,15 @@ def read_facts(folder: Path) -> Facts:
     files = {name: folder / f"{name}.json" for name in ("evaluation", "bench", "environment", "stages")}
     there = {name: path.is_file() for name, path in files.items()}
     if plan is None and not there["evaluation"] and not there["bench"]:
+        unfinished = there["stages"]
         raise UserError(
-            "nothing in this folder can be shown",
+            "this run has no plan yet, which is the first that a report shows"
+            if unfinished
+            else "nothing in this folder can be shown",
             where=str(folder),
             expected=WANTED,
-            found=", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder",
-            fix=MAKE,
+            found=listed(folder),
+            fix="compress run RECIPE goes on with it" if unfinished else MAKE,
         )
     stages = read_model(_Stages, files["stages"], "the list of stages", fix=AGAIN).stages if there["stages"] else {}
     bench = read_bench(files["bench"], fix=AGAIN) if there["bench"] else None

@@ -1,6 +1,7 @@
 """The commands around a run: validate, inspect, doctor, recipes; and how mistakes are told."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_inspect(finished: Path, name: str) -> None:
     assert "v2:" in result.stdout
     assert ("influence.absolute.320" if "profile" in name else "provenance") in result.stdout
     assert json.loads(call("inspect", path, "--json").stdout)["schema"] == (1 if "profile" in name else 2)
+
+
+def test_a_run_that_has_come_to_its_profile(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.parent / "run" / "profile", run / "profile")
+    shutil.copy(finished.parent / "run" / "stages.json", run)
+    assert call("inspect", run).stdout == call("inspect", run / "profile").stdout
+    told = call("report", run)
+    assert told.exit_code == 2 and "this run has no plan yet" in told.stderr and "goes on with it" in told.stderr
 
 
 def test_inspect_says_what_it_cannot_read(finished: Path, tmp_path: Path) -> None:
